@@ -1,0 +1,57 @@
+# Every target makes the virtual environment it needs, and makes it again when the files that
+# describe it change. Other interpreter: make PYTHON=python3.13 clean test
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+# One set of versions for everybody: the pinned ones, also where only the runtime is needed.
+PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint requirements-dev.txt
+
+.PHONY: help demo run test lint format types bench stress clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.runtime  ## a guided tour against a daemon of its own
+	$(BIN)/python scripts/demo.py $(ARGS)
+
+run: $(VENV)/.runtime  ## the daemon, in the foreground (ARGS="--socket /tmp/q.sock")
+	$(BIN)/qmpfd serve $(ARGS)
+
+test: $(VENV)/.dev  ## the tests (ARGS="-n auto -k fdsets")
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff's and flake8-async's rules, and the formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/flake8
+
+format: $(VENV)/.dev  ## write the formatting, and what ruff can mend by itself
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(VENV)/.dev  ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## CPU per command, beside the peers that are installed
+	$(BIN)/python scripts/bench.py $(ARGS)
+
+stress: $(VENV)/.dev  ## hostile clients and kill -9, for as long as you like
+	$(BIN)/python scripts/stress.py $(ARGS)
+
+clean:  ## remove what the above leaves behind, the environment too
+	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	find qmpfd tests scripts -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.runtime: pyproject.toml requirements-dev.txt qmpfd/_version.py
+	@echo "Installing qmpfd into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "Installing the development tools into $(VENV)"
+	@$(PIP) --requirement requirements-dev.txt
+	@touch $@

@@ -1,0 +1,5 @@
+"""What a person types.  Trio is imported by ``serve`` alone: the short verbs must start fast."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,164 @@
+"""A small synchronous QMP client for the short verbs: Trio alone takes longer to import than all
+of a verb's work.  The protocol is the same code as the Trio client's.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .. import fd
+from ..errors import QMPError
+from ..fd import FileDescriptorLike
+from ..protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
+from .status import NoDaemon
+
+
+class SyncClient:
+    """A connection to a QMP server, with one deadline for all that is done with it.
+
+    Args:
+        path: the server's socket.
+        timeout: seconds until it is given up.
+
+    Raises:
+        NoDaemon: nobody answers there, or not QMP.
+        QMPError: the server turns us away.
+    """
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        self._path = path
+        self._deadline = time.monotonic() + timeout
+        self._connection = ClientConnection()
+        self._last_id = 0
+        self._replies: list[Reply] = []
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._connect(timeout)
+            while self._connection.state is State.CONNECTED:
+                self._receive()
+                self._raise_refusal()
+            self.execute("qmp_capabilities")
+            self._connection.negotiated()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, timeout: float) -> None:
+        # A Unix socket's connect waits while the backlog is full, for SO_SNDTIMEO (socket(7)).
+        whole, part = divmod(timeout, 1)
+        limit = struct.pack("ll", int(whole), int(part * 1e6))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        try:
+            self._sock.connect(os.fspath(self._path))
+        except BlockingIOError:
+            raise self._silent() from None
+        except OSError as exc:
+            raise NoDaemon(
+                f"no daemon at {self._path}: {exc.strerror or exc} (start one: qmpfd serve)"
+            ) from None
+        self._sock.setblocking(False)
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        fds: Sequence[FileDescriptorLike] = (),
+    ) -> Any:
+        """Carry out a command; the ``return`` member of its reply.
+
+        Raises:
+            QMPError: the server refused it.
+            NoDaemon: it does not answer.
+        """
+        self._last_id += 1
+        self._send(self._connection.execute(command, arguments, self._last_id), fds)
+        while True:
+            while self._replies:
+                reply = self._replies.pop(0)
+                fd.close_all(reply.fds)
+                if reply.id == self._last_id:
+                    return reply.outcome.unwrap()
+            self._receive()
+
+    def _send(self, request: bytes, fds: Sequence[FileDescriptorLike]) -> None:
+        while request:
+            try:
+                request = request[fd.send(self._sock, request, fds) :]
+                fds = ()
+            except BlockingIOError:
+                self._wait(select.POLLOUT)
+            except ConnectionError:
+                # It may have said why before it closed the connection.
+                self._receive()
+                self._raise_refusal()
+
+    def _receive(self) -> None:
+        self._wait(select.POLLIN)
+        try:
+            data, fds_follow = fd.peek(self._sock)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data, fds_follow = b"", False
+        if not data:
+            raise NoDaemon(f"the daemon at {self._path} has closed the connection")
+        for length in self._connection.receive(data, fds_follow):
+            _, fds, dropped = fd.receive(self._sock, length)
+            if fds_follow:
+                self._connection.attach(fds, dropped)
+        try:
+            for message in self._connection.messages():
+                if not isinstance(message, QMPEvent):
+                    self._replies.append(message)
+        except ProtocolError as exc:
+            raise NoDaemon(f"at {self._path}: {exc}") from None
+        finally:
+            fd.close_all(self._connection.garbage)
+            self._connection.garbage.clear()
+
+    def _raise_refusal(self) -> None:
+        """Raise what the server said before it was asked anything."""
+        for reply in self._replies:
+            if reply.id is None:
+                try:
+                    reply.outcome.unwrap()
+                except QMPError as exc:
+                    raise exc from None
+
+    def _wait(self, event: int) -> None:
+        poll = select.poll()
+        poll.register(self._sock, event)
+        left = self._deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            raise self._silent()
+
+    def _silent(self) -> NoDaemon:
+        return NoDaemon(f"the daemon at {self._path} does not answer (see --timeout)")
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._connection.state is not State.CLOSED:
+            self._connection.close()
+        fd.close_all(self._connection.garbage)
+        for reply in self._replies:
+            fd.close_all(reply.fds)
+        self._sock.close()
+
+    def __enter__(self) -> SyncClient:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

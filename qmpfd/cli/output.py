@@ -1,0 +1,33 @@
+"""Output for people, and for programs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ..protocol import encode
+
+
+def print_json(value: Any) -> None:
+    """*value* as one line of JSON."""
+    print(encode(value).decode("ascii"))
+
+
+def printable(text: str) -> str:
+    """*text* with what would disturb a terminal escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns; a bold header on a terminal."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join(padded).rstrip()
+
+    bold, plain = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    print(f"{bold}{line(header)}{plain}")
+    for row in rows:
+        print(line(row))

@@ -1,0 +1,192 @@
+"""``qmpfd serve``: the daemon as a process."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..fd import Fd
+from ..limits import MAX_REQUEST_BYTES, Limits
+from .options import default_socket, number, seconds
+from .status import DONE, UsageError
+
+if TYPE_CHECKING:
+    from .options import Subparsers
+
+_DEFAULTS = Limits()
+
+
+def add_parser(verbs: Subparsers) -> None:
+    """Add ``serve`` to the command line."""
+    parser = verbs.add_parser(
+        "serve",
+        help="run the daemon",
+        description="Hold file descriptors for the clients of a Unix socket, over QMP. "
+        "SIGTERM and SIGINT end it once what was asked is answered; a second one at once.",
+    )
+    parser.add_argument(
+        "--socket",
+        type=Path,
+        action="append",
+        metavar="PATH",
+        help="listen here; may be given more than once (default: $QMPFD_SOCKET, else "
+        "$XDG_RUNTIME_DIR/qmpfd.sock, else /run/qmpfd.sock)",
+    )
+    parser.add_argument(
+        "--socket-mode",
+        type=_octal,
+        default=0o600,
+        metavar="OCTAL",
+        help="permissions of the socket files (default: 600)",
+    )
+    parser.add_argument(
+        "--dialect",
+        choices=("spec", "qemu"),
+        default="spec",
+        help="answer as the commands' specification has it, or as today's QEMU (default: spec)",
+    )
+    parser.add_argument(
+        "--add-fd",
+        type=_inherited_fd,
+        action="append",
+        default=[],
+        metavar="fd=N,set=ID[,opaque=S]",
+        help="start with the inherited descriptor N in the fd set ID; may be given more than once",
+    )
+    parser.add_argument(
+        "--max-connections",
+        type=number("number of connections", 1),
+        default=_DEFAULTS.max_connections,
+        metavar="N",
+        help=f"clients at a time (default: {_DEFAULTS.max_connections})",
+    )
+    parser.add_argument(
+        "--max-request-bytes",
+        type=number("number of bytes", 1024, 64 << 20),
+        default=MAX_REQUEST_BYTES,
+        metavar="N",
+        help=f"bytes of one request (default: {MAX_REQUEST_BYTES})",
+    )
+    parser.add_argument(
+        "--write-timeout",
+        type=seconds,
+        default=_DEFAULTS.write_timeout,
+        metavar="S",
+        help="cut off a client that takes no replies for S seconds "
+        f"(default: {_DEFAULTS.write_timeout:g})",
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        type=seconds,
+        default=_DEFAULTS.drain_timeout,
+        metavar="S",
+        help=f"end within S seconds when told to (default: {_DEFAULTS.drain_timeout:g})",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="how much to say on standard error (default: info)",
+    )
+    parser.set_defaults(run=_serve)
+
+
+class InheritedFd(NamedTuple):
+    """One ``--add-fd``."""
+
+    fd: int
+    fdset_id: int
+    opaque: str | None
+
+
+def _inherited_fd(text: str) -> InheritedFd:
+    """QEMU's ``-add-fd``: ``fd=N,set=ID[,opaque=S]``, where ``,,`` in S is a comma."""
+    values: dict[str, str] = {}
+    for part in text.replace(",,", "\0").split(","):
+        key, equals, value = part.replace("\0", ",").partition("=")
+        if not equals or key not in ("fd", "set", "opaque") or key in values:
+            raise argparse.ArgumentTypeError(f"{text!r} is not fd=N,set=ID[,opaque=S]")
+        values[key] = value
+    for key in ("fd", "set"):
+        if key not in values:
+            raise argparse.ArgumentTypeError(f"{text!r} lacks {key}=")
+    return InheritedFd(
+        number("fd (0 to 2 are the standard streams)", 3, (1 << 31) - 1)(values["fd"]),
+        number("set", 0, (1 << 63) - 1)(values["set"]),
+        values.get("opaque"),
+    )
+
+
+def _octal(text: str) -> int:
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise argparse.ArgumentTypeError(f"{text!r} is no mode: octal, 0 to 777")
+    return mode
+
+
+def _take_inherited(options: list[InheritedFd]) -> list[tuple[Fd, int, str | None]]:
+    """Duplicates of the descriptors that the options name; the originals are closed."""
+    taken: list[tuple[Fd, int, str | None]] = []
+    for option in options:
+        try:
+            flags = fcntl.fcntl(option.fd, fcntl.F_GETFD)
+        except OSError:
+            flags = fcntl.FD_CLOEXEC
+        if flags & fcntl.FD_CLOEXEC:  # not inherited: one of our own, or none at all
+            raise UsageError(f"--add-fd: descriptor {option.fd} was not passed to this process")
+        taken.append((Fd(os.dup(option.fd)), option.fdset_id, option.opaque))
+    for number_ in {option.fd for option in options}:
+        Fd(number_).close()
+    return taken
+
+
+def leaf_exceptions(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    """The exceptions in *group*, and in the groups in it."""
+    for exc in group.exceptions:
+        if isinstance(exc, BaseExceptionGroup):
+            yield from leaf_exceptions(exc)
+        else:
+            yield exc
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    # Before Trio opens descriptors of its own, which nobody may mistake for inherited ones.
+    initial = _take_inherited(arguments.add_fd)
+    from . import daemon
+
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=arguments.log_level.upper(),
+        format="qmpfd: %(message)s",
+    )
+    limits = Limits(
+        max_connections=arguments.max_connections,
+        max_request_bytes=arguments.max_request_bytes,
+        write_timeout=arguments.write_timeout,
+        drain_timeout=arguments.drain_timeout,
+    )
+    failures: list[BaseException] = []
+    try:
+        daemon.run(
+            arguments.socket or [default_socket()],
+            dialect=arguments.dialect,
+            limits=limits,
+            socket_mode=arguments.socket_mode,
+            initial_fds=initial,
+        )
+    except* OSError as group:  # a nursery's: there is one cause, the first listener that failed
+        failures = list(leaf_exceptions(group))
+    for failure in failures:
+        assert isinstance(failure, OSError)
+        where = f"{failure.filename}: " if failure.filename else ""
+        raise UsageError(f"{where}{failure.strerror or failure}")
+    return DONE

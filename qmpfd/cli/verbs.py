@@ -1,0 +1,140 @@
+"""The short verbs: add, ls, rm."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+from typing import TYPE_CHECKING, Any
+
+from ..fd import Fd
+from .client import SyncClient
+from .options import add_client_options, default_socket, number
+from .output import print_json, print_table, printable
+from .status import DONE, UsageError
+
+if TYPE_CHECKING:
+    from .options import Subparsers
+
+_MODES = {"r": os.O_RDONLY, "w": os.O_WRONLY, "rw": os.O_RDWR}
+
+
+def add_parsers(verbs: Subparsers) -> None:
+    """Add the verbs of this module to the command line."""
+    add = verbs.add_parser(
+        "add",
+        help="add a file, or an inherited descriptor, to an fd set",
+        description="Open PATH, or take the inherited descriptor K, and add it to an fd set.",
+    )
+    add_client_options(add)
+    add.add_argument(
+        "--fdset", type=number("fd set id"), metavar="N", help="the fd set (default: a new one)"
+    )
+    add.add_argument("--opaque", metavar="S", help="a free-form text to find the descriptor by")
+    add.add_argument("--mode", choices=_MODES, help="open PATH to read, write or both (default: r)")
+    what = add.add_mutually_exclusive_group(required=True)
+    what.add_argument("path", nargs="?", metavar="PATH", help="the file to open")
+    what.add_argument(
+        "--fd", type=number("descriptor"), metavar="K", help="an inherited descriptor"
+    )
+    add.set_defaults(run=_add)
+
+    ls = verbs.add_parser("ls", help="list the fd sets", description="List the fd sets.")
+    add_client_options(ls)
+    ls.set_defaults(run=_ls)
+
+    rm = verbs.add_parser(
+        "rm",
+        help="remove an fd set, or one descriptor of it",
+        description="Remove all descriptors of the fd set N, or just FD, and close them.",
+    )
+    add_client_options(rm)
+    rm.add_argument("which", type=_fdset_and_fd, metavar="N[:FD]", help="what to remove")
+    rm.set_defaults(run=_rm)
+
+
+def _client(arguments: argparse.Namespace) -> SyncClient:
+    return SyncClient(arguments.socket or default_socket(), arguments.timeout)
+
+
+def _fdset_and_fd(text: str) -> tuple[int, int | None]:
+    fdset_id, colon, fd = text.partition(":")
+    return number("fd set id")(fdset_id), number("descriptor")(fd) if colon else None
+
+
+# -- add ---------------------------------------------------------------------------------------
+
+
+def _add(arguments: argparse.Namespace) -> int:
+    if arguments.fd is not None and arguments.mode is not None:
+        raise UsageError("--mode goes with PATH: --fd K is open already")
+    if arguments.fd is not None:
+        try:
+            fcntl.fcntl(arguments.fd, fcntl.F_GETFD)
+        except OSError:
+            raise UsageError(f"descriptor {arguments.fd} is not open here") from None
+        info = _add_fd(arguments, arguments.fd)
+    else:
+        with _open(arguments.path, arguments.mode or "r") as fd:
+            info = _add_fd(arguments, fd.fileno())
+    if arguments.json:
+        print_json(info)
+    else:
+        print(f"fd set {info['fdset-id']}, fd {info['fd']}")
+    return DONE
+
+
+def _add_fd(arguments: argparse.Namespace, fd: int) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    if arguments.fdset is not None:
+        members["fdset-id"] = arguments.fdset
+    if arguments.opaque is not None:
+        members["opaque"] = arguments.opaque
+    with _client(arguments) as client:
+        info: dict[str, Any] = client.execute("add-fd", members, [fd])
+    return info
+
+
+def _open(path: str, mode: str) -> Fd:
+    """Open *path* without waiting for anybody, as a FIFO would for its other end."""
+    try:
+        fd = Fd(os.open(path, _MODES[mode] | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError as exc:
+        raise UsageError(f"cannot open {path}: {exc.strerror}") from None
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
+    return fd
+
+
+# -- ls, rm ------------------------------------------------------------------------------------
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        sets = client.execute("query-fdsets")
+    if arguments.json:
+        print_json(sets)
+    elif not sets:
+        print("no fd sets")
+    else:
+        rows = [
+            (str(fdset["fdset-id"]), str(fd["fd"]), printable(fd.get("opaque", "")))
+            for fdset in sets
+            for fd in fdset["fds"]
+        ]
+        print_table(("FDSET", "FD", "OPAQUE"), rows)
+    return DONE
+
+
+def _rm(arguments: argparse.Namespace) -> int:
+    fdset_id, fd = arguments.which
+    members = {"fdset-id": fdset_id}
+    if fd is not None:
+        members["fd"] = fd
+    with _client(arguments) as client:
+        result = client.execute("remove-fd", members)
+    if arguments.json:
+        print_json(result)
+    else:
+        print(f"removed fd set {fdset_id}" + ("" if fd is None else f", fd {fd}"))
+    return DONE

@@ -1,0 +1,299 @@
+"""A QMP client for Trio that passes descriptors.
+
+There is no background task: of the calls that wait for their replies, one reads for all of them,
+and hands that over when its own reply has come or it is cancelled.  So an exception in the
+caller's block stays what it is, and nothing is left running.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from itertools import count
+from typing import Any, TypeVar
+
+import msgspec
+import outcome
+import trio
+
+from ..commands import AddfdInfo, FdsetInfo
+from ..errors import QMPError
+from ..fd import FileDescriptorLike, close_all
+from ..protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
+from ..transport import FdStream
+
+ResultT = TypeVar("ResultT")
+
+
+class _Call:
+    """A request that waits for its reply."""
+
+    __slots__ = ("reply", "wake")
+
+    def __init__(self) -> None:
+        self.reply: Reply | None = None
+        self.wake = trio.Event()  # the reply is here, or it is this call's turn to read
+
+
+class Client:
+    """A connection to a QMP server; made by :func:`connect`.
+
+    Calls may be made from many tasks at once.  A call that is cancelled breaks no other: if its
+    request was sent already, the server carries it out, and the reply is thrown away.
+    """
+
+    def __init__(self, stream: FdStream) -> None:
+        self._stream = stream
+        self._connection = ClientConnection()
+        self._ids = count(1)
+        self._calls: dict[int, _Call] = {}
+        self._sending = trio.Lock()
+        self._unsent = b""  # the rest of a request whose call was cancelled halfway
+        self._reading = False
+        self._failure: Exception | None = None
+
+    @property
+    def greeting(self) -> Mapping[str, Any]:
+        """What the server said of itself: its ``version`` and ``capabilities``."""
+        return self._connection.greeting or {}
+
+    # -- commands ------------------------------------------------------------------------------
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        fds: Sequence[FileDescriptorLike] = (),
+    ) -> Any:
+        """Carry out any QMP command.
+
+        Args:
+            command: its name.
+            arguments: its arguments, as they go over the wire.
+            fds: descriptors to pass with it (SCM_RIGHTS); they stay the caller's.
+
+        Returns:
+            The ``return`` member of the reply.
+
+        Raises:
+            QMPError: the server refused it; the exception is named after the error's class.
+            trio.BrokenResourceError: the connection is lost.
+            trio.ClosedResourceError: this client is closed.
+            OSError: *fds* cannot be passed.
+        """
+        reply = await self._request(command, arguments, fds)
+        close_all(reply.fds)
+        return reply.outcome.unwrap()
+
+    async def add_fd(
+        self,
+        fd: FileDescriptorLike,
+        fdset_id: int | None = None,
+        opaque: str | None = None,
+    ) -> AddfdInfo:
+        """Add a duplicate of *fd* to an fd set (``add-fd``).
+
+        Args:
+            fd: an int or anything with ``fileno()``; it stays the caller's.
+            fdset_id: the set; a new one if None.
+            opaque: a free-form text to find the descriptor by.
+
+        Returns:
+            The set's id, and the descriptor's number in the server.
+
+        Raises:
+            InvalidParameterValue: the server wants an existing set.
+            Exception: what :meth:`execute` raises.
+        """
+        arguments: dict[str, Any] = {}
+        if fdset_id is not None:
+            arguments["fdset-id"] = fdset_id
+        if opaque is not None:
+            arguments["opaque"] = opaque
+        return _typed(await self.execute("add-fd", arguments, fds=[fd]), AddfdInfo)
+
+    async def remove_fd(self, fdset_id: int, fd: int | None = None) -> None:
+        """Remove a descriptor from an fd set (``remove-fd``).
+
+        Args:
+            fdset_id: the set.
+            fd: the descriptor's number in the server; all of the set if None.
+
+        Raises:
+            FdNotFound: there is no such set, or no such descriptor in it.
+            Exception: what :meth:`execute` raises.
+        """
+        arguments = {"fdset-id": fdset_id}
+        if fd is not None:
+            arguments["fd"] = fd
+        await self.execute("remove-fd", arguments)
+
+    async def query_fdsets(self) -> list[FdsetInfo]:
+        """The fd sets, by descending id (``query-fdsets``)."""
+        return _typed(await self.execute("query-fdsets"), list[FdsetInfo])
+
+    # -- the machinery -------------------------------------------------------------------------
+
+    async def negotiate(self) -> None:
+        """Wait for the greeting and enter command mode; :func:`connect` has done so already."""
+        while self._connection.state is State.CONNECTED:
+            if self._failure is not None:
+                raise self._failure
+            await self._read()
+        await self.execute("qmp_capabilities")
+        self._connection.negotiated()
+
+    async def _request(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None,
+        fds: Sequence[FileDescriptorLike] = (),
+    ) -> Reply:
+        await trio.lowlevel.checkpoint()
+        if self._connection.state is State.CLOSED:
+            raise trio.ClosedResourceError("this client is closed")
+        request_id = next(self._ids)
+        call = self._calls[request_id] = _Call()
+        try:
+            await self._send(self._connection.execute(command, arguments, request_id), fds)
+            return await self._reply(call)
+        finally:
+            self._calls.pop(request_id, None)
+            if not self._reading:
+                self._wake_a_reader()
+
+    async def _send(self, request: bytes, fds: Sequence[FileDescriptorLike]) -> None:
+        async with self._sending:
+            if self._failure is not None:
+                raise self._failure
+            if self._unsent:
+                await self._send_rest()
+            sent = self._stream.send_nowait(request, fds)
+            while not sent:
+                await self._stream.wait_writable()
+                sent = self._stream.send_nowait(request, fds)
+            self._unsent = request[sent:]
+            if self._unsent:
+                await self._send_rest()
+
+    async def _send_rest(self) -> None:
+        """Send what is left of a request that the server has seen the beginning of.  Cancelled
+        here, the next call goes on where this one stopped.
+        """
+        while self._unsent:
+            await self._stream.wait_writable()
+            self._unsent = self._unsent[self._stream.send_nowait(self._unsent) :]
+
+    async def _reply(self, call: _Call) -> Reply:
+        while call.reply is None:
+            if self._failure is not None:
+                raise self._failure
+            if self._reading:
+                call.wake = trio.Event()
+                await call.wake.wait()
+            else:
+                await self._read()
+        return call.reply
+
+    async def _read(self) -> None:
+        """Read what the server sent, for whoever waits for it; wait if there is nothing."""
+        self._reading = True
+        try:
+            while not self._receive_nowait():
+                await self._stream.wait_readable()
+        finally:
+            self._reading = False
+
+    def _receive_nowait(self) -> bool:
+        try:
+            more = self._stream.receive_nowait(self._connection)
+            for message in self._connection.messages():
+                self._deliver(message)
+        except trio.WouldBlock:
+            return False
+        except ProtocolError as exc:
+            self._fail(exc)
+        else:
+            if not more:
+                self._fail(trio.BrokenResourceError("the server has closed the connection"))
+        self._close_garbage()
+        return True
+
+    def _deliver(self, message: Reply | QMPEvent) -> None:
+        if isinstance(message, QMPEvent):
+            return
+        call = self._calls.get(message.id) if isinstance(message.id, int) else None
+        if call is not None:
+            call.reply = message
+            call.wake.set()
+            return
+        close_all(message.fds)
+        if message.id is None and isinstance(message.outcome, outcome.Error):
+            # Not the answer to a request: the server turns us away.
+            error = message.outcome.error
+            assert isinstance(error, QMPError)
+            self._fail(error)
+
+    def _fail(self, failure: Exception) -> None:
+        if self._failure is None:
+            self._failure = failure
+        for call in self._calls.values():
+            call.wake.set()
+
+    def _wake_a_reader(self) -> None:
+        for call in self._calls.values():
+            if call.reply is None:
+                call.wake.set()
+                return
+
+    def _close_garbage(self) -> None:
+        close_all(self._connection.garbage)
+        self._connection.garbage.clear()
+
+    def close(self) -> None:
+        """Close the connection; calls that wait raise ClosedResourceError."""
+        if self._connection.state is State.CLOSED:
+            return
+        self._connection.close()
+        self._close_garbage()
+        self._fail(trio.ClosedResourceError("this client is closed"))
+        for call in self._calls.values():
+            if call.reply is not None:
+                close_all(call.reply.fds)
+        self._stream.close()
+
+
+def _typed(value: Any, kind: type[ResultT]) -> ResultT:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as exc:
+        raise ProtocolError(f"the server's reply is not what the command returns: {exc}") from exc
+
+
+@asynccontextmanager
+async def connect(path: str | os.PathLike[str]) -> AsyncGenerator[Client, None]:
+    """Connect to the QMP server at *path*: a qmpfd daemon, or a real QEMU's monitor.
+
+    Use it as ``async with qmpfd.connect(path) as client``; the connection is closed at the end.
+
+    Args:
+        path: the server's Unix socket.
+
+    Raises:
+        OSError: nobody can be reached at *path*.
+        QMPError: the server turns us away.
+        ProtocolError: the peer does not speak QMP.
+        trio.BrokenResourceError: it closed the connection before it was ready.
+    """
+    sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    with sock:
+        await sock.connect(os.fspath(path))
+        stream = FdStream(sock)
+    client = Client(stream)
+    try:
+        await client.negotiate()
+        yield client
+    finally:
+        client.close()

@@ -1,0 +1,75 @@
+"""The one table of commands: from it come dispatch, argument checks, listings, schema and docs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from msgspec import Struct, structs
+
+from ..protocol import Spec
+
+if TYPE_CHECKING:
+    from .context import Context
+
+ArgumentsT = TypeVar("ArgumentsT", bound=Struct)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command.
+
+    Args:
+        name: what clients call it.
+        arguments: the struct of its arguments.
+        returns: the type of its result.
+        run: carries it out; may raise QMPError.  It never waits.
+        fds: how many descriptors it takes at most.
+        nothing: arguments of a request that has none, if none are needed.
+    """
+
+    name: str
+    arguments: type[Struct]
+    returns: Any
+    run: Callable[[Context, Any], Any]
+    fds: int
+    nothing: Struct | None
+
+    @property
+    def doc(self) -> str:
+        """What it does, for people."""
+        return self.run.__doc__ or ""
+
+
+@dataclass(slots=True)
+class Table:
+    """Commands by name, in the order in which they are listed."""
+
+    commands: dict[str, Command] = field(default_factory=dict)
+
+    def command(
+        self, name: str, arguments: type[ArgumentsT], returns: Any, *, fds: int = 0
+    ) -> Callable[[Callable[[Context, ArgumentsT], Any]], Callable[[Context, ArgumentsT], Any]]:
+        """Enter the decorated function as the command *name*.
+
+        Args:
+            name: the command's name.
+            arguments: the struct of its arguments.
+            returns: the type of its result.
+            fds: how many descriptors it takes at most.
+        """
+
+        def enter(
+            run: Callable[[Context, ArgumentsT], Any],
+        ) -> Callable[[Context, ArgumentsT], Any]:
+            needs = any(member.required for member in structs.fields(arguments))
+            nothing = None if needs else arguments()
+            self.commands[name] = Command(name, arguments, returns, run, fds, nothing)
+            return run
+
+        return enter
+
+    def specs(self) -> dict[str, Spec]:
+        """What the protocol needs to know."""
+        return {name: Spec(c.arguments, c.fds) for name, c in self.commands.items()}

@@ -1,0 +1,141 @@
+"""The arguments and results of the commands, as types: what QAPI would generate.
+
+Names and members are those of QEMU's schema (``qapi/misc.json``, ``qapi/control.json``).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import UNSET, Struct, UnsetType
+
+from ..protocol import Int64
+
+
+class Arguments(Struct, forbid_unknown_fields=True, rename="kebab", gc=False):
+    """What a command takes; without members of its own: nothing."""
+
+
+class Result(Struct, rename="kebab", gc=False):
+    """What a command returns; without members of its own: nothing."""
+
+
+class Capabilities(Arguments):
+    """Arguments of ``qmp_capabilities``.
+
+    Args:
+        enable: the capabilities to enable.
+    """
+
+    enable: list[Literal["oob"]] | UnsetType = UNSET
+
+
+class AddFd(Arguments):
+    """Arguments of ``add-fd``.
+
+    Args:
+        fdset_id: the fd set to add to; a new one if absent.
+        opaque: a free-form text to find the descriptor by.
+    """
+
+    fdset_id: Int64 | UnsetType = UNSET
+    opaque: str | UnsetType = UNSET
+
+
+class RemoveFd(Arguments):
+    """Arguments of ``remove-fd``.
+
+    Args:
+        fdset_id: the fd set.
+        fd: the descriptor; all of the set if absent.
+    """
+
+    fdset_id: Int64
+    fd: Int64 | UnsetType = UNSET
+
+
+class FdName(Arguments, rename=None):
+    """Arguments of ``getfd`` and ``closefd``.
+
+    Args:
+        fdname: what the descriptor is called.
+    """
+
+    fdname: str
+
+
+class AddfdInfo(Result):
+    """Where a descriptor was added.
+
+    Args:
+        fdset_id: the fd set it is in.
+        fd: its number in the server.
+    """
+
+    fdset_id: Int64
+    fd: Int64
+
+
+class FdsetFdInfo(Result):
+    """A descriptor of a set.
+
+    Args:
+        fd: its number in the server.
+        opaque: the text it was added with, if any.
+    """
+
+    fd: Int64
+    opaque: str | UnsetType = UNSET
+
+
+class FdsetInfo(Result):
+    """An fd set.
+
+    Args:
+        fdset_id: its id.
+        fds: its descriptors, oldest first.
+    """
+
+    fdset_id: Int64
+    fds: list[FdsetFdInfo]
+
+
+class VersionTriple(Result):
+    """A version's three numbers."""
+
+    micro: Int64
+    minor: Int64
+    major: Int64
+
+
+class VersionInfo(Result):
+    """The server's version; the member is called ``qemu`` in every QMP server.
+
+    Args:
+        qemu: the three numbers.
+        package: the version as its packager writes it.
+    """
+
+    qemu: VersionTriple
+    package: str
+
+
+class NameInfo(Result):
+    """The guest's name: a file-descriptor holder has none."""
+
+    name: str | UnsetType = UNSET
+
+
+class CommandInfo(Result):
+    """A command there is."""
+
+    name: str
+
+
+def version_info(version: str) -> VersionInfo:
+    """*version*, three numbers with points between them, as QMP has it."""
+    major, minor, micro = map(int, version.split("."))
+    return VersionInfo(VersionTriple(micro, minor, major), f"qmpfd {version}")
+
+
+NOTHING = Result()

@@ -1,0 +1,82 @@
+"""What a QMP peer can be told, and what our client raises when it is told so.
+
+One exception per QMP error class, used by both roles: the server raises it and sends it, the
+client reads it and raises it.  The texts are QEMU's (``qapi/qmp/qerror.h`` and the commands'
+sources), because clients in the wild match on them.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CommandNotFound",
+    "FdNotFound",
+    "FdNotSupplied",
+    "GenericError",
+    "InvalidParameterValue",
+    "PermissionDenied",
+    "QMPError",
+    "error_of_class",
+]
+
+
+class QMPError(Exception):
+    """An error reply of the QMP server.
+
+    Args:
+        desc: the text for people, the reply's ``desc`` member.
+        error_class: the reply's ``class`` member; by default the exception's own name.
+    """
+
+    def __init__(self, desc: str, error_class: str | None = None) -> None:
+        super().__init__(desc)
+        self.desc = desc
+        self.error_class = error_class or type(self).__name__
+
+    def __str__(self) -> str:
+        return self.desc
+
+
+class GenericError(QMPError):
+    """Whatever has no class of its own (QMP specification, "Error", class ``GenericError``)."""
+
+
+class CommandNotFound(QMPError):
+    """No such command, or not in this state of the connection."""
+
+
+class FdNotSupplied(QMPError):
+    """The command needs a descriptor and none came with it over SCM_RIGHTS."""
+
+
+class FdNotFound(QMPError):
+    """The fd set, or the descriptor in it, does not exist."""
+
+
+class InvalidParameterValue(QMPError):
+    """A parameter has the right type, but its value cannot be used."""
+
+
+class PermissionDenied(QMPError):
+    """The daemon's policy does not give the peer the right that the command needs."""
+
+
+_BY_NAME: dict[str, type[QMPError]] = {
+    cls.__name__: cls
+    for cls in (
+        GenericError,
+        CommandNotFound,
+        FdNotSupplied,
+        FdNotFound,
+        InvalidParameterValue,
+        PermissionDenied,
+    )
+}
+
+#: The classes that today's QEMU still has (``qapi/error.json``, ``QapiErrorClass``) and that we
+#: can meet; the others are told as ``GenericError`` in the ``qemu`` dialect.
+QEMU_CLASSES = frozenset({"GenericError", "CommandNotFound"})
+
+
+def error_of_class(error_class: str, desc: str) -> QMPError:
+    """The exception for an error reply; a class that we do not know becomes a plain QMPError."""
+    return _BY_NAME.get(error_class, QMPError)(desc, error_class)

@@ -1,0 +1,158 @@
+"""File descriptors with exactly one owner each, and the system calls that carry them.
+
+Nothing else in this package closes a descriptor, and nothing else reads or writes control
+messages.  All calls here are synchronous and never wait: the sockets are non-blocking, and who
+waits for them (Trio, or a poll in the command line) is the business of the floors above.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeAlias
+
+from .limits import READ_BYTES, SCM_MAX_FD
+
+
+class HasFileno(Protocol):
+    """Anything that has a descriptor: a file, a socket, a :class:`Fd`."""
+
+    def fileno(self) -> int:
+        """The number of the descriptor."""
+
+
+FileDescriptorLike: TypeAlias = "int | HasFileno"
+
+
+class Fd:
+    """The one owner of an open descriptor.
+
+    The number is given up before it is closed, so that no error and no second call can close a
+    descriptor that has meanwhile been given to somebody else (close(2), "Dealing with error
+    returns": it is closed even where close reports an error).
+
+    Args:
+        number: an open descriptor that nobody else will close.
+    """
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def fileno(self) -> int:
+        """The descriptor's number; ValueError once it is closed or detached."""
+        if self._number < 0:
+            raise ValueError("the descriptor is closed")
+        return self._number
+
+    @property
+    def closed(self) -> bool:
+        """Whether this object owns nothing any more."""
+        return self._number < 0
+
+    def detach(self) -> int:
+        """Give the descriptor up: the caller owns the number that is returned."""
+        number = self.fileno()
+        self._number = -1
+        return number
+
+    def dup(self) -> Fd:
+        """A second descriptor of the same open file description, close-on-exec (dup(2))."""
+        return Fd(os.dup(self.fileno()))
+
+    def close(self) -> None:
+        """Close the descriptor; harmless when that was done before."""
+        number, self._number = self._number, -1
+        if number >= 0:
+            try:
+                os.close(number)
+            except OSError:
+                # EIO and the like speak of lost writes of the file, which is its writer's business;
+                # the descriptor is gone in any case.
+                pass
+
+    def __enter__(self) -> Fd:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Fd {self._number}>" if self._number >= 0 else "<Fd closed>"
+
+    def __del__(self) -> None:
+        if self._number >= 0:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            self.close()
+
+
+def close_all(fds: Iterable[Fd]) -> None:
+    """Close each of *fds*."""
+    for fd in fds:
+        fd.close()
+
+
+def fileno(fd: FileDescriptorLike) -> int:
+    """The number of *fd*, an int or anything with ``fileno()``; ValueError when it is negative."""
+    number = fd if isinstance(fd, int) else fd.fileno()
+    if number < 0:
+        raise ValueError(f"{number} is no file descriptor")
+    return number
+
+
+# Room for one control message with as many descriptors as the kernel passes at a time.
+_CONTROL_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
+
+# One buffer is enough for everybody: what is looked at is copied before anything else runs.
+_peeked = bytearray(READ_BYTES)
+_peeked_view = memoryview(_peeked)
+
+
+def peek(sock: socket.socket) -> tuple[bytes, bool]:
+    """See what the next read would return, without consuming it: its bytes, and whether
+    descriptors come with the last of them.
+
+    The kernel ends a read after the bytes that descriptors were sent with.  Without room for
+    control messages it leaves the descriptors where they are and says MSG_CTRUNC (recvmsg(2)).
+
+    Raises:
+        BlockingIOError: nothing is there yet.
+    """
+    count, _, flags, _ = sock.recvmsg_into((_peeked,), 0, socket.MSG_PEEK)
+    return bytes(_peeked_view[:count]), bool(flags & socket.MSG_CTRUNC)
+
+
+def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:
+    """Read up to *count* bytes and the descriptors that were sent with them.
+
+    The descriptors are close-on-exec and owned from here on.  The flag tells that the kernel had
+    to drop some of them, because this process is out of descriptors (MSG_CTRUNC).
+
+    Raises:
+        BlockingIOError: nothing is there yet.
+    """
+    data, control, flags, _ = sock.recvmsg(count, _CONTROL_BYTES, socket.MSG_CMSG_CLOEXEC)
+    fds: list[Fd] = []
+    for level, kind, payload in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers = array.array("i")
+            numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
+            fds += map(Fd, numbers)
+    return data, fds, bool(flags & socket.MSG_CTRUNC)
+
+
+def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescriptorLike]) -> int:
+    """Send *data*, with duplicates of *fds* attached to its first byte; how many bytes went.
+
+    Raises:
+        BlockingIOError: the peer has to read first; nothing was sent.
+    """
+    if not fds:
+        return sock.send(data, socket.MSG_NOSIGNAL)
+    rights = array.array("i", map(fileno, fds))
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+    return sock.sendmsg([data], control, socket.MSG_NOSIGNAL)

@@ -1,0 +1,55 @@
+"""Every bound of the daemon, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: The kernel passes at most this many descriptors in one message (``SCM_MAX_FD``, unix(7)).
+SCM_MAX_FD = 253
+
+#: Nesting of ``{`` and ``[`` together (QEMU's ``MAX_NESTING``).  Ours to keep: the limits of the
+#: interpreter differ tenfold between Python versions.
+MAX_NESTING = 1024
+
+#: Tokens in one JSON value (QEMU's ``MAX_TOKEN_COUNT``).
+MAX_TOKENS = 2 << 20
+
+#: Bytes of one request, all its tokens together.  QEMU allows 64 MiB; nothing that a client of an
+#: fd holder has to say comes near a mebibyte, and a hundred clients may try at once.
+MAX_REQUEST_BYTES = 1 << 20
+
+#: Bytes of one reply that our client accepts: a listing of 100,000 descriptors with long opaques.
+MAX_REPLY_BYTES = 256 << 20
+
+#: Errors in a row, without one valid request between them, that are each answered.  The deepest
+#: honest case is a value nested one level too deep: QEMU answers one error for it and one for
+#: each of its closers, and so do we.  Beyond this it is a flood, and answered once per read.
+MAX_ERRORS_IN_A_ROW = MAX_NESTING + 16
+
+#: Bytes looked at in one read.  The kernel's send buffer holds 208 KiB at most by default and
+#: splits it in pieces of up to 36 KiB, each of which is seen whole.
+READ_BYTES = 64 << 10
+
+#: Bytes that the careful parser takes in one step, at about 0.3 us a byte in the worst case, so
+#: that no other client waits for longer than a few milliseconds.
+CAREFUL_BYTES = 8 << 10
+
+#: Ids of fd sets and numbers in QMP's ``int`` (QAPI ``int64``).
+INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one daemon allows its clients.
+
+    Args:
+        max_connections: connections open at a time.
+        max_request_bytes: bytes of one request.
+        write_timeout: seconds that a client may take to accept a reply.
+        drain_timeout: seconds that finishing takes at most once the daemon is told to end.
+    """
+
+    max_connections: int = 1024
+    max_request_bytes: int = MAX_REQUEST_BYTES
+    write_timeout: float = 30.0
+    drain_timeout: float = 5.0

@@ -1,0 +1,82 @@
+"""Which command gets which descriptor: the rule, apart from bytes and sockets.
+
+Descriptors come with a *segment*, the bytes of one send.  They wait for the first command that
+takes some and that ends behind the segment's first byte.  Commands sent in the same segment take
+them in order; what is left when the segment is over, and one was taken, belongs to nobody.
+"""
+
+from __future__ import annotations
+
+from ..fd import Fd
+
+
+class Unclaimed:
+    """The descriptors of one segment that no command has taken yet.
+
+    Args:
+        garbage: where those go that nobody will take; its owner closes them.
+    """
+
+    __slots__ = ("_dropped", "_fds", "_garbage", "_open", "_straddled", "_taken")
+
+    def __init__(self, garbage: list[Fd]) -> None:
+        self._garbage = garbage
+        self._fds: list[Fd] = []
+        self._dropped = False  # the kernel had to drop descriptors of this segment
+        self._taken = False  # a command of this segment has taken some
+        self._open = False  # more of the segment, or of the message it ended in, is to come
+        self._straddled = False  # the segment ended inside of a message
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def arrive(self, fds: list[Fd], dropped: bool) -> None:
+        """A new segment begins; what still waits of an older one is given up.
+
+        Args:
+            fds: what came with it.
+            dropped: whether the kernel dropped some of them (MSG_CTRUNC): then none is kept.
+        """
+        self.discard()
+        if dropped:
+            self._garbage += fds
+        else:
+            self._fds = fds
+        self._dropped = dropped
+        self._open = True
+        self._taken = self._straddled = False
+
+    def claim(self, most: int) -> tuple[list[Fd], bool]:
+        """A command that takes up to *most* descriptors: those that it gets, and whether some
+        were dropped on the way.
+        """
+        fds, self._fds = self._fds[:most], self._fds[most:]
+        dropped, self._dropped = self._dropped, False
+        self._taken = True
+        if not self._open:
+            self.discard()
+        return fds, dropped
+
+    def segment_ended(self, *, inside_message: bool) -> None:
+        """The last byte of the segment was seen; *inside_message*: a message goes on after it."""
+        if inside_message:
+            self._straddled = True
+        else:
+            self._close()
+
+    def message_ended(self) -> None:
+        """A message is complete."""
+        if self._straddled:
+            self._close()
+
+    def _close(self) -> None:
+        self._open = self._straddled = False
+        if self._taken:
+            self.discard()
+
+    def discard(self) -> None:
+        """Give up what waits."""
+        if self._fds:
+            self._garbage += self._fds
+            self._fds = []
+        self._dropped = False

@@ -1,0 +1,196 @@
+"""Bytes and descriptors in, messages with the descriptors that were sent with them out.
+
+The kernel hands over both in chunks: a read ends after the segment that descriptors came with,
+and joins whatever plain bytes are queued before it.  So a chunk alone does not tell which of its
+messages the descriptors were sent with.  But a read never returns a descriptor before the first
+byte that it was sent with: reading up to the end of a message gives that message's descriptors
+and no later ones.  Hence the two steps here: :meth:`Inbox.receive` is shown the bytes before they
+are consumed (MSG_PEEK) and says in which pieces to consume them; :meth:`Inbox.attach` takes the
+descriptors that came with a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from ..errors import GenericError
+from ..fd import Fd
+from ..limits import CAREFUL_BYTES
+from .claims import Unclaimed
+from .parser import Parser
+
+#: A value or typed request, its error instead, the descriptors it takes, whether some got lost.
+Message: TypeAlias = "tuple[Any, GenericError | None, list[Fd], bool]"
+
+#: Decodes a chunk of whole messages at once; None where only the careful parser can tell.
+ChunkDecoder: TypeAlias = "Callable[[bytes], list[Any] | None]"
+
+#: A value or its error, and where it ends in the bytes that were seen.
+_Found: TypeAlias = "tuple[Any, GenericError | None, int]"
+
+_WHITESPACE = b" \t\r\n"
+#: Where no descriptor came; never changed.
+_NO_FDS: list[Fd] = []
+
+
+@dataclass(slots=True)
+class _Piece:
+    """What one read gives."""
+
+    messages: list[tuple[Any, GenericError | None]]
+    fds: list[Fd]
+    dropped: bool = False
+    ends_segment: bool = False  # the segment that descriptors came with ends with this piece
+    inside_message: bool = False  # and does so in the middle of a message
+
+
+class Inbox:
+    """What a peer has sent.
+
+    Args:
+        decode: the quick way for a chunk of whole messages.
+        wanted: how many descriptors a message takes at most; 0 for one that takes none.
+        max_bytes: bytes of one message.
+        garbage: where descriptors go that nobody takes; its owner closes them.
+        lines: every message ends with a line end, so that an incomplete line can wait for the
+            rest of it: so do replies, but not requests.
+    """
+
+    def __init__(
+        self,
+        decode: ChunkDecoder,
+        wanted: Callable[[Any], int],
+        *,
+        max_bytes: int,
+        garbage: list[Fd],
+        lines: bool = False,
+    ) -> None:
+        self._decode = decode
+        self._wanted = wanted
+        self._parser = Parser(max_bytes)
+        self._max_bytes = max_bytes
+        self._unclaimed = Unclaimed(garbage)
+        self._garbage = garbage
+        self._pieces: list[_Piece] = []
+        self._attached = 0
+        self._lines = lines
+        self._line = bytearray()  # with lines: an incomplete one
+
+    # -- in ------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes, fds_follow: bool) -> list[int]:
+        """See *data*, the next bytes of the peer, not consumed yet.
+
+        Args:
+            data: the bytes, not empty.
+            fds_follow: whether descriptors come with the last of them.
+
+        Returns:
+            The lengths of the pieces in which to consume them: one :meth:`attach` for each.  They
+            can come to less than *data*: the rest is looked at again next time.
+        """
+        messages, size = self._messages(data, fds_follow)
+        if not fds_follow:
+            self._pieces.append(_Piece([(value, error) for value, error, _ in messages], _NO_FDS))
+            self._attached = len(self._pieces)
+            return [size]
+        self._attached = len(self._pieces)
+        lengths = []
+        at, gathered = 0, []
+        for value, error, end in messages:
+            gathered.append((value, error))
+            if end > at and (error is not None or self._wanted(value)):
+                self._pieces.append(_Piece(gathered, _NO_FDS))
+                lengths.append(end - at)
+                at, gathered = end, []
+        if gathered or at < size:
+            if at < size:
+                lengths.append(size - at)
+                self._pieces.append(_Piece(gathered, _NO_FDS))
+            else:
+                self._pieces[-1].messages += gathered
+        if size == len(data):
+            self._pieces[-1].ends_segment = True
+            self._pieces[-1].inside_message = not self._parser.idle or bool(self._line)
+        return lengths
+
+    def attach(self, fds: list[Fd], dropped: bool) -> None:
+        """The next piece was consumed; *fds* came with it, and some were *dropped* or not."""
+        piece = self._pieces[self._attached]
+        self._attached += 1
+        piece.fds, piece.dropped = fds, dropped
+
+    def _messages(self, data: bytes, fds_follow: bool) -> tuple[list[_Found], int]:
+        """The messages that *data* completes, and how far was read."""
+        if self._parser.idle:
+            quick = self._by_lines if self._lines else self._by_chunk
+            found = quick(data, fds_follow)
+            if found is not None:
+                return found, len(data)
+        data = data[:CAREFUL_BYTES]
+        return list(self._parser.feed(data)), len(data)
+
+    def _by_chunk(self, data: bytes, fds_follow: bool) -> list[_Found] | None:
+        """All of a chunk that holds nothing but whole messages; None where it does not, or where
+        it matters where each of them ends: descriptors come, and not just the last takes one.
+        """
+        values = self._decode(data)
+        if values is None or (fds_follow and any(map(self._wanted, values[:-1]))):
+            return None
+        end = len(data.rstrip(_WHITESPACE)) if fds_follow else len(data)
+        return [(value, None, end) for value in values]
+
+    def _by_lines(self, data: bytes, fds_follow: bool) -> list[_Found] | None:
+        """As :meth:`_by_chunk`, where an incomplete line is kept until the rest of it comes."""
+        kept = len(self._line)
+        cut = data.rfind(b"\n") + 1
+        self._line += data
+        if not cut and len(self._line) <= self._max_bytes:
+            return []
+        values = self._decode(bytes(self._line[: kept + cut]))
+        if values is not None and (len(values) <= 1 or not fds_follow):
+            del self._line[: kept + cut]
+            return [(value, None, cut) for value in values]
+        line = bytes(self._line)
+        self._line.clear()
+        return [(v, e, max(end - kept, 0)) for v, e, end in self._parser.feed(line)]
+
+    # -- out -----------------------------------------------------------------------------------
+
+    def messages(self) -> Iterator[Message]:
+        """The complete messages, each with its descriptors, in the order in which they came.
+
+        A message whose text is broken takes all descriptors that wait with it: nobody can tell
+        any more whom they were for.
+        """
+        unclaimed = self._unclaimed
+        pieces, self._pieces, self._attached = self._pieces, [], 0
+        try:
+            for piece in pieces:
+                fds, piece.fds = piece.fds, _NO_FDS
+                if fds or piece.dropped:
+                    unclaimed.arrive(fds, piece.dropped)
+                for value, error in piece.messages:
+                    if error is not None:
+                        unclaimed.discard()
+                        yield None, error, _NO_FDS, False
+                    elif most := self._wanted(value):
+                        fds, dropped = unclaimed.claim(most)
+                        yield value, None, fds, dropped
+                    else:
+                        yield value, None, _NO_FDS, False
+                    unclaimed.message_ended()
+                if piece.ends_segment:
+                    unclaimed.segment_ended(inside_message=piece.inside_message)
+        finally:  # whoever asks may stop asking, after ``quit``
+            for piece in pieces:
+                self._garbage += piece.fds
+
+    def close(self) -> None:
+        """The peer is gone: give up what waits."""
+        for piece in self._pieces:
+            self._garbage += piece.fds
+        self._pieces = []
+        self._unclaimed.discard()

@@ -1,0 +1,179 @@
+"""The tokens of QEMU's JSON dialect, over any split of the bytes.
+
+QEMU's is RFC 8259 with strings in single quotes too, and recovers from an error in a fixed way
+(QEMU Machine Protocol Specification, section 2.2 and "Protocol notes": control characters other
+than a tab, and the bytes FE and FF, force the parser into a known state).  This is a table of
+states by byte, as QEMU's own, because what a client sees after an error depends on every byte of
+it; only the insides of strings and junk are skipped by a regular expression.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from enum import IntEnum
+
+
+class Token(IntEnum):
+    """What a token is.  The numbers are table entries, above those of the states."""
+
+    LCURLY = 100
+    RCURLY = 101
+    LSQUARE = 102
+    RSQUARE = 103
+    COLON = 104
+    COMMA = 105
+    INTEGER = 106
+    FLOAT = 107
+    KEYWORD = 108
+    STRING = 109
+    ERROR = 110
+    TOO_BIG = 111  # a token that has grown past the limit: not in the table
+
+
+# States.  A dead end is an entry of Token.ERROR.
+_START, _RECOVERY = 0, 1
+_DQ, _DQ_ESCAPE, _SQ, _SQ_ESCAPE = 2, 3, 4, 5
+_SIGN, _ZERO, _DIGITS, _POINT, _FRACTION, _EXP, _EXP_SIGN, _EXP_DIGITS = range(6, 14)
+_KEYWORD = 14
+
+#: Added to an entry: the byte is not part of the token, it is looked at again in the next state.
+_LOOKAHEAD = 1000
+
+_ANY = bytes(range(256))
+_DIGIT = b"0123456789"
+_STRUCTURE: dict[int, Token] = {
+    ord("{"): Token.LCURLY,
+    ord("}"): Token.RCURLY,
+    ord("["): Token.LSQUARE,
+    ord("]"): Token.RSQUARE,
+    ord(":"): Token.COLON,
+    ord(","): Token.COMMA,
+}
+
+
+def _row(default: int, *entries: tuple[bytes, int]) -> list[int]:
+    row = [default] * 256
+    for keys, entry in entries:
+        for byte in keys:
+            row[byte] = entry
+    return row
+
+
+def _table() -> list[list[int]]:
+    error = int(Token.ERROR)
+    text = bytes(range(0x20, 0xFE))
+    resync = _LOOKAHEAD + _START
+    integer, float_ = _LOOKAHEAD + Token.INTEGER, _LOOKAHEAD + Token.FLOAT
+    exponent = (b"eE", _EXP)
+    rows = {
+        _START: _row(
+            error,
+            (b" \t\r\n", _START),
+            (b'"', _DQ),
+            (b"'", _SQ),
+            (b"-", _SIGN),
+            (b"0", _ZERO),
+            (b"123456789", _DIGITS),
+            (b"abcdefghijklmnopqrstuvwxyz", _KEYWORD),
+            *((bytes([byte]), int(token)) for byte, token in _STRUCTURE.items()),
+        ),
+        _RECOVERY: _row(
+            _RECOVERY,
+            (bytes(range(0x20)), resync),
+            (b"\xfe\xff[]{}:,", resync),
+            (b"\t", _RECOVERY),
+        ),
+        _DQ: _row(error, (text, _DQ), (b"\\", _DQ_ESCAPE), (b'"', Token.STRING)),
+        _DQ_ESCAPE: _row(error, (text, _DQ)),
+        _SQ: _row(error, (text, _SQ), (b"\\", _SQ_ESCAPE), (b"'", Token.STRING)),
+        _SQ_ESCAPE: _row(error, (text, _SQ)),
+        _SIGN: _row(error, (b"0", _ZERO), (b"123456789", _DIGITS)),
+        # QEMU forgets the exponent after a lone zero, and so refuses the valid number 0e1.
+        _ZERO: _row(integer, (_DIGIT, error), (b".", _POINT), exponent),
+        _DIGITS: _row(integer, (_DIGIT, _DIGITS), (b".", _POINT), exponent),
+        _POINT: _row(error, (_DIGIT, _FRACTION)),
+        _FRACTION: _row(float_, (_DIGIT, _FRACTION), exponent),
+        _EXP: _row(error, (b"+-", _EXP_SIGN), (_DIGIT, _EXP_DIGITS)),
+        _EXP_SIGN: _row(error, (_DIGIT, _EXP_DIGITS)),
+        _EXP_DIGITS: _row(float_, (_DIGIT, _EXP_DIGITS)),
+        _KEYWORD: _row(_LOOKAHEAD + Token.KEYWORD, (b"abcdefghijklmnopqrstuvwxyz", _KEYWORD)),
+    }
+    return [rows[state] for state in range(len(rows))]
+
+
+_TABLE = _table()
+
+# What a state swallows without leaving it, for those in which that can be long.
+_RUN = {
+    _START: re.compile(rb"[ \t\r\n]*"),
+    _RECOVERY: re.compile(rb"[^\x00-\x08\x0a-\x1f\xfe\xff\[\]{}:,]*"),
+    _DQ: re.compile(rb'[^\x00-\x1f\xfe\xff"\\]*'),
+    _SQ: re.compile(rb"[^\x00-\x1f\xfe\xff'\\]*"),
+}
+
+
+class Lexer:
+    """Cuts bytes into tokens; keeps what is incomplete for the next call.
+
+    Args:
+        max_token: bytes of one token; a longer one is given as TOO_BIG once, and dropped.
+    """
+
+    def __init__(self, max_token: int) -> None:
+        self._max_token = max_token
+        self._state = _START
+        self._begun = bytearray()  # the bytes of the token in progress, from earlier calls
+
+    @property
+    def idle(self) -> bool:
+        """Whether no token is in progress."""
+        return self._state == _START
+
+    @property
+    def buffered(self) -> int:
+        """Bytes kept of the token in progress."""
+        return len(self._begun)
+
+    def feed(self, data: bytes) -> Iterator[tuple[Token, bytes, int]]:
+        """The tokens that *data* completes: what each is, its bytes, and the offset in *data*
+        behind the last byte that was needed to tell.
+        """
+        state, begin, at, size = self._state, 0, 0, len(data)
+        begun = self._begun
+        while at < size:
+            if (run := _RUN.get(state)) is not None:
+                match = run.match(data, at)
+                assert match is not None  # each of them matches the empty string
+                at = match.end()
+                if at == size:
+                    break
+            if state in (_START, _RECOVERY):
+                begin = at
+            entry = _TABLE[state][data[at]]
+            if entry >= _LOOKAHEAD:
+                entry -= _LOOKAHEAD
+                end = at
+            else:
+                at += 1
+                end = at
+            if entry >= Token.LCURLY:
+                text = data[begin:end]
+                if begun:
+                    text = bytes(begun) + text
+                    begun.clear()
+                state = _RECOVERY if entry == Token.ERROR else _START
+                # The state is kept before each token is given, so that the consumer may reset it.
+                self._state = state
+                yield Token(entry), text, at
+                state = self._state
+                begin = at
+            else:
+                state = entry
+        self._state = state
+        if state != _START and state != _RECOVERY:
+            begun += data[begin:]
+            if len(begun) > self._max_token:
+                # A string is dropped up to its end; anything else up to where QEMU resumes.
+                begun.clear()
+                yield Token.TOO_BIG, b"", size

@@ -1,0 +1,104 @@
+"""Unix sockets to listen on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+import trio
+
+#: Connections that the kernel holds until they are accepted (listen(2)); it caps this itself.
+_BACKLOG = 4096
+
+
+class SocketInUse(OSError):
+    """A live daemon listens on the path already."""
+
+
+class UnixListener:
+    """A listening Unix socket and the file that it is reached by.
+
+    Args:
+        path: where; a stale socket file there is replaced.
+        mode: the file's permission bits.
+
+    Raises:
+        SocketInUse: a daemon listens there.
+        OSError: the path cannot be used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, mode: int = 0o600) -> None:
+        self.path = Path(path)
+        _remove_stale(self.path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # The mode has to hold from the first moment on, so it is the umask's, not a chmod's.
+            umask = os.umask(0o777 & ~mode)
+            try:
+                sock.bind(str(self.path))
+            except OSError as exc:
+                raise OSError(exc.errno, f"cannot bind: {exc.strerror or exc}", str(path)) from None
+            finally:
+                os.umask(umask)
+            sock.listen(_BACKLOG)
+            sock.setblocking(False)
+        except BaseException:
+            sock.close()
+            raise
+        self._sock = sock
+        self.socket = trio.socket.from_stdlib_socket(sock)
+        self._file = _identity(self.path)
+
+    def accept_nowait(self) -> trio.socket.SocketType:
+        """A client that has connected already.
+
+        Raises:
+            BlockingIOError: there is none.
+            OSError: it cannot be accepted.
+        """
+        sock, _ = self._sock.accept()
+        return trio.socket.from_stdlib_socket(sock)
+
+    def close(self) -> None:
+        """Stop listening, and remove the socket file if it is still ours."""
+        if self.socket.fileno() < 0:
+            return
+        self.socket.close()
+        if self._file is not None and _identity(self.path) == self._file:
+            with suppress(OSError):
+                self.path.unlink()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file *path* is, by device and inode."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket file that nobody listens on; refuse anything else that is in the way."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise OSError(errno.EEXIST, "exists and is not a socket", str(path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except FileNotFoundError:
+            return
+        except BlockingIOError:  # its backlog is full: very much alive
+            pass
+    raise SocketInUse(errno.EADDRINUSE, "a daemon is already listening", str(path))

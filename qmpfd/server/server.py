@@ -1,0 +1,193 @@
+"""The daemon as a Trio task: one nursery, one store, one lock."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+
+import trio
+
+from ..commands import Daemon, Dialect
+from ..errors import PermissionDenied, QMPError
+from ..fd import Fd, close_all
+from ..fdsets import FdSets
+from ..limits import Limits
+from ..protocol import encode
+from ..transport import FdStream
+from .listener import UnixListener
+from .session import Session
+
+_log = logging.getLogger("qmpfd")
+
+#: accept(2): the process or the system is out of something; the next try may do better.
+_ACCEPT_LATER = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class Server:
+    """A running daemon.
+
+    Args:
+        dialect: ``"spec"`` or ``"qemu"``, see INTERFACE, "Dialects".
+        limits: what each client is allowed.
+    """
+
+    def __init__(self, dialect: Dialect = "spec", limits: Limits | None = None) -> None:
+        self.dialect: Dialect = dialect
+        self.limits = limits or Limits()
+        #: Guards the store, which all sessions share.
+        self.lock = trio.Lock()
+        self.store = FdSets()
+        self.daemon = Daemon(self.store, dialect, self._quit)
+        #: The daemon is ending: what was received is carried out, nothing else is waited for.
+        self.stopping = False
+        #: As :attr:`stopping`, by ``quit``: what follows in the same connection is not answered.
+        self.quitting = False
+        self._stop_event = trio.Event()
+        #: Set when all is over.
+        self.ended = trio.Event()
+        self._sessions: set[Session] = set()
+
+    def stop(self) -> None:
+        """End gracefully: accept nobody else, carry out what was received, then return."""
+        self.stopping = True
+        self._stop_event.set()
+
+    def _quit(self) -> None:
+        self.quitting = True
+        self.stop()
+
+    async def run(
+        self,
+        listeners: Sequence[UnixListener],
+        *,
+        task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until :meth:`stop`, then drain and close the listeners."""
+        async with trio.open_nursery() as sessions:
+            async with trio.open_nursery() as accepting:
+                for listener in listeners:
+                    accepting.start_soon(self._accept, listener, sessions)
+                task_status.started(self)
+                await self._stop_event.wait()
+                accepting.cancel_scope.cancel()
+            # Whoever is in the backlog has connected in time: it is served as well.
+            for listener in listeners:
+                self._accept_rest(listener, sessions)
+                listener.close()
+            sessions.cancel_scope.deadline = trio.current_time() + self.limits.drain_timeout
+            for session in self._sessions:
+                session.finish()
+
+    def close_store(self) -> None:
+        """Close every stored descriptor."""
+        close_all(stored.fd for stored in self.store.clear())
+
+    # -- connections ---------------------------------------------------------------------------
+
+    async def _accept(self, listener: UnixListener, sessions: trio.Nursery) -> None:
+        while True:
+            try:
+                sock, _ = await listener.socket.accept()
+            except OSError as exc:
+                if exc.errno not in _ACCEPT_LATER:
+                    raise
+                _log.error("cannot accept a connection: %s", exc.strerror)
+                await trio.sleep(0.1)
+            else:
+                self._welcome(sock, sessions)
+
+    def _accept_rest(self, listener: UnixListener, sessions: trio.Nursery) -> None:
+        """Accept those who have connected already, without waiting for others."""
+        with suppress(OSError):
+            while len(self._sessions) < self.limits.max_connections:
+                self._welcome(listener.accept_nowait(), sessions)
+
+    def _welcome(self, sock: trio.socket.SocketType, sessions: trio.Nursery) -> None:
+        """Serve a new client, or tell it why not."""
+        with ExitStack() as stack:
+            stream = stack.enter_context(FdStream(sock))
+            try:
+                self._admit(stream)
+            except QMPError as exc:
+                refusal = {"error": {"class": exc.error_class, "desc": exc.desc}}
+                _log.warning("a client was turned away: %s", exc.desc)
+                with suppress(trio.BrokenResourceError):
+                    stream.send_nowait(encode(refusal) + b"\r\n")
+                return
+            session = Session(self, stream)
+            stack.pop_all()
+            self._sessions.add(session)
+            sessions.start_soon(self._serve, session)
+
+    def _admit(self, stream: FdStream) -> None:
+        """Refuse a client that may not connect, or for whom there is no room."""
+        if len(self._sessions) >= self.limits.max_connections:
+            raise QMPError(
+                f"Too many connections (the limit is {self.limits.max_connections})", "GenericError"
+            )
+        uid = _peer_uid(stream.socket)
+        if uid not in (0, os.geteuid()):
+            raise PermissionDenied(f"uid {uid} may not connect")
+
+    async def _serve(self, session: Session) -> None:
+        try:
+            await session.run()
+        finally:
+            self._sessions.discard(session)
+
+
+def _peer_uid(sock: socket.socket) -> int:
+    """The uid of whoever connected (SO_PEERCRED, unix(7))."""
+    packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", packed)
+    return int(uid)
+
+
+async def serve(
+    paths: Iterable[str | os.PathLike[str]],
+    *,
+    dialect: Dialect = "spec",
+    limits: Limits | None = None,
+    socket_mode: int = 0o600,
+    initial_fds: Iterable[tuple[Fd, int, str | None]] = (),
+    task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Hold file descriptors for the clients that connect to *paths*.
+
+    Runs until it is cancelled, :meth:`Server.stop` is called or a client says ``quit``; then
+    every stored descriptor is closed and the socket files are removed.  Started with
+    ``await nursery.start(qmpfd.serve, [path])``, it returns once clients can connect, and gives
+    the :class:`Server`.
+
+    Args:
+        paths: the Unix sockets to listen on; a stale socket file is replaced.
+        dialect: ``"spec"``, the published specification of the commands, or ``"qemu"``, today's
+            QEMU.
+        limits: what each client is allowed.
+        socket_mode: permission bits of the socket files.
+        initial_fds: descriptors to start with: each with the id of its fd set, which is created
+            if need be, and its opaque text or None; owned by the daemon from here on.
+
+    Raises:
+        SocketInUse: another daemon listens on one of *paths*.
+        OSError: one of *paths* cannot be used.
+    """
+    server = Server(dialect, limits)
+    with ExitStack() as stack:
+        stack.callback(server.close_store)
+        for fd, fdset_id, opaque in initial_fds:
+            server.store.add(fd, fdset_id, opaque, create=True)
+        listeners = []
+        for path in paths:
+            listener = UnixListener(path, mode=socket_mode)
+            stack.callback(listener.close)
+            listeners.append(listener)
+        try:
+            await server.run(listeners, task_status=task_status)
+        finally:
+            server.ended.set()

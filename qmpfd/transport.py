@@ -1,0 +1,112 @@
+"""Bytes and descriptors over a Unix stream socket, for Trio: what client and server share.
+
+The socket itself is trio.socket's, but reads and writes are tried without waiting first, and
+Trio is asked to wait only where there is nothing to do: measured, a turn costs 24 us of CPU so,
+28 to 32 with trio.socket's own calls, and 40 with trio.SocketStream, which drops descriptors too.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from types import TracebackType
+
+import trio
+
+from . import fd
+from .fd import FileDescriptorLike
+from .protocol import Connection
+
+
+class FdStream:
+    """A connected Unix socket that carries descriptors.
+
+    Args:
+        sock: the socket; owned from here on.
+    """
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        kind, number = sock.type, sock.detach()
+        self._sock = socket.socket(socket.AF_UNIX, kind, 0, fileno=number)
+        self._sock.setblocking(False)
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket, for its options."""
+        return self._sock
+
+    def receive_nowait(self, connection: Connection) -> bool:
+        """Hand what is there to *connection*, bytes and descriptors; False once the peer is gone.
+
+        Nothing in here waits or can be cancelled, so no descriptor is ever without an owner.
+
+        Raises:
+            trio.WouldBlock: nothing is there yet.
+        """
+        try:
+            data, fds_follow = fd.peek(self._sock)
+        except BlockingIOError:
+            raise trio.WouldBlock from None
+        except ConnectionError:  # the peer was closed before it had read all
+            return False
+        if not data:
+            return False
+        for length in connection.receive(data, fds_follow):
+            _, fds, dropped = fd.receive(self._sock, length)
+            if fds_follow:
+                connection.attach(fds, dropped)
+        return True
+
+    async def wait_readable(self) -> None:
+        """Wait until something is there, or the peer is gone."""
+        await trio.lowlevel.wait_readable(self._sock)
+
+    async def wait_writable(self) -> None:
+        """Wait until the peer takes more, or is gone."""
+        await trio.lowlevel.wait_writable(self._sock)
+
+    def send_nowait(self, data: bytes, fds: Sequence[FileDescriptorLike] = ()) -> int:
+        """Send what the peer has room for; how many bytes that was.
+
+        Args:
+            data: what to send, not empty.
+            fds: descriptors whose duplicates go with the first byte.
+
+        Raises:
+            trio.BrokenResourceError: the peer is gone.
+            OSError: *fds* cannot be passed: closed, too many, or too many in flight.
+        """
+        try:
+            return fd.send(self._sock, data, fds)
+        except BlockingIOError:
+            return 0
+        except ConnectionError as exc:
+            raise trio.BrokenResourceError("the peer is gone") from exc
+
+    async def send_all(self, data: bytes, fds: Sequence[FileDescriptorLike] = ()) -> None:
+        """Send all of *data*; returns without a checkpoint when that needs no waiting.
+
+        Raises:
+            trio.BrokenResourceError: the peer is gone.
+        """
+        sent = self.send_nowait(data, fds)
+        while sent < len(data):
+            await self.wait_writable()
+            sent += self.send_nowait(data[sent:], () if sent else fds)
+
+    def close(self) -> None:
+        """Close the socket; tasks that wait for it get ClosedResourceError."""
+        if self._sock.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
+
+    def __enter__(self) -> FdStream:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
