@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="qmpfd",
         description="Hold open file descriptors for other programs, over QEMU's QMP.",
         epilog="Exit status: 0 done, 1 the daemon refused, 2 usage, 3 no daemon.",

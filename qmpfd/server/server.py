@@ -148,7 +148,7 @@ def _peer_uid(sock: socket.socket) -> int:
     return int(uid)
 
 
-async def serve(
+async def serve(  # noqa: ASYNC128 - Server.run does that
     paths: Iterable[str | os.PathLike[str]],
     *,
     dialect: Dialect = "spec",
