@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .client import Client as Client
     from .client import connect as connect
     from .commands import AddfdInfo as AddfdInfo
+    from .commands import FdInfo as FdInfo
     from .commands import FdsetFdInfo as FdsetFdInfo
     from .commands import FdsetInfo as FdsetInfo
     from .errors import CommandNotFound as CommandNotFound
@@ -25,14 +26,18 @@ if TYPE_CHECKING:
     from .errors import PermissionDenied as PermissionDenied
     from .errors import QMPError as QMPError
     from .limits import Limits as Limits
+    from .opener import fdset_opener as fdset_opener
     from .protocol import ProtocolError as ProtocolError
+    from .protocol import QMPEvent as QMPEvent
     from .server import Server as Server
     from .server import serve as serve
+    from .syncclient import NoDaemon as NoDaemon
 
 _HOMES = {
     "Client": ".client",
     "connect": ".client",
     "AddfdInfo": ".commands",
+    "FdInfo": ".commands",
     "FdsetFdInfo": ".commands",
     "FdsetInfo": ".commands",
     "CommandNotFound": ".errors",
@@ -43,9 +48,12 @@ _HOMES = {
     "PermissionDenied": ".errors",
     "QMPError": ".errors",
     "Limits": ".limits",
+    "fdset_opener": ".opener",
     "ProtocolError": ".protocol",
+    "QMPEvent": ".protocol",
     "Server": ".server",
     "serve": ".server",
+    "NoDaemon": ".syncclient",
 }
 
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - a test compares it with the imports above

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeAlias
 
-from .limits import READ_BYTES, SCM_MAX_FD
+from .limits import READ_BYTES, SCM_MAX_FD, SEGMENT_BYTES
 
 
 class HasFileno(Protocol):
@@ -48,6 +48,9 @@ class Fd:
         if self._number < 0:
             raise ValueError("the descriptor is closed")
         return self._number
+
+    #: A descriptor can stand for its number: ``os.read(fd, 10)``, ``open(fd.detach())``.
+    __index__ = fileno
 
     @property
     def closed(self) -> bool:
@@ -123,7 +126,11 @@ def peek(sock: socket.socket) -> tuple[bytes, bool]:
         BlockingIOError: nothing is there yet.
     """
     count, _, flags, _ = sock.recvmsg_into((_peeked,), 0, socket.MSG_PEEK)
-    return bytes(_peeked_view[:count]), bool(flags & socket.MSG_CTRUNC)
+    fds_follow = bool(flags & socket.MSG_CTRUNC)
+    if fds_follow and count == READ_BYTES:
+        # What they were sent with may go on behind these bytes: show it whole, the next time.
+        count -= SEGMENT_BYTES
+    return bytes(_peeked_view[:count]), fds_follow
 
 
 def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:

@@ -30,9 +30,28 @@ MAX_ERRORS_IN_A_ROW = MAX_NESTING + 16
 #: splits it in pieces of up to 36 KiB, each of which is seen whole.
 READ_BYTES = 64 << 10
 
+#: Bytes that descriptors can have been sent with, at most, as far as the kernel still tells: one of
+#: those pieces.
+SEGMENT_BYTES = 36 << 10
+
 #: Bytes that the careful parser takes in one step, at about 0.3 us a byte in the worst case, so
 #: that no other client waits for longer than a few milliseconds.
 CAREFUL_BYTES = 8 << 10
+
+#: Bytes of replies, and descriptors with them, after which a client's replies are sent before
+#: more of its requests are carried out: what waits to be sent is bounded by it.
+REPLY_BYTES_A_TURN = 256 << 10
+MAX_FDS_A_TURN = 64
+
+#: Seconds that cleaning up after a connection may wait for the store.
+CLEANUP_TIMEOUT = 5.0
+
+#: Events that wait for one watching client; what comes on top is counted, and the client is told.
+MAX_EVENTS = 4096
+
+#: Seconds between two looks at stored sockets and pipes whose other end is gone and that hold
+#: data: nothing tells when it has been read.
+HANGUP_RECHECK = 1.0
 
 #: Ids of fd sets and numbers in QMP's ``int`` (QAPI ``int64``).
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1

@@ -7,6 +7,7 @@ Trio is asked to wait only where there is nothing to do: measured, a turn costs 
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Sequence
 from types import TracebackType
@@ -16,6 +17,9 @@ import trio
 from . import fd
 from .fd import FileDescriptorLike
 from .protocol import Connection
+
+#: Seconds until the next try where too many descriptors are in flight.
+_IN_FLIGHT_RETRY = 0.01
 
 
 class FdStream:
@@ -74,13 +78,17 @@ class FdStream:
 
         Raises:
             trio.BrokenResourceError: the peer is gone.
-            OSError: *fds* cannot be passed: closed, too many, or too many in flight.
+            OSError: *fds* cannot be passed: closed, or more than 253.
         """
         try:
             return fd.send(self._sock, data, fds)
         except BlockingIOError:
             return 0
-        except ConnectionError as exc:
+        except OSError as exc:
+            if exc.errno == errno.ETOOMANYREFS:  # see unix(7)
+                return 0
+            if not isinstance(exc, ConnectionError):
+                raise
             raise trio.BrokenResourceError("the peer is gone") from exc
 
     async def send_all(self, data: bytes, fds: Sequence[FileDescriptorLike] = ()) -> None:
@@ -89,10 +97,19 @@ class FdStream:
         Raises:
             trio.BrokenResourceError: the peer is gone.
         """
-        sent = self.send_nowait(data, fds)
-        while sent < len(data):
+        sent = 0
+        waited = False
+        while True:
+            went = self.send_nowait(data[sent:], () if sent else fds)
+            sent += went
+            if sent == len(data):
+                return
+            if waited and not went:
+                # There is room, but too many descriptors of this user are in flight: others have
+                # to receive theirs first, and nothing tells when they have.
+                await trio.sleep(_IN_FLIGHT_RETRY)
             await self.wait_writable()
-            sent += self.send_nowait(data[sent:], () if sent else fds)
+            waited = True
 
     def close(self) -> None:
         """Close the socket; tasks that wait for it get ClosedResourceError."""

@@ -10,8 +10,9 @@ from typing import NoReturn
 
 from .._version import __version__
 from ..errors import QMPError
-from . import serve, verbs
-from .status import NO_DAEMON, REFUSED, USAGE, NoDaemon, UsageError
+from ..syncclient import NoDaemon
+from . import handout, serve, verbs
+from .status import NO_DAEMON, REFUSED, USAGE, UsageError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     serve.add_parser(commands)
     verbs.add_parsers(commands)
+    handout.add_parsers(commands)
     return parser
 
 
@@ -43,7 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 the daemon refused, 2 usage, 3 no daemon.
     """
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    command: list[str] = []
+    if words[:1] == ["exec"] and "--" in words:
+        # Whatever is behind it is the command's, options and further dashes too.
+        cut = words.index("--")
+        words, command = words[:cut], words[cut + 1 :]
+    arguments = _parser().parse_args(words)
+    if command:
+        arguments.command = command
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()

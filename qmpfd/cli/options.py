@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..syncclient import SyncClient
+
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -19,6 +21,11 @@ def default_socket() -> Path:
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(runtime, "qmpfd.sock")
     return Path("/run/qmpfd.sock")
+
+
+def client_of(arguments: argparse.Namespace) -> SyncClient:
+    """The daemon that a verb's options name."""
+    return SyncClient(arguments.socket or default_socket(), arguments.timeout)
 
 
 def number(name: str, least: int = 0, most: int | None = None) -> Callable[[str], int]:

@@ -7,7 +7,3 @@ DONE, REFUSED, USAGE, NO_DAEMON = range(4)
 
 class UsageError(Exception):
     """What was typed cannot be done."""
-
-
-class NoDaemon(Exception):
-    """Nobody answers at the socket."""

@@ -8,9 +8,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..fd import Fd
-from .client import SyncClient
-from .options import add_client_options, default_socket, number
-from .output import print_json, print_table, printable
+from .options import add_client_options, client_of, number
+from .output import duration, print_json, print_table, printable
 from .status import DONE, UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +40,9 @@ def add_parsers(verbs: Subparsers) -> None:
 
     ls = verbs.add_parser("ls", help="list the fd sets", description="List the fd sets.")
     add_client_options(ls)
+    ls.add_argument(
+        "--long", "-l", action="store_true", help="show what each descriptor is, and whose"
+    )
     ls.set_defaults(run=_ls)
 
     rm = verbs.add_parser(
@@ -51,10 +53,6 @@ def add_parsers(verbs: Subparsers) -> None:
     add_client_options(rm)
     rm.add_argument("which", type=_fdset_and_fd, metavar="N[:FD]", help="what to remove")
     rm.set_defaults(run=_rm)
-
-
-def _client(arguments: argparse.Namespace) -> SyncClient:
-    return SyncClient(arguments.socket or default_socket(), arguments.timeout)
 
 
 def _fdset_and_fd(text: str) -> tuple[int, int | None]:
@@ -90,7 +88,7 @@ def _add_fd(arguments: argparse.Namespace, fd: int) -> dict[str, Any]:
         members["fdset-id"] = arguments.fdset
     if arguments.opaque is not None:
         members["opaque"] = arguments.opaque
-    with _client(arguments) as client:
+    with client_of(arguments) as client:
         info: dict[str, Any] = client.execute("add-fd", members, [fd])
     return info
 
@@ -110,7 +108,9 @@ def _open(path: str, mode: str) -> Fd:
 
 
 def _ls(arguments: argparse.Namespace) -> int:
-    with _client(arguments) as client:
+    if arguments.long:
+        return _ls_long(arguments)
+    with client_of(arguments) as client:
         sets = client.execute("query-fdsets")
     if arguments.json:
         print_json(sets)
@@ -126,12 +126,46 @@ def _ls(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _ls_long(arguments: argparse.Namespace) -> int:
+    with client_of(arguments) as client:
+        fds = client.execute("query-fds")
+    if arguments.json:
+        print_json(fds)
+    elif not fds:
+        print("no fd sets")
+    else:
+        header = ("FDSET", "FD", "ACCESS", "KIND", "AGE", "KEPT", "PID", "UID", "OPAQUE", "TARGET")
+        print_table(header, [_long_row(fd) for fd in fds])
+    return DONE
+
+
+def _long_row(fd: dict[str, Any]) -> tuple[str, ...]:
+    kept = [fd["lifetime"]] if fd["lifetime"] != "daemon" else []
+    if "expires" in fd:
+        kept.append(duration(fd["expires"]))
+    if fd["watch-hangup"]:
+        kept.append("hangup")
+    added_by = fd.get("added-by", {})
+    return (
+        str(fd["fdset-id"]),
+        str(fd["fd"]),
+        fd["access"],
+        fd["kind"],
+        duration(fd["age"]),
+        ",".join(kept) or "-",
+        str(added_by.get("pid", "-")),
+        str(added_by.get("uid", "-")),
+        printable(fd.get("opaque", "")) or "-",
+        printable(fd["target"]),
+    )
+
+
 def _rm(arguments: argparse.Namespace) -> int:
     fdset_id, fd = arguments.which
     members = {"fdset-id": fdset_id}
     if fd is not None:
         members["fd"] = fd
-    with _client(arguments) as client:
+    with client_of(arguments) as client:
         result = client.execute("remove-fd", members)
     if arguments.json:
         print_json(result)

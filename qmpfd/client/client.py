@@ -8,18 +8,20 @@ caller's block stays what it is, and nothing is left running.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import outcome
 import trio
 
-from ..commands import AddfdInfo, FdsetInfo
+from ..commands import AddfdInfo, FdInfo, FdsetInfo
 from ..errors import QMPError
-from ..fd import FileDescriptorLike, close_all
+from ..fd import Fd, FileDescriptorLike, close_all
+from ..limits import CLEANUP_TIMEOUT, MAX_EVENTS
 from ..protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
 from ..transport import FdStream
 
@@ -51,6 +53,7 @@ class Client:
         self._sending = trio.Lock()
         self._unsent = b""  # the rest of a request whose call was cancelled halfway
         self._reading = False
+        self._events: deque[QMPEvent] = deque(maxlen=MAX_EVENTS)
         self._failure: Exception | None = None
 
     @property
@@ -134,6 +137,140 @@ class Client:
         """The fd sets, by descending id (``query-fdsets``)."""
         return _typed(await self.execute("query-fdsets"), list[FdsetInfo])
 
+    # -- commands that only qmpfd has ----------------------------------------------------------
+
+    async def open_fdset(
+        self,
+        fdset_id: int,
+        access: Literal["rdonly", "wronly", "rdwr"] | None = None,
+        fd: int | None = None,
+    ) -> Fd:
+        """Get a duplicate of a stored descriptor (``open-fdset``).
+
+        Use it as ``with await client.open_fdset(...) as fd``: it is closed at the end, unless it
+        was given on with ``fd.detach()``.  It has ``fileno()``, and can stand for its number.
+
+        Args:
+            fdset_id: the fd set.
+            access: the access mode that it must have; any if None.
+            fd: its number in the server; the newest that matches if None.
+
+        Raises:
+            FdNotFound: there is no such set, or no such descriptor in it.
+            Exception: what :meth:`execute` raises.
+        """
+        arguments: dict[str, Any] = {"fdset-id": fdset_id}
+        if access is not None:
+            arguments["access"] = access
+        if fd is not None:
+            arguments["fd"] = fd
+        reply = await self._request("open-fdset", arguments)
+        reply.outcome.unwrap()
+        if len(reply.fds) != 1:
+            close_all(reply.fds)
+            raise ProtocolError("the server has answered without a descriptor")
+        return reply.fds[0]
+
+    async def add_fds(
+        self,
+        fds: Sequence[FileDescriptorLike],
+        fdset_id: int | None = None,
+        opaque: str | None = None,
+        *,
+        lifetime: Literal["daemon", "connection"] = "daemon",
+        expires: int | None = None,
+        watch_hangup: bool = False,
+    ) -> FdsetInfo:
+        """Add duplicates of up to 253 descriptors to an fd set, or none of them (``add-fds``).
+
+        Args:
+            fds: ints or anything with ``fileno()``; they stay the caller's.
+            fdset_id: the set; a new one if None.
+            opaque: a free-form text to find the descriptors by.
+            lifetime: ``"connection"``: they are removed when this connection ends.
+            expires: seconds after which they are removed.
+            watch_hangup: remove each when the other end of the socket or pipe is gone.
+
+        Returns:
+            The set's id, and what was added, in the order of *fds*.
+
+        Raises:
+            InvalidParameterValue: the server wants an existing set, or sockets and pipes.
+            Exception: what :meth:`execute` raises.
+        """
+        arguments: dict[str, Any] = {}
+        if fdset_id is not None:
+            arguments["fdset-id"] = fdset_id
+        if opaque is not None:
+            arguments["opaque"] = opaque
+        if lifetime != "daemon":
+            arguments["lifetime"] = lifetime
+        if expires is not None:
+            arguments["expires"] = expires
+        if watch_hangup:
+            arguments["watch-hangup"] = True
+        return _typed(await self.execute("add-fds", arguments, fds=fds), FdsetInfo)
+
+    async def query_fds(
+        self, fdset_id: int | None = None, opaque: str | None = None
+    ) -> list[FdInfo]:
+        """What is stored, in detail (``query-fds``).
+
+        Args:
+            fdset_id: only this fd set.
+            opaque: only descriptors whose opaque text begins with this.
+
+        Raises:
+            FdNotFound: there is no such set.
+            Exception: what :meth:`execute` raises.
+        """
+        arguments: dict[str, Any] = {}
+        if fdset_id is not None:
+            arguments["fdset-id"] = fdset_id
+        if opaque is not None:
+            arguments["opaque"] = opaque
+        return _typed(await self.execute("query-fds", arguments), list[FdInfo])
+
+    @asynccontextmanager
+    async def watch_fdsets(self) -> AsyncGenerator[AsyncIterator[QMPEvent], None]:
+        """Be told what is added and removed, while the block runs (``watch-fdsets``).
+
+        Use it as ``async with client.watch_fdsets() as events`` and ``async for event in events``;
+        the events are those from the beginning of the block on.
+
+        Raises:
+            Exception: what :meth:`execute` raises.
+        """
+        await self.execute("watch-fdsets", {"enable": True})
+        try:
+            yield self.events()
+        finally:
+            with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
+                if self._failure is None:
+                    await self.execute("watch-fdsets", {"enable": False})
+
+    async def events(self) -> AsyncIterator[QMPEvent]:  # noqa: ASYNC900 - nothing to clean up
+        """The server's events, as they come; a QEMU sends some unasked.
+
+        At most 4096 wait here to be asked for; the oldest are dropped then.
+
+        Raises:
+            trio.BrokenResourceError: the connection is lost.
+            trio.ClosedResourceError: this client is closed.
+        """
+        while True:
+            await trio.lowlevel.checkpoint()
+            while self._events:
+                yield self._events.popleft()
+            call = _Call()
+            # It has no request, and no reply will ever have its id: it is woken to read.
+            request_id = next(self._ids)
+            self._calls[request_id] = call
+            try:
+                await self._wait(call, lambda: bool(self._events))
+            finally:
+                self._forget(request_id)
+
     # -- the machinery -------------------------------------------------------------------------
 
     async def negotiate(self) -> None:
@@ -158,11 +295,15 @@ class Client:
         call = self._calls[request_id] = _Call()
         try:
             await self._send(self._connection.execute(command, arguments, request_id), fds)
-            return await self._reply(call)
+            await self._wait(call, lambda: call.reply is not None)
+            assert call.reply is not None
+            return call.reply
+        except BaseException:
+            if call.reply is not None:
+                close_all(call.reply.fds)
+            raise
         finally:
-            self._calls.pop(request_id, None)
-            if not self._reading:
-                self._wake_a_reader()
+            self._forget(request_id)
 
     async def _send(self, request: bytes, fds: Sequence[FileDescriptorLike]) -> None:
         async with self._sending:
@@ -186,8 +327,9 @@ class Client:
             await self._stream.wait_writable()
             self._unsent = self._unsent[self._stream.send_nowait(self._unsent) :]
 
-    async def _reply(self, call: _Call) -> Reply:
-        while call.reply is None:
+    async def _wait(self, call: _Call, done: Callable[[], bool]) -> None:
+        """Wait until *done*, reading for everybody while nobody else does."""
+        while not done():
             if self._failure is not None:
                 raise self._failure
             if self._reading:
@@ -195,7 +337,15 @@ class Client:
                 await call.wake.wait()
             else:
                 await self._read()
-        return call.reply
+
+    def _forget(self, request_id: int) -> None:
+        """The call is over; if it was reading, another one that waits takes over."""
+        self._calls.pop(request_id, None)
+        if not self._reading:
+            for call in self._calls.values():
+                if call.reply is None:
+                    call.wake.set()
+                    return
 
     async def _read(self) -> None:
         """Read what the server sent, for whoever waits for it; wait if there is nothing."""
@@ -223,6 +373,9 @@ class Client:
 
     def _deliver(self, message: Reply | QMPEvent) -> None:
         if isinstance(message, QMPEvent):
+            self._events.append(message)
+            for waiting in self._calls.values():
+                waiting.wake.set()
             return
         call = self._calls.get(message.id) if isinstance(message.id, int) else None
         if call is not None:
@@ -241,12 +394,6 @@ class Client:
             self._failure = failure
         for call in self._calls.values():
             call.wake.set()
-
-    def _wake_a_reader(self) -> None:
-        for call in self._calls.values():
-            if call.reply is None:
-                call.wake.set()
-                return
 
     def _close_garbage(self) -> None:
         close_all(self._connection.garbage)

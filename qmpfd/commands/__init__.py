@@ -1,9 +1,9 @@
 """What each QMP command does."""
 
-from .context import Context, Daemon, Dialect
+from .context import Context, Daemon, Dialect, Stats
 from .control import VERSION
 from .dispatch import TABLE, VOCABULARY, execute
-from .types import AddfdInfo, FdsetFdInfo, FdsetInfo, VersionInfo
+from .types import AddfdInfo, FdInfo, FdsetFdInfo, FdsetInfo, OpenedFd, PeerInfo, VersionInfo
 
 __all__ = [
     "TABLE",
@@ -13,8 +13,12 @@ __all__ = [
     "Context",
     "Daemon",
     "Dialect",
+    "FdInfo",
     "FdsetFdInfo",
     "FdsetInfo",
+    "OpenedFd",
+    "PeerInfo",
+    "Stats",
     "VersionInfo",
     "execute",
 ]

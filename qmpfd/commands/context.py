@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..errors import FdNotSupplied
 from ..fd import Fd
-from ..fdsets import FdSets
+from ..fdsets import FdSet, FdSets, Peer, StoredFd
+from ..limits import Limits
 from ..protocol import ServerConnection
+from .events import EventQueue, fd_added, fd_removed
+from .hangups import Hangups
+
+if TYPE_CHECKING:
+    from .table import Table
 
 Dialect: TypeAlias = Literal["spec", "qemu"]
+
+
+@dataclass(slots=True)
+class Stats:
+    """What has happened since the start.
+
+    Args:
+        started_at: when that was, by the daemon's clock.
+    """
+
+    started_at: float
+    connections: int = 0  #: clients connected now
+    accepted: int = 0  #: clients ever served
+    turned_away: int = 0  #: clients refused
+    commands: Counter[str] = field(default_factory=Counter)  #: carried out, by name
+    errors: Counter[str] = field(default_factory=Counter)  #: replies, by error class
 
 
 @dataclass(slots=True)
@@ -19,32 +42,70 @@ class Daemon:
     """What all connections share.
 
     Args:
-        store: the fd sets.
         dialect: ``"spec"`` or ``"qemu"``.
+        limits: what each client is allowed.
+        clock: the time in seconds, never set back.
         stop: ends the daemon, gracefully.
+        table: the commands there are.
     """
 
-    store: FdSets
     dialect: Dialect
+    limits: Limits
+    clock: Callable[[], float]
     stop: Callable[[], None]
+    table: Table
+    store: FdSets = field(default_factory=FdSets)
+    hangups: Hangups = field(default_factory=Hangups)
+    watchers: set[EventQueue] = field(default_factory=set)
+    stats: Stats = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stats = Stats(self.clock())
+        self.store.observer = self
+
+    # The store tells of every change, whatever its cause.
+
+    def added(self, fdset: FdSet, stored: StoredFd) -> None:
+        """A descriptor was stored: tell those who watch."""
+        if self.watchers:
+            event = fd_added(fdset.id, stored)
+            for queue in self.watchers:
+                queue.put(event)
+
+    def removed(self, fdset: FdSet, stored: StoredFd, reason: str) -> None:
+        """A descriptor was taken out: tell those who watch."""
+        if stored.terms.watch_hangup:
+            self.hangups.unwatch(stored)
+        if self.watchers:
+            event = fd_removed(fdset.id, stored, reason)
+            for queue in self.watchers:
+                queue.put(event)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Context:
     """One connection, as its commands see it.
 
     Args:
         daemon: what it shares with the others.
         connection: its protocol state.
+        peer: who is at the other end.
+        wake: called when an event waits to be sent.
         names: the descriptors of ``getfd``, by name; owned here.
         fds: the descriptors that came with the command being carried out; what the command
             leaves in the list is closed.
+        passed: the descriptors that go back with the reply; owned here until they are sent.
+        events: what the client is to be told unasked, while it watches.
     """
 
     daemon: Daemon
     connection: ServerConnection
+    peer: Peer
+    wake: Callable[[], None]
     names: dict[str, Fd] = field(default_factory=dict)
     fds: list[Fd] = field(default_factory=list)
+    passed: list[Fd] = field(default_factory=list)
+    events: EventQueue | None = None
 
     def first_fd(self) -> Fd:
         """The descriptor that came with the command.
@@ -56,7 +117,23 @@ class Context:
             raise FdNotSupplied("No file descriptor supplied via SCM_RIGHTS")
         return self.fds[0]
 
+    def discard(self, removed: list[StoredFd]) -> None:
+        """What was taken out of the store is closed once the lock is released."""
+        self.connection.garbage += [stored.fd for stored in removed]
+
+    def watch(self, enable: bool) -> None:
+        """Tell this connection of changes to the store, or do not."""
+        if enable and self.events is None:
+            self.events = EventQueue(self.wake)
+            self.daemon.watchers.add(self.events)
+        elif not enable and self.events is not None:
+            self.daemon.watchers.discard(self.events)
+            self.events = None
+
     def close(self) -> None:
-        """The connection is over: its names are gone, their descriptors garbage."""
-        self.connection.garbage += self.names.values()
+        """The connection is over, and with it all that was kept for its time only."""
+        self.watch(False)
+        self.discard(self.daemon.store.remove_owned(self))
+        self.connection.garbage += [*self.names.values(), *self.passed]
         self.names.clear()
+        self.passed.clear()

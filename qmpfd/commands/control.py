@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import UNSET
 
 from .._version import __version__
 from .context import Context
-from .fds import table as fds
+from .schema import schema
 from .table import Table
 from .types import (
     NOTHING,
@@ -14,6 +16,7 @@ from .types import (
     Capabilities,
     CommandInfo,
     NameInfo,
+    SchemaInfo,
     VersionInfo,
     version_info,
 )
@@ -48,7 +51,13 @@ def query_name(context: Context, arguments: Arguments) -> NameInfo:
 @table.command("query-commands", Arguments, list[CommandInfo])
 def query_commands(context: Context, arguments: Arguments) -> list[CommandInfo]:
     """List the commands of the server."""
-    return [CommandInfo(name) for name in (*table.commands, *fds.commands)]
+    return [CommandInfo(name) for name in context.daemon.table.commands]
+
+
+@table.command("query-qmp-schema", Arguments, list[SchemaInfo])
+def query_qmp_schema(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
+    """Describe all commands and events, and their types."""
+    return schema(context.daemon.table)
 
 
 @table.command("quit", Arguments, Nothing)

@@ -10,13 +10,13 @@ from msgspec import UNSET
 from ..errors import GenericError, QMPError
 from ..fd import Fd
 from ..protocol import Request, Vocabulary
-from . import control, fds
+from . import control, fds, own
 from .context import Context
 from .table import Command, Table
 
 _log = logging.getLogger("qmpfd")
 
-TABLE = Table({**control.table.commands, **fds.table.commands})
+TABLE = Table({**control.table.commands, **fds.table.commands, **own.table.commands})
 VOCABULARY = Vocabulary(TABLE.specs())
 _COMMANDS: dict[type[Request], Command] = {
     request: TABLE.commands[name] for request, name in VOCABULARY.names.items()
@@ -37,6 +37,7 @@ def execute(context: Context, request: Request, passed: list[Fd]) -> outcome.Out
     result: outcome.Outcome[object] = outcome.capture(
         command.run, context, command.nothing if arguments is UNSET else arguments
     )
+    context.daemon.stats.commands[command.name] += 1
     if passed:
         context.connection.garbage += passed
     if isinstance(result, outcome.Error) and not isinstance(result.error, QMPError):

@@ -19,11 +19,14 @@ def add_fd(context: Context, arguments: AddFd) -> AddfdInfo:
     fd = context.first_fd()
     fdset_id = arguments.fdset_id
     opaque = arguments.opaque
-    fdset = context.daemon.store.add(
+    daemon = context.daemon
+    fdset = daemon.store.add(
         fd,
         None if fdset_id is UNSET else fdset_id,
         None if opaque is UNSET else opaque,
-        create=context.daemon.dialect == "qemu",
+        create=daemon.dialect == "qemu",
+        added_by=context.peer,
+        now=daemon.clock(),
     )
     context.fds.pop(0)
     return AddfdInfo(fdset.id, fd.fileno())
@@ -34,7 +37,7 @@ def remove_fd(context: Context, arguments: RemoveFd) -> Nothing:
     """Remove one file descriptor, or all, from an fd set, and close what was removed."""
     number = arguments.fd
     removed = context.daemon.store.remove(arguments.fdset_id, None if number is UNSET else number)
-    context.connection.garbage += [stored.fd for stored in removed]
+    context.discard(removed)
     return NOTHING
 
 
@@ -44,10 +47,7 @@ def query_fdsets(context: Context, arguments: Arguments) -> list[FdsetInfo]:
     return [
         FdsetInfo(
             fdset.id,
-            [
-                FdsetFdInfo(number, UNSET if stored.opaque is None else stored.opaque)
-                for number, stored in fdset.fds.items()
-            ],
+            [FdsetFdInfo(number, stored.opaque) for number, stored in fdset.fds.items()],
         )
         for fdset in context.daemon.store
     ]

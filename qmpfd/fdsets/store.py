@@ -8,12 +8,40 @@ so that it can be done outside the critical section.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 from ..errors import FdNotFound, InvalidParameterValue
 from ..fd import Fd
+from .expiry import Expiries
 from .ids import IdPool
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a connection (SO_PEERCRED, unix(7))."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How long a descriptor is kept: until it is removed, or until the first of these.
+
+    Args:
+        owner: the connection whose end it is kept until, or None.
+        expires_at: the time, by the daemon's clock, or None.
+        watch_hangup: until the other end of the socket or pipe is gone.
+    """
+
+    owner: Hashable | None = None
+    expires_at: float | None = None
+    watch_hangup: bool = False
+
+
+FOREVER = Terms()
 
 
 @dataclass(slots=True, eq=False)
@@ -22,11 +50,19 @@ class StoredFd:
 
     Args:
         fd: the descriptor; this is its one owner.
+        fdset: the set it is in; None once it was removed.
         opaque: the free-form text that its client gave it, or None.
+        added_by: the client, or None if it was there from the start.
+        added_at: when, by the daemon's clock.
+        terms: how long it is kept.
     """
 
     fd: Fd
-    opaque: str | None = None
+    fdset: FdSet | None
+    opaque: str | None
+    added_by: Peer | None
+    added_at: float
+    terms: Terms
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +73,16 @@ class FdSet:
     fds: dict[int, StoredFd] = field(default_factory=dict)
 
 
+class Observer(Protocol):
+    """Who is told of changes, inside the critical section."""
+
+    def added(self, fdset: FdSet, stored: StoredFd) -> None:
+        """*stored* is now in *fdset*."""
+
+    def removed(self, fdset: FdSet, stored: StoredFd, reason: str) -> None:
+        """*stored* is no longer in *fdset*."""
+
+
 class FdSets:
     """All fd sets of a daemon."""
 
@@ -44,6 +90,11 @@ class FdSets:
         self._sets: dict[int, FdSet] = {}
         self._ids = IdPool(self._sets)
         self._count = 0
+        self._owned: dict[Hashable, dict[StoredFd, None]] = {}
+        #: The descriptors that are kept for a time only.
+        self.expiries = Expiries()
+        #: Who is told of changes, or None.
+        self.observer: Observer | None = None
 
     def __len__(self) -> int:
         """How many fd sets there are."""
@@ -59,16 +110,17 @@ class FdSets:
         for fdset_id in sorted(self._sets, reverse=True):
             yield self._sets[fdset_id]
 
-    def get(self, fdset_id: int) -> FdSet:
-        """The set of that id.
+    def get(self, fdset_id: int, number: int | None = None) -> FdSet:
+        """The set of that id, in which the descriptor *number* is, if one is named.
 
         Raises:
-            FdNotFound: there is none.
+            FdNotFound: there is no such set, or no such descriptor in it.
         """
-        try:
-            return self._sets[fdset_id]
-        except KeyError:
-            raise FdNotFound(f"File descriptor named 'fdset-id:{fdset_id}' not found") from None
+        fdset = self._sets.get(fdset_id)
+        if fdset is None or (number is not None and number not in fdset.fds):
+            which = "" if number is None else f", fd:{number}"
+            raise FdNotFound(f"File descriptor named 'fdset-id:{fdset_id}{which}' not found")
+        return fdset
 
     def add(
         self,
@@ -77,6 +129,9 @@ class FdSets:
         opaque: str | None = None,
         *,
         create: bool = False,
+        added_by: Peer | None = None,
+        now: float = 0.0,
+        terms: Terms = FOREVER,
     ) -> FdSet:
         """Take over *fd* and store it; the set it is in.
 
@@ -86,6 +141,9 @@ class FdSets:
             opaque: a free-form text to find the descriptor by.
             create: create the set of that id where there is none, as QEMU has done since 1.3;
                 the specification of the command refuses it.
+            added_by: whose it is.
+            now: the time, by the daemon's clock.
+            terms: how long it is kept.
 
         Raises:
             InvalidParameterValue: *fdset_id* names no set, or none that can be created.
@@ -101,8 +159,16 @@ class FdSets:
         fdset = self._sets.get(fdset_id)
         if fdset is None:
             fdset = self._sets[fdset_id] = FdSet(fdset_id)
-        fdset.fds[number] = StoredFd(fd, opaque)
+        stored = StoredFd(fd, fdset, opaque, added_by, now, terms)
+        fdset.fds[number] = stored
         self._count += 1
+        if terms is not FOREVER:
+            if terms.owner is not None:
+                self._owned.setdefault(terms.owner, {})[stored] = None
+            if terms.expires_at is not None:
+                self.expiries.add(terms.expires_at, stored)
+        if self.observer is not None:
+            self.observer.added(fdset, stored)
         return fdset
 
     def remove(self, fdset_id: int, number: int | None = None) -> list[StoredFd]:
@@ -118,25 +184,56 @@ class FdSets:
         Raises:
             FdNotFound: no such set, or no such descriptor in it.
         """
-        fdset = self._sets.get(fdset_id)
-        if fdset is None or (number is not None and number not in fdset.fds):
-            which = "" if number is None else f", fd:{number}"
-            raise FdNotFound(f"File descriptor named 'fdset-id:{fdset_id}{which}' not found")
-        if number is None:
-            removed = list(fdset.fds.values())
-            fdset.fds.clear()
-        else:
-            removed = [fdset.fds.pop(number)]
-        self._count -= len(removed)
+        fdset = self.get(fdset_id, number)
+        removed = list(fdset.fds.values()) if number is None else [fdset.fds[number]]
+        for stored in removed:
+            self.take_out(stored, "removed")
+        return removed
+
+    def take_out(self, stored: StoredFd, reason: str) -> None:
+        """Take *stored* out of its set: the caller owns it, and closes it.
+
+        Args:
+            stored: a descriptor that is in a set.
+            reason: why, as watchers are told.
+        """
+        fdset = stored.fdset
+        assert fdset is not None
+        stored.fdset = None
+        del fdset.fds[stored.fd.fileno()]
+        self._count -= 1
         if not fdset.fds:
-            del self._sets[fdset_id]
-            self._ids.free(fdset_id)
+            del self._sets[fdset.id]
+            self._ids.free(fdset.id)
+        terms = stored.terms
+        if terms is not FOREVER:
+            if terms.owner is not None:
+                owned = self._owned[terms.owner]
+                del owned[stored]
+                if not owned:
+                    del self._owned[terms.owner]
+            if terms.expires_at is not None:
+                self.expiries.discard()
+        if self.observer is not None:
+            self.observer.removed(fdset, stored, reason)
+
+    def remove_owned(self, owner: Hashable) -> list[StoredFd]:
+        """Take out what is kept until the end of *owner*: the caller closes it."""
+        removed = list(self._owned.get(owner, ()))
+        for stored in removed:
+            self.take_out(stored, "connection")
+        return removed
+
+    def remove_expired(self, now: float) -> list[StoredFd]:
+        """Take out what is kept until *now* or less: the caller closes it."""
+        removed = self.expiries.until(now)
+        for stored in removed:
+            self.take_out(stored, "expired")
         return removed
 
     def clear(self) -> list[StoredFd]:
-        """Take out everything: the caller owns it, and closes it."""
+        """Take out everything, at the daemon's end: the caller closes it."""
         removed = [stored for fdset in self for stored in fdset.fds.values()]
-        self._sets.clear()
-        self._ids = IdPool(self._sets)
-        self._count = 0
+        for stored in removed:
+            self.take_out(stored, "removed")
         return removed

@@ -1,11 +1,12 @@
 """QMP without I/O: the JSON dialect, requests and replies, and which command gets which fd."""
 
-from .arguments import Int64
+from .arguments import Int64, bare_type
 from .connection import (
     ClientConnection,
     Connection,
     ProtocolError,
     QMPEvent,
+    Received,
     Reply,
     ServerConnection,
     State,
@@ -19,11 +20,13 @@ __all__ = [
     "Int64",
     "ProtocolError",
     "QMPEvent",
+    "Received",
     "Reply",
     "Request",
     "ServerConnection",
     "Spec",
     "State",
     "Vocabulary",
+    "bare_type",
     "encode",
 ]

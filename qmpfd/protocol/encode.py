@@ -58,8 +58,11 @@ def encode_any(value: Any) -> bytes:
             for number in range(len(item) - 1, -1, -1):
                 todo += (item[number],) if number == 0 else (item[number], _Verbatim(", "))
             todo.append(_Verbatim("["))
-        elif isinstance(item, float) and not math.isfinite(item):
-            out.append("1e999" if item > 0 else "-1e999")
+        elif isinstance(item, float):
+            if math.isfinite(item):
+                out.append(f"{item:.17g}")  # as QEMU writes it: exact, and 1 for 1.0
+            else:
+                out.append("1e999" if item > 0 else "-1e999")
         else:
             out.append(encode(item).decode("ascii"))
     return "".join(out).encode("ascii")

@@ -75,6 +75,8 @@ class Inbox:
         self._garbage = garbage
         self._pieces: list[_Piece] = []
         self._attached = 0
+        self._unread = 0  # of what was seen last, the bytes that are looked at again
+        self._segment_left = 0  # of the segment that descriptors came with, the bytes still to see
         self._lines = lines
         self._line = bytearray()  # with lines: an incomplete one
 
@@ -91,11 +93,30 @@ class Inbox:
             The lengths of the pieces in which to consume them: one :meth:`attach` for each.  They
             can come to less than *data*: the rest is looked at again next time.
         """
+        in_segment = self._segment_left
+        if in_segment:
+            data = data[:in_segment]
         messages, size = self._messages(data, fds_follow)
-        if not fds_follow:
+        self._unread = len(data) - size
+        if in_segment:
+            self._segment_left = self._unread
+        lengths = [size]
+        if fds_follow:
+            lengths = self._cut(messages, size)
+        else:
             self._pieces.append(_Piece([(value, error) for value, error, _ in messages], _NO_FDS))
             self._attached = len(self._pieces)
-            return [size]
+        if (in_segment or fds_follow) and not self._unread:
+            self._pieces[-1].ends_segment = True
+            self._pieces[-1].inside_message = not self._parser.idle or bool(self._line)
+        return lengths
+
+    def _cut(self, messages: list[_Found], size: int) -> list[int]:
+        """Cut what was read behind each message for which it matters; the pieces' lengths."""
+        if messages and not messages[0][2]:
+            # It ended before these bytes, and only they tell so: a number, or a bare word.
+            value, error, _ = messages.pop(0)
+            self._pieces.append(_Piece([(value, error)], _NO_FDS))
         self._attached = len(self._pieces)
         lengths = []
         at, gathered = 0, []
@@ -111,9 +132,6 @@ class Inbox:
                 self._pieces.append(_Piece(gathered, _NO_FDS))
             else:
                 self._pieces[-1].messages += gathered
-        if size == len(data):
-            self._pieces[-1].ends_segment = True
-            self._pieces[-1].inside_message = not self._parser.idle or bool(self._line)
         return lengths
 
     def attach(self, fds: list[Fd], dropped: bool) -> None:
@@ -121,6 +139,8 @@ class Inbox:
         piece = self._pieces[self._attached]
         self._attached += 1
         piece.fds, piece.dropped = fds, dropped
+        if fds or dropped:
+            self._segment_left = self._unread
 
     def _messages(self, data: bytes, fds_follow: bool) -> tuple[list[_Found], int]:
         """The messages that *data* completes, and how far was read."""
@@ -136,7 +156,7 @@ class Inbox:
         """All of a chunk that holds nothing but whole messages; None where it does not, or where
         it matters where each of them ends: descriptors come, and not just the last takes one.
         """
-        values = self._decode(data)
+        values = self._decode(data) if len(data) <= self._max_bytes else None
         if values is None or (fds_follow and any(map(self._wanted, values[:-1]))):
             return None
         end = len(data.rstrip(_WHITESPACE)) if fds_follow else len(data)

@@ -7,19 +7,20 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 
 import trio
 
-from ..commands import Daemon, Dialect
-from ..errors import PermissionDenied, QMPError
+from ..commands import TABLE, Daemon, Dialect
+from ..errors import GenericError, PermissionDenied, QMPError
 from ..fd import Fd, close_all
-from ..fdsets import FdSets
+from ..fdsets import Peer
 from ..limits import Limits
 from ..protocol import encode
 from ..transport import FdStream
 from .listener import UnixListener
+from .retire import retire_expired, retire_hung_up
 from .session import Session
 
 _log = logging.getLogger("qmpfd")
@@ -37,12 +38,11 @@ class Server:
     """
 
     def __init__(self, dialect: Dialect = "spec", limits: Limits | None = None) -> None:
-        self.dialect: Dialect = dialect
-        self.limits = limits or Limits()
         #: Guards the store, which all sessions share.
         self.lock = trio.Lock()
-        self.store = FdSets()
-        self.daemon = Daemon(self.store, dialect, self._quit)
+        #: What the commands see.
+        self.daemon = Daemon(dialect, limits or Limits(), trio.current_time, self._quit, TABLE)
+        self.store = self.daemon.store
         #: The daemon is ending: what was received is carried out, nothing else is waited for.
         self.stopping = False
         #: As :attr:`stopping`, by ``quit``: what follows in the same connection is not answered.
@@ -51,6 +51,7 @@ class Server:
         #: Set when all is over.
         self.ended = trio.Event()
         self._sessions: set[Session] = set()
+        self._nursery: trio.Nursery | None = None
 
     def stop(self) -> None:
         """End gracefully: accept nobody else, carry out what was received, then return."""
@@ -69,27 +70,45 @@ class Server:
     ) -> None:
         """Serve until :meth:`stop`, then drain and close the listeners."""
         async with trio.open_nursery() as sessions:
+            self._nursery = sessions
             async with trio.open_nursery() as accepting:
                 for listener in listeners:
-                    accepting.start_soon(self._accept, listener, sessions)
+                    accepting.start_soon(self._accept, listener)
+                accepting.start_soon(retire_expired, self)
+                accepting.start_soon(retire_hung_up, self)
                 task_status.started(self)
                 await self._stop_event.wait()
                 accepting.cancel_scope.cancel()
             # Whoever is in the backlog has connected in time: it is served as well.
             for listener in listeners:
-                self._accept_rest(listener, sessions)
+                self._accept_rest(listener)
                 listener.close()
-            sessions.cancel_scope.deadline = trio.current_time() + self.limits.drain_timeout
+            sessions.cancel_scope.deadline = trio.current_time() + self.daemon.limits.drain_timeout
             for session in self._sessions:
                 session.finish()
 
-    def close_store(self) -> None:
+    def close(self) -> None:
         """Close every stored descriptor."""
         close_all(stored.fd for stored in self.store.clear())
+        self.daemon.hangups.close()
+
+    async def enter(self) -> None:
+        """Acquire the lock; without a checkpoint where nobody has it."""
+        try:
+            self.lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self.lock.acquire()
+
+    def start_soon(
+        self, task: Callable[[trio.CancelScope], Awaitable[None]], scope: trio.CancelScope
+    ) -> None:
+        """Run a task of a session beside it."""
+        assert self._nursery is not None
+        self._nursery.start_soon(task, scope)
 
     # -- connections ---------------------------------------------------------------------------
 
-    async def _accept(self, listener: UnixListener, sessions: trio.Nursery) -> None:
+    async def _accept(self, listener: UnixListener) -> None:
         while True:
             try:
                 sock, _ = await listener.socket.accept()
@@ -99,53 +118,57 @@ class Server:
                 _log.error("cannot accept a connection: %s", exc.strerror)
                 await trio.sleep(0.1)
             else:
-                self._welcome(sock, sessions)
+                self._welcome(sock)
 
-    def _accept_rest(self, listener: UnixListener, sessions: trio.Nursery) -> None:
+    def _accept_rest(self, listener: UnixListener) -> None:
         """Accept those who have connected already, without waiting for others."""
         with suppress(OSError):
-            while len(self._sessions) < self.limits.max_connections:
-                self._welcome(listener.accept_nowait(), sessions)
+            while len(self._sessions) < self.daemon.limits.max_connections:
+                self._welcome(listener.accept_nowait())
 
-    def _welcome(self, sock: trio.socket.SocketType, sessions: trio.Nursery) -> None:
+    def _welcome(self, sock: trio.socket.SocketType) -> None:
         """Serve a new client, or tell it why not."""
+        stats = self.daemon.stats
         with ExitStack() as stack:
             stream = stack.enter_context(FdStream(sock))
+            peer = _peer(stream.socket)
             try:
-                self._admit(stream)
+                self._admit(peer)
             except QMPError as exc:
+                stats.turned_away += 1
+                _log.warning("turned away pid %d, uid %d: %s", peer.pid, peer.uid, exc.desc)
                 refusal = {"error": {"class": exc.error_class, "desc": exc.desc}}
-                _log.warning("a client was turned away: %s", exc.desc)
                 with suppress(trio.BrokenResourceError):
                     stream.send_nowait(encode(refusal) + b"\r\n")
                 return
-            session = Session(self, stream)
+            session = Session(self, stream, peer)
             stack.pop_all()
-            self._sessions.add(session)
-            sessions.start_soon(self._serve, session)
+        stats.accepted += 1
+        stats.connections += 1
+        self._sessions.add(session)
+        assert self._nursery is not None
+        self._nursery.start_soon(self._serve, session)
 
-    def _admit(self, stream: FdStream) -> None:
+    def _admit(self, peer: Peer) -> None:
         """Refuse a client that may not connect, or for whom there is no room."""
-        if len(self._sessions) >= self.limits.max_connections:
-            raise QMPError(
-                f"Too many connections (the limit is {self.limits.max_connections})", "GenericError"
-            )
-        uid = _peer_uid(stream.socket)
-        if uid not in (0, os.geteuid()):
-            raise PermissionDenied(f"uid {uid} may not connect")
+        most = self.daemon.limits.max_connections
+        if len(self._sessions) >= most:
+            raise GenericError(f"Too many connections: the limit is {most}")
+        if peer.uid not in (0, os.geteuid()):
+            raise PermissionDenied(f"uid {peer.uid} may not connect")
 
     async def _serve(self, session: Session) -> None:
         try:
             await session.run()
         finally:
             self._sessions.discard(session)
+            self.daemon.stats.connections -= 1
 
 
-def _peer_uid(sock: socket.socket) -> int:
-    """The uid of whoever connected (SO_PEERCRED, unix(7))."""
+def _peer(sock: socket.socket) -> Peer:
+    """Who connected (SO_PEERCRED, unix(7))."""
     packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", packed)
-    return int(uid)
+    return Peer(*struct.unpack("3i", packed))
 
 
 async def serve(  # noqa: ASYNC128 - Server.run does that
@@ -179,7 +202,7 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     """
     server = Server(dialect, limits)
     with ExitStack() as stack:
-        stack.callback(server.close_store)
+        stack.callback(server.close)
         for fd, fdset_id, opaque in initial_fds:
             server.store.add(fd, fdset_id, opaque, create=True)
         listeners = []

@@ -1,16 +1,21 @@
-"""One client: chunks in, commands under the lock, replies out."""
+"""One client: chunks in, commands under the lock, replies and events out."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeAlias
 
 import trio
 from outcome import Error, Outcome
 
 from ..commands import VERSION, VOCABULARY, Context, execute
-from ..fd import close_all
-from ..protocol import ServerConnection
+from ..errors import QMPError
+from ..fd import Fd, close_all
+from ..fdsets import Peer
+from ..limits import CLEANUP_TIMEOUT, MAX_FDS_A_TURN, REPLY_BYTES_A_TURN
+from ..protocol import Received, ServerConnection
 from ..transport import FdStream
 
 if TYPE_CHECKING:
@@ -21,6 +26,9 @@ _log = logging.getLogger("qmpfd")
 #: Chunks that a client may have served in a row before the others get their turn.
 _CHUNKS_A_TURN = 16
 
+#: Bytes to send in one go, and the descriptors that go with the first of them.
+_Batch: TypeAlias = "tuple[bytes, list[Fd]]"
+
 
 class Session:
     """Serves one client.
@@ -28,20 +36,25 @@ class Session:
     Args:
         server: the daemon.
         stream: the connection; owned from here on.
+        peer: who is at its other end.
     """
 
-    def __init__(self, server: Server, stream: FdStream) -> None:
+    def __init__(self, server: Server, stream: FdStream, peer: Peer) -> None:
         self._server = server
         self._stream = stream
         self._connection = ServerConnection(
             VOCABULARY,
-            max_request_bytes=server.limits.max_request_bytes,
-            qemu_classes=server.dialect == "qemu",
+            max_request_bytes=server.daemon.limits.max_request_bytes,
+            qemu_classes=server.daemon.dialect == "qemu",
         )
-        self._context = Context(server.daemon, self._connection)
+        self._context = Context(server.daemon, self._connection, peer, self._wake)
         self._scope = trio.CancelScope()
         self._waiting = False  # for the client; nothing of it is unanswered
         self._deaf = False  # the client takes no replies any more, but what it sent is carried out
+        self._writing = (
+            trio.Lock()
+        )  # whoever has sent a part of something has it until the rest went
+        self._pump_scope: trio.CancelScope | None = None  # while events are being sent
 
     async def run(self) -> None:
         """Serve the client until it is gone, or the daemon ends."""
@@ -55,15 +68,24 @@ class Session:
         except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
             _log.exception("a connection failed")
         finally:
-            self._context.close()
+            if self._pump_scope is not None:
+                self._pump_scope.cancel()
+            self._stream.close()
+            with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
+                await self._server.enter()
+                try:
+                    self._context.close()
+                finally:
+                    self._server.lock.release()
             self._connection.close()
             self._close_garbage()
-            self._stream.close()
 
     def finish(self) -> None:
         """End as soon as all that the client has sent is answered."""
         if self._waiting:
             self._scope.cancel()
+
+    # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
         chunks = 0
@@ -93,48 +115,100 @@ class Session:
             pass
 
     async def _answer(self) -> None:
-        """Carry out the complete requests and send the replies, in one write."""
-        lock = self._server.lock
-        try:
-            lock.acquire_nowait()
-        except trio.WouldBlock:
-            await lock.acquire()
-        try:
-            replies = self._carry_out()
-        finally:
-            lock.release()
-        # Before the replies: what is removed is closed once its client has read so.
-        self._close_garbage()
-        if replies:
-            await self._send(b"".join(replies))
+        """Carry out the complete requests and send the replies, in as few writes as possible."""
+        requests = self._connection.requests()
+        finished = False
+        while not finished:
+            await self._server.enter()
+            batches: list[_Batch] = []
+            try:
+                finished = self._carry_out(requests, batches)
+            finally:
+                self._server.lock.release()
+            # Before the replies: what is removed is closed once its client has read so.
+            self._close_garbage()
+            try:
+                for data, fds in batches:
+                    await self._send(data, fds)
+            finally:
+                for _, fds in batches:
+                    close_all(fds)
 
-    def _carry_out(self) -> list[bytes]:
+    def _carry_out(self, requests: Iterator[Received], batches: list[_Batch]) -> bool:
+        """Carry out requests; whether that was all, or else it is time to send the replies.
+
+        Args:
+            requests: what is to be done.
+            batches: where the replies go.  One that carries descriptors begins a batch: they
+                arrive with its first byte, and so with that reply and no other.
+        """
         connection, context = self._connection, self._context
-        replies = []
-        for request, request_id, fds in connection.requests():
+        replies: list[bytes] = []
+        size = passed = 0
+        finished = True
+        for request, request_id, fds in requests:
+            result: Outcome[object]
             if isinstance(request, Error):
-                result: Outcome[object] = request
+                result = request
             else:
                 result = execute(context, request, fds)
-            replies.append(connection.reply(result, request_id))
+            if isinstance(result, Error):
+                assert isinstance(result.error, QMPError)
+                context.daemon.stats.errors[result.error.error_class] += 1
+            reply = connection.reply(result, request_id)
+            if context.passed:
+                if replies:
+                    batches.append((b"".join(replies), []))
+                    replies = []
+                batches.append((reply, context.passed))
+                passed += len(context.passed)
+                context.passed = []
+            else:
+                replies.append(reply)
+            size += len(reply)
             if self._server.quitting:
                 break
-        return replies
+            if size > REPLY_BYTES_A_TURN or passed > MAX_FDS_A_TURN:
+                finished = False
+                break
+        if replies:
+            batches.append((b"".join(replies), []))
+        return finished
 
-    async def _send(self, data: bytes) -> None:
+    # -- replies and events --------------------------------------------------------------------
+
+    async def _send(self, data: bytes, fds: list[Fd] | None = None) -> None:
+        """Send *data*, with duplicates of *fds*; a client that does not take it in time, or is
+        gone, is sent nothing any more.
+        """
         if self._deaf:
             return
         try:
-            sent = self._stream.send_nowait(data)
-            if sent < len(data):
-                with trio.fail_after(self._server.limits.write_timeout):
-                    await self._stream.send_all(data[sent:])
-        except trio.BrokenResourceError:
+            sent = 0 if self._writing.locked() else self._stream.send_nowait(data, fds or ())
+            if sent == len(data):
+                return
+            with trio.fail_after(self._server.daemon.limits.write_timeout):
+                async with self._writing:
+                    await self._stream.send_all(data[sent:], () if sent else fds or ())
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._deaf = True
         except trio.TooSlowError:
             _log.warning("a client does not take its replies: disconnected")
             self._deaf = True
-            self._stream.socket.shutdown(2)
+            self._stream.socket.shutdown(socket.SHUT_RDWR)
+
+    def _wake(self) -> None:
+        """An event waits: see to it that it is sent."""
+        if self._pump_scope is None:
+            self._pump_scope = trio.CancelScope()
+            self._server.start_soon(self._pump, self._pump_scope)
+
+    async def _pump(self, scope: trio.CancelScope) -> None:
+        """Send the events that wait, then end: a connection that is told nothing has no task."""
+        with scope:
+            while self._context.events is not None and (data := self._context.events.take()):
+                await self._send(data)
+        self._pump_scope = None
 
     def _close_garbage(self) -> None:
         garbage = self._connection.garbage

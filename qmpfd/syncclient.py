@@ -1,5 +1,5 @@
-"""A small synchronous QMP client for the short verbs: Trio alone takes longer to import than all
-of a verb's work.  The protocol is the same code as the Trio client's.
+"""A small synchronous QMP client, for the short verbs of the command line and for openers: Trio
+alone takes longer to import than all of a verb's work.  The protocol is the Trio client's.
 """
 
 from __future__ import annotations
@@ -9,16 +9,22 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .. import fd
-from ..errors import QMPError
-from ..fd import FileDescriptorLike
-from ..protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
-from .status import NoDaemon
+from outcome import Value
+
+from . import fd
+from .errors import QMPError
+from .fd import Fd, FileDescriptorLike
+from .protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
+
+
+class NoDaemon(Exception):
+    """Nobody answers at the socket, or not in time, or not QMP."""
 
 
 class SyncClient:
@@ -39,6 +45,7 @@ class SyncClient:
         self._connection = ClientConnection()
         self._last_id = 0
         self._replies: list[Reply] = []
+        self._events: list[QMPEvent] = []
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._connect(timeout)
@@ -72,7 +79,26 @@ class SyncClient:
         arguments: Mapping[str, Any] | None = None,
         fds: Sequence[FileDescriptorLike] = (),
     ) -> Any:
-        """Carry out a command; the ``return`` member of its reply.
+        """Carry out a command; the ``return`` member of its reply.  See :meth:`request`."""
+        result, passed = self.request(command, arguments, fds)
+        fd.close_all(passed)
+        return result
+
+    def request(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        fds: Sequence[FileDescriptorLike] = (),
+    ) -> tuple[Any, list[Fd]]:
+        """Carry out a command.
+
+        Args:
+            command: its name.
+            arguments: its arguments, as they go over the wire.
+            fds: descriptors to pass with it; they stay the caller's.
+
+        Returns:
+            The ``return`` member of its reply, and the descriptors that came with it.
 
         Raises:
             QMPError: the server refused it.
@@ -83,9 +109,23 @@ class SyncClient:
         while True:
             while self._replies:
                 reply = self._replies.pop(0)
+                if reply.id == self._last_id and isinstance(reply.outcome, Value):
+                    return reply.outcome.value, reply.fds
                 fd.close_all(reply.fds)
                 if reply.id == self._last_id:
-                    return reply.outcome.unwrap()
+                    reply.outcome.unwrap()
+            self._receive()
+
+    def events(self) -> Iterator[QMPEvent]:
+        """The server's events, as they come, without a deadline.
+
+        Raises:
+            NoDaemon: the server has closed the connection.
+        """
+        self._deadline = inf
+        while True:
+            yield from self._events
+            self._events.clear()
             self._receive()
 
     def _send(self, request: bytes, fds: Sequence[FileDescriptorLike]) -> None:
@@ -116,7 +156,9 @@ class SyncClient:
                 self._connection.attach(fds, dropped)
         try:
             for message in self._connection.messages():
-                if not isinstance(message, QMPEvent):
+                if isinstance(message, QMPEvent):
+                    self._events.append(message)
+                else:
                     self._replies.append(message)
         except ProtocolError as exc:
             raise NoDaemon(f"at {self._path}: {exc}") from None
@@ -137,7 +179,7 @@ class SyncClient:
         poll = select.poll()
         poll.register(self._sock, event)
         left = self._deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000):
+        if left <= 0 or not poll.poll(None if left == inf else left * 1000):
             raise self._silent()
 
     def _silent(self) -> NoDaemon:

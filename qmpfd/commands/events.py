@@ -1,0 +1,69 @@
+"""What watching connections are told, and how much of it waits for one that does not read."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from msgspec import UNSET, Struct
+
+from ..fdsets import StoredFd
+from ..limits import MAX_EVENTS
+from ..protocol import encode
+from .types import FdAdded, FdEventsLost, FdRemoved
+
+#: The events there are, by name: the types of their data.
+EVENTS: dict[str, type[Struct]] = {
+    "FD_ADDED": FdAdded,
+    "FD_REMOVED": FdRemoved,
+    "FD_EVENTS_LOST": FdEventsLost,
+}
+
+
+def _event(name: str, data: Struct) -> bytes:
+    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    stamp = {"seconds": seconds, "microseconds": nanoseconds // 1000}
+    return encode({"timestamp": stamp, "event": name, "data": data}) + b"\r\n"
+
+
+def fd_added(fdset_id: int, stored: StoredFd) -> bytes:
+    """The event that *stored* was added."""
+    opaque = UNSET if stored.opaque is None else stored.opaque
+    return _event("FD_ADDED", FdAdded(fdset_id, stored.fd.fileno(), opaque))
+
+
+def fd_removed(fdset_id: int, stored: StoredFd, reason: str) -> bytes:
+    """The event that *stored* was removed, and why."""
+    opaque = UNSET if stored.opaque is None else stored.opaque
+    return _event("FD_REMOVED", FdRemoved(fdset_id, stored.fd.fileno(), reason, opaque))
+
+
+class EventQueue:
+    """The events that wait to be sent to one connection; what does not fit is counted and told.
+
+    Args:
+        wake: called when there is something to send.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._events: deque[bytes] = deque()
+        self._lost = 0
+
+    def put(self, event: bytes) -> None:
+        """Queue *event*."""
+        if len(self._events) < MAX_EVENTS:
+            self._events.append(event)
+            self._wake()
+        else:
+            self._lost += 1
+
+    def take(self) -> bytes:
+        """All that waits, ready to be sent; empty if nothing does."""
+        if self._lost:
+            self._events.append(_event("FD_EVENTS_LOST", FdEventsLost(self._lost)))
+            self._lost = 0
+        data = b"".join(self._events)
+        self._events.clear()
+        return data

@@ -1,0 +1,104 @@
+"""Stored sockets and pipes whose other end is watched.
+
+An epoll of our own, because Trio's waits for data as well, which may lie there unread for as long
+as its owner likes.  A hang-up does not count while data can still be read: whoever takes the
+descriptor out later is to find it (systemd lost such data, its issue 12086).
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import select
+import termios
+
+from ..errors import InvalidParameterValue
+from ..fd import Fd
+from ..fdinfo import access_mode
+from ..fdsets import StoredFd
+
+
+class Hangups:
+    """The watched descriptors."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._watched: dict[int, StoredFd | None] = {}
+        self._draining: set[int] = set()
+
+    def fileno(self) -> int:
+        """Readable when :meth:`take` may have something; see epoll(7)."""
+        return self._epoll.fileno()
+
+    @property
+    def draining(self) -> bool:
+        """Whether there are descriptors whose other end is gone and that hold unread data: nothing
+        tells when it has been read, so :meth:`take` has to be asked now and then.
+        """
+        return bool(self._draining)
+
+    def register(self, fd: Fd) -> None:
+        """Begin to watch *fd*; :meth:`watch` or :meth:`cancel` comes next.
+
+        Raises:
+            InvalidParameterValue: it is no socket or pipe.
+        """
+        number = fd.fileno()
+        try:
+            # No event is asked for: EPOLLHUP and EPOLLERR are always told (epoll_ctl(2)).
+            self._epoll.register(number, 0)
+        except OSError:
+            raise InvalidParameterValue(
+                "Parameter 'watch-hangup' expects sockets or pipes only"
+            ) from None
+        self._watched[number] = None
+
+    def cancel(self, fd: Fd) -> None:
+        """Do not watch *fd* after all."""
+        self._forget(fd.fileno())
+
+    def watch(self, stored: StoredFd) -> None:
+        """The descriptor was stored."""
+        self._watched[stored.fd.fileno()] = stored
+
+    def unwatch(self, stored: StoredFd) -> None:
+        """The descriptor was taken out of the store.  It is still open: the kernel would go on
+        telling of it while the sender's own copy is, under a number that means another by then.
+        """
+        self._forget(stored.fd.fileno())
+
+    def _forget(self, number: int) -> None:
+        del self._watched[number]
+        if number in self._draining:
+            self._draining.discard(number)
+        else:
+            self._epoll.unregister(number)
+
+    def take(self) -> list[StoredFd]:
+        """Those whose other end is gone and that have been read to the end."""
+        for number, _ in self._epoll.poll(0):
+            # Level-triggered, it would be told of again and again while data is left.
+            self._epoll.unregister(number)
+            self._draining.add(number)
+        over = []
+        for number in list(self._draining):
+            stored = self._watched.get(number)
+            if stored is not None and not _unread(number):
+                over.append(stored)
+        return over
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        self._epoll.close()
+
+
+def _unread(number: int) -> bool:
+    """Whether data waits to be read from the descriptor (FIONREAD, ioctl_tty(2), unix(7))."""
+    if access_mode(number) == "wronly":  # what is left in this pipe, nobody can read any more
+        return False
+    count = array.array("i", [0])
+    try:
+        fcntl.ioctl(number, termios.FIONREAD, count)
+    except OSError:
+        return False
+    return count[0] > 0

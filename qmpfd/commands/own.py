@@ -1,0 +1,191 @@
+"""The commands that QEMU does not have: handing descriptors out again, and watching them."""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+from math import ceil
+
+from msgspec import UNSET
+
+from ..errors import FdNotFound, GenericError, InvalidParameterValue
+from ..fd import Fd
+from ..fdinfo import access_mode, kind, target
+from ..fdsets import FOREVER, FdSet, StoredFd, Terms
+from ..limits import SCM_MAX_FD
+from .context import Context
+from .table import Table
+from .types import (
+    NOTHING,
+    AddFds,
+    Arguments,
+    Count,
+    FdInfo,
+    FdsetFdInfo,
+    FdsetInfo,
+    LimitsInfo,
+    OpenedFd,
+    OpenFdset,
+    PeerInfo,
+    QueryFds,
+    StatsInfo,
+    WatchFdsets,
+)
+from .types import Result as Nothing
+
+table = Table()
+
+
+@table.command("open-fdset", OpenFdset, OpenedFd)
+def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
+    """Hand out a duplicate of a file descriptor, attached to the reply.
+
+    As QEMU does for ``/dev/fdset/N``, the access mode must be equal, and the newest file
+    descriptor that matches is taken.
+    """
+    number = None if arguments.fd is UNSET else arguments.fd
+    fdset = context.daemon.store.get(arguments.fdset_id, number)
+    wanted = None if arguments.access is UNSET else arguments.access
+    candidates = reversed(fdset.fds.values()) if number is None else (fdset.fds[number],)
+    for stored in candidates:
+        if wanted is None or access_mode(stored.fd.fileno()) == wanted:
+            break
+    else:
+        raise FdNotFound(_no_such_access(fdset, number, wanted))
+    try:
+        context.passed.append(stored.fd.dup())
+    except OSError as exc:
+        raise GenericError(f"The file descriptor cannot be handed out: {exc.strerror}") from None
+    return OpenedFd(fdset.id, stored.fd.fileno(), UNSET if stored.opaque is None else stored.opaque)
+
+
+def _no_such_access(fdset: FdSet, number: int | None, wanted: str | None) -> str:
+    if number is not None:
+        return (
+            f"File descriptor named 'fdset-id:{fdset.id}, fd:{number}' "
+            f"has access mode '{access_mode(number)}', not '{wanted}'"
+        )
+    there = sorted({access_mode(each) for each in fdset.fds})
+    modes = ", ".join(f"'{mode}'" for mode in there)
+    return f"No file descriptor with access mode '{wanted}' in fdset-id:{fdset.id}, only {modes}"
+
+
+@table.command("add-fds", AddFds, FdsetInfo, fds=SCM_MAX_FD)
+def add_fds(context: Context, arguments: AddFds) -> FdsetInfo:
+    """Add all the file descriptors that were passed with the command to an fd set, or none."""
+    context.first_fd()
+    daemon = context.daemon
+    now = daemon.clock()
+    opaque = None if arguments.opaque is UNSET else arguments.opaque
+    terms = _terms(context, arguments, now)
+    fds = list(context.fds)
+    # All that can fail comes first: to watch them, and to find the set with the first of them.
+    registered: list[Fd] = []
+    try:
+        if terms.watch_hangup:
+            for fd in fds:
+                daemon.hangups.register(fd)
+                registered.append(fd)
+        fdset = daemon.store.add(
+            fds[0],
+            None if arguments.fdset_id is UNSET else arguments.fdset_id,
+            opaque,
+            create=daemon.dialect == "qemu",
+            added_by=context.peer,
+            now=now,
+            terms=terms,
+        )
+    except BaseException:
+        for fd in registered:
+            daemon.hangups.cancel(fd)
+        raise
+    context.fds.clear()
+    for fd in fds[1:]:
+        daemon.store.add(fd, fdset.id, opaque, added_by=context.peer, now=now, terms=terms)
+    if terms.watch_hangup:
+        for fd in fds:
+            daemon.hangups.watch(fdset.fds[fd.fileno()])
+    told = UNSET if opaque is None else opaque
+    return FdsetInfo(fdset.id, [FdsetFdInfo(fd.fileno(), told) for fd in fds])
+
+
+def _terms(context: Context, arguments: AddFds, now: float) -> Terms:
+    expires = arguments.expires
+    if expires is not UNSET and expires <= 0:
+        raise InvalidParameterValue("Parameter 'expires' expects a positive number of seconds")
+    terms = Terms(
+        owner=context if arguments.lifetime == "connection" else None,
+        expires_at=None if expires is UNSET else now + expires,
+        watch_hangup=arguments.watch_hangup is True,
+    )
+    return FOREVER if terms == FOREVER else terms
+
+
+@table.command("query-fds", QueryFds, list[FdInfo])
+def query_fds(context: Context, arguments: QueryFds) -> list[FdInfo]:
+    """List the stored file descriptors, with what each is and where it came from."""
+    store = context.daemon.store
+    sets = store if arguments.fdset_id is UNSET else [store.get(arguments.fdset_id)]
+    prefix = None if arguments.opaque is UNSET else arguments.opaque
+    now = context.daemon.clock()
+    return [
+        _describe(fdset, stored, now)
+        for fdset in sets
+        for stored in fdset.fds.values()
+        if prefix is None or (stored.opaque is not None and stored.opaque.startswith(prefix))
+    ]
+
+
+def _describe(fdset: FdSet, stored: StoredFd, now: float) -> FdInfo:
+    number = stored.fd.fileno()
+    link = target(number)
+    terms = stored.terms
+    return FdInfo(
+        fdset_id=fdset.id,
+        fd=number,
+        access=access_mode(number),
+        kind=kind(number, link),
+        target=link,
+        age=int(now - stored.added_at),
+        lifetime="daemon" if terms.owner is None else "connection",
+        watch_hangup=terms.watch_hangup,
+        opaque=UNSET if stored.opaque is None else stored.opaque,
+        expires=UNSET if terms.expires_at is None else max(0, ceil(terms.expires_at - now)),
+        added_by=UNSET if stored.added_by is None else PeerInfo(*stored.added_by),
+    )
+
+
+@table.command("watch-fdsets", WatchFdsets, Nothing)
+def watch_fdsets(context: Context, arguments: WatchFdsets) -> Nothing:
+    """Begin, or cease, to send FD_ADDED and FD_REMOVED events to this connection."""
+    context.watch(arguments.enable)
+    return NOTHING
+
+
+@table.command("query-stats", Arguments, StatsInfo)
+def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
+    """Return the daemon's counters and gauges, and its limits."""
+    daemon = context.daemon
+    stats, limits = daemon.stats, daemon.limits
+    return StatsInfo(
+        uptime=int(daemon.clock() - stats.started_at),
+        dialect=daemon.dialect,
+        connections=stats.connections,
+        connections_accepted=stats.accepted,
+        connections_refused=stats.turned_away,
+        fdsets=len(daemon.store),
+        fds=daemon.store.fd_count,
+        commands=_counts(stats.commands),
+        errors=_counts(stats.errors),
+        limits=LimitsInfo(
+            max_connections=limits.max_connections,
+            max_request_bytes=limits.max_request_bytes,
+            max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            write_timeout=int(limits.write_timeout * 1000),
+            drain_timeout=int(limits.drain_timeout * 1000),
+        ),
+    )
+
+
+def _counts(counter: Counter[str]) -> list[Count]:
+    return [Count(name, count) for name, count in sorted(counter.items())]

@@ -1,0 +1,60 @@
+"""Which descriptor's time is over, and when the next one's is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush
+from itertools import count
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .store import StoredFd
+
+
+class Expiries:
+    """The descriptors that are kept for a time, by the end of it.
+
+    One that is removed earlier stays in the heap until its time comes or the heap is half waste,
+    so that removing costs nothing and adding and removing for ever costs no memory.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, StoredFd]] = []
+        self._ties = count()
+        self._waste = 0
+        #: Called when one was added: its time may be the next.
+        self.changed: Callable[[], None] | None = None
+
+    def __len__(self) -> int:
+        """How many descriptors are kept for a time."""
+        return len(self._heap) - self._waste
+
+    def add(self, time: float, stored: StoredFd) -> None:
+        """Keep *stored* until *time*."""
+        heappush(self._heap, (time, next(self._ties), stored))
+        if self.changed is not None:
+            self.changed()
+
+    def discard(self) -> None:
+        """One of the descriptors was taken out of its set."""
+        self._waste += 1
+        if self._waste * 2 > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].fdset is not None]
+            heapify(self._heap)
+            self._waste = 0
+
+    def next(self) -> float | None:
+        """When the next descriptor's time is over; None if there is none."""
+        heap = self._heap
+        while heap and heap[0][2].fdset is None:
+            heappop(heap)
+            self._waste -= 1
+        return heap[0][0] if heap else None
+
+    def until(self, now: float) -> list[StoredFd]:
+        """Those whose time is over at *now*, and that are still in their sets."""
+        over = []
+        while (time := self.next()) is not None and time <= now:
+            over.append(heappop(self._heap)[2])
+            self._waste -= 1  # it will be discarded, and is no longer in the heap
+        return over

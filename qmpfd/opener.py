@@ -1,0 +1,50 @@
+"""``/dev/fdset/N`` for Python's own ``open``: an opener that asks a qmpfd daemon."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import FdNotFound
+from .syncclient import SyncClient
+
+_NAME = re.compile(r"/dev/fdset/(\d+)")
+_ACCESS = {os.O_RDONLY: "rdonly", os.O_WRONLY: "wronly", os.O_RDWR: "rdwr"}
+
+
+def fdset_opener(
+    path: str | os.PathLike[str], *, timeout: float = 10.0
+) -> Callable[[str, int], int]:
+    """An opener for :func:`open` that opens ``/dev/fdset/N`` out of the daemon's fd sets.
+
+    ``open("/dev/fdset/0", "rb", opener=qmpfd.fdset_opener(path))`` reads from the newest
+    descriptor of set 0 that was opened for reading only: as in QEMU, the access mode must be
+    equal.  Any other name is opened as usual.  It waits for the daemon: in a Trio program that
+    cannot wait, call it in a thread.
+
+    Args:
+        path: the daemon's socket.
+        timeout: seconds after which a silent daemon is given up.
+
+    Raises:
+        FileNotFoundError: there is no such fd set, or no descriptor of that access mode in it.
+        NoDaemon: nobody answers at *path*.
+        QMPError: the daemon refuses for another reason.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        match = _NAME.fullmatch(os.fspath(name))
+        if match is None:
+            return os.open(name, flags, 0o666)
+        members = {"fdset-id": int(match[1]), "access": _ACCESS[flags & os.O_ACCMODE]}
+        with SyncClient(Path(path), timeout) as client:
+            try:
+                _, fds = client.request("open-fdset", members)
+            except FdNotFound as exc:
+                raise FileNotFoundError(2, str(exc), name) from None
+        (fd,) = fds
+        return fd.detach()
+
+    return opener

@@ -1,0 +1,54 @@
+"""Takes descriptors out of the store when their time is over, or their other end is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+from typing import TYPE_CHECKING
+
+import trio
+
+from ..fd import close_all
+from ..fdsets import StoredFd
+from ..limits import HANGUP_RECHECK
+
+if TYPE_CHECKING:
+    from .server import Server
+
+
+async def _retire(server: Server, take_out: Callable[[], list[StoredFd]]) -> None:
+    async with server.lock:
+        removed = take_out()
+    close_all(stored.fd for stored in removed)
+
+
+async def retire_expired(server: Server) -> None:
+    """Remove each descriptor whose time is over."""
+    expiries = server.store.expiries
+    while True:
+        with trio.CancelScope() as scope:
+
+            def reschedule(scope: trio.CancelScope = scope) -> None:
+                due = expiries.next()
+                scope.deadline = inf if due is None else due
+
+            reschedule()
+            expiries.changed = reschedule
+            await trio.sleep_forever()
+        await _retire(server, lambda: server.store.remove_expired(trio.current_time()))
+
+
+async def retire_hung_up(server: Server) -> None:
+    """Remove each watched socket and pipe whose other end is gone and that is read to the end."""
+    hangups, store = server.daemon.hangups, server.store
+
+    def take_out() -> list[StoredFd]:
+        over = hangups.take()
+        for stored in over:
+            store.take_out(stored, "hangup")
+        return over
+
+    while True:
+        with trio.move_on_after(HANGUP_RECHECK if hangups.draining else inf):
+            await trio.lowlevel.wait_readable(hangups.fileno())
+        await _retire(server, take_out)

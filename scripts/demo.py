@@ -1,0 +1,383 @@
+"""A guided tour of qmpfd, on real descriptors: ``make demo``.
+
+It starts a daemon as a process of its own on a socket in a temporary folder, uses it as any
+program would, through ``qmpfd.connect``, and shows every QMP line that goes over the wire.  What
+it claims it checks, in the daemon's own ``/proc/PID/fd`` too: a broken daemon makes it fail.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+from daemon import Broken, DaemonProcess, become, end_on_sigterm, identity, run, running_daemon
+from raw import raw_connect
+from tap import WIDTH, paint, show, tapped
+
+import qmpfd
+
+#: Seconds for all of the tour, which takes two or three.
+_PATIENCE = 60.0
+
+
+def say(text: str) -> None:
+    """Print a paragraph."""
+    print(textwrap.fill(" ".join(text.split()), WIDTH), flush=True)
+
+
+def claim(truth: bool, text: str) -> None:
+    """Print what was found true, or end the tour."""
+    if not truth:
+        raise Broken(f"this should be true, and is not: {text}")
+    mark = paint("1;32", "ok")
+    folded = textwrap.wrap(text, WIDTH - 5)
+    print(f"  {mark} {folded[0]}", *(f"     {line}" for line in folded[1:]), sep="\n", flush=True)
+
+
+def note(text: str) -> None:
+    """Print an aside."""
+    print("  " + paint("2", f"({text})"), flush=True)
+
+
+class BriefWire:
+    """Shows the lines of a connection, but for the first few, which are always the same."""
+
+    def __init__(self, hidden: int) -> None:
+        self._hidden = hidden
+
+    def __call__(self, from_client: bool, line: str, fds: int) -> None:
+        """Show a line, or not."""
+        if self._hidden:
+            self._hidden -= 1
+        else:
+            show(from_client, line, fds)
+
+
+#: How a connection begins: the greeting, ``qmp_capabilities``, and the reply to that.
+_HANDSHAKE = 3
+
+
+@dataclass
+class Tour:
+    """What the steps share.
+
+    Args:
+        daemon: the daemon, and its socket.
+        folder: where files may be made; nobody but the owner can look into it.
+        run_folder: where the sockets are: a folder of the daemon's user.
+        user: whom the daemon and the worker run as; None: the same as this process.
+    """
+
+    daemon: DaemonProcess
+    folder: Path
+    run_folder: Path
+    user: str | None
+    fds_at_start: int = 0
+    image: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.image = self.folder / "disk.img"
+        self.fds_at_start = self.daemon.fd_count()
+
+    @asynccontextmanager
+    async def client(self, *, handshake: bool = False) -> AsyncGenerator[qmpfd.Client, None]:
+        """A connection to the daemon, with what goes over it shown, *handshake* included or not."""
+        tap = self.run_folder / "tap.sock"
+        if not handshake:
+            note("a new connection; greeting and negotiation as above")
+        shown = BriefWire(0 if handshake else _HANDSHAKE)
+        async with tapped(self.daemon.socket, tap, shown), qmpfd.connect(tap) as client:
+            yield client
+
+    def holds(self, fd: int, file: os.stat_result) -> bool:
+        """Whether the daemon's descriptor *fd* is an open one of *file*."""
+        return self.daemon.file_behind(fd) == identity(file)
+
+
+# -- the steps ---------------------------------------------------------------------------------
+
+
+async def park(tour: Tour) -> None:
+    """One process opens a file and leaves it with the daemon"""
+    say("""This process makes a disk image where nobody else can reach it, opens it twice, and
+        passes both descriptors to the daemon, into one fd set. What says which is which is the
+        opaque text: it belongs to the client, the daemon only keeps it.""")
+    tour.image.write_bytes(b"boot sector".ljust(1 << 20, b"\0"))
+    async with tour.client(handshake=True) as client:
+        with tour.image.open("rb") as file:
+            first = await client.add_fd(file, opaque="rdonly:disk.img")
+        with tour.image.open("r+b") as file:
+            second = await client.add_fd(file, first.fdset_id, opaque="rdwr:disk.img")
+    image = tour.image.stat()
+    claim(first.fdset_id == second.fdset_id, f"both are in fd set {first.fdset_id}")
+    claim(
+        tour.holds(first.fd, image) and tour.holds(second.fd, image),
+        f"the daemon's descriptors {first.fd} and {second.fd} are that very file (by inode)",
+    )
+    modes = tour.daemon.access_of(first.fd), tour.daemon.access_of(second.fd)
+    claim(modes == (os.O_RDONLY, os.O_RDWR), "the first is open to read, the second to write too")
+
+
+async def share(tour: Tour) -> None:
+    """Another process, which could not have opened the file, finds it there"""
+    if tour.user is None:
+        tour.image.unlink()
+        say("""The file is unlinked now: no path leads to it any more. (Run by root, the tour
+            shows a process without permission instead.) A second process connects. The first
+            connection is closed by now; fd sets stay.""")
+    else:
+        say(f"""The daemon runs as {tour.user} and lets in its own user and root, nobody else.
+            A second process, {tour.user} too, tries the path, then asks the daemon. The first
+            connection is closed by now; fd sets stay.""")
+    who = [] if tour.user is None else [tour.user]
+    command = [
+        sys.executable,
+        __file__,
+        "--worker",
+        *map(str, (tour.daemon.socket, tour.image)),
+        *who,
+    ]
+    worker = await trio.run_process(command, check=False)
+    if worker.returncode != 0:
+        raise Broken("the second process could not do its work")
+
+
+async def work(
+    connect: Callable[[Path], AbstractAsyncContextManager[qmpfd.Client]], socket: Path, image: Path
+) -> None:
+    """What the second process does."""
+    note(f"the second process: pid {os.getpid()}, uid {os.getuid()}")
+    try:
+        image.open("rb").close()
+    except OSError as exc:
+        claim(True, f'open("{image.name}"): {exc.strerror}')
+    else:
+        raise Broken(f"uid {os.getuid()} can open {image}")
+    tap = socket.with_name("worker.sock")
+    note("its own connection; greeting and negotiation as above")
+    async with tapped(socket, tap, BriefWire(_HANDSHAKE)), connect(tap) as client:
+        [fdset] = await client.query_fdsets()
+        by_opaque = {fd.opaque: fd.fd for fd in fdset.fds}
+        claim(
+            list(by_opaque) == ["rdonly:disk.img", "rdwr:disk.img"],
+            "it sees the set, oldest descriptor first",
+        )
+        await client.remove_fd(fdset.fdset_id, by_opaque["rdonly:disk.img"])
+        [fdset] = await client.query_fdsets()
+        claim([fd.opaque for fd in fdset.fds] == ["rdwr:disk.img"], "and can remove from it")
+
+
+async def remove(tour: Tour) -> None:
+    """Removed is closed"""
+    say("""A pipe shows it best. The daemon gets the only descriptor of the writing end, so as
+        long as it holds that, a reader of the other end waits; once it is closed, the reader
+        sees the end of the file.""")
+    reader, writer = os.pipe()
+    with open(reader, "rb", buffering=0) as pipe:
+        os.set_blocking(reader, False)
+        async with tour.client() as client:
+            with open(writer, "wb", buffering=0) as end:
+                info = await client.add_fd(end, opaque="log")
+            claim(pipe.read() is None, "nothing to read, but no end either: the daemon holds on")
+            await client.remove_fd(info.fdset_id, info.fd)
+            claim(pipe.read() == b"", "end of file, without waiting: closed before the reply came")
+
+
+async def number(tour: Tour) -> None:
+    """Many at once, and how sets are numbered"""
+    say("""Three tasks of one client add a file each, at the same time and over one connection.
+        Each descriptor has to go to the command it was sent with. A new set gets the lowest
+        free id; sets are listed by descending id.""")
+    infos: dict[str, qmpfd.AddfdInfo] = {}
+    files: dict[str, os.stat_result] = {}
+
+    async def add(name: str) -> None:
+        with tempfile.TemporaryFile(dir=tour.folder) as file:
+            files[name] = os.fstat(file.fileno())
+            infos[name] = await client.add_fd(file, opaque=name)
+
+    async with tour.client() as client:
+        async with trio.open_nursery() as nursery:
+            for name in ("red", "green", "blue"):
+                nursery.start_soon(add, name)
+        claim(
+            all(tour.holds(infos[name].fd, files[name]) for name in files),
+            "each of the three is the file that its task sent (by inode, unlinked as they are)",
+        )
+        ids = sorted(info.fdset_id for info in infos.values())
+        claim(ids == [1, 2, 3], "set 0 is the disk image's, so they got 1, 2 and 3")
+        await client.remove_fd(2)
+        with open(os.devnull, "rb") as null:
+            info = await client.add_fd(null, opaque="null")
+        claim(info.fdset_id == 2, "2 was the lowest free id")
+        sets = await client.query_fdsets()
+        claim([fdset.fdset_id for fdset in sets] == [3, 2, 1, 0], "listed by descending id")
+
+
+async def refuse(tour: Tour) -> None:
+    """What happens on errors"""
+    say("""A refusal is one reply, and in Python one exception, named after the error's class.
+        A descriptor that came with a refused command is closed.""")
+    async with tour.client() as client:
+        before = tour.daemon.fd_count()
+        with open(os.devnull, "rb") as null:
+            await _expect(qmpfd.FdNotSupplied, lambda: client.execute("add-fd"))
+            await _expect(qmpfd.InvalidParameterValue, lambda: client.add_fd(null, fdset_id=99))
+            await _expect(qmpfd.FdNotFound, lambda: client.remove_fd(99))
+            await _expect(qmpfd.CommandNotFound, lambda: client.execute("open-sesame"))
+        claim(tour.daemon.fd_count() == before, "the daemon kept nothing of all this")
+    say("""Broken JSON is answered as well, and the connection goes on. No library would send
+        it, so this is a plain socket.""")
+    tap = tour.run_folder / "tap.sock"
+    async with (
+        tapped(tour.daemon.socket, tap, BriefWire(1)),
+        raw_connect(tap) as client,
+    ):
+        await client.read()  # the greeting
+        await client.send(b'{"execute": "qmp_capabilities",}\n')
+        claim("error" in await client.read(), "the comma before the brace is one too many")
+        await client.send(b"{'execute': 'qmp_capabilities', 'id': 'it\\'s me'}\n")
+        claim(
+            await client.read() == {"return": {}, "id": "it's me"},
+            "the next one is fine, single quotes and all (that is QEMU's JSON)",
+        )
+
+
+async def _expect(kind: type[qmpfd.QMPError], call: Callable[[], Awaitable[object]]) -> None:
+    try:
+        await call()
+    except qmpfd.QMPError as exc:
+        claim(type(exc) is kind, f"raised qmpfd.{type(exc).__name__}")
+    else:
+        raise Broken(f"{kind.__name__} was expected, but the command succeeded")
+
+
+async def shell(tour: Tour) -> None:
+    """The same from the shell"""
+    notes = tour.folder / "notes"
+    notes.write_text("remember the milk\n")
+    output = await _qmpfd(tour, "add", "--fdset", "0", "--opaque", "notes", str(notes))
+    claim(output.startswith("fd set 0, fd "), "added to the set of the disk image")
+    output = await _qmpfd(tour, "ls")
+    claim("notes" in output, "listed")
+    [number] = [line.split()[1] for line in output.splitlines() if line.endswith("notes")]
+    await _qmpfd(tour, "rm", f"0:{number}")
+    output = await _qmpfd(tour, "ls", "--json")
+    claim("notes" not in output, "removed; and --json is for programs")
+
+
+async def _qmpfd(tour: Tour, *arguments: str) -> str:
+    """Run the ``qmpfd`` command, show it and its output, and return that."""
+    shown = shlex.join(["qmpfd", *arguments]).replace(f"{tour.folder}/", "")
+    print("  " + paint("36", f"$ {shown}"), flush=True)
+    done = await trio.run_process(
+        [sys.executable, "-m", "qmpfd", *arguments],
+        env={**os.environ, "QMPFD_SOCKET": str(tour.daemon.socket)},
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+    )
+    output = (done.stdout + done.stderr).decode()
+    for line in output.splitlines():
+        for part in textwrap.wrap(line, WIDTH - 2, break_on_hyphens=False):
+            print("  " + paint("32", part), flush=True)
+    if done.returncode:
+        raise Broken(f"qmpfd {arguments[0]} ended with status {done.returncode}")
+    return output
+
+
+async def leave(tour: Tour) -> None:
+    """Nothing stays behind"""
+    say("""With all sets removed and all clients gone, the daemon holds what it started with.
+        On SIGTERM it ends, and its socket file goes with it.""")
+    async with tour.client() as client:
+        for fdset in await client.query_fdsets():
+            await client.remove_fd(fdset.fdset_id)
+    claim(
+        await tour.daemon.settles_at(tour.fds_at_start),
+        f"{tour.fds_at_start} descriptors open at the start, {tour.daemon.fd_count()} now",
+    )
+
+
+#: In this order; the title is the first line of each one's description.
+STEPS = (park, share, remove, number, refuse, shell, leave)
+
+
+# -- around them -------------------------------------------------------------------------------
+
+
+async def _other_user(folder: Path) -> str | None:
+    """``nobody``, if this is root and may become so, and nobody can reach *folder*, which is
+    theirs then; else None: stay who we are.
+    """
+    user = "nobody"
+    if os.geteuid() != 0:
+        return None
+    try:
+        shutil.chown(folder, user)
+        become = "import os, sys; os.setuid(os.stat(sys.argv[1]).st_uid); os.listdir(sys.argv[1])"
+        await trio.run_process(
+            [sys.executable, "-c", become, str(folder)], stderr=subprocess.DEVNULL
+        )
+    except (LookupError, OSError, subprocess.CalledProcessError):
+        os.chown(folder, os.geteuid(), os.getegid())
+        return None
+    return user
+
+
+async def tour(folder: Path) -> None:
+    """All the steps, one after the other, in an empty *folder*."""
+    folder.chmod(0o711)  # others may pass through to what they know the name of
+    private, run_folder = folder / "private", folder / "run"
+    private.mkdir(mode=0o700)
+    run_folder.mkdir(mode=0o700)
+    user = await _other_user(run_folder)
+    socket = run_folder / "qmpfd.sock"
+    async with running_daemon(socket, user=user) as daemon:
+        mode = stat.filemode(socket.stat().st_mode)
+        who = socket.owner()
+        say(f"""qmpfd {qmpfd.__version__} runs as pid {daemon.pid}, user {who}; its socket is
+            {mode} {who}. Clients say what is marked ->, and it answers <-.""")
+        shared = Tour(daemon, private, run_folder, user)
+        for count, step in enumerate(STEPS, 1):
+            title = (step.__doc__ or "").splitlines()[0]
+            print("\n" + paint("1", f"{count}. {title}"))
+            await step(shared)
+    claim(True, "the daemon ended with exit status 0, and its socket file is gone")
+
+
+async def main() -> int:
+    """The tour, or the second process in it."""
+    status = 128 + signal.SIGTERM
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(end_on_sigterm, nursery.cancel_scope)
+        with trio.move_on_after(_PATIENCE) as patience:
+            if sys.argv[1:2] == ["--worker"]:
+                connect = qmpfd.connect  # imported now, while this Python can still be read
+                for user in sys.argv[4:]:
+                    become(user)
+                await work(connect, Path(sys.argv[2]), Path(sys.argv[3]))
+            else:
+                with tempfile.TemporaryDirectory(prefix="qmpfd-demo-") as name:
+                    await tour(Path(name))
+        if patience.cancelled_caught:
+            raise Broken(f"the tour is not over after {_PATIENCE:g} seconds: something hangs")
+        status = 0
+        nursery.cancel_scope.cancel()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

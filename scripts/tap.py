@@ -1,0 +1,154 @@
+"""Shows the QMP lines between a client and a server, as they go over the wire.
+
+    python scripts/tap.py LISTEN SERVER
+
+listens on the Unix socket LISTEN, connects each client on to SERVER, a qmpfd or a QEMU, passes
+bytes and descriptors on in both directions, and prints every line.  The server sees this process
+as its client, so LISTEN is for this process's user only.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import shutil
+import socket
+import sys
+import textwrap
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from typing import TypeAlias
+
+import trio
+
+#: Told of each line: whether the client sent it, the line, how many descriptors went with it.
+Show: TypeAlias = Callable[[bool, str, int], None]
+
+#: The kernel passes at most this many descriptors at a time (unix(7)).
+_ROOM = socket.CMSG_SPACE(253 * array.array("i").itemsize)
+
+_COLOUR = (
+    sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+)
+WIDTH = max(40, min(80, shutil.get_terminal_size().columns))
+
+
+def paint(style: str, text: str) -> str:
+    """*text* in one of the terminal's styles (``1``: bold); plain where there is none."""
+    return f"\x1b[{style}m{text}\x1b[0m" if _COLOUR else text
+
+
+def show(from_client: bool, line: str, fds: int) -> None:
+    """Print a line of the wire, folded to the terminal's width.
+
+    Args:
+        from_client: who sent it.
+        line: what was sent.
+        fds: how many descriptors went with it.
+    """
+    arrow, style = ("->", "36") if from_client else ("<-", "32")
+    for part in textwrap.wrap(line, WIDTH - 5, break_on_hyphens=False) or [""]:
+        print(f"  {paint(style, f'{arrow} {part}')}")
+        arrow = "  "
+    if fds:
+        print("     " + paint("33", f"+ {fds} descriptor{'s' if fds > 1 else ''}, by SCM_RIGHTS"))
+    sys.stdout.flush()
+
+
+async def _carry(
+    source: trio.socket.SocketType,
+    sink: trio.socket.SocketType,
+    shown: Callable[[str, int], None],
+) -> None:
+    """Pass on all that *source* sends, line by line to *shown* as well."""
+    unfinished, fds_of_line = b"", 0
+    while True:
+        try:
+            data, control, _, _ = await source.recvmsg(65536, _ROOM, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionError:  # the other side went without reading all
+            break
+        if not data:
+            break
+        fds = array.array("i")
+        for level, kind, payload in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload)
+        with ExitStack() as received:
+            for fd in fds:
+                received.callback(os.close, fd)
+            *lines, unfinished = (unfinished + data).split(b"\n")
+            # A read ends after the bytes that descriptors came with: they are its last line's.
+            fds_of_line += len(fds)
+            for line in lines[:-1]:
+                shown(line.decode(errors="replace").rstrip("\r"), 0)
+            if lines:
+                shown(lines[-1].decode(errors="replace").rstrip("\r"), fds_of_line)
+                fds_of_line = 0
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
+            try:
+                while data:
+                    data = data[await sink.sendmsg([data], rights) :]
+                    rights = []
+            except ConnectionError:
+                break
+    try:
+        sink.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # it is gone already
+
+
+async def _relay(client: trio.socket.SocketType, server: str, shown: Show) -> None:
+    with client, trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as upstream:
+        await upstream.connect(server)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_carry, client, upstream, partial(shown, True))
+            nursery.start_soon(_carry, upstream, client, partial(shown, False))
+
+
+@asynccontextmanager
+async def tapped(
+    server: str | os.PathLike[str], listen: str | os.PathLike[str], shown: Show = show
+) -> AsyncGenerator[None, None]:
+    """Listen at *listen*, connect whoever comes there on to *server*, and show what they say.
+
+    Ends when its clients have gone, so that all their lines are shown.
+    """
+    listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with listener:
+        umask = os.umask(0o177)  # the mode has to hold from the first moment on
+        try:
+            await listener.bind(os.fspath(listen))
+        finally:
+            os.umask(umask)
+        listener.listen()
+        try:
+            async with trio.open_nursery() as relays, trio.open_nursery() as accepting:
+                accepting.start_soon(_accept, listener, relays, os.fspath(server), shown)
+                yield
+                accepting.cancel_scope.cancel()
+        finally:
+            os.unlink(listen)
+
+
+async def _accept(
+    listener: trio.socket.SocketType, relays: trio.Nursery, server: str, shown: Show
+) -> None:
+    while True:
+        client, _ = await listener.accept()
+        relays.start_soon(_relay, client, server, shown)
+
+
+async def main(listen: str, server: str) -> None:
+    """Tap until interrupted."""
+    async with tapped(server, listen):
+        await trio.sleep_forever()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: tap.py LISTEN SERVER")
+    try:
+        trio.run(main, sys.argv[1], sys.argv[2])
+    except KeyboardInterrupt:
+        pass

@@ -1,0 +1,262 @@
+"""The servers under comparison, each a process of its own, and a wire to talk to them.
+
+All of it is plain blocking sockets: what is compared is what leaves the other process, so there
+is nothing here for an event loop to do.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+DEADLINE = 10.0
+"""Seconds until a reply that must come is given up; nothing waits this long when all is well."""
+
+POLL = 0.01
+ROOT = Path(__file__).resolve().parents[2]
+QEMU = "qemu-system-x86_64"
+NO_QEMU = "needs a real QEMU: apt-get install qemu-system-x86"
+
+ESC = b"\x1b"
+"""Resets the parser from any state it can be in, at the price of exactly one error."""
+
+
+class Wire:
+    """One connection: bytes and descriptors out, lines in."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(DEADLINE)
+        self._buffer = bytearray()
+        self._probes = 0
+        try:
+            self._socket.connect(path)
+        except OSError:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def send(self, data: bytes, fds: Sequence[int] = (), *, bytewise: bool = False) -> None:
+        """Send `data`, the descriptors with it: as one write, or with the first of many."""
+        pieces = [data[i : i + 1] for i in range(len(data))] if bytewise else [data]
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        for piece in pieces:
+            sent = self._socket.sendmsg([piece], rights)
+            rights = []  # a write cut short has handed them over with its first byte
+            self._socket.sendall(piece[sent:])
+
+    def shut_write(self) -> None:
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def line(self) -> bytes | None:
+        """The next line, its end included; None when the peer has closed."""
+        while (end := self._buffer.find(b"\n")) < 0:
+            try:
+                chunk = self._socket.recv(65536)
+            except ConnectionResetError:
+                chunk = b""  # closed as well, with something of ours still unread
+            if not chunk:
+                assert not self._buffer, f"closed in the middle of a line: {self._buffer!r}"
+                return None
+            self._buffer += chunk
+        line = bytes(self._buffer[: end + 1])
+        del self._buffer[: end + 1]
+        return line
+
+    def lines(self, count: int) -> list[bytes]:
+        """`count` lines, or fewer if the peer closes or falls silent: a reply is missing then."""
+        got: list[bytes] = []
+        try:
+            while len(got) < count and (line := self.line()) is not None:
+                got.append(line)
+        except TimeoutError:
+            got.append(b"(silence)")
+        return got
+
+    def send_probe(self, *, reset: bool = False) -> None:
+        """Ask for something harmless under an id of its own, see `until_probe`.
+
+        A parser in the middle of a message would take the probe for a part of it: `reset` is for
+        when it may be there.
+        """
+        self._probes += 1
+        probe = b'{"execute":"query-name","id":"probe %d"}' % self._probes
+        self.send(ESC + probe if reset else probe)
+
+    def until_probe(self) -> list[bytes]:
+        """All that came before the answer to the last probe: what is not here was never sent.
+
+        This is what stands in for waiting a while to see whether anything more comes.  One
+        reply each, in order, is the protocol, and the probe is last in line.
+        """
+        got: list[bytes] = []
+        mark = b'"probe %d"' % self._probes
+        try:
+            while (line := self.line()) is not None and mark not in line:
+                got.append(line)
+        except TimeoutError:
+            return [*got, b"(silence)"]
+        return got if line is not None else [*got, b"(closed)"]
+
+    def call(self, command: bytes) -> list[bytes]:
+        """All replies to `command`, which has to be complete."""
+        self.send(command)
+        self.send_probe()
+        return self.until_probe()
+
+
+@dataclass
+class Peer:
+    """A running server."""
+
+    name: str
+    paths: tuple[str, ...]  # of its sockets: QEMU serves one client on each, qmpfd any number
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def is_qemu(self) -> bool:
+        return self.name == "qemu"
+
+    def connect(self, socket_number: int = 0) -> Wire:
+        return Wire(self.paths[socket_number % len(self.paths)])
+
+    def session(self, socket_number: int = 0) -> Wire:
+        """A connection past its negotiation."""
+        wire = self.connect(socket_number)
+        assert wire.line() is not None, f"no greeting from {self.name}: {self.said()}"
+        assert wire.call(b'{"execute":"qmp_capabilities"}') == [b'{"return": {}}\r\n']
+        return wire
+
+    def said(self) -> str:
+        """What the process wrote to its standard error."""
+        return self.log.read_text(errors="replace").strip() or "(nothing on standard error)"
+
+
+def qemu_command(paths: Sequence[str]) -> list[str]:
+    """The smallest QEMU that has fd sets, with one monitor on each path."""
+    command = [QEMU, "-nodefaults", "-machine", "none", "-display", "none"]
+    for path in paths:
+        command += ["-qmp", f"unix:{path},server=on,wait=off"]
+    return command
+
+
+def daemon_command(paths: Sequence[str], dialect: str) -> list[str]:
+    return [sys.executable, "-m", "qmpfd", "serve", "--socket", paths[0], "--dialect", dialect]
+
+
+def need_qemu() -> None:
+    """Skip the test where there is no QEMU; where peers are required, fail it."""
+    if shutil.which(QEMU) is None:
+        if os.environ.get("QMPFD_REQUIRE_PEERS"):
+            pytest.fail(NO_QEMU)
+        pytest.skip(NO_QEMU)
+
+
+@contextmanager
+def start_qemu(sockets: int = 2) -> Iterator[Peer]:
+    need_qemu()
+    with _folder() as folder:
+        paths = tuple(str(folder / f"{n}.sock") for n in range(sockets))
+        with _started("qemu", qemu_command(paths), paths, folder / "log") as peer:
+            yield peer
+
+
+@contextmanager
+def start_daemon(dialect: str = "qemu") -> Iterator[Peer]:
+    with _folder() as folder:
+        paths = (str(folder / "qmpfd.sock"),)
+        with _started("qmpfd", daemon_command(paths, dialect), paths, folder / "log") as peer:
+            yield peer
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder with a short name: the path of a Unix socket has room for 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="qmpfd-") as name:
+        yield Path(name)
+
+
+@contextmanager
+def _started(name: str, command: list[str], paths: tuple[str, ...], log: Path) -> Iterator[Peer]:
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors
+        )
+    peer = Peer(name, paths, process, log)
+    try:
+        _await_socket(peer)
+        yield peer
+    finally:
+        process.terminate()
+        try:
+            process.wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _await_socket(peer: Peer) -> None:
+    """Return once all sockets take connections.
+
+    There is no other sign that both kinds of peer give, hence the polling.
+    """
+    give_up = time.monotonic() + DEADLINE
+    for number in range(len(peer.paths)):
+        while True:
+            try:
+                peer.connect(number).close()
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                code = peer.process.poll()
+                if code is not None or time.monotonic() > give_up:
+                    pytest.fail(f"{peer.name} is not up (exit status {code}): {peer.said()}")
+                time.sleep(POLL)
+
+
+class Pool:
+    """A running peer for the next test: the last one, unless it is gone."""
+
+    def __init__(self, start: Callable[[], AbstractContextManager[Peer]]) -> None:
+        self._start = start
+        self._stack = ExitStack()
+        self._peer: Peer | None = None
+
+    def get(self) -> Peer:
+        if self._peer is None or self._peer.process.poll() is not None:
+            self.close()
+            self._peer = self._stack.enter_context(self._start())
+        return self._peer
+
+    def close(self) -> None:
+        self._peer = None
+        self._stack.close()
+
+
+def pool_of(start: Callable[[], AbstractContextManager[Peer]]) -> Iterator[Pool]:
+    it = Pool(start)
+    try:
+        yield it
+    finally:
+        it.close()

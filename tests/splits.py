@@ -1,0 +1,40 @@
+"""Inputs in every split: whole, byte by byte, and cut at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+from hypothesis import strategies as st
+
+T = TypeVar("T")
+
+#: Bytes that a parser of JSON has to mind, more often than others.
+json_soup = st.lists(
+    st.sampled_from(
+        [b"{", b"}", b"[", b"]", b":", b",", b'"', b"'", b"\\", b"\\u", b"\\ud800", b"\xff", b"\0"]
+        + [b" ", b"\t", b"\r\n", b"0", b"-", b"1.5", b"e", b"E+2", b"true", b"null", b"nan", b"x"]
+        + [b'"a"', b"'b'", b'"a":1', b"\xc3\xa9", b"\xc0\x80", b"\xed\xa0\x80", b"12", b"\x1b"]
+    )
+    | st.binary(min_size=1, max_size=3),
+    max_size=30,
+).map(b"".join)
+
+
+def pieces(data: bytes, cuts: Sequence[int]) -> Iterator[bytes]:
+    """*data* in the pieces between *cuts*."""
+    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    for begin, end in pairwise(edges):
+        yield data[begin:end]
+
+
+def bytewise(data: bytes) -> Iterator[bytes]:
+    """*data*, byte by byte."""
+    for at in range(len(data)):
+        yield data[at : at + 1]
+
+
+def fed(feed: Callable[[bytes], Iterator[T]], chunks: Iterator[bytes]) -> list[T]:
+    """All that *feed* yields for *chunks*, one after the other."""
+    return [item for chunk in chunks for item in feed(chunk)]

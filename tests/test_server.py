@@ -1,0 +1,319 @@
+"""The daemon over its socket: what it keeps, what it answers, and when it closes what."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+from helpers import (
+    ADD,
+    QUERY,
+    Pipe,
+    Wire,
+    daemon,
+    error,
+    open_fds,
+    pipes,
+    remove,
+    request,
+    settle,
+    value,
+)
+from kinds import KINDS, open_kind
+
+import qmpfd
+
+# -- descriptors of every kind -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_every_kind_survives(kind: str, path: Path, tmp_path: Path) -> None:
+    """The daemon holds the same open file description, as it was, close-on-exec, and no more."""
+    with open_kind(kind, tmp_path) as fd:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        link = os.readlink(f"/proc/self/fd/{fd}")
+        async with daemon(path):
+            with await Wire.session(path) as wire:
+                before = open_fds()
+                info = value(await wire.call("add-fd", {"opaque": kind}, [fd]))
+                # The daemon is in this process: its number is one of ours.
+                held = info["fd"]
+                assert open_fds() == {**before, held: link.removesuffix(" (deleted)")}
+                assert _same_description(fd, held)
+                assert fcntl.fcntl(held, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+                assert fcntl.fcntl(fd, fcntl.F_GETFL) == flags
+                assert value(await wire.call("query-fdsets")) == [
+                    {"fdset-id": 0, "fds": [{"fd": held, "opaque": kind}]}
+                ]
+                assert fcntl.fcntl(fd, fcntl.F_GETFL) == flags
+                await remove(wire, info)
+                assert open_fds() == before
+                assert fcntl.fcntl(fd, fcntl.F_GETFL) == flags
+
+
+def _same_description(one: int, other: int) -> bool:
+    """Whether both are of one open file description: what epoll tells apart, and fstat does not.
+
+    A flag set through the one is seen through the other; O_PATH descriptors have no such flags.
+    """
+    flags = fcntl.fcntl(one, fcntl.F_GETFL)
+    if flags & os.O_PATH:
+        return os.path.sameopenfile(one, other)
+    fcntl.fcntl(one, fcntl.F_SETFL, flags ^ os.O_NONBLOCK)
+    try:
+        return fcntl.fcntl(other, fcntl.F_GETFL) == fcntl.fcntl(one, fcntl.F_GETFL)
+    finally:
+        fcntl.fcntl(one, fcntl.F_SETFL, flags)
+
+
+async def test_the_same_descriptor_twice(path: Path) -> None:
+    async with daemon(path):
+        with await Wire.session(path) as wire, pipes(1) as [pipe]:
+            infos = [value(await wire.call("add-fd", {}, [pipe])) for _ in range(2)]
+            assert infos[0]["fd"] != infos[1]["fd"]
+            pipe.release()
+            await remove(wire, infos[0])
+            assert pipe.held()
+            await remove(wire, infos[1])
+            assert not pipe.held()
+
+
+async def test_a_socket_of_the_daemon_itself(path: Path) -> None:
+    """A client may pass its own connection, and cannot keep it open by that for ever."""
+    async with daemon(path):
+        with await Wire.session(path) as other:
+            with await Wire.session(path) as wire:
+                info = value(await wire.call("add-fd", {}, [wire.sock]))
+            await settle()
+            await remove(other, info)
+
+
+# -- closing -----------------------------------------------------------------------------------
+
+
+async def test_closed_when_the_answer_is_read(path: Path) -> None:
+    """The other end of the pipe sees its end at once, for one descriptor and for a whole set."""
+    async with daemon(path):
+        with await Wire.session(path) as wire, pipes(4) as made:
+            await wire.call("add-fd", None, made[:1])
+            infos = [value(await wire.call("add-fd", {"fdset-id": 0}, [pipe])) for pipe in made[1:]]
+            for pipe in made:
+                pipe.release()
+            await remove(wire, infos[-1])
+            assert [pipe.held() for pipe in made] == [True, True, True, False]
+            assert value(await wire.call("remove-fd", {"fdset-id": 0})) == {}
+            assert not any(pipe.held() for pipe in made)
+            assert value(await wire.call("query-fdsets")) == []
+
+
+async def test_closed_in_a_chunk_of_many(path: Path) -> None:
+    """Added and removed in one read: closed before the answer to any of it."""
+    async with daemon(path):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            wire.send(ADD + request("remove-fd", {"fdset-id": 0}) + QUERY, [pipe])
+            pipe.release()
+            await wire.reply()
+            assert not pipe.held()
+            assert await wire.replies(2) == [{"return": {}}] * 2
+
+
+async def test_kept_when_the_client_is_gone(path: Path) -> None:
+    async with daemon(path):
+        with Pipe() as pipe:
+            with await Wire.session(path) as wire:
+                info = value(await wire.call("add-fd", {"opaque": "left"}, [pipe]))
+                pipe.release()
+            await settle()
+            assert pipe.held()
+            with await Wire.session(path) as other:
+                assert value(await other.call("query-fdsets")) == [
+                    {"fdset-id": 0, "fds": [{"fd": info["fd"], "opaque": "left"}]}
+                ]
+                await remove(other, info)
+                assert not pipe.held()
+
+
+async def test_closed_when_the_daemon_ends(path: Path) -> None:
+    with pipes(3) as made:
+        async with daemon(path):
+            with await Wire.session(path) as wire:
+                await wire.call("add-fd", None, [made[0]])
+                await wire.call("getfd", {"fdname": "n"}, [made[1]])
+                wire.send(b" ", [made[2]])
+                for pipe in made:
+                    pipe.release()
+                await settle()
+                assert all(pipe.held() for pipe in made)
+        assert not any(pipe.held() for pipe in made)
+
+
+# -- getfd and closefd -------------------------------------------------------------------------
+
+
+async def test_names_belong_to_one_connection(path: Path) -> None:
+    async with daemon(path):
+        with await Wire.session(path) as one, await Wire.session(path) as two, pipes(3) as made:
+            for wire, pipe in [(one, made[0]), (two, made[1])]:
+                assert value(await wire.call("getfd", {"fdname": "n"}, [pipe])) == {}
+                pipe.release()
+            assert value(await two.call("query-fdsets")) == []
+            # The same name again: the old one is closed.
+            assert value(await one.call("getfd", {"fdname": "n"}, [made[2]])) == {}
+            made[2].release()
+            assert [pipe.held() for pipe in made] == [False, True, True]
+            assert value(await one.call("closefd", {"fdname": "n"})) == {}
+            assert [pipe.held() for pipe in made] == [False, True, False]
+            gone = await one.call("closefd", {"fdname": "n"})
+            assert gone["error"] == {
+                "class": "FdNotFound",
+                "desc": "File descriptor named 'n' not found",
+            }
+            two.close()
+            await settle()
+            assert not made[1].held()
+
+
+async def test_getfd_refused(path: Path) -> None:
+    async with daemon(path):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            assert error(await wire.call("getfd", {"fdname": "n"})) == "FdNotSupplied"
+            digit = await wire.call("getfd", {"fdname": "1st"}, [pipe])
+            assert digit["error"] == {
+                "class": "InvalidParameterValue",
+                "desc": "Parameter 'fdname' expects a name not starting with a digit",
+            }
+            pipe.release()
+            assert not pipe.held()
+
+
+# -- dialects ----------------------------------------------------------------------------------
+
+
+async def test_unknown_fdset_in_each_dialect(path: Path) -> None:
+    async with daemon(path, dialect="spec"):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            for fdset_id in (5, -1):
+                assert await wire.call("add-fd", {"fdset-id": fdset_id}, [pipe]) == {
+                    "error": {
+                        "class": "InvalidParameterValue",
+                        "desc": "Parameter 'fdset-id' expects an existing fdset-id",
+                    }
+                }
+            pipe.release()
+            assert not pipe.held()
+    async with daemon(path, dialect="qemu"):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            created = value(await wire.call("add-fd", {"fdset-id": 5}, [pipe]))
+            assert created["fdset-id"] == 5
+            assert await wire.call("add-fd", {"fdset-id": -1}, [pipe]) == {
+                "error": {
+                    "class": "GenericError",
+                    "desc": "Parameter 'fdset-id' expects a non-negative value",
+                }
+            }
+            pipe.release()
+            await remove(wire, created)
+            assert not pipe.held()
+
+
+@pytest.mark.parametrize("dialect", ["spec", "qemu"])
+async def test_error_classes_in_each_dialect(path: Path, dialect: str) -> None:
+    expected = [
+        (request("add-fd"), "FdNotSupplied", "No file descriptor supplied via SCM_RIGHTS"),
+        (
+            request("remove-fd", {"fdset-id": 3}),
+            "FdNotFound",
+            "File descriptor named 'fdset-id:3' not found",
+        ),
+        (
+            request("remove-fd", {"fdset-id": 3, "fd": -4}),
+            "FdNotFound",
+            "File descriptor named 'fdset-id:3, fd:-4' not found",
+        ),
+        (request("nothing"), "CommandNotFound", "The command nothing has not been found"),
+        (request("remove-fd"), "GenericError", "Parameter 'fdset-id' is missing"),
+    ]
+    async with daemon(path, dialect=dialect):
+        with await Wire.session(path) as wire:
+            for sent, kind, desc in expected:
+                wire.send(sent)
+                told = kind if dialect == "spec" or kind == "CommandNotFound" else "GenericError"
+                assert await wire.reply() == {"error": {"class": told, "desc": desc}}
+
+
+# -- the connection ----------------------------------------------------------------------------
+
+
+async def test_greeting(path: Path) -> None:
+    async with daemon(path):
+        with await Wire.connect(path) as wire:
+            greeting = (await wire.reply())["QMP"]
+            assert greeting["capabilities"] == ["oob"]
+            assert greeting["version"]["package"] == f"qmpfd {qmpfd.__version__}"
+            numbers = greeting["version"]["qemu"]
+            version = ".".join(str(numbers[part]) for part in ("major", "minor", "micro"))
+            assert version == qmpfd.__version__
+
+
+async def test_half_close(path: Path) -> None:
+    """A client that says that it sends no more gets all its answers, and then the end."""
+    async with daemon(path):
+        with await Wire.session(path) as wire, pipes(2) as made:
+            for pipe in made:
+                wire.send(ADD, [pipe])
+            wire.send(request("query-fdsets", id="last"))
+            wire.shut_write()
+            *added, listing = await wire.rest()
+            assert [value(info)["fdset-id"] for info in added] == [0, 1]
+            assert len(value(listing)) == 2
+            assert listing["id"] == "last"
+
+
+async def test_an_incomplete_request_before_the_half_close(path: Path) -> None:
+    async with daemon(path):
+        with await Wire.session(path) as wire:
+            wire.send(QUERY + QUERY.strip()[:-1])
+            wire.shut_write()
+            assert await wire.rest() == [{"return": {}}]
+
+
+@pytest.mark.parametrize("greeted", [True, False], ids=["greeting read", "greeting not read"])
+@pytest.mark.parametrize("count", [1, 50])
+async def test_sent_right_before_close(path: Path, count: int, greeted: bool) -> None:
+    """All of it is carried out, answers or not."""
+    async with daemon(path):
+        with pipes(count) as made:
+            with await (Wire.session(path) if greeted else Wire.connect(path)) as wire:
+                if not greeted:
+                    wire.send(request("qmp_capabilities"))
+                for pipe in made:
+                    wire.send(ADD, [pipe])
+                    pipe.release()
+            await settle()
+            assert all(pipe.held() for pipe in made)
+            with await Wire.session(path) as other:
+                sets = value(await other.call("query-fdsets"))
+                assert [fdset["fdset-id"] for fdset in sets] == [*reversed(range(count))]
+                for fdset in sets:
+                    await other.call("remove-fd", {"fdset-id": fdset["fdset-id"]})
+                assert not any(pipe.held() for pipe in made)
+
+
+async def test_many_sockets(path: Path) -> None:
+    """One store behind all of them, and as many clients on each as there are."""
+    others = [path.with_name(f"{n}.sock") for n in range(5)]
+    async with daemon(path, *others):
+        with Pipe() as pipe:
+            with await Wire.session(path) as wire:
+                info = value(await wire.call("add-fd", None, [pipe]))
+            pipe.release()
+            for other in others:
+                with await Wire.session(other) as one, await Wire.session(other) as two:
+                    for wire in (one, two):
+                        assert len(value(await wire.call("query-fdsets"))) == 1
+            with await Wire.session(others[-1]) as wire:
+                await remove(wire, info)
+            assert not pipe.held()
+    assert not any(other.exists() for other in others)
