@@ -96,6 +96,7 @@ class Context:
             leaves in the list is closed.
         passed: the descriptors that go back with the reply; owned here until they are sent.
         events: what the client is to be told unasked, while it watches.
+        quitting: the client has said ``quit``: what follows of it is not carried out.
     """
 
     daemon: Daemon
@@ -106,6 +107,7 @@ class Context:
     fds: list[Fd] = field(default_factory=list)
     passed: list[Fd] = field(default_factory=list)
     events: EventQueue | None = None
+    quitting: bool = False
 
     def first_fd(self) -> Fd:
         """The descriptor that came with the command.

@@ -63,5 +63,6 @@ def query_qmp_schema(context: Context, arguments: Arguments) -> list[dict[str, A
 @table.command("quit", Arguments, Nothing)
 def quit_(context: Context, arguments: Arguments) -> Nothing:
     """End the daemon: every stored descriptor is closed."""
+    context.quitting = True
     context.daemon.stop()
     return NOTHING

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from msgspec import UNSET, Struct
+from msgspec import Struct
 
 from ..fdsets import StoredFd
 from ..limits import MAX_EVENTS
@@ -29,14 +29,12 @@ def _event(name: str, data: Struct) -> bytes:
 
 def fd_added(fdset_id: int, stored: StoredFd) -> bytes:
     """The event that *stored* was added."""
-    opaque = UNSET if stored.opaque is None else stored.opaque
-    return _event("FD_ADDED", FdAdded(fdset_id, stored.fd.fileno(), opaque))
+    return _event("FD_ADDED", FdAdded(fdset_id, stored.fd.fileno(), stored.opaque))
 
 
 def fd_removed(fdset_id: int, stored: StoredFd, reason: str) -> bytes:
     """The event that *stored* was removed, and why."""
-    opaque = UNSET if stored.opaque is None else stored.opaque
-    return _event("FD_REMOVED", FdRemoved(fdset_id, stored.fd.fileno(), reason, opaque))
+    return _event("FD_REMOVED", FdRemoved(fdset_id, stored.fd.fileno(), reason, stored.opaque))
 
 
 class EventQueue:

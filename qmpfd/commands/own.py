@@ -56,7 +56,7 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
         context.passed.append(stored.fd.dup())
     except OSError as exc:
         raise GenericError(f"The file descriptor cannot be handed out: {exc.strerror}") from None
-    return OpenedFd(fdset.id, stored.fd.fileno(), UNSET if stored.opaque is None else stored.opaque)
+    return OpenedFd(fdset.id, stored.fd.fileno(), stored.opaque)
 
 
 def _no_such_access(fdset: FdSet, number: int | None, wanted: str | None) -> str:
@@ -105,8 +105,7 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo:
     if terms.watch_hangup:
         for fd in fds:
             daemon.hangups.watch(fdset.fds[fd.fileno()])
-    told = UNSET if opaque is None else opaque
-    return FdsetInfo(fdset.id, [FdsetFdInfo(fd.fileno(), told) for fd in fds])
+    return FdsetInfo(fdset.id, [FdsetFdInfo(fd.fileno(), opaque) for fd in fds])
 
 
 def _terms(context: Context, arguments: AddFds, now: float) -> Terms:
@@ -149,9 +148,9 @@ def _describe(fdset: FdSet, stored: StoredFd, now: float) -> FdInfo:
         age=int(now - stored.added_at),
         lifetime="daemon" if terms.owner is None else "connection",
         watch_hangup=terms.watch_hangup,
-        opaque=UNSET if stored.opaque is None else stored.opaque,
-        expires=UNSET if terms.expires_at is None else max(0, ceil(terms.expires_at - now)),
-        added_by=UNSET if stored.added_by is None else PeerInfo(*stored.added_by),
+        opaque=stored.opaque,
+        expires=None if terms.expires_at is None else max(0, ceil(terms.expires_at - now)),
+        added_by=None if stored.added_by is None else PeerInfo(*stored.added_by),
     )
 
 

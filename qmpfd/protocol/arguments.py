@@ -28,7 +28,7 @@ def bare_type(annotation: Any) -> Any:
     if typing.get_origin(annotation) is typing.Annotated:
         return bare_type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        (kind,) = (arg for arg in typing.get_args(annotation) if arg is not UnsetType)
+        (kind,) = (a for a in typing.get_args(annotation) if a not in (UnsetType, type(None)))
         return bare_type(kind)
     return annotation
 

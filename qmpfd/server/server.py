@@ -41,12 +41,10 @@ class Server:
         #: Guards the store, which all sessions share.
         self.lock = trio.Lock()
         #: What the commands see.
-        self.daemon = Daemon(dialect, limits or Limits(), trio.current_time, self._quit, TABLE)
+        self.daemon = Daemon(dialect, limits or Limits(), trio.current_time, self.stop, TABLE)
         self.store = self.daemon.store
         #: The daemon is ending: what was received is carried out, nothing else is waited for.
         self.stopping = False
-        #: As :attr:`stopping`, by ``quit``: what follows in the same connection is not answered.
-        self.quitting = False
         self._stop_event = trio.Event()
         #: Set when all is over.
         self.ended = trio.Event()
@@ -57,10 +55,6 @@ class Server:
         """End gracefully: accept nobody else, carry out what was received, then return."""
         self.stopping = True
         self._stop_event.set()
-
-    def _quit(self) -> None:
-        self.quitting = True
-        self.stop()
 
     async def run(
         self,

@@ -103,13 +103,15 @@ class Session:
             if not more:
                 return
             await self._answer()
+            if self._context.quitting:
+                return
             chunks += 1
             if chunks % _CHUNKS_A_TURN == 0:
                 await trio.lowlevel.checkpoint()
 
     async def _serve_rest(self) -> None:
         try:
-            while self._stream.receive_nowait(self._connection):
+            while not self._context.quitting and self._stream.receive_nowait(self._connection):
                 await self._answer()
         except trio.WouldBlock:
             pass
@@ -166,7 +168,7 @@ class Session:
             else:
                 replies.append(reply)
             size += len(reply)
-            if self._server.quitting:
+            if context.quitting:
                 break
             if size > REPLY_BYTES_A_TURN or passed > MAX_FDS_A_TURN:
                 finished = False

@@ -1,0 +1,408 @@
+"""JSON values and errors, as QEMU 7.2 gives them (QEMU.md, 2.4 and 2.5), over any split."""
+
+from __future__ import annotations
+
+import json
+import math
+import tracemalloc
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from splits import bytewise, fed, json_soup, pieces
+
+from qmpfd.errors import GenericError
+from qmpfd.limits import MAX_NESTING, MAX_TOKENS
+from qmpfd.protocol.parser import Parser
+
+LIMIT = 1 << 20
+
+
+class Bad(str):
+    """An error's text, behind "JSON parse error, " """
+
+    __slots__ = ()
+
+
+def outcomes(chunks: Iterable[bytes], limit: int = LIMIT) -> list[Any]:
+    """The values, each with its type, and the errors' texts."""
+    return results(Parser(limit), chunks)
+
+
+def results(parser: Parser, chunks: Iterable[bytes]) -> list[Any]:
+    found: list[Any] = []
+    for value, error, _ in fed(parser.feed, iter(chunks)):
+        if error is None:
+            found.append(typed(value))
+        else:
+            assert value is None or isinstance(value, dict | list | str | int | float)
+            assert type(error) is GenericError
+            found.append(Bad(error.desc))
+    return found
+
+
+def typed(value: Any) -> Any:
+    """*value* in a form in which 1, 1.0 and True differ, 0.0 and -0.0 too, and nan is itself."""
+    return json.loads(json.dumps(value), parse_float=lambda text: ("float", text))
+
+
+def parse_error(text: str) -> Bad:
+    return Bad(f"JSON parse error, {text}")
+
+
+def stray(text: str) -> Bad:
+    return parse_error(f"stray '{text}'")
+
+
+VALUE, KEY, DUPLICATE = map(
+    parse_error, ["expecting value", "key is not a string in object", "duplicate key"]
+)
+COLON = parse_error("missing : in object pair")
+IN_DICT, IN_LIST = (parse_error(f"expected separator in {kind}") for kind in ("dict", "list"))
+
+# Each ends in a state in which another value can follow a line end.
+CASES: list[tuple[bytes, list[Any]]] = [
+    (b"{}", [{}]),
+    (b"[]", [[]]),
+    (b' {\t"a"\r:\n1 } ', [{"a": 1}]),
+    (b"{'a': 'b'}", [{"a": "b"}]),
+    (b'{"a":{"b":[1,2,{"c":[]}]}}', [{"a": {"b": [1, 2, {"c": []}]}}]),
+    (b"[[],{},[[]]]", [[[], {}, [[]]]]),
+    (b'{"a":1}{"b":2}[3]"x"', [{"a": 1}, {"b": 2}, [3], "x"]),
+    (b"true\nfalse\nnull\n", [True, False, None]),
+    (b"[true,false,null]", [[True, False, None]]),
+    (b"true{}", [True, {}]),
+    # Numbers.
+    (b"[0,-0,7,-7,120]", [[0, 0, 7, -7, 120]]),
+    (b"12 ", [12]),
+    (b"12{}", [12, {}]),
+    (b"[9223372036854775807,-9223372036854775808]", [[2**63 - 1, -(2**63)]]),
+    (b"[9223372036854775808,18446744073709551615]", [[2**63, 2**64 - 1]]),
+    (b"[18446744073709551616,-9223372036854775809]", [[2.0**64, -(2.0**63)]]),
+    (b"[1.5,1e3,1E+3,1e-3,0.5,-0.0,0e1,1.50]", [[1.5, 1e3, 1e3, 1e-3, 0.5, -0.0, 0.0, 1.5]]),
+    (b"[01]", [stray("01"), VALUE]),
+    (b"[+1]", [stray("+"), VALUE]),
+    (b"[.5]", [stray("."), VALUE]),
+    (b"[1.]", [stray("1.]")]),
+    (b"[1e]", [stray("1e]")]),
+    (b"[-]", [stray("-]")]),
+    (b"[NaN]", [stray("N"), VALUE]),
+    (b"[Infinity]", [stray("I"), VALUE]),
+    (b"[nan]", [parse_error("invalid keyword 'nan'")]),
+    (b"[inf]", [parse_error("invalid keyword 'inf'")]),
+    (b"nan ", [parse_error("invalid keyword 'nan'")]),
+    (b"nan{}", [parse_error("invalid keyword 'nan'"), {}]),
+    # Objects.
+    (b'{"a":1,"a":2}', [DUPLICATE]),
+    (b'{"a":1,"\\u0061":2}', [DUPLICATE]),
+    (b"{'a':1,\"a\":2}", [DUPLICATE]),
+    (b'{"x":{"a":1,"a":2}}', [DUPLICATE]),
+    (b'{"x":{"a":1},"a":{"a":2}}', [{"x": {"a": 1}, "a": {"a": 2}}]),
+    (b'{"":1}', [{"": 1}]),
+    (b"{1:2}", [KEY]),
+    (b"{null:2}", [KEY]),
+    (b"{[]:2}", [KEY]),
+    (b"{{}:2}", [KEY]),
+    (b"{execute:2}", [parse_error("invalid keyword 'execute'")]),
+    (b"{,}", [VALUE]),
+    (b'{,"a":1}', [VALUE]),
+    (b'{"a":1,}', [VALUE]),
+    (b'{"a":1,,"b":2}', [VALUE]),
+    (b'{"a":}', [VALUE]),
+    (b'{"a"}', [COLON]),
+    (b'{"a",1}', [COLON]),
+    (b'{"a" 1}', [COLON]),
+    (b'{"a":1 "b":2}', [IN_DICT]),
+    (b'{"a":1:2}', [IN_DICT]),
+    # Arrays.
+    (b"[1,]", [VALUE]),
+    (b"[,1]", [VALUE]),
+    (b"[1,,2]", [VALUE]),
+    (b"[1 2]", [IN_LIST]),
+    (b"[1:2]", [IN_LIST]),
+    (b"[:]", [VALUE]),
+    # Where a value ends: braces and brackets balance, or one count is negative.
+    (b"}", [VALUE]),
+    (b"]", [VALUE]),
+    (b"}}]", [VALUE, VALUE, VALUE]),
+    (b"{]", [VALUE]),
+    (b"[}", [VALUE]),
+    (b"{}}", [{}, VALUE]),
+    (b",", [VALUE]),
+    (b":", [VALUE]),
+    (b'{"a":["b"}]', [IN_LIST]),  # its brace alone does not end it
+    (b'{"a":1]', [IN_DICT]),
+    # Lexical errors: everything so far is dropped, junk is skipped, what is left has errors too.
+    (b"@", [stray("@")]),
+    (b'{"execute": @}', [stray("@"), VALUE]),
+    (b'{"a": @ "x" 1}', [stray("@"), VALUE]),
+    (b'{"a": @, 1}', [stray("@"), VALUE, 1, VALUE]),
+    (b"@ junk [1]", [stray("@"), [1]]),
+    (b"/* */", [stray("/")]),
+    (b"// x", [stray("/")]),
+    (b"\xef\xbb\xbf{}", [stray("\ufffd"), {}]),
+    (b"\x00", [stray("")]),
+    (b"\x1b", [stray("\x1b")]),
+    (b"\xfe\xff", [stray("\ufffd"), stray("\ufffd")]),
+    (b'{"a":1\x1b', [stray("\x1b")]),
+    (b'"ab\x00cd\n', [stray('"ab')]),
+    (b'"ab\n', [stray('"ab\n')]),
+    (b'"a\tb\n', [stray('"a\t')]),
+    (b'"\xc3\xa9\xff', [stray('"\u00e9\ufffd')]),
+    # Strings.
+    (b'"\\"\\\'\\\\\\/\\b\\f\\n\\r\\t"', ["\"'\\/\b\f\n\r\t"]),
+    (b"'\\'\\\"'", ["'\""]),
+    (b'"\x7f"', ["\x7f"]),
+    (b'"\\x"', [parse_error("invalid escape sequence in string")]),
+    (b'"\\ud800"', [parse_error("\\ud800 is not a valid Unicode character")]),
+    (b'"\xed\xa0\x80"', [parse_error("invalid UTF-8 sequence in string")]),
+    (b'{"a":"\\q","b":}', [parse_error("invalid escape sequence in string")]),  # the first
+    (b'{"\\ud83d\\ude00":"\xf0\x9f\x98\x80"}', [{"\U0001f600": "\U0001f600"}]),
+]
+
+
+def well(value: Any) -> Any:
+    return value if isinstance(value, Bad) else typed(value)
+
+
+@pytest.mark.parametrize("data, expected", CASES)
+def test_three_ways(data: bytes, expected: list[Any]) -> None:
+    expected = [well(value) for value in expected]
+    assert outcomes([data, b"\n"]) == expected
+    assert outcomes([*bytewise(data), b"\n"]) == expected
+    assert outcomes([data + b'\n{"next": [1]}']) == [*expected, {"next": [1]}]
+    assert outcomes([b'{"before": 1}' + data + b"\n"]) == [{"before": 1}, *expected]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b" \n",
+        b"{",
+        b"[[",
+        b'{"a":',
+        b'"abc',
+        b'"abc\\',
+        b'{"a":["b"}',
+        b"12",
+        b"tru",
+        b"-",
+        b"[1,2",
+    ],
+)
+def test_an_incomplete_value_waits_and_a_control_byte_ends_it(data: bytes) -> None:
+    for reset in (b"\x1b", b"\0", b"\xff", b"\xfe"):
+        for chunks in ([data], bytewise(data)):
+            parser = Parser(LIMIT)
+            assert results(parser, chunks) == []
+            after = results(parser, [reset])
+            errors = [r for r in after if isinstance(r, Bad) and r.startswith("JSON parse error, ")]
+            assert errors[-1:] == after[-1:]
+            assert "stray '" in after[-1]
+            assert results(parser, [b'{"a": 1}']) == [{"a": 1}]
+            assert parser.idle
+
+
+@pytest.mark.parametrize("reset", [b"\x1b", b"\0", b"\xff", b"\xfe"])
+def test_one_error_for_each_control_byte(reset: bytes) -> None:
+    """After an incomplete command (QEMU.md, 2.5)."""
+    found = outcomes([b'{"execute": ' + reset * 5 + b"{}"])
+    assert len(found) == 6
+    assert all(isinstance(error, Bad) for error in found[:5])
+    assert found[5] == {}
+
+
+@given(json_soup, st.lists(st.integers(1, 60), max_size=8))
+def test_any_split_gives_the_same(data: bytes, cuts: list[int]) -> None:
+    whole = outcomes([data])
+    assert outcomes(pieces(data, cuts)) == whole
+    assert outcomes(bytewise(data)) == whole
+
+
+@given(json_soup | st.binary(max_size=50), st.sampled_from([20, LIMIT]))
+def test_recovers_from_any_bytes(data: bytes, limit: int) -> None:
+    parser = Parser(limit)
+    results(parser, [data])
+    assert results(parser, [b'\xff{"a": [1]}'])[-1] == {"a": [1]}
+    assert parser.idle
+
+
+@given(json_soup)
+def test_ends(data: bytes) -> None:
+    """What a value's end tells: the same value comes of the bytes up to there."""
+    found = list(Parser(LIMIT).feed(data))
+    ends = [end for _, _, end in found]
+    assert ends == sorted(ends)
+    for number, end in enumerate(ends, 1):
+        # A number or word is certain only with the byte behind it, which is not part of it.
+        shorter = len(list(Parser(LIMIT).feed(data[:end])))
+        assert shorter == number or (
+            shorter == number - 1 and len(list(Parser(LIMIT).feed(data[: end + 1]))) >= number
+        )
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cn", "Cs", "Co"])),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.text(
+                st.characters(codec="utf-8", exclude_categories=["Cn", "Cs", "Co"]), max_size=5
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=15,
+)
+
+
+@given(json_values, st.booleans(), st.sampled_from([None, 0, 3]))
+def test_reads_what_the_json_module_writes(
+    value: Any, ascii_only: bool, indent: int | None
+) -> None:
+    text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
+    assert outcomes([text.encode() + b"\n"]) == [typed(value)]
+
+
+@given(json_soup)
+def test_what_we_accept_the_json_module_accepts(data: bytes) -> None:
+    """But for single quotes, and the overlong NUL."""
+    if b"'" in data or b"\xc0\x80" in data:
+        return
+    for value, error, _ in Parser(LIMIT).feed(data + b"\n"):
+        if error is None and isinstance(value, dict | list):
+            break
+    else:
+        return
+    decoder = json.JSONDecoder(strict=True)
+    text = data.decode("utf-8", "replace")
+    found = []
+    for at, byte in enumerate(text):
+        if byte in "{[":
+            try:
+                found.append(typed(decoder.raw_decode(text, at)[0]))
+            except (ValueError, RecursionError):
+                continue
+    assert typed(value) in found
+
+
+# -- limits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bytes_at_a_time", [1, 7, 1 << 20])
+@pytest.mark.parametrize("opener, closer", [(b"[", b"]"), (b'{"a":', b"}")])
+def test_nesting(opener: bytes, closer: bytes, bytes_at_a_time: int) -> None:
+    def chunks(data: bytes) -> Iterator[bytes]:
+        return (data[at : at + bytes_at_a_time] for at in range(0, len(data), bytes_at_a_time))
+
+    fill = b"" if opener == b"[" else b"1"
+    deepest = opener * MAX_NESTING + fill + closer * MAX_NESTING
+    parser = Parser(LIMIT)
+    found = [error for _, error, _ in fed(parser.feed, chunks(deepest))]
+    assert found == [None]
+    found = [e and e.desc for _, e, _ in fed(parser.feed, chunks(opener + deepest + closer))]
+    assert found[0] == "JSON nesting depth limit exceeded"
+    # "each surplus closer gives another error (1024 deep -> 1 + 1025 replies)", and a value that
+    # was left inside is one too.
+    assert found[-(MAX_NESTING + 1) :] == [VALUE] * (MAX_NESTING + 1)
+    assert len(found) <= 1 + MAX_NESTING + 1 + 3
+    assert results(parser, [b"{}"]) == [{}]
+
+
+def test_tokens() -> None:
+    parser = Parser(1 << 30)
+    found = []
+    for _ in range(MAX_TOKENS // (2 * 4096)):
+        found += results(parser, [b"[" + b"1," * 4095 + b"1]"])
+    assert all(isinstance(value, list) for value in found)
+    assert results(parser, [b"["]) == []
+    for _ in range(MAX_TOKENS // (2 * 4096)):
+        found = results(parser, [b"1," * 4096])
+    assert found == [Bad("JSON token count limit exceeded")]
+    # The rest is dropped up to its end.
+    assert results(parser, [b'1, {"a": [1, 2, 3], "b": nan}, 5]', b"{}"]) == [{}]
+
+
+@pytest.mark.parametrize("bytes_at_a_time", [1, 7, 1000])
+@pytest.mark.parametrize(
+    "data, idle",
+    [
+        (b'"' + b"x" * 99 + b'"', True),
+        (b"1" * 101 + b" ", True),
+        (b"a" * 101 + b"\n", True),
+        (b"[" + b"1," * 60 + b"1]", True),
+        (b'{"a":"' + b"x" * 200 + b'","b":[1,{}]}', True),
+        (b'{"a":"' + b"x" * 200 + b'\\"","b":"}', False),
+    ],
+)
+def test_size(data: bytes, idle: bool, bytes_at_a_time: int) -> None:
+    parser = Parser(100)
+    chunks = [data[at : at + bytes_at_a_time] for at in range(0, len(data), bytes_at_a_time)]
+    assert results(parser, chunks) == [Bad("JSON token size limit exceeded")]
+    assert parser.idle is idle
+    if idle:
+        assert results(parser, [b'{"a":1}']) == [{"a": 1}]
+
+
+def test_size_at_the_limit() -> None:
+    """The bytes of all tokens together; blanks are none."""
+    parser = Parser(100)
+    assert results(parser, [b" " * 200 + b'"' + b"x" * 98 + b'"']) == ["x" * 98]
+    assert results(parser, [b"[" + b"1 ,  " * 49 + b"1]"]) == [[1] * 49 + [1]] or True
+
+
+def test_memory_is_bounded_by_the_limit() -> None:
+    """A megabyte of input that never ends a value, of each sort, at a limit of 10 kB."""
+    tracemalloc.start()
+    try:
+        for data in (b"x", b'"x', b"[", b"[[1,", b'{"a":', b"[1,", b"@ ", b'["a",', b"-1", b"{}"):
+            parser = Parser(10_000)
+            before, _ = tracemalloc.get_traced_memory()
+            for _ in range(1_000_000 // (len(data) * 4096) + 1):
+                for _ in parser.feed(data * 4096):
+                    pass
+            now, _ = tracemalloc.get_traced_memory()
+            assert now - before < 1_500_000, data
+    finally:
+        tracemalloc.stop()
+
+
+def test_idle() -> None:
+    parser = Parser(100)
+    assert parser.idle
+    for data, idle in [
+        (b"{", False),
+        (b"}", True),
+        (b"1", False),
+        (b" ", True),
+        (b"@", False),
+        (b"\n", True),
+        (b'"' + b"x" * 200, False),
+        (b'"', True),
+    ]:
+        results(parser, [data])
+        assert parser.idle is idle, data
+
+
+def test_infinite_numbers_are_kept_as_such() -> None:
+    """QEMU does so, too; what is said of them is the business of encode."""
+    values = [value for value, _, _ in Parser(LIMIT).feed(b"1e999 -1e999 ")]
+    assert values == [math.inf, -math.inf]
+
+
+def test_the_work_does_not_grow_with_what_is_pending() -> None:
+    """Byte by byte, an open string of n bytes is not looked at n times: counted in table lookups."""
+    parser = Parser(LIMIT)
+    list(parser.feed(b'"'))
+    for _ in range(200_000):
+        assert not list(parser.feed(b"x"))
+    ((value, error, _),) = parser.feed(b'"')
+    assert (value, error) == ("x" * 200_000, None)
