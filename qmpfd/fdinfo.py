@@ -12,8 +12,9 @@ import fcntl
 import os
 import re
 import stat
+from collections.abc import Callable
 from functools import cache
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 Access: TypeAlias = Literal["rdonly", "wronly", "rdwr", "path"]
 
@@ -65,27 +66,74 @@ def kind(fd: int, link: str) -> str:
     anonymous = _ANONYMOUS.fullmatch(link)
     if anonymous is not None:
         return _NAMES.get(anonymous[1], anonymous[1])
-    return _MODES.get(_file_type(fd), "unknown")
+    found = status(fd)
+    return "unknown" if found is None else _MODES.get(stat.S_IFMT(found.mode), "unknown")
 
 
-_AT_EMPTY_PATH, _AT_STATX_DONT_SYNC, _STATX_TYPE = 0x1000, 0x4000, 0x1
-_STATX_BYTES, _STATX_MODE_AT = 256, 28  # struct statx: its size, and where stx_mode is
+class Status(NamedTuple):
+    """What the kernel has at hand of a descriptor's file; compare stat(2).
+
+    Args:
+        mode: its type and permissions.
+        nlink: how many names it has.
+        size: its length in bytes.
+        rdev: the device that it is, if it is one.
+        dev: the device of its file system.
+    """
+
+    mode: int
+    nlink: int
+    size: int
+    rdev: int
+    dev: int
+
+
+class _Statx(ctypes.Structure):
+    """``struct statx`` (statx(2))."""
+
+    _fields_ = (
+        ("mask", ctypes.c_uint32),
+        ("blksize", ctypes.c_uint32),
+        ("attributes", ctypes.c_uint64),
+        ("nlink", ctypes.c_uint32),
+        ("uid", ctypes.c_uint32),
+        ("gid", ctypes.c_uint32),
+        ("mode", ctypes.c_uint16),
+        ("ino", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("blocks", ctypes.c_uint64),
+        ("attributes_mask", ctypes.c_uint64),
+        ("times", ctypes.c_uint64 * 8),
+        ("rdev_major", ctypes.c_uint32),
+        ("rdev_minor", ctypes.c_uint32),
+        ("dev_major", ctypes.c_uint32),
+        ("dev_minor", ctypes.c_uint32),
+        ("rest", ctypes.c_uint64 * 14),
+    )
+
+
+_AT_EMPTY_PATH, _AT_STATX_DONT_SYNC = 0x1000, 0x4000
+_STATX_TYPE, _STATX_MODE, _STATX_NLINK, _STATX_SIZE = 0x1, 0x2, 0x4, 0x200
+_WANTED = _STATX_TYPE | _STATX_MODE | _STATX_NLINK | _STATX_SIZE
 
 
 @cache
-def _statx() -> ctypes._NamedFuncPointer | None:
+def _statx_function() -> Callable[..., int] | None:
     """The C library's statx, which Python has from 3.15 on; glibc has it since 2.28."""
-    return getattr(ctypes.CDLL(None, use_errno=True), "statx", None)
+    return getattr(ctypes.CDLL(None), "statx", None)
 
 
-def _file_type(fd: int) -> int:
-    """The type bits of *fd*'s mode; 0 where the kernel does not tell without asking around."""
-    statx = _statx()
-    if statx is None:
-        return 0
-    buffer = ctypes.create_string_buffer(_STATX_BYTES)
+def status(fd: int) -> Status | None:
+    """What the kernel has at hand of *fd*'s file; None where it does not tell."""
+    statx = _statx_function()
+    found = _Statx()
     flags = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
-    if statx(fd, b"", flags, _STATX_TYPE, buffer):
-        return 0
-    mode = int.from_bytes(buffer.raw[_STATX_MODE_AT : _STATX_MODE_AT + 2], "little")
-    return stat.S_IFMT(mode)
+    if statx is None or statx(fd, b"", flags, _WANTED, ctypes.byref(found)):
+        return None
+    return Status(
+        found.mode,
+        found.nlink,
+        found.size,
+        os.makedev(found.rdev_major, found.rdev_minor),
+        os.makedev(found.dev_major, found.dev_minor),
+    )

@@ -21,6 +21,19 @@ MAX_REQUEST_BYTES = 1 << 20
 #: Bytes of one reply that our client accepts: a listing of 100,000 descriptors with long opaques.
 MAX_REPLY_BYTES = 256 << 20
 
+#: Bytes that the incomplete requests of all connections together may take in memory.
+MAX_INCOMPLETE_BYTES = 32 << 20
+
+#: Bytes that a token takes in memory on top of its text, at most: an empty array's.
+TOKEN_BYTES = 72
+
+#: Seconds within which a client has to say ``qmp_capabilities``.
+NEGOTIATION_TIMEOUT = 60.0
+
+#: Seconds between two writes of the metrics, and between two looks for clients to be evicted.
+METRICS_INTERVAL = 10.0
+EVICTION_INTERVAL = 1.0
+
 #: Errors in a row, without one valid request between them, that are each answered.  The deepest
 #: honest case is a value nested one level too deep: QEMU answers one error for it and one for
 #: each of its closers, and so do we.  Beyond this it is a flood, and answered once per read.
@@ -62,13 +75,21 @@ class Limits:
     """What one daemon allows its clients.
 
     Args:
-        max_connections: connections open at a time.
+        max_connections: clients at a time.
+        max_connections_per_uid: clients of one user at a time.
+        max_fds: descriptors kept at a time, those of ``getfd`` included.
+        max_fds_per_uid: descriptors that clients of one user may have kept at a time.
         max_request_bytes: bytes of one request.
+        idle_timeout: seconds that a client may ask nothing, unless it watches; None for ever.
         write_timeout: seconds that a client may take to accept a reply.
         drain_timeout: seconds that finishing takes at most once the daemon is told to end.
     """
 
-    max_connections: int = 1024
+    max_connections: int = 4096
+    max_connections_per_uid: int = 2048
+    max_fds: int = 65536
+    max_fds_per_uid: int = 32768
     max_request_bytes: int = MAX_REQUEST_BYTES
+    idle_timeout: float | None = None
     write_timeout: float = 30.0
     drain_timeout: float = 5.0

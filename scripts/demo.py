@@ -7,6 +7,7 @@ it claims it checks, in the daemon's own ``/proc/PID/fd`` too: a broken daemon m
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
@@ -131,7 +132,8 @@ async def park(tour: Tour) -> None:
 
 
 async def share(tour: Tour) -> None:
-    """Another process, which could not have opened the file, finds it there"""
+    """Another process, which could not have opened the file, works on it"""
+    image = tour.image.open("rb")
     if tour.user is None:
         tour.image.unlink()
         say("""The file is unlinked now: no path leads to it any more. (Run by root, the tour
@@ -149,9 +151,11 @@ async def share(tour: Tour) -> None:
         *map(str, (tour.daemon.socket, tour.image)),
         *who,
     ]
-    worker = await trio.run_process(command, check=False)
-    if worker.returncode != 0:
-        raise Broken("the second process could not do its work")
+    with image:
+        worker = await trio.run_process(command, check=False)
+        if worker.returncode != 0:
+            raise Broken("the second process could not do its work")
+        claim(image.read(16) == b"written by other", "back in the first process: it is there")
 
 
 async def work(
@@ -174,9 +178,21 @@ async def work(
             list(by_opaque) == ["rdonly:disk.img", "rdwr:disk.img"],
             "it sees the set, oldest descriptor first",
         )
+        with await client.open_fdset(fdset.fdset_id, access="rdonly") as fd:
+            claim(os.pread(fd.fileno(), 11, 0) == b"boot sector", "what it gets can be read")
+            try:
+                os.pwrite(fd.fileno(), b"?", 0)
+            except OSError as exc:
+                claim(exc.errno == errno.EBADF, "but not written to: EBADF")
+            else:
+                raise Broken("a descriptor opened read-only can be written to")
+        with await client.open_fdset(fdset.fdset_id, access="rdwr") as fd:
+            os.pwrite(fd.fileno(), b"written by other", 0)
+        claim(True, "written through the other one")
+        await _expect(qmpfd.FdNotFound, lambda: client.open_fdset(fdset.fdset_id, "wronly"))
         await client.remove_fd(fdset.fdset_id, by_opaque["rdonly:disk.img"])
         [fdset] = await client.query_fdsets()
-        claim([fd.opaque for fd in fdset.fds] == ["rdwr:disk.img"], "and can remove from it")
+        claim([fd.opaque for fd in fdset.fds] == ["rdwr:disk.img"], "it can remove from the set")
 
 
 async def remove(tour: Tour) -> None:
@@ -270,9 +286,11 @@ async def shell(tour: Tour) -> None:
     notes.write_text("remember the milk\n")
     output = await _qmpfd(tour, "add", "--fdset", "0", "--opaque", "notes", str(notes))
     claim(output.startswith("fd set 0, fd "), "added to the set of the disk image")
+    number = output.split()[-1]
     output = await _qmpfd(tour, "ls")
     claim("notes" in output, "listed")
-    [number] = [line.split()[1] for line in output.splitlines() if line.endswith("notes")]
+    output = await _qmpfd(tour, "exec", "0:r=0", "--", "cat")
+    claim(output == "remember the milk\n", "cat had that descriptor as its standard input")
     await _qmpfd(tour, "rm", f"0:{number}")
     output = await _qmpfd(tour, "ls", "--json")
     claim("notes" not in output, "removed; and --json is for programs")

@@ -224,6 +224,15 @@ class Player:
             await self._execute(client, "remove-fd", fdset_id=one.fdset_id, fd=fd)
         self._check_gone({fd: one})
 
+    async def _open(self, client: qmpfd.Client, held: Mapping[int, Held], fd: int) -> None:
+        """Get a descriptor back: a duplicate of what was added."""
+        with await client.open_fdset(held[fd].fdset_id, fd=fd) as opened:
+            if identity(os.fstat(opened.fileno())) != held[fd].file:
+                raise Broken(f"handed out for {fd} was not the file that was added")
+            if os.get_inheritable(opened.fileno()):
+                raise Broken("a descriptor was handed out without close-on-exec")
+        self._stress.commands["open-fdset"] += 1
+
     def _where(self) -> int | None:
         """The set for the next descriptor: one that all share, or a new one."""
         return self._random.choice([None, *self._stress.hubs])
@@ -240,6 +249,7 @@ class Player:
             self._check_held(held)
             self._check_listing(await self._execute(client, "query-fdsets"), held)
             for fd in list(held):
+                await self._open(client, held, fd)
                 await self._drop(client, held, fd)
             self._check_listing(await self._execute(client, "query-fdsets"), held)
 
@@ -251,6 +261,9 @@ class Player:
                 for _ in range(self._random.randint(2, 12)):
                     nursery.start_soon(self._add, client, held, self._where())
             self._check_held(held)
+            async with trio.open_nursery() as nursery:
+                for fd in list(held):
+                    nursery.start_soon(self._open, client, held, fd)
             async with trio.open_nursery() as nursery:
                 for fd in list(held):
                     nursery.start_soon(self._drop, client, held, fd)
@@ -271,9 +284,9 @@ class Player:
                         fd = files.enter_context(new_file())
                         hub = self._random.choice(self._stress.hubs)
                         one = Held(hub, self._text(), identity(os.fstat(fd)))
-                        await client.ask(
-                            "add-fd", number, fds=[fd], fdset_id=hub, opaque=one.opaque
-                        )
+                        # One is taken, the surplus closed: nothing is left for the next add-fd.
+                        fds = [fd] * self._random.randint(1, 3)
+                        await client.ask("add-fd", number, fds=fds, fdset_id=hub, opaque=one.opaque)
                         sent.append(("with", one))
                     elif kind == "without":
                         await client.ask("add-fd", number, opaque=self._text())
@@ -354,6 +367,12 @@ class Player:
                         text = self._text()
                         await client.ask("add-fd", fds=[fd], opaque=text)
                         complete.add(text)
+                        # Never read, so the descriptors on the replies go down with the socket.
+                        await client.ask("open-fdset", fdset_id=self._stress.hubs[0])
+                if self._random.random() < 0.5:
+                    with new_file() as fd:
+                        bound = {"opaque": self._text(), "lifetime": "connection"}
+                        await client.ask("add-fds", fds=[fd, fd], **bound)
                 if self._random.random() < 0.5:
                     with new_file() as fd:
                         broken_off = (
@@ -372,7 +391,7 @@ class Player:
         the end of the file is waiting for that.
         """
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        end = open(writer, "wb", buffering=0)
+        end = FileIO(writer, "wb")
 
         async def over() -> None:
             await trio.lowlevel.wait_readable(reader)

@@ -171,7 +171,7 @@ class Wire:
                 await trio.lowlevel.wait_writable(self.sock)
 
     async def line(self) -> bytes | None:
-        """The next line without its end; None once the peer has closed."""
+        """The next line, its end included; None once the peer has closed."""
         while (end := self._received.find(b"\n")) < 0:
             try:
                 data = self.sock.recv(1 << 16)
@@ -186,16 +186,21 @@ class Wire:
             self._received += data
         line = bytes(self._received[: end + 1])
         del self._received[: end + 1]
-        assert line.endswith(b"\r\n"), line
-        return line[:-2]
+        return line
 
     async def reply(self) -> dict[str, Any]:
         """The next reply, or greeting, or event."""
         line = await self.line()
         assert line is not None, "closed, where a reply was due"
+        assert line.endswith(b"\r\n")
+        assert line.isascii()
         reply = json.loads(line)
         assert isinstance(reply, dict)
         return reply
+
+    async def receive(self) -> dict[str, Any]:
+        """The next request, for those who play the server; empty once the client has closed."""
+        return dict(json.loads(await self.line() or b"{}"))
 
     async def replies(self, count: int) -> list[dict[str, Any]]:
         """The next *count* of them."""

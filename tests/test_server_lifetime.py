@@ -162,6 +162,7 @@ async def test_quit(path: Path) -> None:
             # All of it is there before the daemon reads any of it.
             other.send(ADD + QUERY, [made[1]])
             wire.send(QUERY + request("quit", id="q") + ADD + QUERY, [made[2]])
+            wire.send(ADD + QUERY, [made[2]])
             for pipe in made:
                 pipe.release()
             assert await wire.rest() == [{"return": {}}, {"return": {}, "id": "q"}]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any, Literal, TypeVar
@@ -35,7 +35,26 @@ class _Call:
 
     def __init__(self) -> None:
         self.reply: Reply | None = None
-        self.wake = trio.Event()  # the reply is here, or it is this call's turn to read
+        self.wake: trio.Event | None = None  # while it waits for another call that reads
+
+    def nudge(self) -> None:
+        """The reply is here, or it is this call's turn to read."""
+        if self.wake is not None:
+            self.wake.set()
+
+
+class _Events(AsyncIterator[QMPEvent]):
+    """The events of a client.  No async generator, which would have to be closed: a loop over
+    it can be left, and another one begun.
+    """
+
+    __slots__ = ("_next",)
+
+    def __init__(self, following: Callable[[], Awaitable[QMPEvent]]) -> None:
+        self._next = following
+
+    async def __anext__(self) -> QMPEvent:
+        return await self._next()
 
 
 class Client:
@@ -249,7 +268,7 @@ class Client:
                 if self._failure is None:
                     await self.execute("watch-fdsets", {"enable": False})
 
-    async def events(self) -> AsyncIterator[QMPEvent]:  # noqa: ASYNC900 - nothing to clean up
+    def events(self) -> AsyncIterator[QMPEvent]:
         """The server's events, as they come; a QEMU sends some unasked.
 
         At most 4096 wait here to be asked for; the oldest are dropped then.
@@ -258,10 +277,11 @@ class Client:
             trio.BrokenResourceError: the connection is lost.
             trio.ClosedResourceError: this client is closed.
         """
-        while True:
-            await trio.lowlevel.checkpoint()
-            while self._events:
-                yield self._events.popleft()
+        return _Events(self._next_event)
+
+    async def _next_event(self) -> QMPEvent:
+        await trio.lowlevel.checkpoint()
+        if not self._events:
             call = _Call()
             # It has no request, and no reply will ever have its id: it is woken to read.
             request_id = next(self._ids)
@@ -270,6 +290,7 @@ class Client:
                 await self._wait(call, lambda: bool(self._events))
             finally:
                 self._forget(request_id)
+        return self._events.popleft()
 
     # -- the machinery -------------------------------------------------------------------------
 
@@ -313,7 +334,7 @@ class Client:
                 await self._send_rest()
             sent = self._stream.send_nowait(request, fds)
             while not sent:
-                await self._stream.wait_writable()
+                await self._wait_writable()
                 sent = self._stream.send_nowait(request, fds)
             self._unsent = request[sent:]
             if self._unsent:
@@ -324,8 +345,34 @@ class Client:
         here, the next call goes on where this one stopped.
         """
         while self._unsent:
-            await self._stream.wait_writable()
+            await self._wait_writable()
             self._unsent = self._unsent[self._stream.send_nowait(self._unsent) :]
+
+    async def _wait_writable(self) -> None:
+        """Wait until the server takes more.  It may have to be rid of its answers first, those
+        to calls that were cancelled too: they are read meanwhile.
+        """
+        closed: trio.ClosedResourceError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._read_meanwhile)
+            try:
+                await self._stream.wait_writable()
+            except trio.ClosedResourceError as exc:  # raised outside, where it is in no group
+                closed = exc
+            nursery.cancel_scope.cancel()
+        if closed is not None:
+            raise closed
+
+    async def _read_meanwhile(self) -> None:
+        call = _Call()
+        request_id = next(self._ids)
+        self._calls[request_id] = call
+        try:
+            await self._wait(call, lambda: self._failure is not None)
+        except trio.ClosedResourceError:
+            pass  # whoever sends finds out as well
+        finally:
+            self._forget(request_id)
 
     async def _wait(self, call: _Call, done: Callable[[], bool]) -> None:
         """Wait until *done*, reading for everybody while nobody else does."""
@@ -334,7 +381,10 @@ class Client:
                 raise self._failure
             if self._reading:
                 call.wake = trio.Event()
-                await call.wake.wait()
+                try:
+                    await call.wake.wait()
+                finally:
+                    call.wake = None
             else:
                 await self._read()
 
@@ -343,8 +393,8 @@ class Client:
         self._calls.pop(request_id, None)
         if not self._reading:
             for call in self._calls.values():
-                if call.reply is None:
-                    call.wake.set()
+                if call.wake is not None and call.reply is None:
+                    call.nudge()
                     return
 
     async def _read(self) -> None:
@@ -375,12 +425,12 @@ class Client:
         if isinstance(message, QMPEvent):
             self._events.append(message)
             for waiting in self._calls.values():
-                waiting.wake.set()
+                waiting.nudge()
             return
         call = self._calls.get(message.id) if isinstance(message.id, int) else None
         if call is not None:
             call.reply = message
-            call.wake.set()
+            call.nudge()
             return
         close_all(message.fds)
         if message.id is None and isinstance(message.outcome, outcome.Error):
@@ -393,7 +443,7 @@ class Client:
         if self._failure is None:
             self._failure = failure
         for call in self._calls.values():
-            call.wake.set()
+            call.nudge()
 
     def _close_garbage(self) -> None:
         close_all(self._connection.garbage)

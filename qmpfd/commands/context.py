@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from ..errors import FdNotSupplied
+from ..closing import Closer
+from ..errors import FdNotSupplied, GenericError
 from ..fd import Fd
 from ..fdsets import FdSet, FdSets, Peer, StoredFd
 from ..limits import Limits
+from ..policy import Access
 from ..protocol import ServerConnection
 from .events import EventQueue, fd_added, fd_removed
 from .hangups import Hangups
@@ -56,7 +58,10 @@ class Daemon:
     table: Table
     store: FdSets = field(default_factory=FdSets)
     hangups: Hangups = field(default_factory=Hangups)
+    closer: Closer = field(default_factory=Closer)
     watchers: set[EventQueue] = field(default_factory=set)
+    kept: int = 0  #: descriptors kept for clients, those of ``getfd`` included
+    kept_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
     stats: Stats = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,20 +71,50 @@ class Daemon:
     # The store tells of every change, whatever its cause.
 
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
-        """A descriptor was stored: tell those who watch."""
+        """A descriptor was stored: count it, and tell those who watch."""
+        if stored.added_by is not None:
+            self.hold(stored.added_by.uid)
         if self.watchers:
             event = fd_added(fdset.id, stored)
             for queue in self.watchers:
-                queue.put(event)
+                queue.put(event, fdset.id, stored.opaque)
 
     def removed(self, fdset: FdSet, stored: StoredFd, reason: str) -> None:
-        """A descriptor was taken out: tell those who watch."""
+        """A descriptor was taken out: count it, and tell those who watch."""
+        if stored.added_by is not None:
+            self.release(stored.added_by.uid)
         if stored.terms.watch_hangup:
             self.hangups.unwatch(stored)
         if self.watchers:
             event = fd_removed(fdset.id, stored, reason)
             for queue in self.watchers:
-                queue.put(event)
+                queue.put(event, fdset.id, stored.opaque)
+
+    def hold(self, uid: int) -> None:
+        """A descriptor is kept for a client of *uid*."""
+        self.kept += 1
+        self.kept_of[uid] += 1
+
+    def release(self, uid: int) -> None:
+        """A descriptor that was kept for a client of *uid* is kept no more."""
+        self.kept -= 1
+        self.kept_of[uid] -= 1
+        if not self.kept_of[uid]:
+            del self.kept_of[uid]
+
+    def check_room(self, uid: int, count: int) -> None:
+        """Refuse to keep *count* more descriptors for a client of *uid* when that is too many.
+
+        Raises:
+            GenericError: naming the limit.
+        """
+        limits = self.limits
+        if self.kept + count > limits.max_fds:
+            raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
+        if self.kept_of[uid] + count > limits.max_fds_per_uid:
+            raise GenericError(
+                f"Too many file descriptors of uid {uid}: the limit is {limits.max_fds_per_uid}"
+            )
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +125,7 @@ class Context:
         daemon: what it shares with the others.
         connection: its protocol state.
         peer: who is at the other end.
+        access: what it may do.
         wake: called when an event waits to be sent.
         names: the descriptors of ``getfd``, by name; owned here.
         fds: the descriptors that came with the command being carried out; what the command
@@ -102,6 +138,7 @@ class Context:
     daemon: Daemon
     connection: ServerConnection
     peer: Peer
+    access: Access
     wake: Callable[[], None]
     names: dict[str, Fd] = field(default_factory=dict)
     fds: list[Fd] = field(default_factory=list)
@@ -123,10 +160,25 @@ class Context:
         """What was taken out of the store is closed once the lock is released."""
         self.connection.garbage += [stored.fd for stored in removed]
 
+    def keep(self, name: str) -> None:
+        """Keep the descriptor that came with the command under *name*."""
+        self.drop(name)
+        self.names[name] = self.fds.pop(0)
+        self.daemon.hold(self.peer.uid)
+
+    def drop(self, name: str) -> bool:
+        """Close the descriptor that is kept under *name*; whether there is one."""
+        fd = self.names.pop(name, None)
+        if fd is None:
+            return False
+        self.daemon.release(self.peer.uid)
+        self.connection.garbage.append(fd)
+        return True
+
     def watch(self, enable: bool) -> None:
         """Tell this connection of changes to the store, or do not."""
         if enable and self.events is None:
-            self.events = EventQueue(self.wake)
+            self.events = EventQueue(self.wake, lambda *fd: self.access.may("query", *fd))
             self.daemon.watchers.add(self.events)
         elif not enable and self.events is not None:
             self.daemon.watchers.discard(self.events)
@@ -136,6 +188,7 @@ class Context:
         """The connection is over, and with it all that was kept for its time only."""
         self.watch(False)
         self.discard(self.daemon.store.remove_owned(self))
-        self.connection.garbage += [*self.names.values(), *self.passed]
-        self.names.clear()
+        for name in list(self.names):
+            self.drop(name)
+        self.connection.garbage += self.passed
         self.passed.clear()

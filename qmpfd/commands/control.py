@@ -64,5 +64,6 @@ def query_qmp_schema(context: Context, arguments: Arguments) -> list[dict[str, A
 def quit_(context: Context, arguments: Arguments) -> Nothing:
     """End the daemon: every stored descriptor is closed."""
     context.quitting = True
+    context.access.require("admin")
     context.daemon.stop()
     return NOTHING

@@ -42,15 +42,21 @@ class EventQueue:
 
     Args:
         wake: called when there is something to send.
+        may_see: whether its peer is shown a descriptor of that fd set, with that opaque text.
     """
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, wake: Callable[[], None], may_see: Callable[[int, str | None], bool]
+    ) -> None:
         self._wake = wake
+        self._may_see = may_see
         self._events: deque[bytes] = deque()
         self._lost = 0
 
-    def put(self, event: bytes) -> None:
-        """Queue *event*."""
+    def put(self, event: bytes, fdset_id: int, opaque: str | None) -> None:
+        """Queue *event*, about a descriptor of that fd set with that opaque text."""
+        if not self._may_see(fdset_id, opaque):
+            return
         if len(self._events) < MAX_EVENTS:
             self._events.append(event)
             self._wake()

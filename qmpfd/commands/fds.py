@@ -17,13 +17,14 @@ table = Table()
 def add_fd(context: Context, arguments: AddFd) -> AddfdInfo:
     """Add the file descriptor that was passed with the command to an fd set."""
     fd = context.first_fd()
-    fdset_id = arguments.fdset_id
-    opaque = arguments.opaque
+    fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
+    opaque = None if arguments.opaque is UNSET else arguments.opaque
+    check_add(context, fdset_id, opaque, 1)
     daemon = context.daemon
     fdset = daemon.store.add(
         fd,
-        None if fdset_id is UNSET else fdset_id,
-        None if opaque is UNSET else opaque,
+        fdset_id,
+        opaque,
         create=daemon.dialect == "qemu",
         added_by=context.peer,
         now=daemon.clock(),
@@ -32,46 +33,66 @@ def add_fd(context: Context, arguments: AddFd) -> AddfdInfo:
     return AddfdInfo(fdset.id, fd.fileno())
 
 
+def check_add(context: Context, fdset_id: int | None, opaque: str | None, count: int) -> None:
+    """Refuse to add *count* descriptors where the client may not, or where there is no room.
+
+    Raises:
+        PermissionDenied, GenericError: see :class:`Access` and :meth:`Daemon.check_room`.
+    """
+    daemon = context.daemon
+    if not context.access.unlimited:
+        target = daemon.store.next_id if fdset_id is None else fdset_id
+        context.access.require_for("add", target, opaque)
+    daemon.check_room(context.peer.uid, count)
+
+
 @table.command("remove-fd", RemoveFd, Nothing)
 def remove_fd(context: Context, arguments: RemoveFd) -> Nothing:
     """Remove one file descriptor, or all, from an fd set, and close what was removed."""
-    number = arguments.fd
-    removed = context.daemon.store.remove(arguments.fdset_id, None if number is UNSET else number)
-    context.discard(removed)
+    number = None if arguments.fd is UNSET else arguments.fd
+    store, access = context.daemon.store, context.access
+    if not access.unlimited:
+        access.require("remove", arguments.fdset_id)
+        fds = store.get(arguments.fdset_id, number).fds
+        for stored in fds.values() if number is None else [fds[number]]:
+            access.require_for("remove", arguments.fdset_id, stored.opaque)
+    context.discard(store.remove(arguments.fdset_id, number))
     return NOTHING
 
 
 @table.command("query-fdsets", Arguments, list[FdsetInfo])
 def query_fdsets(context: Context, arguments: Arguments) -> list[FdsetInfo]:
     """List the fd sets, by descending id, and the file descriptors in each, oldest first."""
-    return [
-        FdsetInfo(
-            fdset.id,
-            [FdsetFdInfo(number, stored.opaque) for number, stored in fdset.fds.items()],
-        )
-        for fdset in context.daemon.store
-    ]
+    access = context.access
+    access.require("query")
+    sets = []
+    for fdset in context.daemon.store:
+        fds = [
+            FdsetFdInfo(number, stored.opaque)
+            for number, stored in fdset.fds.items()
+            if access.unlimited or access.may("query", fdset.id, stored.opaque)
+        ]
+        if fds:
+            sets.append(FdsetInfo(fdset.id, fds))
+    return sets
 
 
 @table.command("getfd", FdName, Nothing, fds=1)
 def getfd(context: Context, arguments: FdName) -> Nothing:
     """Keep the file descriptor that was passed with the command under a name of this connection."""
-    fd = context.first_fd()
-    if arguments.fdname[:1] in set("0123456789"):
+    context.first_fd()
+    context.access.require("add")
+    if "0" <= arguments.fdname[:1] <= "9":
         raise InvalidParameterValue("Parameter 'fdname' expects a name not starting with a digit")
-    replaced = context.names.pop(arguments.fdname, None)
-    if replaced is not None:
-        context.connection.garbage.append(replaced)
-    context.names[arguments.fdname] = fd
-    context.fds.pop(0)
+    if arguments.fdname not in context.names:
+        context.daemon.check_room(context.peer.uid, 1)
+    context.keep(arguments.fdname)
     return NOTHING
 
 
 @table.command("closefd", FdName, Nothing)
 def closefd(context: Context, arguments: FdName) -> Nothing:
     """Close a file descriptor that was kept by ``getfd``."""
-    fd = context.names.pop(arguments.fdname, None)
-    if fd is None:
+    if not context.drop(arguments.fdname):
         raise FdNotFound(f"File descriptor named '{arguments.fdname}' not found")
-    context.connection.garbage.append(fd)
     return NOTHING

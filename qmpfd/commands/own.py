@@ -8,12 +8,13 @@ from math import ceil
 
 from msgspec import UNSET
 
-from ..errors import FdNotFound, GenericError, InvalidParameterValue
+from ..errors import FdNotFound, GenericError, InvalidParameterValue, PermissionDenied
 from ..fd import Fd
 from ..fdinfo import access_mode, kind, target
 from ..fdsets import FOREVER, FdSet, StoredFd, Terms
 from ..limits import SCM_MAX_FD
 from .context import Context
+from .fds import check_add
 from .table import Table
 from .types import (
     NOTHING,
@@ -44,14 +45,27 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
     descriptor that matches is taken.
     """
     number = None if arguments.fd is UNSET else arguments.fd
-    fdset = context.daemon.store.get(arguments.fdset_id, number)
     wanted = None if arguments.access is UNSET else arguments.access
-    candidates = reversed(fdset.fds.values()) if number is None else (fdset.fds[number],)
-    for stored in candidates:
-        if wanted is None or access_mode(stored.fd.fileno()) == wanted:
+    access = context.access
+    access.require("open", arguments.fdset_id)
+    fdset = context.daemon.store.get(arguments.fdset_id, number)
+    refusal: PermissionDenied | None = None
+    there: set[str] = set()
+    for stored in reversed(fdset.fds.values()) if number is None else (fdset.fds[number],):
+        try:
+            access.require_for("open", fdset.id, stored.opaque)
+        except PermissionDenied as exc:
+            refusal = exc
+            continue
+        mode = access_mode(stored.fd.fileno())
+        if wanted is None or mode == wanted:
             break
+        there.add(mode)
     else:
-        raise FdNotFound(_no_such_access(fdset, number, wanted))
+        # What the client may not open is no answer to what there is.
+        if refusal is not None and not there:
+            raise refusal
+        raise FdNotFound(_no_such_access(fdset, number, wanted, there))
     try:
         context.passed.append(stored.fd.dup())
     except OSError as exc:
@@ -59,15 +73,10 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
     return OpenedFd(fdset.id, stored.fd.fileno(), stored.opaque)
 
 
-def _no_such_access(fdset: FdSet, number: int | None, wanted: str | None) -> str:
-    if number is not None:
-        return (
-            f"File descriptor named 'fdset-id:{fdset.id}, fd:{number}' "
-            f"has access mode '{access_mode(number)}', not '{wanted}'"
-        )
-    there = sorted({access_mode(each) for each in fdset.fds})
-    modes = ", ".join(f"'{mode}'" for mode in there)
-    return f"No file descriptor with access mode '{wanted}' in fdset-id:{fdset.id}, only {modes}"
+def _no_such_access(fdset: FdSet, number: int | None, wanted: str | None, there: set[str]) -> str:
+    where = f"fdset-id:{fdset.id}" + ("" if number is None else f", fd:{number}")
+    modes = ", ".join(f"'{mode}'" for mode in sorted(there))
+    return f"No file descriptor with access mode '{wanted}' in '{where}', only {modes}"
 
 
 @table.command("add-fds", AddFds, FdsetInfo, fds=SCM_MAX_FD)
@@ -76,7 +85,9 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo:
     context.first_fd()
     daemon = context.daemon
     now = daemon.clock()
+    fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
     opaque = None if arguments.opaque is UNSET else arguments.opaque
+    check_add(context, fdset_id, opaque, len(context.fds))
     terms = _terms(context, arguments, now)
     fds = list(context.fds)
     # All that can fail comes first: to watch them, and to find the set with the first of them.
@@ -88,7 +99,7 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo:
                 registered.append(fd)
         fdset = daemon.store.add(
             fds[0],
-            None if arguments.fdset_id is UNSET else arguments.fdset_id,
+            fdset_id,
             opaque,
             create=daemon.dialect == "qemu",
             added_by=context.peer,
@@ -123,7 +134,8 @@ def _terms(context: Context, arguments: AddFds, now: float) -> Terms:
 @table.command("query-fds", QueryFds, list[FdInfo])
 def query_fds(context: Context, arguments: QueryFds) -> list[FdInfo]:
     """List the stored file descriptors, with what each is and where it came from."""
-    store = context.daemon.store
+    store, access = context.daemon.store, context.access
+    access.require("query", None if arguments.fdset_id is UNSET else arguments.fdset_id)
     sets = store if arguments.fdset_id is UNSET else [store.get(arguments.fdset_id)]
     prefix = None if arguments.opaque is UNSET else arguments.opaque
     now = context.daemon.clock()
@@ -131,7 +143,8 @@ def query_fds(context: Context, arguments: QueryFds) -> list[FdInfo]:
         _describe(fdset, stored, now)
         for fdset in sets
         for stored in fdset.fds.values()
-        if prefix is None or (stored.opaque is not None and stored.opaque.startswith(prefix))
+        if (prefix is None or (stored.opaque is not None and stored.opaque.startswith(prefix)))
+        and access.may("query", fdset.id, stored.opaque)
     ]
 
 
@@ -157,6 +170,7 @@ def _describe(fdset: FdSet, stored: StoredFd, now: float) -> FdInfo:
 @table.command("watch-fdsets", WatchFdsets, Nothing)
 def watch_fdsets(context: Context, arguments: WatchFdsets) -> Nothing:
     """Begin, or cease, to send FD_ADDED and FD_REMOVED events to this connection."""
+    context.access.require("query")
     context.watch(arguments.enable)
     return NOTHING
 
@@ -164,6 +178,7 @@ def watch_fdsets(context: Context, arguments: WatchFdsets) -> Nothing:
 @table.command("query-stats", Arguments, StatsInfo)
 def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
     """Return the daemon's counters and gauges, and its limits."""
+    context.access.require("query")
     daemon = context.daemon
     stats, limits = daemon.stats, daemon.limits
     return StatsInfo(
@@ -174,14 +189,20 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
         connections_refused=stats.turned_away,
         fdsets=len(daemon.store),
         fds=daemon.store.fd_count,
+        fds_kept=daemon.kept,
+        closes_pending=daemon.closer.pending,
         commands=_counts(stats.commands),
         errors=_counts(stats.errors),
         limits=LimitsInfo(
             max_connections=limits.max_connections,
+            max_connections_per_uid=limits.max_connections_per_uid,
+            max_fds=limits.max_fds,
+            max_fds_per_uid=limits.max_fds_per_uid,
             max_request_bytes=limits.max_request_bytes,
             max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             write_timeout=int(limits.write_timeout * 1000),
             drain_timeout=int(limits.drain_timeout * 1000),
+            idle_timeout=None if limits.idle_timeout is None else int(limits.idle_timeout * 1000),
         ),
     )
 

@@ -322,17 +322,25 @@ class LimitsInfo(Result):
 
     Args:
         max_connections: clients at a time.
+        max_connections_per_uid: clients of one user at a time.
+        max_fds: descriptors kept at a time.
+        max_fds_per_uid: descriptors that one user's clients may have kept at a time.
         max_request_bytes: bytes of one request.
         max_open_files: descriptors that the process may have open (RLIMIT_NOFILE).
         write_timeout: time that a client may take to accept a reply.
         drain_timeout: time that ending takes at most.
+        idle_timeout: time that a client may ask nothing, if that is limited.
     """
 
     max_connections: Int64
+    max_connections_per_uid: Int64
+    max_fds: Int64
+    max_fds_per_uid: Int64
     max_request_bytes: Int64
     max_open_files: Int64
     write_timeout: Int64
     drain_timeout: Int64
+    idle_timeout: Int64 | None = None
 
 
 class StatsInfo(Result):
@@ -346,6 +354,8 @@ class StatsInfo(Result):
         connections_refused: clients turned away.
         fdsets: fd sets now.
         fds: descriptors stored now.
+        fds_kept: descriptors kept for clients now: stored, or under a name of a connection.
+        closes_pending: descriptors whose close takes its time.
         commands: commands carried out, by name, failed ones included.
         errors: error replies, by class.
         limits: what each client is allowed.
@@ -358,6 +368,8 @@ class StatsInfo(Result):
     connections_refused: Int64
     fdsets: Int64
     fds: Int64
+    fds_kept: Int64
+    closes_pending: Int64
     commands: list[Count]
     errors: list[Count]
     limits: LimitsInfo

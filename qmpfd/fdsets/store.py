@@ -110,6 +110,11 @@ class FdSets:
         for fdset_id in sorted(self._sets, reverse=True):
             yield self._sets[fdset_id]
 
+    @property
+    def next_id(self) -> int:
+        """The id that the next new set gets, if none is named."""
+        return self._ids.lowest()
+
     def get(self, fdset_id: int, number: int | None = None) -> FdSet:
         """The set of that id, in which the descriptor *number* is, if one is named.
 

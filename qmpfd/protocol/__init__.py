@@ -12,9 +12,11 @@ from .connection import (
     State,
 )
 from .encode import encode
+from .parser import Budget
 from .vocabulary import Request, Spec, Vocabulary
 
 __all__ = [
+    "Budget",
     "ClientConnection",
     "Connection",
     "Int64",

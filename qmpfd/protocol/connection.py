@@ -20,6 +20,7 @@ from ..fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, SCM_MAX_FD
 from .encode import encode, encode_any
 from .inbox import ChunkDecoder, Inbox
+from .parser import Budget
 from .vocabulary import Request, Vocabulary
 
 
@@ -66,11 +67,14 @@ class Connection:
         wanted: Callable[[Any], int],
         max_bytes: int,
         lines: bool,
+        budget: Budget | None = None,
     ) -> None:
         #: Descriptors that nobody takes; whoever does the I/O closes them.
         self.garbage: list[Fd] = []
         self.state = State.CONNECTED
-        self._inbox = Inbox(decode, wanted, max_bytes=max_bytes, garbage=self.garbage, lines=lines)
+        self._inbox = Inbox(
+            decode, wanted, max_bytes=max_bytes, garbage=self.garbage, lines=lines, budget=budget
+        )
         #: See :class:`Inbox`: shown the next bytes, how to consume them.
         self.receive = self._inbox.receive
         #: See :class:`Inbox`: the descriptors of each piece consumed.
@@ -95,6 +99,7 @@ class ServerConnection(Connection):
         vocabulary: the commands there are.
         max_request_bytes: bytes of one request.
         qemu_classes: tell only the error classes that today's QEMU has.
+        budget: the memory that incomplete requests share with other connections.
     """
 
     def __init__(
@@ -103,8 +108,11 @@ class ServerConnection(Connection):
         *,
         max_request_bytes: int = MAX_REQUEST_BYTES,
         qemu_classes: bool = False,
+        budget: Budget | None = None,
     ) -> None:
-        super().__init__(vocabulary.decode_chunk, vocabulary.wanted_fds, max_request_bytes, False)
+        super().__init__(
+            vocabulary.decode_chunk, vocabulary.wanted_fds, max_request_bytes, False, budget
+        )
         self._vocabulary = vocabulary
         self._qemu_classes = qemu_classes
         self._oob_enabled = False

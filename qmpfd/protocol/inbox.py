@@ -19,7 +19,7 @@ from ..errors import GenericError
 from ..fd import Fd
 from ..limits import CAREFUL_BYTES
 from .claims import Unclaimed
-from .parser import Parser
+from .parser import Budget, Parser
 
 #: A value or typed request, its error instead, the descriptors it takes, whether some got lost.
 Message: TypeAlias = "tuple[Any, GenericError | None, list[Fd], bool]"
@@ -56,6 +56,7 @@ class Inbox:
         garbage: where descriptors go that nobody takes; its owner closes them.
         lines: every message ends with a line end, so that an incomplete line can wait for the
             rest of it: so do replies, but not requests.
+        budget: the memory that incomplete messages share with other connections.
     """
 
     def __init__(
@@ -66,10 +67,11 @@ class Inbox:
         max_bytes: int,
         garbage: list[Fd],
         lines: bool = False,
+        budget: Budget | None = None,
     ) -> None:
         self._decode = decode
         self._wanted = wanted
-        self._parser = Parser(max_bytes)
+        self._parser = Parser(max_bytes, budget)
         self._max_bytes = max_bytes
         self._unclaimed = Unclaimed(garbage)
         self._garbage = garbage
@@ -214,3 +216,4 @@ class Inbox:
             self._garbage += piece.fds
         self._pieces = []
         self._unclaimed.discard()
+        self._parser.close()

@@ -7,16 +7,20 @@ than the bytes that were just read; of several syntax errors the first is told, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from enum import Enum, auto
 from typing import Any
 
 from ..errors import GenericError
-from ..limits import INT64_MIN, MAX_NESTING, MAX_TOKENS
+from ..limits import INT64_MIN, MAX_NESTING, MAX_TOKENS, TOKEN_BYTES
 from .lexer import Lexer, Token
 from .strings import BadString, unquote
 
 _UINT64_MAX = (1 << 64) - 1
+#: Bytes that a value may take even when all memory for such is used up.
+_SMALL = 8 << 10
+
 _KEYWORDS = {b"true": True, b"false": False, b"null": None}
 
 
@@ -51,14 +55,31 @@ def _number(token: Token, text: bytes) -> int | float:
     return float(text)
 
 
+class Budget:
+    """Memory that the incomplete values of several parsers share.
+
+    Args:
+        most: bytes.
+    """
+
+    __slots__ = ("most", "used")
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.used = 0
+
+
 class Parser:
     """Turns bytes into JSON values and errors; keeps what is incomplete for the next call.
 
     Args:
         max_bytes: bytes of all tokens of one value.
+        budget: what all that is kept is taken from; none if None.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, budget: Budget | None = None) -> None:
+        self._budget = budget or Budget(sys.maxsize)
+        self._charged = 0
         self._lexer = Lexer(max_bytes)
         self._max_bytes = max_bytes
         self._discarding = False  # past a limit: everything is dropped until the value ends
@@ -105,6 +126,24 @@ class Parser:
                 self._reset()
                 if not discarded:
                     yield value, error, end
+        self._charge()
+
+    def close(self) -> None:
+        """Drop what is incomplete."""
+        self._lexer = Lexer(self._max_bytes)
+        self._reset()
+        self._charge()
+
+    @property
+    def _cost(self) -> int:
+        """Bytes of memory that what is incomplete takes, about."""
+        kept = 0 if self._discarding else self._tokens * TOKEN_BYTES + self._bytes
+        return kept + self._lexer.buffered
+
+    def _charge(self) -> None:
+        cost = self._cost
+        self._budget.used += cost - self._charged
+        self._charged = cost
 
     def _count(self, token: Token, text: bytes) -> None:
         self._tokens += 1
@@ -121,6 +160,9 @@ class Parser:
     def _limit_passed(self, token: Token) -> str | None:
         if self._bytes > self._max_bytes or token is Token.TOO_BIG:
             return "token size"
+        budget = self._budget
+        if budget.used > budget.most and self._cost > _SMALL:
+            return "token size"  # of all connections together: who asks for much has to wait
         if self._tokens > MAX_TOKENS:
             return "token count"
         if self._braces + self._brackets > MAX_NESTING:

@@ -25,25 +25,31 @@ class UnixListener:
     Args:
         path: where; a stale socket file there is replaced.
         mode: the file's permission bits.
+        group: the gid of its group; the process's own by default.
 
     Raises:
         SocketInUse: a daemon listens there.
         OSError: the path cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, mode: int = 0o600) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, mode: int = 0o600, group: int | None = None
+    ) -> None:
         self.path = Path(path)
         _remove_stale(self.path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            # The mode has to hold from the first moment on, so it is the umask's, not a chmod's.
-            umask = os.umask(0o777 & ~mode)
+            # Nobody else may connect before the group and the mode are right.
+            umask = os.umask(0o177)
             try:
                 sock.bind(str(self.path))
             except OSError as exc:
                 raise OSError(exc.errno, f"cannot bind: {exc.strerror or exc}", str(path)) from None
             finally:
                 os.umask(umask)
+            if group is not None:
+                os.chown(self.path, -1, group)
+            self.path.chmod(mode)
             sock.listen(_BACKLOG)
             sock.setblocking(False)
         except BaseException:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..fd import close_all
 from ..fdsets import StoredFd
 from ..limits import HANGUP_RECHECK
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 async def _retire(server: Server, take_out: Callable[[], list[StoredFd]]) -> None:
     async with server.lock:
         removed = take_out()
-    close_all(stored.fd for stored in removed)
+    server.daemon.closer.close([stored.fd for stored in removed])
 
 
 async def retire_expired(server: Server) -> None:

@@ -2,47 +2,60 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import socket
-import struct
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import trio
 
 from ..commands import TABLE, Daemon, Dialect
-from ..errors import GenericError, PermissionDenied, QMPError
-from ..fd import Fd, close_all
+from ..errors import QMPError
+from ..fd import Fd
 from ..fdsets import Peer
-from ..limits import Limits
-from ..protocol import encode
+from ..limits import EVICTION_INTERVAL, MAX_INCOMPLETE_BYTES, Limits
+from ..policy import Policy
+from ..protocol import Budget
 from ..transport import FdStream
+from .accept import Reserve, accept_clients
+from .admission import Admission, groups_of, peer_of
 from .listener import UnixListener
+from .metrics import write_metrics
 from .retire import retire_expired, retire_hung_up
-from .session import Session
+from .session import Session, refusal
 
 _log = logging.getLogger("qmpfd")
-
-#: accept(2): the process or the system is out of something; the next try may do better.
-_ACCEPT_LATER = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Server:
     """A running daemon.
 
     Args:
-        dialect: ``"spec"`` or ``"qemu"``, see INTERFACE, "Dialects".
+        dialect: ``"spec"``, the published specification of the commands, or ``"qemu"``.
         limits: what each client is allowed.
+        policy: who may connect, and do what.
+        metrics_path: a file to write metrics to, or None.
     """
 
-    def __init__(self, dialect: Dialect = "spec", limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        dialect: Dialect = "spec",
+        limits: Limits | None = None,
+        policy: Policy | None = None,
+        metrics_path: Path | None = None,
+    ) -> None:
+        limits = limits or Limits()
         #: Guards the store, which all sessions share.
         self.lock = trio.Lock()
         #: What the commands see.
-        self.daemon = Daemon(dialect, limits or Limits(), trio.current_time, self.stop, TABLE)
+        self.daemon = Daemon(dialect, limits, trio.current_time, self.stop, TABLE)
         self.store = self.daemon.store
+        #: What the incomplete requests of all connections together may take.
+        self.budget = Budget(MAX_INCOMPLETE_BYTES)
+        self.reserve = Reserve()
+        self._admission = Admission(limits, policy or Policy())
+        self._metrics_path = metrics_path
         #: The daemon is ending: what was received is carried out, nothing else is waited for.
         self.stopping = False
         self._stop_event = trio.Event()
@@ -67,9 +80,12 @@ class Server:
             self._nursery = sessions
             async with trio.open_nursery() as accepting:
                 for listener in listeners:
-                    accepting.start_soon(self._accept, listener)
+                    accepting.start_soon(accept_clients, self, listener)
                 accepting.start_soon(retire_expired, self)
                 accepting.start_soon(retire_hung_up, self)
+                accepting.start_soon(self._evict)
+                if self._metrics_path is not None:
+                    accepting.start_soon(write_metrics, self.daemon, self._metrics_path)
                 task_status.started(self)
                 await self._stop_event.wait()
                 accepting.cancel_scope.cancel()
@@ -83,8 +99,10 @@ class Server:
 
     def close(self) -> None:
         """Close every stored descriptor."""
-        close_all(stored.fd for stored in self.store.clear())
+        self.daemon.closer.close([stored.fd for stored in self.store.clear()])
+        self.daemon.closer.shut_down()
         self.daemon.hangups.close()
+        self.reserve.give_up()
 
     async def enter(self) -> None:
         """Acquire the lock; without a checkpoint where nobody has it."""
@@ -102,67 +120,64 @@ class Server:
 
     # -- connections ---------------------------------------------------------------------------
 
-    async def _accept(self, listener: UnixListener) -> None:
-        while True:
-            try:
-                sock, _ = await listener.socket.accept()
-            except OSError as exc:
-                if exc.errno not in _ACCEPT_LATER:
-                    raise
-                _log.error("cannot accept a connection: %s", exc.strerror)
-                await trio.sleep(0.1)
-            else:
-                self._welcome(sock)
-
     def _accept_rest(self, listener: UnixListener) -> None:
         """Accept those who have connected already, without waiting for others."""
         with suppress(OSError):
-            while len(self._sessions) < self.daemon.limits.max_connections:
-                self._welcome(listener.accept_nowait())
+            for _ in range(self.daemon.limits.max_connections):
+                self.welcome(listener.accept_nowait())
 
-    def _welcome(self, sock: trio.socket.SocketType) -> None:
+    def welcome(self, sock: trio.socket.SocketType) -> None:
         """Serve a new client, or tell it why not."""
-        stats = self.daemon.stats
         with ExitStack() as stack:
             stream = stack.enter_context(FdStream(sock))
-            peer = _peer(stream.socket)
+            peer = peer_of(stream.socket)
+            groups = groups_of(stream.socket, peer)
             try:
-                self._admit(peer)
+                access = self._admission.admit(peer, groups)
             except QMPError as exc:
-                stats.turned_away += 1
-                _log.warning("turned away pid %d, uid %d: %s", peer.pid, peer.uid, exc.desc)
-                refusal = {"error": {"class": exc.error_class, "desc": exc.desc}}
-                with suppress(trio.BrokenResourceError):
-                    stream.send_nowait(encode(refusal) + b"\r\n")
+                self._refuse(stream, peer, exc)
                 return
-            session = Session(self, stream, peer)
+            session = Session(self, stream, peer, groups, access)
             stack.pop_all()
+        stats = self.daemon.stats
         stats.accepted += 1
         stats.connections += 1
         self._sessions.add(session)
         assert self._nursery is not None
         self._nursery.start_soon(self._serve, session)
 
-    def _admit(self, peer: Peer) -> None:
-        """Refuse a client that may not connect, or for whom there is no room."""
-        most = self.daemon.limits.max_connections
-        if len(self._sessions) >= most:
-            raise GenericError(f"Too many connections: the limit is {most}")
-        if peer.uid not in (0, os.geteuid()):
-            raise PermissionDenied(f"uid {peer.uid} may not connect")
+    def turn_away(self, sock: trio.socket.SocketType, reason: QMPError) -> None:
+        """Tell a client why it is not served."""
+        with FdStream(sock) as stream:
+            self._refuse(stream, peer_of(stream.socket), reason)
+
+    def _refuse(self, stream: FdStream, peer: Peer, reason: QMPError) -> None:
+        self.daemon.stats.turned_away += 1
+        _log.info("turned away pid %d, uid %d: %s", peer.pid, peer.uid, reason.desc)
+        with suppress(trio.BrokenResourceError):
+            stream.send_nowait(refusal(reason))
 
     async def _serve(self, session: Session) -> None:
         try:
             await session.run()
         finally:
             self._sessions.discard(session)
+            self._admission.leave(session.peer)
             self.daemon.stats.connections -= 1
 
+    def change_policy(self, policy: Policy) -> None:
+        """Put other rules in force, for those who are connected as well."""
+        self._admission.policy = policy
+        for session in self._sessions:
+            session.change_access(policy.access(session.peer.uid, session.groups))
 
-def _peer(sock: socket.socket) -> Peer:
-    """Who connected (SO_PEERCRED, unix(7))."""
-    packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return Peer(*struct.unpack("3i", packed))
+    async def _evict(self) -> None:
+        """Cut off who never negotiates, and who is idle for too long."""
+        while True:
+            await trio.sleep(EVICTION_INTERVAL)
+            now = trio.current_time()
+            for session in list(self._sessions):
+                session.evict_if_idle(now)
 
 
 async def serve(  # noqa: ASYNC128 - Server.run does that
@@ -170,7 +185,10 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     *,
     dialect: Dialect = "spec",
     limits: Limits | None = None,
+    policy: Policy | None = None,
     socket_mode: int = 0o600,
+    socket_group: int | None = None,
+    metrics_path: Path | None = None,
     initial_fds: Iterable[tuple[Fd, int, str | None]] = (),
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -186,7 +204,11 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
         dialect: ``"spec"``, the published specification of the commands, or ``"qemu"``, today's
             QEMU.
         limits: what each client is allowed.
+        policy: who may connect, and do what; by default the daemon's own user and root may do
+            everything, and nobody else.
         socket_mode: permission bits of the socket files.
+        socket_group: the gid of their group; the process's own by default.
+        metrics_path: a file to write OpenMetrics text to, every 10 seconds.
         initial_fds: descriptors to start with: each with the id of its fd set, which is created
             if need be, and its opaque text or None; owned by the daemon from here on.
 
@@ -194,14 +216,14 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
         SocketInUse: another daemon listens on one of *paths*.
         OSError: one of *paths* cannot be used.
     """
-    server = Server(dialect, limits)
+    server = Server(dialect, limits, policy, metrics_path)
     with ExitStack() as stack:
         stack.callback(server.close)
         for fd, fdset_id, opaque in initial_fds:
             server.store.add(fd, fdset_id, opaque, create=True)
         listeners = []
         for path in paths:
-            listener = UnixListener(path, mode=socket_mode)
+            listener = UnixListener(path, mode=socket_mode, group=socket_group)
             stack.callback(listener.close)
             listeners.append(listener)
         try:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
 import trio
 from outcome import Error, Outcome
 
 from ..commands import VERSION, VOCABULARY, Context, execute
-from ..errors import QMPError
+from ..errors import GenericError, QMPError
 from ..fd import Fd, close_all
 from ..fdsets import Peer
-from ..limits import CLEANUP_TIMEOUT, MAX_FDS_A_TURN, REPLY_BYTES_A_TURN
-from ..protocol import Received, ServerConnection
+from ..limits import (
+    CLEANUP_TIMEOUT,
+    MAX_FDS_A_TURN,
+    NEGOTIATION_TIMEOUT,
+    REPLY_BYTES_A_TURN,
+)
+from ..policy import Access
+from ..protocol import Received, ServerConnection, State, encode
 from ..transport import FdStream
 
 if TYPE_CHECKING:
@@ -30,6 +37,12 @@ _CHUNKS_A_TURN = 16
 _Batch: TypeAlias = "tuple[bytes, list[Fd]]"
 
 
+def refusal(reason: QMPError) -> bytes:
+    """What a client is told that is not served, or no longer."""
+    told = {"error": {"class": reason.error_class, "desc": reason.desc}}
+    return encode(told) + b"\r\n"
+
+
 class Session:
     """Serves one client.
 
@@ -37,23 +50,35 @@ class Session:
         server: the daemon.
         stream: the connection; owned from here on.
         peer: who is at its other end.
+        groups: all groups of the peer.
+        access: what it may do.
     """
 
-    def __init__(self, server: Server, stream: FdStream, peer: Peer) -> None:
+    def __init__(
+        self,
+        server: Server,
+        stream: FdStream,
+        peer: Peer,
+        groups: frozenset[int],
+        access: Access,
+    ) -> None:
+        self.peer = peer
+        self.groups = groups
         self._server = server
         self._stream = stream
         self._connection = ServerConnection(
             VOCABULARY,
             max_request_bytes=server.daemon.limits.max_request_bytes,
             qemu_classes=server.daemon.dialect == "qemu",
+            budget=server.budget,
         )
-        self._context = Context(server.daemon, self._connection, peer, self._wake)
+        self._context = Context(server.daemon, self._connection, peer, access, self._wake)
+        self._since = trio.current_time()  # when it connected, or was last seen to ask something
+        self._farewell: QMPError | None = None  # why it is evicted
         self._scope = trio.CancelScope()
         self._waiting = False  # for the client; nothing of it is unanswered
         self._deaf = False  # the client takes no replies any more, but what it sent is carried out
-        self._writing = (
-            trio.Lock()
-        )  # whoever has sent a part of something has it until the rest went
+        self._writing = trio.Lock()  # held while a part of something has still to be sent
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
 
     async def run(self) -> None:
@@ -63,8 +88,12 @@ class Session:
                 await self._send(self._connection.greeting(VERSION))
                 await self._serve()
             if self._scope.cancelled_caught:
-                # Told to finish: carry out what the client has sent so far.
-                await self._serve_rest()
+                if self._farewell is None:
+                    # Told to finish: carry out what the client has sent so far.
+                    await self._serve_rest()
+                else:
+                    with suppress(trio.BrokenResourceError):
+                        self._stream.send_nowait(refusal(self._farewell))
         except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
             _log.exception("a connection failed")
         finally:
@@ -85,6 +114,25 @@ class Session:
         if self._waiting:
             self._scope.cancel()
 
+    def change_access(self, access: Access) -> None:
+        """The policy has changed: what the client may do from now on."""
+        self._context.access = access
+
+    def evict_if_idle(self, now: float) -> None:
+        """End if the client has not negotiated in time, or has asked nothing for too long."""
+        if not self._waiting or self._context.events is not None:
+            return
+        if self._connection.state is not State.COMMANDS:
+            limit: float | None = NEGOTIATION_TIMEOUT
+            desc = f"No 'qmp_capabilities' within {NEGOTIATION_TIMEOUT:g} s"
+        else:
+            limit = self._server.daemon.limits.idle_timeout
+            desc = f"Idle for more than {limit} s"
+        if limit is not None and now - self._since > limit:
+            _log.info("evicted pid %d, uid %d: %s", self.peer.pid, self.peer.uid, desc)
+            self._farewell = GenericError(desc)
+            self._scope.cancel()
+
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
@@ -98,6 +146,7 @@ class Session:
                 self._waiting = True
                 await self._stream.wait_readable()
                 self._waiting = False
+                self._since = trio.current_time()
                 chunks = 0
                 continue
             if not more:
@@ -215,5 +264,5 @@ class Session:
     def _close_garbage(self) -> None:
         garbage = self._connection.garbage
         if garbage:
-            close_all(garbage)
+            self._server.daemon.closer.close(garbage)
             garbage.clear()

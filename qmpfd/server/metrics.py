@@ -1,0 +1,92 @@
+"""The daemon's counters as OpenMetrics text, for whoever collects a text file.
+
+The format is that of the OpenMetrics 1.0 specification; Prometheus' node exporter picks such
+files up (its textfile collector).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import trio
+
+from ..commands import Daemon
+from ..limits import METRICS_INTERVAL
+
+_log = logging.getLogger("qmpfd")
+
+
+def render(daemon: Daemon) -> str:
+    """All counters and gauges, as OpenMetrics text."""
+    return "".join(f"{line}\n" for line in _lines(daemon))
+
+
+def _lines(daemon: Daemon) -> Iterator[str]:
+    stats, limits = daemon.stats, daemon.limits
+    gauges = {
+        "connections": ("Clients connected.", stats.connections),
+        "fdsets": ("fd sets.", len(daemon.store)),
+        "fds": ("Descriptors stored.", daemon.store.fd_count),
+        "fds_kept": ("Descriptors kept for clients, those of getfd included.", daemon.kept),
+        "closes_pending": ("Descriptors whose close takes its time.", daemon.closer.pending),
+        "connections_limit": ("Clients allowed at a time.", limits.max_connections),
+        "fds_limit": ("Descriptors allowed to be kept.", limits.max_fds),
+    }
+    for name, (text, value) in gauges.items():
+        yield f"# TYPE qmpfd_{name} gauge"
+        yield f"# HELP qmpfd_{name} {text}"
+        yield f"qmpfd_{name} {value}"
+    yield "# TYPE qmpfd_uptime_seconds gauge"
+    yield "# UNIT qmpfd_uptime_seconds seconds"
+    yield "# HELP qmpfd_uptime_seconds Time since the start."
+    yield f"qmpfd_uptime_seconds {daemon.clock() - stats.started_at:.3f}"
+    yield from _counter("accepted", "Clients ever served.", {"": stats.accepted})
+    yield from _counter("refused", "Clients turned away.", {"": stats.turned_away})
+    yield from _counter("commands", "Commands carried out.", _labelled("command", stats.commands))
+    yield from _counter("errors", "Error replies.", _labelled("class", stats.errors))
+    yield "# EOF"
+
+
+def _counter(name: str, text: str, values: Mapping[str, int]) -> Iterator[str]:
+    yield f"# TYPE qmpfd_{name} counter"
+    yield f"# HELP qmpfd_{name} {text}"
+    for labels, value in values.items():
+        yield f"qmpfd_{name}_total{labels} {value}"
+
+
+def _labelled(label: str, counts: Mapping[str, int]) -> dict[str, int]:
+    # The names are the command table's and the error classes': nothing in them needs escaping.
+    return {f'{{{label}="{name}"}}': count for name, count in sorted(counts.items())}
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file at once, so that nobody reads half of it."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_text(text, encoding="ascii")
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+async def write_metrics(daemon: Daemon, path: Path) -> None:
+    """Write the metrics to *path* now and then.  A disk that is full or hangs costs metrics only:
+    it is written in a thread, and the next time is tried again.
+    """
+    failing = False
+    while True:
+        try:
+            await trio.to_thread.run_sync(_write, path, render(daemon), abandon_on_cancel=True)
+        except OSError as exc:
+            if not failing:
+                _log.error("cannot write the metrics to %s: %s", path, exc.strerror)
+            failing = True
+        else:
+            if failing:
+                _log.warning("the metrics are written again")
+            failing = False
+        await trio.sleep(METRICS_INTERVAL)
