@@ -72,9 +72,9 @@ class _FileSystems:
         self._read()
 
     def _read(self) -> None:
-        os.lseek(self._file, 0, os.SEEK_SET)
+        os.lseek(self._file.fileno(), 0, os.SEEK_SET)
         parts = []
-        while part := os.read(self._file, 1 << 16):
+        while part := os.read(self._file.fileno(), 1 << 16):
             parts.append(part)
         self._types.clear()
         for line in b"".join(parts).decode("utf-8", "replace").splitlines():

@@ -46,6 +46,10 @@ class Connection:
     def reply(self) -> dict[str, Any]:
         return dict(json.loads(self._lines.readline()))
 
+    def end(self) -> bool:
+        """Whether the daemon has closed, and said nothing before."""
+        return self._lines.readline() == b""
+
     def take(self, passed: list[Pipe]) -> Pipe | None:
         """The rule, for a command that takes one: of those sent with it, else of those that wait;
         what else there is, is closed.
@@ -100,23 +104,26 @@ class Model(RuleBasedStateMachine):
 
     @initialize(target=connections)
     def first(self) -> Connection:
-        return self.connect()
+        return self._connect()
 
     @rule(target=connections)
     def connect(self) -> Connection:
+        return self._connect()
+
+    def _connect(self) -> Connection:
         connection = Connection(self.path)
         self.live.append(connection)
         return connection
 
     @rule(connection=consumes(connections))
     def disconnect(self, connection: Connection) -> None:
-        # That the daemon has seen the end is known when it says so: with an end for an end.
+        # The daemon has seen the end when it answers with one, and is done with it when it
+        # answers somebody else.
         connection.sock.shutdown(socket.SHUT_WR)
-        assert connection._lines.readline() == b""
+        assert connection.end()
         connection.close()
         self.live.remove(connection)
-        connection.waiting = []
-        connection.names = {}
+        Connection(self.path).close()
 
     @rule(connection=connections, count=st.integers(1, 3))
     def pass_on_a_blank(self, connection: Connection, count: int) -> None:

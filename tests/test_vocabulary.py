@@ -81,12 +81,9 @@ def requests(draw: st.DrawFn) -> bytes:
     """One request; of three, two have a fault or something rare somewhere."""
     name = draw(st.sampled_from(sorted(TABLE.commands)))
     known = TABLE.commands[name].arguments.__struct_encode_fields__
-    arguments = []
-    for key in known:
-        if draw(st.booleans()):
-            arguments.append((key, draw(GOOD.get(key, values))))
+    arguments = [(key, draw(GOOD.get(key, values))) for key in known if draw(st.booleans())]
     members = [("execute", json.dumps(name).encode())]
-    if arguments or draw(st.booleans()):
+    if draw(st.booleans()) or arguments:
         members.append(("arguments", b"".join(assemble(arguments))))
     if draw(st.booleans()):
         members.append(("id", draw(GOOD["fdset-id"] | tokens)))

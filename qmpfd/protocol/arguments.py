@@ -16,6 +16,7 @@ from msgspec import NODEFAULT, Struct, UnsetType
 
 from ..errors import GenericError
 from ..limits import INT64_MAX, INT64_MIN
+from .qemu_order import first_left_over
 
 ArgumentsT = TypeVar("ArgumentsT", bound=Struct)
 
@@ -65,24 +66,15 @@ def convert(members: dict[str, Any], arguments: type[ArgumentsT]) -> ArgumentsT:
         GenericError: with QEMU's text for the first thing that is wrong.
     """
     values: dict[str, Any] = {}
-    known = set()
+    known: dict[str, None] = {}
     for field in msgspec.structs.fields(arguments):
         name = field.encode_name
-        known.add(name)
+        known[name] = None
         if name in members:
             _check(members[name], bare_type(field.type), name)
             values[field.name] = members[name]
         elif field.default is NODEFAULT and field.default_factory is NODEFAULT:
             raise GenericError(f"Parameter '{name}' is missing")
-    unknown = [name for name in members if name not in known]
-    if unknown:
-        raise GenericError(f"Parameter '{_first_in_ghash(unknown)}' is unexpected")
+    if not known.keys() >= members.keys():
+        raise GenericError(f"Parameter '{first_left_over(members, known)}' is unexpected")
     return arguments(**values)
-
-
-def _first_in_ghash(names: list[str]) -> str:
-    """The one of *names* that QEMU would come across first: it keeps the members that are left
-    over in a GLib hash table, and names the first in its order.
-    """
-    # Placeholder order: corrected against a live QEMU below.
-    return names[-1]

@@ -17,6 +17,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from ..errors import CommandNotFound, GenericError
 from ..limits import INT64_MIN
 from .arguments import convert
+from .qemu_order import qdict_order
 
 
 class Request(Struct):
@@ -143,10 +144,7 @@ def _check_envelope(value: Any, oob_enabled: bool) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise GenericError("QMP input must be a JSON object")
     execute: str | None = None
-    members = list(value)
-    members.reverse()  # in a bucket, what came last is first
-    members.sort(key=_qdict_bucket)
-    for member in members:
+    for member in qdict_order(value):
         if member == "execute" or (member == "exec-oob" and oob_enabled):
             if not isinstance(value[member], str):
                 raise GenericError(f"QMP input member '{member}' must be a string")
@@ -161,12 +159,3 @@ def _check_envelope(value: Any, oob_enabled: bool) -> dict[str, Any]:
     if execute is None:
         raise GenericError("QMP input lacks member 'execute'")
     return value
-
-
-def _qdict_bucket(key: str) -> int:
-    """Where QEMU's QDict keeps *key* (``qobject/qdict.c``, tdb_hash), of its 512 buckets."""
-    raw = key.encode("utf-8")
-    value = 0x238F13AF * len(raw)
-    for number, byte in enumerate(raw):
-        value += byte << (number * 5 % 24)
-    return (value * 1103515243 + 12345 & 0xFFFFFFFF) % 512

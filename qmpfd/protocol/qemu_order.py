@@ -1,0 +1,127 @@
+"""The order in which QEMU comes across the members of an object.
+
+Where several members are wrong, QEMU names the first that it meets, in the order of its hash
+tables, and clients' tests compare the text.  Both tables are modelled here as far as that order
+needs: QEMU's own QDict (``qobject/qdict.c``) and GLib's GHashTable (``ghash.c``), which holds the
+arguments while they are checked.  Held to a live QEMU over thousands of random members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_WORD = 0xFFFFFFFF
+
+
+def _encoded(key: str) -> bytes:
+    """A key as QEMU keeps it: in UTF-8, with NUL as C0 80."""
+    return key.encode("utf-8").replace(b"\0", b"\xc0\x80")
+
+
+def _bucket(key: str) -> int:
+    """Which of a QDict's 512 buckets *key* is in (tdb_hash)."""
+    raw = _encoded(key)
+    value = 0x238F13AF * len(raw)
+    for number, byte in enumerate(raw):
+        value += byte << (number * 5 % 24)
+    return (value * 1103515243 + 12345 & _WORD) % 512
+
+
+def qdict_order(keys: Iterable[str]) -> list[str]:
+    """*keys*, in the order of insertion, as a QDict gives them; in a bucket, the last is first."""
+    ordered = list(keys)
+    ordered.reverse()
+    ordered.sort(key=_bucket)
+    return ordered
+
+
+# ghash.c, prime_mod: the largest primes below the powers of two.
+_PRIMES = (1, 2, 3, 7, 13, 31, 61, 127, 251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521)
+_SMALLEST = 3
+
+
+class _GHashTable:
+    """The slots of a GHashTable: a key, nothing, or where a key was (a tombstone)."""
+
+    def __init__(self) -> None:
+        self._count = self._occupied = 0
+        self._slots: list[str | bool | None] = []
+        self._set_shift(_SMALLEST)
+        self._slots = [None] * self._size
+
+    def _set_shift(self, shift: int) -> None:
+        self._size = 1 << shift
+        self._modulus = _PRIMES[min(shift, len(_PRIMES) - 1)]
+
+    def _home(self, key: str) -> int:
+        value = 5381
+        for byte in _encoded(key):  # g_str_hash: of signed chars
+            value = value * 33 + (byte - 256 if byte > 127 else byte) & _WORD
+        value = max(value, 2)  # 0 and 1 mean unused and tombstone
+        return (value * 11 & _WORD) % self._modulus
+
+    def _find(self, key: str) -> int:
+        """The slot that holds *key*, or else the one for it."""
+        slot, step = self._home(key), 0
+        tombstone: int | None = None
+        while (there := self._slots[slot]) is not None:
+            if there == key:
+                return slot
+            if there is False and tombstone is None:
+                tombstone = slot
+            step += 1
+            slot = slot + step & self._size - 1
+        return slot if tombstone is None else tombstone
+
+    def add(self, key: str) -> None:
+        slot = self._find(key)
+        was_empty = self._slots[slot] is None
+        self._slots[slot] = key
+        self._count += 1
+        if was_empty:
+            self._occupied += 1
+            self._resize_if_due()
+
+    def discard(self, key: str) -> None:
+        slot = self._find(key)
+        if self._slots[slot] == key:
+            self._slots[slot] = False
+            self._count -= 1
+            self._resize_if_due()
+
+    def _resize_if_due(self) -> None:
+        sparse = self._size > max(self._count * 4, 1 << _SMALLEST)
+        if not sparse and self._size > self._occupied + self._occupied // 16:
+            return
+        before = len(self._slots)
+        self._set_shift(max(int(self._count * 1.333).bit_length(), _SMALLEST))
+        slots: list[str | None] = [key if isinstance(key, str) else None for key in self._slots]
+        slots += [None] * (self._size - before)
+        moved = [False] * len(slots)
+        for start in range(before):
+            key = slots[start]
+            if key is None or moved[start]:
+                continue
+            slots[start] = None
+            while key is not None:  # whoever is in the way has to move next
+                slot, step = self._home(key), 0
+                while moved[slot]:
+                    step += 1
+                    slot = slot + step & self._size - 1
+                moved[slot] = True
+                slots[slot], key = key, slots[slot]
+        self._slots = list(slots[: self._size])
+        self._occupied = self._count
+
+    def first(self) -> str:
+        return next(key for key in self._slots if isinstance(key, str))
+
+
+def first_left_over(members: Iterable[str], known: Iterable[str]) -> str:
+    """Which of the *members* that are not *known* QEMU complains of; there has to be one."""
+    table = _GHashTable()
+    for key in qdict_order(members):
+        table.add(key)
+    for key in known:
+        table.discard(key)
+    return table.first()

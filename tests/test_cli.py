@@ -1,0 +1,387 @@
+"""The short verbs, in process against a daemon in a thread, and once each as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import PATIENCE, ROOT, Pipe, daemon_process, daemon_thread
+
+from qmpfd.cli import main
+
+DONE, REFUSED, USAGE, NO_DAEMON = range(4)
+SHORT = ("--timeout", "0.2")
+
+
+class Cli:
+    """The command line, in this process."""
+
+    def __init__(self, path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        self.path = path
+        self._capfd = capfd
+
+    def __call__(self, verb: str, *words: object, at: bool = True) -> tuple[int, str, str]:
+        """Run a verb: its exit status, standard output, standard error."""
+        argv = [verb, *(["--socket", str(self.path)] if at else []), *map(str, words)]
+        self._capfd.readouterr()
+        try:
+            status = main(argv)
+        except SystemExit as exc:  # argparse
+            assert isinstance(exc.code, int)
+            status = exc.code
+        return status, *self._capfd.readouterr()
+
+    def done(self, verb: str, *words: object) -> str:
+        """What a verb says that succeeds."""
+        status, out, err = self(verb, *words)
+        assert (status, err) == (DONE, "")
+        return out
+
+    def json(self, verb: str, *words: object) -> Any:
+        """The same with ``--json``: one value, one line."""
+        out = self.done(verb, "--json", *words)
+        assert out.count("\n") == 1
+        assert out.isascii()
+        return json.loads(out)
+
+    def fails(self, status: int, verb: str, *words: object, at: bool = True) -> str:
+        """What a verb says that fails in this way: one line."""
+        found, out, err = self(verb, *words, at=at)
+        assert (found, out) == (status, "")
+        assert re.fullmatch(r"qmpfd[^\n]*: [^\n]+\n", err), err
+        assert "Traceback" not in err
+        return err
+
+
+@pytest.fixture
+def cli(path: Path, capfd: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(path, capfd)
+
+
+@pytest.fixture
+def running(path: Path) -> Iterator[None]:
+    with daemon_thread(path):
+        yield
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    found = tmp_path / "file"
+    found.write_text("content")
+    return found
+
+
+# -- what they do ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("running")
+def test_add_ls_rm(cli: Cli, file: Path) -> None:
+    assert cli.done("ls") == "no fd sets\n"
+    assert cli.json("ls") == []
+    assert re.fullmatch(r"fd set 0, fd \d+\n", cli.done("add", file))
+    info = cli.json("add", "--fdset", 0, "--opaque", "b:\u20ac\n", file)
+    assert info["fdset-id"] == 0
+    [fdset] = cli.json("ls")
+    assert fdset["fdset-id"] == 0
+    assert fdset["fds"][1] == {"fd": info["fd"], "opaque": "b:\u20ac\n"}
+    header, *rows = cli.done("ls").splitlines()
+    assert header.split() == ["FDSET", "FD", "OPAQUE"]
+    assert rows[1].split() == ["0", str(info["fd"]), "b:\u20ac\\n"]
+    assert cli.done("rm", f"0:{info['fd']}") == f"removed fd set 0, fd {info['fd']}\n"
+    assert cli.json("rm", "0") == {}
+    assert cli.json("ls") == []
+
+
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize(
+    "mode, flags", [(None, os.O_RDONLY), ("r", os.O_RDONLY), ("w", os.O_WRONLY), ("rw", os.O_RDWR)]
+)
+def test_add_opens_in_the_mode(cli: Cli, file: Path, mode: str | None, flags: int) -> None:
+    info = cli.json("add", *(["--mode", mode] if mode else []), file)
+    # The daemon is a thread of this process: its descriptors are ours.
+    text = Path(f"/proc/self/fdinfo/{info['fd']}").read_text()
+    found = re.search(r"^flags:\s*(\d+)$", text, re.MULTILINE)
+    assert found is not None
+    status_flags = int(found[1], 8)
+    assert status_flags & os.O_ACCMODE == flags
+    assert not status_flags & os.O_NONBLOCK
+    assert file.read_text() == "content"
+
+
+@pytest.mark.usefixtures("running")
+def test_add_of_an_inherited_descriptor(cli: Cli) -> None:
+    with Pipe() as pipe:
+        cli.json("add", "--fd", pipe.fileno())
+        pipe.release()
+        assert pipe.held()
+        cli.done("rm", "0")
+        assert not pipe.held()
+
+
+@pytest.mark.usefixtures("running")
+def test_add_of_a_fifo_does_not_wait(cli: Cli, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    cli.done("add", tmp_path / "fifo")
+
+
+# -- what goes wrong ---------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("running")
+def test_refused(cli: Cli, file: Path) -> None:
+    said = cli.fails(REFUSED, "rm", "7")
+    assert said == "qmpfd: FdNotFound: File descriptor named 'fdset-id:7' not found\n"
+    assert "fdset-id:7, fd:3" in cli.fails(REFUSED, "rm", "7:3")
+    assert "existing fdset-id" in cli.fails(REFUSED, "add", "--fdset", "7", file)
+    assert cli.json("ls") == []
+
+
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["add"],
+        ["add", "/no/such/file"],
+        ["add", "--mode", "w", "/"],
+        ["add", "--mode", "x", "/dev/null"],
+        ["add", "--fd", "1000"],
+        ["add", "--fd", "-1"],
+        ["add", "--fd", "x"],
+        ["add", "--fd", "99999999999999999999"],
+        ["add", "--fd", "0", "/dev/null"],
+        ["add", "--fd", "0", "--mode", "r"],
+        ["add", "--fdset", "-1", "/dev/null"],
+        ["add", "--fdset", "9223372036854775808", "/dev/null"],
+        ["add", "--fdset", "99999999999999999999", "/dev/null"],
+        ["add", "--opaque", "\udcff", "/dev/null"],
+        ["add", "no\nsuch\nfile"],
+        ["rm"],
+        ["rm", ""],
+        ["rm", "x"],
+        ["rm", "0:"],
+        ["rm", "0:x"],
+        ["rm", "-1"],
+        ["rm", "99999999999999999999"],
+        ["rm", "0:99999999999999999999"],
+        ["ls", "more"],
+        ["ls", "two\nlines"],
+        ["ls", "--no-such-option"],
+        ["ls", "--timeout", "0"],
+        ["ls", "--timeout", "-1"],
+        ["ls", "--timeout", "nan"],
+        ["ls", "--timeout", "inf"],
+        ["ls", "--timeout", "soon"],
+    ],
+    ids=" ".join,
+)
+def test_usage(cli: Cli, words: list[str]) -> None:
+    cli.fails(USAGE, *words)
+    assert cli.json("ls") == []
+
+
+def test_usage_without_a_verb(cli: Cli) -> None:
+    cli.fails(USAGE, "no-such-verb", at=False)
+    cli.fails(USAGE, "--no-such-option", at=False)
+
+
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("timeout", ["1e-9", "1e9", "1e18", "1e300"])
+def test_any_time_is_a_timeout(cli: Cli, timeout: str) -> None:
+    status, _, err = cli("ls", "--timeout", timeout)
+    assert status in (DONE, NO_DAEMON if timeout == "1e-9" else DONE, USAGE)
+    assert err.count("\n") == (status != DONE)
+
+
+# -- nobody there, or nobody who answers -------------------------------------------------------
+
+
+def test_no_daemon(cli: Cli, path: Path, file: Path) -> None:
+    for verb in (["ls"], ["add", file], ["rm", "0"]):
+        assert "qmpfd serve" in cli.fails(NO_DAEMON, *map(str, verb))
+    path.write_text("no socket")
+    cli.fails(NO_DAEMON, "ls")
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(os.fspath(path))
+    cli.fails(NO_DAEMON, "ls")
+    cli.path = path / ("x" * 200)
+    cli.fails(NO_DAEMON, "ls")
+
+
+@contextmanager
+def _listening(path: Path, backlog: int = 5) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen(backlog)
+        yield listener
+
+
+def _does_not_answer(cli: Cli) -> None:
+    """It is given up after --timeout, and not much later."""
+    start = time.monotonic()
+    assert "does not answer" in cli.fails(NO_DAEMON, "ls", *SHORT)
+    assert 0.2 <= time.monotonic() - start < 5
+
+
+def test_silent_daemon(cli: Cli, path: Path) -> None:
+    with _listening(path):
+        _does_not_answer(cli)
+
+
+def test_full_backlog(cli: Cli, path: Path) -> None:
+    with _listening(path, 0), ExitStack() as stack, suppress(BlockingIOError):
+        while True:
+            client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            client.setblocking(False)
+            try:
+                client.connect(os.fspath(path))
+            except BlockingIOError:
+                _does_not_answer(cli)
+                start = time.monotonic()
+                cli.fails(NO_DAEMON, "ls", "--timeout", "1e-7")  # 0 to the kernel is for ever
+                assert time.monotonic() - start < 5
+                return
+
+
+def test_stopped_daemon(cli: Cli, path: Path) -> None:
+    with daemon_process(path) as process:
+        process.signal(signal.SIGSTOP)
+        _does_not_answer(cli)
+        process.signal(signal.SIGCONT)
+        assert cli.done("ls") == "no fd sets\n"
+
+
+@contextmanager
+def _saying(path: Path, *pieces: bytes) -> Iterator[None]:
+    """A server that says these, one for each thing that it hears, and closes."""
+
+    def serve() -> None:
+        client, _ = listener.accept()
+        with client:
+            for piece in pieces:
+                client.sendall(piece)
+                client.recv(1 << 16)
+
+    with _listening(path) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join(PATIENCE)
+
+
+GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
+
+
+@pytest.mark.parametrize(
+    "status, pieces",
+    [
+        (NO_DAEMON, [b"220 smtp.example.org\r\n"]),
+        (NO_DAEMON, [b"\0\xff\n"]),
+        (NO_DAEMON, []),
+        (NO_DAEMON, [GREETING]),
+        (NO_DAEMON, [GREETING, b'{"return": {}, "id": 1}\r\n']),
+        (NO_DAEMON, [GREETING, b'{"return": {}, "id": 1}\r\n', b'{"return": [}\r\n']),
+        (REFUSED, [b'{"error": {"class": "GenericError", "desc": "Too many"}}\r\n']),
+        (REFUSED, [GREETING, b'{"error": {"class": "A", "desc": "two\\nlines"}, "id": 1}\r\n']),
+    ],
+)
+def test_odd_servers(cli: Cli, path: Path, status: int, pieces: Sequence[bytes]) -> None:
+    with _saying(path, *pieces):
+        cli.fails(status, "ls")
+
+
+# -- where the daemon is -----------------------------------------------------------------------
+
+
+def test_default_socket(path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    named, runtime = path.with_name("named.sock"), path.with_name("qmpfd.sock")
+    monkeypatch.setenv("QMPFD_SOCKET", str(named))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime.parent))
+    assert f" {named}:" in cli.fails(NO_DAEMON, "ls", at=False)
+    monkeypatch.delenv("QMPFD_SOCKET")
+    assert f" {runtime}:" in cli.fails(NO_DAEMON, "ls", at=False)
+    with daemon_thread(runtime):
+        assert cli("ls", at=False) == (DONE, "no fd sets\n", "")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    if not Path("/run/qmpfd.sock").exists():
+        assert " /run/qmpfd.sock:" in cli.fails(NO_DAEMON, "ls", at=False)
+
+
+# -- as processes ------------------------------------------------------------------------------
+
+
+def _run(
+    path: Path, *words: str, status: int = DONE, pass_fds: Sequence[int] = ()
+) -> tuple[str, str]:
+    ran = subprocess.run(
+        [sys.executable, "-m", "qmpfd", *words, "--socket", os.fspath(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        pass_fds=pass_fds,
+    )
+    assert ran.returncode == status, ran
+    return ran.stdout, ran.stderr
+
+
+@pytest.mark.usefixtures("running")
+def test_each_verb_as_a_process(path: Path, file: Path) -> None:
+    assert json.loads(_run(path, "add", "--json", str(file))[0])["fdset-id"] == 0
+    assert len(json.loads(_run(path, "ls", "--json")[0])) == 1
+    with Pipe() as pipe:
+        number = pipe.fileno()
+        _run(path, "add", "--fd", str(number), "--fdset", "0", pass_fds=[number])
+        pipe.release()
+        assert pipe.held()
+        assert _run(path, "rm", "0") == ("removed fd set 0\n", "")
+        assert not pipe.held()
+    assert _run(path, "rm", "0", status=REFUSED)[1].count("\n") == 1
+    assert _run(path.with_name("none"), "ls", status=NO_DAEMON)[1].count("\n") == 1
+    assert _run(path, "rm", status=USAGE)[1].count("\n") == 1
+
+
+@pytest.mark.usefixtures("running")
+def test_short_verbs_do_without_trio(path: Path, file: Path) -> None:
+    script = (
+        "import sys; from qmpfd.cli import main\n"
+        f"for words in (['add', {str(file)!r}], ['ls'], ['ls', '--json'], ['rm', '0']):\n"
+        f"    assert main([*words, '--socket', {str(path)!r}]) == 0\n"
+        "assert 'trio' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=PATIENCE)
+
+
+@pytest.mark.usefixtures("running")
+def test_nobody_reads_the_output(path: Path) -> None:
+    """One line where it cannot be written, and nothing where its reader has seen enough."""
+    command = [sys.executable, "-m", "qmpfd", "ls", "--socket", os.fspath(path)]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=PATIENCE, check=False
+        )
+    assert ran.returncode != DONE
+    assert ran.stderr.count(b"\n") == 1, ran.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        ran = subprocess.run(
+            command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, timeout=PATIENCE, check=False
+        )
+    assert ran.returncode != DONE
+    assert ran.stderr == b""
