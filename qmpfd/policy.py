@@ -89,21 +89,21 @@ class Access:
         grants: all that it was given.
     """
 
-    __slots__ = ("_grants", "unlimited")
+    __slots__ = ("grants", "unlimited")
 
     def __init__(self, grants: Iterable[Grant]) -> None:
-        self._grants = tuple(grants)
+        self.grants = tuple(grants)
         #: Every right for everything: nothing has to be checked.
-        self.unlimited = Grant(RIGHTS) in self._grants
+        self.unlimited = Grant(RIGHTS) in self.grants
 
     def __bool__(self) -> bool:
         """Whether the peer may do anything at all."""
-        return any(grant.rights for grant in self._grants)
+        return any(grant.rights for grant in self.grants)
 
     def may(self, right: Right, fdset_id: int, opaque: str | None) -> bool:
         """Whether the peer has *right* for such a descriptor."""
         return self.unlimited or any(
-            right in grant.rights and grant.covers(fdset_id, opaque) for grant in self._grants
+            right in grant.rights and grant.covers(fdset_id, opaque) for grant in self.grants
         )
 
     def require(self, right: Right, fdset_id: int | None = None) -> None:
@@ -114,7 +114,7 @@ class Access:
         """
         if self.unlimited:
             return
-        for grant in self._grants:
+        for grant in self.grants:
             if right in grant.rights and (fdset_id is None or grant.covers_set(fdset_id)):
                 return
         where = "" if fdset_id is None else f" for fdset-id:{fdset_id}"

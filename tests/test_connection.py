@@ -52,6 +52,11 @@ def heard(request: Request | Error, request_id: Any) -> tuple[str, Any]:
     return VOCABULARY.names[type(request)], request_id
 
 
+def state(connection: Connection) -> State:
+    """Its state; mypy takes the attribute for one that does not change."""
+    return connection.state
+
+
 @pytest.fixture
 def server() -> ServerConnection:
     return ServerConnection(VOCABULARY)
@@ -71,7 +76,7 @@ def test_greeting(server: ServerConnection) -> None:
     assert server.state is State.CONNECTED
     version = {"qemu": {"micro": 3, "minor": 2, "major": 1}, "package": "p"}
     data = server.greeting(version)
-    assert server.state is State.NEGOTIATING
+    assert state(server) is State.NEGOTIATING
     assert data.endswith(b"\r\n")
     assert json.loads(data) == {"QMP": {"version": version, "capabilities": ["oob"]}}
     with pytest.raises(ProtocolError):
@@ -99,11 +104,10 @@ def test_negotiation(server: ServerConnection) -> None:
     ]
     assert server.state is State.NEGOTIATING
     server.negotiate([])
-    assert server.state is State.COMMANDS
-    with pytest.raises(
-        CommandNotFound, match="^Capabilities negotiation is already complete, comm"
-    ):
+    assert state(server) is State.COMMANDS
+    with pytest.raises(CommandNotFound) as caught:
         server.negotiate([])
+    assert caught.value.desc == "Capabilities negotiation is already complete, command ignored"
 
 
 def test_the_class_of_a_command_before_negotiation(server: ServerConnection) -> None:
@@ -177,8 +181,12 @@ def test_reply(ready: ServerConnection, request_id: Any, sent: bytes) -> None:
 
 @pytest.mark.parametrize(
     "error, told",
-    [(CommandNotFound("x"), "CommandNotFound"), (GenericError("x"), "GenericError")]
-    + [(FdNotFound("x"), "GenericError"), (FdNotSupplied("x"), "GenericError")],
+    [
+        (CommandNotFound("x"), "CommandNotFound"),
+        (GenericError("x"), "GenericError"),
+        (FdNotFound("x"), "GenericError"),
+        (FdNotSupplied("x"), "GenericError"),
+    ],
 )
 def test_error_classes_by_dialect(error: QMPError, told: str) -> None:
     spec, qemu = ServerConnection(VOCABULARY), ServerConnection(VOCABULARY, qemu_classes=True)
@@ -299,11 +307,11 @@ def test_client_states(client: ClientConnection) -> None:
     assert client.state is State.NEGOTIATING
     assert client.greeting == {"version": {}, "capabilities": ["oob"]}
     client.negotiated()
-    assert client.state is State.COMMANDS
+    assert state(client) is State.COMMANDS
     with pytest.raises(ProtocolError):
         told(client, b'{"QMP": {}}\r\n')
     client.close()
-    assert client.state is State.CLOSED
+    assert state(client) is State.CLOSED
 
 
 def test_execute(client: ClientConnection) -> None:
@@ -315,7 +323,8 @@ def test_execute(client: ClientConnection) -> None:
         "arguments": {"fdset-id": 3, "opaque": "é"},
         "id": 7,
     }
-    for nothing in (None, {}):
+    nothings: list[dict[str, Any] | None] = [None, {}]
+    for nothing in nothings:
         assert json.loads(client.execute("x", nothing, 8)) == {"execute": "x", "id": 8}
 
 
@@ -403,6 +412,7 @@ def test_a_server_that_says_odd_things(data: bytes) -> None:
         found = told(client, data + b"\r\n")
     except ProtocolError:
         return
+    assert client.greeting is None
     for message in found:
         if isinstance(message, QMPEvent):
             assert isinstance(message.name, str)
@@ -413,9 +423,10 @@ def test_a_server_that_says_odd_things(data: bytes) -> None:
 
 def test_a_reply_that_never_ends() -> None:
     client = ClientConnection(max_reply_bytes=1000)
+    for _ in range(100):
+        assert told(client, b"[1, 2, ") == []
     with pytest.raises(ProtocolError, match="limit exceeded"):
-        for _ in range(300):
-            told(client, b"[1, 2, ")
+        told(client, b"[1, 2, " * 150)
 
 
 @pytest.mark.parametrize("name", errors.__all__)

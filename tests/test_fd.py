@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gc
 import os
 import resource
 import socket
@@ -50,11 +49,10 @@ Pair = tuple[socket.socket, socket.socket]
 
 def test_close_once(fd: Fd) -> None:
     number = fd.fileno()
-    assert not fd.closed
     assert repr(fd) == f"<Fd {number}>"
     fd.close()
-    assert fd.closed
     assert repr(fd) == "<Fd closed>"
+    assert fd.closed
     assert not is_open(number)
     assert os.open("/dev/null", os.O_RDONLY) == number  # somebody else's now
     fd.close()
@@ -106,9 +104,9 @@ def test_close_all(fd: Fd) -> None:
 
 def test_a_forgotten_owner_says_so() -> None:
     number = os.open("/dev/null", os.O_RDONLY)
+    fd = Fd(number)
     with pytest.warns(ResourceWarning, match=f"unclosed <Fd {number}>"):
-        Fd(number)
-        gc.collect()
+        del fd
     assert not is_open(number)
 
 
@@ -248,7 +246,7 @@ def test_full(pair: Pair, fd: Fd) -> None:
         except BlockingIOError:
             continue
         break
-    seen = []
+    seen: list[Fd] = []
     while not seen:
         _, seen, _ = receive(pair[0], READ_BYTES)
     assert len(seen) == 1  # once, although it was tried twice

@@ -11,7 +11,7 @@ from typing import NoReturn
 from .._version import __version__
 from ..errors import QMPError
 from ..syncclient import NoDaemon
-from . import handout, serve, verbs
+from . import handout, policy, serve, state, verbs
 from .status import NO_DAEMON, REFUSED, USAGE, UsageError
 
 
@@ -33,6 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_parser(commands)
     verbs.add_parsers(commands)
     handout.add_parsers(commands)
+    state.add_parser(commands)
+    policy.add_parser(commands)
     return parser
 
 

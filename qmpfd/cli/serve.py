@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import logging
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..fd import Fd
 from ..limits import MAX_REQUEST_BYTES, Limits
 from .options import default_socket, number, seconds
+from .policy import group_id, read_policy
 from .status import DONE, UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +45,19 @@ def add_parser(verbs: Subparsers) -> None:
         help="permissions of the socket files (default: 600)",
     )
     parser.add_argument(
+        "--socket-group",
+        type=group_id,
+        metavar="NAME",
+        help="group of the socket files (default: the daemon's own)",
+    )
+    parser.add_argument(
+        "--policy",
+        type=Path,
+        metavar="FILE",
+        help="who else may connect, and do what; read again on SIGHUP (default: root and the "
+        "daemon's own user alone, with all rights)",
+    )
+    parser.add_argument(
         "--dialect",
         choices=("spec", "qemu"),
         default="spec",
@@ -67,11 +79,39 @@ def add_parser(verbs: Subparsers) -> None:
         help=f"clients at a time (default: {_DEFAULTS.max_connections})",
     )
     parser.add_argument(
+        "--max-connections-per-uid",
+        type=number("number of connections", 1),
+        default=_DEFAULTS.max_connections_per_uid,
+        metavar="N",
+        help=f"clients of one user at a time (default: {_DEFAULTS.max_connections_per_uid})",
+    )
+    parser.add_argument(
+        "--max-fds",
+        type=number("number of descriptors", 1),
+        default=_DEFAULTS.max_fds,
+        metavar="N",
+        help=f"descriptors kept at a time (default: {_DEFAULTS.max_fds})",
+    )
+    parser.add_argument(
+        "--max-fds-per-uid",
+        type=number("number of descriptors", 1),
+        default=_DEFAULTS.max_fds_per_uid,
+        metavar="N",
+        help="descriptors that clients of one user may have kept at a time "
+        f"(default: {_DEFAULTS.max_fds_per_uid})",
+    )
+    parser.add_argument(
         "--max-request-bytes",
         type=number("number of bytes", 1024, 64 << 20),
         default=MAX_REQUEST_BYTES,
         metavar="N",
         help=f"bytes of one request (default: {MAX_REQUEST_BYTES})",
+    )
+    parser.add_argument(
+        "--idle-timeout",
+        type=seconds,
+        metavar="S",
+        help="cut off a client that asks nothing for S seconds, unless it watches (default: never)",
     )
     parser.add_argument(
         "--write-timeout",
@@ -89,10 +129,22 @@ def add_parser(verbs: Subparsers) -> None:
         help=f"end within S seconds when told to (default: {_DEFAULTS.drain_timeout:g})",
     )
     parser.add_argument(
+        "--metrics",
+        type=Path,
+        metavar="PATH",
+        help="write counters to this file as OpenMetrics text, every 10 s (default: do not)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="how to say it on standard error (default: text)",
+    )
+    parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",
-        help="how much to say on standard error (default: info)",
+        help="how much to say there; debug names every command (default: info)",
     )
     parser.set_defaults(run=_serve)
 
@@ -161,15 +213,15 @@ def leaf_exceptions(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseEx
 def _serve(arguments: argparse.Namespace) -> int:
     # Before Trio opens descriptors of its own, which nobody may mistake for inherited ones.
     initial = _take_inherited(arguments.add_fd)
-    from . import daemon
+    from . import daemon, logs
 
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=arguments.log_level.upper(),
-        format="qmpfd: %(message)s",
-    )
+    logs.set_up(arguments.log_format, arguments.log_level)
     limits = Limits(
         max_connections=arguments.max_connections,
+        max_connections_per_uid=arguments.max_connections_per_uid,
+        max_fds=arguments.max_fds,
+        max_fds_per_uid=arguments.max_fds_per_uid,
+        idle_timeout=arguments.idle_timeout,
         max_request_bytes=arguments.max_request_bytes,
         write_timeout=arguments.write_timeout,
         drain_timeout=arguments.drain_timeout,
@@ -180,6 +232,10 @@ def _serve(arguments: argparse.Namespace) -> int:
             arguments.socket or [default_socket()],
             dialect=arguments.dialect,
             limits=limits,
+            policy_path=arguments.policy,
+            policy=None if arguments.policy is None else read_policy(arguments.policy),
+            metrics_path=arguments.metrics,
+            socket_group=arguments.socket_group,
             socket_mode=arguments.socket_mode,
             initial_fds=initial,
         )

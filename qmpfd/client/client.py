@@ -62,6 +62,9 @@ class Client:
 
     Calls may be made from many tasks at once.  A call that is cancelled breaks no other: if its
     request was sent already, the server carries it out, and the reply is thrown away.
+
+    Args:
+        stream: the connection; owned from here on.
     """
 
     def __init__(self, stream: FdStream) -> None:

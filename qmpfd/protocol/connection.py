@@ -12,7 +12,7 @@ from enum import Enum, auto
 from typing import Any, TypeAlias
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, Struct
 from outcome import Error, Outcome, Value
 
 from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, QMPError, error_of_class
@@ -276,6 +276,8 @@ class ClientConnection(Connection):
                 raise ProtocolError(f"not a QMP server: {error or 'no JSON object'}")
             if "QMP" in value:
                 self.garbage += fds
+                if not isinstance(value["QMP"], dict):
+                    raise ProtocolError("not a QMP server: its greeting is no JSON object")
                 self._move(Event.GREETING)
                 self.greeting = value["QMP"]
             elif "event" in value:
@@ -293,7 +295,21 @@ def _told(error: Any) -> QMPError:
     return error_of_class(str(members.get("class")), str(members.get("desc")))
 
 
+class _Timestamp(Struct, frozen=True):
+    seconds: float = 0
+    microseconds: float = 0
+
+
+class _Event(Struct):
+    event: str
+    data: dict[str, Any] = {}
+    timestamp: _Timestamp = _Timestamp()
+
+
 def _event(value: dict[str, Any]) -> QMPEvent:
-    stamp = value.get("timestamp", {})
-    seconds = stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6
-    return QMPEvent(str(value["event"]), value.get("data", {}), seconds)
+    try:
+        event = msgspec.convert(value, _Event)
+    except msgspec.ValidationError as exc:
+        raise ProtocolError(f"not a QMP server: {exc}") from None
+    stamp = event.timestamp
+    return QMPEvent(event.event, event.data, stamp.seconds + stamp.microseconds / 1e6)

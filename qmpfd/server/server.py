@@ -114,7 +114,12 @@ class Server:
     def start_soon(
         self, task: Callable[[trio.CancelScope], Awaitable[None]], scope: trio.CancelScope
     ) -> None:
-        """Run a task of a session beside it."""
+        """Run a task of a session beside it.
+
+        Args:
+            task: what to run; it is given *scope*.
+            scope: the session's, which ends it.
+        """
         assert self._nursery is not None
         self._nursery.start_soon(task, scope)
 
@@ -147,7 +152,12 @@ class Server:
         self._nursery.start_soon(self._serve, session)
 
     def turn_away(self, sock: trio.socket.SocketType, reason: QMPError) -> None:
-        """Tell a client why it is not served."""
+        """Tell a client why it is not served.
+
+        Args:
+            sock: its connection; owned from here on.
+            reason: what it is told.
+        """
         with FdStream(sock) as stream:
             self._refuse(stream, peer_of(stream.socket), reason)
 

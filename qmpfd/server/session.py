@@ -22,7 +22,7 @@ from ..limits import (
     REPLY_BYTES_A_TURN,
 )
 from ..policy import Access
-from ..protocol import Received, ServerConnection, State, encode
+from ..protocol import Received, Request, ServerConnection, State, encode
 from ..transport import FdStream
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ _CHUNKS_A_TURN = 16
 
 #: Bytes to send in one go, and the descriptors that go with the first of them.
 _Batch: TypeAlias = "tuple[bytes, list[Fd]]"
+
+
+def _first_int(member: str, *structs: object) -> int | None:
+    """The member of that name that is a number, of the first of *structs* that has one."""
+    values = (getattr(struct, member, None) for struct in structs)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def refusal(reason: QMPError) -> bytes:
@@ -197,6 +203,7 @@ class Session:
         replies: list[bytes] = []
         size = passed = 0
         finished = True
+        log = _log.isEnabledFor(logging.DEBUG)
         for request, request_id, fds in requests:
             result: Outcome[object]
             if isinstance(request, Error):
@@ -206,6 +213,8 @@ class Session:
             if isinstance(result, Error):
                 assert isinstance(result.error, QMPError)
                 context.daemon.stats.errors[result.error.error_class] += 1
+            if log:
+                self._log(request, result)
             reply = connection.reply(result, request_id)
             if context.passed:
                 if replies:
@@ -225,6 +234,24 @@ class Session:
         if replies:
             batches.append((b"".join(replies), []))
         return finished
+
+    def _log(self, request: Request | Error, result: Outcome[object]) -> None:
+        """Say who asked for what, and what became of it."""
+        name = None if isinstance(request, Error) else VOCABULARY.names[type(request)]
+        arguments = None if isinstance(request, Error) else request.arguments
+        told = result.error if isinstance(result, Error) else "done"
+        value = None if isinstance(result, Error) else result.unwrap()
+        extra = {
+            "pid": self.peer.pid,
+            "uid": self.peer.uid,
+            "command": name,
+            "fdset_id": _first_int("fdset_id", value, arguments),
+            "fd": _first_int("fd", value, arguments),
+            "outcome": str(told),
+        }
+        _log.debug(
+            "pid %d, uid %d: %s: %s", *self.peer[:2], name or "bad request", told, extra=extra
+        )
 
     # -- replies and events --------------------------------------------------------------------
 

@@ -1,0 +1,98 @@
+"""``qmpfd check-policy``: what a policy file comes to."""
+
+from __future__ import annotations
+
+import argparse
+import grp
+import os
+import pwd
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..policy import BadPolicy, Grant, Policy, load_policy
+from .output import print_json
+from .status import DONE, UsageError
+
+if TYPE_CHECKING:
+    from .options import Subparsers
+
+
+def add_parser(verbs: Subparsers) -> None:
+    """Add ``check-policy`` to the command line."""
+    parser = verbs.add_parser(
+        "check-policy",
+        help="check a policy file, and say what a user may do by it",
+        description="Check a policy file, and say what a user may do by it.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="the policy, as serve takes it")
+    parser.add_argument(
+        "--user", metavar="NAME|UID", help="the user, with all groups (default: just check)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+    parser.set_defaults(run=_check)
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy at *path*; a UsageError if it cannot be used."""
+    try:
+        return load_policy(path)
+    except BadPolicy as exc:
+        raise UsageError(f"bad policy: {exc}") from None
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    policy = read_policy(arguments.file)
+    if arguments.user is None:
+        if arguments.json:
+            print_json({"valid": True})
+        else:
+            print(f"{arguments.file} is a valid policy (--user NAME says what it gives to whom)")
+        return DONE
+    uid, gids = _user(arguments.user)
+    grants = policy.access(uid, gids).grants
+    if arguments.json:
+        print_json({"uid": uid, "gids": sorted(gids), "grants": [_as_json(g) for g in grants]})
+    elif not any(grant.rights for grant in grants):
+        print(f"uid {uid} may not connect")
+    else:
+        print(f"uid {uid} may")
+        for grant in grants:
+            print(f"  {_in_words(grant)}")
+    return DONE
+
+
+def _user(name: str) -> tuple[int, set[int]]:
+    """A user's uid and all of its groups, by name or by number."""
+    try:
+        entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+    except KeyError:
+        if not name.isdecimal():
+            raise UsageError(f"no user '{name}'") from None
+        return int(name), set()
+    return entry.pw_uid, {*os.getgrouplist(entry.pw_name, entry.pw_gid)}
+
+
+def _as_json(grant: Grant) -> dict[str, object]:
+    told: dict[str, object] = {"allow": sorted(grant.rights)}
+    if grant.fdsets is not None:
+        told["fdsets"] = sorted(grant.fdsets)
+    if grant.opaque is not None:
+        told["opaque"] = list(grant.opaque)
+    return told
+
+
+def _in_words(grant: Grant) -> str:
+    words = ", ".join(sorted(grant.rights)) or "nothing"
+    if grant.fdsets is not None:
+        words += f"; in fd sets {', '.join(map(str, sorted(grant.fdsets))) or 'none'}"
+    if grant.opaque is not None:
+        words += f"; with opaque text like {' or '.join(grant.opaque) or 'none'}"
+    return words
+
+
+def group_id(name: str) -> int:
+    """The type of an option that names a group, or gives its number."""
+    try:
+        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"no group '{name}'") from None

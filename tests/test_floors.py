@@ -1,0 +1,152 @@
+"""DESIGN.md, "Floors": a module imports only from its own folder or from floors below."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qmpfd
+
+PACKAGE = Path(qmpfd.__file__).parent
+
+#: From the bottom.  What stands on one floor does not import each other.
+FLOORS = [
+    {"errors", "limits", "_version"},
+    {"fd", "fdinfo", "policy"},
+    {"closing"},
+    {"fdsets"},
+    {"protocol"},
+    {"commands"},
+    {"transport", "syncclient"},
+    {"client", "server", "opener"},
+    {"cli", "__main__"},
+]
+FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+
+#: Where Trio is known.
+TRIO = {"transport", "client", "server", "cli.daemon"}
+
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
+)
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text())
+
+
+def imports(module: str) -> Iterator[str]:
+    """Every module that *module* imports, at its top or anywhere, for the type checker or not."""
+    package = ["qmpfd", *module.split(".")[:-1]]
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            home = ".".join([*base, *([node.module] if node.module else [])])
+            if home == "qmpfd":
+                yield from (f"qmpfd.{alias.name}" for alias in node.names)
+            else:
+                yield home
+
+
+def room(module: str) -> str:
+    """The folder or file directly under the package."""
+    return module.split(".", maxsplit=1)[0]
+
+
+def own(module: str) -> set[str]:
+    """The rooms of the package that *module* imports from."""
+    names = {name.removeprefix("qmpfd.") for name in imports(module) if name.startswith("qmpfd.")}
+    return {room(name) for name in names}
+
+
+inner = [module for module in MODULES if module != "__init__"]
+
+
+def test_the_list_names_every_module() -> None:
+    assert {room(module) for module in inner} == set(FLOOR_OF)
+    assert len(FLOOR_OF) == sum(map(len, FLOORS))
+
+
+@pytest.mark.parametrize("module", inner)
+def test_imports_only_from_below(module: str) -> None:
+    here = room(module)
+    others = own(module) - {here}
+    assert others <= set(FLOOR_OF), "no module of the house"
+    above = {other for other in others if FLOOR_OF[other] >= FLOOR_OF[here]}
+    if module == "__main__":
+        above -= {"cli"}  # its door
+    assert not above
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_trio_on_the_top_floors_only(module: str) -> None:
+    tops = {name.split(".")[0] for name in imports(module)}
+    if "trio" in tops:
+        assert room(module) in TRIO or module in TRIO
+
+
+def test_trio_is_where_we_say() -> None:
+    """Or else the test above looks at nothing."""
+    users = {module for module in MODULES if "trio" in imports(module)}
+    assert {room(module) for module in users} | {"cli.daemon"} == {*TRIO, "cli"}
+
+
+def calls_of_os_close(module: str) -> list[int]:
+    lines = []
+    for node in ast.walk(tree(module)):
+        match node:
+            case ast.Attribute(value=ast.Name(id="os"), attr="close" | "closerange" | "fdopen"):
+                lines.append(node.lineno)
+            case ast.ImportFrom(module="os", names=names):
+                lines += [node.lineno for alias in names if alias.name.startswith("close")]
+    return lines
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "fd"])
+def test_only_one_place_closes_descriptors(module: str) -> None:
+    assert calls_of_os_close(module) == []
+
+
+def test_that_place_is_fd() -> None:
+    assert len(calls_of_os_close("fd")) == 1
+
+
+@pytest.mark.parametrize("module", [module for module in inner if room(module) == "fdsets"])
+def test_the_store_knows_no_json_and_no_system(module: str) -> None:
+    tops = {name.split(".")[0] for name in imports(module)}
+    assert not tops & {"msgspec", "json", "trio", "os", "socket", "select", "asyncio", "outcome"}
+
+
+@pytest.mark.parametrize(
+    "module", [module for module in inner if room(module) in ("protocol", "commands")]
+)
+def test_the_middle_does_no_io(module: str) -> None:
+    tops = {name.split(".")[0] for name in imports(module)}
+    assert not tops & {"trio", "socket", "selectors", "asyncio", "threading", "subprocess"}
+
+
+def cycles(folder: str) -> list[str]:
+    """The modules of *folder* that import one another in a circle, at run time."""
+    names = [module for module in inner if room(module) == folder and "." in module]
+    edges: dict[str, set[str]] = {}
+    for module in names:
+        needed = set()
+        for node in tree(module).body:  # at the top: what is for the type checker is in an if
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                targets = [node.module] if node.module else [alias.name for alias in node.names]
+                needed |= {f"{folder}.{target}" for target in targets}
+        edges[module] = needed & set(names)
+    while free := [module for module, needed in edges.items() if not needed & set(edges)]:
+        for module in free:
+            del edges[module]
+    return sorted(edges)
+
+
+@pytest.mark.parametrize("folder", ["fdsets", "protocol", "commands", "client", "server", "cli"])
+def test_no_cycles_inside_a_folder(folder: str) -> None:
+    assert cycles(folder) == []

@@ -1,0 +1,154 @@
+"""The public names: one list, three places, and each of them documented."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import qmpfd
+
+#: What Trio's nursery.start gives by itself.
+CONVENTIONS = {"self", "cls", "task_status"}
+
+NAMES = sorted(set(qmpfd.__all__) - {"__version__"})
+
+
+def typing_imports() -> dict[str, str]:
+    """What the type checker sees: names and the modules that they are imported from."""
+    found: dict[str, str] = {}
+    for node in ast.parse(Path(qmpfd.__file__).read_text()).body:
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            continue
+        for statement in node.body:
+            assert isinstance(statement, ast.ImportFrom)
+            for alias in statement.names:
+                assert alias.asname == alias.name, "only X as X is re-exported"
+                assert alias.name not in found
+                found[alias.name] = "." * statement.level + (statement.module or "")
+    return found
+
+
+def test_all_three_lists_agree() -> None:
+    assert typing_imports() == qmpfd._HOMES
+    assert sorted(qmpfd.__all__) == sorted([*qmpfd._HOMES, "__version__"])
+    assert len(set(qmpfd.__all__)) == len(qmpfd.__all__)
+    assert dir(qmpfd) == sorted(qmpfd.__all__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_what_its_home_exports(name: str) -> None:
+    home = importlib.import_module(qmpfd._HOMES[name], "qmpfd")
+    assert getattr(qmpfd, name) is getattr(home, name)
+    if hasattr(home, "__all__"):
+        assert name in home.__all__
+
+
+def test_names_that_there_are_not() -> None:
+    with pytest.raises(AttributeError, match="module 'qmpfd' has no attribute 'nonesuch'"):
+        _ = qmpfd.nonesuch
+
+
+def test_nothing_is_loaded_before_it_is_used() -> None:
+    code = "import qmpfd, sys; print(sorted({'trio', 'msgspec'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+    code = "import qmpfd, sys; qmpfd.serve; print('trio' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "True\n"
+
+
+@pytest.mark.parametrize("package", ["client", "commands", "fdsets", "protocol", "server"])
+def test_what_a_folder_exports_is_there(package: str) -> None:
+    module = importlib.import_module(f"qmpfd.{package}")
+    assert sorted(module.__all__, key=str.lower) == sorted(set(module.__all__), key=str.lower)
+    for name in module.__all__:
+        assert hasattr(module, name)
+
+
+# -- documentation ---------------------------------------------------------------------------------
+
+
+def parameters(thing: Any) -> list[str]:
+    """What the caller of *thing* passes; of a struct or dataclass, its fields."""
+    if inspect.isclass(thing):
+        if issubclass(thing, msgspec.Struct):
+            return list(thing.__struct_fields__)
+        if "__init__" not in vars(thing):
+            return []  # as its parent
+    names = inspect.signature(thing).parameters
+    return [name for name in names if name not in CONVENTIONS]
+
+
+def documented(thing: Any) -> list[str]:
+    """The names in the docstring's section "Args"."""
+    doc = inspect.cleandoc(thing.__doc__ or "")
+    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", doc, re.MULTILINE)
+    if section is None:
+        return []
+    return re.findall(r"^    (\w+): ", section[1], re.MULTILINE)
+
+
+def public_things() -> Iterator[tuple[str, Any]]:
+    for name in NAMES:
+        thing = getattr(qmpfd, name)
+        yield name, thing
+        if inspect.isclass(thing):
+            for member, value in vars(thing).items():
+                if not member.startswith("_") and inspect.isfunction(value):
+                    yield f"{name}.{member}", value
+                elif not member.startswith("_") and isinstance(value, property):
+                    yield f"{name}.{member}", value.fget
+
+
+THINGS = dict(public_things())
+
+
+@pytest.mark.parametrize("name", THINGS)
+def test_documented(name: str) -> None:
+    thing = THINGS[name]
+    doc = thing.__doc__
+    assert doc, "no docstring"
+    assert doc.splitlines()[0].strip(), "the first line says what it is"
+    names = parameters(thing)
+    if "." in name and len(names) == 1 and not documented(thing):
+        return  # of a method's one argument, the first line can say enough
+    assert documented(thing) == names
+
+
+def test_the_check_sees_something() -> None:
+    assert parameters(qmpfd.Limits) == documented(qmpfd.Limits) != []
+    assert parameters(THINGS["Client.add_fd"]) == ["fd", "fdset_id", "opaque"]
+
+    def undocumented(number: int) -> None:
+        """Does things."""
+
+    assert parameters(undocumented) == ["number"]
+    assert documented(undocumented) == []
+
+
+def test_error_classes_are_the_specifications() -> None:
+    """INTERFACE.md, "Dialects" and "Trust"."""
+    classes = {
+        name
+        for name in NAMES
+        if inspect.isclass(thing := getattr(qmpfd, name)) and issubclass(thing, qmpfd.QMPError)
+    }
+    assert classes == {
+        "QMPError",
+        "GenericError",
+        "CommandNotFound",
+        "FdNotFound",
+        "FdNotSupplied",
+        "InvalidParameterValue",
+        "PermissionDenied",
+    }
