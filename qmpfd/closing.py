@@ -40,7 +40,8 @@ _LOCAL = frozenset(
     )
 )
 # Character devices: memory (null, zero, random), and pseudo-terminals.
-_QUICK_DEVICES = frozenset([1, *range(136, 144)])
+_QUICK_MAJORS = frozenset([1, *range(136, 144)])
+_PTMX = os.makedev(5, 2)
 _QUICK_ANONYMOUS = re.compile(
     r"anon_inode:\[?(eventfd|eventpoll|timerfd|signalfd|inotify|pidfd|fanotify)\]?"
     r"|pipe:\[\d+\]"
@@ -101,13 +102,12 @@ class Closer:
         self._lock = threading.Lock()
         self._waiting: deque[Fd] = deque()
         self._threads = 0
-        self._file_systems: _FileSystems | None = None
+        # Open from the start: later there may be no descriptor left for it.
+        self._file_systems = _FileSystems()
 
     def shut_down(self) -> None:
         """The daemon is ending: what is being closed goes on, nothing else will come."""
-        if self._file_systems is not None:
-            self._file_systems.close()
-            self._file_systems = None
+        self._file_systems.close()
 
     @property
     def pending(self) -> int:
@@ -119,11 +119,7 @@ class Closer:
         for fd in fds:
             if fd.closed:
                 continue
-            try:
-                slow = self.may_block(fd.fileno())
-            except OSError:  # out of descriptors, for the look at the mounts
-                slow = True
-            if slow:
+            if self.may_block(fd.fileno()):
                 self._hand_over(fd)
             else:
                 fd.close()
@@ -149,13 +145,11 @@ class Closer:
             return True
         kind = stat.S_IFMT(found.mode)
         if kind == stat.S_IFCHR:
-            return os.major(found.rdev) not in _QUICK_DEVICES
+            return os.major(found.rdev) not in _QUICK_MAJORS and found.rdev != _PTMX
         if kind not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFIFO):
             return True  # a block device writes back what it holds
         if found.nlink == 0 and found.size > _SLOW_BYTES:
             return True
-        if self._file_systems is None:
-            self._file_systems = _FileSystems()
         name = self._file_systems.type(found.dev)
         if name is None:  # not mounted: the kernel's own tmpfs, if it is a memfd's
             return not os.readlink(f"/proc/self/fd/{number}").startswith("/memfd:")

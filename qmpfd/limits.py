@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 #: The kernel passes at most this many descriptors in one message (``SCM_MAX_FD``, unix(7)).
 SCM_MAX_FD = 253
@@ -70,8 +70,7 @@ HANGUP_RECHECK = 1.0
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """What one daemon allows its clients.
 
     Args:

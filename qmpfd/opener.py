@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from .errors import FdNotFound
 from .syncclient import SyncClient
@@ -39,7 +38,7 @@ def fdset_opener(
         if match is None:
             return os.open(name, flags, 0o666)
         members = {"fdset-id": int(match[1]), "access": _ACCESS[flags & os.O_ACCMODE]}
-        with SyncClient(Path(path), timeout) as client:
+        with SyncClient(path, timeout) as client:
             try:
                 _, fds = client.request("open-fdset", members)
             except FdNotFound as exc:

@@ -11,16 +11,13 @@ import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from outcome import Value
-
 from . import fd
-from .errors import QMPError
 from .fd import Fd, FileDescriptorLike
-from .protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
+from .protocol.client import ClientConnection, QMPEvent, Reply
+from .protocol.connection import ProtocolError, State
 
 
 class NoDaemon(Exception):
@@ -39,8 +36,8 @@ class SyncClient:
         QMPError: the server turns us away.
     """
 
-    def __init__(self, path: Path, timeout: float) -> None:
-        self._path = path
+    def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:
+        self._path = os.fspath(path)
         self._deadline = time.monotonic() + timeout
         self._connection = ClientConnection()
         self._last_id = 0
@@ -60,11 +57,11 @@ class SyncClient:
 
     def _connect(self, timeout: float) -> None:
         # A Unix socket's connect waits while the backlog is full, for SO_SNDTIMEO (socket(7)).
-        whole, part = divmod(timeout, 1)
-        limit = struct.pack("ll", int(whole), int(part * 1e6))
+        # It takes microseconds, and none of them for no limit.
+        limit = struct.pack("ll", *divmod(max(1, round(timeout * 1e6)), 1_000_000))
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         try:
-            self._sock.connect(os.fspath(self._path))
+            self._sock.connect(self._path)
         except BlockingIOError:
             raise self._silent() from None
         except OSError as exc:
@@ -109,11 +106,11 @@ class SyncClient:
         while True:
             while self._replies:
                 reply = self._replies.pop(0)
-                if reply.id == self._last_id and isinstance(reply.outcome, Value):
-                    return reply.outcome.value, reply.fds
+                if reply.id == self._last_id and reply.error is None:
+                    return reply.value, reply.fds
                 fd.close_all(reply.fds)
                 if reply.id == self._last_id:
-                    reply.outcome.unwrap()
+                    reply.unwrap()
             self._receive()
 
     def events(self) -> Iterator[QMPEvent]:
@@ -169,11 +166,8 @@ class SyncClient:
     def _raise_refusal(self) -> None:
         """Raise what the server said before it was asked anything."""
         for reply in self._replies:
-            if reply.id is None:
-                try:
-                    reply.outcome.unwrap()
-                except QMPError as exc:
-                    raise exc from None
+            if reply.id is None and reply.error is not None:
+                raise reply.error
 
     def _wait(self, event: int) -> None:
         poll = select.poll()

@@ -67,8 +67,7 @@ class FakeQueue:
             raise BlockingIOError
         seen = bytearray()
         for segment in self._segments:
-            if len(seen) == READ_BYTES:
-                break
+            # The kernel goes on when the room is used up, and tells of descriptors further behind.
             seen += segment.data[: READ_BYTES - len(seen)]
             if segment.fds:
                 # As qmpfd.fd does it: what may go on behind these bytes is shown the next time.

@@ -36,11 +36,12 @@ class Cli:
         """Run a verb: its exit status, standard output, standard error."""
         argv = [verb, *(["--socket", str(self.path)] if at else []), *map(str, words)]
         self._capfd.readouterr()
+        status: int | str | None
         try:
             status = main(argv)
         except SystemExit as exc:  # argparse
-            assert isinstance(exc.code, int)
             status = exc.code
+        assert isinstance(status, int)
         return status, *self._capfd.readouterr()
 
     def done(self, verb: str, *words: object) -> str:

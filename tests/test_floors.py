@@ -14,7 +14,7 @@ PACKAGE = Path(qmpfd.__file__).parent
 
 #: From the bottom.  What stands on one floor does not import each other.
 FLOORS = [
-    {"errors", "limits", "_version"},
+    {"errors", "limits", "_version", "_facade"},
     {"fd", "fdinfo", "policy"},
     {"closing"},
     {"fdsets"},

@@ -322,9 +322,14 @@ def test_pending_fds_are_closed_with_the_connection(server: Server, tags: Tags) 
     assert server.connection.state is State.CLOSED
 
 
-def test_who_stops_asking_leaves_nothing_behind(server: Server, tags: Tags) -> None:
+@pytest.mark.parametrize("joined", [False, True])
+def test_who_stops_asking_leaves_nothing_behind(server: Server, tags: Tags, joined: bool) -> None:
     """``quit`` does so: what was pipelined behind it is not carried out."""
-    server.send(look(1) + take(2), 1, 2)
+    if joined:
+        server.send(look(1) + take(2))
+        server.send(take(3), 1, 2)
+    else:
+        server.send(look(1) + take(2), 1, 2)
     read_once(server.queue, server.connection)
     requests = server.connection.requests()
     _, request_id, _ = next(requests)

@@ -15,7 +15,7 @@ from splits import bytewise, fed, json_soup, pieces
 
 from qmpfd.errors import GenericError
 from qmpfd.limits import MAX_NESTING, MAX_TOKENS
-from qmpfd.protocol.parser import Parser
+from qmpfd.protocol.parser import Budget, Parser
 
 LIMIT = 1 << 20
 
@@ -376,6 +376,41 @@ def test_memory_is_bounded_by_the_limit() -> None:
             assert max(sizes) - sizes[0] < 200_000, data
     finally:
         tracemalloc.stop()
+
+
+def test_parsers_share_a_budget() -> None:
+    budget = Budget(50_000)
+    greedy = [Parser(LIMIT, budget) for _ in range(4)]
+    modest = Parser(LIMIT, budget)
+    too_big = Bad("JSON token size limit exceeded")
+    refused: list[Any] = []
+    for parser, data in zip(greedy, (b"x", b"1", b"y", b"[],"), strict=True):
+        # A string, a number and a word in progress, and many small values.
+        refused += results(parser, [{b"x": b'["', b"[],": b"["}.get(data, b"")])
+        for _ in range(100):
+            refused += results(parser, [data * 4096])
+    assert set(refused) == {too_big}
+    assert budget.used < 50_000 + 4 * 4096
+    # Whoever asks for little is served meanwhile, and what is over is given back.
+    assert results(modest, [b'{"a": "' + b"x" * 4000, b'"}']) == [{"a": "x" * 4000}]
+    for parser in greedy:
+        parser.close()
+        assert parser.idle
+    assert budget.used == 0
+    assert results(modest, [b'"', b"x" * 20_000, b"x" * 20_000, b'"']) == ["x" * 40_000]
+    assert budget.used == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), json_soup)), st.sampled_from([0, 100, 10_000]))
+def test_a_budget_is_given_back_whatever_comes(chunks: list[tuple[int, bytes]], most: int) -> None:
+    budget = Budget(most)
+    parsers = [Parser(1000, budget) for _ in range(3)]
+    for number, data in chunks:
+        results(parsers[number], [data])
+        assert budget.used >= 0
+    for parser in parsers:
+        assert results(parser, [b"\xff{}"])[-1] == {}
+    assert budget.used == 0
 
 
 def test_idle() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -23,10 +25,11 @@ CONVENTIONS = {"self", "cls", "task_status"}
 NAMES = sorted(set(qmpfd.__all__) - {"__version__"})
 
 
-def typing_imports() -> dict[str, str]:
+def typing_imports(package: ModuleType) -> dict[str, str]:
     """What the type checker sees: names and the modules that they are imported from."""
+    assert package.__file__ is not None
     found: dict[str, str] = {}
-    for node in ast.parse(Path(qmpfd.__file__).read_text()).body:
+    for node in ast.parse(Path(package.__file__).read_text()).body:
         if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
             continue
         for statement in node.body:
@@ -38,10 +41,35 @@ def typing_imports() -> dict[str, str]:
     return found
 
 
-def test_all_three_lists_agree() -> None:
-    assert typing_imports() == qmpfd._HOMES
+def lazy_packages() -> list[ModuleType]:
+    """Those that load a name when it is first used."""
+    names = [m.name for m in pkgutil.iter_modules(qmpfd.__path__, "qmpfd.") if m.ispkg]
+    return [p for p in map(importlib.import_module, ["qmpfd", *names]) if hasattr(p, "_HOMES")]
+
+
+LAZY = lazy_packages()
+
+
+@pytest.mark.parametrize("package", LAZY, ids=lambda package: package.__name__)
+def test_all_three_lists_agree(package: ModuleType) -> None:
+    homes: dict[str, str] = package._HOMES
+    assert homes
+    assert typing_imports(package) == homes
+    listed = set(package.__all__) - {"__version__"}
+    assert listed == set(homes)
+    assert len(set(package.__all__)) == len(package.__all__)
+
+
+@pytest.mark.parametrize("package", LAZY, ids=lambda package: package.__name__)
+def test_no_name_is_that_of_a_module(package: ModuleType) -> None:
+    """Once the module is loaded, the name would be the module."""
+    modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    assert not modules & set(package._HOMES)
+
+
+def test_all() -> None:
+    assert qmpfd in LAZY
     assert sorted(qmpfd.__all__) == sorted([*qmpfd._HOMES, "__version__"])
-    assert len(set(qmpfd.__all__)) == len(qmpfd.__all__)
     assert dir(qmpfd) == sorted(qmpfd.__all__)
 
 
@@ -83,6 +111,8 @@ def parameters(thing: Any) -> list[str]:
     if inspect.isclass(thing):
         if issubclass(thing, msgspec.Struct):
             return list(thing.__struct_fields__)
+        if issubclass(thing, tuple):
+            return list(getattr(thing, "_fields", ()))
         if "__init__" not in vars(thing):
             return []  # as its parent
     names = inspect.signature(thing).parameters

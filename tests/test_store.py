@@ -228,6 +228,26 @@ def test_lifetimes(store: FdSets) -> None:
     assert listing(store) == []
 
 
+def test_expiries_are_counted_and_do_not_pile_up(store: FdSets) -> None:
+    for time in range(1, 11):
+        store.add(new_fd(), 0, create=True, terms=Terms(expires_at=time))
+    numbers = list(store.get(0).fds)
+    close(store.remove_expired(2))
+    assert (len(store.expiries), store.expiries.next()) == (8, 3)
+    for removed, number in enumerate(numbers[2:], 1):
+        close(store.remove(0, number))
+        assert len(store.expiries) == 8 - removed
+        assert store.expiries.next() == (None if removed == 8 else 3 + removed)
+    kept = store.add(new_fd(), 1, create=True, terms=Terms(expires_at=5)).id
+    for _ in range(500):  # never waiting for the time to come, nor asking when it does
+        store.add(new_fd(), 0, create=True, terms=Terms(expires_at=1000))
+        close(store.remove(0))
+    assert len(store.expiries) == 1
+    assert len(store.expiries._heap) <= 3
+    assert [stored.fd.fileno() for stored in store.get(kept).fds.values()] != []
+    assert store.expiries.next() == 5
+
+
 class Machine(RuleBasedStateMachine):
     """Any calls, against lists that are searched from the start."""
 
@@ -253,7 +273,7 @@ class Machine(RuleBasedStateMachine):
         opaque=st.none() | st.text(max_size=2),
         create=st.booleans(),
         owner=st.none() | st.sampled_from("AB"),
-        seconds=st.none() | st.sampled_from([1, 1, 2, 5]),
+        seconds=st.sampled_from([None, 1, 2, 3, 5, 8]),
     )
     def add(
         self,

@@ -7,7 +7,6 @@ import fcntl
 import os
 import resource
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..fd import Fd, close_all
@@ -47,9 +46,7 @@ def add_parsers(verbs: Subparsers) -> None:
     )
     add_client_options(push)
     push.add_argument("fdset", type=number("fd set id"), metavar="N", help="the fd set to copy")
-    push.add_argument(
-        "--to", type=Path, required=True, metavar="QMP_SOCKET", help="the other server's socket"
-    )
+    push.add_argument("--to", required=True, metavar="QMP_SOCKET", help="the other server's socket")
     push.add_argument(
         "--fdset",
         dest="to_fdset",

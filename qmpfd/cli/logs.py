@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from ..protocol import encode
+from ..protocol.encode import encode
 
 #: syslog(3)'s priorities, as the journal reads them from the beginning of a line (sd-daemon(3)).
 _PRIORITIES = {

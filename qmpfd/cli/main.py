@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,18 +12,32 @@ from typing import NoReturn
 from .._version import __version__
 from ..errors import QMPError
 from ..syncclient import NoDaemon
-from . import handout, policy, serve, state, verbs
+from .output import printable
 from .status import NO_DAEMON, REFUSED, USAGE, UsageError
+
+#: The module of each verb, in the order of the help.  Just one is imported to run a verb.
+_VERBS = {
+    "serve": "serve",
+    "add": "verbs",
+    "ls": "verbs",
+    "rm": "verbs",
+    "exec": "handout",
+    "push": "handout",
+    "watch": "handout",
+    "status": "state",
+    "check-policy": "policy",
+}
 
 
 class _Parser(argparse.ArgumentParser):
     """As argparse has it, but with one line for an error."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(verb: str) -> argparse.ArgumentParser:
+    """The parser for *verb*; for all verbs if there is no such."""
     parser: argparse.ArgumentParser = _Parser(
         prog="qmpfd",
         description="Hold open file descriptors for other programs, over QEMU's QMP.",
@@ -30,11 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qmpfd {__version__}")
     commands = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    serve.add_parser(commands)
-    verbs.add_parsers(commands)
-    handout.add_parsers(commands)
-    state.add_parser(commands)
-    policy.add_parser(commands)
+    for module in [_VERBS[verb]] if verb in _VERBS else dict.fromkeys(_VERBS.values()):
+        importlib.import_module(f".{module}", __package__).add_parsers(commands)
     return parser
 
 
@@ -53,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whatever is behind it is the command's, options and further dashes too.
         cut = words.index("--")
         words, command = words[:cut], words[cut + 1 :]
-    arguments = _parser().parse_args(words)
+    arguments = _parser(words[0] if words else "").parse_args(words)
     if command:
         arguments.command = command
     try:
@@ -65,16 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(exc), NO_DAEMON)
     except QMPError as exc:
         return _fail(f"{exc.error_class}: {exc.desc}", REFUSED)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough.  What is still buffered has nowhere to go, and
+    except OSError as exc:
+        # Most likely of standard output.  What is still buffered for it has nowhere to go, and
         # the interpreter must not try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return REFUSED
+        if isinstance(exc, BrokenPipeError):  # whoever read our output has seen enough
+            return REFUSED
+        return _fail(exc.strerror or str(exc), REFUSED)
     except KeyboardInterrupt:
         return 130
     return status
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"qmpfd: {message}", file=sys.stderr)
+    print(f"qmpfd: {printable(message)}", file=sys.stderr)
     return status

@@ -5,22 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..limits import INT64_MAX
 from ..syncclient import SyncClient
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
-def default_socket() -> Path:
+def default_socket() -> str:
     """Where the daemon is: ``$QMPFD_SOCKET``, else the user's runtime directory, else /run."""
     if named := os.environ.get("QMPFD_SOCKET"):
-        return Path(named)
+        return named
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(runtime, "qmpfd.sock")
-    return Path("/run/qmpfd.sock")
+        return os.path.join(runtime, "qmpfd.sock")
+    return "/run/qmpfd.sock"
 
 
 def client_of(arguments: argparse.Namespace) -> SyncClient:
@@ -28,7 +28,7 @@ def client_of(arguments: argparse.Namespace) -> SyncClient:
     return SyncClient(arguments.socket or default_socket(), arguments.timeout)
 
 
-def number(name: str, least: int = 0, most: int | None = None) -> Callable[[str], int]:
+def number(name: str, least: int = 0, most: int = INT64_MAX) -> Callable[[str], int]:
     """The type of an option that takes a whole number, called *name* in errors."""
 
     def parse(text: str) -> int:
@@ -36,12 +36,26 @@ def number(name: str, least: int = 0, most: int | None = None) -> Callable[[str]
             value = int(text, 10)
         except ValueError:
             value = least - 1
-        if value < least or (most is not None and value > most):
-            bounds = f"{least} or more" if most is None else f"{least} to {most}"
+        if not least <= value <= most:
+            bounds = f"{least} or more" if most == INT64_MAX else f"{least} to {most}"
             raise argparse.ArgumentTypeError(f"{text!r} is no {name}: a whole number, {bounds}")
         return value
 
     return parse
+
+
+#: Seconds; poll(2) takes milliseconds, as a C int.
+_LONGEST = 1_000_000
+
+
+def text(value: str) -> str:
+    """The type of an option that goes to the daemon as a JSON string."""
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise argparse.ArgumentTypeError(f"{value!r} is not UTF-8") from None
+    return value
 
 
 def seconds(text: str) -> float:
@@ -50,8 +64,10 @@ def seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: a number of seconds above 0")
+    if not 0 < value <= _LONGEST:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time: a number of seconds above 0, up to {_LONGEST}"
+        )
     return value
 
 
@@ -59,7 +75,6 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
     """``--socket``, ``--timeout`` and ``--json``, which every verb but ``serve`` has."""
     parser.add_argument(
         "--socket",
-        type=Path,
         metavar="PATH",
         help="the daemon's socket (default: $QMPFD_SOCKET, else $XDG_RUNTIME_DIR/qmpfd.sock, "
         "else /run/qmpfd.sock)",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..protocol import encode
-
 
 def print_json(value: Any) -> None:
     """*value* as one line of JSON."""
-    print(encode(value).decode("ascii"))
+    print(json.dumps(value))
 
 
 def printable(text: str) -> str:

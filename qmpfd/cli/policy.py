@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .options import Subparsers
 
 
-def add_parser(verbs: Subparsers) -> None:
+def add_parsers(verbs: Subparsers) -> None:
     """Add ``check-policy`` to the command line."""
     parser = verbs.add_parser(
         "check-policy",

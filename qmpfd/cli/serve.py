@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _DEFAULTS = Limits()
 
 
-def add_parser(verbs: Subparsers) -> None:
+def add_parsers(verbs: Subparsers) -> None:
     """Add ``serve`` to the command line."""
     parser = verbs.add_parser(
         "serve",
@@ -229,7 +229,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     failures: list[BaseException] = []
     try:
         daemon.run(
-            arguments.socket or [default_socket()],
+            arguments.socket or [Path(default_socket())],
             dialect=arguments.dialect,
             limits=limits,
             policy_path=arguments.policy,

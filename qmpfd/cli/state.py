@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .options import Subparsers
 
 
-def add_parser(verbs: Subparsers) -> None:
+def add_parsers(verbs: Subparsers) -> None:
     """Add ``status`` to the command line."""
     parser = verbs.add_parser(
         "status",

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..fd import Fd
-from .options import add_client_options, client_of, number
+from .options import add_client_options, client_of, number, text
 from .output import duration, print_json, print_table, printable
 from .status import DONE, UsageError
 
@@ -29,12 +29,17 @@ def add_parsers(verbs: Subparsers) -> None:
     add.add_argument(
         "--fdset", type=number("fd set id"), metavar="N", help="the fd set (default: a new one)"
     )
-    add.add_argument("--opaque", metavar="S", help="a free-form text to find the descriptor by")
+    add.add_argument(
+        "--opaque", type=text, metavar="S", help="a free-form text to find the descriptor by"
+    )
     add.add_argument("--mode", choices=_MODES, help="open PATH to read, write or both (default: r)")
     what = add.add_mutually_exclusive_group(required=True)
     what.add_argument("path", nargs="?", metavar="PATH", help="the file to open")
     what.add_argument(
-        "--fd", type=number("descriptor"), metavar="K", help="an inherited descriptor"
+        "--fd",
+        type=number("descriptor", most=(1 << 31) - 1),
+        metavar="K",
+        help="an inherited descriptor",
     )
     add.set_defaults(run=_add)
 

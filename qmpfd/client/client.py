@@ -15,11 +15,9 @@ from itertools import count
 from typing import Any, Literal, TypeVar
 
 import msgspec
-import outcome
 import trio
 
 from ..commands import AddfdInfo, FdInfo, FdsetInfo
-from ..errors import QMPError
 from ..fd import Fd, FileDescriptorLike, close_all
 from ..limits import CLEANUP_TIMEOUT, MAX_EVENTS
 from ..protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
@@ -110,7 +108,7 @@ class Client:
         """
         reply = await self._request(command, arguments, fds)
         close_all(reply.fds)
-        return reply.outcome.unwrap()
+        return reply.unwrap()
 
     async def add_fd(
         self,
@@ -187,7 +185,7 @@ class Client:
         if fd is not None:
             arguments["fd"] = fd
         reply = await self._request("open-fdset", arguments)
-        reply.outcome.unwrap()
+        reply.unwrap()
         if len(reply.fds) != 1:
             close_all(reply.fds)
             raise ProtocolError("the server has answered without a descriptor")
@@ -436,11 +434,9 @@ class Client:
             call.nudge()
             return
         close_all(message.fds)
-        if message.id is None and isinstance(message.outcome, outcome.Error):
+        if message.id is None and message.error is not None:
             # Not the answer to a request: the server turns us away.
-            error = message.outcome.error
-            assert isinstance(error, QMPError)
-            self._fail(error)
+            self._fail(message.error)
 
     def _fail(self, failure: Exception) -> None:
         if self._failure is None:

@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from ..fdsets import StoredFd
 from ..limits import MAX_EVENTS
-from ..protocol import encode
+from ..protocol.encode import encode
 from .types import FdAdded, FdEventsLost, FdRemoved
 
 #: The events there are, by name: the types of their data.

@@ -1,34 +1,44 @@
 """QMP without I/O: the JSON dialect, requests and replies, and which command gets which fd."""
 
-from .arguments import Int64, bare_type
-from .connection import (
-    ClientConnection,
-    Connection,
-    ProtocolError,
-    QMPEvent,
-    Received,
-    Reply,
-    ServerConnection,
-    State,
-)
-from .encode import encode
-from .parser import Budget
-from .vocabulary import Request, Spec, Vocabulary
+from __future__ import annotations
 
-__all__ = [
-    "Budget",
-    "ClientConnection",
-    "Connection",
-    "Int64",
-    "ProtocolError",
-    "QMPEvent",
-    "Received",
-    "Reply",
-    "Request",
-    "ServerConnection",
-    "Spec",
-    "State",
-    "Vocabulary",
-    "bare_type",
-    "encode",
-]
+from typing import TYPE_CHECKING
+
+from .._facade import lazily
+
+if TYPE_CHECKING:
+    from .arguments import Int64 as Int64
+    from .arguments import bare_type as bare_type
+    from .client import ClientConnection as ClientConnection
+    from .client import QMPEvent as QMPEvent
+    from .client import Reply as Reply
+    from .connection import Connection as Connection
+    from .connection import ProtocolError as ProtocolError
+    from .connection import State as State
+    from .parser import Budget as Budget
+    from .server import Received as Received
+    from .server import ServerConnection as ServerConnection
+    from .vocabulary import Request as Request
+    from .vocabulary import Spec as Spec
+    from .vocabulary import Vocabulary as Vocabulary
+
+_HOMES = {
+    "Int64": ".arguments",
+    "bare_type": ".arguments",
+    "ClientConnection": ".client",
+    "QMPEvent": ".client",
+    "Reply": ".client",
+    "Connection": ".connection",
+    "ProtocolError": ".connection",
+    "State": ".connection",
+    "Budget": ".parser",
+    "Received": ".server",
+    "ServerConnection": ".server",
+    "Request": ".vocabulary",
+    "Spec": ".vocabulary",
+    "Vocabulary": ".vocabulary",
+}
+
+__all__ = [*_HOMES]  # noqa: PLE0604 - a test compares it with the imports above
+
+__getattr__ = lazily(__name__, _HOMES)

@@ -12,14 +12,15 @@ descriptors that came with a piece.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import GenericError
 from ..fd import Fd
 from ..limits import CAREFUL_BYTES
 from .claims import Unclaimed
-from .parser import Budget, Parser
+
+if TYPE_CHECKING:
+    from .parser import Budget, Parser
 
 #: A value or typed request, its error instead, the descriptors it takes, whether some got lost.
 Message: TypeAlias = "tuple[Any, GenericError | None, list[Fd], bool]"
@@ -35,15 +36,17 @@ _WHITESPACE = b" \t\r\n"
 _NO_FDS: list[Fd] = []
 
 
-@dataclass(slots=True)
 class _Piece:
     """What one read gives."""
 
-    messages: list[tuple[Any, GenericError | None]]
-    fds: list[Fd]
-    dropped: bool = False
-    ends_segment: bool = False  # the segment that descriptors came with ends with this piece
-    inside_message: bool = False  # and does so in the middle of a message
+    __slots__ = ("dropped", "ends_segment", "fds", "inside_message", "messages")
+
+    def __init__(self, messages: list[tuple[Any, GenericError | None]]) -> None:
+        self.messages = messages
+        self.fds = _NO_FDS
+        self.dropped = False
+        self.ends_segment = False  # the segment that descriptors came with ends with this piece
+        self.inside_message = False  # and does so in the middle of a message
 
 
 class Inbox:
@@ -71,7 +74,8 @@ class Inbox:
     ) -> None:
         self._decode = decode
         self._wanted = wanted
-        self._parser = Parser(max_bytes, budget)
+        self._budget = budget
+        self._parser: Parser | None = None  # made once something is not plain
         self._max_bytes = max_bytes
         self._unclaimed = Unclaimed(garbage)
         self._garbage = garbage
@@ -106,11 +110,11 @@ class Inbox:
         if fds_follow:
             lengths = self._cut(messages, size)
         else:
-            self._pieces.append(_Piece([(value, error) for value, error, _ in messages], _NO_FDS))
+            self._pieces.append(_Piece([(value, error) for value, error, _ in messages]))
             self._attached = len(self._pieces)
         if (in_segment or fds_follow) and not self._unread:
             self._pieces[-1].ends_segment = True
-            self._pieces[-1].inside_message = not self._parser.idle or bool(self._line)
+            self._pieces[-1].inside_message = not self._idle or bool(self._line)
         return lengths
 
     def _cut(self, messages: list[_Found], size: int) -> list[int]:
@@ -118,20 +122,20 @@ class Inbox:
         if messages and not messages[0][2]:
             # It ended before these bytes, and only they tell so: a number, or a bare word.
             value, error, _ = messages.pop(0)
-            self._pieces.append(_Piece([(value, error)], _NO_FDS))
+            self._pieces.append(_Piece([(value, error)]))
         self._attached = len(self._pieces)
         lengths = []
         at, gathered = 0, []
         for value, error, end in messages:
             gathered.append((value, error))
             if end > at and (error is not None or self._wanted(value)):
-                self._pieces.append(_Piece(gathered, _NO_FDS))
+                self._pieces.append(_Piece(gathered))
                 lengths.append(end - at)
                 at, gathered = end, []
         if gathered or at < size:
             if at < size:
                 lengths.append(size - at)
-                self._pieces.append(_Piece(gathered, _NO_FDS))
+                self._pieces.append(_Piece(gathered))
             else:
                 self._pieces[-1].messages += gathered
         return lengths
@@ -146,13 +150,13 @@ class Inbox:
 
     def _messages(self, data: bytes, fds_follow: bool) -> tuple[list[_Found], int]:
         """The messages that *data* completes, and how far was read."""
-        if self._parser.idle:
+        if self._idle:
             quick = self._by_lines if self._lines else self._by_chunk
             found = quick(data, fds_follow)
             if found is not None:
                 return found, len(data)
         data = data[:CAREFUL_BYTES]
-        return list(self._parser.feed(data)), len(data)
+        return list(self._feed(data)), len(data)
 
     def _by_chunk(self, data: bytes, fds_follow: bool) -> list[_Found] | None:
         """All of a chunk that holds nothing but whole messages; None where it does not, or where
@@ -177,7 +181,21 @@ class Inbox:
             return [(value, None, cut) for value in values]
         line = bytes(self._line)
         self._line.clear()
-        return [(v, e, max(end - kept, 0)) for v, e, end in self._parser.feed(line)]
+        return [(v, e, max(end - kept, 0)) for v, e, end in self._feed(line)]
+
+    @property
+    def _idle(self) -> bool:
+        """Whether what comes next begins a message."""
+        return self._parser is None or self._parser.idle
+
+    def _feed(self, data: bytes) -> Iterator[_Found]:
+        """Give *data* to the careful parser."""
+        if self._parser is None:
+            # Loaded when first needed: the short verbs never need it.
+            from .parser import Parser  # noqa: PLC0415
+
+            self._parser = Parser(self._max_bytes, self._budget)
+        return self._parser.feed(data)
 
     # -- out -----------------------------------------------------------------------------------
 
@@ -216,4 +234,5 @@ class Inbox:
             self._garbage += piece.fds
         self._pieces = []
         self._unclaimed.discard()
-        self._parser.close()
+        if self._parser is not None:
+            self._parser.close()

@@ -121,7 +121,7 @@ class Lexer:
     """
 
     def __init__(self, max_token: int) -> None:
-        self._max_token = max_token
+        self.max_token = max_token
         self._state = _START
         self._begun = bytearray()  # the bytes of the token in progress, from earlier calls
 
@@ -173,7 +173,7 @@ class Lexer:
         self._state = state
         if state != _START and state != _RECOVERY:
             begun += data[begin:]
-            if len(begun) > self._max_token:
+            if len(begun) > self.max_token:
                 # A string is dropped up to its end; anything else up to where QEMU resumes.
                 begun.clear()
                 yield Token.TOO_BIG, b"", size

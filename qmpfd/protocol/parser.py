@@ -102,6 +102,8 @@ class Parser:
         """The values that *data* completes: each with its error instead, if it has one, and with
         the offset in *data* behind it.
         """
+        budget = self._budget
+        self._lexer.max_token = self._max_bytes if budget.used <= budget.most else _SMALL
         for token, text, end in self._lexer.feed(data):
             if token is Token.ERROR:
                 self._reset()

@@ -22,7 +22,8 @@ from ..limits import (
     REPLY_BYTES_A_TURN,
 )
 from ..policy import Access
-from ..protocol import Received, Request, ServerConnection, State, encode
+from ..protocol import Received, Request, ServerConnection, State
+from ..protocol.encode import encode
 from ..transport import FdStream
 
 if TYPE_CHECKING:

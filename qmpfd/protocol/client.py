@@ -1,0 +1,129 @@
+"""The client's end of a connection: commands out; greeting, replies and events in.
+
+The command line's short verbs stand on this, so it imports nothing that is slow to import: with
+msgspec in place of json, ``qmpfd ls`` would take twice as long.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ..errors import FdNotSupplied, QMPError, error_of_class
+from ..fd import Fd
+from ..limits import MAX_REPLY_BYTES, SCM_MAX_FD
+from .connection import LOST, Connection, Event, ProtocolError
+
+
+class Reply(NamedTuple):
+    """What the server answered.
+
+    Args:
+        id: the request's; None if it has none.
+        value: the result; of no meaning with an error.
+        error: why the request was refused; None if it was not.
+        fds: the descriptors that came with it.
+    """
+
+    id: Any
+    value: Any
+    error: QMPError | None
+    fds: list[Fd]
+
+    def unwrap(self) -> Any:
+        """The result; the error is raised."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class QMPEvent(NamedTuple):
+    """What the server told unasked (QMP specification, "Asynchronous events").
+
+    Args:
+        name: the event's name, such as ``FD_ADDED``.
+        data: its data; empty if it has none.
+        seconds: when it happened, in seconds since the epoch by the server's clock.
+    """
+
+    name: str
+    data: dict[str, Any]
+    seconds: float
+
+
+def _decode_replies(data: bytes) -> list[Any] | None:
+    try:
+        return [json.loads(line) for line in data.split(b"\n") if line.strip()]
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+
+
+def _fds_of_reply(message: Any) -> int:
+    return SCM_MAX_FD if isinstance(message, dict) and "return" in message else 0
+
+
+class ClientConnection(Connection):
+    """The client's end: commands out; greeting, replies and events in.
+
+    Args:
+        max_reply_bytes: bytes of one reply.
+    """
+
+    def __init__(self, *, max_reply_bytes: int = MAX_REPLY_BYTES) -> None:
+        super().__init__(_decode_replies, _fds_of_reply, max_reply_bytes, True)
+        #: What the server said of itself, once it has.
+        self.greeting: dict[str, Any] | None = None
+
+    def execute(self, command: str, arguments: Mapping[str, Any] | None, request_id: Any) -> bytes:
+        """The bytes that ask for *command*."""
+        request: dict[str, Any] = {"execute": command}
+        if arguments:
+            request["arguments"] = arguments
+        request["id"] = request_id
+        return json.dumps(request).encode("ascii") + b"\n"
+
+    def negotiated(self) -> None:
+        """The server has accepted ``qmp_capabilities``."""
+        self._move(Event.CAPABILITIES)
+
+    def messages(self) -> Iterator[Reply | QMPEvent]:
+        """The complete replies and events, in the order in which they came.
+
+        Raises:
+            ProtocolError: this is no QMP server.
+        """
+        for value, error, fds, dropped in self._inbox.messages():
+            if error is not None or not isinstance(value, dict):
+                self.garbage += fds
+                raise ProtocolError(f"not a QMP server: {error or 'no JSON object'}")
+            if "QMP" in value:
+                self.garbage += fds
+                if not isinstance(value["QMP"], dict):
+                    raise ProtocolError("not a QMP server: its greeting is no JSON object")
+                self._move(Event.GREETING)
+                self.greeting = value["QMP"]
+            elif "event" in value:
+                yield _event(value)
+            elif dropped:
+                yield Reply(value.get("id"), None, FdNotSupplied(LOST), fds)
+            elif "error" in value:
+                yield Reply(value.get("id"), None, _told(value["error"]), fds)
+            else:
+                yield Reply(value.get("id"), value.get("return"), None, fds)
+
+
+def _told(error: Any) -> QMPError:
+    members = error if isinstance(error, dict) else {}
+    return error_of_class(str(members.get("class")), str(members.get("desc")))
+
+
+def _event(value: dict[str, Any]) -> QMPEvent:
+    name, data, stamp = value["event"], value.get("data", {}), value.get("timestamp", {})
+    if not (isinstance(name, str) and isinstance(data, dict) and isinstance(stamp, dict)):
+        raise ProtocolError("not a QMP server: this is no event")
+    try:
+        seconds = float(stamp.get("seconds", 0)) + float(stamp.get("microseconds", 0)) / 1e6
+    except (TypeError, ValueError):
+        raise ProtocolError("not a QMP server: an event's timestamp is no time") from None
+    return QMPEvent(name, data, seconds)

@@ -1,0 +1,130 @@
+"""The server's end of a connection: requests in, replies out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from msgspec import UNSET
+from outcome import Error, Outcome, Value
+
+from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, QMPError
+from ..fd import Fd
+from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
+from .connection import LOST, Connection, Event, State
+from .encode import encode, encode_any
+from .parser import Budget
+from .vocabulary import Request, Vocabulary
+
+#: A request, or the error that it is refused with; its id; its descriptors.
+Received: TypeAlias = "tuple[Request | Error, Any, list[Fd]]"
+
+
+class ServerConnection(Connection):
+    """The server's end: requests in, replies and events out.
+
+    Args:
+        vocabulary: the commands there are.
+        max_request_bytes: bytes of one request.
+        qemu_classes: tell only the error classes that today's QEMU has.
+        budget: the memory that incomplete requests share with other connections.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        max_request_bytes: int = MAX_REQUEST_BYTES,
+        qemu_classes: bool = False,
+        budget: Budget | None = None,
+    ) -> None:
+        super().__init__(
+            vocabulary.decode_chunk, vocabulary.wanted_fds, max_request_bytes, False, budget
+        )
+        self._vocabulary = vocabulary
+        self._qemu_classes = qemu_classes
+        self._oob_enabled = False
+        self._errors_in_a_row = 0
+
+    def greeting(self, version: object) -> bytes:
+        """What to send first; *version* is the result of ``query-version``."""
+        self._move(Event.GREETING)
+        return encode({"QMP": {"version": version, "capabilities": ["oob"]}}) + b"\r\n"
+
+    def negotiate(self, capabilities: list[str]) -> None:
+        """Carry out ``qmp_capabilities``.
+
+        Raises:
+            CommandNotFound: that was done before.
+        """
+        if self.state is not State.NEGOTIATING:
+            raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
+        self._oob_enabled = "oob" in capabilities
+        self._move(Event.CAPABILITIES)
+
+    def requests(self) -> Iterator[Received]:
+        """The complete requests, in the order in which they came.
+
+        Carry out each before asking for the next: whether that is possible may depend on it.
+        """
+        flooded = False
+        for value, broken, fds, dropped in self._inbox.messages():
+            if isinstance(value, Request):
+                request_id = value.id
+            else:
+                request_id = value.get("id", UNSET) if isinstance(value, dict) else UNSET
+            try:
+                if broken is not None:
+                    raise broken
+                request = self._checked(value)
+                if dropped:
+                    raise FdNotSupplied(LOST)
+            except QMPError as exc:
+                self.garbage += fds
+                if not isinstance(value, dict | Request):
+                    # Not a request that waits for an answer: of a flood, one is told a read.
+                    self._errors_in_a_row += 1
+                    if self._errors_in_a_row > MAX_ERRORS_IN_A_ROW:
+                        if flooded:
+                            continue
+                        flooded = True
+                yield Error(exc), request_id, []
+            else:
+                self._errors_in_a_row = 0
+                yield request, request_id, fds
+
+    def _checked(self, value: Any) -> Request:
+        """*value* as a request that may be carried out in this state."""
+        vocabulary = self._vocabulary
+        if self.state is State.COMMANDS:
+            if isinstance(value, Request):
+                return value
+            return vocabulary.request(value, oob_enabled=self._oob_enabled)
+        try:
+            if not isinstance(value, Request):
+                return vocabulary.request(
+                    value, oob_enabled=self._oob_enabled, only="qmp_capabilities"
+                )
+            if vocabulary.names[type(value)] == "qmp_capabilities":
+                return value
+        except CommandNotFound:
+            pass
+        raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
+
+    def reply(self, result: Outcome[object], request_id: Any) -> bytes:
+        """The reply to a request: its result, or its QMPError."""
+        if isinstance(result, Value):
+            body = b'"return": ' + encode(result.value)
+            if request_id is UNSET:
+                return b"{" + body + b"}\r\n"
+            return b"{" + body + b', "id": ' + encode_any(request_id) + b"}\r\n"
+        assert isinstance(result, Error)
+        error = result.error
+        assert isinstance(error, QMPError)
+        told = error.error_class
+        if self._qemu_classes and told not in QEMU_CLASSES:
+            told = "GenericError"
+        body = b'"error": ' + encode({"class": told, "desc": error.desc}) + b"}\r\n"
+        if request_id is UNSET:
+            return b"{" + body
+        return b'{"id": ' + encode_any(request_id) + b", " + body

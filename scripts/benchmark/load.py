@@ -1,0 +1,114 @@
+"""Runs the load client, and says what came of it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import msgspec
+
+from .servers import Failed, Server, Servers, end
+
+#: Seconds after which a run counts as hung; the client itself gives up before.
+_TIMEOUT = 150
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the load client; the members are its own, see ``load.c``."""
+
+    commands: int
+    cpu_ns: int
+    removal_cpu_ns: int
+    elapsed_ns: int
+    p50_ns: int
+    p99_ns: int
+    max_ns: int
+    max_cpu_ns: int
+
+    @property
+    def cpu_us(self) -> float:
+        """Microseconds of the server's CPU time per command."""
+        return self.cpu_ns / 1e3 / self.commands
+
+    @property
+    def per_second(self) -> float:
+        """Commands per second."""
+        return self.commands * 1e9 / self.elapsed_ns
+
+
+def _command(servers: Servers, server: Server, work: str, options: dict[str, int]) -> list[str]:
+    said = [f"{name.replace('_', '-')}={value}" for name, value in options.items()]
+    program = str(servers.build("load"))
+    return [program, str(server.path), str(server.pid), server.kind.protocol, work, *said]
+
+
+def _outcome(server: Server, work: str, process: subprocess.Popen[bytes]) -> Run:
+    try:
+        out, complaint = process.communicate(b"\n", _TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{server.name}, {work}: no end") from None
+    if process.returncode:
+        said = complaint.decode(errors="replace").strip()
+        raise Failed(f"{server.name}, {work}: {said or f'status {process.returncode}'}")
+    return msgspec.json.decode(out.splitlines()[-1], type=Run)
+
+
+@contextmanager
+def _started(
+    servers: Servers, server: Server, work: str, options: dict[str, int]
+) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        _command(servers, server, work, options),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        end(process)
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def run(servers: Servers, server: Server, work: str, **options: int) -> Run:
+    """Run *work* against *server*; see ``load.c`` for both.
+
+    Raises:
+        Failed: a reply was wrong, or did not come.
+    """
+    server.settle()
+    with _started(servers, server, work, options) as process:
+        return _outcome(server, work, process)
+
+
+def run_beside(servers: Servers, server: Server, other: dict[str, int], **options: int) -> Run:
+    """What pairs of commands meet with while another client lists everything, again and again."""
+    server.settle()
+    with (
+        _started(servers, server, "query", {"together": 1, **other}) as lister,
+        _started(servers, server, "pair", {"together": 1, "watch": 1, **options}) as asker,
+    ):
+        for process in (lister, asker):
+            assert process.stdout is not None
+            process.stdout.readline()
+        assert lister.stdin is not None
+        lister.stdin.write(b"\n")
+        lister.stdin.flush()
+        outcome = _outcome(server, "pair", asker)
+        _outcome(server, "query", lister)
+        return outcome
+
+
+@contextmanager
+def idle(servers: Servers, server: Server, clients: int) -> Iterator[None]:
+    """While this lasts, so many clients are connected, and ask nothing."""
+    with _started(servers, server, "idle", {"clients": clients}) as process:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            _outcome(server, "idle", process)
+        yield

@@ -1,0 +1,249 @@
+"""What is measured: which work, on which servers, with how much stored."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import load
+from .load import Run
+from .servers import KINDS, Failed, Server, Servers, environment
+
+#: Commands in flight of a single client, and clients with one each.
+IN_FLIGHT = (1, 8, 64)
+#: Descriptors that ``add-fds`` is sent with, the most that the kernel passes at a time.
+BATCH = 253
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done.
+
+    Args:
+        rounds: how often everything is measured.
+        milliseconds: that one run lasts, about.
+        commands: that one run has at most.
+        steps: how many descriptors are stored, from none to the most.
+        clients: with one command in flight each.
+        starts: of a bare Python, and of ``qmpfd ls``, a round.
+    """
+
+    rounds: int
+    milliseconds: int
+    commands: int
+    steps: tuple[int, ...]
+    clients: tuple[int, ...]
+    starts: int
+
+    @property
+    def most(self) -> int:
+        """The most descriptors that are stored."""
+        return self.steps[-1]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of the table: a work on a server.
+
+    Args:
+        server: its name.
+        stored: how many descriptors it keeps meanwhile.
+        work: as the load client calls it, or ``worst wait``.
+        in_flight: commands that each client has under way.
+        clients: how many there are.
+    """
+
+    server: str
+    stored: int
+    work: str
+    in_flight: int = 1
+    clients: int = 1
+
+
+@dataclass
+class Results:
+    """What was measured: a run for each cell and round, and the rest by name."""
+
+    runs: dict[Cell, list[Run]] = field(default_factory=dict)
+    #: Bytes, by server and by what they are spent on.
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    #: CPU seconds that each start of a bare Python, and of ``qmpfd ls``, took.
+    starts: dict[str, list[float]] = field(default_factory=dict)
+
+    def each(self, cell: Cell, value: Callable[[Run], float]) -> list[float]:
+        """A value of each run of *cell*; none if it was not measured."""
+        return [value(run) for run in self.runs.get(cell, ())]
+
+    def median(self, cell: Cell, value: Callable[[Run], float]) -> float | None:
+        """The median of a value over all rounds."""
+        values = self.each(cell, value)
+        return statistics.median(values) if values else None
+
+    def ratio(self, cell: Cell, other: Cell, value: Callable[[Run], float]) -> float | None:
+        """How many times the *other* cell's value it is: the median over the rounds."""
+        pairs = zip(self.each(cell, value), self.each(other, value), strict=True)
+        ratios = [mine / its for mine, its in pairs]
+        return statistics.median(ratios) if ratios else None
+
+
+def cells(scale: Scale, names: list[str]) -> list[Cell]:
+    """All cells, in an order in which each server has a pause before its next turn."""
+    some = scale.steps[1]
+    wanted = [
+        *(Cell("", 0, "pair", in_flight) for in_flight in IN_FLIGHT),
+        *(Cell("", 0, "pair", clients=clients) for clients in scale.clients),
+        *(Cell("", stored, "pair") for stored in scale.steps[1:]),
+        *(Cell("", stored, "query") for stored in scale.steps),
+        *(Cell("", some, "open", in_flight) for in_flight in IN_FLIGHT),
+        Cell("", 0, "stock"),
+        Cell("", scale.most, "worst wait", clients=2),
+    ]
+    found = []
+    for cell in wanted:
+        for name in names:
+            kind = KINDS[name]
+            work = "query" if cell.work == "worst wait" else cell.work
+            if work not in kind.works or cell.clients > kind.most_clients:
+                continue
+            if cell.in_flight > 1 and not kind.pipelines:
+                continue
+            if name == "loop" and (cell.stored or work in ("query", "open")):
+                continue  # it stores nothing
+            found.append(Cell(name, cell.stored, cell.work, cell.in_flight, cell.clients))
+    return found
+
+
+def stocked(servers: Servers, name: str, stored: int, batch: int = 1) -> Server:
+    """A new server that keeps *stored* descriptors, each in a set of its own, or *batch* in one."""
+    server = servers.start(name, stored)
+    fill(servers, server, stored, batch)
+    return server
+
+
+def fill(servers: Servers, server: Server, stored: int, batch: int = 1) -> None:
+    """Give a server descriptors to keep."""
+    if stored:
+        load.run(
+            *(servers, server, "fill"),
+            commands=stored // batch,
+            fds=batch,
+            in_flight=32 if server.kind.pipelines else 1,
+        )
+
+
+def measure(servers: Servers, server: Server, cell: Cell, scale: Scale) -> Run:
+    """One run of one cell."""
+    limits = {"milliseconds": scale.milliseconds, "commands": scale.commands}
+    expect = {} if cell.server == "loop" else {"expect": cell.stored}
+    if cell.work == "worst wait":
+        lasting = {"milliseconds": scale.milliseconds + 50, **expect}
+        return load.run_beside(servers, server, lasting, **limits)
+    if cell.work == "stock":
+        batch = BATCH if cell.server != "s6" else 1
+        return load.run(servers, server, "stock", commands=stock_of(scale) // batch, fds=batch)
+    if cell.work == "query":
+        limits.update(expect)
+    shape = {"clients": cell.clients, "in_flight": cell.in_flight}
+    return load.run(servers, server, cell.work, **limits, **shape)
+
+
+def stock_of(scale: Scale) -> int:
+    """How many descriptors are stored at once to see what that costs: whole batches."""
+    return max(1, min(scale.most, scale.commands) * 4 // 5 // BATCH) * BATCH
+
+
+def measure_memory(servers: Servers, name: str, scale: Scale) -> dict[str, float]:
+    """Bytes for each idle connection, and for each descriptor, of a fresh server."""
+    clients = min(scale.clients[-1], KINDS[name].most_clients - 1)
+    found: dict[str, float] = {}
+    if clients > 1:
+        server = _warm(servers, name)
+        before = server.resident()
+        with load.idle(servers, server, clients):
+            server.settle()
+            found["idle connection"] = (server.resident() - before) / clients
+    if name != "loop":
+        whole = scale.most // BATCH * BATCH or scale.most
+        for what, batch in (("stored fd", BATCH), ("stored fd in a set of its own", 1)):
+            if (batch == 1 or "stock" in KINDS[name].works) and not (batch > 1 and name == "s6"):
+                server = _warm(servers, name)
+                before = server.resident()
+                fill(servers, server, whole, min(batch, whole))
+                server.settle()
+                found[what] = (server.resident() - before) / whole
+    return found
+
+
+def _warm(servers: Servers, name: str) -> Server:
+    server = servers.start(name, 0)
+    load.run(servers, server, "pair", commands=400)
+    server.settle()
+    return server
+
+
+def measure_starts(servers: Servers, server: Server, scale: Scale) -> dict[str, list[float]]:
+    """CPU seconds that a bare Python takes from start to end, and ``qmpfd ls``, in turns."""
+    script = Path(sys.executable).with_name("qmpfd")
+    qmpfd = [str(script)] if script.exists() else [sys.executable, "-m", "qmpfd"]
+    commands = {
+        "bare Python": [sys.executable, "-c", "pass"],
+        "qmpfd ls": [*qmpfd, "ls", "--socket", str(server.path)],
+    }
+    found: dict[str, list[float]] = {name: [] for name in commands}
+    for turn in range(scale.starts + 1):
+        for name, command in commands.items():
+            taken = _cpu_of(command)
+            if turn:  # the first may have had bytecode to write
+                found[name].append(taken)
+    return found
+
+
+def _cpu_of(command: list[str]) -> float:
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment()
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise Failed(f"{command[-1]} ends with status {process.returncode}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def measure_all(
+    servers: Servers, scale: Scale, names: list[str], progress: Callable[[str], None]
+) -> Results:
+    """Everything, round by round, each server taking its turn in each."""
+    results = Results()
+    plan = cells(scale, names)
+    running: dict[tuple[str, int], Server] = {}
+    for cell in plan:
+        key = (cell.server, cell.stored)
+        if key not in running:
+            progress(f"starting {cell.server} with {cell.stored} descriptors stored")
+            running[key] = stocked(servers, *key)
+    for number in range(scale.rounds):
+        for cell in plan:
+            what = f"{cell.work}, {cell.clients} x {cell.in_flight}, {cell.stored} stored"
+            progress(f"round {number + 1} of {scale.rounds}: {cell.server}: {what}")
+            server = running[cell.server, cell.stored]
+            results.runs.setdefault(cell, []).append(measure(servers, server, cell, scale))
+        if "qmpfd" in names:
+            progress(f"round {number + 1} of {scale.rounds}: qmpfd ls")
+            taken = measure_starts(servers, running["qmpfd", 0], scale)
+            for name, values in taken.items():
+                results.starts.setdefault(name, []).append(statistics.median(values))
+    for name in names:
+        progress(f"memory of {name}")
+        results.memory[name] = measure_memory(servers, name, scale)
+    return results
+
+
+def timed(since: float) -> str:
+    """How long it has been."""
+    return f"{time.monotonic() - since:.0f} s"

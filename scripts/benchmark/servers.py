@@ -1,0 +1,244 @@
+"""The servers that are measured: how each is started, and what it can do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+#: Seconds for what takes milliseconds when all is well: to start, to end.
+PATIENCE = 15.0
+
+
+class Failed(Exception):
+    """Something cannot be measured."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A server there is.
+
+    Args:
+        label: what the table calls it.
+        protocol: what the load client speaks with it.
+        most_clients: that it serves at a time.
+        pipelines: whether it takes a command while another is not answered yet.
+        needs: the program that has to be there, or None.
+        install: the command that installs it.
+        works: the commands that it has, as the load client calls them.
+    """
+
+    label: str
+    protocol: str
+    most_clients: int
+    pipelines: bool
+    needs: str | None
+    install: str
+    works: frozenset[str]
+
+
+_ALL = frozenset(("pair", "stock", "query", "open"))
+
+KINDS: dict[str, Kind] = {
+    "loop": Kind("bare C", "qmp", 1 << 16, True, "gcc", "apt-get install gcc libc6-dev", _ALL),
+    "s6": Kind("s6-fdholderd", "s6", 256, False, "s6-fdholderd", "apt-get install s6", _ALL),
+    "qmpfd": Kind("qmpfd", "qmp", 1 << 16, True, None, "", _ALL),
+    "asyncio": Kind("asyncio", "qmp", 1 << 16, True, None, "", _ALL),
+    "qemu": Kind(
+        *("QEMU", "qmp", 1, True, "qemu-system-x86_64", "apt-get install qemu-system-x86"),
+        frozenset(("pair", "query")),
+    ),
+}
+
+
+def missing() -> dict[str, str]:
+    """The peers that are not installed: the command that installs each."""
+    return {
+        name: kind.install
+        for name, kind in KINDS.items()
+        if kind.needs is not None and shutil.which(kind.needs) is None
+    }
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Args:
+        name: which of KINDS it is.
+        pid: its process.
+        path: its socket.
+        stored: how many descriptors it was given to keep.
+    """
+
+    name: str
+    pid: int
+    path: Path
+    stored: int
+
+    @property
+    def kind(self) -> Kind:
+        """What it can do."""
+        return KINDS[self.name]
+
+    def cpu(self) -> int:
+        """Nanoseconds of CPU time of all its threads (proc(5), schedstat)."""
+        total = 0
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            try:
+                total += int((task / "schedstat").read_text().split()[0])
+            except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                continue
+        return total
+
+    def settle(self) -> None:
+        """Wait until it has nothing left to do, such as to close the last run's connections."""
+        deadline = time.monotonic() + PATIENCE
+        before, now = -1, self.cpu()
+        while now != before and time.monotonic() < deadline:
+            time.sleep(0.004)
+            before, now = now, self.cpu()
+
+    def resident(self) -> int:
+        """Bytes of memory that it occupies (proc(5), smaps_rollup)."""
+        for line in Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Rss:"):
+                return int(line.split()[1]) * 1024
+        raise Failed("the kernel does not tell how much memory a process has")
+
+
+class Servers:
+    """Starts servers, and ends them.
+
+    Args:
+        folder: where their sockets and programs are.
+        stack: ends what was started.
+    """
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self._stack = stack
+        self._count = 0
+
+    def build(self, name: str) -> Path:
+        """Compile one of the C programs beside this file."""
+        program = self.folder / name
+        if not program.exists():
+            command = ["gcc", "-O2", "-o", str(program), str(HERE / f"{name}.c")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise Failed(f"{name}.c does not compile: {done.stderr}")
+        return program
+
+    def start(self, name: str, stored: int) -> Server:
+        """Start a server, and wait until it takes clients."""
+        self._count += 1
+        folder = self.folder / f"{self._count}"
+        folder.mkdir()
+        path = folder / "socket"
+        process = _STARTERS[name](self, folder, path)
+        self._stack.callback(end, process)
+        deadline = time.monotonic() + PATIENCE
+        while not _takes_clients(path):
+            if process.poll() is not None or time.monotonic() > deadline:
+                said = (folder / "log").read_text(errors="replace").strip()
+                raise Failed(f"{name} does not start: {said or '(it said nothing)'}")
+            time.sleep(0.02)
+        return Server(name, process.pid, path, stored)
+
+    def spawn(
+        self, folder: Path, command: list[str], stdin: socket.socket | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a process that writes to a log of its own."""
+        with (folder / "log").open("wb") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL if stdin is None else stdin,
+                stdout=log,
+                stderr=log,
+                env=environment(),
+            )
+
+
+def environment() -> Mapping[str, str]:
+    """For the Pythons that are measured: as installed, that is with their bytecode cached."""
+    return {k: v for k, v in os.environ.items() if k not in _SLOWER_PYTHON}
+
+
+_SLOWER_PYTHON = ("PYTHONDONTWRITEBYTECODE", "PYTHONDEVMODE", "PYTHONWARNINGS")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that was started here, and wait until it is gone."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def _takes_clients(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _start_loop(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
+    return servers.spawn(folder, [str(servers.build("loop")), str(path)])
+
+
+def _start_qmpfd(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
+    return servers.spawn(folder, [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path)])
+
+
+def _start_asyncio(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
+    return servers.spawn(folder, [sys.executable, str(HERE / "asyncio_server.py"), str(path)])
+
+
+def _start_qemu(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
+    monitor = f"unix:{path},server=on,wait=off"
+    options = ["-nodefaults", "-machine", "none", "-display", "none", "-qmp", monitor]
+    return servers.spawn(folder, ["qemu-system-x86_64", *options])
+
+
+def _start_s6(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
+    """Its socket is its standard input; who may do what are files in a folder."""
+    rule = folder / "rules" / "uid" / str(os.getuid())
+    (rule / "env").mkdir(parents=True)
+    (rule / "allow").touch()
+    for right in ("STORE_REGEX", "RETRIEVE_REGEX"):
+        (rule / "env" / f"S6_FDHOLDER_{right}").write_text(".*")
+    (rule / "env" / "S6_FDHOLDER_LIST").write_text("1")
+    limits = ["-n", "30000", "-c", str(KINDS["s6"].most_clients)]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1024)
+        return servers.spawn(
+            folder, ["s6-fdholderd", *limits, "-i", str(folder / "rules")], listener
+        )
+
+
+_STARTERS: dict[str, Callable[[Servers, Path, Path], subprocess.Popen[bytes]]] = {
+    "loop": _start_loop,
+    "s6": _start_s6,
+    "qmpfd": _start_qmpfd,
+    "asyncio": _start_asyncio,
+    "qemu": _start_qemu,
+}

@@ -1,0 +1,82 @@
+"""A well-behaved client that asks once a millisecond, and measures; beside it, a control.
+
+Run on its own: ``probe.py SOCKET`` says ``ready`` once it measures, and when its standard input ends
+the figures as one JSON object, all in seconds.  The control is an echo in a process of its own, asked
+in the same rhythm: what it does not answer in time, the machine has held up, not the daemon.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+
+_QUESTION = b'{"execute":"query-name"}\n'
+
+
+def _echo(sock: socket.socket) -> None:
+    while data := sock.recv(4096):
+        sock.sendall(data)
+
+
+def _ask(sock: socket.socket, patience: float) -> float:
+    """Ask once; seconds until the answer was complete."""
+    start = time.perf_counter()
+    sock.sendall(_QUESTION)
+    answer = b""
+    while not answer.endswith(b"\n"):
+        ready, _, _ = select.select([sock], [], [], patience)
+        if not ready:
+            return time.perf_counter() - start
+        data = sock.recv(4096)
+        if not data:
+            raise SystemExit("the daemon has cut off a well-behaved client")
+        answer += data
+    return time.perf_counter() - start
+
+
+def _summary(figures: list[float]) -> dict[str, float]:
+    ordered = sorted(figures)
+    return {
+        "count": len(ordered),
+        "median": ordered[len(ordered) // 2],
+        "p999": ordered[len(ordered) * 999 // 1000],
+        "max": ordered[-1],
+    }
+
+
+def main(path: str) -> None:
+    """Measure until told to stop."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    child = os.fork()
+    if not child:
+        ours.close()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _echo(its)
+        os._exit(0)
+    its.close()
+    daemon = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    daemon.connect(path)
+    lines = daemon.makefile("rb")
+    lines.readline()
+    daemon.sendall(b'{"execute":"qmp_capabilities"}\n')
+    lines.readline()
+    print("ready", flush=True)
+    answers, control = [], []
+    due = time.perf_counter()
+    while not select.select([0], [], [], 0)[0]:
+        answers.append(_ask(daemon, 20.0))
+        control.append(_ask(ours, 20.0))
+        due = max(due + 0.001, time.perf_counter())
+        time.sleep(max(0.0, due - time.perf_counter()))
+    print(json.dumps({"daemon": _summary(answers), "control": _summary(control)}), flush=True)
+    ours.close()
+    os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,176 @@
+"""``qmpfd serve``: its options, its errors, and the descriptors that it starts with."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE, ROOT, Pipe, Wire, daemon_process, pipes, value
+
+from qmpfd.cli import main
+
+USAGE = 2
+
+
+def _fails(*words: str, pass_fds: Sequence[int] = (), env: dict[str, str] | None = None) -> str:
+    """What a daemon says that does not start: one line."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "qmpfd", "serve", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        pass_fds=pass_fds,
+        env={**os.environ, **(env or {})},
+    )
+    assert (ran.returncode, ran.stdout) == (USAGE, ""), ran
+    assert re.fullmatch(r"qmpfd[^\n]*: [^\n]+\n", ran.stderr), ran.stderr
+    return ran.stderr
+
+
+# -- bad values --------------------------------------------------------------------------------
+
+BAD = {
+    "--socket-mode": ["", "8", "1777", "-1", "rw"],
+    "--dialect": ["", "qapi"],
+    "--max-connections": ["", "0", "-1", "1.5", "many", "\u0663x"],
+    "--max-request-bytes": ["0", "1023", "67108865", "1M"],
+    "--write-timeout": ["0", "-1", "nan", "inf", "1e300", "soon"],
+    "--drain-timeout": ["0", "-1", "nan", "inf", "1e300", "soon"],
+    "--log-level": ["", "loud"],
+    "--add-fd": [
+        "",
+        "3",
+        "fd=3",
+        "set=1",
+        "fd=3,set=",
+        "fd=,set=1",
+        "fd=x,set=1",
+        "fd=3,set=x",
+        "fd=0,set=1",
+        "fd=2,set=1",
+        "fd=-1,set=1",
+        "fd=2147483648,set=1",
+        "fd=3,set=-1",
+        "fd=3,set=9223372036854775808",
+        "fd=3,set=1,more=1",
+        "fd=3,fd=4,set=1",
+        "fd=3,set=1,",
+        "fd=3,set=1,opaque",
+        "fd=3,set=1,opaque=a,b",
+        "fd=900,set=1",
+        "fd=3,set=1,opaque=\udcff",
+    ],
+    "--no-such-option": ["x"],
+}
+
+
+@pytest.mark.parametrize(
+    "option, bad", [(option, bad) for option, values in BAD.items() for bad in values]
+)
+def test_bad_values(option: str, bad: str, path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One line, which names the option, and exit status 2."""
+    status: int | str | None
+    try:
+        status = main(["serve", "--socket", str(path), f"{option}={bad}"])
+    except SystemExit as exc:
+        status = exc.code
+    out, err = capfd.readouterr()
+    assert (status, out) == (USAGE, "")
+    assert re.fullmatch(r"qmpfd[^\n]*: [^\n]+\n", err), err
+    assert option in err
+    assert not path.exists()
+
+
+def test_a_bad_value_as_a_process(path: Path) -> None:
+    assert "--max-connections" in _fails("--socket", str(path), "--max-connections", "0")
+
+
+def test_paths_that_cannot_be_used(path: Path, tmp_path: Path) -> None:
+    for bad in (tmp_path, tmp_path / "none" / "q.sock", tmp_path / ("x" * 120)):
+        assert str(bad) in _fails("--socket", str(bad))
+    path.write_text("precious")
+    assert "is not a socket" in _fails("--socket", str(path))
+    assert path.read_text() == "precious"
+    assert str(path) in _fails(env={"QMPFD_SOCKET": str(path)})
+
+
+async def test_a_live_daemon_is_in_the_way(path: Path) -> None:
+    with daemon_process(path):
+        assert f"{path}: a daemon is already listening" in _fails("--socket", str(path))
+        with await Wire.session(path) as wire:
+            assert value(await wire.call("query-name")) == {}
+
+
+# -- options -----------------------------------------------------------------------------------
+
+
+async def test_default_socket(tmp_path: Path) -> None:
+    named, runtime = tmp_path / "named.sock", tmp_path / "qmpfd.sock"
+    for path, env in [
+        (named, {"QMPFD_SOCKET": str(named), "XDG_RUNTIME_DIR": str(tmp_path)}),
+        (runtime, {"QMPFD_SOCKET": "", "XDG_RUNTIME_DIR": str(tmp_path)}),
+    ]:
+        with daemon_process(path, named=False, env=env), await Wire.session(path) as wire:
+            assert value(await wire.call("query-name")) == {}
+
+
+async def test_options_reach_the_daemon(path: Path) -> None:
+    other = path.with_name("other.sock")
+    options = ["--socket", str(other), "--dialect", "qemu", "--max-connections", "2"]
+    options += ["--socket-mode", "640", "--max-request-bytes", "2000"]
+    with daemon_process(path, *options), Pipe() as pipe:
+        assert path.stat().st_mode & 0o7777 == other.stat().st_mode & 0o7777 == 0o640
+        with await Wire.session(path) as one, await Wire.session(other) as two:
+            assert value(await one.call("add-fd", {"fdset-id": 7}, [pipe]))["fdset-id"] == 7
+            assert len(value(await two.call("query-fdsets"))) == 1
+            too_long = await one.call("add-fd", {"opaque": "x" * 3000})
+            assert "limit exceeded" in too_long["error"]["desc"]
+            with await Wire.connect(path) as three:
+                [told] = await three.rest()
+                assert "the limit is 2" in told["error"]["desc"]
+
+
+# -- --add-fd ----------------------------------------------------------------------------------
+
+
+async def test_add_fd(path: Path) -> None:
+    """In the sets before the first client is served, in the order given; the daemon has one
+    descriptor for each, and none of them twice.
+    """
+    with pipes(4) as made:
+        a, b, c, unused = [pipe.fileno() for pipe in made]
+        options = [f"fd={a},set=5", f"fd={b},set=0,opaque=x,,y=z", f"fd={c},set=5,opaque="]
+        options += [f"set=9,fd={a}"]
+        words = [word for option in options for word in ("--add-fd", option)]
+        with daemon_process(path, *words, pass_fds=[a, b, c, unused]):
+            for pipe in made:
+                pipe.release()
+            with await Wire.session(path) as wire:
+                sets = value(await wire.call("query-fdsets"))
+                assert [fdset["fdset-id"] for fdset in sets] == [9, 5, 0]
+                opaques = [[fd.get("opaque") for fd in fdset["fds"]] for fdset in sets]
+                assert opaques == [[None], [None, ""], ["x,y=z"]]
+                assert all(pipe.held() for pipe in made[:3])
+                await wire.call("remove-fd", {"fdset-id": 5})
+                assert [pipe.held() for pipe in made[:3]] == [True, True, False]
+                await wire.call("remove-fd", {"fdset-id": 9})
+                await wire.call("remove-fd", {"fdset-id": 0})
+                assert not any(pipe.held() for pipe in made[:3])
+
+
+def test_add_fd_that_was_not_passed(path: Path) -> None:
+    """Not inherited: closed, or close-on-exec and so one of the interpreter's own."""
+    with Pipe() as pipe:
+        said = _fails("--socket", str(path), "--add-fd", f"fd={pipe.fileno()},set=0")
+        assert f"descriptor {pipe.fileno()} was not passed" in said
+        passed = pipe.fileno()
+        words = ["--add-fd", f"fd={passed},set=0", "--add-fd", "fd=900,set=0"]
+        assert "descriptor 900" in _fails("--socket", str(path), *words, pass_fds=[passed])
+    assert not path.exists()
