@@ -1,0 +1,127 @@
+"""What the daemon costs, beside others that keep descriptors: ``make bench``.
+
+One run starts all of them, and gives each the same work in turns, round after round; what counts
+are the medians, and the ratios between them.  The CPU time is the server's own
+(/proc/PID/schedstat), with the client, a C program, on the same CPU; so it says what a command
+costs, and hardly depends on what else the machine does.  Peers that are not installed are left
+out, and named with the command that installs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+
+from benchmark.goals import goals
+from benchmark.plan import Scale, measure_all, timed
+from benchmark.report import as_json, tell, tell_goals
+from benchmark.servers import KINDS, Failed, Servers, missing
+
+_WHOLE = Scale(5, 300, 1_000_000, (0, 1000, 5000, 15000), (50, 1000), 5)
+_QUICK = Scale(2, 100, 1_000_000, (0, 1000, 15000), (50, 1000), 3)
+
+#: Descriptors that a server needs besides those that it stores: its clients, and its own.
+_SPARE = 1200
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench.py", description="What the daemon costs.")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots there")
+    parser.add_argument("--rounds", type=int, metavar="N", help="how often to measure everything")
+    parser.add_argument("--commands", type=int, metavar="N", help="in one run, at most")
+    parser.add_argument("--stored", type=int, metavar="N", help="descriptors, at most")
+    parser.add_argument("--clients", type=int, metavar="N", help="at a time, at most")
+    parser.add_argument(
+        "--only", nargs="+", choices=KINDS, metavar="SERVER", help=f"of {', '.join(KINDS)}"
+    )
+    return parser.parse_args(arguments)
+
+
+def _scale(options: argparse.Namespace) -> Scale:
+    """How much to do: as asked, and as far as this process may."""
+    scale = _QUICK if options.quick else _WHOLE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most = min(options.stored or scale.most, hard - _SPARE)
+    crowd = min(options.clients or scale.clients[-1], hard - 100)
+    return Scale(
+        rounds=options.rounds or scale.rounds,
+        milliseconds=scale.milliseconds,
+        commands=options.commands or scale.commands,
+        steps=(*(step for step in scale.steps if step < most), most),
+        clients=(*(count for count in scale.clients if count < crowd), crowd),
+        starts=scale.starts,
+    )
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    """The servers to measure, after telling which cannot be."""
+    absent = missing()
+    if "loop" in absent:  # so is the load client
+        raise Failed(f"there is no C compiler: {absent['loop']}")
+    wanted = [name for name in KINDS if not options.only or name in options.only]
+    for name in wanted:
+        if name in absent:
+            print(f"{KINDS[name].label} is not installed, so not measured: {absent[name]}")
+    return [name for name in wanted if name not in absent]
+
+
+class _Progress:
+    """One line on a terminal that says what is going on."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._shown = sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        if self._shown:
+            print(f"\r\x1b[K{timed(self._since)}, {text}"[:110], end="", file=sys.stderr, flush=True)
+
+    def over(self) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, and tell."""
+    options = _parse(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    began = time.monotonic()
+    progress = _Progress()
+    try:
+        scale, names = _scale(options), _names(options)
+        # Client and server take turns on one CPU: no wake-up of another one is measured.
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        with tempfile.TemporaryDirectory(prefix="qmpfd-bench-") as folder, ExitStack() as stack:
+            results = measure_all(Servers(Path(folder), stack), scale, names, progress)
+    except (Failed, OSError) as exc:
+        progress.over()
+        print(f"FAILED: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    progress.over()
+    found = goals(results, scale)
+    print(tell(results, scale, names), tell_goals(found), sep="\n\n")
+    print(f"\n{scale.rounds} rounds in {timed(began)}; medians; client and server on one CPU.")
+    if options.json is not None:
+        options.json.write_bytes(as_json(results, scale, found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""The table that people read, and the JSON that programs read."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from .goals import Goal, per_cpu_second, per_cpu_second_both
+from .load import Run
+from .plan import BATCH, IN_FLIGHT, Cell, Results, Scale, stock_of
+from .servers import KINDS
+
+#: A row of a table: what it says, and the cell of each server.
+Row = tuple[str, Callable[[str], Cell]]
+
+_NOTHING = "-"
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """*rows*, aligned: the first column to the left, the others to the right."""
+    lines = [head, *rows]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
+    told = [title]
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        cells += [text.rjust(max(width, 12)) for text, width in zip(line[1:], widths[1:], strict=True)]
+        told.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(told)
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return _NOTHING
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _rows(scale: Scale) -> list[Row]:
+    """The rows of add-fd and remove-fd."""
+    return [
+        *(
+            (f"{n} in flight", lambda name, n=n: Cell(name, 0, "pair", n))  # type: ignore[misc]
+            for n in IN_FLIGHT
+        ),
+        *(
+            (f"{n:,} clients, 1 each", lambda name, n=n: Cell(name, 0, "pair", clients=n))  # type: ignore[misc]
+            for n in scale.clients
+        ),
+    ]
+
+
+def _stored_rows(scale: Scale, work: str, first: int) -> list[Row]:
+    return [
+        (f"{n:,} stored", lambda name, n=n: Cell(name, n, work))  # type: ignore[misc]
+        for n in scale.steps[first:]
+    ]
+
+
+def _open_rows(scale: Scale) -> list[Row]:
+    return [
+        (f"{n} in flight", lambda name, n=n: Cell(name, scale.steps[1], "open", n))  # type: ignore[misc]
+        for n in IN_FLIGHT
+    ]
+
+
+def _tell(
+    results: Results,
+    names: list[str],
+    title: str,
+    rows: list[Row],
+    values: Sequence[Callable[[Run], float]],
+) -> str:
+    """A table with a column for each server, and one or two values in each field."""
+
+    def field(cell: Cell) -> str:
+        medians = [results.median(cell, value) for value in values]
+        return _NOTHING if None in medians else " / ".join(map(_figure, medians))
+
+    told = [[text, *(field(cell(name)) for name in names)] for text, cell in rows]
+    return table(title, ["", *(KINDS[name].label for name in names)], told)
+
+
+def _cpu(run: Run) -> float:
+    return run.cpu_us
+
+
+def _p50(run: Run) -> float:
+    return run.p50_ns / 1e3
+
+
+def _p99(run: Run) -> float:
+    return run.p99_ns / 1e3
+
+
+def _batch_rows(results: Results, scale: Scale, names: list[str]) -> str:
+    batch = min(BATCH, stock_of(scale))
+    rows = []
+    for text, measure in (("stored", per_cpu_second), ("and removed", per_cpu_second_both)):
+        row = [text]
+        for name in names:
+            each = results.each(
+                Cell(name, 0, "stock"),
+                lambda run, m=measure, n=name: m(run, 1 if n == "s6" else batch),  # type: ignore[misc]
+            )
+            row.append(_figure(statistics.median(each) / 1e3 if each else None))
+        rows.append(row)
+    title = f"Thousands of descriptors per CPU second, add-fds with {batch} (s6-fdholderd: one each)"
+    return table(title, ["", *(KINDS[name].label for name in names)], rows)
+
+
+def _memory(results: Results, names: list[str]) -> str:
+    spent = ("idle connection", "stored fd", "stored fd in a set of its own")
+    rows = [[what, *(_figure(results.memory[name].get(what)) for name in names)] for what in spent]
+    return table("Memory, bytes", ["", *(KINDS[name].label for name in names)], rows)
+
+
+def _starts(results: Results) -> str:
+    rows = [
+        [name, f"{statistics.median(seconds) * 1e3:.1f}"] for name, seconds in results.starts.items()
+    ]
+    return table("Starts, ms of CPU", ["", "from start to end"], rows)
+
+
+def tell_goals(found: list[Goal]) -> str:
+    """The goals, and whether each is met."""
+    rows = []
+    for goal in found:
+        sign = ">=" if goal.at_least else "<="
+        met = {True: "yes", False: "NO", None: "not known"}[goal.met]
+        measured = _NOTHING if goal.measured is None else f"{goal.measured:.3g} {goal.unit}"
+        rows.append([goal.what, f"{sign} {goal.wanted:g} {goal.unit}", measured, met])
+    return table("Goals", ["", "goal", "measured", "met"], rows)
+
+
+def tell(results: Results, scale: Scale, names: list[str]) -> str:
+    """All that was measured, for people."""
+    some = scale.steps[1]
+    pairs = "add-fd + remove-fd"
+    waits: list[Row] = [
+        ("wall clock", lambda name: Cell(name, scale.most, "worst wait", clients=2)),
+    ]
+
+    def tell_rows(title: str, rows: list[Row], *values: Callable[[Run], float]) -> str:
+        return _tell(results, names, title, rows, values)
+
+    return "\n\n".join(
+        [
+            tell_rows(f"CPU us per command, {pairs}", _rows(scale), _cpu),
+            tell_rows(f"Round trip us, p50 / p99, {pairs}", _rows(scale), _p50, _p99),
+            tell_rows(
+                f"Commands per second, client included, {pairs}",
+                _rows(scale),
+                lambda run: run.per_second,
+            ),
+            tell_rows(
+                f"CPU us per command, {pairs}, 1 in flight", _stored_rows(scale, "pair", 1), _cpu
+            ),
+            tell_rows(
+                "CPU us per command, query-fdsets, 1 in flight",
+                _stored_rows(scale, "query", 0),
+                _cpu,
+            ),
+            tell_rows(f"CPU us per command, open-fdset, {some:,} stored", _open_rows(scale), _cpu),
+            _batch_rows(results, scale, names),
+            tell_rows(
+                f"Worst wait of another client while {scale.most:,} are listed, ms / "
+                "of that the server's CPU",
+                waits,
+                lambda run: run.max_ns / 1e6,
+                lambda run: run.max_cpu_ns / 1e6,
+            ),
+            _memory(results, names),
+            _starts(results),
+        ]
+    )
+
+
+def as_json(results: Results, scale: Scale, found: list[Goal]) -> bytes:
+    """All that was measured, for programs."""
+    whole: dict[str, Any] = {
+        "machine": {
+            "cpus": os.cpu_count(),
+            "kernel": platform.release(),
+            "architecture": platform.machine(),
+            "python": platform.python_version(),
+        },
+        "scale": scale,
+        "cells": [
+            {"server": cell.server, "stored": cell.stored, "work": cell.work}
+            | {"in-flight": cell.in_flight, "clients": cell.clients, "runs": runs}
+            for cell, runs in results.runs.items()
+        ],
+        "memory": results.memory,
+        "starts": results.starts,
+        "goals": [
+            {"what": g.what, "wanted": g.wanted, "at-least": g.at_least, "unit": g.unit}
+            | {"measured": g.measured, "met": g.met}
+            for g in found
+        ],
+    }
+    return msgspec.json.format(msgspec.json.encode(whole), indent=1) + b"\n"
