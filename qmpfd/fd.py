@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import os
 import socket
+import struct
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeAlias
@@ -110,9 +111,17 @@ def fileno(fd: FileDescriptorLike) -> int:
 # Room for one control message with as many descriptors as the kernel passes at a time.
 _CONTROL_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 
+# As plain numbers: the enumerations of the socket module take microseconds to combine.
+_PEEK, _CLOEXEC = int(socket.MSG_PEEK), int(socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED, _NOSIGNAL = int(socket.MSG_CTRUNC), int(socket.MSG_NOSIGNAL)
+_SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
+
+_one = struct.Struct("i")
+
 # One buffer is enough for everybody: what is looked at is copied before anything else runs.
 _peeked = bytearray(READ_BYTES)
 _peeked_view = memoryview(_peeked)
+_peek_buffers = (_peeked,)
 
 
 def peek(sock: socket.socket) -> tuple[bytes, bool]:
@@ -125,8 +134,8 @@ def peek(sock: socket.socket) -> tuple[bytes, bool]:
     Raises:
         BlockingIOError: nothing is there yet.
     """
-    count, _, flags, _ = sock.recvmsg_into((_peeked,), 0, socket.MSG_PEEK)
-    fds_follow = bool(flags & socket.MSG_CTRUNC)
+    count, _, flags, _ = sock.recvmsg_into(_peek_buffers, 0, _PEEK)
+    fds_follow = flags & _TRUNCATED != 0
     if fds_follow and count == READ_BYTES:
         # What they were sent with may go on behind these bytes: show it whole, the next time.
         count -= SEGMENT_BYTES
@@ -142,14 +151,16 @@ def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:
     Raises:
         BlockingIOError: nothing is there yet.
     """
-    data, control, flags, _ = sock.recvmsg(count, _CONTROL_BYTES, socket.MSG_CMSG_CLOEXEC)
+    data, control, flags, _ = sock.recvmsg(count, _CONTROL_BYTES, _CLOEXEC)
     fds: list[Fd] = []
     for level, kind, payload in control:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            numbers = array.array("i")
-            numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
-            fds += map(Fd, numbers)
-    return data, fds, bool(flags & socket.MSG_CTRUNC)
+        if level == _SOCKET_LEVEL and kind == _RIGHTS:
+            if len(payload) == _one.size:
+                fds.append(Fd(*_one.unpack(payload)))
+            else:
+                whole = len(payload) - len(payload) % _one.size
+                fds += map(Fd, array.array("i", payload[:whole]))
+    return data, fds, flags & _TRUNCATED != 0
 
 
 def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescriptorLike]) -> int:
@@ -159,7 +170,6 @@ def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescri
         BlockingIOError: the peer has to read first; nothing was sent.
     """
     if not fds:
-        return sock.send(data, socket.MSG_NOSIGNAL)
+        return sock.send(data, _NOSIGNAL)
     rights = array.array("i", map(fileno, fds))
-    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
-    return sock.sendmsg([data], control, socket.MSG_NOSIGNAL)
+    return sock.sendmsg([data], [(_SOCKET_LEVEL, _RIGHTS, rights)], _NOSIGNAL)

@@ -28,8 +28,16 @@ def access_mode(fd: int) -> Access:
 
 
 def target(fd: int) -> str:
-    """What *fd* refers to, as /proc/PID/fd shows it (proc(5)): a path, or ``socket:[INODE]``."""
-    return os.readlink(f"/proc/self/fd/{fd}")
+    """What *fd* refers to, as /proc/PID/fd shows it (proc(5)): a path, or ``socket:[INODE]``.
+
+    A path may be anything: bytes in it that are no UTF-8 are written as ``\\xff``, and one that is
+    too long for the kernel to show (PATH_MAX) is empty.
+    """
+    try:
+        link = os.readlink(b"/proc/self/fd/%d" % fd)
+    except OSError:
+        return ""
+    return link.decode("utf-8", "backslashreplace")
 
 
 _ANONYMOUS = re.compile(r"anon_inode:\[?([^\]]*)\]?")

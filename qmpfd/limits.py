@@ -34,6 +34,9 @@ NEGOTIATION_TIMEOUT = 60.0
 METRICS_INTERVAL = 10.0
 EVICTION_INTERVAL = 1.0
 
+#: Seconds that a client's requests are carried out in a row before the others get their turn.
+TURN_SECONDS = 0.002
+
 #: Errors in a row, without one valid request between them, that are each answered.  The deepest
 #: honest case is a value nested one level too deep: QEMU answers one error for it and one for
 #: each of its closers, and so do we.  Beyond this it is a flood, and answered once per read.
@@ -47,9 +50,9 @@ READ_BYTES = 64 << 10
 #: those pieces.
 SEGMENT_BYTES = 36 << 10
 
-#: Bytes that the careful parser takes in one step, at about 0.3 us a byte in the worst case, so
+#: Bytes that the careful parser takes in one step, at up to 3 us a byte with the replies, so
 #: that no other client waits for longer than a few milliseconds.
-CAREFUL_BYTES = 8 << 10
+CAREFUL_BYTES = 2 << 10
 
 #: Bytes of replies, and descriptors with them, after which a client's replies are sent before
 #: more of its requests are carried out: what waits to be sent is bounded by it.
@@ -61,6 +64,9 @@ CLEANUP_TIMEOUT = 5.0
 
 #: Events that wait for one watching client; what comes on top is counted, and the client is told.
 MAX_EVENTS = 4096
+
+#: Bytes of those events: an opaque text in one may be as long as a request.
+MAX_EVENT_BYTES = 1 << 20
 
 #: Seconds between two looks at stored sockets and pipes whose other end is gone and that hold
 #: data: nothing tells when it has been read.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from .errors import FdNotFound
 from .syncclient import SyncClient
 
-_NAME = re.compile(r"/dev/fdset/(\d+)")
+_NAME = re.compile("/dev/fdset/([0-9]{1,18})")
 _ACCESS = {os.O_RDONLY: "rdonly", os.O_WRONLY: "wronly", os.O_RDWR: "rdwr"}
 
 
@@ -20,7 +20,8 @@ def fdset_opener(
 
     ``open("/dev/fdset/0", "rb", opener=qmpfd.fdset_opener(path))`` reads from the newest
     descriptor of set 0 that was opened for reading only: as in QEMU, the access mode must be
-    equal.  Any other name is opened as usual.  It waits for the daemon: in a Trio program that
+    equal.  Nothing is truncated or created, whatever the mode says, and the position is shared with
+    all who have the file open so.  Any other name is opened as usual.  It waits for the daemon: in a Trio program that
     cannot wait, call it in a thread.
 
     Args:
@@ -34,7 +35,7 @@ def fdset_opener(
     """
 
     def opener(name: str, flags: int) -> int:
-        match = _NAME.fullmatch(os.fspath(name))
+        match = _NAME.fullmatch(os.fsdecode(name))
         if match is None:
             return os.open(name, flags, 0o666)
         members = {"fdset-id": int(match[1]), "access": _ACCESS[flags & os.O_ACCMODE]}

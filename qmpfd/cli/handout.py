@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import os
 import resource
+import signal
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,17 +105,27 @@ def _exec(arguments: argparse.Namespace) -> int:
         try:
             for each in wanted:
                 opened.append(_open_fdset(client, each))  # noqa: PERF401 - closed if one fails
-            _put_in_place(opened, places)
         except BaseException:
             close_all(opened)
             raise
+    # The connection is closed by now: its number may be one of the places.
+    try:
+        _put_in_place(opened, places)
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(ignored, signal.SIG_DFL)  # Python ignores them, the command would too
+        return _replace_by(command)
+    finally:
+        close_all(opened)
+
+
+def _replace_by(command: list[str]) -> int:
+    """Become the command; the exit status where that is not possible."""
     try:
         os.execvp(command[0], command)
     except OSError as exc:
-        missing = isinstance(exc, FileNotFoundError)
-        print_error = f"qmpfd: cannot run {command[0]}: {exc.strerror}\n"
+        print_error = f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}\n"
         os.write(2, print_error.encode())
-        return _NOT_FOUND if missing else _NOT_EXECUTABLE
+        return _NOT_FOUND if isinstance(exc, FileNotFoundError) else _NOT_EXECUTABLE
 
 
 def _places(wanted: list[Wanted]) -> list[int]:
@@ -139,10 +150,8 @@ def _put_in_place(opened: list[Fd], places: list[int]) -> None:
     """Move each descriptor to its number, and close all others but the standard streams, whose
     heirs the command would otherwise be.
     """
-    above = max(places) + 1
     for number_, fd in enumerate(opened):
-        # Out of the way of the others' places first.
-        opened[number_] = Fd(fcntl.fcntl(fd.fileno(), fcntl.F_DUPFD_CLOEXEC, above))
+        opened[number_] = _aside(fd, places)
         fd.close()
     for fd, place in zip(opened, places, strict=True):
         os.dup2(fd.fileno(), place, inheritable=True)
@@ -153,6 +162,19 @@ def _put_in_place(opened: list[Fd], places: list[int]) -> None:
                 os.set_inheritable(number_, False)
             except OSError:  # the listing's own
                 continue
+
+
+def _aside(fd: Fd, places: list[int]) -> Fd:
+    """A duplicate of *fd* out of the way: at no place, and at no standard stream's either, where
+    an error message would go into it.
+    """
+    least = 3
+    while True:
+        moved = Fd(fcntl.fcntl(fd.fileno(), fcntl.F_DUPFD_CLOEXEC, least))
+        if moved.fileno() not in places:
+            return moved
+        least = moved.fileno() + 1
+        moved.close()
 
 
 # -- push --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 def print_json(value: Any) -> None:
     """*value* as one line of JSON."""
-    print(json.dumps(value))
+    print(json.dumps(value), flush=True)  # an event is to be seen when it happens
 
 
 def printable(text: str) -> str:

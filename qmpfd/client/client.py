@@ -18,6 +18,7 @@ import msgspec
 import trio
 
 from ..commands import AddfdInfo, FdInfo, FdsetInfo
+from ..commands.events import EVENTS
 from ..fd import Fd, FileDescriptorLike, close_all
 from ..limits import CLEANUP_TIMEOUT, MAX_EVENTS
 from ..protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
@@ -74,6 +75,7 @@ class Client:
         self._unsent = b""  # the rest of a request whose call was cancelled halfway
         self._reading = False
         self._events: deque[QMPEvent] = deque(maxlen=MAX_EVENTS)
+        self._watching = 0  # blocks of watch_fdsets that run
         self._failure: Exception | None = None
 
     @property
@@ -256,17 +258,23 @@ class Client:
         """Be told what is added and removed, while the block runs (``watch-fdsets``).
 
         Use it as ``async with client.watch_fdsets() as events`` and ``async for event in events``;
-        the events are those from the beginning of the block on.
+        the events are those from the beginning of the block on.  Of several blocks at a time,
+        each event goes to one.
 
         Raises:
             Exception: what :meth:`execute` raises.
         """
+        if not self._watching:  # what nobody asked for in an earlier block
+            others = [event for event in self._events if event.name not in EVENTS]
+            self._events = deque(others, maxlen=MAX_EVENTS)
         await self.execute("watch-fdsets", {"enable": True})
+        self._watching += 1
         try:
             yield self.events()
         finally:
+            self._watching -= 1
             with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
-                if self._failure is None:
+                if not self._watching and self._failure is None:
                     await self.execute("watch-fdsets", {"enable": False})
 
     def events(self) -> AsyncIterator[QMPEvent]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from ..fdsets import StoredFd
-from ..limits import MAX_EVENTS
+from ..limits import MAX_EVENT_BYTES, MAX_EVENTS
 from ..protocol.encode import encode
 from .types import FdAdded, FdEventsLost, FdRemoved
 
@@ -51,17 +51,21 @@ class EventQueue:
         self._wake = wake
         self._may_see = may_see
         self._events: deque[bytes] = deque()
+        self._size = 0
         self._lost = 0
 
     def put(self, event: bytes, fdset_id: int, opaque: str | None) -> None:
         """Queue *event*, about a descriptor of that fd set with that opaque text."""
         if not self._may_see(fdset_id, opaque):
             return
-        if len(self._events) < MAX_EVENTS:
-            self._events.append(event)
-            self._wake()
-        else:
+        count, size = len(self._events), self._size + len(event)
+        # What comes after a lost one is lost as well, so that the count stands where they would.
+        if self._lost or count == MAX_EVENTS or (count and size > MAX_EVENT_BYTES):
             self._lost += 1
+        else:
+            self._events.append(event)
+            self._size = size
+            self._wake()
 
     def take(self) -> bytes:
         """All that waits, ready to be sent; empty if nothing does."""
@@ -70,4 +74,5 @@ class EventQueue:
             self._lost = 0
         data = b"".join(self._events)
         self._events.clear()
+        self._size = 0
         return data

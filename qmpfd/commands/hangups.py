@@ -12,9 +12,9 @@ import fcntl
 import select
 import termios
 
-from ..errors import InvalidParameterValue
+from ..errors import GenericError, InvalidParameterValue
 from ..fd import Fd
-from ..fdinfo import access_mode
+from ..fdinfo import access_mode, kind, target
 from ..fdsets import StoredFd
 
 
@@ -33,7 +33,8 @@ class Hangups:
     @property
     def draining(self) -> bool:
         """Whether there are descriptors whose other end is gone and that hold unread data: nothing
-        tells when it has been read, so :meth:`take` has to be asked now and then.
+        tells when it has been read, so :meth:`take` has to be asked now and then.  So it is with
+        a pending error that is no hang-up.
         """
         return bool(self._draining)
 
@@ -42,15 +43,17 @@ class Hangups:
 
         Raises:
             InvalidParameterValue: it is no socket or pipe.
+            GenericError: the kernel does not let it be watched.
         """
         number = fd.fileno()
+        # epoll_ctl asks whoever implements the file: a FUSE server may never answer.
+        if kind(number, target(number)) not in ("pipe", "socket"):
+            raise InvalidParameterValue("Parameter 'watch-hangup' expects sockets or pipes only")
         try:
             # No event is asked for: EPOLLHUP and EPOLLERR are always told (epoll_ctl(2)).
             self._epoll.register(number, 0)
-        except OSError:
-            raise InvalidParameterValue(
-                "Parameter 'watch-hangup' expects sockets or pipes only"
-            ) from None
+        except OSError as exc:
+            raise GenericError(f"The file descriptor cannot be watched: {exc.strerror}") from None
         self._watched[number] = None
 
     def cancel(self, fd: Fd) -> None:
@@ -82,14 +85,32 @@ class Hangups:
             self._draining.add(number)
         over = []
         for number in list(self._draining):
-            stored = self._watched.get(number)
-            if stored is not None and not _unread(number):
+            stored = self._watched[number]
+            events = _events(number)
+            if not events:  # a FIFO that was opened anew, or an error that was told to somebody
+                self._draining.discard(number)
+                self._epoll.register(number, 0)
+            elif stored is not None and _hung_up(number, events) and not _unread(number):
                 over.append(stored)
         return over
 
     def close(self) -> None:
         """Watch nothing any more."""
         self._epoll.close()
+
+
+def _events(number: int) -> int:
+    """What poll(2) says of the descriptor unasked: POLLHUP, POLLERR, both or nothing."""
+    poll = select.poll()
+    poll.register(number, 0)
+    return next((events for _, events in poll.poll(0)), 0)
+
+
+def _hung_up(number: int, events: int) -> bool:
+    """Whether *events* say that the other end is gone.  An error alone does so for the writing
+    end of a pipe only: a UDP socket has one when a datagram was refused.
+    """
+    return bool(events & select.POLLHUP) or access_mode(number) == "wronly"
 
 
 def _unread(number: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, TypeAlias
 
 from msgspec import UNSET
@@ -62,7 +62,7 @@ class ServerConnection(Connection):
         self._oob_enabled = "oob" in capabilities
         self._move(Event.CAPABILITIES)
 
-    def requests(self) -> Iterator[Received]:
+    def requests(self) -> Generator[Received, None, None]:
         """The complete requests, in the order in which they came.
 
         Carry out each before asking for the next: whether that is possible may depend on it.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from time import monotonic
 from typing import TYPE_CHECKING, TypeAlias
 
 import trio
@@ -20,6 +21,7 @@ from ..limits import (
     MAX_FDS_A_TURN,
     NEGOTIATION_TIMEOUT,
     REPLY_BYTES_A_TURN,
+    TURN_SECONDS,
 )
 from ..policy import Access
 from ..protocol import Received, Request, ServerConnection, State
@@ -30,9 +32,6 @@ if TYPE_CHECKING:
     from .server import Server
 
 _log = logging.getLogger("qmpfd")
-
-#: Chunks that a client may have served in a row before the others get their turn.
-_CHUNKS_A_TURN = 16
 
 #: Bytes to send in one go, and the descriptors that go with the first of them.
 _Batch: TypeAlias = "tuple[bytes, list[Fd]]"
@@ -143,7 +142,7 @@ class Session:
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        chunks = 0
+        turn_ends = monotonic() + TURN_SECONDS
         while True:
             try:
                 more = self._stream.receive_nowait(self._connection)
@@ -154,16 +153,16 @@ class Session:
                 await self._stream.wait_readable()
                 self._waiting = False
                 self._since = trio.current_time()
-                chunks = 0
+                turn_ends = monotonic() + TURN_SECONDS
                 continue
             if not more:
                 return
             await self._answer()
             if self._context.quitting:
                 return
-            chunks += 1
-            if chunks % _CHUNKS_A_TURN == 0:
+            if monotonic() > turn_ends:
                 await trio.lowlevel.checkpoint()
+                turn_ends = monotonic() + TURN_SECONDS
 
     async def _serve_rest(self) -> None:
         try:
@@ -174,23 +173,24 @@ class Session:
 
     async def _answer(self) -> None:
         """Carry out the complete requests and send the replies, in as few writes as possible."""
-        requests = self._connection.requests()
-        finished = False
-        while not finished:
-            await self._server.enter()
-            batches: list[_Batch] = []
-            try:
-                finished = self._carry_out(requests, batches)
-            finally:
-                self._server.lock.release()
-            # Before the replies: what is removed is closed once its client has read so.
-            self._close_garbage()
-            try:
-                for data, fds in batches:
-                    await self._send(data, fds)
-            finally:
-                for _, fds in batches:
-                    close_all(fds)
+        # Closed in any case: what it has not given yet may come with descriptors.
+        with closing(self._connection.requests()) as requests:
+            finished = False
+            while not finished:
+                await self._server.enter()
+                batches: list[_Batch] = []
+                try:
+                    finished = self._carry_out(requests, batches)
+                finally:
+                    self._server.lock.release()
+                # Before the replies: what is removed is closed once its client has read so.
+                self._close_garbage()
+                try:
+                    for data, fds in batches:
+                        await self._send(data, fds)
+                finally:
+                    for _, fds in batches:
+                        close_all(fds)
 
     def _carry_out(self, requests: Iterator[Received], batches: list[_Batch]) -> bool:
         """Carry out requests; whether that was all, or else it is time to send the replies.
@@ -284,10 +284,14 @@ class Session:
 
     async def _pump(self, scope: trio.CancelScope) -> None:
         """Send the events that wait, then end: a connection that is told nothing has no task."""
-        with scope:
-            while self._context.events is not None and (data := self._context.events.take()):
-                await self._send(data)
-        self._pump_scope = None
+        try:
+            with scope:
+                while self._context.events is not None and (data := self._context.events.take()):
+                    await self._send(data)
+        except Exception:  # noqa: BLE001 - as in run
+            _log.exception("events could not be sent")
+        finally:
+            self._pump_scope = None
 
     def _close_garbage(self) -> None:
         garbage = self._connection.garbage

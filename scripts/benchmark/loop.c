@@ -69,8 +69,10 @@ int main(int argc, char **argv)
                 continue;
             }
             event.data.fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-            if (event.data.fd < 0 || send(event.data.fd, greeting, sizeof greeting - 1, 0) < 0
-                || epoll_ctl(poll, EPOLL_CTL_ADD, event.data.fd, &event))
+            if (event.data.fd < 0)
                 return 1;
+            if (send(event.data.fd, greeting, sizeof greeting - 1, MSG_NOSIGNAL) < 0
+                || epoll_ctl(poll, EPOLL_CTL_ADD, event.data.fd, &event))
+                close(event.data.fd);
         }
 }

@@ -153,6 +153,10 @@ class Servers:
                 said = (folder / "log").read_text(errors="replace").strip()
                 raise Failed(f"{name} does not start: {said or '(it said nothing)'}")
             time.sleep(0.02)
+        if name == "qemu":
+            # It forgets its fd sets with the last monitor's client, so one more stays all the time.
+            second = self._stack.enter_context(socket.socket(socket.AF_UNIX))
+            second.connect(str(folder / _SECOND_MONITOR))
         return Server(name, process.pid, path, stored)
 
     def spawn(
@@ -212,9 +216,13 @@ def _start_asyncio(servers: Servers, folder: Path, path: Path) -> subprocess.Pop
     return servers.spawn(folder, [sys.executable, str(HERE / "asyncio_server.py"), str(path)])
 
 
+_SECOND_MONITOR = "second"
+
+
 def _start_qemu(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
-    monitor = f"unix:{path},server=on,wait=off"
-    options = ["-nodefaults", "-machine", "none", "-display", "none", "-qmp", monitor]
+    options = ["-nodefaults", "-machine", "none", "-display", "none"]
+    for monitor in (path, folder / _SECOND_MONITOR):
+        options += ["-qmp", f"unix:{monitor},server=on,wait=off"]
     return servers.spawn(folder, ["qemu-system-x86_64", *options])
 
 
