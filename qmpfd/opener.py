@@ -20,9 +20,9 @@ def fdset_opener(
 
     ``open("/dev/fdset/0", "rb", opener=qmpfd.fdset_opener(path))`` reads from the newest
     descriptor of set 0 that was opened for reading only: as in QEMU, the access mode must be
-    equal.  Nothing is truncated or created, whatever the mode says, and the position is shared with
-    all who have the file open so.  Any other name is opened as usual.  It waits for the daemon: in a Trio program that
-    cannot wait, call it in a thread.
+    equal.  Nothing is truncated or created, whatever the mode says, and the position is shared
+    with all who have the descriptor.  Any other name is opened as usual.  It waits for the daemon:
+    in a Trio program that cannot wait, call it in a thread.
 
     Args:
         path: the daemon's socket.

@@ -69,8 +69,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         slow = item.get_closest_marker("slow") is not None
-        if slow and not os.environ.get("QMPFD_SLOW"):
-            item.add_marker(pytest.mark.skip(reason="slow: runs where QMPFD_SLOW=1 is set"))
         if item.get_closest_marker("root") is not None and os.geteuid() != 0:
             item.add_marker(pytest.mark.skip(reason="needs to be root"))
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):

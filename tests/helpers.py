@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -170,16 +171,21 @@ class Wire:
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self.sock)
 
+    async def _receive(self) -> bytes:
+        """What comes next; nothing once the peer has closed."""
+        while True:
+            try:
+                return self.sock.recv(1 << 16)
+            except BlockingIOError:
+                pass
+            except ConnectionResetError:  # closed, with something of ours unread
+                return b""
+            await trio.lowlevel.wait_readable(self.sock)
+
     async def line(self) -> bytes | None:
         """The next line, its end included; None once the peer has closed."""
         while (end := self._received.find(b"\n")) < 0:
-            try:
-                data = self.sock.recv(1 << 16)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self.sock)
-                continue
-            except ConnectionResetError:  # closed, with something of ours unread
-                data = b""
+            data = await self._receive()
             if not data:
                 assert not self._received, f"closed within a line: {self._received!r}"
                 return None
@@ -215,17 +221,9 @@ class Wire:
 
     async def drain(self) -> bytes:
         """All bytes that come until the peer closes, whole lines or not."""
-        while True:
-            try:
-                data = self.sock.recv(1 << 16)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self.sock)
-                continue
-            except ConnectionResetError:
-                data = b""
-            if not data:
-                return bytes(self._received)
+        while data := await self._receive():
             self._received += data
+        return bytes(self._received)
 
     async def call(
         self,
@@ -268,13 +266,7 @@ async def remove(wire: Wire, info: Mapping[str, Any]) -> None:
 async def daemon(*paths: Path, **options: Any) -> AsyncIterator[qmpfd.Server]:
     """A daemon in the test's own event loop; told to end, and waited for, afterwards."""
     async with trio.open_nursery() as nursery:
-
-        async def start(
-            *, task_status: trio.TaskStatus[qmpfd.Server] = trio.TASK_STATUS_IGNORED
-        ) -> None:
-            await qmpfd.serve(paths, task_status=task_status, **options)
-
-        server: qmpfd.Server = await nursery.start(start)
+        server: qmpfd.Server = await nursery.start(partial(qmpfd.serve, paths, **options))
         yield server
         server.stop()
 

@@ -115,8 +115,7 @@ async def _fill(wire: Wire) -> int:
         except BlockingIOError:
             return count
         count += 1
-        if count % 100 == 0:
-            await settle()
+        await settle()
 
 
 async def test_never_read_but_carried_out(path: Path, autojump_clock: MockClock) -> None:

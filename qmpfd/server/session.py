@@ -290,6 +290,9 @@ class Session:
                     await self._send(data)
         except Exception:  # noqa: BLE001 - as in run
             _log.exception("events could not be sent")
+            self._deaf = True
+            with suppress(OSError):
+                self._stream.socket.shutdown(socket.SHUT_RDWR)
         finally:
             self._pump_scope = None
 

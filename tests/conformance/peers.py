@@ -64,7 +64,8 @@ class Wire:
         for piece in pieces:
             sent = self._socket.sendmsg([piece], rights)
             rights = []  # a write cut short has handed them over with its first byte
-            self._socket.sendall(piece[sent:])
+            if sent < len(piece):  # sending nothing to a peer that has closed is an error too
+                self._socket.sendall(piece[sent:])
 
     def shut_write(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
