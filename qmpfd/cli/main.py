@@ -41,7 +41,6 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = _Parser(
         prog="qmpfd",
         description="Hold open file descriptors for other programs, over QEMU's QMP.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20),
         epilog="Exit status: 0 done, 1 the daemon refused, 2 usage, 3 no daemon.",
     )
     parser.add_argument("--version", action="version", version=f"qmpfd {__version__}")
