@@ -24,6 +24,9 @@ MAX_REPLY_BYTES = 256 << 20
 #: Bytes that the incomplete requests of all connections together may take in memory.
 MAX_INCOMPLETE_BYTES = 32 << 20
 
+#: Characters of all opaque texts together: what clients can make the daemon remember.
+MAX_OPAQUE_TOTAL = 32 << 20
+
 #: Bytes that a token takes in memory on top of its text, at most: an empty array's.
 TOKEN_BYTES = 72
 

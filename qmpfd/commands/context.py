@@ -11,7 +11,7 @@ from ..closing import Closer
 from ..errors import FdNotSupplied, GenericError
 from ..fd import Fd
 from ..fdsets import FdSet, FdSets, Peer, StoredFd
-from ..limits import Limits
+from ..limits import MAX_OPAQUE_TOTAL, Limits
 from ..policy import Access
 from ..protocol import ServerConnection
 from .events import EventQueue, fd_added, fd_removed
@@ -60,6 +60,7 @@ class Daemon:
     hangups: Hangups = field(default_factory=Hangups)
     closer: Closer = field(default_factory=Closer)
     watchers: set[EventQueue] = field(default_factory=set)
+    opaque_total: int = 0  #: characters of the stored opaque texts
     kept: int = 0  #: descriptors kept for clients, those of ``getfd`` included
     kept_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
     stats: Stats = field(init=False)
@@ -74,6 +75,8 @@ class Daemon:
         """A descriptor was stored: count it, and tell those who watch."""
         if stored.added_by is not None:
             self.hold(stored.added_by.uid)
+        if stored.opaque:
+            self.opaque_total += len(stored.opaque)
         if self.watchers:
             event = fd_added(fdset.id, stored)
             for queue in self.watchers:
@@ -83,6 +86,8 @@ class Daemon:
         """A descriptor was taken out: count it, and tell those who watch."""
         if stored.added_by is not None:
             self.release(stored.added_by.uid)
+        if stored.opaque:
+            self.opaque_total -= len(stored.opaque)
         if stored.terms.watch_hangup:
             self.hangups.unwatch(stored)
         if self.watchers:
@@ -102,8 +107,9 @@ class Daemon:
         if not self.kept_of[uid]:
             del self.kept_of[uid]
 
-    def check_room(self, uid: int, count: int) -> None:
-        """Refuse to keep *count* more descriptors for a client of *uid* when that is too many.
+    def check_room(self, uid: int, count: int, opaque: str | None = None) -> None:
+        """Refuse to keep *count* more descriptors for a client of *uid*, each with that opaque
+        text, when that is too much.
 
         Raises:
             GenericError: naming the limit.
@@ -111,6 +117,10 @@ class Daemon:
         limits = self.limits
         if self.kept + count > limits.max_fds:
             raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
+        if opaque and self.opaque_total + count * len(opaque) > MAX_OPAQUE_TOTAL:
+            raise GenericError(
+                f"Too much opaque text: the limit is {MAX_OPAQUE_TOTAL} characters in all"
+            )
         if self.kept_of[uid] + count > limits.max_fds_per_uid:
             raise GenericError(
                 f"Too many file descriptors of uid {uid}: the limit is {limits.max_fds_per_uid}"

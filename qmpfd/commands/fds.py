@@ -43,7 +43,7 @@ def check_add(context: Context, fdset_id: int | None, opaque: str | None, count:
     if not context.access.unlimited:
         target = daemon.store.next_id if fdset_id is None else fdset_id
         context.access.require_for("add", target, opaque)
-    daemon.check_room(context.peer.uid, count)
+    daemon.check_room(context.peer.uid, count, opaque)
 
 
 @table.command("remove-fd", RemoveFd, Nothing)

@@ -10,11 +10,9 @@
  * reply is checked.
  */
 #define _GNU_SOURCE
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,8 +25,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "wire.h"
+
 enum { MAX_FDS = 253, PATIENCE = 20, LONGEST_RUN = 120 };
-enum kind { ADD, REMOVE, QUERY, OPEN };
 
 struct command { /* one that is not answered yet */
     uint64_t sent, server_cpu;
@@ -57,22 +56,12 @@ static const struct { const char *name; long *value; } options[] = {
 static int s6, file, pid, own_thread = -1;
 static const char *work;
 static uint64_t deadline, slowest, slowest_cpu;
-static long started, done, serial; /* with s6, the client names what it stores */
+static long started, done, total, serial; /* with s6, the client names what it stores */
 static long *sets; /* with stock: what was added */
 static long n_sets, next_set, removing;
 static uint32_t *waits; /* nanoseconds of each reply */
 static size_t n_waits, max_waits;
 static size_t listing; /* length of the first reply to a query */
-
-static void fail(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    fputs("load: ", stderr);
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
-    exit(1);
-}
 
 static uint64_t now(void)
 {
@@ -81,82 +70,14 @@ static uint64_t now(void)
     return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
-static uint64_t cpu_of(int schedstat)
-{
-    char text[100] = "";
-    if (pread(schedstat, text, sizeof text - 1, 0) <= 0)
-        return 0; /* the thread has ended */
-    return strtoull(text, NULL, 10);
-}
-
-/* What all threads of the server have used (proc(5), schedstat: nanoseconds). */
-static uint64_t server_cpu(void)
-{
-    char path[300];
-    uint64_t sum = 0;
-    struct dirent *entry;
-    snprintf(path, sizeof path, "/proc/%d/task", pid);
-    DIR *tasks = opendir(path);
-    if (!tasks)
-        fail("the server is gone");
-    while ((entry = readdir(tasks))) {
-        snprintf(path, sizeof path, "/proc/%d/task/%s/schedstat", pid, entry->d_name);
-        int schedstat = entry->d_name[0] == '.' ? -1 : open(path, O_RDONLY | O_CLOEXEC);
-        if (schedstat >= 0) {
-            sum += cpu_of(schedstat);
-            close(schedstat);
-        }
-    }
-    closedir(tasks);
-    return sum;
-}
-
 /* -- requests ------------------------------------------------------------------------------- */
-
-static size_t write_qmp(char *text, enum kind kind, long set)
-{
-    switch (kind) {
-    case ADD:
-        return sprintf(text, "{\"execute\": \"%s\"}\n", fds > 1 ? "add-fds" : "add-fd");
-    case REMOVE:
-        return sprintf(text, "{\"execute\": \"remove-fd\", \"arguments\": {\"fdset-id\": %ld}}\n",
-                       set);
-    case QUERY:
-        return sprintf(text, "{\"execute\": \"query-fdsets\"}\n");
-    default:
-        return sprintf(text, "{\"execute\": \"open-fdset\", \"arguments\": {\"fdset-id\": 0}}\n");
-    }
-}
-
-/* Its frame: four bytes of length, two of a number of descriptors, both big-endian. */
-static size_t write_s6(char *text, enum kind kind, long set)
-{
-    char *p = text + 6, id[40];
-    int length = sprintf(id, "bench-%ld", kind == OPEN ? 0 : set);
-    *p++ = "SDLR"[kind];
-    if (kind == ADD) {
-        memcpy(p, "\x60\0\0\0\x70\0\0\0\0\0\0\0", 12); /* kept for ever: a TAI64N far ahead */
-        p += 12;
-    }
-    if (kind == OPEN)
-        *p++ = 0; /* and do not delete it */
-    if (kind != QUERY) {
-        *p++ = length;
-        memcpy(p, id, length + 1);
-        p += length + 1;
-    }
-    memcpy(text, "\0\0\0\0\0\0", 6);
-    text[3] = p - text - 6;
-    text[5] = kind == ADD;
-    return p - text;
-}
 
 static void send_command(struct client *c, enum kind kind, long set)
 {
     char text[200], control[CMSG_SPACE(MAX_FDS * sizeof(int))];
     if (s6 && kind == ADD)
         set = serial++;
-    struct iovec part = {text, s6 ? write_s6(text, kind, set) : write_qmp(text, kind, set)};
+    struct iovec part = {text, s6 ? write_s6(text, kind, set) : write_qmp(text, kind, set, fds)};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
     if (kind == ADD) {
         message.msg_control = control;
@@ -183,6 +104,7 @@ static void send_next(struct client *c, const struct command *last, long set)
 {
     int over = started >= commands || now() >= deadline;
     if (!strcmp(work, "stock")) {
+        over = started >= commands; /* all of it, however long that takes */
         if (last && last->kind == ADD)
             sets[n_sets++] = set;
         if (removing && next_set < n_sets)
@@ -200,22 +122,6 @@ static void send_next(struct client *c, const struct command *last, long set)
 }
 
 /* -- replies -------------------------------------------------------------------------------- */
-
-static long number_after(const char *text, size_t length, const char *name)
-{
-    const char *found = memmem(text, length, name, strlen(name));
-    if (!found)
-        fail("no %s in the reply: %.*s", name, length > 200 ? 200 : (int)length, text);
-    return strtol(found + strlen(name), NULL, 10);
-}
-
-static long count_of(const char *text, size_t length, const char *name)
-{
-    long count = 0;
-    for (const char *at = text; (at = memmem(at, text + length - at, name, strlen(name))); at++)
-        count++;
-    return count;
-}
 
 /* Check one reply, and send the next command. */
 static void answered(struct client *c, const char *text, size_t length)
@@ -254,18 +160,6 @@ static void answered(struct client *c, const char *text, size_t length)
     send_next(c, &command, set);
 }
 
-/* The length of the reply that *text* begins with; 0 if it is not complete. */
-static size_t whole_reply(const char *text, size_t length, size_t looked_at)
-{
-    if (s6) {
-        const unsigned char *p = (const unsigned char *)text;
-        size_t whole = length < 6 ? 0 : 6 + (p[0] << 24 | p[1] << 16 | p[2] << 8 | p[3]);
-        return whole <= length ? whole : 0;
-    }
-    const char *end = memchr(text + looked_at, '\n', length - looked_at);
-    return end ? end + 1 - text : 0;
-}
-
 /* Read once; how many bytes came. */
 static size_t receive(struct client *c, int flags)
 {
@@ -297,7 +191,7 @@ static void read_replies(struct client *c, int flags)
 {
     size_t looked_at = c->have, at = 0, length;
     receive(c, flags);
-    while (at < c->have && (length = whole_reply(c->buffer + at, c->have - at, looked_at))) {
+    while (at < c->have && (length = whole_reply(s6, c->buffer + at, c->have - at, looked_at))) {
         answered(c, c->buffer + at, length);
         at += length;
         looked_at = 0;
@@ -406,21 +300,27 @@ int main(int argc, char **argv)
         while (!strcmp(work, "idle") && read(0, rest, sizeof rest) > 0)
             ;
     }
-    uint64_t cpu = server_cpu(), begun = now(), removal_cpu = 0;
+    uint64_t cpu = 0, removal_cpu = 0, begun = now();
+    int stock = !strcmp(work, "stock");
     deadline = begun + milliseconds * 1000000ull;
-    run(all, poll);
-    uint64_t elapsed = now() - begun;
-    cpu = server_cpu() - cpu;
-    if (!strcmp(work, "stock")) {
-        removal_cpu = server_cpu();
-        removing = 1;
+    do { /* with stock, that many again and again; with all else, once */
+        uint64_t before = server_cpu(pid), between;
+        started = done = n_sets = next_set = removing = 0;
         run(all, poll);
-        removal_cpu = server_cpu() - removal_cpu;
-    }
+        between = server_cpu(pid);
+        cpu += between - before;
+        if (stock) {
+            removing = 1;
+            run(all, poll);
+            removal_cpu += server_cpu(pid) - between;
+        }
+        total += done;
+    } while (stock && now() < deadline);
+    uint64_t elapsed = now() - begun;
     qsort(waits, n_waits, sizeof *waits, by_size);
     printf("{\"commands\": %ld, \"cpu_ns\": %lu, \"removal_cpu_ns\": %lu, \"elapsed_ns\": %lu, "
            "\"p50_ns\": %u, \"p99_ns\": %u, \"max_ns\": %lu, \"max_cpu_ns\": %lu}\n",
-           done, cpu, removal_cpu, elapsed, n_waits ? waits[n_waits / 2] : 0,
+           total, cpu, removal_cpu, elapsed, n_waits ? waits[n_waits / 2] : 0,
            n_waits ? waits[n_waits * 99 / 100] : 0, slowest, slowest_cpu);
     return 0;
 }
