@@ -163,6 +163,11 @@ def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:
     return data, fds, flags & _TRUNCATED != 0
 
 
+def skip(sock: socket.socket, count: int) -> None:
+    """Read *count* bytes that were seen already, and with which no descriptors come."""
+    sock.recv_into(_peeked, count)
+
+
 def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescriptorLike]) -> int:
     """Send *data*, with duplicates of *fds* attached to its first byte; how many bytes went.
 

@@ -55,10 +55,18 @@ class FdStream:
             return False
         if not data:
             return False
-        for length in connection.receive(data, fds_follow):
+        lengths = connection.receive(data, fds_follow)
+        if not fds_follow:
+            fd.skip(self._sock, *lengths)
+            return True
+        come = False  # all of them come at once, with one of the pieces
+        for length in lengths:
+            if come:
+                fd.skip(self._sock, length)
+                continue
             _, fds, dropped = fd.receive(self._sock, length)
-            if fds_follow:
-                connection.attach(fds, dropped)
+            connection.attach(fds, dropped)
+            come = bool(fds) or dropped
         return True
 
     async def wait_readable(self) -> None:

@@ -25,8 +25,8 @@ from benchmark.plan import Scale, measure_all, timed
 from benchmark.report import as_json, tell, tell_goals
 from benchmark.servers import KINDS, Failed, Servers, missing
 
-_WHOLE = Scale(5, 300, 1_000_000, (0, 1000, 5000, 15000), (50, 1000), 5)
-_QUICK = Scale(2, 100, 1_000_000, (0, 1000, 15000), (50, 1000), 3)
+_WHOLE = Scale(5, 300, 1_000_000, (0, 1000, 5000, 15000), (50, 1000), 5, 15000)
+_QUICK = Scale(2, 80, 1_000_000, (0, 1000, 15000), (50, 1000), 3, 1000)
 
 #: Descriptors that a server needs besides those that it stores: its clients, and its own.
 _SPARE = 1200
@@ -61,6 +61,7 @@ def _scale(options: argparse.Namespace) -> Scale:
         steps=(*(step for step in scale.steps if step < most), most),
         clients=(*(count for count in scale.clients if count < crowd), crowd),
         starts=scale.starts,
+        slow_most=scale.slow_most,
     )
 
 

@@ -81,6 +81,11 @@ async def reply_with_fds(wire: Wire) -> tuple[dict[str, Any], list[Fd]]:
     return json.loads(line), [Fd(number) for number in fds]
 
 
+def content(fd: Fd) -> bytes:
+    """What is in the file, wherever its position is."""
+    return os.pread(fd.fileno(), 10, 0)
+
+
 def identity(fd: int) -> tuple[int, int]:
     """Which file it is."""
     found = os.fstat(fd)
@@ -128,9 +133,9 @@ async def test_by_number(path: Path) -> None:
             added = await client.add_fds(fds)
             for number in (1, 0, 2):
                 with await client.open_fdset(0, fd=added.fds[number].fd) as fd:
-                    assert os.pread(fd, 10, 0) == str(number).encode()
+                    assert content(fd) == str(number).encode()
             with await client.open_fdset(0, "rdwr", added.fds[0].fd) as fd:
-                assert os.pread(fd, 10, 0) == b"0"
+                assert content(fd) == b"0"
 
 
 async def test_the_opaque_text_comes_along(path: Path) -> None:
@@ -206,7 +211,7 @@ async def test_the_other_dialect(path: Path) -> None:
         with memfds(1) as fds:
             await client.add_fd(fds[0], 7)
             with await client.open_fdset(7) as fd:
-                assert os.pread(fd, 10, 0) == b"0"
+                assert content(fd) == b"0"
 
 
 # -- the same one ------------------------------------------------------------------------------
@@ -221,8 +226,8 @@ async def test_the_same_open_file_description(path: Path, tmp_path: Path) -> Non
             with await client.open_fdset(0) as fd, await client.open_fdset(0) as other:
                 assert len({mine, fd.fileno(), other.fileno()}) == 3
                 os.lseek(mine, 4, os.SEEK_SET)
-                assert os.read(fd, 2) == b"45"
-                assert os.read(other, 2) == b"67"
+                assert os.read(fd.fileno(), 2) == b"45"
+                assert os.read(other.fileno(), 2) == b"67"
                 assert os.lseek(mine, 0, os.SEEK_CUR) == 8
                 fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)
                 assert fcntl.fcntl(mine, fcntl.F_GETFL) & os.O_APPEND
@@ -232,14 +237,13 @@ async def test_the_same_open_file_description(path: Path, tmp_path: Path) -> Non
 
 async def test_it_outlives_all_the_others(path: Path) -> None:
     """Removed from the set, its opener gone, the daemon gone: it still works."""
-    async with daemon(path):
-        async with qmpfd.connect(path) as client:
-            with memfds(1) as fds:
-                await client.add_fd(fds[0])
-            fd = await client.open_fdset(0)
-            await client.remove_fd(0)
+    async with daemon(path), qmpfd.connect(path) as client:
+        with memfds(1) as fds:
+            await client.add_fd(fds[0])
+        fd = await client.open_fdset(0)
+        await client.remove_fd(0)
     with fd:
-        assert os.pread(fd, 10, 0) == b"0"
+        assert content(fd) == b"0"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,9 +268,9 @@ async def test_an_unlinked_file_is_usable(path: Path, tmp_path: Path) -> None:
             (tmp_path / "file").unlink()
             await client.add_fd(mine)
         with await client.open_fdset(0, "rdwr") as fd:
-            assert os.write(fd, b"content") == 7
+            assert os.write(fd.fileno(), b"content") == 7
         with await client.open_fdset(0, "rdwr") as fd:
-            assert os.pread(fd, 10, 0) == b"content"
+            assert content(fd) == b"content"
 
 
 async def test_a_listening_socket_is_usable(path: Path) -> None:
@@ -295,11 +299,11 @@ async def test_a_pipe_is_usable(path: Path) -> None:
             await client.open_fdset(0, "wronly") as write_end,
             await client.open_fdset(0, "rdonly") as read_end,
         ):
-            os.write(write_end, b"through")
+            os.write(write_end.fileno(), b"through")
             await client.remove_fd(0)
-            assert os.read(read_end, 100) == b"through"
+            assert os.read(read_end.fileno(), 100) == b"through"
             write_end.close()
-            assert os.read(read_end, 100) == b""
+            assert os.read(read_end.fileno(), 100) == b""
 
 
 async def test_a_device_is_usable(path: Path) -> None:
@@ -307,7 +311,7 @@ async def test_a_device_is_usable(path: Path) -> None:
         with open("/dev/zero", "rb") as device:
             await client.add_fd(device)
         with await client.open_fdset(0, "rdonly") as fd:
-            assert os.read(fd, 4) == b"\0\0\0\0"
+            assert os.read(fd.fileno(), 4) == b"\0\0\0\0"
 
 
 # -- with whose reply --------------------------------------------------------------------------
@@ -348,7 +352,7 @@ async def test_pipelined(path: Path) -> None:
                 else:
                     [fd] = passed
                     with fd:
-                        assert os.pread(fd, 10, 0) == str(wanted).encode()
+                        assert content(fd) == str(wanted).encode()
             while events < 4:
                 reply, passed = await reply_with_fds(wire)
                 assert reply["event"] == "FD_ADDED"
@@ -377,7 +381,7 @@ async def test_the_socket_is_full_in_the_middle_of_a_reply(path: Path) -> None:
                 assert value(reply)["fdset-id"] == n
                 [fd_] = passed
                 with fd_:
-                    assert os.pread(fd_, 10, 0) == str(n).encode()
+                    assert content(fd_) == str(n).encode()
                 await settle()
             for n in range(30):
                 await wire.call("remove-fd", {"fdset-id": n})
@@ -390,7 +394,7 @@ async def test_our_client_with_a_full_socket(path: Path) -> None:
 
     async def one(number: int) -> None:
         with await client.open_fdset(number) as fd:
-            found[number] = os.pread(fd, 10, 0)
+            found[number] = content(fd)
 
     async with daemon(path), qmpfd.connect(path) as client:
         with memfds(20) as fds:
@@ -448,7 +452,7 @@ async def test_a_thousand_at_once(path: Path, connections: int) -> None:
                     for _ in range(connections):
                         nursery.start_soon(many, COUNT // connections)
                 assert len({fd.fileno() for fd in got}) == COUNT
-                assert all(os.pread(fd, 10, 0) == b"0" for fd in got)
+                assert all(content(fd) == b"0" for fd in got)
             finally:
                 for fd in got:
                     fd.close()

@@ -12,7 +12,7 @@ from ..errors import FdNotFound, GenericError, InvalidParameterValue, Permission
 from ..fd import Fd
 from ..fdinfo import access_mode, kind, target
 from ..fdsets import FOREVER, FdSet, StoredFd, Terms
-from ..limits import SCM_MAX_FD
+from ..limits import INT64_MAX, SCM_MAX_FD
 from .context import Context
 from .fds import check_add
 from .table import Table
@@ -162,9 +162,14 @@ def _describe(fdset: FdSet, stored: StoredFd, now: float) -> FdInfo:
         lifetime="daemon" if terms.owner is None else "connection",
         watch_hangup=terms.watch_hangup,
         opaque=stored.opaque,
-        expires=None if terms.expires_at is None else max(0, ceil(terms.expires_at - now)),
+        expires=None if terms.expires_at is None else _seconds(terms.expires_at - now),
         added_by=None if stored.added_by is None else PeerInfo(*stored.added_by),
     )
+
+
+def _seconds(left: float) -> int:
+    """Time that is left, as an int64: a float comes near to its end, but may be beyond it."""
+    return min(max(0, ceil(left)), INT64_MAX)
 
 
 @table.command("watch-fdsets", WatchFdsets, Nothing)

@@ -93,10 +93,11 @@ class ClientConnection(Connection):
         Raises:
             ProtocolError: this is no QMP server.
         """
-        for value, error, fds, dropped in self._inbox.messages():
-            if error is not None or not isinstance(value, dict):
+        for value, fds, dropped in self._inbox.messages():
+            if not isinstance(value, dict):
                 self.garbage += fds
-                raise ProtocolError(f"not a QMP server: {error or 'no JSON object'}")
+                why = value if isinstance(value, QMPError) else "no JSON object"
+                raise ProtocolError(f"not a QMP server: {why}")
             if "QMP" in value:
                 self.garbage += fds
                 if not isinstance(value["QMP"], dict):

@@ -22,14 +22,15 @@ from .claims import Unclaimed
 if TYPE_CHECKING:
     from .parser import Budget, Parser
 
-#: A value or typed request, its error instead, the descriptors it takes, whether some got lost.
-Message: TypeAlias = "tuple[Any, GenericError | None, list[Fd], bool]"
+#: A value or typed request, or the error that its text has; the descriptors it takes; whether
+#: some got lost.
+Message: TypeAlias = "tuple[Any, list[Fd], bool]"
 
 #: Decodes a chunk of whole messages at once; None where only the careful parser can tell.
 ChunkDecoder: TypeAlias = "Callable[[bytes], list[Any] | None]"
 
-#: A value or its error, and where it ends in the bytes that were seen.
-_Found: TypeAlias = "tuple[Any, GenericError | None, int]"
+#: A value, or its error, and where it ends in the bytes that were seen.
+_Found: TypeAlias = "tuple[Any, int]"
 
 _WHITESPACE = b" \t\r\n"
 #: Where no descriptor came; never changed.
@@ -41,7 +42,7 @@ class _Piece:
 
     __slots__ = ("dropped", "ends_segment", "fds", "inside_message", "messages")
 
-    def __init__(self, messages: list[tuple[Any, GenericError | None]]) -> None:
+    def __init__(self, messages: list[Any]) -> None:
         self.messages = messages
         self.fds = _NO_FDS
         self.dropped = False
@@ -102,33 +103,54 @@ class Inbox:
         in_segment = self._segment_left
         if in_segment:
             data = data[:in_segment]
-        messages, size = self._messages(data, fds_follow)
+        size = len(data)
+        quick = self._by_chunk(data, fds_follow)
+        if quick is not None:
+            lengths = self._cut_last(quick, data) if fds_follow else self._whole(quick, size)
+        else:
+            found, size = self._messages(data, fds_follow)
+            if fds_follow:
+                lengths = self._cut(found, size)
+            else:
+                lengths = self._whole([value for value, _ in found], size)
         self._unread = len(data) - size
         if in_segment:
             self._segment_left = self._unread
-        lengths = [size]
-        if fds_follow:
-            lengths = self._cut(messages, size)
-        else:
-            self._pieces.append(_Piece([(value, error) for value, error, _ in messages]))
-            self._attached = len(self._pieces)
         if (in_segment or fds_follow) and not self._unread:
             self._pieces[-1].ends_segment = True
             self._pieces[-1].inside_message = not self._idle or bool(self._line)
         return lengths
 
+    def _whole(self, values: list[Any], size: int) -> list[int]:
+        """All that was read is one piece: no descriptors come with it."""
+        self._pieces.append(_Piece(values))
+        self._attached = len(self._pieces)
+        return [size]
+
+    def _cut_last(self, values: list[Any], data: bytes) -> list[int]:
+        """Cut what was read behind the last message, the only one that may take descriptors: they
+        may have come with the blank behind it.
+        """
+        self._attached = len(self._pieces)
+        self._pieces.append(_Piece(values))
+        end = len(data.rstrip(_WHITESPACE))
+        if end in (0, len(data)) or not values:
+            return [len(data)]
+        self._pieces.append(_Piece([]))
+        return [end, len(data) - end]
+
     def _cut(self, messages: list[_Found], size: int) -> list[int]:
         """Cut what was read behind each message for which it matters; the pieces' lengths."""
-        if messages and not messages[0][2]:
+        if messages and not messages[0][1]:
             # It ended before these bytes, and only they tell so: a number, or a bare word.
-            value, error, _ = messages.pop(0)
-            self._pieces.append(_Piece([(value, error)]))
+            value, _ = messages.pop(0)
+            self._pieces.append(_Piece([value]))
         self._attached = len(self._pieces)
         lengths = []
         at, gathered = 0, []
-        for value, error, end in messages:
-            gathered.append((value, error))
-            if end > at and (error is not None or self._wanted(value)):
+        for value, end in messages:
+            gathered.append(value)
+            if end > at and (type(value) is GenericError or self._wanted(value)):
                 self._pieces.append(_Piece(gathered))
                 lengths.append(end - at)
                 at, gathered = end, []
@@ -150,26 +172,24 @@ class Inbox:
 
     def _messages(self, data: bytes, fds_follow: bool) -> tuple[list[_Found], int]:
         """The messages that *data* completes, and how far was read."""
-        if self._idle:
-            quick = self._by_lines if self._lines else self._by_chunk
-            found = quick(data, fds_follow)
-            if found is not None:
-                return found, len(data)
+        if self._lines and self._idle:
+            return self._by_lines(data, fds_follow), len(data)
         data = data[:CAREFUL_BYTES]
         return list(self._feed(data)), len(data)
 
-    def _by_chunk(self, data: bytes, fds_follow: bool) -> list[_Found] | None:
-        """All of a chunk that holds nothing but whole messages; None where it does not, or where
-        it matters where each of them ends: descriptors come, and not just the last takes one.
+    def _by_chunk(self, data: bytes, fds_follow: bool) -> list[Any] | None:
+        """All messages of a chunk that holds nothing but whole ones; None where it does not, or
+        where it matters where each of them ends: descriptors come, and not just the last takes one.
         """
-        values = self._decode(data) if len(data) <= self._max_bytes else None
+        if self._lines or not self._idle or len(data) > self._max_bytes:
+            return None
+        values = self._decode(data)
         if values is None or (fds_follow and any(map(self._wanted, values[:-1]))):
             return None
-        end = len(data.rstrip(_WHITESPACE)) if fds_follow else len(data)
-        return [(value, None, end) for value in values]
+        return values
 
-    def _by_lines(self, data: bytes, fds_follow: bool) -> list[_Found] | None:
-        """As :meth:`_by_chunk`, where an incomplete line is kept until the rest of it comes."""
+    def _by_lines(self, data: bytes, fds_follow: bool) -> list[_Found]:
+        """The messages of whole lines; an incomplete one is kept until the rest of it comes."""
         kept = len(self._line)
         cut = data.rfind(b"\n") + 1
         self._line += data
@@ -178,10 +198,10 @@ class Inbox:
         values = self._decode(bytes(self._line[: kept + cut]))
         if values is not None and (len(values) <= 1 or not fds_follow):
             del self._line[: kept + cut]
-            return [(value, None, cut) for value in values]
+            return [(value, cut) for value in values]
         line = bytes(self._line)
         self._line.clear()
-        return [(v, e, max(end - kept, 0)) for v, e, end in self._feed(line)]
+        return [(value, max(end - kept, 0)) for value, end in self._feed(line)]
 
     @property
     def _idle(self) -> bool:
@@ -195,7 +215,10 @@ class Inbox:
             from .parser import Parser  # noqa: PLC0415
 
             self._parser = Parser(self._max_bytes, self._budget)
-        return self._parser.feed(data)
+        return (
+            (value if error is None else error, end)
+            for value, error, end in self._parser.feed(data)
+        )
 
     # -- out -----------------------------------------------------------------------------------
 
@@ -212,15 +235,14 @@ class Inbox:
                 fds, piece.fds = piece.fds, _NO_FDS
                 if fds or piece.dropped:
                     unclaimed.arrive(fds, piece.dropped)
-                for value, error in piece.messages:
-                    if error is not None:
+                for value in piece.messages:
+                    if type(value) is GenericError:
                         unclaimed.discard()
-                        yield None, error, _NO_FDS, False
+                        yield value, _NO_FDS, False
                     elif most := self._wanted(value):
-                        fds, dropped = unclaimed.claim(most)
-                        yield value, None, fds, dropped
+                        yield value, *unclaimed.claim(most)
                     else:
-                        yield value, None, _NO_FDS, False
+                        yield value, _NO_FDS, False
                     unclaimed.message_ended()
                 if piece.ends_segment:
                     unclaimed.segment_ended(inside_message=piece.inside_message)

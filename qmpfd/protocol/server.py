@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from msgspec import UNSET
 from outcome import Error, Outcome, Value
 
-from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, QMPError
+from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError, QMPError
 from ..fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import LOST, Connection, Event, State
@@ -68,14 +68,14 @@ class ServerConnection(Connection):
         Carry out each before asking for the next: whether that is possible may depend on it.
         """
         flooded = False
-        for value, broken, fds, dropped in self._inbox.messages():
+        for value, fds, dropped in self._inbox.messages():
             if isinstance(value, Request):
                 request_id = value.id
             else:
                 request_id = value.get("id", UNSET) if isinstance(value, dict) else UNSET
             try:
-                if broken is not None:
-                    raise broken
+                if isinstance(value, GenericError):
+                    raise value
                 request = self._checked(value)
                 if dropped:
                     raise FdNotSupplied(LOST)

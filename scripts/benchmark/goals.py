@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .load import Run
-from .plan import BATCH, Cell, Results, Scale, stock_of
+from .plan import BATCH, Cell, Results, Scale
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,18 @@ def _of_s6(results: Results, in_flight: int, wanted: float) -> Goal:
     return Goal(f"add-fd + remove-fd, {in_flight} in flight / s6-fdholderd's one", wanted, ratio)
 
 
-def _batches(results: Results, scale: Scale) -> list[Goal]:
-    batch = min(BATCH, stock_of(scale))
+def _batches(results: Results) -> list[Goal]:
     measures: tuple[tuple[str, Callable[[Run, int], float]], ...] = (
         ("stored", per_cpu_second),
         ("and removed", per_cpu_second_both),
     )
     found = []
     for text, measure in measures:
-        mine = results.each(Cell("qmpfd", 0, "stock"), lambda run, m=measure: m(run, batch))  # type: ignore[misc]
+        mine = results.each(Cell("qmpfd", 0, "stock"), lambda run, m=measure: m(run, BATCH))  # type: ignore[misc]
         its = results.each(Cell("s6", 0, "stock"), lambda run, m=measure: m(run, 1))  # type: ignore[misc]
         ratios = [a / b for a, b in zip(mine, its, strict=False)]
         ratio = statistics.median(ratios) if ratios else None
-        what = f"descriptors per CPU second {text}, {batch} a message / s6-fdholderd"
+        what = f"descriptors per CPU second {text}, {BATCH} a message / s6-fdholderd"
         found.append(Goal(what, 5, ratio, at_least=True))
     return found
 
@@ -102,7 +101,7 @@ def goals(results: Results, scale: Scale) -> list[Goal]:
         *_in_flight(results, 64, (3.5, 40)),
         _of_s6(results, 64, 1),
         Goal(f"{many} clients / bare C loop with {many}", 8, results.ratio(crowd, bare, cpu)),
-        *_batches(results, scale),
+        *_batches(results),
         Goal(
             f"round trip (p50) with {scale.most:,} stored / with none",
             1.25,

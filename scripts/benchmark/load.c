@@ -4,8 +4,8 @@
  *     load SOCKET PID qmp|s6 WORK [NAME=NUMBER]...
  *
  * WORK is pair (add-fd, then remove-fd of what was added), fill (add-fd, and leave it there),
- * stock (add all, then remove all), query, open, or idle (connect, say so, wait for the end of
- * standard input).  At the end there is one line of JSON on standard output: how many commands,
+ * stock (add all, then remove all, again and again), query, open, or idle (connect, say so, wait
+ * for a line of standard input).  At the end there is one line of JSON on standard output: how many commands,
  * the CPU time of all threads of the server PID meanwhile, and how long the replies took.  Every
  * reply is checked.
  */
@@ -291,14 +291,12 @@ int main(int argc, char **argv)
         snprintf(name, sizeof name, "/proc/%d/task/%d/schedstat", pid, pid);
         own_thread = open(name, O_RDONLY | O_CLOEXEC);
     }
-    char rest[100];
     if (together || !strcmp(work, "idle")) {
+        char line[100];
         puts("ready");
         fflush(stdout);
-        while (read(0, rest, sizeof rest) > 0 && strcmp(work, "idle"))
-            break;
-        while (!strcmp(work, "idle") && read(0, rest, sizeof rest) > 0)
-            ;
+        if (read(0, line, sizeof line) < 0 || !strcmp(work, "idle"))
+            return 0;
     }
     uint64_t cpu = 0, removal_cpu = 0, begun = now();
     int stock = !strcmp(work, "stock");

@@ -110,5 +110,5 @@ def idle(servers: Servers, server: Server, clients: int) -> Iterator[None]:
     with _started(servers, server, "idle", {"clients": clients}) as process:
         assert process.stdout is not None
         if not process.stdout.readline():
-            _outcome(server, "idle", process)
+            raise Failed(f"{server.name} does not take {clients} clients")
         yield

@@ -32,6 +32,7 @@ class Scale:
         steps: how many descriptors are stored, from none to the most.
         clients: with one command in flight each.
         starts: of a bare Python, and of ``qmpfd ls``, a round.
+        slow_most: the most descriptors for a server that gets slow with them.
     """
 
     rounds: int
@@ -40,6 +41,7 @@ class Scale:
     steps: tuple[int, ...]
     clients: tuple[int, ...]
     starts: int
+    slow_most: int
 
     @property
     def most(self) -> int:
@@ -113,6 +115,8 @@ def cells(scale: Scale, names: list[str]) -> list[Cell]:
                 continue
             if cell.in_flight > 1 and not kind.pipelines:
                 continue
+            if cell.stored > scale.slow_most and kind.slow_when_full:
+                continue
             if name == "loop" and (cell.stored or work in ("query", "open")):
                 continue  # it stores nothing
             found.append(Cell(name, cell.stored, cell.work, cell.in_flight, cell.clients))
@@ -145,22 +149,19 @@ def measure(servers: Servers, server: Server, cell: Cell, scale: Scale) -> Run:
         lasting = {"milliseconds": scale.milliseconds + 50, **expect}
         return load.run_beside(servers, server, lasting, **limits)
     if cell.work == "stock":
-        batch = BATCH if cell.server != "s6" else 1
-        return load.run(servers, server, "stock", commands=stock_of(scale) // batch, fds=batch)
+        messages, batch = (4, BATCH) if server.kind.batches else (BATCH, 1)
+        del limits["commands"]
+        return load.run(servers, server, "stock", commands=messages, fds=batch, **limits)
     if cell.work == "query":
         limits.update(expect)
     shape = {"clients": cell.clients, "in_flight": cell.in_flight}
     return load.run(servers, server, cell.work, **limits, **shape)
 
 
-def stock_of(scale: Scale) -> int:
-    """How many descriptors are stored at once to see what that costs: whole batches."""
-    return max(1, min(scale.most, scale.commands) * 4 // 5 // BATCH) * BATCH
-
-
 def measure_memory(servers: Servers, name: str, scale: Scale) -> dict[str, float]:
     """Bytes for each idle connection, and for each descriptor, of a fresh server."""
-    clients = min(scale.clients[-1], KINDS[name].most_clients - 1)
+    kind = KINDS[name]
+    clients = min(scale.clients[-1], kind.most_clients - 1)
     found: dict[str, float] = {}
     if clients > 1:
         server = _warm(servers, name)
@@ -169,12 +170,13 @@ def measure_memory(servers: Servers, name: str, scale: Scale) -> dict[str, float
             server.settle()
             found["idle connection"] = (server.resident() - before) / clients
     if name != "loop":
-        whole = scale.most // BATCH * BATCH or scale.most
+        most = min(scale.most, 2000) if kind.slow_when_full else scale.most
+        whole = -(-most // BATCH) * BATCH
         for what, batch in (("stored fd", BATCH), ("stored fd in a set of its own", 1)):
-            if (batch == 1 or "stock" in KINDS[name].works) and not (batch > 1 and name == "s6"):
+            if batch == 1 or kind.batches:
                 server = _warm(servers, name)
                 before = server.resident()
-                fill(servers, server, whole, min(batch, whole))
+                fill(servers, server, whole, batch)
                 server.settle()
                 found[what] = (server.resident() - before) / whole
     return found

@@ -12,7 +12,7 @@ import msgspec
 
 from .goals import Goal, per_cpu_second, per_cpu_second_both
 from .load import Run
-from .plan import BATCH, IN_FLIGHT, Cell, Results, Scale, stock_of
+from .plan import BATCH, IN_FLIGHT, Cell, Results, Scale
 from .servers import KINDS
 
 #: A row of a table: what it says, and the cell of each server.
@@ -98,19 +98,18 @@ def _p99(run: Run) -> float:
     return run.p99_ns / 1e3
 
 
-def _batch_rows(results: Results, scale: Scale, names: list[str]) -> str:
-    batch = min(BATCH, stock_of(scale))
+def _batch_rows(results: Results, names: list[str]) -> str:
     rows = []
     for text, measure in (("stored", per_cpu_second), ("and removed", per_cpu_second_both)):
         row = [text]
         for name in names:
             each = results.each(
                 Cell(name, 0, "stock"),
-                lambda run, m=measure, n=name: m(run, 1 if n == "s6" else batch),  # type: ignore[misc]
+                lambda run, m=measure, n=name: m(run, BATCH if KINDS[n].batches else 1),  # type: ignore[misc]
             )
             row.append(_figure(statistics.median(each) / 1e3 if each else None))
         rows.append(row)
-    title = f"Thousands of descriptors per CPU second, add-fds with {batch} (s6-fdholderd: one each)"
+    title = f"Thousands of descriptors per CPU second, add-fds with {BATCH} (s6-fdholderd: one each)"
     return table(title, ["", *(KINDS[name].label for name in names)], rows)
 
 
@@ -167,7 +166,7 @@ def tell(results: Results, scale: Scale, names: list[str]) -> str:
                 _cpu,
             ),
             tell_rows(f"CPU us per command, open-fdset, {some:,} stored", _open_rows(scale), _cpu),
-            _batch_rows(results, scale, names),
+            _batch_rows(results, names),
             tell_rows(
                 f"Worst wait of another client while {scale.most:,} are listed, ms / "
                 "of that the server's CPU",

@@ -35,6 +35,8 @@ class Kind:
         needs: the program that has to be there, or None.
         install: the command that installs it.
         works: the commands that it has, as the load client calls them.
+        batches: whether it takes many descriptors in one command.
+        slow_when_full: whether a command costs the more, the more is stored.
     """
 
     label: str
@@ -44,18 +46,25 @@ class Kind:
     needs: str | None
     install: str
     works: frozenset[str]
+    batches: bool = True
+    slow_when_full: bool = False
 
 
 _ALL = frozenset(("pair", "stock", "query", "open"))
 
 KINDS: dict[str, Kind] = {
     "loop": Kind("bare C", "qmp", 1 << 16, True, "gcc", "apt-get install gcc libc6-dev", _ALL),
-    "s6": Kind("s6-fdholderd", "s6", 256, False, "s6-fdholderd", "apt-get install s6", _ALL),
+    "s6": Kind(
+        *("s6-fdholderd", "s6", 256, False, "s6-fdholderd", "apt-get install s6", _ALL),
+        batches=False,
+        slow_when_full=True,
+    ),
     "qmpfd": Kind("qmpfd", "qmp", 1 << 16, True, None, "", _ALL),
     "asyncio": Kind("asyncio", "qmp", 1 << 16, True, None, "", _ALL),
     "qemu": Kind(
         *("QEMU", "qmp", 1, True, "qemu-system-x86_64", "apt-get install qemu-system-x86"),
         frozenset(("pair", "query")),
+        batches=False,
     ),
 }
 
