@@ -1,17 +1,10 @@
-"""A QMP client for Trio that passes descriptors.
-
-There is no background task: of the calls that wait for their replies, one reads for all of them,
-and hands that over when its own reply has come or it is cancelled.  So an exception in the
-caller's block stays what it is, and nothing is left running.
-"""
+"""A QMP client for Trio that passes descriptors."""
 
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from itertools import count
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -20,26 +13,12 @@ import trio
 from ..commands import AddfdInfo, FdInfo, FdsetInfo
 from ..commands.events import EVENTS
 from ..fd import Fd, FileDescriptorLike, close_all
-from ..limits import CLEANUP_TIMEOUT, MAX_EVENTS
-from ..protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
+from ..limits import CLEANUP_TIMEOUT
+from ..protocol import ProtocolError, QMPEvent
 from ..transport import FdStream
+from .dialogue import Dialogue
 
 ResultT = TypeVar("ResultT")
-
-
-class _Call:
-    """A request that waits for its reply."""
-
-    __slots__ = ("reply", "wake")
-
-    def __init__(self) -> None:
-        self.reply: Reply | None = None
-        self.wake: trio.Event | None = None  # while it waits for another call that reads
-
-    def nudge(self) -> None:
-        """The reply is here, or it is this call's turn to read."""
-        if self.wake is not None:
-            self.wake.set()
 
 
 class _Events(AsyncIterator[QMPEvent]):
@@ -67,21 +46,21 @@ class Client:
     """
 
     def __init__(self, stream: FdStream) -> None:
-        self._stream = stream
-        self._connection = ClientConnection()
-        self._ids = count(1)
-        self._calls: dict[int, _Call] = {}
-        self._sending = trio.Lock()
-        self._unsent = b""  # the rest of a request whose call was cancelled halfway
-        self._reading = False
-        self._events: deque[QMPEvent] = deque(maxlen=MAX_EVENTS)
-        self._watching = 0  # blocks of watch_fdsets that run
-        self._failure: Exception | None = None
+        self._dialogue = Dialogue(stream)
+        self._watching = 0  # blocks of watch_fdsets
 
     @property
     def greeting(self) -> Mapping[str, Any]:
         """What the server said of itself: its ``version`` and ``capabilities``."""
-        return self._connection.greeting or {}
+        return self._dialogue.greeting
+
+    async def negotiate(self) -> None:
+        """Wait for the greeting and enter command mode; :func:`connect` has done so already."""
+        await self._dialogue.negotiate()
+
+    def close(self) -> None:
+        """Close the connection; calls that wait raise ClosedResourceError."""
+        self._dialogue.close()
 
     # -- commands ------------------------------------------------------------------------------
 
@@ -108,7 +87,7 @@ class Client:
             trio.ClosedResourceError: this client is closed.
             OSError: *fds* cannot be passed.
         """
-        reply = await self._request(command, arguments, fds)
+        reply = await self._dialogue.request(command, arguments, fds)
         close_all(reply.fds)
         return reply.unwrap()
 
@@ -186,7 +165,7 @@ class Client:
             arguments["access"] = access
         if fd is not None:
             arguments["fd"] = fd
-        reply = await self._request("open-fdset", arguments)
+        reply = await self._dialogue.request("open-fdset", arguments)
         reply.unwrap()
         if len(reply.fds) != 1:
             close_all(reply.fds)
@@ -265,8 +244,7 @@ class Client:
             Exception: what :meth:`execute` raises.
         """
         if not self._watching:  # what nobody asked for in an earlier block
-            others = [event for event in self._events if event.name not in EVENTS]
-            self._events = deque(others, maxlen=MAX_EVENTS)
+            self._dialogue.drop_events(EVENTS)
         await self.execute("watch-fdsets", {"enable": True})
         self._watching += 1
         try:
@@ -274,7 +252,7 @@ class Client:
         finally:
             self._watching -= 1
             with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
-                if not self._watching and self._failure is None:
+                if not self._watching and not self._dialogue.failed:
                     await self.execute("watch-fdsets", {"enable": False})
 
     def events(self) -> AsyncIterator[QMPEvent]:
@@ -286,187 +264,7 @@ class Client:
             trio.BrokenResourceError: the connection is lost.
             trio.ClosedResourceError: this client is closed.
         """
-        return _Events(self._next_event)
-
-    async def _next_event(self) -> QMPEvent:
-        await trio.lowlevel.checkpoint()
-        if not self._events:
-            call = _Call()
-            # It has no request, and no reply will ever have its id: it is woken to read.
-            request_id = next(self._ids)
-            self._calls[request_id] = call
-            try:
-                await self._wait(call, lambda: bool(self._events))
-            finally:
-                self._forget(request_id)
-        return self._events.popleft()
-
-    # -- the machinery -------------------------------------------------------------------------
-
-    async def negotiate(self) -> None:
-        """Wait for the greeting and enter command mode; :func:`connect` has done so already."""
-        while self._connection.state is State.CONNECTED:
-            if self._failure is not None:
-                raise self._failure
-            await self._read()
-        await self.execute("qmp_capabilities")
-        self._connection.negotiated()
-
-    async def _request(
-        self,
-        command: str,
-        arguments: Mapping[str, Any] | None,
-        fds: Sequence[FileDescriptorLike] = (),
-    ) -> Reply:
-        await trio.lowlevel.checkpoint()
-        if self._connection.state is State.CLOSED:
-            raise trio.ClosedResourceError("this client is closed")
-        request_id = next(self._ids)
-        call = self._calls[request_id] = _Call()
-        try:
-            await self._send(self._connection.execute(command, arguments, request_id), fds)
-            await self._wait(call, lambda: call.reply is not None)
-            assert call.reply is not None
-            return call.reply
-        except BaseException:
-            if call.reply is not None:
-                close_all(call.reply.fds)
-            raise
-        finally:
-            self._forget(request_id)
-
-    async def _send(self, request: bytes, fds: Sequence[FileDescriptorLike]) -> None:
-        async with self._sending:
-            if self._failure is not None:
-                raise self._failure
-            if self._unsent:
-                await self._send_rest()
-            sent = self._stream.send_nowait(request, fds)
-            while not sent:
-                await self._wait_writable()
-                sent = self._stream.send_nowait(request, fds)
-            self._unsent = request[sent:]
-            if self._unsent:
-                await self._send_rest()
-
-    async def _send_rest(self) -> None:
-        """Send what is left of a request that the server has seen the beginning of.  Cancelled
-        here, the next call goes on where this one stopped.
-        """
-        while self._unsent:
-            await self._wait_writable()
-            self._unsent = self._unsent[self._stream.send_nowait(self._unsent) :]
-
-    async def _wait_writable(self) -> None:
-        """Wait until the server takes more.  It may have to be rid of its answers first, those
-        to calls that were cancelled too: they are read meanwhile.
-        """
-        closed: trio.ClosedResourceError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read_meanwhile)
-            try:
-                await self._stream.wait_writable()
-            except trio.ClosedResourceError as exc:  # raised outside, where it is in no group
-                closed = exc
-            nursery.cancel_scope.cancel()
-        if closed is not None:
-            raise closed
-
-    async def _read_meanwhile(self) -> None:
-        call = _Call()
-        request_id = next(self._ids)
-        self._calls[request_id] = call
-        try:
-            await self._wait(call, lambda: self._failure is not None)
-        except trio.ClosedResourceError:
-            pass  # whoever sends finds out as well
-        finally:
-            self._forget(request_id)
-
-    async def _wait(self, call: _Call, done: Callable[[], bool]) -> None:
-        """Wait until *done*, reading for everybody while nobody else does."""
-        while not done():
-            if self._failure is not None:
-                raise self._failure
-            if self._reading:
-                call.wake = trio.Event()
-                try:
-                    await call.wake.wait()
-                finally:
-                    call.wake = None
-            else:
-                await self._read()
-
-    def _forget(self, request_id: int) -> None:
-        """The call is over; if it was reading, another one that waits takes over."""
-        self._calls.pop(request_id, None)
-        if not self._reading:
-            for call in self._calls.values():
-                if call.wake is not None and call.reply is None:
-                    call.nudge()
-                    return
-
-    async def _read(self) -> None:
-        """Read what the server sent, for whoever waits for it; wait if there is nothing."""
-        self._reading = True
-        try:
-            while not self._receive_nowait():
-                await self._stream.wait_readable()
-        finally:
-            self._reading = False
-
-    def _receive_nowait(self) -> bool:
-        try:
-            more = self._stream.receive_nowait(self._connection)
-            for message in self._connection.messages():
-                self._deliver(message)
-        except trio.WouldBlock:
-            return False
-        except ProtocolError as exc:
-            self._fail(exc)
-        else:
-            if not more:
-                self._fail(trio.BrokenResourceError("the server has closed the connection"))
-        self._close_garbage()
-        return True
-
-    def _deliver(self, message: Reply | QMPEvent) -> None:
-        if isinstance(message, QMPEvent):
-            self._events.append(message)
-            for waiting in self._calls.values():
-                waiting.nudge()
-            return
-        call = self._calls.get(message.id) if isinstance(message.id, int) else None
-        if call is not None:
-            call.reply = message
-            call.nudge()
-            return
-        close_all(message.fds)
-        if message.id is None and message.error is not None:
-            # Not the answer to a request: the server turns us away.
-            self._fail(message.error)
-
-    def _fail(self, failure: Exception) -> None:
-        if self._failure is None:
-            self._failure = failure
-        for call in self._calls.values():
-            call.nudge()
-
-    def _close_garbage(self) -> None:
-        close_all(self._connection.garbage)
-        self._connection.garbage.clear()
-
-    def close(self) -> None:
-        """Close the connection; calls that wait raise ClosedResourceError."""
-        if self._connection.state is State.CLOSED:
-            return
-        self._connection.close()
-        self._close_garbage()
-        self._fail(trio.ClosedResourceError("this client is closed"))
-        for call in self._calls.values():
-            if call.reply is not None:
-                close_all(call.reply.fds)
-        self._stream.close()
+        return _Events(self._dialogue.next_event)
 
 
 def _typed(value: Any, kind: type[ResultT]) -> ResultT:
