@@ -2,8 +2,10 @@
 
 ``close`` can block: on a TCP socket with SO_LINGER and unsent data for all of the linger time, on
 a file of a FUSE or network file system for as long as its server does not answer, on a serial
-line until it has drained.  Descriptors for which that cannot happen are closed at once; all
-others by threads, which nobody waits for.
+line until it has drained; and on a Unix socket in whose queue such a descriptor was left behind.
+Descriptors for which that cannot happen are closed at once; all others by threads.  Those that
+most likely cannot are waited for, for a moment: sockets are quick unless somebody who shares them
+makes them slow between our look and our close.
 """
 
 from __future__ import annotations
@@ -17,12 +19,19 @@ import stat
 import threading
 from collections import deque
 from collections.abc import Iterable
+from enum import Enum, auto
+from time import monotonic
 
-from .fd import Fd
-from .fdinfo import status
+from .fd import Fd, unread_bytes
+from .fdinfo import is_in_memory, status
 
 #: Threads that may hang in a close at a time.  More wait in line, with their descriptors open.
 _MAX_THREADS = 32
+
+#: Seconds that is waited for a close that should be quick, and how long not again if it was not:
+#: who makes them slow on purpose holds up the others for a hundredth of the time.
+_GRACE = 0.005
+_NO_GRACE = 0.5
 
 #: Open files of the 64-bit kernel have it; sockets, pipes and anonymous inodes do not.
 _O_LARGEFILE = 0o100000
@@ -42,24 +51,46 @@ _LOCAL = frozenset(
 # Character devices: memory (null, zero, random), and pseudo-terminals.
 _QUICK_MAJORS = frozenset([1, *range(136, 144)])
 _PTMX = os.makedev(5, 2)
-_QUICK_ANONYMOUS = re.compile(
-    r"anon_inode:\[?(eventfd|eventpoll|timerfd|signalfd|inotify|pidfd|fanotify)\]?"
-    r"|pipe:\[\d+\]"
-)
-_QUICK_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+# Not inotify: it waits until all CPUs have let go of its marks, 3 ms each time.
+_QUICK_ANONYMOUS = re.compile(r"anon_inode:\[?(eventfd|timerfd|signalfd|pidfd)\]?|pipe:\[\d+\]")
+_LARGE_ANONYMOUS = re.compile(r"anon_inode:\[?eventpoll\]?")  # as slow as it holds much
 
 
-def _socket_may_block(number: int) -> bool:
+class Risk(Enum):
+    """Whether a close may block."""
+
+    NONE = auto()
+    SLIGHT = auto()  #: only if somebody makes it so on purpose, right now
+    HIGH = auto()
+
+
+def _risk_of_socket(number: int) -> Risk:
     sock = socket.socket(fileno=number)
     try:
-        if sock.family not in _QUICK_FAMILIES:
-            return True  # a packet socket waits for all other CPUs, and so on
+        if sock.family == socket.AF_UNIX:
+            return _risk_of_unix_socket(sock)
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return Risk.HIGH  # a packet socket waits for all other CPUs, and so on
+        if sock.proto in (socket.IPPROTO_UDP, socket.IPPROTO_ICMP):
+            return Risk.NONE  # never lingers
         onoff = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)[:4]
-        return any(onoff)
+        return Risk.HIGH if any(onoff) else Risk.SLIGHT
     except OSError:
-        return True
+        return Risk.HIGH
     finally:
         sock.detach()
+
+
+def _risk_of_unix_socket(sock: socket.socket) -> Risk:
+    """What is queued in it is closed with it, descriptors of any kind included."""
+    if sock.type == socket.SOCK_STREAM:
+        poll = select.poll()
+        poll.register(sock, select.POLLRDHUP)
+        # The other end is shut: nothing can come any more, so that it stays empty.
+        over = any(events & select.POLLRDHUP for _, events in poll.poll(0))
+        if over and not unread_bytes(sock):
+            return Risk.NONE
+    return Risk.SLIGHT
 
 
 class _FileSystems:
@@ -100,14 +131,21 @@ class Closer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: deque[Fd] = deque()
+        self._progress = threading.Condition(self._lock)
+        self._waiting: deque[tuple[Fd, _Batch | None]] = deque()
         self._threads = 0
-        # Open from the start: later there may be no descriptor left for it.
-        self._file_systems = _FileSystems()
+        self._grace_from = 0.0
+        # From the start: later there may be no descriptor left for it.
+        try:
+            self._file_systems: _FileSystems | None = _FileSystems()
+        except OSError:  # no /proc
+            self._file_systems = None
 
     def shut_down(self) -> None:
         """The daemon is ending: what is being closed goes on, nothing else will come."""
-        self._file_systems.close()
+        if self._file_systems is not None:
+            self._file_systems.close()
+            self._file_systems = None
 
     @property
     def pending(self) -> int:
@@ -115,28 +153,37 @@ class Closer:
         return self._threads + len(self._waiting)
 
     def close(self, fds: Iterable[Fd]) -> None:
-        """Close each of *fds*; returns at once."""
+        """Close each of *fds*; returns at once, or nearly so."""
+        careful: list[Fd] = []
         for fd in fds:
             if fd.closed:
                 continue
-            if self.may_block(fd.fileno()):
-                self._hand_over(fd)
-            else:
+            try:
+                risk = self.risk(fd.fileno())
+            except OSError:  # out of descriptors, or a name that is too long
+                risk = Risk.HIGH
+            if risk is Risk.NONE:
                 fd.close()
+            elif risk is Risk.SLIGHT:
+                careful.append(fd)
+            else:
+                self.close_slowly(fd)
+        if careful:
+            self._close_carefully(careful)
 
-    def may_block(self, number: int) -> bool:
+    def risk(self, number: int) -> Risk:
         """Whether closing the descriptor may wait for somebody.  Finding out does not."""
         flags = fcntl.fcntl(number, fcntl.F_GETFL)
         if flags & os.O_PATH:  # refers to a place, not to an open file: nothing to flush or release
-            return False
+            return Risk.NONE
         if flags & _O_LARGEFILE:
-            return self._file_may_block(number)
-        if flags & os.O_ACCMODE != os.O_RDWR:  # an end of a pipe
-            return False
+            return Risk.HIGH if self._file_may_block(number) else Risk.NONE
         link = os.readlink(f"/proc/self/fd/{number}")
         if link.startswith("socket:"):
-            return _socket_may_block(number)
-        return _QUICK_ANONYMOUS.fullmatch(link) is None
+            return _risk_of_socket(number)
+        if _QUICK_ANONYMOUS.fullmatch(link):
+            return Risk.NONE
+        return Risk.SLIGHT if _LARGE_ANONYMOUS.fullmatch(link) else Risk.HIGH
 
     def _file_may_block(self, number: int) -> bool:
         """Tell by the file system, found without asking it."""
@@ -148,17 +195,40 @@ class Closer:
             return os.major(found.rdev) not in _QUICK_MAJORS and found.rdev != _PTMX
         if kind not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFIFO):
             return True  # a block device writes back what it holds
-        if found.nlink == 0 and found.size > _SLOW_BYTES:
+        # Memory can be reserved beyond the end of a file, and a file can be longer than it is big.
+        if found.nlink == 0 and max(found.size, found.allocated) > _SLOW_BYTES:
             return True
-        name = self._file_systems.type(found.dev)
-        if name is None:  # not mounted: the kernel's own tmpfs, if it is a memfd's
-            return not os.readlink(f"/proc/self/fd/{number}").startswith("/memfd:")
+        name = None if self._file_systems is None else self._file_systems.type(found.dev)
+        if name is None:  # not mounted, or not here: the kernel's own tmpfs, if it is a memfd's
+            return not is_in_memory(number)
         return name not in _LOCAL
 
-    def _hand_over(self, fd: Fd) -> None:
+    def close_slowly(self, fd: Fd) -> None:
+        """Close what is known to take its time; returns at once."""
         with self._lock:
-            self._waiting.append(fd)
-            if self._threads == _MAX_THREADS:
+            self._waiting.append((fd, None))
+        self._start_thread()
+
+    def _close_carefully(self, fds: list[Fd]) -> None:
+        """Close what should be quick.  It is waited for: who removes a descriptor may count on it
+        that it is closed when the answer is there.
+        """
+        batch = _Batch(len(fds))
+        with self._lock:
+            self._waiting += [(fd, batch) for fd in fds]
+        self._start_thread()
+        now = monotonic()
+        if now >= self._grace_from:
+            with self._progress:
+                if self._progress.wait_for(lambda: not batch.left, _GRACE):
+                    return
+            self._grace_from = monotonic() + _NO_GRACE
+        for _ in range(min(batch.left, _MAX_THREADS)):  # one may hang: not the rest behind it
+            self._start_thread()
+
+    def _start_thread(self) -> None:
+        with self._lock:
+            if self._threads == _MAX_THREADS or not self._waiting:
                 return
             self._threads += 1
         # A daemon thread: the process may end while a close hangs.
@@ -175,5 +245,23 @@ class Closer:
                 if not self._waiting:
                     self._threads -= 1
                     return
-                fd = self._waiting.popleft()
+                fd, batch = self._waiting.popleft()
             fd.close()
+            if batch is not None:
+                with self._progress:
+                    batch.left -= 1
+                    if not batch.left:
+                        self._progress.notify_all()
+
+
+class _Batch:
+    """Descriptors that are closed together.
+
+    Args:
+        left: how many of them are open still.
+    """
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int) -> None:
+        self.left = left

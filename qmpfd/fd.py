@@ -8,9 +8,11 @@ waits for them (Trio, or a poll in the command line) is the business of the floo
 from __future__ import annotations
 
 import array
+import fcntl
 import os
 import socket
 import struct
+import termios
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeAlias
@@ -106,6 +108,13 @@ def fileno(fd: FileDescriptorLike) -> int:
     if number < 0:
         raise ValueError(f"{number} is no file descriptor")
     return number
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """How many bytes wait to be read from a Unix stream socket (SIOCINQ, unix(7))."""
+    count = array.array("i", [0])
+    fcntl.ioctl(sock, termios.FIONREAD, count)
+    return count[0]
 
 
 # Room for one control message with as many descriptors as the kernel passes at a time.

@@ -40,6 +40,17 @@ def target(fd: int) -> str:
     return link.decode("utf-8", "backslashreplace")
 
 
+def is_in_memory(fd: int) -> bool:
+    """Whether *fd* is of a file that is kept in memory, a memfd for one.  A name tells nothing:
+    a file of another mount namespace can be called ``/memfd:x`` as well.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # EINVAL on everything else (fcntl(2))
+    except OSError:
+        return False
+    return True
+
+
 _ANONYMOUS = re.compile(r"anon_inode:\[?([^\]]*)\]?")
 _NAMES = {"eventpoll": "epoll"}
 _MODES = {
@@ -69,7 +80,7 @@ def kind(fd: int, link: str) -> str:
         return "socket"
     if link.startswith("pipe:["):
         return "pipe"
-    if link.startswith("/memfd:"):
+    if link.startswith("/memfd:") and is_in_memory(fd):
         return "memfd"
     anonymous = _ANONYMOUS.fullmatch(link)
     if anonymous is not None:
@@ -85,6 +96,7 @@ class Status(NamedTuple):
         mode: its type and permissions.
         nlink: how many names it has.
         size: its length in bytes.
+        allocated: the bytes that it takes on disk or in memory.
         rdev: the device that it is, if it is one.
         dev: the device of its file system.
     """
@@ -92,6 +104,7 @@ class Status(NamedTuple):
     mode: int
     nlink: int
     size: int
+    allocated: int
     rdev: int
     dev: int
 
@@ -121,8 +134,8 @@ class _Statx(ctypes.Structure):
 
 
 _AT_EMPTY_PATH, _AT_STATX_DONT_SYNC = 0x1000, 0x4000
-_STATX_TYPE, _STATX_MODE, _STATX_NLINK, _STATX_SIZE = 0x1, 0x2, 0x4, 0x200
-_WANTED = _STATX_TYPE | _STATX_MODE | _STATX_NLINK | _STATX_SIZE
+_STATX_TYPE, _STATX_MODE, _STATX_NLINK, _STATX_SIZE, _STATX_BLOCKS = 0x1, 0x2, 0x4, 0x200, 0x400
+_WANTED = _STATX_TYPE | _STATX_MODE | _STATX_NLINK | _STATX_SIZE | _STATX_BLOCKS
 
 
 @cache
@@ -142,6 +155,7 @@ def status(fd: int) -> Status | None:
         found.mode,
         found.nlink,
         found.size,
+        found.blocks * 512,
         os.makedev(found.rdev_major, found.rdev_minor),
         os.makedev(found.dev_major, found.dev_minor),
     )

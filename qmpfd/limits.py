@@ -37,8 +37,21 @@ NEGOTIATION_TIMEOUT = 60.0
 METRICS_INTERVAL = 10.0
 EVICTION_INTERVAL = 1.0
 
+#: Seconds between two lines of the log about clients that are turned away.
+REFUSAL_LOG_INTERVAL = 0.2
+
 #: Seconds that a client's requests are carried out in a row before the others get their turn.
 TURN_SECONDS = 0.002
+
+#: The part of the loop's time that a client is served in without queueing for a turn, and how much
+#: of it at once: one that asks once a millisecond takes 0.03.
+SHARE, SHARE_SECONDS = 0.1, 0.001
+
+#: Bytes of replies that wait for their clients, of all connections together.
+MAX_UNSENT_BYTES = 16 << 20
+
+#: Seconds between two status lines for the service manager.
+STATUS_INTERVAL = 5.0
 
 #: Errors in a row, without one valid request between them, that are each answered.  The deepest
 #: honest case is a value nested one level too deep: QEMU answers one error for it and one for

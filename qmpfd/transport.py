@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 
 import trio
 
 from . import fd
-from .fd import FileDescriptorLike
+from .fd import Fd, FileDescriptorLike
 from .protocol import Connection
 
 #: Seconds until the next try where too many descriptors are in flight.
@@ -77,7 +78,7 @@ class FdStream:
         """Wait until the peer takes more, or is gone."""
         await trio.lowlevel.wait_writable(self._sock)
 
-    def send_nowait(self, data: bytes, fds: Sequence[FileDescriptorLike] = ()) -> int:
+    def send_nowait(self, data: bytes | memoryview, fds: Sequence[FileDescriptorLike] = ()) -> int:
         """Send what the peer has room for; how many bytes that was.
 
         Args:
@@ -99,7 +100,9 @@ class FdStream:
                 raise
             raise trio.BrokenResourceError("the peer is gone") from exc
 
-    async def send_all(self, data: bytes, fds: Sequence[FileDescriptorLike] = ()) -> None:
+    async def send_all(
+        self, data: bytes | memoryview, fds: Sequence[FileDescriptorLike] = ()
+    ) -> None:
         """Send all of *data*; returns without a checkpoint when that needs no waiting.
 
         Raises:
@@ -124,6 +127,20 @@ class FdStream:
         if self._sock.fileno() >= 0:
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
+
+    def retire(self) -> Fd | None:
+        """As :meth:`close`, but where the peer has sent what was not read, the socket is returned:
+        descriptors that were sent with it are closed with the socket, and that can take its time.
+        """
+        if self._sock.fileno() < 0:
+            return None
+        trio.lowlevel.notify_closing(self._sock)
+        with suppress(OSError):  # nothing else can come from here on
+            self._sock.shutdown(socket.SHUT_RDWR)
+        if fd.unread_bytes(self._sock):
+            return Fd(self._sock.detach())
+        self._sock.close()
+        return None
 
     def __enter__(self) -> FdStream:
         return self

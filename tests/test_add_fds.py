@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import trio
 from helpers import (
-    PATIENCE,
     Pipe,
     Wire,
     daemon,
@@ -169,7 +168,7 @@ async def test_the_other_dialect_creates_the_set(path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["close", "half close", "broken"])
 async def test_until_the_connection_ends(path: Path, how: str) -> None:
-    """Its own, that is; others see and open it until then."""
+    """That of the one who added them; others see and open them until then."""
     async with daemon(path), qmpfd.connect(path) as other:
         with pipes(3) as made:
             wire = await Wire.session(path)
@@ -259,7 +258,7 @@ async def test_expires(path: Path, autojump_clock: MockClock) -> None:
             assert [pipe.held() for pipe in made] == [True, False, False, True]
             await trio.sleep(10)
             assert [pipe.held() for pipe in made] == [False, False, False, True]
-            await trio.sleep(1e5)
+            await trio.sleep(1000)
             assert await opaques(client) == ["None"]
 
 
@@ -407,10 +406,10 @@ async def test_unread_data_is_not_lost(path: Path, made_by: str, autojump_clock:
         async with daemon(path), qmpfd.connect(path) as client:
             await client.add_fds([reader], watch_hangup=True)
             os.close(writer)
-            await trio.sleep(3600)
+            await trio.sleep(60)
             with await client.open_fdset(0) as fd:
                 assert os.read(fd.fileno(), 8) == b"the last"
-                await trio.sleep(3600)
+                await trio.sleep(60)
                 assert len(await client.query_fds()) == 1
                 assert os.read(fd.fileno(), 100) == b" words"
             await trio.sleep(2)
@@ -513,7 +512,7 @@ async def test_removed_with_unread_data(path: Path, autojump_clock: MockClock) -
         with pipe_ends() as ends, pipe_ends() as others:
             os.write(ends["write"], b"x")
             first = await client.add_fds([ends["read"]], watch_hangup=True)
-            os.close(ends.pop("write"))
+            os.dup2(others["write"], ends["write"])  # closed, but its number stays in use
             await trio.sleep(5)
             await client.remove_fd(0)
             again = await client.add_fds([others["read"]], watch_hangup=True)
@@ -521,6 +520,7 @@ async def test_removed_with_unread_data(path: Path, autojump_clock: MockClock) -
             await trio.sleep(5)
             assert len(await client.query_fds()) == 1
             os.close(others.pop("write"))
+            os.close(ends.pop("write"))
             await trio.sleep(5)
             assert await client.query_fds() == []
 
@@ -541,12 +541,15 @@ async def test_only_the_watched_ones(path: Path) -> None:
 async def test_many_hang_up_at_once(path: Path) -> None:
     async with daemon(path), qmpfd.connect(path) as client:
         before = open_fds()
-        with pipe_ends() as ends:
-            for _ in range(5):
-                await client.add_fds([ends["read"]] * 250, watch_hangup=True)
+        # The kernel lets one open file description be watched 500 times, through our epoll in
+        # Trio's (eventpoll.c, path_limits).
+        with pipe_ends() as ends, pipe_ends() as others:
+            for end in [ends["read"], others["read"]] * 2:
+                await client.add_fds([end] * 240, watch_hangup=True)
             await client.execute("watch-fdsets", {"enable": True})
             os.close(ends.pop("write"))
-            for _ in range(1250):
+            os.close(others.pop("write"))
+            for _ in range(4 * 240):
                 await hung_up(client)
         await settle()
         assert open_fds() == before
@@ -572,8 +575,14 @@ async def test_whatever_comes_first(path: Path, autojump_clock: MockClock) -> No
         assert await other.query_fds() == []
 
 
+def _cpu_ticks(pid: int) -> int:
+    """What a process has taken of the processors, in hundredths of a second (proc(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
 async def test_an_idle_daemon_does_not_spin(path: Path) -> None:
-    """Nor does one with unread data behind a hang-up, or with a pending error."""
+    """Nor does one with a hang-up that is told again and again, because of unread data."""
     with daemon_process(path) as process:
         async with qmpfd.connect(path) as client:
             with pipe_ends() as ends:
@@ -581,20 +590,12 @@ async def test_an_idle_daemon_does_not_spin(path: Path) -> None:
                 await client.add_fds([ends["read"]], watch_hangup=True)
                 os.close(ends.pop("write"))
 
-                def switches() -> int:
-                    text = Path(f"/proc/{process.pid}/status").read_text()
-                    return sum(
-                        int(line.split()[1])
-                        for line in text.splitlines()
-                        if "ctxt_switches" in line
-                    )
-
                 await client.query_fds()
-                before = switches()
-                with trio.move_on_after(0.3):
+                before = _cpu_ticks(process.pid)
+                with trio.move_on_after(0.5):  # in which a loop that spins takes 50 of them
                     await anext(client.events())
-                assert switches() - before < 20
-    assert PATIENCE
+                assert _cpu_ticks(process.pid) - before < 10
+                assert len(await client.query_fds()) == 1
 
 
 async def test_status_flags_are_left_alone(path: Path) -> None:

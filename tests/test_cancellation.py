@@ -108,7 +108,7 @@ async def test_a_session_is_cancelled(path: Path, before: bool) -> None:
         steps += 1
         open_before = open_fds()
         server = _FirstCancelled()
-        with closing(UnixListener(path)) as listener, pipes(7) as made:
+        with closing(UnixListener.bind(path)) as listener, pipes(7) as made:
             async with trio.open_nursery() as nursery:
                 await nursery.start(server.run, [listener])
                 with CancelAt(

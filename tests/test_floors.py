@@ -22,12 +22,12 @@ FLOORS = [
     {"commands"},
     {"transport", "syncclient"},
     {"client", "server", "opener"},
-    {"cli", "__main__"},
+    {"cli", "__main__", "testing"},
 ]
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 #: Where Trio is known.
-TRIO = {"transport", "client", "server", "cli.daemon"}
+TRIO = {"transport", "client", "server", "cli.daemon", "testing"}
 
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")

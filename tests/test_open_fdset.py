@@ -157,7 +157,7 @@ async def test_errors(path: Path, tmp_path: Path) -> None:
                 number = info.fds[0].fd
                 here = "File descriptor named 'fdset-id:"
                 none = "No file descriptor with access mode"
-                cases = [
+                cases: list[tuple[dict[str, Any], str]] = [
                     ({"fdset-id": 7}, f"{here}7' not found"),
                     ({"fdset-id": -1}, f"{here}-1' not found"),
                     ({"fdset-id": 7, "access": "rdwr"}, f"{here}7' not found"),

@@ -14,9 +14,10 @@ import trio
 
 from ..commands import Dialect
 from ..fd import Fd
-from ..limits import Limits
+from ..limits import STATUS_INTERVAL, Limits
 from ..policy import BadPolicy, Policy, load_policy
 from ..server import Server, serve
+from ..systemd import InheritedFd, notify, notify_reloading, watchdog_interval
 
 _log = logging.getLogger("qmpfd")
 
@@ -32,6 +33,7 @@ def run(
     socket_mode: int,
     socket_group: int | None,
     initial_fds: Sequence[tuple[Fd, int, str | None]],
+    listen_fds: Sequence[InheritedFd],
 ) -> None:
     """Serve until told to end.
 
@@ -49,8 +51,11 @@ def run(
         socket_mode=socket_mode,
         socket_group=socket_group,
         initial_fds=initial_fds,
+        listen_fds=[inherited.fd for inherited in listen_fds],
     )
-    trio.run(_main, start, paths, policy_path)
+    names = [str(path) for path in paths]
+    names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
+    trio.run(_main, start, names, policy_path)
 
 
 def _raise_open_files_limit() -> None:
@@ -60,14 +65,18 @@ def _raise_open_files_limit() -> None:
 
 
 async def _main(
-    start: partial[Coroutine[Any, Any, None]], paths: Sequence[Path], policy_path: Path | None
+    start: partial[Coroutine[Any, Any, None]], names: Sequence[str], policy_path: Path | None
 ) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             server: Server = await nursery.start(start)
-            for path in paths:
-                _log.info("listening on %s", path)
+            for name in names:
+                _log.info("listening on %s", name)
             nursery.start_soon(_obey, server, policy_path, signals, nursery)
+            nursery.start_soon(_report, server)
+            limit = watchdog_interval()
+            if limit is not None:
+                nursery.start_soon(_feed_watchdog, limit)
             await server.ended.wait()
             nursery.cancel_scope.cancel()
 
@@ -79,23 +88,51 @@ async def _obey(
     async for number in signals:
         name = signal.Signals(number).name
         if number == signal.SIGHUP:
-            _reload(server, policy_path)
+            await _reload(server, policy_path)
         elif told:
             _log.warning("%s again: ending at once", name)
             nursery.cancel_scope.cancel()
         else:
             _log.info("%s: ending once all is answered", name)
             told = True
+            notify("STOPPING=1")
             server.stop()
 
 
-def _reload(server: Server, policy_path: Path | None) -> None:
+async def _report(server: Server) -> None:
+    """Tell the service manager that we serve, and now and then how full we are."""
+    if not notify("READY=1"):
+        return
+    told = ""
+    while True:
+        stats = server.daemon.stats
+        status = (
+            f"STATUS={server.store.fd_count} descriptors in {len(server.store)} fd sets, "
+            f"{stats.connections} connections"
+        )
+        if status != told:
+            notify(status)
+        told = status
+        await trio.sleep(STATUS_INTERVAL)
+
+
+async def _feed_watchdog(limit: float) -> None:
+    """Tell the service manager that the loop still turns."""
+    while True:
+        notify("WATCHDOG=1")
+        await trio.sleep(limit / 2)
+
+
+async def _reload(server: Server, policy_path: Path | None) -> None:
     if policy_path is None:
         _log.warning("SIGHUP: there is no policy file to read again")
         return
+    notify_reloading()
     try:
-        server.change_policy(load_policy(policy_path))
+        # In a thread: the names in it may be looked up over the network.
+        server.change_policy(await trio.to_thread.run_sync(load_policy, policy_path))
     except BadPolicy as exc:
         _log.error("SIGHUP: the policy stays as it was: %s", exc)
     else:
         _log.info("SIGHUP: the policy is read again from %s", policy_path)
+    notify("READY=1")

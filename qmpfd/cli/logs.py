@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from ..protocol.encode import encode
 
@@ -54,6 +55,42 @@ class _JsonFormatter(logging.Formatter):
         return encode(told).decode("ascii")
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes where nobody may be reading: rather than wait, it leaves lines out, and says so."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._poll = select.poll()
+        self._left_out = 0
+        try:
+            self._poll.register(stream, select.POLLOUT)
+        except (OSError, ValueError):  # no descriptor behind it
+            pass
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # What takes nothing now is a full pipe or a terminal that was stopped.  A pipe has room for
+        # PIPE_BUF bytes when it is ready (pipe(7)); a line is shorter, or it has to wait.
+        ready = self._poll.poll(0)
+        if ready and not ready[0][1] & select.POLLOUT and not ready[0][1] & select.POLLERR:
+            ready = []
+        if not ready:
+            self._left_out += 1
+            return
+        if self._left_out:
+            lost = logging.LogRecord(
+                record.name,
+                logging.WARNING,
+                "",
+                0,
+                "%d lines were left out: nobody took them",
+                (self._left_out,),
+                None,
+            )
+            self._left_out = 0
+            super().emit(lost)
+        super().emit(record)
+
+
 def set_up(form: str, level: str) -> None:
     """Log to standard error.
 
@@ -61,7 +98,7 @@ def set_up(form: str, level: str) -> None:
         form: ``text`` or ``json``.
         level: ``debug``, ``info``, ``warning`` or ``error``.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     if form == "json":
         handler.setFormatter(_JsonFormatter())
     else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..fd import Fd
 from ..limits import MAX_REQUEST_BYTES, Limits
+from ..systemd import take_listen_fds
 from .options import default_socket, number, seconds
 from .policy import group_id, read_policy
 from .status import DONE, UsageError
@@ -212,6 +213,7 @@ def leaf_exceptions(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseEx
 
 def _serve(arguments: argparse.Namespace) -> int:
     # Before Trio opens descriptors of its own, which nobody may mistake for inherited ones.
+    listen_fds = take_listen_fds()
     initial = _take_inherited(arguments.add_fd)
     from . import daemon, logs
 
@@ -229,7 +231,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     failures: list[BaseException] = []
     try:
         daemon.run(
-            arguments.socket or [Path(default_socket())],
+            arguments.socket or ([] if listen_fds else [Path(default_socket())]),
             dialect=arguments.dialect,
             limits=limits,
             policy_path=arguments.policy,
@@ -238,6 +240,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             socket_group=arguments.socket_group,
             socket_mode=arguments.socket_mode,
             initial_fds=initial,
+            listen_fds=listen_fds,
         )
     except* OSError as group:  # a nursery's: there is one cause, the first listener that failed
         failures = list(leaf_exceptions(group))

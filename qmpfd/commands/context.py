@@ -175,6 +175,7 @@ class Context:
         self.drop(name)
         self.names[name] = self.fds.pop(0)
         self.daemon.hold(self.peer.uid)
+        self.daemon.opaque_total += len(name)
 
     def drop(self, name: str) -> bool:
         """Close the descriptor that is kept under *name*; whether there is one."""
@@ -182,6 +183,7 @@ class Context:
         if fd is None:
             return False
         self.daemon.release(self.peer.uid)
+        self.daemon.opaque_total -= len(name)
         self.connection.garbage.append(fd)
         return True
 

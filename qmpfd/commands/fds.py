@@ -85,7 +85,7 @@ def getfd(context: Context, arguments: FdName) -> Nothing:
     if "0" <= arguments.fdname[:1] <= "9":
         raise InvalidParameterValue("Parameter 'fdname' expects a name not starting with a digit")
     if arguments.fdname not in context.names:
-        context.daemon.check_room(context.peer.uid, 1)
+        context.daemon.check_room(context.peer.uid, 1, arguments.fdname)
     context.keep(arguments.fdname)
     return NOTHING
 

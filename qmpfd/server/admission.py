@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import array
+import ctypes
+import errno
 import os
 import socket
 import struct
@@ -16,8 +18,10 @@ from ..policy import Access, Policy
 #: SO_PEERGROUPS (socket(7)): all groups of whoever connected; not in Python's socket module.
 _SO_PEERGROUPS = 59
 
-#: Room for as many groups as a process can have (NGROUPS_MAX, getgroups(2)).
-_GROUPS_BYTES = 65536 * 4
+#: Bytes that Python lets an option have; what has more groups than fit is asked by the C library.
+_OPTION_BYTES = 1024
+#: As many groups as a process can have (NGROUPS_MAX, getgroups(2)).
+_MAX_GROUPS = 65536
 
 
 def peer_of(sock: socket.socket) -> Peer:
@@ -30,10 +34,28 @@ def groups_of(sock: socket.socket, peer: Peer) -> frozenset[int]:
     """All groups of whoever connected, supplementary ones included."""
     groups = array.array("I")
     try:
-        groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES))
-    except OSError:  # a kernel before 4.13
-        pass
+        groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _OPTION_BYTES))
+    except OSError as exc:
+        if exc.errno == errno.ERANGE:
+            groups = _many_groups(sock)
+        # else a kernel before 4.13
     return frozenset([peer.gid, *groups])
+
+
+def _many_groups(sock: socket.socket) -> array.array[int]:
+    groups = array.array("I", bytes(4 * _MAX_GROUPS))
+    size = ctypes.c_uint32(4 * _MAX_GROUPS)
+    address, _ = groups.buffer_info()
+    getsockopt = ctypes.CDLL(None).getsockopt
+    if getsockopt(
+        sock.fileno(),
+        socket.SOL_SOCKET,
+        _SO_PEERGROUPS,
+        ctypes.c_void_p(address),
+        ctypes.byref(size),
+    ):
+        return array.array("I")
+    return groups[: size.value // groups.itemsize]
 
 
 class Admission:

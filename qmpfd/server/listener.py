@@ -11,6 +11,8 @@ from pathlib import Path
 
 import trio
 
+from ..fd import Fd
+
 #: Connections that the kernel holds until they are accepted (listen(2)); it caps this itself.
 _BACKLOG = 4096
 
@@ -23,41 +25,74 @@ class UnixListener:
     """A listening Unix socket and the file that it is reached by.
 
     Args:
-        path: where; a stale socket file there is replaced.
-        mode: the file's permission bits.
-        group: the gid of its group; the process's own by default.
-
-    Raises:
-        SocketInUse: a daemon listens there.
-        OSError: the path cannot be used.
+        sock: the socket; owned from here on.
+        path: its file, which is removed when the listener is closed; None if it is not ours.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, mode: int = 0o600, group: int | None = None
-    ) -> None:
-        self.path = Path(path)
-        _remove_stale(self.path)
+    def __init__(self, sock: socket.socket, path: Path | None) -> None:
+        sock.setblocking(False)
+        self.path = path
+        self._sock = sock
+        self.socket = trio.socket.from_stdlib_socket(sock)
+        self._file = None if path is None else _identity(path)
+
+    @classmethod
+    def inherit(cls, fd: Fd) -> UnixListener:
+        """Listen on a socket that somebody else has set up.
+
+        Args:
+            fd: the socket; owned from here on.
+
+        Raises:
+            OSError: it is no listening Unix stream socket.
+        """
+        with fd:
+            sock = socket.socket(fileno=fd.fileno())
+            fd.detach()
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listens:
+            number = sock.fileno()
+            sock.close()
+            raise OSError(
+                errno.EINVAL, f"inherited descriptor {number} is no listening Unix stream socket"
+            )
+        return cls(sock, None)
+
+    @classmethod
+    def bind(
+        cls, where: str | os.PathLike[str], *, mode: int = 0o600, group: int | None = None
+    ) -> UnixListener:
+        """Listen at a path.
+
+        Args:
+            where: the path; a stale socket file there is replaced.
+            mode: the file's permission bits.
+            group: the gid of its group; the process's own by default.
+
+        Raises:
+            SocketInUse: a daemon listens there.
+            OSError: the path cannot be used.
+        """
+        path = Path(where)
+        _remove_stale(path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # Nobody else may connect before the group and the mode are right.
             umask = os.umask(0o177)
             try:
-                sock.bind(str(self.path))
+                sock.bind(str(path))
             except OSError as exc:
                 raise OSError(exc.errno, f"cannot bind: {exc.strerror or exc}", str(path)) from None
             finally:
                 os.umask(umask)
             if group is not None:
-                os.chown(self.path, -1, group)
-            self.path.chmod(mode)
+                os.chown(path, -1, group)
+            path.chmod(mode)
             sock.listen(_BACKLOG)
-            sock.setblocking(False)
         except BaseException:
             sock.close()
             raise
-        self._sock = sock
-        self.socket = trio.socket.from_stdlib_socket(sock)
-        self._file = _identity(self.path)
+        return cls(sock, path)
 
     def accept_nowait(self) -> trio.socket.SocketType:
         """A client that has connected already.
@@ -74,7 +109,7 @@ class UnixListener:
         if self.socket.fileno() < 0:
             return
         self.socket.close()
-        if self._file is not None and _identity(self.path) == self._file:
+        if self.path is not None and self._file is not None and _identity(self.path) == self._file:
             with suppress(OSError):
                 self.path.unlink()
 

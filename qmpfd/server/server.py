@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
+from math import inf
 from pathlib import Path
 
 import trio
 
 from ..commands import TABLE, Daemon, Dialect
 from ..errors import QMPError
-from ..fd import Fd
+from ..fd import Fd, close_all
 from ..fdsets import Peer
-from ..limits import EVICTION_INTERVAL, MAX_INCOMPLETE_BYTES, Limits
+from ..limits import EVICTION_INTERVAL, MAX_INCOMPLETE_BYTES, REFUSAL_LOG_INTERVAL, Limits
 from ..policy import Policy
 from ..protocol import Budget
 from ..transport import FdStream
 from .accept import Reserve, accept_clients
 from .admission import Admission, groups_of, peer_of
+from .backlog import Backlog
 from .listener import UnixListener
 from .metrics import write_metrics
 from .retire import retire_expired, retire_hung_up
 from .session import Session, refusal
+from .turns import Turns
 
 _log = logging.getLogger("qmpfd")
 
@@ -53,7 +57,13 @@ class Server:
         self.store = self.daemon.store
         #: What the incomplete requests of all connections together may take.
         self.budget = Budget(MAX_INCOMPLETE_BYTES)
+        #: The replies that wait for their clients.
+        self.backlog = Backlog()
+        #: Where clients queue who ask for much.
+        self.turns = Turns()
         self.reserve = Reserve()
+        self._refusals = 0  # not logged yet
+        self._refusals_logged_at = -inf
         self._admission = Admission(limits, policy or Policy())
         self._metrics_path = metrics_path
         #: The daemon is ending: what was received is carried out, nothing else is waited for.
@@ -158,14 +168,31 @@ class Server:
             sock: its connection; owned from here on.
             reason: what it is told.
         """
-        with FdStream(sock) as stream:
-            self._refuse(stream, peer_of(stream.socket), reason)
+        stream = FdStream(sock)
+        self._refuse(stream, peer_of(stream.socket), reason)
 
     def _refuse(self, stream: FdStream, peer: Peer, reason: QMPError) -> None:
         self.daemon.stats.turned_away += 1
-        _log.info("turned away pid %d, uid %d: %s", peer.pid, peer.uid, reason.desc)
+        self._log_refusal(peer, reason)
         with suppress(trio.BrokenResourceError):
             stream.send_nowait(refusal(reason))
+        self.close_stream(stream)
+
+    def _log_refusal(self, peer: Peer, reason: QMPError) -> None:
+        """Say who was turned away; of many a second, one and how many."""
+        now = trio.current_time()
+        if now - self._refusals_logged_at < REFUSAL_LOG_INTERVAL:
+            self._refusals += 1
+            return
+        more = f" (and {self._refusals} others before)" if self._refusals else ""
+        self._refusals, self._refusals_logged_at = 0, now
+        _log.info("turned away pid %d, uid %d: %s%s", peer.pid, peer.uid, reason.desc, more)
+
+    def close_stream(self, stream: FdStream) -> None:
+        """Close a connection; what its client sent and nobody read may hold that up."""
+        fd = stream.retire()
+        if fd is not None:
+            self.daemon.closer.close_slowly(fd)
 
     async def _serve(self, session: Session) -> None:
         try:
@@ -200,6 +227,7 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     socket_group: int | None = None,
     metrics_path: Path | None = None,
     initial_fds: Iterable[tuple[Fd, int, str | None]] = (),
+    listen_fds: Iterable[Fd] = (),
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Hold file descriptors for the clients that connect to *paths*.
@@ -221,21 +249,29 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
         metrics_path: a file to write OpenMetrics text to, every 10 seconds.
         initial_fds: descriptors to start with: each with the id of its fd set, which is created
             if need be, and its opaque text or None; owned by the daemon from here on.
+        listen_fds: Unix sockets that listen already, of a service manager; owned by the daemon
+            from here on.
 
     Raises:
         SocketInUse: another daemon listens on one of *paths*.
         OSError: one of *paths* cannot be used.
     """
     server = Server(dialect, limits, policy, metrics_path)
+    given, inherited = deque(initial_fds), deque(listen_fds)
     with ExitStack() as stack:
+        stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
         stack.callback(server.close)
-        for fd, fdset_id, opaque in initial_fds:
+        while given:
+            fd, fdset_id, opaque = given[0]
             server.store.add(fd, fdset_id, opaque, create=True)
+            given.popleft()
         listeners = []
+        while inherited:
+            listeners.append(UnixListener.inherit(inherited.popleft()))
+            stack.callback(listeners[-1].close)
         for path in paths:
-            listener = UnixListener(path, mode=socket_mode, group=socket_group)
-            stack.callback(listener.close)
-            listeners.append(listener)
+            listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))
+            stack.callback(listeners[-1].close)
         try:
             await server.run(listeners, task_status=task_status)
         finally:

@@ -6,7 +6,6 @@ import logging
 import socket
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from time import monotonic
 from typing import TYPE_CHECKING, TypeAlias
 
 import trio
@@ -14,19 +13,19 @@ from outcome import Error, Outcome
 
 from ..commands import VERSION, VOCABULARY, Context, execute
 from ..errors import GenericError, QMPError
-from ..fd import Fd, close_all
+from ..fd import Fd
 from ..fdsets import Peer
 from ..limits import (
     CLEANUP_TIMEOUT,
     MAX_FDS_A_TURN,
     NEGOTIATION_TIMEOUT,
     REPLY_BYTES_A_TURN,
-    TURN_SECONDS,
 )
 from ..policy import Access
 from ..protocol import Received, Request, ServerConnection, State
 from ..protocol.encode import encode
 from ..transport import FdStream
+from .turns import Share
 
 if TYPE_CHECKING:
     from .server import Server
@@ -79,7 +78,8 @@ class Session:
             budget=server.budget,
         )
         self._context = Context(server.daemon, self._connection, peer, access, self._wake)
-        self._since = trio.current_time()  # when it connected, or was last seen to ask something
+        self._share = Share(server.turns)
+        self._since = trio.current_time()  # when it connected, or last asked something
         self._farewell: QMPError | None = None  # why it is evicted
         self._scope = trio.CancelScope()
         self._waiting = False  # for the client; nothing of it is unanswered
@@ -105,7 +105,7 @@ class Session:
         finally:
             if self._pump_scope is not None:
                 self._pump_scope.cancel()
-            self._stream.close()
+            self._server.close_stream(self._stream)
             with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
                 await self._server.enter()
                 try:
@@ -126,12 +126,14 @@ class Session:
 
     def evict_if_idle(self, now: float) -> None:
         """End if the client has not negotiated in time, or has asked nothing for too long."""
-        if not self._waiting or self._context.events is not None:
+        if self._farewell is not None:
             return
         if self._connection.state is not State.COMMANDS:
             limit: float | None = NEGOTIATION_TIMEOUT
             desc = f"No 'qmp_capabilities' within {NEGOTIATION_TIMEOUT:g} s"
         else:
+            if not self._waiting or self._context.events is not None:
+                return
             limit = self._server.daemon.limits.idle_timeout
             desc = f"Idle for more than {limit} s"
         if limit is not None and now - self._since > limit:
@@ -142,27 +144,26 @@ class Session:
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        turn_ends = monotonic() + TURN_SECONDS
+        share = self._share
         while True:
+            if share.over:
+                await share.next_turn()
             try:
                 more = self._stream.receive_nowait(self._connection)
             except trio.WouldBlock:
                 if self._server.stopping:
                     return
                 self._waiting = True
+                share.pause()
                 await self._stream.wait_readable()
+                share.resume()
                 self._waiting = False
-                self._since = trio.current_time()
-                turn_ends = monotonic() + TURN_SECONDS
                 continue
             if not more:
                 return
             await self._answer()
             if self._context.quitting:
                 return
-            if monotonic() > turn_ends:
-                await trio.lowlevel.checkpoint()
-                turn_ends = monotonic() + TURN_SECONDS
 
     async def _serve_rest(self) -> None:
         try:
@@ -187,10 +188,13 @@ class Session:
                 self._close_garbage()
                 try:
                     for data, fds in batches:
-                        await self._send(data, fds)
+                        await self._send(data, fds, share=self._share)
                 finally:
                     for _, fds in batches:
-                        close_all(fds)
+                        if fds:  # a file system can be asked for each close, not just the last
+                            self._server.daemon.closer.close(fds)
+                if not finished and self._share.over:
+                    await self._share.next_turn()
 
     def _carry_out(self, requests: Iterator[Received], batches: list[_Batch]) -> bool:
         """Carry out requests; whether that was all, or else it is time to send the replies.
@@ -200,9 +204,9 @@ class Session:
             batches: where the replies go.  One that carries descriptors begins a batch: they
                 arrive with its first byte, and so with that reply and no other.
         """
-        connection, context = self._connection, self._context
+        connection, context, share = self._connection, self._context, self._share
         replies: list[bytes] = []
-        size = passed = 0
+        size = passed = count = 0
         finished = True
         log = _log.isEnabledFor(logging.DEBUG)
         for request, request_id, fds in requests:
@@ -211,6 +215,7 @@ class Session:
                 result = request
             else:
                 result = execute(context, request, fds)
+                count += 1
             if isinstance(result, Error):
                 assert isinstance(result.error, QMPError)
                 context.daemon.stats.errors[result.error.error_class] += 1
@@ -229,11 +234,17 @@ class Session:
             size += len(reply)
             if context.quitting:
                 break
-            if size > REPLY_BYTES_A_TURN or passed > MAX_FDS_A_TURN:
+            if (
+                size > REPLY_BYTES_A_TURN
+                or passed > MAX_FDS_A_TURN
+                or (not len(replies) & 7 and share.over)
+            ):
                 finished = False
                 break
         if replies:
             batches.append((b"".join(replies), []))
+        if count:
+            self._since = trio.current_time()
         return finished
 
     def _log(self, request: Request | Error, result: Outcome[object]) -> None:
@@ -256,9 +267,16 @@ class Session:
 
     # -- replies and events --------------------------------------------------------------------
 
-    async def _send(self, data: bytes, fds: list[Fd] | None = None) -> None:
+    async def _send(
+        self, data: bytes, fds: list[Fd] | None = None, *, share: Share | None = None
+    ) -> None:
         """Send *data*, with duplicates of *fds*; a client that does not take it in time, or is
         gone, is sent nothing any more.
+
+        Args:
+            data: what to send.
+            fds: the descriptors.
+            share: the client's, if that is being used.
         """
         if self._deaf:
             return
@@ -266,15 +284,33 @@ class Session:
             sent = 0 if self._writing.locked() else self._stream.send_nowait(data, fds or ())
             if sent == len(data):
                 return
+        except trio.BrokenResourceError:
+            self._deaf = True
+            return
+        token = self._server.backlog.begin(len(data) - sent, self._cut_off)
+        if share is not None:
+            share.pause()
+        try:
             with trio.fail_after(self._server.daemon.limits.write_timeout):
                 async with self._writing:
-                    await self._stream.send_all(data[sent:], () if sent else fds or ())
+                    rest = memoryview(data)[sent:]
+                    await self._stream.send_all(rest, () if sent else fds or ())
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._deaf = True
         except trio.TooSlowError:
-            _log.warning("a client does not take its replies: disconnected")
+            self._cut_off()
+        finally:
+            self._server.backlog.end(token)
+            if share is not None:
+                share.resume()
+
+    def _cut_off(self) -> None:
+        """The client does not take its replies: send it nothing any more, hear nothing new."""
+        if not self._deaf:
             self._deaf = True
-            self._stream.socket.shutdown(socket.SHUT_RDWR)
+            _log.warning("pid %d, uid %d does not take its replies: disconnected", *self.peer[:2])
+            with suppress(OSError):
+                self._stream.socket.shutdown(socket.SHUT_RDWR)
 
     def _wake(self) -> None:
         """An event waits: see to it that it is sent."""

@@ -1,0 +1,201 @@
+"""For the tests of programs that pass descriptors over QMP: a real daemon, and no QEMU.
+
+As a pytest plugin, which an installed qmpfd is by itself, it gives these fixtures:
+
+``qmpfd_server``
+    A daemon in the test's own nursery (with pytest-trio), as a :class:`qmpfd.Server`; it listens
+    at ``qmpfd_path``.
+``qmpfd_process``
+    A daemon as a process of its own, as a :class:`DaemonProcess`; it listens at ``qmpfd_path``.
+``qmpfd_path``
+    Where the two listen: a path of its own for each test, and short enough for a Unix socket.
+
+:func:`daemon` and :func:`daemon_process` are what they stand on, for other options: with the
+dialect ``qemu``, a daemon answers errors as QEMU does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    import trio
+
+    from .server import Server
+
+__all__ = ["DaemonProcess", "daemon", "daemon_process"]
+
+#: Seconds for what takes a fraction of one: a daemon's start, and its end.
+_PATIENCE = 20.0
+
+
+@asynccontextmanager
+async def daemon(*paths: str | os.PathLike[str], **options: Any) -> AsyncIterator[Server]:
+    """A daemon in a nursery of its own, in this event loop; told to end and waited for afterwards.
+
+    Args:
+        paths: the sockets to listen on.
+        options: what else :func:`qmpfd.serve` takes.
+    """
+    import trio
+
+    async with trio.open_nursery() as nursery:
+        server = await _start(nursery, paths, options)
+        yield server
+        server.stop()
+
+
+async def _start(
+    nursery: trio.Nursery, paths: Sequence[str | os.PathLike[str]], options: dict[str, Any]
+) -> Server:
+    from functools import partial
+
+    from .server import Server, serve
+
+    server = await nursery.start(partial(serve, paths, **options))
+    assert isinstance(server, Server)
+    return server
+
+
+class DaemonProcess:
+    """A daemon that runs as a process of its own; it is stopped at the end of the test.
+
+    Args:
+        path: the socket that it listens on.
+        process: the process.
+    """
+
+    def __init__(self, path: Path, process: subprocess.Popen[str]) -> None:
+        self.path = path
+        self.process = process
+        #: What it has said on standard error so far, line by line.
+        self.log: list[str] = []
+        self._listens = False
+        self._told = threading.Event()
+        assert process.stderr is not None
+        # Read all along: a daemon must not wait for a pipe that is full.
+        self._reader = threading.Thread(target=self._read, args=[process.stderr], daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
+    def open_fds(self) -> dict[int, str]:
+        """Its open descriptors, and what each of them is.
+
+        Compare two of these to see that a program has removed all that it added.
+        """
+        folder = f"/proc/{self.pid}/fd"
+        found = {}
+        for name in os.listdir(folder):
+            try:
+                found[int(name)] = os.readlink(f"{folder}/{name}")
+            except FileNotFoundError:  # closed in between
+                continue
+        return found
+
+    def kill(self) -> None:
+        """End it at once, as by a fault: to see what a program does without its daemon."""
+        self.process.kill()
+        self._join()
+
+    def stop(self) -> int:
+        """End it gracefully, if it still runs; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)  # a test may have stopped it
+            self.process.terminate()
+            try:
+                self.process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self._join()
+        return self.process.returncode
+
+    def _join(self) -> None:
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def _read(self, stderr: IO[str]) -> None:
+        for line in stderr:
+            self.log.append(line.rstrip("\n"))
+            if f"listening on {self.path}" in line:
+                self._listens = True
+                self._told.set()
+        self._told.set()
+
+    def _await_start(self) -> None:
+        self._told.wait(_PATIENCE)
+        if self._listens:
+            return
+        self.stop()
+        raise RuntimeError(f"the daemon does not start: {' '.join(self.log) or 'no word'}")
+
+
+@contextmanager
+def daemon_process(path: str | os.PathLike[str], *options: str) -> Iterator[DaemonProcess]:
+    """A daemon as a process of its own, which listens; ended afterwards.
+
+    Args:
+        path: the socket to listen on.
+        options: what else ``qmpfd serve`` takes, such as ``--dialect=qemu``.
+
+    Raises:
+        RuntimeError: it does not start; the text says what it said.
+    """
+    command = [sys.executable, "-m", "qmpfd", "serve", "--socket", os.fspath(path), *options]
+    started = DaemonProcess(
+        Path(path),
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ),
+    )
+    try:
+        started._await_start()
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture
+def qmpfd_path() -> Iterator[Path]:
+    """Where this test's daemon listens."""
+    # Not in tmp_path: that has the test's name in it, and a socket's path 107 bytes at most.
+    folder = tempfile.mkdtemp(prefix="qmpfd-")
+    yield Path(folder) / "qmp.sock"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+async def qmpfd_server(qmpfd_path: Path, nursery: trio.Nursery) -> AsyncIterator[Server]:
+    """A daemon in the test's own nursery, at ``qmpfd_path``; needs pytest-trio."""
+    server = await _start(nursery, [qmpfd_path], {})
+    yield server
+    server.stop()
+    await server.ended.wait()
+
+
+@pytest.fixture
+def qmpfd_process(qmpfd_path: Path) -> Iterator[DaemonProcess]:
+    """A daemon as a process of its own, at ``qmpfd_path``."""
+    with daemon_process(qmpfd_path) as process:
+        yield process

@@ -1,0 +1,120 @@
+"""``qmpfd.testing``: its fixtures, in the examples of its page and by themselves."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE, ROOT
+from test_readme import blocks
+
+import qmpfd
+import qmpfd.testing
+from qmpfd.testing import DaemonProcess
+
+PAGE = (ROOT / "docs/howto/testing.md").read_text()
+
+EXAMPLES = {
+    block.text.removeprefix("# ").partition("\n")[0]: block.text
+    for block in blocks(PAGE)
+    if block.language == "python"
+}
+
+
+def run_pytest(folder: Path) -> subprocess.CompletedProcess[str]:
+    """pytest as another project has it: nothing of ours but what is installed."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-W", "error", "-o", "trio_mode=true", "--rootdir=."],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def test_the_examples(tmp_path: Path) -> None:
+    assert EXAMPLES
+    for name, text in EXAMPLES.items():
+        (tmp_path / name).write_text(text)
+    ran = run_pytest(tmp_path)
+    tests = sum(len(re.findall(r"def test_", text)) for text in EXAMPLES.values())
+    assert f"= {tests} passed in" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_a_failing_example_would_be_seen(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "async def test_it(qmpfd_server): assert qmpfd_server.ended.is_set()\n"
+    )
+    assert "= 1 failed in" in run_pytest(tmp_path).stdout
+
+
+def test_every_fixture_is_in_the_documentation() -> None:
+    fixtures = {
+        name for name in vars(qmpfd.testing) if re.fullmatch(r"qmpfd_(path|server|process)", name)
+    }
+    assert fixtures == set(re.findall(r"^\| `(\w+)`", PAGE, re.MULTILINE))
+    assert fixtures == set(re.findall(r"^``(\w+)``$", qmpfd.testing.__doc__ or "", re.MULTILINE))
+
+
+async def test_the_server_is_in_this_loop(qmpfd_server: qmpfd.Server, qmpfd_path: Path) -> None:
+    async with qmpfd.connect(qmpfd_path) as client:
+        info = await client.add_fd(sys.__stdout__ or 1)
+        assert info.fd in qmpfd_server.store.get(info.fdset_id).fds
+
+
+async def test_the_server_may_end_before_the_test(
+    qmpfd_server: qmpfd.Server, qmpfd_path: Path
+) -> None:
+    async with qmpfd.connect(qmpfd_path) as client:
+        await client.execute("quit")
+    await qmpfd_server.ended.wait()
+    assert not qmpfd_path.exists()
+
+
+def test_the_process_ends_gracefully(qmpfd_process: DaemonProcess) -> None:
+    assert qmpfd_process.stop() == 0
+    assert not qmpfd_process.path.exists()
+    assert any("SIGTERM" in line for line in qmpfd_process.log)
+    assert qmpfd_process.stop() == 0
+
+
+def test_the_process_may_be_killed(qmpfd_process: DaemonProcess) -> None:
+    qmpfd_process.kill()
+    assert qmpfd_process.process.returncode == -signal.SIGKILL
+
+
+def test_a_stopped_process_is_ended(qmpfd_process: DaemonProcess) -> None:
+    os.kill(qmpfd_process.pid, signal.SIGSTOP)
+    assert qmpfd_process.stop() == 0
+
+
+def test_a_daemon_that_does_not_start_says_why(qmpfd_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match="does not start: .*max-fds"),
+        qmpfd.testing.daemon_process(qmpfd_path, "--max-fds=none"),
+    ):
+        pass
+
+
+def test_much_that_it_says_does_not_stop_it(qmpfd_path: Path) -> None:
+    """More than a pipe holds."""
+    with qmpfd.testing.daemon_process(qmpfd_path, "--log-level=debug") as daemon:
+        from qmpfd.syncclient import SyncClient
+
+        with SyncClient(qmpfd_path, PATIENCE) as client:
+            for _ in range(2000):
+                client.execute("query-name")
+        assert daemon.stop() == 0
+        assert sum(map(len, daemon.log)) > 1 << 16
+
+
+def test_a_path_fits_into_a_socket_address(qmpfd_path: Path) -> None:
+    assert len(os.fsencode(qmpfd_path)) < 108
+    assert not qmpfd_path.exists()
