@@ -25,7 +25,7 @@ class NoDaemon(Exception):
 
 
 class SyncClient:
-    """A connection to a QMP server, with one deadline for all that is done with it.
+    """A connection to a QMP server, with one deadline for all that is done with it, or renewed.
 
     Args:
         path: the server's socket.
@@ -124,6 +124,27 @@ class SyncClient:
             yield from self._events
             self._events.clear()
             self._receive()
+
+    def take_events(self) -> list[QMPEvent]:
+        """The events that have come so far, without waiting for any.
+
+        Raises:
+            NoDaemon: the server has closed the connection.
+        """
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        while poll.poll(0):
+            self._receive()
+        events, self._events = self._events, []
+        return events
+
+    def renew(self, timeout: float) -> None:
+        """Give the server *timeout* seconds from now on."""
+        self._deadline = time.monotonic() + timeout
+
+    def fileno(self) -> int:
+        """The socket: readable once the server has said something."""
+        return self._sock.fileno()
 
     def _send(self, request: bytes, fds: Sequence[FileDescriptorLike]) -> None:
         while request:

@@ -74,9 +74,7 @@ def watchdog_interval() -> float | None:
     """Seconds within which the service manager wants to hear ``"WATCHDOG=1"``; None if it does
     not.
     """
-    limit = os.environ.get("WATCHDOG_USEC", "")
-    if not limit.isdecimal() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(
-        os.getpid()
-    ):
+    limit, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID")
+    if not limit.isdecimal() or pid not in (None, str(os.getpid())):
         return None
     return int(limit) / 1e6 or None

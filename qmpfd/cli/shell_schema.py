@@ -1,0 +1,153 @@
+"""A server's own description of its commands (``query-qmp-schema``), for help and completion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+#: Commands that take a descriptor: the one thing that a schema does not tell.
+TAKES_FDS = frozenset({"add-fd", "add-fds", "getfd"})
+
+
+class Argument(NamedTuple):
+    """What a command takes.
+
+    Args:
+        name: what it is called.
+        type: its type, in words.
+        json_type: that of its JSON value; empty if it may be several.
+        optional: whether it may be left out.
+        values: those that there are, of an enumeration.
+    """
+
+    name: str
+    type: str
+    json_type: str
+    optional: bool
+    values: Sequence[str]
+
+
+class Schema:
+    """The commands of a server, and their arguments.
+
+    Args:
+        entries: what ``query-qmp-schema`` returned; none if the server has no such command.
+    """
+
+    def __init__(self, entries: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._entries = {str(entry.get("name")): entry for entry in entries}
+
+    def commands(self) -> list[str]:
+        """Their names."""
+        return sorted(n for n, e in self._entries.items() if e.get("meta-type") == "command")
+
+    def arguments(self, command: str) -> dict[str, Argument]:
+        """Those of *command*, by name; those that must be given first."""
+        entry = self._entries.get(command, {})
+        if entry.get("meta-type") != "command":
+            return {}
+        found = self._members(entry.get("arg-type", ""))
+        return dict(sorted(found.items(), key=lambda item: item[1].optional))
+
+    def _members(self, name: str) -> dict[str, Argument]:
+        entry = self._entries.get(name, {})
+        found = {}
+        for member in entry.get("members", ()):
+            kind = self._entries.get(member["type"], {})
+            values = kind.get("values") or [m["name"] for m in kind.get("members", ())]
+            found[member["name"]] = Argument(
+                member["name"],
+                self.words(member["type"]),
+                "string" if kind.get("meta-type") == "enum" else kind.get("json-type", ""),
+                "default" in member,
+                values if kind.get("meta-type") == "enum" else (),
+            )
+        for variant in entry.get("variants", ()):
+            for member_name, member in self._members(variant["type"]).items():
+                found.setdefault(member_name, member._replace(optional=True))
+        return found
+
+    def words(self, name: str, depth: int = 2) -> str:
+        """A type in words."""
+        entry = self._entries.get(name, {})
+        match entry.get("meta-type"):
+            case "builtin":
+                return name
+            case "enum":
+                values = entry.get("values") or [m["name"] for m in entry.get("members", ())]
+                return "|".join(values) if len(values) < 8 else "|".join([*values[:7], "..."])
+            case "array":
+                return f"[{self.words(entry['element-type'], depth)}, ...]"
+            case "alternate":
+                return " or ".join(self.words(m["type"], depth) for m in entry["members"])
+            case "object" if depth:
+                told = (
+                    f"{m['name']}{'?' if 'default' in m else ''}: {self.words(m['type'], depth - 1)}"
+                    for m in entry.get("members", ())
+                )
+                return "{" + ", ".join(told) + "}"
+            case _:
+                return "{...}"
+
+    def convert(self, command: str, name: str, text: str) -> Any:
+        """The value that *text* is for that argument; by its looks where the type is not known."""
+        argument = self.arguments(command).get(name)
+        json_type = argument.json_type if argument is not None else ""
+        if json_type == "string":
+            return text
+        if json_type == "boolean" and text in ("on", "off"):
+            return text == "on"
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+
+    def signature(self, command: str) -> str:
+        """One line that shows how *command* is written."""
+        words = [command]
+        for argument in self.arguments(command).values():
+            word = f"{argument.name}={argument.type}"
+            words.append(f"[{word}]" if argument.optional else word)
+        if command in TAKES_FDS:
+            words.append("< FILE")
+        return " ".join(words)
+
+    def help(self, command: str) -> str:
+        """What there is to say of *command*, in lines."""
+        arguments = self.arguments(command).values()
+        width = max((len(argument.name) for argument in arguments), default=0)
+        lines = [self.signature(command)]
+        for argument in arguments:
+            optional = "  (optional)" if argument.optional else ""
+            lines.append(f"  {argument.name:<{width}}  {argument.type}{optional}")
+        returned = self._entries[command].get("ret-type", "")
+        lines.append(f"returns {self.words(returned)}")
+        if command in TAKES_FDS:
+            lines.append("takes a descriptor: < FILE, > FILE, >> FILE, <> FILE or --fd N")
+        return "\n".join(lines)
+
+    def complete(self, before: str) -> list[tuple[str, str]]:
+        """What may stand where *before* ends, in place of its last word, each with its type."""
+        done, blank, last = before.rpartition(" ")
+        if not blank or done.split() == ["help"]:
+            return [(name, "") for name in self.commands() if name.startswith(last)]
+        command = done.split()[0]
+        arguments = self.arguments(command)
+        name, equals, value = last.partition("=")
+        if equals:
+            if name not in arguments:
+                return []
+            values = arguments[name].values
+            if arguments[name].json_type == "boolean":
+                values = ("true", "false")
+            return [(f"{name}={each}", "") for each in values if each.startswith(value)]
+        given = {word.partition("=")[0] for word in done.split()[1:]}
+        found = [
+            (f"{argument.name}=", argument.type)
+            for argument in arguments.values()
+            if argument.name.startswith(name) and argument.name not in given
+        ]
+        if command in TAKES_FDS and "--fd".startswith(last) and last:
+            found.append(("--fd", "an open descriptor"))
+        return found
