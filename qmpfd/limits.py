@@ -45,7 +45,7 @@ TURN_SECONDS = 0.002
 
 #: The part of the loop's time that a client is served in without queueing for a turn, and how much
 #: of it at once: one that asks once a millisecond takes 0.03.
-SHARE, SHARE_SECONDS = 0.1, 0.001
+SHARE, SHARE_SECONDS = 0.1, 0.0005
 
 #: Bytes of replies that wait for their clients, of all connections together.
 MAX_UNSENT_BYTES = 16 << 20

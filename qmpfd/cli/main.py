@@ -24,6 +24,7 @@ _VERBS = {
     "exec": "handout",
     "push": "handout",
     "watch": "handout",
+    "shell": "shell",
     "status": "state",
     "check-policy": "policy",
 }

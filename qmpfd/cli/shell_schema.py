@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 #: Commands that take a descriptor: the one thing that a schema does not tell.
 TAKES_FDS = frozenset({"add-fd", "add-fds", "getfd"})
+
+#: In JSON, where a command's name is being typed.
+_EXECUTE = re.compile(r'"execute"\s*:\s*"([\w-]*)$')
 
 
 class Argument(NamedTuple):
@@ -129,10 +134,14 @@ class Schema:
 
     def complete(self, before: str) -> list[tuple[str, str]]:
         """What may stand where *before* ends, in place of its last word, each with its type."""
+        if in_json := _EXECUTE.search(before):
+            return [(f'"{name}"', "") for name in self.commands() if name.startswith(in_json[1])]
         done, blank, last = before.rpartition(" ")
         if not blank or done.split() == ["help"]:
             return [(name, "") for name in self.commands() if name.startswith(last)]
-        command = done.split()[0]
+        command, *others = done.split()
+        if others and others[-1] in ("<", ">", ">>", "<>"):
+            return [(path, "") for path in sorted(glob.glob(glob.escape(last) + "*"))]
         arguments = self.arguments(command)
         name, equals, value = last.partition("=")
         if equals:
@@ -142,7 +151,7 @@ class Schema:
             if arguments[name].json_type == "boolean":
                 values = ("true", "false")
             return [(f"{name}={each}", "") for each in values if each.startswith(value)]
-        given = {word.partition("=")[0] for word in done.split()[1:]}
+        given = {word.partition("=")[0] for word in others}
         found = [
             (f"{argument.name}=", argument.type)
             for argument in arguments.values()

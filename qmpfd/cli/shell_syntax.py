@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 #: How sh opens what is behind each of them.
@@ -113,7 +114,7 @@ def parse(text: str, convert: Callable[[str, str, str], Any]) -> Typed:
         name, equals, value = word.partition("=")
         if not equals or not name or first.startswith("{"):
             raise BadInput(f"{word!r} is neither name=value, < FILE nor --fd N")
-        _put(arguments, name, _value(value, lambda plain, name=name: convert(command, name, plain)))
+        _put(arguments, name, _value(value, partial(convert, command, name)))
     return Typed(command, arguments, passed, request_id, has_id)
 
 

@@ -36,7 +36,7 @@ def _status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"socket": path, "version": version, "stats": stats})
         return DONE
-    rows = [("socket", path), ("server", _server(version))]
+    rows = [("socket", path), ("server", server_name(version))]
     rows += [] if stats is None else _rows(stats)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -44,7 +44,8 @@ def _status(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _server(version: dict[str, Any]) -> str:
+def server_name(version: dict[str, Any]) -> str:
+    """What a server is, by its ``query-version``."""
     package = str(version.get("package", ""))
     if package.startswith("qmpfd "):
         return package

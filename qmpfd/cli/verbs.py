@@ -72,13 +72,10 @@ def _add(arguments: argparse.Namespace) -> int:
     if arguments.fd is not None and arguments.mode is not None:
         raise UsageError("--mode goes with PATH: --fd K is open already")
     if arguments.fd is not None:
-        try:
-            fcntl.fcntl(arguments.fd, fcntl.F_GETFD)
-        except OSError:
-            raise UsageError(f"descriptor {arguments.fd} is not open here") from None
+        check_open(arguments.fd)
         info = _add_fd(arguments, arguments.fd)
     else:
-        with _open(arguments.path, arguments.mode or "r") as fd:
+        with open_file(arguments.path, _MODES[arguments.mode or "r"]) as fd:
             info = _add_fd(arguments, fd.fileno())
     if arguments.json:
         print_json(info)
@@ -98,15 +95,22 @@ def _add_fd(arguments: argparse.Namespace, fd: int) -> dict[str, Any]:
     return info
 
 
-def _open(path: str, mode: str) -> Fd:
+def open_file(path: str, flags: int) -> Fd:
     """Open *path* without waiting for anybody, as a FIFO would for its other end."""
     try:
-        fd = Fd(os.open(path, _MODES[mode] | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
+        fd = Fd(os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666))
     except OSError as exc:
         raise UsageError(f"cannot open {path}: {exc.strerror}") from None
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
     return fd
+
+
+def check_open(number_: int) -> None:
+    """Raises UsageError if that descriptor is not open here."""
+    try:
+        fcntl.fcntl(number_, fcntl.F_GETFD)
+    except OSError:
+        raise UsageError(f"descriptor {number_} is not open here") from None
 
 
 # -- ls, rm ------------------------------------------------------------------------------------

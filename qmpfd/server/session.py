@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("qmpfd")
 
+#: Descriptors that are closed in a row, at up to 5 us each.
+_CLOSES_A_STEP = 256
+
 #: Bytes to send in one go, and the descriptors that go with the first of them.
 _Batch: TypeAlias = "tuple[bytes, list[Fd]]"
 
@@ -185,7 +188,11 @@ class Session:
                 finally:
                     self._server.lock.release()
                 # Before the replies: what is removed is closed once its client has read so.
-                self._close_garbage()
+                self._close_garbage(_CLOSES_A_STEP)
+                while self._connection.garbage:  # a whole set, perhaps
+                    if self._share.over:
+                        await self._share.next_turn()
+                    self._close_garbage(_CLOSES_A_STEP)
                 try:
                     for data, fds in batches:
                         await self._send(data, fds, share=self._share)
@@ -332,8 +339,8 @@ class Session:
         finally:
             self._pump_scope = None
 
-    def _close_garbage(self) -> None:
+    def _close_garbage(self, most: int | None = None) -> None:
         garbage = self._connection.garbage
         if garbage:
-            self._server.daemon.closer.close(garbage)
-            garbage.clear()
+            closing, garbage[:most] = garbage[:most], []
+            self._server.daemon.closer.close(closing)

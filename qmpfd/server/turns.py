@@ -7,6 +7,8 @@ many they are, between two of their turns everybody else is served.
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
+from itertools import count
 from time import monotonic
 
 import trio
@@ -15,16 +17,43 @@ from ..limits import SHARE, SHARE_SECONDS, TURN_SECONDS
 
 
 class Turns:
-    """The queue of those who have used up their share."""
+    """The queue of those who have used up their share; who has used the least is next."""
 
     def __init__(self) -> None:
-        self._lock = trio.Lock()  # first come, first served
+        self._queue: list[tuple[float, int, trio.Event]] = []
+        self._numbers = count()  # of equals, the first to come
+        self._busy = False
 
-    async def wait(self) -> None:
-        """Wait for a turn."""
-        async with self._lock:
-            # Whoever is next gets the lock when this is over: not in the same pass of the loop.
+    async def wait(self, used: float) -> None:
+        """Wait for a turn.
+
+        Args:
+            used: the time that the client has used, beyond its share.
+        """
+        if self._busy:
+            turn = trio.Event()
+            heappush(self._queue, (used, next(self._numbers), turn))
+            try:
+                await turn.wait()
+            except trio.Cancelled:
+                if turn.is_set():
+                    self._pass_on()
+                else:
+                    self._queue = [entry for entry in self._queue if entry[2] is not turn]
+                    self._queue.sort()
+                raise
+        self._busy = True
+        try:
+            # Whoever is next gets it when this is over: not in the same pass of the loop.
             await trio.lowlevel.checkpoint()
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._queue:
+            heappop(self._queue)[2].set()
+        else:
+            self._busy = False
 
 
 class Share:
@@ -34,13 +63,13 @@ class Share:
         turns: where it queues once that is used up.
     """
 
-    __slots__ = ("_ends", "_left", "_paused_at", "_turns")
+    __slots__ = ("_began", "_ends", "_turns", "_used")
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
-        self._left = SHARE_SECONDS
-        self._paused_at = monotonic()
-        self._ends = self._paused_at + self._left
+        self._used = 0.0  # seconds, beyond what it may use
+        self._began = monotonic()
+        self._ends = self._began + SHARE_SECONDS
 
     @property
     def over(self) -> bool:
@@ -50,15 +79,19 @@ class Share:
     def pause(self) -> None:
         """The client is not being served: it is waited for."""
         now = monotonic()
-        self._left = self._ends - now
-        self._paused_at = now
+        self._used += now - self._began
+        self._began = now
 
     def resume(self) -> None:
         """It is being served; since :meth:`pause` its share has grown."""
         now = monotonic()
-        self._ends = now + min(SHARE_SECONDS, self._left + (now - self._paused_at) * SHARE)
+        self._used = max(0.0, self._used - (now - self._began) * SHARE)
+        self._began = now
+        self._ends = now + SHARE_SECONDS - self._used
 
     async def next_turn(self) -> None:
         """Wait for a turn."""
-        await self._turns.wait()
-        self._ends = monotonic() + TURN_SECONDS
+        self.pause()
+        await self._turns.wait(self._used)
+        self.resume()
+        self._ends = self._began + TURN_SECONDS

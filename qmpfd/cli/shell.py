@@ -1,0 +1,97 @@
+"""``qmpfd shell``: QMP by hand, or from a script."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ..syncclient import NoDaemon
+from .options import add_client_options, client_of, default_socket
+from .shell_prompt import lines
+from .shell_session import ERRORS, Session, message
+from .shell_syntax import unfinished
+from .state import server_name
+from .status import DONE, REFUSED
+
+if TYPE_CHECKING:
+    from .options import Subparsers
+
+
+def add_parsers(verbs: Subparsers) -> None:
+    """Add ``shell`` to the command line."""
+    parser = verbs.add_parser(
+        "shell",
+        help="speak QMP by hand, or from a script",
+        description="Speak QMP with the daemon, or with a QEMU. A command is its name and "
+        "name=value, or a JSON object, also over several lines; < FILE or --fd N passes a "
+        "descriptor. On a terminal there are history, help and completion; else commands are "
+        "read from standard input, one a line, and # begins a comment.",
+    )
+    add_client_options(parser)
+    parser.add_argument(
+        "-c",
+        dest="commands",
+        action="append",
+        metavar="COMMAND",
+        help="run this command, and then leave; may be given more than once",
+    )
+    parser.set_defaults(run=_shell)
+
+
+def _shell(arguments: argparse.Namespace) -> int:
+    connect = partial(client_of, arguments)
+    with Session(connect, arguments.timeout, as_json=arguments.json) as session:
+        version = session.open().execute("query-version")
+        if arguments.commands:
+            return _script(session, enumerate(arguments.commands, 1), "command")
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            return _script(session, _from_stdin(), "line")
+        where = arguments.socket or default_socket()
+        print(f"{server_name(version)} at {where}; help lists the commands, Ctrl-D leaves")
+        _interactive(session)
+        return DONE
+
+
+def _script(session: Session, commands: Iterable[tuple[int, str]], unit: str) -> int:
+    """Run all commands, also behind one that fails; a NoDaemon ends it."""
+    status = DONE
+    for number, text in commands:
+        try:
+            if not session.run(text):
+                break
+        except ERRORS as exc:
+            print(f"qmpfd: {unit} {number}: {message(exc)}", file=sys.stderr, flush=True)
+            status = REFUSED
+    return status
+
+
+def _from_stdin() -> Iterator[tuple[int, str]]:
+    """Commands, each with the number of its first line."""
+    text, first = "", 0
+    for number, line in enumerate(sys.stdin, 1):
+        if not text:
+            first = number
+        text += line
+        if not unfinished(text):
+            yield first, text
+            text = ""
+    if text:
+        yield first, text
+
+
+def _interactive(session: Session) -> None:
+    def confirm(question: str) -> bool:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+    session.confirm = confirm
+    for text in lines(session):
+        try:
+            if not session.run(text):
+                return
+        except (*ERRORS, NoDaemon) as exc:
+            print(message(exc), flush=True)
+        except (KeyboardInterrupt, EOFError):
+            print("interrupted", flush=True)
