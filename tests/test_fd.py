@@ -7,12 +7,13 @@ import fcntl
 import os
 import resource
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from qmpfd.fd import Fd, close_all, fileno, peek, receive, send
+from qmpfd.fd import Fd, close_all, fileno, peek, receive, send, skip
 from qmpfd.limits import READ_BYTES, SCM_MAX_FD, SEGMENT_BYTES
 
 
@@ -290,3 +291,25 @@ def test_the_kernels_pieces_are_no_larger_than_we_think(pair: Pair, fd: Fd) -> N
     data, fds, _ = receive(pair[0], 1 << 20)
     close_all(fds)
     assert 0 < len(data) <= SEGMENT_BYTES
+
+
+def test_peeking_from_many_threads() -> None:
+    """Each sees its own connection's bytes: what one thread looks at is not another's."""
+    rounds, failures = 3000, []
+
+    def look(tag: bytes) -> None:
+        near, far = socket.socketpair()
+        with near, far:
+            for _ in range(rounds):
+                near.send(tag * 500)
+                data, _ = peek(far)
+                skip(far, len(data))
+                if data != tag * 500:
+                    failures.append(data)
+
+    threads = [threading.Thread(target=look, args=[bytes([65 + n])]) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
