@@ -9,7 +9,7 @@ BIN  := $(VENV)/bin
 # One set of versions for everybody: the pinned ones, also where only the runtime is needed.
 PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint requirements-dev.txt
 
-.PHONY: help demo run test lint format types bench stress clean
+.PHONY: help demo run test lint format types docs package bench stress clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,12 @@ format: $(VENV)/.dev  ## write the formatting, and what ruff can mend by itself
 types: $(VENV)/.dev  ## mypy, strict
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs  ## the documentation and the manual pages, into build/docs
+	for kind in html man; do $(BIN)/sphinx-build -q -W --keep-going -E -b $$kind docs build/docs/$$kind || exit; done
+
+package: $(VENV)/.package  ## build sdist and wheel, and try them in an empty environment
+	$(BIN)/python scripts/check_package.py $(ARGS)
+
 bench: $(VENV)/.dev  ## CPU per command, beside the peers that are installed
 	$(BIN)/python scripts/bench.py $(ARGS)
 
@@ -43,7 +49,7 @@ stress: $(VENV)/.dev  ## hostile clients and kill -9, for as long as you like
 
 clean:  ## remove what the above leaves behind, the environment too
 	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov .hypothesis .pytest_cache .mypy_cache .ruff_cache
-	find qmpfd tests scripts -name __pycache__ -prune -exec rm -rf {} +
+	find qmpfd tests scripts docs -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.runtime: pyproject.toml requirements-dev.txt qmpfd/_version.py
 	@echo "Installing qmpfd into $(VENV)"
@@ -54,4 +60,14 @@ $(VENV)/.runtime: pyproject.toml requirements-dev.txt qmpfd/_version.py
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Installing the development tools into $(VENV)"
 	@$(PIP) --requirement requirements-dev.txt
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.dev requirements-docs.txt
+	@echo "Installing Sphinx into $(VENV)"
+	@$(PIP) --requirement requirements-docs.txt
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.dev requirements-package.txt
+	@echo "Installing pyright into $(VENV)"
+	@$(PIP) --requirement requirements-package.txt
 	@touch $@

@@ -126,14 +126,81 @@ class _FileSystems:
         self._file.close()
 
 
-class Closer:
-    """Closes descriptors: at once those that cannot block, the others in threads."""
+class _Batch:
+    """Descriptors that are closed together.
+
+    Args:
+        left: how many of them are open still.
+    """
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
+class _Lane:
+    """Threads that close what waits in line for them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._progress = threading.Condition(self._lock)
-        self._waiting: deque[tuple[Fd, _Batch | None]] = deque()
+        self._waiting: deque[tuple[Fd, _Batch]] = deque()
         self._threads = 0
+
+    @property
+    def pending(self) -> int:
+        """How many closes are under way, or wait for a thread."""
+        return self._threads + len(self._waiting)
+
+    def add(self, fds: list[Fd]) -> _Batch:
+        """Close *fds*, one after the other if there is no need for more threads."""
+        batch = _Batch(len(fds))
+        with self._lock:
+            self._waiting += [(fd, batch) for fd in fds]
+        self.start_threads(1)
+        return batch
+
+    def start_threads(self, count: int) -> None:
+        """Have so many more, as far as there may be and there is something for them to do."""
+        for _ in range(count):
+            with self._lock:
+                if self._threads == _MAX_THREADS or not self._waiting:
+                    return
+                self._threads += 1
+            # A daemon thread: the process may end while a close hangs.
+            thread = threading.Thread(target=self._work, name="qmpfd-close", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads: those there are, or the next one, will do it
+                with self._lock:
+                    self._threads -= 1
+                return
+
+    def wait(self, batch: _Batch, seconds: float) -> bool:
+        """Wait for *batch*, for so long at most; whether it is closed."""
+        with self._progress:
+            return self._progress.wait_for(lambda: not batch.left, seconds)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                fd, batch = self._waiting.popleft()
+            fd.close()
+            with self._lock:
+                batch.left -= 1
+                if not batch.left:
+                    self._progress.notify_all()
+
+
+class Closer:
+    """Closes descriptors: at once those that cannot block, the others in threads."""
+
+    def __init__(self) -> None:
+        self._slow, self._quick = _Lane(), _Lane()
         self._grace_from = 0.0
         # From the start: later there may be no descriptor left for it.
         try:
@@ -150,7 +217,7 @@ class Closer:
     @property
     def pending(self) -> int:
         """How many closes are under way, or wait for a thread."""
-        return self._threads + len(self._waiting)
+        return self._slow.pending + self._quick.pending
 
     def close(self, fds: Iterable[Fd]) -> None:
         """Close each of *fds*; returns at once, or nearly so."""
@@ -167,9 +234,20 @@ class Closer:
             elif risk is Risk.SLIGHT:
                 careful.append(fd)
             else:
-                self.close_slowly(fd)
+                self._slow.add([fd])
         if careful:
             self._close_carefully(careful)
+
+    def _close_carefully(self, fds: list[Fd]) -> None:
+        """Close what should be quick.  It is waited for: who removes a descriptor may count on it
+        that it is closed when the answer is there.
+        """
+        batch = self._quick.add(fds)
+        if monotonic() >= self._grace_from:
+            if self._quick.wait(batch, _GRACE):
+                return
+            self._grace_from = monotonic() + _NO_GRACE
+        self._quick.start_threads(len(fds))  # one may hang: not the rest behind it
 
     def risk(self, number: int) -> Risk:
         """Whether closing the descriptor may wait for somebody.  Finding out does not."""
@@ -202,66 +280,3 @@ class Closer:
         if name is None:  # not mounted, or not here: the kernel's own tmpfs, if it is a memfd's
             return not is_in_memory(number)
         return name not in _LOCAL
-
-    def close_slowly(self, fd: Fd) -> None:
-        """Close what is known to take its time; returns at once."""
-        with self._lock:
-            self._waiting.append((fd, None))
-        self._start_thread()
-
-    def _close_carefully(self, fds: list[Fd]) -> None:
-        """Close what should be quick.  It is waited for: who removes a descriptor may count on it
-        that it is closed when the answer is there.
-        """
-        batch = _Batch(len(fds))
-        with self._lock:
-            self._waiting += [(fd, batch) for fd in fds]
-        self._start_thread()
-        now = monotonic()
-        if now >= self._grace_from:
-            with self._progress:
-                if self._progress.wait_for(lambda: not batch.left, _GRACE):
-                    return
-            self._grace_from = monotonic() + _NO_GRACE
-        for _ in range(min(batch.left, _MAX_THREADS)):  # one may hang: not the rest behind it
-            self._start_thread()
-
-    def _start_thread(self) -> None:
-        with self._lock:
-            if self._threads == _MAX_THREADS or not self._waiting:
-                return
-            self._threads += 1
-        # A daemon thread: the process may end while a close hangs.
-        thread = threading.Thread(target=self._work, name="qmpfd-close", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # no more threads: those there are, or the next one, will do it
-            with self._lock:
-                self._threads -= 1
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._threads -= 1
-                    return
-                fd, batch = self._waiting.popleft()
-            fd.close()
-            if batch is not None:
-                with self._progress:
-                    batch.left -= 1
-                    if not batch.left:
-                        self._progress.notify_all()
-
-
-class _Batch:
-    """Descriptors that are closed together.
-
-    Args:
-        left: how many of them are open still.
-    """
-
-    __slots__ = ("left",)
-
-    def __init__(self, left: int) -> None:
-        self.left = left

@@ -45,7 +45,7 @@ TURN_SECONDS = 0.002
 
 #: The part of the loop's time that a client is served in without queueing for a turn, and how much
 #: of it at once: one that asks once a millisecond takes 0.03.
-SHARE, SHARE_SECONDS = 0.1, 0.0005
+SHARE, SHARE_SECONDS = 0.1, 0.00025
 
 #: Bytes of replies that wait for their clients, of all connections together.
 MAX_UNSENT_BYTES = 16 << 20
@@ -68,7 +68,7 @@ SEGMENT_BYTES = 36 << 10
 
 #: Bytes that the careful parser takes in one step, at up to 3 us a byte with the replies, so
 #: that no other client waits for longer than a few milliseconds.
-CAREFUL_BYTES = 2 << 10
+CAREFUL_BYTES = 512
 
 #: Bytes of replies, and descriptors with them, after which a client's replies are sent before
 #: more of its requests are carried out: what waits to be sent is bounded by it.

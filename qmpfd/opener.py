@@ -41,10 +41,8 @@ def fdset_opener(
         members = {"fdset-id": int(match[1]), "access": _ACCESS[flags & os.O_ACCMODE]}
         with SyncClient(path, timeout) as client:
             try:
-                _, fds = client.request("open-fdset", members)
+                return client.open_fdset(members).detach()
             except FdNotFound as exc:
                 raise FileNotFoundError(2, str(exc), name) from None
-        (fd,) = fds
-        return fd.detach()
 
     return opener

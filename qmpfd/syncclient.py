@@ -24,6 +24,15 @@ class NoDaemon(Exception):
     """Nobody answers at the socket, or not in time, or not QMP."""
 
 
+def _advice(error: OSError) -> str:
+    """What to do about a connection that cannot be made."""
+    if isinstance(error, PermissionError):
+        return "its owner can let you in: qmpfd serve --socket-mode, --policy"
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        return "start one: qmpfd serve"
+    return "name another: --socket"
+
+
 class SyncClient:
     """A connection to a QMP server, with one deadline for all that is done with it, or renewed.
 
@@ -65,9 +74,8 @@ class SyncClient:
         except BlockingIOError:
             raise self._silent() from None
         except OSError as exc:
-            raise NoDaemon(
-                f"no daemon at {self._path}: {exc.strerror or exc} (start one: qmpfd serve)"
-            ) from None
+            why = exc.strerror or exc
+            raise NoDaemon(f"no daemon at {self._path}: {why} ({_advice(exc)})") from None
         self._sock.setblocking(False)
 
     def execute(
@@ -112,6 +120,22 @@ class SyncClient:
                 if reply.id == self._last_id:
                     reply.unwrap()
             self._receive()
+
+    def open_fdset(self, arguments: Mapping[str, Any]) -> Fd:
+        """Get a duplicate of a stored descriptor (``open-fdset``).
+
+        Args:
+            arguments: which one, as it goes over the wire.
+
+        Raises:
+            QMPError: there is none.
+            NoDaemon: the server does not answer, or not with a descriptor.
+        """
+        _, fds = self.request("open-fdset", arguments)
+        if len(fds) != 1:
+            fd.close_all(fds)
+            raise NoDaemon(f"at {self._path}: an answer without a descriptor")
+        return fds[0]
 
     def events(self) -> Iterator[QMPEvent]:
         """The server's events, as they come, without a deadline.

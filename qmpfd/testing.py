@@ -25,6 +25,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -60,8 +61,6 @@ async def daemon(*paths: str | os.PathLike[str], **options: Any) -> AsyncIterato
 async def _start(
     nursery: trio.Nursery, paths: Sequence[str | os.PathLike[str]], options: dict[str, Any]
 ) -> Server:
-    from functools import partial
-
     from .server import Server, serve
 
     server = await nursery.start(partial(serve, paths, **options))

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
+from benchmark import plots
 from benchmark.goals import goals
 from benchmark.plan import Scale, measure_all, timed
 from benchmark.report import as_json, tell, tell_goals
@@ -42,7 +43,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stored", type=int, metavar="N", help="descriptors, at most")
     parser.add_argument("--clients", type=int, metavar="N", help="at a time, at most")
     parser.add_argument(
-        "--only", nargs="+", choices=KINDS, metavar="SERVER", help=f"of {', '.join(KINDS)}"
+        "--only", nargs="+", choices=KINDS, metavar="NAME", help=f"of {', '.join(KINDS)}"
     )
     return parser.parse_args(arguments)
 
@@ -50,7 +51,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _scale(options: argparse.Namespace) -> Scale:
     """How much to do: as asked, and as far as this process may."""
     scale = _QUICK if options.quick else _WHOLE
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     most = min(options.stored or scale.most, hard - _SPARE)
     crowd = min(options.clients or scale.clients[-1], hard - 100)
@@ -86,9 +87,12 @@ class _Progress:
 
     def __call__(self, text: str) -> None:
         if self._shown:
-            print(f"\r\x1b[K{timed(self._since)}, {text}"[:110], end="", file=sys.stderr, flush=True)
+            print(
+                f"\r\x1b[K{timed(self._since)}, {text}"[:110], end="", file=sys.stderr, flush=True
+            )
 
     def over(self) -> None:
+        """Take the line away again."""
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -121,6 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\n{scale.rounds} rounds in {timed(began)}; medians; client and server on one CPU.")
     if options.json is not None:
         options.json.write_bytes(as_json(results, scale, found))
+    if options.plots is not None:
+        drawn = plots.draw(results, scale, names, options.plots)
+        print("drawn:", *drawn) if drawn else print(f"No plots without matplotlib: {plots.INSTALL}")
     return 0
 
 

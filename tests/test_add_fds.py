@@ -8,9 +8,11 @@ import pty
 import select
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -197,28 +199,35 @@ async def test_until_the_connection_ends(path: Path, how: str) -> None:
                 assert await opaques(other) == ["lasting"]
 
 
+#: Adds its standard input until its connection ends, says so, and waits to be killed.
+ADDER = """
+import socket, sys
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+sock.connect(sys.argv[1])
+sock.sendall(b'{"execute": "qmp_capabilities"}')
+message = b'{"execute": "add-fds", "arguments": {"lifetime": "connection"}}'
+sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, bytes(4))])
+while b"fdset-id" not in sock.recv(1 << 16):
+    pass
+print("added", flush=True)
+sock.recv(1)
+"""
+
+
 async def test_until_its_process_is_killed(path: Path) -> None:
     """The kernel ends the connection then, however the process ended."""
-    async with daemon(path), qmpfd.connect(path) as client:
+    async with daemon(path), qmpfd.connect(path) as client, client.watch_fdsets() as events:
         with Pipe() as pipe:
-            child = os.fork()
-            if child == 0:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-                    sock.connect(os.fspath(path))
-                    sock.sendall(request("qmp_capabilities"))
-                    message = request("add-fds", {"lifetime": "connection"})
-                    rights = struct.pack("i", pipe.fileno())
-                    sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-                    os.kill(os.getpid(), 9)
+            command = [sys.executable, "-c", ADDER, os.fspath(path)]
+            process = await trio.lowlevel.open_process(command, stdin=pipe, stdout=PIPE)
+            assert process.stdout is not None
             pipe.release()
-            async with client.watch_fdsets() as events:
-                fds = await client.query_fds()
-                if not fds:
-                    assert (await anext(events)).name == "FD_ADDED"
-                removed = await anext(events)
-            assert removed.name == "FD_REMOVED"
-            assert removed.data["reason"] == "connection"
-            assert os.waitpid(child, 0)[1] == 9
+            async with process.stdout:
+                assert await process.stdout.receive_some() == b"added\n"
+                assert (await anext(events)).name == "FD_ADDED"
+                process.kill()
+                assert (await anext(events)).data["reason"] == "connection"
+            await process.wait()
             await settle()
             assert not pipe.held()
 
@@ -569,8 +578,8 @@ async def test_whatever_comes_first(path: Path, autojump_clock: MockClock) -> No
                         await trio.sleep(1)
                     elif first == "expired":
                         await trio.sleep(20)
-            assert (await anext(events)).name == "FD_ADDED"
-            assert (await anext(events)).data["reason"] == first
+                assert (await anext(events)).name == "FD_ADDED"
+                assert (await anext(events)).data["reason"] == first
         await trio.sleep(100)
         assert await other.query_fds() == []
 

@@ -143,7 +143,10 @@ def test_add_of_a_fifo_does_not_wait(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("running")
 def test_refused(cli: Cli, file: Path) -> None:
     said = cli.fails(REFUSED, "rm", "7")
-    assert said == "qmpfd: FdNotFound: File descriptor named 'fdset-id:7' not found\n"
+    assert said == (
+        "qmpfd: FdNotFound: File descriptor named 'fdset-id:7' not found "
+        "(qmpfd ls shows those there are)\n"
+    )
     assert "fdset-id:7, fd:3" in cli.fails(REFUSED, "rm", "7:3")
     assert "existing fdset-id" in cli.fails(REFUSED, "add", "--fdset", "7", file)
     assert cli.json("ls") == []

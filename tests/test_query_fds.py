@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from kinds import KINDS, open_kind
 from trio.testing import MockClock
 
 import qmpfd
+from qmpfd.fd import Fd
 
 #: What ``kinds.py`` makes, by what we call it, and how it was opened.
 EXPECTED = {
@@ -72,7 +71,11 @@ async def test_the_reply(path: Path, tmp_path: Path) -> None:
             terms = {"expires": 10, "lifetime": "connection"}
             value(await wire.call("add-fds", terms, [file]))
             me = {"pid": os.getpid(), "uid": os.geteuid(), "gid": os.getegid()}
-            common = {"access": "rdwr", "kind": "file", "target": str(tmp_path / "file")}
+            common: dict[str, Any] = {
+                "access": "rdwr",
+                "kind": "file",
+                "target": str(tmp_path / "file"),
+            }
             common |= {"age": 0, "watch-hangup": False, "added-by": me}
             newer, older = value(await wire.call("query-fds"))
             assert older == {**added, **common, "opaque": "o", "lifetime": "daemon"}
@@ -200,32 +203,35 @@ async def _query(path: Path) -> list[qmpfd.FdInfo]:
         return await client.query_fds()
 
 
+#: Gives up all rights, then adds its standard input.
+ADDER = """
+import os, socket, sys
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+os.chdir(sys.argv[1])
+os.setgroups([])
+os.setgid(65533)
+os.setuid(65534)
+sock.connect("q.sock")
+sock.sendall(b'{"execute": "qmp_capabilities"}')
+sock.sendmsg([b'{"execute": "add-fd"}'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, bytes(4))])
+said = b""
+while said.count(b"return") < 2:
+    said += sock.recv(1 << 16) or exit(said)
+"""
+
+
 @pytest.mark.root
-def test_added_by_another_user(tmp_path: Path) -> None:
+def test_added_by_another_user(path: Path, tmp_path: Path) -> None:
     """Who connected counts, not who opened the file."""
-    tmp_path.chmod(0o755)
-    for parent in list(tmp_path.parents)[:2]:
-        parent.chmod(0o755)
-    path = tmp_path / "q.sock"
     policy = tmp_path / "policy.toml"
+    tmp_path.chmod(0o711)
     policy.write_text('[[rule]]\nuid = 65534\nallow = ["query", "add"]\n')
     with daemon_process(path, "--policy", str(policy), "--socket-mode", "666"):
-        child = os.fork()
-        if child == 0:
-            os.setgroups([])
-            os.setgid(65533)
-            os.setuid(65534)
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-                sock.connect(os.fspath(path))
-                sock.sendall(b'{"execute": "qmp_capabilities"}')
-                sock.sendmsg([b'{"execute": "add-fd"}'], [(1, socket.SCM_RIGHTS, b"\0" * 4)])
-                while sock.recv(1 << 16).count(b"fdset-id") == 0:
-                    pass
-            os.kill(os.getpid(), signal.SIGKILL)
-        os.waitpid(child, 0)
+        with subprocess.Popen([sys.executable, "-c", ADDER, str(tmp_path)], stdin=0) as adder:
+            assert adder.wait(PATIENCE) == 0
         [found] = trio.run(_query, path)
         assert found.added_by is not None
-        assert found.added_by.pid == child
+        assert found.added_by.pid == adder.pid
         assert (found.added_by.uid, found.added_by.gid) == (65534, 65533)
 
 
@@ -245,67 +251,69 @@ def test_there_from_the_start(path: Path) -> None:
 
 
 @contextmanager
-def hung_fuse(folder: Path) -> Iterator[int]:
-    """A directory of a FUSE file system whose server never answers anything."""
-    mount = folder / "mount"
-    mount.mkdir()
-    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
-        command = ["mount", "-i", "-t", "fuse", "-o", options, "hung", str(mount)]
-        ran = subprocess.run(command, pass_fds=[device], capture_output=True, check=False)
-        if ran.returncode:
-            pytest.skip(f"no FUSE here: {ran.stderr.decode().strip()}")
+def fuse(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A FUSE file system at *folder*; it takes what not to answer on its standard input."""
+    if not os.access("/dev/fuse", os.R_OK):
+        pytest.skip("no FUSE here")
+    folder.mkdir()
+    program = [sys.executable, str(ROOT / "tests/faults/fuse.py"), str(folder)]
+    with subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
         try:
-            # O_PATH, because opening would have to ask.
-            number = os.open(mount, os.O_PATH | os.O_CLOEXEC)
-            try:
-                yield number
-            finally:
-                os.close(number)
+            if server.stdout.readline() != "mounted\n":
+                pytest.skip("no FUSE here")
+            yield server
         finally:
-            os.close(device)
-            device = -1
-            subprocess.run(["umount", "-l", str(mount)], check=True)
-    finally:
-        if device >= 0:
-            os.close(device)
+            server.stdin.close()
+            server.wait(PATIENCE)
 
 
 @pytest.mark.root
 def test_a_dead_file_system(path: Path, tmp_path: Path) -> None:
-    """None of our commands waits for it."""
-    if not os.access("/dev/fuse", os.R_OK):
-        pytest.skip("no FUSE here")
-    with hung_fuse(tmp_path) as number, daemon_process(path):
+    """None of our commands waits for it: not to describe, watch or hand out, nor to remove."""
+    with daemon_process(path), fuse(tmp_path / "mount") as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        with (tmp_path / "mount" / "file").open("r+b", buffering=0) as file:
+            server.stdin.write("GETATTR,POLL,FLUSH,RELEASE,STATFS,LOOKUP,IOCTL\n")
+            server.stdin.flush()
+            assert server.stdout.readline() == "told\n"
+            got = None
+            try:
+                got = trio.run(_use, path, file.fileno(), str(tmp_path / "mount" / "file"))
+            finally:  # our own closes are to be answered
+                server.stdin.write("\n")
+                server.stdin.flush()
+                assert server.stdout.readline() == "told\n"
+                if got is not None:
+                    got.close()
 
-        async def main() -> None:
-            with trio.fail_after(PATIENCE):
-                async with qmpfd.connect(path) as client:
-                    await client.add_fd(number)
-                    [found] = await client.query_fds()
-                    assert found.target == str(tmp_path / "mount")
-                    assert (found.kind, found.access) == ("dir", "path")
-                    with pytest.raises(qmpfd.InvalidParameterValue, match="watch-hangup"):
-                        await client.add_fds([number], watch_hangup=True)
-                    (await client.open_fdset(0)).close()
-                    await client.remove_fd(0)
-                    await client.query_fdsets()
 
-        trio.run(main)
+async def _use(path: Path, number: int, target: str) -> Fd:
+    with trio.fail_after(PATIENCE / 2):
+        async with qmpfd.connect(path) as client:
+            await client.add_fd(number)
+            [found] = await client.query_fds()
+            assert (found.target, found.kind, found.access) == (target, "file", "rdwr")
+            with pytest.raises(qmpfd.InvalidParameterValue, match="watch-hangup"):
+                await client.add_fds([number], watch_hangup=True)
+            fd = await client.open_fdset(0)
+            await client.remove_fd(0)
+            assert await client.query_fdsets() == []
+            return fd
 
 
 def test_as_json(path: Path) -> None:
     """What a shell gets is what the command returns."""
-    with daemon_process(path, "--add-fd", "fd=0,set=0") if False else daemon_process(path):
-        program = [sys.executable, "-m", "qmpfd"]
-        for words in (["add", "--opaque", "\u20ac", "/dev/null"], ["ls", "--long", "--json"]):
-            ran = subprocess.run(
-                [*program, *words, "--socket", str(path)],
-                cwd=ROOT,
-                check=True,
-                capture_output=True,
-                timeout=PATIENCE,
-            )
-        [found] = json.loads(ran.stdout)
+
+    def run(*words: str) -> bytes:
+        command = [sys.executable, "-m", "qmpfd", *words, "--socket", str(path)]
+        return subprocess.check_output(command, cwd=ROOT, timeout=PATIENCE)
+
+    with daemon_process(path):
+        run("add", "--opaque", "\u20ac", "/dev/null")
+        [found] = json.loads(run("ls", "--long", "--json"))
         assert (found["target"], found["opaque"]) == ("/dev/null", "\u20ac")

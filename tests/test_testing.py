@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from examples import blocks
 from helpers import PATIENCE, ROOT
-from test_readme import blocks
 
 import qmpfd
 import qmpfd.testing
+from qmpfd.syncclient import SyncClient
 from qmpfd.testing import DaemonProcess
 
 PAGE = (ROOT / "docs/howto/testing.md").read_text()
@@ -97,7 +98,7 @@ def test_a_stopped_process_is_ended(qmpfd_process: DaemonProcess) -> None:
 
 def test_a_daemon_that_does_not_start_says_why(qmpfd_path: Path) -> None:
     with (
-        pytest.raises(RuntimeError, match="does not start: .*max-fds"),
+        pytest.raises(RuntimeError, match=r"does not start: .*max-fds"),
         qmpfd.testing.daemon_process(qmpfd_path, "--max-fds=none"),
     ):
         pass
@@ -106,8 +107,6 @@ def test_a_daemon_that_does_not_start_says_why(qmpfd_path: Path) -> None:
 def test_much_that_it_says_does_not_stop_it(qmpfd_path: Path) -> None:
     """More than a pipe holds."""
     with qmpfd.testing.daemon_process(qmpfd_path, "--log-level=debug") as daemon:
-        from qmpfd.syncclient import SyncClient
-
         with SyncClient(qmpfd_path, PATIENCE) as client:
             for _ in range(2000):
                 client.execute("query-name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import os
 import resource
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..fd import Fd, close_all
 from ..syncclient import SyncClient
-from .options import add_client_options, client_of, number
+from .options import add_client_options, add_examples, client_of, number
 from .output import print_json, printable
 from .status import DONE, UsageError
 
@@ -38,6 +39,14 @@ def add_parsers(verbs: Subparsers) -> None:
     )
     add_client_options(execute)
     execute.add_argument("fdsets", nargs="*", metavar="N[:ACCESS][=FD]", help="what to open")
+    add_examples(
+        execute,
+        "qmpfd exec 0 -- cat /dev/fd/3",
+        "qmpfd exec 0:r=0 1:w=1 -- gzip",
+        "qmpfd exec 0:rw=9 -- ./server --fd 9",
+        status="  CMD's own; else 1 the daemon refused, 2 usage, 3 no daemon,\n"
+        "  126 CMD cannot be run, 127 there is no CMD",
+    )
     execute.set_defaults(run=_exec, command=[])
 
     push = verbs.add_parser(
@@ -55,6 +64,12 @@ def add_parsers(verbs: Subparsers) -> None:
         metavar="M",
         help="the fd set there (default: a new one)",
     )
+    add_examples(
+        push,
+        "qmpfd push 0 --to /run/vm1/qmp.sock",
+        "qmpfd push 0 --to /run/vm1/qmp.sock --fdset 3",
+        status="  0 done, 1 one of the two refused, 2 usage, 3 one of the two is not there",
+    )
     push.set_defaults(run=_push)
 
     watch = verbs.add_parser(
@@ -64,6 +79,12 @@ def add_parsers(verbs: Subparsers) -> None:
         "With --json, each event is one line.",
     )
     add_client_options(watch)
+    add_examples(
+        watch,
+        "qmpfd watch",
+        "qmpfd watch --json | jq --unbuffered .data",
+        status="  1 the daemon refused, 2 usage, 3 no daemon, or it has ended, 130 interrupted",
+    )
     watch.set_defaults(run=_watch)
 
 
@@ -121,6 +142,8 @@ def _exec(arguments: argparse.Namespace) -> int:
 def _replace_by(command: list[str]) -> int:
     """Become the command; the exit status where that is not possible."""
     try:
+        if not command[0]:  # a ValueError to Python
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         os.execvp(command[0], command)
     except OSError as exc:
         print_error = f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}\n"
@@ -141,9 +164,7 @@ def _open_fdset(client: SyncClient, wanted: Wanted) -> Fd:
     members: dict[str, Any] = {"fdset-id": wanted.fdset_id}
     if wanted.access is not None:
         members["access"] = wanted.access
-    _, fds = client.request("open-fdset", members)
-    (fd,) = fds
-    return fd
+    return client.open_fdset(members)
 
 
 def _put_in_place(opened: list[Fd], places: list[int]) -> None:

@@ -27,7 +27,16 @@ _VERBS = {
     "shell": "shell",
     "status": "state",
     "check-policy": "policy",
+    "completion": "completion",
 }
+
+#: What to do next, by an error's class and a part of its text.
+_ADVICE = [
+    ("FdNotFound", "' not found", "qmpfd ls shows those there are"),
+    ("InvalidParameterValue", "existing fdset-id", "without --fdset, a new set is made"),
+    ("PermissionDenied", "", "the daemon's policy decides that: see qmpfd check-policy --help"),
+    ("CommandNotFound", "", "qmpfd status shows what server this is"),
+]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NoDaemon as exc:
         return _fail(str(exc), NO_DAEMON)
     except QMPError as exc:
-        return _fail(f"{exc.error_class}: {exc.desc}", REFUSED)
+        return _fail(f"{exc.error_class}: {exc.desc}{_advice(exc)}", REFUSED)
     except OSError as exc:
         # Most likely of standard output.  What is still buffered for it has nowhere to go, and
         # the interpreter must not try again at exit.
@@ -88,6 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _advice(error: QMPError) -> str:
+    """What to do about it, where the error does not say that itself."""
+    for error_class, text, advice in _ADVICE:
+        if error.error_class == error_class and text in error.desc:
+            return f" ({advice})"
+    return ""
 
 
 def _fail(message: str, status: int) -> int:

@@ -14,6 +14,27 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Leaves text of several lines as it is: the examples at the end of a help."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+def add_examples(parser: argparse.ArgumentParser, *examples: str, status: str = "") -> None:
+    """End a verb's help with examples, and what its exit status says.
+
+    Args:
+        parser: the verb's.
+        examples: lines as they are typed, in the order in which they are best read.
+        status: the exit statuses, where they are not those of most verbs.
+    """
+    lines = "\n".join(f"  {example}" for example in examples)
+    told = status or "  0 done, 1 the daemon refused, 2 usage, 3 no daemon"
+    parser.epilog = f"examples:\n{lines}\n\nexit status:\n{told}"
+    parser.formatter_class = _Formatter
+
+
 def default_socket() -> str:
     """Where the daemon is: ``$QMPFD_SOCKET``, else the user's runtime directory, else /run."""
     if named := os.environ.get("QMPFD_SOCKET"):

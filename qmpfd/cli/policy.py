@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..policy import BadPolicy, Grant, Policy, load_policy
+from .options import add_examples
 from .output import print_json
 from .status import DONE, UsageError
 
@@ -29,6 +30,12 @@ def add_parsers(verbs: Subparsers) -> None:
         "--user", metavar="NAME|UID", help="the user, with all groups (default: just check)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+    add_examples(
+        parser,
+        "qmpfd check-policy /etc/qmpfd.toml",
+        "qmpfd check-policy --user nobody /etc/qmpfd.toml",
+        status="  0 the policy is valid, 2 it is not, or usage",
+    )
     parser.set_defaults(run=_check)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..fd import Fd
 from ..limits import MAX_REQUEST_BYTES, Limits
 from ..systemd import take_listen_fds
-from .options import default_socket, number, seconds
+from .options import add_examples, default_socket, number, seconds
 from .policy import group_id, read_policy
 from .status import DONE, UsageError
 
@@ -147,6 +148,13 @@ def add_parsers(verbs: Subparsers) -> None:
         default="info",
         help="how much to say there; debug names every command (default: info)",
     )
+    add_examples(
+        parser,
+        "qmpfd serve",
+        "qmpfd serve --socket /run/qmpfd.sock --policy /etc/qmpfd.toml",
+        "qmpfd serve --dialect qemu --add-fd fd=3,set=0,opaque=disk 3<>disk.img",
+        status="  0 ended as told, 2 it cannot start: the line on standard error says why",
+    )
     parser.set_defaults(run=_serve)
 
 
@@ -247,5 +255,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     for failure in failures:
         assert isinstance(failure, OSError)
         where = f"{failure.filename}: " if failure.filename else ""
-        raise UsageError(f"{where}{failure.strerror or failure}")
+        advice = ""
+        if failure.errno == errno.EADDRINUSE:
+            advice = " (qmpfd status shows it; --socket listens elsewhere)"
+        raise UsageError(f"{where}{failure.strerror or failure}{advice}")
     return DONE

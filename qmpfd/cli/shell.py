@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..syncclient import NoDaemon
-from .options import add_client_options, client_of, default_socket
+from .options import add_client_options, add_examples, client_of, default_socket
 from .shell_prompt import lines
 from .shell_session import ERRORS, Session, message
-from .shell_syntax import unfinished
+from .shell_syntax import Scanner
 from .state import server_name
 from .status import DONE, REFUSED
 
@@ -38,16 +39,31 @@ def add_parsers(verbs: Subparsers) -> None:
         metavar="COMMAND",
         help="run this command, and then leave; may be given more than once",
     )
+    add_examples(
+        parser,
+        "qmpfd shell",
+        "qmpfd shell --socket /run/vm1/qmp.sock",
+        "qmpfd shell -c 'add-fd opaque=log >> /var/log/vm1.log' -c query-fdsets",
+        "qmpfd shell --json < commands",
+        status="  0 done, 1 a command was refused (the others are still run), 2 usage,\n"
+        "  3 no daemon, or it has closed the connection",
+    )
     parser.set_defaults(run=_shell)
 
 
 def _shell(arguments: argparse.Namespace) -> int:
-    connect = partial(client_of, arguments)
-    with Session(connect, arguments.timeout, as_json=arguments.json) as session:
-        version = session.open().execute("query-version")
+    person = not arguments.commands and sys.stdin.isatty() and sys.stdout.isatty()
+    session = Session(
+        partial(client_of, arguments),
+        arguments.timeout,
+        as_json=arguments.json,
+        for_a_person=person,
+    )
+    with session:
+        version = session.greet()
         if arguments.commands:
             return _script(session, enumerate(arguments.commands, 1), "command")
-        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if not person:
             return _script(session, _from_stdin(), "line")
         where = arguments.socket or default_socket()
         print(f"{server_name(version)} at {where}; help lists the commands, Ctrl-D leaves")
@@ -70,16 +86,21 @@ def _script(session: Session, commands: Iterable[tuple[int, str]], unit: str) ->
 
 def _from_stdin() -> Iterator[tuple[int, str]]:
     """Commands, each with the number of its first line."""
-    text, first = "", 0
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the server says that it is not UTF-8
+    lines_, first, scanner = [], 0, Scanner()
     for number, line in enumerate(sys.stdin, 1):
-        if not text:
+        if not lines_:
+            if line.lstrip().startswith("#"):
+                continue
             first = number
-        text += line
-        if not unfinished(text):
-            yield first, text
-            text = ""
-    if text:
-        yield first, text
+        lines_.append(line)
+        scanner.feed(line)
+        if not scanner.unfinished:
+            yield first, "".join(lines_)
+            lines_, scanner = [], Scanner()
+    if lines_:
+        yield first, "".join(lines_)
 
 
 def _interactive(session: Session) -> None:

@@ -86,9 +86,7 @@ def _with_prompt_toolkit(session: Session) -> Iterator[str]:
         prompt_continuation=lambda width, number, wrapped: MORE,
         bottom_toolbar=toolbar,
     )
-    # Colour is the terminal's own business where it asks for none (no-color.org).
-    plain = bool(os.environ.get("NO_COLOR"))
-    with patch_stdout(raw=not plain):
+    with patch_stdout():
         while True:
             try:
                 yield prompt.prompt()

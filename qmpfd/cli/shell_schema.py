@@ -15,6 +15,10 @@ TAKES_FDS = frozenset({"add-fd", "add-fds", "getfd"})
 _EXECUTE = re.compile(r'"execute"\s*:\s*"([\w-]*)$')
 
 
+#: Arguments that one line can show; blockdev-add has more than a hundred.
+_MANY = 8
+
+
 class Argument(NamedTuple):
     """What a command takes.
 
@@ -60,13 +64,13 @@ class Schema:
         found = {}
         for member in entry.get("members", ()):
             kind = self._entries.get(member["type"], {})
-            values = kind.get("values") or [m["name"] for m in kind.get("members", ())]
+            is_enum = kind.get("meta-type") == "enum"
             found[member["name"]] = Argument(
                 member["name"],
-                self.words(member["type"]),
-                "string" if kind.get("meta-type") == "enum" else kind.get("json-type", ""),
+                self.words(member["type"], 1),
+                "string" if is_enum else kind.get("json-type", ""),
                 "default" in member,
-                values if kind.get("meta-type") == "enum" else (),
+                _values(kind) if is_enum else (),
             )
         for variant in entry.get("variants", ()):
             for member_name, member in self._members(variant["type"]).items():
@@ -80,7 +84,7 @@ class Schema:
             case "builtin":
                 return name
             case "enum":
-                values = entry.get("values") or [m["name"] for m in entry.get("members", ())]
+                values = _values(entry)
                 return "|".join(values) if len(values) < 8 else "|".join([*values[:7], "..."])
             case "array":
                 return f"[{self.words(entry['element-type'], depth)}, ...]"
@@ -88,8 +92,9 @@ class Schema:
                 return " or ".join(self.words(m["type"], depth) for m in entry["members"])
             case "object" if depth:
                 told = (
-                    f"{m['name']}{'?' if 'default' in m else ''}: {self.words(m['type'], depth - 1)}"
-                    for m in entry.get("members", ())
+                    f"{member['name']}{'?' if 'default' in member else ''}: "
+                    + self.words(member["type"], depth - 1)
+                    for member in entry.get("members", ())
                 )
                 return "{" + ", ".join(told) + "}"
             case _:
@@ -111,9 +116,15 @@ class Schema:
     def signature(self, command: str) -> str:
         """One line that shows how *command* is written."""
         words = [command]
-        for argument in self.arguments(command).values():
-            word = f"{argument.name}={argument.type}"
-            words.append(f"[{word}]" if argument.optional else word)
+        arguments = self.arguments(command).values()
+        for argument in arguments:
+            word = f"{argument.name}={_short(argument.type)}"
+            if not argument.optional:
+                words.append(word)
+            elif len(arguments) <= _MANY:
+                words.append(f"[{word}]")
+        if len(arguments) > _MANY:
+            words.append("[...]")
         if command in TAKES_FDS:
             words.append("< FILE")
         return " ".join(words)
@@ -125,7 +136,7 @@ class Schema:
         lines = [self.signature(command)]
         for argument in arguments:
             optional = "  (optional)" if argument.optional else ""
-            lines.append(f"  {argument.name:<{width}}  {argument.type}{optional}")
+            lines.append(f"  {argument.name:<{width}}  {_short(argument.type)}{optional}")
         returned = self._entries[command].get("ret-type", "")
         lines.append(f"returns {self.words(returned)}")
         if command in TAKES_FDS:
@@ -160,3 +171,13 @@ class Schema:
         if command in TAKES_FDS and "--fd".startswith(last) and last:
             found.append(("--fd", "an open descriptor"))
         return found
+
+
+def _values(enum: Mapping[str, Any]) -> list[str]:
+    """The values of an enumeration; QEMU has them in one of two members, or in both."""
+    return enum.get("values") or [member["name"] for member in enum.get("members", ())]
+
+
+def _short(text: str) -> str:
+    """A type that leaves room on the line for more than itself."""
+    return text if len(text) <= 48 else f"{text[:45]}..."

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from ..errors import QMPError
 from ..fd import Fd
 from ..protocol.client import QMPEvent
 from ..syncclient import NoDaemon, SyncClient
-from .output import print_json, printable
+from .output import print_json, printable, terminal_width
 from .shell_schema import Schema
 from .shell_syntax import BadInput, Typed, parse
 from .status import UsageError
@@ -29,17 +27,25 @@ class Session:
     """A connection to a QMP server, in which one task asks and a thread shows events.
 
     Args:
-        connect: makes a connection; also a new one where the server has closed it.
+        connect: makes a connection.
         timeout: seconds that the server has for each command.
         as_json: print JSON, one value a line, instead of what people like to read.
+        for_a_person: connect again where the server has closed the connection. A script is not
+            told, so it must not go on without what belonged to that connection.
     """
 
     def __init__(
-        self, connect: Callable[[], SyncClient], timeout: float, *, as_json: bool = False
+        self,
+        connect: Callable[[], SyncClient],
+        timeout: float,
+        *,
+        as_json: bool,
+        for_a_person: bool,
     ) -> None:
         self._connect = connect
         self._timeout = timeout
         self._as_json = as_json
+        self._for_a_person = for_a_person
         #: Guards the connection and the output: the thread shows events while a line is typed.
         self._lock = threading.Lock()
         self._client: SyncClient | None = None
@@ -54,13 +60,15 @@ class Session:
 
     # -- the connection ------------------------------------------------------------------------
 
-    def open(self) -> SyncClient:
-        """The connection; a new one where there is none.
+    def _open(self) -> SyncClient:
+        """The connection, with its time renewed; whoever calls this has the lock.
 
         Raises:
             NoDaemon: nobody answers.
             QMPError: the server turns us away.
         """
+        if self._listener is not None and not self._listener.is_alive() and self._for_a_person:
+            self._disconnect()
         if self._client is None:
             self._client = self._connect()
             self._wake = Fd(os.eventfd(0, os.EFD_CLOEXEC))
@@ -82,7 +90,8 @@ class Session:
                     client.renew(self._timeout)
                     events = client.take_events()
                 except NoDaemon as exc:
-                    self.show(f"qmpfd: {printable(str(exc))}")
+                    if self._for_a_person:
+                        self.show(f"qmpfd: {message(exc)}")
                     return
                 for event in events:
                     self.show(self._event_line(event))
@@ -114,13 +123,23 @@ class Session:
     ) -> None:
         self.close()
 
+    def greet(self) -> dict[str, Any]:
+        """Connect, and learn what the server is.
+
+        Raises:
+            NoDaemon, QMPError: nobody answers, or it turns us away.
+        """
+        with self._lock:
+            version: dict[str, Any] = self._open().execute("query-version")
+        return version
+
     @property
     def schema(self) -> Schema:
         """The server's own description of its commands; asked for once."""
         if self._schema is None:
             with self._lock:
                 try:
-                    self._schema = Schema(self.open().execute("query-qmp-schema"))
+                    self._schema = Schema(self._open().execute("query-qmp-schema"))
                 except QMPError:  # a server without one, or one that does not tell us
                     self._schema = Schema()
         return self._schema
@@ -133,7 +152,7 @@ class Session:
         Raises:
             BadInput, UsageError: it cannot be asked.
             QMPError: the server refused it.
-            NoDaemon: the server does not answer; the next command may find a new one.
+            NoDaemon: the server does not answer.
         """
         words = text.split()
         if not words or words[0].startswith("#"):
@@ -143,7 +162,7 @@ class Session:
         if words[0] == "help":
             self._help(words[1:])
             return True
-        typed = parse(text, lambda *value: self.schema.convert(*value))
+        typed = parse(text, self._convert)
         if typed.command == "quit" and not self.confirm("This ends the server. Go on?"):
             return True
         try:
@@ -152,6 +171,9 @@ class Session:
             self._disconnect()
             raise
         return True
+
+    def _convert(self, command: str, name: str, text: str) -> Any:
+        return self.schema.convert(command, name, text)
 
     def _ask(self, typed: Typed) -> None:
         with ExitStack() as stack:
@@ -163,7 +185,7 @@ class Session:
                     check_open(each.number)
                     fds.append(each.number)
             with self._lock:
-                client = self.open()
+                client = self._open()
                 try:
                     value, passed = client.request(typed.command, typed.arguments, fds)
                 except QMPError as exc:
@@ -171,7 +193,11 @@ class Session:
                     raise
                 self._handed_out += passed
                 self._show_reply(value, passed, typed)
-                for event in client.take_events():
+                try:
+                    events = client.take_events()
+                except NoDaemon:  # a reply is a reply: whoever asks next is told
+                    return
+                for event in events:
                     _print(self._event_line(event))
 
     def _show_reply(self, value: Any, passed: list[Fd], typed: Typed) -> None:
@@ -198,7 +224,7 @@ class Session:
     def _help(self, names: list[str]) -> None:
         known = self.schema.commands()
         if not names:
-            _print("\n".join(_columns(known, shutil.get_terminal_size().columns)))
+            _print("\n".join(_columns(known, terminal_width())))
             _print(
                 "\nhelp COMMAND shows its arguments. A command is its name and name=value, or JSON;"
                 "\n< FILE or --fd N passes a descriptor. exit, or Ctrl-D, leaves."
@@ -213,7 +239,7 @@ class Session:
 def readable(value: Any) -> str:
     """A reply for people: on one line if it fits, else on several."""
     line = json.dumps(value, ensure_ascii=False)
-    if len(line) <= shutil.get_terminal_size().columns:
+    if len(line) <= terminal_width():
         return printable(line)
     lines = json.dumps(value, ensure_ascii=False, indent=2).split("\n")
     return "\n".join(map(printable, lines))
@@ -232,7 +258,6 @@ ERRORS = (BadInput, UsageError, QMPError)
 
 def _print(text: str) -> None:
     print(text, flush=True)
-    sys.stdout.flush()
 
 
 def _columns(names: list[str], width: int) -> list[str]:

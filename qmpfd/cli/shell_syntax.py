@@ -22,6 +22,9 @@ _REDIRECTIONS = {
     ">>": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
 }
 
+#: No descriptor's number has more.
+_DIGITS = 9
+
 _PAIRS = {"{": "}", "[": "]"}
 
 
@@ -47,45 +50,61 @@ class Typed(NamedTuple):
     has_id: bool = False
 
 
+class Scanner:
+    """Cuts text at the blanks that are in no quotes, brackets or braces; those stay on the words."""
+
+    def __init__(self) -> None:
+        self._words: list[str] = []
+        self._word: list[str] = []
+        self._ends: list[str] = []  # the brackets and braces that are waited for
+        self._quote = ""
+        self._escaped = False
+
+    def feed(self, text: str) -> None:
+        """What comes next."""
+        for char in text:
+            if self._quote:
+                self._in_quotes(char)
+            elif char in "\"'" and (self._ends or not self._word or self._word[-1] in "=<>"):
+                self._quote = char
+            elif char in _PAIRS:
+                self._ends.append(_PAIRS[char])
+            elif self._ends and char == self._ends[-1]:
+                self._ends.pop()
+            elif char.isspace() and not self._ends:
+                self._end_word()
+                continue
+            self._word.append(char)
+
+    def _in_quotes(self, char: str) -> None:
+        if self._escaped:
+            self._escaped = False
+        elif char == "\\":
+            self._escaped = True
+        elif char == self._quote:
+            self._quote = ""
+
+    def _end_word(self) -> None:
+        if self._word:
+            self._words.append("".join(self._word))
+            self._word.clear()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a bracket, a brace or a quote is still open, so that another line follows."""
+        return bool(self._quote or self._ends)
+
+    def words(self) -> list[str]:
+        """The words; nothing is fed any more."""
+        self._end_word()
+        return self._words
+
+
 def unfinished(text: str) -> bool:
-    """Whether a bracket, a brace or a quote in *text* is still open, so that a line is to follow."""
-    return _scan(text)[1]
-
-
-def words(text: str) -> list[str]:
-    """*text* cut at the blanks that are in no quotes, brackets or braces; those stay on."""
-    return _scan(text)[0]
-
-
-def _scan(text: str) -> tuple[list[str], bool]:
-    found: list[str] = []
-    word = ""
-    open_: list[str] = []  # the ends that are waited for
-    quote = ""
-    escaped = False
-    for char in text:
-        if quote:
-            if escaped:
-                escaped = False
-            elif char == "\\":
-                escaped = True
-            elif char == quote:
-                quote = ""
-        elif char in "\"'" and (open_ or not word or word[-1] in "=<>"):
-            quote = char
-        elif char in _PAIRS:
-            open_.append(_PAIRS[char])
-        elif open_ and char == open_[-1]:
-            open_.pop()
-        elif char.isspace() and not open_:
-            if word:
-                found.append(word)
-            word = ""
-            continue
-        word += char
-    if word:
-        found.append(word)
-    return found, bool(quote or open_)
+    """Whether another line is to follow, see :class:`Scanner`."""
+    scanner = Scanner()
+    scanner.feed(text)
+    return scanner.unfinished
 
 
 def parse(text: str, convert: Callable[[str, str, str], Any]) -> Typed:
@@ -98,9 +117,11 @@ def parse(text: str, convert: Callable[[str, str, str], Any]) -> Typed:
     Raises:
         BadInput: it is no command; the text says why.
     """
-    found = words(text)
-    if unfinished(text):
+    scanner = Scanner()
+    scanner.feed(text)
+    if scanner.unfinished:
         raise BadInput("a bracket, a brace or a quote is still open")
+    found = scanner.words()
     first, rest = found[0], found[1:]
     arguments: dict[str, Any] = {}
     if first.startswith("{"):
@@ -143,7 +164,7 @@ def _passed(found: list[str]) -> tuple[list[Passed], list[str]]:
             passed.append(Passed(os.path.expanduser(_unquoted(path)), _REDIRECTIONS[sign]))
         elif option == "--fd":
             number = number if equals else next(waiting, "")
-            if not number.isdecimal():
+            if not number.isdecimal() or len(number) > _DIGITS:
                 raise BadInput("--fd takes the number of an open descriptor")
             passed.append(Passed(number=int(number)))
         else:

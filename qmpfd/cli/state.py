@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CommandNotFound
-from .options import add_client_options, client_of, default_socket
+from .options import add_client_options, add_examples, client_of, default_socket
 from .output import duration, print_json
 from .status import DONE
 
@@ -22,6 +22,12 @@ def add_parsers(verbs: Subparsers) -> None:
         description="Show whether the daemon is up, how full it is, and its limits.",
     )
     add_client_options(parser)
+    add_examples(
+        parser,
+        "qmpfd status",
+        "qmpfd status --socket /run/vm1/qmp.sock",
+        "qmpfd status --json | jq .stats.fds",
+    )
     parser.set_defaults(run=_status)
 
 

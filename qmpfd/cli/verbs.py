@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..fd import Fd
-from .options import add_client_options, client_of, number, text
+from .options import add_client_options, add_examples, client_of, number, text
 from .output import duration, print_json, print_table, printable
 from .status import DONE, UsageError
 
@@ -41,6 +41,12 @@ def add_parsers(verbs: Subparsers) -> None:
         metavar="K",
         help="an inherited descriptor",
     )
+    add_examples(
+        add,
+        "qmpfd add disk.img",
+        "qmpfd add --mode rw --opaque rdwr:disk.img --fdset 0 disk.img",
+        "qmpfd add --fd 5 5<>/dev/net/tun",
+    )
     add.set_defaults(run=_add)
 
     ls = verbs.add_parser("ls", help="list the fd sets", description="List the fd sets.")
@@ -48,6 +54,7 @@ def add_parsers(verbs: Subparsers) -> None:
     ls.add_argument(
         "--long", "-l", action="store_true", help="show what each descriptor is, and whose"
     )
+    add_examples(ls, "qmpfd ls", "qmpfd ls --long", "qmpfd ls --json | jq '.[0].fds'")
     ls.set_defaults(run=_ls)
 
     rm = verbs.add_parser(
@@ -57,6 +64,7 @@ def add_parsers(verbs: Subparsers) -> None:
     )
     add_client_options(rm)
     rm.add_argument("which", type=_fdset_and_fd, metavar="N[:FD]", help="what to remove")
+    add_examples(rm, "qmpfd rm 0", "qmpfd rm 0:12")
     rm.set_defaults(run=_rm)
 
 
@@ -101,6 +109,8 @@ def open_file(path: str, flags: int) -> Fd:
         fd = Fd(os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666))
     except OSError as exc:
         raise UsageError(f"cannot open {path}: {exc.strerror}") from None
+    except ValueError as exc:  # a null byte
+        raise UsageError(f"cannot open {path!r}: {exc}") from None
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
     return fd
 

@@ -115,7 +115,8 @@ class Daemon:
             GenericError: naming the limit.
         """
         limits = self.limits
-        if self.kept + count > limits.max_fds:
+        # What hangs in its close still takes a place.
+        if self.kept + self.closer.pending + count > limits.max_fds:
             raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
         if opaque and self.opaque_total + count * len(opaque) > MAX_OPAQUE_TOTAL:
             raise GenericError(

@@ -7,6 +7,7 @@ behind numbers, because they are no part of its promise, ours are shown.
 from __future__ import annotations
 
 import typing
+from functools import cache
 from typing import Any, Literal
 
 import msgspec
@@ -81,6 +82,7 @@ class _Schema:
         return name
 
 
+@cache  # a daemon has one table, which does not change
 def schema(table: Table) -> list[dict[str, Any]]:
     """All commands of *table* and all events, with the types that they refer to."""
     collected = _Schema()

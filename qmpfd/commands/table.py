@@ -42,7 +42,7 @@ class Command:
         return self.run.__doc__ or ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Table:
     """Commands by name, in the order in which they are listed."""
 

@@ -192,7 +192,7 @@ class Server:
         """Close a connection; what its client sent and nobody read may hold that up."""
         fd = stream.retire()
         if fd is not None:
-            self.daemon.closer.close_slowly(fd)
+            self.daemon.closer.close([fd])
 
     async def _serve(self, session: Session) -> None:
         try:

@@ -35,6 +35,9 @@ _log = logging.getLogger("qmpfd")
 #: Descriptors that are closed in a row, at up to 5 us each.
 _CLOSES_A_STEP = 256
 
+#: Bytes of a reply that took long, so that it is time to look at the clock.
+_LONG_REPLY = 512
+
 #: Bytes to send in one go, and the descriptors that go with the first of them.
 _Batch: TypeAlias = "tuple[bytes, list[Fd]]"
 
@@ -216,7 +219,8 @@ class Session:
         size = passed = count = 0
         finished = True
         log = _log.isEnabledFor(logging.DEBUG)
-        for request, request_id, fds in requests:
+        for steps, (request, request_id, fds) in enumerate(requests, 1):
+            came = len(fds)
             result: Outcome[object]
             if isinstance(request, Error):
                 result = request
@@ -228,8 +232,13 @@ class Session:
                 context.daemon.stats.errors[result.error.error_class] += 1
             if log:
                 self._log(request, result)
-            reply = connection.reply(result, request_id)
-            if context.passed:
+            # Nobody reads what a deaf client is told.
+            reply = b"" if self._deaf else connection.reply(result, request_id)
+            if self._deaf:
+                if context.passed:
+                    connection.garbage += context.passed
+                    context.passed = []
+            elif context.passed:
                 if replies:
                     batches.append((b"".join(replies), []))
                     replies = []
@@ -244,7 +253,7 @@ class Session:
             if (
                 size > REPLY_BYTES_A_TURN
                 or passed > MAX_FDS_A_TURN
-                or (not len(replies) & 7 and share.over)
+                or ((came or not steps & 3 or len(reply) > _LONG_REPLY) and share.over)
             ):
                 finished = False
                 break

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 from itertools import count
-from time import monotonic
+from time import monotonic, thread_time
 
 import trio
 
@@ -63,12 +63,13 @@ class Share:
         turns: where it queues once that is used up.
     """
 
-    __slots__ = ("_began", "_ends", "_turns", "_used")
+    __slots__ = ("_began", "_cpu", "_ends", "_turns", "_used")
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self._used = 0.0  # seconds, beyond what it may use
         self._began = monotonic()
+        self._cpu = thread_time()
         self._ends = self._began + SHARE_SECONDS
 
     @property
@@ -78,15 +79,16 @@ class Share:
 
     def pause(self) -> None:
         """The client is not being served: it is waited for."""
-        now = monotonic()
-        self._used += now - self._began
-        self._began = now
+        # Not what passed on the clock: the machine may have been busy with something else.
+        self._used += thread_time() - self._cpu
+        self._began = monotonic()
 
     def resume(self) -> None:
         """It is being served; since :meth:`pause` its share has grown."""
         now = monotonic()
         self._used = max(0.0, self._used - (now - self._began) * SHARE)
         self._began = now
+        self._cpu = thread_time()
         self._ends = now + SHARE_SECONDS - self._used
 
     async def next_turn(self) -> None:

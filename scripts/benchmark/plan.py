@@ -89,9 +89,10 @@ class Results:
 
     def ratio(self, cell: Cell, other: Cell, value: Callable[[Run], float]) -> float | None:
         """How many times the *other* cell's value it is: the median over the rounds."""
-        pairs = zip(self.each(cell, value), self.each(other, value), strict=True)
-        ratios = [mine / its for mine, its in pairs]
-        return statistics.median(ratios) if ratios else None
+        mine, its = self.each(cell, value), self.each(other, value)
+        if not mine or not its:
+            return None
+        return statistics.median(a / b for a, b in zip(mine, its, strict=True))
 
 
 def cells(scale: Scale, names: list[str]) -> list[Cell]:
@@ -172,7 +173,7 @@ def measure_memory(servers: Servers, name: str, scale: Scale) -> dict[str, float
     if name != "loop":
         most = min(scale.most, 2000) if kind.slow_when_full else scale.most
         whole = -(-most // BATCH) * BATCH
-        for what, batch in (("stored fd", BATCH), ("stored fd in a set of its own", 1)):
+        for what, batch in (("stored fd", BATCH), ("stored fd, a set each", 1)):
             if batch == 1 or kind.batches:
                 server = _warm(servers, name)
                 before = server.resident()

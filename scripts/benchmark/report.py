@@ -6,29 +6,35 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from .goals import Goal, per_cpu_second, per_cpu_second_both
+from .goals import Goal, stored_a_second, turned_over_a_second
 from .load import Run
 from .plan import BATCH, IN_FLIGHT, Cell, Results, Scale
 from .servers import KINDS
 
-#: A row of a table: what it says, and the cell of each server.
-Row = tuple[str, Callable[[str], Cell]]
+#: A row of a table: what it says, and its cell, of whichever server.
+Row = tuple[str, Cell]
 
 _NOTHING = "-"
 
+#: All tables of servers have columns of one width, so that they stand below each other.
+_COLUMN = 12
 
-def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """*rows*, aligned: the first column to the left, the others to the right."""
+
+def table(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], column: int = _COLUMN
+) -> str:
+    """*rows*, aligned: the first column to the left; the others, so wide at least, to the right."""
     lines = [head, *rows]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
+    widths = [max(column if n else 0, *(len(line[n]) for line in lines)) for n in range(len(head))]
     told = [title]
     for line in lines:
         cells = [line[0].ljust(widths[0])]
-        cells += [text.rjust(max(width, 12)) for text, width in zip(line[1:], widths[1:], strict=True)]
+        cells += [text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True)]
         told.append("  " + "  ".join(cells).rstrip())
     return "\n".join(told)
 
@@ -44,29 +50,17 @@ def _figure(value: float | None) -> str:
 def _rows(scale: Scale) -> list[Row]:
     """The rows of add-fd and remove-fd."""
     return [
-        *(
-            (f"{n} in flight", lambda name, n=n: Cell(name, 0, "pair", n))  # type: ignore[misc]
-            for n in IN_FLIGHT
-        ),
-        *(
-            (f"{n:,} clients, 1 each", lambda name, n=n: Cell(name, 0, "pair", clients=n))  # type: ignore[misc]
-            for n in scale.clients
-        ),
+        *((f"{n} in flight", Cell("", 0, "pair", n)) for n in IN_FLIGHT),
+        *((f"{n:,} clients", Cell("", 0, "pair", clients=n)) for n in scale.clients),
     ]
 
 
 def _stored_rows(scale: Scale, work: str, first: int) -> list[Row]:
-    return [
-        (f"{n:,} stored", lambda name, n=n: Cell(name, n, work))  # type: ignore[misc]
-        for n in scale.steps[first:]
-    ]
+    return [(f"{n:,} stored", Cell("", n, work)) for n in scale.steps[first:]]
 
 
 def _open_rows(scale: Scale) -> list[Row]:
-    return [
-        (f"{n} in flight", lambda name, n=n: Cell(name, scale.steps[1], "open", n))  # type: ignore[misc]
-        for n in IN_FLIGHT
-    ]
+    return [(f"{n} in flight", Cell("", scale.steps[1], "open", n)) for n in IN_FLIGHT]
 
 
 def _tell(
@@ -82,7 +76,7 @@ def _tell(
         medians = [results.median(cell, value) for value in values]
         return _NOTHING if None in medians else " / ".join(map(_figure, medians))
 
-    told = [[text, *(field(cell(name)) for name in names)] for text, cell in rows]
+    told = [[text, *(field(replace(cell, server=name)) for name in names)] for text, cell in rows]
     return table(title, ["", *(KINDS[name].label for name in names)], told)
 
 
@@ -100,29 +94,25 @@ def _p99(run: Run) -> float:
 
 def _batch_rows(results: Results, names: list[str]) -> str:
     rows = []
-    for text, measure in (("stored", per_cpu_second), ("and removed", per_cpu_second_both)):
+    for text, rate in (("stored", stored_a_second), ("and removed", turned_over_a_second)):
         row = [text]
         for name in names:
-            each = results.each(
-                Cell(name, 0, "stock"),
-                lambda run, m=measure, n=name: m(run, BATCH if KINDS[n].batches else 1),  # type: ignore[misc]
-            )
-            row.append(_figure(statistics.median(each) / 1e3 if each else None))
+            found = results.median(Cell(name, 0, "stock"), rate)
+            batch = BATCH if KINDS[name].batches else 1
+            row.append(_figure(found and found * batch / 1e3))
         rows.append(row)
-    title = f"Thousands of descriptors per CPU second, add-fds with {BATCH} (s6-fdholderd: one each)"
+    title = f"Thousands of descriptors per CPU second, {BATCH} a message (s6-fdholderd: one)"
     return table(title, ["", *(KINDS[name].label for name in names)], rows)
 
 
 def _memory(results: Results, names: list[str]) -> str:
-    spent = ("idle connection", "stored fd", "stored fd in a set of its own")
+    spent = ("idle connection", "stored fd", "stored fd, a set each")
     rows = [[what, *(_figure(results.memory[name].get(what)) for name in names)] for what in spent]
     return table("Memory, bytes", ["", *(KINDS[name].label for name in names)], rows)
 
 
 def _starts(results: Results) -> str:
-    rows = [
-        [name, f"{statistics.median(seconds) * 1e3:.1f}"] for name, seconds in results.starts.items()
-    ]
+    rows = [[name, f"{statistics.median(each) * 1e3:.1f}"] for name, each in results.starts.items()]
     return table("Starts, ms of CPU", ["", "from start to end"], rows)
 
 
@@ -134,7 +124,7 @@ def tell_goals(found: list[Goal]) -> str:
         met = {True: "yes", False: "NO", None: "not known"}[goal.met]
         measured = _NOTHING if goal.measured is None else f"{goal.measured:.3g} {goal.unit}"
         rows.append([goal.what, f"{sign} {goal.wanted:g} {goal.unit}", measured, met])
-    return table("Goals", ["", "goal", "measured", "met"], rows)
+    return table("Goals", ["", "goal", "measured", "met"], rows, column=0)
 
 
 def tell(results: Results, scale: Scale, names: list[str]) -> str:
@@ -142,7 +132,7 @@ def tell(results: Results, scale: Scale, names: list[str]) -> str:
     some = scale.steps[1]
     pairs = "add-fd + remove-fd"
     waits: list[Row] = [
-        ("wall clock", lambda name: Cell(name, scale.most, "worst wait", clients=2)),
+        ("by the clock / CPU", Cell("", scale.most, "worst wait", clients=2)),
     ]
 
     def tell_rows(title: str, rows: list[Row], *values: Callable[[Run], float]) -> str:
@@ -168,8 +158,7 @@ def tell(results: Results, scale: Scale, names: list[str]) -> str:
             tell_rows(f"CPU us per command, open-fdset, {some:,} stored", _open_rows(scale), _cpu),
             _batch_rows(results, names),
             tell_rows(
-                f"Worst wait of another client while {scale.most:,} are listed, ms / "
-                "of that the server's CPU",
+                f"Worst wait of another while {scale.most:,} are listed, ms / ms of server CPU",
                 waits,
                 lambda run: run.max_ns / 1e6,
                 lambda run: run.max_cpu_ns / 1e6,

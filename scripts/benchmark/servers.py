@@ -175,7 +175,7 @@ class Servers:
         with (folder / "log").open("wb") as log:
             return subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL if stdin is None else stdin,
+                stdin=subprocess.DEVNULL if stdin is None else stdin.fileno(),
                 stdout=log,
                 stderr=log,
                 env=environment(),

@@ -1,0 +1,211 @@
+"""``qmpfd completion``: what a shell needs to complete verbs, options and ids."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from .options import add_examples
+from .status import DONE
+
+if TYPE_CHECKING:
+    from .options import Subparsers
+
+#: Values of these are files.
+_FILES = ("PATH", "FILE", "QMP_SOCKET")
+
+#: The ids there are, for verbs that take one; nothing if there is no daemon.
+_IDS = "qmpfd ls --timeout 1 2>/dev/null | sed -n 's/^\\([0-9][0-9]*\\) .*/\\1/p' | uniq"
+
+
+def add_parsers(verbs: Subparsers) -> None:
+    """Add ``completion`` to the command line."""
+    parser = verbs.add_parser(
+        "completion",
+        help="print what makes a shell complete qmpfd's verbs and options",
+        description="Print a script that makes a shell complete qmpfd's verbs and options.",
+    )
+    parser.add_argument("shell", choices=_SCRIPTS, help="which shell")
+    add_examples(
+        parser,
+        "source <(qmpfd completion bash)     # in ~/.bashrc",
+        "source <(qmpfd completion zsh)      # in ~/.zshrc, after compinit",
+        "qmpfd completion fish | source      # in ~/.config/fish/config.fish",
+        status="  0 done, 2 usage",
+    )
+    parser.set_defaults(run=_completion)
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from .main import _parser
+
+    print(_SCRIPTS[arguments.shell](list(_verbs(_parser("")))))
+    return DONE
+
+
+class _Option(NamedTuple):
+    """An option of a verb: its names, what it is, and what its value is, if it takes one."""
+
+    names: list[str]
+    help: str
+    takes_value: bool
+    values: list[str]
+    files: bool
+
+
+class _Verb(NamedTuple):
+    """A verb, and what may stand behind it."""
+
+    name: str
+    help: str
+    options: list[_Option]
+    values: list[str]
+    ids: bool
+
+
+def _verbs(parser: argparse.ArgumentParser) -> Iterator[_Verb]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for choice in action._choices_actions:
+                yield _verb(choice.dest, choice.help or "", action.choices[choice.dest])
+
+
+def _verb(name: str, help_: str, parser: argparse.ArgumentParser) -> _Verb:
+    options: list[_Option] = []
+    values: list[str] = []
+    ids = False
+    for action in parser._actions:
+        choices = [str(choice) for choice in action.choices or ()]
+        metavar = str(action.metavar or "")
+        if action.option_strings:
+            told = (action.help or "").partition(" (default")[0]
+            files = metavar in _FILES
+            names = [*action.option_strings]
+            options.append(_Option(names, told, action.nargs != 0, choices, files))
+        else:
+            values += choices
+            ids = ids or metavar.startswith("N")
+    return _Verb(name, help_, options, values, ids)
+
+
+def _quoted(text: str) -> str:
+    """*text* as a word of bash and of zsh."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def _bash(verbs: list[_Verb]) -> str:
+    lines = [
+        "# bash completion of qmpfd",
+        "_qmpfd() {",
+        "    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words=",
+        "    COMPREPLY=()",
+        "    if ((COMP_CWORD == 1)); then",
+        f"        words='{' '.join(verb.name for verb in verbs)} --help --version'",
+        '        mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")',
+        "        return",
+        "    fi",
+        '    case "${COMP_WORDS[1]} $prev" in',
+    ]
+    for verb in verbs:
+        for option in verb.options:
+            where = "|".join(f"'{verb.name} {name}'" for name in option.names)
+            if option.values:
+                lines.append(f"        {where}) words='{' '.join(option.values)}' ;;")
+            elif option.takes_value:
+                files = 'mapfile -t COMPREPLY < <(compgen -f -- "$cur"); ' if option.files else ""
+                lines.append(f"        {where}) {files}return ;;")
+    lines += ["        *)", '            case "${COMP_WORDS[1]} $cur" in']
+    for verb in verbs:
+        names = " ".join(name for option in verb.options for name in option.names)
+        lines.append(f"                '{verb.name} -'*) words='{names}' ;;")
+        if verb.ids:
+            lines.append(f"                '{verb.name} '*) words=$({_IDS}) ;;")
+        elif verb.values:
+            lines.append(f"                '{verb.name} '*) words='{' '.join(verb.values)}' ;;")
+    return "\n".join(
+        [
+            *lines,
+            '                *) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;',
+            "            esac ;;",
+            "    esac",
+            '    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")',
+            "}",
+            "complete -o filenames -F _qmpfd qmpfd",
+        ]
+    )
+
+
+def _zsh(verbs: list[_Verb]) -> str:
+    lines = [
+        "#compdef qmpfd",
+        "_qmpfd() {",
+        "    local -a verbs ids",
+        "    verbs=(",
+        *(f"        {_quoted(f'{verb.name}:{verb.help}')}" for verb in verbs),
+        "    )",
+        "    if ((CURRENT == 2)); then",
+        "        _describe verb verbs",
+        "        return",
+        "    fi",
+        "    local verb=$words[2]",
+        "    shift words",
+        "    ((CURRENT--))",
+        "    case $verb in",
+    ]
+    for verb in verbs:
+        specs = [_zsh_option(name, option) for option in verb.options for name in option.names]
+        before = ""
+        if verb.ids:
+            before = f'ids=(${{(f)"$({_IDS})"}}); '
+            specs.append(_quoted("*:fd set:($ids)").replace("$ids", "'\"$ids\"'"))
+        elif verb.values:
+            specs.append(_quoted(f"*:value:({' '.join(verb.values)})"))
+        else:
+            specs.append("'*:file:_files'")
+        lines.append(f"        {verb.name}) {before}_arguments {' '.join(specs)} ;;")
+    end = ["    esac", "}", "compdef _qmpfd qmpfd"]
+    return "\n".join([*lines, *end])
+
+
+def _zsh_option(name: str, option: _Option) -> str:
+    told = "".join(f"\\{char}" if char in "[]:\\" else char for char in option.help)
+    value = ""
+    if option.values:
+        value = f":value:({' '.join(option.values)})"
+    elif option.takes_value:
+        value = ":file:_files" if option.files else ":value:"
+    return _quoted(f"{name}[{told}]{value}")
+
+
+def _fish(verbs: list[_Verb]) -> str:
+    names = " ".join(verb.name for verb in verbs)
+    lines = ["# fish completion of qmpfd", "complete -c qmpfd -f"]
+    for verb in verbs:
+        first = f"-n 'not __fish_seen_subcommand_from {names}'"
+        lines.append(f"complete -c qmpfd {first} -a {verb.name} -d {_fish_quoted(verb.help)}")
+        after = f"complete -c qmpfd -n '__fish_seen_subcommand_from {verb.name}'"
+        for option in verb.options:
+            words = " ".join(
+                f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}"
+                for name in option.names
+            )
+            if option.values:
+                words += f" -x -a '{' '.join(option.values)}'"
+            elif option.takes_value:
+                words += " -r -F" if option.files else " -x"
+            lines.append(f"{after} {words} -d {_fish_quoted(option.help)}")
+        if verb.ids:
+            lines.append(f"{after} -a {_fish_quoted(f'({_IDS})')}")
+        elif verb.values:
+            lines.append(f"{after} -a '{' '.join(verb.values)}'")
+        else:
+            lines.append(f"{after} -F")
+    return "\n".join(lines)
+
+
+def _fish_quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+_SCRIPTS = {"bash": _bash, "zsh": _zsh, "fish": _fish}

@@ -1,0 +1,126 @@
+"""A QEMU that may open nothing gets its disk pushed into it, and opens it.
+
+The image is collected beforehand, by whoever may open it.  The QEMU, run as ``nobody`` when this
+is root, is given the fd set while it runs and told to open ``/dev/fdset/N``; it takes the
+descriptor of the set that has the access mode it needs, which is why there have to be two.
+
+    python scripts/story_qemu.py      (needs a QEMU: apt-get install qemu-system-x86)
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+from daemon import Broken, running_daemon
+from story import QMPFD, check, say, tell
+
+import qmpfd
+
+QEMU = "qemu-system-x86_64"
+
+
+@asynccontextmanager
+async def running_qemu(*monitors: Path) -> AsyncGenerator[None, None]:
+    """A machine without hardware, and a QMP server on each of *monitors*: QEMU serves one client
+    at a time on each.  The block has to end with ``quit``.
+
+    The sockets listen already when QEMU inherits them, so there is nothing to wait for.
+    """
+    command = [QEMU, "-nodefaults", "-machine", "none", "-display", "none"]
+    listeners = []
+    for number, path in enumerate(monitors):
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(os.fspath(path))
+        listener.listen()
+        listeners.append(listener)
+        chardev = f"socket,id=qmp{number},fd={listener.fileno()},server=on,wait=off"
+        command += ["-chardev", chardev, "-mon", f"chardev=qmp{number},mode=control"]
+    # What root may open proves nothing.
+    become = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+    process = await trio.lowlevel.open_process(
+        command,
+        pass_fds=[each.fileno() for each in listeners],
+        user=become and become.pw_uid,
+        group=become and become.pw_gid,
+        extra_groups=become and [],
+    )
+    for listener in listeners:
+        listener.close()
+    try:
+        yield
+        await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+
+
+async def shell(*words: str) -> str:
+    """Run a ``qmpfd`` command, as one would type it; what it says."""
+    say("$ qmpfd " + " ".join(words))
+    done = await trio.run_process([*QMPFD, *words], capture_stdout=True)
+    output = done.stdout.decode()
+    print(output, end="")
+    return output
+
+
+async def story(folder: Path) -> None:
+    """Begin to end."""
+    if shutil.which(QEMU) is None:
+        raise Broken("this needs a real QEMU: apt-get install qemu-system-x86")
+    image = folder / "disk.img"
+    image.write_bytes(b"boot sector".ljust(1 << 20, b"\0"))
+    os.environ["QMPFD_SOCKET"] = str(folder / "qmpfd.sock")
+    async with running_daemon(folder / "qmpfd.sock"):
+        await shell("add", "--opaque", "rdonly:disk", str(image))
+        await shell("add", "--fdset", "0", "--mode", "rw", "--opaque", "rdwr:disk", str(image))
+        image.chmod(0)
+        say("The image is closed to everybody now, but open in fd set 0. QEMU starts.")
+        manager, another = folder / "vm.sock", folder / "vm-fds.sock"
+        async with running_qemu(manager, another), qmpfd.connect(manager) as qemu:
+            await use(qemu, image, another)
+            await qemu.execute("quit")
+        say("QEMU is gone; the daemon has kept the set for the next one.")
+        await shell("ls", "--long")
+    image.chmod(0o600)
+    with image.open("rb") as file:
+        file.seek(512)
+        check(file.read(512) == b"Q" * 512, "what QEMU wrote is in the image")
+
+
+async def use(qemu: qmpfd.Client, image: Path, another: Path) -> None:
+    """Push the set into QEMU, and see to it that QEMU works with it."""
+    disk = {"driver": "file", "node-name": "disk", "read-only": False}
+    try:
+        await qemu.execute("blockdev-add", {**disk, "filename": str(image)})
+    except qmpfd.GenericError as exc:
+        check(True, f"QEMU cannot open the image: {exc}")
+    else:
+        check(False, "QEMU cannot open the image")
+    # Its manager is connected all the while: up to version 9.0, QEMU closes what is in its sets,
+    # and not in use, when its last client leaves.
+    await shell("push", "0", "--to", str(another), "--fdset", "5")
+    [fdset] = await qemu.query_fdsets()
+    check([fd.opaque for fd in fdset.fds] == ["rdonly:disk", "rdwr:disk"], f"it has {fdset}")
+    await qemu.execute("blockdev-add", {**disk, "filename": "/dev/fdset/5"})
+    [node] = await qemu.execute("query-named-block-nodes")
+    check(not node["ro"], f"it has opened {node['file']} to read and write")
+    size = node["image"]["virtual-size"]
+    check(size == 1 << 20, f"and sees a disk of {size} bytes")
+    line = f'qemu-io disk "write -P {ord("Q")} 512 512"'
+    await qemu.execute("human-monitor-command", {"command-line": line})
+    # What it has opened is its own: neither set is needed any more.
+    await qemu.remove_fd(5)
+    await qemu.execute("blockdev-del", {"node-name": "disk"})
+    check(await qemu.query_fdsets() == [], "it has closed the disk, and holds nothing any more")
+
+
+if __name__ == "__main__":
+    sys.exit(tell(story))

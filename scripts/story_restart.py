@@ -1,0 +1,134 @@
+"""A listening socket outlives its server: restarted three times, and nobody is refused.
+
+The socket is opened once and kept by the daemon.  Each server gets a duplicate of it from ``qmpfd
+exec`` and ends when it is told to.  While there is none, connections wait in the socket's backlog:
+for as long as anybody has the socket open, the kernel accepts them.  Visitors come all the time,
+and every single one of them has to be answered.
+
+    python scripts/story_restart.py
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from functools import partial
+from itertools import count
+from pathlib import Path
+from time import perf_counter
+
+import trio
+from daemon import Broken, running_daemon
+from story import QMPFD, check, say, tell
+
+import qmpfd
+
+VISITORS = 8
+RESTARTS = 3
+#: Visits to see in each generation, before the next one.
+VISITS = 100
+#: Seconds in which there is no server at all.
+GAP = 0.2
+
+READY = b"serving\n"
+
+
+# -- the server: what this file is when it is started with a generation ------------------------
+
+
+async def serve(generation: str) -> None:
+    """Answer each connection on descriptor 3 with *generation*; on SIGTERM accept no more."""
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(socket.socket(fileno=3)))
+
+    async def answer(visitor: trio.SocketStream) -> None:
+        async with visitor:
+            question = await visitor.receive_some(100)
+            await visitor.send_all(generation.encode() + b" " + question)
+
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:  # ends once everybody is answered
+            with trio.CancelScope() as accepting:
+
+                async def stop() -> None:
+                    async for _ in signals:
+                        accepting.cancel()
+                        return
+
+                nursery.start_soon(stop)
+                os.write(1, READY)
+                await trio.serve_listeners(answer, [listener], handler_nursery=nursery)
+
+
+# -- the story ---------------------------------------------------------------------------------
+
+
+class Visits:
+    """What the visitors have seen."""
+
+    def __init__(self) -> None:
+        self.of: Counter[str] = Counter()
+        self.enough: defaultdict[str, trio.Event] = defaultdict(trio.Event)
+        self.longest = 0.0
+
+    async def visit(self, address: tuple[str, int]) -> None:
+        """Come again and again; whoever is refused, or cut off, ends the story."""
+        for number in count():
+            begin = perf_counter()
+            async with await trio.open_tcp_stream(*address) as stream:
+                await stream.send_all(b"%d" % number)
+                answer = b"".join([part async for part in stream])
+            generation, _, question = answer.decode().partition(" ")
+            if question != str(number):
+                raise Broken(f"{answer!r} is no answer to question {number}")
+            self.longest = max(self.longest, perf_counter() - begin)
+            self.of[generation] += 1
+            if self.of[generation] == VISITS:
+                self.enough[generation].set()
+
+
+async def start_server(nursery: trio.Nursery, qmp: Path, generation: str) -> trio.Process:
+    """Start a server that gets the socket out of fd set 0; return once it accepts."""
+    command = [*QMPFD, "exec", f"--socket={qmp}", "0=3", "--", sys.executable, __file__, generation]
+    start = partial(trio.run_process, command, stdout=subprocess.PIPE)
+    server: trio.Process = await nursery.start(start)
+    assert server.stdout is not None
+    async with server.stdout:
+        check(await server.stdout.receive_some() == READY, f"server {generation} is there")
+    return server
+
+
+async def story(folder: Path) -> None:
+    """Begin to end."""
+    qmp = folder / "qmpfd.sock"
+    async with running_daemon(qmp):
+        with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+            host, port = listener.getsockname()
+            async with qmpfd.connect(qmp) as client:
+                await client.add_fd(listener, opaque="listen:web")
+        say(f"{host}:{port} is in fd set 0 now, and nowhere else; nobody serves it yet.")
+        visits = Visits()
+        async with trio.open_nursery() as nursery:
+            for _ in range(VISITORS):
+                nursery.start_soon(visits.visit, (host, port))
+            for generation in map(str, range(1, RESTARTS + 2)):
+                server = await start_server(nursery, qmp, generation)
+                await visits.enough[generation].wait()
+                server.terminate()
+                check(await server.wait() == 0, "it was told to go, and has answered everybody")
+                await trio.sleep(GAP)
+            nursery.cancel_scope.cancel()
+        total = sum(visits.of.values())
+        check(len(visits.of) == RESTARTS + 1, f"{total} visits to {len(visits.of)} servers")
+        check(True, "and not one was refused, cut off, or got another's answer")
+        check(visits.longest >= GAP, f"the longest took {visits.longest:.1f} s: it had to wait")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        trio.run(serve, sys.argv[1])
+    else:
+        sys.exit(tell(story))

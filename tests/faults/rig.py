@@ -1,0 +1,301 @@
+"""A daemon process under attack, a well-behaved client beside it, and what must hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import DaemonProcess, daemon_process, open_fds, request, send_now, value
+
+from qmpfd.fd import FileDescriptorLike
+
+HERE = Path(__file__).parent
+SECONDS = float(os.environ.get("QMPFD_FAULT_SECONDS", "1"))
+"""How long each attack lasts."""
+PATIENCE = 20.0
+SLOWEST = 0.1
+"""No answer to a client that asks once a millisecond takes longer."""
+MOST_GROWTH = 64 << 20
+"""Bytes that the daemon's memory may grow by, at any time."""
+
+Scenario = Callable[["Rig"], None]
+
+
+class Caller:
+    """A client that waits for its answers: QMP over a blocking socket."""
+
+    def __init__(self, path: Path, *, negotiate: bool = True) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(os.fspath(path))
+        self._lines = self.sock.makefile("rb")
+        if negotiate:
+            assert self.reply().keys() == {"QMP"}
+            assert self.call("qmp_capabilities") == {"return": {}}
+
+    def reply(self) -> dict[str, Any]:
+        """The next reply; empty once the daemon has closed."""
+        return dict(json.loads(self._lines.readline() or b"{}"))
+
+    def send(self, data: bytes, fds: Sequence[FileDescriptorLike] = ()) -> None:
+        """Send *data*, with *fds*."""
+        send_now(self.sock, data, fds)
+
+    def call(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        fds: Sequence[FileDescriptorLike] = (),
+    ) -> dict[str, Any]:
+        """Ask, and wait for the answer."""
+        self.send(request(command, arguments), fds)
+        return self.reply()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._lines.close()
+        self.sock.close()
+
+    def __enter__(self) -> Caller:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Program:
+    """A program beside this file, as a process of its own, that says when it is ready."""
+
+    def __init__(self, name: str, *words: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-E", os.fspath(HERE / name), *map(str, words)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.said = self.line()
+
+    def line(self) -> str:
+        """The next line that it says."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def tell(self, line: str) -> str:
+        """Tell it something; its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+        return self.line()
+
+    def finish(self) -> str:
+        """End its standard input; the last it says."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        said = self.line()
+        self.process.wait(PATIENCE)
+        return said
+
+    def kill(self) -> None:
+        """Kill it with SIGKILL."""
+        self.process.kill()
+        self.process.wait(PATIENCE)
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
+
+
+class Rig:
+    """A daemon under attack."""
+
+    def __init__(self, daemon: DaemonProcess, stack: ExitStack) -> None:
+        self.daemon = daemon
+        self.path = daemon.path
+        self.stack = stack
+        self.threads: list[threading.Thread] = []
+
+    def caller(self, *, negotiate: bool = True) -> Caller:
+        """Another client, closed at the end."""
+        return self.stack.enter_context(Caller(self.path, negotiate=negotiate))
+
+    def attack(self, kind: str, *words: object) -> Program:
+        """One of ``attacks.py``, under way; killed at the end."""
+        program = Program("attacks.py", kind, self.path, *words)
+        self.stack.callback(program.kill)
+        assert program.said == "ready", f"{kind}: {program.said}"
+        return program
+
+    def let_go(self, number: int) -> None:
+        """Close a descriptor of our own, which may hang until the end."""
+        thread = threading.Thread(target=_close, args=(number,), daemon=True)
+        thread.start()
+        thread.join(0.02)
+        self.threads.append(thread)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Let the daemon see what happens in the block only afterwards."""
+        self.daemon.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.daemon.signal(signal.SIGCONT)
+
+    def cpu(self) -> float:
+        """Seconds of CPU that the daemon has used."""
+        words = Path(f"/proc/{self.daemon.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+    def closes_pending(self) -> int:
+        """How many closes the daemon has under way."""
+        with Caller(self.path) as caller:
+            return int(value(caller.call("query-stats"))["closes-pending"])
+
+
+def _close(number: int) -> None:
+    with suppress(OSError):  # aborted
+        os.close(number)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait until that is so."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.005)
+
+
+def memory(pid: int, figure: str) -> int:
+    """Bytes of memory of a process, by their name in /proc/PID/status (proc(5))."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{figure}:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError(figure)
+
+
+def _settled(pid: int) -> dict[int, str]:
+    """The daemon's descriptors once nobody is connected and nothing stored."""
+    found = open_fds(pid)
+    while True:
+        time.sleep(0.02)
+        again = open_fds(pid)
+        if again == found:
+            return found
+        found = again
+
+
+def _clean_up(path: Path) -> None:
+    with Caller(path) as caller:
+        for fdset in value(caller.call("query-fdsets")):
+            caller.call("remove-fd", {"fdset-id": fdset["fdset-id"]})
+
+
+def unharmed(path: Path, scenario: Scenario, *options: str, measured: bool = True) -> None:
+    """Do *scenario* to a daemon: nobody else has to wait, its memory does not grow, and afterwards
+    it holds the descriptors that it started with.
+
+    Where the machine itself held everything up, as the control shows, it is tried once more.
+    """
+    for last in (False, True):
+        figures = _once(path, scenario, *options)
+        answers, control = figures["daemon"], figures["control"]
+        print(f"slowest {answers['max'] * 1000:.1f} ms, control {control['max'] * 1000:.1f} ms")
+        if not measured or answers["max"] <= SLOWEST:
+            return
+        if last or control["max"] < SLOWEST / 2:
+            pytest.fail(f"an answer took {answers['max']:.3f} s: {figures}")
+
+
+def _once(path: Path, scenario: Scenario, *options: str) -> dict[str, dict[str, float]]:
+    with daemon_process(path, *options) as daemon:
+        pid = daemon.pid
+        with Caller(path) as caller, open("/dev/null") as file:
+            for _ in range(2):
+                caller.call("add-fd", None, [file])
+                caller.call("remove-fd", {"fdset-id": 0})
+        before, size = _settled(pid), memory(pid, "VmRSS")
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # begin to measure the peak anew
+        probe = Program("probe.py", path)
+        try:
+            assert probe.said == "ready"
+            with ExitStack() as stack:
+                rig = Rig(daemon, stack)
+                scenario(rig)
+            for thread in rig.threads:
+                thread.join(PATIENCE)
+                assert not thread.is_alive()
+            _clean_up(path)
+            said = probe.finish()
+            assert said, "the well-behaved client was cut off"
+            figures: dict[str, dict[str, float]] = json.loads(said)
+        finally:
+            probe.kill()
+        assert daemon.process.poll() is None, "the daemon died"
+        until(lambda: open_fds(pid) == before, f"only {before} are left of {open_fds(pid)}")
+        growth = memory(pid, "VmHWM") - size
+        assert growth <= MOST_GROWTH, f"memory grew by {growth >> 20} MiB"
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0, daemon.log
+        assert not any("Traceback" in line for line in daemon.log), daemon.log
+    return figures
+
+
+# -- a file system that hangs ------------------------------------------------------------------
+
+
+class HungFiles:
+    """A mounted FUSE file system, whose server stops answering when told to."""
+
+    def __init__(self, folder: Path, server: Program) -> None:
+        self.folder = folder
+        self._server = server
+
+    def hang(self, *operations: str) -> None:
+        """Never answer these any more."""
+        assert self._server.tell(",".join(operations)) == "told"
+
+    def abort(self) -> None:
+        """Have whoever hangs go on, with an error."""
+        self._server.kill()  # closes its end of /dev/fuse
+
+
+def _no_fuse() -> str | None:
+    """Why FUSE cannot be used here, or None."""
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as exc:
+        return f"/dev/fuse: {exc.strerror}"
+    if os.geteuid():
+        return "mount(2) needs root"
+    return None
+
+
+needs_fuse = pytest.mark.skipif(
+    _no_fuse() is not None and not os.environ.get("QMPFD_REQUIRE_PEERS"),
+    reason=f"no FUSE: {_no_fuse()}",
+)
+
+
+@contextmanager
+def hung_files(folder: Path) -> Iterator[HungFiles]:
+    """Mount one; at the end its connection is aborted, so that whoever hung in it goes on."""
+    folder.mkdir(exist_ok=True)
+    server = Program("fuse.py", folder)
+    try:
+        assert server.said == "mounted", "the FUSE server did not start"
+        yield HungFiles(folder, server)
+    finally:
+        server.kill()
+        subprocess.run(["umount", "-l", folder], check=False, stderr=subprocess.DEVNULL)
+        folder.rmdir()

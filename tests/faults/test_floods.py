@@ -1,0 +1,89 @@
+"""Floods: of bytes, requests, errors, descriptors, half messages and connections, read or not."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from .attacks import STREAMS
+from .rig import SECONDS, Rig, unharmed
+
+#: Connections of each attacker.  They are few processes: many would leave the daemon no CPU.
+_CONNECTIONS = 8
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_taken_as_fast_as_they_come(kind: str, path: Path) -> None:
+    """They read the answers, so nothing holds them up."""
+
+    def scenario(rig: Rig) -> None:
+        rig.attack(f"reading:{kind}", _CONNECTIONS)
+        time.sleep(SECONDS)
+
+    unharmed(path, scenario)
+
+
+@pytest.mark.parametrize("kind", ["requests", "schemas", "closers", "opened", "watching", "adds"])
+def test_never_read(kind: str, path: Path) -> None:
+    def scenario(rig: Rig) -> None:
+        # What a client had sent when it died is carried out all the same, which takes its time.
+        rig.attack(f"deaf:{kind}", {"closers": 8, "watching": 16}.get(kind, 80))
+        time.sleep(SECONDS)
+
+    unharmed(path, scenario)
+
+
+def test_never_read_and_cut_off(path: Path) -> None:
+    def scenario(rig: Rig) -> None:
+        rig.attack("deaf:schemas", _CONNECTIONS)
+        time.sleep(0.7 + SECONDS)
+
+    unharmed(path, scenario, "--write-timeout", "0.5")
+
+
+def test_half_messages(path: Path) -> None:
+    """Many at a time, each of which may be a mebibyte: more than may be kept of all of them."""
+
+    def scenario(rig: Rig) -> None:
+        rig.attack("half", 80)
+        time.sleep(2 * SECONDS)
+
+    unharmed(path, scenario)
+
+
+def test_connections(path: Path) -> None:
+    def scenario(rig: Rig) -> None:
+        for _ in range(2):
+            rig.attack("connections")
+        time.sleep(SECONDS)
+
+    unharmed(path, scenario)
+
+
+def test_more_connections_than_there_may_be(path: Path) -> None:
+    def scenario(rig: Rig) -> None:
+        rig.attack("holding", 300)
+        for _ in range(2):
+            rig.attack("connections")
+        time.sleep(SECONDS)
+
+    unharmed(path, scenario, "--max-connections", "200")
+
+
+def test_connections_held(path: Path) -> None:
+    def scenario(rig: Rig) -> None:
+        rig.attack("holding", 1500)
+        time.sleep(SECONDS / 2)
+
+    unharmed(path, scenario)
+
+
+def test_everything_at_once(path: Path) -> None:
+    def scenario(rig: Rig) -> None:
+        for kind in ("reading:closers", "deaf:schemas", "half"):
+            rig.attack(kind, 20)
+        time.sleep(2 * SECONDS)
+
+    unharmed(path, scenario)

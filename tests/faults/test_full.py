@@ -1,0 +1,180 @@
+"""Full: the descriptor table, the disk, and the pipe that the log goes to."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import Pipe, open_fds, pipes, request, value
+
+from .rig import SECONDS, Caller, Rig, hung_files, needs_fuse, unharmed, until
+
+
+@contextmanager
+def _no_room(rig: Rig, room: int = 0) -> Iterator[None]:
+    """Leave the daemon room for so many more descriptors; before others notice, it is over."""
+    used = open_fds(rig.daemon.pid)
+    limit = next(n for n in range(1 << 20) if n - sum(fd < n for fd in used) == room)
+    old = resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE, (limit, old[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE, old)
+
+
+def test_accept_at_a_full_table(path: Path) -> None:
+    """Whoever connects is told why it cannot stay; nobody spins; then it goes on."""
+
+    def scenario(rig: Rig) -> None:
+        caller = rig.caller()
+        with _no_room(rig):
+            before = rig.cpu()
+            waiting = [rig.caller(negotiate=False) for _ in range(20)]
+            for other in waiting:
+                told = other.reply()["error"]
+                assert "out of file descriptors" in told["desc"]
+                assert other.reply() == {}
+            time.sleep(max(SECONDS, 1))
+            used = rig.cpu() - before
+            # The one that measures asks a thousand times a second, and little else is done.
+            assert used < 0.5 * max(SECONDS, 1), f"{used} s of CPU"
+            with Pipe() as pipe:
+                refused = caller.call("add-fd", None, [pipe])
+                assert "out of file descriptors" in refused["error"]["desc"]
+                pipe.release()
+                assert not pipe.held()
+            assert value(caller.call("query-name")) == {}
+        value(rig.caller().call("query-name"))
+
+    unharmed(path, scenario)
+
+
+def test_accept_without_the_reserve(path: Path) -> None:
+    """Below what is open already: nobody can be told anything, and nobody spins."""
+
+    def scenario(rig: Rig) -> None:
+        old = resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE, (3, old[1]))
+        before = rig.cpu()
+        waiting = [rig.caller(negotiate=False) for _ in range(20)]
+        time.sleep(1)
+        used = rig.cpu() - before
+        resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE, old)
+        assert used < 0.5, f"{used} s of CPU"
+        for other in waiting:  # served, or told why not
+            assert other.reply().keys() <= {"QMP", "error"}
+        value(rig.caller().call("query-name"))
+
+    unharmed(path, scenario)
+
+
+def test_the_table_shrinks_under_load(path: Path) -> None:
+    def scenario(rig: Rig) -> None:
+        for kind in ("reading:adds", "reading:unclaimed", "connections"):
+            rig.attack(kind, 4)
+        caller = rig.caller()
+        ends = time.monotonic() + SECONDS
+        while time.monotonic() < ends:
+            for room in (40, 3, 0):
+                with _no_room(rig, room):
+                    for _ in range(10):
+                        value(caller.call("query-stats"))
+                    time.sleep(0.02)
+
+    unharmed(path, scenario)
+
+
+def test_all_or_nothing_at_a_full_table(path: Path) -> None:
+    def scenario(rig: Rig) -> None:
+        caller = rig.caller()
+        with pipes(5) as made, _no_room(rig, 4):
+            refused = caller.call("add-fds", None, made)
+            assert "out of file descriptors" in refused["error"]["desc"]
+            for pipe in made:
+                pipe.release()
+            assert not any(pipe.held() for pipe in made)
+            assert value(caller.call("query-fdsets")) == []
+
+    unharmed(path, scenario)
+
+
+@contextmanager
+def _tiny_disk(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=8k", "qmpfd-test"]
+    subprocess.run(["mount", *options, folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+        folder.rmdir()
+
+
+@pytest.mark.root
+def test_the_disk_of_the_metrics_is_full(path: Path) -> None:
+    """It costs the metrics, and is said once; what is there stays whole."""
+    with _tiny_disk(path.parent / "disk") as disk:
+        file = disk / "metrics"
+        (disk / "filler").write_bytes(bytes(4096))
+        file.write_text("# EOF\n")
+
+        def scenario(rig: Rig) -> None:
+            rig.daemon.await_line(lambda line: "cannot write the metrics" in line)
+            time.sleep(SECONDS)
+            assert file.read_text() == "# EOF\n"
+            assert sorted(os.listdir(disk)) == ["filler", "metrics"]
+
+        unharmed(path, scenario, "--metrics", os.fspath(file))
+
+
+@needs_fuse
+def test_the_disk_of_the_metrics_hangs(path: Path) -> None:
+    with hung_files(path.parent / "mnt") as files:
+        files.hang("LOOKUP", "GETATTR", "OPEN", "WRITE", "FLUSH")
+
+        def scenario(rig: Rig) -> None:
+            time.sleep(SECONDS)
+            # Before the daemon ends: a process that waits for a file system cannot.
+            rig.stack.callback(files.abort)
+
+        unharmed(path, scenario, "--metrics", os.fspath(files.folder / "metrics"))
+
+
+def test_nobody_reads_the_log(path: Path) -> None:
+    """The pipe is full, and each command would be logged."""
+
+    def scenario(rig: Rig) -> None:
+        caller = rig.caller()
+        for _ in range(5000):
+            value(caller.call("query-name"))
+        for _ in range(300):
+            with Caller(rig.path, negotiate=False) as other:
+                other.reply()
+
+    unharmed(path, scenario, "--log-level", "debug", "--max-connections", "2")
+
+
+@pytest.mark.parametrize("count", [200])
+def test_closed_while_requests_wait(count: int, path: Path) -> None:
+    """5 removals and a close, as often as it takes: QEMU loses nearly all of them."""
+
+    def scenario(rig: Rig) -> None:
+        watcher = rig.caller()
+        for _ in range(count):
+            with pipes(5) as made:
+                with rig.caller() as client:
+                    for pipe in made:
+                        value(client.call("add-fd", None, [pipe]))
+                        pipe.release()
+                    client.send(b"".join(request("remove-fd", {"fdset-id": n}) for n in range(5)))
+                until(lambda made=made: not any(p.held() for p in made), "removed")  # type: ignore[misc]
+        assert value(watcher.call("query-fdsets")) == []
+
+    unharmed(path, scenario)

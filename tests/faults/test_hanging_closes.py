@@ -1,0 +1,282 @@
+"""Descriptors whose close hangs, however the daemon comes to close them: nobody waits for it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+from helpers import ADD, request, send_now, value
+
+from .rig import SLOWEST, Caller, Rig, hung_files, needs_fuse, unharmed, until
+
+#: Seconds that a close lingers: longer than any test waits for it.
+_LINGER = 30
+
+#: Opens one more descriptor that hangs from :data:`Strike` on; makes all of them hang.
+Opened: TypeAlias = "tuple[Callable[[], int], Callable[[], None]]"
+
+
+@contextmanager
+def _files(folder: Path) -> Iterator[Opened]:
+    """Files of a FUSE mount that never answers again."""
+    with hung_files(folder / "mnt") as files:
+
+        def opened() -> int:
+            return os.open(files.folder / "file", os.O_RDWR | os.O_CLOEXEC)
+
+        yield opened, lambda: files.hang("FLUSH", "RELEASE", "GETATTR", "POLL", "IOCTL", "FSYNC")
+
+
+@contextmanager
+def _lingering(folder: Path) -> Iterator[Opened]:
+    """TCP sockets that wait for their peer to read."""
+    peers: list[socket.socket] = []
+
+    def opened() -> int:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            sock = socket.create_connection(listener.getsockname())
+            peers.append(listener.accept()[0])
+        sock.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                sock.send(bytes(1 << 16))
+        onoff = struct.pack("ii", 1, _LINGER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, onoff)
+        return sock.detach()
+
+    try:
+        yield opened, lambda: None
+    finally:
+        for peer in peers:  # unread data: a reset, which ends the lingering
+            peer.close()
+
+
+KINDS = {"FUSE": pytest.param(_files, marks=needs_fuse), "linger": pytest.param(_lingering)}
+
+
+def _removed(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+    value(caller.call("add-fd", None, [number]))
+    hang()
+    rig.let_go(number)
+    caller.send(request("remove-fd", {"fdset-id": 0}))
+
+
+def _removed_among_others(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+    value(caller.call("add-fds", None, [number, *[0] * 50, *[number] * 50]))
+    hang()
+    rig.let_go(number)
+    caller.send(request("remove-fd", {"fdset-id": 0}))
+
+
+def _closed_by_name(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+    value(caller.call("getfd", {"fdname": "n"}, [number]))
+    hang()
+    rig.let_go(number)
+    caller.send(request("closefd", {"fdname": "n"}))
+
+
+def _refused(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+    hang()
+    with rig.stopped():  # or ours were the last close, and lingered
+        caller.send(request("add-fd", {"fdset-id": 99}), [number])
+        rig.let_go(number)
+
+
+def _broken(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+    hang()
+    with rig.stopped():
+        caller.send(b"]", [number])
+        rig.let_go(number)
+
+
+def _superseded(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+    """It waits for a command, and newer ones take its place."""
+    hang()
+    caller.send(b" ", [number])
+    rig.let_go(number)
+    caller.send(ADD, [0])
+
+
+def _disconnected(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+    with rig.caller() as other:
+        value(other.call("add-fds", {"lifetime": "connection"}, [number]))
+        value(other.call("getfd", {"fdname": "n"}, [number]))
+        other.send(b" ", [number])
+        hang()
+        rig.let_go(number)
+    caller.send(request("query-name"))
+
+
+def _unread(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+    """A client with a connection too many: what it sent is never read, but closed with it."""
+    hang()
+    turned_away = []
+    with rig.stopped():  # or it were turned away before it has sent anything
+        for _ in range(4):
+            turned_away.append(Caller(rig.path, negotiate=False))
+            turned_away[-1].send(b" ", [number])
+        rig.let_go(number)
+    assert "Too many connections" in turned_away[-1].reply()["error"]["desc"]
+    for other in turned_away:
+        other.close()
+    caller.send(request("query-name"))
+
+
+def _in_a_queue(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+    """It lies in the queue of a Unix socket, and that is what is removed.  (A FUSE server is not
+    waited for then: it is told of the release only, and need not answer.)
+    """
+    left, right = socket.socketpair()
+    with left, right:
+        send_now(left, b"x", [number])
+        value(caller.call("add-fd", None, [right]))
+    hang()
+    rig.let_go(number)
+    caller.send(request("remove-fd", {"fdset-id": 0}))
+
+
+def _expired(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+    value(caller.call("add-fds", {"expires": 1}, [number]))
+    hang()
+    rig.let_go(number)
+    until(lambda: not value(caller.call("query-fdsets")), "expired")
+    caller.send(request("query-name"))
+
+
+def _handed_out(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+    """A file system is told of the close of every duplicate, not just of the last."""
+    value(caller.call("add-fd", None, [number]))
+    hang()
+    rig.let_go(number)
+    for _ in range(3):
+        value(caller.call("open-fdset", {"fdset-id": 0}))  # drops what comes with it, unread
+    caller.send(request("remove-fd", {"fdset-id": 0}))
+
+
+WAYS = {
+    way.__name__.strip("_").replace("_", " "): way
+    for way in (
+        *(_removed, _removed_among_others, _closed_by_name, _refused, _broken, _superseded),
+        *(_disconnected, _unread, _in_a_queue, _expired, _handed_out),
+    )
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_close_hangs(
+    kind: Callable[[Path], AbstractContextManager[Opened]],
+    way: Callable[[Rig, Caller, int, Callable[[], None]], None],
+    path: Path,
+) -> None:
+    def scenario(rig: Rig) -> None:
+        opened, hang = rig.stack.enter_context(kind(path.parent))
+        caller = rig.caller()
+        way(rig, caller, opened(), hang)
+        start = time.monotonic()
+        assert caller.reply()
+        assert time.monotonic() - start < SLOWEST
+        # It does hang, or nothing is shown here.
+        if way is not _in_a_queue or kind is not _files:
+            until(lambda: rig.closes_pending() > 0, "hangs")
+        with Caller(rig.path) as other:
+            value(other.call("add-fd", None, [0]))
+            value(other.call("query-fds"))
+
+    unharmed(path, scenario, "--max-connections", "5")
+
+
+@needs_fuse
+def test_more_closes_hang_than_there_are_threads(path: Path) -> None:
+    """Those of everybody else go on, and are over when the answer is there."""
+
+    def scenario(rig: Rig) -> None:
+        opened, hang = rig.stack.enter_context(_files(path.parent))
+        numbers = [opened() for _ in range(50)]
+        caller = rig.caller()
+        value(caller.call("add-fds", None, numbers))
+        hang()
+        for number in numbers:
+            rig.let_go(number)
+        value(caller.call("remove-fd", {"fdset-id": 0}))
+        assert rig.closes_pending() >= len(numbers)
+        ours, its = socket.socketpair()
+        with ours:
+            with its:
+                value(caller.call("add-fd", None, [its]))
+            value(caller.call("remove-fd", {"fdset-id": 0}))
+            ours.settimeout(5)
+            assert ours.recv(1) == b""
+
+    unharmed(path, scenario)
+
+
+@needs_fuse
+def test_the_looks_at_a_hung_file(path: Path) -> None:
+    """What is asked about it is answered without asking its file system."""
+
+    def scenario(rig: Rig) -> None:
+        opened, hang = rig.stack.enter_context(_files(path.parent))
+        number = opened()
+        caller = rig.caller()
+        value(caller.call("add-fd", {"opaque": "x"}, [number]))
+        hang()
+        [told] = value(caller.call("query-fds"))
+        assert (told["kind"], told["access"]) == ("file", "rdwr")
+        refused = caller.call("add-fds", {"watch-hangup": True}, [number])
+        assert "sockets or pipes" in refused["error"]["desc"]
+        rig.let_go(number)
+
+    unharmed(path, scenario)
+
+
+@needs_fuse
+def test_a_hung_file_by_the_name_of_a_memfd(path: Path) -> None:
+    """Of a mount that is no longer in the tree, such as one of another namespace."""
+
+    def scenario(rig: Rig) -> None:
+        with hung_files(path.parent / "mnt") as files:
+            number = os.open(files.folder / "memfd:x", os.O_RDWR | os.O_CLOEXEC)
+            subprocess.run(["umount", "-l", files.folder], check=True)
+            caller = rig.caller()
+            value(caller.call("add-fd", None, [number]))
+            [told] = value(caller.call("query-fds"))
+            assert told["target"].startswith("/memfd:")
+            assert told["kind"] == "file"
+            files.hang("FLUSH", "RELEASE", "GETATTR")
+            rig.let_go(number)
+            value(caller.call("remove-fd", {"fdset-id": 0}))
+            until(lambda: rig.closes_pending() > 0, "hangs")
+
+    unharmed(path, scenario)
+
+
+def test_memory_that_is_slow_to_give_back(path: Path) -> None:
+    """A file without a name and of length 0, with a gigabyte reserved behind its end."""
+
+    def scenario(rig: Rig) -> None:
+        number = os.memfd_create("large")
+        # FALLOC_FL_KEEP_SIZE, which Python lacks.
+        subprocess.run(
+            ["fallocate", "--keep-size", "--length", "512M", f"/proc/self/fd/{number}"],
+            pass_fds=[number],
+            check=True,
+        )
+        caller = rig.caller()
+        value(caller.call("add-fd", None, [number]))
+        os.close(number)
+        value(caller.call("remove-fd", {"fdset-id": 0}))
+        time.sleep(0.3)
+
+    unharmed(path, scenario)

@@ -1,0 +1,84 @@
+"""Clients that are killed, or stopped, in the middle of everything."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+from helpers import pipes, request, value
+
+from .rig import SECONDS, Program, Rig, unharmed
+
+
+def test_killed(path: Path) -> None:
+    dice = random.Random(1)
+
+    def scenario(rig: Rig) -> None:
+        ends = time.monotonic() + 2 * SECONDS
+        running: list[Program] = []
+        while time.monotonic() < ends:
+            running.append(rig.attack("life", dice.randrange(1000)))
+            time.sleep(dice.uniform(0, 0.03))
+            if len(running) > 2:
+                running.pop(dice.randrange(len(running))).process.kill()
+
+    unharmed(path, scenario)
+
+
+def test_stopped(path: Path) -> None:
+    """For longer than their replies are waited for, and going on after it."""
+    dice = random.Random(2)
+
+    def scenario(rig: Rig) -> None:
+        lives = [rig.attack("life", number) for number in range(3)]
+        ends = time.monotonic() + 2 * SECONDS
+        while time.monotonic() < ends:
+            victim = dice.choice(lives).process
+            victim.send_signal(signal.SIGSTOP)
+            time.sleep(dice.uniform(0, 0.4))
+            victim.send_signal(signal.SIGCONT)
+            time.sleep(dice.uniform(0, 0.05))
+
+    unharmed(path, scenario, "--write-timeout", "0.2")
+
+
+def test_stopped_while_it_holds_descriptors(path: Path) -> None:
+    """What it has asked for does not hold up others that ask for the same."""
+
+    def scenario(rig: Rig) -> None:
+        rig.attack("deaf:opened", 40).process.send_signal(signal.SIGSTOP)
+        caller = rig.caller()
+        ends = time.monotonic() + SECONDS
+        with pipes(1) as [pipe]:
+            info = value(caller.call("add-fd", None, [pipe]))
+            while time.monotonic() < ends:
+                caller.send(request("open-fdset", {"fdset-id": info["fdset-id"]}))
+                _, _, _, _ = caller.sock.recvmsg(1 << 12)
+
+    unharmed(path, scenario)
+
+
+def test_killed_with_a_queue_of_requests(path: Path) -> None:
+    """All that it had sent is carried out, however long that takes."""
+
+    def scenario(rig: Rig) -> None:
+        caller = rig.caller()
+        with pipes(50) as made:
+            with rig.stopped():
+                victim = rig.caller()
+                for pipe in made:
+                    victim.send(request("add-fd"), [pipe])
+                    pipe.release()
+                victim.close()
+            while len(value(caller.call("query-fdsets"))) < len(made):
+                pass
+            for number in range(len(made)):
+                value(caller.call("remove-fd", {"fdset-id": number}))
+            assert not any(pipe.held() for pipe in made)
+        assert os.path.exists(rig.path)
+
+    # Its connection and its greeting have to be there before the daemon is stopped.
+    unharmed(path, scenario)

@@ -1,0 +1,226 @@
+"""What a person sees of the command line: help, completion, tables, and what to do next."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE, ROOT, daemon_process
+
+from qmpfd.cli import main
+from qmpfd.cli.main import _VERBS, _parser
+from qmpfd.cli.output import print_table
+from qmpfd.syncclient import SyncClient
+
+DONE, REFUSED, USAGE, NO_DAEMON = range(4)
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    [verbs] = [a for a in _parser("")._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(verbs.choices)
+
+
+# -- help --------------------------------------------------------------------------------------
+
+
+def test_every_verb_has_a_parser() -> None:
+    assert list(parsers()) == list(_VERBS)
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+def test_help_ends_with_examples_and_exit_statuses(verb: str) -> None:
+    epilog = parsers()[verb].format_help().partition("\nexamples:\n")[2]
+    examples, _, statuses = epilog.partition("\n\nexit status:\n")
+    assert f"qmpfd {verb}" in examples
+    assert "2 " in statuses
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+def test_help_explains_every_argument(verb: str) -> None:
+    for action in parsers()[verb]._actions:
+        assert action.help, action
+
+
+#: In place of the programs in the examples: qmpfd notes what was typed, the others do nothing.
+_STUBS = "source() { :; }; jq() { :; }; qmpfd() { printf '%s\\n' \"$@\" >> typed; }"
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+def test_examples_can_be_typed(verb: str, tmp_path: Path) -> None:
+    """A shell reads them, and the parser knows all that is in them."""
+    for name in ("commands", "disk.img"):
+        (tmp_path / name).touch()
+    examples = (parsers()[verb].epilog or "").partition("\n\n")[0].splitlines()[1:]
+    assert examples
+    for example in examples:
+        line = example.partition("#")[0].replace("/dev/net/tun", "disk.img")
+        ran = subprocess.run(
+            ["bash", "-c", f"{_STUBS}; {line}"],
+            cwd=tmp_path,
+            capture_output=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert ran.stderr == b"", example
+        typed = (tmp_path / "typed").read_text().splitlines()
+        (tmp_path / "typed").unlink()
+        assert typed[0] == verb, example
+        if "--" in typed:
+            typed = typed[: typed.index("--")]
+        parsers()[verb].parse_args(typed[1:])
+
+
+def test_without_a_verb(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == USAGE
+    assert "--help" in capfd.readouterr().err
+
+
+# -- what to do next ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, advice",
+    [
+        (["rm", "7"], "qmpfd ls shows"),
+        (["add", "--fdset", "7", "/dev/null"], "without --fdset"),
+        (["shell", "-c", "rm"], ""),
+    ],
+)
+def test_a_refusal_says_what_to_do(words: list[str], advice: str, path: Path) -> None:
+    command = [sys.executable, "-m", "qmpfd", words[0], "--socket", str(path), *words[1:]]
+    with daemon_process(path):
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == REFUSED
+    assert advice in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+def test_two_daemons_on_one_socket(path: Path) -> None:
+    command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path)]
+    with daemon_process(path):
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == USAGE
+    assert "already listening (qmpfd status shows it" in ran.stderr
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+HEADER = ("A", "LONG", "C", "TARGET")
+ROWS = [("1", "x", "caf\u00e9 \u6f22\u5b57", "/a/path/that/is/quite/long"), ("22", "", "c", "/b")]
+
+
+def on_a_terminal(columns: int, **env: str) -> str:
+    """The table above, as a terminal of that width gets it."""
+    code = f"from qmpfd.cli.output import print_table; print_table({HEADER!r}, {ROWS!r})"
+    master, slave = os.openpty()
+    try:
+        termios.tcsetwinsize(slave, (24, columns))
+        clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "TERM")}
+        subprocess.run(
+            [sys.executable, "-X", "utf8", "-c", code],
+            cwd=ROOT,
+            stdout=slave,
+            check=True,
+            timeout=PATIENCE,
+            env={**clean, "TERM": "xterm", **env},
+        )
+        return os.read(master, 1 << 16).decode().replace("\r\n", "\n")
+    finally:
+        os.close(slave)
+        os.close(master)
+
+
+def test_a_table_that_fits(capfd: pytest.CaptureFixture[str]) -> None:
+    print_table(HEADER, ROWS)
+    plain = capfd.readouterr().out
+    header, first, second = plain.splitlines()
+    assert header == "A   LONG  C          TARGET"
+    assert first == "1   x     caf\u00e9 \u6f22\u5b57  /a/path/that/is/quite/long"
+    assert second == "22        c          /b"
+    assert on_a_terminal(80) == plain.replace(header, f"\x1b[1m{header}\x1b[0m")
+    assert on_a_terminal(80, NO_COLOR="1") == plain
+    assert on_a_terminal(80, TERM="dumb") == plain
+
+
+def test_a_table_that_nearly_fits() -> None:
+    lines = on_a_terminal(40, NO_COLOR="1").splitlines()
+    assert lines[1].endswith("  \u2026that/is/quite/long")
+    assert lines[2].endswith("  /b")
+
+
+def test_a_table_that_does_not_fit() -> None:
+    shown = on_a_terminal(30)
+    assert shown.count("\n\n") == 1
+    assert "TARGET  /a/path/that/is/quite/long\n" in shown
+    assert "LONG\n" in shown
+
+
+# -- completion --------------------------------------------------------------------------------
+
+
+def completion(shell: str, folder: Path) -> Path:
+    ran = subprocess.run(
+        [sys.executable, "-m", "qmpfd", "completion", shell],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    file = folder / f"completion.{shell}"
+    file.write_text(ran.stdout)
+    return file
+
+
+def bash_completes(file: Path, *words: str, env: dict[str, str] | None = None) -> list[str]:
+    """What bash offers for the last of *words*."""
+    code = (
+        f'source "{file}"; shift 0; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _qmpfd; '
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    ran = subprocess.run(
+        ["bash", "-c", code, "bash", *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+        env={**os.environ, **(env or {})},
+    )
+    assert ran.stderr == ""
+    return ran.stdout.split()
+
+
+def test_bash(tmp_path: Path, path: Path) -> None:
+    file = completion("bash", tmp_path)
+    assert bash_completes(file, "qmpfd", "s") == ["serve", "shell", "status"]
+    assert bash_completes(file, "qmpfd", "add", "--mo") == ["--mode"]
+    assert bash_completes(file, "qmpfd", "add", "--mode", "r") == ["r", "rw"]
+    assert bash_completes(file, "qmpfd", "completion", "") == ["bash", "zsh", "fish"]
+    assert bash_completes(file, "qmpfd", "add", "--opaque", "") == []
+    assert bash_completes(file, "qmpfd", "add", f"{tmp_path}/compl") == [str(file)]
+    env = {
+        "QMPFD_SOCKET": str(path),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    assert bash_completes(file, "qmpfd", "rm", "", env=env) == []
+    with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
+        client.execute("add-fd", {}, [null])
+        assert bash_completes(file, "qmpfd", "rm", "", env=env) == ["0"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_can_read_it(shell: str, tmp_path: Path) -> None:
+    file = completion(shell, tmp_path)
+    for verb in _VERBS:
+        assert re.search(rf"\b{verb}\b", file.read_text())
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    subprocess.run([shell, "-n", str(file)], check=True, timeout=PATIENCE)

@@ -1,0 +1,209 @@
+"""The documentation: its examples do what it says, and its reference says what the daemon does."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import sys
+import typing
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from examples import blocks, run_page, unused_files
+from helpers import ROOT, daemon_process, open_fds
+
+from qmpfd.commands import TABLE
+from qmpfd.commands.context import Context, Daemon
+from qmpfd.commands.events import EVENTS
+from qmpfd.errors import PermissionDenied, QMPError
+from qmpfd.fd import Fd, close_all
+from qmpfd.fdsets import Peer
+from qmpfd.limits import Limits
+from qmpfd.policy import RIGHTS, Access, Grant, Right
+from qmpfd.syncclient import SyncClient
+
+DOCS = ROOT / "docs"
+
+if TYPE_CHECKING:
+    import command_line
+    import measured
+    import wire
+else:
+    sys.path.append(str(DOCS))
+    command_line, measured, wire = map(
+        importlib.import_module, ("command_line", "measured", "wire")
+    )
+
+#: Pages whose examples another test runs.
+_ELSEWHERE = {"howto/testing.md"}
+
+PAGES = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md"))}
+
+
+def has_examples(page: Path) -> bool:
+    """Whether there is anything on it to be run."""
+    return any(
+        b.language in ("console", "json") and not b.not_run for b in blocks(page.read_text())
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, page in PAGES.items() if n not in _ELSEWHERE and has_examples(page)]
+)
+def test_the_examples(name: str, tmp_path: Path) -> None:
+    page = PAGES[name]
+    needs_qemu = "$ qemu-system-x86_64" in page.read_text()
+    if needs_qemu and shutil.which("qemu-system-x86_64") is None:
+        assert not os.environ.get("QMPFD_REQUIRE_PEERS"), "QEMU is not installed"
+        pytest.skip("QEMU is not installed")
+    assert run_page(page, tmp_path)
+
+
+def test_a_wrong_example_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```console\n$ qmpfd ls\nno sets\n```\n")
+    with pytest.raises(AssertionError, match=r"page\.md, line 2"):
+        run_page(page, tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name not in _ELSEWHERE])
+def test_every_program_is_used(name: str) -> None:
+    assert unused_files(PAGES[name]) == []
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES.values():
+        for target in re.findall(r"\]\((?!https:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+# -- what is generated -------------------------------------------------------------------------
+
+
+def test_every_generated_part_has_its_place() -> None:
+    text = "".join(page.read_text() for page in PAGES.values())
+    asked = set(re.findall(r"^% generated: (\w+)$", text, re.MULTILINE))
+    conf = (DOCS / "conf.py").read_text()
+    there = set(re.findall(r'^    "(\w+)": ', conf.partition("GENERATED")[2], re.MULTILINE))
+    assert asked == there
+
+
+def test_every_command_event_and_class_is_there() -> None:
+    headings = re.findall(r"^### (\S+)$", wire.commands() + "\n" + wire.events(), re.MULTILINE)
+    assert headings == [*TABLE.commands, *EVENTS]
+    classes = set(re.findall(r"^\| `(\w+)` \| `\w+` \|", wire.errors(), re.MULTILINE))
+    assert classes == {cls.__name__ for cls in QMPError.__subclasses__()}
+
+
+def test_every_argument_is_explained() -> None:
+    for command in TABLE.commands.values():
+        for row in wire.rows(command.arguments):
+            assert not row.endswith("|  |"), f"{command.name}: {row}"
+
+
+def test_every_verb_and_option_is_there() -> None:
+    text = command_line.verbs()
+    for verb, (_, parser) in command_line.parsers().items():
+        section = text.partition(f"## qmpfd {verb}\n")[2].partition("\n## ")[0]
+        for action in parser._actions:
+            for option in action.option_strings:
+                if option not in ("-h", "--help"):
+                    assert re.search(rf"`{option}[ `]", section), f"{verb} {option}"
+
+
+def test_figures_are_shown_where_there_are_some(tmp_path: Path) -> None:
+    folder = tmp_path / "bench"
+    assert "bench ARGS=" in measured.results(folder)
+    folder.mkdir()
+    (folder / "results.txt").write_text("3 us\n")
+    (folder / "cpu-per-command.svg").touch()
+    shown = measured.results(folder)
+    assert "\n3 us\n" in shown
+    assert "![cpu per command](bench/cpu-per-command.svg)" in shown
+
+
+# -- what is written beside the table: rights and errors ---------------------------------------
+
+
+def arguments_of(command: str) -> dict[str, Any]:
+    """Arguments with which a command gets as far as its check of rights."""
+    known: dict[str, dict[str, Any]] = {
+        "remove-fd": {"fdset_id": 0},
+        "open-fdset": {"fdset_id": 0},
+        "getfd": {"fdname": "name"},
+        "closefd": {"fdname": "name"},
+        "watch-fdsets": {"enable": True},
+    }
+    return known.get(command, {})
+
+
+class Negotiated:
+    """The protocol state of a connection, as far as commands touch it."""
+
+    def __init__(self) -> None:
+        self.garbage: list[Fd] = []
+
+    def negotiate(self, capabilities: list[str]) -> None:
+        """Nothing is asked of it here."""
+
+
+@contextmanager
+def context_with(*rights: Right) -> Iterator[Context]:
+    """A connection whose peer has these rights, and has sent a descriptor."""
+    daemon = Daemon("spec", Limits(), lambda: 0.0, lambda: None, TABLE)
+    daemon.store.add(Fd(os.dup(0)), 0, None, create=True)
+    connection: Any = Negotiated()
+    access = Access([Grant(frozenset(rights))])
+    context = Context(daemon, connection, Peer(1, 2, 3), access, lambda: None)
+    context.fds.append(Fd(os.dup(0)))
+    with ExitStack() as stack:
+        stack.callback(lambda: close_all([*context.fds, *connection.garbage]))
+        stack.callback(daemon.hangups.close)
+        stack.callback(daemon.closer.shut_down)
+        stack.callback(lambda: close_all([stored.fd for stored in daemon.store.clear()]))
+        stack.callback(context.close)
+        yield context
+
+
+@pytest.mark.parametrize("right", typing.get_args(Right))
+@pytest.mark.parametrize("name", TABLE.commands)
+def test_the_rights_are_those(name: str, right: Right) -> None:
+    command = TABLE.commands[name]
+    arguments = command.arguments(**arguments_of(name))
+    refusal = None
+    with context_with(*(RIGHTS - {right})) as context:
+        try:
+            command.run(context, arguments)
+        except QMPError as exc:
+            refusal = exc
+    if wire.RIGHTS.get(name) == right:
+        assert isinstance(refusal, PermissionDenied)
+        assert f"'{right}'" in refusal.desc
+    else:
+        assert not isinstance(refusal, PermissionDenied)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_errors_are_those(full: bool, tmp_path: Path) -> None:
+    cases = [case for case in (*wire.CASES, *wire.COMMON_CASES) if case.full == full]
+    assert cases
+    path = tmp_path / "q.sock"
+    options = ["--max-fds=1"] if full else []
+    with (
+        daemon_process(path, *options) as daemon,
+        open(tmp_path / "file", "w+b") as file,
+        open(tmp_path / "file", "rb") as kept,
+        SyncClient(path, 10.0) as client,
+    ):
+        client.execute("add-fd", {}, [kept])
+        before = open_fds(daemon.pid)
+        for case in cases:
+            with pytest.raises(QMPError) as refusal:
+                client.execute(case.command, case.arguments, [file] * case.fds)
+            assert (refusal.value.error_class, refusal.value.desc) == case[3:5], case
+        assert open_fds(daemon.pid) == before

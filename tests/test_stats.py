@@ -1,0 +1,189 @@
+"""``query-stats``: counters that count, gauges that fall again, limits that are those in force."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from helpers import Pipe, Wire, daemon, pipes, request, settle, value
+from trio.testing import MockClock
+
+import qmpfd
+
+
+async def stats(wire: Wire) -> dict[str, Any]:
+    """What the daemon says of itself."""
+    return dict(value(await wire.call("query-stats")))
+
+
+def counts(listed: list[dict[str, Any]]) -> dict[str, int]:
+    """Names and counts, as a mapping."""
+    names = [each["name"] for each in listed]
+    assert names == sorted(set(names))
+    return {each["name"]: each["count"] for each in listed}
+
+
+async def test_at_the_start(path: Path) -> None:
+    async with daemon(path):
+        with await Wire.session(path) as wire:
+            found = await stats(wire)
+            soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            limits = found.pop("limits")
+            assert found == {
+                "uptime": 0,
+                "dialect": "spec",
+                "connections": 1,
+                "connections-accepted": 1,
+                "connections-refused": 0,
+                "fdsets": 0,
+                "fds": 0,
+                "fds-kept": 0,
+                "closes-pending": 0,
+                "commands": [{"name": "qmp_capabilities", "count": 1}],
+                "errors": [],
+            }
+            assert limits["max-open-files"] == soft
+            assert "idle-timeout" not in limits
+
+
+async def test_limits(path: Path) -> None:
+    """Those that are in force, times in milliseconds."""
+    limits = qmpfd.Limits(
+        max_connections=9,
+        max_connections_per_uid=8,
+        max_fds=7,
+        max_fds_per_uid=6,
+        max_request_bytes=5000,
+        idle_timeout=4.5,
+        write_timeout=3.25,
+        drain_timeout=2,
+    )
+    async with daemon(path, limits=limits, dialect="qemu"):
+        with await Wire.session(path) as wire:
+            found = await stats(wire)
+            assert found["dialect"] == "qemu"
+            del found["limits"]["max-open-files"]
+            assert found["limits"] == {
+                "max-connections": 9,
+                "max-connections-per-uid": 8,
+                "max-fds": 7,
+                "max-fds-per-uid": 6,
+                "max-request-bytes": 5000,
+                "idle-timeout": 4500,
+                "write-timeout": 3250,
+                "drain-timeout": 2000,
+            }
+
+
+async def test_commands_and_errors(path: Path) -> None:
+    """A command that fails is counted in both; what was no command, in the errors only."""
+    async with daemon(path):
+        with await Wire.session(path) as wire:
+            await wire.call("query-name")
+            await wire.call("query-name")
+            await wire.call("remove-fd", {"fdset-id": 7})
+            await wire.call("remove-fd")
+            await wire.call("add-fd")
+            await wire.call("no-such")
+            wire.send(b"]")
+            await wire.reply()
+            found = await stats(wire)
+            assert counts(found["commands"]) == {
+                "add-fd": 1,
+                "qmp_capabilities": 1,
+                "query-name": 2,
+                "remove-fd": 1,
+            }
+            assert counts(found["errors"]) == {
+                "CommandNotFound": 1,
+                "FdNotFound": 1,
+                "FdNotSupplied": 1,
+                "GenericError": 2,
+            }
+            assert counts((await stats(wire))["commands"])["query-stats"] == 1
+
+
+async def test_descriptors_come_and_go(path: Path) -> None:
+    async with daemon(path):
+        with await Wire.session(path) as wire, pipes(3) as made:
+
+            async def gauges() -> tuple[int, int, int]:
+                found = await stats(wire)
+                return found["fdsets"], found["fds"], found["fds-kept"]
+
+            await wire.call("add-fd", None, made[:1])
+            assert await gauges() == (1, 1, 1)
+            await wire.call("add-fds", None, made)
+            assert await gauges() == (2, 4, 4)
+            with await Wire.session(path) as other:
+                await other.call("getfd", {"fdname": "x"}, made[:1])
+                await other.call("add-fds", {"lifetime": "connection"}, made)
+                assert await gauges() == (3, 7, 8)
+            await settle()
+            assert await gauges() == (2, 4, 4)
+            await wire.call("remove-fd", {"fdset-id": 1})
+            await wire.call("remove-fd", {"fdset-id": 0})
+            assert await gauges() == (0, 0, 0)
+
+
+async def test_connections_come_and_go(path: Path) -> None:
+    async with daemon(path, limits=qmpfd.Limits(max_connections=2)):
+        with await Wire.session(path) as wire:
+            with await Wire.connect(path) as other, await Wire.connect(path) as refused:
+                await other.reply()
+                assert "error" in await refused.reply()
+                found = await stats(wire)
+                gauge, accepted, turned_away = (
+                    found["connections"],
+                    found["connections-accepted"],
+                    found["connections-refused"],
+                )
+                assert (gauge, accepted, turned_away) == (2, 2, 1)
+            await settle()
+            assert (await stats(wire))["connections"] == 1
+
+
+async def test_uptime(path: Path, autojump_clock: MockClock) -> None:
+    async with daemon(path):
+        with await Wire.session(path) as wire:
+            await trio.sleep(99.5)
+            assert (await stats(wire))["uptime"] == 99
+
+
+async def test_arguments(path: Path) -> None:
+    async with daemon(path):
+        with await Wire.session(path) as wire:
+            reply = await wire.call("query-stats", {"x": 1})
+            assert reply["error"]["desc"] == "Parameter 'x' is unexpected"
+
+
+@pytest.mark.parametrize("how", ["getfd", "expires", "hangup"])
+async def test_what_is_kept_is_given_back(path: Path, how: str, autojump_clock: MockClock) -> None:
+    """By whatever way it left: else the limit would be used up in time."""
+    async with daemon(path, limits=qmpfd.Limits(max_fds=2, max_fds_per_uid=2)):
+        with await Wire.session(path) as wire:
+            for _ in range(5):
+                with pipes(2) as made:
+                    if how == "getfd":
+                        for pipe in made:
+                            wire.send(request("getfd", {"fdname": "same"}), [pipe])
+                        assert [value(reply) for reply in await wire.replies(2)] == [{}, {}]
+                    elif how == "expires":
+                        value(await wire.call("add-fds", {"expires": 1}, made))
+                        await trio.sleep(2)
+                    else:
+                        value(await wire.call("add-fds", {"watch-hangup": True}, made))
+                await trio.sleep(2)
+            kept = 1 if how == "getfd" else 0
+            assert (await stats(wire))["fds-kept"] == kept
+
+
+async def test_what_is_not_kept_is_not_counted(path: Path) -> None:
+    async with daemon(path):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            wire.send(b" ", [pipe])  # it waits for a command
+            await settle()
+            assert (await stats(wire))["fds-kept"] == 0

@@ -1,0 +1,75 @@
+"""The three stories run, and their checks hold; and one that is wrong does not."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conformance.peers import need_qemu
+from helpers import PATIENCE, ROOT
+
+SCRIPTS = ROOT / "scripts"
+STORIES = sorted(path.name for path in SCRIPTS.glob("story_*.py"))
+PAGE = ROOT / "docs" / "stories.md"
+
+
+def run(script: Path) -> subprocess.CompletedProcess[str]:
+    """Run it as one would, with warnings as errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(script)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{SCRIPTS}"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=3 * PATIENCE,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "story_unprivileged.py",
+        "story_restart.py",
+        pytest.param("story_qemu.py", marks=pytest.mark.qemu),
+    ],
+)
+def test_it_runs(name: str) -> None:
+    if "qemu" in name:
+        need_qemu()
+    told = run(SCRIPTS / name)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.count("  ok: ") >= 5
+
+
+@pytest.mark.parametrize(
+    "name, true, false, complaint",
+    [
+        pytest.param(
+            *("story_unprivileged.py", "become(user[0])", "pass", "may not open the image"),
+            marks=pytest.mark.root,
+        ),
+        ("story_unprivileged.py", "SECTOR, 512)", "SECTOR, 513)", "is in the image"),
+        ("story_restart.py", "add_fd(listener", "add_fd(socket.socket()", "attempts to connect"),
+    ],
+)
+def test_it_can_fail(name: str, true: str, false: str, complaint: str, tmp_path: Path) -> None:
+    """With a flaw in it, it says what is not as it should be, and no more."""
+    text = (SCRIPTS / name).read_text()
+    assert text.count(true) == 1
+    flawed = tmp_path / name
+    flawed.write_text(text.replace(true, false))
+    told = run(flawed)
+    assert told.returncode == 1
+    assert re.search(rf"^FAILED: .*{complaint}", told.stderr, re.MULTILINE), told.stderr
+
+
+def test_all_are_told_of() -> None:
+    page = PAGE.read_text()
+    assert sorted(set(re.findall(r"story_\w+\.py", page))) == STORIES
+    assert all(len((SCRIPTS / name).read_text().splitlines()) < 150 for name in STORIES)
