@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import termios
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeAlias
@@ -127,10 +128,19 @@ _SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 
 _one = struct.Struct("i")
 
-# One buffer is enough for everybody: what is looked at is copied before anything else runs.
-_peeked = bytearray(READ_BYTES)
-_peeked_view = memoryview(_peeked)
-_peek_buffers = (_peeked,)
+
+class _Scratch(threading.local):
+    """One buffer is enough for all connections of a thread: what is looked at is copied before
+    anything else runs in it.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = bytearray(READ_BYTES)
+        self.view = memoryview(self.buffer)
+        self.buffers = (self.buffer,)
+
+
+_scratch = _Scratch()
 
 
 def peek(sock: socket.socket) -> tuple[bytes, bool]:
@@ -143,12 +153,13 @@ def peek(sock: socket.socket) -> tuple[bytes, bool]:
     Raises:
         BlockingIOError: nothing is there yet.
     """
-    count, _, flags, _ = sock.recvmsg_into(_peek_buffers, 0, _PEEK)
+    scratch = _scratch
+    count, _, flags, _ = sock.recvmsg_into(scratch.buffers, 0, _PEEK)
     fds_follow = flags & _TRUNCATED != 0
     if fds_follow and count == READ_BYTES:
         # What they were sent with may go on behind these bytes: show it whole, the next time.
         count -= SEGMENT_BYTES
-    return bytes(_peeked_view[:count]), fds_follow
+    return bytes(scratch.view[:count]), fds_follow
 
 
 def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:
@@ -174,7 +185,7 @@ def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:
 
 def skip(sock: socket.socket, count: int) -> None:
     """Read *count* bytes that were seen already, and with which no descriptors come."""
-    sock.recv_into(_peeked, count)
+    sock.recv_into(_scratch.buffer, count)
 
 
 def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescriptorLike]) -> int:
