@@ -53,6 +53,12 @@ MAX_UNSENT_BYTES = 16 << 20
 #: Seconds between two status lines for the service manager.
 STATUS_INTERVAL = 5.0
 
+#: The format in which a daemon's state is handed over to its successor.
+TAKEOVER_FORMAT = 1
+
+#: Seconds that a takeover may take; while it does, nobody is served.
+TAKEOVER_TIMEOUT = 20.0
+
 #: Errors in a row, without one valid request between them, that are each answered.  The deepest
 #: honest case is a value nested one level too deep: QEMU answers one error for it and one for
 #: each of its closers, and so do we.  Beyond this it is a flood, and answered once per read.

@@ -224,6 +224,13 @@ class SyncClient:
     def _silent(self) -> NoDaemon:
         return NoDaemon(f"the daemon at {self._path} does not answer (see --timeout)")
 
+    def detach(self) -> socket.socket:
+        """Give the connection up: the caller owns the socket that is returned."""
+        sock = self._sock
+        self._sock = socket.socket(fileno=sock.detach())
+        given, self._sock = self._sock, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        return given
+
     def close(self) -> None:
         """Close the connection."""
         if self._connection.state is not State.CLOSED:

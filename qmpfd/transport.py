@@ -100,6 +100,24 @@ class FdStream:
                 raise
             raise trio.BrokenResourceError("the peer is gone") from exc
 
+    async def send_some(
+        self, data: bytes | memoryview, fds: Sequence[FileDescriptorLike] = ()
+    ) -> int:
+        """Send as :meth:`send_nowait`, but wait until something went; how many bytes that was.
+
+        Raises:
+            trio.BrokenResourceError: the peer is gone.
+        """
+        waited = False
+        while not (went := self.send_nowait(data, fds)):
+            if waited:
+                # There is room, but too many descriptors of this user are in flight: others have
+                # to receive theirs first, and nothing tells when they have.
+                await trio.sleep(_IN_FLIGHT_RETRY)
+            await self.wait_writable()
+            waited = True
+        return went
+
     async def send_all(
         self, data: bytes | memoryview, fds: Sequence[FileDescriptorLike] = ()
     ) -> None:
@@ -109,18 +127,8 @@ class FdStream:
             trio.BrokenResourceError: the peer is gone.
         """
         sent = 0
-        waited = False
-        while True:
-            went = self.send_nowait(data[sent:], () if sent else fds)
-            sent += went
-            if sent == len(data):
-                return
-            if waited and not went:
-                # There is room, but too many descriptors of this user are in flight: others have
-                # to receive theirs first, and nothing tells when they have.
-                await trio.sleep(_IN_FLIGHT_RETRY)
-            await self.wait_writable()
-            waited = True
+        while sent < len(data):
+            sent += await self.send_some(data[sent:], () if sent else fds)
 
     def close(self) -> None:
         """Close the socket; tasks that wait for it get ClosedResourceError."""

@@ -19,7 +19,7 @@ from helpers import PATIENCE, ROOT, daemon_thread
 
 from qmpfd.cli import main
 from qmpfd.cli.shell_schema import Schema
-from qmpfd.cli.shell_syntax import BadInput, Passed, parse, Scanner, unfinished
+from qmpfd.cli.shell_syntax import BadInput, Passed, Scanner, parse, unfinished
 from qmpfd.commands import TABLE
 from qmpfd.commands.schema import schema
 from qmpfd.syncclient import SyncClient

@@ -18,6 +18,7 @@ from ..fd import Fd
 from ..limits import STATUS_INTERVAL, Limits
 from ..policy import BadPolicy, Policy, load_policy
 from ..server import Server, serve
+from ..server.fetch import Inheritance
 from ..systemd import InheritedFd, notify, notify_reloading, watchdog_interval
 
 _log = logging.getLogger("qmpfd")
@@ -35,13 +36,13 @@ def run(
     socket_group: int | None,
     initial_fds: Sequence[tuple[Fd, int, str | None]],
     listen_fds: Sequence[InheritedFd],
+    inheritance: Inheritance | None,
 ) -> None:
     """Serve until told to end.
 
     Raises:
         OSError: one of *paths* cannot be used.
     """
-    _raise_open_files_limit()
     start = partial(
         serve,
         paths,
@@ -53,20 +54,29 @@ def run(
         socket_group=socket_group,
         initial_fds=initial_fds,
         listen_fds=[inherited.fd for inherited in listen_fds],
+        inheritance=inheritance,
     )
     names = [str(path) for path in paths]
     names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
-    trio.run(_main, start, names, policy_path)
+    taken_over = (
+        []
+        if inheritance is None
+        else [path or "an inherited socket" for path in inheritance.state.listeners]
+    )
+    trio.run(_main, start, names, taken_over, policy_path)
 
 
-def _raise_open_files_limit() -> None:
+def raise_open_files_limit() -> None:
     """Allow ourselves as many descriptors as we may: they are what this process is for."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _main(
-    start: partial[Coroutine[Any, Any, None]], names: Sequence[str], policy_path: Path | None
+    start: partial[Coroutine[Any, Any, None]],
+    names: Sequence[str],
+    taken_over: Sequence[str],
+    policy_path: Path | None,
 ) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
@@ -74,6 +84,8 @@ async def _main(
             # What is there by now stays: the collector need not look through it again, for 20 ms.
             gc.collect()
             gc.freeze()
+            if taken_over:
+                _log.info("took over: listening on %s", ", ".join(taken_over))
             for name in names:
                 _log.info("listening on %s", name)
             nursery.start_soon(_obey, server, policy_path, signals, nursery)

@@ -40,6 +40,12 @@ def add_parsers(verbs: Subparsers) -> None:
         "$XDG_RUNTIME_DIR/qmpfd.sock, else /run/qmpfd.sock)",
     )
     parser.add_argument(
+        "--takeover",
+        action="store_true",
+        help="take over from the daemon that serves the (first) socket: all it holds, under the "
+        "same numbers, and its connections; nobody notices",
+    )
+    parser.add_argument(
         "--socket-mode",
         type=_octal,
         default=0o600,
@@ -223,9 +229,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     # Before Trio opens descriptors of its own, which nobody may mistake for inherited ones.
     listen_fds = take_listen_fds()
     initial = _take_inherited(arguments.add_fd)
-    from . import daemon, logs
+    from . import daemon, logs, takeover
 
     logs.set_up(arguments.log_format, arguments.log_level)
+    daemon.raise_open_files_limit()
     limits = Limits(
         max_connections=arguments.max_connections,
         max_connections_per_uid=arguments.max_connections_per_uid,
@@ -236,19 +243,28 @@ def _serve(arguments: argparse.Namespace) -> int:
         write_timeout=arguments.write_timeout,
         drain_timeout=arguments.drain_timeout,
     )
+    paths = arguments.socket or ([] if listen_fds else [Path(default_socket())])
+    policy = None if arguments.policy is None else read_policy(arguments.policy)
+    inheritance = None
+    if arguments.takeover:
+        if not paths:
+            raise UsageError("--takeover needs --socket: which daemon is to be taken over")
+        inheritance = takeover.fetch(paths[0])
+        paths = [path for path in paths if str(path) not in inheritance.state.listeners]
     failures: list[BaseException] = []
     try:
         daemon.run(
-            arguments.socket or ([] if listen_fds else [Path(default_socket())]),
+            paths,
             dialect=arguments.dialect,
             limits=limits,
             policy_path=arguments.policy,
-            policy=None if arguments.policy is None else read_policy(arguments.policy),
+            policy=policy,
             metrics_path=arguments.metrics,
             socket_group=arguments.socket_group,
             socket_mode=arguments.socket_mode,
             initial_fds=initial,
             listen_fds=listen_fds,
+            inheritance=inheritance,
         )
     except* OSError as group:  # a nursery's: there is one cause, the first listener that failed
         failures = list(leaf_exceptions(group))

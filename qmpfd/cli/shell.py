@@ -88,7 +88,8 @@ def _from_stdin() -> Iterator[tuple[int, str]]:
     """Commands, each with the number of its first line."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # the server says that it is not UTF-8
-    lines_, first, scanner = [], 0, Scanner()
+    lines_: list[str] = []
+    first, scanner = 0, Scanner()
     for number, line in enumerate(sys.stdin, 1):
         if not lines_:
             if line.lstrip().startswith("#"):

@@ -51,7 +51,7 @@ class Typed(NamedTuple):
 
 
 class Scanner:
-    """Cuts text at the blanks that are in no quotes, brackets or braces; those stay on the words."""
+    """Cuts text at blanks, but for those in quotes, brackets or braces; all of these are kept."""
 
     def __init__(self) -> None:
         self._words: list[str] = []

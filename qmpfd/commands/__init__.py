@@ -3,9 +3,19 @@
 from .context import Context, Daemon, Dialect, Stats
 from .control import VERSION
 from .dispatch import TABLE, VOCABULARY, execute
-from .types import AddfdInfo, FdInfo, FdsetFdInfo, FdsetInfo, OpenedFd, PeerInfo, VersionInfo
+from .types import (
+    NOTHING,
+    AddfdInfo,
+    FdInfo,
+    FdsetFdInfo,
+    FdsetInfo,
+    OpenedFd,
+    PeerInfo,
+    VersionInfo,
+)
 
 __all__ = [
+    "NOTHING",
     "TABLE",
     "VERSION",
     "VOCABULARY",

@@ -143,6 +143,7 @@ class Context:
             leaves in the list is closed.
         passed: the descriptors that go back with the reply; owned here until they are sent.
         events: what the client is to be told unasked, while it watches.
+        takes_over: the client is a daemon that takes over.
         quitting: the client has said ``quit``: what follows of it is not carried out.
     """
 
@@ -156,6 +157,7 @@ class Context:
     passed: list[Fd] = field(default_factory=list)
     events: EventQueue | None = None
     quitting: bool = False
+    takes_over: bool = False
 
     def first_fd(self) -> Fd:
         """The descriptor that came with the command.

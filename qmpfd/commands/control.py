@@ -7,6 +7,8 @@ from typing import Any
 from msgspec import UNSET
 
 from .._version import __version__
+from ..errors import InvalidParameterValue
+from ..limits import TAKEOVER_FORMAT
 from .context import Context
 from .schema import schema
 from .table import Table
@@ -17,6 +19,7 @@ from .types import (
     CommandInfo,
     NameInfo,
     SchemaInfo,
+    Takeover,
     VersionInfo,
     version_info,
 )
@@ -58,6 +61,18 @@ def query_commands(context: Context, arguments: Arguments) -> list[CommandInfo]:
 def query_qmp_schema(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
     """Describe all commands and events, and their types."""
     return schema(context.daemon.table)
+
+
+@table.command("takeover", Takeover, Nothing)
+def takeover(context: Context, arguments: Takeover) -> Nothing:
+    """Hand everything over to the client, a daemon that takes this one's place."""
+    context.access.require("admin")
+    if arguments.format != TAKEOVER_FORMAT:
+        raise InvalidParameterValue(
+            f"Parameter 'format' expects {TAKEOVER_FORMAT}, the format that this daemon knows"
+        )
+    context.takes_over = True
+    return NOTHING
 
 
 @table.command("quit", Arguments, Nothing)

@@ -305,6 +305,16 @@ class FdEventsLost(Result):
     count: Int64
 
 
+class Takeover(Arguments):
+    """Arguments of ``takeover``.
+
+    Args:
+        format: in which format the newcomer wants the daemon's state.
+    """
+
+    format: Int64
+
+
 class Count(Result):
     """How often something happened.
 

@@ -27,6 +27,18 @@ class Unclaimed:
         self._open = False  # more of the segment, or of the message it ended in, is to come
         self._straddled = False  # the segment ended inside of a message
 
+    def snapshot(self) -> tuple[list[Fd], bool, bool, bool, bool]:
+        """All there is; for :meth:`restore`."""
+        return list(self._fds), self._dropped, self._taken, self._open, self._straddled
+
+    def restore(
+        self, fds: list[Fd], dropped: bool, taken: bool, is_open: bool, straddled: bool
+    ) -> None:
+        """Go on where another was when it gave :meth:`snapshot`; *fds* are owned from here on."""
+        self._fds = fds
+        self._dropped, self._taken = dropped, taken
+        self._open, self._straddled = is_open, straddled
+
     def __len__(self) -> int:
         return len(self._fds)
 

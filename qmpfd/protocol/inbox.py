@@ -12,7 +12,7 @@ descriptors that came with a piece.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..errors import GenericError
 from ..fd import Fd
@@ -20,7 +20,7 @@ from ..limits import CAREFUL_BYTES
 from .claims import Unclaimed
 
 if TYPE_CHECKING:
-    from .parser import Budget, Parser
+    from .parser import Budget, Parser, ParserState
 
 #: A value or typed request, or the error that its text has; the descriptors it takes; whether
 #: some got lost.
@@ -35,6 +35,22 @@ _Found: TypeAlias = "tuple[Any, int]"
 _WHITESPACE = b" \t\r\n"
 #: Where no descriptor came; never changed.
 _NO_FDS: list[Fd] = []
+
+
+class InboxState(NamedTuple):
+    """What has come over a connection and is not done with.
+
+    Args:
+        parser: the incomplete message, if there is one.
+        fds: the descriptors that wait for a command.
+        flags: of those: dropped, taken, open, straddled; see :class:`Unclaimed`.
+        segment_left: bytes of their segment that are still to come.
+    """
+
+    parser: ParserState | None
+    fds: list[Fd]
+    flags: list[bool]
+    segment_left: int
 
 
 class _Piece:
@@ -249,6 +265,28 @@ class Inbox:
         finally:  # whoever asks may stop asking, after ``quit``
             for piece in pieces:
                 self._garbage += piece.fds
+
+    def snapshot(self) -> InboxState:
+        """What has come and is not done with; for :meth:`restore`.  The descriptors stay here.
+
+        Only between two chunks: all complete messages have been asked for.
+        """
+        assert not self._pieces
+        fds, *flags = self._unclaimed.snapshot()
+        parser = None if self._idle or self._parser is None else self._parser.snapshot()
+        return InboxState(parser, fds, flags, self._segment_left)
+
+    def restore(self, saved: InboxState) -> None:
+        """Go on where another was when it gave :meth:`snapshot`; the descriptors are owned here
+        from now on.
+        """
+        if saved.parser is not None:
+            self._feed(b"")  # have a parser
+            assert self._parser is not None
+            self._parser.restore(saved.parser)
+        dropped, taken, is_open, straddled = saved.flags
+        self._unclaimed.restore(saved.fds, dropped, taken, is_open, straddled)
+        self._segment_left = saved.segment_left
 
     def close(self) -> None:
         """The peer is gone: give up what waits."""

@@ -130,6 +130,15 @@ class Lexer:
         """Whether no token is in progress."""
         return self._state == _START
 
+    def snapshot(self) -> tuple[int, bytes]:
+        """The state it is in, and what it has of the token in progress; for :meth:`restore`."""
+        return self._state, bytes(self._begun)
+
+    def restore(self, state: int, begun: bytes) -> None:
+        """Go on where another lexer was when it gave :meth:`snapshot`."""
+        self._state = state
+        self._begun = bytearray(begun)
+
     @property
     def buffered(self) -> int:
         """Bytes kept of the token in progress."""

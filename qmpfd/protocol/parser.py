@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from enum import Enum, auto
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import GenericError
 from ..limits import INT64_MIN, MAX_NESTING, MAX_TOKENS, TOKEN_BYTES
@@ -69,6 +69,26 @@ class Budget:
         self.used = 0
 
 
+class ParserState(NamedTuple):
+    """What a parser has of an incomplete value.
+
+    Args:
+        text: its tokens so far.
+        discarding: the rest of it is dropped.
+        braces: how many of them are open, if it is dropped.
+        brackets: the same of brackets.
+        lexer_state: where the lexer is.
+        begun: what it has of the token in progress.
+    """
+
+    text: bytes
+    discarding: bool
+    braces: int
+    brackets: int
+    lexer_state: int
+    begun: bytes
+
+
 class Parser:
     """Turns bytes into JSON values and errors; keeps what is incomplete for the next call.
 
@@ -92,6 +112,7 @@ class Parser:
         self._error: GenericError | None = None
         self._discarding = False
         self._result: Any = None
+        self._text = bytearray()  # the tokens of the value in progress
 
     @property
     def idle(self) -> bool:
@@ -111,6 +132,8 @@ class Parser:
                 yield None, GenericError(f"JSON parse error, stray '{shown}'"), end
                 continue
             self._count(token, text)
+            if not self._discarding:
+                self._text += text + b" "
             limit = None if self._discarding else self._limit_passed(token)
             if limit is not None:
                 yield None, GenericError(f"JSON {limit} limit exceeded"), end
@@ -119,6 +142,7 @@ class Parser:
                     continue
                 self._discarding = True
                 self._stack.clear()
+                self._text.clear()
             elif self._error is None and not self._discarding:
                 self._error = self._accept(token, text)
             if self._braces < 0 or self._brackets < 0 or not (self._braces or self._brackets):
@@ -128,6 +152,28 @@ class Parser:
                 self._reset()
                 if not discarded:
                     yield value, error, end
+        self._charge()
+
+    def snapshot(self) -> ParserState:
+        """What is incomplete; for :meth:`restore`."""
+        state, begun = self._lexer.snapshot()
+        return ParserState(
+            b"" if self._discarding else bytes(self._text),
+            self._discarding,
+            self._braces,
+            self._brackets,
+            state,
+            begun,
+        )
+
+    def restore(self, saved: ParserState) -> None:
+        """Go on where another parser was when it gave :meth:`snapshot`."""
+        for _ in self.feed(saved.text):
+            raise ValueError("this is not the state of a parser: a value is complete in it")
+        if saved.discarding:
+            self._discarding, self._tokens = True, 1
+            self._braces, self._brackets = saved.braces, saved.brackets
+        self._lexer.restore(saved.lexer_state, saved.begun)
         self._charge()
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from msgspec import UNSET
 from outcome import Error, Outcome, Value
@@ -13,11 +13,28 @@ from ..fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import LOST, Connection, Event, State
 from .encode import encode, encode_any
+from .inbox import InboxState
 from .parser import Budget
 from .vocabulary import Request, Vocabulary
 
 #: A request, or the error that it is refused with; its id; its descriptors.
 Received: TypeAlias = "tuple[Request | Error, Any, list[Fd]]"
+
+
+class ConnectionState(NamedTuple):
+    """Where a connection is.
+
+    Args:
+        state: the name of its :class:`State`.
+        oob_enabled: whether the client has enabled out-of-band execution.
+        errors_in_a_row: errors since the last valid request.
+        inbox: what has come and is not done with.
+    """
+
+    state: str
+    oob_enabled: bool
+    errors_in_a_row: int
+    inbox: InboxState
 
 
 class ServerConnection(Connection):
@@ -50,6 +67,19 @@ class ServerConnection(Connection):
         """What to send first; *version* is the result of ``query-version``."""
         self._move(Event.GREETING)
         return encode({"QMP": {"version": version, "capabilities": ["oob"]}}) + b"\r\n"
+
+    def snapshot(self) -> ConnectionState:
+        """Where it is; for :meth:`restore`.  Only between two chunks."""
+        return ConnectionState(
+            self.state.name, self._oob_enabled, self._errors_in_a_row, self._inbox.snapshot()
+        )
+
+    def restore(self, saved: ConnectionState) -> None:
+        """Go on where another was when it gave :meth:`snapshot`."""
+        self.state = State[saved.state]
+        self._oob_enabled = saved.oob_enabled
+        self._errors_in_a_row = saved.errors_in_a_row
+        self._inbox.restore(saved.inbox)
 
     def negotiate(self, capabilities: list[str]) -> None:
         """Carry out ``qmp_capabilities``.

@@ -59,11 +59,14 @@ async def accept_clients(server: Server, listener: UnixListener) -> None:
     """
     full = False
     while True:
+        await server.until_thawed()
         try:
-            sock, _ = await listener.socket.accept()
+            sock = await server.accept(listener)
         except OSError as exc:
             failure = exc
         else:
+            if sock is None:  # the daemon was frozen meanwhile
+                continue
             if full:
                 _log.warning("clients are served again")
             full = False

@@ -97,6 +97,12 @@ class Admission:
         self._of_uid[peer.uid] += 1
         return access
 
+    def readmit(self, peer: Peer, groups: frozenset[int]) -> Access:
+        """Go on with a client that was let in by a predecessor: what it may do here."""
+        self._count += 1
+        self._of_uid[peer.uid] += 1
+        return self.policy.access(peer.uid, groups)
+
     def leave(self, peer: Peer) -> None:
         """A client that was let in is gone."""
         self._count -= 1

@@ -37,11 +37,12 @@ class UnixListener:
         self._file = None if path is None else _identity(path)
 
     @classmethod
-    def inherit(cls, fd: Fd) -> UnixListener:
+    def inherit(cls, fd: Fd, path: Path | None = None) -> UnixListener:
         """Listen on a socket that somebody else has set up.
 
         Args:
             fd: the socket; owned from here on.
+            path: its file, if that is ours now.
 
         Raises:
             OSError: it is no listening Unix stream socket.
@@ -56,7 +57,7 @@ class UnixListener:
             raise OSError(
                 errno.EINVAL, f"inherited descriptor {number} is no listening Unix stream socket"
             )
-        return cls(sock, None)
+        return cls(sock, path)
 
     @classmethod
     def bind(
@@ -103,6 +104,10 @@ class UnixListener:
         """
         sock, _ = self._sock.accept()
         return trio.socket.from_stdlib_socket(sock)
+
+    def abandon(self) -> None:
+        """The socket file is somebody else's from here on."""
+        self.path = None
 
     def close(self) -> None:
         """Stop listening, and remove the socket file if it is still ours."""

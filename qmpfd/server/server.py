@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from math import inf
 from pathlib import Path
 
 import trio
 
 from ..commands import TABLE, Daemon, Dialect
-from ..errors import QMPError
+from ..errors import GenericError, QMPError
 from ..fd import Fd, close_all
 from ..fdsets import Peer
 from ..limits import EVICTION_INTERVAL, MAX_INCOMPLETE_BYTES, REFUSAL_LOG_INTERVAL, Limits
@@ -23,13 +23,19 @@ from ..transport import FdStream
 from .accept import Reserve, accept_clients
 from .admission import Admission, groups_of, peer_of
 from .backlog import Backlog
+from .fetch import Inheritance
+from .inherit import confirm, restore
 from .listener import UnixListener
 from .metrics import write_metrics
 from .retire import retire_expired, retire_hung_up
 from .session import Session, refusal
+from .state import SavedSession
 from .turns import Turns
 
 _log = logging.getLogger("qmpfd")
+
+#: Seconds between two looks at whether all sessions have come to rest.
+_REST_POLL = 0.001
 
 
 class Server:
@@ -71,13 +77,24 @@ class Server:
         self._stop_event = trio.Event()
         #: Set when all is over.
         self.ended = trio.Event()
-        self._sessions: set[Session] = set()
+        self.sessions: set[Session] = set()
+        #: Where clients connect.
+        self.listeners: Sequence[UnixListener] = ()
+        #: A takeover is under way: nobody is accepted, and no session begins anything.
+        self.is_frozen = False
+        self._thawed = trio.Event()
+        self._accept_scopes: set[trio.CancelScope] = set()
+        self._left = False  # a successor has taken over
+        #: Of the takeover under way.
+        self.takeover_scope: trio.CancelScope | None = None
         self._nursery: trio.Nursery | None = None
 
     def stop(self) -> None:
         """End gracefully: accept nobody else, carry out what was received, then return."""
         self.stopping = True
         self._stop_event.set()
+        if self.takeover_scope is not None:
+            self.takeover_scope.cancel()
 
     async def run(
         self,
@@ -86,8 +103,11 @@ class Server:
         task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve until :meth:`stop`, then drain and close the listeners."""
+        self.listeners = listeners
         async with trio.open_nursery() as sessions:
             self._nursery = sessions
+            for session in self.sessions:
+                sessions.start_soon(self._serve, session)
             async with trio.open_nursery() as accepting:
                 for listener in listeners:
                     accepting.start_soon(accept_clients, self, listener)
@@ -99,12 +119,16 @@ class Server:
                 task_status.started(self)
                 await self._stop_event.wait()
                 accepting.cancel_scope.cancel()
+            if self._left:
+                sessions.cancel_scope.cancel()
+                return
+            await self.until_thawed()
             # Whoever is in the backlog has connected in time: it is served as well.
             for listener in listeners:
                 self._accept_rest(listener)
                 listener.close()
             sessions.cancel_scope.deadline = trio.current_time() + self.daemon.limits.drain_timeout
-            for session in self._sessions:
+            for session in self.sessions:
                 session.finish()
 
     def close(self) -> None:
@@ -133,6 +157,87 @@ class Server:
         assert self._nursery is not None
         self._nursery.start_soon(task, scope)
 
+    # -- takeover ------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncGenerator[None, None]:
+        """Begin nothing while the block runs; then go on, unless a successor has taken over.
+
+        Raises:
+            GenericError: a takeover is under way already, or the daemon is ending.
+        """
+        if self.is_frozen or self.stopping:
+            raise GenericError("The daemon is being taken over, or is ending")
+        self.is_frozen = True
+        self._thawed = trio.Event()
+        for scope in self._accept_scopes:
+            scope.cancel()
+        for session in self.sessions:
+            session.outbox.freeze()
+        try:
+            yield
+        finally:
+            if not self._left:
+                self.is_frozen = False
+                self._thawed.set()
+                for session in self.sessions:
+                    session.thaw()
+
+    async def until_thawed(self) -> None:
+        """Wait while a takeover is under way."""
+        if self.is_frozen:
+            await self._thawed.wait()
+
+    async def until_at_rest(self, newcomer: Session) -> list[Session]:
+        """Wait until nothing of any session is under way but of the newcomer's, and acquire the
+        lock: the other sessions.
+        """
+        while True:
+            others = [session for session in self.sessions if session is not newcomer]
+            if not self._accept_scopes and all(session.at_rest for session in others):
+                with suppress(trio.WouldBlock):
+                    self.lock.acquire_nowait()
+                    return others
+            # They come to rest within a few passes of the loop, and there is nothing else to do.
+            await trio.sleep(_REST_POLL)
+
+    def leave(self) -> None:
+        """A successor has taken over: end, without a word to anybody, and touch nothing."""
+        self._left = True
+        self.stopping = True
+        self.daemon.watchers.clear()
+        for session in self.sessions:
+            session.outbox.mute()
+        for listener in self.listeners:
+            listener.abandon()
+        self._stop_event.set()
+
+    def readmit(self, stream: FdStream, saved: SavedSession, fds: Iterator[Fd]) -> Session:
+        """Go on with a client of the predecessor, once :meth:`run` runs.
+
+        Args:
+            stream: its connection.
+            saved: the session's state.
+            fds: the session's descriptors.
+        """
+        peer, groups = Peer(*saved.peer), frozenset(saved.groups)
+        session = Session(self, stream, peer, groups, self._admission.readmit(peer, groups))
+        session.restore(saved, fds)
+        self.daemon.stats.connections += 1
+        self.sessions.add(session)
+        return session
+
+    async def accept(self, listener: UnixListener) -> trio.socket.SocketType | None:
+        """The next client; None when the daemon is frozen meanwhile: it stays in the backlog."""
+        with trio.CancelScope() as scope:
+            self._accept_scopes.add(scope)
+            try:
+                sock, _ = await listener.socket.accept()
+            finally:
+                self._accept_scopes.discard(scope)
+            return sock
+        return None
+
     # -- connections ---------------------------------------------------------------------------
 
     def _accept_rest(self, listener: UnixListener) -> None:
@@ -157,7 +262,7 @@ class Server:
         stats = self.daemon.stats
         stats.accepted += 1
         stats.connections += 1
-        self._sessions.add(session)
+        self.sessions.add(session)
         assert self._nursery is not None
         self._nursery.start_soon(self._serve, session)
 
@@ -190,6 +295,9 @@ class Server:
 
     def close_stream(self, stream: FdStream) -> None:
         """Close a connection; what its client sent and nobody read may hold that up."""
+        if self._left:  # the connection goes on, in the successor
+            stream.close()
+            return
         fd = stream.retire()
         if fd is not None:
             self.daemon.closer.close([fd])
@@ -198,22 +306,23 @@ class Server:
         try:
             await session.run()
         finally:
-            self._sessions.discard(session)
+            self.sessions.discard(session)
             self._admission.leave(session.peer)
             self.daemon.stats.connections -= 1
 
     def change_policy(self, policy: Policy) -> None:
         """Put other rules in force, for those who are connected as well."""
         self._admission.policy = policy
-        for session in self._sessions:
+        for session in self.sessions:
             session.change_access(policy.access(session.peer.uid, session.groups))
 
     async def _evict(self) -> None:
         """Cut off who never negotiates, and who is idle for too long."""
         while True:
             await trio.sleep(EVICTION_INTERVAL)
+            await self.until_thawed()
             now = trio.current_time()
-            for session in list(self._sessions):
+            for session in list(self.sessions):
                 session.evict_if_idle(now)
 
 
@@ -228,6 +337,7 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     metrics_path: Path | None = None,
     initial_fds: Iterable[tuple[Fd, int, str | None]] = (),
     listen_fds: Iterable[Fd] = (),
+    inheritance: Inheritance | None = None,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Hold file descriptors for the clients that connect to *paths*.
@@ -251,6 +361,8 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             if need be, and its opaque text or None; owned by the daemon from here on.
         listen_fds: Unix sockets that listen already, of a service manager; owned by the daemon
             from here on.
+        inheritance: what was fetched from the daemon that is to be taken over, see
+            :func:`qmpfd.server.fetch.fetch`; owned by the daemon from here on.
 
     Raises:
         SocketInUse: another daemon listens on one of *paths*.
@@ -265,13 +377,20 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             fd, fdset_id, opaque = given[0]
             server.store.add(fd, fdset_id, opaque, create=True)
             given.popleft()
-        listeners = []
+        listeners: list[UnixListener] = []
+        if inheritance is not None:
+            stack.callback(inheritance.close)
+            listeners += restore(server, inheritance)
+            for listener in listeners:
+                stack.callback(listener.close)
         while inherited:
             listeners.append(UnixListener.inherit(inherited.popleft()))
             stack.callback(listeners[-1].close)
         for path in paths:
             listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))
             stack.callback(listeners[-1].close)
+        if inheritance is not None:
+            confirm(server, listeners, inheritance)
         try:
             await server.run(listeners, task_status=task_status)
         finally:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, TypeAlias
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import trio
-from outcome import Error, Outcome
+from msgspec import UNSET, structs
+from outcome import Error, Outcome, Value
 
-from ..commands import VERSION, VOCABULARY, Context, execute
+from ..commands import NOTHING, VERSION, VOCABULARY, Context, execute
 from ..errors import GenericError, QMPError
 from ..fd import Fd
 from ..fdsets import Peer
@@ -24,7 +25,13 @@ from ..limits import (
 from ..policy import Access
 from ..protocol import Received, Request, ServerConnection, State
 from ..protocol.encode import encode
+from ..protocol.inbox import InboxState
+from ..protocol.parser import ParserState
+from ..protocol.server import ConnectionState
 from ..transport import FdStream
+from .handover import hand_over
+from .outbox import Outbox
+from .state import SavedParser, SavedSession
 from .turns import Share
 
 if TYPE_CHECKING:
@@ -89,15 +96,19 @@ class Session:
         self._farewell: QMPError | None = None  # why it is evicted
         self._scope = trio.CancelScope()
         self._waiting = False  # for the client; nothing of it is unanswered
-        self._deaf = False  # the client takes no replies any more, but what it sent is carried out
-        self._writing = trio.Lock()  # held while a part of something has still to be sent
+        self._parked = False  # the daemon is frozen; nothing of the client is under way
+        self._takeover_id: Any = UNSET  # of the request that asked for a takeover
+        self.outbox = Outbox(server, stream, peer)
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
 
     async def run(self) -> None:
         """Serve the client until it is gone, or the daemon ends."""
         try:
             with self._scope:
-                await self._send(self._connection.greeting(VERSION))
+                if self._connection.state is State.CONNECTED:
+                    self.outbox.put(self._connection.greeting(VERSION))
+                if self.outbox.unsent:
+                    await self.outbox.flush()
                 await self._serve()
             if self._scope.cancelled_caught:
                 if self._farewell is None:
@@ -109,6 +120,7 @@ class Session:
         except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
             _log.exception("a connection failed")
         finally:
+            self.outbox.mute()
             if self._pump_scope is not None:
                 self._pump_scope.cancel()
             self._server.close_stream(self._stream)
@@ -147,6 +159,94 @@ class Session:
             self._farewell = GenericError(desc)
             self._scope.cancel()
 
+    # -- takeover ------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> Context:
+        """The connection as its commands see it."""
+        return self._context
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing of it is under way, while the daemon is frozen."""
+        return self._waiting or self._parked
+
+    async def _park(self) -> None:
+        """Wait until the daemon is no longer frozen."""
+        self._parked = True
+        self._share.pause()
+        await self._server.until_thawed()
+        self._share.resume()
+        self._parked = False
+        if self.outbox.unsent:
+            await self.outbox.flush(self._share)
+
+    def thaw(self) -> None:
+        """The daemon is no longer frozen: see to it that what is unsent is sent."""
+        if self.outbox.unsent:
+            self._wake()
+
+    async def _hand_over(self) -> None:
+        try:
+            await hand_over(self._server, self, self._stream)
+        except QMPError as exc:
+            reply = self._connection.reply(Error(exc), self._takeover_id)
+            await self.outbox.send(reply)
+
+    async def reply_to_takeover(self, memory: Fd) -> None:
+        """Answer the request for a takeover, with the daemon's state."""
+        reply = self._connection.reply(Value(NOTHING), self._takeover_id)
+        await self._stream.send_all(reply, [memory])
+
+    def describe(self, now: float) -> tuple[SavedSession, list[int]]:
+        """All that a successor needs to go on, and the numbers of the descriptors."""
+        connection = self._connection.snapshot()
+        inbox, parser = connection.inbox, connection.inbox.parser
+        unsent = [(bytes(data), fds) for data, fds in self.outbox.unsent]
+        events = self._context.events
+        if events is not None and (waiting := events.take()):
+            unsent.append((waiting, []))
+        saved = SavedSession(
+            peer=self.peer,
+            groups=sorted(self.groups),
+            idle=now - self._since,
+            state=connection.state,
+            oob_enabled=connection.oob_enabled,
+            errors_in_a_row=connection.errors_in_a_row,
+            parser=None if parser is None else SavedParser(*parser),
+            unclaimed=len(inbox.fds),
+            flags=inbox.flags,
+            segment_left=inbox.segment_left,
+            names=list(self._context.names),
+            watching=events is not None,
+            unsent=[(data, len(fds)) for data, fds in unsent],
+        )
+        fds = [*inbox.fds, *self._context.names.values()]
+        fds += [fd for _, those in unsent for fd in those]
+        return saved, [self._stream.socket.fileno(), *(fd.fileno() for fd in fds)]
+
+    def restore(self, saved: SavedSession, fds: Iterator[Fd]) -> None:
+        """Go on where the session of another daemon was.
+
+        Args:
+            saved: its state.
+            fds: its descriptors but for the connection; as many as there are are taken.
+        """
+        parser = None if saved.parser is None else ParserState(*structs.astuple(saved.parser))
+        inbox = InboxState(
+            parser, list(islice(fds, saved.unclaimed)), saved.flags, saved.segment_left
+        )
+        self._connection.restore(
+            ConnectionState(saved.state, saved.oob_enabled, saved.errors_in_a_row, inbox)
+        )
+        for name in saved.names:
+            self._context.names[name] = next(fds)
+            self._server.daemon.hold(self.peer.uid)
+        self._context.watch(saved.watching)
+        self._since -= saved.idle
+        for data, count in saved.unsent:
+            self.outbox.unsent.append((data, list(islice(fds, count))))
+
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
@@ -154,6 +254,8 @@ class Session:
         while True:
             if share.over:
                 await share.next_turn()
+            if self._server.is_frozen:
+                await self._park()
             try:
                 more = self._stream.receive_nowait(self._connection)
             except trio.WouldBlock:
@@ -169,6 +271,9 @@ class Session:
                 return
             await self._answer()
             if self._context.quitting:
+                return
+            if self._context.takes_over:
+                await self._hand_over()
                 return
 
     async def _serve_rest(self) -> None:
@@ -190,19 +295,21 @@ class Session:
                     finished = self._carry_out(requests, batches)
                 finally:
                     self._server.lock.release()
-                # Before the replies: what is removed is closed once its client has read so.
-                self._close_garbage(_CLOSES_A_STEP)
-                while self._connection.garbage:  # a whole set, perhaps
-                    if self._share.over:
-                        await self._share.next_turn()
-                    self._close_garbage(_CLOSES_A_STEP)
                 try:
-                    for data, fds in batches:
-                        await self._send(data, fds, share=self._share)
-                finally:
+                    # Before the replies: what is removed is closed once its client has read so.
+                    self._close_garbage(_CLOSES_A_STEP)
+                    while self._connection.garbage:  # a whole set, perhaps
+                        if self._share.over:
+                            await self._share.next_turn()
+                        self._close_garbage(_CLOSES_A_STEP)
+                except BaseException:
                     for _, fds in batches:
-                        if fds:  # a file system can be asked for each close, not just the last
-                            self._server.daemon.closer.close(fds)
+                        self._connection.garbage += fds
+                    raise
+                for data, fds in batches:
+                    self.outbox.put(data, fds)
+                if self.outbox.unsent and not self._server.is_frozen:
+                    await self.outbox.flush(self._share)
                 if not finished and self._share.over:
                     await self._share.next_turn()
 
@@ -232,12 +339,15 @@ class Session:
                 context.daemon.stats.errors[result.error.error_class] += 1
             if log:
                 self._log(request, result)
+            if context.takes_over:
+                self._takeover_id = request_id
+                break
             # Nobody reads what a deaf client is told.
-            reply = b"" if self._deaf else connection.reply(result, request_id)
-            if self._deaf:
-                if context.passed:
-                    connection.garbage += context.passed
-                    context.passed = []
+            deaf = self.outbox.deaf
+            reply = b"" if deaf else connection.reply(result, request_id)
+            if deaf:
+                connection.garbage += context.passed
+                context.passed = []
             elif context.passed:
                 if replies:
                     batches.append((b"".join(replies), []))
@@ -283,51 +393,6 @@ class Session:
 
     # -- replies and events --------------------------------------------------------------------
 
-    async def _send(
-        self, data: bytes, fds: list[Fd] | None = None, *, share: Share | None = None
-    ) -> None:
-        """Send *data*, with duplicates of *fds*; a client that does not take it in time, or is
-        gone, is sent nothing any more.
-
-        Args:
-            data: what to send.
-            fds: the descriptors.
-            share: the client's, if that is being used.
-        """
-        if self._deaf:
-            return
-        try:
-            sent = 0 if self._writing.locked() else self._stream.send_nowait(data, fds or ())
-            if sent == len(data):
-                return
-        except trio.BrokenResourceError:
-            self._deaf = True
-            return
-        token = self._server.backlog.begin(len(data) - sent, self._cut_off)
-        if share is not None:
-            share.pause()
-        try:
-            with trio.fail_after(self._server.daemon.limits.write_timeout):
-                async with self._writing:
-                    rest = memoryview(data)[sent:]
-                    await self._stream.send_all(rest, () if sent else fds or ())
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self._deaf = True
-        except trio.TooSlowError:
-            self._cut_off()
-        finally:
-            self._server.backlog.end(token)
-            if share is not None:
-                share.resume()
-
-    def _cut_off(self) -> None:
-        """The client does not take its replies: send it nothing any more, hear nothing new."""
-        if not self._deaf:
-            self._deaf = True
-            _log.warning("pid %d, uid %d does not take its replies: disconnected", *self.peer[:2])
-            with suppress(OSError):
-                self._stream.socket.shutdown(socket.SHUT_RDWR)
-
     def _wake(self) -> None:
         """An event waits: see to it that it is sent."""
         if self._pump_scope is None:
@@ -338,13 +403,13 @@ class Session:
         """Send the events that wait, then end: a connection that is told nothing has no task."""
         try:
             with scope:
+                if self.outbox.unsent:
+                    await self.outbox.flush()
                 while self._context.events is not None and (data := self._context.events.take()):
-                    await self._send(data)
+                    await self.outbox.send(data)
         except Exception:  # noqa: BLE001 - as in run
             _log.exception("events could not be sent")
-            self._deaf = True
-            with suppress(OSError):
-                self._stream.socket.shutdown(socket.SHUT_RDWR)
+            self.outbox.cut_off()
         finally:
             self._pump_scope = None
 

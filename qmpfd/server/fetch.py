@@ -1,0 +1,155 @@
+"""The newcomer's side of a takeover: fetch everything from the daemon that serves a socket.
+
+It runs before Trio does, so that each stored descriptor can have the number that it had in the
+old daemon: nothing else is open yet that could be in the way.
+
+The old daemon owns everything until :meth:`Inheritance.confirm`.  Whatever happens before, the
+duplicates here are closed and it goes on as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from ..fd import Fd, close_all, receive
+from ..limits import SCM_MAX_FD, TAKEOVER_FORMAT
+from ..syncclient import NoDaemon, SyncClient
+from .state import SavedState, decode
+
+#: What is said once the state has gone over: one byte each.
+NEXT, CONFIRM, DONE = b"n", b"c", b"d"
+
+
+class Inheritance:
+    """What was fetched, and the connection that it came over.
+
+    Args:
+        state: what the descriptors are.
+        fds: the descriptors, in the order of *state*; owned here until they are taken out.
+        sock: the connection to the old daemon.
+        old: the old daemon, as a pidfd.
+    """
+
+    def __init__(self, state: SavedState, fds: list[Fd], sock: socket.socket, old: Fd) -> None:
+        self.state = state
+        self.fds = fds
+        self._sock = sock
+        self._old = old
+
+    def confirm(self, timeout: float) -> None:
+        """Take over: from here on, all of it is ours.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            NoDaemon: the old daemon has kept it.
+        """
+        self._sock.setblocking(True)
+        self._sock.settimeout(timeout)
+        try:
+            self._sock.sendall(CONFIRM)
+            answer = self._sock.recv(1)
+        except OSError:
+            answer = b""
+        if answer == DONE:
+            return
+        if answer:
+            raise NoDaemon("the old daemon has given up the takeover: it goes on")
+        # No answer: if it is dead, nobody else has all this.
+        poll = select.poll()
+        poll.register(self._old.fileno(), select.POLLIN)
+        if not poll.poll(timeout * 1000):
+            raise NoDaemon("the old daemon has not let go: it goes on")
+
+    def close(self) -> None:
+        """Give up what was not taken out."""
+        close_all(self.fds)
+        self._sock.close()
+        self._old.close()
+
+
+def fetch(
+    path: str | os.PathLike[str], timeout: float, progress: Callable[[int, int], None]
+) -> Inheritance:
+    """Fetch everything from the daemon that serves *path*.
+
+    Args:
+        path: its socket.
+        timeout: seconds that any step of it may take.
+        progress: told how many descriptors have come, of how many.
+
+    Raises:
+        NoDaemon: nobody serves there, or it does not let go.
+        QMPError: it refuses: this user may not, or the state's format is unknown.
+        ValueError: what it sends cannot be used here.
+    """
+    with SyncClient(path, timeout) as client:
+        _, passed = client.request("takeover", {"format": TAKEOVER_FORMAT})
+        sock = client.detach()
+    fds: list[Fd] = []
+    try:
+        sock.settimeout(timeout)
+        with passed[0] as memory:
+            size = os.lseek(memory.fileno(), 0, os.SEEK_END)
+            state = decode(os.pread(memory.fileno(), size, 0))
+        old = Fd(os.pidfd_open(state.pid))
+        try:
+            _receive_all(sock, state, fds, progress)
+        except BaseException:
+            old.close()
+            raise
+    except BaseException:
+        close_all([*fds, *passed])
+        sock.close()
+        raise
+    return Inheritance(state, fds, sock, old)
+
+
+def _receive_all(
+    sock: socket.socket, state: SavedState, fds: list[Fd], progress: Callable[[int, int], None]
+) -> None:
+    wanted = state.stored_numbers
+    total = state.fd_count
+    taken: dict[int, int] = {}  # which of fds has a number, for those that are in the way
+    while len(fds) < total:
+        sock.sendall(NEXT)
+        data, come, dropped = receive(sock, 1)
+        first = len(fds)
+        fds += come
+        if not data or dropped or not come or len(come) > SCM_MAX_FD:
+            raise NoDaemon(
+                "this process is out of file descriptors"
+                if dropped
+                else "the old daemon has given up the takeover: it goes on"
+            )
+        for index in range(first, len(fds)):
+            taken[fds[index].fileno()] = index
+        for index in range(first, min(len(fds), len(wanted))):
+            _place(fds, index, wanted[index], max(wanted), taken)
+        progress(len(fds), total)
+
+
+def _place(fds: list[Fd], index: int, number: int, highest: int, taken: dict[int, int]) -> None:
+    """Give a descriptor the number that it had; whatever has that now moves out of the way."""
+    fd = fds[index]
+    if fd.fileno() == number:
+        return
+    if number in taken:
+        other = taken.pop(number)
+        moved = Fd(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, highest + 1))
+        fds[other].close()
+        fds[other] = moved
+        taken[moved.fileno()] = other
+    elif Path(f"/proc/self/fd/{number}").exists():
+        raise ValueError(f"descriptor {number} is in use in this process already")
+    del taken[fd.fileno()]
+    os.dup2(fd.fileno(), number, inheritable=False)
+    fds[index] = Fd(number)
+    taken[number] = index
+    fd.close()

@@ -1,0 +1,138 @@
+"""The old daemon's side of a takeover: one transaction, under the store's lock.
+
+Nobody is accepted, no session reads, and all that is under way comes to rest; then everything is
+described, and its descriptors are sent.  Until the newcomer confirms, all of it is still ours, and
+when it does not, everybody goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import trio
+
+from ..fd import Fd
+from ..fdsets import StoredFd
+from ..limits import SCM_MAX_FD, TAKEOVER_TIMEOUT
+from ..transport import FdStream
+from . import state as saved
+
+if TYPE_CHECKING:
+    from .server import Server
+    from .session import Session
+
+_log = logging.getLogger("qmpfd")
+
+_NEXT, _CONFIRM, _DONE, _REFUSED = b"n", b"c", b"d", b"x"
+
+
+async def hand_over(server: Server, newcomer: Session, stream: FdStream) -> bool:
+    """Hand everything over to the client of *newcomer*; whether that is done.
+
+    Args:
+        server: the daemon.
+        newcomer: the session that asked for it.
+        stream: its connection.
+
+    Raises:
+        GenericError: a takeover is under way already, or the daemon is ending.
+    """
+    async with server.frozen():
+        with trio.move_on_after(TAKEOVER_TIMEOUT) as server.takeover_scope:
+            others = await server.until_at_rest(newcomer)
+            try:
+                _log.info("pid %d takes over", newcomer.peer.pid)
+                if await _send_all(server, others, newcomer, stream):
+                    server.leave()
+                    await stream.send_all(_DONE)
+                    return True
+            finally:
+                server.lock.release()
+        server.takeover_scope = None
+        _log.warning("pid %d has not taken over: going on", newcomer.peer.pid)
+        with suppress(trio.BrokenResourceError):
+            stream.send_nowait(_REFUSED)
+        return False
+
+
+async def _send_all(
+    server: Server, sessions: list[Session], newcomer: Session, stream: FdStream
+) -> bool:
+    state, fds = describe(server, sessions)
+    with Fd(os.memfd_create("qmpfd-state", os.MFD_CLOEXEC)) as memory:
+        data = saved.encode(state)
+        written = 0
+        while written < len(data):
+            written += os.write(memory.fileno(), data[written:])
+        await newcomer.reply_to_takeover(memory)
+    try:
+        for start in range(0, len(fds), SCM_MAX_FD):
+            if await _hear(stream) != _NEXT:
+                return False
+            await stream.send_all(b"f", fds[start : start + SCM_MAX_FD])
+        return await _hear(stream) == _CONFIRM
+    except (trio.BrokenResourceError, OSError):
+        return False
+
+
+async def _hear(stream: FdStream) -> bytes:
+    """The next byte that the newcomer says; empty once it is gone."""
+    while True:
+        try:
+            return stream.socket.recv(1)
+        except BlockingIOError:
+            await stream.wait_readable()
+        except ConnectionError:
+            return b""
+
+
+def describe(server: Server, sessions: list[Session]) -> tuple[saved.SavedState, list[int]]:
+    """The daemon's state, and the numbers of all descriptors that belong to it, in its order."""
+    now = server.daemon.clock()
+    owners = {id(session.context): number for number, session in enumerate(sessions)}
+    fds: list[int] = []
+    sets = []
+    for fdset in server.store:
+        entries = []
+        for number, stored in fdset.fds.items():
+            fds.append(number)
+            entries.append(_describe_fd(number, stored, now, owners))
+        sets.append(saved.SavedSet(fdset.id, entries))
+    fds += [listener.socket.fileno() for listener in server.listeners]
+    described = []
+    for session in sessions:
+        entry, its_fds = session.describe(now)
+        described.append(entry)
+        fds += its_fds
+    stats = server.daemon.stats
+    state = saved.SavedState(
+        pid=os.getpid(),
+        sets=sets,
+        listeners=[None if ls.path is None else str(ls.path) for ls in server.listeners],
+        sessions=described,
+        commands=dict(stats.commands),
+        errors=dict(stats.errors),
+        accepted=stats.accepted,
+        turned_away=stats.turned_away,
+        uptime=now - stats.started_at,
+    )
+    return state, fds
+
+
+def _describe_fd(
+    number: int, stored: StoredFd, now: float, owners: dict[int, int]
+) -> saved.SavedFd:
+    terms = stored.terms
+    return saved.SavedFd(
+        number=number,
+        opaque=stored.opaque,
+        added_by=stored.added_by,
+        age=now - stored.added_at,
+        # A descriptor of the newcomer's own connection would end with it at once.
+        owner=None if terms.owner is None else owners.get(id(terms.owner), -1),
+        expires_in=None if terms.expires_at is None else terms.expires_at - now,
+        watch_hangup=terms.watch_hangup,
+    )

@@ -1,0 +1,271 @@
+"""A new daemon takes over from a running one, and nobody notices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qmpfd.errors import QMPError
+from qmpfd.fd import Fd, close_all
+from qmpfd.syncclient import NoDaemon, SyncClient
+
+DEADLINE = 30.0
+TAKEOVERS = int(os.environ.get("QMPFD_TAKEOVERS", "6"))
+
+Daemon = subprocess.Popen[bytes]
+
+
+def start(path: Path, *options: str) -> Daemon:
+    command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path), *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+
+def until_serving(daemon: Daemon) -> None:
+    """Wait for the line that tells so."""
+    assert daemon.stderr is not None
+    told = []
+    for line in daemon.stderr:
+        told.append(line.decode())
+        if b"listening" in line:
+            return
+    raise AssertionError(f"it ended with {daemon.wait()}: {''.join(told)}")
+
+
+def end(daemon: Daemon) -> None:
+    """End it, if it has not ended, and check that nothing went wrong in it."""
+    daemon.terminate()
+    _, errors = daemon.communicate(timeout=DEADLINE)
+    assert b"Traceback" not in errors, errors.decode()
+
+
+@contextmanager
+def served(path: Path, *options: str) -> Iterator[Daemon]:
+    daemon = start(path, *options)
+    try:
+        until_serving(daemon)
+        yield daemon
+    finally:
+        end(daemon)
+
+
+@contextmanager
+def taken_over(path: Path, old: Daemon, *options: str) -> Iterator[Daemon]:
+    """A newcomer in place of `old`, which ends with status 0."""
+    newcomer = start(path, "--takeover", *options)
+    try:
+        until_serving(newcomer)
+        assert old.wait(DEADLINE) == 0
+        yield newcomer
+    finally:
+        end(newcomer)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "qmpfd.sock"
+
+
+def lasting(fds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is known of descriptors, but for what changes with time."""
+    return [{k: v for k, v in fd.items() if k not in ("age", "expires")} for fd in fds]
+
+
+def test_everything_goes_over(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("content")
+    with served(path) as old, SyncClient(path, DEADLINE) as client, file.open("rb") as first:
+        for number in range(300):
+            client.execute("add-fd", {"opaque": f"n{number}"}, [first])
+        client.execute("add-fd", {"fdset-id": 3, "opaque": "\N{SNOWMAN}"}, [first])
+        r, w = map(Fd, os.pipe())
+        client.execute("add-fds", {"watch-hangup": True, "expires": 1000}, [r])
+        client.execute("add-fds", {"lifetime": "connection"}, [r, r])
+        client.execute("getfd", {"fdname": "mine"}, [r])
+        client.execute("remove-fd", {"fdset-id": 7})
+        before = client.execute("query-fds")
+        with taken_over(path, old):
+            after = client.execute("query-fds")
+            assert lasting(after) == lasting(before)
+            assert [fd["expires"] for fd in after if "expires" in fd] == [
+                pytest.approx(1000, abs=30)
+            ]
+            assert client.execute("query-commands")
+            _, (fd,) = client.request("open-fdset", {"fdset-id": 3})
+            with fd:
+                assert os.pread(fd.fileno(), 10, 0) == b"content"
+            # The lowest free id, the name, the hang-up and the lifetime are all still known.
+            assert client.execute("add-fd", fds=[first])["fdset-id"] == 7
+            client.execute("closefd", {"fdname": "mine"})
+            with SyncClient(path, DEADLINE) as other:
+                client.execute("watch-fdsets", {"enable": True})
+                close_all([r, w])
+                reasons = [next(client.events()).data["reason"]]
+                assert reasons == ["hangup"]
+                other.execute("watch-fdsets", {"enable": True})
+                client.close()
+                assert {next(other.events()).data["reason"] for _ in range(2)} == {"connection"}
+
+
+def test_a_half_sent_request_and_its_descriptor(path: Path) -> None:
+    with served(path) as old, SyncClient(path, DEADLINE) as client:
+        sock = client.detach()
+        r, w = map(Fd, os.pipe())
+        with sock:
+            sock.setblocking(True)
+            sock.sendmsg(
+                [b'{"execute": "add-fd", "arguments": {"opa'],
+                [(1, 1, r.fileno().to_bytes(4, sys.byteorder))],
+            )
+            close_all([r])
+            # The daemon has it once it answers somebody who came later.
+            with SyncClient(path, DEADLINE) as other:
+                other.execute("query-name")
+            with taken_over(path, old):
+                sock.sendall(b'que": "it\'s"}, "id": 5}')
+                assert b'"id": 5' in sock.recv(1000)
+                with SyncClient(path, DEADLINE) as other:
+                    (fd,) = other.execute("query-fds")
+                    assert (fd["opaque"], fd["kind"]) == ("it's", "pipe")
+                    other.execute("remove-fd", {"fdset-id": fd["fdset-id"]})
+        close_all([w])
+
+
+def test_unsent_replies(path: Path) -> None:
+    """A client that does not read has all its replies once it does, each of them once."""
+    with served(path) as old, SyncClient(path, DEADLINE) as client:
+        for number in range(50):
+            client.execute("add-fd", {"opaque": f"{number}" * 50}, [0])
+        sock = client.detach()
+        with sock:
+            sock.setblocking(False)
+            asked = 0
+            try:
+                while asked < 5000:
+                    sock.send(b'{"execute": "query-fdsets", "id": %d}\n' % asked)
+                    asked += 1
+            except BlockingIOError:
+                pass
+            with taken_over(path, old):
+                sock.setblocking(True)
+                sock.settimeout(DEADLINE)
+                reader = sock.makefile("rb")
+                for number in range(asked):
+                    assert reader.readline().endswith(b'"id": %d}\r\n' % number)
+                reader.close()
+
+
+def test_who_may_not(path: Path) -> None:
+    """A takeover that is refused, of a format that is not known, changes nothing."""
+    with served(path) as old, SyncClient(path, DEADLINE) as client:
+        client.execute("add-fd", fds=[0])
+        with pytest.raises(QMPError, match="format"):
+            client.execute("takeover", {"format": 99})
+        assert old.poll() is None
+        assert client.execute("query-fdsets")
+
+
+@pytest.mark.parametrize("answers", range(4))
+def test_a_newcomer_that_gives_up(path: Path, answers: int) -> None:
+    """Whenever it does so, the old daemon goes on, and nothing is missing."""
+    with served(path), SyncClient(path, DEADLINE) as client:
+        for _ in range(3):
+            client.execute("add-fds", fds=[0] * 253)
+        before = client.execute("query-fds")
+        newcomer = SyncClient(path, DEADLINE)
+        _, passed = newcomer.request("takeover", {"format": 1})
+        close_all(passed)
+        sock = newcomer.detach()
+        with sock:
+            sock.setblocking(True)
+            for _ in range(answers):
+                sock.sendall(b"n")
+                _, control, _, _ = sock.recvmsg(1, 4096)
+                for _, _, payload in control:
+                    for at in range(0, len(payload), 4):
+                        os.close(int.from_bytes(payload[at : at + 4], sys.byteorder))
+        newcomer.close()
+        assert lasting(client.execute("query-fds")) == lasting(before)
+        with SyncClient(path, DEADLINE) as other:
+            other.execute("remove-fd", {"fdset-id": 0})
+
+
+def test_under_load(path: Path, tmp_path: Path) -> None:
+    """Clients that come, ask and go as fast as they can see nothing of many takeovers."""
+    file = (tmp_path / "file").open("w")
+    stop = threading.Event()
+    failures: list[BaseException] = []
+    rounds = [0, 0, 0, 0]
+
+    def work(worker: int) -> None:
+        try:
+            with SyncClient(path, DEADLINE * 20) as steady:
+                while not stop.is_set():
+                    mine = f"worker {worker}"
+                    info = steady.execute("add-fd", {"opaque": mine}, [file])
+                    with SyncClient(path, DEADLINE) as passing:
+                        (seen,) = passing.execute("query-fds", {"opaque": mine})
+                        assert (seen["fdset-id"], seen["fd"]) == (info["fdset-id"], info["fd"])
+                    steady.execute("remove-fd", info)
+                    rounds[worker] += 1
+        except BaseException as exc:  # noqa: BLE001 - told by the test
+            failures.append(exc)
+
+    daemons = [start(path)]
+    workers = [threading.Thread(target=work, args=[number]) for number in range(len(rounds))]
+    try:
+        until_serving(daemons[0])
+        for worker in workers:
+            worker.start()
+        for _ in range(TAKEOVERS):
+            daemons.append(start(path, "--takeover"))
+            until_serving(daemons[-1])
+            assert daemons[-2].wait(DEADLINE) == 0
+            assert not failures
+        stop.set()
+        for worker in workers:
+            worker.join(DEADLINE)
+        assert not failures
+        assert all(rounds)
+        with SyncClient(path, DEADLINE) as client:
+            assert client.execute("query-fdsets") == []
+    finally:
+        stop.set()
+        file.close()
+        for daemon in daemons:
+            end(daemon)
+
+
+def test_no_daemon_to_take_over(path: Path) -> None:
+    daemon = start(path, "--takeover")
+    _, errors = daemon.communicate(timeout=DEADLINE)
+    assert daemon.returncode == 3
+    assert errors.count(b"\n") == 1
+
+
+def test_killed_while_it_takes_over(path: Path) -> None:
+    """A real newcomer, stopped by SIGKILL at some time or other."""
+    with served(path) as old, SyncClient(path, DEADLINE) as client:
+        for _ in range(8):
+            client.execute("add-fds", fds=[0] * 253)
+        before = client.execute("query-fds")
+        for tenths in range(1, 8):
+            newcomer = start(path, "--takeover")
+            try:
+                newcomer.wait(tenths * 0.1)
+            except subprocess.TimeoutExpired:
+                newcomer.send_signal(signal.SIGKILL)
+            newcomer.communicate(timeout=DEADLINE)
+            try:
+                assert lasting(client.execute("query-fds")) == lasting(before)
+            except NoDaemon:  # it was done by then, and what it had is gone with it
+                assert old.wait(DEADLINE) == 0
+                break
