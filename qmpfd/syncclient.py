@@ -117,7 +117,8 @@ class SyncClient:
                 if reply.id == self._last_id and reply.error is None:
                     return reply.value, reply.fds
                 fd.close_all(reply.fds)
-                if reply.id == self._last_id:
+                # Without an id: the server could not read the request.
+                if reply.id in (self._last_id, None):
                     reply.unwrap()
             self._receive()
 

@@ -221,8 +221,13 @@ def test_any_id_is_echoed(ready: ServerConnection, text: bytes) -> None:
 
 
 def test_a_flood_of_errors_is_answered_within_bounds(ready: ServerConnection) -> None:
-    receive(ready, b"}" * CAREFUL_BYTES)
-    assert len(list(ready.requests())) == MAX_ERRORS_IN_A_ROW + 1
+    answered = reads = 0
+    while answered < MAX_ERRORS_IN_A_ROW:
+        receive(ready, b"}" * CAREFUL_BYTES)
+        answered += len(list(ready.requests()))
+        reads += 1
+    assert answered == MAX_ERRORS_IN_A_ROW + 1
+    assert reads <= MAX_ERRORS_IN_A_ROW // CAREFUL_BYTES + 1
     for _ in range(3):
         receive(ready, b"}" * CAREFUL_BYTES)
         assert len(list(ready.requests())) == 1

@@ -16,7 +16,7 @@ PACKAGE = Path(qmpfd.__file__).parent
 FLOORS = [
     {"errors", "limits", "_version", "_facade"},
     {"fd", "fdinfo", "policy"},
-    {"closing"},
+    {"closing", "systemd"},
     {"fdsets"},
     {"protocol"},
     {"commands"},

@@ -22,6 +22,7 @@ from qmpfd.cli.shell_schema import Schema
 from qmpfd.cli.shell_syntax import BadInput, Passed, Scanner, parse, unfinished
 from qmpfd.commands import TABLE
 from qmpfd.commands.schema import schema
+from qmpfd.errors import GenericError
 from qmpfd.syncclient import SyncClient
 
 DONE, REFUSED, USAGE, NO_DAEMON = range(4)
@@ -95,6 +96,9 @@ def test_an_id_is_kept() -> None:
         ("other a=1 a.b=2", "'a' has a value"),
         ("other a=[1}]", "not JSON"),
         ("other a=[1", "still open"),
+        ("other a=[NaN]", "cannot be sent"),
+        ("other a=1e999", "cannot be sent"),
+        ('other a="\\ud800"', "not UTF-8"),
         ("{'execute': 'x'}", "not JSON"),
         ('{"execute": 1}', "looks like this"),
         ('{"arguments": {}}', "looks like this"),
@@ -382,3 +386,10 @@ def test_on_a_terminal(path: Path, tmp_path: Path, plain: bool) -> None:
     [history] = (tmp_path / "qmpfd").iterdir()
     assert "query-version" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.usefixtures("running")
+def test_a_request_that_the_server_cannot_read_is_answered(path: Path) -> None:
+    """Its error has no id: there was none to be read."""
+    with SyncClient(path, PATIENCE) as client, pytest.raises(GenericError, match="JSON parse"):
+        client.execute("query-name", {"a": "\ud800"})

@@ -136,7 +136,18 @@ def parse(text: str, convert: Callable[[str, str, str], Any]) -> Typed:
         if not equals or not name or first.startswith("{"):
             raise BadInput(f"{word!r} is neither name=value, < FILE nor --fd N")
         _put(arguments, name, _value(value, partial(convert, command, name)))
+    _check_sendable([command, arguments])
     return Typed(command, arguments, passed, request_id, has_id)
+
+
+def _check_sendable(value: list[Any]) -> None:
+    """Refuse what Python's JSON has and QMP's has not: a server's parser would lose its place."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise BadInput("this is not UTF-8") from None
+    except (ValueError, RecursionError) as exc:
+        raise BadInput(f"this cannot be sent: {exc}") from None
 
 
 def _request(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""Faults injected into a daemon process, by real processes, while a well-behaved client measures."""
+"""Faults injected into a daemon process by others, while a well-behaved client measures."""

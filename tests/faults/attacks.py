@@ -59,8 +59,10 @@ STREAMS: dict[str, tuple[bytes, int]] = {
     "named": (b'{"execute":"getfd","arguments":{"fdname":"n"}}', 1),
     "opened": (b'{"execute":"open-fdset","arguments":{"fdset-id":0}}' * 1000, 0),
     "watching": (
-        b'{"execute":"watch-fdsets","arguments":{"enable":true}}{"execute":"add-fds"}'
-        b'{"execute":"remove-fd","arguments":{"fdset-id":0}}',
+        (
+            b'{"execute":"watch-fdsets","arguments":{"enable":true}}{"execute":"add-fds"}'
+            b'{"execute":"remove-fd","arguments":{"fdset-id":0}}'
+        ),
         250,
     ),
 }

@@ -1,8 +1,9 @@
 """A well-behaved client that asks once a millisecond, and measures; beside it, a control.
 
-Run on its own: ``probe.py SOCKET`` says ``ready`` once it measures, and when its standard input ends
-the figures as one JSON object, all in seconds.  The control is an echo in a process of its own, asked
-in the same rhythm: what it does not answer in time, the machine has held up, not the daemon.
+Run on its own: ``probe.py SOCKET`` says ``ready`` once it measures, and when its standard input
+ends the figures as one JSON object, all in seconds.  The control is an echo in a process of its
+own, asked in the same rhythm: what it does not answer in time, the machine has held up, not the
+daemon.
 """
 
 from __future__ import annotations

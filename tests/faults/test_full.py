@@ -154,11 +154,12 @@ def test_nobody_reads_the_log(path: Path) -> None:
         caller = rig.caller()
         for _ in range(5000):
             value(caller.call("query-name"))
+        rig.caller()
         for _ in range(300):
             with Caller(rig.path, negotiate=False) as other:
                 other.reply()
 
-    unharmed(path, scenario, "--log-level", "debug", "--max-connections", "2")
+    unharmed(path, scenario, "--log-level", "debug", "--max-connections", "3")
 
 
 @pytest.mark.parametrize("count", [200])
