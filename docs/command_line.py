@@ -32,7 +32,8 @@ def _paragraphs(text: str | None) -> list[str]:
         shown = [line for line in part_lines if line.startswith(" ")]
         told = [line for line in part_lines if not line.startswith(" ")]
         if told:
-            lines += [_plain(" ".join(told)), ""]
+            words = " ".join(told)
+            lines += [_plain(words[0].upper() + words[1:]), ""]
         if shown:
             least = min(len(line) - len(line.lstrip()) for line in shown)
             lines += ["```text", *(line[least:] for line in shown), "```", ""]

@@ -56,7 +56,7 @@ def others() -> str:
     lines = sorted(name for name in found if name not in known)
     if not lines:
         return ""
-    return "\n".join(["```{toctree}", ":maxdepth: 1", "", *lines, "```"])
+    return "\n".join(["```{toctree}", ":caption: More", ":maxdepth: 1", "", *lines, "```"])
 
 
 GENERATED = {

@@ -20,7 +20,7 @@ from qmpfd.commands import TABLE
 from qmpfd.commands.events import EVENTS
 from qmpfd.commands.table import Command
 from qmpfd.errors import QMPError
-from qmpfd.limits import SCM_MAX_FD
+from qmpfd.limits import SCM_MAX_FD, TAKEOVER_FORMAT
 from qmpfd.policy import Right, Rule
 from qmpfd.protocol import bare_type
 
@@ -36,6 +36,7 @@ RIGHTS: dict[str, Right] = {
     "watch-fdsets": "query",
     "open-fdset": "open",
     "quit": "admin",
+    "takeover": "admin",
 }
 
 
@@ -139,6 +140,14 @@ CASES = [
         "none in the fd set was opened so",
     ),
     Case("query-fds", {"fdset-id": 7}, 0, *_NO_SET),
+    Case(
+        "takeover",
+        {"format": 0},
+        0,
+        "InvalidParameterValue",
+        f"Parameter 'format' expects {TAKEOVER_FORMAT}, the format that this daemon knows",
+        "the newcomer is of another version",
+    ),
 ]
 
 #: Refused whatever the command; told of one that has such an argument.

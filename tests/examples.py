@@ -119,10 +119,10 @@ def ended_afterwards(folder: Path, env: dict[str, str]) -> Iterator[None]:
             pid = int(file.read_text())
             try:
                 environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            except FileNotFoundError:  # it has ended, as it should
-                environ = []
-            if f"QMPFD_SOCKET={env['QMPFD_SOCKET']}".encode() in environ:
-                os.kill(pid, signal.SIGKILL)
+                if f"QMPFD_SOCKET={env['QMPFD_SOCKET']}".encode() in environ:
+                    os.kill(pid, signal.SIGKILL)
+            except (FileNotFoundError, ProcessLookupError):  # it has ended, as it should
+                continue
 
 
 def run_page(page: Path, folder: Path) -> list[str]:

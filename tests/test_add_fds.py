@@ -201,7 +201,7 @@ async def test_until_the_connection_ends(path: Path, how: str) -> None:
 
 #: Adds its standard input until its connection ends, says so, and waits to be killed.
 ADDER = """
-import socket, sys
+import os, socket, sys
 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 sock.connect(sys.argv[1])
 sock.sendall(b'{"execute": "qmp_capabilities"}')
@@ -209,7 +209,7 @@ message = b'{"execute": "add-fds", "arguments": {"lifetime": "connection"}}'
 sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, bytes(4))])
 while b"fdset-id" not in sock.recv(1 << 16):
     pass
-print("added", flush=True)
+os.write(1, b"added\\n")
 sock.recv(1)
 """
 
@@ -434,7 +434,7 @@ async def test_a_fifo_that_is_opened_again(
     with ExitStack() as stack:
         reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         stack.callback(os.close, reader)
-        async with daemon(path), qmpfd.connect(path) as client:
+        async with daemon(path) as server, qmpfd.connect(path) as client:
             writer = os.open(fifo, os.O_WRONLY | os.O_CLOEXEC)
             await client.add_fds([reader], watch_hangup=True)
             os.write(writer, b"last words")
@@ -444,6 +444,7 @@ async def test_a_fifo_that_is_opened_again(
             assert os.read(reader, 100) == b"last words"
             await trio.sleep(10)
             assert len(await client.query_fds()) == 1
+            assert not server.daemon.hangups.draining  # it is waited for again, not looked at
             os.close(writer)
             await trio.sleep(10)
             assert await client.query_fds() == []

@@ -23,7 +23,7 @@ from qmpfd.commands.events import EVENTS
 from qmpfd.errors import PermissionDenied, QMPError
 from qmpfd.fd import Fd, close_all
 from qmpfd.fdsets import Peer
-from qmpfd.limits import Limits
+from qmpfd.limits import TAKEOVER_FORMAT, Limits
 from qmpfd.policy import RIGHTS, Access, Grant, Right
 from qmpfd.syncclient import SyncClient
 
@@ -138,6 +138,7 @@ def arguments_of(command: str) -> dict[str, Any]:
         "getfd": {"fdname": "name"},
         "closefd": {"fdname": "name"},
         "watch-fdsets": {"enable": True},
+        "takeover": {"format": TAKEOVER_FORMAT},
     }
     return known.get(command, {})
 

@@ -14,6 +14,7 @@ from helpers import Pipe, Wire, daemon, error, open_fds, pipes, request, settle,
 from trio.testing import MockClock
 
 import qmpfd
+from qmpfd.commands.events import EventQueue
 from qmpfd.limits import MAX_EVENT_BYTES, MAX_EVENTS, MAX_REQUEST_BYTES
 
 #: What the two ends of a Unix socket hold for sure, at most: Linux doubles what it is asked for.
@@ -264,6 +265,19 @@ async def test_the_longest_text_of_all(path: Path) -> None:
             assert added["data"]["opaque"] == long
             value(await wire.call("remove-fd", {"fdset-id": 0}))
             assert (await wire.reply())["data"]["opaque"] == long
+
+
+def test_the_count_stands_where_the_lost_ones_would() -> None:
+    """What comes behind a lost one is lost too, though there were room for it."""
+    queue = EventQueue(lambda: None, lambda *_: True)
+    for event in (b"x" * MAX_EVENT_BYTES, b"y" * 10, b"", b"z"):
+        queue.put(event, 0, None)
+    first, _, rest = queue.take().partition(b"{")
+    assert first == b"x" * MAX_EVENT_BYTES
+    assert json.loads(b"{" + rest)["data"] == {"count": 3}
+    queue.put(b"z", 0, None)
+    assert queue.take() == b"z"
+    assert queue.take() == b""
 
 
 async def test_others_are_not_held_up(path: Path) -> None:

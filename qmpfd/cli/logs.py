@@ -60,20 +60,19 @@ class _Handler(logging.StreamHandler[TextIO]):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._poll = select.poll()
         self._left_out = 0
-        try:
-            self._poll.register(stream, select.POLLOUT)
+
+    def _ready(self) -> bool:
+        """Whether a line can be written without waiting.  A pipe that is ready has room for
+        PIPE_BUF bytes (pipe(7)).
+        """
+        try:  # not poll, which fails where no descriptors are allowed any more
+            return bool(select.select([], [self.stream], [], 0)[1])
         except (OSError, ValueError):  # no descriptor behind it
-            pass
+            return True
 
     def emit(self, record: logging.LogRecord) -> None:
-        # What takes nothing now is a full pipe or a terminal that was stopped.  A pipe has room for
-        # PIPE_BUF bytes when it is ready (pipe(7)); a line is shorter, or it has to wait.
-        ready = self._poll.poll(0)
-        if ready and not ready[0][1] & select.POLLOUT and not ready[0][1] & select.POLLERR:
-            ready = []
-        if not ready:
+        if not self._ready():
             self._left_out += 1
             return
         if self._left_out:

@@ -67,10 +67,17 @@ class StoredFd:
 
 @dataclass(slots=True, eq=False)
 class FdSet:
-    """An fd set: its descriptors by number, oldest first."""
+    """An fd set: its descriptors by number, oldest first.
+
+    Args:
+        id: its id.
+        fds: its descriptors.
+        listing: what a listing says of it, once somebody has asked; None after a change.
+    """
 
     id: int
     fds: dict[int, StoredFd] = field(default_factory=dict)
+    listing: bytes | None = None
 
 
 class Observer(Protocol):
@@ -166,6 +173,7 @@ class FdSets:
             fdset = self._sets[fdset_id] = FdSet(fdset_id)
         stored = StoredFd(fd, fdset, opaque, added_by, now, terms)
         fdset.fds[number] = stored
+        fdset.listing = None
         self._count += 1
         if terms is not FOREVER:
             if terms.owner is not None:
@@ -206,6 +214,7 @@ class FdSets:
         assert fdset is not None
         stored.fdset = None
         del fdset.fds[stored.fd.fileno()]
+        fdset.listing = None
         self._count -= 1
         if not fdset.fds:
             del self._sets[fdset.id]

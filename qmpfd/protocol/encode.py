@@ -20,8 +20,14 @@ def _escape(match: re.Match[str]) -> str:
     return f"\\u{0xD800 | code >> 10:04X}\\u{0xDC00 | code & 0x3FF:04X}"
 
 
+class Encoded(bytes):
+    """A result that is JSON already."""
+
+
 def encode(value: object) -> bytes:
     """*value*, built of JSON's types and msgspec structs, as JSON."""
+    if type(value) is Encoded:
+        return value
     data = msgspec.json.format(_encoder.encode(value), indent=0)
     return data if data.isascii() else _NOT_ASCII.sub(_escape, data.decode()).encode("ascii")
 

@@ -70,6 +70,7 @@ async def accept_clients(server: Server, listener: UnixListener) -> None:
             if full:
                 _log.warning("clients are served again")
             full = False
+            server.reserve.refill()  # it was lost if the table shrank meanwhile
             server.welcome(sock)
             continue
         if failure.errno in _GONE:

@@ -38,7 +38,7 @@ class Caller:
     def __init__(self, path: Path, *, negotiate: bool = True) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(PATIENCE)
-        self.sock.connect(os.fspath(path))
+        until(lambda: _connected(self.sock, path), "room in the backlog")
         self._lines = self.sock.makefile("rb")
         if negotiate:
             assert self.reply().keys() == {"QMP"}
@@ -72,6 +72,15 @@ class Caller:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _connected(sock: socket.socket, path: Path) -> bool:
+    """Connect; False if the backlog is full, where a timeout is no help (connect(2), EAGAIN)."""
+    try:
+        sock.connect(os.fspath(path))
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Program:

@@ -20,7 +20,8 @@ from .rig import SECONDS, Caller, Rig, hung_files, needs_fuse, unharmed, until
 def _no_room(rig: Rig, room: int = 0) -> Iterator[None]:
     """Leave the daemon room for so many more descriptors; before others notice, it is over."""
     used = open_fds(rig.daemon.pid)
-    limit = next(n for n in range(1 << 20) if n - sum(fd < n for fd in used) == room)
+    limit = max(used) + 1
+    limit += max(0, room - (limit - len(used)))  # what is free below counts
     old = resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE, (limit, old[1]))
     try:
