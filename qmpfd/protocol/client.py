@@ -93,7 +93,7 @@ class ClientConnection(Connection):
         Raises:
             ProtocolError: this is no QMP server.
         """
-        for value, fds, dropped in self._inbox.messages():
+        for value, fds, dropped in self._messages():
             if not isinstance(value, dict):
                 self.garbage += fds
                 why = value if isinstance(value, QMPError) else "no JSON object"

@@ -7,12 +7,13 @@ states are those of the QEMU Machine Protocol Specification
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from ..fd import Fd
-from .inbox import ChunkDecoder, Inbox
+from .inbox import ChunkDecoder, Inbox, Message
 
 if TYPE_CHECKING:
     from .parser import Budget
@@ -77,6 +78,16 @@ class Connection:
             self.state = _TRANSITIONS[self.state, event]
         except KeyError:
             raise ProtocolError(f"{event.name} is out of place: {self.state.name}") from None
+
+    def _messages(self) -> Iterator[Message]:
+        """What has come; the descriptors of what nobody asks for any more are garbage."""
+        waiting = deque(self._inbox.messages())
+        try:
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            for _, fds, _ in waiting:
+                self.garbage += fds
 
     def close(self) -> None:
         """The connection is over: what waits for a command becomes garbage."""

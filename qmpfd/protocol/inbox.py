@@ -238,33 +238,30 @@ class Inbox:
 
     # -- out -----------------------------------------------------------------------------------
 
-    def messages(self) -> Iterator[Message]:
+    def messages(self) -> list[Message]:
         """The complete messages, each with its descriptors, in the order in which they came.
 
         A message whose text is broken takes all descriptors that wait with it: nobody can tell
         any more whom they were for.
         """
-        unclaimed = self._unclaimed
-        pieces, self._pieces, self._attached = self._pieces, [], 0
-        try:
-            for piece in pieces:
-                fds, piece.fds = piece.fds, _NO_FDS
-                if fds or piece.dropped:
-                    unclaimed.arrive(fds, piece.dropped)
-                for value in piece.messages:
-                    if type(value) is GenericError:
-                        unclaimed.discard()
-                        yield value, _NO_FDS, False
-                    elif most := self._wanted(value):
-                        yield value, *unclaimed.claim(most)
-                    else:
-                        yield value, _NO_FDS, False
-                    unclaimed.message_ended()
-                if piece.ends_segment:
-                    unclaimed.segment_ended(inside_message=piece.inside_message)
-        finally:  # whoever asks may stop asking, after ``quit``
-            for piece in pieces:
-                self._garbage += piece.fds
+        unclaimed, wanted = self._unclaimed, self._wanted
+        found: list[Message] = []
+        for piece in self._pieces:
+            if piece.fds or piece.dropped:
+                unclaimed.arrive(piece.fds, piece.dropped)
+            for value in piece.messages:
+                if type(value) is GenericError:
+                    unclaimed.discard()
+                    found.append((value, [], False))
+                elif most := wanted(value):
+                    found.append((value, *unclaimed.claim(most)))
+                else:
+                    found.append((value, [], False))
+                unclaimed.message_ended()
+            if piece.ends_segment:
+                unclaimed.segment_ended(inside_message=piece.inside_message)
+        self._pieces, self._attached = [], 0
+        return found
 
     def snapshot(self) -> InboxState:
         """What has come and is not done with; for :meth:`restore`.  The descriptors stay here.

@@ -98,7 +98,7 @@ class ServerConnection(Connection):
         Carry out each before asking for the next: whether that is possible may depend on it.
         """
         flooded = False
-        for value, fds, dropped in self._inbox.messages():
+        for value, fds, dropped in self._messages():
             if isinstance(value, Request):
                 request_id = value.id
             else:
