@@ -62,7 +62,10 @@ class Wire:
         pieces = [data[i : i + 1] for i in range(len(data))] if bytewise else [data]
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         for piece in pieces:
-            sent = self._socket.sendmsg([piece], rights)
+            try:
+                sent = self._socket.sendmsg([piece], rights)
+            except BrokenPipeError:
+                return  # closed after an earlier byte, `quit`'s last: the replies will tell
             rights = []  # a write cut short has handed them over with its first byte
             if sent < len(piece):  # sending nothing to a peer that has closed is an error too
                 self._socket.sendall(piece[sent:])
