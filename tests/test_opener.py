@@ -166,6 +166,9 @@ def test_a_silent_daemon(path: Path) -> None:
 def test_a_daemon_of_the_other_dialect(path: Path) -> None:
     """There are no classes of errors there that could tell why."""
     opener = qmpfd.fdset_opener(path)
-    with daemon_thread(path, dialect="qemu"), pytest.raises(qmpfd.GenericError, match="not found"):
-        with open("/dev/fdset/0", opener=opener):
-            pass
+    with (
+        daemon_thread(path, dialect="qemu"),
+        pytest.raises(qmpfd.GenericError, match="not found"),
+        open("/dev/fdset/0", opener=opener),
+    ):
+        pass

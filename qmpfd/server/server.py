@@ -121,15 +121,19 @@ class Server:
                 accepting.cancel_scope.cancel()
             if self._left:
                 sessions.cancel_scope.cancel()
-                return
-            await self.until_thawed()
-            # Whoever is in the backlog has connected in time: it is served as well.
-            for listener in listeners:
-                self._accept_rest(listener)
-                listener.close()
-            sessions.cancel_scope.deadline = trio.current_time() + self.daemon.limits.drain_timeout
-            for session in self.sessions:
-                session.finish()
+            else:
+                await self._drain(sessions)
+
+    async def _drain(self, sessions: trio.Nursery) -> None:
+        """Have everything answered that was asked, within the time there is."""
+        await self.until_thawed()
+        # Whoever is in the backlog has connected in time: it is served as well.
+        for listener in self.listeners:
+            self._accept_rest(listener)
+            listener.close()
+        sessions.cancel_scope.deadline = trio.current_time() + self.daemon.limits.drain_timeout
+        for session in self.sessions:
+            session.finish()
 
     def close(self) -> None:
         """Close every stored descriptor."""

@@ -3,7 +3,8 @@
 Run on its own: ``probe.py SOCKET`` says ``ready`` once it measures, and when its standard input
 ends the figures as one JSON object, all in seconds.  The control is an echo in a process of its
 own, asked in the same rhythm: what it does not answer in time, the machine has held up, not the
-daemon.
+daemon.  And of each answer it is measured for how long the daemon was ready to run, but the machine
+ran something else (``run_delay``, /proc/PID/schedstat).
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def _ask(sock: socket.socket, patience: float) -> float:
     return time.perf_counter() - start
 
 
+def _delay(schedstat: int) -> float:
+    """Seconds for which that process was kept waiting for a CPU so far."""
+    return int(os.pread(schedstat, 100, 0).split()[1]) / 1e9
+
+
 def _summary(figures: list[float]) -> dict[str, float]:
     ordered = sorted(figures)
     return {
@@ -67,14 +73,20 @@ def main(path: str) -> None:
     daemon.sendall(b'{"execute":"qmp_capabilities"}\n')
     lines.readline()
     print("ready", flush=True)
-    answers, control = [], []
+    credentials = daemon.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    pid = int.from_bytes(credentials[:4], sys.byteorder)
+    schedstat = os.open(f"/proc/{pid}/schedstat", os.O_RDONLY)
+    answers, control, own = [], [], []
     due = time.perf_counter()
     while not select.select([0], [], [], 0)[0]:
+        waited = _delay(schedstat)
         answers.append(_ask(daemon, 20.0))
+        own.append(max(0.0, answers[-1] - (_delay(schedstat) - waited)))
         control.append(_ask(ours, 20.0))
         due = max(due + 0.001, time.perf_counter())
         time.sleep(max(0.0, due - time.perf_counter()))
-    print(json.dumps({"daemon": _summary(answers), "control": _summary(control)}), flush=True)
+    figures = {"daemon": answers, "own": own, "control": control}
+    print(json.dumps({name: _summary(each) for name, each in figures.items()}), flush=True)
     ours.close()
     os.waitpid(child, 0)
 
