@@ -53,6 +53,8 @@ def many_descriptors() -> Iterator[None]:
     """Room for more descriptors in this process than a login shell has."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
+    if wanted < 2 * COUNT:
+        pytest.skip("there may not be so many descriptors here")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

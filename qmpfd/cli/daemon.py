@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import resource
 import signal
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -117,7 +118,8 @@ async def _obey(
 
 async def _report(server: Server) -> None:
     """Tell the service manager that we serve, and now and then how full we are."""
-    if not notify("READY=1"):
+    # After a takeover, the process that it started is no longer the one that serves.
+    if not notify("READY=1", f"MAINPID={os.getpid()}"):
         return
     told = ""
     while True:

@@ -1,0 +1,453 @@
+"""Who may connect, and do what: the rules, in a daemon and on their own, and how they change."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from helpers import PATIENCE, Pipe, Wire, daemon, daemon_process, pipes, value
+
+from qmpfd.cli import main
+from qmpfd.errors import PermissionDenied
+from qmpfd.policy import RIGHTS, Access, BadPolicy, Grant, Policy, load_policy
+
+NOBODY = 65534
+#: A group that nobody is a member of.
+GROUP = 54321
+
+#: Run as somebody else: sends commands with descriptors or without, and prints what comes back.
+CLIENT = """
+import array, json, os, socket, sys
+path, uid, gid, groups, calls = json.loads(sys.argv[1])
+os.setgroups(groups); os.setgid(gid); os.setuid(uid)
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(path)
+lines = sock.makefile("rb")
+print(lines.readline().decode(), end="", flush=True)
+for command, arguments, fds in calls:
+    data = json.dumps({"execute": command, "arguments": arguments}).encode()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * fds))] if fds else []
+    sock.sendmsg([data], rights)
+    print(lines.readline().decode(), end="", flush=True)
+"""
+
+Call = tuple[str, dict[str, Any], int]
+CAPABILITIES: Call = ("qmp_capabilities", {}, 0)
+
+
+async def _ask(
+    path: Path, *calls: Call, uid: int = NOBODY, gid: int = NOBODY, groups: tuple[int, ...] = ()
+) -> list[dict[str, Any]]:
+    """What the daemon says to that user: its greeting, then the replies."""
+    told = json.dumps([os.fspath(path), uid, gid, groups, calls])
+    command = [sys.executable, "-S", "-E", "-c", CLIENT, told]
+    run = partial(
+        subprocess.run,
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+        timeout=PATIENCE,
+    )
+    ran = await trio.to_thread.run_sync(run)
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A path that every user can get to."""
+    folder = Path(tempfile.mkdtemp(prefix="qmpfd-"))
+    folder.chmod(0o755)
+    yield folder / "q.sock"
+    shutil.rmtree(folder)
+
+
+def _policy(folder: Path, text: str) -> Policy:
+    file = folder / "policy.toml"
+    file.write_text(text)
+    return load_policy(file)
+
+
+def _denied(reply: dict[str, Any], right: str) -> bool:
+    told = reply["error"]
+    return told["class"] == "PermissionDenied" and f"'{right}'" in told["desc"]
+
+
+# -- who ---------------------------------------------------------------------------------------
+
+WHO = {
+    "uid": (f"uid = {NOBODY}", True),
+    "user": (f'user = "{pwd.getpwuid(NOBODY).pw_name}"', True),
+    "gid": (f"gid = {NOBODY}", True),
+    "group": (f'group = "{grp.getgrgid(NOBODY).gr_name}"', True),
+    "supplementary": (f"gid = {GROUP}", True),
+    "everybody": ("", True),
+    "uid and gid": (f"uid = {NOBODY}\ngid = {GROUP}", True),
+    "another uid": ("uid = 4711", False),
+    "another gid": ("gid = 4711", False),
+    "uid, but another gid": (f"uid = {NOBODY}\ngid = 4711", False),
+    "no right": (f"uid = {NOBODY}\nallow = []", False),
+}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("who, admitted", WHO.values(), ids=WHO)
+async def test_who_a_rule_is_for(who: str, admitted: bool, open_path: Path) -> None:
+    allow = "" if "allow" in who else 'allow = ["query"]'
+    policy = _policy(open_path.parent, f"[[rule]]\n{who}\n{allow}\n")
+    async with daemon(open_path, socket_mode=0o666, policy=policy):
+        replies = await _ask(open_path, CAPABILITIES, groups=(4712, GROUP)) if admitted else []
+        if admitted:
+            assert replies[1] == {"return": {}}
+        else:
+            [told] = (await _ask(open_path, groups=(GROUP,)))[:1]
+            assert told["error"]["class"] == "PermissionDenied"
+            assert f"uid {NOBODY} may not connect" in told["error"]["desc"]
+
+
+@pytest.mark.root
+async def test_more_groups_than_fit(open_path: Path) -> None:
+    """Python's getsockopt has room for 256 of them."""
+    policy = _policy(open_path.parent, f'[[rule]]\ngid = {GROUP}\nallow = ["query"]\n')
+    async with daemon(open_path, socket_mode=0o666, policy=policy):
+        groups = (*range(10_000, 10_900), GROUP)
+        assert (await _ask(open_path, CAPABILITIES, groups=groups))[1] == {"return": {}}
+
+
+@pytest.mark.root
+async def test_root_and_ourselves_may_everything(path: Path, tmp_path: Path) -> None:
+    policy = _policy(tmp_path, "[[rule]]\nuid = 0\nallow = []\n")
+    async with daemon(path, policy=policy), qmpfd_session(path) as wire:
+        with Pipe() as pipe:
+            value(await wire.call("add-fd", None, [pipe]))
+        value(await wire.call("quit"))
+
+
+def qmpfd_session(path: Path) -> Any:
+    """A session that is closed at the end."""
+
+    class _Session:
+        async def __aenter__(self) -> Wire:
+            self.wire = await Wire.session(path)
+            return self.wire
+
+        async def __aexit__(self, *exc_info: object) -> None:
+            self.wire.close()
+
+    return _Session()
+
+
+# -- what --------------------------------------------------------------------------------------
+
+#: A command, its arguments, its descriptors, and the right that it needs.
+NEEDS: dict[str, tuple[Call, str]] = {
+    "query-fdsets": (("query-fdsets", {}, 0), "query"),
+    "query-fds": (("query-fds", {}, 0), "query"),
+    "query-fds of a set": (("query-fds", {"fdset-id": 0}, 0), "query"),
+    "query-stats": (("query-stats", {}, 0), "query"),
+    "watch-fdsets": (("watch-fdsets", {"enable": True}, 0), "query"),
+    "open-fdset": (("open-fdset", {"fdset-id": 0}, 0), "open"),
+    "add-fd": (("add-fd", {}, 1), "add"),
+    "add-fd to a set": (("add-fd", {"fdset-id": 0}, 1), "add"),
+    "add-fds": (("add-fds", {}, 3), "add"),
+    "getfd": (("getfd", {"fdname": "n"}, 1), "add"),
+    "remove-fd": (("remove-fd", {"fdset-id": 0}, 0), "remove"),
+    "quit": (("quit", {}, 0), "admin"),
+}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("call, right", NEEDS.values(), ids=NEEDS)
+async def test_each_command_needs_its_right(call: Call, right: str, open_path: Path) -> None:
+    """With all others it is refused, and names the one; with that one alone it is done."""
+    everything = sorted(RIGHTS - {right}), [right]
+    for allow in everything:
+        policy = _policy(open_path.parent, f"[[rule]]\nallow = {json.dumps(allow)}\n")
+        async with daemon(open_path, socket_mode=0o666, policy=policy):
+            with pipes(1) as made, await Wire.session(open_path) as root:
+                value(await root.call("add-fd", {"opaque": "x"}, made))
+                reply = (await _ask(open_path, CAPABILITIES, call))[2]
+                if allow == [right]:
+                    value(reply)
+                else:
+                    assert _denied(reply, right), reply
+                    [fdset] = value(await root.call("query-fdsets"))
+                    assert len(fdset["fds"]) == 1
+
+
+@pytest.mark.root
+async def test_what_may_not_be_queried_is_not_shown(open_path: Path) -> None:
+    policy = _policy(
+        open_path.parent,
+        '[[rule]]\nallow = ["query"]\nfdsets = [0, 2]\nopaque = ["vm1:*"]\n'
+        '[[rule]]\nallow = ["query"]\nopaque = ["public", "also-[ab]"]\n',
+    )
+    texts = {0: "vm1:disk", 1: "vm1:disk", 2: "vm2:disk", 3: "public", 4: None, 5: "also-b"}
+    async with daemon(open_path, socket_mode=0o666, policy=policy):
+        with pipes(1) as made, await Wire.session(open_path) as root:
+            for text in texts.values():
+                value(await root.call("add-fd", {} if text is None else {"opaque": text}, made))
+            _, _, sets, fds, one, other = await _ask(
+                open_path,
+                CAPABILITIES,
+                ("query-fdsets", {}, 0),
+                ("query-fds", {}, 0),
+                ("query-fds", {"fdset-id": 0}, 0),
+                ("query-fds", {"fdset-id": 1}, 0),
+            )
+    assert [fdset["fdset-id"] for fdset in value(sets)] == [5, 3, 0]
+    assert [fd["fdset-id"] for fd in value(fds)] == [5, 3, 0]
+    assert [fd["opaque"] for fd in value(one)] == ["vm1:disk"]
+    assert value(other) == []
+
+
+async def test_what_several_rules_give_adds_up(path: Path, tmp_path: Path) -> None:
+    policy = _policy(
+        tmp_path,
+        '[[rule]]\nallow = ["query"]\n'
+        f'[[rule]]\nuid = {NOBODY}\nallow = ["open"]\nfdsets = [1]\n'
+        '[[rule]]\ngid = 36\nallow = ["open"]\nopaque = ["kvm-?"]\n',
+    )
+    access = policy.access(NOBODY, [NOBODY, 36])
+    assert access.may("query", 7, None)
+    assert access.may("open", 1, None)
+    assert access.may("open", 7, "kvm-1")
+    assert not access.may("open", 7, "kvm-12")
+    assert not access.may("open", 7, None)
+    assert not policy.access(NOBODY, [NOBODY]).may("open", 7, "kvm-1")
+    assert not policy.access(4711, [36]).may("open", 1, None)
+
+
+def test_a_rule_for_a_set_is_for_none_else() -> None:
+    access = Access([Grant(frozenset({"add"}), frozenset({3}))])
+    access.require("add", 3)
+    access.require("add")
+    for right, fdset_id in (("add", 4), ("remove", 3)):
+        with pytest.raises(PermissionDenied, match=f"'{right}'.*fdset-id:{fdset_id}"):
+            access.require(right, fdset_id)  # type: ignore[arg-type]
+
+
+@pytest.mark.root
+async def test_removing_a_set_needs_the_right_for_all_of_it(open_path: Path) -> None:
+    policy = _policy(open_path.parent, '[[rule]]\nallow = ["remove"]\nopaque = ["mine"]\n')
+    async with daemon(open_path, socket_mode=0o666, policy=policy):
+        with pipes(1) as made, await Wire.session(open_path) as root:
+            mine = value(await root.call("add-fd", {"opaque": "mine"}, made))["fd"]
+            value(await root.call("add-fd", {"opaque": "other", "fdset-id": 0}, made))
+            whole, one = (
+                await _ask(
+                    open_path,
+                    CAPABILITIES,
+                    ("remove-fd", {"fdset-id": 0}, 0),
+                    ("remove-fd", {"fdset-id": 0, "fd": mine}, 0),
+                )
+            )[2:]
+            assert _denied(whole, "remove")
+            assert one == {"return": {}}
+            [fdset] = value(await root.call("query-fdsets"))
+            assert [fd["opaque"] for fd in fdset["fds"]] == ["other"]
+
+
+@pytest.mark.root
+async def test_events_show_only_what_may_be_queried(open_path: Path) -> None:
+    policy = _policy(open_path.parent, '[[rule]]\nallow = ["query"]\nopaque = ["mine"]\n')
+    async with daemon(open_path, socket_mode=0o666, policy=policy) as server:
+        with pipes(1) as made, await Wire.session(open_path) as root:
+            async with trio.open_nursery() as nursery:
+                replies: list[dict[str, Any]] = []
+
+                async def watch() -> None:
+                    # The reply to the last call, a query that is not answered before the events.
+                    replies.extend(
+                        await _ask(
+                            open_path,
+                            CAPABILITIES,
+                            ("watch-fdsets", {"enable": True}, 0),
+                            ("query-name", {}, 0),
+                        )
+                    )
+
+                async with server.lock:
+                    pass
+                nursery.start_soon(watch)
+                # Its watch is on once it has asked for it: until then, add again.
+                while not server.daemon.watchers and not replies:
+                    await trio.sleep(0.001)
+                for text in ("other", "mine"):
+                    value(await root.call("add-fd", {"opaque": text}, made))
+            told = [reply["data"]["opaque"] for reply in replies if "event" in reply]
+            assert told in ([], ["mine"])
+
+
+# -- the file ----------------------------------------------------------------------------------
+
+BAD = {
+    "no TOML": ("rule = [", "policy.toml"),
+    "not UTF-8": (b"\xff", "policy.toml"),
+    "no list": ('rule = "x"', "$.rule"),
+    "right": ('[[rule]]\nallow = ["everything"]', "$.rule[0].allow[0]"),
+    "no rights": ("[[rule]]\nuid = 1", "allow"),
+    "member": ('[[rule]]\nallow = []\nusers = "x"', "users"),
+    "outside": ("[rules]", "rules"),
+    "type": ('[[rule]]\nallow = []\nuid = "x"', "$.rule[0].uid"),
+    "no such user": ('[[rule]]\nallow = []\nuser = "no-such-user"', "no user 'no-such-user'"),
+    "no such group": ('[[rule]]\nallow = []\ngroup = "no-such-group"', "$.rule[0].group"),
+    "two users": ('[[rule]]\nallow = []\nuser = "root"\nuid = 0', "$.rule[0]"),
+    "two groups": ('[[rule]]\nallow = []\ngroup = "root"\ngid = 0', "$.rule[0]"),
+}
+
+
+@pytest.mark.parametrize("text, told", BAD.values(), ids=BAD)
+def test_a_bad_file(text: str | bytes, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(BadPolicy) as caught:
+        load_policy(file)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert told in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(BadPolicy, match="No such file"):
+        load_policy(tmp_path / "none")
+    with pytest.raises(BadPolicy, match="Is a directory"):
+        load_policy(tmp_path)
+
+
+def test_a_daemon_with_a_bad_file_does_not_start(tmp_path: Path) -> None:
+    (tmp_path / "bad").write_text("[[rule]]\n")
+    words = [sys.executable, "-m", "qmpfd", "serve", "--policy", tmp_path / "bad"]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("qmpfd: bad policy: ")
+    assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.root
+async def test_sighup(open_path: Path) -> None:
+    """It is read again, for those who are connected too; a bad one changes nothing, and says so."""
+    file = open_path.parent / "policy.toml"
+    good = '[[rule]]\nallow = ["query"]\n'
+    file.write_text(good)
+    options = ["--policy", os.fspath(file), "--socket-mode", "666"]
+    ask = partial(_ask, open_path, CAPABILITIES, ("query-fdsets", {}, 0), ("open-fdset", {}, 0))
+    with daemon_process(open_path, *options) as process:
+        assert value((await ask())[2]) == []
+        for bad in ("rule = [", '[[rule]]\nallow = ["all"]', None):
+            file.unlink() if bad is None else file.write_text(bad)
+            process.signal(signal.SIGHUP)
+            process.await_line(lambda line: "the policy stays as it was" in line)
+            assert os.fspath(file) in process.log[-1]
+            assert value((await ask())[2]) == []
+        file.write_text('[[rule]]\nallow = ["remove"]\n')
+        process.signal(signal.SIGHUP)
+        process.await_line(lambda line: "the policy is read again" in line)
+        assert _denied((await ask())[2], "query")
+        file.write_text("")
+        process.signal(signal.SIGHUP)
+        process.await_line(lambda line: "the policy is read again" in line)
+        assert "may not connect" in (await _ask(open_path))[0]["error"]["desc"]
+
+
+@pytest.mark.root
+async def test_who_is_connected_loses_its_rights(open_path: Path) -> None:
+    policy = _policy(open_path.parent, '[[rule]]\nallow = ["query"]\n')
+    async with daemon(open_path, socket_mode=0o666, policy=policy) as server:
+        replies: list[dict[str, Any]] = []
+
+        async def client() -> None:
+            calls = [("query-fdsets", {}, 0)] * 3000
+            replies.extend(await _ask(open_path, CAPABILITIES, *calls))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client)
+            while server.daemon.stats.commands["query-fdsets"] < 3:
+                await trio.sleep(0.001)
+            server.change_policy(Policy())
+        assert replies[2] == {"return": []}
+        assert _denied(replies[-1], "query")
+
+
+# -- check-policy ------------------------------------------------------------------------------
+
+RULES = """
+[[rule]]
+user = "nobody"
+allow = ["query", "open"]
+fdsets = [3, 0]
+opaque = ["vm1:*", "vm2:*"]
+[[rule]]
+allow = ["add"]
+[[rule]]
+gid = 0
+allow = ["admin"]
+"""
+
+
+def _check(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = main(["check-policy", *words])
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+@pytest.fixture
+def rules(tmp_path: Path) -> str:
+    file = tmp_path / "policy.toml"
+    file.write_text(RULES)
+    return os.fspath(file)
+
+
+def test_check_policy(rules: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _check(capsys, rules)[:2] == (
+        0,
+        f"{rules} is a valid policy (--user NAME says what it gives to whom)\n",
+    )
+    expected = (
+        f"uid {NOBODY} may\n"
+        "  open, query; in fd sets 0, 3; with opaque text like vm1:* or vm2:*\n"
+        "  add\n"
+    )
+    for name in ("nobody", str(NOBODY)):
+        assert _check(capsys, "--user", name, rules) == (0, expected, "")
+    assert _check(capsys, "--user", "4711", rules)[1] == "uid 4711 may\n  add\n"
+    assert "admin, open, query" in _check(capsys, "--user", "root", rules)[1].replace("add, ", "")
+
+
+def test_check_policy_as_json(rules: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(_check(capsys, "--json", rules)[1]) == {"valid": True}
+    told = json.loads(_check(capsys, "--json", "--user", "nobody", rules)[1])
+    assert told["uid"] == NOBODY
+    assert NOBODY in told["gids"]
+    assert told["grants"] == [
+        {"allow": ["open", "query"], "fdsets": [0, 3], "opaque": ["vm1:*", "vm2:*"]},
+        {"allow": ["add"]},
+    ]
+
+
+def test_check_policy_of_nobody_who_may(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p").write_text("")
+    told = _check(capsys, "--user", "nobody", os.fspath(tmp_path / "p"))
+    assert told == (0, f"uid {NOBODY} may not connect\n", "")
+
+
+@pytest.mark.parametrize("words", [["--user", "no-such-user"], []], ids=["user", "file"])
+def test_check_policy_fails(
+    words: list[str], rules: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not words:
+        Path(rules).write_text("[[rule]]")
+    status, out, err = _check(capsys, *words, rules)
+    assert (status, out, err.count("\n")) == (2, "", 1)
