@@ -59,6 +59,9 @@ TAKEOVER_FORMAT = 1
 #: Seconds that a takeover may take; while it does, nobody is served.
 TAKEOVER_TIMEOUT = 20.0
 
+#: Seconds that the end of a connection waits for the store: longer than a takeover has it.
+LOCK_TIMEOUT = TAKEOVER_TIMEOUT + 5
+
 #: Errors in a row, without one valid request between them, that are each answered.  The deepest
 #: honest case is a value nested one level too deep: QEMU answers one error for it and one for
 #: each of its closers, and so do we.  Beyond this it is a flood, and answered once per read.

@@ -261,35 +261,21 @@ async def test_removing_a_set_needs_the_right_for_all_of_it(open_path: Path) -> 
             assert [fd["opaque"] for fd in fdset["fds"]] == ["other"]
 
 
-@pytest.mark.root
-async def test_events_show_only_what_may_be_queried(open_path: Path) -> None:
-    policy = _policy(open_path.parent, '[[rule]]\nallow = ["query"]\nopaque = ["mine"]\n')
-    async with daemon(open_path, socket_mode=0o666, policy=policy) as server:
-        with pipes(1) as made, await Wire.session(open_path) as root:
-            async with trio.open_nursery() as nursery:
-                replies: list[dict[str, Any]] = []
-
-                async def watch() -> None:
-                    # The reply to the last call, a query that is not answered before the events.
-                    replies.extend(
-                        await _ask(
-                            open_path,
-                            CAPABILITIES,
-                            ("watch-fdsets", {"enable": True}, 0),
-                            ("query-name", {}, 0),
-                        )
-                    )
-
-                async with server.lock:
-                    pass
-                nursery.start_soon(watch)
-                # Its watch is on once it has asked for it: until then, add again.
-                while not server.daemon.watchers and not replies:
-                    await trio.sleep(0.001)
+async def test_events_show_only_what_may_be_queried(path: Path, tmp_path: Path) -> None:
+    policy = _policy(tmp_path, '[[rule]]\nallow = ["query"]\nopaque = ["mine"]\n')
+    async with daemon(path) as server:
+        with await Wire.session(path) as watcher:
+            [session] = server._sessions
+            with pipes(1) as made, await Wire.session(path) as root:
+                session.change_access(policy.access(NOBODY, []))
+                value(await watcher.call("watch-fdsets", {"enable": True}))
                 for text in ("other", "mine"):
                     value(await root.call("add-fd", {"opaque": text}, made))
-            told = [reply["data"]["opaque"] for reply in replies if "event" in reply]
-            assert told in ([], ["mine"])
+                for number in (0, 1):
+                    value(await root.call("remove-fd", {"fdset-id": number}))
+                events = await watcher.replies(2)
+            assert [event["data"]["opaque"] for event in events] == ["mine", "mine"]
+            assert value(await watcher.call("query-fdsets")) == []
 
 
 # -- the file ----------------------------------------------------------------------------------
@@ -374,8 +360,9 @@ async def test_who_is_connected_loses_its_rights(open_path: Path) -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client)
-            while server.daemon.stats.commands["query-fdsets"] < 3:
-                await trio.sleep(0.001)
+            with await Wire.session(open_path) as root:
+                while server.daemon.stats.commands["query-fdsets"] < 3:
+                    await root.call("query-name")
             server.change_policy(Policy())
         assert replies[2] == {"return": []}
         assert _denied(replies[-1], "query")

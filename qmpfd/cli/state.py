@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CommandNotFound
+from ..errors import QMPError
 from .options import add_client_options, add_examples, client_of, default_socket
 from .output import duration, print_json
 from .status import DONE
@@ -37,7 +37,7 @@ def _status(arguments: argparse.Namespace) -> int:
         version = client.execute("query-version")
         try:
             stats = client.execute("query-stats")
-        except CommandNotFound:  # another QMP server: it is up, and that is all it tells
+        except QMPError:  # another QMP server: it is up, and that is all it tells
             stats = None
     if arguments.json:
         print_json({"socket": path, "version": version, "stats": stats})

@@ -17,7 +17,7 @@ from ..errors import GenericError, QMPError
 from ..fd import Fd
 from ..fdsets import Peer
 from ..limits import (
-    CLEANUP_TIMEOUT,
+    LOCK_TIMEOUT,
     MAX_FDS_A_TURN,
     NEGOTIATION_TIMEOUT,
     REPLY_BYTES_A_TURN,
@@ -124,7 +124,7 @@ class Session:
             if self._pump_scope is not None:
                 self._pump_scope.cancel()
             self._server.close_stream(self._stream)
-            with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
+            with trio.move_on_after(LOCK_TIMEOUT, shield=True):
                 await self._server.enter()
                 try:
                     self._context.close()

@@ -1,0 +1,87 @@
+"""The metrics file, read by the parser that Prometheus' own client has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import trio
+from helpers import Wire, daemon, daemon_process, pipes, settle, value
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from trio.testing import MockClock
+
+from qmpfd.limits import METRICS_INTERVAL
+from qmpfd.server.metrics import render
+
+
+def _read(text: str) -> dict[str, float]:
+    """The samples in *text*, by name and labels; it has to be whole and right."""
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation
+        for sample in family.samples:
+            labels = "".join(f" {each}" for each in sample.labels.values())
+            samples[sample.name + labels] = sample.value
+    return samples
+
+
+async def test_the_same_as_query_stats(path: Path) -> None:
+    async with daemon(path) as server:
+        with pipes(1) as made, await Wire.session(path) as wire:
+            for _ in range(3):
+                value(await wire.call("add-fd", None, made))
+            value(await wire.call("getfd", {"fdname": "n"}, made))
+            await wire.call("remove-fd", {"fdset-id": 99})
+            wire.send(b"]")
+            await wire.reply()
+            stats = value(await wire.call("query-stats"))
+            samples = _read(render(server.daemon))
+    for name, member in {
+        "connections": "connections",
+        "fdsets": "fdsets",
+        "fds": "fds",
+        "fds_kept": "fds-kept",
+        "closes_pending": "closes-pending",
+        "accepted_total": "connections-accepted",
+        "refused_total": "connections-refused",
+    }.items():
+        assert samples[f"qmpfd_{name}"] == stats[member], name
+    assert samples["qmpfd_fds"] == 3
+    assert samples["qmpfd_fds_kept"] == 4
+    for count in stats["commands"]:
+        assert samples[f"qmpfd_commands_total {count['name']}"] >= count["count"]
+    for count in stats["errors"]:
+        assert samples[f"qmpfd_errors_total {count['name']}"] == count["count"]
+    assert samples["qmpfd_errors_total GenericError"] == 1
+    assert samples["qmpfd_connections_limit"] == stats["limits"]["max-connections"]
+    assert samples["qmpfd_fds_limit"] == stats["limits"]["max-fds"]
+    assert samples["qmpfd_uptime_seconds"] >= 0
+
+
+async def test_written_now_and_then(path: Path, tmp_path: Path) -> None:
+    """At once, and again after each interval; a whole file each time, and nothing beside it."""
+    file = tmp_path / "metrics"
+    async with daemon(path, metrics_path=file):
+        with await Wire.session(path) as wire:
+            while not file.exists():  # it is written in a thread
+                await wire.call("query-name")
+            assert _read(file.read_text())["qmpfd_fdsets"] == 0
+    assert sorted(os.listdir(tmp_path)) == ["metrics"]
+
+
+async def test_written_again(path: Path, tmp_path: Path, autojump_clock: MockClock) -> None:
+    file = tmp_path / "metrics"
+    async with daemon(path, metrics_path=file):
+        for _ in range(3):
+            await trio.sleep(METRICS_INTERVAL)
+            await settle()
+        assert file.exists()
+        assert _read(file.read_text())["qmpfd_uptime_seconds"] >= METRICS_INTERVAL
+
+
+def test_by_its_option(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "metrics"
+    with daemon_process(path, "--metrics", os.fspath(file)):
+        while not file.exists():
+            pass
+        assert _read(file.read_text())["qmpfd_connections"] == 0
