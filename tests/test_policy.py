@@ -265,7 +265,7 @@ async def test_events_show_only_what_may_be_queried(path: Path, tmp_path: Path) 
     policy = _policy(tmp_path, '[[rule]]\nallow = ["query"]\nopaque = ["mine"]\n')
     async with daemon(path) as server:
         with await Wire.session(path) as watcher:
-            [session] = server._sessions
+            [session] = server.sessions
             with pipes(1) as made, await Wire.session(path) as root:
                 session.change_access(policy.access(NOBODY, []))
                 value(await watcher.call("watch-fdsets", {"enable": True}))
@@ -315,7 +315,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_a_daemon_with_a_bad_file_does_not_start(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("[[rule]]\n")
-    words = [sys.executable, "-m", "qmpfd", "serve", "--policy", tmp_path / "bad"]
+    words = [sys.executable, "-m", "qmpfd", "serve", "--policy", os.fspath(tmp_path / "bad")]
     ran = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert ran.returncode == 2
     assert ran.stderr.startswith("qmpfd: bad policy: ")
@@ -355,7 +355,7 @@ async def test_who_is_connected_loses_its_rights(open_path: Path) -> None:
         replies: list[dict[str, Any]] = []
 
         async def client() -> None:
-            calls = [("query-fdsets", {}, 0)] * 3000
+            calls: list[Call] = [("query-fdsets", {}, 0)] * 3000
             replies.extend(await _ask(open_path, CAPABILITIES, *calls))
 
         async with trio.open_nursery() as nursery:

@@ -250,7 +250,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         if not paths:
             raise UsageError("--takeover needs --socket: which daemon is to be taken over")
         inheritance = takeover.fetch(paths[0])
-        paths = [path for path in paths if str(path) not in inheritance.state.listeners]
+        paths = [path for path in paths if str(path.absolute()) not in inheritance.state.listeners]
     failures: list[BaseException] = []
     try:
         daemon.run(

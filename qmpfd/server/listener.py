@@ -93,7 +93,8 @@ class UnixListener:
         except BaseException:
             sock.close()
             raise
-        return cls(sock, path)
+        # A successor that takes it over may have another working directory.
+        return cls(sock, path.absolute())
 
     def accept_nowait(self) -> trio.socket.SocketType:
         """A client that has connected already.

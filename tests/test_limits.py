@@ -1,0 +1,194 @@
+"""Every bound that a client can meet: by its option, with the error that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+from helpers import ADD, Pipe, Wire, daemon, daemon_process, error, pipes, request, settle, value
+from trio.testing import MockClock
+
+import qmpfd
+from qmpfd.limits import MAX_OPAQUE_TOTAL, NEGOTIATION_TIMEOUT
+
+TOO_MANY_FDS = "Too many file descriptors: the limit is 3"
+
+
+async def _refused(wire: Wire, desc: str) -> None:
+    """Every command that keeps a descriptor is refused, and keeps none."""
+    for name, arguments in (("add-fd", {}), ("add-fds", {}), ("getfd", {"fdname": "more"})):
+        with Pipe() as pipe:
+            reply = await wire.call(name, arguments, [pipe])
+            assert (error(reply), reply["error"]["desc"]) == ("GenericError", desc)
+            pipe.release()
+            assert not pipe.held()
+
+
+# -- by option ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option, desc",
+    [
+        ("--max-fds", TOO_MANY_FDS),
+        ("--max-fds-per-uid", "Too many file descriptors of uid 0: the limit is 3"),
+    ],
+)
+async def test_descriptors(option: str, desc: str, path: Path) -> None:
+    """Those of getfd count as well; what is given back makes room."""
+    with daemon_process(path, option, "3"), pipes(3) as made:
+        with await Wire.session(path) as wire, await Wire.session(path) as other:
+            value(await wire.call("add-fd", None, made[:1]))
+            value(await other.call("getfd", {"fdname": "n"}, made[1:2]))
+            reply = await wire.call("add-fds", None, made[:2])
+            assert reply["error"]["desc"] == desc  # all or nothing
+            value(await wire.call("add-fd", None, made[2:]))
+            await _refused(wire, desc)
+            # One of that name was there before: it takes its place.
+            value(await other.call("getfd", {"fdname": "n"}, made[:1]))
+            value(await other.call("closefd", {"fdname": "n"}))
+            value(await wire.call("add-fd", {"fdset-id": 0}, made[:1]))
+            await _refused(wire, desc)
+            value(await wire.call("remove-fd", {"fdset-id": 0}))
+            value(await wire.call("add-fds", None, made[:2]))
+
+
+@pytest.mark.parametrize(
+    "option, desc",
+    [
+        ("--max-connections", "Too many connections: the limit is 2"),
+        ("--max-connections-per-uid", "Too many connections of uid 0: the limit is 2"),
+    ],
+)
+async def test_connections(option: str, desc: str, path: Path) -> None:
+    with daemon_process(path, option, "2"):
+        with await Wire.session(path) as one, await Wire.session(path) as two:
+            for _ in range(3):
+                with await Wire.connect(path) as three:
+                    [told] = await three.rest()
+                    assert (error(told), told["error"]["desc"]) == ("GenericError", desc)
+            stats = value(await one.call("query-stats"))
+            assert (stats["connections"], stats["connections-refused"]) == (2, 3)
+            two.close()
+            while value(await one.call("query-stats"))["connections"] == 2:
+                pass
+            with await Wire.session(path) as four:
+                assert value(await four.call("query-name")) == {}
+
+
+async def test_bytes_of_a_request(path: Path) -> None:
+    with daemon_process(path, "--max-request-bytes", "1024"):
+        with await Wire.session(path) as wire:
+            fits = request("remove-fd", {"fdset-id": 0, "fd": 1})
+            assert "not found" in (await wire.call("remove-fd", {"fdset-id": 0}))["error"]["desc"]
+            wire.send(b'"' + b"x" * 1100 + b'"\n\x1b' + fits)
+            assert "limit exceeded" in (await wire.reply())["error"]["desc"]
+            while error(reply := await wire.reply()) != "FdNotFound":
+                assert error(reply) == "GenericError"
+
+
+async def test_time_to_take_a_reply(path: Path) -> None:
+    with daemon_process(path, "--write-timeout", "0.2") as process:
+        with await Wire.session(path) as wire:
+            wire.send(request("query-qmp-schema") * 200)
+            process.await_line(lambda line: "does not take its replies" in line)
+            await wire.drain()
+    assert " uid 0 does not take its replies" in process.log[-1]
+
+
+async def test_idle_time(path: Path) -> None:
+    with daemon_process(path, "--idle-timeout", "0.5"), await Wire.session(path) as wire:
+        told, *more = await wire.rest()
+        assert not more
+        assert "Idle for more than 0.5 s" in told["error"]["desc"]
+
+
+# -- time --------------------------------------------------------------------------------------
+
+
+async def test_who_never_negotiates(path: Path, autojump_clock: MockClock) -> None:
+    async with daemon(path):
+        with await Wire.connect(path) as silent, await Wire.session(path) as other:
+            await silent.reply()
+            start = trio.current_time()
+            [told] = await silent.rest()
+            assert NEGOTIATION_TIMEOUT <= trio.current_time() - start <= NEGOTIATION_TIMEOUT + 2
+            assert "No 'qmp_capabilities' within 60 s" in told["error"]["desc"]
+            assert value(await other.call("query-name")) == {}
+
+
+@pytest.mark.parametrize("said", [b" ", b"7 ", request("query-name")], ids=["blank", "7", "early"])
+async def test_whatever_else_it_says(said: bytes, path: Path, autojump_clock: MockClock) -> None:
+    """Bytes alone, and requests that are refused, gain it no time."""
+    async with daemon(path):
+        with await Wire.connect(path) as wire:
+            for _ in range(5):
+                wire.send(said)
+                await trio.sleep(NEGOTIATION_TIMEOUT / 4)
+            told = (await wire.rest())[-1]
+            assert "No 'qmp_capabilities'" in told["error"]["desc"]
+
+
+async def test_who_asks_is_not_idle(path: Path, autojump_clock: MockClock) -> None:
+    async with daemon(path, limits=qmpfd.Limits(idle_timeout=10)):
+        with await Wire.session(path) as asking, await Wire.session(path) as babbling:
+            for _ in range(10):
+                await trio.sleep(4)
+                assert value(await asking.call("query-name")) == {}
+                if babbling.sock.fileno() >= 0:
+                    try:
+                        babbling.send(b" ")
+                    except BrokenPipeError:
+                        [told] = await babbling.rest()
+                        assert "Idle for more than 10 s" in told["error"]["desc"]
+                        babbling.close()
+            assert babbling.sock.fileno() < 0
+            start = trio.current_time()
+            await asking.rest()
+            assert 9 < trio.current_time() - start < 13
+
+
+async def test_nobody_is_idle_by_default(path: Path, autojump_clock: MockClock) -> None:
+    async with daemon(path):
+        with await Wire.session(path) as wire:
+            await trio.sleep(1e6)
+            assert value(await wire.call("query-name")) == {}
+
+
+# -- text --------------------------------------------------------------------------------------
+
+
+async def test_opaque_text_in_all(path: Path) -> None:
+    """What clients can make the daemon remember: names count, and what is gone does not."""
+    text = "x" * 1_000_000
+    most = MAX_OPAQUE_TOTAL // len(text)
+    async with daemon(path):
+        with await Wire.session(path) as wire, pipes(1) as made:
+
+            async def call(name: str, arguments: dict[str, object]) -> dict[str, object]:
+                sent = request(name, arguments)
+                wire.send(sent[:1], made)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(wire.send_all, sent[1:])
+                    return await wire.reply()
+
+            for number in range(most):
+                if number % 2:
+                    value(await call("getfd", {"fdname": f"n{number}" + text[:-8]}))
+                else:
+                    value(await call("add-fd", {"opaque": text}))
+            for name, arguments in (("add-fd", {"opaque": text}), ("getfd", {"fdname": text})):
+                reply = await call(name, dict(arguments))
+                assert "opaque text" in reply["error"]["desc"]  # type: ignore[index]
+            value(await wire.call("remove-fd", {"fdset-id": 0}))
+            value(await call("add-fd", {"opaque": text}))
+
+
+async def test_descriptors_that_wait_do_not_count(path: Path) -> None:
+    async with daemon(path, limits=qmpfd.Limits(max_fds=1)):
+        with await Wire.session(path) as wire, pipes(1) as made:
+            wire.send(b" ", made * 100)
+            await settle()
+            wire.send(ADD)
+            value(await wire.reply())
