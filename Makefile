@@ -3,13 +3,14 @@
 
 PYTHON ?= python3
 ARGS ?=
+SECONDS ?= 60
 
 VENV := .venv
 BIN  := $(VENV)/bin
 # One set of versions for everybody: the pinned ones, also where only the runtime is needed.
 PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint requirements-dev.txt
 
-.PHONY: help demo run test lint format types docs package bench stress clean
+.PHONY: help demo run test lint format types docs package bench stress fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +48,11 @@ bench: $(VENV)/.dev  ## CPU per command, beside the peers that are installed
 stress: $(VENV)/.dev  ## hostile clients and kill -9, for as long as you like
 	$(BIN)/python scripts/stress.py $(ARGS)
 
+fuzz: $(VENV)/.fuzz  ## coverage-guided fuzzing of the protocol, for a minute (SECONDS=600)
+	@mkdir -p $(VENV)/corpus
+	cd tests && ../$(BIN)/python fuzz/fuzz.py -max_total_time=$(SECONDS) -max_len=500 \
+		-dict=fuzz/qmp.dict -artifact_prefix=../$(VENV)/ ../$(VENV)/corpus fuzz/corpus
+
 clean:  ## remove what the above leaves behind, the environment too
 	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find qmpfd tests scripts docs -name __pycache__ -prune -exec rm -rf {} +
@@ -55,6 +61,10 @@ $(VENV)/.runtime: pyproject.toml requirements-dev.txt qmpfd/_version.py
 	@echo "Installing qmpfd into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev requirements-fuzz.txt
+	@$(PIP) --requirement requirements-fuzz.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime

@@ -37,7 +37,7 @@ class Queue(Protocol):
         """Close everything that is still on its way."""
 
 
-class _Segment:
+class Segment:
     def __init__(self, data: bytes, fds: list[Fd]) -> None:
         self.data = data
         self.fds = fds
@@ -51,7 +51,7 @@ class FakeQueue:
     """
 
     def __init__(self) -> None:
-        self._segments: deque[_Segment] = deque()
+        self._segments: deque[Segment] = deque()
         #: How many more descriptors this process may have; None: any number.
         self.room: int | None = None
 
@@ -59,7 +59,7 @@ class FakeQueue:
         assert data
         passed = [Fd(os.dup(number)) for number in fds]
         for at in range(0, len(data), BUFFER_BYTES):
-            self._segments.append(_Segment(data[at : at + BUFFER_BYTES], passed))
+            self._segments.append(Segment(data[at : at + BUFFER_BYTES], passed))
             passed = []
 
     def peek(self) -> tuple[bytes, bool]:

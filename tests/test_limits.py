@@ -37,21 +37,25 @@ async def _refused(wire: Wire, desc: str) -> None:
 )
 async def test_descriptors(option: str, desc: str, path: Path) -> None:
     """Those of getfd count as well; what is given back makes room."""
-    with daemon_process(path, option, "3"), pipes(3) as made:
-        with await Wire.session(path) as wire, await Wire.session(path) as other:
-            value(await wire.call("add-fd", None, made[:1]))
-            value(await other.call("getfd", {"fdname": "n"}, made[1:2]))
-            reply = await wire.call("add-fds", None, made[:2])
-            assert reply["error"]["desc"] == desc  # all or nothing
-            value(await wire.call("add-fd", None, made[2:]))
-            await _refused(wire, desc)
-            # One of that name was there before: it takes its place.
-            value(await other.call("getfd", {"fdname": "n"}, made[:1]))
-            value(await other.call("closefd", {"fdname": "n"}))
-            value(await wire.call("add-fd", {"fdset-id": 0}, made[:1]))
-            await _refused(wire, desc)
-            value(await wire.call("remove-fd", {"fdset-id": 0}))
-            value(await wire.call("add-fds", None, made[:2]))
+    with (
+        daemon_process(path, option, "3"),
+        pipes(3) as made,
+        await Wire.session(path) as wire,
+        await Wire.session(path) as other,
+    ):
+        value(await wire.call("add-fd", None, made[:1]))
+        value(await other.call("getfd", {"fdname": "n"}, made[1:2]))
+        reply = await wire.call("add-fds", None, made[:2])
+        assert reply["error"]["desc"] == desc  # all or nothing
+        value(await wire.call("add-fd", None, made[2:]))
+        await _refused(wire, desc)
+        # One of that name was there before: it takes its place.
+        value(await other.call("getfd", {"fdname": "n"}, made[:1]))
+        value(await other.call("closefd", {"fdname": "n"}))
+        value(await wire.call("add-fd", {"fdset-id": 0}, made[:1]))
+        await _refused(wire, desc)
+        value(await wire.call("remove-fd", {"fdset-id": 0}))
+        value(await wire.call("add-fds", None, made[:2]))
 
 
 @pytest.mark.parametrize(
@@ -62,38 +66,45 @@ async def test_descriptors(option: str, desc: str, path: Path) -> None:
     ],
 )
 async def test_connections(option: str, desc: str, path: Path) -> None:
-    with daemon_process(path, option, "2"):
-        with await Wire.session(path) as one, await Wire.session(path) as two:
-            for _ in range(3):
-                with await Wire.connect(path) as three:
-                    [told] = await three.rest()
-                    assert (error(told), told["error"]["desc"]) == ("GenericError", desc)
-            stats = value(await one.call("query-stats"))
-            assert (stats["connections"], stats["connections-refused"]) == (2, 3)
-            two.close()
-            while value(await one.call("query-stats"))["connections"] == 2:
-                pass
-            with await Wire.session(path) as four:
-                assert value(await four.call("query-name")) == {}
+    with (
+        daemon_process(path, option, "2"),
+        await Wire.session(path) as one,
+        await Wire.session(path) as two,
+    ):
+        for _ in range(3):
+            with await Wire.connect(path) as three:
+                [told] = await three.rest()
+                assert (error(told), told["error"]["desc"]) == ("GenericError", desc)
+        stats = value(await one.call("query-stats"))
+        assert (stats["connections"], stats["connections-refused"]) == (2, 3)
+        two.close()
+        while value(await one.call("query-stats"))["connections"] == 2:
+            pass
+        with await Wire.session(path) as four:
+            assert value(await four.call("query-name")) == {}
 
 
 async def test_bytes_of_a_request(path: Path) -> None:
-    with daemon_process(path, "--max-request-bytes", "1024"):
-        with await Wire.session(path) as wire:
-            fits = request("remove-fd", {"fdset-id": 0, "fd": 1})
-            assert "not found" in (await wire.call("remove-fd", {"fdset-id": 0}))["error"]["desc"]
-            wire.send(b'"' + b"x" * 1100 + b'"\n\x1b' + fits)
-            assert "limit exceeded" in (await wire.reply())["error"]["desc"]
-            while error(reply := await wire.reply()) != "FdNotFound":
-                assert error(reply) == "GenericError"
+    with (
+        daemon_process(path, "--max-request-bytes", "1024"),
+        await Wire.session(path) as wire,
+    ):
+        fits = request("remove-fd", {"fdset-id": 0, "fd": 1})
+        assert "not found" in (await wire.call("remove-fd", {"fdset-id": 0}))["error"]["desc"]
+        wire.send(b'"' + b"x" * 1100 + b'"\n\x1b' + fits)
+        assert "limit exceeded" in (await wire.reply())["error"]["desc"]
+        while error(reply := await wire.reply()) != "FdNotFound":
+            assert error(reply) == "GenericError"
 
 
 async def test_time_to_take_a_reply(path: Path) -> None:
-    with daemon_process(path, "--write-timeout", "0.2") as process:
-        with await Wire.session(path) as wire:
-            wire.send(request("query-qmp-schema") * 200)
-            process.await_line(lambda line: "does not take its replies" in line)
-            await wire.drain()
+    with (
+        daemon_process(path, "--write-timeout", "0.2") as process,
+        await Wire.session(path) as wire,
+    ):
+        wire.send(request("query-qmp-schema") * 200)
+        process.await_line(lambda line: "does not take its replies" in line)
+        await wire.drain()
     assert " uid 0 does not take its replies" in process.log[-1]
 
 
@@ -152,7 +163,7 @@ async def test_who_asks_is_not_idle(path: Path, autojump_clock: MockClock) -> No
 async def test_nobody_is_idle_by_default(path: Path, autojump_clock: MockClock) -> None:
     async with daemon(path):
         with await Wire.session(path) as wire:
-            await trio.sleep(1e6)
+            await trio.sleep(80_000)
             assert value(await wire.call("query-name")) == {}
 
 
@@ -169,9 +180,11 @@ async def test_opaque_text_in_all(path: Path) -> None:
             async def call(name: str, arguments: dict[str, object]) -> dict[str, object]:
                 sent = request(name, arguments)
                 wire.send(sent[:1], made)
+                reply: dict[str, object] = {}
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(wire.send_all, sent[1:])
-                    return await wire.reply()
+                    reply = await wire.reply()
+                return reply
 
             for number in range(most):
                 if number % 2:

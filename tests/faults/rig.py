@@ -166,10 +166,9 @@ class Rig:
         words = Path(f"/proc/{self.daemon.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
-    def closes_pending(self) -> int:
+    def closes_pending(self, caller: Caller) -> int:
         """How many closes the daemon has under way."""
-        with Caller(self.path) as caller:
-            return int(value(caller.call("query-stats"))["closes-pending"])
+        return int(value(caller.call("query-stats"))["closes-pending"])
 
 
 def _close(number: int) -> None:
@@ -260,7 +259,11 @@ def _once(path: Path, scenario: Scenario, *options: str) -> dict[str, dict[str, 
 
         def restored() -> bool:
             _clean_up(path)  # what the dead had sent is carried out, and may have added something
-            return sorted(open_fds(pid).values()) == sorted(before.values())
+            for _ in range(20):  # until the daemon has seen that we are gone
+                if sorted(open_fds(pid).values()) == sorted(before.values()):
+                    return True
+                time.sleep(0.005)
+            return False
 
         until(restored, f"only {before} are left")
         growth = memory(pid, "VmHWM") - size

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import request, value
 
 from .attacks import STREAMS
 from .rig import SECONDS, Rig, unharmed
@@ -36,6 +37,21 @@ def test_never_read(kind: str, path: Path) -> None:
         # What a client had sent when it died is carried out all the same, which takes its time.
         rig.attack(f"deaf:{kind}", {"closers": 6, "watching": 6}.get(kind, 50))
         time.sleep(SECONDS)
+
+    unharmed(path, scenario)
+
+
+def test_never_read_long_listings(path: Path) -> None:
+    """Megabytes for each: not all of them can wait for as long as they like."""
+
+    def scenario(rig: Rig) -> None:
+        caller = rig.caller()
+        for _ in range(40):
+            value(caller.call("add-fd", {"opaque": "x" * 50_000}, [0]))
+        for _ in range(80):
+            rig.caller().send(request("query-fdsets"))
+        time.sleep(SECONDS)
+        assert len(value(caller.call("query-fdsets"))) == 40
 
     unharmed(path, scenario)
 

@@ -1,0 +1,133 @@
+"""What is fuzzed: a server's end of a connection, given any bytes, splits and descriptors.
+
+No system call is made: the kernel's queue is the fake that passes the kernel's own tests
+(``kernel.py``), and the descriptors are numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from typing import Any
+
+from kernel import BUFFER_BYTES, FakeQueue, Segment, read_once
+from outcome import Error, Value
+
+from qmpfd.commands import VERSION, VOCABULARY
+from qmpfd.errors import QMPError
+from qmpfd.fd import Fd
+from qmpfd.limits import MAX_ERRORS_IN_A_ROW, SCM_MAX_FD
+from qmpfd.protocol import Request, ServerConnection
+
+#: What one send carries: its bytes, and how many descriptors.
+Send = tuple[bytes, int]
+
+
+class Number(Fd):
+    """A descriptor that is none."""
+
+    __slots__ = ("tag",)
+
+    def __init__(self, tag: int) -> None:
+        super().__init__(1 << 20)
+        self.tag = tag
+
+    def close(self) -> None:
+        self._number = -1
+
+
+class Queue(FakeQueue):
+    """Carries :class:`Number`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed: list[Number] = []
+
+    def put(self, data: bytes, count: int) -> None:
+        """Queue *data*, with so many descriptors."""
+        numbers = [Number(len(self.passed) + each) for each in range(count)]
+        self.passed += numbers
+        for at in range(0, len(data), BUFFER_BYTES):
+            piece: list[Fd] = [*numbers] if not at else []
+            self._segments.append(Segment(data[at : at + BUFFER_BYTES], piece))
+
+
+def sends_of(text: bytes, dice: random.Random) -> list[Send]:
+    """*text* in pieces of any size, some of them with descriptors."""
+    sends = []
+    most = dice.choice((1, 3, 20, 200, 1 << 20))
+    while text:
+        size = dice.randint(1, most)
+        count = dice.choice((0, 0, 0, 1, 1, 2, 5, SCM_MAX_FD)) if dice.random() < 0.5 else 0
+        sends.append((text[:size], count))
+        text = text[size:]
+    return sends
+
+
+def converse(sends: list[Send], reads: random.Random | None) -> tuple[list[Any], list[list[int]]]:
+    """Send that to a connection; its replies, and the descriptors that each request got.
+
+    Args:
+        sends: what is sent.
+        reads: when the daemon reads in between; None: after each send.
+    """
+    queue = Queue()
+    connection = ServerConnection(VOCABULARY, max_request_bytes=4096)
+    connection.greeting(VERSION)
+    replies: list[Any] = []
+    claimed: list[list[int]] = []
+    taken: list[Fd] = []
+
+    def read() -> None:
+        while read_once(queue, connection):
+            for request, request_id, fds in connection.requests():
+                if isinstance(request, Request):
+                    name = VOCABULARY.names[type(request)]
+                    result: Value[object] | Error = Value(name)
+                    if name == "qmp_capabilities":
+                        try:
+                            connection.negotiate([])
+                        except QMPError as exc:
+                            result = Error(exc)
+                    claimed.append([fd.tag for fd in fds if isinstance(fd, Number)])
+                else:
+                    assert isinstance(request.error, QMPError)
+                    result = request
+                    assert not fds
+                taken.extend(fds)
+                reply = connection.reply(result, request_id)
+                assert reply.isascii()
+                assert reply.endswith(b"\r\n")
+                assert reply.count(b"\n") == 1
+                replies.append(json.loads(reply))
+            waiting = len(queue.passed) - len(taken) - len(connection.garbage)
+            unread = sum(len(segment.fds) for segment in queue._segments)
+            assert waiting - unread <= 2 * SCM_MAX_FD
+
+    for data, count in sends:
+        queue.put(data, count)
+        if reads is None or reads.random() < 0.3:
+            read()
+    read()
+    connection.close()
+    ended = Counter(id(fd) for fd in [*taken, *connection.garbage])
+    assert ended == Counter(map(id, queue.passed)), "a descriptor was lost, or has two owners"
+    for number in queue.passed:
+        number.close()
+    return replies, claimed
+
+
+def check(data: bytes) -> None:
+    """Whatever the peer sends and however it is read: no crash, one owner for each descriptor, and
+    the same answers.
+    """
+    dice = random.Random(data[:2])
+    text = b'{"execute":"qmp_capabilities"}' * (dice.random() < 0.9) + data[2:]
+    sends = sends_of(text, dice)
+    replies, claimed = converse(sends, None)
+    for _ in range(2):
+        if sum("error" in reply for reply in replies) >= MAX_ERRORS_IN_A_ROW:
+            return  # a flood is answered once a read
+        again = converse(sends, random.Random(dice.random()))
+        assert again == (replies, claimed), "it depends on when it is read"
