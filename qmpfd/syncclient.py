@@ -227,10 +227,7 @@ class SyncClient:
 
     def detach(self) -> socket.socket:
         """Give the connection up: the caller owns the socket that is returned."""
-        sock = self._sock
-        self._sock = socket.socket(fileno=sock.detach())
-        given, self._sock = self._sock, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        return given
+        return socket.socket(fileno=self._sock.detach())
 
     def close(self) -> None:
         """Close the connection."""

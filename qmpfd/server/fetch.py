@@ -19,10 +19,7 @@ from pathlib import Path
 from ..fd import Fd, close_all, receive
 from ..limits import SCM_MAX_FD, TAKEOVER_FORMAT
 from ..syncclient import NoDaemon, SyncClient
-from .state import SavedState, decode
-
-#: What is said once the state has gone over: one byte each.
-NEXT, CONFIRM, DONE = b"n", b"c", b"d"
+from .state import CONFIRM, DONE, NEXT, SavedState, decode
 
 
 class Inheritance:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("qmpfd")
 
-_NEXT, _CONFIRM, _DONE, _REFUSED = b"n", b"c", b"d", b"x"
-
 
 async def hand_over(server: Server, newcomer: Session, stream: FdStream) -> bool:
     """Hand everything over to the client of *newcomer*; whether that is done.
@@ -47,14 +45,14 @@ async def hand_over(server: Server, newcomer: Session, stream: FdStream) -> bool
                 _log.info("pid %d takes over", newcomer.peer.pid)
                 if await _send_all(server, others, newcomer, stream):
                     server.leave()
-                    await stream.send_all(_DONE)
+                    await stream.send_all(saved.DONE)
                     return True
             finally:
                 server.lock.release()
         server.takeover_scope = None
         _log.warning("pid %d has not taken over: going on", newcomer.peer.pid)
         with suppress(trio.BrokenResourceError):
-            stream.send_nowait(_REFUSED)
+            stream.send_nowait(saved.REFUSED)
         return False
 
 
@@ -70,10 +68,10 @@ async def _send_all(
         await newcomer.reply_to_takeover(memory)
     try:
         for start in range(0, len(fds), SCM_MAX_FD):
-            if await _hear(stream) != _NEXT:
+            if await _hear(stream) != saved.NEXT:
                 return False
             await stream.send_all(b"f", fds[start : start + SCM_MAX_FD])
-        return await _hear(stream) == _CONFIRM
+        return await _hear(stream) == saved.CONFIRM
     except (trio.BrokenResourceError, OSError):
         return False
 

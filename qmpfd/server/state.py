@@ -12,6 +12,10 @@ from msgspec import Struct
 
 from ..limits import TAKEOVER_FORMAT
 
+#: What is said once the state has gone over, one byte each: the newcomer asks for more descriptors
+#: and confirms, the old daemon says that it has let go, or that it has not.
+NEXT, CONFIRM, DONE, REFUSED = b"n", b"c", b"d", b"x"
+
 
 class SavedFd(Struct, forbid_unknown_fields=True):
     """A stored descriptor.
