@@ -56,10 +56,11 @@ class InboxState(NamedTuple):
 class _Piece:
     """What one read gives."""
 
-    __slots__ = ("dropped", "ends_segment", "fds", "inside_message", "messages")
+    __slots__ = ("dropped", "ends_segment", "fds", "inside_message", "last_takes", "messages")
 
-    def __init__(self, messages: list[Any]) -> None:
+    def __init__(self, messages: list[Any], last_takes: int = 0) -> None:
         self.messages = messages
+        self.last_takes = last_takes  # descriptors, at most, and no other message takes any
         self.fds = _NO_FDS
         self.dropped = False
         self.ends_segment = False  # the segment that descriptors came with ends with this piece
@@ -122,7 +123,11 @@ class Inbox:
         size = len(data)
         quick = self._by_chunk(data, fds_follow)
         if quick is not None:
-            lengths = self._cut_last(quick, data) if fds_follow else self._whole(quick, size)
+            if fds_follow:
+                lengths = self._cut_last(quick, data)
+                size = lengths[0]
+            else:
+                lengths = self._whole(quick, size)
         else:
             found, size = self._messages(data, fds_follow)
             if fds_follow:
@@ -132,28 +137,25 @@ class Inbox:
         self._unread = len(data) - size
         if in_segment:
             self._segment_left = self._unread
-        if (in_segment or fds_follow) and not self._unread:
+        if (in_segment or fds_follow) and not self._unread and self._pieces:
             self._pieces[-1].ends_segment = True
             self._pieces[-1].inside_message = not self._idle or bool(self._line)
         return lengths
 
     def _whole(self, values: list[Any], size: int) -> list[int]:
         """All that was read is one piece: no descriptors come with it."""
-        self._pieces.append(_Piece(values))
-        self._attached = len(self._pieces)
+        if values or self._pieces or self._unclaimed.waits:
+            self._pieces.append(_Piece(values))
+            self._attached = len(self._pieces)
         return [size]
 
     def _cut_last(self, values: list[Any], data: bytes) -> list[int]:
         """Cut what was read behind the last message, the only one that may take descriptors: they
-        may have come with the blank behind it.
+        may have come with the blank behind it.  That is left to be read with what follows.
         """
         self._attached = len(self._pieces)
-        self._pieces.append(_Piece(values))
-        end = len(data.rstrip(_WHITESPACE))
-        if end in (0, len(data)) or not values:
-            return [len(data)]
-        self._pieces.append(_Piece([]))
-        return [end, len(data) - end]
+        self._pieces.append(_Piece(values, self._wanted(values[-1]) if values else 0))
+        return [len(data.rstrip(_WHITESPACE)) or len(data)]
 
     def _cut(self, messages: list[_Found], size: int) -> list[int]:
         """Cut what was read behind each message for which it matters; the pieces' lengths."""
@@ -238,6 +240,11 @@ class Inbox:
 
     # -- out -----------------------------------------------------------------------------------
 
+    @property
+    def has_news(self) -> bool:
+        """Whether something has come that :meth:`messages` has to look at."""
+        return bool(self._pieces)
+
     def messages(self) -> list[Message]:
         """The complete messages, each with its descriptors, in the order in which they came.
 
@@ -245,8 +252,18 @@ class Inbox:
         any more whom they were for.
         """
         unclaimed, wanted = self._unclaimed, self._wanted
+        pieces, self._pieces, self._attached = self._pieces, [], 0
         found: list[Message] = []
-        for piece in self._pieces:
+        if len(pieces) == 1 and not unclaimed.waits:
+            (piece,) = pieces
+            if not piece.dropped and len(piece.fds) <= piece.last_takes:
+                # As nearly always: nothing waits, and nothing will.
+                self._segment_left = 0
+                found += [(value, _NO_FDS, False) for value in piece.messages]
+                if piece.fds:
+                    found[-1] = (piece.messages[-1], piece.fds, False)
+                return found
+        for piece in pieces:
             if piece.fds or piece.dropped:
                 unclaimed.arrive(piece.fds, piece.dropped)
             for value in piece.messages:
@@ -260,7 +277,6 @@ class Inbox:
                 unclaimed.message_ended()
             if piece.ends_segment:
                 unclaimed.segment_ended(inside_message=piece.inside_message)
-        self._pieces, self._attached = [], 0
         return found
 
     def snapshot(self) -> InboxState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,13 +17,14 @@ from ..errors import GenericError, QMPError
 from ..fd import Fd
 from ..fdsets import Peer
 from ..limits import (
+    HELD_REPLY_BYTES,
     LOCK_TIMEOUT,
     MAX_FDS_A_TURN,
     NEGOTIATION_TIMEOUT,
     REPLY_BYTES_A_TURN,
 )
 from ..policy import Access
-from ..protocol import Received, Request, ServerConnection, State
+from ..protocol import Request, ServerConnection, State
 from ..protocol.encode import encode
 from ..protocol.inbox import InboxState
 from ..protocol.parser import ParserState
@@ -107,8 +108,7 @@ class Session:
             with self._scope:
                 if self._connection.state is State.CONNECTED:
                     self.outbox.put(self._connection.greeting(VERSION))
-                if self.outbox.unsent:
-                    await self.outbox.flush()
+                await self.outbox.send()
                 await self._serve()
             if self._scope.cancelled_caught:
                 if self._farewell is None:
@@ -178,8 +178,7 @@ class Session:
         await self._server.until_thawed()
         self._share.resume()
         self._parked = False
-        if self.outbox.unsent:
-            await self.outbox.flush(self._share)
+        await self.outbox.send(self._share)
 
     def thaw(self) -> None:
         """The daemon is no longer frozen: see to it that what is unsent is sent."""
@@ -190,8 +189,8 @@ class Session:
         try:
             await hand_over(self._server, self, self._stream)
         except QMPError as exc:
-            reply = self._connection.reply(Error(exc), self._takeover_id)
-            await self.outbox.send(reply)
+            self.outbox.put(self._connection.reply(Error(exc), self._takeover_id))
+            await self.outbox.send()
 
     async def reply_to_takeover(self, memory: Fd) -> None:
         """Answer the request for a takeover, with the daemon's state."""
@@ -245,133 +244,137 @@ class Session:
         self._context.watch(saved.watching)
         self._since -= saved.idle
         for data, count in saved.unsent:
-            self.outbox.unsent.append((data, list(islice(fds, count))))
+            self.outbox.put(data, list(islice(fds, count)))
 
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        share = self._share
+        stream, outbox = self._stream, self.outbox
+        context, share = self._context, self._share
         while True:
             if share.over:
+                await outbox.send(share)
                 await share.next_turn()
             if self._server.is_frozen:
                 await self._park()
-            try:
-                more = self._stream.receive_nowait(self._connection)
-            except trio.WouldBlock:
-                if self._server.stopping:
+            came = stream.receive_nowait(self._connection)
+            if came:
+                await self._answer()
+                if context.takes_over:
+                    await self._hand_over()
                     return
-                self._waiting = True
-                share.pause()
-                await self._stream.wait_readable()
-                share.resume()
-                self._waiting = False
-                continue
-            if not more:
+                # While more is there, replies wait: one write for all of them.
+                if context.quitting or outbox.size > HELD_REPLY_BYTES or not stream.has_more():
+                    outbox.push()
+                    if outbox.unsent:
+                        await outbox.send(share)
+                if not context.quitting:
+                    continue
+            if outbox.unsent:
+                await outbox.send(share)
+            if came is not None or self._server.stopping:
                 return
-            await self._answer()
-            if self._context.quitting:
-                return
-            if self._context.takes_over:
-                await self._hand_over()
-                return
+            self._waiting = True
+            share.pause()
+            await stream.wait_readable()
+            share.resume()
+            self._waiting = False
 
     async def _serve_rest(self) -> None:
-        try:
-            while not self._context.quitting and self._stream.receive_nowait(self._connection):
-                await self._answer()
-        except trio.WouldBlock:
-            pass
+        while not self._context.quitting and self._stream.receive_nowait(self._connection):
+            await self._answer()
+        await self.outbox.send()
 
     async def _answer(self) -> None:
-        """Carry out the complete requests and send the replies, in as few writes as possible."""
-        # Closed in any case: what it has not given yet may come with descriptors.
-        with closing(self._connection.requests()) as requests:
-            finished = False
-            while not finished:
-                await self._server.enter()
-                batches: list[_Batch] = []
-                try:
-                    finished = self._carry_out(requests, batches)
-                finally:
-                    self._server.lock.release()
+        """Carry out the requests that are complete; the replies are to be sent."""
+        connection, outbox, lock = self._connection, self.outbox, self._server.lock
+        while connection.has_news:
+            if lock.locked():
+                await lock.acquire()
+            else:
+                lock.acquire_nowait()
+            batches: list[_Batch] = []
+            try:
+                self._carry_out(batches)
+            finally:
+                lock.release()
+            if connection.garbage:
                 try:
                     # Before the replies: what is removed is closed once its client has read so.
                     self._close_garbage(_CLOSES_A_STEP)
-                    while self._connection.garbage:  # a whole set, perhaps
+                    while connection.garbage:  # a whole set, perhaps
                         if self._share.over:
                             await self._share.next_turn()
                         self._close_garbage(_CLOSES_A_STEP)
                 except BaseException:
                     for _, fds in batches:
-                        self._connection.garbage += fds
+                        connection.garbage += fds
                     raise
-                for data, fds in batches:
-                    self.outbox.put(data, fds)
-                if self.outbox.unsent and not self._server.is_frozen:
-                    await self.outbox.flush(self._share)
-                if not finished and self._share.over:
+            for data, fds in batches:
+                outbox.put(data, fds)
+            if self._context.quitting or self._context.takes_over:
+                return
+            if connection.has_news:
+                await outbox.send(self._share)
+                if self._share.over:
                     await self._share.next_turn()
 
-    def _carry_out(self, requests: Iterator[Received], batches: list[_Batch]) -> bool:
-        """Carry out requests; whether that was all, or else it is time to send the replies.
+    def _carry_out(self, batches: list[_Batch]) -> None:
+        """Carry out requests: all there are, or until it is time to send the replies.
 
         Args:
-            requests: what is to be done.
             batches: where the replies go.  One that carries descriptors begins a batch: they
                 arrive with its first byte, and so with that reply and no other.
         """
         connection, context, share = self._connection, self._context, self._share
+        errors = context.daemon.stats.errors
         replies: list[bytes] = []
-        size = passed = count = 0
-        finished = True
+        size = passed = steps = 0
+        asked = False
         log = _log.isEnabledFor(logging.DEBUG)
-        for steps, (request, request_id, fds) in enumerate(requests, 1):
+        for request, request_id, fds in connection.requests():
+            steps += 1
             came = len(fds)
             result: Outcome[object]
-            if isinstance(request, Error):
+            if type(request) is Error:
                 result = request
             else:
                 result = execute(context, request, fds)
-                count += 1
-            if isinstance(result, Error):
+                asked = True
+            if type(result) is Error:
                 assert isinstance(result.error, QMPError)
-                context.daemon.stats.errors[result.error.error_class] += 1
+                errors[result.error.error_class] += 1
             if log:
                 self._log(request, result)
             if context.takes_over:
                 self._takeover_id = request_id
                 break
             # Nobody reads what a deaf client is told.
-            deaf = self.outbox.deaf
-            reply = b"" if deaf else connection.reply(result, request_id)
-            if deaf:
-                connection.garbage += context.passed
+            reply = b"" if self.outbox.deaf else connection.reply(result, request_id)
+            if context.passed:
+                if self.outbox.deaf:
+                    connection.garbage += context.passed
+                else:
+                    if replies:
+                        batches.append((b"".join(replies), []))
+                        replies = []
+                    batches.append((reply, context.passed))
+                    passed += len(context.passed)
                 context.passed = []
-            elif context.passed:
-                if replies:
-                    batches.append((b"".join(replies), []))
-                    replies = []
-                batches.append((reply, context.passed))
-                passed += len(context.passed)
-                context.passed = []
-            else:
+            elif reply:
                 replies.append(reply)
             size += len(reply)
-            if context.quitting:
-                break
             if (
-                size > REPLY_BYTES_A_TURN
+                context.quitting
+                or size > REPLY_BYTES_A_TURN
                 or passed > MAX_FDS_A_TURN
                 or ((came or not steps & 3 or len(reply) > _LONG_REPLY) and share.over)
             ):
-                finished = False
                 break
         if replies:
-            batches.append((b"".join(replies), []))
-        if count:
+            batches.append((replies[0] if len(replies) == 1 else b"".join(replies), []))
+        if asked:
             self._since = trio.current_time()
-        return finished
 
     def _log(self, request: Request | Error, result: Outcome[object]) -> None:
         """Say who asked for what, and what became of it."""
@@ -403,10 +406,10 @@ class Session:
         """Send the events that wait, then end: a connection that is told nothing has no task."""
         try:
             with scope:
-                if self.outbox.unsent:
-                    await self.outbox.flush()
+                await self.outbox.send()
                 while self._context.events is not None and (data := self._context.events.take()):
-                    await self.outbox.send(data)
+                    self.outbox.put(data)
+                    await self.outbox.send()
         except Exception:  # noqa: BLE001 - as in run
             _log.exception("events could not be sent")
             self.outbox.cut_off()
