@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 #: some got lost.
 Message: TypeAlias = "tuple[Any, list[Fd], bool]"
 
-#: Decodes a chunk of whole messages at once; None where only the careful parser can tell.
+#: Decodes a chunk of whole messages at once; None where only the careful parser can tell.  A server's
+#: gives requests, whose ``takes`` says how many descriptors each takes at most.
 ChunkDecoder: TypeAlias = "Callable[[bytes], list[Any] | None]"
 
 #: A value, or its error, and where it ends in the bytes that were seen.
@@ -54,17 +55,16 @@ class InboxState(NamedTuple):
 
 
 class _Piece:
-    """What one read gives."""
+    """What one read gives: messages, and the descriptors that came with it."""
 
-    __slots__ = ("dropped", "ends_segment", "fds", "inside_message", "last_takes", "messages")
+    last_takes = 0  # descriptors, at most, and no other message of it takes any
+    fds = _NO_FDS
+    dropped = False
+    ends_segment = False  # the segment that descriptors came with ends with this piece
+    inside_message = False  # and does so in the middle of a message
 
-    def __init__(self, messages: list[Any], last_takes: int = 0) -> None:
+    def __init__(self, messages: list[Any]) -> None:
         self.messages = messages
-        self.last_takes = last_takes  # descriptors, at most, and no other message takes any
-        self.fds = _NO_FDS
-        self.dropped = False
-        self.ends_segment = False  # the segment that descriptors came with ends with this piece
-        self.inside_message = False  # and does so in the middle of a message
 
 
 class Inbox:
@@ -117,23 +117,26 @@ class Inbox:
             The lengths of the pieces in which to consume them: one :meth:`attach` for each.  They
             can come to less than *data*: the rest is looked at again next time.
         """
+        if not self._segment_left and not self._lines and self._idle:
+            requests = self._decode(data) if len(data) <= self._max_bytes else None
+            if requests is not None:
+                if not fds_follow:
+                    self._unread = 0
+                    return self._whole(requests, len(data))
+                if not any([request.takes for request in requests[:-1]]):
+                    return self._cut_last(requests, data)
+        return self._receive_carefully(data, fds_follow)
+
+    def _receive_carefully(self, data: bytes, fds_follow: bool) -> list[int]:
+        """Where it matters where each message ends, or only the careful parser can tell."""
         in_segment = self._segment_left
         if in_segment:
             data = data[:in_segment]
-        size = len(data)
-        quick = self._by_chunk(data, fds_follow)
-        if quick is not None:
-            if fds_follow:
-                lengths = self._cut_last(quick, data)
-                size = lengths[0]
-            else:
-                lengths = self._whole(quick, size)
+        found, size = self._messages(data, fds_follow)
+        if fds_follow:
+            lengths = self._cut(found, size)
         else:
-            found, size = self._messages(data, fds_follow)
-            if fds_follow:
-                lengths = self._cut(found, size)
-            else:
-                lengths = self._whole([value for value, _ in found], size)
+            lengths = self._whole([value for value, _ in found], size)
         self._unread = len(data) - size
         if in_segment:
             self._segment_left = self._unread
@@ -149,13 +152,19 @@ class Inbox:
             self._attached = len(self._pieces)
         return [size]
 
-    def _cut_last(self, values: list[Any], data: bytes) -> list[int]:
-        """Cut what was read behind the last message, the only one that may take descriptors: they
+    def _cut_last(self, requests: list[Any], data: bytes) -> list[int]:
+        """Cut what was read behind the last request, the only one that may take descriptors: they
         may have come with the blank behind it.  That is left to be read with what follows.
         """
+        piece = _Piece(requests)
+        if requests:
+            piece.last_takes = requests[-1].takes
         self._attached = len(self._pieces)
-        self._pieces.append(_Piece(values, self._wanted(values[-1]) if values else 0))
-        return [len(data.rstrip(_WHITESPACE)) or len(data)]
+        self._pieces.append(piece)
+        length = len(data.rstrip(_WHITESPACE)) or len(data)
+        self._unread = len(data) - length
+        piece.ends_segment = not self._unread
+        return [length]
 
     def _cut(self, messages: list[_Found], size: int) -> list[int]:
         """Cut what was read behind each message for which it matters; the pieces' lengths."""
@@ -194,17 +203,6 @@ class Inbox:
             return self._by_lines(data, fds_follow), len(data)
         data = data[:CAREFUL_BYTES]
         return list(self._feed(data)), len(data)
-
-    def _by_chunk(self, data: bytes, fds_follow: bool) -> list[Any] | None:
-        """All messages of a chunk that holds nothing but whole ones; None where it does not, or
-        where it matters where each of them ends: descriptors come, and not just the last takes one.
-        """
-        if self._lines or not self._idle or len(data) > self._max_bytes:
-            return None
-        values = self._decode(data)
-        if values is None or (fds_follow and any(map(self._wanted, values[:-1]))):
-            return None
-        return values
 
     def _by_lines(self, data: bytes, fds_follow: bool) -> list[_Found]:
         """The messages of whole lines; an incomplete one is kept until the rest of it comes."""
@@ -259,7 +257,7 @@ class Inbox:
             if not piece.dropped and len(piece.fds) <= piece.last_takes:
                 # As nearly always: nothing waits, and nothing will.
                 self._segment_left = 0
-                found += [(value, _NO_FDS, False) for value in piece.messages]
+                found = [(value, _NO_FDS, False) for value in piece.messages]
                 if piece.fds:
                     found[-1] = (piece.messages[-1], piece.fds, False)
                 return found

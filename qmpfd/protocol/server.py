@@ -151,10 +151,10 @@ class ServerConnection(Connection):
     def reply(self, result: Outcome[object], request_id: Any) -> bytes:
         """The reply to a request: its result, or its QMPError."""
         if type(result) is Value:
-            body = b'"return": ' + encode(result.value)
+            returned = encode(result.value)
             if request_id is UNSET:
-                return b"{" + body + b"}\r\n"
-            return b"{" + body + b', "id": ' + encode_any(request_id) + b"}\r\n"
+                return b'{"return": %b}\r\n' % returned
+            return b'{"return": %b, "id": %b}\r\n' % (returned, encode_any(request_id))
         assert isinstance(result, Error)
         error = result.error
         assert isinstance(error, QMPError)

@@ -53,7 +53,7 @@ class Outbox:
         """
         if self.deaf:
             self._discard(fds or [])
-        else:
+        elif data:
             self.unsent.append((data, fds or []))
             self.size += len(data)
 
@@ -78,7 +78,7 @@ class Outbox:
             return
         try:
             while self.unsent:
-                data, fds = self._next()
+                data, fds = self._next() if len(self.unsent) > 1 else self.unsent[0]
                 sent = self._stream.send_nowait(data, fds)
                 self._sent(data, fds, sent)
                 if sent < len(data):
@@ -91,11 +91,11 @@ class Outbox:
     def _next(self) -> tuple[bytes | memoryview, list[Fd]]:
         """What to send next: the first of what waits, and what can go with it."""
         unsent = self.unsent
-        if len(unsent) > 1:
-            together = [unsent.popleft()]
-            while unsent and not unsent[0][1]:
-                together.append(unsent.popleft())
-            unsent.appendleft((b"".join([data for data, _ in together]), together[0][1]))
+        first, fds = unsent.popleft()
+        together = [first]
+        while unsent and not unsent[0][1]:
+            together.append(unsent.popleft()[0])
+        unsent.appendleft((b"".join(together), fds))
         return unsent[0]
 
     def _sent(self, data: bytes | memoryview, fds: list[Fd], count: int) -> None:
@@ -106,7 +106,8 @@ class Outbox:
                 self.unsent[0] = memoryview(data)[count:], []
             else:
                 self.unsent.popleft()
-            self._discard(fds)
+            if fds:
+                self._discard(fds)
 
     async def _flush(self, share: Share | None) -> None:
         """Wait until the client has taken what waits; not if the daemon is frozen meanwhile."""
@@ -132,7 +133,7 @@ class Outbox:
 
     async def _wait_for_client(self) -> None:
         while self.unsent:
-            data, fds = self._next()
+            data, fds = self._next() if len(self.unsent) > 1 else self.unsent[0]
             self._sent(data, fds, await self._stream.send_some(data, fds))
 
     def freeze(self) -> None:

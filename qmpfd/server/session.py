@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import trio
@@ -42,9 +43,6 @@ _log = logging.getLogger("qmpfd")
 
 #: Descriptors that are closed in a row, at up to 5 us each.
 _CLOSES_A_STEP = 256
-
-#: Bytes of a reply that took long, so that it is time to look at the clock.
-_LONG_REPLY = 512
 
 #: Bytes to send in one go, and the descriptors that go with the first of them.
 _Batch: TypeAlias = "tuple[bytes, list[Fd]]"
@@ -93,7 +91,8 @@ class Session:
         )
         self._context = Context(server.daemon, self._connection, peer, access, self._wake)
         self._share = Share(server.turns)
-        self._since = trio.current_time()  # when it connected, or last asked something
+        self._since = trio.current_time()  # when it connected, or was last seen to have asked
+        self._asked = False  # something, since then
         self._farewell: QMPError | None = None  # why it is evicted
         self._scope = trio.CancelScope()
         self._waiting = False  # for the client; nothing of it is unanswered
@@ -146,6 +145,8 @@ class Session:
         """End if the client has not negotiated in time, or has asked nothing for too long."""
         if self._farewell is not None:
             return
+        if self._asked:
+            self._since, self._asked = now, False
         if self._connection.state is not State.COMMANDS:
             limit: float | None = NEGOTIATION_TIMEOUT
             desc = f"No 'qmp_capabilities' within {NEGOTIATION_TIMEOUT:g} s"
@@ -208,7 +209,7 @@ class Session:
         saved = SavedSession(
             peer=self.peer,
             groups=sorted(self.groups),
-            idle=now - self._since,
+            idle=0.0 if self._asked else now - self._since,
             state=connection.state,
             oob_enabled=connection.oob_enabled,
             errors_in_a_row=connection.errors_in_a_row,
@@ -289,15 +290,12 @@ class Session:
         """Carry out the requests that are complete; the replies are to be sent."""
         connection, outbox, lock = self._connection, self.outbox, self._server.lock
         while connection.has_news:
-            if lock.locked():
-                await lock.acquire()
-            else:
-                lock.acquire_nowait()
             batches: list[_Batch] = []
-            try:
+            if lock.locked():  # by somebody who waits for something meanwhile
+                async with lock:
+                    self._carry_out(batches)
+            else:  # and nobody gets a turn before this is over: there is no await in it
                 self._carry_out(batches)
-            finally:
-                lock.release()
             if connection.garbage:
                 try:
                     # Before the replies: what is removed is closed once its client has read so.
@@ -327,57 +325,49 @@ class Session:
                 arrive with its first byte, and so with that reply and no other.
         """
         connection, context, share = self._connection, self._context, self._share
-        errors = context.daemon.stats.errors
+        deaf, log = self.outbox.deaf, _log.isEnabledFor(logging.DEBUG)
         replies: list[bytes] = []
-        size = passed = steps = 0
+        size = passed = 0
         asked = False
-        log = _log.isEnabledFor(logging.DEBUG)
+        result: Outcome[object]
         for request, request_id, fds in connection.requests():
-            steps += 1
-            came = len(fds)
-            result: Outcome[object]
             if type(request) is Error:
                 result = request
             else:
                 result = execute(context, request, fds)
                 asked = True
-            if type(result) is Error:
-                assert isinstance(result.error, QMPError)
-                errors[result.error.error_class] += 1
-            if log:
-                self._log(request, result)
+            if log or type(result) is Error:
+                self._note(request, result)
             if context.takes_over:
                 self._takeover_id = request_id
                 break
             # Nobody reads what a deaf client is told.
-            reply = b"" if self.outbox.deaf else connection.reply(result, request_id)
-            if context.passed:
-                if self.outbox.deaf:
-                    connection.garbage += context.passed
-                else:
-                    if replies:
-                        batches.append((b"".join(replies), []))
-                        replies = []
-                    batches.append((reply, context.passed))
-                    passed += len(context.passed)
-                context.passed = []
-            elif reply:
-                replies.append(reply)
+            reply = b"" if deaf else connection.reply(result, request_id)
             size += len(reply)
+            if context.passed:
+                batches += (b"".join(replies), []), (reply, context.passed)
+                passed += len(context.passed)
+                replies, context.passed = [], []
+            else:
+                replies.append(reply)
             if (
-                context.quitting
+                monotonic() > share.ends
+                or context.quitting
                 or size > REPLY_BYTES_A_TURN
                 or passed > MAX_FDS_A_TURN
-                or ((came or not steps & 3 or len(reply) > _LONG_REPLY) and share.over)
             ):
                 break
-        if replies:
-            batches.append((replies[0] if len(replies) == 1 else b"".join(replies), []))
+        batches.append((b"".join(replies), []))
         if asked:
-            self._since = trio.current_time()
+            self._asked = True
 
-    def _log(self, request: Request | Error, result: Outcome[object]) -> None:
-        """Say who asked for what, and what became of it."""
+    def _note(self, request: Request | Error, result: Outcome[object]) -> None:
+        """Count errors, and say who asked for what, and what became of it."""
+        if isinstance(result, Error):
+            assert isinstance(result.error, QMPError)
+            self._context.daemon.stats.errors[result.error.error_class] += 1
+        if not _log.isEnabledFor(logging.DEBUG):
+            return
         name = None if isinstance(request, Error) else VOCABULARY.names[type(request)]
         arguments = None if isinstance(request, Error) else request.arguments
         told = result.error if isinstance(result, Error) else "done"
