@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import os
 import select
@@ -265,6 +266,24 @@ def test_more_than_there_are_threads(closer: Closer) -> None:
     while closer.pending:
         assert time.monotonic() < deadline
     assert all(fd.closed for fd in epolls + inotifies)
+
+
+def test_who_closes_starts_one_thread(closer: Closer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a while on a busy machine: the threads start each other."""
+    starters = []
+    start = _thread.start_new_thread
+
+    def noting(function: Callable[[], None], arguments: tuple[()]) -> int:
+        starters.append(_thread.get_ident())
+        return start(function, arguments)
+
+    monkeypatch.setattr("_thread.start_new_thread", noting)
+    inotifies = [Fd(number) for number in (_inotify() for _ in range(60)) if number >= 0]
+    closer.close(inotifies)
+    deadline = time.monotonic() + PATIENCE
+    while closer.pending:
+        assert time.monotonic() < deadline
+    assert starters.count(_thread.get_ident()) == 1
 
 
 def test_no_thread_to_be_had(closer: Closer, monkeypatch: pytest.MonkeyPatch) -> None:
