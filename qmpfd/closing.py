@@ -123,7 +123,7 @@ class _FileSystems:
             if rest.split()[0] in _LOCAL:
                 self._local.add((int(major), int(minor)))
 
-    def is_local(self, device: tuple[int, int]) -> bool:
+    def is_local(self, major: int, minor: int) -> bool:
         """Whether close is quick on the file system of these numbers."""
         now = monotonic()
         if now - self._looked_at > _LOOK_SECONDS:
@@ -131,7 +131,7 @@ class _FileSystems:
             # They can come to mean another file system (proc(5), /proc/PID/mounts).
             if self._changed.poll(0):
                 self._read()
-        return device in self._local
+        return (major, minor) in self._local
 
     def close(self) -> None:
         """Look no more."""
@@ -283,7 +283,7 @@ class Closer:
         found = status(number)
         if found is None:
             return True
-        nlink, mode, size, blocks, major, minor, *device = found
+        nlink, mode, size, blocks, major, minor, dev_major, dev_minor = found
         kind = stat.S_IFMT(mode)
         if kind == stat.S_IFCHR:
             return major not in _QUICK_MAJORS and (major, minor) != _PTMX
@@ -292,7 +292,7 @@ class Closer:
         # Memory can be reserved beyond the end of a file, and a file can be longer than it is big.
         if not nlink and (size > _SLOW_BYTES or blocks * 512 > _SLOW_BYTES):
             return True
-        if self._file_systems is not None and self._file_systems.is_local((device[0], device[1])):
+        if self._file_systems is not None and self._file_systems.is_local(dev_major, dev_minor):
             return False
         # Not mounted, or not here: the kernel's own tmpfs, if it is a memfd's.
         return not is_in_memory(number)
