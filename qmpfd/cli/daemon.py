@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -89,6 +90,8 @@ async def _main(
                 _log.info("took over: listening on %s", ", ".join(taken_over))
             for name in names:
                 _log.info("listening on %s", name)
+            if sys.stderr.isatty():
+                _log.info("Ctrl-C ends it; in another terminal, qmpfd status shows what it does")
             nursery.start_soon(_obey, server, policy_path, signals, nursery)
             nursery.start_soon(_report, server)
             limit = watchdog_interval()

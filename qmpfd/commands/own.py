@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections import Counter
 from math import ceil
@@ -15,6 +16,7 @@ from ..fdsets import FOREVER, FdSet, StoredFd, Terms
 from ..limits import INT64_MAX, SCM_MAX_FD
 from .context import Context
 from .fds import check_add
+from .peers import peers
 from .table import Table
 from .types import (
     NOTHING,
@@ -182,11 +184,12 @@ def watch_fdsets(context: Context, arguments: WatchFdsets) -> Nothing:
 
 @table.command("query-stats", Arguments, StatsInfo)
 def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
-    """Return the daemon's counters and gauges, and its limits."""
+    """Return the daemon's counters and gauges, its limits, and who is connected."""
     context.access.require("query")
     daemon = context.daemon
     stats, limits = daemon.stats, daemon.limits
     return StatsInfo(
+        pid=os.getpid(),
         uptime=int(daemon.clock() - stats.started_at),
         dialect=daemon.dialect,
         connections=stats.connections,
@@ -209,6 +212,7 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
             drain_timeout=int(limits.drain_timeout * 1000),
             idle_timeout=None if limits.idle_timeout is None else int(limits.idle_timeout * 1000),
         ),
+        peers=peers(context),
     )
 
 

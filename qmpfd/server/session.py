@@ -12,7 +12,7 @@ import trio
 from msgspec import UNSET, structs
 from outcome import Error, Outcome, Value
 
-from ..commands import NOTHING, VERSION, VOCABULARY, Context, execute
+from ..commands import NOTHING, VERSION, VOCABULARY, Client, Context, execute
 from ..errors import GenericError, QMPError
 from ..fd import Fd
 from ..fdsets import Peer
@@ -93,6 +93,7 @@ class Session:
         self._context = Context(server.daemon, self._connection, peer, access, self._wake)
         self._share = Share(server.turns)
         self._since = trio.current_time()  # when it connected, or last asked something
+        self._connected_at = self._since
         self._farewell: QMPError | None = None  # why it is evicted
         self._scope = trio.CancelScope()
         self._waiting = False  # for the client; nothing of it is unanswered
@@ -141,6 +142,16 @@ class Session:
     def change_access(self, access: Access) -> None:
         """The policy has changed: what the client may do from now on."""
         self._context.access = access
+
+    def about(self, now: float) -> Client:
+        """What others may be told of the client."""
+        return Client(
+            self.peer,
+            now - self._connected_at,
+            now - self._since,
+            self._context.fd_count,
+            self._context.events is not None,
+        )
 
     def evict_if_idle(self, now: float) -> None:
         """End if the client has not negotiated in time, or has asked nothing for too long."""
@@ -244,6 +255,7 @@ class Session:
             self._server.daemon.hold(self.peer.uid)
         self._context.watch(saved.watching)
         self._since -= saved.idle
+        self._connected_at = self._since
         for data, count in saved.unsent:
             self.outbox.unsent.append((data, list(islice(fds, count))))
 
