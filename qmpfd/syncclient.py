@@ -27,18 +27,18 @@ class NoDaemon(Exception):
 
 def _no_connection(path: str, error: OSError) -> str:
     """Why there is no connection, and what to do about it."""
-    start = f"start one: qmpfd serve --socket {path}"
+    start = f"name another, or start one: qmpfd serve --socket {path}"
     if isinstance(error, FileNotFoundError):
         return f"no daemon at {path}: {error.strerror} ({start})"
     if isinstance(error, ConnectionRefusedError):
         # Of any other file, too (unix(7)).
         if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
-            return f"no daemon at {path}: that is no socket (name another: --socket)"
+            return f"no daemon at {path}: that is no socket (name another)"
         return f"no daemon at {path}: the one that made it has ended ({start})"
     if isinstance(error, PermissionError):
         advice = "its owner can let you in: qmpfd serve --socket-mode, --policy"
     else:
-        advice = "name another: --socket"
+        advice = "name another"
     return f"cannot connect to {path}: {error.strerror or error} ({advice})"
 
 
@@ -231,9 +231,9 @@ class SyncClient:
             raise self._silent()
 
     def _silent(self) -> NoDaemon:
-        why = "it is stopped, or overloaded"
+        why = "stopped, or busy"
         if self._connection.state is State.CONNECTED:  # no greeting
-            why += ", or a QEMU that speaks with another client, or does not speak QMP"
+            why += ", or no QMP server, or a QEMU with another client"
         return NoDaemon(f"the daemon at {self._path} does not answer ({why}; see --timeout)")
 
     def detach(self) -> socket.socket:

@@ -93,13 +93,17 @@ def test_without_a_verb(capfd: pytest.CaptureFixture[str]) -> None:
         (["rm", "7"], "qmpfd ls shows"),
         (["add", "--fdset", "7", "/dev/null"], "without --fdset"),
         (["shell", "-c", "rm"], ""),
+        (["open"], "choose from"),
+        (["add", "--mode", "w", "/"], "--mode r only"),
+        (["add", "--fd", "99"], "qmpfd add --fd 99 99< FILE"),
+        (["push", "0", "--to", "/etc/passwd"], "no socket (name another)"),
     ],
 )
 def test_a_refusal_says_what_to_do(words: list[str], advice: str, path: Path) -> None:
     command = [sys.executable, "-m", "qmpfd", words[0], "--socket", str(path), *words[1:]]
     with daemon_process(path):
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ran.returncode == REFUSED
+    assert ran.returncode in (REFUSED, USAGE, NO_DAEMON)
     assert advice in ran.stderr
     assert ran.stderr.count("\n") == 1
 
@@ -227,6 +231,58 @@ def test_bash(tmp_path: Path, path: Path) -> None:
     with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
         client.execute("add-fd", {}, [null])
         assert bash_completes(file, "qmpfd", "rm", "", env=env) == ["0"]
+
+
+def test_bash_asks_the_daemon_that_the_line_names(tmp_path: Path, path: Path) -> None:
+    """Also behind ``--socket=``, which it cuts into three words; but it runs nothing for that."""
+    file = completion("bash", tmp_path)
+    env = {
+        "QMPFD_SOCKET": "/nowhere",
+        "HOME": str(path.parent),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
+        client.execute("add-fd", {}, [null])
+        for word in (str(path), f"'{path}'", f"~/{path.name}"):
+            for named in (["--socket", word], ["--socket", "=", word]):
+                assert bash_completes(file, "qmpfd", "rm", *named, "", env=env) == ["0"]
+        bad = f"$(touch {tmp_path}/run)"
+        assert bash_completes(file, "qmpfd", "rm", "--socket", bad, "", env=env) == []
+        assert not (tmp_path / "run").exists()
+    options = ("qmpfd", "rm", "--socket")
+    assert bash_completes(file, *options, f"{tmp_path}/compl") == [str(file)]
+    assert bash_completes(file, *options, "=", f"{tmp_path}/compl") == [str(file)]
+    assert "gzip" in bash_completes(file, "qmpfd", "exec", "0", "--", "gzi")
+    assert bash_completes(file, "qmpfd", "exec", "0", "--", "cat", f"{tmp_path}/c") == [str(file)]
+
+
+def test_fish(tmp_path: Path, path: Path) -> None:
+    if shutil.which("fish") is None:
+        pytest.skip("fish is not installed")
+    file = completion("fish", tmp_path)
+
+    def completes(line: str) -> list[str]:
+        ran = subprocess.run(
+            ["fish", "--no-config", "-c", f"source {file}; complete -C '{line}'"],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+            env={
+                **os.environ,
+                "QMPFD_SOCKET": "/nowhere",
+                "HOME": str(tmp_path),
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            },
+        )
+        return [each.partition("\t")[0] for each in ran.stdout.splitlines()]
+
+    assert completes("qmpfd sta") == ["status"]
+    with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
+        client.execute("add-fd", {}, [null])
+        assert completes("qmpfd rm ") == []
+        assert completes(f"qmpfd rm --socket {path} ") == ["0"]
+        assert completes(f"qmpfd rm --socket={path} ") == ["0"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

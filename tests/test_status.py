@@ -172,7 +172,7 @@ def test_nobody(path: Path) -> None:
         stale.bind(os.fspath(path))
     found, _, said = status(path)
     assert found == NO_DAEMON
-    assert f"has ended (start one: qmpfd serve --socket {path})" in said
+    assert f"has ended (name another, or start one: qmpfd serve --socket {path})" in said
     path.unlink()
     path.write_text("a file")
     found, _, said = status(path)

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..fd import Fd, close_all
@@ -155,8 +156,8 @@ def _replace_by(command: list[str]) -> int:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         os.execvp(command[0], command)
     except OSError as exc:
-        print_error = f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}\n"
-        os.write(2, print_error.encode())
+        with suppress(OSError):
+            os.write(2, f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}\n".encode())
         return _NOT_FOUND if isinstance(exc, FileNotFoundError) else _NOT_EXECUTABLE
 
 

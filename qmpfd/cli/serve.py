@@ -232,7 +232,20 @@ def leaf_exceptions(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseEx
             yield exc
 
 
+def _fill_standard_streams() -> None:
+    """Have something at 0 to 2, so that no socket is there, and what is said goes into it."""
+    filling = True
+    while filling:
+        fd = Fd(os.open(os.devnull, os.O_RDWR))
+        filling = fd.fileno() <= 2
+        if filling:
+            fd.detach()
+        else:
+            fd.close()
+
+
 def _serve(arguments: argparse.Namespace) -> int:
+    _fill_standard_streams()
     # Before Trio opens descriptors of its own, which nobody may mistake for inherited ones.
     listen_fds = take_listen_fds()
     initial = _take_inherited(arguments.add_fd)

@@ -21,7 +21,7 @@ def add_parsers(verbs: Subparsers) -> None:
     """Add ``status`` to the command line."""
     parser = verbs.add_parser(
         "status",
-        help="show whether the daemon is up, how full it is, who is connected, and its limits",
+        help="show whether the daemon is up, how full, and who is connected",
         description="Show whether the daemon is up, since when, how full it is, which limits it "
         "has, and who is connected.",
     )
