@@ -94,7 +94,8 @@ class Daemon:
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
         """A descriptor was stored: count it, and tell those who watch."""
         if stored.added_by is not None:
-            self.hold(stored.added_by.uid)
+            self.kept += 1
+            self.kept_of[stored.added_by.uid] += 1
         if stored.opaque:
             self.opaque_total += len(stored.opaque)
         if self.watchers:

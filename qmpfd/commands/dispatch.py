@@ -40,7 +40,7 @@ def execute(context: Context, request: Request, passed: list[Fd]) -> outcome.Out
     context.daemon.stats.commands[command.name] += 1
     if passed:
         context.connection.garbage += passed
-    if isinstance(result, outcome.Error) and not isinstance(result.error, QMPError):
+    if type(result) is outcome.Error and not isinstance(result.error, QMPError):
         # A fault of ours: told to the client as such, and to whoever runs the daemon in full.
         _log.error("%s failed", command.name, exc_info=result.error)
         return outcome.Error(GenericError(f"internal error in '{command.name}'"))

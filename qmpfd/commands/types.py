@@ -10,6 +10,7 @@ from typing import Literal
 from msgspec import UNSET, Struct, UnsetType
 
 from ..protocol import Int64
+from ..protocol.encode import Encoded
 
 
 class Arguments(Struct, forbid_unknown_fields=True, rename="kebab", gc=False):
@@ -362,7 +363,7 @@ class PeerStats(Result):
         gid: its group.
         connections: how many it has.
         age: seconds since it connected, or since this daemon took over.
-        idle: seconds since it asked something, or connected.
+        idle: seconds since it asked something, or connected; one less at times.
         fds: descriptors that are kept until its connections end.
         watching: whether it is told of changes.
     """
@@ -414,4 +415,5 @@ class StatsInfo(Result):
     peers: list[PeerStats]
 
 
-NOTHING = Result()
+#: What a command returns that returns nothing.
+NOTHING = Encoded(b"{}")
