@@ -170,6 +170,19 @@ def test_a_table_that_does_not_fit(rich: bool) -> None:
     assert lines[lines.index("") + 1 :] == ["A       22", "LONG", "C       c", "TARGET  /b"]
 
 
+@pytest.mark.parametrize("columns", [80, 20])
+def test_many_rows_are_not_coloured(columns: int) -> None:
+    """rich takes a millisecond for each."""
+    code = (
+        "from qmpfd.cli.output import print_table\n"
+        f"print_table({HEADER!r}, {ROWS!r} * 1000)\n"
+        "import sys; print('rich' in sys.modules)"
+    )
+    lines = on_a_terminal([], columns, code=code).splitlines()
+    assert lines[-1] == "False"
+    assert len(lines) > 2000
+
+
 def test_a_long_text_leaves_a_table() -> None:
     """It does not fit, but the other columns do: it is the one that gives way."""
     code = (

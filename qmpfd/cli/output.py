@@ -57,6 +57,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     too wide for it, the widest are shortened; if that leaves too little, each row is shown as a
     block of lines.
     """
+    rich = _rich(len(rows))
     widths = [max(map(_width, column)) for column in zip(header, *rows, strict=True)]
     if sys.stdout.isatty() and len(widths) > _FEW:
         fitting = _fit(widths, terminal_width())
@@ -64,12 +65,12 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             for number, row in enumerate(rows):
                 if number:
                     print()
-                print_pairs([*zip(header, row, strict=True)])
+                _print_pairs([*zip(header, row, strict=True)], rich)
             return
         if fitting != widths:
             widths = fitting
             rows = [_shortened(row, widths) for row in rows]
-    if _styled() and (rich := _rich()):
+    if rich is not None:
         rich.print_table(header, rows, terminal_width())
         return
     bold, plain = ("\x1b[1m", "\x1b[0m") if _styled() else ("", "")
@@ -89,10 +90,18 @@ def _fit(widths: Sequence[int], room: int) -> list[int] | None:
     return fitting
 
 
+#: Rows from which on nobody waits for colours: rich takes a millisecond for each.
+_MANY = 300
+
+
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     """A line for each name and its value, aligned; in colours as a table is."""
+    _print_pairs(pairs, _rich())
+
+
+def _print_pairs(pairs: Sequence[tuple[str, str]], rich: ModuleType | None) -> None:
     width = max(len(name) for name, _ in pairs)
-    if terminal_width() > 2 * width and _styled() and (rich := _rich()):
+    if rich is not None and terminal_width() > 2 * width:
         rich.print_pairs(pairs, terminal_width())
         return
     for name, value in pairs:
@@ -105,8 +114,10 @@ def _styled() -> bool:
     return wanted and sys.stdout.isatty()
 
 
-def _rich() -> ModuleType | None:
-    """What prints in colours, if it is installed."""
+def _rich(rows: int = 1) -> ModuleType | None:
+    """What prints that many rows in colours: if colours are wanted, and it is installed."""
+    if rows > _MANY or not _styled():
+        return None
     try:
         from . import output_rich
     except ImportError:
