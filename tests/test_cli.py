@@ -307,7 +307,16 @@ GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
 )
 def test_odd_servers(cli: Cli, path: Path, status: int, pieces: Sequence[bytes]) -> None:
     with _saying(path, *pieces):
-        cli.fails(status, "ls")
+        cli.fails(status, "ls", "--timeout", "1")  # one of them ends nothing that it says
+
+
+@pytest.mark.parametrize("version", ["{}", "[]", '{"qemu": 7}', '{"package": "\\u001b[31m"}'])
+def test_status_of_an_odd_server(cli: Cli, path: Path, version: str) -> None:
+    reply = f'{{"return": {version}, "id": 2}}\r\n'
+    with _saying(path, GREETING, b'{"return": {}, "id": 1}\r\n', reply.encode()):
+        shown = cli.done("status")
+    assert "QEMU" in shown
+    assert "\x1b" not in shown
 
 
 # -- where the daemon is -----------------------------------------------------------------------

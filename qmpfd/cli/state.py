@@ -40,7 +40,7 @@ def _status(arguments: argparse.Namespace) -> int:
     with client_of(arguments) as client:
         version = client.execute("query-version")
         stats, untold = None, "this is not qmpfd"
-        if _is_qmpfd(version):  # QEMU's query-stats is about something else
+        if server_name(version).startswith("qmpfd "):  # QEMU's query-stats is about something else
             try:
                 stats, untold = client.execute("query-stats"), ""
             except QMPError as exc:
@@ -57,17 +57,15 @@ def _status(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _is_qmpfd(version: dict[str, Any]) -> bool:
-    return str(version.get("package", "")).startswith("qmpfd ")
-
-
-def server_name(version: dict[str, Any]) -> str:
-    """What a server is, by its ``query-version``."""
-    package = printable(str(version.get("package", "")))
-    if _is_qmpfd(version):
+def server_name(version: Any) -> str:
+    """What a server is, by its ``query-version``, in which there may be anything."""
+    told = version if isinstance(version, dict) else {}
+    package = printable(str(told.get("package", "")))
+    if package.startswith("qmpfd "):
         return package
-    numbers = version["qemu"]
-    return f"QEMU {numbers['major']}.{numbers['minor']}.{numbers['micro']} {package}".rstrip()
+    numbers = told["qemu"] if isinstance(told.get("qemu"), dict) else {}
+    number = ".".join(str(numbers.get(name, "?")) for name in ("major", "minor", "micro"))
+    return f"QEMU {printable(number)} {package}".rstrip()
 
 
 def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
