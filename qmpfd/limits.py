@@ -96,6 +96,9 @@ MAX_EVENTS = 4096
 #: Bytes of those events: an opaque text in one may be as long as a request.
 MAX_EVENT_BYTES = 1 << 20
 
+#: Processes that one reply names as connected; a terminal has no room for more.
+MAX_PEERS = 256
+
 #: Seconds between two looks at stored sockets and pipes whose other end is gone and that hold
 #: data: nothing tells when it has been read.
 HANGUP_RECHECK = 1.0

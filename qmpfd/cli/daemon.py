@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..policy import BadPolicy, Policy, load_policy
 from ..server import Server, serve
 from ..server.fetch import Inheritance
 from ..systemd import InheritedFd, notify, notify_reloading, watchdog_interval
+from .options import default_socket
 
 _log = logging.getLogger("qmpfd")
 
@@ -89,6 +91,10 @@ async def _main(
                 _log.info("took over: listening on %s", ", ".join(taken_over))
             for name in names:
                 _log.info("listening on %s", name)
+            if sys.stderr.isatty():
+                default = default_socket() in (*names, *taken_over)
+                where = "" if default else " --socket PATH"
+                _log.info("Ctrl-C ends it; qmpfd status%s shows what it does", where)
             nursery.start_soon(_obey, server, policy_path, signals, nursery)
             nursery.start_soon(_report, server)
             limit = watchdog_interval()

@@ -97,6 +97,13 @@ def text(value: str) -> str:
     return value
 
 
+def socket_path(text: str) -> str:
+    """The type of an option that names a socket: an empty one is a shell's unset variable."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path of a socket")
+    return text
+
+
 def seconds(text: str) -> float:
     """The type of an option that takes a time: a positive number of seconds."""
     try:
@@ -114,6 +121,7 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
     """``--socket``, ``--timeout`` and ``--json``, which every verb but ``serve`` has."""
     parser.add_argument(
         "--socket",
+        type=socket_path,
         metavar="PATH",
         help="the daemon's socket (default: $QMPFD_SOCKET, else $XDG_RUNTIME_DIR/qmpfd.sock, "
         "else /run/qmpfd.sock)",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..fd import Fd
 from ..limits import MAX_REQUEST_BYTES, Limits
 from ..systemd import take_listen_fds
-from .options import add_examples, default_socket, number, seconds
+from .options import add_examples, default_socket, number, seconds, socket_path
 from .policy import group_id, read_policy
 from .status import DONE, UsageError
 
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from .options import Subparsers
 
 _DEFAULTS = Limits()
+
+#: What to do where a socket cannot be made.
+_ADVICE = {
+    errno.EADDRINUSE: "qmpfd status shows it; --takeover replaces it; ",
+    errno.ENOENT: "make its folder first; ",
+}
 
 
 def add_parsers(verbs: Subparsers) -> None:
@@ -33,7 +39,7 @@ def add_parsers(verbs: Subparsers) -> None:
     )
     parser.add_argument(
         "--socket",
-        type=Path,
+        type=lambda text: Path(socket_path(text)),
         action="append",
         metavar="PATH",
         help="listen here; may be given more than once (default: $QMPFD_SOCKET, else "
@@ -159,7 +165,8 @@ def add_parsers(verbs: Subparsers) -> None:
         "qmpfd serve",
         "qmpfd serve --socket /run/qmpfd.sock --policy /etc/qmpfd.toml",
         "qmpfd serve --dialect qemu --add-fd fd=3,set=0,opaque=disk 3<>disk.img",
-        status="  0 ended as told, 2 it cannot start: the line on standard error says why",
+        status="  0 ended as told, 2 it cannot start; with --takeover: 1 the old daemon refused,\n"
+        "  3 there is none to take over from",
     )
     parser.set_defaults(run=_serve)
 
@@ -225,7 +232,20 @@ def leaf_exceptions(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseEx
             yield exc
 
 
+def _fill_standard_streams() -> None:
+    """Have something at 0 to 2, so that no socket is there, and what is said goes into it."""
+    filling = True
+    while filling:
+        fd = Fd(os.open(os.devnull, os.O_RDWR))
+        filling = fd.fileno() <= 2
+        if filling:
+            fd.detach()
+        else:
+            fd.close()
+
+
 def _serve(arguments: argparse.Namespace) -> int:
+    _fill_standard_streams()
     # Before Trio opens descriptors of its own, which nobody may mistake for inherited ones.
     listen_fds = take_listen_fds()
     initial = _take_inherited(arguments.add_fd)
@@ -271,8 +291,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     for failure in failures:
         assert isinstance(failure, OSError)
         where = f"{failure.filename}: " if failure.filename else ""
-        advice = ""
-        if failure.errno == errno.EADDRINUSE:
-            advice = " (qmpfd status shows it; --socket listens elsewhere)"
-        raise UsageError(f"{where}{failure.strerror or failure}{advice}")
+        advice = _ADVICE.get(failure.errno or 0, "")
+        raise UsageError(
+            f"{where}{failure.strerror or failure} ({advice}--socket listens elsewhere)"
+        )
     return DONE

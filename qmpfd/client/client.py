@@ -111,11 +111,7 @@ class Client:
             InvalidParameterValue: the server wants an existing set.
             Exception: what :meth:`execute` raises.
         """
-        arguments: dict[str, Any] = {}
-        if fdset_id is not None:
-            arguments["fdset-id"] = fdset_id
-        if opaque is not None:
-            arguments["opaque"] = opaque
+        arguments = _given(fdset_id=fdset_id, opaque=opaque)
         return _typed(await self.execute("add-fd", arguments, fds=[fd]), AddfdInfo)
 
     async def remove_fd(self, fdset_id: int, fd: int | None = None) -> None:
@@ -129,9 +125,7 @@ class Client:
             FdNotFound: there is no such set, or no such descriptor in it.
             Exception: what :meth:`execute` raises.
         """
-        arguments = {"fdset-id": fdset_id}
-        if fd is not None:
-            arguments["fd"] = fd
+        arguments = _given(fdset_id=fdset_id, fd=fd)
         await self.execute("remove-fd", arguments)
 
     async def query_fdsets(self) -> list[FdsetInfo]:
@@ -160,11 +154,7 @@ class Client:
             FdNotFound: there is no such set, or no such descriptor in it.
             Exception: what :meth:`execute` raises.
         """
-        arguments: dict[str, Any] = {"fdset-id": fdset_id}
-        if access is not None:
-            arguments["access"] = access
-        if fd is not None:
-            arguments["fd"] = fd
+        arguments = _given(fdset_id=fdset_id, access=access, fd=fd)
         reply = await self._dialogue.request("open-fdset", arguments)
         reply.unwrap()
         if len(reply.fds) != 1:
@@ -199,17 +189,13 @@ class Client:
             InvalidParameterValue: the server wants an existing set, or sockets and pipes.
             Exception: what :meth:`execute` raises.
         """
-        arguments: dict[str, Any] = {}
-        if fdset_id is not None:
-            arguments["fdset-id"] = fdset_id
-        if opaque is not None:
-            arguments["opaque"] = opaque
-        if lifetime != "daemon":
-            arguments["lifetime"] = lifetime
-        if expires is not None:
-            arguments["expires"] = expires
-        if watch_hangup:
-            arguments["watch-hangup"] = True
+        arguments = _given(
+            fdset_id=fdset_id,
+            opaque=opaque,
+            lifetime=None if lifetime == "daemon" else lifetime,
+            expires=expires,
+            watch_hangup=watch_hangup or None,
+        )
         return _typed(await self.execute("add-fds", arguments, fds=fds), FdsetInfo)
 
     async def query_fds(
@@ -225,11 +211,7 @@ class Client:
             FdNotFound: there is no such set.
             Exception: what :meth:`execute` raises.
         """
-        arguments: dict[str, Any] = {}
-        if fdset_id is not None:
-            arguments["fdset-id"] = fdset_id
-        if opaque is not None:
-            arguments["opaque"] = opaque
+        arguments = _given(fdset_id=fdset_id, opaque=opaque)
         return _typed(await self.execute("query-fds", arguments), list[FdInfo])
 
     @asynccontextmanager
@@ -265,6 +247,11 @@ class Client:
             trio.ClosedResourceError: this client is closed.
         """
         return _Events(self._dialogue.next_event)
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Those that are not None, under their names on the wire."""
+    return {k.replace("_", "-"): v for k, v in arguments.items() if v is not None}
 
 
 def _typed(value: Any, kind: type[ResultT]) -> ResultT:

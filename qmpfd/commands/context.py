@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from ..closing import Closer
 from ..errors import FdNotSupplied, GenericError
@@ -39,6 +39,24 @@ class Stats:
     errors: Counter[str] = field(default_factory=Counter)  #: replies, by error class
 
 
+class Client(NamedTuple):
+    """One that is connected.
+
+    Args:
+        peer: who it is.
+        age: seconds since it connected, or came from a predecessor.
+        idle: seconds since it asked something, or connected.
+        fds: descriptors that are kept until it is gone.
+        watching: whether it is told of changes.
+    """
+
+    peer: Peer
+    age: float
+    idle: float
+    fds: int
+    watching: bool
+
+
 @dataclass(slots=True)
 class Daemon:
     """What all connections share.
@@ -49,6 +67,7 @@ class Daemon:
         clock: the time in seconds, never set back.
         stop: ends the daemon, gracefully.
         table: the commands there are.
+        clients: tells who is connected.
     """
 
     dialect: Dialect
@@ -56,6 +75,7 @@ class Daemon:
     clock: Callable[[], float]
     stop: Callable[[], None]
     table: Table
+    clients: Callable[[], Iterable[Client]] = tuple
     store: FdSets = field(default_factory=FdSets)
     hangups: Hangups = field(default_factory=Hangups)
     closer: Closer = field(default_factory=Closer)
@@ -169,6 +189,11 @@ class Context:
         if not self.fds:
             raise FdNotSupplied("No file descriptor supplied via SCM_RIGHTS")
         return self.fds[0]
+
+    @property
+    def fd_count(self) -> int:
+        """How many descriptors are kept until the connection is over."""
+        return len(self.names) + self.daemon.store.owned_count(self)
 
     def discard(self, removed: list[StoredFd]) -> None:
         """What was taken out of the store is closed once the lock is released."""

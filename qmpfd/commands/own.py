@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections import Counter
 from math import ceil
@@ -16,6 +17,7 @@ from ..limits import INT64_MAX, SCM_MAX_FD
 from ..protocol.encode import Encoded
 from .context import Context
 from .fds import check_add
+from .peers import peers
 from .table import Table
 from .types import (
     NOTHING,
@@ -183,11 +185,12 @@ def watch_fdsets(context: Context, arguments: WatchFdsets) -> Encoded:
 
 @table.command("query-stats", Arguments, StatsInfo)
 def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
-    """Return the daemon's counters and gauges, and its limits."""
+    """Return the daemon's counters and gauges, its limits, and who is connected."""
     context.access.require("query")
     daemon = context.daemon
     stats, limits = daemon.stats, daemon.limits
     return StatsInfo(
+        pid=os.getpid(),
         uptime=int(daemon.clock() - stats.started_at),
         dialect=daemon.dialect,
         connections=stats.connections,
@@ -210,6 +213,7 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
             drain_timeout=int(limits.drain_timeout * 1000),
             idle_timeout=None if limits.idle_timeout is None else int(limits.idle_timeout * 1000),
         ),
+        peers=peers(context),
     )
 
 

@@ -259,6 +259,10 @@ class FdSets:
         if self.observer is not None:
             self.observer.removed(fdset, stored, reason)
 
+    def owned_count(self, owner: Hashable) -> int:
+        """How many descriptors are kept until the end of *owner*."""
+        return len(self._owned.get(owner, ()))
+
     def remove_owned(self, owner: Hashable) -> list[StoredFd]:
         """Take out what is kept until the end of *owner*: the caller closes it."""
         removed = list(self._owned.get(owner, ()))

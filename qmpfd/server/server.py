@@ -12,7 +12,7 @@ from pathlib import Path
 
 import trio
 
-from ..commands import TABLE, Daemon, Dialect
+from ..commands import TABLE, Client, Daemon, Dialect
 from ..errors import GenericError, QMPError
 from ..fd import Fd, close_all
 from ..fdsets import Peer
@@ -59,7 +59,7 @@ class Server:
         #: Guards the store, which all sessions share.
         self.lock = trio.Lock()
         #: What the commands see.
-        self.daemon = Daemon(dialect, limits, trio.current_time, self.stop, TABLE)
+        self.daemon = Daemon(dialect, limits, trio.current_time, self.stop, TABLE, self._clients)
         self.store = self.daemon.store
         #: What the incomplete requests of all connections together may take.
         self.budget = Budget(MAX_INCOMPLETE_BYTES)
@@ -313,6 +313,11 @@ class Server:
             self.sessions.discard(session)
             self._admission.leave(session.peer)
             self.daemon.stats.connections -= 1
+
+    def _clients(self) -> list[Client]:
+        """Who is connected."""
+        now = trio.current_time()
+        return [session.about(now) for session in self.sessions]
 
     def change_policy(self, policy: Policy) -> None:
         """Put other rules in force, for those who are connected as well."""

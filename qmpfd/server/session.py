@@ -13,7 +13,7 @@ import trio
 from msgspec import UNSET, structs
 from outcome import Error, Outcome, Value
 
-from ..commands import NOTHING, VERSION, VOCABULARY, Context, execute
+from ..commands import NOTHING, VERSION, VOCABULARY, Client, Context, execute
 from ..errors import GenericError, QMPError
 from ..fd import Fd
 from ..fdsets import Peer
@@ -92,6 +92,7 @@ class Session:
         self._context = Context(server.daemon, self._connection, peer, access, self._wake)
         self._share = Share(server.turns)
         self._since = trio.current_time()  # when it connected, or was last seen to have asked
+        self._connected_at = self._since
         self._asked = False  # something, since then
         self._farewell: QMPError | None = None  # why it is evicted
         self._scope = trio.CancelScope()
@@ -140,6 +141,16 @@ class Session:
     def change_access(self, access: Access) -> None:
         """The policy has changed: what the client may do from now on."""
         self._context.access = access
+
+    def about(self, now: float) -> Client:
+        """What others may be told of the client."""
+        return Client(
+            self.peer,
+            now - self._connected_at,
+            0.0 if self._asked else now - self._since,
+            self._context.fd_count,
+            self._context.events is not None,
+        )
 
     def evict_if_idle(self, now: float) -> None:
         """End if the client has not negotiated in time, or has asked nothing for too long."""
@@ -244,6 +255,7 @@ class Session:
             self._server.daemon.hold(self.peer.uid)
         self._context.watch(saved.watching)
         self._since -= saved.idle
+        self._connected_at = self._since
         for data, count in saved.unsent:
             self.outbox.put(data, list(islice(fds, count)))
 
