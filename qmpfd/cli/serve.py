@@ -249,8 +249,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     if arguments.takeover:
         if not paths:
             raise UsageError("--takeover needs --socket: which daemon is to be taken over")
-        inheritance = takeover.fetch(paths[0])
-        paths = [path for path in paths if str(path.absolute()) not in inheritance.state.listeners]
+        ours = [fd for fd, _, _ in initial] + [inherited.fd for inherited in listen_fds]
+        inheritance = takeover.fetch(paths[0], ours)
+        paths = takeover.still_to_bind(paths, inheritance)
     failures: list[BaseException] = []
     try:
         daemon.run(
