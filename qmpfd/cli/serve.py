@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..errors import QMPError
 from ..fd import Fd
 from ..limits import MAX_REQUEST_BYTES, Limits
+from ..syncclient import NoDaemon
 from ..systemd import take_listen_fds
 from .options import add_examples, default_socket, number, seconds
 from .policy import group_id, read_policy
@@ -267,10 +269,11 @@ def _serve(arguments: argparse.Namespace) -> int:
             listen_fds=listen_fds,
             inheritance=inheritance,
         )
-    except* OSError as group:  # a nursery's: there is one cause, the first listener that failed
+    except* (OSError, NoDaemon, QMPError) as group:  # a nursery's: there is one cause, the first
         failures = list(leaf_exceptions(group))
     for failure in failures:
-        assert isinstance(failure, OSError)
+        if not isinstance(failure, OSError):  # the old daemon has kept what was to be taken over
+            raise failure
         where = f"{failure.filename}: " if failure.filename else ""
         advice = ""
         if failure.errno == errno.EADDRINUSE:
