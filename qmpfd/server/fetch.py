@@ -17,6 +17,7 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from types import TracebackType
 
 from ..fd import Fd, close_all, receive
@@ -30,13 +31,13 @@ class Inheritance:
 
     Args:
         state: what the descriptors are.
-        fds: the descriptors, in the order of *state*; owned here until they are taken out.
         old: the old daemon.
     """
 
-    def __init__(self, state: SavedState, fds: Iterable[Fd], old: _Predecessor) -> None:
+    def __init__(self, state: SavedState, old: _Predecessor) -> None:
         self.state = state
-        self.fds = deque(fds)
+        #: The descriptors, in the order of *state*; owned here until they are taken out.
+        self.fds: deque[Fd] = deque()
         #: All of it is ours.
         self.confirmed = False
         self._old = old
@@ -192,19 +193,17 @@ def fetch(
         raise _unusable(exc) from None
     finally:
         close_all(passed)
-    fds: list[Fd] = []
-    try:
-        fds += _reserve(state.stored_numbers)
-        _receive_all(old, state, fds, timeout, progress)
-    except BaseException as exc:
-        close_all(fds)
-        old.close()
-        if isinstance(exc, TimeoutError):
+    with ExitStack() as stack:
+        inheritance = stack.enter_context(Inheritance(state, old))
+        try:
+            _reserve(state.stored_numbers, inheritance.fds)
+            _receive_all(old, state, inheritance.fds, timeout, progress)
+        except TimeoutError:
             raise NoDaemon("the old daemon does not answer") from None
-        if isinstance(exc, OSError):
+        except OSError as exc:
             raise _unusable(exc) from None
-        raise
-    return Inheritance(state, fds, old)
+        stack.pop_all()
+    return inheritance
 
 
 def _unusable(error: OSError) -> ValueError:
@@ -217,26 +216,24 @@ def _unusable(error: OSError) -> ValueError:
     return ValueError(error.strerror or str(error))
 
 
-def _reserve(numbers: list[int]) -> list[Fd]:
+def _reserve(numbers: list[int], places: deque[Fd]) -> None:
     """Have something open under each of *numbers*, so that nothing else comes there.
+
+    Args:
+        numbers: which.
+        places: where they go, in that order.
 
     Raises:
         ValueError: something is there already.
         OSError: this process may not have such numbers, or not so many.
     """
-    places: list[Fd] = []
-    try:
-        with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as filler:
-            if numbers:
-                filler.move_above(max(numbers))
-            for number in numbers:
-                if _is_open(number):
-                    raise ValueError(f"descriptor {number} is in use in this process already")
-                places.append(Fd(os.dup2(filler.fileno(), number, inheritable=False)))
-    except BaseException:
-        close_all(places)
-        raise
-    return places
+    with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as filler:
+        if numbers:
+            filler.move_above(max(numbers))
+        for number in numbers:
+            if _is_open(number):
+                raise ValueError(f"descriptor {number} is in use in this process already")
+            places.append(Fd(os.dup2(filler.fileno(), number, inheritable=False)))
 
 
 def _is_open(number: int) -> bool:
@@ -250,22 +247,25 @@ def _is_open(number: int) -> bool:
 def _receive_all(
     old: _Predecessor,
     state: SavedState,
-    fds: list[Fd],
+    fds: deque[Fd],
     timeout: float,
     progress: Callable[[int, int], None],
 ) -> None:
     """Receive the descriptors: first those that go to the places in *fds*, then the others, which
     are added there.
     """
-    places, total, come = len(fds), state.fd_count, 0
+    places = iter(list(fds))
+    total, come = state.fd_count, 0
     while come < total:
         said, chunk, dropped = old.ask(NEXT, timeout)
-        with_place = chunk[: max(0, places - come)]
-        fds += chunk[len(with_place) :]
-        for place, fd in zip(fds[come:], with_place, strict=False):
-            os.dup2(fd.fileno(), place.fileno(), inheritable=False)
-            fd.close()
         come += len(chunk)
+        for fd in chunk:
+            place = next(places, None)
+            if place is None:
+                fds.append(fd)
+                continue
+            with fd:
+                os.dup2(fd.fileno(), place.fileno(), inheritable=False)
         if dropped:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if said != MORE or not chunk or come > total:

@@ -95,10 +95,11 @@ async def _send_all(stream: FdStream, fds: list[int]) -> bool:
 async def _hear(stream: FdStream) -> bytes:
     """The next byte that the newcomer says; empty once it is gone."""
     while True:
+        await stream.wait_readable()
         try:
             return stream.socket.recv(1)
         except BlockingIOError:
-            await stream.wait_readable()
+            continue
         except ConnectionError:
             return b""
 
