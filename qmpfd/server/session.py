@@ -266,6 +266,7 @@ class Session:
 
     async def _serve(self) -> None:
         share = self._share
+        share.resume()  # it may have been made long before it runs, with thousands of others
         while True:
             if share.over:
                 await share.next_turn()
