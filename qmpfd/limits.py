@@ -53,11 +53,11 @@ MAX_UNSENT_BYTES = 16 << 20
 #: Seconds between two status lines for the service manager.
 STATUS_INTERVAL = 5.0
 
-#: The format in which a daemon's state is handed over to its successor.
+#: The format in which a daemon's state is handed over to its successor: the newest that it reads.
 TAKEOVER_FORMAT = 1
 
-#: Seconds that a takeover may take; while it does, nobody is served.
-TAKEOVER_TIMEOUT = 20.0
+#: Seconds that a takeover may take; while it does, nobody is served.  65,536 descriptors take 2.
+TAKEOVER_TIMEOUT = 10.0
 
 #: Seconds that the end of a connection waits for the store: longer than a takeover has it.
 LOCK_TIMEOUT = TAKEOVER_TIMEOUT + 5

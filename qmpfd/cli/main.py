@@ -60,20 +60,10 @@ class _Nowhere(io.TextIOBase):
         return len(text)
 
 
-class _Formatter(argparse.HelpFormatter):
-    """Leaves room for the longest verb: argparse forgets that verbs are indented."""
-
-    def add_argument(self, action: argparse.Action) -> None:
-        super().add_argument(action)
-        if isinstance(action, argparse._SubParsersAction):
-            self._action_max_length += self._indent_increment
-
-
 def _parser(verb: str) -> argparse.ArgumentParser:
     """The parser for *verb*; for all verbs if there is no such."""
     parser: argparse.ArgumentParser = _Parser(
         prog="qmpfd",
-        formatter_class=_Formatter,
         description="Hold open file descriptors for other programs, over QEMU's QMP.",
         epilog="Exit status: 0 done, 1 the daemon refused, 2 usage, 3 no daemon.",
     )

@@ -39,6 +39,12 @@ class Formatter(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            # Room for the longest verb: argparse forgets that verbs are indented.
+            self._action_max_length += self._indent_increment
+
 
 def add_examples(parser: argparse.ArgumentParser, *examples: str, status: str = "") -> None:
     """End a verb's help with examples, and what its exit status says.

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..errors import QMPError
 from ..fd import Fd
 from ..limits import MAX_REQUEST_BYTES, Limits
+from ..syncclient import NoDaemon
 from ..systemd import take_listen_fds
 from .options import add_examples, default_socket, number, seconds, socket_path
 from .policy import group_id, read_policy
@@ -269,8 +271,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     if arguments.takeover:
         if not paths:
             raise UsageError("--takeover needs --socket: which daemon is to be taken over")
-        inheritance = takeover.fetch(paths[0])
-        paths = [path for path in paths if str(path.absolute()) not in inheritance.state.listeners]
+        ours = [fd for fd, _, _ in initial] + [inherited.fd for inherited in listen_fds]
+        inheritance = takeover.fetch(paths[0], ours)
+        paths = takeover.still_to_bind(paths, inheritance)
     failures: list[BaseException] = []
     try:
         daemon.run(
@@ -286,10 +289,11 @@ def _serve(arguments: argparse.Namespace) -> int:
             listen_fds=listen_fds,
             inheritance=inheritance,
         )
-    except* OSError as group:  # a nursery's: there is one cause, the first listener that failed
+    except* (OSError, NoDaemon, QMPError) as group:  # a nursery's: there is one cause, the first
         failures = list(leaf_exceptions(group))
     for failure in failures:
-        assert isinstance(failure, OSError)
+        if not isinstance(failure, OSError):  # the old daemon has kept what was to be taken over
+            raise failure
         where = f"{failure.filename}: " if failure.filename else ""
         advice = _ADVICE.get(failure.errno or 0, "")
         raise UsageError(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+from ..fd import Fd
 from ..limits import TAKEOVER_TIMEOUT
 from ..server import fetch as fetching
 from ..syncclient import NoDaemon
@@ -14,8 +16,12 @@ from ..syncclient import NoDaemon
 _log = logging.getLogger("qmpfd")
 
 
-def fetch(path: Path) -> fetching.Inheritance:
+def fetch(path: Path, movable: Iterable[Fd]) -> fetching.Inheritance:
     """Fetch all that the daemon at *path* has.
+
+    Args:
+        path: its socket.
+        movable: descriptors that may get other numbers, if these are in the way.
 
     Raises:
         NoDaemon: nobody serves there, or it does not let go.
@@ -23,7 +29,7 @@ def fetch(path: Path) -> fetching.Inheritance:
     """
     started = time.monotonic()
     try:
-        inheritance = fetching.fetch(path, TAKEOVER_TIMEOUT, _progress)
+        inheritance = fetching.fetch(path, TAKEOVER_TIMEOUT, _progress, movable)
     except ValueError as exc:
         raise NoDaemon(f"the daemon at {path} cannot be taken over: {exc}") from None
     _log.info(
@@ -34,6 +40,20 @@ def fetch(path: Path) -> fetching.Inheritance:
         time.monotonic() - started,
     )
     return inheritance
+
+
+def still_to_bind(paths: Iterable[Path], inheritance: fetching.Inheritance) -> list[Path]:
+    """Those of *paths* on which the old daemon does not listen; by the first it was reached."""
+    served = [Path(path) for path in inheritance.state.listeners if path is not None]
+    _, *others = paths
+    return [path for path in others if not any(_is_same(path, old) for old in served)]
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:
+        return False
 
 
 def _progress(come: int, total: int) -> None:

@@ -202,7 +202,11 @@ class Context:
     def keep(self, name: str) -> None:
         """Keep the descriptor that came with the command under *name*."""
         self.drop(name)
-        self.names[name] = self.fds.pop(0)
+        self.own(name, self.fds.pop(0))
+
+    def own(self, name: str, fd: Fd) -> None:
+        """Keep *fd* under *name*, which no other has."""
+        self.names[name] = fd
         self.daemon.hold(self.peer.uid)
         self.daemon.opaque_total += len(name)
 

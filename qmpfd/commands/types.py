@@ -310,7 +310,8 @@ class Takeover(Arguments):
     """Arguments of ``takeover``.
 
     Args:
-        format: in which format the newcomer wants the daemon's state.
+        format: the newest format of a daemon's state that the newcomer can read; it has to be able
+            to read all older ones as well.
     """
 
     format: Int64

@@ -116,13 +116,13 @@ class Outbox:
         token = self._server.backlog.begin(self.size, self.cut_off)
         try:
             async with self._flushing:
-                if self._server.is_frozen:
-                    return
-                with trio.move_on_after(self._server.daemon.limits.write_timeout) as scope:
-                    self._scope = scope
-                    await self._wait_for_client()
-                if self.unsent and not self._server.is_frozen:
-                    self.cut_off()
+                while self.unsent and not self._server.is_frozen:
+                    with trio.move_on_after(self._server.daemon.limits.write_timeout) as scope:
+                        self._scope = scope
+                        await self._wait_for_client()
+                    # Else the daemon was frozen meanwhile; it may go on by now.
+                    if self.unsent and trio.current_time() >= scope.deadline:
+                        self.cut_off()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.mute()
         finally:

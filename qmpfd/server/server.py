@@ -16,7 +16,13 @@ from ..commands import TABLE, Client, Daemon, Dialect
 from ..errors import GenericError, QMPError
 from ..fd import Fd, close_all
 from ..fdsets import Peer
-from ..limits import EVICTION_INTERVAL, MAX_INCOMPLETE_BYTES, REFUSAL_LOG_INTERVAL, Limits
+from ..limits import (
+    EVICTION_INTERVAL,
+    MAX_INCOMPLETE_BYTES,
+    REFUSAL_LOG_INTERVAL,
+    TAKEOVER_TIMEOUT,
+    Limits,
+)
 from ..policy import Policy
 from ..protocol import Budget
 from ..transport import FdStream
@@ -24,7 +30,7 @@ from .accept import Reserve, accept_clients
 from .admission import Admission, groups_of, peer_of
 from .backlog import Backlog
 from .fetch import Inheritance
-from .inherit import confirm, restore
+from .inherit import taking_over
 from .listener import UnixListener
 from .metrics import write_metrics
 from .retire import retire_expired, retire_hung_up
@@ -75,6 +81,7 @@ class Server:
         #: The daemon is ending: what was received is carried out, nothing else is waited for.
         self.stopping = False
         self._stop_event = trio.Event()
+        self._drained_by = inf
         #: Set when all is over.
         self.ended = trio.Event()
         self.sessions: set[Session] = set()
@@ -83,18 +90,24 @@ class Server:
         #: A takeover is under way: nobody is accepted, and no session begins anything.
         self.is_frozen = False
         self._thawed = trio.Event()
+        self._settled = trio.Event()  # it has come to its end, either way
         self._accept_scopes: set[trio.CancelScope] = set()
-        self._left = False  # a successor has taken over
+        #: A successor has taken over.
+        self.has_left = False
         #: Of the takeover under way.
         self.takeover_scope: trio.CancelScope | None = None
         self._nursery: trio.Nursery | None = None
 
     def stop(self) -> None:
         """End gracefully: accept nobody else, carry out what was received, then return."""
+        if self.stopping:
+            return
         self.stopping = True
+        now, timeout = trio.current_time(), self.daemon.limits.drain_timeout
+        self._drained_by = now + timeout
+        if self.takeover_scope is not None:  # it is an end as well, if it does not take too long
+            self.takeover_scope.deadline = min(self.takeover_scope.deadline, now + timeout / 2)
         self._stop_event.set()
-        if self.takeover_scope is not None:
-            self.takeover_scope.cancel()
 
     async def run(
         self,
@@ -119,19 +132,20 @@ class Server:
                 task_status.started(self)
                 await self._stop_event.wait()
                 accepting.cancel_scope.cancel()
-            if self._left:
+            if self.is_frozen:
+                await self._settled.wait()
+            if self.has_left:
                 sessions.cancel_scope.cancel()
             else:
-                await self._drain(sessions)
+                self._drain(sessions)
 
-    async def _drain(self, sessions: trio.Nursery) -> None:
+    def _drain(self, sessions: trio.Nursery) -> None:
         """Have everything answered that was asked, within the time there is."""
-        await self.until_thawed()
         # Whoever is in the backlog has connected in time: it is served as well.
         for listener in self.listeners:
             self._accept_rest(listener)
             listener.close()
-        sessions.cancel_scope.deadline = trio.current_time() + self.daemon.limits.drain_timeout
+        sessions.cancel_scope.deadline = self._drained_by
         for session in self.sessions:
             session.finish()
 
@@ -173,7 +187,7 @@ class Server:
         if self.is_frozen or self.stopping:
             raise GenericError("The daemon is being taken over, or is ending")
         self.is_frozen = True
-        self._thawed = trio.Event()
+        self._thawed, self._settled = trio.Event(), trio.Event()
         for scope in self._accept_scopes:
             scope.cancel()
         for session in self.sessions:
@@ -181,7 +195,9 @@ class Server:
         try:
             yield
         finally:
-            if not self._left:
+            self.takeover_scope = None
+            self._settled.set()
+            if not self.has_left:
                 self.is_frozen = False
                 self._thawed.set()
                 for session in self.sessions:
@@ -206,29 +222,31 @@ class Server:
             await trio.sleep(_REST_POLL)
 
     def leave(self) -> None:
-        """A successor has taken over: end, without a word to anybody, and touch nothing."""
-        self._left = True
+        """A successor has taken over: let go of everything, without a word to anybody, and end."""
+        self.has_left = True
         self.stopping = True
         self.daemon.watchers.clear()
-        for session in self.sessions:
-            session.outbox.mute()
         for listener in self.listeners:
             listener.abandon()
+            listener.close()
+        self.daemon.closer.close_duplicates([stored.fd for stored in self.store.clear()])
+        for session in self.sessions:
+            session.leave()
         self._stop_event.set()
 
     def readmit(self, stream: FdStream, saved: SavedSession, fds: Iterator[Fd]) -> Session:
         """Go on with a client of the predecessor, once :meth:`run` runs.
 
         Args:
-            stream: its connection.
+            stream: its connection; owned from here on.
             saved: the session's state.
             fds: the session's descriptors.
         """
         peer, groups = Peer(*saved.peer), frozenset(saved.groups)
         session = Session(self, stream, peer, groups, self._admission.readmit(peer, groups))
-        session.restore(saved, fds)
         self.daemon.stats.connections += 1
         self.sessions.add(session)
+        session.restore(saved, fds)
         return session
 
     async def accept(self, listener: UnixListener) -> trio.socket.SocketType | None:
@@ -299,7 +317,7 @@ class Server:
 
     def close_stream(self, stream: FdStream) -> None:
         """Close a connection; what its client sent and nobody read may hold that up."""
-        if self._left:  # the connection goes on, in the successor
+        if self.has_left:  # the connection goes on, in the successor
             stream.close()
             return
         fd = stream.retire()
@@ -379,19 +397,17 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     """
     server = Server(dialect, limits, policy, metrics_path)
     given, inherited = deque(initial_fds), deque(listen_fds)
+    listeners: list[UnixListener] = []
     with ExitStack() as stack:
         stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
         stack.callback(server.close)
+        if inheritance is not None:
+            stack.enter_context(inheritance)
+            listeners += stack.enter_context(taking_over(server, inheritance))
         while given:
             fd, fdset_id, opaque = given[0]
             server.store.add(fd, fdset_id, opaque, create=True)
             given.popleft()
-        listeners: list[UnixListener] = []
-        if inheritance is not None:
-            stack.callback(inheritance.close)
-            listeners += restore(server, inheritance)
-            for listener in listeners:
-                stack.callback(listener.close)
         while inherited:
             listeners.append(UnixListener.inherit(inherited.popleft()))
             stack.callback(listeners[-1].close)
@@ -399,7 +415,7 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))
             stack.callback(listeners[-1].close)
         if inheritance is not None:
-            confirm(server, listeners, inheritance)
+            inheritance.confirm(TAKEOVER_TIMEOUT)
         try:
             await server.run(listeners, task_status=task_status)
         finally:

@@ -201,8 +201,11 @@ class Session:
         try:
             await hand_over(self._server, self, self._stream)
         except QMPError as exc:
-            self.outbox.put(self._connection.reply(Error(exc), self._takeover_id))
-            await self.outbox.send()
+            # At once: another takeover may be under way.  Who asks for one takes its replies.
+            reply = self._connection.reply(Error(exc), self._takeover_id)
+            if not self.outbox.unsent:
+                with suppress(trio.BrokenResourceError):
+                    self._stream.send_nowait(reply)
 
     async def reply_to_takeover(self, memory: Fd) -> None:
         """Answer the request for a takeover, with the daemon's state."""
@@ -213,10 +216,10 @@ class Session:
         """All that a successor needs to go on, and the numbers of the descriptors."""
         connection = self._connection.snapshot()
         inbox, parser = connection.inbox, connection.inbox.parser
-        unsent = [(bytes(data), fds) for data, fds in self.outbox.unsent]
         events = self._context.events
         if events is not None and (waiting := events.take()):
-            unsent.append((waiting, []))
+            self.outbox.unsent.append((waiting, []))  # where they are if nobody takes over
+        unsent = [(bytes(data), fds) for data, fds in self.outbox.unsent]
         saved = SavedSession(
             peer=self.peer,
             groups=sorted(self.groups),
@@ -251,19 +254,32 @@ class Session:
             ConnectionState(saved.state, saved.oob_enabled, saved.errors_in_a_row, inbox)
         )
         for name in saved.names:
-            self._context.names[name] = next(fds)
-            self._server.daemon.hold(self.peer.uid)
-        self._context.watch(saved.watching)
+            self._context.own(name, next(fds))
         self._since -= saved.idle
         self._connected_at = self._since
         for data, count in saved.unsent:
             self.outbox.put(data, list(islice(fds, count)))
+
+    def leave(self) -> None:
+        """Another daemon goes on: let go of all that is the client's, without a word to it."""
+        self.outbox.mute()
+        self._context.close()
+        self._connection.close()
+        garbage = self._connection.garbage
+        self._server.daemon.closer.close_duplicates(garbage)
+        garbage.clear()
+
+    def abandon(self) -> None:
+        """It never began: another daemon has kept it all."""
+        self.leave()
+        self._stream.close()
 
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
         stream, outbox = self._stream, self.outbox
         context, share = self._context, self._share
+        share.resume()  # it may have been made long before it runs, with thousands of others
         while True:
             if share.over:
                 await outbox.send(share)
@@ -274,6 +290,7 @@ class Session:
             if came:
                 await self._answer()
                 if context.takes_over:
+                    await outbox.send(share)
                     await self._hand_over()
                     return
                 # While more is there, replies wait: one write for all of them.
@@ -296,6 +313,9 @@ class Session:
     async def _serve_rest(self) -> None:
         while not self._context.quitting and self._stream.receive_nowait(self._connection):
             await self._answer()
+            if self._context.takes_over:
+                await self._hand_over()  # is refused
+                return
         await self.outbox.send()
 
     async def _answer(self) -> None:
