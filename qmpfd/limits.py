@@ -47,6 +47,9 @@ TURN_SECONDS = 0.002
 #: of it at once: one that asks once a millisecond takes 0.03.
 SHARE, SHARE_SECONDS = 0.1, 0.00025
 
+#: Seconds that events are sent to one watcher after the other before everybody else is served.
+HERALD_SECONDS = 0.001
+
 #: Bytes of replies that wait for their clients, of all connections together.
 MAX_UNSENT_BYTES = 16 << 20
 
@@ -87,11 +90,14 @@ MAX_FDS_A_TURN = 64
 #: Seconds that cleaning up after a connection may wait for the store.
 CLEANUP_TIMEOUT = 5.0
 
-#: Events that wait for one watching client; what comes on top is counted, and the client is told.
+#: Events that wait for those who watch, the newest; whoever misses older ones is told how many.
 MAX_EVENTS = 4096
 
 #: Bytes of those events: an opaque text in one may be as long as a request.
 MAX_EVENT_BYTES = 1 << 20
+
+#: Bytes of events that are given to a client at a time: what it does not take waits for it alone.
+EVENT_BYTES_A_TURN = 32 << 10
 
 #: Seconds between two looks at stored sockets and pipes whose other end is gone and that hold
 #: data: nothing tells when it has been read.

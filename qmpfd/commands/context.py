@@ -14,7 +14,7 @@ from ..fdsets import FdSet, FdSets, Peer, StoredFd
 from ..limits import MAX_OPAQUE_TOTAL, Limits
 from ..policy import Access
 from ..protocol import ServerConnection
-from .events import EventQueue, fd_added, fd_removed
+from .events import EventLog, Watcher, fd_added, fd_removed
 from .hangups import Hangups
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Daemon:
         clock: the time in seconds, never set back.
         stop: ends the daemon, gracefully.
         table: the commands there are.
+        news: called when an event waits for those who watch.
     """
 
     dialect: Dialect
@@ -59,7 +60,9 @@ class Daemon:
     store: FdSets = field(default_factory=FdSets)
     hangups: Hangups = field(default_factory=Hangups)
     closer: Closer = field(default_factory=Closer)
-    watchers: set[EventQueue] = field(default_factory=set)
+    news: Callable[[], None] = lambda: None
+    watchers: set[Watcher] = field(default_factory=set)
+    logs: dict[Access, EventLog] = field(default_factory=dict)  #: of the events, by who may see
     opaque_total: int = 0  #: characters of the stored opaque texts
     kept: int = 0  #: descriptors kept for clients, those of ``getfd`` included
     kept_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
@@ -77,10 +80,8 @@ class Daemon:
             self.hold(stored.added_by.uid)
         if stored.opaque:
             self.opaque_total += len(stored.opaque)
-        if self.watchers:
-            event = fd_added(fdset.id, stored)
-            for queue in self.watchers:
-                queue.put(event, fdset.id, stored.opaque)
+        if self.logs:
+            self._tell(fd_added(fdset.id, stored), fdset, stored)
 
     def removed(self, fdset: FdSet, stored: StoredFd, reason: str) -> None:
         """A descriptor was taken out: count it, and tell those who watch."""
@@ -90,10 +91,25 @@ class Daemon:
             self.opaque_total -= len(stored.opaque)
         if stored.terms.watch_hangup:
             self.hangups.unwatch(stored)
-        if self.watchers:
-            event = fd_removed(fdset.id, stored, reason)
-            for queue in self.watchers:
-                queue.put(event, fdset.id, stored.opaque)
+        if self.logs:
+            self._tell(fd_removed(fdset.id, stored, reason), fdset, stored)
+
+    def _tell(self, event: bytes, fdset: FdSet, stored: StoredFd) -> None:
+        for log in self.logs.values():
+            log.put(event, fdset.id, stored.opaque)
+        self.news()
+
+    def log_for(self, access: Access) -> EventLog:
+        """The events for one more watcher who may do that."""
+        log = self.logs.setdefault(access, EventLog(access))
+        log.watchers += 1
+        return log
+
+    def leave_log(self, log: EventLog) -> None:
+        """A watcher reads *log* no more."""
+        log.watchers -= 1
+        if not log.watchers:
+            self.logs.pop(log.access, None)
 
     def hold(self, uid: int) -> None:
         """A descriptor is kept for a client of *uid*."""
@@ -137,7 +153,7 @@ class Context:
         connection: its protocol state.
         peer: who is at the other end.
         access: what it may do.
-        wake: called when an event waits to be sent.
+        tell: sends some of the events that wait; whether more of them can be sent at once.
         names: the descriptors of ``getfd``, by name; owned here.
         fds: the descriptors that came with the command being carried out; what the command
             leaves in the list is closed.
@@ -151,11 +167,11 @@ class Context:
     connection: ServerConnection
     peer: Peer
     access: Access
-    wake: Callable[[], None]
+    tell: Callable[[], bool]
     names: dict[str, Fd] = field(default_factory=dict)
     fds: list[Fd] = field(default_factory=list)
     passed: list[Fd] = field(default_factory=list)
-    events: EventQueue | None = None
+    events: Watcher | None = None
     quitting: bool = False
     takes_over: bool = False
 
@@ -193,11 +209,19 @@ class Context:
     def watch(self, enable: bool) -> None:
         """Tell this connection of changes to the store, or do not."""
         if enable and self.events is None:
-            self.events = EventQueue(self.wake, lambda *fd: self.access.may("query", *fd))
+            self.events = Watcher(self.daemon.log_for(self.access), self.tell)
             self.daemon.watchers.add(self.events)
         elif not enable and self.events is not None:
+            self.daemon.leave_log(self.events.log)
             self.daemon.watchers.discard(self.events)
             self.events = None
+
+    def change_access(self, access: Access) -> None:
+        """The policy has changed: what the client may do from now on."""
+        if self.events is not None and access != self.access:
+            self.daemon.leave_log(self.events.log)
+            self.events.move(self.daemon.log_for(access))
+        self.access = access
 
     def close(self) -> None:
         """The connection is over, and with it all that was kept for its time only."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
-from math import ceil
 
 from msgspec import UNSET
 
 from ..errors import FdNotFound, GenericError, InvalidParameterValue, PermissionDenied
 from ..fd import Fd
-from ..fdinfo import access_mode, kind, target
-from ..fdsets import FOREVER, FdSet, StoredFd, Terms
-from ..limits import INT64_MAX, SCM_MAX_FD
+from ..fdinfo import access_mode
+from ..fdsets import FOREVER, FdSet, Terms
+from ..limits import SCM_MAX_FD
+from ..protocol.encode import Bits, Encoded
 from .context import Context
 from .fds import check_add
+from .listings import list_fds
 from .table import Table
 from .types import (
     NOTHING,
@@ -27,7 +28,6 @@ from .types import (
     LimitsInfo,
     OpenedFd,
     OpenFdset,
-    PeerInfo,
     QueryFds,
     StatsInfo,
     WatchFdsets,
@@ -132,44 +132,13 @@ def _terms(context: Context, arguments: AddFds, now: float) -> Terms:
 
 
 @table.command("query-fds", QueryFds, list[FdInfo])
-def query_fds(context: Context, arguments: QueryFds) -> list[FdInfo]:
+def query_fds(context: Context, arguments: QueryFds) -> Bits | Encoded:
     """List the stored file descriptors, with what each is and where it came from."""
-    store, access = context.daemon.store, context.access
-    access.require("query", None if arguments.fdset_id is UNSET else arguments.fdset_id)
-    sets = store if arguments.fdset_id is UNSET else [store.get(arguments.fdset_id)]
-    prefix = None if arguments.opaque is UNSET else arguments.opaque
-    now = context.daemon.clock()
-    return [
-        _describe(fdset, stored, now)
-        for fdset in sets
-        for stored in fdset.fds.values()
-        if (prefix is None or (stored.opaque is not None and stored.opaque.startswith(prefix)))
-        and access.may("query", fdset.id, stored.opaque)
-    ]
-
-
-def _describe(fdset: FdSet, stored: StoredFd, now: float) -> FdInfo:
-    number = stored.fd.fileno()
-    link = target(number)
-    terms = stored.terms
-    return FdInfo(
-        fdset_id=fdset.id,
-        fd=number,
-        access=access_mode(number),
-        kind=kind(number, link),
-        target=link,
-        age=int(now - stored.added_at),
-        lifetime="daemon" if terms.owner is None else "connection",
-        watch_hangup=terms.watch_hangup,
-        opaque=stored.opaque,
-        expires=None if terms.expires_at is None else _seconds(terms.expires_at - now),
-        added_by=None if stored.added_by is None else PeerInfo(*stored.added_by),
-    )
-
-
-def _seconds(left: float) -> int:
-    """Time that is left, as an int64: a float comes near to its end, but may be beyond it."""
-    return min(max(0, ceil(left)), INT64_MAX)
+    store = context.daemon.store
+    fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
+    context.access.require("query", fdset_id)
+    sets = store.walk() if fdset_id is None else [store.get(fdset_id)]
+    return list_fds(context, sets, None if arguments.opaque is UNSET else arguments.opaque)
 
 
 @table.command("watch-fdsets", WatchFdsets, Nothing)

@@ -8,8 +8,11 @@ so that it can be done outside the critical section.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
+from math import inf
 from typing import NamedTuple, Protocol
 
 from ..errors import FdNotFound, InvalidParameterValue
@@ -42,6 +45,10 @@ class Terms:
 
 
 FOREVER = Terms()
+
+#: What :meth:`FdSets.walk` and :meth:`FdSet.walk` look ahead; more would be memory for each of
+#: many that are under way.
+_AHEAD = 512
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +86,31 @@ class FdSet:
     fds: dict[int, StoredFd] = field(default_factory=dict)
     listing: bytes | None = None
 
+    def walk(self, until: float) -> Iterator[StoredFd]:
+        """Its descriptors that were added up to the time *until*, oldest first.
+
+        The set may change between two steps: what is removed before it is its turn is left out.
+        """
+        last, with_last = -inf, set[int]()  # when the last one was added, and which were then
+        while True:
+            rest = (
+                stored
+                for number, stored in self.fds.items()
+                if last < stored.added_at <= until
+                or (stored.added_at == last and number not in with_last)
+            )
+            ahead = list(islice(rest, _AHEAD))
+            for stored in ahead:
+                if stored.fdset is not self:
+                    continue
+                if stored.added_at > last:
+                    last = stored.added_at
+                    with_last.clear()
+                with_last.add(stored.fd.fileno())
+                yield stored
+            if len(ahead) < _AHEAD:
+                return
+
 
 class Observer(Protocol):
     """Who is told of changes, inside the critical section."""
@@ -96,6 +128,7 @@ class FdSets:
     def __init__(self) -> None:
         self._sets: dict[int, FdSet] = {}
         self._ids = IdPool(self._sets)
+        self._ascending: list[int] | None = None  # the ids, once somebody has asked
         self._count = 0
         self._owned: dict[Hashable, dict[StoredFd, None]] = {}
         #: The descriptors that are kept for a time only.
@@ -116,6 +149,24 @@ class FdSets:
         """The sets by descending id, the order in which QEMU lists them."""
         for fdset_id in sorted(self._sets, reverse=True):
             yield self._sets[fdset_id]
+
+    def walk(self) -> Iterator[FdSet]:
+        """As iteration, but there may be changes between two steps: a set that goes before it is
+        its turn is left out, and one that comes is given if its turn is still to come.
+        """
+        below: float = inf
+        while True:
+            if self._ascending is None:
+                self._ascending = sorted(self._sets)
+            end = bisect_left(self._ascending, below)
+            ahead = self._ascending[max(0, end - _AHEAD) : end]
+            for fdset_id in reversed(ahead):
+                fdset = self._sets.get(fdset_id)
+                if fdset is not None:
+                    yield fdset
+            if len(ahead) < _AHEAD:
+                return
+            below = ahead[0]
 
     @property
     def next_id(self) -> int:
@@ -171,6 +222,7 @@ class FdSets:
         fdset = self._sets.get(fdset_id)
         if fdset is None:
             fdset = self._sets[fdset_id] = FdSet(fdset_id)
+            self._ascending = None
         stored = StoredFd(fd, fdset, opaque, added_by, now, terms)
         fdset.fds[number] = stored
         fdset.listing = None
@@ -218,6 +270,7 @@ class FdSets:
         self._count -= 1
         if not fdset.fds:
             del self._sets[fdset.id]
+            self._ascending = None
             self._ids.free(fdset.id)
         terms = stored.terms
         if terms is not FOREVER:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from msgspec import UNSET
@@ -12,7 +12,7 @@ from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError,
 from ..fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import LOST, Connection, Event, State
-from .encode import encode, encode_any
+from .encode import Bits, encode, encode_any, encode_bit_by_bit
 from .inbox import InboxState
 from .parser import Budget
 from .vocabulary import Request, Vocabulary
@@ -148,13 +148,45 @@ class ServerConnection(Connection):
             if request_id is UNSET:
                 return b"{" + body + b"}\r\n"
             return b"{" + body + b', "id": ' + encode_any(request_id) + b"}\r\n"
+        body = self._error(result)
+        if request_id is UNSET:
+            return b"{" + body
+        return b'{"id": ' + encode_any(request_id) + b", " + body
+
+    def _error(self, result: Outcome[object]) -> bytes:
+        """A reply's last member, and its end."""
         assert isinstance(result, Error)
         error = result.error
         assert isinstance(error, QMPError)
         told = error.error_class
         if self._qemu_classes and told not in QEMU_CLASSES:
             told = "GenericError"
-        body = b'"error": ' + encode({"class": told, "desc": error.desc}) + b"}\r\n"
-        if request_id is UNSET:
-            return b"{" + body
-        return b'{"id": ' + encode_any(request_id) + b", " + body
+        return b'"error": ' + encode({"class": told, "desc": error.desc}) + b"}\r\n"
+
+    @staticmethod
+    def may_be_long(result: Outcome[object], request_id: Any) -> bool:
+        """Whether the reply is for :meth:`long_reply`."""
+        kind = type(request_id)
+        return (
+            kind is dict or kind is list or (type(result) is Value and type(result.value) is Bits)
+        )
+
+    def long_reply(self, result: Outcome[object], request_id: Any) -> Iterator[bytes]:
+        """The same reply as :meth:`reply` gives, but bit by bit: a listing may be megabytes, and
+        an id any value that fits in a request.
+        """
+        if isinstance(result, Error):
+            yield b'{"id": '
+            yield from encode_bit_by_bit(request_id)
+            yield b", " + self._error(result)
+            return
+        value = result.unwrap()
+        yield b'{"return": '
+        if isinstance(value, Bits):
+            yield from value.bits
+        else:
+            yield encode(value)
+        if request_id is not UNSET:
+            yield b', "id": '
+            yield from encode_bit_by_bit(request_id)
+        yield b"}\r\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -29,10 +30,14 @@ class Outbox:
         server: the daemon.
         stream: the connection.
         peer: who is at its other end.
+        emptied: called when the client has taken what had to wait for it.
     """
 
-    def __init__(self, server: Server, stream: FdStream, peer: Peer) -> None:
+    def __init__(
+        self, server: Server, stream: FdStream, peer: Peer, emptied: Callable[[], None]
+    ) -> None:
         self._server = server
+        self._emptied = emptied
         self._stream = stream
         self._peer = peer
         #: The client is sent nothing any more; what it asks is still carried out.
@@ -99,6 +104,8 @@ class Outbox:
         finally:
             self._scope = None
             self._server.backlog.end(token)
+            if not self.unsent:
+                self._emptied()
             if share is not None:
                 share.resume()
 

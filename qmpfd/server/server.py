@@ -24,6 +24,7 @@ from .accept import Reserve, accept_clients
 from .admission import Admission, groups_of, peer_of
 from .backlog import Backlog
 from .fetch import Inheritance
+from .herald import tell_watchers
 from .inherit import confirm, restore
 from .listener import UnixListener
 from .metrics import write_metrics
@@ -75,6 +76,9 @@ class Server:
         #: The daemon is ending: what was received is carried out, nothing else is waited for.
         self.stopping = False
         self._stop_event = trio.Event()
+        #: Set when an event waits for those who watch.
+        self.news = trio.Event()
+        self.daemon.news = self._tell_watchers
         #: Set when all is over.
         self.ended = trio.Event()
         self.sessions: set[Session] = set()
@@ -113,6 +117,7 @@ class Server:
                     accepting.start_soon(accept_clients, self, listener)
                 accepting.start_soon(retire_expired, self)
                 accepting.start_soon(retire_hung_up, self)
+                accepting.start_soon(tell_watchers, self)
                 accepting.start_soon(self._evict)
                 if self._metrics_path is not None:
                     accepting.start_soon(write_metrics, self.daemon, self._metrics_path)
@@ -134,6 +139,9 @@ class Server:
         sessions.cancel_scope.deadline = trio.current_time() + self.daemon.limits.drain_timeout
         for session in self.sessions:
             session.finish()
+
+    def _tell_watchers(self) -> None:
+        self.news.set()
 
     def close(self) -> None:
         """Close every stored descriptor."""
@@ -186,6 +194,7 @@ class Server:
                 self._thawed.set()
                 for session in self.sessions:
                     session.thaw()
+                self.news.set()
 
     async def until_thawed(self) -> None:
         """Wait while a takeover is under way."""
@@ -210,6 +219,7 @@ class Server:
         self._left = True
         self.stopping = True
         self.daemon.watchers.clear()
+        self.daemon.logs.clear()
         for session in self.sessions:
             session.outbox.mute()
         for listener in self.listeners:

@@ -90,15 +90,17 @@ class Session:
             qemu_classes=server.daemon.dialect == "qemu",
             budget=server.budget,
         )
-        self._context = Context(server.daemon, self._connection, peer, access, self._wake)
+        self._context = Context(server.daemon, self._connection, peer, access, self._tell)
         self._share = Share(server.turns)
         self._since = trio.current_time()  # when it connected, or last asked something
         self._farewell: QMPError | None = None  # why it is evicted
         self._scope = trio.CancelScope()
         self._waiting = False  # for the client; nothing of it is unanswered
         self._parked = False  # the daemon is frozen; nothing of the client is under way
+        self._long_reply: Iterator[bytes] | None = None  # being sent bit by bit
         self._takeover_id: Any = UNSET  # of the request that asked for a takeover
-        self.outbox = Outbox(server, stream, peer)
+        self._events_wait = False  # until the client has taken what it is being sent
+        self.outbox = Outbox(server, stream, peer, self._emptied)
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
 
     async def run(self) -> None:
@@ -140,7 +142,7 @@ class Session:
 
     def change_access(self, access: Access) -> None:
         """The policy has changed: what the client may do from now on."""
-        self._context.access = access
+        self._context.change_access(access)
 
     def evict_if_idle(self, now: float) -> None:
         """End if the client has not negotiated in time, or has asked nothing for too long."""
@@ -184,7 +186,7 @@ class Session:
     def thaw(self) -> None:
         """The daemon is no longer frozen: see to it that what is unsent is sent."""
         if self.outbox.unsent:
-            self._wake()
+            self._start_pump()
 
     async def _hand_over(self) -> None:
         try:
@@ -202,10 +204,10 @@ class Session:
         """All that a successor needs to go on, and the numbers of the descriptors."""
         connection = self._connection.snapshot()
         inbox, parser = connection.inbox, connection.inbox.parser
-        unsent = [(bytes(data), fds) for data, fds in self.outbox.unsent]
         events = self._context.events
-        if events is not None and (waiting := events.take()):
-            unsent.append((waiting, []))
+        while events is not None and (waiting := events.take()):
+            self.outbox.unsent.append((waiting, []))  # sent by us, if it comes to nothing
+        unsent = [(bytes(data), fds) for data, fds in self.outbox.unsent]
         saved = SavedSession(
             peer=self.peer,
             groups=sorted(self.groups),
@@ -310,6 +312,8 @@ class Session:
                     self.outbox.put(data, fds)
                 if self.outbox.unsent and not self._server.is_frozen:
                     await self.outbox.flush(self._share)
+                if self._long_reply is not None:
+                    await self._send_long_reply(self._long_reply)
                 if not finished and self._share.over:
                     await self._share.next_turn()
 
@@ -344,6 +348,10 @@ class Session:
                 break
             # Nobody reads what a deaf client is told.
             deaf = self.outbox.deaf
+            if not deaf and connection.may_be_long(result, request_id):
+                self._long_reply = connection.long_reply(result, request_id)
+                finished = False
+                break
             reply = b"" if deaf else connection.reply(result, request_id)
             if deaf:
                 connection.garbage += context.passed
@@ -373,6 +381,36 @@ class Session:
             self._since = trio.current_time()
         return finished
 
+    async def _send_long_reply(self, bits: Iterator[bytes]) -> None:
+        """Make a reply bit by bit and send it, while others are served and the store changes.  No
+        event comes in between.
+        """
+        server, outbox, share, context = self._server, self.outbox, self._share, self._context
+        more = True
+        while more and not outbox.deaf:
+            made: list[bytes] = []
+            size = 0
+            await server.enter()
+            try:
+                more = False
+                for bit in bits:
+                    made.append(bit)
+                    size += len(bit)
+                    if size > REPLY_BYTES_A_TURN or share.over:
+                        more = True
+                        break
+            finally:
+                server.lock.release()
+            if size:
+                passed, context.passed = context.passed, []
+                outbox.put(b"".join(made), passed)
+            if outbox.unsent and not server.is_frozen:
+                await outbox.flush(share)
+            if share.over:
+                await share.next_turn()
+        self._long_reply = None
+        self._emptied()
+
     def _log(self, request: Request | Error, result: Outcome[object]) -> None:
         """Say who asked for what, and what became of it."""
         name = None if isinstance(request, Error) else VOCABULARY.names[type(request)]
@@ -393,20 +431,42 @@ class Session:
 
     # -- replies and events --------------------------------------------------------------------
 
-    def _wake(self) -> None:
-        """An event waits: see to it that it is sent."""
+    def _tell(self) -> bool:
+        """Send some of the events that wait; whether more of them can be sent at once."""
+        events = self._context.events
+        if events is None or self._server.is_frozen:
+            return False
+        if self.outbox.unsent or self._long_reply is not None:
+            self._events_wait = True
+            return False
+        if not (data := events.take()):
+            return False
+        try:
+            self.outbox.put(data)
+        except OSError:
+            _log.exception("events could not be sent")
+            self.outbox.cut_off()
+        if self.outbox.unsent:
+            self._events_wait = True
+            self._start_pump()
+        return not self.outbox.unsent
+
+    def _emptied(self) -> None:
+        """The client has taken what it was sent."""
+        if self._events_wait:
+            self._events_wait = False
+            self._server.daemon.news()
+
+    def _start_pump(self) -> None:
         if self._pump_scope is None:
             self._pump_scope = trio.CancelScope()
             self._server.start_soon(self._pump, self._pump_scope)
 
     async def _pump(self, scope: trio.CancelScope) -> None:
-        """Send the events that wait, then end: a connection that is told nothing has no task."""
+        """Send what is unsent, then end: a connection that is told nothing has no task."""
         try:
             with scope:
-                if self.outbox.unsent:
-                    await self.outbox.flush()
-                while self._context.events is not None and (data := self._context.events.take()):
-                    await self.outbox.send(data)
+                await self.outbox.flush()
         except Exception:  # noqa: BLE001 - as in run
             _log.exception("events could not be sent")
             self.outbox.cut_off()
