@@ -24,8 +24,10 @@ MAX_REPLY_BYTES = 256 << 20
 #: Bytes that the incomplete requests of all connections together may take in memory.
 MAX_INCOMPLETE_BYTES = 32 << 20
 
-#: Characters of all opaque texts together: what clients can make the daemon remember.
+#: Bytes of all opaque texts together: what clients can make the daemon remember; and how much of
+#: it those of one user may, other than root and the daemon's own.
 MAX_OPAQUE_TOTAL = 32 << 20
+MAX_OPAQUE_PER_UID = 8 << 20
 
 #: Bytes that a token takes in memory on top of its text, at most: an empty array's.
 TOKEN_BYTES = 72
@@ -93,8 +95,9 @@ CLEANUP_TIMEOUT = 5.0
 #: Events that wait for those who watch, the newest; whoever misses older ones is told how many.
 MAX_EVENTS = 4096
 
-#: Bytes of those events: an opaque text in one may be as long as a request.
-MAX_EVENT_BYTES = 1 << 20
+#: Bytes that those events take in memory: an opaque text in one may be as long as a request, and
+#: takes six times as much in JSON at worst.
+MAX_EVENT_BYTES = 4 << 20
 
 #: Bytes of events that are given to a client at a time: what it does not take waits for it alone.
 EVENT_BYTES_A_TURN = 32 << 10

@@ -16,10 +16,11 @@ from trio.testing import MockClock
 
 import qmpfd
 from qmpfd.commands import TABLE, VOCABULARY, Context, Daemon
-from qmpfd.commands.events import EventLog, Watcher
+from qmpfd.commands.events import Event, EventLog, Watcher
+from qmpfd.commands.types import FdAdded
 from qmpfd.fd import Fd
 from qmpfd.fdsets import Peer
-from qmpfd.limits import MAX_EVENT_BYTES, MAX_EVENTS, MAX_REQUEST_BYTES
+from qmpfd.limits import EVENT_BYTES_A_TURN, MAX_EVENT_BYTES, MAX_EVENTS, MAX_REQUEST_BYTES
 from qmpfd.policy import EVERYTHING, Access, Grant
 from qmpfd.protocol import ServerConnection
 
@@ -273,42 +274,54 @@ async def test_the_longest_text_of_all(path: Path) -> None:
             assert (await wire.reply())["data"]["opaque"] == long
 
 
+def event(number: int, size: int = 200) -> Event:
+    """One that is about that descriptor, as large as that."""
+    return Event("FD_ADDED", FdAdded(0, number), size)
+
+
 def told(watcher: Watcher) -> list[Any]:
-    """All that waits: the texts, and how many were lost."""
-    found = []
-    while data := watcher.take():
-        lost = data.startswith(b"{")
-        found.append(json.loads(data)["data"]["count"] if lost else data)
-    return found
+    """All that waits: the descriptors, and how many were lost."""
+    lines = b"".join(iter(watcher.take, b"")).splitlines()
+    data = [json.loads(line)["data"] for line in lines]
+    return [each["fd"] if "fd" in each else f"{each['count']} lost" for each in data]
 
 
 def test_the_newest_are_kept() -> None:
     """The count stands where the lost ones would; each watcher has its own."""
     log = EventLog(EVERYTHING)
     first = Watcher(log, lambda: False)
-    long = b"x" * (MAX_EVENT_BYTES // 2)
-    for event in (b"a", long):
-        log.put(event, 0, None)
+    long = MAX_EVENT_BYTES // 2
+    for each in (event(1), event(2, long)):
+        log.put(each, 0, None)
     second = Watcher(log, lambda: False)
     assert told(second) == []
-    for event in (long, b"b"):
-        log.put(event, 0, None)
-    assert told(first) == [2, long, b"b"]
+    for each in (event(3, long), event(4)):
+        log.put(each, 0, None)
+    assert told(first) == ["2 lost", 3, 4]
     assert told(first) == []
-    assert told(second) == [long, b"b"]
-    log.put(b"c", 0, None)
-    log.put(2 * long, 0, None)  # alone it may be longer
-    assert told(first) == told(second) == [1, 2 * long]
+    assert told(second) == [3, 4]
+    log.put(event(5), 0, None)
+    log.put(event(6, 2 * long), 0, None)  # alone it may be longer
+    assert told(first) == told(second) == ["1 lost", 6]
 
 
 def test_as_many_as_there_may_be() -> None:
     log = EventLog(EVERYTHING)
     watcher = Watcher(log, lambda: False)
     for number in range(MAX_EVENTS + 3):
-        log.put(b"%d," % number, 0, None)
-    lost, *rest = told(watcher)
-    assert lost == 3
-    assert b"".join(rest).split(b",")[:-1] == [b"%d" % n for n in range(3, MAX_EVENTS + 3)]
+        log.put(event(number), 0, None)
+    assert told(watcher) == ["3 lost", *range(3, MAX_EVENTS + 3)]
+
+
+def test_a_little_is_taken_at_a_time() -> None:
+    """What a client does not take is kept for it alone."""
+    log = EventLog(EVERYTHING)
+    watcher = Watcher(log, lambda: False)
+    for number in range(MAX_EVENTS):
+        log.put(event(number), 0, None)
+    takes = list(iter(watcher.take, b""))
+    assert sum(take.count(b"FD_ADDED") for take in takes) == MAX_EVENTS
+    assert max(map(len, takes)) < EVENT_BYTES_A_TURN + 200
 
 
 def test_a_change_costs_the_same_however_many_watch() -> None:

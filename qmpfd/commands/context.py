@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,16 +14,21 @@ from ..closing import Closer
 from ..errors import FdNotSupplied, GenericError
 from ..fd import Fd
 from ..fdsets import FdSet, FdSets, Peer, StoredFd
-from ..limits import MAX_OPAQUE_TOTAL, Limits
+from ..limits import MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, Limits
 from ..policy import Access
 from ..protocol import ServerConnection
-from .events import EventLog, Watcher, fd_added, fd_removed
+from .events import Event, EventLog, Watcher
 from .hangups import Hangups
 
 if TYPE_CHECKING:
     from .table import Table
 
 Dialect: TypeAlias = Literal["spec", "qemu"]
+
+
+def _weight(text: str) -> int:
+    """Bytes that *text* takes in memory: one wide character makes all of them wide."""
+    return len(text) if text.isascii() else sys.getsizeof(text)
 
 
 @dataclass(slots=True)
@@ -63,12 +71,17 @@ class Daemon:
     news: Callable[[], None] = lambda: None
     watchers: set[Watcher] = field(default_factory=set)
     logs: dict[Access, EventLog] = field(default_factory=dict)  #: of the events, by who may see
-    opaque_total: int = 0  #: characters of the stored opaque texts
+    opaque_total: int = 0  #: bytes of the stored opaque texts, and of names
+    opaque_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
     kept: int = 0  #: descriptors kept for clients, those of ``getfd`` included
     kept_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
+    waiting: int = 0  #: descriptors that no command has yet, and that their clients do not take
+    waiting_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
+    most_waiting: int = field(init=False)  #: how many that may be: half of the process's table
     stats: Stats = field(init=False)
 
     def __post_init__(self) -> None:
+        self.most_waiting = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self.stats = Stats(self.clock())
         self.store.observer = self
 
@@ -79,22 +92,22 @@ class Daemon:
         if stored.added_by is not None:
             self.hold(stored.added_by.uid)
         if stored.opaque:
-            self.opaque_total += len(stored.opaque)
+            self._count_text(stored.added_by, stored.opaque, 1)
         if self.logs:
-            self._tell(fd_added(fdset.id, stored), fdset, stored)
+            self._tell(Event.added(fdset.id, stored), fdset, stored)
 
     def removed(self, fdset: FdSet, stored: StoredFd, reason: str) -> None:
         """A descriptor was taken out: count it, and tell those who watch."""
         if stored.added_by is not None:
             self.release(stored.added_by.uid)
         if stored.opaque:
-            self.opaque_total -= len(stored.opaque)
+            self._count_text(stored.added_by, stored.opaque, -1)
         if stored.terms.watch_hangup:
             self.hangups.unwatch(stored)
         if self.logs:
-            self._tell(fd_removed(fdset.id, stored, reason), fdset, stored)
+            self._tell(Event.removed(fdset.id, stored, reason), fdset, stored)
 
-    def _tell(self, event: bytes, fdset: FdSet, stored: StoredFd) -> None:
+    def _tell(self, event: Event, fdset: FdSet, stored: StoredFd) -> None:
         for log in self.logs.values():
             log.put(event, fdset.id, stored.opaque)
         self.news()
@@ -123,6 +136,49 @@ class Daemon:
         if not self.kept_of[uid]:
             del self.kept_of[uid]
 
+    def _count_text(self, peer: Peer | None, text: str, sign: Literal[1, -1]) -> None:
+        weight = sign * _weight(text)
+        self.opaque_total += weight
+        if peer is not None:
+            self.opaque_of[peer.uid] += weight
+            if not self.opaque_of[peer.uid]:
+                del self.opaque_of[peer.uid]
+
+    def hold_name(self, peer: Peer, name: str) -> None:
+        """A descriptor is kept for a client, under that name."""
+        self.hold(peer.uid)
+        self._count_text(peer, name, 1)
+
+    def release_name(self, peer: Peer, name: str) -> None:
+        """What :meth:`hold_name` has counted is kept no more."""
+        self.release(peer.uid)
+        self._count_text(peer, name, -1)
+
+    def hold_waiting(self, uid: int, more: int) -> None:
+        """So many descriptors more, or fewer, wait in connections of *uid*."""
+        self.waiting += more
+        self.waiting_of[uid] += more
+        if not self.waiting_of[uid]:
+            del self.waiting_of[uid]
+
+    def check_waiting(self, uid: int, more: int) -> None:
+        """Refuse to let *more* descriptors wait in a connection of *uid* when that is too much.
+        Of what may wait in all, a user has half; root and the daemon's own have all.
+
+        Raises:
+            GenericError: it is.
+        """
+        most = self.most_waiting
+        if uid not in (0, os.geteuid()) and self.waiting_of[uid] + more > most // 2:
+            raise GenericError(
+                f"Too many file descriptors of uid {uid} wait in its connections: "
+                f"the limit is {most // 2}"
+            )
+        if self.waiting + more > most:
+            raise GenericError(
+                f"Too many file descriptors wait in connections: the limit is {most}"
+            )
+
     def check_room(self, uid: int, count: int, opaque: str | None = None) -> None:
         """Refuse to keep *count* more descriptors for a client of *uid*, each with that opaque
         text, when that is too much.
@@ -134,10 +190,16 @@ class Daemon:
         # What hangs in its close still takes a place.
         if self.kept + self.closer.pending + count > limits.max_fds:
             raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
-        if opaque and self.opaque_total + count * len(opaque) > MAX_OPAQUE_TOTAL:
-            raise GenericError(
-                f"Too much opaque text: the limit is {MAX_OPAQUE_TOTAL} characters in all"
-            )
+        if opaque:
+            more = count * _weight(opaque)
+            if self.opaque_total + more > MAX_OPAQUE_TOTAL:
+                raise GenericError(
+                    f"Too much opaque text: the limit is {MAX_OPAQUE_TOTAL} bytes in all"
+                )
+            if self.opaque_of[uid] + more > MAX_OPAQUE_PER_UID and uid not in (0, os.geteuid()):
+                raise GenericError(
+                    f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
+                )
         if self.kept_of[uid] + count > limits.max_fds_per_uid:
             raise GenericError(
                 f"Too many file descriptors of uid {uid}: the limit is {limits.max_fds_per_uid}"
@@ -193,16 +255,14 @@ class Context:
         """Keep the descriptor that came with the command under *name*."""
         self.drop(name)
         self.names[name] = self.fds.pop(0)
-        self.daemon.hold(self.peer.uid)
-        self.daemon.opaque_total += len(name)
+        self.daemon.hold_name(self.peer, name)
 
     def drop(self, name: str) -> bool:
         """Close the descriptor that is kept under *name*; whether there is one."""
         fd = self.names.pop(name, None)
         if fd is None:
             return False
-        self.daemon.release(self.peer.uid)
-        self.daemon.opaque_total -= len(name)
+        self.daemon.release_name(self.peer, name)
         self.connection.garbage.append(fd)
         return True
 

@@ -27,24 +27,52 @@ EVENTS: dict[str, type[Struct]] = {
 }
 
 
-def _event(name: str, data: Struct) -> bytes:
-    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-    stamp = {"seconds": seconds, "microseconds": nanoseconds // 1000}
-    return encode({"timestamp": stamp, "event": name, "data": data}) + b"\r\n"
+#: Bytes that an event takes in memory at most, apart from the opaque text.
+_EVENT_BYTES = 256
 
 
-def fd_added(fdset_id: int, stored: StoredFd) -> bytes:
-    """The event that *stored* was added."""
-    return _event("FD_ADDED", FdAdded(fdset_id, stored.fd.fileno(), stored.opaque))
+class Event:
+    """Something that has happened.  It is encoded when somebody is told of it.
 
+    Args:
+        name: its name.
+        data: what there is to tell.
+        size: about how many bytes of memory it may take.
+    """
 
-def fd_removed(fdset_id: int, stored: StoredFd, reason: str) -> bytes:
-    """The event that *stored* was removed, and why."""
-    return _event("FD_REMOVED", FdRemoved(fdset_id, stored.fd.fileno(), reason, stored.opaque))
+    __slots__ = ("_data", "_encoded", "_name", "_time", "size")
+
+    def __init__(self, name: str, data: Struct, size: int) -> None:
+        self.size = size
+        self._name = name
+        self._data = data
+        self._time = time.time_ns()
+        self._encoded: bytes | None = None
+
+    @classmethod
+    def added(cls, fdset_id: int, stored: StoredFd) -> Event:
+        """*stored* was added."""
+        data = FdAdded(fdset_id, stored.fd.fileno(), stored.opaque)
+        return cls("FD_ADDED", data, _EVENT_BYTES + 6 * len(stored.opaque or ""))
+
+    @classmethod
+    def removed(cls, fdset_id: int, stored: StoredFd, reason: str) -> Event:
+        """*stored* was removed, and why."""
+        data = FdRemoved(fdset_id, stored.fd.fileno(), reason, stored.opaque)
+        return cls("FD_REMOVED", data, _EVENT_BYTES + 6 * len(stored.opaque or ""))
+
+    def encode(self) -> bytes:
+        """What watchers are sent."""
+        if self._encoded is None:
+            seconds, nanoseconds = divmod(self._time, 1_000_000_000)
+            stamp = {"seconds": seconds, "microseconds": nanoseconds // 1000}
+            whole = {"timestamp": stamp, "event": self._name, "data": self._data}
+            self._encoded = encode(whole) + b"\r\n"
+        return self._encoded
 
 
 class EventLog:
-    """The newest events, for all watchers who may see the same: each is encoded and kept once.
+    """The newest events, for all watchers who may see the same: each is kept and encoded once.
 
     Args:
         access: what they may do.
@@ -53,7 +81,7 @@ class EventLog:
     def __init__(self, access: Access) -> None:
         self.access = access
         self.watchers = 0  #: how many there are
-        self._events: deque[bytes] = deque()
+        self._events: deque[Event] = deque()
         self._size = 0
         #: The number of the next event; they are numbered from 0.
         self.end = 0
@@ -63,7 +91,7 @@ class EventLog:
         """The number of the oldest event that is still there."""
         return self.end - len(self._events)
 
-    def put(self, event: bytes, fdset_id: int, opaque: str | None) -> None:
+    def put(self, event: Event, fdset_id: int, opaque: str | None) -> None:
         """Add *event*, about a descriptor of that fd set with that opaque text, if it may be seen;
         the oldest are given up for it.
         """
@@ -72,16 +100,17 @@ class EventLog:
         events = self._events
         events.append(event)
         self.end += 1
-        self._size += len(event)
+        self._size += event.size
         while len(events) > MAX_EVENTS or (self._size > MAX_EVENT_BYTES and len(events) > 1):
-            self._size -= len(events.popleft())
+            self._size -= events.popleft().size
 
     def since(self, number: int, most: int) -> list[bytes]:
         """The events from *number* on, up to *most* bytes of them but at least one."""
         found = []
         for event in islice(self._events, number - self.begin, None):
-            found.append(event)
-            most -= len(event)
+            encoded = event.encode()
+            found.append(encoded)
+            most -= len(encoded)
             if most <= 0:
                 break
         return found
@@ -107,9 +136,9 @@ class Watcher:
         self._lost += max(0, log.begin - self._next)
         self._next = max(self._next, log.begin)
         if self._lost:
-            event = _event("FD_EVENTS_LOST", FdEventsLost(self._lost))
+            event = Event("FD_EVENTS_LOST", FdEventsLost(self._lost), 0)
             self._lost = 0
-            return event
+            return event.encode()
         events = log.since(self._next, EVENT_BYTES_A_TURN)
         self._next += len(events)
         return b"".join(events)

@@ -44,6 +44,28 @@ def list_fds(context: Context, sets: Iterable[FdSet], prefix: str | None) -> Bit
     return _result(context, _list_fds(context, sets, prefix))
 
 
+def added(fdset_id: int, numbers: list[int], opaque: str | None) -> FdsetInfo | Bits:
+    """What ``add-fds`` returns: the opaque text is said for each of the descriptors.
+
+    Args:
+        fdset_id: the fd set that they were added to.
+        numbers: the descriptors.
+        opaque: their opaque text.
+    """
+    info = FdsetInfo(fdset_id, [FdsetFdInfo(number, opaque) for number in numbers])
+    if len(numbers) * len(opaque or "") <= _FEW_CHARACTERS:
+        return info
+    return Bits(_bits_of(info))
+
+
+def _bits_of(info: FdsetInfo) -> Iterator[bytes]:
+    separator = b'{"fdset-id": %d, "fds": [' % info.fdset_id
+    for fd in info.fds:
+        yield separator + encode(fd)
+        separator = b", "
+    yield b"]}"
+
+
 def _result(context: Context, bits: Iterator[bytes]) -> Bits | Encoded:
     daemon = context.daemon
     few = daemon.store.fd_count <= _FEW_FDS and daemon.opaque_total <= _FEW_CHARACTERS
@@ -56,10 +78,11 @@ def _list_fdsets(context: Context) -> Iterator[bytes]:
     work = 0
     separator = b"["
     for fdset in context.daemon.store.walk():
+        cost = len(fdset.fds) * _ENCODING if fdset.listing is None else _COPYING
         if context.access.unlimited and (whole := _whole(fdset)) is not None:
             out += separator, whole
             separator = b", "
-            work += _COPYING
+            work += cost
         else:
             opened = False
             for stored in fdset.walk(now):
@@ -89,10 +112,10 @@ def _whole(fdset: FdSet) -> bytes | None:
     """What a listing says of *fdset*, if that is short: of 15,000 sets, few have changed since the
     last time, and what was said of the others is still right.
     """
-    if fdset.listing is None and len(fdset.fds) <= _STEP // _ENCODING:
-        texts = [stored.opaque or "" for stored in fdset.fds.values()]
-        if sum(map(len, texts)) <= _KEPT_BYTES:
-            fds = [FdsetFdInfo(number, stored.opaque) for number, stored in fdset.fds.items()]
+    few = len(fdset.fds) <= _KEPT_BYTES // len(b'{"fd": 10}, ')
+    if fdset.listing is None and few:
+        fds = [FdsetFdInfo(number, stored.opaque) for number, stored in fdset.fds.items()]
+        if sum(len(fd.opaque or "") for fd in fds) <= _KEPT_BYTES:
             whole = encode(FdsetInfo(fdset.id, fds))
             if len(whole) <= _KEPT_BYTES:
                 fdset.listing = whole

@@ -15,7 +15,7 @@ from ..limits import SCM_MAX_FD
 from ..protocol.encode import Bits, Encoded
 from .context import Context
 from .fds import check_add
-from .listings import list_fds
+from .listings import added, list_fds
 from .table import Table
 from .types import (
     NOTHING,
@@ -23,7 +23,6 @@ from .types import (
     Arguments,
     Count,
     FdInfo,
-    FdsetFdInfo,
     FdsetInfo,
     LimitsInfo,
     OpenedFd,
@@ -66,6 +65,7 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
         if refusal is not None and not there:
             raise refusal
         raise FdNotFound(_no_such_access(fdset, number, wanted, there))
+    context.daemon.check_waiting(context.peer.uid, 1)
     try:
         context.passed.append(stored.fd.dup())
     except OSError as exc:
@@ -80,7 +80,7 @@ def _no_such_access(fdset: FdSet, number: int | None, wanted: str | None, there:
 
 
 @table.command("add-fds", AddFds, FdsetInfo, fds=SCM_MAX_FD)
-def add_fds(context: Context, arguments: AddFds) -> FdsetInfo:
+def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | Bits:
     """Add all the file descriptors that were passed with the command to an fd set, or none."""
     context.first_fd()
     daemon = context.daemon
@@ -116,7 +116,7 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo:
     if terms.watch_hangup:
         for fd in fds:
             daemon.hangups.watch(fdset.fds[fd.fileno()])
-    return FdsetInfo(fdset.id, [FdsetFdInfo(fd.fileno(), opaque) for fd in fds])
+    return added(fdset.id, [fd.fileno() for fd in fds], opaque)
 
 
 def _terms(context: Context, arguments: AddFds, now: float) -> Terms:

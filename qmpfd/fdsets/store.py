@@ -60,7 +60,7 @@ class StoredFd:
         fdset: the set it is in; None once it was removed.
         opaque: the free-form text that its client gave it, or None.
         added_by: the client, or None if it was there from the start.
-        added_at: when, by the daemon's clock.
+        added_at: when, by the daemon's clock; not before any older one of its set.
         terms: how long it is kept.
     """
 
@@ -223,6 +223,8 @@ class FdSets:
         if fdset is None:
             fdset = self._sets[fdset_id] = FdSet(fdset_id)
             self._ascending = None
+        else:  # as they are listed: the oldest first
+            now = max(now, next(reversed(fdset.fds.values())).added_at)
         stored = StoredFd(fd, fdset, opaque, added_by, now, terms)
         fdset.fds[number] = stored
         fdset.listing = None

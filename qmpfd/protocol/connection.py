@@ -8,7 +8,7 @@ states are those of the QEMU Machine Protocol Specification
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +47,6 @@ class ProtocolError(Exception):
     """The peer does not speak QMP."""
 
 
-#: What the command is told whose descriptors the kernel had to drop (MSG_CTRUNC).
-LOST = "File descriptors sent via SCM_RIGHTS were lost: the receiver is out of file descriptors"
-
-
 class Connection:
     """What both roles share; made by :class:`ServerConnection` and :class:`ClientConnection`."""
 
@@ -61,13 +57,21 @@ class Connection:
         max_bytes: int,
         lines: bool,
         budget: Budget | None = None,
+        owner: Hashable = None,
     ) -> None:
         #: Descriptors that nobody takes; whoever does the I/O closes them.
         self.garbage: list[Fd] = []
         self.state = State.CONNECTED
         self._inbox = Inbox(
-            decode, wanted, max_bytes=max_bytes, garbage=self.garbage, lines=lines, budget=budget
+            decode,
+            wanted,
+            max_bytes=max_bytes,
+            garbage=self.garbage,
+            lines=lines,
+            budget=budget,
+            owner=owner,
         )
+        self._queue: deque[Message] = deque()  # received, and not asked for yet
         #: See :class:`Inbox`: shown the next bytes, how to consume them.
         self.receive = self._inbox.receive
         #: See :class:`Inbox`: the descriptors of each piece consumed.
@@ -81,13 +85,29 @@ class Connection:
 
     def _messages(self) -> Iterator[Message]:
         """What has come; the descriptors of what nobody asks for any more are garbage."""
-        waiting = deque(self._inbox.messages())
+        queue = self._queue
+        queue += self._inbox.messages()
         try:
-            while waiting:
-                yield waiting.popleft()
+            while queue:
+                yield queue.popleft()
         finally:
-            for _, fds, _ in waiting:
+            for _, fds, _ in queue:
                 self.garbage += fds
+            queue.clear()
+
+    @property
+    def waiting_fds(self) -> int:
+        """How many descriptors have come that no command has yet."""
+        queued = sum(len(fds) for _, fds, _ in self._queue) if self._queue else 0
+        return queued + self._inbox.unclaimed_fds
+
+    def refuse_fds(self, why: str) -> None:
+        """Close those descriptors: the commands that should have had them are told why not."""
+        for number, (value, fds, lost) in enumerate(self._queue):
+            if fds:
+                self.garbage += fds
+                self._queue[number] = value, [], lost or why
+        self._inbox.refuse_fds(why)
 
     def close(self) -> None:
         """The connection is over: what waits for a command becomes garbage."""

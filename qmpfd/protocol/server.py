@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Hashable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from msgspec import UNSET
@@ -11,7 +11,7 @@ from outcome import Error, Outcome, Value
 from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError, QMPError
 from ..fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
-from .connection import LOST, Connection, Event, State
+from .connection import Connection, Event, State
 from .encode import Bits, encode, encode_any, encode_bit_by_bit
 from .inbox import InboxState
 from .parser import Budget
@@ -45,6 +45,7 @@ class ServerConnection(Connection):
         max_request_bytes: bytes of one request.
         qemu_classes: tell only the error classes that today's QEMU has.
         budget: the memory that incomplete requests share with other connections.
+        owner: whose this one is.
     """
 
     def __init__(
@@ -54,9 +55,15 @@ class ServerConnection(Connection):
         max_request_bytes: int = MAX_REQUEST_BYTES,
         qemu_classes: bool = False,
         budget: Budget | None = None,
+        owner: Hashable = None,
     ) -> None:
         super().__init__(
-            vocabulary.decode_chunk, vocabulary.wanted_fds, max_request_bytes, False, budget
+            vocabulary.decode_chunk,
+            vocabulary.wanted_fds,
+            max_request_bytes,
+            False,
+            budget,
+            owner,
         )
         self._vocabulary = vocabulary
         self._qemu_classes = qemu_classes
@@ -98,7 +105,7 @@ class ServerConnection(Connection):
         Carry out each before asking for the next: whether that is possible may depend on it.
         """
         flooded = False
-        for value, fds, dropped in self._messages():
+        for value, fds, lost in self._messages():
             if isinstance(value, Request):
                 request_id = value.id
             else:
@@ -107,8 +114,8 @@ class ServerConnection(Connection):
                 if isinstance(value, GenericError):
                     raise value
                 request = self._checked(value)
-                if dropped:
-                    raise FdNotSupplied(LOST)
+                if lost:
+                    raise FdNotSupplied(lost)
             except QMPError as exc:
                 self.garbage += fds
                 if not isinstance(value, dict | Request):

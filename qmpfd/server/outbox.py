@@ -47,6 +47,11 @@ class Outbox:
         self._flushing = trio.Lock()
         self._scope: trio.CancelScope | None = None  # while waiting for the client
 
+    @property
+    def waiting_fds(self) -> int:
+        """How many descriptors wait to be taken."""
+        return sum(len(fds) for _, fds in self.unsent) if self.unsent else 0
+
     async def send(
         self, data: bytes, fds: list[Fd] | None = None, *, share: Share | None = None
     ) -> None:

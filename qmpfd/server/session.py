@@ -89,6 +89,7 @@ class Session:
             max_request_bytes=server.daemon.limits.max_request_bytes,
             qemu_classes=server.daemon.dialect == "qemu",
             budget=server.budget,
+            owner=peer.uid,
         )
         self._context = Context(server.daemon, self._connection, peer, access, self._tell)
         self._share = Share(server.turns)
@@ -99,6 +100,7 @@ class Session:
         self._parked = False  # the daemon is frozen; nothing of the client is under way
         self._long_reply: Iterator[bytes] | None = None  # being sent bit by bit
         self._takeover_id: Any = UNSET  # of the request that asked for a takeover
+        self._fds_waiting = 0  # as counted so far
         self._events_wait = False  # until the client has taken what it is being sent
         self.outbox = Outbox(server, stream, peer, self._emptied)
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
@@ -133,6 +135,7 @@ class Session:
                 finally:
                     self._server.lock.release()
             self._connection.close()
+            self._count_waiting_fds()
             self._close_garbage()
 
     def finish(self) -> None:
@@ -248,6 +251,7 @@ class Session:
         self._since -= saved.idle
         for data, count in saved.unsent:
             self.outbox.unsent.append((data, list(islice(fds, count))))
+        self._count_waiting_fds()
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -302,6 +306,7 @@ class Session:
                     self._close_garbage(_CLOSES_A_STEP)
                     while self._connection.garbage:  # a whole set, perhaps
                         if self._share.over:
+                            self._count_waiting_fds()
                             await self._share.next_turn()
                         self._close_garbage(_CLOSES_A_STEP)
                 except BaseException:
@@ -310,6 +315,7 @@ class Session:
                     raise
                 for data, fds in batches:
                     self.outbox.put(data, fds)
+                self._count_waiting_fds()
                 if self.outbox.unsent and not self._server.is_frozen:
                     await self.outbox.flush(self._share)
                 if self._long_reply is not None:
@@ -390,6 +396,7 @@ class Session:
         while more and not outbox.deaf:
             made: list[bytes] = []
             size = 0
+            await share.next_turn()
             await server.enter()
             try:
                 more = False
@@ -406,8 +413,6 @@ class Session:
                 outbox.put(b"".join(made), passed)
             if outbox.unsent and not server.is_frozen:
                 await outbox.flush(share)
-            if share.over:
-                await share.next_turn()
         self._long_reply = None
         self._emptied()
 
@@ -453,6 +458,8 @@ class Session:
 
     def _emptied(self) -> None:
         """The client has taken what it was sent."""
+        if self._fds_waiting:
+            self._count_waiting_fds()
         if self._events_wait:
             self._events_wait = False
             self._server.daemon.news()
@@ -472,6 +479,24 @@ class Session:
             self.outbox.cut_off()
         finally:
             self._pump_scope = None
+
+    def _count_waiting_fds(self) -> None:
+        """Count the descriptors that have come and that no command has, and those that wait to be
+        taken with their replies.  If they are too many, those that have come last go.
+        """
+        connection, daemon, uid = self._connection, self._server.daemon, self.peer.uid
+        waiting = connection.waiting_fds + self.outbox.waiting_fds
+        more = waiting - self._fds_waiting
+        if more > 0:
+            try:
+                daemon.check_waiting(uid, more)
+            except QMPError as exc:
+                connection.refuse_fds(exc.desc)
+                self._close_garbage()
+                more = self.outbox.waiting_fds - self._fds_waiting
+        if more:
+            daemon.hold_waiting(uid, more)
+            self._fds_waiting += more
 
     def _close_garbage(self, most: int | None = None) -> None:
         garbage = self._connection.garbage
