@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..closing import Closer
@@ -222,6 +223,7 @@ class Context:
         passed: the descriptors that go back with the reply; owned here until they are sent.
         events: what the client is to be told unasked, while it watches.
         takes_over: the client is a daemon that takes over.
+        took_long: a command had more to look at than most: it is time to look at the clock.
         quitting: the client has said ``quit``: what follows of it is not carried out.
     """
 
@@ -236,6 +238,7 @@ class Context:
     events: Watcher | None = None
     quitting: bool = False
     takes_over: bool = False
+    took_long: bool = False
 
     def first_fd(self) -> Fd:
         """The descriptor that came with the command.
@@ -283,11 +286,18 @@ class Context:
             self.events.move(self.daemon.log_for(access))
         self.access = access
 
-    def close(self) -> None:
-        """The connection is over, and with it all that was kept for its time only."""
+    def close(self, most: int | None = None) -> bool:
+        """The connection is over, and with it all that was kept for its time only; whether there
+        is more of it.
+
+        Args:
+            most: how many descriptors are taken out; None for all.
+        """
         self.watch(False)
-        self.discard(self.daemon.store.remove_owned(self))
-        for name in list(self.names):
+        removed = self.daemon.store.remove_owned(self, most)
+        self.discard(removed)
+        for name in list(islice(self.names, most)):
             self.drop(name)
         self.connection.garbage += self.passed
         self.passed.clear()
+        return bool(self.names) or len(removed) == most

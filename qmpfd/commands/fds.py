@@ -58,7 +58,9 @@ def remove_fd(context: Context, arguments: RemoveFd) -> Nothing:
         fds = store.get(arguments.fdset_id, number).fds
         for stored in fds.values() if number is None else [fds[number]]:
             access.require_for("remove", arguments.fdset_id, stored.opaque)
-    context.discard(store.remove(arguments.fdset_id, number))
+    removed = store.remove(arguments.fdset_id, number)
+    context.took_long = len(removed) > 1
+    context.discard(removed)
     return NOTHING
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from math import ceil
 
+from msgspec import to_builtins
+
 from ..fdinfo import access_mode, kind, target
 from ..fdsets import FdSet, StoredFd
 from ..limits import INT64_MAX
-from ..protocol.encode import Bits, Encoded, encode
+from ..protocol.encode import LONG_TEXT, Bits, Encoded, encode, encode_bit_by_bit
 from .context import Context
 from .types import FdInfo, FdsetFdInfo, FdsetInfo, PeerInfo
 
@@ -61,7 +63,8 @@ def added(fdset_id: int, numbers: list[int], opaque: str | None) -> FdsetInfo | 
 def _bits_of(info: FdsetInfo) -> Iterator[bytes]:
     separator = b'{"fdset-id": %d, "fds": [' % info.fdset_id
     for fd in info.fds:
-        yield separator + encode(fd)
+        yield separator
+        yield from encode_bit_by_bit(to_builtins(fd))
         separator = b", "
     yield b"]}"
 
@@ -88,12 +91,18 @@ def _list_fdsets(context: Context) -> Iterator[bytes]:
             for stored in fdset.walk(now):
                 work += _ENCODING + len(stored.opaque or "")
                 if context.access.may("query", fdset.id, stored.opaque):
-                    entry = encode(FdsetFdInfo(stored.fd.fileno(), stored.opaque))
                     if opened:
-                        out += b", ", entry
+                        out.append(b", ")
                     else:
-                        out += separator, b'{"fdset-id": %d, "fds": [' % fdset.id, entry
+                        out += separator, b'{"fdset-id": %d, "fds": [' % fdset.id
                         separator, opened = b", ", True
+                    entry = FdsetFdInfo(stored.fd.fileno(), stored.opaque)
+                    if _is_long(stored.opaque):
+                        yield b"".join(out)
+                        out.clear()
+                        yield from encode_bit_by_bit(to_builtins(entry))
+                    else:
+                        out.append(encode(entry))
                 if work > _STEP:
                     yield b"".join(out)
                     out.clear()
@@ -134,15 +143,26 @@ def _list_fds(context: Context, sets: Iterable[FdSet], prefix: str | None) -> It
             if (prefix is None or (opaque is not None and opaque.startswith(prefix))) and (
                 context.access.may("query", fdset.id, opaque)
             ):
-                out += separator, encode(_describe(fdset, stored, now))
+                out.append(separator)
                 separator = b", "
                 work += _LOOKING
+                entry = _describe(fdset, stored, now)
+                if _is_long(opaque):
+                    yield b"".join(out)
+                    out.clear()
+                    yield from encode_bit_by_bit(to_builtins(entry))
+                else:
+                    out.append(encode(entry))
             if work > _STEP:
                 yield b"".join(out)
                 out.clear()
                 work = 0
     out.append(b"[]" if separator == b"[" else b"]")
     yield b"".join(out)
+
+
+def _is_long(opaque: str | None) -> bool:
+    return opaque is not None and len(opaque) > LONG_TEXT
 
 
 def _describe(fdset: FdSet, stored: StoredFd, now: float) -> FdInfo:

@@ -7,10 +7,10 @@ from collections import Counter
 
 from msgspec import UNSET
 
-from ..errors import FdNotFound, GenericError, InvalidParameterValue, PermissionDenied
+from ..errors import FdNotFound, GenericError, InvalidParameterValue
 from ..fd import Fd
 from ..fdinfo import access_mode
-from ..fdsets import FOREVER, FdSet, Terms
+from ..fdsets import FOREVER, FdSet, StoredFd, Terms
 from ..limits import SCM_MAX_FD
 from ..protocol.encode import Bits, Encoded
 from .context import Context
@@ -35,6 +35,9 @@ from .types import Result as Nothing
 
 table = Table()
 
+#: Descriptors in a set that take a while to go through.
+_MANY = 100
+
 
 @table.command("open-fdset", OpenFdset, OpenedFd)
 def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
@@ -48,22 +51,22 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
     access = context.access
     access.require("open", arguments.fdset_id)
     fdset = context.daemon.store.get(arguments.fdset_id, number)
-    refusal: PermissionDenied | None = None
+    context.took_long = len(fdset.fds) > _MANY
+    refused: StoredFd | None = None
     there: set[str] = set()
     for stored in reversed(fdset.fds.values()) if number is None else (fdset.fds[number],):
-        try:
-            access.require_for("open", fdset.id, stored.opaque)
-        except PermissionDenied as exc:
-            refusal = exc
+        if not access.may("open", fdset.id, stored.opaque):
+            refused = stored
             continue
-        mode = access_mode(stored.fd.fileno())
-        if wanted is None or mode == wanted:
+        if stored.access is None:
+            stored.access = access_mode(stored.fd.fileno())
+        if wanted is None or stored.access == wanted:
             break
-        there.add(mode)
+        there.add(stored.access)
     else:
         # What the client may not open is no answer to what there is.
-        if refusal is not None and not there:
-            raise refusal
+        if refused is not None and not there:
+            access.require_for("open", fdset.id, refused.opaque)
         raise FdNotFound(_no_such_access(fdset, number, wanted, there))
     context.daemon.check_waiting(context.peer.uid, 1)
     try:

@@ -62,6 +62,7 @@ class StoredFd:
         added_by: the client, or None if it was there from the start.
         added_at: when, by the daemon's clock; not before any older one of its set.
         terms: how long it is kept.
+        access: how it was opened, once somebody has asked; that never changes (fcntl(2), F_SETFL).
     """
 
     fd: Fd
@@ -70,6 +71,7 @@ class StoredFd:
     added_by: Peer | None
     added_at: float
     terms: Terms
+    access: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -286,16 +288,26 @@ class FdSets:
         if self.observer is not None:
             self.observer.removed(fdset, stored, reason)
 
-    def remove_owned(self, owner: Hashable) -> list[StoredFd]:
-        """Take out what is kept until the end of *owner*: the caller closes it."""
-        removed = list(self._owned.get(owner, ()))
+    def remove_owned(self, owner: Hashable, most: int | None = None) -> list[StoredFd]:
+        """Take out what is kept until the end of *owner*: the caller closes it.
+
+        Args:
+            owner: the connection.
+            most: how many descriptors; None for all.
+        """
+        removed = list(islice(self._owned.get(owner, ()), most))
         for stored in removed:
             self.take_out(stored, "connection")
         return removed
 
-    def remove_expired(self, now: float) -> list[StoredFd]:
-        """Take out what is kept until *now* or less: the caller closes it."""
-        removed = self.expiries.until(now)
+    def remove_expired(self, now: float, most: int | None = None) -> list[StoredFd]:
+        """Take out what is kept until *now* or less: the caller closes it.
+
+        Args:
+            now: the time, by the daemon's clock.
+            most: how many descriptors; None for all.
+        """
+        removed = list(islice(self.expiries.until(now), most))
         for stored in removed:
             self.take_out(stored, "expired")
         return removed

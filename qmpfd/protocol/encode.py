@@ -74,8 +74,9 @@ def encode_any(value: Any) -> bytes:
     return b"".join(encode_bit_by_bit(value))
 
 
-#: Pieces of text that make a bit of an encoded value: 0.1 ms of work.
+#: Pieces of text that make a bit of an encoded value, and characters of one: 0.2 ms of work.
 _PIECES = 256
+LONG_TEXT = 4096
 
 
 def encode_bit_by_bit(value: Any) -> Iterator[bytes]:
@@ -91,12 +92,12 @@ def encode_bit_by_bit(value: Any) -> Iterator[bytes]:
         for item in todo[-1]:
             if isinstance(item, _Verbatim):
                 out.append(item)
-            elif isinstance(item, dict | list):
+            elif isinstance(item, dict | list) or (isinstance(item, str) and len(item) > LONG_TEXT):
                 todo.append(_steps(item))
                 break
             else:
                 out.append(_scalar(item))
-            if len(out) >= _PIECES:
+            if len(out) >= _PIECES or len(out[-1]) >= LONG_TEXT:
                 yield "".join(out).encode("ascii")
                 out.clear()
         else:
@@ -117,7 +118,9 @@ def _steps(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         separator = "{"
         for key, item in value.items():
-            yield _Verbatim(separator + encode(key).decode("ascii") + ": ")
+            yield _Verbatim(separator)
+            yield key
+            yield _Verbatim(": ")
             yield item
             separator = ", "
         yield _Verbatim("}" if value else "{}")
@@ -128,5 +131,11 @@ def _steps(value: Any) -> Iterator[Any]:
             yield item
             separator = ", "
         yield _Verbatim("]" if value else "[]")
+    elif isinstance(value, str) and len(value) > LONG_TEXT:
+        yield _Verbatim('"')
+        for start in range(0, len(value), LONG_TEXT):
+            part = encode(value[start : start + LONG_TEXT])[1:-1]
+            yield _Verbatim(part.decode("ascii"))
+        yield _Verbatim('"')
     else:
         yield value

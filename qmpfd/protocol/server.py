@@ -12,7 +12,7 @@ from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError,
 from ..fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import Connection, Event, State
-from .encode import Bits, encode, encode_any, encode_bit_by_bit
+from .encode import LONG_TEXT, Bits, encode, encode_any, encode_bit_by_bit
 from .inbox import InboxState
 from .parser import Budget
 from .vocabulary import Request, Vocabulary
@@ -155,45 +155,52 @@ class ServerConnection(Connection):
             if request_id is UNSET:
                 return b"{" + body + b"}\r\n"
             return b"{" + body + b', "id": ' + encode_any(request_id) + b"}\r\n"
-        body = self._error(result)
+        body = b'"error": ' + encode(self._error(result)) + b"}\r\n"
         if request_id is UNSET:
             return b"{" + body
         return b'{"id": ' + encode_any(request_id) + b", " + body
 
-    def _error(self, result: Outcome[object]) -> bytes:
-        """A reply's last member, and its end."""
+    def _error(self, result: Outcome[object]) -> dict[str, str]:
+        """The ``error`` member of a reply."""
         assert isinstance(result, Error)
         error = result.error
         assert isinstance(error, QMPError)
         told = error.error_class
         if self._qemu_classes and told not in QEMU_CLASSES:
             told = "GenericError"
-        return b'"error": ' + encode({"class": told, "desc": error.desc}) + b"}\r\n"
+        return {"class": told, "desc": error.desc}
 
     @staticmethod
     def may_be_long(result: Outcome[object], request_id: Any) -> bool:
         """Whether the reply is for :meth:`long_reply`."""
         kind = type(request_id)
-        return (
-            kind is dict or kind is list or (type(result) is Value and type(result.value) is Bits)
-        )
+        if kind is dict or kind is list or (kind is str and len(request_id) > LONG_TEXT):
+            return True
+        if type(result) is Value:
+            return type(result.value) is Bits
+        # It may quote what the client has sent.
+        return isinstance(result, Error) and len(str(result.error)) > LONG_TEXT
 
     def long_reply(self, result: Outcome[object], request_id: Any) -> Iterator[bytes]:
         """The same reply as :meth:`reply` gives, but bit by bit: a listing may be megabytes, and
         an id any value that fits in a request.
         """
         if isinstance(result, Error):
-            yield b'{"id": '
-            yield from encode_bit_by_bit(request_id)
-            yield b", " + self._error(result)
-            return
-        value = result.unwrap()
-        yield b'{"return": '
-        if isinstance(value, Bits):
-            yield from value.bits
+            yield b"{"
+            if request_id is not UNSET:
+                yield b'"id": '
+                yield from encode_bit_by_bit(request_id)
+                yield b", "
+            yield b'"error": '
+            yield from encode_bit_by_bit(self._error(result))
         else:
-            yield encode(value)
-        if request_id is not UNSET:
-            yield b', "id": '
-            yield from encode_bit_by_bit(request_id)
+            value = result.unwrap()
+            yield b'{"return": '
+            if isinstance(value, Bits):
+                yield from value.bits
+            else:
+                yield encode(value)
+            if request_id is not UNSET:
+                yield b', "id": '
+                yield from encode_bit_by_bit(request_id)
         yield b"}\r\n"

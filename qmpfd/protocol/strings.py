@@ -27,14 +27,11 @@ _ALLOWED = re.compile(
 )
 _PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 _UNIT = re.compile(rb"\\u[0-9a-fA-F]{4}")
-# U+FDD0 to U+FDEF and the last two of every plane (Unicode, section 23.7).
+# U+FDD0 to U+FDEF and the last two of every plane (Unicode, section 23.7), in UTF-8.
 _NONCHARACTER = re.compile(
-    "[\ufdd0-\ufdef"
-    + "".join(chr(p << 16 | 0xFFFE) + chr(p << 16 | 0xFFFF) for p in range(17))
-    + "]"
+    rb"\xef\xb7[\x90-\xaf]|(?:\xef|[\xf0-\xf4][\x8f\x9f\xaf\xbf])\xbf[\xbe\xbf]"
 )
-
-
+_OF_NONCHARACTERS = (b"\xef\xb7", b"\xbf\xbe", b"\xbf\xbf")  # of which each has one
 _json = json.JSONDecoder(strict=False)  # NUL may stand for itself
 
 
@@ -44,10 +41,10 @@ def _checked(text: bytes) -> bytes:
         return text
     text = text.replace(b"\xc0\x80", b"\0")
     try:
-        decoded = text.decode("utf-8")
+        text.decode("utf-8")
     except UnicodeDecodeError:
         raise BadString("invalid UTF-8 sequence in string") from None
-    if _NONCHARACTER.search(decoded):
+    if any(part in text for part in _OF_NONCHARACTERS) and _NONCHARACTER.search(text):
         raise BadString("invalid UTF-8 sequence in string")
     return text
 

@@ -128,15 +128,25 @@ class Session:
             if self._pump_scope is not None:
                 self._pump_scope.cancel()
             self._server.close_stream(self._stream)
-            with trio.move_on_after(LOCK_TIMEOUT, shield=True):
-                await self._server.enter()
-                try:
-                    self._context.close()
-                finally:
-                    self._server.lock.release()
             self._connection.close()
             self._count_waiting_fds()
+            with trio.move_on_after(LOCK_TIMEOUT, shield=True):
+                await self._leave_nothing()
             self._close_garbage()
+
+    async def _leave_nothing(self) -> None:
+        """Take out what was kept for the time of the connection; all of it may be a lot."""
+        more = True
+        while more:
+            await self._server.enter()
+            try:
+                more = self._context.close(_CLOSES_A_STEP)
+            finally:
+                self._server.lock.release()
+            while self._connection.garbage:
+                self._close_garbage(_CLOSES_A_STEP)
+                if more or self._connection.garbage:
+                    await trio.lowlevel.checkpoint()
 
     def finish(self) -> None:
         """End as soon as all that the client has sent is answered."""
@@ -335,6 +345,7 @@ class Session:
         replies: list[bytes] = []
         size = passed = count = 0
         finished = True
+        context.took_long = False
         log = _log.isEnabledFor(logging.DEBUG)
         for steps, (request, request_id, fds) in enumerate(requests, 1):
             came = len(fds)
@@ -377,7 +388,10 @@ class Session:
             if (
                 size > REPLY_BYTES_A_TURN
                 or passed > MAX_FDS_A_TURN
-                or ((came or not steps & 3 or len(reply) > _LONG_REPLY) and share.over)
+                or (
+                    (came or not steps & 3 or context.took_long or len(reply) > _LONG_REPLY)
+                    and share.over
+                )
             ):
                 finished = False
                 break
