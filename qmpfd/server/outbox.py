@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -29,10 +30,14 @@ class Outbox:
         server: the daemon.
         stream: the connection.
         peer: who is at its other end.
+        emptied: called when the client has taken what had to wait for it.
     """
 
-    def __init__(self, server: Server, stream: FdStream, peer: Peer) -> None:
+    def __init__(
+        self, server: Server, stream: FdStream, peer: Peer, emptied: Callable[[], None]
+    ) -> None:
         self._server = server
+        self._emptied = emptied
         self._stream = stream
         self._peer = peer
         #: The client is sent nothing any more; what it asks is still carried out.
@@ -43,6 +48,11 @@ class Outbox:
         self.size = 0
         self._flushing = trio.Lock()
         self._scope: trio.CancelScope | None = None  # while waiting for the client
+
+    @property
+    def waiting_fds(self) -> int:
+        """How many descriptors wait to be taken."""
+        return sum(len(fds) for _, fds in self.unsent) if self.unsent else 0
 
     def put(self, data: bytes, fds: list[Fd] | None = None) -> None:
         """Have *data* sent with the next :meth:`send`, and duplicates of *fds* with its first byte.
@@ -85,7 +95,9 @@ class Outbox:
                     break
         except trio.BrokenResourceError:
             self.mute()
-        if self.size > MAX_UNSENT_BYTES:
+        if not self.unsent:
+            self._emptied()
+        elif self.size > MAX_UNSENT_BYTES:
             self.cut_off()
 
     def _next(self) -> tuple[bytes | memoryview, list[Fd]]:
@@ -128,6 +140,8 @@ class Outbox:
         finally:
             self._scope = None
             self._server.backlog.end(token)
+            if not self.unsent:
+                self._emptied()
             if share is not None:
                 share.resume()
 
