@@ -44,15 +44,10 @@ class Outbox:
         self.deaf = False
         #: What waits: bytes, and the descriptors that go with the first of them, owned here.
         self.unsent: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
-        #: Bytes of it.
-        self.size = 0
+        #: Bytes of it, and descriptors.
+        self.size = self.waiting_fds = 0
         self._flushing = trio.Lock()
         self._scope: trio.CancelScope | None = None  # while waiting for the client
-
-    @property
-    def waiting_fds(self) -> int:
-        """How many descriptors wait to be taken."""
-        return sum(len(fds) for _, fds in self.unsent) if self.unsent else 0
 
     def put(self, data: bytes, fds: list[Fd] | None = None) -> None:
         """Have *data* sent with the next :meth:`send`, and duplicates of *fds* with its first byte.
@@ -66,6 +61,8 @@ class Outbox:
         elif data:
             self.unsent.append((data, fds or []))
             self.size += len(data)
+            if fds:
+                self.waiting_fds += len(fds)
 
     async def send(self, share: Share | None = None) -> None:
         """Send all that was put here; a client that does not take it in time, or is gone, is sent
@@ -119,6 +116,7 @@ class Outbox:
             else:
                 self.unsent.popleft()
             if fds:
+                self.waiting_fds -= len(fds)
                 self._discard(fds)
 
     async def _flush(self, share: Share | None) -> None:
@@ -158,7 +156,7 @@ class Outbox:
     def mute(self) -> None:
         """Send nothing any more."""
         self.deaf = True
-        self.size = 0
+        self.size = self.waiting_fds = 0
         while self.unsent:
             self._discard(self.unsent.popleft()[1])
 

@@ -359,7 +359,8 @@ class Session:
                     raise
             for data, fds in batches:
                 outbox.put(data, fds)
-            self._count_waiting_fds()
+            if self._fds_waiting or outbox.waiting_fds or connection.waiting_fds:
+                self._count_waiting_fds()
             if self._long_reply is not None:
                 await outbox.send(self._share)
                 await self._send_long_reply(self._long_reply)
