@@ -162,7 +162,7 @@ def context_with(*rights: Right) -> Iterator[Context]:
     daemon.store.add(Fd(os.dup(0)), 0, None, create=True)
     connection: Any = Negotiated()
     access = Access([Grant(frozenset(rights))])
-    context = Context(daemon, connection, Peer(1, 2, 3), access, lambda: None)
+    context = Context(daemon, connection, Peer(1, 2, 3), access, lambda: False)
     context.fds.append(Fd(os.dup(0)))
     with ExitStack() as stack:
         stack.callback(lambda: close_all([*context.fds, *connection.garbage]))

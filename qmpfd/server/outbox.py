@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -29,18 +30,22 @@ class Outbox:
         server: the daemon.
         stream: the connection.
         peer: who is at its other end.
+        emptied: called when the client has taken what had to wait for it.
     """
 
-    def __init__(self, server: Server, stream: FdStream, peer: Peer) -> None:
+    def __init__(
+        self, server: Server, stream: FdStream, peer: Peer, emptied: Callable[[], None]
+    ) -> None:
         self._server = server
+        self._emptied = emptied
         self._stream = stream
         self._peer = peer
         #: The client is sent nothing any more; what it asks is still carried out.
         self.deaf = False
         #: What waits: bytes, and the descriptors that go with the first of them, owned here.
         self.unsent: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
-        #: Bytes of it.
-        self.size = 0
+        #: Bytes of it, and descriptors.
+        self.size = self.waiting_fds = 0
         self._flushing = trio.Lock()
         self._scope: trio.CancelScope | None = None  # while waiting for the client
 
@@ -56,6 +61,8 @@ class Outbox:
         elif data:
             self.unsent.append((data, fds or []))
             self.size += len(data)
+            if fds:
+                self.waiting_fds += len(fds)
 
     async def send(self, share: Share | None = None) -> None:
         """Send all that was put here; a client that does not take it in time, or is gone, is sent
@@ -85,7 +92,9 @@ class Outbox:
                     break
         except trio.BrokenResourceError:
             self.mute()
-        if self.size > MAX_UNSENT_BYTES:
+        if not self.unsent:
+            self._emptied()
+        elif self.size > MAX_UNSENT_BYTES:
             self.cut_off()
 
     def _next(self) -> tuple[bytes | memoryview, list[Fd]]:
@@ -107,6 +116,7 @@ class Outbox:
             else:
                 self.unsent.popleft()
             if fds:
+                self.waiting_fds -= len(fds)
                 self._discard(fds)
 
     async def _flush(self, share: Share | None) -> None:
@@ -128,6 +138,8 @@ class Outbox:
         finally:
             self._scope = None
             self._server.backlog.end(token)
+            if not self.unsent:
+                self._emptied()
             if share is not None:
                 share.resume()
 
@@ -144,7 +156,7 @@ class Outbox:
     def mute(self) -> None:
         """Send nothing any more."""
         self.deaf = True
-        self.size = 0
+        self.size = self.waiting_fds = 0
         while self.unsent:
             self._discard(self.unsent.popleft()[1])
 

@@ -30,6 +30,7 @@ from .accept import Reserve, accept_clients
 from .admission import Admission, groups_of, peer_of
 from .backlog import Backlog
 from .fetch import Inheritance
+from .herald import tell_watchers
 from .inherit import taking_over
 from .listener import UnixListener
 from .metrics import write_metrics
@@ -82,6 +83,9 @@ class Server:
         self.stopping = False
         self._stop_event = trio.Event()
         self._drained_by = inf
+        #: Set when an event waits for those who watch.
+        self.news = trio.Event()
+        self.daemon.news = self._tell_watchers
         #: Set when all is over.
         self.ended = trio.Event()
         self.sessions: set[Session] = set()
@@ -126,6 +130,7 @@ class Server:
                     accepting.start_soon(accept_clients, self, listener)
                 accepting.start_soon(retire_expired, self)
                 accepting.start_soon(retire_hung_up, self)
+                accepting.start_soon(tell_watchers, self)
                 accepting.start_soon(self._evict)
                 if self._metrics_path is not None:
                     accepting.start_soon(write_metrics, self.daemon, self._metrics_path)
@@ -148,6 +153,9 @@ class Server:
         sessions.cancel_scope.deadline = self._drained_by
         for session in self.sessions:
             session.finish()
+
+    def _tell_watchers(self) -> None:
+        self.news.set()
 
     def close(self) -> None:
         """Close every stored descriptor."""
@@ -202,6 +210,7 @@ class Server:
                 self._thawed.set()
                 for session in self.sessions:
                     session.thaw()
+                self.news.set()
 
     async def until_thawed(self) -> None:
         """Wait while a takeover is under way."""
@@ -226,6 +235,7 @@ class Server:
         self.has_left = True
         self.stopping = True
         self.daemon.watchers.clear()
+        self.daemon.logs.clear()
         for listener in self.listeners:
             listener.abandon()
             listener.close()

@@ -88,8 +88,9 @@ class Session:
             max_request_bytes=server.daemon.limits.max_request_bytes,
             qemu_classes=server.daemon.dialect == "qemu",
             budget=server.budget,
+            owner=peer.uid,
         )
-        self._context = Context(server.daemon, self._connection, peer, access, self._wake)
+        self._context = Context(server.daemon, self._connection, peer, access, self._tell)
         self._share = Share(server.turns)
         self._since = trio.current_time()  # when it connected, or was last seen to have asked
         self._connected_at = self._since
@@ -98,8 +99,11 @@ class Session:
         self._scope = trio.CancelScope()
         self._waiting = False  # for the client; nothing of it is unanswered
         self._parked = False  # the daemon is frozen; nothing of the client is under way
+        self._long_reply: Iterator[bytes] | None = None  # being sent bit by bit
         self._takeover_id: Any = UNSET  # of the request that asked for a takeover
-        self.outbox = Outbox(server, stream, peer)
+        self._fds_waiting = 0  # as counted so far
+        self._events_wait = False  # until the client has taken what it is being sent
+        self.outbox = Outbox(server, stream, peer, self._emptied)
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
 
     async def run(self) -> None:
@@ -124,14 +128,25 @@ class Session:
             if self._pump_scope is not None:
                 self._pump_scope.cancel()
             self._server.close_stream(self._stream)
-            with trio.move_on_after(LOCK_TIMEOUT, shield=True):
-                await self._server.enter()
-                try:
-                    self._context.close()
-                finally:
-                    self._server.lock.release()
             self._connection.close()
+            self._count_waiting_fds()
+            with trio.move_on_after(LOCK_TIMEOUT, shield=True):
+                await self._leave_nothing()
             self._close_garbage()
+
+    async def _leave_nothing(self) -> None:
+        """Take out what was kept for the time of the connection; all of it may be a lot."""
+        more = True
+        while more:
+            await self._server.enter()
+            try:
+                more = self._context.close(_CLOSES_A_STEP)
+            finally:
+                self._server.lock.release()
+            while self._connection.garbage:
+                self._close_garbage(_CLOSES_A_STEP)
+                if more or self._connection.garbage:
+                    await trio.lowlevel.checkpoint()
 
     def finish(self) -> None:
         """End as soon as all that the client has sent is answered."""
@@ -140,7 +155,7 @@ class Session:
 
     def change_access(self, access: Access) -> None:
         """The policy has changed: what the client may do from now on."""
-        self._context.access = access
+        self._context.change_access(access)
 
     def about(self, now: float) -> Client:
         """What others may be told of the client."""
@@ -195,7 +210,7 @@ class Session:
     def thaw(self) -> None:
         """The daemon is no longer frozen: see to it that what is unsent is sent."""
         if self.outbox.unsent:
-            self._wake()
+            self._start_pump()
 
     async def _hand_over(self) -> None:
         try:
@@ -217,8 +232,8 @@ class Session:
         connection = self._connection.snapshot()
         inbox, parser = connection.inbox, connection.inbox.parser
         events = self._context.events
-        if events is not None and (waiting := events.take()):
-            self.outbox.unsent.append((waiting, []))  # where they are if nobody takes over
+        while events is not None and (waiting := events.take()):
+            self.outbox.put(waiting)  # sent by us, if nobody takes over
         unsent = [(bytes(data), fds) for data, fds in self.outbox.unsent]
         saved = SavedSession(
             peer=self.peer,
@@ -259,6 +274,7 @@ class Session:
         self._connected_at = self._since
         for data, count in saved.unsent:
             self.outbox.put(data, list(islice(fds, count)))
+        self._count_waiting_fds()
 
     def leave(self) -> None:
         """Another daemon goes on: let go of all that is the client's, without a word to it."""
@@ -334,6 +350,7 @@ class Session:
                     self._close_garbage(_CLOSES_A_STEP)
                     while connection.garbage:  # a whole set, perhaps
                         if self._share.over:
+                            self._count_waiting_fds()
                             await self._share.next_turn()
                         self._close_garbage(_CLOSES_A_STEP)
                 except BaseException:
@@ -342,6 +359,11 @@ class Session:
                     raise
             for data, fds in batches:
                 outbox.put(data, fds)
+            if self._fds_waiting or outbox.waiting_fds or connection.waiting_fds:
+                self._count_waiting_fds()
+            if self._long_reply is not None:
+                await outbox.send(self._share)
+                await self._send_long_reply(self._long_reply)
             if self._context.quitting or self._context.takes_over:
                 return
             if connection.has_news:
@@ -374,6 +396,9 @@ class Session:
                 self._takeover_id = request_id
                 break
             # Nobody reads what a deaf client is told.
+            if not deaf and connection.may_be_long(result, request_id):
+                self._long_reply = connection.long_reply(result, request_id)
+                break
             reply = b"" if deaf else connection.reply(result, request_id)
             size += len(reply)
             if context.passed:
@@ -392,6 +417,31 @@ class Session:
         batches.append((b"".join(replies), []))
         if asked:
             self._asked = True
+
+    async def _send_long_reply(self, bits: Iterator[bytes]) -> None:
+        """Make a reply bit by bit and send it, while others are served and the store changes.  No
+        event comes in between.
+        """
+        server, outbox, share, context = self._server, self.outbox, self._share, self._context
+        more = True
+        while more and not outbox.deaf:
+            made: list[bytes] = []
+            size = 0
+            await share.next_turn()
+            async with server.lock:
+                more = False
+                for bit in bits:
+                    made.append(bit)
+                    size += len(bit)
+                    if size > REPLY_BYTES_A_TURN or share.over:
+                        more = True
+                        break
+            if size:
+                passed, context.passed = context.passed, []
+                outbox.put(b"".join(made), passed)
+            await outbox.send(share)
+        self._long_reply = None
+        self._emptied()
 
     def _note(self, request: Request | Error, result: Outcome[object]) -> None:
         """Count errors, and say who asked for what, and what became of it."""
@@ -418,25 +468,68 @@ class Session:
 
     # -- replies and events --------------------------------------------------------------------
 
-    def _wake(self) -> None:
-        """An event waits: see to it that it is sent."""
+    def _tell(self) -> bool:
+        """Send some of the events that wait; whether more of them can be sent at once."""
+        events = self._context.events
+        if events is None or self._server.is_frozen:
+            return False
+        if self.outbox.unsent or self._long_reply is not None:
+            self._events_wait = True
+            return False
+        if not (data := events.take()):
+            return False
+        self.outbox.put(data)
+        try:
+            self.outbox.push()
+        except OSError:
+            _log.exception("events could not be sent")
+            self.outbox.cut_off()
+        if self.outbox.unsent:
+            self._events_wait = True
+            self._start_pump()
+        return not self.outbox.unsent
+
+    def _emptied(self) -> None:
+        """The client has taken what it was sent."""
+        if self._fds_waiting:
+            self._count_waiting_fds()
+        if self._events_wait:
+            self._events_wait = False
+            self._server.daemon.news()
+
+    def _start_pump(self) -> None:
         if self._pump_scope is None:
             self._pump_scope = trio.CancelScope()
             self._server.start_soon(self._pump, self._pump_scope)
 
     async def _pump(self, scope: trio.CancelScope) -> None:
-        """Send the events that wait, then end: a connection that is told nothing has no task."""
+        """Send what is unsent, then end: a connection that is told nothing has no task."""
         try:
             with scope:
                 await self.outbox.send()
-                while self._context.events is not None and (data := self._context.events.take()):
-                    self.outbox.put(data)
-                    await self.outbox.send()
         except Exception:  # noqa: BLE001 - as in run
             _log.exception("events could not be sent")
             self.outbox.cut_off()
         finally:
             self._pump_scope = None
+
+    def _count_waiting_fds(self) -> None:
+        """Count the descriptors that have come and that no command has, and those that wait to be
+        taken with their replies.  If they are too many, those that have come last go.
+        """
+        connection, daemon, uid = self._connection, self._server.daemon, self.peer.uid
+        waiting = connection.waiting_fds + self.outbox.waiting_fds
+        more = waiting - self._fds_waiting
+        if more > 0:
+            try:
+                daemon.check_waiting(uid, more)
+            except QMPError as exc:
+                connection.refuse_fds(exc.desc)
+                self._close_garbage()
+                more = self.outbox.waiting_fds - self._fds_waiting
+        if more:
+            daemon.hold_waiting(uid, more)
+            self._fds_waiting += more
 
     def _close_garbage(self, most: int | None = None) -> None:
         garbage = self._connection.garbage

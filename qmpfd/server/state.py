@@ -64,6 +64,7 @@ class SavedParser(Struct, forbid_unknown_fields=True):
     brackets: int
     lexer_state: int
     begun: bytes
+    given_up: bool
 
 
 class SavedSession(Struct, forbid_unknown_fields=True):
