@@ -147,7 +147,7 @@ def test_a_newcomer_finishes_though_the_old_one_is_told_to_end(
         assert not any(pipe.held() for pipe in made)
 
 
-@pytest.mark.parametrize("step", [1, 5, 10, 20, 30])
+@pytest.mark.parametrize("step", [1, 10, 20, 40, 80, 90, 95])
 @pytest.mark.parametrize("number", [*END, signal.SIGHUP])
 def test_the_newcomer_is_told_to_end(
     path: Path, stepper: Stepper, step: int, number: signal.Signals
@@ -159,11 +159,15 @@ def test_the_newcomer_is_told_to_end(
             stepper,
             path,
             "--takeover",
-            where={"fetch.py": ["fetch", "__init__", "ask", "_reserve", "_receive_all"]},
+            where={
+                "fetch.py": ["fetch", "_reserve", "_receive_all"],
+                "inherit.py": ["_restore", "_fill_store"],
+            },
             step=step,
             number=number,
         ) as newcomer:
             assert newcomer.wait() != 0
+            assert newcomer.place
         assert old.poll() is None
         assert len(client.execute("query-fdsets")) == 3
 
