@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 from collections import Counter
@@ -128,6 +129,17 @@ def newcomer(stepper: Stepper, path: Path, number: int) -> Stepped:
     return started
 
 
+def kill_one(stepper: Stepper, path: Path, step: int) -> None:
+    """A newcomer that dies before it has confirmed: nobody notices it either."""
+    killed = stepper.start(
+        ["serve", "--socket", str(path), "--takeover"],
+        path.with_suffix(".killed.log"),
+        where={"fetch.py": ("fetch", "_reserve", "_receive_all"), "inherit.py": ("_restore",)},
+        step=step,
+    )
+    assert killed.wait() == -signal.SIGKILL
+
+
 @pytest.mark.slow
 def test_under_load(path: Path, stepper: Stepper) -> None:
     daemons = [newcomer(stepper, path, 0)]
@@ -151,6 +163,7 @@ def test_under_load(path: Path, stepper: Stepper) -> None:
             load.start("comer", load.comer)
             load.start("watcher", events.take)
             for number in range(1, TAKEOVERS + 1):
+                kill_one(stepper, path, 1 + number * 37 % 150)
                 daemons.append(newcomer(stepper, path, number))
                 assert daemons[-2].wait() == 0
                 assert not load.failures
