@@ -18,7 +18,6 @@ import pytest
 from helpers import Pipe, pipes
 from stepper import Stepped, Stepper
 
-from qmpfd.errors import QMPError
 from qmpfd.fd import Fd, close_all, receive
 from qmpfd.limits import TAKEOVER_FORMAT
 from qmpfd.server.state import SavedState, decode, encode
@@ -392,30 +391,3 @@ def test_one_that_asks_while_another_takes_over(path: Path, stepper: Stepper) ->
         assert b'"return"' in told[0] + told[1]
         assert all(b'"return"' in data or b"is being taken over" in data for data in told)
         assert client.execute("query-name") == {}
-
-
-def test_who_may_not(path: Path, stepper: Stepper) -> None:
-    policy = path.with_suffix(".toml")
-    policy.write_text("[[rule]]\nallow = ['query', 'open', 'add', 'remove']\n")
-    if os.geteuid() != 0:
-        pytest.skip("needs another user")
-    path.parent.chmod(0o755)
-    options = ["--policy", str(policy), "--socket-mode", "666"]
-    with daemon(stepper, path, *options) as old:
-        for parent in path.parents[:3]:
-            parent.chmod(0o755)
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
-                os.setuid(65534)
-                with SyncClient(path, PATIENCE) as client:
-                    try:
-                        client.execute("takeover", {"format": TAKEOVER_FORMAT})
-                    except QMPError as exc:
-                        status = 0 if exc.error_class == "PermissionDenied" else 2
-                    client.execute("query-name")
-            finally:
-                os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert old.poll() is None
