@@ -40,6 +40,8 @@ class Inheritance:
         self.fds: deque[Fd] = deque()
         #: All of it is ours.
         self.confirmed = False
+        #: Called when there is no way back any more, or will not be in a moment.
+        self.before_confirming: Callable[[], object] = lambda: None
         self._old = old
 
     def confirm(self, timeout: float) -> None:
@@ -51,6 +53,7 @@ class Inheritance:
         Raises:
             NoDaemon: it has kept everything, and goes on.
         """
+        self.before_confirming()
         self._old.let_go(timeout)
         self.confirmed = True
 
