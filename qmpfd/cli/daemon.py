@@ -20,6 +20,8 @@ from ..limits import STATUS_INTERVAL, Limits
 from ..policy import BadPolicy, Policy, load_policy
 from ..server import Server, serve
 from ..server.fetch import Inheritance
+from ..server.keeper import Keeping
+from ..server.recover import Recovered
 from ..systemd import InheritedFd, notify, notify_reloading, watchdog_interval
 
 _log = logging.getLogger("qmpfd")
@@ -38,6 +40,8 @@ def run(
     initial_fds: Sequence[tuple[Fd, int, str | None]],
     listen_fds: Sequence[InheritedFd],
     inheritance: Inheritance | None,
+    recovered: Recovered,
+    keeping: Keeping | None,
 ) -> None:
     """Serve until told to end.
 
@@ -56,15 +60,17 @@ def run(
         initial_fds=initial_fds,
         listen_fds=[inherited.fd for inherited in listen_fds],
         inheritance=inheritance,
+        recovered=recovered,
+        keeping=keeping,
     )
     names = [str(path) for path in paths]
     names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
-    taken_over = (
-        []
-        if inheritance is None
-        else [path or "an inherited socket" for path in inheritance.state.listeners]
+    before, how = (
+        (recovered.state, "back again") if inheritance is None else (inheritance.state, "took over")
     )
-    trio.run(_main, start, names, taken_over, policy_path)
+    greeting = f"{how}: listening on "
+    greeting += ", ".join(path or "an inherited socket" for path in before.listeners)
+    trio.run(_main, start, names, greeting if before.listeners else None, policy_path)
 
 
 def raise_open_files_limit() -> None:
@@ -76,7 +82,7 @@ def raise_open_files_limit() -> None:
 async def _main(
     start: partial[Coroutine[Any, Any, None]],
     names: Sequence[str],
-    taken_over: Sequence[str],
+    greeting: str | None,
     policy_path: Path | None,
 ) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -85,8 +91,8 @@ async def _main(
             # What is there by now stays: the collector need not look through it again, for 20 ms.
             gc.collect()
             gc.freeze()
-            if taken_over:
-                _log.info("took over: listening on %s", ", ".join(taken_over))
+            if greeting is not None:
+                _log.info("%s", greeting)
             for name in names:
                 _log.info("listening on %s", name)
             nursery.start_soon(_obey, server, policy_path, signals, nursery)

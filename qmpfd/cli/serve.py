@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..fd import Fd
+from ..fd import Fd, close_all
 from ..limits import MAX_REQUEST_BYTES, Limits
-from ..systemd import take_listen_fds
+from ..syncclient import NoDaemon
+from ..systemd import take_listen_fds, take_parent, take_store_size
+from . import keeping
 from .options import add_examples, default_socket, number, seconds
 from .policy import group_id, read_policy
 from .status import DONE, UsageError
@@ -44,6 +46,13 @@ def add_parsers(verbs: Subparsers) -> None:
         action="store_true",
         help="take over from the daemon that serves the (first) socket: all it holds, under the "
         "same numbers, and its connections; nobody notices",
+    )
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="have a small parent that keeps a duplicate of every descriptor and starts the daemon "
+        "again when it dies, with all it had; not needed under systemd with "
+        "FileDescriptorStoreMax=, which does the same",
     )
     parser.add_argument(
         "--socket-mode",
@@ -226,13 +235,21 @@ def leaf_exceptions(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseEx
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    parent, store_size = take_parent(), take_store_size()
+    if arguments.supervise and parent is None and not keeping.has_store(store_size):
+        numbers = {option.fd for option in arguments.add_fd}
+        keeping.become_supervisor(arguments.log_format, arguments.log_level, numbers)
     # Before Trio opens descriptors of its own, which nobody may mistake for inherited ones.
-    listen_fds = take_listen_fds()
-    initial = _take_inherited(arguments.add_fd)
+    inherited = take_listen_fds()
     from . import daemon, logs, takeover
 
     logs.set_up(arguments.log_format, arguments.log_level)
     daemon.raise_open_files_limit()
+    recovered = keeping.recover(inherited, parent)
+    if recovered.left and parent is not None:
+        return DONE  # a successor has it all; this was started because it was not told so
+    initial = [] if recovered.found else _take_inherited(arguments.add_fd)
+    listen_fds = recovered.sockets
     limits = Limits(
         max_connections=arguments.max_connections,
         max_connections_per_uid=arguments.max_connections_per_uid,
@@ -246,11 +263,15 @@ def _serve(arguments: argparse.Namespace) -> int:
     paths = arguments.socket or ([] if listen_fds else [Path(default_socket())])
     policy = None if arguments.policy is None else read_policy(arguments.policy)
     inheritance = None
-    if arguments.takeover:
+    there = recovered.state.listeners
+    if arguments.takeover and not recovered.found:
         if not paths:
             raise UsageError("--takeover needs --socket: which daemon is to be taken over")
-        inheritance = takeover.fetch(paths[0])
-        paths = [path for path in paths if str(path.absolute()) not in inheritance.state.listeners]
+        close_all(recovered.useless)  # their numbers may be needed
+        inheritance = takeover.fetch(paths[0], parent)
+        there = inheritance.state.listeners
+    paths = [path for path in paths if str(path.absolute()) not in there]
+    kept = keeping.connect(parent, store_size)
     failures: list[BaseException] = []
     try:
         daemon.run(
@@ -265,11 +286,18 @@ def _serve(arguments: argparse.Namespace) -> int:
             initial_fds=initial,
             listen_fds=listen_fds,
             inheritance=inheritance,
+            recovered=recovered,
+            keeping=kept,
         )
-    except* OSError as group:  # a nursery's: there is one cause, the first listener that failed
+    # A nursery's: there is one cause, the first listener that failed.
+    except* (OSError, NoDaemon) as group:
         failures = list(leaf_exceptions(group))
+    finally:
+        if kept is not None and parent is None:
+            kept.notifier.close()
     for failure in failures:
-        assert isinstance(failure, OSError)
+        if not isinstance(failure, OSError):
+            raise failure
         where = f"{failure.filename}: " if failure.filename else ""
         advice = ""
         if failure.errno == errno.EADDRINUSE:

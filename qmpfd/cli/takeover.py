@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,12 +11,17 @@ from pathlib import Path
 from ..limits import TAKEOVER_TIMEOUT
 from ..server import fetch as fetching
 from ..syncclient import NoDaemon
+from ..systemd import Notifier
 
 _log = logging.getLogger("qmpfd")
 
 
-def fetch(path: Path) -> fetching.Inheritance:
+def fetch(path: Path, parent: Notifier | None) -> fetching.Inheritance:
     """Fetch all that the daemon at *path* has.
+
+    Args:
+        path: its socket.
+        parent: whose socket may have to make way for a descriptor that needs its number.
 
     Raises:
         NoDaemon: nobody serves there, or it does not let go.
@@ -23,9 +29,16 @@ def fetch(path: Path) -> fetching.Inheritance:
     """
     started = time.monotonic()
     try:
-        inheritance = fetching.fetch(path, TAKEOVER_TIMEOUT, _progress)
+        inheritance = fetching.fetch(path, TAKEOVER_TIMEOUT, _progress, parent)
     except ValueError as exc:
         raise NoDaemon(f"the daemon at {path} cannot be taken over: {exc}") from None
+    service = os.environ.get("INVOCATION_ID")
+    if service is not None and parent is None and inheritance.state.store == service:
+        inheritance.close()
+        raise NoDaemon(
+            f"the daemon at {path} is of this very service, and so is what is kept of it: "
+            "restart the service instead, and nothing is lost"
+        )
     _log.info(
         "fetched %d descriptors of %d fd sets and %d connections in %.2f s",
         len(inheritance.state.stored_numbers),

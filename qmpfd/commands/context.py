@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from ..closing import Closer
 from ..errors import FdNotSupplied, GenericError
@@ -39,6 +39,19 @@ class Stats:
     errors: Counter[str] = field(default_factory=Counter)  #: replies, by error class
 
 
+class Keeper(Protocol):
+    """Whoever keeps a second copy of what is stored, see :mod:`qmpfd.server.keeper`."""
+
+    def check_room(self, count: int, opaque: str | None) -> None:
+        """Refuse to add so many, with a GenericError."""
+
+    def added(self, fdset: FdSet, stored: StoredFd) -> None:
+        """*stored* is now in *fdset*."""
+
+    def removed(self, stored: StoredFd) -> None:
+        """*stored* is no longer in its set."""
+
+
 @dataclass(slots=True)
 class Daemon:
     """What all connections share.
@@ -60,6 +73,7 @@ class Daemon:
     hangups: Hangups = field(default_factory=Hangups)
     closer: Closer = field(default_factory=Closer)
     watchers: set[EventQueue] = field(default_factory=set)
+    keeper: Keeper | None = None  #: where there is one
     opaque_total: int = 0  #: characters of the stored opaque texts
     kept: int = 0  #: descriptors kept for clients, those of ``getfd`` included
     kept_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
@@ -77,6 +91,8 @@ class Daemon:
             self.hold(stored.added_by.uid)
         if stored.opaque:
             self.opaque_total += len(stored.opaque)
+        if self.keeper is not None:
+            self.keeper.added(fdset, stored)
         if self.watchers:
             event = fd_added(fdset.id, stored)
             for queue in self.watchers:
@@ -88,6 +104,8 @@ class Daemon:
             self.release(stored.added_by.uid)
         if stored.opaque:
             self.opaque_total -= len(stored.opaque)
+        if self.keeper is not None:
+            self.keeper.removed(stored)
         if stored.terms.watch_hangup:
             self.hangups.unwatch(stored)
         if self.watchers:

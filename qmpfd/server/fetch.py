@@ -13,13 +13,21 @@ import fcntl
 import os
 import select
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ..fd import Fd, close_all, receive
+from ..fdinfo import is_in_memory
 from ..limits import SCM_MAX_FD, TAKEOVER_FORMAT
 from ..syncclient import NoDaemon, SyncClient
+from ..systemd import Notifier
+from .journal import read, replay
+from .place import make_way
 from .state import CONFIRM, DONE, NEXT, SavedState, decode
+
+#: Seconds between two looks into a journal.
+_POLL = 0.02
 
 
 class Inheritance:
@@ -34,9 +42,16 @@ class Inheritance:
 
     def __init__(self, state: SavedState, fds: list[Fd], sock: socket.socket, old: Fd) -> None:
         self.state = state
+        #: The old daemon's journal, which tells whether it has let go.
+        self.journal = fds.pop() if state.journal else None
         self.fds = fds
         self._sock = sock
         self._old = old
+
+    @property
+    def witness(self) -> Fd:
+        """What tells whether the old daemon has let go; see :func:`has_let_go`."""
+        return self._old if self.journal is None else self.journal
 
     def confirm(self, timeout: float) -> None:
         """Take over: from here on, all of it is ours.
@@ -58,21 +73,24 @@ class Inheritance:
             return
         if answer:
             raise NoDaemon("the old daemon has given up the takeover: it goes on")
-        # No answer: if it is dead, nobody else has all this.
-        poll = select.poll()
-        poll.register(self._old.fileno(), select.POLLIN)
-        if not poll.poll(timeout * 1000):
+        # No answer: if it is dead, nobody else has all this, but for whoever starts it again.
+        if not is_dead(self._old, timeout) or not has_let_go(self.witness, 0):
             raise NoDaemon("the old daemon has not let go: it goes on")
 
     def close(self) -> None:
         """Give up what was not taken out."""
         close_all(self.fds)
+        if self.journal is not None:
+            self.journal.close()
         self._sock.close()
         self._old.close()
 
 
 def fetch(
-    path: str | os.PathLike[str], timeout: float, progress: Callable[[int, int], None]
+    path: str | os.PathLike[str],
+    timeout: float,
+    progress: Callable[[int, int], None],
+    parent: Notifier | None = None,
 ) -> Inheritance:
     """Fetch everything from the daemon that serves *path*.
 
@@ -80,6 +98,7 @@ def fetch(
         path: its socket.
         timeout: seconds that any step of it may take.
         progress: told how many descriptors have come, of how many.
+        parent: whose socket makes way for a descriptor that needs its number.
 
     Raises:
         NoDaemon: nobody serves there, or it does not let go.
@@ -95,6 +114,7 @@ def fetch(
         with passed[0] as memory:
             size = os.lseek(memory.fileno(), 0, os.SEEK_END)
             state = decode(os.pread(memory.fileno(), size, 0))
+        make_way(parent, set(state.stored_numbers))
         old = Fd(os.pidfd_open(state.pid))
         try:
             _receive_all(sock, state, fds, progress)
@@ -106,6 +126,36 @@ def fetch(
         sock.close()
         raise
     return Inheritance(state, fds, sock, old)
+
+
+def is_dead(process: Fd, timeout: float) -> bool:
+    """Whether a process has ended.
+
+    Args:
+        process: a pidfd.
+        timeout: seconds that it is waited for.
+    """
+    poll = select.poll()
+    poll.register(process.fileno(), select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
+def has_let_go(witness: Fd, timeout: float) -> bool:
+    """Whether a daemon has let go of what was fetched from it.
+
+    Args:
+        witness: its journal, where it says so; or the daemon, as a pidfd, which has let go when
+            it has ended.
+        timeout: seconds that it is waited for.
+    """
+    if not is_in_memory(witness.fileno()):
+        return is_dead(witness, timeout)
+    deadline = time.monotonic() + timeout
+    while not replay(read(witness)).left:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL)
+    return True
 
 
 def _receive_all(

@@ -106,6 +106,10 @@ def describe(server: Server, sessions: list[Session]) -> tuple[saved.SavedState,
         entry, its_fds = session.describe(now)
         described.append(entry)
         fds += its_fds
+    keeper = server.keeper
+    journal = None if keeper is None else keeper.journal
+    if journal is not None:
+        fds.append(journal.fileno())
     stats = server.daemon.stats
     state = saved.SavedState(
         pid=os.getpid(),
@@ -117,6 +121,8 @@ def describe(server: Server, sessions: list[Session]) -> tuple[saved.SavedState,
         accepted=stats.accepted,
         turned_away=stats.turned_away,
         uptime=now - stats.started_at,
+        journal=journal is not None,
+        store=None if keeper is None else keeper.store,
     )
     return state, fds
 

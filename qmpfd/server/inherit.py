@@ -15,6 +15,7 @@ from ..limits import TAKEOVER_TIMEOUT
 from ..transport import FdStream
 from .fetch import Inheritance
 from .listener import UnixListener
+from .recover import Recovered
 from .state import SavedFd, SavedState
 
 if TYPE_CHECKING:
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-def restore(server: Server, inheritance: Inheritance) -> list[UnixListener]:
+def restore(server: Server, inheritance: Inheritance | Recovered) -> list[UnixListener]:
     """Put everything in its place; the listeners.
 
     Args:
         server: a daemon that does not run yet.
-        inheritance: what was fetched.
+        inheritance: what was fetched, or has come back.
     """
     state, fds = inheritance.state, _take_out(inheritance.fds)
     stored = [next(fds) for _ in state.stored_numbers]
@@ -100,6 +101,8 @@ def confirm(server: Server, listeners: list[UnixListener], inheritance: Inherita
     """
     try:
         inheritance.confirm(TAKEOVER_TIMEOUT)
+        if server.keeper is not None:
+            server.keeper.confirm()
     except BaseException:
         for session in server.sessions:
             session.outbox.mute()

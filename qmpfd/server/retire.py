@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 async def _retire(server: Server, take_out: Callable[[], list[StoredFd]]) -> None:
     async with server.lock:
         removed = take_out()
-    server.daemon.closer.close([stored.fd for stored in removed])
+    server.dispose([stored.fd for stored in removed])
 
 
 async def retire_expired(server: Server) -> None:

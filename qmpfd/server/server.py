@@ -16,7 +16,13 @@ from ..commands import TABLE, Daemon, Dialect
 from ..errors import GenericError, QMPError
 from ..fd import Fd, close_all
 from ..fdsets import Peer
-from ..limits import EVICTION_INTERVAL, MAX_INCOMPLETE_BYTES, REFUSAL_LOG_INTERVAL, Limits
+from ..limits import (
+    EVICTION_INTERVAL,
+    FORGET_TIMEOUT,
+    MAX_INCOMPLETE_BYTES,
+    REFUSAL_LOG_INTERVAL,
+    Limits,
+)
 from ..policy import Policy
 from ..protocol import Budget
 from ..transport import FdStream
@@ -25,8 +31,10 @@ from .admission import Admission, groups_of, peer_of
 from .backlog import Backlog
 from .fetch import Inheritance
 from .inherit import confirm, restore
+from .keeper import Holdings, Keeper, Keeping
 from .listener import UnixListener
 from .metrics import write_metrics
+from .recover import Recovered
 from .retire import retire_expired, retire_hung_up
 from .session import Session, refusal
 from .state import SavedSession
@@ -59,7 +67,7 @@ class Server:
         #: Guards the store, which all sessions share.
         self.lock = trio.Lock()
         #: What the commands see.
-        self.daemon = Daemon(dialect, limits, trio.current_time, self.stop, TABLE)
+        self.daemon = Daemon(dialect, limits, trio.current_time, self.quit, TABLE)
         self.store = self.daemon.store
         #: What the incomplete requests of all connections together may take.
         self.budget = Budget(MAX_INCOMPLETE_BYTES)
@@ -68,6 +76,9 @@ class Server:
         #: Where clients queue who ask for much.
         self.turns = Turns()
         self.reserve = Reserve()
+        #: Whoever keeps a second copy of what is stored, if anybody does.
+        self.keeper: Keeper | None = None
+        self._quits = False  # for good: what is kept is to be let go
         self._refusals = 0  # not logged yet
         self._refusals_logged_at = -inf
         self._admission = Admission(limits, policy or Policy())
@@ -95,6 +106,11 @@ class Server:
         self._stop_event.set()
         if self.takeover_scope is not None:
             self.takeover_scope.cancel()
+
+    def quit(self) -> None:
+        """As :meth:`stop`, and nothing is left for another daemon to come back to."""
+        self._quits = True
+        self.stop()
 
     async def run(
         self,
@@ -134,6 +150,64 @@ class Server:
         sessions.cancel_scope.deadline = trio.current_time() + self.daemon.limits.drain_timeout
         for session in self.sessions:
             session.finish()
+
+    # -- what is kept safe ---------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def kept(
+        self,
+        keeping: Keeping | None,
+        listeners: Sequence[UnixListener],
+        recovered: Recovered | None,
+        witness: Fd | None,
+    ) -> AsyncGenerator[None, None]:
+        """Have everything kept safe while the block runs.
+
+        Args:
+            keeping: by whom; None if there is nobody.
+            listeners: the sockets that are to be kept.
+            recovered: what came back from there, if anything may have.
+            witness: what tells whether it is ours, in the middle of a takeover.
+
+        Raises:
+            OSError: it is more than can be kept.
+        """
+        useless = [] if recovered is None else recovered.useless
+        if keeping is None:
+            self.daemon.closer.close(useless)
+            yield
+            return
+        holdings = Holdings() if recovered is None else recovered.holdings
+        keeper = Keeper(keeping, self.daemon.closer)
+        async with keeper.running():
+            await keeper.start(self.store, listeners, holdings, witness)
+            self.daemon.closer.close(useless)
+            self.keeper = self.daemon.keeper = keeper
+            try:
+                yield
+            except Exception:
+                # Whoever starts us again expects them where they are.
+                for listener in listeners:
+                    listener.abandon()
+                raise
+            if self._quits:
+                keeper.leave()
+            elif not self._left:
+                keeper.finish()
+            with trio.move_on_after(FORGET_TIMEOUT):
+                await keeper.settle()
+
+    async def settle(self) -> None:
+        """Wait until all that was changed so far is safe; without a checkpoint if it is."""
+        if self.keeper is not None:
+            await self.keeper.settle()
+
+    def dispose(self, fds: list[Fd]) -> None:
+        """Close what was taken out, as soon as that is settled; owned from here on."""
+        if self.keeper is None:
+            self.daemon.closer.close(fds)
+        else:
+            self.keeper.close_settled(fds)
 
     def close(self) -> None:
         """Close every stored descriptor."""
@@ -209,6 +283,8 @@ class Server:
         """A successor has taken over: end, without a word to anybody, and touch nothing."""
         self._left = True
         self.stopping = True
+        if self.keeper is not None:
+            self.keeper.leave()
         self.daemon.watchers.clear()
         for session in self.sessions:
             session.outbox.mute()
@@ -342,6 +418,8 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     initial_fds: Iterable[tuple[Fd, int, str | None]] = (),
     listen_fds: Iterable[Fd] = (),
     inheritance: Inheritance | None = None,
+    recovered: Recovered | None = None,
+    keeping: Keeping | None = None,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Hold file descriptors for the clients that connect to *paths*.
@@ -367,6 +445,9 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             from here on.
         inheritance: what was fetched from the daemon that is to be taken over, see
             :func:`qmpfd.server.fetch.fetch`; owned by the daemon from here on.
+        recovered: what has come back of a daemon that was here before, see
+            :func:`qmpfd.server.recover.recover`; owned by the daemon from here on.
+        keeping: whoever keeps a second copy of what is stored, and starts the daemon again.
 
     Raises:
         SocketInUse: another daemon listens on one of *paths*.
@@ -382,20 +463,24 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             server.store.add(fd, fdset_id, opaque, create=True)
             given.popleft()
         listeners: list[UnixListener] = []
-        if inheritance is not None:
-            stack.callback(inheritance.close)
-            listeners += restore(server, inheritance)
-            for listener in listeners:
-                stack.callback(listener.close)
-        while inherited:
-            listeners.append(UnixListener.inherit(inherited.popleft()))
-            stack.callback(listeners[-1].close)
+        for before in (inheritance, recovered):
+            if before is not None:
+                stack.callback(before.close)
+                listeners += restore(server, before)
+        for listener in listeners:
+            stack.callback(listener.close)
         for path in paths:
             listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))
             stack.callback(listeners[-1].close)
-        if inheritance is not None:
-            confirm(server, listeners, inheritance)
-        try:
-            await server.run(listeners, task_status=task_status)
-        finally:
-            server.ended.set()
+        ours = list(listeners)  # the others are passed to every daemon that is started here
+        while inherited:
+            listeners.append(UnixListener.inherit(inherited.popleft()))
+            stack.callback(listeners[-1].close)
+        witness = None if inheritance is None else inheritance.witness
+        async with server.kept(keeping, ours, recovered, witness):
+            if inheritance is not None:
+                confirm(server, listeners, inheritance)
+            try:
+                await server.run(listeners, task_status=task_status)
+            finally:
+                server.ended.set()

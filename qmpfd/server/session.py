@@ -100,6 +100,7 @@ class Session:
         self._takeover_id: Any = UNSET  # of the request that asked for a takeover
         self.outbox = Outbox(server, stream, peer)
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
+        self._telling = False  # events were taken out, and are not in the outbox yet
 
     async def run(self) -> None:
         """Serve the client until it is gone, or the daemon ends."""
@@ -131,7 +132,8 @@ class Session:
                 finally:
                     self._server.lock.release()
             self._connection.close()
-            self._close_garbage()
+            garbage, self._connection.garbage = self._connection.garbage, []
+            self._server.dispose(garbage)
 
     def finish(self) -> None:
         """End as soon as all that the client has sent is answered."""
@@ -169,7 +171,7 @@ class Session:
     @property
     def at_rest(self) -> bool:
         """Whether nothing of it is under way, while the daemon is frozen."""
-        return self._waiting or self._parked
+        return (self._waiting or self._parked) and not self._telling
 
     async def _park(self) -> None:
         """Wait until the daemon is no longer frozen."""
@@ -296,6 +298,7 @@ class Session:
                 finally:
                     self._server.lock.release()
                 try:
+                    await self._server.settle()
                     # Before the replies: what is removed is closed once its client has read so.
                     self._close_garbage(_CLOSES_A_STEP)
                     while self._connection.garbage:  # a whole set, perhaps
@@ -406,7 +409,12 @@ class Session:
                 if self.outbox.unsent:
                     await self.outbox.flush()
                 while self._context.events is not None and (data := self._context.events.take()):
-                    await self.outbox.send(data)
+                    self._telling = True
+                    await self._server.settle()
+                    self.outbox.put(data)
+                    self._telling = False
+                    if self.outbox.unsent:
+                        await self.outbox.flush()
         except Exception:  # noqa: BLE001 - as in run
             _log.exception("events could not be sent")
             self.outbox.cut_off()
