@@ -39,6 +39,10 @@ _O_LARGEFILE = 0o100000
 #: A file without a name gives its blocks back when it is closed, which takes time.
 _SLOW_BYTES = 64 << 20
 
+#: Seconds between two looks at whether mounts have changed: unmounting one file system and mounting
+#: another takes longer.
+_LOOK_SECONDS = 0.001
+
 # File systems on which close is over at once: local ones, and those in memory.
 _LOCAL = frozenset(
     (
@@ -50,7 +54,7 @@ _LOCAL = frozenset(
 )
 # Character devices: memory (null, zero, random), and pseudo-terminals.
 _QUICK_MAJORS = frozenset([1, *range(136, 144)])
-_PTMX = os.makedev(5, 2)
+_PTMX = (5, 2)
 # Not inotify: it waits until all CPUs have let go of its marks, 3 ms each time.
 _QUICK_ANONYMOUS = re.compile(r"anon_inode:\[?(eventfd|timerfd|signalfd|pidfd)\]?|pipe:\[\d+\]")
 _LARGE_ANONYMOUS = re.compile(r"anon_inode:\[?eventpoll\]?")  # as slow as it holds much
@@ -100,7 +104,8 @@ class _FileSystems:
         self._file = Fd(os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC))
         self._changed = select.poll()
         self._changed.register(self._file, select.POLLPRI)
-        self._types: dict[int, str] = {}
+        self._looked_at = 0.0
+        self._types: dict[tuple[int, int], str] = {}
         self._read()
 
     def _read(self) -> None:
@@ -112,13 +117,16 @@ class _FileSystems:
         for line in b"".join(parts).decode("utf-8", "replace").splitlines():
             fields, _, rest = line.partition(" - ")
             major, minor = fields.split()[2].split(":")
-            self._types[os.makedev(int(major), int(minor))] = rest.split()[0]
+            self._types[int(major), int(minor)] = rest.split()[0]
 
-    def type(self, device: int) -> str | None:
+    def type(self, device: tuple[int, int]) -> str | None:
         """The type of the one on *device*, such as ``ext4``; None if none is mounted."""
         # A number can come to mean another file system: the kernel tells when mounts change.
-        if self._changed.poll(0):
-            self._read()
+        now = monotonic()
+        if now - self._looked_at > _LOOK_SECONDS:
+            self._looked_at = now
+            if self._changed.poll(0):
+                self._read()
         return self._types.get(device)
 
     def close(self) -> None:
@@ -270,13 +278,18 @@ class Closer:
             return True
         kind = stat.S_IFMT(found.mode)
         if kind == stat.S_IFCHR:
-            return os.major(found.rdev) not in _QUICK_MAJORS and found.rdev != _PTMX
+            device = found.rdev_major, found.rdev_minor
+            return found.rdev_major not in _QUICK_MAJORS and device != _PTMX
         if kind not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFIFO):
             return True  # a block device writes back what it holds
         # Memory can be reserved beyond the end of a file, and a file can be longer than it is big.
-        if found.nlink == 0 and max(found.size, found.allocated) > _SLOW_BYTES:
+        if found.nlink == 0 and max(found.size, found.blocks * 512) > _SLOW_BYTES:
             return True
-        name = None if self._file_systems is None else self._file_systems.type(found.dev)
+        name = (
+            None
+            if self._file_systems is None
+            else self._file_systems.type((found.dev_major, found.dev_minor))
+        )
         if name is None:  # not mounted, or not here: the kernel's own tmpfs, if it is a memfd's
             return not is_in_memory(number)
         return name not in _LOCAL

@@ -13,7 +13,6 @@ import os
 import socket
 import struct
 import termios
-import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeAlias
@@ -113,9 +112,8 @@ def fileno(fd: FileDescriptorLike) -> int:
 
 def unread_bytes(sock: socket.socket) -> int:
     """How many bytes wait to be read from a Unix stream socket (SIOCINQ, unix(7))."""
-    count = array.array("i", [0])
-    fcntl.ioctl(sock, termios.FIONREAD, count)
-    return count[0]
+    found: tuple[int] = _one.unpack(fcntl.ioctl(sock.fileno(), termios.FIONREAD, _ZERO))
+    return found[0]
 
 
 # Room for one control message with as many descriptors as the kernel passes at a time.
@@ -127,20 +125,7 @@ _TRUNCATED, _NOSIGNAL = int(socket.MSG_CTRUNC), int(socket.MSG_NOSIGNAL)
 _SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 
 _one = struct.Struct("i")
-
-
-class _Scratch(threading.local):
-    """One buffer is enough for all connections of a thread: what is looked at is copied before
-    anything else runs in it.
-    """
-
-    def __init__(self) -> None:
-        self.buffer = bytearray(READ_BYTES)
-        self.view = memoryview(self.buffer)
-        self.buffers = (self.buffer,)
-
-
-_scratch = _Scratch()
+_ZERO = _one.pack(0)
 
 
 def peek(sock: socket.socket) -> tuple[bytes, bool]:
@@ -153,13 +138,12 @@ def peek(sock: socket.socket) -> tuple[bytes, bool]:
     Raises:
         BlockingIOError: nothing is there yet.
     """
-    scratch = _scratch
-    count, _, flags, _ = sock.recvmsg_into(scratch.buffers, 0, _PEEK)
+    data, _, flags, _ = sock.recvmsg(READ_BYTES, 0, _PEEK)
     fds_follow = flags & _TRUNCATED != 0
-    if fds_follow and count == READ_BYTES:
+    if fds_follow and len(data) == READ_BYTES:
         # What they were sent with may go on behind these bytes: show it whole, the next time.
-        count -= SEGMENT_BYTES
-    return bytes(scratch.view[:count]), fds_follow
+        data = data[:-SEGMENT_BYTES]
+    return data, fds_follow
 
 
 def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:
@@ -185,7 +169,7 @@ def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:
 
 def skip(sock: socket.socket, count: int) -> None:
     """Read *count* bytes that were seen already, and with which no descriptors come."""
-    sock.recv_into(_scratch.buffer, count)
+    sock.recv(count)
 
 
 def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescriptorLike]) -> int:

@@ -12,8 +12,9 @@ import fcntl
 import os
 import re
 import stat
+import struct
+import threading
 from collections.abc import Callable
-from functools import cache
 from typing import Literal, NamedTuple, TypeAlias
 
 Access: TypeAlias = Literal["rdonly", "wronly", "rdwr", "path"]
@@ -93,69 +94,53 @@ class Status(NamedTuple):
     """What the kernel has at hand of a descriptor's file; compare stat(2).
 
     Args:
-        mode: its type and permissions.
         nlink: how many names it has.
+        mode: its type and permissions.
         size: its length in bytes.
-        allocated: the bytes that it takes on disk or in memory.
-        rdev: the device that it is, if it is one.
-        dev: the device of its file system.
+        blocks: what it takes on disk or in memory, in units of 512 bytes.
+        rdev_major: the device that it is, if it is one.
+        rdev_minor: likewise.
+        dev_major: the device of its file system.
+        dev_minor: likewise.
     """
 
-    mode: int
     nlink: int
+    mode: int
     size: int
-    allocated: int
-    rdev: int
-    dev: int
+    blocks: int
+    rdev_major: int
+    rdev_minor: int
+    dev_major: int
+    dev_minor: int
 
 
-class _Statx(ctypes.Structure):
-    """``struct statx`` (statx(2))."""
-
-    _fields_ = (
-        ("mask", ctypes.c_uint32),
-        ("blksize", ctypes.c_uint32),
-        ("attributes", ctypes.c_uint64),
-        ("nlink", ctypes.c_uint32),
-        ("uid", ctypes.c_uint32),
-        ("gid", ctypes.c_uint32),
-        ("mode", ctypes.c_uint16),
-        ("ino", ctypes.c_uint64),
-        ("size", ctypes.c_uint64),
-        ("blocks", ctypes.c_uint64),
-        ("attributes_mask", ctypes.c_uint64),
-        ("times", ctypes.c_uint64 * 8),
-        ("rdev_major", ctypes.c_uint32),
-        ("rdev_minor", ctypes.c_uint32),
-        ("dev_major", ctypes.c_uint32),
-        ("dev_minor", ctypes.c_uint32),
-        ("rest", ctypes.c_uint64 * 14),
-    )
-
-
+#: The members of ``struct statx`` that are looked at (statx(2)); it is 256 bytes long.
+_STATX = struct.Struct("=16xI8xH10xQQ72xIIII112x")
 _AT_EMPTY_PATH, _AT_STATX_DONT_SYNC = 0x1000, 0x4000
 _STATX_TYPE, _STATX_MODE, _STATX_NLINK, _STATX_SIZE, _STATX_BLOCKS = 0x1, 0x2, 0x4, 0x200, 0x400
 _WANTED = _STATX_TYPE | _STATX_MODE | _STATX_NLINK | _STATX_SIZE | _STATX_BLOCKS
+_FLAGS = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
 
 
-@cache
-def _statx_function() -> Callable[..., int] | None:
-    """The C library's statx, which Python has from 3.15 on; glibc has it since 2.28."""
-    return getattr(ctypes.CDLL(None), "statx", None)
+class _Statx(threading.local):
+    """The C library's statx, which Python has from 3.15 on and glibc since 2.28, and room for what
+    it finds: making that anew takes longer than the call.
+    """
+
+    def __init__(self) -> None:
+        self.call: Callable[..., int] | None = getattr(ctypes.CDLL(None), "statx", None)
+        self.found = ctypes.create_string_buffer(_STATX.size)
+        if self.call is not None:
+            types = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
+            self.call.argtypes = types
+
+
+_statx = _Statx()
 
 
 def status(fd: int) -> Status | None:
     """What the kernel has at hand of *fd*'s file; None where it does not tell."""
-    statx = _statx_function()
-    found = _Statx()
-    flags = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
-    if statx is None or statx(fd, b"", flags, _WANTED, ctypes.byref(found)):
+    call, found = _statx.call, _statx.found
+    if call is None or call(fd, b"", _FLAGS, _WANTED, found):
         return None
-    return Status(
-        found.mode,
-        found.nlink,
-        found.size,
-        found.blocks * 512,
-        os.makedev(found.rdev_major, found.rdev_minor),
-        os.makedev(found.dev_major, found.dev_minor),
-    )
+    return Status(*_STATX.unpack_from(found))

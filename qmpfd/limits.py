@@ -103,6 +103,9 @@ CAREFUL_BYTES = 512
 REPLY_BYTES_A_TURN = 256 << 10
 MAX_FDS_A_TURN = 64
 
+#: Bytes of replies that wait for more of them while a client's next requests are there already.
+HELD_REPLY_BYTES = 16 << 10
+
 #: Seconds that cleaning up after a connection may wait for the store.
 CLEANUP_TIMEOUT = 5.0
 

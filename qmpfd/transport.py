@@ -34,41 +34,55 @@ class FdStream:
         kind, number = sock.type, sock.detach()
         self._sock = socket.socket(socket.AF_UNIX, kind, 0, fileno=number)
         self._sock.setblocking(False)
+        self._left = 0  # bytes that were seen and not read
+        self._queued = 0  # bytes that the kernel has for us, as far as we know
 
     @property
     def socket(self) -> socket.socket:
         """The socket, for its options."""
         return self._sock
 
-    def receive_nowait(self, connection: Connection) -> bool:
-        """Hand what is there to *connection*, bytes and descriptors; False once the peer is gone.
+    def receive_nowait(self, connection: Connection) -> bool | None:
+        """Hand what is there to *connection*, bytes and descriptors.
 
         Nothing in here waits or can be cancelled, so no descriptor is ever without an owner.
 
-        Raises:
-            trio.WouldBlock: nothing is there yet.
+        Returns:
+            Whether something came; False once the peer is gone, None if nothing is there yet.
         """
         try:
             data, fds_follow = fd.peek(self._sock)
         except BlockingIOError:
-            raise trio.WouldBlock from None
+            return None
         except ConnectionError:  # the peer was closed before it had read all
             return False
         if not data:
             return False
         lengths = connection.receive(data, fds_follow)
-        if not fds_follow:
-            fd.skip(self._sock, *lengths)
+        if fds_follow:
+            come = False  # all of them come at once, with one of the pieces
+            for length in lengths:
+                if come:
+                    fd.skip(self._sock, length)
+                    continue
+                _, fds, dropped = fd.receive(self._sock, length)
+                connection.attach(fds, dropped)
+                come = bool(fds) or dropped
+            self._queued -= sum(lengths)
+            self._left = len(data) - sum(lengths)
             return True
-        come = False  # all of them come at once, with one of the pieces
-        for length in lengths:
-            if come:
-                fd.skip(self._sock, length)
-                continue
-            _, fds, dropped = fd.receive(self._sock, length)
-            connection.attach(fds, dropped)
-            come = bool(fds) or dropped
-        return True
+        fd.skip(self._sock, *lengths)
+        self._queued -= lengths[0]
+        left, self._left = self._left, len(data) - lengths[0]
+        # The line end that the last request's descriptors were not read with, and nothing else: no
+        # need to look again.
+        return None if left == len(data) == lengths[0] and not connection.has_news else True
+
+    def has_more(self) -> bool:
+        """Whether the peer has sent more already than was looked at."""
+        if self._queued <= self._left:
+            self._queued = fd.unread_bytes(self._sock)
+        return self._queued > self._left
 
     async def wait_readable(self) -> None:
         """Wait until something is there, or the peer is gone."""

@@ -124,7 +124,7 @@ def test_killed_under_load(path: Path, tmp_path: Path) -> None:
             if each.failure is not None:
                 raise each.failure
             assert each.rounds > KILLS
-            assert each.checks >= KILLS
+            assert each.checks > KILLS // 2
         with daemon.client() as client:
             everything = {key for each in clients for key in each.there}
             listed = client.execute("query-fds")

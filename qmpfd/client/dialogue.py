@@ -201,10 +201,10 @@ class Dialogue:
     def _receive_nowait(self) -> bool:
         try:
             more = self._stream.receive_nowait(self._connection)
+            if more is None:
+                return False
             for message in self._connection.messages():
                 self._deliver(message)
-        except trio.WouldBlock:
-            return False
         except ProtocolError as exc:
             self._fail(exc)
         else:

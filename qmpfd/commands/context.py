@@ -88,7 +88,8 @@ class Daemon:
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
         """A descriptor was stored: count it, and tell those who watch."""
         if stored.added_by is not None:
-            self.hold(stored.added_by.uid)
+            self.kept += 1
+            self.kept_of[stored.added_by.uid] += 1
         if stored.opaque:
             self.opaque_total += len(stored.opaque)
         if self.keeper is not None:
@@ -162,6 +163,7 @@ class Context:
         passed: the descriptors that go back with the reply; owned here until they are sent.
         events: what the client is to be told unasked, while it watches.
         takes_over: the client is a daemon that takes over.
+        about_store: a command was carried out that depends on what is stored.
         quitting: the client has said ``quit``: what follows of it is not carried out.
     """
 
@@ -176,6 +178,7 @@ class Context:
     events: EventQueue | None = None
     quitting: bool = False
     takes_over: bool = False
+    about_store: bool = False
 
     def first_fd(self) -> Fd:
         """The descriptor that came with the command.

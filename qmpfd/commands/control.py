@@ -9,6 +9,7 @@ from msgspec import UNSET
 from .._version import __version__
 from ..errors import InvalidParameterValue
 from ..limits import TAKEOVER_FORMAT
+from ..protocol.encode import Encoded
 from .context import Context
 from .schema import schema
 from .table import Table
@@ -25,14 +26,14 @@ from .types import (
 )
 from .types import Result as Nothing
 
-table = Table()
+table = Table(about_store=False)
 
 #: What this daemon is; also in the greeting.
 VERSION = version_info(__version__)
 
 
 @table.command("qmp_capabilities", Capabilities, Nothing)
-def qmp_capabilities(context: Context, arguments: Capabilities) -> Nothing:
+def qmp_capabilities(context: Context, arguments: Capabilities) -> Encoded:
     """Enable capabilities and enter command mode; the first command of every connection."""
     enable = arguments.enable
     context.connection.negotiate([] if enable is UNSET else list(enable))
@@ -64,7 +65,7 @@ def query_qmp_schema(context: Context, arguments: Arguments) -> list[dict[str, A
 
 
 @table.command("takeover", Takeover, Nothing)
-def takeover(context: Context, arguments: Takeover) -> Nothing:
+def takeover(context: Context, arguments: Takeover) -> Encoded:
     """Hand everything over to the client, a daemon that takes this one's place."""
     context.access.require("admin")
     if arguments.format != TAKEOVER_FORMAT:
@@ -76,7 +77,7 @@ def takeover(context: Context, arguments: Takeover) -> Nothing:
 
 
 @table.command("quit", Arguments, Nothing)
-def quit_(context: Context, arguments: Arguments) -> Nothing:
+def quit_(context: Context, arguments: Arguments) -> Encoded:
     """End the daemon: every stored descriptor is closed."""
     context.quitting = True
     context.access.require("admin")

@@ -34,13 +34,15 @@ def execute(context: Context, request: Request, passed: list[Fd]) -> outcome.Out
     command = _COMMANDS[type(request)]
     arguments = request.arguments
     context.fds = passed
+    if command.about_store:
+        context.about_store = True
     result: outcome.Outcome[object] = outcome.capture(
         command.run, context, command.nothing if arguments is UNSET else arguments
     )
     context.daemon.stats.commands[command.name] += 1
     if passed:
         context.connection.garbage += passed
-    if isinstance(result, outcome.Error) and not isinstance(result.error, QMPError):
+    if type(result) is outcome.Error and not isinstance(result.error, QMPError):
         # A fault of ours: told to the client as such, and to whoever runs the daemon in full.
         _log.error("%s failed", command.name, exc_info=result.error)
         return outcome.Error(GenericError(f"internal error in '{command.name}'"))

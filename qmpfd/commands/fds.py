@@ -65,7 +65,7 @@ def check_add(
 
 
 @table.command("remove-fd", RemoveFd, Nothing)
-def remove_fd(context: Context, arguments: RemoveFd) -> Nothing:
+def remove_fd(context: Context, arguments: RemoveFd) -> Encoded:
     """Remove one file descriptor, or all, from an fd set, and close what was removed."""
     number = None if arguments.fd is UNSET else arguments.fd
     store, access = context.daemon.store, context.access
@@ -108,7 +108,7 @@ def _listing(fdset: FdSet) -> bytes:
 
 
 @table.command("getfd", FdName, Nothing, fds=1)
-def getfd(context: Context, arguments: FdName) -> Nothing:
+def getfd(context: Context, arguments: FdName) -> Encoded:
     """Keep the file descriptor that was passed with the command under a name of this connection."""
     context.first_fd()
     context.access.require("add")
@@ -121,7 +121,7 @@ def getfd(context: Context, arguments: FdName) -> Nothing:
 
 
 @table.command("closefd", FdName, Nothing)
-def closefd(context: Context, arguments: FdName) -> Nothing:
+def closefd(context: Context, arguments: FdName) -> Encoded:
     """Close a file descriptor that was kept by ``getfd``."""
     if not context.drop(arguments.fdname):
         raise FdNotFound(f"File descriptor named '{arguments.fdname}' not found")

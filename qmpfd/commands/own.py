@@ -13,6 +13,7 @@ from ..fd import Fd
 from ..fdinfo import access_mode, kind, target
 from ..fdsets import FOREVER, FdSet, StoredFd, Terms
 from ..limits import INT64_MAX, SCM_MAX_FD
+from ..protocol.encode import Encoded
 from .context import Context
 from .fds import check_add
 from .table import Table
@@ -174,7 +175,7 @@ def _seconds(left: float) -> int:
 
 
 @table.command("watch-fdsets", WatchFdsets, Nothing)
-def watch_fdsets(context: Context, arguments: WatchFdsets) -> Nothing:
+def watch_fdsets(context: Context, arguments: WatchFdsets) -> Encoded:
     """Begin, or cease, to send FD_ADDED and FD_REMOVED events to this connection."""
     context.access.require("query")
     context.watch(arguments.enable)

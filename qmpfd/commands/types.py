@@ -10,6 +10,7 @@ from typing import Literal
 from msgspec import UNSET, Struct, UnsetType
 
 from ..protocol import Int64
+from ..protocol.encode import Encoded
 
 
 class Arguments(Struct, forbid_unknown_fields=True, rename="kebab", gc=False):
@@ -385,4 +386,5 @@ class StatsInfo(Result):
     limits: LimitsInfo
 
 
-NOTHING = Result()
+#: What a command returns that returns nothing.
+NOTHING = Encoded(b"{}")

@@ -42,6 +42,11 @@ class Unclaimed:
     def __len__(self) -> int:
         return len(self._fds)
 
+    @property
+    def waits(self) -> bool:
+        """Whether the next command that takes descriptors gets some, or is told that they are lost."""
+        return self._dropped or bool(self._fds)
+
     def arrive(self, fds: list[Fd], dropped: bool) -> None:
         """A new segment begins; what still waits of an older one is given up.
 

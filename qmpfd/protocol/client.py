@@ -93,7 +93,9 @@ class ClientConnection(Connection):
         Raises:
             ProtocolError: this is no QMP server.
         """
-        for value, fds, dropped in self._messages():
+        waiting = self._gather()
+        while waiting:
+            value, fds, dropped = waiting.popleft()
             if not isinstance(value, dict):
                 self.garbage += fds
                 why = value if isinstance(value, QMPError) else "no JSON object"

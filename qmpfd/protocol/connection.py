@@ -8,7 +8,7 @@ states are those of the QEMU Machine Protocol Specification
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ class Connection:
         self._inbox = Inbox(
             decode, wanted, max_bytes=max_bytes, garbage=self.garbage, lines=lines, budget=budget
         )
+        self._waiting: deque[Message] = deque()  # what has come, and was not asked for yet
         #: See :class:`Inbox`: shown the next bytes, how to consume them.
         self.receive = self._inbox.receive
         #: See :class:`Inbox`: the descriptors of each piece consumed.
@@ -79,17 +80,20 @@ class Connection:
         except KeyError:
             raise ProtocolError(f"{event.name} is out of place: {self.state.name}") from None
 
-    def _messages(self) -> Iterator[Message]:
-        """What has come; the descriptors of what nobody asks for any more are garbage."""
-        waiting = deque(self._inbox.messages())
-        try:
-            while waiting:
-                yield waiting.popleft()
-        finally:
-            for _, fds, _ in waiting:
-                self.garbage += fds
+    @property
+    def has_news(self) -> bool:
+        """Whether something has come that was not asked for yet; not for blanks alone."""
+        return bool(self._waiting) or self._inbox.has_news
+
+    def _gather(self) -> deque[Message]:
+        """What has come: taken from the left by whoever deals with it."""
+        self._waiting += self._inbox.messages()
+        return self._waiting
 
     def close(self) -> None:
         """The connection is over: what waits for a command becomes garbage."""
         self._move(Event.CLOSE)
+        for _, fds, _ in self._waiting:
+            self.garbage += fds
+        self._waiting.clear()
         self._inbox.close()

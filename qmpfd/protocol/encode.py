@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-_encoder = msgspec.json.Encoder()
+_encode, _format = msgspec.json.Encoder().encode, msgspec.json.format
 _NOT_ASCII = re.compile("[^\x00-\x7f]")
 
 
@@ -28,7 +28,7 @@ def encode(value: object) -> bytes:
     """*value*, built of JSON's types and msgspec structs, as JSON."""
     if type(value) is Encoded:
         return value
-    data = msgspec.json.format(_encoder.encode(value), indent=0)
+    data = _format(_encode(value), indent=0)
     return data if data.isascii() else _NOT_ASCII.sub(_escape, data.decode()).encode("ascii")
 
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 #: some got lost.
 Message: TypeAlias = "tuple[Any, list[Fd], bool]"
 
-#: Decodes a chunk of whole messages at once; None where only the careful parser can tell.
+#: Decodes a chunk of whole messages at once; None where only the careful parser can tell.  A server's
+#: gives requests, whose ``takes`` says how many descriptors each takes at most.
 ChunkDecoder: TypeAlias = "Callable[[bytes], list[Any] | None]"
 
 #: A value, or its error, and where it ends in the bytes that were seen.
@@ -54,16 +55,16 @@ class InboxState(NamedTuple):
 
 
 class _Piece:
-    """What one read gives."""
+    """What one read gives: messages, and the descriptors that came with it."""
 
-    __slots__ = ("dropped", "ends_segment", "fds", "inside_message", "messages")
+    last_takes = 0  # descriptors, at most, and no other message of it takes any
+    fds = _NO_FDS
+    dropped = False
+    ends_segment = False  # the segment that descriptors came with ends with this piece
+    inside_message = False  # and does so in the middle of a message
 
     def __init__(self, messages: list[Any]) -> None:
         self.messages = messages
-        self.fds = _NO_FDS
-        self.dropped = False
-        self.ends_segment = False  # the segment that descriptors came with ends with this piece
-        self.inside_message = False  # and does so in the middle of a message
 
 
 class Inbox:
@@ -116,44 +117,54 @@ class Inbox:
             The lengths of the pieces in which to consume them: one :meth:`attach` for each.  They
             can come to less than *data*: the rest is looked at again next time.
         """
+        if not self._segment_left and not self._lines and self._idle:
+            requests = self._decode(data) if len(data) <= self._max_bytes else None
+            if requests is not None:
+                if not fds_follow:
+                    self._unread = 0
+                    return self._whole(requests, len(data))
+                if not any([request.takes for request in requests[:-1]]):
+                    return self._cut_last(requests, data)
+        return self._receive_carefully(data, fds_follow)
+
+    def _receive_carefully(self, data: bytes, fds_follow: bool) -> list[int]:
+        """Where it matters where each message ends, or only the careful parser can tell."""
         in_segment = self._segment_left
         if in_segment:
             data = data[:in_segment]
-        size = len(data)
-        quick = self._by_chunk(data, fds_follow)
-        if quick is not None:
-            lengths = self._cut_last(quick, data) if fds_follow else self._whole(quick, size)
+        found, size = self._messages(data, fds_follow)
+        if fds_follow:
+            lengths = self._cut(found, size)
         else:
-            found, size = self._messages(data, fds_follow)
-            if fds_follow:
-                lengths = self._cut(found, size)
-            else:
-                lengths = self._whole([value for value, _ in found], size)
+            lengths = self._whole([value for value, _ in found], size)
         self._unread = len(data) - size
         if in_segment:
             self._segment_left = self._unread
-        if (in_segment or fds_follow) and not self._unread:
+        if (in_segment or fds_follow) and not self._unread and self._pieces:
             self._pieces[-1].ends_segment = True
             self._pieces[-1].inside_message = not self._idle or bool(self._line)
         return lengths
 
     def _whole(self, values: list[Any], size: int) -> list[int]:
         """All that was read is one piece: no descriptors come with it."""
-        self._pieces.append(_Piece(values))
-        self._attached = len(self._pieces)
+        if values or self._pieces or self._unclaimed.waits:
+            self._pieces.append(_Piece(values))
+            self._attached = len(self._pieces)
         return [size]
 
-    def _cut_last(self, values: list[Any], data: bytes) -> list[int]:
-        """Cut what was read behind the last message, the only one that may take descriptors: they
-        may have come with the blank behind it.
+    def _cut_last(self, requests: list[Any], data: bytes) -> list[int]:
+        """Cut what was read behind the last request, the only one that may take descriptors: they
+        may have come with the blank behind it.  That is left to be read with what follows.
         """
+        piece = _Piece(requests)
+        if requests:
+            piece.last_takes = requests[-1].takes
         self._attached = len(self._pieces)
-        self._pieces.append(_Piece(values))
-        end = len(data.rstrip(_WHITESPACE))
-        if end in (0, len(data)) or not values:
-            return [len(data)]
-        self._pieces.append(_Piece([]))
-        return [end, len(data) - end]
+        self._pieces.append(piece)
+        length = len(data.rstrip(_WHITESPACE)) or len(data)
+        self._unread = len(data) - length
+        piece.ends_segment = not self._unread
+        return [length]
 
     def _cut(self, messages: list[_Found], size: int) -> list[int]:
         """Cut what was read behind each message for which it matters; the pieces' lengths."""
@@ -193,17 +204,6 @@ class Inbox:
         data = data[:CAREFUL_BYTES]
         return list(self._feed(data)), len(data)
 
-    def _by_chunk(self, data: bytes, fds_follow: bool) -> list[Any] | None:
-        """All messages of a chunk that holds nothing but whole ones; None where it does not, or
-        where it matters where each of them ends: descriptors come, and not just the last takes one.
-        """
-        if self._lines or not self._idle or len(data) > self._max_bytes:
-            return None
-        values = self._decode(data)
-        if values is None or (fds_follow and any(map(self._wanted, values[:-1]))):
-            return None
-        return values
-
     def _by_lines(self, data: bytes, fds_follow: bool) -> list[_Found]:
         """The messages of whole lines; an incomplete one is kept until the rest of it comes."""
         kept = len(self._line)
@@ -238,6 +238,11 @@ class Inbox:
 
     # -- out -----------------------------------------------------------------------------------
 
+    @property
+    def has_news(self) -> bool:
+        """Whether something has come that :meth:`messages` has to look at."""
+        return bool(self._pieces)
+
     def messages(self) -> list[Message]:
         """The complete messages, each with its descriptors, in the order in which they came.
 
@@ -245,8 +250,18 @@ class Inbox:
         any more whom they were for.
         """
         unclaimed, wanted = self._unclaimed, self._wanted
+        pieces, self._pieces, self._attached = self._pieces, [], 0
         found: list[Message] = []
-        for piece in self._pieces:
+        if len(pieces) == 1 and not unclaimed.waits:
+            (piece,) = pieces
+            if not piece.dropped and len(piece.fds) <= piece.last_takes:
+                # As nearly always: nothing waits, and nothing will.
+                self._segment_left = 0
+                found = [(value, _NO_FDS, False) for value in piece.messages]
+                if piece.fds:
+                    found[-1] = (piece.messages[-1], piece.fds, False)
+                return found
+        for piece in pieces:
             if piece.fds or piece.dropped:
                 unclaimed.arrive(piece.fds, piece.dropped)
             for value in piece.messages:
@@ -260,7 +275,6 @@ class Inbox:
                 unclaimed.message_ended()
             if piece.ends_segment:
                 unclaimed.segment_ended(inside_message=piece.inside_message)
-        self._pieces, self._attached = [], 0
         return found
 
     def snapshot(self) -> InboxState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from msgspec import UNSET
@@ -92,14 +92,21 @@ class ServerConnection(Connection):
         self._oob_enabled = "oob" in capabilities
         self._move(Event.CAPABILITIES)
 
-    def requests(self) -> Generator[Received, None, None]:
+    def requests(self) -> Iterator[Received]:
         """The complete requests, in the order in which they came.
 
         Carry out each before asking for the next: whether that is possible may depend on it.
+        What was not asked for is there the next time.
         """
+        waiting = self._gather()
         flooded = False
-        for value, fds, dropped in self._messages():
+        while waiting:
+            value, fds, dropped = waiting.popleft()
             if isinstance(value, Request):
+                if self.state is State.COMMANDS and not dropped:  # as nearly always
+                    self._errors_in_a_row = 0
+                    yield value, value.id, fds
+                    continue
                 request_id = value.id
             else:
                 request_id = value.get("id", UNSET) if isinstance(value, dict) else UNSET
@@ -143,11 +150,11 @@ class ServerConnection(Connection):
 
     def reply(self, result: Outcome[object], request_id: Any) -> bytes:
         """The reply to a request: its result, or its QMPError."""
-        if isinstance(result, Value):
-            body = b'"return": ' + encode(result.value)
+        if type(result) is Value:
+            returned = encode(result.value)
             if request_id is UNSET:
-                return b"{" + body + b"}\r\n"
-            return b"{" + body + b', "id": ' + encode_any(request_id) + b"}\r\n"
+                return b'{"return": %b}\r\n' % returned
+            return b'{"return": %b, "id": %b}\r\n' % (returned, encode_any(request_id))
         assert isinstance(result, Error)
         error = result.error
         assert isinstance(error, QMPError)

@@ -9,7 +9,7 @@ tests hold them to it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Union, cast
+from typing import Annotated, Any, ClassVar, Union, cast
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -27,6 +27,8 @@ class Request(Struct):
     when the request has none and needs none) and ``id``.
     """
 
+    #: How many descriptors the command takes at most.
+    takes: ClassVar[int] = 0
     arguments: Any = UNSET
     id: Any = UNSET
 
@@ -51,11 +53,12 @@ _PlainId = Annotated[int, Meta(ge=INT64_MIN, le=(1 << 63) - 1)] | str | UnsetTyp
 _encoder = msgspec.json.Encoder()
 
 
-def _request_type(name: str, arguments: type[Struct]) -> type[Request]:
+def _request_type(name: str, spec: Spec) -> type[Request]:
     """The struct of a request of the command *name*, for the quick way."""
-    needed = any(field.required for field in msgspec.structs.fields(arguments))
+    needed = any(field.required for field in msgspec.structs.fields(spec.arguments))
+    given: Any = spec.arguments
     members: Any = [
-        ("arguments", arguments) if needed else ("arguments", arguments | UnsetType, UNSET),
+        ("arguments", given) if needed else ("arguments", given | UnsetType, UNSET),
         ("id", _PlainId, UNSET),
     ]
     request: Any = msgspec.defstruct(
@@ -66,6 +69,7 @@ def _request_type(name: str, arguments: type[Struct]) -> type[Request]:
         tag=name,
         forbid_unknown_fields=True,
         gc=False,
+        namespace={"takes": spec.fds},
     )
     return cast("type[Request]", request)
 
@@ -81,13 +85,10 @@ class Vocabulary:
         self._commands = commands
         self._types: dict[str, type[Request]] = {}
         self.names: dict[type[Request], str] = {}
-        self._fds: dict[type[Request], int] = {}
         for name, spec in commands.items():
-            request = _request_type(name, spec.arguments)
+            request = _request_type(name, spec)
             self._types[name] = request
             self.names[request] = name
-            if spec.fds:
-                self._fds[request] = spec.fds
         union: Any = Union[tuple(self._types.values())]  # noqa: UP007 - built at run time
         self._decoder = msgspec.json.Decoder(union)
 
@@ -108,7 +109,7 @@ class Vocabulary:
     def wanted_fds(self, message: Any) -> int:
         """How many descriptors *message*, a request or a value still to be checked, takes."""
         if isinstance(message, Request):
-            return self._fds.get(type(message), 0)
+            return message.takes
         if isinstance(message, dict):
             for member in ("execute", "exec-oob"):
                 name = message.get(member)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -29,69 +30,110 @@ class Outbox:
         server: the daemon.
         stream: the connection.
         peer: who is at its other end.
+        settle: waits until what is put here may be told, and ends :attr:`unsafe`.
     """
 
-    def __init__(self, server: Server, stream: FdStream, peer: Peer) -> None:
+    def __init__(
+        self,
+        server: Server,
+        stream: FdStream,
+        peer: Peer,
+        settle: Callable[[], Awaitable[None]],
+    ) -> None:
         self._server = server
         self._stream = stream
         self._peer = peer
+        self._settle = settle
         #: The client is sent nothing any more; what it asks is still carried out.
         self.deaf = False
+        #: What waits tells of changes that a crash would take back.
+        self.unsafe = False
         #: What waits: bytes, and the descriptors that go with the first of them, owned here.
         self.unsent: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
+        #: Bytes of it.
+        self.size = 0
         self._flushing = trio.Lock()
         self._scope: trio.CancelScope | None = None  # while waiting for the client
 
-    async def send(
-        self, data: bytes, fds: list[Fd] | None = None, *, share: Share | None = None
-    ) -> None:
-        """Send *data*, and duplicates of *fds* with its first byte; a client that does not take it
-        in time, or is gone, is sent nothing any more.
+    def put(self, data: bytes, fds: list[Fd] | None = None) -> None:
+        """Have *data* sent with the next :meth:`send`, and duplicates of *fds* with its first byte.
 
         Args:
             data: what to send.
             fds: the descriptors; owned from here on.
+        """
+        if self.deaf:
+            self._discard(fds or [])
+        elif data:
+            self.unsent.append((data, fds or []))
+            self.size += len(data)
+
+    async def send(self, share: Share | None = None) -> None:
+        """Send all that was put here; a client that does not take it in time, or is gone, is sent
+        nothing any more.  Nothing goes out while the daemon is frozen.
+
+        Args:
             share: the client's share of time, if that is being used.
         """
-        self.put(data, fds)
+        if self.unsafe and not self._server.is_frozen:
+            await self._settle()
         if self.unsent and not self._server.is_frozen:
-            await self.flush(share)
+            if self._flushing.locked():  # somebody waits for the client already
+                await self._flush(share)
+            else:
+                self.push()
+                if self.unsent:
+                    await self._flush(share)
 
-    def put(self, data: bytes, fds: list[Fd] | None = None) -> None:
-        """As :meth:`send`, but what cannot be sent at once waits for :meth:`flush`."""
-        fds = fds or []
-        if self.deaf:
-            self._discard(fds)
+    def push(self) -> None:
+        """Send what the client takes at once."""
+        if self._server.is_frozen or self._flushing.locked() or self.unsafe:
             return
-        sent = 0
-        if not self.unsent and not self._server.is_frozen:
-            try:
+        try:
+            while self.unsent:
+                data, fds = self._next() if len(self.unsent) > 1 else self.unsent[0]
                 sent = self._stream.send_nowait(data, fds)
-            except trio.BrokenResourceError:
-                self.mute()
-                self._discard(fds)
-                return
-        if sent:
-            self._discard(fds)
-            fds = []
-        if sent < len(data):
-            self.unsent.append((memoryview(data)[sent:], fds))
-            if sum(len(waits) for waits, _ in self.unsent) > MAX_UNSENT_BYTES:
-                self.cut_off()
+                self._sent(data, fds, sent)
+                if sent < len(data):
+                    break
+        except trio.BrokenResourceError:
+            self.mute()
+        if self.size > MAX_UNSENT_BYTES:
+            self.cut_off()
 
-    async def flush(self, share: Share | None = None) -> None:
+    def _next(self) -> tuple[bytes | memoryview, list[Fd]]:
+        """What to send next: the first of what waits, and what can go with it."""
+        unsent = self.unsent
+        first, fds = unsent.popleft()
+        together = [first]
+        while unsent and not unsent[0][1]:
+            together.append(unsent.popleft()[0])
+        unsent.appendleft((b"".join(together), fds))
+        return unsent[0]
+
+    def _sent(self, data: bytes | memoryview, fds: list[Fd], count: int) -> None:
+        """So many bytes of the first of what waits are gone."""
+        if count and self.unsent:  # not muted meanwhile
+            self.size -= count
+            if count < len(data):
+                self.unsent[0] = memoryview(data)[count:], []
+            else:
+                self.unsent.popleft()
+            if fds:
+                self._discard(fds)
+
+    async def _flush(self, share: Share | None) -> None:
         """Wait until the client has taken what waits; not if the daemon is frozen meanwhile."""
         if share is not None:
             share.pause()
-        size = sum(len(data) for data, _ in self.unsent)
-        token = self._server.backlog.begin(size, self.cut_off)
+        token = self._server.backlog.begin(self.size, self.cut_off)
         try:
             async with self._flushing:
                 if self._server.is_frozen:
                     return
                 with trio.move_on_after(self._server.daemon.limits.write_timeout) as scope:
                     self._scope = scope
-                    await self._flush()
+                    await self._wait_for_client()
                 if self.unsent and not self._server.is_frozen:
                     self.cut_off()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -102,17 +144,10 @@ class Outbox:
             if share is not None:
                 share.resume()
 
-    async def _flush(self) -> None:
+    async def _wait_for_client(self) -> None:
         while self.unsent:
-            data, fds = self.unsent[0]
-            went = await self._stream.send_some(data, fds)
-            if went and fds:
-                self._discard(fds)
-            if self.unsent:  # not muted meanwhile
-                if went < len(data):
-                    self.unsent[0] = (data[went:], [])
-                else:
-                    self.unsent.popleft()
+            data, fds = self._next() if len(self.unsent) > 1 else self.unsent[0]
+            self._sent(data, fds, await self._stream.send_some(data, fds))
 
     def freeze(self) -> None:
         """Wait for the client no longer: what is unsent stays here."""
@@ -122,6 +157,7 @@ class Outbox:
     def mute(self) -> None:
         """Send nothing any more."""
         self.deaf = True
+        self.size = 0
         while self.unsent:
             self._discard(self.unsent.popleft()[1])
 

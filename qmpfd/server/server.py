@@ -197,6 +197,11 @@ class Server:
             with trio.move_on_after(FORGET_TIMEOUT):
                 await keeper.settle()
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that was changed is safe."""
+        return self.keeper is None or self.keeper.is_settled
+
     async def settle(self) -> None:
         """Wait until all that was changed so far is safe; without a checkpoint if it is."""
         if self.keeper is not None:

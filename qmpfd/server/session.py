@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from itertools import islice
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import trio
@@ -17,13 +18,14 @@ from ..errors import GenericError, QMPError
 from ..fd import Fd
 from ..fdsets import Peer
 from ..limits import (
+    HELD_REPLY_BYTES,
     LOCK_TIMEOUT,
     MAX_FDS_A_TURN,
     NEGOTIATION_TIMEOUT,
     REPLY_BYTES_A_TURN,
 )
 from ..policy import Access
-from ..protocol import Received, Request, ServerConnection, State
+from ..protocol import Request, ServerConnection, State
 from ..protocol.encode import encode
 from ..protocol.inbox import InboxState
 from ..protocol.parser import ParserState
@@ -41,9 +43,6 @@ _log = logging.getLogger("qmpfd")
 
 #: Descriptors that are closed in a row, at up to 5 us each.
 _CLOSES_A_STEP = 256
-
-#: Bytes of a reply that took long, so that it is time to look at the clock.
-_LONG_REPLY = 512
 
 #: Bytes to send in one go, and the descriptors that go with the first of them.
 _Batch: TypeAlias = "tuple[bytes, list[Fd]]"
@@ -92,15 +91,15 @@ class Session:
         )
         self._context = Context(server.daemon, self._connection, peer, access, self._wake)
         self._share = Share(server.turns)
-        self._since = trio.current_time()  # when it connected, or last asked something
+        self._since = trio.current_time()  # when it connected, or was last seen to have asked
+        self._asked = False  # something, since then
         self._farewell: QMPError | None = None  # why it is evicted
         self._scope = trio.CancelScope()
         self._waiting = False  # for the client; nothing of it is unanswered
         self._parked = False  # the daemon is frozen; nothing of the client is under way
         self._takeover_id: Any = UNSET  # of the request that asked for a takeover
-        self.outbox = Outbox(server, stream, peer)
+        self.outbox = Outbox(server, stream, peer, self._settle)
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
-        self._telling = False  # events were taken out, and are not in the outbox yet
 
     async def run(self) -> None:
         """Serve the client until it is gone, or the daemon ends."""
@@ -108,8 +107,7 @@ class Session:
             with self._scope:
                 if self._connection.state is State.CONNECTED:
                     self.outbox.put(self._connection.greeting(VERSION))
-                if self.outbox.unsent:
-                    await self.outbox.flush()
+                await self.outbox.send()
                 await self._serve()
             if self._scope.cancelled_caught:
                 if self._farewell is None:
@@ -148,6 +146,8 @@ class Session:
         """End if the client has not negotiated in time, or has asked nothing for too long."""
         if self._farewell is not None:
             return
+        if self._asked:
+            self._since, self._asked = now, False
         if self._connection.state is not State.COMMANDS:
             limit: float | None = NEGOTIATION_TIMEOUT
             desc = f"No 'qmp_capabilities' within {NEGOTIATION_TIMEOUT:g} s"
@@ -171,7 +171,7 @@ class Session:
     @property
     def at_rest(self) -> bool:
         """Whether nothing of it is under way, while the daemon is frozen."""
-        return (self._waiting or self._parked) and not self._telling
+        return self._waiting or self._parked
 
     async def _park(self) -> None:
         """Wait until the daemon is no longer frozen."""
@@ -180,8 +180,7 @@ class Session:
         await self._server.until_thawed()
         self._share.resume()
         self._parked = False
-        if self.outbox.unsent:
-            await self.outbox.flush(self._share)
+        await self.outbox.send(self._share)
 
     def thaw(self) -> None:
         """The daemon is no longer frozen: see to it that what is unsent is sent."""
@@ -192,8 +191,8 @@ class Session:
         try:
             await hand_over(self._server, self, self._stream)
         except QMPError as exc:
-            reply = self._connection.reply(Error(exc), self._takeover_id)
-            await self.outbox.send(reply)
+            self.outbox.put(self._connection.reply(Error(exc), self._takeover_id))
+            await self.outbox.send()
 
     async def reply_to_takeover(self, memory: Fd) -> None:
         """Answer the request for a takeover, with the daemon's state."""
@@ -211,7 +210,7 @@ class Session:
         saved = SavedSession(
             peer=self.peer,
             groups=sorted(self.groups),
-            idle=now - self._since,
+            idle=0.0 if self._asked else now - self._since,
             state=connection.state,
             oob_enabled=connection.oob_enabled,
             errors_in_a_row=connection.errors_in_a_row,
@@ -247,137 +246,131 @@ class Session:
         self._context.watch(saved.watching)
         self._since -= saved.idle
         for data, count in saved.unsent:
-            self.outbox.unsent.append((data, list(islice(fds, count))))
+            self.outbox.put(data, list(islice(fds, count)))
 
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        share = self._share
+        stream, outbox = self._stream, self.outbox
+        context, share = self._context, self._share
         while True:
             if share.over:
+                await outbox.send(share)
                 await share.next_turn()
             if self._server.is_frozen:
                 await self._park()
-            try:
-                more = self._stream.receive_nowait(self._connection)
-            except trio.WouldBlock:
-                if self._server.stopping:
+            came = stream.receive_nowait(self._connection)
+            if came:
+                await self._answer()
+                if context.takes_over:
+                    await self._hand_over()
                     return
-                self._waiting = True
-                share.pause()
-                await self._stream.wait_readable()
-                share.resume()
-                self._waiting = False
-                continue
-            if not more:
+                # While more is there, replies wait: one write for all of them.
+                if context.quitting or outbox.size > HELD_REPLY_BYTES or not stream.has_more():
+                    outbox.push()
+                    if outbox.unsent:
+                        await outbox.send(share)
+                if not context.quitting:
+                    continue
+            if outbox.unsent:
+                await outbox.send(share)
+            if came is not None or self._server.stopping:
                 return
-            await self._answer()
-            if self._context.quitting:
-                return
-            if self._context.takes_over:
-                await self._hand_over()
-                return
+            self._waiting = True
+            share.pause()
+            await stream.wait_readable()
+            share.resume()
+            self._waiting = False
 
     async def _serve_rest(self) -> None:
-        try:
-            while not self._context.quitting and self._stream.receive_nowait(self._connection):
-                await self._answer()
-        except trio.WouldBlock:
-            pass
+        while not self._context.quitting and self._stream.receive_nowait(self._connection):
+            await self._answer()
+        await self.outbox.send()
 
     async def _answer(self) -> None:
-        """Carry out the complete requests and send the replies, in as few writes as possible."""
-        # Closed in any case: what it has not given yet may come with descriptors.
-        with closing(self._connection.requests()) as requests:
-            finished = False
-            while not finished:
-                await self._server.enter()
-                batches: list[_Batch] = []
+        """Carry out the requests that are complete; the replies are to be sent."""
+        connection, outbox, lock = self._connection, self.outbox, self._server.lock
+        context = self._context
+        while connection.has_news:
+            batches: list[_Batch] = []
+            context.about_store = False
+            if lock.locked():  # by somebody who waits for something meanwhile
+                async with lock:
+                    self._carry_out(batches)
+            else:  # and nobody gets a turn before this is over: there is no await in it
+                self._carry_out(batches)
+            if context.about_store and not self._server.is_settled:
+                outbox.unsafe = True
+            if outbox.deaf and outbox.unsafe:
+                await self._settle()
+            elif connection.garbage and not outbox.unsafe:
                 try:
-                    finished = self._carry_out(requests, batches)
-                finally:
-                    self._server.lock.release()
-                try:
-                    await self._server.settle()
                     # Before the replies: what is removed is closed once its client has read so.
-                    self._close_garbage(_CLOSES_A_STEP)
-                    while self._connection.garbage:  # a whole set, perhaps
-                        if self._share.over:
-                            await self._share.next_turn()
-                        self._close_garbage(_CLOSES_A_STEP)
+                    await self._close_all_garbage()
                 except BaseException:
                     for _, fds in batches:
-                        self._connection.garbage += fds
+                        connection.garbage += fds
                     raise
-                for data, fds in batches:
-                    self.outbox.put(data, fds)
-                if self.outbox.unsent and not self._server.is_frozen:
-                    await self.outbox.flush(self._share)
-                if not finished and self._share.over:
+            for data, fds in batches:
+                outbox.put(data, fds)
+            if context.quitting or context.takes_over:
+                return
+            if connection.has_news:
+                await outbox.send(self._share)
+                if self._share.over:
                     await self._share.next_turn()
 
-    def _carry_out(self, requests: Iterator[Received], batches: list[_Batch]) -> bool:
-        """Carry out requests; whether that was all, or else it is time to send the replies.
+    def _carry_out(self, batches: list[_Batch]) -> None:
+        """Carry out requests: all there are, or until it is time to send the replies.
 
         Args:
-            requests: what is to be done.
             batches: where the replies go.  One that carries descriptors begins a batch: they
                 arrive with its first byte, and so with that reply and no other.
         """
         connection, context, share = self._connection, self._context, self._share
+        deaf, log = self.outbox.deaf, _log.isEnabledFor(logging.DEBUG)
         replies: list[bytes] = []
-        size = passed = count = 0
-        finished = True
-        log = _log.isEnabledFor(logging.DEBUG)
-        for steps, (request, request_id, fds) in enumerate(requests, 1):
-            came = len(fds)
-            result: Outcome[object]
-            if isinstance(request, Error):
+        size = passed = 0
+        asked = False
+        result: Outcome[object]
+        for request, request_id, fds in connection.requests():
+            if type(request) is Error:
                 result = request
             else:
                 result = execute(context, request, fds)
-                count += 1
-            if isinstance(result, Error):
-                assert isinstance(result.error, QMPError)
-                context.daemon.stats.errors[result.error.error_class] += 1
-            if log:
-                self._log(request, result)
+                asked = True
+            if log or type(result) is Error:
+                self._note(request, result)
             if context.takes_over:
                 self._takeover_id = request_id
                 break
             # Nobody reads what a deaf client is told.
-            deaf = self.outbox.deaf
             reply = b"" if deaf else connection.reply(result, request_id)
-            if deaf:
-                connection.garbage += context.passed
-                context.passed = []
-            elif context.passed:
-                if replies:
-                    batches.append((b"".join(replies), []))
-                    replies = []
-                batches.append((reply, context.passed))
+            size += len(reply)
+            if context.passed:
+                batches += (b"".join(replies), []), (reply, context.passed)
                 passed += len(context.passed)
-                context.passed = []
+                replies, context.passed = [], []
             else:
                 replies.append(reply)
-            size += len(reply)
-            if context.quitting:
-                break
             if (
-                size > REPLY_BYTES_A_TURN
+                monotonic() > share.ends
+                or context.quitting
+                or size > REPLY_BYTES_A_TURN
                 or passed > MAX_FDS_A_TURN
-                or ((came or not steps & 3 or len(reply) > _LONG_REPLY) and share.over)
             ):
-                finished = False
                 break
-        if replies:
-            batches.append((b"".join(replies), []))
-        if count:
-            self._since = trio.current_time()
-        return finished
+        batches.append((b"".join(replies), []))
+        if asked:
+            self._asked = True
 
-    def _log(self, request: Request | Error, result: Outcome[object]) -> None:
-        """Say who asked for what, and what became of it."""
+    def _note(self, request: Request | Error, result: Outcome[object]) -> None:
+        """Count errors, and say who asked for what, and what became of it."""
+        if isinstance(result, Error):
+            assert isinstance(result.error, QMPError)
+            self._context.daemon.stats.errors[result.error.error_class] += 1
+        if not _log.isEnabledFor(logging.DEBUG):
+            return
         name = None if isinstance(request, Error) else VOCABULARY.names[type(request)]
         arguments = None if isinstance(request, Error) else request.arguments
         told = result.error if isinstance(result, Error) else "done"
@@ -406,20 +399,29 @@ class Session:
         """Send the events that wait, then end: a connection that is told nothing has no task."""
         try:
             with scope:
-                if self.outbox.unsent:
-                    await self.outbox.flush()
+                await self.outbox.send()
                 while self._context.events is not None and (data := self._context.events.take()):
-                    self._telling = True
-                    await self._server.settle()
+                    self.outbox.unsafe |= not self._server.is_settled
                     self.outbox.put(data)
-                    self._telling = False
-                    if self.outbox.unsent:
-                        await self.outbox.flush()
+                    await self.outbox.send()
         except Exception:  # noqa: BLE001 - as in run
             _log.exception("events could not be sent")
             self.outbox.cut_off()
         finally:
             self._pump_scope = None
+
+    async def _settle(self) -> None:
+        """Wait until what the replies tell of is safe, and close what was removed."""
+        await self._server.settle()
+        await self._close_all_garbage()
+        self.outbox.unsafe = False
+
+    async def _close_all_garbage(self) -> None:
+        self._close_garbage(_CLOSES_A_STEP)
+        while self._connection.garbage:  # a whole set, perhaps
+            if self._share.over:
+                await self._share.next_turn()
+            self._close_garbage(_CLOSES_A_STEP)
 
     def _close_garbage(self, most: int | None = None) -> None:
         garbage = self._connection.garbage

@@ -16,10 +16,15 @@ import trio
 from ..limits import SHARE, SHARE_SECONDS, TURN_SECONDS
 
 
+#: Seconds in which so little happens that it does not matter whose they are.
+_MOMENT = 0.0002
+
+
 class Turns:
     """The queue of those who have used up their share; who has used the least is next."""
 
     def __init__(self) -> None:
+        self.cpu = _Cpu()
         self._queue: list[tuple[float, int, trio.Event]] = []
         self._numbers = count()  # of equals, the first to come
         self._busy = False
@@ -56,6 +61,27 @@ class Turns:
             self._busy = False
 
 
+class _Cpu:
+    """The CPU time of the loop's thread.  Asking the kernel for it takes long, so what a moment ago
+    it was is good enough.
+    """
+
+    def __init__(self) -> None:
+        self._asked_at = 0.0
+        self._seconds = 0.0
+
+    def lately(self, now: float) -> float:
+        """What it was, at most a moment ago: no more than it is."""
+        if now - self._asked_at > _MOMENT:
+            return self.exactly(now)
+        return self._seconds
+
+    def exactly(self, now: float) -> float:
+        """What it is."""
+        self._asked_at, self._seconds = now, thread_time()
+        return self._seconds
+
+
 class Share:
     """What one client has of the loop's time.
 
@@ -63,37 +89,42 @@ class Share:
         turns: where it queues once that is used up.
     """
 
-    __slots__ = ("_began", "_cpu", "_ends", "_turns", "_used")
+    __slots__ = ("_began", "_cpu", "_turns", "_used", "ends")
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self._used = 0.0  # seconds, beyond what it may use
         self._began = monotonic()
-        self._cpu = thread_time()
-        self._ends = self._began + SHARE_SECONDS
+        self._cpu = turns.cpu.lately(self._began)
+        #: When it is used up, if the client goes on being served.
+        self.ends = self._began + SHARE_SECONDS
 
     @property
     def over(self) -> bool:
         """Whether it is used up."""
-        return monotonic() > self._ends
+        return monotonic() > self.ends
 
     def pause(self) -> None:
         """The client is not being served: it is waited for."""
-        # Not what passed on the clock: the machine may have been busy with something else.
-        self._used += thread_time() - self._cpu
-        self._began = monotonic()
+        now = monotonic()
+        used = now - self._began
+        if used > _MOMENT:
+            # Not all that passed on the clock: the machine may have been busy with something else.
+            used = min(used, self._turns.cpu.exactly(now) - self._cpu)
+        self._used += used
+        self._began = now
 
     def resume(self) -> None:
         """It is being served; since :meth:`pause` its share has grown."""
         now = monotonic()
         self._used = max(0.0, self._used - (now - self._began) * SHARE)
         self._began = now
-        self._cpu = thread_time()
-        self._ends = now + SHARE_SECONDS - self._used
+        self._cpu = self._turns.cpu.lately(now)
+        self.ends = now + SHARE_SECONDS - self._used
 
     async def next_turn(self) -> None:
         """Wait for a turn."""
         self.pause()
         await self._turns.wait(self._used)
         self.resume()
-        self._ends = self._began + TURN_SECONDS
+        self.ends = self._began + TURN_SECONDS
