@@ -190,12 +190,14 @@ class Server:
                 for listener in listeners:
                     listener.abandon()
                 raise
+            answers = keeper.is_settled  # or else the end has waited for it long enough
             if self._quits:
                 keeper.leave()
             elif not self._left:
                 keeper.finish()
-            with trio.move_on_after(FORGET_TIMEOUT):
-                await keeper.settle()
+            if answers:
+                with trio.move_on_after(FORGET_TIMEOUT):
+                    await keeper.settle()
 
     @property
     def is_settled(self) -> bool:
