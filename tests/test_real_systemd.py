@@ -25,6 +25,9 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 SYSTEMD = "/lib/systemd/systemd"
 
 _SERVICE = """
+[Unit]
+StartLimitIntervalSec=0
+
 [Service]
 Type=notify
 WorkingDirectory={root}
@@ -33,8 +36,11 @@ FileDescriptorStoreMax={size}
 Environment=FDSTORE={size}
 Restart=always
 RestartSec=0
-StartLimitIntervalSec=0
+{hardening}
 """
+
+# What of the hardening may be in the way of the store, which asks the kernel with kcmp(2).
+_HARDENING = ("NoNewPrivileges", "RestrictAddressFamilies", "MemoryDeny", "SystemCall")
 
 _SOCKET = """
 [Socket]
@@ -112,7 +118,11 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 
 def start(manager: Manager, path: Path, *, size: int = 64, activated: bool = False) -> None:
     options = "" if activated else f"--socket {path}"
-    unit = _SERVICE.format(root=ROOT, python=sys.executable, options=options, size=size)
+    shipped = (ROOT / "packaging/qmpfd.service").read_text().splitlines()
+    hardening = "\n".join(line for line in shipped if line.startswith(_HARDENING))
+    unit = _SERVICE.format(
+        root=ROOT, python=sys.executable, options=options, size=size, hardening=hardening
+    )
     (manager.units / "test.service").write_text(unit)
     (manager.units / "test.socket").write_text(_SOCKET.format(path=path))
     manager.systemctl("daemon-reload")

@@ -180,3 +180,49 @@ def test_systemd_socket_activate(tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.communicate(timeout=DEADLINE)
+
+
+UNITS = sorted((Path(__file__).parents[1] / "packaging").iterdir())
+
+
+def analyze(*words: str) -> str:
+    tool = shutil.which("systemd-analyze")
+    if tool is None:
+        message = "needs systemd-analyze: apt-get install systemd"
+        if os.environ.get("QMPFD_REQUIRE_PEERS"):
+            pytest.fail(message)
+        pytest.skip(message)
+    done = subprocess.run(
+        [tool, *words], capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_units_are_right(tmp_path: Path) -> None:
+    """Nothing in them is unknown or contradicts itself."""
+    for unit in UNITS:
+        text = unit.read_text().replace("/usr/bin/qmpfd", "/bin/true")
+        lines = [line for line in text.splitlines() if not line.startswith("Documentation=")]
+        (tmp_path / unit.name).write_text("\n".join(lines) + "\n")
+    names = [unit.name.replace("@.", "@one.") for unit in UNITS]
+    (tmp_path / "qmpfd@one.service").symlink_to("qmpfd@.service")
+    assert analyze("verify", *(str(tmp_path / name) for name in names)) == ""
+
+
+@pytest.mark.parametrize("unit", [unit.name for unit in UNITS if unit.suffix == ".service"])
+def test_units_are_hardened(unit: str) -> None:
+    path = next(each for each in UNITS if each.name == unit)
+    told = analyze("security", "--offline=true", "--threshold=20", str(path))
+    assert "Overall exposure level" in told
+
+
+def test_the_store_of_the_units() -> None:
+    """systemd before 254 does not say how much it keeps: the unit says it twice."""
+    for unit in UNITS:
+        if unit.suffix == ".service":
+            lines = dict(
+                line.split("=", 1) for line in unit.read_text().splitlines() if "=" in line
+            )
+            assert lines["Environment"] == f"FDSTORE={lines['FileDescriptorStoreMax']}"
+            assert int(lines["FileDescriptorStoreMax"]) < int(lines["LimitNOFILE"])
