@@ -30,7 +30,7 @@ class Outbox:
         server: the daemon.
         stream: the connection.
         peer: who is at its other end.
-        settle: waits until what is put here may be told, and ends :attr:`unsafe`.
+        settle: waits until what is held may be told, and calls :meth:`release`.
     """
 
     def __init__(
@@ -46,11 +46,13 @@ class Outbox:
         self._settle = settle
         #: The client is sent nothing any more; what it asks is still carried out.
         self.deaf = False
-        #: What waits tells of changes that a crash would take back.
+        #: What is put here from now on tells of changes that a crash would take back.
         self.unsafe = False
+        #: That: behind what is unsent, and not sent before :meth:`release`.
+        self.held: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
         #: What waits: bytes, and the descriptors that go with the first of them, owned here.
         self.unsent: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
-        #: Bytes of it.
+        #: Bytes of both.
         self.size = 0
         self._flushing = trio.Lock()
         self._scope: trio.CancelScope | None = None  # while waiting for the client
@@ -65,8 +67,14 @@ class Outbox:
         if self.deaf:
             self._discard(fds or [])
         elif data:
-            self.unsent.append((data, fds or []))
+            (self.held if self.unsafe else self.unsent).append((data, fds or []))
             self.size += len(data)
+
+    def release(self) -> None:
+        """All that was put here may be sent."""
+        self.unsafe = False
+        self.unsent += self.held
+        self.held.clear()
 
     async def send(self, share: Share | None = None) -> None:
         """Send all that was put here; a client that does not take it in time, or is gone, is sent
@@ -87,7 +95,7 @@ class Outbox:
 
     def push(self) -> None:
         """Send what the client takes at once."""
-        if self._server.is_frozen or self._flushing.locked() or self.unsafe:
+        if self._server.is_frozen or self._flushing.locked():
             return
         try:
             while self.unsent:
@@ -158,8 +166,9 @@ class Outbox:
         """Send nothing any more."""
         self.deaf = True
         self.size = 0
-        while self.unsent:
-            self._discard(self.unsent.popleft()[1])
+        for waiting in (self.unsent, self.held):
+            while waiting:
+                self._discard(waiting.popleft()[1])
 
     def cut_off(self) -> None:
         """The client does not take its replies: send it nothing any more, hear nothing new."""
