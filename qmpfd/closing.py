@@ -10,6 +10,7 @@ makes them slow between our look and our close.
 
 from __future__ import annotations
 
+import _thread
 import fcntl
 import os
 import re
@@ -55,6 +56,7 @@ _LOCAL = frozenset(
 # Character devices: memory (null, zero, random), and pseudo-terminals.
 _QUICK_MAJORS = frozenset([1, *range(136, 144)])
 _PTMX = (5, 2)
+_PLAIN = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFIFO)
 # Not inotify: it waits until all CPUs have let go of its marks, 3 ms each time.
 _QUICK_ANONYMOUS = re.compile(r"anon_inode:\[?(eventfd|timerfd|signalfd|pidfd)\]?|pipe:\[\d+\]")
 _LARGE_ANONYMOUS = re.compile(r"anon_inode:\[?eventpoll\]?")  # as slow as it holds much
@@ -105,7 +107,8 @@ class _FileSystems:
         self._changed = select.poll()
         self._changed.register(self._file, select.POLLPRI)
         self._looked_at = 0.0
-        self._types: dict[tuple[int, int], str] = {}
+        # The devices, by their major and minor numbers, of those on which close is quick.
+        self._local: set[tuple[int, int]] = set()
         self._read()
 
     def _read(self) -> None:
@@ -113,21 +116,22 @@ class _FileSystems:
         parts = []
         while part := os.read(self._file.fileno(), 1 << 16):
             parts.append(part)
-        self._types.clear()
+        self._local.clear()
         for line in b"".join(parts).decode("utf-8", "replace").splitlines():
             fields, _, rest = line.partition(" - ")
             major, minor = fields.split()[2].split(":")
-            self._types[int(major), int(minor)] = rest.split()[0]
+            if rest.split()[0] in _LOCAL:
+                self._local.add((int(major), int(minor)))
 
-    def type(self, device: tuple[int, int]) -> str | None:
-        """The type of the one on *device*, such as ``ext4``; None if none is mounted."""
-        # A number can come to mean another file system: the kernel tells when mounts change.
+    def is_local(self, major: int, minor: int) -> bool:
+        """Whether close is quick on the file system of these numbers."""
         now = monotonic()
         if now - self._looked_at > _LOOK_SECONDS:
             self._looked_at = now
+            # They can come to mean another file system (proc(5), /proc/PID/mounts).
             if self._changed.poll(0):
                 self._read()
-        return self._types.get(device)
+        return (major, minor) in self._local
 
     def close(self) -> None:
         """Look no more."""
@@ -162,28 +166,26 @@ class _Lane:
         return self._threads + len(self._waiting)
 
     def add(self, fds: list[Fd]) -> _Batch:
-        """Close *fds*, one after the other if there is no need for more threads."""
+        """Close *fds*."""
         batch = _Batch(len(fds))
         with self._lock:
             self._waiting += [(fd, batch) for fd in fds]
-        self.start_threads(1)
+        self.start_thread()
         return batch
 
-    def start_threads(self, count: int) -> None:
-        """Have so many more, as far as there may be and there is something for them to do."""
-        for _ in range(count):
-            with self._lock:
-                if self._threads == _MAX_THREADS or not self._waiting:
-                    return
-                self._threads += 1
-            # A daemon thread: the process may end while a close hangs.
-            thread = threading.Thread(target=self._work, name="qmpfd-close", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # no more threads: those there are, or the next one, will do it
-                with self._lock:
-                    self._threads -= 1
+    def start_thread(self) -> None:
+        """Have one more, if there may be one and there is something for it to do."""
+        with self._lock:
+            if self._threads == _MAX_THREADS or not self._waiting:
                 return
+            self._threads += 1
+        try:
+            # Not threading.Thread: its start waits until the thread runs, which can take
+            # milliseconds.  The process may end while a close hangs.
+            _thread.start_new_thread(self._work, ())
+        except RuntimeError:  # no more threads: those there are, or the next one, will do it
+            with self._lock:
+                self._threads -= 1
 
     def wait(self, batch: _Batch, seconds: float) -> bool:
         """Wait for *batch*, for so long at most; whether it is closed."""
@@ -197,6 +199,9 @@ class _Lane:
                     self._threads -= 1
                     return
                 fd, batch = self._waiting.popleft()
+                more = bool(self._waiting)
+            if more:  # this one may hang: not the rest behind it
+                self.start_thread()
             fd.close()
             with self._lock:
                 batch.left -= 1
@@ -230,6 +235,7 @@ class Closer:
     def close(self, fds: Iterable[Fd]) -> None:
         """Close each of *fds*; returns at once, or nearly so."""
         careful: list[Fd] = []
+        slow: list[Fd] = []
         for fd in fds:
             if fd.closed:
                 continue
@@ -242,7 +248,9 @@ class Closer:
             elif risk is Risk.SLIGHT:
                 careful.append(fd)
             else:
-                self._slow.add([fd])
+                slow.append(fd)
+        if slow:
+            self._slow.add(slow)
         if careful:
             self._close_carefully(careful)
 
@@ -255,7 +263,6 @@ class Closer:
             if self._quick.wait(batch, _GRACE):
                 return
             self._grace_from = monotonic() + _NO_GRACE
-        self._quick.start_threads(len(fds))  # one may hang: not the rest behind it
 
     def risk(self, number: int) -> Risk:
         """Whether closing the descriptor may wait for somebody.  Finding out does not."""
@@ -276,20 +283,16 @@ class Closer:
         found = status(number)
         if found is None:
             return True
-        kind = stat.S_IFMT(found.mode)
+        nlink, mode, size, blocks, major, minor, dev_major, dev_minor = found
+        kind = stat.S_IFMT(mode)
         if kind == stat.S_IFCHR:
-            device = found.rdev_major, found.rdev_minor
-            return found.rdev_major not in _QUICK_MAJORS and device != _PTMX
-        if kind not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFIFO):
-            return True  # a block device writes back what it holds
-        # Memory can be reserved beyond the end of a file, and a file can be longer than it is big.
-        if found.nlink == 0 and max(found.size, found.blocks * 512) > _SLOW_BYTES:
+            return major not in _QUICK_MAJORS and (major, minor) != _PTMX
+        if kind not in _PLAIN:  # a block device writes back what it holds
             return True
-        name = (
-            None
-            if self._file_systems is None
-            else self._file_systems.type((found.dev_major, found.dev_minor))
-        )
-        if name is None:  # not mounted, or not here: the kernel's own tmpfs, if it is a memfd's
-            return not is_in_memory(number)
-        return name not in _LOCAL
+        # Memory can be reserved beyond the end of a file, and a file can be longer than it is big.
+        if not nlink and (size > _SLOW_BYTES or blocks * 512 > _SLOW_BYTES):
+            return True
+        if self._file_systems is not None and self._file_systems.is_local(dev_major, dev_minor):
+            return False
+        # Not mounted, or not here: the kernel's own tmpfs, if it is a memfd's.
+        return not is_in_memory(number)

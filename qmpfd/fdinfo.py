@@ -15,7 +15,7 @@ import stat
 import struct
 import threading
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 Access: TypeAlias = Literal["rdonly", "wronly", "rdwr", "path"]
 
@@ -87,32 +87,13 @@ def kind(fd: int, link: str) -> str:
     if anonymous is not None:
         return _NAMES.get(anonymous[1], anonymous[1])
     found = status(fd)
-    return "unknown" if found is None else _MODES.get(stat.S_IFMT(found.mode), "unknown")
+    return "unknown" if found is None else _MODES.get(stat.S_IFMT(found[1]), "unknown")
 
 
-class Status(NamedTuple):
-    """What the kernel has at hand of a descriptor's file; compare stat(2).
-
-    Args:
-        nlink: how many names it has.
-        mode: its type and permissions.
-        size: its length in bytes.
-        blocks: what it takes on disk or in memory, in units of 512 bytes.
-        rdev_major: the device that it is, if it is one.
-        rdev_minor: likewise.
-        dev_major: the device of its file system.
-        dev_minor: likewise.
-    """
-
-    nlink: int
-    mode: int
-    size: int
-    blocks: int
-    rdev_major: int
-    rdev_minor: int
-    dev_major: int
-    dev_minor: int
-
+#: What the kernel has at hand of a descriptor's file (compare stat(2)): how many names it has, its
+#: type and permissions, its bytes, its blocks of 512 bytes; of the device that it is, if it is one,
+#: and of its file system, each the major and the minor number.
+Status: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 
 #: The members of ``struct statx`` that are looked at (statx(2)); it is 256 bytes long.
 _STATX = struct.Struct("=16xI8xH10xQQ72xIIII112x")
@@ -143,4 +124,5 @@ def status(fd: int) -> Status | None:
     call, found = _statx.call, _statx.found
     if call is None or call(fd, b"", _FLAGS, _WANTED, found):
         return None
-    return Status(*_STATX.unpack_from(found))
+    status: Status = _STATX.unpack_from(found)
+    return status

@@ -34,7 +34,7 @@ class FdStream:
         kind, number = sock.type, sock.detach()
         self._sock = socket.socket(socket.AF_UNIX, kind, 0, fileno=number)
         self._sock.setblocking(False)
-        self._left = 0  # bytes that were seen and not read
+        self._left = 0  # bytes that were seen and not read: nothing of interest
         self._queued = 0  # bytes that the kernel has for us, as far as we know
 
     @property
@@ -60,16 +60,22 @@ class FdStream:
             return False
         lengths = connection.receive(data, fds_follow)
         if fds_follow:
-            come = False  # all of them come at once, with one of the pieces
+            fds: list[Fd] = []
+            dropped = False  # they come all at once, with one of the pieces
             for length in lengths:
-                if come:
+                if fds or dropped:
                     fd.skip(self._sock, length)
-                    continue
-                _, fds, dropped = fd.receive(self._sock, length)
-                connection.attach(fds, dropped)
-                come = bool(fds) or dropped
-            self._queued -= sum(lengths)
-            self._left = len(data) - sum(lengths)
+                else:
+                    _, fds, dropped = fd.receive(self._sock, length)
+                    connection.attach(fds, dropped)
+            read = sum(lengths)
+            if len(fds) > 1 and data[read:].isspace():
+                # Some may be too many: that they are nobody's is known with the end of what they
+                # were sent with.
+                fd.skip(self._sock, *connection.receive(data[read:], False))
+                read = len(data)
+            self._queued -= read
+            self._left = len(data) - read
             return True
         fd.skip(self._sock, *lengths)
         self._queued -= lengths[0]

@@ -1,5 +1,5 @@
 """What a person types.  Trio is imported by ``serve`` alone: the short verbs must start fast."""
 
-from .main import main
+from .main import main, program
 
-__all__ = ["main"]
+__all__ = ["main", "program"]

@@ -14,8 +14,27 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
-class _Formatter(argparse.HelpFormatter):
-    """Leaves text of several lines as it is: the examples at the end of a help."""
+def _columns() -> int:
+    """How wide the terminal is; as shutil has it, which takes longer to load than it to run."""
+    try:
+        return int(os.environ["COLUMNS"])
+    except (KeyError, ValueError):
+        pass
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
+
+
+class Formatter(argparse.HelpFormatter):
+    """Leaves text of several lines as it is: the examples at the end of a help.
+
+    Args:
+        prog: what the program is called.
+    """
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=_columns() - 2)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -32,7 +51,6 @@ def add_examples(parser: argparse.ArgumentParser, *examples: str, status: str = 
     lines = "\n".join(f"  {example}" for example in examples)
     told = status or "  0 done, 1 the daemon refused, 2 usage, 3 no daemon"
     parser.epilog = f"examples:\n{lines}\n\nexit status:\n{told}"
-    parser.formatter_class = _Formatter
 
 
 def default_socket() -> str:

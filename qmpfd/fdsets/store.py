@@ -9,7 +9,7 @@ so that it can be done outside the critical section.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from ..errors import FdNotFound, InvalidParameterValue
@@ -65,19 +65,50 @@ class StoredFd:
     terms: Terms
 
 
-@dataclass(slots=True, eq=False)
 class FdSet:
-    """An fd set: its descriptors by number, oldest first.
+    """An fd set.
 
     Args:
-        id: its id.
-        fds: its descriptors.
-        listing: what a listing says of it, once somebody has asked; None after a change.
+        fdset_id: its id.
     """
 
-    id: int
-    fds: dict[int, StoredFd] = field(default_factory=dict)
-    listing: bytes | None = None
+    # Most sets hold a single descriptor, and a dict of one takes 232 bytes.
+    __slots__ = ("_several", "_single", "id", "listing")
+
+    def __init__(self, fdset_id: int) -> None:
+        self.id = fdset_id
+        #: What a listing says of it, once somebody has asked; None after a change.
+        self.listing: bytes | None = None
+        self._single: StoredFd | None = None
+        self._several: dict[int, StoredFd] | None = None  # then there is no single one
+
+    @property
+    def fds(self) -> dict[int, StoredFd]:
+        """Its descriptors by number, oldest first."""
+        if self._several is not None:
+            return self._several
+        return {} if self._single is None else {self._single.fd.fileno(): self._single}
+
+    def put(self, stored: StoredFd) -> None:
+        """Add a descriptor."""
+        self.listing = None
+        if self._several is not None:
+            self._several[stored.fd.fileno()] = stored
+        elif self._single is None:
+            self._single = stored
+        else:
+            both = self._single, stored
+            self._several = {each.fd.fileno(): each for each in both}
+            self._single = None
+
+    def take_out(self, stored: StoredFd) -> bool:
+        """Take a descriptor of the set out; whether it was the last."""
+        self.listing = None
+        if self._several is None:
+            self._single = None
+            return True
+        del self._several[stored.fd.fileno()]
+        return not self._several
 
 
 class Observer(Protocol):
@@ -160,7 +191,7 @@ class FdSets:
         Raises:
             InvalidParameterValue: *fdset_id* names no set, or none that can be created.
         """
-        number = fd.fileno()
+        fd.fileno()  # it is open
         if fdset_id is None:
             fdset_id = self._ids.lowest()
         elif fdset_id not in self._sets:
@@ -172,8 +203,7 @@ class FdSets:
         if fdset is None:
             fdset = self._sets[fdset_id] = FdSet(fdset_id)
         stored = StoredFd(fd, fdset, opaque, added_by, now, terms)
-        fdset.fds[number] = stored
-        fdset.listing = None
+        fdset.put(stored)
         self._count += 1
         if terms is not FOREVER:
             if terms.owner is not None:
@@ -213,10 +243,8 @@ class FdSets:
         fdset = stored.fdset
         assert fdset is not None
         stored.fdset = None
-        del fdset.fds[stored.fd.fileno()]
-        fdset.listing = None
         self._count -= 1
-        if not fdset.fds:
+        if fdset.take_out(stored):
             del self._sets[fdset.id]
             self._ids.free(fdset.id)
         terms = stored.terms

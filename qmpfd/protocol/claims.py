@@ -44,7 +44,7 @@ class Unclaimed:
 
     @property
     def waits(self) -> bool:
-        """Whether the next command that takes descriptors gets some, or is told that they are lost."""
+        """Whether the next command that takes some gets them, or is told that they are lost."""
         return self._dropped or bool(self._fds)
 
     def arrive(self, fds: list[Fd], dropped: bool) -> None:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 #: some got lost.
 Message: TypeAlias = "tuple[Any, list[Fd], bool]"
 
-#: Decodes a chunk of whole messages at once; None where only the careful parser can tell.  A server's
-#: gives requests, whose ``takes`` says how many descriptors each takes at most.
+#: Decodes a chunk of whole messages at once; None where only the careful parser can tell.  A
+#: server's gives requests, whose ``takes`` says how many descriptors each takes at most.
 ChunkDecoder: TypeAlias = "Callable[[bytes], list[Any] | None]"
 
 #: A value, or its error, and where it ends in the bytes that were seen.
@@ -123,7 +123,7 @@ class Inbox:
                 if not fds_follow:
                     self._unread = 0
                     return self._whole(requests, len(data))
-                if not any([request.takes for request in requests[:-1]]):
+                if len(requests) < 2 or not any(request.takes for request in requests[:-1]):
                     return self._cut_last(requests, data)
         return self._receive_carefully(data, fds_follow)
 

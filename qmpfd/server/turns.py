@@ -15,7 +15,6 @@ import trio
 
 from ..limits import SHARE, SHARE_SECONDS, TURN_SECONDS
 
-
 #: Seconds in which so little happens that it does not matter whose they are.
 _MOMENT = 0.0002
 
