@@ -31,8 +31,9 @@ _HEADER = Layout("<II")
 #: Bytes that are allocated at a time: writing into what is allocated cannot fail.
 _CHUNK = 64 << 10
 
-#: Bytes of a record at most, but for its text.
+#: Bytes of a record at most, but for its text; and of a removal, if it has a frame of its own.
 RECORD_BYTES = 128
+REMOVAL_BYTES = 24
 
 
 class Begun(Struct, array_like=True, tag="b"):

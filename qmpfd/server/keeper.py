@@ -35,6 +35,7 @@ from ..limits import JOURNAL_FORMAT, KEEPER_SPARE, MIN_JOURNAL_BYTES
 from ..systemd import Notifier
 from .journal import (
     RECORD_BYTES,
+    REMOVAL_BYTES,
     Added,
     Begun,
     Confirmed,
@@ -79,11 +80,13 @@ class Holdings:
         names: the names of stored descriptors and listening sockets, by their number here.
         others: names of what is of no use any more.
         generation: of the last journal.
+        valid: that journal counts, until there is another.
     """
 
     names: Mapping[int, str] = field(default_factory=dict)
     others: Sequence[str] = ()
     generation: int = 0
+    valid: bool = False
 
 
 class Keeping(NamedTuple):
@@ -159,7 +162,7 @@ class Keeper:
                 f"Too many file descriptors: the limit of those kept safe is {self._capacity}"
             )
         # Of each that is there, the removal can be written too.
-        size = count * (4 * len(opaque or "") + RECORD_BYTES) + len(self._kept) * RECORD_BYTES
+        size = count * (4 * len(opaque or "") + RECORD_BYTES) + len(self._kept) * REMOVAL_BYTES
         try:
             for journal in self._journals:
                 journal.reserve(size)
@@ -388,8 +391,10 @@ class Keeper:
         """
         self._store = store
         self._generation = holdings.generation
-        for name in set(holdings.names.values()):
+        for name in {*holdings.names.values(), *holdings.others}:
             self._names.claim(name)
+        if not holdings.valid:  # before anything new could have the same names
+            self._let_go(holdings.others)
         for listener in listeners:
             number = listener.socket.fileno()
             self._keep(number, number, holdings.names.get(number))
@@ -398,8 +403,6 @@ class Keeper:
             for number, stored in fdset.fds.items():
                 if stored.terms.owner is None:
                     self._keep(number, stored.fd, holdings.names.get(number))
-        used = {kept.name for kept in self._kept.values()}
-        useless = [*holdings.others, *(set(holdings.names.values()) - used)]
         if len(self._names) > self._capacity:
             raise OSError(
                 errno.ENOSPC,
@@ -413,10 +416,17 @@ class Keeper:
         self._begin_journal()
         self._pipe = _pipe()
         await self.settle()
-        for name in useless:
+        if holdings.valid:
+            self._let_go(holdings.others)
+        used = {kept.name for kept in self._kept.values()}
+        self._let_go(set(holdings.names.values()) - used)
+        await self.settle()
+
+    def _let_go(self, names: Iterable[str]) -> None:
+        for name in names:
             self._changes += 1
             self._outgoing.append((_remove(name), None))
-        await self.settle()
+            self._freed.append((self._changes, name))
 
     def confirm(self) -> None:
         """A takeover is done: all this is ours."""

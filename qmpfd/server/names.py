@@ -13,6 +13,7 @@ from ..fdsets import IdPool
 from ..limits import MAX_ARGUMENT_BYTES
 
 _DIGITS = string.digits + string.ascii_letters
+_MARK = "~"
 
 #: Bytes that a name takes in $LISTEN_FDNAMES, with the colon: there are 238,000 that are so short.
 _NAME_BYTES = 5
@@ -24,7 +25,7 @@ PREVIOUS = "qmpfd-previous"
 #: Bytes of $LISTEN_FDNAMES that are none of those: for two journals, and sockets of others.
 _OTHER_BYTES = 4096
 
-_OURS = re.compile(rf"~[0-9a-zA-Z]{{1,5}}|{_JOURNAL}[0-9]{{1,18}}|{PREVIOUS}")
+_OURS = re.compile(rf"{_MARK}[0-9a-zA-Z]{{1,5}}|{_JOURNAL}[0-9]{{1,18}}|{PREVIOUS}")
 
 
 def is_ours(name: str) -> bool:
@@ -48,7 +49,7 @@ def _text(serial: int) -> str:
         serial, digit = divmod(serial, len(_DIGITS))
         text = _DIGITS[digit] + text
         if not serial:
-            return "~" + text
+            return _MARK + text
 
 
 def _serial(name: str) -> int:
@@ -79,11 +80,13 @@ class Names:
         return _text(serial)
 
     def claim(self, name: str) -> None:
-        """*name* is in use already."""
-        self._used.add(_serial(name))
+        """*name* is in use already; one that is not numbered need not be."""
+        if name.startswith(_MARK):
+            self._used.add(_serial(name))
 
     def free(self, name: str) -> None:
         """*name* is free again."""
-        serial = _serial(name)
-        self._used.discard(serial)
-        self._pool.free(serial)
+        if name.startswith(_MARK):
+            serial = _serial(name)
+            self._used.discard(serial)
+            self._pool.free(serial)

@@ -74,6 +74,7 @@ def _recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recov
     sockets = [given for given in inherited if not is_ours(given.name)]
     again = [given.fd for given in inherited if ours.get(given.name, given.fd) is not given.fd]
     history = _newest([fd for name, fd in ours.items() if is_journal(name)])
+    generation = history.begun.generation
     found = not history.left and _is_ours(history, ours)
     if not found:
         history = _nothing()
@@ -96,7 +97,7 @@ def _recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recov
     return Recovered(
         state,
         fds,
-        Holdings(names, list(left), history.begun.generation),
+        Holdings(names, list(left), generation, found),
         useless,
         [InheritedFd(fd, given.name) for fd, given in zip(given_fds, sockets, strict=True)],
         found,

@@ -100,6 +100,8 @@ class Session:
         self._takeover_id: Any = UNSET  # of the request that asked for a takeover
         self.outbox = Outbox(server, stream, peer, self._settle)
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
+        self._settling = trio.Lock()
+        self._holds = 0  # how often replies or events had to be held
 
     async def run(self) -> None:
         """Serve the client until it is gone, or the daemon ends."""
@@ -184,7 +186,7 @@ class Session:
 
     def thaw(self) -> None:
         """The daemon is no longer frozen: see to it that what is unsent is sent."""
-        if self.outbox.unsent:
+        if self.outbox.size:
             self._wake()
 
     async def _hand_over(self) -> None:
@@ -203,7 +205,7 @@ class Session:
         """All that a successor needs to go on, and the numbers of the descriptors."""
         connection = self._connection.snapshot()
         inbox, parser = connection.inbox, connection.inbox.parser
-        unsent = [(bytes(data), fds) for data, fds in self.outbox.unsent]
+        unsent = [(bytes(data), fds) for data, fds in [*self.outbox.unsent, *self.outbox.held]]
         events = self._context.events
         if events is not None and (waiting := events.take()):
             unsent.append((waiting, []))
@@ -268,11 +270,11 @@ class Session:
                 # While more is there, replies wait: one write for all of them.
                 if context.quitting or outbox.size > HELD_REPLY_BYTES or not stream.has_more():
                     outbox.push()
-                    if outbox.unsent:
+                    if outbox.size:
                         await outbox.send(share)
                 if not context.quitting:
                     continue
-            if outbox.unsent:
+            if outbox.size:
                 await outbox.send(share)
             if came is not None or self._server.stopping:
                 return
@@ -300,13 +302,13 @@ class Session:
             else:  # and nobody gets a turn before this is over: there is no await in it
                 self._carry_out(batches)
             if context.about_store and not self._server.is_settled:
-                outbox.unsafe = True
+                self._hold()
             if outbox.deaf and outbox.unsafe:
                 await self._settle()
             elif connection.garbage and not outbox.unsafe:
                 try:
                     # Before the replies: what is removed is closed once its client has read so.
-                    await self._close_all_garbage()
+                    await self._close_all_garbage(len(connection.garbage))
                 except BaseException:
                     for _, fds in batches:
                         connection.garbage += fds
@@ -401,7 +403,8 @@ class Session:
             with scope:
                 await self.outbox.send()
                 while self._context.events is not None and (data := self._context.events.take()):
-                    self.outbox.unsafe |= not self._server.is_settled
+                    if not self._server.is_settled:
+                        self._hold()
                     self.outbox.put(data)
                     await self.outbox.send()
         except Exception:  # noqa: BLE001 - as in run
@@ -410,18 +413,31 @@ class Session:
         finally:
             self._pump_scope = None
 
-    async def _settle(self) -> None:
-        """Wait until what the replies tell of is safe, and close what was removed."""
-        await self._server.settle()
-        await self._close_all_garbage()
-        self.outbox.unsafe = False
+    def _hold(self) -> None:
+        """What is told next tells of changes that are not safe yet."""
+        self.outbox.unsafe = True
+        self._holds += 1
 
-    async def _close_all_garbage(self) -> None:
-        self._close_garbage(_CLOSES_A_STEP)
-        while self._connection.garbage:  # a whole set, perhaps
+    async def _settle(self) -> None:
+        """Wait until all that is held may be told, and close what was removed; what is held
+        meanwhile is for whoever holds it.
+        """
+        async with self._settling:
+            holds, count = self._holds, len(self._connection.garbage)
+            await self._server.settle()
+            await self._close_all_garbage(count)
+            if holds == self._holds:
+                self.outbox.release()
+
+    async def _close_all_garbage(self, count: int) -> None:
+        """Close so many: a whole set, perhaps."""
+        while True:
+            self._close_garbage(min(count, _CLOSES_A_STEP))
+            count -= _CLOSES_A_STEP
+            if count <= 0:
+                return
             if self._share.over:
                 await self._share.next_turn()
-            self._close_garbage(_CLOSES_A_STEP)
 
     def _close_garbage(self, most: int | None = None) -> None:
         garbage = self._connection.garbage
