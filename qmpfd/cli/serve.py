@@ -167,6 +167,7 @@ def add_parsers(verbs: Subparsers) -> None:
         parser,
         "qmpfd serve",
         "qmpfd serve --socket /run/qmpfd.sock --policy /etc/qmpfd.toml",
+        "qmpfd serve --supervise",
         "qmpfd serve --dialect qemu --add-fd fd=3,set=0,opaque=disk 3<>disk.img",
         status="  0 ended as told, 2 it cannot start: the line on standard error says why",
     )
