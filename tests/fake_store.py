@@ -47,6 +47,10 @@ os.execv(sys.argv[2 + count], sys.argv[2 + count:])
 """
 
 
+#: Which start of the service it is.
+INVOCATION = "0123456789abcdef0123456789abcdef"
+
+
 def good_name(name: str) -> bool:
     """fdname_is_valid() of systemd."""
     return 0 < len(name) <= 255 and all(" " <= char < "\x7f" and char != ":" for char in name)
@@ -185,7 +189,7 @@ class Store:
                 **os.environ,
                 "NOTIFY_SOCKET": str(self.path),
                 "FDSTORE": str(self.size),
-                "INVOCATION_ID": "0123456789abcdef",
+                "INVOCATION_ID": INVOCATION,
                 **(env or {}),
             }
             if given:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_store import Store, fake_store
-from supervised import DEADLINE, connected, lasting, until
+from fake_store import INVOCATION, Store, fake_store
+from helpers import ROOT
+from supervised import COMMAND, DEADLINE, connected, lasting, supervised, until
 
 from qmpfd.errors import QMPError
 from qmpfd.fd import Fd, close_all
@@ -189,21 +191,69 @@ def test_activation_sockets_and_stored_ones(store: Store, path: Path, tmp_path: 
     assert not store.traps
 
 
-def test_what_has_no_record(store: Store, path: Path, file: Path) -> None:
-    """A descriptor that was removed, where the message was not sent any more."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_what_has_no_record(store: Store, path: Path, file: Path, how: signal.Signals) -> None:
+    """A descriptor that was removed, where the message was not sent any more: under whatever name,
+    also one that would be the next.
+    """
     options = ["--socket", str(path)]
     with store.service(*options, expected=None) as first, SyncClient(path, DEADLINE) as client:
         with file.open() as opened:
             client.execute("add-fd", fds=[opened])
         before = fds(client)
-        first.kill()
-        first.wait()
-    there = sorted(store.names)
-    store.put("~zz", Fd(os.open(file, os.O_RDONLY)))
-    store.put("~a:b"[:2] + "1", Fd(os.open(file, os.O_RDONLY)))
-    with store.service(*options), SyncClient(path, DEADLINE) as client:
+        first.send_signal(how)
+        first.wait(DEADLINE)
+    for name in ("~0", "~2", "~3", "~zz", "qmpfd-previous"):
+        if name not in store.names:
+            store.put(name, Fd(os.open(file, os.O_RDONLY)))
+    for _ in range(2):
+        with store.service(*options, expected=None) as again, SyncClient(path, DEADLINE) as client:
+            assert fds(client) == before
+            # The socket, the descriptor and the journal.
+            until(lambda: len(store.names) == 3)
+            again.kill()
+            again.wait()
+
+
+def test_a_takeover_within_one_service(store: Store, path: Path, file: Path) -> None:
+    """It would be one store for two daemons: refused, and nothing is lost."""
+    with store.service("--socket", str(path)), SyncClient(path, DEADLINE) as client:
+        with file.open() as opened:
+            client.execute("add-fd", fds=[opened])
+        before = fds(client)
+        newcomer = subprocess.run(
+            [*COMMAND, "--socket", str(path), "--takeover"],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "NOTIFY_SOCKET": str(store.path),
+                "FDSTORE": "100",
+                "INVOCATION_ID": INVOCATION,
+            },
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert newcomer.returncode == 3
+        assert newcomer.stderr.count("\n") == 1
+        assert "restart the service instead" in newcomer.stderr
         assert fds(client) == before
-        until(lambda: len(store.names) == len(there))
+
+
+def test_a_takeover_out_of_a_service(store: Store, path: Path, file: Path) -> None:
+    """What was kept for it is let go: systemd would give it to the service when it starts again."""
+    with store.service("--socket", str(path)) as old, SyncClient(path, DEADLINE) as client:
+        with file.open() as opened:
+            client.execute("add-fd", fds=[opened])
+        before = fds(client)
+        with supervised(path, "--takeover") as new:
+            assert old.wait(DEADLINE) == 0
+            assert fds(client) == before
+            assert store.names == []
+            new.kill_worker()
+            with new.client() as again:
+                assert fds(again) == before
 
 
 def test_a_record_without_its_descriptor(store: Store, path: Path, file: Path) -> None:

@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from supervised import children
 
 from qmpfd.syncclient import SyncClient
 
@@ -161,7 +162,8 @@ def test_sockets_for_somebody_else(manager: Manager, tmp_path: Path) -> None:
         process.wait(DEADLINE)
 
 
-def test_systemd_socket_activate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
+def test_systemd_socket_activate(tmp_path: Path, options: list[str]) -> None:
     tool = shutil.which("systemd-socket-activate")
     if tool is None:
         message = "needs systemd-socket-activate: apt-get install systemd"
@@ -170,13 +172,19 @@ def test_systemd_socket_activate(tmp_path: Path) -> None:
         pytest.skip(message)
     path = tmp_path / "activated"
     process = subprocess.Popen(
-        [tool, f"--listen={path}", "--fdname=qmp", *SERVE], stderr=subprocess.PIPE
+        [tool, f"--listen={path}", "--fdname=qmp", *SERVE, *options], stderr=subprocess.PIPE
     )
     try:
         assert process.stderr is not None
         assert b"Listening" in process.stderr.readline()
         with SyncClient(path, DEADLINE) as client:
-            assert client.execute("query-fdsets") == []
+            client.execute("add-fd", {"opaque": "mine"}, [0])
+        if options:
+            (worker,) = children(process.pid)
+            os.kill(worker, signal.SIGKILL)
+        with SyncClient(path, DEADLINE) as client:
+            (fdset,) = client.execute("query-fdsets")
+            assert fdset["fds"][0]["opaque"] == "mine"
     finally:
         process.terminate()
         process.communicate(timeout=DEADLINE)
