@@ -136,6 +136,7 @@ class Keeper:
         self._condemned: deque[tuple[int, list[Fd]]] = deque()  # to be closed, likewise
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
         self._barrier: tuple[int, Fd, Fd] | None = None  # stands for so many changes
+        self._watched = False  # somebody waits for it
         self._blocked: float | None = None  # no room: seconds until the next try, 0 for a signal
         self._waiting = trio.lowlevel.ParkingLot()
         self._idle: trio.Event | None = None
@@ -242,9 +243,13 @@ class Keeper:
         wanted = self._changes
         if self._settled >= wanted:
             return
-        self._push()
+        self._push(wake=False)
         while self._settled < wanted:
-            await self._waiting.park()
+            if self._barrier is not None and not self._watched:
+                await self._await_barrier()
+            else:
+                self._wake()
+                await self._waiting.park()
 
     def close_settled(self, fds: list[Fd]) -> None:
         """Close what was removed, once it is gone from the keeper; owned from here on."""
@@ -254,16 +259,42 @@ class Keeper:
             self._condemned.append((self._changes, fds))
             self._push()
 
-    def _push(self) -> None:
-        """Do all that can be done without waiting, and see to the rest."""
+    def _push(self, *, wake: bool = True) -> None:
+        """Do all that can be done without waiting, and see to the rest, unless the caller does."""
         if not self.is_over:
             self._write()
         try:
             self._send()
         except OSError as exc:
             self._end(f"the descriptors are no longer kept safe: {exc.strerror or exc}")
+        if wake:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Have the keeper's own task look whether there is something for it to wait for."""
         if self._idle is not None:
             self._idle.set()
+
+    async def _await_barrier(self) -> None:
+        """Wait for the barrier that is under way.  One of those who need it does, so that no task
+        has to be woken for it; if that is cancelled, the keeper's own goes on.
+        """
+        assert self._barrier is not None
+        changes, reader, _ = self._barrier
+        self._watched = True
+        try:
+            await trio.lowlevel.wait_readable(reader)
+        except trio.ClosedResourceError:  # all is over
+            return
+        except trio.Cancelled:
+            self._wake()
+            raise
+        finally:
+            self._watched = False
+        self._end_barrier()
+        self._advance(changes)
+        if not self.is_settled:
+            self._push()
 
     def _send(self) -> None:
         self._blocked = None
@@ -509,11 +540,8 @@ class Keeper:
             if self._blocked is not None:
                 await trio.sleep(self._blocked)
                 await trio.lowlevel.wait_writable(self._notifier)
-            elif self._barrier is not None:
-                changes, reader, _ = self._barrier
-                await trio.lowlevel.wait_readable(reader)
-                self._end_barrier()
-                self._advance(changes)
+            elif self._barrier is not None and not self._watched:
+                await self._await_barrier()
             else:
                 self._idle = trio.Event()
                 await self._idle.wait()
@@ -521,6 +549,8 @@ class Keeper:
 
     def _end_barrier(self) -> None:
         if self._barrier is not None:
+            if self._watched:
+                trio.lowlevel.notify_closing(self._barrier[1])
             close_all(self._barrier[1:])
             self._barrier = None
             try:
