@@ -10,7 +10,7 @@ BIN  := $(VENV)/bin
 # One set of versions for everybody: the pinned ones, also where only the runtime is needed.
 PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint requirements-dev.txt
 
-.PHONY: help demo run test lint format types docs package bench stress fuzz clean
+.PHONY: help demo run test lint format types docs package bench figures stress fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ package: $(VENV)/.package  ## build sdist and wheel, and try them in an empty en
 bench: $(VENV)/.dev  ## CPU per command, beside the peers that are installed
 	$(BIN)/python scripts/bench.py $(ARGS)
 
+figures: $(VENV)/.figures  ## the same, into docs/bench, for the documentation: numbers and plots
+	$(BIN)/python scripts/bench.py --report docs/bench $(ARGS)
+
 stress: $(VENV)/.dev  ## hostile clients and kill -9, for as long as you like
 	$(BIN)/python scripts/stress.py $(ARGS)
 
@@ -61,6 +64,11 @@ $(VENV)/.runtime: pyproject.toml requirements-dev.txt qmpfd/_version.py
 	@echo "Installing qmpfd into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.figures: $(VENV)/.dev requirements-figures.txt
+	@echo "Installing matplotlib into $(VENV)"
+	@$(PIP) --requirement requirements-figures.txt
 	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev requirements-fuzz.txt

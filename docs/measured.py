@@ -9,21 +9,29 @@ FOLDER = Path(__file__).parent / "bench"
 _NOTHING = """No figures are part of this copy of the documentation. To have yours in it:
 
 ```sh
-mkdir -p docs/bench
-make -s bench ARGS="--plots docs/bench" > docs/bench/results.txt
-make docs
+make figures docs
 ```
 """
 
 
+#: What each plot shows, for who cannot see it.
+_SHOWN = {
+    "bench-commands": "CPU time of each server for a command, by how many requests are in flight "
+    "and how many clients there are",
+    "bench-stored": "CPU time of each server for a command, by how many descriptors are stored",
+}
+
+
 def results(folder: Path = FOLDER) -> str:
-    """What the benchmark printed and drew, where it has been run; else how to run it."""
+    """What the benchmark drew and printed, where it has been run; else how to run it."""
     text = folder / "results.txt"
     plots = sorted([*folder.glob("*.svg"), *folder.glob("*.png")])
     if not text.exists() and not plots:
         return _NOTHING
-    lines = ["What `make bench` said, on one machine on one day:", "", "```text"]
-    lines = [*lines, text.read_text().rstrip(), "```", ""] if text.exists() else []
+    lines = ["On one machine, on one day:", ""]
     for plot in plots:
-        lines += [f"![{plot.stem.replace('-', ' ')}]({folder.name}/{plot.name})", ""]
+        shown = _SHOWN.get(plot.stem, plot.stem.replace("-", " "))
+        lines += [f"![{shown}]({folder.name}/{plot.name})", ""]
+    if text.exists():
+        lines += ["All that `make bench` said:", "", "```text", text.read_text().rstrip(), "```"]
     return "\n".join(lines)

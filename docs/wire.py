@@ -145,8 +145,8 @@ CASES = [
         {"format": 0},
         0,
         "InvalidParameterValue",
-        f"Parameter 'format' expects {TAKEOVER_FORMAT}, the format that this daemon knows",
-        "the newcomer is of another version",
+        f"Parameter 'format' expects {TAKEOVER_FORMAT}, this daemon's, or a newer one",
+        "the newcomer is an older version, which cannot read this one's state",
     ),
 ]
 

@@ -13,6 +13,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .client import Client as Client
+    from .client import ReplyLost as ReplyLost
     from .client import connect as connect
     from .commands import AddfdInfo as AddfdInfo
     from .commands import FdInfo as FdInfo
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Client": ".client",
+    "ReplyLost": ".client",
     "connect": ".client",
     "AddfdInfo": ".commands",
     "FdInfo": ".commands",

@@ -254,6 +254,17 @@ class Closer:
         if careful:
             self._close_carefully(careful)
 
+    def close_duplicates(self, fds: Iterable[Fd]) -> None:
+        """Close descriptors of files that another process has open as well: only a file system is
+        asked at each close (``flush``, Linux's vfs.rst), everything else waits for the last.
+        """
+        for fd in fds:
+            flags = fcntl.fcntl(fd.fileno(), fcntl.F_GETFL)
+            if flags & _O_LARGEFILE and not flags & os.O_PATH:
+                self.close([fd])
+            else:
+                fd.close()
+
     def _close_carefully(self, fds: list[Fd]) -> None:
         """Close what should be quick.  It is waited for: who removes a descriptor may count on it
         that it is closed when the answer is there.

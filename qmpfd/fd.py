@@ -70,6 +70,16 @@ class Fd:
         """A second descriptor of the same open file description, close-on-exec (dup(2))."""
         return Fd(os.dup(self.fileno()))
 
+    def move_above(self, number: int) -> None:
+        """Give it another number, higher than *number* (fcntl(2), F_DUPFD_CLOEXEC).
+
+        Raises:
+            OSError: there is none.
+        """
+        moved = fcntl.fcntl(self.fileno(), fcntl.F_DUPFD_CLOEXEC, number + 1)
+        self.close()
+        self._number = moved
+
     def close(self) -> None:
         """Close the descriptor; harmless when that was done before."""
         number, self._number = self._number, -1

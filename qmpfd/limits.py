@@ -24,8 +24,10 @@ MAX_REPLY_BYTES = 256 << 20
 #: Bytes that the incomplete requests of all connections together may take in memory.
 MAX_INCOMPLETE_BYTES = 32 << 20
 
-#: Characters of all opaque texts together: what clients can make the daemon remember.
+#: Bytes of all opaque texts together: what clients can make the daemon remember; and how much of
+#: it those of one user may, other than root and the daemon's own.
 MAX_OPAQUE_TOTAL = 32 << 20
+MAX_OPAQUE_PER_UID = 8 << 20
 
 #: Bytes that a token takes in memory on top of its text, at most: an empty array's.
 TOKEN_BYTES = 72
@@ -46,6 +48,9 @@ TURN_SECONDS = 0.002
 #: The part of the loop's time that a client is served in without queueing for a turn, and how much
 #: of it at once: one that asks once a millisecond takes 0.03.
 SHARE, SHARE_SECONDS = 0.1, 0.00025
+
+#: Seconds that events are sent to one watcher after the other before everybody else is served.
+HERALD_SECONDS = 0.001
 
 #: Bytes of replies that wait for their clients, of all connections together.
 MAX_UNSENT_BYTES = 16 << 20
@@ -72,11 +77,11 @@ LETTING_GO_TIMEOUT = 3.0
 #: Seconds that the daemon's end waits for the service manager to let go of what it kept.
 FORGET_TIMEOUT = 1.0
 
-#: The format in which a daemon's state is handed over to its successor.
+#: The format in which a daemon's state is handed over to its successor: the newest that it reads.
 TAKEOVER_FORMAT = 1
 
-#: Seconds that a takeover may take; while it does, nobody is served.
-TAKEOVER_TIMEOUT = 20.0
+#: Seconds that a takeover may take; while it does, nobody is served.  65,536 descriptors take 2.
+TAKEOVER_TIMEOUT = 10.0
 
 #: Seconds that the end of a connection waits for the store: longer than a takeover has it.
 LOCK_TIMEOUT = TAKEOVER_TIMEOUT + 5
@@ -109,11 +114,18 @@ HELD_REPLY_BYTES = 16 << 10
 #: Seconds that cleaning up after a connection may wait for the store.
 CLEANUP_TIMEOUT = 5.0
 
-#: Events that wait for one watching client; what comes on top is counted, and the client is told.
+#: Events that wait for those who watch, the newest; whoever misses older ones is told how many.
 MAX_EVENTS = 4096
 
-#: Bytes of those events: an opaque text in one may be as long as a request.
-MAX_EVENT_BYTES = 1 << 20
+#: Bytes that those events take in memory: an opaque text in one may be as long as a request, and
+#: takes six times as much in JSON at worst.
+MAX_EVENT_BYTES = 4 << 20
+
+#: Bytes of events that are given to a client at a time: what it does not take waits for it alone.
+EVENT_BYTES_A_TURN = 32 << 10
+
+#: Processes that one reply names as connected; a terminal has no room for more.
+MAX_PEERS = 256
 
 #: Seconds between two looks at stored sockets and pipes whose other end is gone and that hold
 #: data: nothing tells when it has been read.

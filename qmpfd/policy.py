@@ -96,6 +96,12 @@ class Access:
         #: Every right for everything: nothing has to be checked.
         self.unlimited = Grant(RIGHTS) in self.grants
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Access) and self.grants == other.grants
+
+    def __hash__(self) -> int:
+        return hash(self.grants)
+
     def __bool__(self) -> bool:
         """Whether the peer may do anything at all."""
         return any(grant.rights for grant in self.grants)

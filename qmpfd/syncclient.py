@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import stat
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,13 +25,21 @@ class NoDaemon(Exception):
     """Nobody answers at the socket, or not in time, or not QMP."""
 
 
-def _advice(error: OSError) -> str:
-    """What to do about a connection that cannot be made."""
+def _no_connection(path: str, error: OSError) -> str:
+    """Why there is no connection, and what to do about it."""
+    start = f"name another, or start one: qmpfd serve --socket {path}"
+    if isinstance(error, FileNotFoundError):
+        return f"no daemon at {path}: {error.strerror} ({start})"
+    if isinstance(error, ConnectionRefusedError):
+        # Of any other file, too (unix(7)).
+        if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
+            return f"no daemon at {path}: that is no socket (name another)"
+        return f"no daemon at {path}: the one that made it has ended ({start})"
     if isinstance(error, PermissionError):
-        return "its owner can let you in: qmpfd serve --socket-mode, --policy"
-    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
-        return "start one: qmpfd serve"
-    return "name another: --socket"
+        advice = "its owner can let you in: qmpfd serve --socket-mode, --policy"
+    else:
+        advice = "name another"
+    return f"cannot connect to {path}: {error.strerror or error} ({advice})"
 
 
 class SyncClient:
@@ -74,8 +83,7 @@ class SyncClient:
         except BlockingIOError:
             raise self._silent() from None
         except OSError as exc:
-            why = exc.strerror or exc
-            raise NoDaemon(f"no daemon at {self._path}: {why} ({_advice(exc)})") from None
+            raise NoDaemon(_no_connection(self._path, exc)) from None
         self._sock.setblocking(False)
 
     def execute(
@@ -223,7 +231,10 @@ class SyncClient:
             raise self._silent()
 
     def _silent(self) -> NoDaemon:
-        return NoDaemon(f"the daemon at {self._path} does not answer (see --timeout)")
+        why = "stopped, or busy"
+        if self._connection.state is State.CONNECTED:  # no greeting
+            why += ", or no QMP server, or a QEMU with another client"
+        return NoDaemon(f"the daemon at {self._path} does not answer ({why}; see --timeout)")
 
     def detach(self) -> socket.socket:
         """Give the connection up: the caller owns the socket that is returned."""

@@ -95,6 +95,12 @@ class Notifier:
         """Of the socket: writable when there is room, readable when the parent is gone."""
         return self._sock.fileno()
 
+    def move_above(self, number: int) -> None:
+        """As :meth:`qmpfd.fd.Fd.move_above`."""
+        with Fd(self._sock.detach()) as fd:
+            fd.move_above(number)
+            self._sock = socket.socket(fileno=fd.detach())
+
     def move(self, duplicate: Fd) -> None:
         """Make way: go on with *duplicate*, which is of the same socket; owned from here on."""
         self._sock.close()

@@ -107,8 +107,11 @@ class FdStream:
 
         Raises:
             trio.BrokenResourceError: the peer is gone.
+            trio.ClosedResourceError: this end is closed.
             OSError: *fds* cannot be passed: closed, or more than 253.
         """
+        if self._sock.fileno() < 0:
+            raise trio.ClosedResourceError
         try:
             return fd.send(self._sock, data, fds)
         except BlockingIOError:

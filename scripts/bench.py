@@ -38,6 +38,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots there")
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="all three there: results.txt, .json, plots"
+    )
     parser.add_argument("--rounds", type=int, metavar="N", help="how often to measure everything")
     parser.add_argument("--commands", type=int, metavar="N", help="in one run, at most")
     parser.add_argument("--stored", type=int, metavar="N", help="descriptors, at most")
@@ -121,12 +124,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     progress.over()
     found = goals(results, scale)
-    print(tell(results, scale, names), tell_goals(found), sep="\n\n")
-    print(f"\n{scale.rounds} rounds in {timed(began)}; medians; client and server on one CPU.")
-    if options.json is not None:
-        options.json.write_bytes(as_json(results, scale, found))
-    if options.plots is not None:
-        drawn = plots.draw(results, scale, names, options.plots)
+    how = f"{scale.rounds} rounds in {timed(began)}; medians; client and server on one CPU."
+    told = "\n\n".join([tell(results, scale, names), tell_goals(found), how])
+    print(told)
+    report: Path | None = options.report
+    if report is not None:
+        report.mkdir(parents=True, exist_ok=True)
+        (report / "results.txt").write_text(f"{told}\n")
+    for file in (options.json, report and report / "results.json"):
+        if file is not None:
+            file.write_bytes(as_json(results, scale, found))
+    for folder_ in (options.plots, report):
+        if folder_ is None:
+            continue
+        drawn = plots.draw(results, scale, names, folder_)
         print("drawn:", *drawn) if drawn else print(f"No plots without matplotlib: {plots.INSTALL}")
     return 0
 

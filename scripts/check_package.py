@@ -129,6 +129,11 @@ def check_content(folder: Path) -> Path:
         for name in want:
             if not any(each.endswith(name) for each in have):
                 raise Wrong(f"{name} is in none of {have}")
+    metadata = next(name for name in names if name.endswith("/METADATA"))
+    described = zipfile.ZipFile(wheel).read(metadata).decode()
+    for extra in ("rich", "shell"):
+        if f"Provides-Extra: {extra}\n" not in described:
+            raise Wrong(f"there is no extra {extra}")
     strange = [name for name in names if not name.startswith(("qmpfd/", "qmpfd-"))]
     if strange or any("tests" in name for name in names):
         raise Wrong(f"the wheel would install {strange or 'tests'}")

@@ -349,12 +349,14 @@ def daemon_process(
     named: bool = True,
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
 ) -> Iterator[DaemonProcess]:
     """Start a daemon, wait until it listens, and end it afterwards where it has not.
 
     *named* tells it the path by an option; without, it has to find it by itself, in *env*.
+    *prefix* is a command that starts it, such as prlimit.
     """
-    command = [sys.executable, "-m", "qmpfd", "serve", *options]
+    command = [*prefix, sys.executable, "-m", "qmpfd", "serve", *options]
     if named:
         command += ["--socket", os.fspath(path)]
     process = subprocess.Popen(

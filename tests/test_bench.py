@@ -39,12 +39,17 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
         pytest.fail(f"missing: {absent}")
     if "loop" in absent:
         pytest.skip(absent["loop"])
-    file = tmp_path_factory.mktemp("bench") / "bench.json"
-    done = bench(*_SMALL, f"--json={file}")
+    folder = tmp_path_factory.mktemp("bench")
+    file = folder / "bench.json"
+    done = bench(*_SMALL, f"--json={file}", f"--report={folder / 'report'}")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+    assert (folder / "report/results.json").read_bytes() == file.read_bytes()
+    text = (folder / "report/results.txt").read_text()
+    assert done.stdout.startswith(text)
+    assert (folder / "report/bench-stored.svg").exists() == ("drawn:" in done.stdout)
     found: dict[str, Any] = json.loads(file.read_text())
-    return {**found, "text": done.stdout}
+    return {**found, "text": text}
 
 
 @pytest.mark.slow

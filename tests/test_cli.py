@@ -187,6 +187,8 @@ def test_refused(cli: Cli, file: Path) -> None:
         ["ls", "--timeout", "nan"],
         ["ls", "--timeout", "inf"],
         ["ls", "--timeout", "soon"],
+        ["ls", "--socket", ""],
+        ["ls", "--socket", "a\0b"],
     ],
     ids=" ".join,
 )
@@ -305,7 +307,16 @@ GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
 )
 def test_odd_servers(cli: Cli, path: Path, status: int, pieces: Sequence[bytes]) -> None:
     with _saying(path, *pieces):
-        cli.fails(status, "ls")
+        cli.fails(status, "ls", "--timeout", "1")  # one of them ends nothing that it says
+
+
+@pytest.mark.parametrize("version", ["{}", "[]", '{"qemu": 7}', '{"package": "\\u001b[31m"}'])
+def test_status_of_an_odd_server(cli: Cli, path: Path, version: str) -> None:
+    reply = f'{{"return": {version}, "id": 2}}\r\n'
+    with _saying(path, GREETING, b'{"return": {}, "id": 1}\r\n', reply.encode()):
+        shown = cli.done("status")
+    assert "QEMU" in shown
+    assert "\x1b" not in shown
 
 
 # -- where the daemon is -----------------------------------------------------------------------
@@ -389,3 +400,55 @@ def test_nobody_reads_the_output(path: Path) -> None:
         )
     assert ran.returncode != DONE
     assert ran.stderr == b""
+
+
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("closed", ["0", "1", "2", "1 2", "0 1 2"])
+def test_closed_streams(path: Path, closed: str) -> None:
+    """What is said goes nowhere, and not into what has got the number meanwhile."""
+
+    def run(verb: str) -> subprocess.CompletedProcess[str]:
+        redirections = " ".join(f"{number}>&-" for number in closed.split())
+        command = f'exec "$0" -m qmpfd {verb} {redirections}'
+        return subprocess.run(
+            ["sh", "-c", command, sys.executable],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+            env={**os.environ, "QMPFD_SOCKET": str(path)},
+        )
+
+    assert run("add /dev/null").returncode == DONE
+    for verb in ("ls", "ls --long", "ls --json", "status", "shell -c query-name", "--help"):
+        ran = run(verb)
+        assert ran.returncode == DONE
+        assert ran.stderr == ""
+        assert bool(ran.stdout) == ("1" not in closed)
+    ran = run("rm 7")
+    assert (ran.returncode, ran.stdout) == (REFUSED, "")
+    assert bool(ran.stderr) == ("2" not in closed)
+    assert run(f"add --fd {closed[0]}").returncode == USAGE
+    assert run("exec 0 -- /nowhere").returncode == 127
+
+
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_encoding(path: Path, file: Path, encoding: str) -> None:
+    """What the terminal cannot show is shown as escapes."""
+    _run(path, "add", str(file), "--opaque", "\u6f22 \x1b[31m\u202e")
+    for verb in (["ls"], ["ls", "--long"], ["shell", "-c", "query-fdsets"]):
+        ran = subprocess.run(
+            [sys.executable, "-m", "qmpfd", *verb, "--socket", str(path)],
+            cwd=ROOT,
+            capture_output=True,
+            timeout=PATIENCE,
+            check=True,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )
+        assert ran.stderr == b""
+        shown = ran.stdout.decode(encoding)
+        assert ("\u6f22" if encoding == "utf-8" else r"\u6f22") in shown
+        assert "\x1b" not in shown
+        assert "\u202e" not in shown

@@ -8,11 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
 from helpers import PATIENCE, ROOT, daemon_process
+from terminal import on_a_terminal
 
 from qmpfd.cli import main
 from qmpfd.cli.main import _VERBS, _parser
@@ -93,13 +93,17 @@ def test_without_a_verb(capfd: pytest.CaptureFixture[str]) -> None:
         (["rm", "7"], "qmpfd ls shows"),
         (["add", "--fdset", "7", "/dev/null"], "without --fdset"),
         (["shell", "-c", "rm"], ""),
+        (["open"], "choose from"),
+        (["add", "--mode", "w", "/"], "--mode r only"),
+        (["add", "--fd", "99"], "qmpfd add --fd 99 99< FILE"),
+        (["push", "0", "--to", "/etc/passwd"], "no socket (name another)"),
     ],
 )
 def test_a_refusal_says_what_to_do(words: list[str], advice: str, path: Path) -> None:
     command = [sys.executable, "-m", "qmpfd", words[0], "--socket", str(path), *words[1:]]
     with daemon_process(path):
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ran.returncode == REFUSED
+    assert ran.returncode in (REFUSED, USAGE, NO_DAEMON)
     assert advice in ran.stderr
     assert ran.stderr.count("\n") == 1
 
@@ -118,25 +122,17 @@ HEADER = ("A", "LONG", "C", "TARGET")
 ROWS = [("1", "x", "caf\u00e9 \u6f22\u5b57", "/a/path/that/is/quite/long"), ("22", "", "c", "/b")]
 
 
-def on_a_terminal(columns: int, **env: str) -> str:
+SHOW = f"from qmpfd.cli.output import print_table; print_table({HEADER!r}, {ROWS!r})"
+
+
+def shown(columns: int, *, rich: bool = True) -> str:
     """The table above, as a terminal of that width gets it."""
-    code = f"from qmpfd.cli.output import print_table; print_table({HEADER!r}, {ROWS!r})"
-    master, slave = os.openpty()
-    try:
-        termios.tcsetwinsize(slave, (24, columns))
-        clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "TERM")}
-        subprocess.run(
-            [sys.executable, "-X", "utf8", "-c", code],
-            cwd=ROOT,
-            stdout=slave,
-            check=True,
-            timeout=PATIENCE,
-            env={**clean, "TERM": "xterm", **env},
-        )
-        return os.read(master, 1 << 16).decode().replace("\r\n", "\n")
-    finally:
-        os.close(slave)
-        os.close(master)
+    return on_a_terminal([], columns, code=SHOW, rich=rich)
+
+
+def bare(text: str) -> list[str]:
+    """The lines of *text* without colours, and without the blanks at their ends."""
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
 
 
 def test_a_table_that_fits(capfd: pytest.CaptureFixture[str]) -> None:
@@ -146,22 +142,56 @@ def test_a_table_that_fits(capfd: pytest.CaptureFixture[str]) -> None:
     assert header == "A   LONG  C          TARGET"
     assert first == "1   x     caf\u00e9 \u6f22\u5b57  /a/path/that/is/quite/long"
     assert second == "22        c          /b"
-    assert on_a_terminal(80) == plain.replace(header, f"\x1b[1m{header}\x1b[0m")
-    assert on_a_terminal(80, NO_COLOR="1") == plain
-    assert on_a_terminal(80, TERM="dumb") == plain
+    assert shown(80, rich=False) == plain.replace(header, f"\x1b[1m{header}\x1b[0m")
 
 
-def test_a_table_that_nearly_fits() -> None:
-    lines = on_a_terminal(40, NO_COLOR="1").splitlines()
+def test_rich_shows_the_same() -> None:
+    """In colours; and it is not even asked where none are wanted."""
+    colourful = shown(80)
+    assert "\x1b[" in colourful
+    for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        plain = on_a_terminal([], code=SHOW, env=env)
+        assert "\x1b" not in plain
+        assert plain == on_a_terminal([], code=SHOW, env=env, rich=False)
+        assert bare(colourful) == plain.splitlines()
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_table_that_nearly_fits(rich: bool) -> None:
+    lines = bare(shown(40, rich=rich))
     assert lines[1].endswith("  \u2026that/is/quite/long")
     assert lines[2].endswith("  /b")
 
 
-def test_a_table_that_does_not_fit() -> None:
-    shown = on_a_terminal(30)
-    assert shown.count("\n\n") == 1
-    assert "TARGET  /a/path/that/is/quite/long\n" in shown
-    assert "LONG\n" in shown
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_table_that_does_not_fit(rich: bool) -> None:
+    lines = bare(shown(30, rich=rich))
+    assert lines[3].startswith("TARGET  /a/path/that/is/quite")
+    assert lines[lines.index("") + 1 :] == ["A       22", "LONG", "C       c", "TARGET  /b"]
+
+
+@pytest.mark.parametrize("columns", [80, 20])
+def test_many_rows_are_not_coloured(columns: int) -> None:
+    """rich takes a millisecond for each."""
+    code = (
+        "from qmpfd.cli.output import print_table\n"
+        f"print_table({HEADER!r}, {ROWS!r} * 1000)\n"
+        "import sys; print('rich' in sys.modules)"
+    )
+    lines = on_a_terminal([], columns, code=code).splitlines()
+    assert lines[-1] == "False"
+    assert len(lines) > 2000
+
+
+def test_a_long_text_leaves_a_table() -> None:
+    """It does not fit, but the other columns do: it is the one that gives way."""
+    code = (
+        "from qmpfd.cli.output import print_table\n"
+        "print_table(('A', 'B', 'C', 'D'), [('1', 'x' * 1000, 'y', '/' * 50), ('2', *'abc')])"
+    )
+    first = bare(on_a_terminal([], 60, code=code))[1]
+    assert len(first) == 60
+    assert re.fullmatch(r"1  x+\u2026  y  \u2026/+", first)
 
 
 # -- completion --------------------------------------------------------------------------------
@@ -214,6 +244,58 @@ def test_bash(tmp_path: Path, path: Path) -> None:
     with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
         client.execute("add-fd", {}, [null])
         assert bash_completes(file, "qmpfd", "rm", "", env=env) == ["0"]
+
+
+def test_bash_asks_the_daemon_that_the_line_names(tmp_path: Path, path: Path) -> None:
+    """Also behind ``--socket=``, which it cuts into three words; but it runs nothing for that."""
+    file = completion("bash", tmp_path)
+    env = {
+        "QMPFD_SOCKET": "/nowhere",
+        "HOME": str(path.parent),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
+        client.execute("add-fd", {}, [null])
+        for word in (str(path), f"'{path}'", f"~/{path.name}"):
+            for named in (["--socket", word], ["--socket", "=", word]):
+                assert bash_completes(file, "qmpfd", "rm", *named, "", env=env) == ["0"]
+        bad = f"$(touch {tmp_path}/run)"
+        assert bash_completes(file, "qmpfd", "rm", "--socket", bad, "", env=env) == []
+        assert not (tmp_path / "run").exists()
+    options = ("qmpfd", "rm", "--socket")
+    assert bash_completes(file, *options, f"{tmp_path}/compl") == [str(file)]
+    assert bash_completes(file, *options, "=", f"{tmp_path}/compl") == [str(file)]
+    assert "gzip" in bash_completes(file, "qmpfd", "exec", "0", "--", "gzi")
+    assert bash_completes(file, "qmpfd", "exec", "0", "--", "cat", f"{tmp_path}/c") == [str(file)]
+
+
+def test_fish(tmp_path: Path, path: Path) -> None:
+    if shutil.which("fish") is None:
+        pytest.skip("fish is not installed")
+    file = completion("fish", tmp_path)
+
+    def completes(line: str) -> list[str]:
+        ran = subprocess.run(
+            ["fish", "--no-config", "-c", f"source {file}; complete -C '{line}'"],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+            env={
+                **os.environ,
+                "QMPFD_SOCKET": "/nowhere",
+                "HOME": str(tmp_path),
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            },
+        )
+        return [each.partition("\t")[0] for each in ran.stdout.splitlines()]
+
+    assert completes("qmpfd sta") == ["status"]
+    with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
+        client.execute("add-fd", {}, [null])
+        assert completes("qmpfd rm ") == []
+        assert completes(f"qmpfd rm --socket {path} ") == ["0"]
+        assert completes(f"qmpfd rm --socket={path} ") == ["0"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

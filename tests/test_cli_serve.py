@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -174,3 +176,39 @@ def test_add_fd_that_was_not_passed(path: Path) -> None:
         words = ["--add-fd", f"fd={passed},set=0", "--add-fd", "fd=900,set=0"]
         assert "descriptor 900" in _fails("--socket", str(path), *words, pass_fds=[passed])
     assert not path.exists()
+
+
+# -- its streams -------------------------------------------------------------------------------
+
+
+def test_without_standard_streams(path: Path) -> None:
+    """No socket gets the number of one, where whatever is said would go into it."""
+    command = 'exec "$0" -m qmpfd serve --socket "$1" <&- >&- 2>&-'
+    with subprocess.Popen(["sh", "-c", command, sys.executable, path], cwd=ROOT) as daemon:
+        try:
+            while not path.exists():
+                assert daemon.poll() is None
+                time.sleep(0.01)
+            for number in range(3):
+                assert os.readlink(f"/proc/{daemon.pid}/fd/{number}") == os.devnull
+        finally:
+            daemon.terminate()
+        assert daemon.wait(PATIENCE) == 0
+
+
+def test_what_a_person_is_told(path: Path) -> None:
+    """On a terminal, how to end it; a service manager is not told."""
+    master, slave = os.openpty()
+    command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=slave, stdin=subprocess.DEVNULL) as daemon:
+        os.close(slave)
+        shown = b""
+        while b"Ctrl-C" not in shown:
+            shown += os.read(master, 1 << 12)
+        daemon.send_signal(signal.SIGINT)
+        assert daemon.wait(PATIENCE) == 0
+    os.close(master)
+    assert f"listening on {path}" in shown.decode()
+    with daemon_process(path) as process:
+        pass
+    assert not any("Ctrl-C" in line for line in process.log)

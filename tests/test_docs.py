@@ -118,12 +118,14 @@ def test_every_verb_and_option_is_there() -> None:
 
 def test_figures_are_shown_where_there_are_some(tmp_path: Path) -> None:
     folder = tmp_path / "bench"
-    assert "bench ARGS=" in measured.results(folder)
+    assert "make figures" in measured.results(folder)
     folder.mkdir()
     (folder / "results.txt").write_text("3 us\n")
     (folder / "cpu-per-command.svg").touch()
+    (folder / "bench-stored.svg").touch()
     shown = measured.results(folder)
     assert "\n3 us\n" in shown
+    assert "how many descriptors are stored](bench/bench-stored.svg)" in shown
     assert "![cpu per command](bench/cpu-per-command.svg)" in shown
 
 
@@ -160,7 +162,7 @@ def context_with(*rights: Right) -> Iterator[Context]:
     daemon.store.add(Fd(os.dup(0)), 0, None, create=True)
     connection: Any = Negotiated()
     access = Access([Grant(frozenset(rights))])
-    context = Context(daemon, connection, Peer(1, 2, 3), access, lambda: None)
+    context = Context(daemon, connection, Peer(1, 2, 3), access, lambda: False)
     context.fds.append(Fd(os.dup(0)))
     with ExitStack() as stack:
         stack.callback(lambda: close_all([*context.fds, *connection.garbage]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -14,8 +15,14 @@ from helpers import Pipe, Wire, daemon, error, open_fds, pipes, request, settle,
 from trio.testing import MockClock
 
 import qmpfd
-from qmpfd.commands.events import EventQueue
-from qmpfd.limits import MAX_EVENT_BYTES, MAX_EVENTS, MAX_REQUEST_BYTES
+from qmpfd.commands import TABLE, VOCABULARY, Context, Daemon
+from qmpfd.commands.events import Event, EventLog, Watcher
+from qmpfd.commands.types import FdAdded
+from qmpfd.fd import Fd
+from qmpfd.fdsets import Peer
+from qmpfd.limits import EVENT_BYTES_A_TURN, MAX_EVENT_BYTES, MAX_EVENTS, MAX_REQUEST_BYTES
+from qmpfd.policy import EVERYTHING, Access, Grant
+from qmpfd.protocol import ServerConnection
 
 #: What the two ends of a Unix socket hold for sure, at most: Linux doubles what it is asked for.
 SOCKET_BYTES = 1 << 20
@@ -267,17 +274,118 @@ async def test_the_longest_text_of_all(path: Path) -> None:
             assert (await wire.reply())["data"]["opaque"] == long
 
 
-def test_the_count_stands_where_the_lost_ones_would() -> None:
-    """What comes behind a lost one is lost too, though there were room for it."""
-    queue = EventQueue(lambda: None, lambda *_: True)
-    for event in (b"x" * MAX_EVENT_BYTES, b"y" * 10, b"", b"z"):
-        queue.put(event, 0, None)
-    first, _, rest = queue.take().partition(b"{")
-    assert first == b"x" * MAX_EVENT_BYTES
-    assert json.loads(b"{" + rest)["data"] == {"count": 3}
-    queue.put(b"z", 0, None)
-    assert queue.take() == b"z"
-    assert queue.take() == b""
+def event(number: int, size: int = 200) -> Event:
+    """One that is about that descriptor, as large as that."""
+    return Event("FD_ADDED", FdAdded(0, number), size)
+
+
+def told(watcher: Watcher) -> list[Any]:
+    """All that waits: the descriptors, and how many were lost."""
+    lines = b"".join(iter(watcher.take, b"")).splitlines()
+    data = [json.loads(line)["data"] for line in lines]
+    return [each["fd"] if "fd" in each else f"{each['count']} lost" for each in data]
+
+
+def test_the_newest_are_kept() -> None:
+    """The count stands where the lost ones would; each watcher has its own."""
+    log = EventLog(EVERYTHING)
+    first = Watcher(log, lambda: False)
+    long = MAX_EVENT_BYTES // 2
+    for each in (event(1), event(2, long)):
+        log.put(each, 0, None)
+    second = Watcher(log, lambda: False)
+    assert told(second) == []
+    for each in (event(3, long), event(4)):
+        log.put(each, 0, None)
+    assert told(first) == ["2 lost", 3, 4]
+    assert told(first) == []
+    assert told(second) == [3, 4]
+    log.put(event(5), 0, None)
+    log.put(event(6, 2 * long), 0, None)  # alone it may be longer
+    assert told(first) == told(second) == ["1 lost", 6]
+
+
+def test_as_many_as_there_may_be() -> None:
+    log = EventLog(EVERYTHING)
+    watcher = Watcher(log, lambda: False)
+    for number in range(MAX_EVENTS + 3):
+        log.put(event(number), 0, None)
+    assert told(watcher) == ["3 lost", *range(3, MAX_EVENTS + 3)]
+
+
+def test_a_little_is_taken_at_a_time() -> None:
+    """What a client does not take is kept for it alone."""
+    log = EventLog(EVERYTHING)
+    watcher = Watcher(log, lambda: False)
+    for number in range(MAX_EVENTS):
+        log.put(event(number), 0, None)
+    takes = list(iter(watcher.take, b""))
+    assert sum(take.count(b"FD_ADDED") for take in takes) == MAX_EVENTS
+    assert max(map(len, takes)) < EVENT_BYTES_A_TURN + 200
+
+
+def test_a_change_costs_the_same_however_many_watch() -> None:
+    """It is kept once, looked at once for each set of rights, and one call tells of it."""
+    calls = 0
+
+    def news() -> None:
+        nonlocal calls
+        calls += 1
+
+    class Counting(Access):
+        looks = 0
+
+        def may(self, right: Any, fdset_id: int, opaque: str | None) -> bool:
+            type(self).looks += 1
+            return super().may(right, fdset_id, opaque)
+
+    def unused() -> None:
+        raise AssertionError
+
+    core = Daemon("spec", qmpfd.Limits(), lambda: 0.0, unused, TABLE)
+    core.news = news
+    grant = Grant(frozenset({"query"}), frozenset({0}))
+    contexts = [
+        Context(core, ServerConnection(VOCABULARY), Peer(1, 1, 1), Counting([grant]), lambda: False)
+        for _ in range(100)
+    ]
+    for context in contexts:
+        context.watch(True)
+    assert len(core.logs) == 1
+    with Pipe() as pipe:
+        fd = Fd(os.dup(pipe.fileno()))
+        core.store.add(fd)
+        assert (calls, Counting.looks) == (1, 1)
+        core.store.remove(0)
+        fd.close()
+    assert (calls, Counting.looks) == (2, 2)
+    for context in contexts:
+        assert context.events is not None
+        assert context.events.take().count(b"FD_") == 2
+        context.watch(False)
+    assert not core.logs
+    assert not core.watchers
+    core.closer.shut_down()
+    core.hangups.close()
+
+
+async def test_the_rights_of_the_time(path: Path) -> None:
+    """Who may see less from now on is told what it could see before, if it has taken it; else
+    that it was lost.
+    """
+    async with daemon(path) as server, qmpfd.connect(path) as client:
+        with await watching(path) as wire, Pipe() as pipe:
+            await client.add_fd(pipe)
+            await client.add_fd(pipe)
+            assert (await wire.reply())["data"]["fdset-id"] == 0
+            assert (await wire.reply())["data"]["fdset-id"] == 1
+            [context] = [s.context for s in server.sessions if s.context.events is not None]
+            context.change_access(Access([Grant(frozenset({"query"}), frozenset({1}))]))
+            await client.remove_fd(0)
+            await client.remove_fd(1)
+            assert (await wire.reply())["data"]["fdset-id"] == 1
+            context.change_access(context.access)
+            await told_nothing_else(wire)
 
 
 async def test_others_are_not_held_up(path: Path) -> None:

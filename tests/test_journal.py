@@ -154,7 +154,7 @@ def test_listeners_and_takeovers() -> None:
     assert not history.confirmed
     assert not history.left
     assert replay(frame([previous, Confirmed()])).confirmed
-    assert replay(frame([BEGUN]) + frame([Left()])).left
+    assert replay(frame([BEGUN]) + frame([Left(True)])).left
 
 
 @pytest.mark.parametrize(

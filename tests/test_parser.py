@@ -401,6 +401,50 @@ def test_parsers_share_a_budget() -> None:
     assert budget.used == 0
 
 
+TOO_BIG = Bad("JSON token size limit exceeded")
+
+
+def test_the_silent_do_not_keep_the_budget() -> None:
+    """Who comes last gets what it needs; who has said nothing for the longest time is told later,
+    and once.
+    """
+    budget = Budget(100_000)
+    silent = [Parser(LIMIT, budget, "same") for _ in range(10)]
+    for parser in silent:
+        assert results(parser, [b'{"a": ["', b"x" * 9_000]) == []
+    assert results(Parser(LIMIT, budget, "same"), [b'"', b"x" * 30_000, b'"']) == ["x" * 30_000]
+    assert budget.used <= 100_000
+    told = [results(parser, [b'x"', b']} {"b": 1}']) for parser in silent]
+    assert told == [[TOO_BIG, {"b": 1}]] * 3 + [[{"a": ["x" * 9_000 + "x"]}, {"b": 1}]] * 7
+    assert budget.used == 0
+
+
+def test_many_of_one_owner_do_not_take_the_budget_of_another() -> None:
+    """Though they make progress all the time."""
+    budget = Budget(100_000)
+    greedy = [Parser(LIMIT, budget, "greedy") for _ in range(50)]
+    modest = Parser(LIMIT, budget, "modest")
+    assert results(modest, [b'"']) == []
+    refused = 0
+    for _ in range(40):
+        assert results(modest, [b"x" * 1_000]) == []
+        for parser in greedy:
+            refused += len(results(parser, [b'["' if parser.idle else b"x" * 1_000]))
+    assert results(modest, [b'"']) == ["x" * 40_000]
+    assert refused > 10
+
+
+def test_a_snapshot_of_one_that_was_given_up() -> None:
+    """What is still to be told is told by the other."""
+    budget = Budget(10_000)
+    parser = Parser(LIMIT, budget)
+    results(parser, [b'["' + b"x" * 9_000])
+    assert results(Parser(LIMIT, budget, 1), [b'"' + b"x" * 8_500, b'"']) == ["x" * 8_500]
+    other = Parser(LIMIT)
+    other.restore(parser.snapshot())
+    assert results(other, [b'x"]', b"{}"]) == [TOO_BIG, {}]
+
+
 @given(st.lists(st.tuples(st.integers(0, 2), json_soup)), st.sampled_from([0, 100, 10_000]))
 def test_a_budget_is_given_back_whatever_comes(chunks: list[tuple[int, bytes]], most: int) -> None:
     budget = Budget(most)

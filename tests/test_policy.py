@@ -170,6 +170,18 @@ NEEDS: dict[str, tuple[Call, str]] = {
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("rights, uids", [(["query"], {NOBODY}), (["query", "admin"], {0, NOBODY})])
+async def test_who_sees_whom(rights: list[str], uids: set[int], open_path: Path) -> None:
+    """Who may end the daemon is told of all clients, others of their own user's."""
+    policy = _policy(open_path.parent, f"[[rule]]\nuid = {NOBODY}\nallow = {rights}\n")
+    running = daemon(open_path, socket_mode=0o666, policy=policy)
+    async with running, qmpfd_session(open_path):
+        told = (await _ask(open_path, CAPABILITIES, ("query-stats", {}, 0)))[-1]
+        assert {peer["uid"] for peer in value(told)["peers"]} == uids
+        assert value(told)["connections"] == 2
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("call, right", NEEDS.values(), ids=NEEDS)
 async def test_each_command_needs_its_right(call: Call, right: str, open_path: Path) -> None:
     """With all others it is refused, and names the one; with that one alone it is done."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,13 @@ def counts(listed: list[dict[str, Any]]) -> dict[str, int]:
     return {each["name"]: each["count"] for each in listed}
 
 
+def one_peer(**others: object) -> dict[str, object]:
+    """This process, with one connection, as it is listed."""
+    told: dict[str, object] = {"pid": os.getpid(), "uid": os.getuid(), "gid": os.getgid()}
+    told |= {"connections": 1, "age": 0, "idle": 0, "fds": 0, "watching": False}
+    return told | others
+
+
 async def test_at_the_start(path: Path) -> None:
     async with daemon(path):
         with await Wire.session(path) as wire:
@@ -33,6 +43,7 @@ async def test_at_the_start(path: Path) -> None:
             soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             limits = found.pop("limits")
             assert found == {
+                "pid": os.getpid(),
                 "uptime": 0,
                 "dialect": "spec",
                 "connections": 1,
@@ -44,6 +55,7 @@ async def test_at_the_start(path: Path) -> None:
                 "closes-pending": 0,
                 "commands": [{"name": "qmp_capabilities", "count": 1}],
                 "errors": [],
+                "peers": [one_peer()],
             }
             assert limits["max-open-files"] == soft
             assert "idle-timeout" not in limits
@@ -187,3 +199,70 @@ async def test_what_is_not_kept_is_not_counted(path: Path) -> None:
             wire.send(b" ", [pipe])  # it waits for a command
             await settle()
             assert (await stats(wire))["fds-kept"] == 0
+
+
+# -- who is connected --------------------------------------------------------------------------
+
+
+async def peers(wire: Wire) -> list[dict[str, Any]]:
+    """Who is connected."""
+    listed: list[dict[str, Any]] = (await stats(wire))["peers"]
+    return listed
+
+
+async def test_a_process_with_several_connections(path: Path) -> None:
+    async with daemon(path):
+        with await Wire.session(path) as wire, pipes(3) as made:
+            with await Wire.session(path) as other, await Wire.session(path):
+                assert await peers(wire) == [one_peer(connections=3)]
+                await other.call("watch-fdsets", {"enable": True})
+                await other.call("getfd", {"fdname": "x"}, made[:1])
+                await other.call("add-fds", {"lifetime": "connection"}, made[:2])
+                await wire.call("getfd", {"fdname": "x"}, made[:1])
+                await wire.call("add-fds", None, made)
+                assert await peers(wire) == [one_peer(connections=3, fds=4, watching=True)]
+            await settle()
+            assert await peers(wire) == [one_peer(fds=1)]
+
+
+async def test_ages(path: Path, autojump_clock: MockClock) -> None:
+    """The longest connection's, and the time since the last request of any; that to a second."""
+    async with daemon(path):
+        with await Wire.session(path) as wire:
+            await trio.sleep(10.5)
+            [peer] = await peers(wire)
+            assert peer["age"] == 10
+            assert peer["idle"] in (9, 10)
+            with await Wire.session(path):
+                await trio.sleep(5)
+                [peer] = await peers(wire)
+                assert (peer["age"], peer["connections"]) == (15, 2)
+                assert peer["idle"] in (4, 5)
+
+
+_CONNECT = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect(sys.argv[1])
+    print(sock.recv(1) != b"", flush=True)
+    sys.stdin.read()
+"""
+
+
+async def test_other_processes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those there longest come first; of too many, the others are left out."""
+    async with daemon(path):
+        with await Wire.session(path) as wire:
+            command = [sys.executable, "-c", _CONNECT, str(path)]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+                assert other.stdout is not None
+                await trio.to_thread.run_sync(other.stdout.readline)
+                listed = await peers(wire)
+                assert {peer["pid"] for peer in listed} == {os.getpid(), other.pid}
+                assert listed == sorted(listed, key=lambda peer: -peer["age"])
+                monkeypatch.setattr("qmpfd.commands.peers.MAX_PEERS", 1)
+                assert len(await peers(wire)) == 1
+                assert (await stats(wire))["connections"] == 2
+                other.communicate()
+            await settle()
+            assert [peer["pid"] for peer in await peers(wire)] == [os.getpid()]

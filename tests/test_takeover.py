@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import pipes, send_now
 
 from qmpfd.errors import QMPError
 from qmpfd.fd import Fd, close_all
-from qmpfd.syncclient import NoDaemon, SyncClient
+from qmpfd.syncclient import SyncClient
 
 DEADLINE = 30.0
-TAKEOVERS = int(os.environ.get("QMPFD_TAKEOVERS", "6"))
 
 Daemon = subprocess.Popen[bytes]
 
@@ -139,6 +137,49 @@ def test_a_half_sent_request_and_its_descriptor(path: Path) -> None:
         close_all([w])
 
 
+HALVES = [
+    # A request, and what its reply holds.
+    (
+        b"{'execute':'add-fd','arguments':{'opaque':'it\\'s \\u2603 \xe2\x98\x83'},'id':-1.5e0}",
+        b"fd",
+    ),
+    (b'{"execute": "add-fd", "arguments": {"opaque": [1, {"a": null}]}, "id": [true]}', b"opaque"),
+    (b'{"execute": "add-fd", \x01 }', b"JSON parse error"),
+    (b'{"execute" "add-fd", "id": 1}', b"missing :"),
+]
+
+
+@pytest.mark.parametrize("request_, reply", HALVES)
+def test_split_anywhere(path: Path, request_: bytes, reply: bytes) -> None:
+    """A request of which one part comes before, one between two takeovers, and one after."""
+    with served(path) as old, pipes(1) as (pipe,), ExitStack() as stack:
+        socks = []
+        for at in range(1, len(request_)):
+            with SyncClient(path, DEADLINE) as client:
+                socks.append(stack.enter_context(client.detach()))
+            socks[-1].setblocking(True)
+            socks[-1].settimeout(DEADLINE)
+            send_now(socks[-1], request_[:at], [pipe])
+        pipe.release()
+        with SyncClient(path, DEADLINE) as client, taken_over(path, old) as second:
+            for at, sock in enumerate(socks, 1):
+                sock.sendall(request_[at : at + 1])
+            client.execute("query-name")
+            with taken_over(path, second):
+                for at, sock in enumerate(socks, 1):
+                    sock.sendall(request_[at + 1 :] + b'{"execute": "query-name", "id": "next"}')
+                    heard = b""
+                    while b'"next"' not in heard:
+                        heard += sock.recv(1000)
+                    first, *_, last = heard.splitlines()
+                    assert reply in first
+                    assert last == b'{"return": {}, "id": "next"}'
+                added = [fd for fdset in client.execute("query-fdsets") for fd in fdset["fds"]]
+                assert len(added) == (len(socks) if reply == b"fd" else 0)
+                assert {fd["opaque"] for fd in added} <= {"it's \N{SNOWMAN} \N{SNOWMAN}"}
+                assert pipe.held() == bool(added)
+
+
 def test_unsent_replies(path: Path) -> None:
     """A client that does not read has all its replies once it does, each of them once."""
     with served(path) as old, SyncClient(path, DEADLINE) as client:
@@ -168,7 +209,7 @@ def test_who_may_not(path: Path) -> None:
     with served(path) as old, SyncClient(path, DEADLINE) as client:
         client.execute("add-fd", fds=[0])
         with pytest.raises(QMPError, match="format"):
-            client.execute("takeover", {"format": 99})
+            client.execute("takeover", {"format": 0})
         assert old.poll() is None
         assert client.execute("query-fdsets")
 
@@ -198,74 +239,8 @@ def test_a_newcomer_that_gives_up(path: Path, answers: int) -> None:
             other.execute("remove-fd", {"fdset-id": 0})
 
 
-def test_under_load(path: Path, tmp_path: Path) -> None:
-    """Clients that come, ask and go as fast as they can see nothing of many takeovers."""
-    file = (tmp_path / "file").open("w")
-    stop = threading.Event()
-    failures: list[Exception] = []
-    rounds = [0, 0, 0, 0]
-
-    def work(worker: int) -> None:
-        try:
-            with SyncClient(path, DEADLINE * 20) as steady:
-                while not stop.is_set():
-                    mine = f"worker {worker}"
-                    info = steady.execute("add-fd", {"opaque": mine}, [file])
-                    with SyncClient(path, DEADLINE) as passing:
-                        (seen,) = passing.execute("query-fds", {"opaque": mine})
-                        assert (seen["fdset-id"], seen["fd"]) == (info["fdset-id"], info["fd"])
-                    steady.execute("remove-fd", info)
-                    rounds[worker] += 1
-        except Exception as exc:  # noqa: BLE001 - told by the test
-            failures.append(exc)
-
-    daemons = [start(path)]
-    workers = [threading.Thread(target=work, args=[number]) for number in range(len(rounds))]
-    try:
-        until_serving(daemons[0])
-        for worker in workers:
-            worker.start()
-        for _ in range(TAKEOVERS):
-            daemons.append(start(path, "--takeover"))
-            until_serving(daemons[-1])
-            assert daemons[-2].wait(DEADLINE) == 0
-            assert not failures
-        stop.set()
-        for worker in workers:
-            worker.join(DEADLINE)
-        assert not failures
-        assert all(rounds)
-        with SyncClient(path, DEADLINE) as client:
-            assert client.execute("query-fdsets") == []
-    finally:
-        stop.set()
-        file.close()
-        for daemon in daemons:
-            end(daemon)
-
-
 def test_no_daemon_to_take_over(path: Path) -> None:
     daemon = start(path, "--takeover")
     _, errors = daemon.communicate(timeout=DEADLINE)
     assert daemon.returncode == 3
     assert errors.count(b"\n") == 1
-
-
-def test_killed_while_it_takes_over(path: Path) -> None:
-    """A real newcomer, stopped by SIGKILL at some time or other."""
-    with served(path) as old, SyncClient(path, DEADLINE) as client:
-        for _ in range(8):
-            client.execute("add-fds", fds=[0] * 253)
-        before = client.execute("query-fds")
-        for tenths in range(1, 8):
-            newcomer = start(path, "--takeover")
-            try:
-                newcomer.wait(tenths * 0.1)
-            except subprocess.TimeoutExpired:
-                newcomer.send_signal(signal.SIGKILL)
-            newcomer.communicate(timeout=DEADLINE)
-            try:
-                assert lasting(client.execute("query-fds")) == lasting(before)
-            except NoDaemon:  # it was done by then, and what it had is gone with it
-                assert old.wait(DEADLINE) == 0
-                break

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 #: Values of these are files.
 _FILES = ("PATH", "FILE", "QMP_SOCKET")
 
-#: The ids there are, for verbs that take one; nothing if there is no daemon.
-_IDS = "qmpfd ls --timeout 1 2>/dev/null | sed -n 's/^\\([0-9][0-9]*\\) .*/\\1/p' | uniq"
+#: The ids there are, for verbs that take one; nothing if there is no daemon.  In each shell,
+#: ``$socket`` is the ``--socket`` of the line.  It is not evaluated: whoever presses Tab has not
+#: asked for the commands in it to be run.
+_IDS = "qmpfd ls --timeout 1 $socket 2>/dev/null | sed -n 's/^\\([0-9][0-9]*\\) .*/\\1/p' | uniq"
 
 
 def add_parsers(verbs: Subparsers) -> None:
@@ -94,17 +96,36 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"
 
 
+_BASH_IDS = _IDS.replace("$socket", '"${socket[@]}"')
+
+
 def _bash(verbs: list[_Verb]) -> str:
     lines = [
         "# bash completion of qmpfd",
         "_qmpfd() {",
-        "    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words=",
+        "    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words= i word",
+        "    local -a socket=()",
         "    COMPREPLY=()",
         "    if ((COMP_CWORD == 1)); then",
         f"        words='{' '.join(verb.name for verb in verbs)} --help --version'",
         '        mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")',
         "        return",
         "    fi",
+        "    # --socket=PATH is three words to bash.",
+        "    [[ $cur == = ]] && cur=",
+        "    [[ $prev == = ]] && prev=${COMP_WORDS[COMP_CWORD-2]}",
+        "    for ((i = 2; i < COMP_CWORD; i++)); do",
+        "        if [[ ${COMP_WORDS[i]} == -- ]]; then",
+        "            ((i + 1 == COMP_CWORD)) && words=-c || words=-f",
+        '            mapfile -t COMPREPLY < <(compgen "$words" -- "$cur")',
+        "            return",
+        "        fi",
+        "        [[ ${COMP_WORDS[i]} == --socket ]] || continue",
+        "        word=${COMP_WORDS[i+1]}",
+        "        [[ $word == = ]] && word=${COMP_WORDS[i+2]}",
+        "        word=${word//[\\\"\\'\\\\]/}",
+        '        socket=(--socket "${word/#\\~/$HOME}")',
+        "    done",
         '    case "${COMP_WORDS[1]} $prev" in',
     ]
     for verb in verbs:
@@ -120,7 +141,7 @@ def _bash(verbs: list[_Verb]) -> str:
         names = " ".join(name for option in verb.options for name in option.names)
         lines.append(f"                '{verb.name} -'*) words='{names}' ;;")
         if verb.ids:
-            lines.append(f"                '{verb.name} '*) words=$({_IDS}) ;;")
+            lines.append(f"                '{verb.name} '*) words=$({_BASH_IDS}) ;;")
         elif verb.values:
             lines.append(f"                '{verb.name} '*) words='{' '.join(verb.values)}' ;;")
     return "\n".join(
@@ -140,7 +161,8 @@ def _zsh(verbs: list[_Verb]) -> str:
     lines = [
         "#compdef qmpfd",
         "_qmpfd() {",
-        "    local -a verbs ids",
+        "    local -a verbs ids socket",
+        "    integer at",
         "    verbs=(",
         *(f"        {_quoted(f'{verb.name}:{verb.help}')}" for verb in verbs),
         "    )",
@@ -149,6 +171,10 @@ def _zsh(verbs: list[_Verb]) -> str:
         "        return",
         "    fi",
         "    local verb=$words[2]",
+        "    at=${words[(I)--socket]}",
+        "    ((at && at + 1 != CURRENT)) && socket=(--socket ${${(Q)words[at+1]}/#\\~/$HOME})",
+        "    at=${words[(I)--socket=*]}",
+        "    ((at)) && socket=(--socket ${${${(Q)words[at]}#--socket=}/#\\~/$HOME})",
         "    shift words",
         "    ((CURRENT--))",
         "    case $verb in",
@@ -180,7 +206,20 @@ def _zsh_option(name: str, option: _Option) -> str:
 
 def _fish(verbs: list[_Verb]) -> str:
     names = " ".join(verb.name for verb in verbs)
-    lines = ["# fish completion of qmpfd", "complete -c qmpfd -f"]
+    lines = [
+        "# fish completion of qmpfd",
+        "function __qmpfd_ids",
+        "    set -l words (commandline -opc)",
+        "    set -l socket (string match -r -g -- '^--socket=(.+)' $words)",
+        "    if set -l at (contains -i -- --socket $words)",
+        "        set -a socket $words[(math $at + 1)..(math $at + 1)]",
+        "    end",
+        "    set socket (string replace -r -- '^~' $HOME $socket)",
+        "    set -q socket[1]; and set socket --socket $socket[-1]",
+        f"    {_IDS}",
+        "end",
+        "complete -c qmpfd -f",
+    ]
     for verb in verbs:
         first = f"-n 'not __fish_seen_subcommand_from {names}'"
         lines.append(f"complete -c qmpfd {first} -a {verb.name} -d {_fish_quoted(verb.help)}")
@@ -196,7 +235,7 @@ def _fish(verbs: list[_Verb]) -> str:
                 words += " -r -F" if option.files else " -x"
             lines.append(f"{after} {words} -d {_fish_quoted(option.help)}")
         if verb.ids:
-            lines.append(f"{after} -a {_fish_quoted(f'({_IDS})')}")
+            lines.append(f"{after} -a '(__qmpfd_ids)'")
         elif verb.values:
             lines.append(f"{after} -a '{' '.join(verb.values)}'")
         else:

@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..server.fetch import Inheritance
 from ..server.keeper import Keeping
 from ..server.recover import Recovered
 from ..systemd import InheritedFd, notify, notify_reloading, watchdog_interval
+from .options import default_socket
 
 _log = logging.getLogger("qmpfd")
 
@@ -68,9 +70,8 @@ def run(
     before, how = (
         (recovered.state, "back again") if inheritance is None else (inheritance.state, "took over")
     )
-    greeting = f"{how}: listening on "
-    greeting += ", ".join(path or "an inherited socket" for path in before.listeners)
-    trio.run(_main, start, names, greeting if before.listeners else None, policy_path)
+    again = [path or "an inherited socket" for path in before.listeners]
+    trio.run(_main, start, names, how, again, policy_path)
 
 
 def raise_open_files_limit() -> None:
@@ -82,7 +83,8 @@ def raise_open_files_limit() -> None:
 async def _main(
     start: partial[Coroutine[Any, Any, None]],
     names: Sequence[str],
-    greeting: str | None,
+    how: str,
+    again: Sequence[str],
     policy_path: Path | None,
 ) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -91,10 +93,14 @@ async def _main(
             # What is there by now stays: the collector need not look through it again, for 20 ms.
             gc.collect()
             gc.freeze()
-            if greeting is not None:
-                _log.info("%s", greeting)
+            if again:
+                _log.info("%s: listening on %s", how, ", ".join(again))
             for name in names:
                 _log.info("listening on %s", name)
+            if sys.stderr.isatty():
+                default = default_socket() in (*names, *again)
+                where = "" if default else " --socket PATH"
+                _log.info("Ctrl-C ends it; qmpfd status%s shows what it does", where)
             nursery.start_soon(_obey, server, policy_path, signals, nursery)
             nursery.start_soon(_report, server)
             limit = watchdog_interval()

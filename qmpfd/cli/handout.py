@@ -9,11 +9,12 @@ import os
 import resource
 import signal
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..fd import Fd, close_all
 from ..syncclient import SyncClient
-from .options import add_client_options, add_examples, client_of, number
+from .options import add_client_options, add_examples, client_of, number, socket_path
 from .output import print_json, printable
 from .status import DONE, UsageError
 
@@ -31,7 +32,8 @@ def add_parsers(verbs: Subparsers) -> None:
     execute = verbs.add_parser(
         "exec",
         help="run a command with descriptors out of the fd sets",
-        usage="qmpfd exec [-h] [--socket PATH] [--timeout S] N[:ACCESS][=FD]... -- CMD...",
+        usage="qmpfd exec [-h] [--socket PATH] [--timeout S]\n"
+        "                  N[:ACCESS][=FD]... -- CMD...",
         description="Run CMD with the newest descriptor of each fd set N, or the newest with that "
         "access mode (r, w or rw), at the number FD: from 3 on, in order, where none is given; "
         "=0 makes it CMD's standard input. CMD gets no other descriptors than these and the "
@@ -52,11 +54,19 @@ def add_parsers(verbs: Subparsers) -> None:
     push = verbs.add_parser(
         "push",
         help="copy an fd set into another QMP server",
-        description="Copy the fd set N into another QMP server: a real QEMU, or another qmpfd.",
+        description="Copy the fd set N into another QMP server: another qmpfd, or a real QEMU. "
+        "One up to version 9.0 closes what it does not use when its last QMP client leaves: keep "
+        "another one connected.",
     )
     add_client_options(push)
     push.add_argument("fdset", type=number("fd set id"), metavar="N", help="the fd set to copy")
-    push.add_argument("--to", required=True, metavar="QMP_SOCKET", help="the other server's socket")
+    push.add_argument(
+        "--to",
+        type=socket_path,
+        required=True,
+        metavar="QMP_SOCKET",
+        help="the other server's socket",
+    )
     push.add_argument(
         "--fdset",
         dest="to_fdset",
@@ -146,8 +156,8 @@ def _replace_by(command: list[str]) -> int:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         os.execvp(command[0], command)
     except OSError as exc:
-        print_error = f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}\n"
-        os.write(2, print_error.encode())
+        with suppress(OSError):
+            os.write(2, f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}\n".encode())
         return _NOT_FOUND if isinstance(exc, FileNotFoundError) else _NOT_EXECUTABLE
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ _ADVICE = [
     ("FdNotFound", "' not found", "qmpfd ls shows those there are"),
     ("InvalidParameterValue", "existing fdset-id", "without --fdset, a new set is made"),
     ("PermissionDenied", "", "the daemon's policy decides that: see qmpfd check-policy --help"),
+    ("GenericError", "the limit is", "qmpfd status shows how full it is"),
     ("CommandNotFound", "", "qmpfd status shows what server this is"),
 ]
 
@@ -49,6 +51,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
+
+
+class _Nowhere(io.TextIOBase):
+    """What stands for a closed stream.  Not /dev/null, which would take its number."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
@@ -74,6 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 the daemon refused, 2 usage, 3 no daemon.
     """
+    # Where one is closed, Python has None, and says on the one what was meant for the other.
+    sys.stdin = sys.stdin or io.StringIO()
+    sys.stdout = sys.stdout or _Nowhere()
+    sys.stderr = sys.stderr or _Nowhere()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what this locale has no sign for
     words = list(sys.argv[1:] if argv is None else argv)
     command: list[str] = []
     if words[:1] == ["exec"] and "--" in words:
@@ -95,11 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as exc:
         # Most likely of standard output.  What is still buffered for it has nowhere to go, and
         # the interpreter must not try again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(sys.stdout, _Nowhere):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(exc, BrokenPipeError):  # whoever read our output has seen enough
             return REFUSED
         return _fail(exc.strerror or str(exc), REFUSED)
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # behind the ^C
         return 130
     return status
 

@@ -39,6 +39,12 @@ class Formatter(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            # Room for the longest verb: argparse forgets that verbs are indented.
+            self._action_max_length += self._indent_increment
+
 
 def add_examples(parser: argparse.ArgumentParser, *examples: str, status: str = "") -> None:
     """End a verb's help with examples, and what its exit status says.
@@ -97,6 +103,13 @@ def text(value: str) -> str:
     return value
 
 
+def socket_path(text: str) -> str:
+    """The type of an option that names a socket: an empty one is a shell's unset variable."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path of a socket")
+    return text
+
+
 def seconds(text: str) -> float:
     """The type of an option that takes a time: a positive number of seconds."""
     try:
@@ -114,6 +127,7 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
     """``--socket``, ``--timeout`` and ``--json``, which every verb but ``serve`` has."""
     parser.add_argument(
         "--socket",
+        type=socket_path,
         metavar="PATH",
         help="the daemon's socket (default: $QMPFD_SOCKET, else $XDG_RUNTIME_DIR/qmpfd.sock, "
         "else /run/qmpfd.sock)",

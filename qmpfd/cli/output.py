@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 
@@ -43,42 +44,85 @@ def terminal_width() -> int:
 
 
 #: The least that is worth showing of a column that does not fit.
-_LEAST = 16
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Aligned columns.
-
-    On a terminal, a bold header; and where the columns are too wide for it, the end of the last
-    is shown alone, or, if that leaves too little, each row as a block of lines.
-    """
-    widths = [max(map(_width, column)) for column in zip(header, *rows, strict=True)]
-    terminal = sys.stdout.isatty()
-    if terminal:
-        room = terminal_width() - sum(widths[:-1]) - 2 * (len(widths) - 1)
-        if len(widths) > _FEW and room < min(widths[-1], _LEAST):
-            _print_blocks(header, rows)
-            return
-        if len(widths) > _FEW and room < widths[-1]:
-            rows = [(*row[:-1], _end(row[-1], room)) for row in rows]
-    styled = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    bold, plain = ("\x1b[1m", "\x1b[0m") if styled else ("", "")
-    print(f"{bold}{_line(header, widths)}{plain}")
-    for row in rows:
-        print(_line(row, widths))
-
+_LEAST = 12
 
 #: Columns that may run over the end of a line: it can still be read.
 _FEW = 3
 
 
-def _print_blocks(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    width = max(map(_width, header))
-    for number, row in enumerate(rows):
-        if number:
-            print()
-        for name, cell in zip(header, row, strict=True):
-            print(f"{name:<{width}}  {cell}".rstrip())
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns.
+
+    On a terminal, with a bold header, and in colours if rich is installed.  Where the columns are
+    too wide for it, the widest are shortened; if that leaves too little, each row is shown as a
+    block of lines.
+    """
+    rich = _rich(len(rows))
+    widths = [max(map(_width, column)) for column in zip(header, *rows, strict=True)]
+    if sys.stdout.isatty() and len(widths) > _FEW:
+        fitting = _fit(widths, terminal_width())
+        if fitting is None:
+            for number, row in enumerate(rows):
+                if number:
+                    print()
+                _print_pairs([*zip(header, row, strict=True)], rich)
+            return
+        if fitting != widths:
+            widths = fitting
+            rows = [_shortened(row, widths) for row in rows]
+    if rich is not None:
+        rich.print_table(header, rows, terminal_width())
+        return
+    bold, plain = ("\x1b[1m", "\x1b[0m") if _styled() else ("", "")
+    print(f"{bold}{_line(header, widths)}{plain}")
+    for row in rows:
+        print(_line(row, widths))
+
+
+def _fit(widths: Sequence[int], room: int) -> list[int] | None:
+    """Widths that fit, for which the widest give way; None if that leaves too little of them."""
+    fitting = [min(width, room) for width in widths]
+    while sum(fitting) + 2 * (len(fitting) - 1) > room:
+        widest = max(fitting)
+        if widest <= _LEAST:
+            return None
+        fitting[fitting.index(widest)] -= 1
+    return fitting
+
+
+#: Rows from which on nobody waits for colours: rich takes a millisecond for each.
+_MANY = 300
+
+
+def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """A line for each name and its value, aligned; in colours as a table is."""
+    _print_pairs(pairs, _rich())
+
+
+def _print_pairs(pairs: Sequence[tuple[str, str]], rich: ModuleType | None) -> None:
+    width = max(len(name) for name, _ in pairs)
+    if rich is not None and terminal_width() > 2 * width:
+        rich.print_pairs(pairs, terminal_width())
+        return
+    for name, value in pairs:
+        print(f"{name:<{width}}  {value}".rstrip())
+
+
+def _styled() -> bool:
+    """Whether colours are wanted (https://no-color.org), and understood."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return wanted and sys.stdout.isatty()
+
+
+def _rich(rows: int = 1) -> ModuleType | None:
+    """What prints that many rows in colours: if colours are wanted, and it is installed."""
+    if rows > _MANY or not _styled():
+        return None
+    try:
+        from . import output_rich
+    except ImportError:
+        return None
+    return output_rich
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -99,10 +143,17 @@ def _width(text: str) -> int:
     )
 
 
-def _end(text: str, width: int) -> str:
-    """The end of *text*, which tells most of a path, if it is too long."""
+def _shortened(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """The beginning of each cell, and the end of the last, which tells most of a path."""
+    cells = [_beginning(cell, width) for cell, width in zip(row[:-1], widths, strict=False)]
+    return [*cells, _beginning(row[-1][::-1], widths[-1])[::-1]]
+
+
+def _beginning(text: str, width: int) -> str:
+    """As much of *text* as fits."""
     if _width(text) <= width:
         return text
+    text = text[:width]
     while _width(text) >= width:
-        text = text[1:]
-    return f"\u2026{text}"
+        text = text[:-1]
+    return f"{text}\u2026"

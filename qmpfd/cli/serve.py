@@ -10,19 +10,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..errors import QMPError
 from ..fd import Fd, close_all
 from ..limits import MAX_REQUEST_BYTES, Limits
 from ..syncclient import NoDaemon
 from ..systemd import take_listen_fds, take_parent, take_store_size
 from . import keeping
-from .options import add_examples, default_socket, number, seconds
+from .options import add_examples, default_socket, number, seconds, socket_path
 from .policy import group_id, read_policy
 from .status import DONE, UsageError
 
 if TYPE_CHECKING:
+    from ..server.fetch import Movable
     from .options import Subparsers
 
 _DEFAULTS = Limits()
+
+#: What to do where a socket cannot be made.
+_ADVICE = {
+    errno.EADDRINUSE: "qmpfd status shows it; --takeover replaces it; ",
+    errno.ENOENT: "make its folder first; ",
+}
 
 
 def add_parsers(verbs: Subparsers) -> None:
@@ -35,7 +43,7 @@ def add_parsers(verbs: Subparsers) -> None:
     )
     parser.add_argument(
         "--socket",
-        type=Path,
+        type=lambda text: Path(socket_path(text)),
         action="append",
         metavar="PATH",
         help="listen here; may be given more than once (default: $QMPFD_SOCKET, else "
@@ -169,7 +177,8 @@ def add_parsers(verbs: Subparsers) -> None:
         "qmpfd serve --socket /run/qmpfd.sock --policy /etc/qmpfd.toml",
         "qmpfd serve --supervise",
         "qmpfd serve --dialect qemu --add-fd fd=3,set=0,opaque=disk 3<>disk.img",
-        status="  0 ended as told, 2 it cannot start: the line on standard error says why",
+        status="  0 ended as told, 2 it cannot start; with --takeover: 1 the old daemon refused,\n"
+        "  3 there is none to take over from",
     )
     parser.set_defaults(run=_serve)
 
@@ -235,7 +244,20 @@ def leaf_exceptions(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseEx
             yield exc
 
 
+def _fill_standard_streams() -> None:
+    """Have something at 0 to 2, so that no socket is there, and what is said goes into it."""
+    filling = True
+    while filling:
+        fd = Fd(os.open(os.devnull, os.O_RDWR))
+        filling = fd.fileno() <= 2
+        if filling:
+            fd.detach()
+        else:
+            fd.close()
+
+
 def _serve(arguments: argparse.Namespace) -> int:
+    _fill_standard_streams()
     parent, store_size = take_parent(), take_store_size()
     if arguments.supervise and parent is None and not keeping.has_store(store_size):
         numbers = {option.fd for option in arguments.add_fd}
@@ -265,13 +287,17 @@ def _serve(arguments: argparse.Namespace) -> int:
     policy = None if arguments.policy is None else read_policy(arguments.policy)
     inheritance = None
     there = recovered.state.listeners
-    if arguments.takeover and not recovered.found:
+    if arguments.takeover:
         if not paths:
             raise UsageError("--takeover needs --socket: which daemon is to be taken over")
-        close_all(recovered.useless)  # their numbers may be needed
-        inheritance = takeover.fetch(paths[0], parent)
-        there = inheritance.state.listeners
-    paths = [path for path in paths if str(path.absolute()) not in there]
+        reached, *paths = paths
+        if not recovered.found:
+            close_all(recovered.useless)  # their numbers may be needed
+            movable: list[Movable] = [fd for fd, _, _ in initial]
+            movable += [given.fd for given in listen_fds] + ([] if parent is None else [parent])
+            inheritance = takeover.fetch(reached, movable, has_parent=parent is not None)
+            there = inheritance.state.listeners
+    paths = takeover.still_to_bind(paths, there)
     kept = keeping.connect(parent, store_size)
     failures: list[BaseException] = []
     try:
@@ -290,18 +316,17 @@ def _serve(arguments: argparse.Namespace) -> int:
             recovered=recovered,
             keeping=kept,
         )
-    # A nursery's: there is one cause, the first listener that failed.
-    except* (OSError, NoDaemon) as group:
+    except* (OSError, NoDaemon, QMPError) as group:  # a nursery's: there is one cause, the first
         failures = list(leaf_exceptions(group))
     finally:
         if kept is not None and parent is None:
             kept.notifier.close()
     for failure in failures:
-        if not isinstance(failure, OSError):
+        if not isinstance(failure, OSError):  # the old daemon has kept what was to be taken over
             raise failure
         where = f"{failure.filename}: " if failure.filename else ""
-        advice = ""
-        if failure.errno == errno.EADDRINUSE:
-            advice = " (qmpfd status shows it; --socket listens elsewhere)"
-        raise UsageError(f"{where}{failure.strerror or failure}{advice}")
+        advice = _ADVICE.get(failure.errno or 0, "")
+        raise UsageError(
+            f"{where}{failure.strerror or failure} ({advice}--socket listens elsewhere)"
+        )
     return DONE

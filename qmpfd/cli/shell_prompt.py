@@ -85,6 +85,7 @@ def _with_prompt_toolkit(session: Session) -> Iterator[str]:
         multiline=Condition(lambda: unfinished(get_app().current_buffer.text)),
         prompt_continuation=lambda width, number, wrapped: MORE,
         bottom_toolbar=toolbar,
+        enable_suspend=True,
     )
     with patch_stdout():
         while True:

@@ -6,22 +6,25 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..limits import TAKEOVER_TIMEOUT
 from ..server import fetch as fetching
 from ..syncclient import NoDaemon
-from ..systemd import Notifier
 
 _log = logging.getLogger("qmpfd")
 
 
-def fetch(path: Path, parent: Notifier | None) -> fetching.Inheritance:
+def fetch(
+    path: Path, movable: Iterable[fetching.Movable], *, has_parent: bool
+) -> fetching.Inheritance:
     """Fetch all that the daemon at *path* has.
 
     Args:
         path: its socket.
-        parent: whose socket may have to make way for a descriptor that needs its number.
+        movable: descriptors that may get other numbers, if these are in the way.
+        has_parent: what is kept of it is not with the service manager.
 
     Raises:
         NoDaemon: nobody serves there, or it does not let go.
@@ -29,11 +32,11 @@ def fetch(path: Path, parent: Notifier | None) -> fetching.Inheritance:
     """
     started = time.monotonic()
     try:
-        inheritance = fetching.fetch(path, TAKEOVER_TIMEOUT, _progress, parent)
+        inheritance = fetching.fetch(path, TAKEOVER_TIMEOUT, _progress, movable)
     except ValueError as exc:
         raise NoDaemon(f"the daemon at {path} cannot be taken over: {exc}") from None
     service = os.environ.get("INVOCATION_ID")
-    if service is not None and parent is None and inheritance.state.store == service:
+    if service is not None and not has_parent and inheritance.state.store == service:
         inheritance.close()
         raise NoDaemon(
             f"the daemon at {path} is of this very service, and so is what is kept of it: "
@@ -47,6 +50,24 @@ def fetch(path: Path, parent: Notifier | None) -> fetching.Inheritance:
         time.monotonic() - started,
     )
     return inheritance
+
+
+def still_to_bind(paths: Iterable[Path], listeners: Iterable[str | None]) -> list[Path]:
+    """Those of *paths* on which the old daemon does not listen.
+
+    Args:
+        paths: where to listen.
+        listeners: where it does.
+    """
+    served = [Path(path) for path in listeners if path is not None]
+    return [path for path in paths if not any(_is_same(path, old) for old in served)]
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:
+        return False
 
 
 def _progress(come: int, total: int) -> None:

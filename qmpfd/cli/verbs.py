@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import os
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,13 @@ from .status import DONE, UsageError
 
 if TYPE_CHECKING:
     from .options import Subparsers
+
+#: What to do about a file that cannot be opened.
+_OPEN_ADVICE = {
+    errno.EACCES: "run this as somebody who may: the daemon need not be allowed to",
+    errno.EISDIR: "a directory can be added with --mode r only",
+    errno.ENXIO: "a socket cannot be opened by its name, nor a pipe to write that nobody reads",
+}
 
 _MODES = {"r": os.O_RDONLY, "w": os.O_WRONLY, "rw": os.O_RDWR}
 
@@ -80,7 +88,7 @@ def _add(arguments: argparse.Namespace) -> int:
     if arguments.fd is not None and arguments.mode is not None:
         raise UsageError("--mode goes with PATH: --fd K is open already")
     if arguments.fd is not None:
-        check_open(arguments.fd)
+        check_open(arguments.fd, f" (as in: qmpfd add --fd {arguments.fd} {arguments.fd}< FILE)")
         info = _add_fd(arguments, arguments.fd)
     else:
         with open_file(arguments.path, _MODES[arguments.mode or "r"]) as fd:
@@ -108,19 +116,22 @@ def open_file(path: str, flags: int) -> Fd:
     try:
         fd = Fd(os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666))
     except OSError as exc:
-        raise UsageError(f"cannot open {path}: {exc.strerror}") from None
+        advice = _OPEN_ADVICE.get(exc.errno or 0)
+        shown = path or "''"
+        told = f"cannot open {shown}: {exc.strerror}" + (f" ({advice})" if advice else "")
+        raise UsageError(told) from None
     except ValueError as exc:  # a null byte
         raise UsageError(f"cannot open {path!r}: {exc}") from None
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
     return fd
 
 
-def check_open(number_: int) -> None:
-    """Raises UsageError if that descriptor is not open here."""
+def check_open(number_: int, advice: str = "") -> None:
+    """Raises UsageError, with that advice, if that descriptor is not open here."""
     try:
         fcntl.fcntl(number_, fcntl.F_GETFD)
     except OSError:
-        raise UsageError(f"descriptor {number_} is not open here") from None
+        raise UsageError(f"descriptor {number_} is not open here{advice}") from None
 
 
 # -- ls, rm ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The Trio client, for qmpfd and for any other QMP server."""
 
 from .client import Client, connect
+from .link import ReplyLost
 
-__all__ = ["Client", "connect"]
+__all__ = ["Client", "ReplyLost", "connect"]

@@ -15,8 +15,7 @@ from ..commands.events import EVENTS
 from ..fd import Fd, FileDescriptorLike, close_all
 from ..limits import CLEANUP_TIMEOUT
 from ..protocol import ProtocolError, QMPEvent
-from ..transport import FdStream
-from .dialogue import Dialogue
+from .link import Link, open_dialogue
 
 ResultT = TypeVar("ResultT")
 
@@ -42,25 +41,21 @@ class Client:
     request was sent already, the server carries it out, and the reply is thrown away.
 
     Args:
-        stream: the connection; owned from here on.
+        link: the connection; owned from here on.
     """
 
-    def __init__(self, stream: FdStream) -> None:
-        self._dialogue = Dialogue(stream)
+    def __init__(self, link: Link) -> None:
+        self._link = link
         self._watching = 0  # blocks of watch_fdsets
 
     @property
     def greeting(self) -> Mapping[str, Any]:
         """What the server said of itself: its ``version`` and ``capabilities``."""
-        return self._dialogue.greeting
-
-    async def negotiate(self) -> None:
-        """Wait for the greeting and enter command mode; :func:`connect` has done so already."""
-        await self._dialogue.negotiate()
+        return self._link.greeting
 
     def close(self) -> None:
         """Close the connection; calls that wait raise ClosedResourceError."""
-        self._dialogue.close()
+        self._link.close()
 
     # -- commands ------------------------------------------------------------------------------
 
@@ -83,11 +78,13 @@ class Client:
 
         Raises:
             QMPError: the server refused it; the exception is named after the error's class.
+            ReplyLost: the connection was lost before the reply, and is made anew: the command may
+                have been carried out, or not.
             trio.BrokenResourceError: the connection is lost.
             trio.ClosedResourceError: this client is closed.
             OSError: *fds* cannot be passed.
         """
-        reply = await self._dialogue.request(command, arguments, fds)
+        reply = await self._link.request(command, arguments, fds)
         close_all(reply.fds)
         return reply.unwrap()
 
@@ -111,11 +108,7 @@ class Client:
             InvalidParameterValue: the server wants an existing set.
             Exception: what :meth:`execute` raises.
         """
-        arguments: dict[str, Any] = {}
-        if fdset_id is not None:
-            arguments["fdset-id"] = fdset_id
-        if opaque is not None:
-            arguments["opaque"] = opaque
+        arguments = _given(fdset_id=fdset_id, opaque=opaque)
         return _typed(await self.execute("add-fd", arguments, fds=[fd]), AddfdInfo)
 
     async def remove_fd(self, fdset_id: int, fd: int | None = None) -> None:
@@ -129,9 +122,7 @@ class Client:
             FdNotFound: there is no such set, or no such descriptor in it.
             Exception: what :meth:`execute` raises.
         """
-        arguments = {"fdset-id": fdset_id}
-        if fd is not None:
-            arguments["fd"] = fd
+        arguments = _given(fdset_id=fdset_id, fd=fd)
         await self.execute("remove-fd", arguments)
 
     async def query_fdsets(self) -> list[FdsetInfo]:
@@ -160,12 +151,8 @@ class Client:
             FdNotFound: there is no such set, or no such descriptor in it.
             Exception: what :meth:`execute` raises.
         """
-        arguments: dict[str, Any] = {"fdset-id": fdset_id}
-        if access is not None:
-            arguments["access"] = access
-        if fd is not None:
-            arguments["fd"] = fd
-        reply = await self._dialogue.request("open-fdset", arguments)
+        arguments = _given(fdset_id=fdset_id, access=access, fd=fd)
+        reply = await self._link.request("open-fdset", arguments)
         reply.unwrap()
         if len(reply.fds) != 1:
             close_all(reply.fds)
@@ -199,17 +186,13 @@ class Client:
             InvalidParameterValue: the server wants an existing set, or sockets and pipes.
             Exception: what :meth:`execute` raises.
         """
-        arguments: dict[str, Any] = {}
-        if fdset_id is not None:
-            arguments["fdset-id"] = fdset_id
-        if opaque is not None:
-            arguments["opaque"] = opaque
-        if lifetime != "daemon":
-            arguments["lifetime"] = lifetime
-        if expires is not None:
-            arguments["expires"] = expires
-        if watch_hangup:
-            arguments["watch-hangup"] = True
+        arguments = _given(
+            fdset_id=fdset_id,
+            opaque=opaque,
+            lifetime=None if lifetime == "daemon" else lifetime,
+            expires=expires,
+            watch_hangup=watch_hangup or None,
+        )
         return _typed(await self.execute("add-fds", arguments, fds=fds), FdsetInfo)
 
     async def query_fds(
@@ -225,11 +208,7 @@ class Client:
             FdNotFound: there is no such set.
             Exception: what :meth:`execute` raises.
         """
-        arguments: dict[str, Any] = {}
-        if fdset_id is not None:
-            arguments["fdset-id"] = fdset_id
-        if opaque is not None:
-            arguments["opaque"] = opaque
+        arguments = _given(fdset_id=fdset_id, opaque=opaque)
         return _typed(await self.execute("query-fds", arguments), list[FdInfo])
 
     @asynccontextmanager
@@ -244,16 +223,16 @@ class Client:
             Exception: what :meth:`execute` raises.
         """
         if not self._watching:  # what nobody asked for in an earlier block
-            self._dialogue.drop_events(EVENTS)
-        await self.execute("watch-fdsets", {"enable": True})
+            self._link.drop_events(EVENTS)
+        await self._link.begin("watch-fdsets", {"enable": True})
         self._watching += 1
         try:
             yield self.events()
         finally:
             self._watching -= 1
             with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
-                if not self._watching and not self._dialogue.failed:
-                    await self.execute("watch-fdsets", {"enable": False})
+                if not self._watching:
+                    await self._link.cease("watch-fdsets", {"enable": False})
 
     def events(self) -> AsyncIterator[QMPEvent]:
         """The server's events, as they come; a QEMU sends some unasked.
@@ -264,7 +243,12 @@ class Client:
             trio.BrokenResourceError: the connection is lost.
             trio.ClosedResourceError: this client is closed.
         """
-        return _Events(self._dialogue.next_event)
+        return _Events(self._link.next_event)
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Those that are not None, under their names on the wire."""
+    return {k.replace("_", "-"): v for k, v in arguments.items() if v is not None}
 
 
 def _typed(value: Any, kind: type[ResultT]) -> ResultT:
@@ -275,13 +259,23 @@ def _typed(value: Any, kind: type[ResultT]) -> ResultT:
 
 
 @asynccontextmanager
-async def connect(path: str | os.PathLike[str]) -> AsyncGenerator[Client, None]:
+async def connect(
+    path: str | os.PathLike[str], *, reconnect: float | None = None
+) -> AsyncGenerator[Client, None]:
     """Connect to the QMP server at *path*: a qmpfd daemon, or a real QEMU's monitor.
 
     Use it as ``async with qmpfd.connect(path) as client``; the connection is closed at the end.
 
+    With *reconnect*, a connection that breaks later is made anew by the next call, or by whoever
+    waits for events, and negotiated.  What can be repeated without harm is: the ``query-`` commands
+    and ``open-fdset``.  A call of another command whose reply was lost raises :exc:`ReplyLost`.
+    Watching goes on; the event ``FD_EVENTS_LOST``, its ``count`` 0, tells where others may be
+    missing.  What belongs to a connection is gone with it: the names of ``getfd``, and
+    descriptors that were added with ``lifetime="connection"``.
+
     Args:
         path: the server's Unix socket.
+        reconnect: seconds that a call may wait for a new connection; None if there shall be none.
 
     Raises:
         OSError: nobody can be reached at *path*.
@@ -289,13 +283,8 @@ async def connect(path: str | os.PathLike[str]) -> AsyncGenerator[Client, None]:
         ProtocolError: the peer does not speak QMP.
         trio.BrokenResourceError: it closed the connection before it was ready.
     """
-    sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
-    with sock:
-        await sock.connect(os.fspath(path))
-        stream = FdStream(sock)
-    client = Client(stream)
+    client = Client(Link(path, await open_dialogue(path), reconnect))
     try:
-        await client.negotiate()
         yield client
     finally:
         client.close()

@@ -8,24 +8,25 @@ caller's block stays what it is, and nothing is left running.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
 import trio
 
 from ..fd import FileDescriptorLike, close_all
-from ..limits import MAX_EVENTS
+from ..limits import CLEANUP_TIMEOUT, MAX_EVENTS
 from ..protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
 from ..transport import FdStream
 
 
-class _Call:
+class Call:
     """A request that waits for its reply."""
 
-    __slots__ = ("reply", "wake")
+    __slots__ = ("reply", "sent", "wake")
 
     def __init__(self) -> None:
+        self.sent = False  # some of it, so that the server may carry it out
         self.reply: Reply | None = None
         self.wake: trio.Event | None = None  # while it waits for another call that reads
 
@@ -49,7 +50,7 @@ class Dialogue:
         self._stream = stream
         self._connection = ClientConnection()
         self._ids = count(1)
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._sending = trio.Lock()
         self._unsent = b""  # the rest of a request whose call was cancelled halfway
         self._reading = False
@@ -66,6 +67,10 @@ class Dialogue:
         """Whether the connection is of no use any more."""
         return self._failure is not None
 
+    def prepend_events(self, events: Iterable[QMPEvent]) -> None:
+        """Have these asked for before all others."""
+        self._events = deque([*events, *self._events], maxlen=MAX_EVENTS)
+
     def drop_events(self, names: Container[str]) -> None:
         """Forget the events of these names that nobody has asked for."""
         others = [event for event in self._events if event.name not in names]
@@ -74,7 +79,7 @@ class Dialogue:
     async def next_event(self) -> QMPEvent:
         await trio.lowlevel.checkpoint()
         if not self._events:
-            call = _Call()
+            call = Call()
             # It has no request, and no reply will ever have its id: it is woken to read.
             request_id = next(self._ids)
             self._calls[request_id] = call
@@ -100,14 +105,31 @@ class Dialogue:
         command: str,
         arguments: Mapping[str, Any] | None = None,
         fds: Sequence[FileDescriptorLike] = (),
+        call: Call | None = None,
     ) -> Reply:
+        """Carry out a command; its reply.
+
+        Args:
+            command: its name.
+            arguments: its arguments.
+            fds: descriptors to pass with it.
+            call: tells afterwards whether it was sent.
+        """
+        call = call or Call()
         await trio.lowlevel.checkpoint()
         if self._connection.state is State.CLOSED:
             raise trio.ClosedResourceError("this client is closed")
         request_id = next(self._ids)
-        call = self._calls[request_id] = _Call()
+        self._calls[request_id] = call
         try:
-            await self._send(self._connection.execute(command, arguments, request_id), fds)
+            request = self._connection.execute(command, arguments, request_id)
+            gone = False
+            try:
+                await self._send(request, fds, call)
+            except trio.BrokenResourceError:
+                gone = True
+            if gone:
+                await self._hear_out(call)
             await self._wait(call, lambda: call.reply is not None)
             assert call.reply is not None
             return call.reply
@@ -118,7 +140,7 @@ class Dialogue:
         finally:
             self._forget(request_id)
 
-    async def _send(self, request: bytes, fds: Sequence[FileDescriptorLike]) -> None:
+    async def _send(self, request: bytes, fds: Sequence[FileDescriptorLike], call: Call) -> None:
         async with self._sending:
             if self._failure is not None:
                 raise self._failure
@@ -128,9 +150,18 @@ class Dialogue:
             while not sent:
                 await self._wait_writable()
                 sent = self._stream.send_nowait(request, fds)
+            call.sent = True
             self._unsent = request[sent:]
             if self._unsent:
                 await self._send_rest()
+
+    async def _hear_out(self, call: Call) -> None:
+        """The server hears nothing any more; it may have answered others before, or said why."""
+        with trio.move_on_after(CLEANUP_TIMEOUT):
+            await self._wait(call, lambda: self._failure is not None)
+        self._fail(trio.BrokenResourceError("the server has closed the connection"))
+        assert self._failure is not None
+        raise self._failure
 
     async def _send_rest(self) -> None:
         """Send what is left of a request that the server has seen the beginning of.  Cancelled
@@ -156,7 +187,7 @@ class Dialogue:
             raise closed
 
     async def _read_meanwhile(self) -> None:
-        call = _Call()
+        call = Call()
         request_id = next(self._ids)
         self._calls[request_id] = call
         try:
@@ -166,7 +197,7 @@ class Dialogue:
         finally:
             self._forget(request_id)
 
-    async def _wait(self, call: _Call, done: Callable[[], bool]) -> None:
+    async def _wait(self, call: Call, done: Callable[[], bool]) -> None:
         """Wait until *done*, reading for everybody while nobody else does."""
         while not done():
             if self._failure is not None:
@@ -238,6 +269,15 @@ class Dialogue:
     def _close_garbage(self) -> None:
         close_all(self._connection.garbage)
         self._connection.garbage.clear()
+
+    def retire(self) -> list[QMPEvent]:
+        """Close a connection that has failed, and whose calls know that, or have their replies but
+        did not get round to them; the events that nobody has asked for.
+        """
+        self._connection.close()
+        self._close_garbage()
+        self._stream.close()
+        return list(self._events)
 
     def close(self) -> None:
         """Close the connection; calls that wait raise ClosedResourceError."""

@@ -1,6 +1,6 @@
 """What each QMP command does."""
 
-from .context import Context, Daemon, Dialect, Stats
+from .context import Client, Context, Daemon, Dialect, Stats
 from .control import VERSION
 from .dispatch import TABLE, VOCABULARY, execute
 from .types import (
@@ -20,6 +20,7 @@ __all__ = [
     "VERSION",
     "VOCABULARY",
     "AddfdInfo",
+    "Client",
     "Context",
     "Daemon",
     "Dialect",

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from itertools import islice
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 from ..closing import Closer
 from ..errors import FdNotSupplied, GenericError
 from ..fd import Fd
 from ..fdsets import FdSet, FdSets, Peer, StoredFd
-from ..limits import MAX_OPAQUE_TOTAL, Limits
+from ..limits import MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, Limits
 from ..policy import Access
 from ..protocol import ServerConnection
-from .events import EventQueue, fd_added, fd_removed
+from .events import Event, EventLog, Watcher
 from .hangups import Hangups
 
 if TYPE_CHECKING:
     from .table import Table
 
 Dialect: TypeAlias = Literal["spec", "qemu"]
+
+
+def _weight(text: str) -> int:
+    """Bytes that *text* takes in memory: one wide character makes all of them wide."""
+    return len(text) if text.isascii() else sys.getsizeof(text)
 
 
 @dataclass(slots=True)
@@ -52,6 +61,24 @@ class Keeper(Protocol):
         """*stored* is no longer in its set."""
 
 
+class Client(NamedTuple):
+    """One that is connected.
+
+    Args:
+        peer: who it is.
+        age: seconds since it connected, or came from a predecessor.
+        idle: seconds since it asked something, or connected.
+        fds: descriptors that are kept until it is gone.
+        watching: whether it is told of changes.
+    """
+
+    peer: Peer
+    age: float
+    idle: float
+    fds: int
+    watching: bool
+
+
 @dataclass(slots=True)
 class Daemon:
     """What all connections share.
@@ -62,6 +89,8 @@ class Daemon:
         clock: the time in seconds, never set back.
         stop: ends the daemon, gracefully.
         table: the commands there are.
+        clients: tells who is connected.
+        news: called when an event waits for those who watch.
     """
 
     dialect: Dialect
@@ -69,17 +98,25 @@ class Daemon:
     clock: Callable[[], float]
     stop: Callable[[], None]
     table: Table
+    clients: Callable[[], Iterable[Client]] = tuple
     store: FdSets = field(default_factory=FdSets)
     hangups: Hangups = field(default_factory=Hangups)
     closer: Closer = field(default_factory=Closer)
-    watchers: set[EventQueue] = field(default_factory=set)
     keeper: Keeper | None = None  #: where there is one
-    opaque_total: int = 0  #: characters of the stored opaque texts
+    news: Callable[[], None] = lambda: None
+    watchers: set[Watcher] = field(default_factory=set)
+    logs: dict[Access, EventLog] = field(default_factory=dict)  #: of the events, by who may see
+    opaque_total: int = 0  #: bytes of the stored opaque texts, and of names
+    opaque_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
     kept: int = 0  #: descriptors kept for clients, those of ``getfd`` included
     kept_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
+    waiting: int = 0  #: descriptors that no command has yet, and that their clients do not take
+    waiting_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
+    most_waiting: int = field(init=False)  #: how many that may be: half of the process's table
     stats: Stats = field(init=False)
 
     def __post_init__(self) -> None:
+        self.most_waiting = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self.stats = Stats(self.clock())
         self.store.observer = self
 
@@ -91,28 +128,41 @@ class Daemon:
             self.kept += 1
             self.kept_of[stored.added_by.uid] += 1
         if stored.opaque:
-            self.opaque_total += len(stored.opaque)
+            self._count_text(stored.added_by, stored.opaque, 1)
         if self.keeper is not None:
             self.keeper.added(fdset, stored)
-        if self.watchers:
-            event = fd_added(fdset.id, stored)
-            for queue in self.watchers:
-                queue.put(event, fdset.id, stored.opaque)
+        if self.logs:
+            self._tell(Event.added(fdset.id, stored), fdset, stored)
 
     def removed(self, fdset: FdSet, stored: StoredFd, reason: str) -> None:
         """A descriptor was taken out: count it, and tell those who watch."""
         if stored.added_by is not None:
             self.release(stored.added_by.uid)
         if stored.opaque:
-            self.opaque_total -= len(stored.opaque)
+            self._count_text(stored.added_by, stored.opaque, -1)
         if self.keeper is not None:
             self.keeper.removed(stored)
         if stored.terms.watch_hangup:
             self.hangups.unwatch(stored)
-        if self.watchers:
-            event = fd_removed(fdset.id, stored, reason)
-            for queue in self.watchers:
-                queue.put(event, fdset.id, stored.opaque)
+        if self.logs:
+            self._tell(Event.removed(fdset.id, stored, reason), fdset, stored)
+
+    def _tell(self, event: Event, fdset: FdSet, stored: StoredFd) -> None:
+        for log in self.logs.values():
+            log.put(event, fdset.id, stored.opaque)
+        self.news()
+
+    def log_for(self, access: Access) -> EventLog:
+        """The events for one more watcher who may do that."""
+        log = self.logs.setdefault(access, EventLog(access))
+        log.watchers += 1
+        return log
+
+    def leave_log(self, log: EventLog) -> None:
+        """A watcher reads *log* no more."""
+        log.watchers -= 1
+        if not log.watchers:
+            self.logs.pop(log.access, None)
 
     def hold(self, uid: int) -> None:
         """A descriptor is kept for a client of *uid*."""
@@ -126,6 +176,49 @@ class Daemon:
         if not self.kept_of[uid]:
             del self.kept_of[uid]
 
+    def _count_text(self, peer: Peer | None, text: str, sign: Literal[1, -1]) -> None:
+        weight = sign * _weight(text)
+        self.opaque_total += weight
+        if peer is not None:
+            self.opaque_of[peer.uid] += weight
+            if not self.opaque_of[peer.uid]:
+                del self.opaque_of[peer.uid]
+
+    def hold_name(self, peer: Peer, name: str) -> None:
+        """A descriptor is kept for a client, under that name."""
+        self.hold(peer.uid)
+        self._count_text(peer, name, 1)
+
+    def release_name(self, peer: Peer, name: str) -> None:
+        """What :meth:`hold_name` has counted is kept no more."""
+        self.release(peer.uid)
+        self._count_text(peer, name, -1)
+
+    def hold_waiting(self, uid: int, more: int) -> None:
+        """So many descriptors more, or fewer, wait in connections of *uid*."""
+        self.waiting += more
+        self.waiting_of[uid] += more
+        if not self.waiting_of[uid]:
+            del self.waiting_of[uid]
+
+    def check_waiting(self, uid: int, more: int) -> None:
+        """Refuse to let *more* descriptors wait in a connection of *uid* when that is too much.
+        Of what may wait in all, a user has half; root and the daemon's own have all.
+
+        Raises:
+            GenericError: it is.
+        """
+        most = self.most_waiting
+        if uid not in (0, os.geteuid()) and self.waiting_of[uid] + more > most // 2:
+            raise GenericError(
+                f"Too many file descriptors of uid {uid} wait in its connections: "
+                f"the limit is {most // 2}"
+            )
+        if self.waiting + more > most:
+            raise GenericError(
+                f"Too many file descriptors wait in connections: the limit is {most}"
+            )
+
     def check_room(self, uid: int, count: int, opaque: str | None = None) -> None:
         """Refuse to keep *count* more descriptors for a client of *uid*, each with that opaque
         text, when that is too much.
@@ -137,10 +230,16 @@ class Daemon:
         # What hangs in its close still takes a place.
         if self.kept + self.closer.pending + count > limits.max_fds:
             raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
-        if opaque and self.opaque_total + count * len(opaque) > MAX_OPAQUE_TOTAL:
-            raise GenericError(
-                f"Too much opaque text: the limit is {MAX_OPAQUE_TOTAL} characters in all"
-            )
+        if opaque:
+            more = count * _weight(opaque)
+            if self.opaque_total + more > MAX_OPAQUE_TOTAL:
+                raise GenericError(
+                    f"Too much opaque text: the limit is {MAX_OPAQUE_TOTAL} bytes in all"
+                )
+            if self.opaque_of[uid] + more > MAX_OPAQUE_PER_UID and uid not in (0, os.geteuid()):
+                raise GenericError(
+                    f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
+                )
         if self.kept_of[uid] + count > limits.max_fds_per_uid:
             raise GenericError(
                 f"Too many file descriptors of uid {uid}: the limit is {limits.max_fds_per_uid}"
@@ -156,26 +255,26 @@ class Context:
         connection: its protocol state.
         peer: who is at the other end.
         access: what it may do.
-        wake: called when an event waits to be sent.
+        tell: sends some of the events that wait; whether more of them can be sent at once.
         names: the descriptors of ``getfd``, by name; owned here.
         fds: the descriptors that came with the command being carried out; what the command
             leaves in the list is closed.
         passed: the descriptors that go back with the reply; owned here until they are sent.
         events: what the client is to be told unasked, while it watches.
         takes_over: the client is a daemon that takes over.
-        about_store: a command was carried out that depends on what is stored.
         quitting: the client has said ``quit``: what follows of it is not carried out.
+        about_store: a command was carried out that depends on what is stored.
     """
 
     daemon: Daemon
     connection: ServerConnection
     peer: Peer
     access: Access
-    wake: Callable[[], None]
+    tell: Callable[[], bool]
     names: dict[str, Fd] = field(default_factory=dict)
     fds: list[Fd] = field(default_factory=list)
     passed: list[Fd] = field(default_factory=list)
-    events: EventQueue | None = None
+    events: Watcher | None = None
     quitting: bool = False
     takes_over: bool = False
     about_store: bool = False
@@ -190,6 +289,11 @@ class Context:
             raise FdNotSupplied("No file descriptor supplied via SCM_RIGHTS")
         return self.fds[0]
 
+    @property
+    def fd_count(self) -> int:
+        """How many descriptors are kept until the connection is over."""
+        return len(self.names) + self.daemon.store.owned_count(self)
+
     def discard(self, removed: list[StoredFd]) -> None:
         """What was taken out of the store is closed once the lock is released."""
         self.connection.garbage += [stored.fd for stored in removed]
@@ -197,34 +301,51 @@ class Context:
     def keep(self, name: str) -> None:
         """Keep the descriptor that came with the command under *name*."""
         self.drop(name)
-        self.names[name] = self.fds.pop(0)
-        self.daemon.hold(self.peer.uid)
-        self.daemon.opaque_total += len(name)
+        self.own(name, self.fds.pop(0))
+
+    def own(self, name: str, fd: Fd) -> None:
+        """Keep *fd* under *name*, which no other has."""
+        self.names[name] = fd
+        self.daemon.hold_name(self.peer, name)
 
     def drop(self, name: str) -> bool:
         """Close the descriptor that is kept under *name*; whether there is one."""
         fd = self.names.pop(name, None)
         if fd is None:
             return False
-        self.daemon.release(self.peer.uid)
-        self.daemon.opaque_total -= len(name)
+        self.daemon.release_name(self.peer, name)
         self.connection.garbage.append(fd)
         return True
 
     def watch(self, enable: bool) -> None:
         """Tell this connection of changes to the store, or do not."""
         if enable and self.events is None:
-            self.events = EventQueue(self.wake, lambda *fd: self.access.may("query", *fd))
+            self.events = Watcher(self.daemon.log_for(self.access), self.tell)
             self.daemon.watchers.add(self.events)
         elif not enable and self.events is not None:
+            self.daemon.leave_log(self.events.log)
             self.daemon.watchers.discard(self.events)
             self.events = None
 
-    def close(self) -> None:
-        """The connection is over, and with it all that was kept for its time only."""
+    def change_access(self, access: Access) -> None:
+        """The policy has changed: what the client may do from now on."""
+        if self.events is not None and access != self.access:
+            self.daemon.leave_log(self.events.log)
+            self.events.move(self.daemon.log_for(access))
+        self.access = access
+
+    def close(self, most: int | None = None) -> bool:
+        """The connection is over, and with it all that was kept for its time only; whether there
+        is more of it.
+
+        Args:
+            most: how many descriptors are taken out; None for all.
+        """
         self.watch(False)
-        self.discard(self.daemon.store.remove_owned(self))
-        for name in list(self.names):
+        removed = self.daemon.store.remove_owned(self, most)
+        self.discard(removed)
+        for name in list(islice(self.names, most)):
             self.drop(name)
         self.connection.garbage += self.passed
         self.passed.clear()
+        return bool(self.names) or len(removed) == most

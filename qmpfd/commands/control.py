@@ -68,9 +68,9 @@ def query_qmp_schema(context: Context, arguments: Arguments) -> list[dict[str, A
 def takeover(context: Context, arguments: Takeover) -> Encoded:
     """Hand everything over to the client, a daemon that takes this one's place."""
     context.access.require("admin")
-    if arguments.format != TAKEOVER_FORMAT:
+    if arguments.format < TAKEOVER_FORMAT:  # a newer daemon reads what an older one has written
         raise InvalidParameterValue(
-            f"Parameter 'format' expects {TAKEOVER_FORMAT}, the format that this daemon knows"
+            f"Parameter 'format' expects {TAKEOVER_FORMAT}, this daemon's, or a newer one"
         )
     context.takes_over = True
     return NOTHING

@@ -1,15 +1,21 @@
-"""What watching connections are told, and how much of it waits for one that does not read."""
+"""What watching connections are told, and how much of it waits for one that does not read.
+
+A change costs the same however many watch: it is put into a log, of which each watcher has read
+up to somewhere.  There is a log for each set of rights among the watchers.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 from msgspec import Struct
 
 from ..fdsets import StoredFd
-from ..limits import MAX_EVENT_BYTES, MAX_EVENTS
+from ..limits import EVENT_BYTES_A_TURN, MAX_EVENT_BYTES, MAX_EVENTS
+from ..policy import Access
 from ..protocol.encode import encode
 from .types import FdAdded, FdEventsLost, FdRemoved
 
@@ -21,58 +27,123 @@ EVENTS: dict[str, type[Struct]] = {
 }
 
 
-def _event(name: str, data: Struct) -> bytes:
-    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-    stamp = {"seconds": seconds, "microseconds": nanoseconds // 1000}
-    return encode({"timestamp": stamp, "event": name, "data": data}) + b"\r\n"
+#: Bytes that an event takes in memory at most, apart from the opaque text.
+_EVENT_BYTES = 256
 
 
-def fd_added(fdset_id: int, stored: StoredFd) -> bytes:
-    """The event that *stored* was added."""
-    return _event("FD_ADDED", FdAdded(fdset_id, stored.fd.fileno(), stored.opaque))
-
-
-def fd_removed(fdset_id: int, stored: StoredFd, reason: str) -> bytes:
-    """The event that *stored* was removed, and why."""
-    return _event("FD_REMOVED", FdRemoved(fdset_id, stored.fd.fileno(), reason, stored.opaque))
-
-
-class EventQueue:
-    """The events that wait to be sent to one connection; what does not fit is counted and told.
+class Event:
+    """Something that has happened.  It is encoded when somebody is told of it.
 
     Args:
-        wake: called when there is something to send.
-        may_see: whether its peer is shown a descriptor of that fd set, with that opaque text.
+        name: its name.
+        data: what there is to tell.
+        size: about how many bytes of memory it may take.
     """
 
-    def __init__(
-        self, wake: Callable[[], None], may_see: Callable[[int, str | None], bool]
-    ) -> None:
-        self._wake = wake
-        self._may_see = may_see
-        self._events: deque[bytes] = deque()
+    __slots__ = ("_data", "_encoded", "_name", "_time", "size")
+
+    def __init__(self, name: str, data: Struct, size: int) -> None:
+        self.size = size
+        self._name = name
+        self._data = data
+        self._time = time.time_ns()
+        self._encoded: bytes | None = None
+
+    @classmethod
+    def added(cls, fdset_id: int, stored: StoredFd) -> Event:
+        """*stored* was added."""
+        data = FdAdded(fdset_id, stored.fd.fileno(), stored.opaque)
+        return cls("FD_ADDED", data, _EVENT_BYTES + 6 * len(stored.opaque or ""))
+
+    @classmethod
+    def removed(cls, fdset_id: int, stored: StoredFd, reason: str) -> Event:
+        """*stored* was removed, and why."""
+        data = FdRemoved(fdset_id, stored.fd.fileno(), reason, stored.opaque)
+        return cls("FD_REMOVED", data, _EVENT_BYTES + 6 * len(stored.opaque or ""))
+
+    def encode(self) -> bytes:
+        """What watchers are sent."""
+        if self._encoded is None:
+            seconds, nanoseconds = divmod(self._time, 1_000_000_000)
+            stamp = {"seconds": seconds, "microseconds": nanoseconds // 1000}
+            whole = {"timestamp": stamp, "event": self._name, "data": self._data}
+            self._encoded = encode(whole) + b"\r\n"
+        return self._encoded
+
+
+class EventLog:
+    """The newest events, for all watchers who may see the same: each is kept and encoded once.
+
+    Args:
+        access: what they may do.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self.access = access
+        self.watchers = 0  #: how many there are
+        self._events: deque[Event] = deque()
         self._size = 0
+        #: The number of the next event; they are numbered from 0.
+        self.end = 0
+
+    @property
+    def begin(self) -> int:
+        """The number of the oldest event that is still there."""
+        return self.end - len(self._events)
+
+    def put(self, event: Event, fdset_id: int, opaque: str | None) -> None:
+        """Add *event*, about a descriptor of that fd set with that opaque text, if it may be seen;
+        the oldest are given up for it.
+        """
+        if not self.access.may("query", fdset_id, opaque):
+            return
+        events = self._events
+        events.append(event)
+        self.end += 1
+        self._size += event.size
+        while len(events) > MAX_EVENTS or (self._size > MAX_EVENT_BYTES and len(events) > 1):
+            self._size -= events.popleft().size
+
+    def since(self, number: int, most: int) -> list[bytes]:
+        """The events from *number* on, up to *most* bytes of them but at least one."""
+        found = []
+        for event in islice(self._events, number - self.begin, None):
+            encoded = event.encode()
+            found.append(encoded)
+            most -= len(encoded)
+            if most <= 0:
+                break
+        return found
+
+
+class Watcher:
+    """One connection that is told of events.
+
+    Args:
+        log: where they are; what happened before is not told.
+        tell: called to send some of what waits; whether more of it can be sent at once.
+    """
+
+    def __init__(self, log: EventLog, tell: Callable[[], bool]) -> None:
+        self.log = log
+        self.tell = tell
+        self._next = log.end
         self._lost = 0
 
-    def put(self, event: bytes, fdset_id: int, opaque: str | None) -> None:
-        """Queue *event*, about a descriptor of that fd set with that opaque text."""
-        if not self._may_see(fdset_id, opaque):
-            return
-        count, size = len(self._events), self._size + len(event)
-        # What comes after a lost one is lost as well, so that the count stands where they would.
-        if self._lost or count == MAX_EVENTS or (count and size > MAX_EVENT_BYTES):
-            self._lost += 1
-        else:
-            self._events.append(event)
-            self._size = size
-            self._wake()
-
     def take(self) -> bytes:
-        """All that waits, ready to be sent; empty if nothing does."""
+        """Some of what waits, ready to be sent; empty if nothing does."""
+        log = self.log
+        self._lost += max(0, log.begin - self._next)
+        self._next = max(self._next, log.begin)
         if self._lost:
-            self._events.append(_event("FD_EVENTS_LOST", FdEventsLost(self._lost)))
+            event = Event("FD_EVENTS_LOST", FdEventsLost(self._lost), 0)
             self._lost = 0
-        data = b"".join(self._events)
-        self._events.clear()
-        self._size = 0
-        return data
+            return event.encode()
+        events = log.since(self._next, EVENT_BYTES_A_TURN)
+        self._next += len(events)
+        return b"".join(events)
+
+    def move(self, log: EventLog) -> None:
+        """Be told what is in *log* from now on; what waits of the other one is lost."""
+        self._lost += self.log.end - self._next
+        self.log, self._next = log, log.end

@@ -5,11 +5,11 @@ from __future__ import annotations
 from msgspec import UNSET
 
 from ..errors import FdNotFound, InvalidParameterValue
-from ..fdsets import FdSet
-from ..protocol.encode import Encoded, encode
+from ..protocol.encode import Bits, Encoded
 from .context import Context
+from .listings import list_fdsets
 from .table import Table
-from .types import NOTHING, AddFd, AddfdInfo, Arguments, FdName, FdsetFdInfo, FdsetInfo, RemoveFd
+from .types import NOTHING, AddFd, AddfdInfo, Arguments, FdName, FdsetInfo, RemoveFd
 from .types import Result as Nothing
 
 table = Table()
@@ -74,37 +74,16 @@ def remove_fd(context: Context, arguments: RemoveFd) -> Encoded:
         fds = store.get(arguments.fdset_id, number).fds
         for stored in fds.values() if number is None else [fds[number]]:
             access.require_for("remove", arguments.fdset_id, stored.opaque)
-    context.discard(store.remove(arguments.fdset_id, number))
+    removed = store.remove(arguments.fdset_id, number)
+    context.discard(removed)
     return NOTHING
 
 
 @table.command("query-fdsets", Arguments, list[FdsetInfo])
-def query_fdsets(context: Context, arguments: Arguments) -> list[FdsetInfo] | Encoded:
+def query_fdsets(context: Context, arguments: Arguments) -> Bits | Encoded:
     """List the fd sets, by descending id, and the file descriptors in each, oldest first."""
-    access = context.access
-    access.require("query")
-    if access.unlimited:
-        # Of 15,000 sets, few have changed since the last time: what was said of the others is
-        # still right.
-        return Encoded(b"[" + b", ".join(map(_listing, context.daemon.store)) + b"]")
-    sets = []
-    for fdset in context.daemon.store:
-        fds = [
-            FdsetFdInfo(number, stored.opaque)
-            for number, stored in fdset.fds.items()
-            if access.may("query", fdset.id, stored.opaque)
-        ]
-        if fds:
-            sets.append(FdsetInfo(fdset.id, fds))
-    return sets
-
-
-def _listing(fdset: FdSet) -> bytes:
-    """What a listing says of *fdset*."""
-    if fdset.listing is None:
-        fds = [FdsetFdInfo(number, stored.opaque) for number, stored in fdset.fds.items()]
-        fdset.listing = encode(FdsetInfo(fdset.id, fds))
-    return fdset.listing
+    context.access.require("query")
+    return list_fdsets(context)
 
 
 @table.command("getfd", FdName, Nothing, fds=1)

@@ -25,15 +25,17 @@ class Hangups:
         self._epoll = select.epoll()
         self._watched: dict[int, StoredFd | None] = {}
         self._draining: set[int] = set()
+        #: Those that :meth:`take` still has to look at.
+        self.due: list[int] = []
 
     def fileno(self) -> int:
-        """Readable when :meth:`take` may have something; see epoll(7)."""
+        """Readable when :meth:`look` may see something; see epoll(7)."""
         return self._epoll.fileno()
 
     @property
     def draining(self) -> bool:
         """Whether there are descriptors whose other end is gone and that hold unread data: nothing
-        tells when it has been read, so :meth:`take` has to be asked now and then.  So it is with
+        tells when it has been read, so :meth:`look` has to be asked now and then.  So it is with
         a pending error that is no hang-up.
         """
         return bool(self._draining)
@@ -77,14 +79,21 @@ class Hangups:
         else:
             self._epoll.unregister(number)
 
-    def take(self) -> list[StoredFd]:
-        """Those whose other end is gone and that have been read to the end."""
+    def look(self) -> None:
+        """See whose other end is gone; :meth:`take` comes next, while anything is :attr:`due`."""
         for number, _ in self._epoll.poll(0):
             # Level-triggered, it would be told of again and again while data is left.
             self._epoll.unregister(number)
             self._draining.add(number)
+        self.due = list(self._draining)
+
+    def take(self, most: int) -> list[StoredFd]:
+        """Those of the next *most* that are due that have been read to the end."""
         over = []
-        for number in list(self._draining):
+        due, self.due = self.due[:most], self.due[most:]
+        for number in due:
+            if number not in self._draining:  # removed meanwhile
+                continue
             stored = self._watched[number]
             events = _events(number)
             if not events:  # a FIFO that was opened anew, or an error that was told to somebody

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections import Counter
-from math import ceil
 
 from msgspec import UNSET
 
-from ..errors import FdNotFound, GenericError, InvalidParameterValue, PermissionDenied
+from ..errors import FdNotFound, GenericError, InvalidParameterValue
 from ..fd import Fd
-from ..fdinfo import access_mode, kind, target
+from ..fdinfo import access_mode
 from ..fdsets import FOREVER, FdSet, StoredFd, Terms
-from ..limits import INT64_MAX, SCM_MAX_FD
-from ..protocol.encode import Encoded
+from ..limits import SCM_MAX_FD
+from ..protocol.encode import Bits, Encoded
 from .context import Context
 from .fds import check_add
+from .listings import added, list_fds
+from .peers import peers
 from .table import Table
 from .types import (
     NOTHING,
@@ -23,12 +25,10 @@ from .types import (
     Arguments,
     Count,
     FdInfo,
-    FdsetFdInfo,
     FdsetInfo,
     LimitsInfo,
     OpenedFd,
     OpenFdset,
-    PeerInfo,
     QueryFds,
     StatsInfo,
     WatchFdsets,
@@ -36,6 +36,9 @@ from .types import (
 from .types import Result as Nothing
 
 table = Table()
+
+#: Descriptors in a set that take a while to go through.
+_MANY = 100
 
 
 @table.command("open-fdset", OpenFdset, OpenedFd)
@@ -50,23 +53,23 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
     access = context.access
     access.require("open", arguments.fdset_id)
     fdset = context.daemon.store.get(arguments.fdset_id, number)
-    refusal: PermissionDenied | None = None
+    refused: StoredFd | None = None
     there: set[str] = set()
     for stored in reversed(fdset.fds.values()) if number is None else (fdset.fds[number],):
-        try:
-            access.require_for("open", fdset.id, stored.opaque)
-        except PermissionDenied as exc:
-            refusal = exc
+        if not access.may("open", fdset.id, stored.opaque):
+            refused = stored
             continue
-        mode = access_mode(stored.fd.fileno())
-        if wanted is None or mode == wanted:
+        if stored.access is None:
+            stored.access = access_mode(stored.fd.fileno())
+        if wanted is None or stored.access == wanted:
             break
-        there.add(mode)
+        there.add(stored.access)
     else:
         # What the client may not open is no answer to what there is.
-        if refusal is not None and not there:
-            raise refusal
+        if refused is not None and not there:
+            access.require_for("open", fdset.id, refused.opaque)
         raise FdNotFound(_no_such_access(fdset, number, wanted, there))
+    context.daemon.check_waiting(context.peer.uid, 1)
     try:
         context.passed.append(stored.fd.dup())
     except OSError as exc:
@@ -81,7 +84,7 @@ def _no_such_access(fdset: FdSet, number: int | None, wanted: str | None, there:
 
 
 @table.command("add-fds", AddFds, FdsetInfo, fds=SCM_MAX_FD)
-def add_fds(context: Context, arguments: AddFds) -> FdsetInfo:
+def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | Bits:
     """Add all the file descriptors that were passed with the command to an fd set, or none."""
     context.first_fd()
     daemon = context.daemon
@@ -118,7 +121,7 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo:
     if terms.watch_hangup:
         for fd in fds:
             daemon.hangups.watch(fdset.fds[fd.fileno()])
-    return FdsetInfo(fdset.id, [FdsetFdInfo(fd.fileno(), opaque) for fd in fds])
+    return added(fdset.id, [fd.fileno() for fd in fds], opaque)
 
 
 def _terms(context: Context, arguments: AddFds, now: float) -> Terms:
@@ -134,44 +137,13 @@ def _terms(context: Context, arguments: AddFds, now: float) -> Terms:
 
 
 @table.command("query-fds", QueryFds, list[FdInfo])
-def query_fds(context: Context, arguments: QueryFds) -> list[FdInfo]:
+def query_fds(context: Context, arguments: QueryFds) -> Bits | Encoded:
     """List the stored file descriptors, with what each is and where it came from."""
-    store, access = context.daemon.store, context.access
-    access.require("query", None if arguments.fdset_id is UNSET else arguments.fdset_id)
-    sets = store if arguments.fdset_id is UNSET else [store.get(arguments.fdset_id)]
-    prefix = None if arguments.opaque is UNSET else arguments.opaque
-    now = context.daemon.clock()
-    return [
-        _describe(fdset, stored, now)
-        for fdset in sets
-        for stored in fdset.fds.values()
-        if (prefix is None or (stored.opaque is not None and stored.opaque.startswith(prefix)))
-        and access.may("query", fdset.id, stored.opaque)
-    ]
-
-
-def _describe(fdset: FdSet, stored: StoredFd, now: float) -> FdInfo:
-    number = stored.fd.fileno()
-    link = target(number)
-    terms = stored.terms
-    return FdInfo(
-        fdset_id=fdset.id,
-        fd=number,
-        access=access_mode(number),
-        kind=kind(number, link),
-        target=link,
-        age=int(now - stored.added_at),
-        lifetime="daemon" if terms.owner is None else "connection",
-        watch_hangup=terms.watch_hangup,
-        opaque=stored.opaque,
-        expires=None if terms.expires_at is None else _seconds(terms.expires_at - now),
-        added_by=None if stored.added_by is None else PeerInfo(*stored.added_by),
-    )
-
-
-def _seconds(left: float) -> int:
-    """Time that is left, as an int64: a float comes near to its end, but may be beyond it."""
-    return min(max(0, ceil(left)), INT64_MAX)
+    store = context.daemon.store
+    fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
+    context.access.require("query", fdset_id)
+    sets = store.walk() if fdset_id is None else [store.get(fdset_id)]
+    return list_fds(context, sets, None if arguments.opaque is UNSET else arguments.opaque)
 
 
 @table.command("watch-fdsets", WatchFdsets, Nothing)
@@ -184,11 +156,12 @@ def watch_fdsets(context: Context, arguments: WatchFdsets) -> Encoded:
 
 @table.command("query-stats", Arguments, StatsInfo)
 def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
-    """Return the daemon's counters and gauges, and its limits."""
+    """Return the daemon's counters and gauges, its limits, and who is connected."""
     context.access.require("query")
     daemon = context.daemon
     stats, limits = daemon.stats, daemon.limits
     return StatsInfo(
+        pid=os.getpid(),
         uptime=int(daemon.clock() - stats.started_at),
         dialect=daemon.dialect,
         connections=stats.connections,
@@ -211,6 +184,7 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
             drain_timeout=int(limits.drain_timeout * 1000),
             idle_timeout=None if limits.idle_timeout is None else int(limits.idle_timeout * 1000),
         ),
+        peers=peers(context),
     )
 
 

@@ -310,7 +310,8 @@ class Takeover(Arguments):
     """Arguments of ``takeover``.
 
     Args:
-        format: in which format the newcomer wants the daemon's state.
+        format: the newest format of a daemon's state that the newcomer can read; it has to be able
+            to read all older ones as well.
     """
 
     format: Int64
@@ -354,10 +355,35 @@ class LimitsInfo(Result):
     idle_timeout: Int64 | None = None
 
 
+class PeerStats(Result):
+    """A process that is connected, as the kernel vouches (SO_PEERCRED).
+
+    Args:
+        pid: its number, when it connected; 0 for one in a pid namespace that is not ours.
+        uid: its user.
+        gid: its group.
+        connections: how many it has.
+        age: seconds since it connected, or since this daemon took over.
+        idle: seconds since it asked something, or connected; one less at times.
+        fds: descriptors that are kept until its connections end.
+        watching: whether it is told of changes.
+    """
+
+    pid: Int64
+    uid: Int64
+    gid: Int64
+    connections: Int64
+    age: Int64
+    idle: Int64
+    fds: Int64
+    watching: bool
+
+
 class StatsInfo(Result):
     """Counters and gauges of the daemon.
 
     Args:
+        pid: its process.
         uptime: seconds since the start.
         dialect: which the daemon speaks.
         connections: clients connected now.
@@ -370,8 +396,11 @@ class StatsInfo(Result):
         commands: commands carried out, by name, failed ones included.
         errors: error replies, by class.
         limits: what each client is allowed.
+        peers: the processes that are connected, at most 256, the first to connect first; without
+            the right ``admin``, only those of the asking client's user.
     """
 
+    pid: Int64
     uptime: Int64
     dialect: Literal["spec", "qemu"]
     connections: Int64
@@ -384,6 +413,7 @@ class StatsInfo(Result):
     commands: list[Count]
     errors: list[Count]
     limits: LimitsInfo
+    peers: list[PeerStats]
 
 
 #: What a command returns that returns nothing.

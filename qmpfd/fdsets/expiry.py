@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING
@@ -51,10 +51,10 @@ class Expiries:
             self._waste -= 1
         return heap[0][0] if heap else None
 
-    def until(self, now: float) -> list[StoredFd]:
-        """Those whose time is over at *now*, and that are still in their sets."""
-        over = []
+    def until(self, now: float) -> Iterator[StoredFd]:
+        """Those whose time is over at *now*, and that are still in their sets: take out all that
+        are given.
+        """
         while (time := self.next()) is not None and time <= now:
-            over.append(heappop(self._heap)[2])
             self._waste -= 1  # it will be discarded, and is no longer in the heap
-        return over
+            yield heappop(self._heap)[2]

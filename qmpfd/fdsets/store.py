@@ -8,8 +8,11 @@ so that it can be done outside the critical section.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from math import inf
 from typing import NamedTuple, Protocol
 
 from ..errors import FdNotFound, InvalidParameterValue
@@ -43,6 +46,10 @@ class Terms:
 
 FOREVER = Terms()
 
+#: What :meth:`FdSets.walk` and :meth:`FdSet.walk` look ahead; more would be memory for each of
+#: many that are under way.
+_AHEAD = 512
+
 
 @dataclass(slots=True, eq=False)
 class StoredFd:
@@ -53,8 +60,9 @@ class StoredFd:
         fdset: the set it is in; None once it was removed.
         opaque: the free-form text that its client gave it, or None.
         added_by: the client, or None if it was there from the start.
-        added_at: when, by the daemon's clock.
+        added_at: when, by the daemon's clock; not before any older one of its set.
         terms: how long it is kept.
+        access: how it was opened, once somebody has asked; that never changes (fcntl(2), F_SETFL).
     """
 
     fd: Fd
@@ -63,6 +71,7 @@ class StoredFd:
     added_by: Peer | None
     added_at: float
     terms: Terms
+    access: str | None = None
 
 
 class FdSet:
@@ -110,6 +119,31 @@ class FdSet:
         del self._several[stored.fd.fileno()]
         return not self._several
 
+    def walk(self, until: float) -> Iterator[StoredFd]:
+        """Its descriptors that were added up to the time *until*, oldest first.
+
+        The set may change between two steps: what is removed before it is its turn is left out.
+        """
+        last, with_last = -inf, set[int]()  # when the last one was added, and which were then
+        while True:
+            rest = (
+                stored
+                for number, stored in self.fds.items()
+                if last < stored.added_at <= until
+                or (stored.added_at == last and number not in with_last)
+            )
+            ahead = list(islice(rest, _AHEAD))
+            for stored in ahead:
+                if stored.fdset is not self:
+                    continue
+                if stored.added_at > last:
+                    last = stored.added_at
+                    with_last.clear()
+                with_last.add(stored.fd.fileno())
+                yield stored
+            if len(ahead) < _AHEAD:
+                return
+
 
 class Observer(Protocol):
     """Who is told of changes, inside the critical section."""
@@ -127,6 +161,7 @@ class FdSets:
     def __init__(self) -> None:
         self._sets: dict[int, FdSet] = {}
         self._ids = IdPool(self._sets)
+        self._ascending: list[int] | None = None  # the ids, once somebody has asked
         self._count = 0
         self._owned: dict[Hashable, dict[StoredFd, None]] = {}
         #: The descriptors that are kept for a time only.
@@ -147,6 +182,24 @@ class FdSets:
         """The sets by descending id, the order in which QEMU lists them."""
         for fdset_id in sorted(self._sets, reverse=True):
             yield self._sets[fdset_id]
+
+    def walk(self) -> Iterator[FdSet]:
+        """As iteration, but there may be changes between two steps: a set that goes before it is
+        its turn is left out, and one that comes is given if its turn is still to come.
+        """
+        below: float = inf
+        while True:
+            if self._ascending is None:
+                self._ascending = sorted(self._sets)
+            end = bisect_left(self._ascending, below)
+            ahead = self._ascending[max(0, end - _AHEAD) : end]
+            for fdset_id in reversed(ahead):
+                fdset = self._sets.get(fdset_id)
+                if fdset is not None:
+                    yield fdset
+            if len(ahead) < _AHEAD:
+                return
+            below = ahead[0]
 
     @property
     def next_id(self) -> int:
@@ -202,6 +255,9 @@ class FdSets:
         fdset = self._sets.get(fdset_id)
         if fdset is None:
             fdset = self._sets[fdset_id] = FdSet(fdset_id)
+            self._ascending = None
+        else:  # as they are listed: the oldest first
+            now = max(now, next(reversed(fdset.fds.values())).added_at)
         stored = StoredFd(fd, fdset, opaque, added_by, now, terms)
         fdset.put(stored)
         self._count += 1
@@ -246,6 +302,7 @@ class FdSets:
         self._count -= 1
         if fdset.take_out(stored):
             del self._sets[fdset.id]
+            self._ascending = None
             self._ids.free(fdset.id)
         terms = stored.terms
         if terms is not FOREVER:
@@ -259,16 +316,30 @@ class FdSets:
         if self.observer is not None:
             self.observer.removed(fdset, stored, reason)
 
-    def remove_owned(self, owner: Hashable) -> list[StoredFd]:
-        """Take out what is kept until the end of *owner*: the caller closes it."""
-        removed = list(self._owned.get(owner, ()))
+    def owned_count(self, owner: Hashable) -> int:
+        """How many descriptors are kept until the end of *owner*."""
+        return len(self._owned.get(owner, ()))
+
+    def remove_owned(self, owner: Hashable, most: int | None = None) -> list[StoredFd]:
+        """Take out what is kept until the end of *owner*: the caller closes it.
+
+        Args:
+            owner: the connection.
+            most: how many descriptors; None for all.
+        """
+        removed = list(islice(self._owned.get(owner, ()), most))
         for stored in removed:
             self.take_out(stored, "connection")
         return removed
 
-    def remove_expired(self, now: float) -> list[StoredFd]:
-        """Take out what is kept until *now* or less: the caller closes it."""
-        removed = self.expiries.until(now)
+    def remove_expired(self, now: float, most: int | None = None) -> list[StoredFd]:
+        """Take out what is kept until *now* or less: the caller closes it.
+
+        Args:
+            now: the time, by the daemon's clock.
+            most: how many descriptors; None for all.
+        """
+        removed = list(islice(self.expiries.until(now), most))
         for stored in removed:
             self.take_out(stored, "expired")
         return removed

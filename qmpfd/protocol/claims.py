@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from ..fd import Fd
 
+#: What the command is told whose descriptors the kernel had to drop (MSG_CTRUNC).
+LOST = "File descriptors sent via SCM_RIGHTS were lost: the receiver is out of file descriptors"
+
 
 class Unclaimed:
     """The descriptors of one segment that no command has taken yet.
@@ -17,12 +20,14 @@ class Unclaimed:
         garbage: where those go that nobody will take; its owner closes them.
     """
 
-    __slots__ = ("_dropped", "_fds", "_garbage", "_open", "_straddled", "_taken")
+    __slots__ = ("_dropped", "_fds", "_garbage", "_open", "_straddled", "_taken", "why_dropped")
 
     def __init__(self, garbage: list[Fd]) -> None:
         self._garbage = garbage
         self._fds: list[Fd] = []
-        self._dropped = False  # the kernel had to drop descriptors of this segment
+        self._dropped = False  # descriptors of this segment are gone
+        #: Why they are.
+        self.why_dropped = LOST
         self._taken = False  # a command of this segment has taken some
         self._open = False  # more of the segment, or of the message it ended in, is to come
         self._straddled = False  # the segment ended inside of a message
@@ -59,7 +64,7 @@ class Unclaimed:
             self._garbage += fds
         else:
             self._fds = fds
-        self._dropped = dropped
+        self._dropped, self.why_dropped = dropped, LOST
         self._open = True
         self._taken = self._straddled = False
 
@@ -73,6 +78,12 @@ class Unclaimed:
         if not self._open:
             self.discard()
         return fds, dropped
+
+    def refuse(self, why: str) -> None:
+        """Give up what waits; the command that should have had it is told *why*."""
+        if self._fds:
+            self.discard()
+            self._dropped, self.why_dropped = True, why
 
     def segment_ended(self, *, inside_message: bool) -> None:
         """The last byte of the segment was seen; *inside_message*: a message goes on after it."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..errors import FdNotSupplied, QMPError, error_of_class
 from ..fd import Fd
 from ..limits import MAX_REPLY_BYTES, SCM_MAX_FD
-from .connection import LOST, Connection, Event, ProtocolError
+from .connection import Connection, Event, ProtocolError
 
 
 class Reply(NamedTuple):
@@ -95,7 +95,7 @@ class ClientConnection(Connection):
         """
         waiting = self._gather()
         while waiting:
-            value, fds, dropped = waiting.popleft()
+            value, fds, lost = waiting.popleft()
             if not isinstance(value, dict):
                 self.garbage += fds
                 why = value if isinstance(value, QMPError) else "no JSON object"
@@ -108,8 +108,8 @@ class ClientConnection(Connection):
                 self.greeting = value["QMP"]
             elif "event" in value:
                 yield _event(value)
-            elif dropped:
-                yield Reply(value.get("id"), None, FdNotSupplied(LOST), fds)
+            elif lost:
+                yield Reply(value.get("id"), None, FdNotSupplied(lost), fds)
             elif "error" in value:
                 yield Reply(value.get("id"), None, _told(value["error"]), fds)
             else:

@@ -8,7 +8,7 @@ states are those of the QEMU Machine Protocol Specification
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +47,6 @@ class ProtocolError(Exception):
     """The peer does not speak QMP."""
 
 
-#: What the command is told whose descriptors the kernel had to drop (MSG_CTRUNC).
-LOST = "File descriptors sent via SCM_RIGHTS were lost: the receiver is out of file descriptors"
-
-
 class Connection:
     """What both roles share; made by :class:`ServerConnection` and :class:`ClientConnection`."""
 
@@ -61,12 +57,19 @@ class Connection:
         max_bytes: int,
         lines: bool,
         budget: Budget | None = None,
+        owner: Hashable = None,
     ) -> None:
         #: Descriptors that nobody takes; whoever does the I/O closes them.
         self.garbage: list[Fd] = []
         self.state = State.CONNECTED
         self._inbox = Inbox(
-            decode, wanted, max_bytes=max_bytes, garbage=self.garbage, lines=lines, budget=budget
+            decode,
+            wanted,
+            max_bytes=max_bytes,
+            garbage=self.garbage,
+            lines=lines,
+            budget=budget,
+            owner=owner,
         )
         self._waiting: deque[Message] = deque()  # what has come, and was not asked for yet
         #: See :class:`Inbox`: shown the next bytes, how to consume them.
@@ -89,6 +92,20 @@ class Connection:
         """What has come: taken from the left by whoever deals with it."""
         self._waiting += self._inbox.messages()
         return self._waiting
+
+    @property
+    def waiting_fds(self) -> int:
+        """How many descriptors have come that no command has yet."""
+        queued = sum(len(fds) for _, fds, _ in self._waiting) if self._waiting else 0
+        return queued + self._inbox.unclaimed_fds
+
+    def refuse_fds(self, why: str) -> None:
+        """Close those descriptors: the commands that should have had them are told why not."""
+        for number, (value, fds, lost) in enumerate(self._waiting):
+            if fds:
+                self.garbage += fds
+                self._waiting[number] = value, [], lost or why
+        self._inbox.refuse_fds(why)
 
     def close(self) -> None:
         """The connection is over: what waits for a command becomes garbage."""

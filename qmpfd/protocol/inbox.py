@@ -11,7 +11,7 @@ descriptors that came with a piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..errors import GenericError
@@ -22,9 +22,9 @@ from .claims import Unclaimed
 if TYPE_CHECKING:
     from .parser import Budget, Parser, ParserState
 
-#: A value or typed request, or the error that its text has; the descriptors it takes; whether
-#: some got lost.
-Message: TypeAlias = "tuple[Any, list[Fd], bool]"
+#: A value or typed request, or the error that its text has; the descriptors it takes; if some that
+#: it should have had are gone, why.
+Message: TypeAlias = "tuple[Any, list[Fd], str]"
 
 #: Decodes a chunk of whole messages at once; None where only the careful parser can tell.  A
 #: server's gives requests, whose ``takes`` says how many descriptors each takes at most.
@@ -78,6 +78,7 @@ class Inbox:
         lines: every message ends with a line end, so that an incomplete line can wait for the
             rest of it: so do replies, but not requests.
         budget: the memory that incomplete messages share with other connections.
+        owner: for whom it is.
     """
 
     def __init__(
@@ -89,10 +90,12 @@ class Inbox:
         garbage: list[Fd],
         lines: bool = False,
         budget: Budget | None = None,
+        owner: Hashable = None,
     ) -> None:
         self._decode = decode
         self._wanted = wanted
         self._budget = budget
+        self._owner = owner
         self._parser: Parser | None = None  # made once something is not plain
         self._max_bytes = max_bytes
         self._unclaimed = Unclaimed(garbage)
@@ -230,7 +233,7 @@ class Inbox:
             # Loaded when first needed: the short verbs never need it.
             from .parser import Parser  # noqa: PLC0415
 
-            self._parser = Parser(self._max_bytes, self._budget)
+            self._parser = Parser(self._max_bytes, self._budget, self._owner)
         return (
             (value if error is None else error, end)
             for value, error, end in self._parser.feed(data)
@@ -257,9 +260,9 @@ class Inbox:
             if not piece.dropped and len(piece.fds) <= piece.last_takes:
                 # As nearly always: nothing waits, and nothing will.
                 self._segment_left = 0
-                found = [(value, _NO_FDS, False) for value in piece.messages]
+                found = [(value, _NO_FDS, "") for value in piece.messages]
                 if piece.fds:
-                    found[-1] = (piece.messages[-1], piece.fds, False)
+                    found[-1] = (piece.messages[-1], piece.fds, "")
                 return found
         for piece in pieces:
             if piece.fds or piece.dropped:
@@ -267,15 +270,25 @@ class Inbox:
             for value in piece.messages:
                 if type(value) is GenericError:
                     unclaimed.discard()
-                    found.append((value, [], False))
+                    found.append((value, [], ""))
                 elif most := wanted(value):
-                    found.append((value, *unclaimed.claim(most)))
+                    fds, dropped = unclaimed.claim(most)
+                    found.append((value, fds, unclaimed.why_dropped if dropped else ""))
                 else:
-                    found.append((value, [], False))
+                    found.append((value, [], ""))
                 unclaimed.message_ended()
             if piece.ends_segment:
                 unclaimed.segment_ended(inside_message=piece.inside_message)
         return found
+
+    @property
+    def unclaimed_fds(self) -> int:
+        """How many descriptors wait for a command."""
+        return len(self._unclaimed)
+
+    def refuse_fds(self, why: str) -> None:
+        """Give up the descriptors that wait: the command that should have had them is told why."""
+        self._unclaimed.refuse(why)
 
     def snapshot(self) -> InboxState:
         """What has come and is not done with; for :meth:`restore`.  The descriptors stay here.

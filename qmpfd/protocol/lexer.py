@@ -139,6 +139,10 @@ class Lexer:
         self._state = state
         self._begun = bytearray(begun)
 
+    def drop(self) -> None:
+        """Keep nothing of the token in progress; what is given of it will be its end."""
+        self._begun.clear()
+
     @property
     def buffered(self) -> int:
         """Bytes kept of the token in progress."""

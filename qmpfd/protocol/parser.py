@@ -8,7 +8,8 @@ than the bytes that were just read; of several syntax errors the first is told, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
@@ -18,8 +19,6 @@ from .lexer import Lexer, Token
 from .strings import BadString, unquote
 
 _UINT64_MAX = (1 << 64) - 1
-#: Bytes that a value may take even when all memory for such is used up.
-_SMALL = 8 << 10
 
 _KEYWORDS = {b"true": True, b"false": False, b"null": None}
 
@@ -58,15 +57,34 @@ def _number(token: Token, text: bytes) -> int | float:
 class Budget:
     """Memory that the incomplete values of several parsers share.
 
+    When it is used up, somebody has to give up what it has: whoever of the owner that has the most
+    has made no progress for the longest time.  So neither do the silent keep it for ever, nor the
+    many of one owner from another.
+
     Args:
         most: bytes.
     """
 
-    __slots__ = ("most", "used")
-
     def __init__(self, most: int) -> None:
         self.most = most
         self.used = 0
+        self._parsers: dict[Hashable, dict[Parser, int]] = {}  # by owner; oldest progress first
+        self._of: Counter[Hashable] = Counter()
+
+    def charge(self, parser: Parser, before: int, now: int) -> None:
+        """*parser*, which has used *before* bytes, now uses *now*."""
+        owner = parser.owner
+        theirs = self._parsers.setdefault(owner, {})
+        theirs.pop(parser, None)
+        if now:
+            theirs[parser] = now
+        elif not theirs:
+            del self._parsers[owner]
+        self._of[owner] += now - before
+        self.used += now - before
+        while self.used > self.most:
+            greediest = max(self._parsers, key=lambda owner: self._of[owner])
+            next(iter(self._parsers[greediest])).give_up()
 
 
 class ParserState(NamedTuple):
@@ -79,6 +97,7 @@ class ParserState(NamedTuple):
         brackets: the same of brackets.
         lexer_state: where the lexer is.
         begun: what it has of the token in progress.
+        given_up: it is dropped, and that is still to be told.
     """
 
     text: bytes
@@ -87,6 +106,7 @@ class ParserState(NamedTuple):
     brackets: int
     lexer_state: int
     begun: bytes
+    given_up: bool
 
 
 class Parser:
@@ -95,14 +115,19 @@ class Parser:
     Args:
         max_bytes: bytes of all tokens of one value.
         budget: what all that is kept is taken from; none if None.
+        owner: for whom.
     """
 
-    def __init__(self, max_bytes: int, budget: Budget | None = None) -> None:
+    def __init__(
+        self, max_bytes: int, budget: Budget | None = None, owner: Hashable = None
+    ) -> None:
+        self.owner = owner
         self._budget = budget or Budget(sys.maxsize)
         self._charged = 0
         self._lexer = Lexer(max_bytes)
         self._max_bytes = max_bytes
         self._discarding = False  # past a limit: everything is dropped until the value ends
+        self._given_up = False  # so it is, and that is still to be told
         self._reset()
 
     def _reset(self) -> None:
@@ -123,8 +148,8 @@ class Parser:
         """The values that *data* completes: each with its error instead, if it has one, and with
         the offset in *data* behind it.
         """
-        budget = self._budget
-        self._lexer.max_token = self._max_bytes if budget.used <= budget.most else _SMALL
+        yield from self._tell_given_up(0)
+        self._lexer.max_token = 0 if self._discarding else self._max_bytes
         for token, text, end in self._lexer.feed(data):
             if token is Token.ERROR:
                 self._reset()
@@ -153,6 +178,21 @@ class Parser:
                 if not discarded:
                     yield value, error, end
         self._charge()
+        yield from self._tell_given_up(len(data))
+
+    def give_up(self) -> None:
+        """Drop what is incomplete, and all of the value that is still to come."""
+        if not self._discarding:
+            self._discarding = self._given_up = True
+            self._stack.clear()
+            self._text.clear()
+        self._lexer.drop()
+        self._charge()
+
+    def _tell_given_up(self, end: int) -> Iterator[tuple[Any, GenericError | None, int]]:
+        if self._given_up:
+            self._given_up = False
+            yield None, GenericError("JSON token size limit exceeded"), end
 
     def snapshot(self) -> ParserState:
         """What is incomplete; for :meth:`restore`."""
@@ -164,6 +204,7 @@ class Parser:
             self._brackets,
             state,
             begun,
+            self._given_up,
         )
 
     def restore(self, saved: ParserState) -> None:
@@ -173,12 +214,14 @@ class Parser:
         if saved.discarding:
             self._discarding, self._tokens = True, 1
             self._braces, self._brackets = saved.braces, saved.brackets
+            self._given_up = saved.given_up
         self._lexer.restore(saved.lexer_state, saved.begun)
         self._charge()
 
     def close(self) -> None:
         """Drop what is incomplete."""
         self._lexer = Lexer(self._max_bytes)
+        self._given_up = False
         self._reset()
         self._charge()
 
@@ -190,8 +233,9 @@ class Parser:
 
     def _charge(self) -> None:
         cost = self._cost
-        self._budget.used += cost - self._charged
-        self._charged = cost
+        before, self._charged = self._charged, cost
+        if before or cost:
+            self._budget.charge(self, before, cost)
 
     def _count(self, token: Token, text: bytes) -> None:
         self._tokens += 1
@@ -208,9 +252,6 @@ class Parser:
     def _limit_passed(self, token: Token) -> str | None:
         if self._bytes > self._max_bytes or token is Token.TOO_BIG:
             return "token size"
-        budget = self._budget
-        if budget.used > budget.most and self._cost > _SMALL:
-            return "token size"  # of all connections together: who asks for much has to wait
         if self._tokens > MAX_TOKENS:
             return "token count"
         if self._braces + self._brackets > MAX_NESTING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from msgspec import UNSET
@@ -11,8 +11,8 @@ from outcome import Error, Outcome, Value
 from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError, QMPError
 from ..fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
-from .connection import LOST, Connection, Event, State
-from .encode import encode, encode_any
+from .connection import Connection, Event, State
+from .encode import LONG_TEXT, Bits, encode, encode_any, encode_bit_by_bit
 from .inbox import InboxState
 from .parser import Budget
 from .vocabulary import Request, Vocabulary
@@ -45,6 +45,7 @@ class ServerConnection(Connection):
         max_request_bytes: bytes of one request.
         qemu_classes: tell only the error classes that today's QEMU has.
         budget: the memory that incomplete requests share with other connections.
+        owner: whose this one is.
     """
 
     def __init__(
@@ -54,9 +55,15 @@ class ServerConnection(Connection):
         max_request_bytes: int = MAX_REQUEST_BYTES,
         qemu_classes: bool = False,
         budget: Budget | None = None,
+        owner: Hashable = None,
     ) -> None:
         super().__init__(
-            vocabulary.decode_chunk, vocabulary.wanted_fds, max_request_bytes, False, budget
+            vocabulary.decode_chunk,
+            vocabulary.wanted_fds,
+            max_request_bytes,
+            False,
+            budget,
+            owner,
         )
         self._vocabulary = vocabulary
         self._qemu_classes = qemu_classes
@@ -101,9 +108,9 @@ class ServerConnection(Connection):
         waiting = self._gather()
         flooded = False
         while waiting:
-            value, fds, dropped = waiting.popleft()
+            value, fds, lost = waiting.popleft()
             if isinstance(value, Request):
-                if self.state is State.COMMANDS and not dropped:  # as nearly always
+                if self.state is State.COMMANDS and not lost:  # as nearly always
                     self._errors_in_a_row = 0
                     yield value, value.id, fds
                     continue
@@ -114,8 +121,8 @@ class ServerConnection(Connection):
                 if isinstance(value, GenericError):
                     raise value
                 request = self._checked(value)
-                if dropped:
-                    raise FdNotSupplied(LOST)
+                if lost:
+                    raise FdNotSupplied(lost)
             except QMPError as exc:
                 self.garbage += fds
                 if not isinstance(value, dict | Request):
@@ -155,13 +162,54 @@ class ServerConnection(Connection):
             if request_id is UNSET:
                 return b'{"return": %b}\r\n' % returned
             return b'{"return": %b, "id": %b}\r\n' % (returned, encode_any(request_id))
+        body = b'"error": ' + encode(self._error(result)) + b"}\r\n"
+        if request_id is UNSET:
+            return b"{" + body
+        return b'{"id": ' + encode_any(request_id) + b", " + body
+
+    def _error(self, result: Outcome[object]) -> dict[str, str]:
+        """The ``error`` member of a reply."""
         assert isinstance(result, Error)
         error = result.error
         assert isinstance(error, QMPError)
         told = error.error_class
         if self._qemu_classes and told not in QEMU_CLASSES:
             told = "GenericError"
-        body = b'"error": ' + encode({"class": told, "desc": error.desc}) + b"}\r\n"
-        if request_id is UNSET:
-            return b"{" + body
-        return b'{"id": ' + encode_any(request_id) + b", " + body
+        return {"class": told, "desc": error.desc}
+
+    @staticmethod
+    def may_be_long(result: Outcome[object], request_id: Any) -> bool:
+        """Whether the reply is for :meth:`long_reply`."""
+        if request_id is UNSET and type(result) is Value:  # as nearly always
+            return type(result.value) is Bits
+        kind = type(request_id)
+        if kind is dict or kind is list or (kind is str and len(request_id) > LONG_TEXT):
+            return True
+        if type(result) is Value:
+            return type(result.value) is Bits
+        # It may quote what the client has sent.
+        return isinstance(result, Error) and len(str(result.error)) > LONG_TEXT
+
+    def long_reply(self, result: Outcome[object], request_id: Any) -> Iterator[bytes]:
+        """The same reply as :meth:`reply` gives, but bit by bit: a listing may be megabytes, and
+        an id any value that fits in a request.
+        """
+        if isinstance(result, Error):
+            yield b"{"
+            if request_id is not UNSET:
+                yield b'"id": '
+                yield from encode_bit_by_bit(request_id)
+                yield b", "
+            yield b'"error": '
+            yield from encode_bit_by_bit(self._error(result))
+        else:
+            value = result.unwrap()
+            yield b'{"return": '
+            if isinstance(value, Bits):
+                yield from value.bits
+            else:
+                yield encode(value)
+            if request_id is not UNSET:
+                yield b', "id": '
+                yield from encode_bit_by_bit(request_id)
+        yield b"}\r\n"

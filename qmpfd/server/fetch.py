@@ -3,31 +3,41 @@
 It runs before Trio does, so that each stored descriptor can have the number that it had in the
 old daemon: nothing else is open yet that could be in the way.
 
-The old daemon owns everything until :meth:`Inheritance.confirm`.  Whatever happens before, the
-duplicates here are closed and it goes on as if nothing had been.
+The old daemon owns everything until it has said DONE, see :mod:`.handover`.  Whatever happens
+before, the duplicates here are closed and it goes on as if nothing had been.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import resource
 import select
 import socket
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Protocol
 
 from ..fd import Fd, close_all, receive
 from ..fdinfo import is_in_memory
-from ..limits import SCM_MAX_FD, TAKEOVER_FORMAT
+from ..limits import TAKEOVER_FORMAT
 from ..syncclient import NoDaemon, SyncClient
-from ..systemd import Notifier
 from .journal import read, replay
-from .place import make_way
-from .state import CONFIRM, DONE, NEXT, SavedState, decode
+from .state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode
 
 #: Seconds between two looks into a journal.
 _POLL = 0.02
+
+
+class Movable(Protocol):
+    """What has a descriptor, and may get another number for it."""
+
+    def move_above(self, number: int) -> None:
+        """Have one that is higher than *number*."""
 
 
 class Inheritance:
@@ -35,62 +45,142 @@ class Inheritance:
 
     Args:
         state: what the descriptors are.
-        fds: the descriptors, in the order of *state*; owned here until they are taken out.
-        sock: the connection to the old daemon.
-        old: the old daemon, as a pidfd.
+        old: the old daemon.
     """
 
-    def __init__(self, state: SavedState, fds: list[Fd], sock: socket.socket, old: Fd) -> None:
+    def __init__(self, state: SavedState, old: _Predecessor) -> None:
         self.state = state
-        #: The old daemon's journal, which tells whether it has let go.
-        self.journal = fds.pop() if state.journal else None
-        self.fds = fds
-        self._sock = sock
+        #: The descriptors, in the order of *state*; owned here until they are taken out.
+        self.fds: deque[Fd] = deque()
+        #: The old daemon's journal, if it is one that is started again when it dies.
+        self.journal: Fd | None = None
+        #: All of it is ours.
+        self.confirmed = False
         self._old = old
+
+    def confirm(self, timeout: float) -> None:
+        """Everything is in its place: take over.
+
+        Args:
+            timeout: seconds that the old daemon has to let go.
+
+        Raises:
+            NoDaemon: it has kept everything, and goes on.
+        """
+        self._old.let_go(timeout, self.journal)
+        self.confirmed = True
 
     @property
     def witness(self) -> Fd:
         """What tells whether the old daemon has let go; see :func:`has_let_go`."""
-        return self._old if self.journal is None else self.journal
-
-    def confirm(self, timeout: float) -> None:
-        """Take over: from here on, all of it is ours.
-
-        Args:
-            timeout: seconds.
-
-        Raises:
-            NoDaemon: the old daemon has kept it.
-        """
-        self._sock.setblocking(True)
-        self._sock.settimeout(timeout)
-        try:
-            self._sock.sendall(CONFIRM)
-            answer = self._sock.recv(1)
-        except OSError:
-            answer = b""
-        if answer == DONE:
-            return
-        if answer:
-            raise NoDaemon("the old daemon has given up the takeover: it goes on")
-        # No answer: if it is dead, nobody else has all this, but for whoever starts it again.
-        if not is_dead(self._old, timeout) or not has_let_go(self.witness, 0):
-            raise NoDaemon("the old daemon has not let go: it goes on")
+        return self._old.process if self.journal is None else self.journal
 
     def close(self) -> None:
         """Give up what was not taken out."""
         close_all(self.fds)
         if self.journal is not None:
             self.journal.close()
-        self._sock.close()
         self._old.close()
+
+    def __enter__(self) -> Inheritance:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Predecessor:
+    """The old daemon, while it hands over.
+
+    Args:
+        sock: the connection to it; owned from here on.
+        pid: its process.
+        above: no descriptor of ours may have a number up to this.
+
+    Raises:
+        OSError: there is no such number, or no such process here.
+    """
+
+    def __init__(self, sock: socket.socket, pid: int, above: int) -> None:
+        with Fd(sock.detach()) as connection:
+            connection.move_above(above)
+            self.process = Fd(os.pidfd_open(pid))
+            try:
+                self.process.move_above(above)
+            except BaseException:
+                self.process.close()
+                raise
+            self._sock = socket.socket(fileno=connection.detach())
+
+    def ask(self, request: bytes, timeout: float) -> tuple[bytes, list[Fd], bool]:
+        """Say something; what it answers, see :func:`qmpfd.fd.receive`.
+
+        Raises:
+            NoDaemon: it has given up the takeover.
+            TimeoutError: it does not answer.
+        """
+        self._sock.settimeout(timeout)
+        try:
+            self._sock.sendall(request)
+        except ConnectionError:
+            pass  # it has closed the connection; what it said before that is still here
+        answer = self._hear()
+        if answer[0] == REFUSED:
+            raise NoDaemon("the old daemon has given up the takeover: it goes on")
+        return answer
+
+    def _hear(self) -> tuple[bytes, list[Fd], bool]:
+        try:
+            return receive(self._sock, 1)
+        except ConnectionError:
+            return b"", [], False
+
+    def let_go(self, timeout: float, journal: Fd | None) -> None:
+        """Have it leave everything to us, and wait until it has.
+
+        Args:
+            timeout: seconds that it has for that.
+            journal: where it says so too, if it is started again when it dies.
+
+        Raises:
+            NoDaemon: it goes on.
+        """
+        try:
+            answer, _, _ = self.ask(CONFIRM, timeout)
+        except TimeoutError:
+            # From here on it cannot say so any more; or it has at the last moment.
+            self._sock.shutdown(socket.SHUT_RDWR)
+            answer, _, _ = self._hear()
+            if answer != DONE:
+                raise NoDaemon("the old daemon does not answer: it keeps everything") from None
+        if answer == DONE:
+            # It closes all that it has, and the connection last.  Whatever keeps it from that, it
+            # serves nobody any more.
+            try:
+                self._hear()
+            except TimeoutError:
+                pass
+        elif not is_dead(self.process, timeout):
+            raise NoDaemon("the old daemon has not let go: it goes on")
+        elif journal is not None and not has_let_go(journal, 0):
+            raise NoDaemon("the old daemon has died, and is started again with everything")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()
+        self.process.close()
 
 
 def fetch(
     path: str | os.PathLike[str],
     timeout: float,
     progress: Callable[[int, int], None],
-    parent: Notifier | None = None,
+    movable: Iterable[Movable] = (),
 ) -> Inheritance:
     """Fetch everything from the daemon that serves *path*.
 
@@ -98,45 +188,65 @@ def fetch(
         path: its socket.
         timeout: seconds that any step of it may take.
         progress: told how many descriptors have come, of how many.
-        parent: whose socket makes way for a descriptor that needs its number.
+        movable: descriptors that are open here and may get other numbers.
 
     Raises:
         NoDaemon: nobody serves there, or it does not let go.
-        QMPError: it refuses: this user may not, or the state's format is unknown.
+        QMPError: it refuses: this user may not, or it is a newer version.
         ValueError: what it sends cannot be used here.
     """
     with SyncClient(path, timeout) as client:
         _, passed = client.request("takeover", {"format": TAKEOVER_FORMAT})
         sock = client.detach()
-    fds: list[Fd] = []
     try:
-        sock.settimeout(timeout)
-        with passed[0] as memory:
-            size = os.lseek(memory.fileno(), 0, os.SEEK_END)
-            state = decode(os.pread(memory.fileno(), size, 0))
-        make_way(parent, set(state.stored_numbers))
-        old = Fd(os.pidfd_open(state.pid))
+        with sock:
+            if len(passed) != 1:
+                raise ValueError("it sends no state")
+            size = os.lseek(passed[0].fileno(), 0, os.SEEK_END)
+            state = decode(os.pread(passed[0].fileno(), size, 0))
+            close_all(passed)
+            highest = max(state.stored_numbers, default=2)
+            for fd in movable:
+                fd.move_above(highest)
+            old = _Predecessor(sock, state.pid, highest)
+    except OSError as exc:
+        raise _unusable(exc) from None
+    finally:
+        close_all(passed)
+    with ExitStack() as stack:
+        inheritance = stack.enter_context(Inheritance(state, old))
         try:
-            _receive_all(sock, state, fds, progress)
-        except BaseException:
-            old.close()
-            raise
-    except BaseException:
-        close_all([*fds, *passed])
-        sock.close()
-        raise
-    return Inheritance(state, fds, sock, old)
+            _reserve(state.stored_numbers, inheritance.fds)
+            _receive_all(old, state, inheritance.fds, timeout, progress)
+        except TimeoutError:
+            raise NoDaemon("the old daemon does not answer") from None
+        except OSError as exc:
+            raise _unusable(exc) from None
+        if state.journal:
+            inheritance.journal = inheritance.fds.pop()
+        stack.pop_all()
+    return inheritance
+
+
+def _unusable(error: OSError) -> ValueError:
+    """Why what the old daemon has cannot be had here."""
+    if error.errno in (errno.EMFILE, errno.EINVAL, errno.EBADF):  # fcntl(2), dup(2)
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return ValueError(f"this process may have {most} open files only (ulimit -n)")
+    if error.errno == errno.ESRCH:
+        return ValueError("its process cannot be seen from here")
+    return ValueError(error.strerror or str(error))
 
 
 def is_dead(process: Fd, timeout: float) -> bool:
-    """Whether a process has ended.
+    """Whether a process ends within so many seconds.
 
     Args:
         process: a pidfd.
-        timeout: seconds that it is waited for.
+        timeout: seconds.
     """
     poll = select.poll()
-    poll.register(process.fileno(), select.POLLIN)
+    poll.register(process, select.POLLIN)
     return bool(poll.poll(timeout * 1000))
 
 
@@ -158,45 +268,58 @@ def has_let_go(witness: Fd, timeout: float) -> bool:
     return True
 
 
+def _reserve(numbers: list[int], places: deque[Fd]) -> None:
+    """Have something open under each of *numbers*, so that nothing else comes there.
+
+    Args:
+        numbers: which.
+        places: where they go, in that order.
+
+    Raises:
+        ValueError: something is there already.
+        OSError: this process may not have such numbers, or not so many.
+    """
+    with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as filler:
+        if numbers:
+            filler.move_above(max(numbers))
+        for number in numbers:
+            if _is_open(number):
+                raise ValueError(f"descriptor {number} is in use in this process already")
+            places.append(Fd(os.dup2(filler.fileno(), number, inheritable=False)))
+
+
+def _is_open(number: int) -> bool:
+    try:
+        fcntl.fcntl(number, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
+
+
 def _receive_all(
-    sock: socket.socket, state: SavedState, fds: list[Fd], progress: Callable[[int, int], None]
+    old: _Predecessor,
+    state: SavedState,
+    fds: deque[Fd],
+    timeout: float,
+    progress: Callable[[int, int], None],
 ) -> None:
-    wanted = state.stored_numbers
-    total = state.fd_count
-    taken: dict[int, int] = {}  # which of fds has a number, for those that are in the way
-    while len(fds) < total:
-        sock.sendall(NEXT)
-        data, come, dropped = receive(sock, 1)
-        first = len(fds)
-        fds += come
-        if not data or dropped or not come or len(come) > SCM_MAX_FD:
-            raise NoDaemon(
-                "this process is out of file descriptors"
-                if dropped
-                else "the old daemon has given up the takeover: it goes on"
-            )
-        for index in range(first, len(fds)):
-            taken[fds[index].fileno()] = index
-        for index in range(first, min(len(fds), len(wanted))):
-            _place(fds, index, wanted[index], max(wanted), taken)
-        progress(len(fds), total)
-
-
-def _place(fds: list[Fd], index: int, number: int, highest: int, taken: dict[int, int]) -> None:
-    """Give a descriptor the number that it had; whatever has that now moves out of the way."""
-    fd = fds[index]
-    if fd.fileno() == number:
-        return
-    if number in taken:
-        other = taken.pop(number)
-        moved = Fd(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, highest + 1))
-        fds[other].close()
-        fds[other] = moved
-        taken[moved.fileno()] = other
-    elif Path(f"/proc/self/fd/{number}").exists():
-        raise ValueError(f"descriptor {number} is in use in this process already")
-    del taken[fd.fileno()]
-    os.dup2(fd.fileno(), number, inheritable=False)
-    fds[index] = Fd(number)
-    taken[number] = index
-    fd.close()
+    """Receive the descriptors: first those that go to the places in *fds*, then the others, which
+    are added there.
+    """
+    places = iter(list(fds))
+    total, come = state.fd_count, 0
+    while come < total:
+        said, chunk, dropped = old.ask(NEXT, timeout)
+        come += len(chunk)
+        for fd in chunk:
+            place = next(places, None)
+            if place is None:
+                fds.append(fd)
+                continue
+            with fd:
+                os.dup2(fd.fileno(), place.fileno(), inheritable=False)
+        if dropped:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        if said != MORE or not chunk or come > total:
+            raise NoDaemon("the old daemon has ended before everything was here")
+        progress(come, total)

@@ -1,8 +1,12 @@
 """The old daemon's side of a takeover: one transaction, under the store's lock.
 
 Nobody is accepted, no session reads, and all that is under way comes to rest; then everything is
-described, and its descriptors are sent.  Until the newcomer confirms, all of it is still ours, and
-when it does not, everybody goes on.
+described, and its descriptors are sent.  The newcomer confirms once all of it is in its place.
+
+Who owns it is decided by one system call, that which says DONE.  Before, all of it is ours, and
+everybody goes on when the newcomer dies, hangs or gives up: then DONE cannot be sent any more.
+After it, we serve nobody; and until the newcomer hears that all is closed here, neither does it,
+so that what it removes for a client has really gone by the time of its reply.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ..errors import GenericError
 from ..fd import Fd
 from ..fdsets import StoredFd
-from ..limits import SCM_MAX_FD, TAKEOVER_TIMEOUT
+from ..limits import FORGET_TIMEOUT, SCM_MAX_FD, TAKEOVER_TIMEOUT
 from ..transport import FdStream
 from . import state as saved
 
@@ -27,8 +32,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("qmpfd")
 
 
-async def hand_over(server: Server, newcomer: Session, stream: FdStream) -> bool:
-    """Hand everything over to the client of *newcomer*; whether that is done.
+async def hand_over(server: Server, newcomer: Session, stream: FdStream) -> None:
+    """Hand everything over to the client of *newcomer*; its connection is over then.
 
     Args:
         server: the daemon.
@@ -36,44 +41,73 @@ async def hand_over(server: Server, newcomer: Session, stream: FdStream) -> bool
         stream: its connection.
 
     Raises:
-        GenericError: a takeover is under way already, or the daemon is ending.
+        GenericError: it cannot even begin: one is under way already, or the daemon is ending, out
+            of descriptors or too busy.
     """
     async with server.frozen():
-        with trio.move_on_after(TAKEOVER_TIMEOUT) as server.takeover_scope:
-            others = await server.until_at_rest(newcomer)
-            try:
-                _log.info("pid %d takes over", newcomer.peer.pid)
-                if await _send_all(server, others, newcomer, stream):
-                    server.leave()
-                    await stream.send_all(saved.DONE)
-                    return True
-            finally:
-                server.lock.release()
-        server.takeover_scope = None
-        _log.warning("pid %d has not taken over: going on", newcomer.peer.pid)
-        with suppress(trio.BrokenResourceError):
-            stream.send_nowait(saved.REFUSED)
-        return False
+        begun = False
+        try:
+            with trio.move_on_after(TAKEOVER_TIMEOUT) as server.takeover_scope:
+                others = await server.until_at_rest(newcomer)
+                try:
+                    state, fds = describe(server, others)
+                    with _in_memory(saved.encode(state)) as memory:
+                        begun = True
+                        _log.info("pid %d takes over", newcomer.peer.pid)
+                        await newcomer.reply_to_takeover(memory)
+                    if await _send_all(stream, fds) and _let_go(server, stream):
+                        server.leave()
+                        _log.info("pid %d has taken over", newcomer.peer.pid)
+                        with trio.move_on_after(FORGET_TIMEOUT):
+                            await server.settle()  # what was kept of it is closed too
+                        return
+                finally:
+                    server.lock.release()
+        except trio.BrokenResourceError:
+            pass  # the newcomer is gone
+        finally:
+            if begun and not server.has_left:
+                _log.warning("pid %d has not taken over: going on", newcomer.peer.pid)
+                with suppress(trio.BrokenResourceError):
+                    stream.send_nowait(saved.REFUSED)
+        if not begun:
+            raise GenericError("The daemon did not come to rest in time: it goes on")
 
 
-async def _send_all(
-    server: Server, sessions: list[Session], newcomer: Session, stream: FdStream
-) -> bool:
-    state, fds = describe(server, sessions)
-    with Fd(os.memfd_create("qmpfd-state", os.MFD_CLOEXEC)) as memory:
-        data = saved.encode(state)
-        written = 0
-        while written < len(data):
-            written += os.write(memory.fileno(), data[written:])
-        await newcomer.reply_to_takeover(memory)
+def _in_memory(data: bytes) -> Fd:
     try:
-        for start in range(0, len(fds), SCM_MAX_FD):
-            if await _hear(stream) != saved.NEXT:
-                return False
-            await stream.send_all(b"f", fds[start : start + SCM_MAX_FD])
-        return await _hear(stream) == saved.CONFIRM
-    except (trio.BrokenResourceError, OSError):
-        return False
+        memory = Fd(os.memfd_create("qmpfd-state", os.MFD_CLOEXEC))
+    except OSError as exc:
+        raise GenericError(f"The daemon cannot hand over: {exc.strerror}") from None
+    written = 0
+    while written < len(data):
+        written += os.write(memory.fileno(), data[written:])
+    return memory
+
+
+async def _send_all(stream: FdStream, fds: list[int]) -> bool:
+    """Send the descriptors, as they are asked for; whether the newcomer has confirmed."""
+    for start in range(0, len(fds), SCM_MAX_FD):
+        if await _hear(stream) != saved.NEXT:
+            return False
+        await stream.send_all(saved.MORE, fds[start : start + SCM_MAX_FD])
+    return await _hear(stream) == saved.CONFIRM
+
+
+def _let_go(server: Server, stream: FdStream) -> bool:
+    """Say that all of it is the newcomer's; whether that was possible.
+
+    Where we are started again when we die, that has to be known before: the newcomer finds it out
+    if we die in between.
+    """
+    server.prepare_to_leave(True)
+    done = False
+    try:
+        done = stream.send_nowait(saved.DONE) > 0
+    finally:
+        if not done:
+            server.prepare_to_leave(False)
+    return done
 
 
 async def _hear(stream: FdStream) -> bytes:

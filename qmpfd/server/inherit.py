@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,6 @@ import trio
 
 from ..fd import Fd
 from ..fdsets import FOREVER, FdSet, Peer, Terms
-from ..limits import TAKEOVER_TIMEOUT
 from ..transport import FdStream
 from .fetch import Inheritance
 from .listener import UnixListener
@@ -23,49 +24,72 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-def restore(server: Server, inheritance: Inheritance | Recovered) -> list[UnixListener]:
-    """Put everything in its place; the listeners.
+@contextmanager
+def taking_over(
+    server: Server, inheritance: Inheritance | Recovered
+) -> Iterator[list[UnixListener]]:
+    """Put everything in its place, and give the listeners.
+
+    If the takeover is not confirmed in the block, all of it is let go at the block's end, as the
+    old daemon's: no connection is shut down, and no socket file removed.
 
     Args:
         server: a daemon that does not run yet.
         inheritance: what was fetched, or has come back.
     """
+    listeners: list[UnixListener] = []
+    try:
+        _restore(server, inheritance, listeners)
+        yield listeners
+    finally:
+        if not inheritance.confirmed:
+            for session in server.sessions:
+                session.abandon()
+            for listener in listeners:
+                listener.abandon()
+        for listener in listeners:
+            listener.close()
+
+
+def _restore(
+    server: Server, inheritance: Inheritance | Recovered, listeners: list[UnixListener]
+) -> None:
     state, fds = inheritance.state, _take_out(inheritance.fds)
-    stored = [next(fds) for _ in state.stored_numbers]
-    listeners = [
+    # What is stored comes last: it may be kept until the end of one of the sessions.
+    inheritance.fds.rotate(-len(state.stored_numbers))
+    listeners.extend(  # each as soon as there is one: the next may fail
         UnixListener.inherit(next(fds), None if path is None else Path(path))
         for path in state.listeners
-    ]
+    )
     sessions = []
     for saved in state.sessions:
         sock = socket.socket(fileno=next(fds).detach())
         stream = FdStream(trio.socket.from_stdlib_socket(sock))
         sessions.append(server.readmit(stream, saved, fds))
-    _fill_store(server, state, iter(stored), sessions)
+    _fill_store(server, state, inheritance.fds, sessions)
+    for session, saved in zip(sessions, state.sessions, strict=True):
+        session.context.watch(saved.watching)  # only now: none of that is news to anybody
     stats = server.daemon.stats
     stats.commands.update(state.commands)
     stats.errors.update(state.errors)
     stats.accepted, stats.turned_away = state.accepted, state.turned_away
     stats.started_at -= state.uptime
-    return listeners
 
 
-def _take_out(fds: list[Fd]) -> Iterator[Fd]:
+def _take_out(fds: deque[Fd]) -> Iterator[Fd]:
     """Each of *fds*, which the caller owns from then on."""
     while fds:
-        yield fds.pop(0)
+        yield fds.popleft()
 
 
-def _fill_store(
-    server: Server, state: SavedState, fds: Iterator[Fd], sessions: list[Session]
-) -> None:
+def _fill_store(server: Server, state: SavedState, fds: deque[Fd], sessions: list[Session]) -> None:
     now = server.daemon.clock()
     for fdset in state.sets:
         for saved in fdset.fds:
-            fd = next(fds)
+            fd = fds[0]
             terms = _terms(saved, sessions, now)
             if terms is None:  # kept until the end of a connection that is over
-                fd.close()
+                fds.popleft().close()
                 continue
             if terms.watch_hangup:
                 server.daemon.hangups.register(fd)
@@ -78,6 +102,7 @@ def _fill_store(
                 now=now - saved.age,
                 terms=terms,
             )
+            fds.popleft()
             if terms.watch_hangup:
                 server.daemon.hangups.watch(added.fds[fd.fileno()])
 
@@ -91,21 +116,3 @@ def _terms(saved: SavedFd, sessions: list[Session], now: float) -> Terms | None:
         watch_hangup=saved.watch_hangup,
     )
     return FOREVER if terms == FOREVER else terms
-
-
-def confirm(server: Server, listeners: list[UnixListener], inheritance: Inheritance) -> None:
-    """Everything is in its place: take over.
-
-    Raises:
-        NoDaemon: the old daemon goes on; nothing was touched.
-    """
-    try:
-        inheritance.confirm(TAKEOVER_TIMEOUT)
-        if server.keeper is not None:
-            server.keeper.confirm()
-    except BaseException:
-        for session in server.sessions:
-            session.outbox.mute()
-        for listener in listeners:
-            listener.abandon()
-        raise

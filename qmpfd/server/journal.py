@@ -104,7 +104,9 @@ class Confirmed(Struct, array_like=True, tag="c"):
 
 
 class Left(Struct, array_like=True, tag="x"):
-    """A successor has taken over: nothing of this is ours any more."""
+    """Whether a successor has taken over: nothing of this is ours any more, or it still is."""
+
+    left: bool
 
 
 Record: TypeAlias = Begun | Listens | Ended | Added | Removed | Confirmed | Left
@@ -145,7 +147,7 @@ class History:
             case Confirmed():
                 self.confirmed = True
             case Left():
-                self.left = True
+                self.left = record.left
             case Begun():
                 pass
 

@@ -464,10 +464,15 @@ class Keeper:
         self._previous = None
         self._note(Confirmed(), PREVIOUS)
 
+    def prepare_to_leave(self, leaves: bool) -> None:
+        """A successor is about to have it all, or will not: for whoever asks if we die now."""
+        self._note(Left(leaves))
+
     def leave(self) -> None:
-        """A successor has it all: what is kept is to be let go, also if we die this moment."""
-        self._note(Left())
+        """What is kept is to be let go, also if we die this moment; note no more changes."""
+        self._note(Left(True))
         self._forget()
+        self._kept.clear()
 
     def finish(self) -> None:
         """The daemon ends.  What is stored stays with a service manager, which may start another
@@ -489,15 +494,15 @@ class Keeper:
             self._push()
 
     def _forget(self) -> None:
-        """Have all of it closed there, the journal first: without it the rest counts for nothing.
-        A parent does that itself, when we end.
-        """
-        if not self._notifier.is_parent and not self.is_over:
+        """Have all of it closed there, the journal first: without it the rest means nothing."""
+        if not self.is_over:
             self._changes += 1
             generation = self._generation - len(self._journals) + 1
-            names = [journal_name(generation + n) for n in range(len(self._journals))]
-            names += {kept.name for kept in self._kept.values()}
-            self._outgoing += [(_remove(name), None) for name in names]
+            for number in range(generation, self._generation + 1):
+                self._outgoing.append((_remove(journal_name(number)), None))
+            for kept in set(self._kept.values()):
+                hint = self._hint(next(iter(kept.numbers)))
+                self._outgoing.append((_remove(kept.name) + hint, None))
             self._push()
 
     def detach(self) -> None:

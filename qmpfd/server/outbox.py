@@ -30,6 +30,7 @@ class Outbox:
         server: the daemon.
         stream: the connection.
         peer: who is at its other end.
+        emptied: called when the client has taken what had to wait for it.
         settle: waits until what is held may be told, and calls :meth:`release`.
     """
 
@@ -38,22 +39,24 @@ class Outbox:
         server: Server,
         stream: FdStream,
         peer: Peer,
+        emptied: Callable[[], None],
         settle: Callable[[], Awaitable[None]],
     ) -> None:
         self._server = server
+        self._emptied = emptied
+        self._settle = settle
         self._stream = stream
         self._peer = peer
-        self._settle = settle
         #: The client is sent nothing any more; what it asks is still carried out.
         self.deaf = False
+        #: What waits: bytes, and the descriptors that go with the first of them, owned here.
+        self.unsent: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
         #: What is put here from now on tells of changes that a crash would take back.
         self.unsafe = False
         #: That: behind what is unsent, and not sent before :meth:`release`.
         self.held: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
-        #: What waits: bytes, and the descriptors that go with the first of them, owned here.
-        self.unsent: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
-        #: Bytes of both.
-        self.size = 0
+        #: Bytes of both, and descriptors.
+        self.size = self.waiting_fds = 0
         self._flushing = trio.Lock()
         self._scope: trio.CancelScope | None = None  # while waiting for the client
 
@@ -69,6 +72,8 @@ class Outbox:
         elif data:
             (self.held if self.unsafe else self.unsent).append((data, fds or []))
             self.size += len(data)
+            if fds:
+                self.waiting_fds += len(fds)
 
     def release(self) -> None:
         """All that was put here may be sent."""
@@ -83,7 +88,7 @@ class Outbox:
         Args:
             share: the client's share of time, if that is being used.
         """
-        if self.unsafe and not self._server.is_frozen:
+        while self.unsafe and not self._server.is_frozen:
             await self._settle()
         if self.unsent and not self._server.is_frozen:
             if self._flushing.locked():  # somebody waits for the client already
@@ -106,7 +111,9 @@ class Outbox:
                     break
         except trio.BrokenResourceError:
             self.mute()
-        if self.size > MAX_UNSENT_BYTES:
+        if not self.unsent:
+            self._emptied()
+        elif self.size > MAX_UNSENT_BYTES:
             self.cut_off()
 
     def _next(self) -> tuple[bytes | memoryview, list[Fd]]:
@@ -128,6 +135,7 @@ class Outbox:
             else:
                 self.unsent.popleft()
             if fds:
+                self.waiting_fds -= len(fds)
                 self._discard(fds)
 
     async def _flush(self, share: Share | None) -> None:
@@ -137,18 +145,20 @@ class Outbox:
         token = self._server.backlog.begin(self.size, self.cut_off)
         try:
             async with self._flushing:
-                if self._server.is_frozen:
-                    return
-                with trio.move_on_after(self._server.daemon.limits.write_timeout) as scope:
-                    self._scope = scope
-                    await self._wait_for_client()
-                if self.unsent and not self._server.is_frozen:
-                    self.cut_off()
+                while self.unsent and not self._server.is_frozen:
+                    with trio.move_on_after(self._server.daemon.limits.write_timeout) as scope:
+                        self._scope = scope
+                        await self._wait_for_client()
+                    # Else the daemon was frozen meanwhile; it may go on by now.
+                    if self.unsent and trio.current_time() >= scope.deadline:
+                        self.cut_off()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.mute()
         finally:
             self._scope = None
             self._server.backlog.end(token)
+            if not self.unsent:
+                self._emptied()
             if share is not None:
                 share.resume()
 
@@ -165,7 +175,7 @@ class Outbox:
     def mute(self) -> None:
         """Send nothing any more."""
         self.deaf = True
-        self.size = 0
+        self.size = self.waiting_fds = 0
         for waiting in (self.unsent, self.held):
             while waiting:
                 self._discard(waiting.popleft()[1])

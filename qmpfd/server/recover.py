@@ -10,8 +10,11 @@ for a witness to say that was kept with it: the old daemon's own journal, or its
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import ClassVar
 
 from ..fd import Fd, close_all
 from ..limits import LETTING_GO_TIMEOUT
@@ -40,15 +43,25 @@ class Recovered:
     """
 
     state: SavedState
-    fds: list[Fd]
+    fds: deque[Fd]
     holdings: Holdings
     useless: list[Fd]
     sockets: list[InheritedFd]
     found: bool
     left: bool
 
-    def close(self) -> None:
-        """Give up what was not taken out."""
+    #: It is ours, whatever happens.
+    confirmed: ClassVar[bool] = True
+
+    def __enter__(self) -> Recovered:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         close_all([*self.fds, *self.useless, *(given.fd for given in self.sockets)])
 
 
@@ -96,7 +109,7 @@ def _recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recov
     names = {fd.fileno(): name for fd, name in zip(fds, uses, strict=True)}
     return Recovered(
         state,
-        fds,
+        deque(fds),
         Holdings(names, list(left), generation, found),
         useless,
         [InheritedFd(fd, given.name) for fd, given in zip(given_fds, sockets, strict=True)],

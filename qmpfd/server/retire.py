@@ -15,10 +15,17 @@ if TYPE_CHECKING:
     from .server import Server
 
 
-async def _retire(server: Server, take_out: Callable[[], list[StoredFd]]) -> None:
+#: Descriptors that are taken out in a row, or looked at, before everybody else is served.
+_A_STEP = 128
+
+
+async def _retire(server: Server, take_out: Callable[[], list[StoredFd]]) -> bool:
+    """Take out some, and close them; whether there were any."""
     async with server.lock:
         removed = take_out()
     server.dispose([stored.fd for stored in removed])
+    await trio.lowlevel.checkpoint()
+    return bool(removed)
 
 
 async def retire_expired(server: Server) -> None:
@@ -34,7 +41,10 @@ async def retire_expired(server: Server) -> None:
             reschedule()
             expiries.changed = reschedule
             await trio.sleep_forever()
-        await _retire(server, lambda: server.store.remove_expired(trio.current_time()))
+        while await _retire(
+            server, lambda: server.store.remove_expired(trio.current_time(), _A_STEP)
+        ):
+            pass
 
 
 async def retire_hung_up(server: Server) -> None:
@@ -42,7 +52,7 @@ async def retire_hung_up(server: Server) -> None:
     hangups, store = server.daemon.hangups, server.store
 
     def take_out() -> list[StoredFd]:
-        over = hangups.take()
+        over = hangups.take(_A_STEP)
         for stored in over:
             store.take_out(stored, "hangup")
         return over
@@ -50,4 +60,6 @@ async def retire_hung_up(server: Server) -> None:
     while True:
         with trio.move_on_after(HANGUP_RECHECK if hangups.draining else inf):
             await trio.lowlevel.wait_readable(hangups.fileno())
-        await _retire(server, take_out)
+        hangups.look()
+        while hangups.due:
+            await _retire(server, take_out)

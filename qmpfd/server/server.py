@@ -12,7 +12,7 @@ from pathlib import Path
 
 import trio
 
-from ..commands import TABLE, Daemon, Dialect
+from ..commands import TABLE, Client, Daemon, Dialect
 from ..errors import GenericError, QMPError
 from ..fd import Fd, close_all
 from ..fdsets import Peer
@@ -21,6 +21,7 @@ from ..limits import (
     FORGET_TIMEOUT,
     MAX_INCOMPLETE_BYTES,
     REFUSAL_LOG_INTERVAL,
+    TAKEOVER_TIMEOUT,
     Limits,
 )
 from ..policy import Policy
@@ -30,7 +31,8 @@ from .accept import Reserve, accept_clients
 from .admission import Admission, groups_of, peer_of
 from .backlog import Backlog
 from .fetch import Inheritance
-from .inherit import confirm, restore
+from .herald import tell_watchers
+from .inherit import taking_over
 from .keeper import Holdings, Keeper, Keeping
 from .listener import UnixListener
 from .metrics import write_metrics
@@ -67,7 +69,7 @@ class Server:
         #: Guards the store, which all sessions share.
         self.lock = trio.Lock()
         #: What the commands see.
-        self.daemon = Daemon(dialect, limits, trio.current_time, self.quit, TABLE)
+        self.daemon = Daemon(dialect, limits, trio.current_time, self.quit, TABLE, self._clients)
         self.store = self.daemon.store
         #: What the incomplete requests of all connections together may take.
         self.budget = Budget(MAX_INCOMPLETE_BYTES)
@@ -86,6 +88,10 @@ class Server:
         #: The daemon is ending: what was received is carried out, nothing else is waited for.
         self.stopping = False
         self._stop_event = trio.Event()
+        self._drained_by = inf
+        #: Set when an event waits for those who watch.
+        self.news = trio.Event()
+        self.daemon.news = self._tell_watchers
         #: Set when all is over.
         self.ended = trio.Event()
         self.sessions: set[Session] = set()
@@ -94,18 +100,24 @@ class Server:
         #: A takeover is under way: nobody is accepted, and no session begins anything.
         self.is_frozen = False
         self._thawed = trio.Event()
+        self._settled = trio.Event()  # it has come to its end, either way
         self._accept_scopes: set[trio.CancelScope] = set()
-        self._left = False  # a successor has taken over
+        #: A successor has taken over.
+        self.has_left = False
         #: Of the takeover under way.
         self.takeover_scope: trio.CancelScope | None = None
         self._nursery: trio.Nursery | None = None
 
     def stop(self) -> None:
         """End gracefully: accept nobody else, carry out what was received, then return."""
+        if self.stopping:
+            return
         self.stopping = True
+        now, timeout = trio.current_time(), self.daemon.limits.drain_timeout
+        self._drained_by = now + timeout
+        if self.takeover_scope is not None:  # it is an end as well, if it does not take too long
+            self.takeover_scope.deadline = min(self.takeover_scope.deadline, now + timeout / 2)
         self._stop_event.set()
-        if self.takeover_scope is not None:
-            self.takeover_scope.cancel()
 
     def quit(self) -> None:
         """As :meth:`stop`, and nothing is left for another daemon to come back to."""
@@ -129,25 +141,27 @@ class Server:
                     accepting.start_soon(accept_clients, self, listener)
                 accepting.start_soon(retire_expired, self)
                 accepting.start_soon(retire_hung_up, self)
+                accepting.start_soon(tell_watchers, self)
                 accepting.start_soon(self._evict)
                 if self._metrics_path is not None:
                     accepting.start_soon(write_metrics, self.daemon, self._metrics_path)
                 task_status.started(self)
                 await self._stop_event.wait()
                 accepting.cancel_scope.cancel()
-            if self._left:
+            if self.is_frozen:
+                await self._settled.wait()
+            if self.has_left:
                 sessions.cancel_scope.cancel()
             else:
-                await self._drain(sessions)
+                self._drain(sessions)
 
-    async def _drain(self, sessions: trio.Nursery) -> None:
+    def _drain(self, sessions: trio.Nursery) -> None:
         """Have everything answered that was asked, within the time there is."""
-        await self.until_thawed()
         # Whoever is in the backlog has connected in time: it is served as well.
         for listener in self.listeners:
             self._accept_rest(listener)
             listener.close()
-        sessions.cancel_scope.deadline = trio.current_time() + self.daemon.limits.drain_timeout
+        sessions.cancel_scope.deadline = self._drained_by
         for session in self.sessions:
             session.finish()
 
@@ -193,11 +207,21 @@ class Server:
             answers = keeper.is_settled  # or else the end has waited for it long enough
             if self._quits:
                 keeper.leave()
-            elif not self._left:
+            elif not self.has_left:
                 keeper.finish()
             if answers:
                 with trio.move_on_after(FORGET_TIMEOUT):
                     await keeper.settle()
+
+    def confirmed(self) -> None:
+        """What was fetched is ours now."""
+        if self.keeper is not None:
+            self.keeper.confirm()
+
+    def prepare_to_leave(self, leaves: bool) -> None:
+        """A successor is about to take over, or has not: whoever starts us again has to know."""
+        if self.keeper is not None:
+            self.keeper.prepare_to_leave(leaves)
 
     @property
     def is_settled(self) -> bool:
@@ -215,6 +239,9 @@ class Server:
             self.daemon.closer.close(fds)
         else:
             self.keeper.close_settled(fds)
+
+    def _tell_watchers(self) -> None:
+        self.news.set()
 
     def close(self) -> None:
         """Close every stored descriptor."""
@@ -254,7 +281,7 @@ class Server:
         if self.is_frozen or self.stopping:
             raise GenericError("The daemon is being taken over, or is ending")
         self.is_frozen = True
-        self._thawed = trio.Event()
+        self._thawed, self._settled = trio.Event(), trio.Event()
         for scope in self._accept_scopes:
             scope.cancel()
         for session in self.sessions:
@@ -262,11 +289,14 @@ class Server:
         try:
             yield
         finally:
-            if not self._left:
+            self.takeover_scope = None
+            self._settled.set()
+            if not self.has_left:
                 self.is_frozen = False
                 self._thawed.set()
                 for session in self.sessions:
                     session.thaw()
+                self.news.set()
 
     async def until_thawed(self) -> None:
         """Wait while a takeover is under way."""
@@ -287,31 +317,34 @@ class Server:
             await trio.sleep(_REST_POLL)
 
     def leave(self) -> None:
-        """A successor has taken over: end, without a word to anybody, and touch nothing."""
-        self._left = True
+        """A successor has taken over: let go of everything, without a word to anybody, and end."""
+        self.has_left = True
         self.stopping = True
         if self.keeper is not None:
             self.keeper.leave()
         self.daemon.watchers.clear()
-        for session in self.sessions:
-            session.outbox.mute()
+        self.daemon.logs.clear()
         for listener in self.listeners:
             listener.abandon()
+            listener.close()
+        self.daemon.closer.close_duplicates([stored.fd for stored in self.store.clear()])
+        for session in self.sessions:
+            session.leave()
         self._stop_event.set()
 
     def readmit(self, stream: FdStream, saved: SavedSession, fds: Iterator[Fd]) -> Session:
         """Go on with a client of the predecessor, once :meth:`run` runs.
 
         Args:
-            stream: its connection.
+            stream: its connection; owned from here on.
             saved: the session's state.
             fds: the session's descriptors.
         """
         peer, groups = Peer(*saved.peer), frozenset(saved.groups)
         session = Session(self, stream, peer, groups, self._admission.readmit(peer, groups))
-        session.restore(saved, fds)
         self.daemon.stats.connections += 1
         self.sessions.add(session)
+        session.restore(saved, fds)
         return session
 
     async def accept(self, listener: UnixListener) -> trio.socket.SocketType | None:
@@ -382,7 +415,7 @@ class Server:
 
     def close_stream(self, stream: FdStream) -> None:
         """Close a connection; what its client sent and nobody read may hold that up."""
-        if self._left:  # the connection goes on, in the successor
+        if self.has_left:  # the connection goes on, in the successor
             stream.close()
             return
         fd = stream.retire()
@@ -396,6 +429,11 @@ class Server:
             self.sessions.discard(session)
             self._admission.leave(session.peer)
             self.daemon.stats.connections -= 1
+
+    def _clients(self) -> list[Client]:
+        """Who is connected."""
+        now = trio.current_time()
+        return [session.about(now) for session in self.sessions]
 
     def change_policy(self, policy: Policy) -> None:
         """Put other rules in force, for those who are connected as well."""
@@ -462,20 +500,18 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     """
     server = Server(dialect, limits, policy, metrics_path)
     given, inherited = deque(initial_fds), deque(listen_fds)
+    listeners: list[UnixListener] = []
     with ExitStack() as stack:
         stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
         stack.callback(server.close)
+        for before in (inheritance, recovered):
+            if before is not None:
+                stack.enter_context(before)
+                listeners += stack.enter_context(taking_over(server, before))
         while given:
             fd, fdset_id, opaque = given[0]
             server.store.add(fd, fdset_id, opaque, create=True)
             given.popleft()
-        listeners: list[UnixListener] = []
-        for before in (inheritance, recovered):
-            if before is not None:
-                stack.callback(before.close)
-                listeners += restore(server, before)
-        for listener in listeners:
-            stack.callback(listener.close)
         for path in paths:
             listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))
             stack.callback(listeners[-1].close)
@@ -486,7 +522,8 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
         witness = None if inheritance is None else inheritance.witness
         async with server.kept(keeping, ours, recovered, witness):
             if inheritance is not None:
-                confirm(server, listeners, inheritance)
+                inheritance.confirm(TAKEOVER_TIMEOUT)
+                server.confirmed()
             try:
                 await server.run(listeners, task_status=task_status)
             finally:

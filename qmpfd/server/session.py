@@ -13,7 +13,7 @@ import trio
 from msgspec import UNSET, structs
 from outcome import Error, Outcome, Value
 
-from ..commands import NOTHING, VERSION, VOCABULARY, Context, execute
+from ..commands import NOTHING, VERSION, VOCABULARY, Client, Context, execute
 from ..errors import GenericError, QMPError
 from ..fd import Fd
 from ..fdsets import Peer
@@ -88,20 +88,25 @@ class Session:
             max_request_bytes=server.daemon.limits.max_request_bytes,
             qemu_classes=server.daemon.dialect == "qemu",
             budget=server.budget,
+            owner=peer.uid,
         )
-        self._context = Context(server.daemon, self._connection, peer, access, self._wake)
+        self._context = Context(server.daemon, self._connection, peer, access, self._tell)
         self._share = Share(server.turns)
         self._since = trio.current_time()  # when it connected, or was last seen to have asked
+        self._connected_at = self._since
         self._asked = False  # something, since then
         self._farewell: QMPError | None = None  # why it is evicted
         self._scope = trio.CancelScope()
         self._waiting = False  # for the client; nothing of it is unanswered
         self._parked = False  # the daemon is frozen; nothing of the client is under way
+        self._long_reply: Iterator[bytes] | None = None  # being sent bit by bit
         self._takeover_id: Any = UNSET  # of the request that asked for a takeover
-        self.outbox = Outbox(server, stream, peer, self._settle)
-        self._pump_scope: trio.CancelScope | None = None  # while events are being sent
+        self._fds_waiting = 0  # as counted so far
+        self._events_wait = False  # until the client has taken what it is being sent
+        self.outbox = Outbox(server, stream, peer, self._emptied, self._settle)
         self._settling = trio.Lock()
         self._holds = 0  # how often replies or events had to be held
+        self._pump_scope: trio.CancelScope | None = None  # while events are being sent
 
     async def run(self) -> None:
         """Serve the client until it is gone, or the daemon ends."""
@@ -125,15 +130,25 @@ class Session:
             if self._pump_scope is not None:
                 self._pump_scope.cancel()
             self._server.close_stream(self._stream)
-            with trio.move_on_after(LOCK_TIMEOUT, shield=True):
-                await self._server.enter()
-                try:
-                    self._context.close()
-                finally:
-                    self._server.lock.release()
             self._connection.close()
-            garbage, self._connection.garbage = self._connection.garbage, []
-            self._server.dispose(garbage)
+            self._count_waiting_fds()
+            with trio.move_on_after(LOCK_TIMEOUT, shield=True):
+                await self._leave_nothing()
+            self._dispose_of_garbage()
+
+    async def _leave_nothing(self) -> None:
+        """Take out what was kept for the time of the connection; all of it may be a lot."""
+        more = True
+        while more:
+            await self._server.enter()
+            try:
+                more = self._context.close(_CLOSES_A_STEP)
+            finally:
+                self._server.lock.release()
+            while self._connection.garbage:
+                self._dispose_of_garbage(_CLOSES_A_STEP)
+                if more or self._connection.garbage:
+                    await trio.lowlevel.checkpoint()
 
     def finish(self) -> None:
         """End as soon as all that the client has sent is answered."""
@@ -142,7 +157,17 @@ class Session:
 
     def change_access(self, access: Access) -> None:
         """The policy has changed: what the client may do from now on."""
-        self._context.access = access
+        self._context.change_access(access)
+
+    def about(self, now: float) -> Client:
+        """What others may be told of the client."""
+        return Client(
+            self.peer,
+            now - self._connected_at,
+            0.0 if self._asked else now - self._since,
+            self._context.fd_count,
+            self._context.events is not None,
+        )
 
     def evict_if_idle(self, now: float) -> None:
         """End if the client has not negotiated in time, or has asked nothing for too long."""
@@ -187,14 +212,17 @@ class Session:
     def thaw(self) -> None:
         """The daemon is no longer frozen: see to it that what is unsent is sent."""
         if self.outbox.size:
-            self._wake()
+            self._start_pump()
 
     async def _hand_over(self) -> None:
         try:
             await hand_over(self._server, self, self._stream)
         except QMPError as exc:
-            self.outbox.put(self._connection.reply(Error(exc), self._takeover_id))
-            await self.outbox.send()
+            # At once: another takeover may be under way.  Who asks for one takes its replies.
+            reply = self._connection.reply(Error(exc), self._takeover_id)
+            if not self.outbox.size:
+                with suppress(trio.BrokenResourceError):
+                    self._stream.send_nowait(reply)
 
     async def reply_to_takeover(self, memory: Fd) -> None:
         """Answer the request for a takeover, with the daemon's state."""
@@ -205,10 +233,10 @@ class Session:
         """All that a successor needs to go on, and the numbers of the descriptors."""
         connection = self._connection.snapshot()
         inbox, parser = connection.inbox, connection.inbox.parser
-        unsent = [(bytes(data), fds) for data, fds in [*self.outbox.unsent, *self.outbox.held]]
         events = self._context.events
-        if events is not None and (waiting := events.take()):
-            unsent.append((waiting, []))
+        while events is not None and (waiting := events.take()):
+            self.outbox.put(waiting)  # sent by us, if nobody takes over
+        unsent = [(bytes(data), fds) for data, fds in [*self.outbox.unsent, *self.outbox.held]]
         saved = SavedSession(
             peer=self.peer,
             groups=sorted(self.groups),
@@ -243,18 +271,33 @@ class Session:
             ConnectionState(saved.state, saved.oob_enabled, saved.errors_in_a_row, inbox)
         )
         for name in saved.names:
-            self._context.names[name] = next(fds)
-            self._server.daemon.hold(self.peer.uid)
-        self._context.watch(saved.watching)
+            self._context.own(name, next(fds))
         self._since -= saved.idle
+        self._connected_at = self._since
         for data, count in saved.unsent:
             self.outbox.put(data, list(islice(fds, count)))
+        self._count_waiting_fds()
+
+    def leave(self) -> None:
+        """Another daemon goes on: let go of all that is the client's, without a word to it."""
+        self.outbox.mute()
+        self._context.close()
+        self._connection.close()
+        garbage = self._connection.garbage
+        self._server.daemon.closer.close_duplicates(garbage)
+        garbage.clear()
+
+    def abandon(self) -> None:
+        """It never began: another daemon has kept it all."""
+        self.leave()
+        self._stream.close()
 
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
         stream, outbox = self._stream, self.outbox
         context, share = self._context, self._share
+        share.resume()  # it may have been made long before it runs, with thousands of others
         while True:
             if share.over:
                 await outbox.send(share)
@@ -265,6 +308,7 @@ class Session:
             if came:
                 await self._answer()
                 if context.takes_over:
+                    await outbox.send(share)
                     await self._hand_over()
                     return
                 # While more is there, replies wait: one write for all of them.
@@ -287,6 +331,9 @@ class Session:
     async def _serve_rest(self) -> None:
         while not self._context.quitting and self._stream.receive_nowait(self._connection):
             await self._answer()
+            if self._context.takes_over:
+                await self._hand_over()  # is refused
+                return
         await self.outbox.send()
 
     async def _answer(self) -> None:
@@ -315,6 +362,11 @@ class Session:
                     raise
             for data, fds in batches:
                 outbox.put(data, fds)
+            if self._fds_waiting or outbox.waiting_fds or connection.waiting_fds:
+                self._count_waiting_fds()
+            if self._long_reply is not None:
+                await outbox.send(self._share)
+                await self._send_long_reply(self._long_reply)
             if context.quitting or context.takes_over:
                 return
             if connection.has_news:
@@ -347,6 +399,9 @@ class Session:
                 self._takeover_id = request_id
                 break
             # Nobody reads what a deaf client is told.
+            if not deaf and connection.may_be_long(result, request_id):
+                self._long_reply = connection.long_reply(result, request_id)
+                break
             reply = b"" if deaf else connection.reply(result, request_id)
             size += len(reply)
             if context.passed:
@@ -365,6 +420,33 @@ class Session:
         batches.append((b"".join(replies), []))
         if asked:
             self._asked = True
+
+    async def _send_long_reply(self, bits: Iterator[bytes]) -> None:
+        """Make a reply bit by bit and send it, while others are served and the store changes.  No
+        event comes in between.
+        """
+        server, outbox, share, context = self._server, self.outbox, self._share, self._context
+        more = True
+        while more and not outbox.deaf:
+            made: list[bytes] = []
+            size = 0
+            await share.next_turn()
+            async with server.lock:
+                more = False
+                for bit in bits:
+                    made.append(bit)
+                    size += len(bit)
+                    if size > REPLY_BYTES_A_TURN or share.over:
+                        more = True
+                        break
+            if size:
+                passed, context.passed = context.passed, []
+                if not server.is_settled:
+                    self._hold()
+                outbox.put(b"".join(made), passed)
+            await outbox.send(share)
+        self._long_reply = None
+        self._emptied()
 
     def _note(self, request: Request | Error, result: Outcome[object]) -> None:
         """Count errors, and say who asked for what, and what became of it."""
@@ -391,22 +473,47 @@ class Session:
 
     # -- replies and events --------------------------------------------------------------------
 
-    def _wake(self) -> None:
-        """An event waits: see to it that it is sent."""
+    def _tell(self) -> bool:
+        """Send some of the events that wait; whether more of them can be sent at once."""
+        events = self._context.events
+        if events is None or self._server.is_frozen:
+            return False
+        if self.outbox.size or self._long_reply is not None:
+            self._events_wait = True
+            return False
+        if not (data := events.take()):
+            return False
+        if not self._server.is_settled:
+            self._hold()
+        self.outbox.put(data)
+        try:
+            self.outbox.push()
+        except OSError:
+            _log.exception("events could not be sent")
+            self.outbox.cut_off()
+        if self.outbox.unsent or self.outbox.held:
+            self._events_wait = True
+            self._start_pump()
+        return not (self.outbox.unsent or self.outbox.held)
+
+    def _emptied(self) -> None:
+        """The client has taken what it was sent."""
+        if self._fds_waiting:
+            self._count_waiting_fds()
+        if self._events_wait:
+            self._events_wait = False
+            self._server.daemon.news()
+
+    def _start_pump(self) -> None:
         if self._pump_scope is None:
             self._pump_scope = trio.CancelScope()
             self._server.start_soon(self._pump, self._pump_scope)
 
     async def _pump(self, scope: trio.CancelScope) -> None:
-        """Send the events that wait, then end: a connection that is told nothing has no task."""
+        """Send what is unsent, then end: a connection that is told nothing has no task."""
         try:
             with scope:
                 await self.outbox.send()
-                while self._context.events is not None and (data := self._context.events.take()):
-                    if not self._server.is_settled:
-                        self._hold()
-                    self.outbox.put(data)
-                    await self.outbox.send()
         except Exception:  # noqa: BLE001 - as in run
             _log.exception("events could not be sent")
             self.outbox.cut_off()
@@ -437,10 +544,36 @@ class Session:
             if count <= 0:
                 return
             if self._share.over:
+                self._count_waiting_fds()
                 await self._share.next_turn()
+
+    def _count_waiting_fds(self) -> None:
+        """Count the descriptors that have come and that no command has, and those that wait to be
+        taken with their replies.  If they are too many, those that have come last go.
+        """
+        connection, daemon, uid = self._connection, self._server.daemon, self.peer.uid
+        waiting = connection.waiting_fds + self.outbox.waiting_fds
+        more = waiting - self._fds_waiting
+        if more > 0:
+            try:
+                daemon.check_waiting(uid, more)
+            except QMPError as exc:
+                connection.refuse_fds(exc.desc)
+                self._dispose_of_garbage()
+                more = self.outbox.waiting_fds - self._fds_waiting
+        if more:
+            daemon.hold_waiting(uid, more)
+            self._fds_waiting += more
 
     def _close_garbage(self, most: int | None = None) -> None:
         garbage = self._connection.garbage
         if garbage:
             closing, garbage[:most] = garbage[:most], []
             self._server.daemon.closer.close(closing)
+
+    def _dispose_of_garbage(self, most: int | None = None) -> None:
+        """Close it as soon as all that was removed is gone from the keeper."""
+        garbage = self._connection.garbage
+        if garbage:
+            closing, garbage[:most] = garbage[:most], []
+            self._server.dispose(closing)

@@ -1,20 +1,29 @@
 """All that a daemon hands over to its successor, but for the descriptors themselves.
 
-It goes over as MessagePack with a format number.  The descriptors follow in the order in which
-the fields here speak of them: those of the sets, then the listeners', then for each session its
-connection, what waits for a command, what has a name, what waits to be sent.
+It goes over as MessagePack with a format number.  Whoever takes over says the newest format that it
+can read, and reads all older ones too: a member that comes in with a new format has a default.  A
+member that it does not know makes it give up, and so does a newer format.
+
+The descriptors follow in the order in which the fields here speak of them: those of the sets, then
+the listeners', then for each session its connection, what waits for a command, what has a name,
+what waits to be sent.
 """
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from ..limits import TAKEOVER_FORMAT
 
-#: What is said once the state has gone over, one byte each: the newcomer asks for more descriptors
-#: and confirms, the old daemon says that it has let go, or that it has not.
-NEXT, CONFIRM, DONE, REFUSED = b"n", b"c", b"d", b"x"
+#: What is said once the state has gone over, one byte each.  The newcomer asks for more descriptors
+#: and, with all of it in its place, confirms.  The old daemon sends some, then says that all of it
+#: is the newcomer's, and closes the connection once it has closed everything else; or it has given
+#: up and goes on.
+NEXT, CONFIRM = b"n", b"c"
+MORE, DONE, REFUSED = b"f", b"d", b"x"
 
 
 class SavedFd(Struct, forbid_unknown_fields=True):
@@ -55,6 +64,7 @@ class SavedParser(Struct, forbid_unknown_fields=True):
     brackets: int
     lexer_state: int
     begun: bytes
+    given_up: bool
 
 
 class SavedSession(Struct, forbid_unknown_fields=True):
@@ -79,12 +89,12 @@ class SavedSession(Struct, forbid_unknown_fields=True):
     peer: tuple[int, int, int]
     groups: list[int]
     idle: float
-    state: str
+    state: Annotated[str, Meta(pattern="^(CONNECTED|NEGOTIATING|COMMANDS)$")]
     oob_enabled: bool
     errors_in_a_row: int
     parser: SavedParser | None
     unclaimed: int
-    flags: list[bool]
+    flags: Annotated[list[bool], Meta(min_length=4, max_length=4)]
     segment_left: int
     names: list[str]
     watching: bool
@@ -151,8 +161,8 @@ def decode(data: bytes) -> SavedState:
     """
     try:
         number, raw = msgspec.msgpack.decode(data, type=tuple[int, msgspec.Raw])
-        if number != TAKEOVER_FORMAT:
-            raise ValueError(f"its state has format {number}, not {TAKEOVER_FORMAT}")
+        if not 1 <= number <= TAKEOVER_FORMAT:
+            raise ValueError(f"its state has format {number}, this version reads {TAKEOVER_FORMAT}")
         return msgspec.msgpack.decode(raw, type=SavedState)
     except msgspec.MsgspecError as exc:
         raise ValueError(f"its state cannot be read: {exc}") from None

@@ -55,12 +55,10 @@ def _commands(pyplot: Any, results: Results, scale: Scale, names: list[str], pat
             label=KINDS[name].label,
             color=_COLOURS[name],
         )
-        told = ["" if value is None else f"{value:.3g}" for value in medians]
-        axes.bar_label(bars, told, fontsize=6)
-    axes.set_yscale("log")
+        told = ["" if v is None else f"{v:.1f}" if v < 10 else f"{v:.0f}" for v in medians]
+        axes.bar_label(bars, told, fontsize=7)
     axes.set_xticks(range(len(cells)), list(cells))
-    axes.set_ylabel("CPU us per command")
-    axes.set_title("add-fd + remove-fd: CPU time of the server (less is better)")
+    axes.set_title("add-fd + remove-fd: CPU time of the server; less is better", pad=24)
     return _save(pyplot, figure, axes, path)
 
 
@@ -73,15 +71,23 @@ def _stored(pyplot: Any, results: Results, scale: Scale, names: list[str], path:
         if len(known) > 1:
             label, colour = KINDS[name].label, _COLOURS[name]
             axes.plot(list(known), list(known.values()), "o-", label=label, color=colour)
-    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("descriptors stored")
-    axes.set_ylabel("CPU us per command")
-    axes.set_title("add-fd + remove-fd, one in flight: CPU time of the server (less is better)")
+    axes.set_title(
+        "add-fd + remove-fd, one in flight, by how much is stored; less is better", pad=24
+    )
     return _save(pyplot, figure, axes, path)
 
 
 def _save(pyplot: Any, figure: Any, axes: Any, path: Path) -> Path:
-    axes.legend(fontsize=7, frameon=False)
+    ticker = importlib.import_module("matplotlib.ticker")
+    axes.set_yscale("log")
+    for which in (axes.yaxis.set_major_locator, axes.yaxis.set_minor_locator):
+        which(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_ylabel("CPU \u00b5s per command")
+    axes.legend(fontsize=8, frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

@@ -1,0 +1,189 @@
+"""Listings, which may be long: they are made bit by bit, and others are served between two bits.
+
+A listing is of what was stored when it was asked for; what is removed before its turn comes is
+left out.  A descriptor is looked at in the same step in which it is found in its set, so that
+its number cannot mean another one by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import ceil
+
+from msgspec import to_builtins
+
+from ..fdinfo import access_mode, kind, target
+from ..fdsets import FdSet, StoredFd
+from ..limits import INT64_MAX
+from ..protocol.encode import LONG_TEXT, Bits, Encoded, encode, encode_bit_by_bit
+from .context import Context
+from .types import FdInfo, FdsetFdInfo, FdsetInfo, PeerInfo
+
+# A step is over after so much work, about a millisecond.  The opaque texts count by the character.
+_STEP = 4096
+_COPYING, _ENCODING, _LOOKING = 4, 16, 64
+
+#: What is listed in one go, if it is no more.
+_FEW_FDS, _FEW_CHARACTERS = 256, 16384
+
+#: Bytes of what is said of a set, up to which they are kept for the next time.
+_KEPT_BYTES = 512
+
+
+def list_fdsets(context: Context) -> Bits | Encoded:
+    """What ``query-fdsets`` returns."""
+    return _result(context, _list_fdsets(context))
+
+
+def list_fds(context: Context, sets: Iterable[FdSet], prefix: str | None) -> Bits | Encoded:
+    """What ``query-fds`` returns.
+
+    Args:
+        context: the connection that asks.
+        sets: the fd sets.
+        prefix: what the opaque texts have to begin with; None for all.
+    """
+    return _result(context, _list_fds(context, sets, prefix))
+
+
+def added(fdset_id: int, numbers: list[int], opaque: str | None) -> FdsetInfo | Bits:
+    """What ``add-fds`` returns: the opaque text is said for each of the descriptors.
+
+    Args:
+        fdset_id: the fd set that they were added to.
+        numbers: the descriptors.
+        opaque: their opaque text.
+    """
+    info = FdsetInfo(fdset_id, [FdsetFdInfo(number, opaque) for number in numbers])
+    if len(numbers) * len(opaque or "") <= _FEW_CHARACTERS:
+        return info
+    return Bits(_bits_of(info))
+
+
+def _bits_of(info: FdsetInfo) -> Iterator[bytes]:
+    separator = b'{"fdset-id": %d, "fds": [' % info.fdset_id
+    for fd in info.fds:
+        yield separator
+        yield from encode_bit_by_bit(to_builtins(fd))
+        separator = b", "
+    yield b"]}"
+
+
+def _result(context: Context, bits: Iterator[bytes]) -> Bits | Encoded:
+    daemon = context.daemon
+    few = daemon.store.fd_count <= _FEW_FDS and daemon.opaque_total <= _FEW_CHARACTERS
+    return Encoded(b"".join(bits)) if few else Bits(bits)
+
+
+def _list_fdsets(context: Context) -> Iterator[bytes]:
+    now = context.daemon.clock()
+    out: list[bytes] = []
+    work = 0
+    separator = b"["
+    for fdset in context.daemon.store.walk():
+        cost = len(fdset.fds) * _ENCODING if fdset.listing is None else _COPYING
+        if context.access.unlimited and (whole := _whole(fdset)) is not None:
+            out += separator, whole
+            separator = b", "
+            work += cost
+        else:
+            opened = False
+            for stored in fdset.walk(now):
+                work += _ENCODING + len(stored.opaque or "")
+                if context.access.may("query", fdset.id, stored.opaque):
+                    if opened:
+                        out.append(b", ")
+                    else:
+                        out += separator, b'{"fdset-id": %d, "fds": [' % fdset.id
+                        separator, opened = b", ", True
+                    entry = FdsetFdInfo(stored.fd.fileno(), stored.opaque)
+                    if _is_long(stored.opaque):
+                        yield b"".join(out)
+                        out.clear()
+                        yield from encode_bit_by_bit(to_builtins(entry))
+                    else:
+                        out.append(encode(entry))
+                if work > _STEP:
+                    yield b"".join(out)
+                    out.clear()
+                    work = 0
+            if opened:
+                out.append(b"]}")
+        if work > _STEP:
+            yield b"".join(out)
+            out.clear()
+            work = 0
+    out.append(b"[]" if separator == b"[" else b"]")
+    yield b"".join(out)
+
+
+def _whole(fdset: FdSet) -> bytes | None:
+    """What a listing says of *fdset*, if that is short: of 15,000 sets, few have changed since the
+    last time, and what was said of the others is still right.
+    """
+    few = len(fdset.fds) <= _KEPT_BYTES // len(b'{"fd": 10}, ')
+    if fdset.listing is None and few:
+        fds = [FdsetFdInfo(number, stored.opaque) for number, stored in fdset.fds.items()]
+        if sum(len(fd.opaque or "") for fd in fds) <= _KEPT_BYTES:
+            whole = encode(FdsetInfo(fdset.id, fds))
+            if len(whole) <= _KEPT_BYTES:
+                fdset.listing = whole
+    return fdset.listing
+
+
+def _list_fds(context: Context, sets: Iterable[FdSet], prefix: str | None) -> Iterator[bytes]:
+    now = context.daemon.clock()
+    out: list[bytes] = []
+    work = 0
+    separator = b"["
+    for fdset in sets:
+        for stored in fdset.walk(now):
+            opaque = stored.opaque
+            work += _ENCODING + len(opaque or "")
+            if (prefix is None or (opaque is not None and opaque.startswith(prefix))) and (
+                context.access.may("query", fdset.id, opaque)
+            ):
+                out.append(separator)
+                separator = b", "
+                work += _LOOKING
+                entry = _describe(fdset, stored, now)
+                if _is_long(opaque):
+                    yield b"".join(out)
+                    out.clear()
+                    yield from encode_bit_by_bit(to_builtins(entry))
+                else:
+                    out.append(encode(entry))
+            if work > _STEP:
+                yield b"".join(out)
+                out.clear()
+                work = 0
+    out.append(b"[]" if separator == b"[" else b"]")
+    yield b"".join(out)
+
+
+def _is_long(opaque: str | None) -> bool:
+    return opaque is not None and len(opaque) > LONG_TEXT
+
+
+def _describe(fdset: FdSet, stored: StoredFd, now: float) -> FdInfo:
+    number = stored.fd.fileno()
+    link = target(number)
+    terms = stored.terms
+    return FdInfo(
+        fdset_id=fdset.id,
+        fd=number,
+        access=access_mode(number),
+        kind=kind(number, link),
+        target=link,
+        age=int(now - stored.added_at),
+        lifetime="daemon" if terms.owner is None else "connection",
+        watch_hangup=terms.watch_hangup,
+        opaque=stored.opaque,
+        expires=None if terms.expires_at is None else _seconds(terms.expires_at - now),
+        added_by=None if stored.added_by is None else PeerInfo(*stored.added_by),
+    )
+
+
+def _seconds(left: float) -> int:
+    """Time that is left, as an int64: a float comes near to its end, but may be beyond it."""
+    return min(max(0, ceil(left)), INT64_MAX)

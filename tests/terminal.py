@@ -1,0 +1,61 @@
+"""What a person sees: the command line in a real terminal, of any width, in any locale."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import termios
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from helpers import PATIENCE, ROOT
+
+#: Runs the command line, or does as if rich were not installed.
+_MAIN = "import sys; from qmpfd.cli import main; sys.exit(main(sys.argv[1:]))"
+WITHOUT_RICH = "import sys; sys.modules['rich'] = None; "
+
+#: What would make another terminal of it.
+_STRANGE = ("NO_COLOR", "COLUMNS", "TERM", "FORCE_COLOR", "PYTHONIOENCODING", "PYTHONUTF8")
+
+
+def on_a_terminal(
+    words: Sequence[str],
+    columns: int = 80,
+    *,
+    code: str = _MAIN,
+    rich: bool = True,
+    encoding: str = "utf-8",
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """What is shown, escape sequences and all.
+
+    Args:
+        words: the arguments.
+        columns: the terminal's width.
+        code: the program; by default, the command line.
+        rich: whether rich is there.
+        encoding: the terminal's.
+        env: what else is to be in the environment.
+    """
+    master, slave = os.openpty()
+    clean = {key: value for key, value in os.environ.items() if key not in _STRANGE}
+    try:
+        termios.tcsetwinsize(slave, (24, columns))
+        process = subprocess.Popen(
+            [sys.executable, "-c", ("" if rich else WITHOUT_RICH) + code, *words],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=slave,
+            stderr=slave,
+            env={**clean, "TERM": "xterm", "PYTHONIOENCODING": encoding, **(env or {})},
+        )
+    finally:
+        os.close(slave)
+    shown = b""
+    with suppress(OSError):  # EIO: nobody has the other end open any more
+        while data := os.read(master, 1 << 16):
+            shown += data
+    os.close(master)
+    process.wait(PATIENCE)
+    return shown.decode(encoding).replace("\r\n", "\n")

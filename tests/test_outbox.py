@@ -1,0 +1,132 @@
+"""What one client is sent: together where that is possible, in order, and no more than it takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import pytest
+import trio
+
+from qmpfd.fd import Fd, FileDescriptorLike
+from qmpfd.fdsets import Peer
+from qmpfd.limits import MAX_UNSENT_BYTES
+from qmpfd.server import Server
+from qmpfd.server.outbox import Outbox
+from qmpfd.transport import FdStream
+
+
+class _Stream(FdStream):
+    """Takes so many bytes, and tells what was sent in one go."""
+
+    def __init__(self, sock: trio.socket.SocketType, room: int) -> None:
+        super().__init__(sock)
+        self.room = room
+        self.sent: list[tuple[bytes, int]] = []
+
+    def send_nowait(self, data: bytes | memoryview, fds: Sequence[FileDescriptorLike] = ()) -> int:
+        part = bytes(data[: self.room])
+        if part:
+            self.sent.append((part, len(fds)))
+            self.room -= len(part)
+        return len(part)
+
+
+class Rig:
+    """An outbox, and the stream that it sends to."""
+
+    def __init__(self, room: int = 1 << 30) -> None:
+        self.server = Server()
+        ours, self.its = trio.socket.socketpair()
+        self.stream = _Stream(ours, room)
+        self.outbox = Outbox(self.server, self.stream, Peer(1, 0, 0), lambda: None)
+
+    async def __aenter__(self) -> Rig:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.outbox.mute()
+        self.stream.close()
+        self.its.close()
+        self.server.close()
+
+
+def _fd() -> Fd:
+    return Fd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+
+
+async def test_together() -> None:
+    async with Rig() as rig:
+        for data in (b"a", b"b", b"c"):
+            rig.outbox.put(data)
+        assert rig.stream.sent == []
+        await rig.outbox.send()
+        assert rig.stream.sent == [(b"abc", 0)]
+        assert rig.outbox.size == 0
+
+
+async def test_descriptors_begin_anew() -> None:
+    """They arrive with the first byte that they were sent with."""
+    async with Rig() as rig:
+        one, two = _fd(), _fd()
+        for data, fds in ((b"a", []), (b"b", [one]), (b"c", []), (b"d", [two]), (b"e", [])):
+            rig.outbox.put(data, fds)
+        await rig.outbox.send()
+        assert rig.stream.sent == [(b"a", 0), (b"bc", 1), (b"de", 1)]
+        assert one.closed
+        assert two.closed
+
+
+async def test_what_is_not_taken_waits() -> None:
+    async with Rig(room=3) as rig:
+        fd = _fd()
+        rig.outbox.put(b"abcd", [fd])
+        rig.outbox.put(b"ef")
+        rig.outbox.push()
+        assert rig.stream.sent == [(b"abc", 1)]
+        assert fd.closed  # it went with the first byte
+        assert rig.outbox.size == 3
+        rig.stream.room = 100
+        rig.outbox.push()
+        assert rig.stream.sent[1:] == [(b"def", 0)]
+
+
+async def test_nothing_goes_out_while_frozen() -> None:
+    async with Rig() as rig:
+        rig.outbox.put(b"a")
+        async with rig.server.frozen():
+            await rig.outbox.send()
+            rig.outbox.push()
+            assert rig.stream.sent == []
+        await rig.outbox.send()
+        assert rig.stream.sent == [(b"a", 0)]
+
+
+async def test_two_that_send(autojump_clock: trio.testing.MockClock) -> None:
+    """Replies and events: whole, and in the order in which they were put there."""
+    async with Rig(room=1) as rig:
+
+        async def send(data: bytes) -> None:
+            rig.outbox.put(data)
+            await rig.outbox.send()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, b"abc")
+            nursery.start_soon(send, b"def")
+            await trio.testing.wait_all_tasks_blocked()
+            rig.stream.room = 100
+        told = b"".join(data for data, _ in rig.stream.sent)
+        assert sorted((told[:3], told[3:])) == [b"abc", b"def"]
+
+
+async def test_too_much_waits(caplog: pytest.LogCaptureFixture) -> None:
+    async with Rig(room=0) as rig:
+        fd = _fd()
+        rig.outbox.put(bytes(MAX_UNSENT_BYTES + 1), [fd])
+        rig.outbox.push()
+        assert rig.outbox.deaf
+        assert fd.closed
+        assert "does not take its replies" in caplog.text
+        other = _fd()
+        rig.outbox.put(b"a", [other])
+        assert other.closed
