@@ -335,7 +335,7 @@ class Supervisor:
         while most:
             most -= 1
             try:
-                data, control, flags, _ = worker.sock.recvmsg(65536, _CONTROL, _FLAGS)
+                data, control, flags, _ = worker.sock.recvmsg(4096, _CONTROL, _FLAGS)
             except BlockingIOError:
                 return
             except OSError:

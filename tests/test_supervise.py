@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import open_fds
 from supervised import (
     COMMAND,
     DEADLINE,
-    Supervised,
     children,
     connected,
     lasting,
@@ -351,8 +351,8 @@ def test_inherited_descriptors(path: Path, tmp_path: Path) -> None:
                 daemon.worker()
                 there = fds(client)
                 assert [(fd["fdset-id"], fd["opaque"]) for fd in there] == [(7, "mine")]
-                links = [os.readlink(f"/proc/{daemon.pid}/fd/{fd}") for fd in _numbers(daemon)]
-                assert links.count(str(file)) == 1
+                # Once it is told that the worker serves, the parent needs what it was passed no more.
+                until(lambda: list(open_fds(daemon.pid).values()).count(str(file)) == 1)
             for _ in range(2):
                 daemon.kill_worker()
                 with daemon.client() as client:
@@ -367,8 +367,25 @@ def test_inherited_descriptors(path: Path, tmp_path: Path) -> None:
         os.close(number)
 
 
-def _numbers(daemon: Supervised) -> list[str]:
-    return os.listdir(f"/proc/{daemon.pid}/fd")
+def test_without_standard_streams(path: Path) -> None:
+    """Nothing of the parent's or the worker's takes their place."""
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    process = subprocess.Popen([*shell, *COMMAND, "--supervise", "--socket", str(path)])
+    try:
+        with connected(path) as client:
+            with open("/dev/zero") as zero:
+                client.execute("add-fd", fds=[zero])
+            for pid in (process.pid, *children(process.pid)):
+                links = [os.readlink(f"/proc/{pid}/fd/{number}") for number in range(3)]
+                assert links == ["/dev/null"] * 3
+            before = fds(client)
+            (worker,) = children(process.pid)
+            os.kill(worker, signal.SIGKILL)
+        with connected(path) as client:
+            assert fds(client) == before
+    finally:
+        process.terminate()
+        assert process.wait(DEADLINE) == 0
 
 
 def test_log_as_json(path: Path) -> None:

@@ -41,6 +41,8 @@ def become_supervisor(log_format: str, log_level: str, passed: Collection[int]) 
     assert spec.origin is not None
     # Without the environment's and the site's modules: nothing but its own file and the library.
     python = [sys.executable, "-I", "-S", "-W", "ignore", spec.origin]
+    for stream in range(3):  # one that had to be filled would be closed, and something else there
+        os.set_inheritable(stream, True)
     numbers = ",".join(map(str, passed))
     command = [sys.executable, *sys.orig_argv[1:]]
     os.execv(sys.executable, [*python, log_format, log_level, numbers, *command])

@@ -270,7 +270,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     daemon.raise_open_files_limit()
     recovered = keeping.recover(inherited, parent)
     if recovered.left and parent is not None:
-        return DONE  # a successor has it all; this was started because it was not told so
+        with recovered:
+            return DONE  # a successor has it all; this was started because it was not told so
     initial = [] if recovered.found else _take_inherited(arguments.add_fd)
     listen_fds = recovered.sockets
     limits = Limits(

@@ -341,15 +341,19 @@ class Keeper:
         try:
             for journal in self._journals:
                 journal.append(data)
-            if self._turned_at is None and self._journals[-1].size > self._journal_limit:
-                self._begin_journal()
-        except OSError as exc:
+        except OSError as exc:  # more than was reserved, and no memory
             self._end(f"the descriptors are no longer kept safe: {exc.strerror}")
+            return
+        if self._turned_at is None and self._journals[-1].size > self._journal_limit:
+            try:
+                self._begin_journal()
+            except OSError:  # out of descriptors, or memory: another time
+                self._journal_limit += MIN_JOURNAL_BYTES
 
     # -- the journal ---------------------------------------------------------------------------
 
-    def _snapshot(self) -> Iterator[Record]:
-        yield Begun(JOURNAL_FORMAT, self._generation, self._previous)
+    def _snapshot(self, generation: int) -> Iterator[Record]:
+        yield Begun(JOURNAL_FORMAT, generation, self._previous)
         for number, path in self._listeners.items():
             yield Listens(self._kept[number].name, path)
         for fdset in self._store:
@@ -359,8 +363,8 @@ class Keeper:
 
     def _begin_journal(self) -> None:
         """Begin another journal.  Until it is there, both are written, so either is right."""
+        journal = Journal(self._snapshot(self._generation + 1))
         self._generation += 1
-        journal = Journal(self._snapshot())
         self._journals.append(journal)
         self._journal_limit = max(MIN_JOURNAL_BYTES, 4 * journal.size)
         self._changes += 1
@@ -418,7 +422,8 @@ class Keeper:
                 ours.
 
         Raises:
-            OSError: it is more than can be kept.
+            GenericError: it is more than can be kept.
+            OSError: there is no descriptor, or no memory, for the journal.
         """
         self._store = store
         self._generation = holdings.generation
@@ -435,10 +440,9 @@ class Keeper:
                 if stored.terms.owner is None:
                     self._keep(number, stored.fd, holdings.names.get(number))
         if len(self._names) > self._capacity:
-            raise OSError(
-                errno.ENOSPC,
+            raise GenericError(
                 f"{len(self._names)} descriptors are more than the {self._capacity} that can be "
-                "kept safe",
+                "kept safe"
             )
         if previous is not None:
             self._previous = PREVIOUS

@@ -184,7 +184,7 @@ class Server:
             witness: what tells whether it is ours, in the middle of a takeover.
 
         Raises:
-            OSError: it is more than can be kept.
+            GenericError: it is more than can be kept.
         """
         useless = [] if recovered is None else recovered.useless
         if keeping is None:
