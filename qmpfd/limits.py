@@ -58,6 +58,25 @@ MAX_UNSENT_BYTES = 16 << 20
 #: Seconds between two status lines for the service manager.
 STATUS_INTERVAL = 5.0
 
+#: The format of the journal of what is kept safe.
+JOURNAL_FORMAT = 1
+
+#: Bytes that a journal has before another one is begun: 20,000 changes, so that it is seldom done.
+MIN_JOURNAL_BYTES = 1 << 20
+
+#: Descriptors at whoever keeps them that are none of those stored: two journals and the witness of
+#: a takeover; one to spare.
+KEEPER_SPARE = 4
+
+#: Bytes of one string of a process's environment (MAX_ARG_STRLEN, execve(2)).
+MAX_ARGUMENT_BYTES = 128 << 10
+
+#: Seconds that it can take a daemon that was asked to let go to do so, or not.
+LETTING_GO_TIMEOUT = 3.0
+
+#: Seconds that the daemon's end waits for the service manager to let go of what it kept.
+FORGET_TIMEOUT = 1.0
+
 #: The format in which a daemon's state is handed over to its successor: the newest that it reads.
 TAKEOVER_FORMAT = 1
 

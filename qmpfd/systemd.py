@@ -1,17 +1,22 @@
-"""Service managers that speak systemd's protocols: inherited sockets, readiness, watchdog.
+"""Service managers that speak systemd's protocols: inherited sockets, readiness, watchdog, and
+the file-descriptor store.
 
-See sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3).  Nothing here needs systemd itself,
-and without its environment variables nothing here does anything.
+See sd_listen_fds(3), sd_notify(3), sd_pid_notify_with_fds(3) and sd_watchdog_enabled(3).  Nothing
+here needs systemd itself, and without its environment variables nothing here does anything.  The
+parent of ``serve --supervise`` speaks the same, over a socket that its worker inherits.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import stat
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from .fd import Fd
+from . import fd as fds
+from .fd import Fd, FileDescriptorLike
 
 #: The first inherited descriptor (SD_LISTEN_FDS_START).
 _FIRST = 3
@@ -47,21 +52,115 @@ def take_listen_fds() -> list[InheritedFd]:
     return taken
 
 
+class Notifier:
+    """A connection to whoever started this process, for datagrams and descriptors with them.
+
+    Args:
+        sock: the socket, connected; owned from here on.
+        is_parent: it is the parent of ``serve --supervise``, which tells us by closing its end
+            that it is gone.
+    """
+
+    def __init__(self, sock: socket.socket, is_parent: bool) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self.is_parent = is_parent
+
+    @classmethod
+    def connect(cls) -> Notifier | None:
+        """The service manager at ``$NOTIFY_SOCKET``; None if there is none."""
+        path = os.environ.get("NOTIFY_SOCKET", "")
+        if not path.startswith(("/", "@")):
+            return None
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            sock.connect("\0" + path[1:] if path.startswith("@") else path)
+        except OSError:
+            sock.close()
+            return None
+        return cls(sock, is_parent=False)
+
+    @classmethod
+    def inherit(cls, number: int) -> Notifier | None:
+        """The parent behind an inherited descriptor; None if that is something else."""
+        try:
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
+                return None
+        except OSError:
+            return None
+        os.set_inheritable(number, False)
+        return cls(socket.socket(fileno=number), is_parent=True)
+
+    def fileno(self) -> int:
+        """Of the socket: writable when there is room, readable when the parent is gone."""
+        return self._sock.fileno()
+
+    def move_above(self, number: int) -> None:
+        """As :meth:`qmpfd.fd.Fd.move_above`."""
+        with Fd(self._sock.detach()) as fd:
+            fd.move_above(number)
+            self._sock = socket.socket(fileno=fd.detach())
+
+    def move(self, duplicate: Fd) -> None:
+        """Make way: go on with *duplicate*, which is of the same socket; owned from here on."""
+        self._sock.close()
+        self._sock = socket.socket(fileno=duplicate.detach())
+
+    def send(self, text: str, passed: Sequence[FileDescriptorLike] = ()) -> None:
+        """Send one message.
+
+        Args:
+            text: its lines.
+            passed: descriptors whose duplicates go with it.
+
+        Raises:
+            BlockingIOError: there is no room for it.
+            OSError: nobody will get it.
+        """
+        fds.send(self._sock, text.encode(), passed)
+
+    def close(self) -> None:
+        """End the connection."""
+        self._sock.close()
+
+
+_PARENT_VARIABLE = "QMPFD_NOTIFY_FD"
+_parent: Notifier | None = None
+
+
+def take_parent() -> Notifier | None:
+    """The parent of ``serve --supervise``, if this process is its worker.
+
+    From then on it is told what would be told to the service manager.
+    """
+    global _parent  # noqa: PLW0603 - as the environment that it comes from, one for the process
+    number = os.environ.pop(_PARENT_VARIABLE, "")
+    if number.isdecimal():
+        _parent = Notifier.inherit(int(number))
+    return _parent
+
+
+def take_store_size() -> int:
+    """How many descriptors whoever started this process keeps for it (``$FDSTORE``)."""
+    size = os.environ.pop("FDSTORE", "")
+    return int(size) if size.isdecimal() else 0
+
+
 def notify(*assignments: str) -> bool:
     """Tell the service manager something, such as ``"READY=1"``; whether there is one.
 
     That it cannot be reached is no reason to end: it is told again, or not.
     """
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path.startswith(("/", "@")):
+    notifier = _parent or Notifier.connect()
+    if notifier is None:
         return False
-    address = "\0" + path[1:] if path.startswith("@") else path
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.setblocking(False)
-        try:
-            sock.sendto("\n".join(assignments).encode(), address)
-        except OSError:
-            return False
+    try:
+        notifier.send("\n".join(assignments))
+    except OSError:
+        return False
+    finally:
+        if notifier is not _parent:
+            notifier.close()
     return True
 
 

@@ -112,7 +112,8 @@ def check_content(folder: Path) -> Path:
     (wheel,) = folder.glob("*.whl")
     (sdist,) = folder.glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
-    wanted = ["qmpfd/py.typed", "system/qmpfd.service", "system/qmpfd.socket", "/LICENSE"]
+    units = ["qmpfd.service", "qmpfd.socket", "qmpfd@.service"]
+    wanted = ["qmpfd/py.typed", "/LICENSE", *(f"system/{unit}" for unit in units)]
     if (ROOT / "build/docs/man/qmpfd.1").exists():
         wanted += ["share/man/man1/qmpfd.1", "share/man/man5/qmpfd.toml.5"]
     with tarfile.open(sdist) as archive:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,8 @@ PACKAGE = Path(qmpfd.__file__).parent
 
 #: From the bottom.  What stands on one floor does not import each other.
 FLOORS = [
-    {"errors", "limits", "_version", "_facade"},
-    {"fd", "fdinfo", "policy"},
+    {"errors", "limits", "_version", "_facade", "supervisor"},
+    {"fd", "fdinfo", "policy", "descriptions"},
     {"closing", "systemd"},
     {"fdsets"},
     {"protocol"},
@@ -107,13 +108,26 @@ def calls_of_os_close(module: str) -> list[int]:
     return lines
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module != "fd"])
+#: ``supervisor`` is a program of its own, which imports nothing of the package.
+CLOSES = {"fd", "supervisor"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in CLOSES])
 def test_only_one_place_closes_descriptors(module: str) -> None:
     assert calls_of_os_close(module) == []
 
 
-def test_that_place_is_fd() -> None:
-    assert len(calls_of_os_close("fd")) == 1
+@pytest.mark.parametrize("module", sorted(CLOSES))
+def test_that_place_is_one(module: str) -> None:
+    assert len(calls_of_os_close(module)) == 1
+
+
+def test_the_supervisor_stands_alone() -> None:
+    """It must be small, and nothing of the rest may be what it dies of."""
+    assert own("supervisor") == set()
+    tops = {name.split(".")[0] for name in imports("supervisor")}
+    assert not tops & {"json", "argparse", "threading", "subprocess", "logging", "re"}
+    assert tops <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("module", [module for module in inner if room(module) == "fdsets"])

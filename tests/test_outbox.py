@@ -39,7 +39,9 @@ class Rig:
         self.server = Server()
         ours, self.its = trio.socket.socketpair()
         self.stream = _Stream(ours, room)
-        self.outbox = Outbox(self.server, self.stream, Peer(1, 0, 0), lambda: None)
+        self.outbox = Outbox(
+            self.server, self.stream, Peer(1, 0, 0), lambda: None, trio.lowlevel.checkpoint
+        )
 
     async def __aenter__(self) -> Rig:
         return self

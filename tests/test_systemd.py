@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from supervised import children
 
 from qmpfd.syncclient import SyncClient
 
@@ -161,7 +162,8 @@ def test_sockets_for_somebody_else(manager: Manager, tmp_path: Path) -> None:
         process.wait(DEADLINE)
 
 
-def test_systemd_socket_activate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
+def test_systemd_socket_activate(tmp_path: Path, options: list[str]) -> None:
     tool = shutil.which("systemd-socket-activate")
     if tool is None:
         message = "needs systemd-socket-activate: apt-get install systemd"
@@ -170,13 +172,65 @@ def test_systemd_socket_activate(tmp_path: Path) -> None:
         pytest.skip(message)
     path = tmp_path / "activated"
     process = subprocess.Popen(
-        [tool, f"--listen={path}", "--fdname=qmp", *SERVE], stderr=subprocess.PIPE
+        [tool, f"--listen={path}", "--fdname=qmp", *SERVE, *options], stderr=subprocess.PIPE
     )
     try:
         assert process.stderr is not None
         assert b"Listening" in process.stderr.readline()
         with SyncClient(path, DEADLINE) as client:
-            assert client.execute("query-fdsets") == []
+            client.execute("add-fd", {"opaque": "mine"}, [0])
+        if options:
+            (worker,) = children(process.pid)
+            os.kill(worker, signal.SIGKILL)
+        with SyncClient(path, DEADLINE) as client:
+            (fdset,) = client.execute("query-fdsets")
+            assert fdset["fds"][0]["opaque"] == "mine"
     finally:
         process.terminate()
         process.communicate(timeout=DEADLINE)
+
+
+UNITS = sorted((Path(__file__).parents[1] / "packaging").iterdir())
+
+
+def analyze(*words: str) -> str:
+    tool = shutil.which("systemd-analyze")
+    if tool is None:
+        message = "needs systemd-analyze: apt-get install systemd"
+        if os.environ.get("QMPFD_REQUIRE_PEERS"):
+            pytest.fail(message)
+        pytest.skip(message)
+    done = subprocess.run(
+        [tool, *words], capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_units_are_right(tmp_path: Path) -> None:
+    """Nothing in them is unknown or contradicts itself."""
+    for unit in UNITS:
+        text = unit.read_text().replace("/usr/bin/qmpfd", "/bin/true")
+        lines = [line for line in text.splitlines() if not line.startswith("Documentation=")]
+        (tmp_path / unit.name).write_text("\n".join(lines) + "\n")
+    names = [unit.name.replace("@.", "@one.") for unit in UNITS]
+    (tmp_path / "qmpfd@one.service").symlink_to("qmpfd@.service")
+    assert analyze("verify", *(str(tmp_path / name) for name in names)) == ""
+
+
+@pytest.mark.parametrize("unit", [unit.name for unit in UNITS if unit.suffix == ".service"])
+def test_units_are_hardened(unit: str) -> None:
+    path = next(each for each in UNITS if each.name == unit)
+    told = analyze("security", "--offline=true", "--threshold=20", str(path))
+    assert "Overall exposure level" in told
+
+
+def test_the_store_of_the_units() -> None:
+    """systemd before 254 does not say how much it keeps: the unit says it twice."""
+    for unit in UNITS:
+        if unit.suffix == ".service":
+            lines = dict(
+                line.split("=", 1) for line in unit.read_text().splitlines() if "=" in line
+            )
+            assert lines["Environment"] == f"FDSTORE={lines['FileDescriptorStoreMax']}"
+            assert int(lines["FileDescriptorStoreMax"]) < int(lines["LimitNOFILE"])

@@ -22,6 +22,8 @@ from ..limits import STATUS_INTERVAL, Limits
 from ..policy import BadPolicy, Policy, load_policy
 from ..server import Server, serve
 from ..server.fetch import Inheritance
+from ..server.keeper import Keeping
+from ..server.recover import Recovered
 from ..systemd import InheritedFd, notify, notify_reloading, watchdog_interval
 from .options import default_socket
 
@@ -43,6 +45,8 @@ def run(
     initial_fds: Sequence[tuple[Fd, int, str | None]],
     listen_fds: Sequence[InheritedFd],
     inheritance: Inheritance | None,
+    recovered: Recovered,
+    keeping: Keeping | None,
 ) -> None:
     """Serve until told to end.
 
@@ -61,10 +65,16 @@ def run(
         initial_fds=initial_fds,
         listen_fds=[inherited.fd for inherited in listen_fds],
         inheritance=inheritance,
+        recovered=recovered,
+        keeping=keeping,
     )
     names = [str(path) for path in paths]
     names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
-    trio.run(_main, start, names, inheritance, policy_path)
+    before, how = (
+        (recovered.state, "back again") if inheritance is None else (inheritance.state, "took over")
+    )
+    again = [path or "an inherited socket" for path in before.listeners]
+    trio.run(_main, start, names, inheritance, how, again, policy_path)
 
 
 def raise_open_files_limit() -> None:
@@ -77,9 +87,10 @@ async def _main(
     start: partial[Coroutine[Any, Any, None]],
     names: Sequence[str],
     inheritance: Inheritance | None,
+    how: str,
+    again: Sequence[str],
     policy_path: Path | None,
 ) -> None:
-    taken_over: list[str] = []
     async with trio.open_nursery() as serving:
         with ExitStack() as stack:
             if inheritance is None:
@@ -93,15 +104,15 @@ async def _main(
                 server = await serving.start(start)
                 signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-                taken_over = [path or "an inherited socket" for path in inheritance.state.listeners]
-                _log.info("took over: listening on %s", ", ".join(taken_over))
             # What is there by now stays: the collector need not look through it again, for 20 ms.
             gc.collect()
             gc.freeze()
+            if again:
+                _log.info("%s: listening on %s", how, ", ".join(again))
             for name in names:
                 _log.info("listening on %s", name)
             if sys.stderr.isatty():
-                default = default_socket() in (*names, *taken_over)
+                default = default_socket() in (*names, *again)
                 where = "" if default else " --socket PATH"
                 _log.info("Ctrl-C ends it; qmpfd status%s shows what it does", where)
             await _look_after(server, policy_path, signals, serving)

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import QMPError
-from ..fd import Fd
+from ..fd import Fd, close_all
 from ..limits import MAX_REQUEST_BYTES, Limits
 from ..syncclient import NoDaemon
-from ..systemd import take_listen_fds
+from ..systemd import take_listen_fds, take_parent, take_store_size
+from . import keeping
 from .options import add_examples, default_socket, number, seconds, socket_path
 from .policy import group_id, read_policy
 from .status import DONE, UsageError
 
 if TYPE_CHECKING:
+    from ..server.fetch import Movable
     from .options import Subparsers
 
 _DEFAULTS = Limits()
@@ -52,6 +54,13 @@ def add_parsers(verbs: Subparsers) -> None:
         action="store_true",
         help="take over from the daemon that serves the (first) socket: all it holds, under the "
         "same numbers, and its connections; nobody notices",
+    )
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="have a small parent that keeps a duplicate of every descriptor and starts the daemon "
+        "again when it dies, with all it had; not needed under systemd with "
+        "FileDescriptorStoreMax=, which does the same",
     )
     parser.add_argument(
         "--socket-mode",
@@ -166,6 +175,7 @@ def add_parsers(verbs: Subparsers) -> None:
         parser,
         "qmpfd serve",
         "qmpfd serve --socket /run/qmpfd.sock --policy /etc/qmpfd.toml",
+        "qmpfd serve --supervise",
         "qmpfd serve --dialect qemu --add-fd fd=3,set=0,opaque=disk 3<>disk.img",
         status="  0 ended as told, 2 it cannot start; with --takeover: 1 the old daemon refused,\n"
         "  3 there is none to take over from",
@@ -248,13 +258,22 @@ def _fill_standard_streams() -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     _fill_standard_streams()
+    parent, store_size = take_parent(), take_store_size()
+    if arguments.supervise and parent is None and not keeping.has_store(store_size):
+        numbers = {option.fd for option in arguments.add_fd}
+        keeping.become_supervisor(arguments.log_format, arguments.log_level, numbers)
     # Before Trio opens descriptors of its own, which nobody may mistake for inherited ones.
-    listen_fds = take_listen_fds()
-    initial = _take_inherited(arguments.add_fd)
+    inherited = take_listen_fds()
     from . import daemon, logs, takeover
 
     logs.set_up(arguments.log_format, arguments.log_level)
     daemon.raise_open_files_limit()
+    recovered = keeping.recover(inherited, parent)
+    if recovered.left and parent is not None:
+        with recovered:
+            return DONE  # a successor has it all; this was started because it was not told so
+    initial = [] if recovered.found else _take_inherited(arguments.add_fd)
+    listen_fds = recovered.sockets
     limits = Limits(
         max_connections=arguments.max_connections,
         max_connections_per_uid=arguments.max_connections_per_uid,
@@ -268,12 +287,19 @@ def _serve(arguments: argparse.Namespace) -> int:
     paths = arguments.socket or ([] if listen_fds else [Path(default_socket())])
     policy = None if arguments.policy is None else read_policy(arguments.policy)
     inheritance = None
+    there = recovered.state.listeners
     if arguments.takeover:
         if not paths:
             raise UsageError("--takeover needs --socket: which daemon is to be taken over")
-        ours = [fd for fd, _, _ in initial] + [inherited.fd for inherited in listen_fds]
-        inheritance = takeover.fetch(paths[0], ours)
-        paths = takeover.still_to_bind(paths, inheritance)
+        reached, *paths = paths
+        if not recovered.found:
+            close_all(recovered.useless)  # their numbers may be needed
+            movable: list[Movable] = [fd for fd, _, _ in initial]
+            movable += [given.fd for given in listen_fds] + ([] if parent is None else [parent])
+            inheritance = takeover.fetch(reached, movable, has_parent=parent is not None)
+            there = inheritance.state.listeners
+    paths = takeover.still_to_bind(paths, there)
+    kept = keeping.connect(parent, store_size)
     failures: list[BaseException] = []
     try:
         daemon.run(
@@ -288,9 +314,14 @@ def _serve(arguments: argparse.Namespace) -> int:
             initial_fds=initial,
             listen_fds=listen_fds,
             inheritance=inheritance,
+            recovered=recovered,
+            keeping=kept,
         )
     except* (OSError, NoDaemon, QMPError) as group:  # a nursery's: there is one cause, the first
         failures = list(leaf_exceptions(group))
+    finally:
+        if kept is not None and parent is None:
+            kept.notifier.close()
     for failure in failures:
         if not isinstance(failure, OSError):  # the old daemon has kept what was to be taken over
             raise failure

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..fd import Fd
 from ..limits import TAKEOVER_TIMEOUT
 from ..server import fetch as fetching
 from ..syncclient import NoDaemon
@@ -16,12 +16,15 @@ from ..syncclient import NoDaemon
 _log = logging.getLogger("qmpfd")
 
 
-def fetch(path: Path, movable: Iterable[Fd]) -> fetching.Inheritance:
+def fetch(
+    path: Path, movable: Iterable[fetching.Movable], *, has_parent: bool
+) -> fetching.Inheritance:
     """Fetch all that the daemon at *path* has.
 
     Args:
         path: its socket.
         movable: descriptors that may get other numbers, if these are in the way.
+        has_parent: what is kept of it is not with the service manager.
 
     Raises:
         NoDaemon: nobody serves there, or it does not let go.
@@ -32,6 +35,13 @@ def fetch(path: Path, movable: Iterable[Fd]) -> fetching.Inheritance:
         inheritance = fetching.fetch(path, TAKEOVER_TIMEOUT, _progress, movable)
     except ValueError as exc:
         raise NoDaemon(f"the daemon at {path} cannot be taken over: {exc}") from None
+    service = os.environ.get("INVOCATION_ID")
+    if service is not None and not has_parent and inheritance.state.store == service:
+        inheritance.close()
+        raise NoDaemon(
+            f"the daemon at {path} is of this very service, and so is what is kept of it: "
+            "restart the service instead, and nothing is lost"
+        )
     _log.info(
         "fetched %d descriptors of %d fd sets and %d connections in %.2f s",
         len(inheritance.state.stored_numbers),
@@ -42,11 +52,15 @@ def fetch(path: Path, movable: Iterable[Fd]) -> fetching.Inheritance:
     return inheritance
 
 
-def still_to_bind(paths: Iterable[Path], inheritance: fetching.Inheritance) -> list[Path]:
-    """Those of *paths* on which the old daemon does not listen; by the first it was reached."""
-    served = [Path(path) for path in inheritance.state.listeners if path is not None]
-    _, *others = paths
-    return [path for path in others if not any(_is_same(path, old) for old in served)]
+def still_to_bind(paths: Iterable[Path], listeners: Iterable[str | None]) -> list[Path]:
+    """Those of *paths* on which the old daemon does not listen.
+
+    Args:
+        paths: where to listen.
+        listeners: where it does.
+    """
+    served = [Path(path) for path in listeners if path is not None]
+    return [path for path in paths if not any(_is_same(path, old) for old in served)]
 
 
 def _is_same(path: Path, other: Path) -> bool:

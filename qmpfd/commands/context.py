@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 from ..closing import Closer
 from ..errors import FdNotSupplied, GenericError
@@ -46,6 +46,19 @@ class Stats:
     turned_away: int = 0  #: clients refused
     commands: Counter[str] = field(default_factory=Counter)  #: carried out, by name
     errors: Counter[str] = field(default_factory=Counter)  #: replies, by error class
+
+
+class Keeper(Protocol):
+    """Whoever keeps a second copy of what is stored, see :mod:`qmpfd.server.keeper`."""
+
+    def check_room(self, count: int, opaque: str | None) -> None:
+        """Refuse to add so many, with a GenericError."""
+
+    def added(self, fdset: FdSet, stored: StoredFd) -> None:
+        """*stored* is now in *fdset*."""
+
+    def removed(self, stored: StoredFd) -> None:
+        """*stored* is no longer in its set."""
 
 
 class Client(NamedTuple):
@@ -89,6 +102,7 @@ class Daemon:
     store: FdSets = field(default_factory=FdSets)
     hangups: Hangups = field(default_factory=Hangups)
     closer: Closer = field(default_factory=Closer)
+    keeper: Keeper | None = None  #: where there is one
     news: Callable[[], None] = lambda: None
     watchers: set[Watcher] = field(default_factory=set)
     logs: dict[Access, EventLog] = field(default_factory=dict)  #: of the events, by who may see
@@ -115,6 +129,8 @@ class Daemon:
             self.kept_of[stored.added_by.uid] += 1
         if stored.opaque:
             self._count_text(stored.added_by, stored.opaque, 1)
+        if self.keeper is not None:
+            self.keeper.added(fdset, stored)
         if self.logs:
             self._tell(Event.added(fdset.id, stored), fdset, stored)
 
@@ -124,6 +140,8 @@ class Daemon:
             self.release(stored.added_by.uid)
         if stored.opaque:
             self._count_text(stored.added_by, stored.opaque, -1)
+        if self.keeper is not None:
+            self.keeper.removed(stored)
         if stored.terms.watch_hangup:
             self.hangups.unwatch(stored)
         if self.logs:
@@ -245,6 +263,7 @@ class Context:
         events: what the client is to be told unasked, while it watches.
         takes_over: the client is a daemon that takes over.
         quitting: the client has said ``quit``: what follows of it is not carried out.
+        about_store: a command was carried out that depends on what is stored.
     """
 
     daemon: Daemon
@@ -258,6 +277,7 @@ class Context:
     events: Watcher | None = None
     quitting: bool = False
     takes_over: bool = False
+    about_store: bool = False
 
     def first_fd(self) -> Fd:
         """The descriptor that came with the command.

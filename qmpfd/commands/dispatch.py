@@ -34,6 +34,8 @@ def execute(context: Context, request: Request, passed: list[Fd]) -> outcome.Out
     command = _COMMANDS[type(request)]
     arguments = request.arguments
     context.fds = passed
+    if command.about_store:
+        context.about_store = True
     result: outcome.Outcome[object] = outcome.capture(
         command.run, context, command.nothing if arguments is UNSET else arguments
     )

@@ -35,8 +35,22 @@ def add_fd(context: Context, arguments: AddFd) -> AddfdInfo:
     return AddfdInfo(fdset.id, fd.fileno())
 
 
-def check_add(context: Context, fdset_id: int | None, opaque: str | None, count: int) -> None:
+def check_add(
+    context: Context,
+    fdset_id: int | None,
+    opaque: str | None,
+    count: int,
+    *,
+    lasting: bool = True,
+) -> None:
     """Refuse to add *count* descriptors where the client may not, or where there is no room.
+
+    Args:
+        context: the connection.
+        fdset_id: the set; None for a new one.
+        opaque: the text of each.
+        count: how many.
+        lasting: they outlive the connection.
 
     Raises:
         PermissionDenied, GenericError: see :class:`Access` and :meth:`Daemon.check_room`.
@@ -46,6 +60,8 @@ def check_add(context: Context, fdset_id: int | None, opaque: str | None, count:
         target = daemon.store.next_id if fdset_id is None else fdset_id
         context.access.require_for("add", target, opaque)
     daemon.check_room(context.peer.uid, count, opaque)
+    if lasting and daemon.keeper is not None:
+        daemon.keeper.check_room(count, opaque)
 
 
 @table.command("remove-fd", RemoveFd, Nothing)

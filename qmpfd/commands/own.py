@@ -91,7 +91,8 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | Bits:
     now = daemon.clock()
     fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
     opaque = None if arguments.opaque is UNSET else arguments.opaque
-    check_add(context, fdset_id, opaque, len(context.fds))
+    lasting = arguments.lifetime != "connection"
+    check_add(context, fdset_id, opaque, len(context.fds), lasting=lasting)
     terms = _terms(context, arguments, now)
     fds = list(context.fds)
     # All that can fail comes first: to watch them, and to find the set with the first of them.

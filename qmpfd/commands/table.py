@@ -27,6 +27,7 @@ class Command:
         run: carries it out; may raise QMPError.  It never waits.
         fds: how many descriptors it takes at most.
         nothing: arguments of a request that has none, if none are needed.
+        about_store: whether its result depends on what is stored, or it changes that.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Command:
     run: Callable[[Context, Any], Any]
     fds: int
     nothing: Struct | None
+    about_store: bool
 
     @property
     def doc(self) -> str:
@@ -47,6 +49,7 @@ class Table:
     """Commands by name, in the order in which they are listed."""
 
     commands: dict[str, Command] = field(default_factory=dict)
+    about_store: bool = True  #: whether these are about the store
 
     def command(
         self, name: str, arguments: type[ArgumentsT], returns: Any, *, fds: int = 0
@@ -65,7 +68,9 @@ class Table:
         ) -> Callable[[Context, ArgumentsT], Any]:
             needs = any(member.required for member in structs.fields(arguments))
             nothing = None if needs else arguments()
-            self.commands[name] = Command(name, arguments, returns, run, fds, nothing)
+            self.commands[name] = Command(
+                name, arguments, returns, run, fds, nothing, self.about_store
+            )
             return run
 
         return enter

@@ -15,15 +15,29 @@ import os
 import resource
 import select
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from types import TracebackType
+from typing import Protocol
 
 from ..fd import Fd, close_all, receive
+from ..fdinfo import is_in_memory
 from ..limits import TAKEOVER_FORMAT
 from ..syncclient import NoDaemon, SyncClient
+from .journal import read, replay
 from .state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode
+
+#: Seconds between two looks into a journal.
+_POLL = 0.02
+
+
+class Movable(Protocol):
+    """What has a descriptor, and may get another number for it."""
+
+    def move_above(self, number: int) -> None:
+        """Have one that is higher than *number*."""
 
 
 class Inheritance:
@@ -38,6 +52,8 @@ class Inheritance:
         self.state = state
         #: The descriptors, in the order of *state*; owned here until they are taken out.
         self.fds: deque[Fd] = deque()
+        #: The old daemon's journal, if it is one that is started again when it dies.
+        self.journal: Fd | None = None
         #: All of it is ours.
         self.confirmed = False
         #: Called when there is no way back any more, or will not be in a moment.
@@ -54,12 +70,19 @@ class Inheritance:
             NoDaemon: it has kept everything, and goes on.
         """
         self.before_confirming()
-        self._old.let_go(timeout)
+        self._old.let_go(timeout, self.journal)
         self.confirmed = True
+
+    @property
+    def witness(self) -> Fd:
+        """What tells whether the old daemon has let go; see :func:`has_let_go`."""
+        return self._old.process if self.journal is None else self.journal
 
     def close(self) -> None:
         """Give up what was not taken out."""
         close_all(self.fds)
+        if self.journal is not None:
+            self.journal.close()
         self._old.close()
 
     def __enter__(self) -> Inheritance:
@@ -89,11 +112,11 @@ class _Predecessor:
     def __init__(self, sock: socket.socket, pid: int, above: int) -> None:
         with Fd(sock.detach()) as connection:
             connection.move_above(above)
-            self._process = Fd(os.pidfd_open(pid))
+            self.process = Fd(os.pidfd_open(pid))
             try:
-                self._process.move_above(above)
+                self.process.move_above(above)
             except BaseException:
-                self._process.close()
+                self.process.close()
                 raise
             self._sock = socket.socket(fileno=connection.detach())
 
@@ -120,11 +143,12 @@ class _Predecessor:
         except ConnectionError:
             return b"", [], False
 
-    def let_go(self, timeout: float) -> None:
+    def let_go(self, timeout: float, journal: Fd | None) -> None:
         """Have it leave everything to us, and wait until it has.
 
         Args:
             timeout: seconds that it has for that.
+            journal: where it says so too, if it is started again when it dies.
 
         Raises:
             NoDaemon: it goes on.
@@ -144,26 +168,22 @@ class _Predecessor:
                 self._hear()
             except TimeoutError:
                 pass
-        elif not self.has_died(timeout):
+        elif not is_dead(self.process, timeout):
             raise NoDaemon("the old daemon has not let go: it goes on")
-
-    def has_died(self, timeout: float) -> bool:
-        """Whether its process ends within so many seconds."""
-        poll = select.poll()
-        poll.register(self._process, select.POLLIN)
-        return bool(poll.poll(timeout * 1000))
+        elif journal is not None and not has_let_go(journal, 0):
+            raise NoDaemon("the old daemon has died, and is started again with everything")
 
     def close(self) -> None:
         """Close the connection."""
         self._sock.close()
-        self._process.close()
+        self.process.close()
 
 
 def fetch(
     path: str | os.PathLike[str],
     timeout: float,
     progress: Callable[[int, int], None],
-    movable: Iterable[Fd] = (),
+    movable: Iterable[Movable] = (),
 ) -> Inheritance:
     """Fetch everything from the daemon that serves *path*.
 
@@ -205,6 +225,8 @@ def fetch(
             raise NoDaemon("the old daemon does not answer") from None
         except OSError as exc:
             raise _unusable(exc) from None
+        if state.journal:
+            inheritance.journal = inheritance.fds.pop()
         stack.pop_all()
     return inheritance
 
@@ -217,6 +239,36 @@ def _unusable(error: OSError) -> ValueError:
     if error.errno == errno.ESRCH:
         return ValueError("its process cannot be seen from here")
     return ValueError(error.strerror or str(error))
+
+
+def is_dead(process: Fd, timeout: float) -> bool:
+    """Whether a process ends within so many seconds.
+
+    Args:
+        process: a pidfd.
+        timeout: seconds.
+    """
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
+def has_let_go(witness: Fd, timeout: float) -> bool:
+    """Whether a daemon has let go of what was fetched from it.
+
+    Args:
+        witness: its journal, where it says so; or the daemon, as a pidfd, which has let go when
+            it has ended.
+        timeout: seconds that it is waited for.
+    """
+    if not is_in_memory(witness.fileno()):
+        return is_dead(witness, timeout)
+    deadline = time.monotonic() + timeout
+    while not replay(read(witness)).left:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL)
+    return True
 
 
 def _reserve(numbers: list[int], places: deque[Fd]) -> None:

@@ -21,7 +21,7 @@ import trio
 from ..errors import GenericError
 from ..fd import Fd
 from ..fdsets import StoredFd
-from ..limits import SCM_MAX_FD, TAKEOVER_TIMEOUT
+from ..limits import FORGET_TIMEOUT, SCM_MAX_FD, TAKEOVER_TIMEOUT
 from ..transport import FdStream
 from . import state as saved
 
@@ -55,9 +55,11 @@ async def hand_over(server: Server, newcomer: Session, stream: FdStream) -> None
                         begun = True
                         _log.info("pid %d takes over", newcomer.peer.pid)
                         await newcomer.reply_to_takeover(memory)
-                    if await _send_all(stream, fds) and stream.send_nowait(saved.DONE):
+                    if await _send_all(stream, fds) and _let_go(server, stream):
                         server.leave()
                         _log.info("pid %d has taken over", newcomer.peer.pid)
+                        with trio.move_on_after(FORGET_TIMEOUT):
+                            await server.settle()  # what was kept of it is closed too
                         return
                 finally:
                     server.lock.release()
@@ -92,6 +94,22 @@ async def _send_all(stream: FdStream, fds: list[int]) -> bool:
     return await _hear(stream) == saved.CONFIRM
 
 
+def _let_go(server: Server, stream: FdStream) -> bool:
+    """Say that all of it is the newcomer's; whether that was possible.
+
+    Where we are started again when we die, that has to be known before: the newcomer finds it out
+    if we die in between.
+    """
+    server.prepare_to_leave(True)
+    done = False
+    try:
+        done = stream.send_nowait(saved.DONE) > 0
+    finally:
+        if not done:
+            server.prepare_to_leave(False)
+    return done
+
+
 async def _hear(stream: FdStream) -> bytes:
     """The next byte that the newcomer says; empty once it is gone."""
     while True:
@@ -122,6 +140,10 @@ def describe(server: Server, sessions: list[Session]) -> tuple[saved.SavedState,
         entry, its_fds = session.describe(now)
         described.append(entry)
         fds += its_fds
+    keeper = server.keeper
+    journal = None if keeper is None else keeper.journal
+    if journal is not None:
+        fds.append(journal.fileno())
     stats = server.daemon.stats
     state = saved.SavedState(
         pid=os.getpid(),
@@ -133,6 +155,8 @@ def describe(server: Server, sessions: list[Session]) -> tuple[saved.SavedState,
         accepted=stats.accepted,
         turned_away=stats.turned_away,
         uptime=now - stats.started_at,
+        journal=journal is not None,
+        store=None if keeper is None else keeper.store,
     )
     return state, fds
 

@@ -17,6 +17,7 @@ from ..syncclient import NoDaemon
 from ..transport import FdStream
 from .fetch import Inheritance
 from .listener import UnixListener
+from .recover import Recovered
 from .state import SavedFd, SavedState
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def taking_over(server: Server, inheritance: Inheritance) -> Iterator[list[UnixListener]]:
+def taking_over(
+    server: Server, inheritance: Inheritance | Recovered
+) -> Iterator[list[UnixListener]]:
     """Put everything in its place, and give the listeners.
 
     If the takeover is not confirmed in the block, all of it is let go at the block's end, as the
@@ -33,7 +36,7 @@ def taking_over(server: Server, inheritance: Inheritance) -> Iterator[list[UnixL
 
     Args:
         server: a daemon that does not run yet.
-        inheritance: what was fetched.
+        inheritance: what was fetched, or has come back.
 
     Raises:
         NoDaemon: it makes no sense.
@@ -56,7 +59,9 @@ def taking_over(server: Server, inheritance: Inheritance) -> Iterator[list[UnixL
             listener.close()
 
 
-def _restore(server: Server, inheritance: Inheritance, listeners: list[UnixListener]) -> None:
+def _restore(
+    server: Server, inheritance: Inheritance | Recovered, listeners: list[UnixListener]
+) -> None:
     state, fds = inheritance.state, _take_out(inheritance.fds)
     # What is stored comes last: it may be kept until the end of one of the sessions.
     inheritance.fds.rotate(-len(state.stored_numbers))

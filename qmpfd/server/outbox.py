@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -31,20 +31,31 @@ class Outbox:
         stream: the connection.
         peer: who is at its other end.
         emptied: called when the client has taken what had to wait for it.
+        settle: waits until what is held may be told, and calls :meth:`release`.
     """
 
     def __init__(
-        self, server: Server, stream: FdStream, peer: Peer, emptied: Callable[[], None]
+        self,
+        server: Server,
+        stream: FdStream,
+        peer: Peer,
+        emptied: Callable[[], None],
+        settle: Callable[[], Awaitable[None]],
     ) -> None:
         self._server = server
         self._emptied = emptied
+        self._settle = settle
         self._stream = stream
         self._peer = peer
         #: The client is sent nothing any more; what it asks is still carried out.
         self.deaf = False
         #: What waits: bytes, and the descriptors that go with the first of them, owned here.
         self.unsent: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
-        #: Bytes of it, and descriptors.
+        #: What is put here from now on tells of changes that a crash would take back.
+        self.unsafe = False
+        #: That: behind what is unsent, and not sent before :meth:`release`.
+        self.held: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
+        #: Bytes of both, and descriptors.
         self.size = self.waiting_fds = 0
         self._flushing = trio.Lock()
         self._scope: trio.CancelScope | None = None  # while waiting for the client
@@ -59,10 +70,16 @@ class Outbox:
         if self.deaf:
             self._discard(fds or [])
         elif data:
-            self.unsent.append((data, fds or []))
+            (self.held if self.unsafe else self.unsent).append((data, fds or []))
             self.size += len(data)
             if fds:
                 self.waiting_fds += len(fds)
+
+    def release(self) -> None:
+        """All that was put here may be sent."""
+        self.unsafe = False
+        self.unsent += self.held
+        self.held.clear()
 
     async def send(self, share: Share | None = None) -> None:
         """Send all that was put here; a client that does not take it in time, or is gone, is sent
@@ -71,6 +88,8 @@ class Outbox:
         Args:
             share: the client's share of time, if that is being used.
         """
+        while self.unsafe and not self._server.is_frozen:
+            await self._settle()
         if self.unsent and not self._server.is_frozen:
             if self._flushing.locked():  # somebody waits for the client already
                 await self._flush(share)
@@ -157,8 +176,9 @@ class Outbox:
         """Send nothing any more."""
         self.deaf = True
         self.size = self.waiting_fds = 0
-        while self.unsent:
-            self._discard(self.unsent.popleft()[1])
+        for waiting in (self.unsent, self.held):
+            while waiting:
+                self._discard(waiting.popleft()[1])
 
     def cut_off(self) -> None:
         """The client does not take its replies: send it nothing any more, hear nothing new."""

@@ -23,7 +23,7 @@ async def _retire(server: Server, take_out: Callable[[], list[StoredFd]]) -> boo
     """Take out some, and close them; whether there were any."""
     async with server.lock:
         removed = take_out()
-    server.daemon.closer.close([stored.fd for stored in removed])
+    server.dispose([stored.fd for stored in removed])
     await trio.lowlevel.checkpoint()
     return bool(removed)
 

@@ -18,6 +18,7 @@ from ..fd import Fd, close_all
 from ..fdsets import Peer
 from ..limits import (
     EVICTION_INTERVAL,
+    FORGET_TIMEOUT,
     MAX_INCOMPLETE_BYTES,
     REFUSAL_LOG_INTERVAL,
     TAKEOVER_TIMEOUT,
@@ -32,8 +33,10 @@ from .backlog import Backlog
 from .fetch import Inheritance
 from .herald import tell_watchers
 from .inherit import taking_over
+from .keeper import Holdings, Keeper, Keeping
 from .listener import UnixListener
 from .metrics import write_metrics
+from .recover import Recovered
 from .retire import retire_expired, retire_hung_up
 from .session import Session, refusal
 from .state import SavedSession
@@ -66,7 +69,7 @@ class Server:
         #: Guards the store, which all sessions share.
         self.lock = trio.Lock()
         #: What the commands see.
-        self.daemon = Daemon(dialect, limits, trio.current_time, self.stop, TABLE, self._clients)
+        self.daemon = Daemon(dialect, limits, trio.current_time, self.quit, TABLE, self._clients)
         self.store = self.daemon.store
         #: What the incomplete requests of all connections together may take.
         self.budget = Budget(MAX_INCOMPLETE_BYTES)
@@ -75,6 +78,9 @@ class Server:
         #: Where clients queue who ask for much.
         self.turns = Turns()
         self.reserve = Reserve()
+        #: Whoever keeps a second copy of what is stored, if anybody does.
+        self.keeper: Keeper | None = None
+        self._quits = False  # for good: what is kept is to be let go
         self._refusals = 0  # not logged yet
         self._refusals_logged_at = -inf
         self._admission = Admission(limits, policy or Policy())
@@ -112,6 +118,11 @@ class Server:
         if self.takeover_scope is not None:  # it is an end as well, if it does not take too long
             self.takeover_scope.deadline = min(self.takeover_scope.deadline, now + timeout / 2)
         self._stop_event.set()
+
+    def quit(self) -> None:
+        """As :meth:`stop`, and nothing is left for another daemon to come back to."""
+        self._quits = True
+        self.stop()
 
     async def run(
         self,
@@ -153,6 +164,81 @@ class Server:
         sessions.cancel_scope.deadline = self._drained_by
         for session in self.sessions:
             session.finish()
+
+    # -- what is kept safe ---------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def kept(
+        self,
+        keeping: Keeping | None,
+        listeners: Sequence[UnixListener],
+        recovered: Recovered | None,
+        witness: Fd | None,
+    ) -> AsyncGenerator[None, None]:
+        """Have everything kept safe while the block runs.
+
+        Args:
+            keeping: by whom; None if there is nobody.
+            listeners: the sockets that are to be kept.
+            recovered: what came back from there, if anything may have.
+            witness: what tells whether it is ours, in the middle of a takeover.
+
+        Raises:
+            GenericError: it is more than can be kept.
+        """
+        useless = [] if recovered is None else recovered.useless
+        if keeping is None:
+            self.daemon.closer.close(useless)
+            yield
+            return
+        holdings = Holdings() if recovered is None else recovered.holdings
+        keeper = Keeper(keeping, self.daemon.closer)
+        async with keeper.running():
+            await keeper.start(self.store, listeners, holdings, witness)
+            self.daemon.closer.close(useless)
+            self.keeper = self.daemon.keeper = keeper
+            try:
+                yield
+            except Exception:
+                # Whoever starts us again expects them where they are.
+                for listener in listeners:
+                    listener.abandon()
+                raise
+            answers = keeper.is_settled  # or else the end has waited for it long enough
+            if self._quits:
+                keeper.leave()
+            elif not self.has_left:
+                keeper.finish()
+            if answers:
+                with trio.move_on_after(FORGET_TIMEOUT):
+                    await keeper.settle()
+
+    def confirmed(self) -> None:
+        """What was fetched is ours now."""
+        if self.keeper is not None:
+            self.keeper.confirm()
+
+    def prepare_to_leave(self, leaves: bool) -> None:
+        """A successor is about to take over, or has not: whoever starts us again has to know."""
+        if self.keeper is not None:
+            self.keeper.prepare_to_leave(leaves)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that was changed is safe."""
+        return self.keeper is None or self.keeper.is_settled
+
+    async def settle(self) -> None:
+        """Wait until all that was changed so far is safe; without a checkpoint if it is."""
+        if self.keeper is not None:
+            await self.keeper.settle()
+
+    def dispose(self, fds: list[Fd]) -> None:
+        """Close what was taken out, as soon as that is settled; owned from here on."""
+        if self.keeper is None:
+            self.daemon.closer.close(fds)
+        else:
+            self.keeper.close_settled(fds)
 
     def _tell_watchers(self) -> None:
         self.news.set()
@@ -234,6 +320,8 @@ class Server:
         """A successor has taken over: let go of everything, without a word to anybody, and end."""
         self.has_left = True
         self.stopping = True
+        if self.keeper is not None:
+            self.keeper.leave()
         self.daemon.watchers.clear()
         self.daemon.logs.clear()
         for listener in self.listeners:
@@ -375,6 +463,8 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     initial_fds: Iterable[tuple[Fd, int, str | None]] = (),
     listen_fds: Iterable[Fd] = (),
     inheritance: Inheritance | None = None,
+    recovered: Recovered | None = None,
+    keeping: Keeping | None = None,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Hold file descriptors for the clients that connect to *paths*.
@@ -400,6 +490,9 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             from here on.
         inheritance: what was fetched from the daemon that is to be taken over, see
             :func:`qmpfd.server.fetch.fetch`; owned by the daemon from here on.
+        recovered: what has come back of a daemon that was here before, see
+            :func:`qmpfd.server.recover.recover`; owned by the daemon from here on.
+        keeping: whoever keeps a second copy of what is stored, and starts the daemon again.
 
     Raises:
         SocketInUse: another daemon listens on one of *paths*.
@@ -411,22 +504,27 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     with ExitStack() as stack:
         stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
         stack.callback(server.close)
-        if inheritance is not None:
-            stack.enter_context(inheritance)
-            listeners += stack.enter_context(taking_over(server, inheritance))
+        for before in (inheritance, recovered):
+            if before is not None:
+                stack.enter_context(before)
+                listeners += stack.enter_context(taking_over(server, before))
         while given:
             fd, fdset_id, opaque = given[0]
             server.store.add(fd, fdset_id, opaque, create=True)
             given.popleft()
-        while inherited:
-            listeners.append(UnixListener.inherit(inherited.popleft()))
-            stack.callback(listeners[-1].close)
         for path in paths:
             listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))
             stack.callback(listeners[-1].close)
-        if inheritance is not None:
-            inheritance.confirm(TAKEOVER_TIMEOUT)
-        try:
-            await server.run(listeners, task_status=task_status)
-        finally:
-            server.ended.set()
+        ours = list(listeners)  # the others are passed to every daemon that is started here
+        while inherited:
+            listeners.append(UnixListener.inherit(inherited.popleft()))
+            stack.callback(listeners[-1].close)
+        witness = None if inheritance is None else inheritance.witness
+        async with server.kept(keeping, ours, recovered, witness):
+            if inheritance is not None:
+                inheritance.confirm(TAKEOVER_TIMEOUT)
+                server.confirmed()
+            try:
+                await server.run(listeners, task_status=task_status)
+            finally:
+                server.ended.set()

@@ -103,7 +103,9 @@ class Session:
         self._takeover_id: Any = UNSET  # of the request that asked for a takeover
         self._fds_waiting = 0  # as counted so far
         self._events_wait = False  # until the client has taken what it is being sent
-        self.outbox = Outbox(server, stream, peer, self._emptied)
+        self.outbox = Outbox(server, stream, peer, self._emptied, self._settle)
+        self._settling = trio.Lock()
+        self._holds = 0  # how often replies or events had to be held
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
 
     async def run(self) -> None:
@@ -132,7 +134,7 @@ class Session:
             self._count_waiting_fds()
             with trio.move_on_after(LOCK_TIMEOUT, shield=True):
                 await self._leave_nothing()
-            self._close_garbage()
+            self._dispose_of_garbage()
 
     async def _leave_nothing(self) -> None:
         """Take out what was kept for the time of the connection; all of it may be a lot."""
@@ -144,7 +146,7 @@ class Session:
             finally:
                 self._server.lock.release()
             while self._connection.garbage:
-                self._close_garbage(_CLOSES_A_STEP)
+                self._dispose_of_garbage(_CLOSES_A_STEP)
                 if more or self._connection.garbage:
                     await trio.lowlevel.checkpoint()
 
@@ -209,7 +211,7 @@ class Session:
 
     def thaw(self) -> None:
         """The daemon is no longer frozen: see to it that what is unsent is sent."""
-        if self.outbox.unsent:
+        if self.outbox.size:
             self._start_pump()
 
     async def _hand_over(self) -> None:
@@ -218,7 +220,7 @@ class Session:
         except QMPError as exc:
             # At once: another takeover may be under way.  Who asks for one takes its replies.
             reply = self._connection.reply(Error(exc), self._takeover_id)
-            if not self.outbox.unsent:
+            if not self.outbox.size:
                 with suppress(trio.BrokenResourceError):
                     self._stream.send_nowait(reply)
 
@@ -234,7 +236,7 @@ class Session:
         events = self._context.events
         while events is not None and (waiting := events.take()):
             self.outbox.put(waiting)  # sent by us, if nobody takes over
-        unsent = [(bytes(data), fds) for data, fds in self.outbox.unsent]
+        unsent = [(bytes(data), fds) for data, fds in [*self.outbox.unsent, *self.outbox.held]]
         saved = SavedSession(
             peer=self.peer,
             groups=sorted(self.groups),
@@ -312,11 +314,11 @@ class Session:
                 # While more is there, replies wait: one write for all of them.
                 if context.quitting or outbox.size > HELD_REPLY_BYTES or not stream.has_more():
                     outbox.push()
-                    if outbox.unsent:
+                    if outbox.size:
                         await outbox.send(share)
                 if not context.quitting:
                     continue
-            if outbox.unsent:
+            if outbox.size:
                 await outbox.send(share)
             if came is not None or self._server.stopping:
                 return
@@ -337,22 +339,23 @@ class Session:
     async def _answer(self) -> None:
         """Carry out the requests that are complete; the replies are to be sent."""
         connection, outbox, lock = self._connection, self.outbox, self._server.lock
+        context = self._context
         while connection.has_news:
             batches: list[_Batch] = []
+            context.about_store = False
             if lock.locked():  # by somebody who waits for something meanwhile
                 async with lock:
                     self._carry_out(batches)
             else:  # and nobody gets a turn before this is over: there is no await in it
                 self._carry_out(batches)
-            if connection.garbage:
+            if context.about_store and not self._server.is_settled:
+                self._hold()
+            if outbox.deaf and outbox.unsafe:
+                await self._settle()
+            elif connection.garbage and not outbox.unsafe:
                 try:
                     # Before the replies: what is removed is closed once its client has read so.
-                    self._close_garbage(_CLOSES_A_STEP)
-                    while connection.garbage:  # a whole set, perhaps
-                        if self._share.over:
-                            self._count_waiting_fds()
-                            await self._share.next_turn()
-                        self._close_garbage(_CLOSES_A_STEP)
+                    await self._close_all_garbage(len(connection.garbage))
                 except BaseException:
                     for _, fds in batches:
                         connection.garbage += fds
@@ -364,7 +367,7 @@ class Session:
             if self._long_reply is not None:
                 await outbox.send(self._share)
                 await self._send_long_reply(self._long_reply)
-            if self._context.quitting or self._context.takes_over:
+            if context.quitting or context.takes_over:
                 return
             if connection.has_news:
                 await outbox.send(self._share)
@@ -438,6 +441,8 @@ class Session:
                         break
             if size:
                 passed, context.passed = context.passed, []
+                if not server.is_settled:
+                    self._hold()
                 outbox.put(b"".join(made), passed)
             await outbox.send(share)
         self._long_reply = None
@@ -473,21 +478,23 @@ class Session:
         events = self._context.events
         if events is None or self._server.is_frozen:
             return False
-        if self.outbox.unsent or self._long_reply is not None:
+        if self.outbox.size or self._long_reply is not None:
             self._events_wait = True
             return False
         if not (data := events.take()):
             return False
+        if not self._server.is_settled:
+            self._hold()
         self.outbox.put(data)
         try:
             self.outbox.push()
         except OSError:
             _log.exception("events could not be sent")
             self.outbox.cut_off()
-        if self.outbox.unsent:
+        if self.outbox.unsent or self.outbox.held:
             self._events_wait = True
             self._start_pump()
-        return not self.outbox.unsent
+        return not (self.outbox.unsent or self.outbox.held)
 
     def _emptied(self) -> None:
         """The client has taken what it was sent."""
@@ -513,6 +520,33 @@ class Session:
         finally:
             self._pump_scope = None
 
+    def _hold(self) -> None:
+        """What is told next tells of changes that are not safe yet."""
+        self.outbox.unsafe = True
+        self._holds += 1
+
+    async def _settle(self) -> None:
+        """Wait until all that is held may be told, and close what was removed; what is held
+        meanwhile is for whoever holds it.
+        """
+        async with self._settling:
+            holds, count = self._holds, len(self._connection.garbage)
+            await self._server.settle()
+            await self._close_all_garbage(count)
+            if holds == self._holds:
+                self.outbox.release()
+
+    async def _close_all_garbage(self, count: int) -> None:
+        """Close so many: a whole set, perhaps."""
+        while True:
+            self._close_garbage(min(count, _CLOSES_A_STEP))
+            count -= _CLOSES_A_STEP
+            if count <= 0:
+                return
+            if self._share.over:
+                self._count_waiting_fds()
+                await self._share.next_turn()
+
     def _count_waiting_fds(self) -> None:
         """Count the descriptors that have come and that no command has, and those that wait to be
         taken with their replies.  If they are too many, those that have come last go.
@@ -525,7 +559,7 @@ class Session:
                 daemon.check_waiting(uid, more)
             except QMPError as exc:
                 connection.refuse_fds(exc.desc)
-                self._close_garbage()
+                self._dispose_of_garbage()
                 more = self.outbox.waiting_fds - self._fds_waiting
         if more:
             daemon.hold_waiting(uid, more)
@@ -536,3 +570,10 @@ class Session:
         if garbage:
             closing, garbage[:most] = garbage[:most], []
             self._server.daemon.closer.close(closing)
+
+    def _dispose_of_garbage(self, most: int | None = None) -> None:
+        """Close it as soon as all that was removed is gone from the keeper."""
+        garbage = self._connection.garbage
+        if garbage:
+            closing, garbage[:most] = garbage[:most], []
+            self._server.dispose(closing)

@@ -106,7 +106,7 @@ class SavedSession(Struct, forbid_unknown_fields=True):
         return 1 + self.unclaimed + len(self.names) + sum(count for _, count in self.unsent)
 
 
-class SavedState(Struct, forbid_unknown_fields=True):
+class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """A daemon.
 
     Args:
@@ -119,6 +119,9 @@ class SavedState(Struct, forbid_unknown_fields=True):
         accepted: clients ever served.
         turned_away: clients refused.
         uptime: seconds since the first start.
+        journal: whether the daemon's journal comes last: it is kept safe by somebody, who would
+            start it again.
+        store: which service of the service manager keeps it safe, if that does.
     """
 
     pid: int
@@ -130,6 +133,8 @@ class SavedState(Struct, forbid_unknown_fields=True):
     accepted: int
     turned_away: int
     uptime: float
+    journal: bool = False
+    store: str | None = None
 
     @property
     def stored_numbers(self) -> list[int]:
@@ -140,7 +145,7 @@ class SavedState(Struct, forbid_unknown_fields=True):
     def fd_count(self) -> int:
         """How many descriptors go over in all."""
         others = sum(session.fd_count for session in self.sessions)
-        return len(self.stored_numbers) + len(self.listeners) + others
+        return len(self.stored_numbers) + len(self.listeners) + others + self.journal
 
 
 def encode(state: SavedState) -> bytes:

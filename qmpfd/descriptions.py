@@ -1,0 +1,105 @@
+"""Which descriptors are of the same open file description (open(2)).
+
+The service manager keeps one descriptor of each, and drops a second one without a word.  Nothing
+here asks a file system, and so nothing waits for one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+from collections.abc import Callable
+from functools import cache
+
+#: kcmp(2) by machine; most others have the number of the generic table.
+_KCMP = {"x86_64": 312, "i386": 349, "i686": 349, "armv7l": 378, "ppc64le": 354, "s390x": 343}
+_KCMP_GENERIC = 272
+_KCMP_FILE = 0
+
+#: fcntl(2): whether two descriptors are of the same description; since Linux 6.10.
+_F_DUPFD_QUERY = 1027
+
+
+@cache
+def _syscall() -> Callable[..., int]:
+    return ctypes.CDLL(None, use_errno=True).syscall
+
+
+def compare(one: int, other: int) -> int:
+    """-1, 0 or 1: an order of the open file descriptions of two descriptors.
+
+    Raises:
+        OSError: kcmp(2) is not there, or not permitted.
+    """
+    number = _KCMP.get(platform.machine(), _KCMP_GENERIC)
+    pid = os.getpid()
+    result = _syscall()(number, pid, pid, _KCMP_FILE, one, other)
+    if result not in (0, 1, 2):
+        code = ctypes.get_errno() or errno.ENOSYS
+        raise OSError(code, os.strerror(code))
+    return (0, -1, 1)[result]
+
+
+def is_same(one: int, other: int) -> bool:
+    """Whether two descriptors are of the same open file description.
+
+    Raises:
+        OSError: fcntl(2) cannot tell, before Linux 6.10.
+    """
+    return fcntl.fcntl(one, _F_DUPFD_QUERY, other) == 1
+
+
+class Descriptions:
+    """Open file descriptions, each known by one descriptor of it.
+
+    Raises:
+        OSError: there is no means to compare them here.
+    """
+
+    def __init__(self) -> None:
+        try:
+            compare(0, 0)
+        except OSError as exc:
+            self._ordered = exc.errno == errno.EBADF  # nothing is open there, but it was asked
+            if not self._ordered:
+                is_same(0, 0)
+        else:
+            self._ordered = True
+        self._known: list[int] = []
+
+    def find(self, number: int) -> int | None:
+        """The known descriptor of the same description as *number*, or None."""
+        at, found = self._search(number)
+        return self._known[at] if found else None
+
+    def add(self, number: int) -> None:
+        """Know a description that is not known yet by *number*."""
+        self._known.insert(self._search(number)[0], number)
+
+    def replace(self, number: int, by: int | None) -> None:
+        """Know that of *number* by another descriptor of it; None to forget it."""
+        at = self._search(number)[0]
+        self._known[at : at + 1] = [] if by is None else [by]
+
+    def _search(self, number: int) -> tuple[int, bool]:
+        """Where in the list it is, or belongs; whether it is there."""
+        known = self._known
+        if not self._ordered:
+            for at, other in enumerate(known):
+                if other == number or is_same(other, number):
+                    return at, True
+            return len(known), False
+        low, high = 0, len(known)
+        while low < high:
+            middle = (low + high) // 2
+            order = compare(known[middle], number)
+            if order == 0:
+                return middle, True
+            if order < 0:
+                low = middle + 1
+            else:
+                high = middle
+        return low, False

@@ -1,0 +1,230 @@
+"""A service manager with a file-descriptor store, as systemd 252 and later have it.
+
+Its rules are those of src/core/service.c (service_add_fd_store, service_remove_fd_store,
+service_notify_message) and manager.c (manager_process_barrier_fd), with all that surprises:
+
+* a second descriptor of an open file description that is there already is dropped, without a word;
+* so is what is beyond FileDescriptorStoreMax=, and what comes with FDSTOREREMOVE=1;
+* a name that is not allowed becomes "stored";
+* with FDPOLL=1, and without FDPOLL=, what hangs up is closed;
+* nothing is acknowledged but BARRIER=1, which has to be alone and to have one descriptor;
+* what is passed back to the service has no order.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from helpers import ROOT
+from supervised import COMMAND, DEADLINE, until
+
+from qmpfd.descriptions import compare
+from qmpfd.fd import Fd, close_all, receive
+
+#: Puts descriptors at 3 and on, with their names, and becomes the service.
+_LAUNCH = """
+import os, sys
+count = int(sys.argv[1]); fds = list(map(int, sys.argv[2:2 + count]))
+high = [os.dup(fd) for fd in fds]
+import fcntl
+high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1000) for fd in high]
+os.closerange(3, 1000)
+for at, fd in enumerate(high, 3): os.dup2(fd, at)
+if count:
+    os.environ["LISTEN_PID"] = str(os.getpid())
+    os.environ["LISTEN_FDS"] = str(count)
+os.execv(sys.argv[2 + count], sys.argv[2 + count:])
+"""
+
+
+#: Which start of the service it is.
+INVOCATION = "0123456789abcdef0123456789abcdef"
+
+
+def good_name(name: str) -> bool:
+    """fdname_is_valid() of systemd."""
+    return 0 < len(name) <= 255 and all(" " <= char < "\x7f" and char != ":" for char in name)
+
+
+class Store:
+    """The manager of one service."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.path = folder / "notify"
+        self.size = size
+        self.seed = 0
+        self.told: list[str] = []
+        self.traps: list[str] = []  # what was dropped, and why
+        self.barriers = 0
+        self._paused = self._stands = False
+        self._kept: list[tuple[str, Fd, bool]] = []
+        self._lock = threading.Lock()
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._sock.bind(str(self.path))
+        self._sock.settimeout(0.05)
+        self._over = False
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._over = True
+        self._thread.join()
+        self._sock.close()
+        close_all(fd for _, fd, _ in self._kept)
+
+    def pause(self, pause: bool = True) -> None:
+        """Do nothing for a while, as if stopped; or go on."""
+        self._paused = pause
+        until(lambda: self._stands == pause)
+
+    # -- the protocol --------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while not self._over:
+            self._stands = self._paused
+            if self._stands:
+                time.sleep(0.01)
+                continue
+            with suppress(TimeoutError):
+                data, fds, dropped = receive(self._sock, 65536)
+                assert not dropped
+                with self._lock:
+                    self._do(data.decode().split("\n"), fds)
+            with self._lock:
+                self._poll()
+
+    def _do(self, lines: list[str], fds: list[Fd]) -> None:
+        if "BARRIER=1" in lines:
+            if len(lines) == 1 and len(fds) == 1:
+                self.barriers += 1
+            else:
+                self.traps.append("a barrier that is not alone")
+            close_all(fds)
+            return
+        values = dict(line.partition("=")[::2] for line in lines if "=" in line)
+        name = values.get("FDNAME", "stored")
+        if "FDNAME" in values and not good_name(name):
+            self.traps.append(f"a bad name: {name}")
+            name = "stored"
+        if values.get("FDSTOREREMOVE") == "1":
+            if fds:
+                self.traps.append("descriptors with a removal")
+            for entry in [entry for entry in self._kept if entry[0] == name]:
+                self._kept.remove(entry)
+                entry[1].close()
+        elif values.get("FDSTORE") == "1":
+            while fds:
+                self._add(name, fds.pop(0), values.get("FDPOLL") != "0")
+        self.told += [line for line in lines if not line.startswith("FD")]
+        close_all(fds)
+
+    def _add(self, name: str, fd: Fd, polled: bool) -> None:
+        if len(self._kept) >= self.size:
+            self.traps.append(f"no room for {name}")
+        elif any(compare(other.fileno(), fd.fileno()) == 0 for _, other, _ in self._kept):
+            self.traps.append(f"a copy: {name}")
+        else:
+            self._kept.append((name, fd, polled))
+            return
+        fd.close()
+
+    def _poll(self) -> None:
+        for entry in [entry for entry in self._kept if entry[2]]:
+            poll = select.poll()
+            poll.register(entry[1].fileno(), 0)
+            if poll.poll(0):
+                self._kept.remove(entry)
+                entry[1].close()
+
+    # -- the service ---------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """What is kept."""
+        with self._lock:
+            return [name for name, _, _ in self._kept]
+
+    def put(self, name: str, fd: Fd) -> None:
+        """Have a descriptor among what is kept; owned from here on."""
+        with self._lock:
+            self._kept.append((name, fd, False))
+
+    def take(self, name: str) -> Fd:
+        """A duplicate of what is kept under a name."""
+        with self._lock:
+            return next(fd.dup() for each, fd, _ in self._kept if each == name)
+
+    def until(self, line: str, count: int = 1) -> None:
+        """Wait until it was told so, so many times."""
+        until(lambda: sum(each.startswith(line) for each in list(self.told)) >= count, line)
+
+    @contextmanager
+    def service(
+        self,
+        *options: str,
+        sockets: Sequence[tuple[str, socket.socket]] = (),
+        env: Mapping[str, str] | None = None,
+        ready: bool = True,
+        expected: int | None = 0,
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """Start the service, with all that is kept; afterwards it is ended, if it has not."""
+        with self._lock:
+            given = [(name, fd.fileno()) for name, fd, _ in self._kept]
+            given += [(name, sock.fileno()) for name, sock in sockets]
+            random.Random(self.seed).shuffle(given)
+            self.seed += 1
+            numbers = [number for _, number in given]
+            environment = {
+                **os.environ,
+                "NOTIFY_SOCKET": str(self.path),
+                "FDSTORE": str(self.size),
+                "INVOCATION_ID": INVOCATION,
+                **(env or {}),
+            }
+            if given:
+                environment["LISTEN_FDNAMES"] = ":".join(name for name, _ in given)
+            before = self.told.count("READY=1")
+            launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(len(given))]
+            process = subprocess.Popen(
+                [*launch, *map(str, numbers), *COMMAND, *options],
+                cwd=ROOT,
+                env=environment,
+                pass_fds=numbers,
+                stderr=subprocess.PIPE,
+            )
+        try:
+            if ready:
+                until(lambda: process.poll() is not None or self.told.count("READY=1") > before)
+            yield process
+            if process.poll() is None:
+                process.terminate()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            _, errors = process.communicate(timeout=DEADLINE)
+            sys.stderr.write(errors.decode())  # shown with a test that fails
+        assert b"Traceback" not in errors, errors.decode()
+        if expected is not None:
+            assert process.returncode == expected, errors.decode()
+
+
+@contextmanager
+def fake_store(folder: Path, size: int = 512) -> Iterator[Store]:
+    """A manager, with all that it keeps let go afterwards."""
+    store = Store(folder, size)
+    try:
+        yield store
+    finally:
+        store.close()

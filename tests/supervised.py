@@ -1,0 +1,138 @@
+"""``serve --supervise`` as a process, for the tests that kill parts of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from helpers import ROOT
+
+from qmpfd.syncclient import NoDaemon, SyncClient
+
+DEADLINE = 30.0
+COMMAND = [sys.executable, "-m", "qmpfd", "serve"]
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that live."""
+    try:
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def until(happened: Any, what: str = "it") -> Any:
+    """Wait until a function returns something true: that."""
+    deadline = time.monotonic() + DEADLINE
+    while not (result := happened()):
+        assert time.monotonic() < deadline, f"{what} did not happen"
+        time.sleep(0.005)
+    return result
+
+
+class Supervised:
+    """A parent and its worker."""
+
+    def __init__(self, process: subprocess.Popen[bytes], path: Path, log: Path) -> None:
+        self.process = process
+        self.path = path
+        self._log = log
+
+    @property
+    def pid(self) -> int:
+        """The parent."""
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        """All that was said so far."""
+        return self._log.read_text()
+
+    def worker(self) -> int:
+        """The worker, once there is one that serves."""
+
+        def served() -> int:
+            assert self.process.poll() is None, self.log
+            found = children(self.pid)
+            return found[0] if found and self.log.count("listening on") > self._deaths else 0
+
+        return int(until(served, "a worker"))
+
+    _deaths = 0
+
+    def kill_worker(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Kill the worker that serves."""
+        pid = self.worker()
+        self._deaths = self.log.count("listening on")
+        os.kill(pid, number)
+
+    def client(self) -> SyncClient:
+        """A connection, as soon as it is served."""
+        return connected(self.path)
+
+    def open_fds(self) -> int:
+        """How many descriptors the parent has."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+
+def connected(path: Path) -> SyncClient:
+    """A connection to a daemon that may be starting again at the moment."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        try:
+            return SyncClient(path, DEADLINE)
+        except NoDaemon:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@contextmanager
+def supervised(
+    path: Path,
+    *options: str,
+    env: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+    status: int | None = 0,
+    named: bool = True,
+) -> Iterator[Supervised]:
+    """Both processes, ended with SIGTERM where they have not ended; `status` is the parent's, None
+    for any.
+    """
+    log = path.with_name(f"{path.name}-{time.monotonic_ns()}.log")
+    where = ["--socket", os.fspath(path)] if named else []
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*COMMAND, "--supervise", *where, *options],
+            cwd=ROOT,
+            stderr=file,
+            pass_fds=pass_fds,
+            env={**os.environ, **(env or {})},
+        )
+    started = Supervised(process, path, log)
+    try:
+        yield started
+        if process.poll() is None:
+            process.terminate()
+        ended = process.wait(DEADLINE)
+        assert status in (None, ended), started.log
+        assert "Traceback" not in started.log, started.log
+    finally:
+        workers = children(process.pid)
+        if process.poll() is None:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait(DEADLINE)
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+
+
+def lasting(fds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is known of descriptors, but for what changes with time."""
+    return [{k: v for k, v in fd.items() if k not in ("age", "expires")} for fd in fds]
