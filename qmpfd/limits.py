@@ -46,8 +46,11 @@ REFUSAL_LOG_INTERVAL = 0.2
 TURN_SECONDS = 0.002
 
 #: The part of the loop's time that a client is served in without queueing for a turn, and how much
-#: of it at once: one that asks once a millisecond takes 0.03.
-SHARE, SHARE_SECONDS = 0.1, 0.00025
+#: of it at once: one that asks once a millisecond takes 0.03.  A thousand may come at once.
+SHARE, SHARE_SECONDS = 0.1, 0.0001
+
+#: Bytes that a client may have sent to be served without queueing: to decode more takes a while.
+FEW_BYTES = 4096
 
 #: Seconds that events are sent to one watcher after the other before everybody else is served.
 HERALD_SECONDS = 0.001

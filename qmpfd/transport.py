@@ -40,16 +40,21 @@ class FdStream:
         """The socket, for its options."""
         return self._sock
 
-    def receive_nowait(self, connection: Connection) -> bool:
+    def receive_nowait(self, connection: Connection, *, few: bool = False) -> bool:
         """Hand what is there to *connection*, bytes and descriptors; False once the peer is gone.
 
         Nothing in here waits or can be cancelled, so no descriptor is ever without an owner.
 
+        Args:
+            connection: who takes it.
+            few: do so only if there are no more than a few bytes.
+
         Raises:
             trio.WouldBlock: nothing is there yet.
+            Plenty: there are more than a few.
         """
         try:
-            data, fds_follow = fd.peek(self._sock)
+            data, fds_follow = fd.peek(self._sock, few=few)
         except BlockingIOError:
             raise trio.WouldBlock from None
         except ConnectionError:  # the peer was closed before it had read all

@@ -30,12 +30,19 @@ class Outbox:
         server: the daemon.
         stream: the connection.
         peer: who is at its other end.
+        garbage: where descriptors go that are never sent; its owner closes them.
         emptied: called when the client has taken what had to wait for it.
     """
 
     def __init__(
-        self, server: Server, stream: FdStream, peer: Peer, emptied: Callable[[], None]
+        self,
+        server: Server,
+        stream: FdStream,
+        peer: Peer,
+        garbage: list[Fd],
+        emptied: Callable[[], None],
     ) -> None:
+        self._garbage = garbage
         self._server = server
         self._emptied = emptied
         self._stream = stream
@@ -134,8 +141,9 @@ class Outbox:
     def mute(self) -> None:
         """Send nothing any more."""
         self.deaf = True
-        while self.unsent:
-            self._discard(self.unsent.popleft()[1])
+        for _, fds in self.unsent:  # many may be cut off at once: they are closed in their turns
+            self._garbage += fds
+        self.unsent.clear()
 
     def cut_off(self) -> None:
         """The client does not take its replies: send it nothing any more, hear nothing new."""

@@ -14,7 +14,7 @@ from outcome import Error, Outcome, Value
 
 from ..commands import NOTHING, VERSION, VOCABULARY, Context, execute
 from ..errors import GenericError, QMPError
-from ..fd import Fd
+from ..fd import Fd, Plenty
 from ..fdsets import Peer
 from ..limits import (
     LOCK_TIMEOUT,
@@ -102,7 +102,7 @@ class Session:
         self._takeover_id: Any = UNSET  # of the request that asked for a takeover
         self._fds_waiting = 0  # as counted so far
         self._events_wait = False  # until the client has taken what it is being sent
-        self.outbox = Outbox(server, stream, peer, self._emptied)
+        self.outbox = Outbox(server, stream, peer, self._connection.garbage, self._emptied)
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
 
     async def run(self) -> None:
@@ -273,7 +273,10 @@ class Session:
             if self._server.is_frozen:
                 await self._park()
             try:
-                more = self._stream.receive_nowait(self._connection)
+                more = self._stream.receive_nowait(self._connection, few=not share.in_turn)
+            except Plenty:
+                await share.next_turn()
+                continue
             except trio.WouldBlock:
                 if self._server.stopping:
                     return
@@ -328,6 +331,8 @@ class Session:
                 self._count_waiting_fds()
                 if self.outbox.unsent and not self._server.is_frozen:
                     await self.outbox.flush(self._share)
+                    if self.outbox.deaf:  # perhaps with a thousand others, that were killed
+                        await self._share.next_turn()
                 if self._long_reply is not None:
                     await self._send_long_reply(self._long_reply)
                 if not finished and self._share.over:

@@ -63,7 +63,7 @@ class Share:
         turns: where it queues once that is used up.
     """
 
-    __slots__ = ("_began", "_cpu", "_ends", "_turns", "_used")
+    __slots__ = ("_began", "_cpu", "_ends", "_turns", "_used", "in_turn")
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
@@ -71,6 +71,8 @@ class Share:
         self._began = monotonic()
         self._cpu = thread_time()
         self._ends = self._began + SHARE_SECONDS
+        #: Nobody else has a turn now: it may take its time.
+        self.in_turn = False
 
     @property
     def over(self) -> bool:
@@ -90,6 +92,7 @@ class Share:
         self._began = now
         self._cpu = thread_time()
         self._ends = now + SHARE_SECONDS - self._used
+        self.in_turn = False
 
     async def next_turn(self) -> None:
         """Wait for a turn."""
@@ -97,3 +100,4 @@ class Share:
         await self._turns.wait(self._used)
         self.resume()
         self._ends = self._began + TURN_SECONDS
+        self.in_turn = True
