@@ -275,7 +275,7 @@ class Session:
             try:
                 more = self._stream.receive_nowait(self._connection, few=not share.in_turn)
             except Plenty:
-                await share.next_turn()
+                await share.next_turn(much=True)
                 continue
             except trio.WouldBlock:
                 if self._server.stopping:
@@ -415,7 +415,7 @@ class Session:
         while more and not outbox.deaf:
             made: list[bytes] = []
             size = 0
-            await share.next_turn()
+            await share.next_turn(much=True)
             await server.enter()
             try:
                 more = False

@@ -13,7 +13,7 @@ from time import monotonic, thread_time
 
 import trio
 
-from ..limits import SHARE, SHARE_SECONDS, TURN_SECONDS
+from ..limits import FIRST_TURN_SECONDS, SHARE, SHARE_SECONDS, TURN_SECONDS
 
 
 class Turns:
@@ -94,10 +94,19 @@ class Share:
         self._ends = now + SHARE_SECONDS - self._used
         self.in_turn = False
 
-    async def next_turn(self) -> None:
-        """Wait for a turn."""
+    async def next_turn(self, *, much: bool = False) -> None:
+        """Wait for a turn.
+
+        Args:
+            much: there is enough to do for a whole one.  Those who may be done sooner go first, and
+                have only a part of one as long as they have used little: or else two hundred
+                clients that come at once held up one who asks for little for as many turns.
+        """
         self.pause()
-        await self._turns.wait(self._used)
+        used = self._used
+        await self._turns.wait(used + TURN_SECONDS if much else used)
         self.resume()
-        self._ends = self._began + TURN_SECONDS
-        self.in_turn = True
+        self._ends = self._began + (
+            TURN_SECONDS if much else min(TURN_SECONDS, max(FIRST_TURN_SECONDS, used))
+        )
+        self.in_turn = much
