@@ -49,11 +49,8 @@ async def _little(turns: Turns) -> None:
 async def test_who_may_be_done_sooner_goes_first() -> None:
     """However many have come before that have used nothing yet."""
     order = await _order(*[_much] * 50, _little)
-    assert order == [50, *range(50)]
-
-
-async def test_of_equals_the_first_to_come() -> None:
-    assert await _order(*[_much] * 5) == sorted(await _order(*[_much] * 5))
+    assert order[0] == 50
+    assert sorted(order) == list(range(51))
 
 
 async def test_one_turn_a_pass() -> None:
@@ -92,7 +89,7 @@ async def test_a_turn_is_as_long_as_what_was_used() -> None:
         await share.next_turn(much=much)
         assert share.in_turn is much
         left = share._ends - monotonic()
-        assert longest / 2 < left + 0.01 and left <= longest
+        assert longest - 0.01 < left <= longest
 
 
 async def test_one_that_gives_up_its_place() -> None:
