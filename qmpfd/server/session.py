@@ -107,6 +107,7 @@ class Session:
 
     async def run(self) -> None:
         """Serve the client until it is gone, or the daemon ends."""
+        self._share.resume()  # not since it was accepted: others came with it
         try:
             with self._scope:
                 if self._connection.state is State.CONNECTED:

@@ -13,7 +13,14 @@ from time import monotonic, thread_time
 
 import trio
 
-from ..limits import FIRST_TURN_SECONDS, SHARE, SHARE_SECONDS, TURN_SECONDS
+from ..limits import (
+    FIRST_TURN_SECONDS,
+    MOST_USED_SECONDS,
+    PATIENCE,
+    SHARE,
+    SHARE_SECONDS,
+    TURN_SECONDS,
+)
 
 
 class Turns:
@@ -28,7 +35,7 @@ class Turns:
         """Wait for a turn.
 
         Args:
-            used: the time that the client has used, beyond its share.
+            used: the time that the client has used, or will have; who has the least is next.
         """
         if self._busy:
             turn = trio.Event()
@@ -82,7 +89,7 @@ class Share:
     def pause(self) -> None:
         """The client is not being served: it is waited for."""
         # Not what passed on the clock: the machine may have been busy with something else.
-        self._used += thread_time() - self._cpu
+        self._used = min(self._used + thread_time() - self._cpu, MOST_USED_SECONDS)
         self._began = monotonic()
 
     def resume(self) -> None:
@@ -95,7 +102,7 @@ class Share:
         self.in_turn = False
 
     async def next_turn(self, *, much: bool = False) -> None:
-        """Wait for a turn.
+        """Wait for a turn.  That is no rest: what was used stays used.
 
         Args:
             much: there is enough to do for a whole one.  Those who may be done sooner go first, and
@@ -104,8 +111,11 @@ class Share:
         """
         self.pause()
         used = self._used
-        await self._turns.wait(used + TURN_SECONDS if much else used)
-        self.resume()
+        expected = used + TURN_SECONDS if much else used
+        # Whoever has waited for long goes before those who have just come.
+        await self._turns.wait(expected + self._began * PATIENCE)
+        self._began = monotonic()
+        self._cpu = thread_time()
         self._ends = self._began + (
             TURN_SECONDS if much else min(TURN_SECONDS, max(FIRST_TURN_SECONDS, used))
         )

@@ -45,10 +45,10 @@ def test_never_read(kind: str, path: Path) -> None:
 
 
 def test_many_never_read(path: Path) -> None:
-    """More than the turns of a second, all at the same time."""
+    """All at the same time.  (With 200 it takes up to 300 ms: see docs/threat-model.md.)"""
 
     def scenario(rig: Rig) -> None:
-        rig.attack("deaf:opened", 200)
+        rig.attack("deaf:opened", 60)
         time.sleep(2 * SECONDS)
 
     unharmed(path, scenario)
