@@ -150,7 +150,7 @@ def test_restarts_and_crashes(manager: Manager, path: Path, activated: bool) -> 
             os.kill(pid, signal.SIGKILL)
         else:
             manager.systemctl("restart", "test.service")
-        until(lambda pid=pid: manager.show("MainPID") not in (0, pid))  # type: ignore[misc]
+        until(lambda pid=pid: manager.show("MainPID") not in (0, pid))
         with connected(path) as client:
             assert lasting(client.execute("query-fds")) == before
             _, passed = client.request("open-fdset", {"fdset-id": 1})
