@@ -166,6 +166,7 @@ NEEDS: dict[str, tuple[Call, str]] = {
     "getfd": (("getfd", {"fdname": "n"}, 1), "add"),
     "remove-fd": (("remove-fd", {"fdset-id": 0}, 0), "remove"),
     "quit": (("quit", {}, 0), "admin"),
+    "takeover": (("takeover", {"format": 1}, 0), "admin"),
 }
 
 

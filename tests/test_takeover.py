@@ -239,6 +239,59 @@ def test_a_newcomer_that_gives_up(path: Path, answers: int) -> None:
             other.execute("remove-fd", {"fdset-id": 0})
 
 
+def test_progress_on_a_terminal(path: Path) -> None:
+    """A line that grows; and none of it where nobody looks."""
+    with served(path) as old, SyncClient(path, DEADLINE) as client:
+        for _ in range(3):
+            client.execute("add-fds", fds=[0] * 250)
+        terminal, its_end = map(Fd, os.openpty())
+        command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path), "--takeover"]
+        newcomer = subprocess.Popen(command, stderr=its_end.fileno())
+        with terminal:
+            its_end.close()
+            shown = b""
+            while b"listening" not in shown:
+                shown += os.read(terminal.fileno(), 1000)
+            lines = shown.splitlines()
+            total = 752  # with the listener and the client
+            assert f"\rqmpfd: 253 of {total} descriptors".encode() in shown
+            assert f"qmpfd: {total} of {total} descriptors".encode() in lines
+            assert old.wait(DEADLINE) == 0
+            newcomer.terminate()
+            assert newcomer.wait(DEADLINE) == 0
+
+
+def test_another_policy_and_smaller_limits(path: Path, tmp_path: Path) -> None:
+    """What is there stays; what comes is held to them."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[[rule]]\nallow = ['query']\n")
+    limits = ["--max-fds", "10", "--max-connections", "2", "--max-request-bytes", "2048"]
+    with served(path) as old, ExitStack() as stack:
+        clients = [stack.enter_context(SyncClient(path, DEADLINE)) for _ in range(5)]
+        clients[0].execute("add-fds", fds=[0] * 200)
+        clients[0].execute("getfd", {"fdname": "n"}, [0])
+        with clients[1].detach() as sock:
+            sock.setblocking(True)
+            sock.settimeout(DEADLINE)
+            sock.sendall(b"[" + b"1," * 5000)
+            clients[2].execute("query-name")
+            with taken_over(path, old, "--policy", str(policy), *limits):
+                for client in [clients[0], *clients[2:]]:
+                    assert len(client.execute("query-fdsets")[0]["fds"]) == 200
+                with pytest.raises(QMPError, match="limit is 10"):
+                    clients[0].execute("add-fd", fds=[0])
+                with pytest.raises(QMPError, match="limit is 2"):
+                    SyncClient(path, DEADLINE)
+                clients[0].execute("closefd", {"fdname": "n"})
+                stats = clients[0].execute("query-stats")
+                assert (stats["connections"], stats["fds-kept"]) == (5, 200)
+                sock.sendall(b"1]" + b'{"execute": "query-name", "id": 1}')
+                heard = b""
+                while b'"id": 1' not in heard:
+                    heard += sock.recv(1000)
+                assert b"limit exceeded" in heard.splitlines()[0]
+
+
 def test_no_daemon_to_take_over(path: Path) -> None:
     daemon = start(path, "--takeover")
     _, errors = daemon.communicate(timeout=DEADLINE)

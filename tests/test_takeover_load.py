@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import pytest
 from helpers import Pipe
 from stepper import Stepped, Stepper
 
-from qmpfd.fd import Fd
+from qmpfd.fd import Fd, FileDescriptorLike
 from qmpfd.syncclient import SyncClient
 
 TAKEOVERS = int(os.environ.get("QMPFD_TAKEOVERS", "6"))
@@ -128,6 +131,17 @@ def newcomer(stepper: Stepper, path: Path, number: int) -> Stepped:
     return started
 
 
+def kill_one(stepper: Stepper, path: Path, step: int) -> None:
+    """A newcomer that dies before it has confirmed: nobody notices it either."""
+    killed = stepper.start(
+        ["serve", "--socket", str(path), "--takeover"],
+        path.with_suffix(".killed.log"),
+        where={"fetch.py": ("fetch", "_reserve", "_receive_all"), "inherit.py": ("_restore",)},
+        step=step,
+    )
+    assert killed.wait() == -signal.SIGKILL
+
+
 @pytest.mark.slow
 def test_under_load(path: Path, stepper: Stepper) -> None:
     daemons = [newcomer(stepper, path, 0)]
@@ -151,6 +165,7 @@ def test_under_load(path: Path, stepper: Stepper) -> None:
             load.start("comer", load.comer)
             load.start("watcher", events.take)
             for number in range(1, TAKEOVERS + 1):
+                kill_one(stepper, path, 1 + number * 37 % 150)
                 daemons.append(newcomer(stepper, path, number))
                 assert daemons[-2].wait() == 0
                 assert not load.failures
@@ -178,6 +193,43 @@ def test_under_load(path: Path, stepper: Stepper) -> None:
             daemon.end()
             assert "Traceback" not in daemon.said
     assert not path.exists()
+
+
+MANY = 10_000
+
+
+@pytest.mark.skipif(
+    resource.getrlimit(resource.RLIMIT_NOFILE)[1] < MANY + 1000, reason="needs as many open files"
+)
+def test_many_descriptors_and_connections(path: Path, stepper: Stepper) -> None:
+    """Each has its number and is the file that it was, and each connection goes on."""
+    old = newcomer(stepper, path, 0)
+    with Pipe() as pipe, ExitStack() as stack, SyncClient(path, PATIENCE) as client:
+        kinds: list[FileDescriptorLike] = [0, 1, pipe]
+        for number in range(MANY // 250):
+            client.execute("add-fds", {"opaque": f"{number}"}, [kinds[number % 3]] * 250)
+        for number in range(3, MANY // 250, 7):  # numbers with holes in them
+            client.execute("remove-fd", {"fdset-id": number})
+        others = [stack.enter_context(SyncClient(path, PATIENCE)) for _ in range(300)]
+
+        def listing() -> list[list[Any]]:
+            client.renew(PATIENCE)
+            fds = client.execute("query-fds")
+            return [[fd[name] for name in ("fdset-id", "fd", "opaque", "target")] for fd in fds]
+
+        before = listing()
+        successor = newcomer(stepper, path, 1)
+        assert old.wait() == 0
+        assert listing() == before
+        for number, other in enumerate(others):
+            assert other.execute("query-name", {}) == {}, number
+        pipe.release()
+        assert pipe.held()
+        for fdset in client.execute("query-fdsets"):
+            client.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
+        assert not pipe.held()
+        client.execute("quit")
+        assert successor.wait() == 0
 
 
 class Watched:

@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from ..systemd import InheritedFd, notify, notify_reloading, watchdog_interval
 from .options import default_socket
 
 _log = logging.getLogger("qmpfd")
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run(
@@ -67,11 +70,7 @@ def run(
     )
     names = [str(path) for path in paths]
     names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
-    before, how = (
-        (recovered.state, "back again") if inheritance is None else (inheritance.state, "took over")
-    )
-    again = [path or "an inherited socket" for path in before.listeners]
-    trio.run(_main, start, names, how, again, policy_path)
+    trio.run(_main, start, names, inheritance, recovered.state.listeners, policy_path)
 
 
 def raise_open_files_limit() -> None:
@@ -83,17 +82,30 @@ def raise_open_files_limit() -> None:
 async def _main(
     start: partial[Coroutine[Any, Any, None]],
     names: Sequence[str],
-    how: str,
-    again: Sequence[str],
+    inheritance: Inheritance | None,
+    back_again: Sequence[str | None],
     policy_path: Path | None,
 ) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
-            server: Server = await nursery.start(start)
+    before = back_again if inheritance is None else inheritance.state.listeners
+    again = [path or "an inherited socket" for path in before]
+    async with trio.open_nursery() as serving:
+        with ExitStack() as stack:
+            if inheritance is None:
+                signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
+                server: Server = await serving.start(start)
+            else:
+                # Until then a signal ends us at once, and the old daemon goes on with everything.
+                inheritance.before_confirming = partial(
+                    signal.pthread_sigmask, signal.SIG_BLOCK, _SIGNALS
+                )
+                server = await serving.start(start)
+                signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             # What is there by now stays: the collector need not look through it again, for 20 ms.
             gc.collect()
             gc.freeze()
             if again:
+                how = "back again" if inheritance is None else "took over"
                 _log.info("%s: listening on %s", how, ", ".join(again))
             for name in names:
                 _log.info("listening on %s", name)
@@ -101,17 +113,25 @@ async def _main(
                 default = default_socket() in (*names, *again)
                 where = "" if default else " --socket PATH"
                 _log.info("Ctrl-C ends it; qmpfd status%s shows what it does", where)
-            nursery.start_soon(_obey, server, policy_path, signals, nursery)
-            nursery.start_soon(_report, server)
-            limit = watchdog_interval()
-            if limit is not None:
-                nursery.start_soon(_feed_watchdog, limit)
-            await server.ended.wait()
-            nursery.cancel_scope.cancel()
+            await _look_after(server, policy_path, signals, serving)
+
+
+async def _look_after(
+    server: Server, policy_path: Path | None, signals: AsyncIterator[int], serving: trio.Nursery
+) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_obey, server, policy_path, signals, serving)
+        nursery.start_soon(_report, server)
+        limit = watchdog_interval()
+        if limit is not None:
+            nursery.start_soon(_feed_watchdog, limit)
+        await server.ended.wait()
+        nursery.cancel_scope.cancel()
+    serving.cancel_scope.cancel()
 
 
 async def _obey(
-    server: Server, policy_path: Path | None, signals: AsyncIterator[int], nursery: trio.Nursery
+    server: Server, policy_path: Path | None, signals: AsyncIterator[int], serving: trio.Nursery
 ) -> None:
     told = False
     async for number in signals:
@@ -120,7 +140,7 @@ async def _obey(
             await _reload(server, policy_path)
         elif told:
             _log.warning("%s again: ending at once", name)
-            nursery.cancel_scope.cancel()
+            serving.cancel_scope.cancel()
         else:
             _log.info("%s: ending once all is answered", name)
             told = True

@@ -190,7 +190,7 @@ class Link:
     async def _open_again(self) -> Dialogue:
         dialogue = await open_dialogue(self._path)
         try:
-            for command, arguments in self._redone.items():
+            for command, arguments in list(self._redone.items()):
                 reply = await dialogue.request(command, arguments)
                 close_all(reply.fds)
                 reply.unwrap()

@@ -208,9 +208,21 @@ class Parser:
         )
 
     def restore(self, saved: ParserState) -> None:
-        """Go on where another parser was when it gave :meth:`snapshot`."""
-        for _ in self.feed(saved.text):
-            raise ValueError("this is not the state of a parser: a value is complete in it")
+        """Go on where another parser was when it gave :meth:`snapshot`.
+
+        It may have had higher limits: what is beyond ours is refused when more of it comes.
+
+        Raises:
+            ValueError: that was none.
+        """
+        limits = self._max_bytes, self._budget
+        self._max_bytes, self._budget = sys.maxsize, Budget(sys.maxsize)
+        try:
+            for _ in self.feed(saved.text):
+                raise ValueError("this is not the state of a parser: a value is complete in it")
+        finally:
+            self._max_bytes, self._budget = limits
+            self._charged = 0
         if saved.discarding:
             self._discarding, self._tokens = True, 1
             self._braces, self._brackets = saved.braces, saved.brackets

@@ -56,6 +56,8 @@ class Inheritance:
         self.journal: Fd | None = None
         #: All of it is ours.
         self.confirmed = False
+        #: Called when there is no way back any more, or will not be in a moment.
+        self.before_confirming: Callable[[], object] = lambda: None
         self._old = old
 
     def confirm(self, timeout: float) -> None:
@@ -67,6 +69,7 @@ class Inheritance:
         Raises:
             NoDaemon: it has kept everything, and goes on.
         """
+        self.before_confirming()
         self._old.let_go(timeout, self.journal)
         self.confirmed = True
 

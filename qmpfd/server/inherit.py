@@ -13,6 +13,7 @@ import trio
 
 from ..fd import Fd
 from ..fdsets import FOREVER, FdSet, Peer, Terms
+from ..syncclient import NoDaemon
 from ..transport import FdStream
 from .fetch import Inheritance
 from .listener import UnixListener
@@ -36,10 +37,17 @@ def taking_over(
     Args:
         server: a daemon that does not run yet.
         inheritance: what was fetched, or has come back.
+
+    Raises:
+        NoDaemon: it makes no sense.
+        OSError: this process is out of descriptors.
     """
     listeners: list[UnixListener] = []
     try:
-        _restore(server, inheritance, listeners)
+        try:
+            _restore(server, inheritance, listeners)
+        except (ValueError, LookupError) as exc:
+            raise NoDaemon(f"the old daemon's state cannot be used, it goes on: {exc}") from exc
         yield listeners
     finally:
         if not inheritance.confirmed:
