@@ -93,7 +93,7 @@ async def kept_daemon(path: Path, size: int = 1000) -> AsyncIterator[tuple[Serve
     """A daemon that has started, and its parent."""
     with closing(Parent()) as parent, closing(Notifier(parent.theirs, is_parent=True)) as notifier:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(parent.serve)
+            nursery.start_soon(parent.serve)  # noqa: ASYNC113 - it need not have begun
             async with daemon(path, keeping=Keeping(notifier, size, None)) as server:
                 yield server, parent
                 parent.go_on()

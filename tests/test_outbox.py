@@ -39,12 +39,17 @@ class Rig:
         self.server = Server()
         ours, self.its = trio.socket.socketpair()
         self.stream = _Stream(ours, room)
+        self.settled = trio.Event()
         self.garbage: list[Fd] = []
         self.outbox = Outbox(
             *(self.server, self.stream, Peer(1, 0, 0), self.garbage),
             emptied=lambda: None,
-            settle=trio.lowlevel.checkpoint,
+            settle=self._settle,
         )
+
+    async def _settle(self) -> None:
+        await self.settled.wait()
+        self.outbox.release()
 
     async def __aenter__(self) -> Rig:
         return self
@@ -136,3 +141,29 @@ async def test_too_much_waits(caplog: pytest.LogCaptureFixture) -> None:
         other = _fd()
         rig.outbox.put(b"a", [other])
         assert other.closed
+
+
+async def test_what_is_not_safe_waits_behind_what_is() -> None:
+    async with Rig() as rig:
+        rig.outbox.put(b"a")
+        rig.outbox.unsafe = True
+        rig.outbox.put(b"b", [_fd()])
+        rig.outbox.push()
+        assert rig.stream.sent == [(b"a", 0)]
+        assert (rig.outbox.size, rig.outbox.waiting_fds) == (1, 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.outbox.send)
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(rig.stream.sent) == 1
+            rig.settled.set()
+        assert rig.stream.sent == [(b"a", 0), (b"b", 1)]
+        assert (rig.outbox.size, rig.outbox.waiting_fds) == (0, 0)
+
+
+async def test_muted_while_something_is_held() -> None:
+    async with Rig() as rig:
+        rig.outbox.unsafe = True
+        rig.outbox.put(b"b", [_fd()])
+        rig.outbox.mute()
+        assert rig.outbox.size == 0
+        assert not rig.outbox.held

@@ -351,7 +351,7 @@ def test_inherited_descriptors(path: Path, tmp_path: Path) -> None:
                 daemon.worker()
                 there = fds(client)
                 assert [(fd["fdset-id"], fd["opaque"]) for fd in there] == [(7, "mine")]
-                # Once it is told that the worker serves, the parent needs no more of what it got.
+                # Once it is told that the worker serves, the parent needs that no more.
                 until(lambda: list(open_fds(daemon.pid).values()).count(str(file)) == 1)
             for _ in range(2):
                 daemon.kill_worker()

@@ -70,11 +70,7 @@ def run(
     )
     names = [str(path) for path in paths]
     names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
-    before, how = (
-        (recovered.state, "back again") if inheritance is None else (inheritance.state, "took over")
-    )
-    again = [path or "an inherited socket" for path in before.listeners]
-    trio.run(_main, start, names, inheritance, how, again, policy_path)
+    trio.run(_main, start, names, inheritance, recovered.state.listeners, policy_path)
 
 
 def raise_open_files_limit() -> None:
@@ -87,10 +83,11 @@ async def _main(
     start: partial[Coroutine[Any, Any, None]],
     names: Sequence[str],
     inheritance: Inheritance | None,
-    how: str,
-    again: Sequence[str],
+    back_again: Sequence[str | None],
     policy_path: Path | None,
 ) -> None:
+    before = back_again if inheritance is None else inheritance.state.listeners
+    again = [path or "an inherited socket" for path in before]
     async with trio.open_nursery() as serving:
         with ExitStack() as stack:
             if inheritance is None:
@@ -108,6 +105,7 @@ async def _main(
             gc.collect()
             gc.freeze()
             if again:
+                how = "back again" if inheritance is None else "took over"
                 _log.info("%s: listening on %s", how, ", ".join(again))
             for name in names:
                 _log.info("listening on %s", name)

@@ -549,14 +549,11 @@ class Session:
 
     async def _close_all_garbage(self, count: int) -> None:
         """Close so many: a whole set, perhaps."""
-        while True:
-            self._close_garbage(min(count, _CLOSES_A_STEP))
-            count -= _CLOSES_A_STEP
-            if count <= 0:
-                return
-            if self._share.over:
+        for closed in range(0, count, _CLOSES_A_STEP):
+            if closed and self._share.over:
                 self._count_waiting_fds()
                 await self._share.next_turn()
+            self._close_garbage(min(count - closed, _CLOSES_A_STEP))
 
     def _count_waiting_fds(self) -> None:
         """Count the descriptors that have come and that no command has, and those that wait to be
