@@ -46,13 +46,16 @@ REFUSAL_LOG_INTERVAL = 0.2
 #: how many if it has used little so far.
 TURN_SECONDS, FIRST_TURN_SECONDS = 0.002, 0.00025
 
+#: Seconds within which each of those who wait has had a turn, as far as turns can be that short.
+LAP_SECONDS = 0.04
+
 #: Seconds that count as used at most, and which part of the time that a client has waited counts
 #: against what others have used: of two, one that came so much later does not go first.
-MOST_USED_SECONDS, PATIENCE = 0.01, 0.002
+MOST_USED_SECONDS, PATIENCE = 0.01, 0.005
 
 #: The part of the loop's time that a client is served in without queueing for a turn, and how much
-#: of it at once: one that asks once a millisecond takes 0.03.  A thousand may come at once.
-SHARE, SHARE_SECONDS = 0.1, 0.00025
+#: of it at once: one that asks once a millisecond takes 0.03 to 0.15.  A thousand may come at once.
+SHARE, SHARE_SECONDS = 0.3, 0.00025
 
 #: Bytes that a client may have sent to be served without queueing: to decode more takes a while.
 FEW_BYTES = 4096

@@ -86,7 +86,7 @@ class FdStream:
             return True
         fd.skip(self._sock, *lengths)
         self._queued -= lengths[0]
-        left, self._left = self._left, len(data) - lengths[0]
+        left, self._left = self._left, 0
         # The line end that the last request's descriptors were not read with, and nothing else: no
         # need to look again.
         return None if left == len(data) == lengths[0] and not connection.has_news else True

@@ -93,9 +93,7 @@ class ClientConnection(Connection):
         Raises:
             ProtocolError: this is no QMP server.
         """
-        waiting = self._gather()
-        while waiting:
-            value, fds, lost = waiting.popleft()
+        for value, fds, lost in self._messages():
             if not isinstance(value, dict):
                 self.garbage += fds
                 why = value if isinstance(value, QMPError) else "no JSON object"

@@ -8,12 +8,12 @@ states are those of the QEMU Machine Protocol Specification
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from ..fd import Fd
-from .inbox import ChunkDecoder, Inbox, Message
+from .inbox import NO_FDS, ChunkDecoder, Inbox, WithFds
 
 if TYPE_CHECKING:
     from .parser import Budget
@@ -71,7 +71,7 @@ class Connection:
             budget=budget,
             owner=owner,
         )
-        self._waiting: deque[Message] = deque()  # what has come, and was not asked for yet
+        self._waiting: deque[Any] = deque()  # what has come, and was not asked for yet
         #: See :class:`Inbox`: shown the next bytes, how to consume them.
         self.receive = self._inbox.receive
         #: See :class:`Inbox`: the descriptors of each piece consumed.
@@ -88,29 +88,36 @@ class Connection:
         """Whether something has come that was not asked for yet; not for blanks alone."""
         return bool(self._waiting) or self._inbox.has_news
 
-    def _gather(self) -> deque[Message]:
-        """What has come: taken from the left by whoever deals with it."""
-        self._waiting += self._inbox.messages()
-        return self._waiting
+    def _messages(self) -> Iterator[tuple[Any, list[Fd], str]]:
+        """What has come, taken away one by one: each value with its descriptors, and why there are
+        less of them than there should be, if so.
+        """
+        waiting = self._waiting
+        waiting += self._inbox.messages()
+        while waiting:
+            message = waiting.popleft()
+            if type(message) is WithFds:
+                yield message
+            else:
+                yield message, NO_FDS, ""
 
     @property
     def waiting_fds(self) -> int:
         """How many descriptors have come that no command has yet."""
-        queued = sum(len(fds) for _, fds, _ in self._waiting) if self._waiting else 0
-        return queued + self._inbox.unclaimed_fds
+        queued = [len(each.fds) for each in self._waiting if type(each) is WithFds]
+        return sum(queued) + self._inbox.unclaimed_fds
 
     def refuse_fds(self, why: str) -> None:
         """Close those descriptors: the commands that should have had them are told why not."""
-        for number, (value, fds, lost) in enumerate(self._waiting):
-            if fds:
-                self.garbage += fds
-                self._waiting[number] = value, [], lost or why
+        for number, message in enumerate(self._waiting):
+            if type(message) is WithFds and message.fds:
+                self.garbage += message.fds
+                self._waiting[number] = WithFds(message.value, [], message.lost or why)
         self._inbox.refuse_fds(why)
 
     def close(self) -> None:
         """The connection is over: what waits for a command becomes garbage."""
         self._move(Event.CLOSE)
-        for _, fds, _ in self._waiting:
+        for _, fds, _ in self._messages():
             self.garbage += fds
-        self._waiting.clear()
         self._inbox.close()

@@ -22,10 +22,6 @@ from .claims import Unclaimed
 if TYPE_CHECKING:
     from .parser import Budget, Parser, ParserState
 
-#: A value or typed request, or the error that its text has; the descriptors it takes; if some that
-#: it should have had are gone, why.
-Message: TypeAlias = "tuple[Any, list[Fd], str]"
-
 #: Decodes a chunk of whole messages at once; None where only the careful parser can tell.  A
 #: server's gives requests, whose ``takes`` says how many descriptors each takes at most.
 ChunkDecoder: TypeAlias = "Callable[[bytes], list[Any] | None]"
@@ -35,7 +31,24 @@ _Found: TypeAlias = "tuple[Any, int]"
 
 _WHITESPACE = b" \t\r\n"
 #: Where no descriptor came; never changed.
-_NO_FDS: list[Fd] = []
+NO_FDS: list[Fd] = []
+
+#: Bytes that are decoded in one go where it does not matter with which of them descriptors come.
+_A_STEP = 8 << 10
+
+
+class WithFds(NamedTuple):
+    """A message that descriptors came with, or should have.
+
+    Args:
+        value: a value or typed request.
+        fds: the descriptors that it takes.
+        lost: if some that it should have had are gone, why.
+    """
+
+    value: Any
+    fds: list[Fd]
+    lost: str
 
 
 class InboxState(NamedTuple):
@@ -58,7 +71,7 @@ class _Piece:
     """What one read gives: messages, and the descriptors that came with it."""
 
     last_takes = 0  # descriptors, at most, and no other message of it takes any
-    fds = _NO_FDS
+    fds = NO_FDS
     dropped = False
     ends_segment = False  # the segment that descriptors came with ends with this piece
     inside_message = False  # and does so in the middle of a message
@@ -121,6 +134,8 @@ class Inbox:
             can come to less than *data*: the rest is looked at again next time.
         """
         if not self._segment_left and not self._lines and self._idle:
+            if not fds_follow and len(data) > _A_STEP:
+                data = data[: data.rfind(b"\n", 0, _A_STEP) + 1 or None]
             requests = self._decode(data) if len(data) <= self._max_bytes else None
             if requests is not None:
                 if not fds_follow:
@@ -246,36 +261,37 @@ class Inbox:
         """Whether something has come that :meth:`messages` has to look at."""
         return bool(self._pieces)
 
-    def messages(self) -> list[Message]:
-        """The complete messages, each with its descriptors, in the order in which they came.
+    def messages(self) -> list[Any]:
+        """The complete messages, in the order in which they came: values or typed requests, or the
+        errors that their texts have.  Those that have to do with descriptors are :class:`WithFds`.
 
         A message whose text is broken takes all descriptors that wait with it: nobody can tell
         any more whom they were for.
         """
         unclaimed, wanted = self._unclaimed, self._wanted
         pieces, self._pieces, self._attached = self._pieces, [], 0
-        found: list[Message] = []
+        found: list[Any] = []
         if len(pieces) == 1 and not unclaimed.waits:
             (piece,) = pieces
             if not piece.dropped and len(piece.fds) <= piece.last_takes:
                 # As nearly always: nothing waits, and nothing will.
                 self._segment_left = 0
-                found = [(value, _NO_FDS, "") for value in piece.messages]
                 if piece.fds:
-                    found[-1] = (piece.messages[-1], piece.fds, "")
-                return found
+                    piece.messages[-1] = WithFds(piece.messages[-1], piece.fds, "")
+                return piece.messages
         for piece in pieces:
             if piece.fds or piece.dropped:
                 unclaimed.arrive(piece.fds, piece.dropped)
             for value in piece.messages:
                 if type(value) is GenericError:
                     unclaimed.discard()
-                    found.append((value, [], ""))
+                    found.append(value)
                 elif most := wanted(value):
                     fds, dropped = unclaimed.claim(most)
-                    found.append((value, fds, unclaimed.why_dropped if dropped else ""))
+                    lost = unclaimed.why_dropped if dropped else ""
+                    found.append(WithFds(value, fds, lost))
                 else:
-                    found.append((value, [], ""))
+                    found.append(value)
                 unclaimed.message_ended()
             if piece.ends_segment:
                 unclaimed.segment_ended(inside_message=piece.inside_message)

@@ -105,10 +105,8 @@ class ServerConnection(Connection):
         Carry out each before asking for the next: whether that is possible may depend on it.
         What was not asked for is there the next time.
         """
-        waiting = self._gather()
         flooded = False
-        while waiting:
-            value, fds, lost = waiting.popleft()
+        for value, fds, lost in self._messages():
             if isinstance(value, Request):
                 if self.state is State.COMMANDS and not lost:  # as nearly always
                     self._errors_in_a_row = 0

@@ -15,6 +15,7 @@ import trio
 
 from ..limits import (
     FIRST_TURN_SECONDS,
+    LAP_SECONDS,
     MOST_USED_SECONDS,
     PATIENCE,
     SHARE,
@@ -34,6 +35,11 @@ class Turns:
         self._queue: list[tuple[float, int, trio.Event]] = []
         self._numbers = count()  # of equals, the first to come
         self._busy = False
+
+    @property
+    def length(self) -> float:
+        """Seconds that a turn may take: the shorter, the more wait for theirs."""
+        return min(TURN_SECONDS, LAP_SECONDS / (len(self._queue) + 1))
 
     async def wait(self, used: float) -> None:
         """Wait for a turn.
@@ -146,7 +152,6 @@ class Share:
         await self._turns.wait(expected + self._began * PATIENCE)
         self._began = monotonic()
         self._cpu = self._turns.cpu.lately(self._began)
-        self.ends = self._began + (
-            TURN_SECONDS if much else min(TURN_SECONDS, max(FIRST_TURN_SECONDS, used))
-        )
+        most = self._turns.length if much else min(self._turns.length, used)
+        self.ends = self._began + max(FIRST_TURN_SECONDS, most)
         self.in_turn = much
