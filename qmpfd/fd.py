@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeAlias
 
-from .limits import READ_BYTES, SCM_MAX_FD, SEGMENT_BYTES
+from .limits import FEW_BYTES, READ_BYTES, SCM_MAX_FD, SEGMENT_BYTES
 
 
 class HasFileno(Protocol):
@@ -138,17 +138,28 @@ _one = struct.Struct("i")
 _ZERO = _one.pack(0)
 
 
-def peek(sock: socket.socket) -> tuple[bytes, bool]:
+class Plenty(Exception):
+    """More is there than was to be looked at."""
+
+
+def peek(sock: socket.socket, *, few: bool = False) -> tuple[bytes, bool]:
     """See what the next read would return, without consuming it: its bytes, and whether
     descriptors come with the last of them.
 
     The kernel ends a read after the bytes that descriptors were sent with.  Without room for
     control messages it leaves the descriptors where they are and says MSG_CTRUNC (recvmsg(2)).
 
+    Args:
+        sock: the socket.
+        few: look only if there are no more than a few bytes.
+
     Raises:
         BlockingIOError: nothing is there yet.
+        Plenty: there are more than a few.
     """
-    data, _, flags, _ = sock.recvmsg(READ_BYTES, 0, _PEEK)
+    data, _, flags, _ = sock.recvmsg(FEW_BYTES if few else READ_BYTES, 0, _PEEK)
+    if few and len(data) == FEW_BYTES:
+        raise Plenty
     fds_follow = flags & _TRUNCATED != 0
     if fds_follow and len(data) == READ_BYTES:
         # What they were sent with may go on behind these bytes: show it whole, the next time.

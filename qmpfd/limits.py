@@ -42,12 +42,20 @@ EVICTION_INTERVAL = 1.0
 #: Seconds between two lines of the log about clients that are turned away.
 REFUSAL_LOG_INTERVAL = 0.2
 
-#: Seconds that a client's requests are carried out in a row before the others get their turn.
-TURN_SECONDS = 0.002
+#: Seconds that a client's requests are carried out in a row before the others get their turn; and
+#: how many if it has used little so far.
+TURN_SECONDS, FIRST_TURN_SECONDS = 0.002, 0.00025
+
+#: Seconds that count as used at most, and which part of the time that a client has waited counts
+#: against what others have used: of two, one that came so much later does not go first.
+MOST_USED_SECONDS, PATIENCE = 0.01, 0.002
 
 #: The part of the loop's time that a client is served in without queueing for a turn, and how much
-#: of it at once: one that asks once a millisecond takes 0.03.
+#: of it at once: one that asks once a millisecond takes 0.03.  A thousand may come at once.
 SHARE, SHARE_SECONDS = 0.1, 0.00025
+
+#: Bytes that a client may have sent to be served without queueing: to decode more takes a while.
+FEW_BYTES = 4096
 
 #: Seconds that events are sent to one watcher after the other before everybody else is served.
 HERALD_SECONDS = 0.001

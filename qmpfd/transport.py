@@ -42,16 +42,23 @@ class FdStream:
         """The socket, for its options."""
         return self._sock
 
-    def receive_nowait(self, connection: Connection) -> bool | None:
+    def receive_nowait(self, connection: Connection, *, few: bool = False) -> bool | None:
         """Hand what is there to *connection*, bytes and descriptors.
 
         Nothing in here waits or can be cancelled, so no descriptor is ever without an owner.
 
+        Args:
+            connection: who takes it.
+            few: do so only if there are no more than a few bytes.
+
         Returns:
             Whether something came; False once the peer is gone, None if nothing is there yet.
+
+        Raises:
+            Plenty: there are more than a few.
         """
         try:
-            data, fds_follow = fd.peek(self._sock)
+            data, fds_follow = fd.peek(self._sock, few=few)
         except BlockingIOError:
             return None
         except ConnectionError:  # the peer was closed before it had read all

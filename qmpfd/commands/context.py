@@ -116,6 +116,7 @@ class Daemon:
     stats: Stats = field(init=False)
 
     def __post_init__(self) -> None:
+        # Half of the table is enough for a user, whatever the limits are set to.
         self.most_waiting = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self.stats = Stats(self.clock())
         self.store.observer = self

@@ -138,7 +138,11 @@ def _terms(context: Context, arguments: AddFds, now: float) -> Terms:
 
 @table.command("query-fds", QueryFds, list[FdInfo])
 def query_fds(context: Context, arguments: QueryFds) -> Bits | Encoded:
-    """List the stored file descriptors, with what each is and where it came from."""
+    """List the stored file descriptors, with what each is and where it came from.
+
+    A long listing is made bit by bit, and others are served meanwhile: what they remove before its
+    turn comes is left out.
+    """
     store = context.daemon.store
     fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
     context.access.require("query", fdset_id)

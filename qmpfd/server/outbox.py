@@ -30,6 +30,7 @@ class Outbox:
         server: the daemon.
         stream: the connection.
         peer: who is at its other end.
+        garbage: where descriptors go that are never sent; its owner closes them.
         emptied: called when the client has taken what had to wait for it.
         settle: waits until what is held may be told, and calls :meth:`release`.
     """
@@ -39,9 +40,11 @@ class Outbox:
         server: Server,
         stream: FdStream,
         peer: Peer,
+        garbage: list[Fd],
         emptied: Callable[[], None],
         settle: Callable[[], Awaitable[None]],
     ) -> None:
+        self._garbage = garbage
         self._server = server
         self._emptied = emptied
         self._settle = settle
@@ -177,8 +180,9 @@ class Outbox:
         self.deaf = True
         self.size = self.waiting_fds = 0
         for waiting in (self.unsent, self.held):
-            while waiting:
-                self._discard(waiting.popleft()[1])
+            for _, fds in waiting:  # many may be cut off at once: they are closed in their turns
+                self._garbage += fds
+            waiting.clear()
 
     def cut_off(self) -> None:
         """The client does not take its replies: send it nothing any more, hear nothing new."""

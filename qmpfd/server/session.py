@@ -15,7 +15,7 @@ from outcome import Error, Outcome, Value
 
 from ..commands import NOTHING, VERSION, VOCABULARY, Client, Context, execute
 from ..errors import GenericError, QMPError
-from ..fd import Fd
+from ..fd import Fd, Plenty
 from ..fdsets import Peer
 from ..limits import (
     HELD_REPLY_BYTES,
@@ -103,13 +103,16 @@ class Session:
         self._takeover_id: Any = UNSET  # of the request that asked for a takeover
         self._fds_waiting = 0  # as counted so far
         self._events_wait = False  # until the client has taken what it is being sent
-        self.outbox = Outbox(server, stream, peer, self._emptied, self._settle)
+        self.outbox = Outbox(
+            server, stream, peer, self._connection.garbage, self._emptied, self._settle
+        )
         self._settling = trio.Lock()
         self._holds = 0  # how often replies or events had to be held
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
 
     async def run(self) -> None:
         """Serve the client until it is gone, or the daemon ends."""
+        self._share.resume()  # not since it was accepted: others came with it
         try:
             with self._scope:
                 if self._connection.state is State.CONNECTED:
@@ -304,7 +307,12 @@ class Session:
                 await share.next_turn()
             if self._server.is_frozen:
                 await self._park()
-            came = stream.receive_nowait(self._connection)
+            try:
+                came = stream.receive_nowait(self._connection, few=not share.in_turn)
+            except Plenty:
+                await outbox.send(share)
+                await share.next_turn(much=True)
+                continue
             if came:
                 await self._answer()
                 if context.takes_over:
@@ -371,7 +379,7 @@ class Session:
                 return
             if connection.has_news:
                 await outbox.send(self._share)
-                if self._share.over:
+                if self._share.over or outbox.deaf:  # perhaps with a thousand others
                     await self._share.next_turn()
 
     def _carry_out(self, batches: list[_Batch]) -> None:
@@ -430,8 +438,9 @@ class Session:
         while more and not outbox.deaf:
             made: list[bytes] = []
             size = 0
-            await share.next_turn()
-            async with server.lock:
+            await share.next_turn(much=True)
+            await server.enter()
+            try:
                 more = False
                 for bit in bits:
                     made.append(bit)
@@ -439,6 +448,8 @@ class Session:
                     if size > REPLY_BYTES_A_TURN or share.over:
                         more = True
                         break
+            finally:
+                server.lock.release()
             if size:
                 passed, context.passed = context.passed, []
                 if not server.is_settled:

@@ -13,7 +13,14 @@ from time import monotonic, thread_time
 
 import trio
 
-from ..limits import SHARE, SHARE_SECONDS, TURN_SECONDS
+from ..limits import (
+    FIRST_TURN_SECONDS,
+    MOST_USED_SECONDS,
+    PATIENCE,
+    SHARE,
+    SHARE_SECONDS,
+    TURN_SECONDS,
+)
 
 #: Seconds in which so little happens that it does not matter whose they are.
 _MOMENT = 0.0002
@@ -32,7 +39,7 @@ class Turns:
         """Wait for a turn.
 
         Args:
-            used: the time that the client has used, beyond its share.
+            used: the time that the client has used, or will have; who has the least is next.
         """
         if self._busy:
             turn = trio.Event()
@@ -88,7 +95,7 @@ class Share:
         turns: where it queues once that is used up.
     """
 
-    __slots__ = ("_began", "_cpu", "_turns", "_used", "ends")
+    __slots__ = ("_began", "_cpu", "_turns", "_used", "ends", "in_turn")
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
@@ -97,6 +104,8 @@ class Share:
         self._cpu = turns.cpu.lately(self._began)
         #: When it is used up, if the client goes on being served.
         self.ends = self._began + SHARE_SECONDS
+        #: Nobody else has a turn now: it may take its time.
+        self.in_turn = False
 
     @property
     def over(self) -> bool:
@@ -110,7 +119,7 @@ class Share:
         if used > _MOMENT:
             # Not all that passed on the clock: the machine may have been busy with something else.
             used = min(used, self._turns.cpu.exactly(now) - self._cpu)
-        self._used += used
+        self._used = min(self._used + used, MOST_USED_SECONDS)
         self._began = now
 
     def resume(self) -> None:
@@ -120,10 +129,24 @@ class Share:
         self._began = now
         self._cpu = self._turns.cpu.lately(now)
         self.ends = now + SHARE_SECONDS - self._used
+        self.in_turn = False
 
-    async def next_turn(self) -> None:
-        """Wait for a turn."""
+    async def next_turn(self, *, much: bool = False) -> None:
+        """Wait for a turn.  That is no rest: what was used stays used.
+
+        Args:
+            much: there is enough to do for a whole one.  Those who may be done sooner go first, and
+                have only a part of one as long as they have used little: or else two hundred
+                clients that come at once held up one who asks for little for as many turns.
+        """
         self.pause()
-        await self._turns.wait(self._used)
-        self.resume()
-        self.ends = self._began + TURN_SECONDS
+        used = self._used
+        expected = used + TURN_SECONDS if much else used
+        # Whoever has waited for long goes before those who have just come.
+        await self._turns.wait(expected + self._began * PATIENCE)
+        self._began = monotonic()
+        self._cpu = self._turns.cpu.lately(self._began)
+        self.ends = self._began + (
+            TURN_SECONDS if much else min(TURN_SECONDS, max(FIRST_TURN_SECONDS, used))
+        )
+        self.in_turn = much

@@ -53,8 +53,15 @@ STREAMS: dict[str, tuple[bytes, int]] = {
     "nested": (b"[" * 1000 + b"]" * 1000, 0),
     "tokens": (b"[" + b"1," * 30000, 0),
     "schemas": (b'{"execute":"query-qmp-schema"}' * 1000, 0),
+    "listings": (b'{"execute":"query-fds"}{"execute":"query-fdsets"}' * 500, 0),
+    "ids": (b'{"execute":"query-name","id":[' + b"[]," * 300_000 + b"1]}", 0),
+    "text": (
+        b'{"execute":"closefd","arguments":{"fdname":"' + b"a\xc3\xa9\\n" * 200_000 + b'"}}',
+        0,
+    ),
+    "members": (b"{" + b",".join(b'"%d":1' % n for n in range(90_000)) + b"}", 0),
     "unclaimed": (b" ", 253),
-    "adds": (b'{"execute":"add-fd"}{"execute":"remove-fd","arguments":{"fdset-id":%d}}', 1),
+    "adds": (b'{"execute":"add-fd"}{"execute":"remove-fd","arguments":{"fdset-id":0}}', 1),
     "no fds": (b'{"execute":"add-fd"}' * 1000, 0),
     "named": (b'{"execute":"getfd","arguments":{"fdname":"n"}}', 1),
     "opened": (b'{"execute":"open-fdset","arguments":{"fdset-id":0}}' * 1000, 0),
@@ -70,7 +77,7 @@ STREAMS: dict[str, tuple[bytes, int]] = {
 
 def flood(path: str, kind: str, count: int, *, reading: bool) -> Iterator[None]:
     """Send the same over many connections as fast as they take it."""
-    data, fd_count = STREAMS[kind]
+    text, fd_count = STREAMS[kind]
     fds = [os.open("/dev/null", os.O_RDONLY)] * fd_count
     if kind == "opened":
         send(connect(path), b'{"execute":"add-fd"}', [os.open("/dev/null", os.O_RDONLY)])
@@ -93,7 +100,6 @@ def flood(path: str, kind: str, count: int, *, reading: bool) -> Iterator[None]:
                     del at[sock]
                     continue
             if events & selectors.EVENT_WRITE:
-                text = data.replace(b"%d", b"0") if b"%d" in data else data
                 part = text[at[sock] :]
                 at[sock] = (at[sock] + send(sock, part, fds if not at[sock] else None)) % len(text)
         yield
@@ -108,6 +114,20 @@ def drain(sock: socket.socket) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def fleeting(path: str, count: int) -> Iterator[None]:
+    """Thousands of descriptors that end together: by their time, and with a connection."""
+    fds = [os.open("/dev/null", os.O_RDONLY)] * 250
+    while True:
+        sock = connect(path)
+        sock.setblocking(True)
+        for terms in (b'"expires":1', b'"lifetime":"connection"'):
+            for _ in range(count // 250):
+                send(sock, b'{"execute":"add-fds","arguments":{%s}}' % terms, fds)
+                sock.recv(1 << 16)
+            yield
+        sock.close()
 
 
 def half(path: str, count: int) -> Iterator[None]:
@@ -196,6 +216,8 @@ def main(kind: str, path: str, number: int) -> None:
     steps: Iterator[None]
     if kind == "half":
         steps = half(path, number)
+    elif kind == "fleeting":
+        steps = fleeting(path, number)
     elif kind == "connections":
         steps = connections(path, number)
     elif kind == "holding":

@@ -17,7 +17,10 @@ _CONNECTIONS = 6
 
 
 #: Those that tell the most; all of them where QMPFD_FAULT_SECONDS is set.
-_QUICK = ("lines", "closers", "tokens", "schemas", "unclaimed", "adds", "opened", "watching")
+_QUICK = (
+    *("lines", "closers", "tokens", "schemas", "unclaimed", "adds", "opened", "watching"),
+    *("ids", "text", "members"),
+)
 
 
 @pytest.mark.parametrize("kind", STREAMS if "QMPFD_FAULT_SECONDS" in os.environ else _QUICK)
@@ -37,6 +40,58 @@ def test_never_read(kind: str, path: Path) -> None:
         # What a client had sent when it died is carried out all the same, which takes its time.
         rig.attack(f"deaf:{kind}", {"closers": 6, "watching": 6}.get(kind, 50))
         time.sleep(SECONDS)
+
+    unharmed(path, scenario)
+
+
+def test_many_never_read(path: Path) -> None:
+    """All at the same time.  (With 200 it takes up to 300 ms: see docs/threat-model.md.)"""
+
+    def scenario(rig: Rig) -> None:
+        rig.attack("deaf:opened", 60)
+        time.sleep(2 * SECONDS)
+
+    unharmed(path, scenario)
+
+
+@pytest.mark.parametrize("each", [1, 250], ids=["many sets", "large sets"])
+def test_long_listings(each: int, path: Path) -> None:
+    """Of thousands, by many, again and again."""
+
+    def scenario(rig: Rig) -> None:
+        caller = rig.caller()
+        for _ in range(5000 // each):
+            value(caller.call("add-fds", None, [0] * each))
+        rig.attack("reading:listings", 20)
+        rig.attack("deaf:listings", 20)
+        time.sleep(2 * SECONDS)
+
+    unharmed(path, scenario)
+
+
+def test_many_watch(path: Path) -> None:
+    """A set of thousands comes and goes, and each of a hundred watchers is told of each."""
+
+    def scenario(rig: Rig) -> None:
+        caller = rig.caller()
+        for number in range(100):
+            watcher = rig.caller()
+            watcher.send(request("watch-fdsets", {"enable": True}))
+            if number % 2:  # the others read nothing
+                assert value(watcher.reply()) == {}
+        info = value(caller.call("add-fds", None, [0] * 250))
+        for _ in range(15):
+            value(caller.call("add-fds", {"fdset-id": info["fdset-id"]}, [0] * 250))
+        value(caller.call("remove-fd", {"fdset-id": info["fdset-id"]}))
+        time.sleep(SECONDS)
+
+    unharmed(path, scenario)
+
+
+def test_thousands_end_together(path: Path) -> None:
+    def scenario(rig: Rig) -> None:
+        rig.attack("fleeting", 4000)
+        time.sleep(1 + 2 * SECONDS)
 
     unharmed(path, scenario)
 
