@@ -75,9 +75,9 @@ JOURNAL_FORMAT = 1
 #: Bytes that a journal has before another one is begun: 20,000 changes, so that it is seldom done.
 MIN_JOURNAL_BYTES = 1 << 20
 
-#: Descriptors at whoever keeps them that are none of those stored: two journals and the witness of
-#: a takeover; one to spare.
-KEEPER_SPARE = 4
+#: Descriptors at whoever keeps them that are none of those stored: two journals, one of which
+#: replaces the other.  Who keeps no more than that keeps nothing.
+KEEPER_SPARE = 2
 
 #: Bytes of one string of a process's environment (MAX_ARG_STRLEN, execve(2)).
 MAX_ARGUMENT_BYTES = 128 << 10

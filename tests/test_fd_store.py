@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,21 @@ def test_a_full_store(tmp_path: Path, path: Path, file: Path) -> None:
             for each in opened_files:
                 each.close()
         assert not store.traps
+
+
+@pytest.mark.parametrize("size, room", [(1, None), (2, None), (3, 0), (4, 1)])
+def test_a_small_store(tmp_path: Path, path: Path, size: int, room: int | None) -> None:
+    """The journal and the socket have their places; what keeps nothing is not used, and says so."""
+    with fake_store(tmp_path, size=size) as store:
+        with store.service("--socket", str(path)), SyncClient(path, DEADLINE) as client:
+            added = 0
+            for _ in range(3):
+                with open("/dev/null") as null, suppress(QMPError):
+                    client.execute("add-fd", fds=[null])
+                    added += 1
+            assert added == (3 if room is None else room)
+        assert not store.traps
+        assert bool(store.names) == (room is not None)
 
 
 def test_quit_lets_go(store: Store, path: Path, file: Path) -> None:

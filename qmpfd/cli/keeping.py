@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
+from ..limits import KEEPER_SPARE
 from ..systemd import InheritedFd, Notifier
 from .status import UsageError
 
@@ -87,6 +88,9 @@ def connect(parent: Notifier | None, size: int) -> Keeping | None:
         descriptions = Descriptions()
     except OSError as exc:
         _log.warning("nothing is kept by the service manager: kcmp: %s", exc.strerror)
+        return None
+    if size <= KEEPER_SPARE:
+        _log.warning("nothing is kept by the service manager: %d descriptors are too few", size)
         return None
     notifier = Notifier.connect()
     if notifier is None:

@@ -431,14 +431,17 @@ class Keeper:
             self._names.claim(name)
         if not holdings.valid:  # before anything new could have the same names
             self._let_go(holdings.others)
-        for listener in listeners:
-            number = listener.socket.fileno()
-            self._keep(number, number, holdings.names.get(number))
-            self._listeners[number] = None if listener.path is None else str(listener.path)
+        if previous is not None:
+            self._capacity -= 1
         for fdset in store:
             for number, stored in fdset.fds.items():
                 if stored.terms.owner is None:
                     self._keep(number, stored.fd, holdings.names.get(number))
+        for listener in listeners:
+            number = listener.socket.fileno()
+            if number in holdings.names or len(self._names) < self._capacity:  # it can be made anew
+                self._keep(number, number, holdings.names.get(number))
+                self._listeners[number] = None if listener.path is None else str(listener.path)
         if len(self._names) > self._capacity:
             raise GenericError(
                 f"{len(self._names)} descriptors are more than the {self._capacity} that can be "
@@ -466,6 +469,7 @@ class Keeper:
     def confirm(self) -> None:
         """A takeover is done: all this is ours."""
         self._previous = None
+        self._capacity += 1
         self._note(Confirmed(), PREVIOUS)
 
     def prepare_to_leave(self, leaves: bool) -> None:
