@@ -92,20 +92,23 @@ class Connection:
         """What has come, taken away one by one: each value with its descriptors, and why there are
         less of them than there should be, if so.
         """
-        waiting = self._waiting
-        waiting += self._inbox.messages()
+        waiting = self._gather()
         while waiting:
             message = waiting.popleft()
-            if type(message) is WithFds:
-                yield message
-            else:
-                yield message, NO_FDS, ""
+            yield message if type(message) is WithFds else (message, NO_FDS, "")
+
+    def _gather(self) -> deque[Any]:
+        """What has come: to be taken from the left."""
+        self._waiting += self._inbox.messages()
+        return self._waiting
 
     @property
     def waiting_fds(self) -> int:
         """How many descriptors have come that no command has yet."""
-        queued = [len(each.fds) for each in self._waiting if type(each) is WithFds]
-        return sum(queued) + self._inbox.unclaimed_fds
+        count = self._inbox.unclaimed_fds
+        if self._waiting:
+            count += sum(len(each.fds) for each in self._waiting if type(each) is WithFds)
+        return count
 
     def refuse_fds(self, why: str) -> None:
         """Close those descriptors: the commands that should have had them are told why not."""

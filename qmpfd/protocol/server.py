@@ -13,7 +13,7 @@ from ..fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import Connection, Event, State
 from .encode import LONG_TEXT, Bits, encode, encode_any, encode_bit_by_bit
-from .inbox import InboxState
+from .inbox import NO_FDS, InboxState, WithFds
 from .parser import Budget
 from .vocabulary import Request, Vocabulary
 
@@ -106,7 +106,10 @@ class ServerConnection(Connection):
         What was not asked for is there the next time.
         """
         flooded = False
-        for value, fds, lost in self._messages():
+        waiting = self._gather()
+        while waiting:
+            message = waiting.popleft()
+            value, fds, lost = message if type(message) is WithFds else (message, NO_FDS, "")
             if isinstance(value, Request):
                 if self.state is State.COMMANDS and not lost:  # as nearly always
                     self._errors_in_a_row = 0

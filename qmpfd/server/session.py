@@ -316,7 +316,9 @@ class Session:
             elif connection.garbage and not outbox.unsafe:
                 try:
                     # Before the replies: what is removed is closed once its client has read so.
-                    await self._leftovers.close_all(len(connection.garbage))
+                    self._leftovers.close_some()
+                    if connection.garbage:  # a whole set, perhaps
+                        await self._leftovers.close_all(len(connection.garbage))
                 except BaseException:
                     for _, fds in batches:
                         connection.garbage += fds
