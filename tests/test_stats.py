@@ -53,6 +53,7 @@ async def test_at_the_start(path: Path) -> None:
                 "fds": 0,
                 "fds-kept": 0,
                 "closes-pending": 0,
+                "kept-safe": False,
                 "commands": [{"name": "qmp_capabilities", "count": 1}],
                 "errors": [],
                 "peers": [one_peer()],

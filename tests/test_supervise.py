@@ -510,3 +510,11 @@ def test_told_to_end_while_a_worker_starts(path: Path) -> None:
             time.sleep(moment * 0.002)
             daemon.process.terminate()
             assert daemon.process.wait(DEADLINE) in (0, 128 + signal.SIGKILL), daemon.log
+
+
+def test_status_says_whether_it_is_safe(path: Path) -> None:
+    with supervised(path, status=None) as daemon, daemon.client() as client:
+        assert client.execute("query-stats")["kept-safe"] is True
+        os.kill(daemon.pid, signal.SIGKILL)
+        until(lambda: client.execute("query-stats")["kept-safe"] is False)
+        client.execute("quit")

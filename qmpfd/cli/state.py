@@ -68,6 +68,10 @@ def server_name(version: Any) -> str:
     return f"QEMU {printable(number)} {package}".rstrip()
 
 
+_SAFE = "yes: what is stored survives a crash of the daemon"
+_UNSAFE = "no: a crash of the daemon loses what is stored (see qmpfd serve --supervise)"
+
+
 def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
     limits = stats["limits"]
     commands = sum(each["count"] for each in stats["commands"])
@@ -85,6 +89,7 @@ def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
         ("dialect", stats["dialect"]),
         ("fd sets", f"{stats['fdsets']}"),
         ("descriptors", fds),
+        ("kept safe", _SAFE if stats["kept-safe"] else _UNSAFE),
         ("connections", connections),
         ("open files", f"at most {limits['max-open-files']}"),
         ("requests", f"at most {limits['max-request-bytes']} bytes each"),

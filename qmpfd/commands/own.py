@@ -175,6 +175,7 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
         fds=daemon.store.fd_count,
         fds_kept=daemon.kept,
         closes_pending=daemon.closer.pending,
+        kept_safe=daemon.keeper is not None and not daemon.keeper.is_over,
         commands=_counts(stats.commands),
         errors=_counts(stats.errors),
         limits=LimitsInfo(

@@ -393,6 +393,7 @@ class StatsInfo(Result):
         fds: descriptors stored now.
         fds_kept: descriptors kept for clients now: stored, or under a name of a connection.
         closes_pending: descriptors whose close takes its time.
+        kept_safe: whether what is stored survives a crash of the daemon: somebody has a copy.
         commands: commands carried out, by name, failed ones included.
         errors: error replies, by class.
         limits: what each client is allowed.
@@ -410,6 +411,7 @@ class StatsInfo(Result):
     fds: Int64
     fds_kept: Int64
     closes_pending: Int64
+    kept_safe: bool
     commands: list[Count]
     errors: list[Count]
     limits: LimitsInfo
