@@ -210,3 +210,24 @@ def test_half_a_frame_is_written_over() -> None:
 def test_frames_stop_at_zeros() -> None:
     data = frame([BEGUN]) + frame([added(3)])
     assert len(list(frames(data + bytes(8)))) == 2
+
+
+def test_added_together_or_not_at_all() -> None:
+    """A command's descriptors come back all, or none of them does: nobody was told of any."""
+
+    def entry(name: str, number: int) -> Added:
+        return Added(name, 0, number, None, None, 0.0, None, False)
+
+    begun: list[Record] = [BEGUN, entry("a", 10), entry("b", 11)]
+    one: list[Record] = [entry("c", 12), entry("d", 13)]
+    other: list[Record] = [Removed(12), entry("e", 14), entry("f", 15)]
+    data = frame(begun) + frame(one) + frame(other)
+
+    def numbers(kept: set[str]) -> list[int]:
+        history = replay(data)
+        history.forget_unfinished(kept.__contains__)
+        return history.state(kept.__contains__).stored_numbers
+
+    assert numbers(set("abdef")) == [10, 11, 13, 14, 15]
+    assert numbers(set("abde")) == [10, 11, 13]
+    assert numbers(set("bef")) == [11, 14, 15]  # what it began with was there before

@@ -132,6 +132,25 @@ class History:
         self.listeners: dict[str, str | None] = {}
         self.confirmed = begun.previous is None
         self.left = False
+        self._together: list[list[Added]] = []  # what was added in one frame
+
+    def follow(self, records: Sequence[Record]) -> None:
+        """Follow one more frame."""
+        for record in records:
+            self.apply(record)
+        added = [record for record in records if isinstance(record, Added)]
+        if len(added) > 1 and not isinstance(records[0], Begun):
+            self._together.append(added)
+
+    def forget_unfinished(self, kept: Callable[[str], bool]) -> None:
+        """Forget what was added together with something that is not *kept* under its name: nobody
+        was told of any of it, and a command adds all or none.
+        """
+        for added in self._together:
+            there = [entry for entry in added if self.entries.get(entry.number) is entry]
+            if not all(kept(entry.name) for entry in there):
+                for entry in there:
+                    del self.entries[entry.number]
 
     def apply(self, record: Record) -> None:
         """Follow one more record."""
@@ -208,12 +227,12 @@ def replay(data: bytes) -> History:
     history: History | None = None
     try:
         for records in frames(data):
-            for record in records:
-                if history is None:
-                    if not isinstance(record, Begun) or record.format != JOURNAL_FORMAT:
-                        raise ValueError("the journal of the stored descriptors has another format")
-                    history = History(record)
-                history.apply(record)
+            if history is None:
+                begun = records[0]
+                if not isinstance(begun, Begun) or begun.format != JOURNAL_FORMAT:
+                    raise ValueError("the journal of the stored descriptors has another format")
+                history = History(begun)
+            history.follow(records)
     except msgspec.MsgspecError as exc:
         raise ValueError(f"the journal of the stored descriptors cannot be read: {exc}") from None
     if history is None:

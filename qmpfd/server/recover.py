@@ -93,6 +93,7 @@ def _recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recov
     if not found:
         history = _nothing()
     history.listeners = {n: path for n, path in history.listeners.items() if _is_there(path)}
+    history.forget_unfinished(ours.__contains__)
     state = history.state(ours.__contains__)
     listeners = [name for name in history.listeners if name in ours]
 
