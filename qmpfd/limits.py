@@ -39,6 +39,9 @@ NEGOTIATION_TIMEOUT = 60.0
 METRICS_INTERVAL = 10.0
 EVICTION_INTERVAL = 1.0
 
+#: Seconds between two looks at all clients for what they have taken of their replies.
+LOOK_INTERVAL = 0.1
+
 #: Seconds between two lines of the log about clients that are turned away.
 REFUSAL_LOG_INTERVAL = 0.2
 

@@ -132,7 +132,7 @@ class Session:
             self.outbox.mute()
             if self._pump_scope is not None:
                 self._pump_scope.cancel()
-            self._server.close_stream(self._stream)
+            self._server.end_stream(self._stream, self.peer.uid, self.outbox.give_up())
             self._connection.close()
             self._count_waiting_fds()
             with trio.move_on_after(LOCK_TIMEOUT, shield=True):
@@ -371,6 +371,7 @@ class Session:
             for data, fds in batches:
                 outbox.put(data, fds)
             if self._fds_waiting or outbox.waiting_fds or connection.waiting_fds:
+                outbox.look()
                 self._count_waiting_fds()
             if self._long_reply is not None:
                 await outbox.send(self._share)
@@ -560,7 +561,8 @@ class Session:
         taken with their replies.  If they are too many, those that have come last go.
         """
         connection, daemon, uid = self._connection, self._server.daemon, self.peer.uid
-        waiting = connection.waiting_fds + self.outbox.waiting_fds
+        outbox = self.outbox
+        waiting = connection.waiting_fds + outbox.waiting_fds + outbox.in_flight
         more = waiting - self._fds_waiting
         if more > 0:
             try:
@@ -568,10 +570,17 @@ class Session:
             except QMPError as exc:
                 connection.refuse_fds(exc.desc)
                 self._dispose_of_garbage()
-                more = self.outbox.waiting_fds - self._fds_waiting
+                more = outbox.waiting_fds + outbox.in_flight - self._fds_waiting
         if more:
             daemon.hold_waiting(uid, more)
             self._fds_waiting += more
+
+    def look(self) -> None:
+        """Count what the client has taken no more."""
+        taken = min(self.outbox.look(), self._fds_waiting)
+        if taken:
+            self._server.daemon.hold_waiting(self.peer.uid, -taken)
+            self._fds_waiting -= taken
 
     def _close_garbage(self, most: int | None = None) -> None:
         garbage = self._connection.garbage
