@@ -131,6 +131,10 @@ class Log:
             pass
 
 
+#: What is passed on to the worker.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class Worker:
     """A running worker.
 
@@ -145,6 +149,7 @@ class Worker:
         self.sock = sock
         self.ready_at: float | None = None
         self.listening = True  # there is somebody at the other end of the socket
+        self.had_journal = False  # kept by us
 
     def close(self) -> None:
         """Forget it."""
@@ -180,7 +185,7 @@ class Supervisor:
         self._signals, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll.register(self._signals, select.POLLIN)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, lambda *_: None)
 
     def run(self) -> int:
@@ -215,9 +220,14 @@ class Supervisor:
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                pid = os.fork()
-                if pid == 0:
-                    self._become_worker(theirs.fileno())
+                # What we pass on before the worker's program runs is to end it, not to be lost.
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+                try:
+                    pid = os.fork()
+                    if pid == 0:
+                        self._become_worker(theirs.fileno())
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             self._worker = Worker(pid, ours)
         except OSError as exc:
             self._log.say("error", f"no worker can be started: {exc.strerror}")
@@ -239,6 +249,9 @@ class Supervisor:
     def _run_worker(self, sock: int) -> None:
         """Put everything in its place, and become the worker's program."""
         signal.set_wakeup_fd(-1)
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         # A group of its own: a terminal's Ctrl-C is for us, and we pass it on.
         os.setpgid(0, 0)
         given = [*self._sockets, *((name.decode("ascii"), fd) for name, fd in self._kept.items())]
@@ -282,10 +295,15 @@ class Supervisor:
             return 0  # it was told before it could listen
         if status == 0 or self._stopping or (status > 0 and not self._served):
             return status if status >= 0 else 128 - status  # it has said why itself
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         if not any(name.startswith(JOURNAL) for name in self._kept):
             for name in list(self._kept):
                 self._let_go(name, slow=True)
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            if worker.had_journal:  # a successor has it all, or nothing is to be left
+                self._log.say(
+                    "info", f"the worker {how}, after it had let go of everything: ending"
+                )
+                return 0
         now = time.monotonic()
         if worker.ready_at is not None:
             self._failures = 0
@@ -376,6 +394,7 @@ class Supervisor:
                 self._let_go(name, slow)
             if stores and fds:
                 self._kept[name] = fds.pop(0)
+                worker.had_journal |= name.startswith(JOURNAL)
         for number in fds:
             close(number)
         if others:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -477,3 +478,35 @@ def test_an_old_worker_killed_at_any_time(path: Path) -> None:
                 assert survivor.process.wait(DEADLINE) == 0
                 assert "Traceback" not in old.log + new.log
     assert outcomes
+
+
+def test_killed_when_it_had_let_go(path: Path) -> None:
+    """Nothing is left to come back to: its parent ends with it."""
+    for moment in (0.0, 0.001, 0.003, 0.01):
+        with supervised(path, status=None) as old, old.client() as client:
+            for _ in range(8):
+                client.execute("add-fds", fds=[0] * 250)
+            (worker,) = children(old.pid)
+            with supervised(path, "--takeover") as new:
+                until(lambda: "took over" in new.log)
+                time.sleep(moment)
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+                assert old.process.wait(DEADLINE) == 0, old.log
+                with new.client() as again:
+                    assert len(fds(again)) == 2000
+
+
+def test_told_to_end_while_a_worker_starts(path: Path) -> None:
+    """Between fork and exec as well."""
+    for moment in range(8):
+        with supervised(path, status=None) as daemon:
+            with daemon.client() as client:
+                for _ in range(4):
+                    client.execute("add-fds", fds=[0] * 250)
+            daemon.worker()
+            daemon.kill_worker()
+            until(lambda: "starting it again" in daemon.log)
+            time.sleep(moment * 0.002)
+            daemon.process.terminate()
+            assert daemon.process.wait(DEADLINE) in (0, 128 + signal.SIGKILL), daemon.log

@@ -80,8 +80,13 @@ class Outbox:
             if fds:
                 self.waiting_fds += len(fds)
 
+    @property
+    def carried_fds(self) -> int:
+        """Descriptors in replies that the client has not taken: here, or on their way."""
+        return self.waiting_fds + self.in_flight
+
     def look(self) -> int:
-        """See what the client has taken; how many descriptors that was."""
+        """See what the client has received; how many descriptors that was."""
         before = self.in_flight
         if before:  # each was sent with a message of its own
             self.in_flight = min(before, self._stream.most_untaken())

@@ -88,7 +88,8 @@ def _recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recov
     again = [given.fd for given in inherited if ours.get(given.name, given.fd) is not given.fd]
     history = _newest([fd for name, fd in ours.items() if is_journal(name)])
     generation = history.begun.generation
-    found = not history.left and _is_ours(history, ours)
+    has_left = history.left
+    found = not has_left and _is_ours(history, ours)
     if not found:
         history = _nothing()
     history.listeners = {n: path for n, path in history.listeners.items() if _is_there(path)}
@@ -114,7 +115,7 @@ def _recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recov
         useless,
         [InheritedFd(fd, given.name) for fd, given in zip(given_fds, sockets, strict=True)],
         found,
-        history.left,
+        has_left,
     )
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from math import inf
 from pathlib import Path
@@ -14,14 +12,11 @@ import trio
 
 from ..commands import TABLE, Client, Daemon, Dialect
 from ..errors import GenericError, QMPError
-from ..fd import Fd, Passing, close_all
+from ..fd import Fd
 from ..fdsets import Peer
 from ..limits import (
     EVICTION_INTERVAL,
-    FORGET_TIMEOUT,
     MAX_INCOMPLETE_BYTES,
-    REFUSAL_LOG_INTERVAL,
-    TAKEOVER_TIMEOUT,
     Limits,
 )
 from ..policy import Policy
@@ -30,15 +25,13 @@ from ..transport import FdStream
 from .accept import Reserve, accept_clients
 from .admission import Admission, groups_of, peer_of
 from .backlog import Backlog
-from .fetch import Inheritance
 from .herald import tell_watchers
-from .inherit import taking_over
-from .keeper import Holdings, Keeper, Keeping
+from .keeper import Keeper
 from .listener import UnixListener
 from .metrics import write_metrics
-from .recover import Recovered
+from .refusals import Refusals, refusal
 from .retire import retire_expired, retire_hung_up
-from .session import Session, refusal
+from .session import Session
 from .state import SavedSession
 from .turns import Turns
 from .untaken import Untaken
@@ -81,9 +74,9 @@ class Server:
         self.reserve = Reserve()
         #: Whoever keeps a second copy of what is stored, if anybody does.
         self.keeper: Keeper | None = None
-        self._quits = False  # for good: what is kept is to be let go
-        self._refusals = 0  # not logged yet
-        self._refusals_logged_at = -inf
+        #: It ends for good: what is kept is to be let go.
+        self.quits = False
+        self._refusals = Refusals()
         self._admission = Admission(limits, policy or Policy())
         self._metrics_path = metrics_path
         #: The daemon is ending: what was received is carried out, nothing else is waited for.
@@ -124,7 +117,7 @@ class Server:
 
     def quit(self) -> None:
         """As :meth:`stop`, and nothing is left for another daemon to come back to."""
-        self._quits = True
+        self.quits = True
         self.stop()
 
     async def run(
@@ -169,52 +162,6 @@ class Server:
             session.finish()
 
     # -- what is kept safe ---------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def kept(
-        self,
-        keeping: Keeping | None,
-        listeners: Sequence[UnixListener],
-        recovered: Recovered | None,
-        witness: Fd | None,
-    ) -> AsyncGenerator[None, None]:
-        """Have everything kept safe while the block runs.
-
-        Args:
-            keeping: by whom; None if there is nobody.
-            listeners: the sockets that are to be kept.
-            recovered: what came back from there, if anything may have.
-            witness: what tells whether it is ours, in the middle of a takeover.
-
-        Raises:
-            GenericError: it is more than can be kept.
-        """
-        useless = [] if recovered is None else recovered.useless
-        if keeping is None:
-            self.daemon.closer.close(useless)
-            yield
-            return
-        holdings = Holdings() if recovered is None else recovered.holdings
-        keeper = Keeper(keeping, self.daemon.closer)
-        async with keeper.running():
-            await keeper.start(self.store, listeners, holdings, witness)
-            self.daemon.closer.close(useless)
-            self.keeper = self.daemon.keeper = keeper
-            try:
-                yield
-            except Exception:
-                # Whoever starts us again expects them where they are.
-                for listener in listeners:
-                    listener.abandon()
-                raise
-            answers = keeper.is_settled  # or else the end has waited for it long enough
-            if self._quits:
-                keeper.leave()
-            elif not self.has_left:
-                keeper.finish()
-            if answers:
-                with trio.move_on_after(FORGET_TIMEOUT):
-                    await keeper.settle()
 
     def confirmed(self) -> None:
         """What was fetched is ours now."""
@@ -402,20 +349,10 @@ class Server:
 
     def _refuse(self, stream: FdStream, peer: Peer, reason: QMPError) -> None:
         self.daemon.stats.turned_away += 1
-        self._log_refusal(peer, reason)
+        self._refusals.note(peer, reason)
         with suppress(trio.BrokenResourceError):
             stream.send_nowait(refusal(reason))
         self.close_stream(stream)
-
-    def _log_refusal(self, peer: Peer, reason: QMPError) -> None:
-        """Say who was turned away; of many a second, one and how many."""
-        now = trio.current_time()
-        if now - self._refusals_logged_at < REFUSAL_LOG_INTERVAL:
-            self._refusals += 1
-            return
-        more = f" (and {self._refusals} others before)" if self._refusals else ""
-        self._refusals, self._refusals_logged_at = 0, now
-        _log.info("turned away pid %d, uid %d: %s%s", peer.pid, peer.uid, reason.desc, more)
 
     def close_stream(self, stream: FdStream) -> None:
         """Close a connection; what its client sent and nobody read may hold that up."""
@@ -466,85 +403,3 @@ class Server:
             for session in list(self.sessions):
                 session.evict_if_idle(now)
             self._untaken.look()
-
-
-async def serve(  # noqa: ASYNC128 - Server.run does that
-    paths: Iterable[str | os.PathLike[str]],
-    *,
-    dialect: Dialect = "spec",
-    limits: Limits | None = None,
-    policy: Policy | None = None,
-    socket_mode: int = 0o600,
-    socket_group: int | None = None,
-    metrics_path: Path | None = None,
-    initial_fds: Iterable[tuple[Fd, int, str | None]] = (),
-    listen_fds: Iterable[Fd] = (),
-    inheritance: Inheritance | None = None,
-    recovered: Recovered | None = None,
-    keeping: Keeping | None = None,
-    task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Hold file descriptors for the clients that connect to *paths*.
-
-    Runs until it is cancelled, :meth:`Server.stop` is called or a client says ``quit``; then
-    every stored descriptor is closed and the socket files are removed.  Started with
-    ``await nursery.start(qmpfd.serve, [path])``, it returns once clients can connect, and gives
-    the :class:`Server`.
-
-    Args:
-        paths: the Unix sockets to listen on; a stale socket file is replaced.
-        dialect: ``"spec"``, the published specification of the commands, or ``"qemu"``, today's
-            QEMU.
-        limits: what each client is allowed.
-        policy: who may connect, and do what; by default the daemon's own user and root may do
-            everything, and nobody else.
-        socket_mode: permission bits of the socket files.
-        socket_group: the gid of their group; the process's own by default.
-        metrics_path: a file to write OpenMetrics text to, every 10 seconds.
-        initial_fds: descriptors to start with: each with the id of its fd set, which is created
-            if need be, and its opaque text or None; owned by the daemon from here on.
-        listen_fds: Unix sockets that listen already, of a service manager; owned by the daemon
-            from here on.
-        inheritance: what was fetched from the daemon that is to be taken over, see
-            :func:`qmpfd.server.fetch.fetch`; owned by the daemon from here on.
-        recovered: what has come back of a daemon that was here before, see
-            :func:`qmpfd.server.recover.recover`; owned by the daemon from here on.
-        keeping: whoever keeps a second copy of what is stored, and starts the daemon again.
-
-    Raises:
-        SocketInUse: another daemon listens on one of *paths*.
-        OSError: one of *paths* cannot be used.
-    """
-    server = Server(dialect, limits, policy, metrics_path)
-    given, inherited = deque(initial_fds), deque(listen_fds)
-    listeners: list[UnixListener] = []
-    with ExitStack() as stack:
-        stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
-        stack.callback(server.close)
-        if os.geteuid():
-            server.daemon.passing = Passing()
-            stack.callback(server.daemon.passing.close)
-        for before in (inheritance, recovered):
-            if before is not None:
-                stack.enter_context(before)
-                listeners += stack.enter_context(taking_over(server, before))
-        while given:
-            fd, fdset_id, opaque = given[0]
-            server.store.add(fd, fdset_id, opaque, create=True)
-            given.popleft()
-        for path in paths:
-            listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))
-            stack.callback(listeners[-1].close)
-        ours = list(listeners)  # the others are passed to every daemon that is started here
-        while inherited:
-            listeners.append(UnixListener.inherit(inherited.popleft()))
-            stack.callback(listeners[-1].close)
-        witness = None if inheritance is None else inheritance.witness
-        async with server.kept(keeping, ours, recovered, witness):
-            if inheritance is not None:
-                inheritance.confirm(TAKEOVER_TIMEOUT)
-                server.confirmed()
-            try:
-                await server.run(listeners, task_status=task_status)
-            finally:
-                server.ended.set()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import trio
-from msgspec import UNSET, structs
+from msgspec import UNSET
 from outcome import Error, Outcome, Value
 
 from ..commands import NOTHING, VERSION, VOCABULARY, Client, Context, execute
@@ -25,15 +24,15 @@ from ..limits import (
     REPLY_BYTES_A_TURN,
 )
 from ..policy import Access
-from ..protocol import Request, ServerConnection, State
-from ..protocol.encode import encode
-from ..protocol.inbox import InboxState
-from ..protocol.parser import ParserState
-from ..protocol.server import ConnectionState
+from ..protocol import ServerConnection, State
 from ..transport import FdStream
+from .audit import is_verbose, note
 from .handover import hand_over
+from .leftovers import CLOSES_A_STEP, Leftovers
 from .outbox import Outbox
-from .state import SavedParser, SavedSession
+from .refusals import refusal
+from .snapshot import describe, restore
+from .state import SavedSession
 from .turns import Share
 
 if TYPE_CHECKING:
@@ -41,23 +40,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("qmpfd")
 
-#: Descriptors that are closed in a row, at up to 5 us each.
-_CLOSES_A_STEP = 256
-
 #: Bytes to send in one go, and the descriptors that go with the first of them.
 _Batch: TypeAlias = "tuple[bytes, list[Fd]]"
-
-
-def _first_int(member: str, *structs: object) -> int | None:
-    """The member of that name that is a number, of the first of *structs* that has one."""
-    values = (getattr(struct, member, None) for struct in structs)
-    return next((value for value in values if isinstance(value, int)), None)
-
-
-def refusal(reason: QMPError) -> bytes:
-    """What a client is told that is not served, or no longer."""
-    told = {"error": {"class": reason.error_class, "desc": reason.desc}}
-    return encode(told) + b"\r\n"
 
 
 class Session:
@@ -101,11 +85,11 @@ class Session:
         self._parked = False  # the daemon is frozen; nothing of the client is under way
         self._long_reply: Iterator[bytes] | None = None  # being sent bit by bit
         self._takeover_id: Any = UNSET  # of the request that asked for a takeover
-        self._fds_waiting = 0  # as counted so far
         self._events_wait = False  # until the client has taken what it is being sent
         self.outbox = Outbox(
             server, stream, peer, self._connection.garbage, self._emptied, self._settle
         )
+        self._leftovers = Leftovers(server, self._connection, self.outbox, self._share, peer.uid)
         self._settling = trio.Lock()
         self._holds = 0  # how often replies or events had to be held
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
@@ -134,10 +118,10 @@ class Session:
                 self._pump_scope.cancel()
             self._server.end_stream(self._stream, self.peer.uid, self.outbox.give_up())
             self._connection.close()
-            self._count_waiting_fds()
+            self._leftovers.count_waiting()
             with trio.move_on_after(LOCK_TIMEOUT, shield=True):
                 await self._leave_nothing()
-            self._dispose_of_garbage()
+            self._leftovers.dispose()
 
     async def _leave_nothing(self) -> None:
         """Take out what was kept for the time of the connection; all of it may be a lot."""
@@ -145,11 +129,11 @@ class Session:
         while more:
             await self._server.enter()
             try:
-                more = self._context.close(_CLOSES_A_STEP)
+                more = self._context.close(CLOSES_A_STEP)
             finally:
                 self._server.lock.release()
             while self._connection.garbage:
-                self._dispose_of_garbage(_CLOSES_A_STEP)
+                self._leftovers.dispose(CLOSES_A_STEP)
                 if more or self._connection.garbage:
                     await trio.lowlevel.checkpoint()
 
@@ -161,6 +145,10 @@ class Session:
     def change_access(self, access: Access) -> None:
         """The policy has changed: what the client may do from now on."""
         self._context.change_access(access)
+
+    def look(self) -> None:
+        """Count no more what the client has received meanwhile."""
+        self._leftovers.look()
 
     def about(self, now: float) -> Client:
         """What others may be told of the client."""
@@ -234,29 +222,8 @@ class Session:
 
     def describe(self, now: float) -> tuple[SavedSession, list[int]]:
         """All that a successor needs to go on, and the numbers of the descriptors."""
-        connection = self._connection.snapshot()
-        inbox, parser = connection.inbox, connection.inbox.parser
-        events = self._context.events
-        while events is not None and (waiting := events.take()):
-            self.outbox.put(waiting)  # sent by us, if nobody takes over
-        unsent = [(bytes(data), fds) for data, fds in [*self.outbox.unsent, *self.outbox.held]]
-        saved = SavedSession(
-            peer=self.peer,
-            groups=sorted(self.groups),
-            idle=0.0 if self._asked else now - self._since,
-            state=connection.state,
-            oob_enabled=connection.oob_enabled,
-            errors_in_a_row=connection.errors_in_a_row,
-            parser=None if parser is None else SavedParser(*parser),
-            unclaimed=len(inbox.fds),
-            flags=inbox.flags,
-            segment_left=inbox.segment_left,
-            names=list(self._context.names),
-            watching=events is not None,
-            unsent=[(data, len(fds)) for data, fds in unsent],
-        )
-        fds = [*inbox.fds, *self._context.names.values()]
-        fds += [fd for _, those in unsent for fd in those]
+        idle = 0.0 if self._asked else now - self._since
+        saved, fds = describe(self.peer, self.groups, idle, self._context, self.outbox)
         return saved, [self._stream.socket.fileno(), *(fd.fileno() for fd in fds)]
 
     def restore(self, saved: SavedSession, fds: Iterator[Fd]) -> None:
@@ -266,20 +233,10 @@ class Session:
             saved: its state.
             fds: its descriptors but for the connection; as many as there are are taken.
         """
-        parser = None if saved.parser is None else ParserState(*structs.astuple(saved.parser))
-        inbox = InboxState(
-            parser, list(islice(fds, saved.unclaimed)), saved.flags, saved.segment_left
-        )
-        self._connection.restore(
-            ConnectionState(saved.state, saved.oob_enabled, saved.errors_in_a_row, inbox)
-        )
-        for name in saved.names:
-            self._context.own(name, next(fds))
+        restore(saved, fds, self._context, self.outbox)
         self._since -= saved.idle
         self._connected_at = self._since
-        for data, count in saved.unsent:
-            self.outbox.put(data, list(islice(fds, count)))
-        self._count_waiting_fds()
+        self._leftovers.count_waiting()
 
     def leave(self) -> None:
         """Another daemon goes on: let go of all that is the client's, without a word to it."""
@@ -363,16 +320,15 @@ class Session:
             elif connection.garbage and not outbox.unsafe:
                 try:
                     # Before the replies: what is removed is closed once its client has read so.
-                    await self._close_all_garbage(len(connection.garbage))
+                    await self._leftovers.close_all(len(connection.garbage))
                 except BaseException:
                     for _, fds in batches:
                         connection.garbage += fds
                     raise
             for data, fds in batches:
                 outbox.put(data, fds)
-            if self._fds_waiting or outbox.waiting_fds or connection.waiting_fds:
-                outbox.look()
-                self._count_waiting_fds()
+            if self._leftovers.some_wait:
+                self._leftovers.count_waiting()
             if self._long_reply is not None:
                 await outbox.send(self._share)
                 await self._send_long_reply(self._long_reply)
@@ -391,7 +347,7 @@ class Session:
                 arrive with its first byte, and so with that reply and no other.
         """
         connection, context, share = self._connection, self._context, self._share
-        deaf, log = self.outbox.deaf, _log.isEnabledFor(logging.DEBUG)
+        deaf, log = self.outbox.deaf, is_verbose()
         replies: list[bytes] = []
         size = passed = 0
         asked = False
@@ -403,7 +359,7 @@ class Session:
                 result = execute(context, request, fds)
                 asked = True
             if log or type(result) is Error:
-                self._note(request, result)
+                note(context.daemon.stats, self.peer, request, result)
             if context.takes_over:
                 self._takeover_id = request_id
                 break
@@ -460,29 +416,6 @@ class Session:
         self._long_reply = None
         self._emptied()
 
-    def _note(self, request: Request | Error, result: Outcome[object]) -> None:
-        """Count errors, and say who asked for what, and what became of it."""
-        if isinstance(result, Error):
-            assert isinstance(result.error, QMPError)
-            self._context.daemon.stats.errors[result.error.error_class] += 1
-        if not _log.isEnabledFor(logging.DEBUG):
-            return
-        name = None if isinstance(request, Error) else VOCABULARY.names[type(request)]
-        arguments = None if isinstance(request, Error) else request.arguments
-        told = result.error if isinstance(result, Error) else "done"
-        value = None if isinstance(result, Error) else result.unwrap()
-        extra = {
-            "pid": self.peer.pid,
-            "uid": self.peer.uid,
-            "command": name,
-            "fdset_id": _first_int("fdset_id", value, arguments),
-            "fd": _first_int("fd", value, arguments),
-            "outcome": str(told),
-        }
-        _log.debug(
-            "pid %d, uid %d: %s: %s", *self.peer[:2], name or "bad request", told, extra=extra
-        )
-
     # -- replies and events --------------------------------------------------------------------
 
     def _tell(self) -> bool:
@@ -510,8 +443,8 @@ class Session:
 
     def _emptied(self) -> None:
         """The client has taken what it was sent."""
-        if self._fds_waiting:
-            self._count_waiting_fds()
+        if self._leftovers.waiting:
+            self._leftovers.count_waiting()
         if self._events_wait:
             self._events_wait = False
             self._server.daemon.news()
@@ -544,53 +477,6 @@ class Session:
         async with self._settling:
             holds, count = self._holds, len(self._connection.garbage)
             await self._server.settle()
-            await self._close_all_garbage(count)
+            await self._leftovers.close_all(count)
             if holds == self._holds:
                 self.outbox.release()
-
-    async def _close_all_garbage(self, count: int) -> None:
-        """Close so many: a whole set, perhaps."""
-        for closed in range(0, count, _CLOSES_A_STEP):
-            if closed and self._share.over:
-                self._count_waiting_fds()
-                await self._share.next_turn()
-            self._close_garbage(min(count - closed, _CLOSES_A_STEP))
-
-    def _count_waiting_fds(self) -> None:
-        """Count the descriptors that have come and that no command has, and those that wait to be
-        taken with their replies.  If they are too many, those that have come last go.
-        """
-        connection, daemon, uid = self._connection, self._server.daemon, self.peer.uid
-        outbox = self.outbox
-        waiting = connection.waiting_fds + outbox.waiting_fds + outbox.in_flight
-        more = waiting - self._fds_waiting
-        if more > 0:
-            try:
-                daemon.check_waiting(uid, more)
-            except QMPError as exc:
-                connection.refuse_fds(exc.desc)
-                self._dispose_of_garbage()
-                more = outbox.waiting_fds + outbox.in_flight - self._fds_waiting
-        if more:
-            daemon.hold_waiting(uid, more)
-            self._fds_waiting += more
-
-    def look(self) -> None:
-        """Count what the client has taken no more."""
-        taken = min(self.outbox.look(), self._fds_waiting)
-        if taken:
-            self._server.daemon.hold_waiting(self.peer.uid, -taken)
-            self._fds_waiting -= taken
-
-    def _close_garbage(self, most: int | None = None) -> None:
-        garbage = self._connection.garbage
-        if garbage:
-            closing, garbage[:most] = garbage[:most], []
-            self._server.daemon.closer.close(closing)
-
-    def _dispose_of_garbage(self, most: int | None = None) -> None:
-        """Close it as soon as all that was removed is gone from the keeper."""
-        garbage = self._connection.garbage
-        if garbage:
-            closing, garbage[:most] = garbage[:most], []
-            self._server.dispose(closing)
