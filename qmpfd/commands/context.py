@@ -123,7 +123,9 @@ class Daemon:
 
     def __post_init__(self) -> None:
         # Half of the table is enough for a user, whatever the limits are set to.
-        self.most_waiting = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        table = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.limits = self.limits.within(table)
+        self.most_waiting = table // 2
         self.stats = Stats(self.clock())
         self.store.observer = self
 
