@@ -8,6 +8,7 @@ waits for them (Trio, or a poll in the command line) is the business of the floo
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import os
 import socket
@@ -15,6 +16,7 @@ import struct
 import termios
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Protocol, TypeAlias
 
 from .limits import FEW_BYTES, READ_BYTES, SCM_MAX_FD, SEGMENT_BYTES
@@ -126,6 +128,14 @@ def unread_bytes(sock: socket.socket) -> int:
     return found[0]
 
 
+def most_untaken(sock: socket.socket) -> int:
+    """How many messages the peer of a Unix stream socket can have left unread at most (SIOCOUTQ,
+    unix(7), which tells the memory that they take); 0 if there is none.
+    """
+    found: tuple[int] = _one.unpack(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, _ZERO))
+    return -(-found[0] // _MESSAGE_BYTES)
+
+
 # Room for one control message with as many descriptors as the kernel passes at a time.
 _CONTROL_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 
@@ -133,6 +143,9 @@ _CONTROL_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 _PEEK, _CLOEXEC = int(socket.MSG_PEEK), int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED, _NOSIGNAL = int(socket.MSG_CTRUNC), int(socket.MSG_NOSIGNAL)
 _SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
+
+# Bytes of memory that a message takes on its way at least: its sk_buff and skb_shared_info.
+_MESSAGE_BYTES = 512
 
 _one = struct.Struct("i")
 _ZERO = _one.pack(0)
@@ -203,3 +216,32 @@ def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescri
         return sock.send(data, _NOSIGNAL)
     rights = array.array("i", map(fileno, fds))
     return sock.sendmsg([data], [(_SOCKET_LEVEL, _RIGHTS, rights)], _NOSIGNAL)
+
+
+class Passing:
+    """Tells whether descriptors can be passed at all: of an unprivileged user, all processes
+    together may have only so many on their way that nobody has received yet (ETOOMANYREFS,
+    unix(7)), and a send that meets that limit is a reply that cannot go out.
+
+    Raises:
+        OSError: this process is out of descriptors.
+    """
+
+    def __init__(self) -> None:
+        with ExitStack() as stack:
+            self._near, self._far = map(stack.enter_context, socket.socketpair())
+            self._null = stack.enter_context(Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
+            self._open = stack.pop_all()
+
+    def fails(self) -> bool:
+        """Whether it would fail now."""
+        try:
+            send(self._near, b" ", [self._null])
+        except OSError as exc:
+            return exc.errno == errno.ETOOMANYREFS
+        skip(self._far, 1)  # and with it the descriptor
+        return False
+
+    def close(self) -> None:
+        """Close what this takes."""
+        self._open.close()

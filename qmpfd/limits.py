@@ -39,6 +39,9 @@ NEGOTIATION_TIMEOUT = 60.0
 METRICS_INTERVAL = 10.0
 EVICTION_INTERVAL = 1.0
 
+#: Seconds between two looks at all clients for what they have taken of their replies.
+LOOK_INTERVAL = 0.1
+
 #: Seconds between two lines of the log about clients that are turned away.
 REFUSAL_LOG_INTERVAL = 0.2
 
@@ -168,3 +171,15 @@ class Limits(NamedTuple):
     idle_timeout: float | None = None
     write_timeout: float = 30.0
     drain_timeout: float = 5.0
+
+    def within(self, table: int) -> Limits:
+        """The same, but that one user leaves room for the others, and all for connections and for
+        descriptors that wait.
+
+        Args:
+            table: descriptors that the process may have open (RLIMIT_NOFILE).
+        """
+        return self._replace(
+            max_fds=min(self.max_fds, max(1, table * 3 // 4)),
+            max_fds_per_uid=min(self.max_fds_per_uid, max(1, table // 2)),
+        )

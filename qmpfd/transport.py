@@ -97,6 +97,10 @@ class FdStream:
             self._queued = fd.unread_bytes(self._sock)
         return self._queued > self._left
 
+    def most_untaken(self) -> int:
+        """How many messages the peer can have left unread; 0 once this end is closed."""
+        return fd.most_untaken(self._sock) if self._sock.fileno() >= 0 else 0
+
     async def wait_readable(self) -> None:
         """Wait until something is there, or the peer is gone."""
         await trio.lowlevel.wait_readable(self._sock)

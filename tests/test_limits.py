@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,21 @@ async def test_nobody_is_idle_by_default(path: Path, autojump_clock: MockClock) 
         with await Wire.session(path) as wire:
             await trio.sleep(80_000)
             assert value(await wire.call("query-name")) == {}
+
+
+async def test_no_more_than_the_process_may_have(path: Path) -> None:
+    """Whatever the options say: room is left for other users, and for what waits."""
+    options = ["--max-fds", "100000", "--max-fds-per-uid", "100000"]
+    with (
+        daemon_process(path, *options, prefix=["prlimit", "--nofile=400:400"]),
+        pipes(1) as made,
+        await Wire.session(path) as wire,
+    ):
+        limits = value(await wire.call("query-stats"))["limits"]
+        assert (limits["max-fds"], limits["max-fds-per-uid"]) == (300, 200)
+        value(await wire.call("add-fds", None, made * 200))
+        refused = await wire.call("add-fd", None, made)
+        assert refused["error"]["desc"].endswith(f"uid {os.geteuid()}: the limit is 200")
 
 
 # -- text --------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from helpers import Wire, daemon, daemon_process, pipes, settle, value
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from trio.testing import MockClock
 
 from qmpfd.limits import METRICS_INTERVAL
-from qmpfd.server.metrics import render
+from qmpfd.server.metrics import _write, render
 
 
 def _read(text: str) -> dict[str, float]:
@@ -88,3 +89,38 @@ def test_by_its_option(path: Path, tmp_path: Path) -> None:
         while not file.exists():
             pass
         assert _read(file.read_text())["qmpfd_connections"] == 0
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_what_is_no_file_stays(path: Path, tmp_path: Path, through_a_link: bool) -> None:
+    """A device that is replaced is gone for everybody; and root may do so to /dev/null."""
+    fifo = file = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    if through_a_link:
+        file = tmp_path / "link"
+        file.symlink_to(fifo)
+    with daemon_process(path, "--metrics", os.fspath(file)) as process:
+        process.await_line(lambda line: "this is no ordinary file" in line)
+    assert fifo.is_fifo()
+    assert file.is_symlink() == through_a_link
+
+
+def test_through_a_link(path: Path, tmp_path: Path) -> None:
+    """The file is replaced, and the link stays."""
+    file, link = tmp_path / "metrics", tmp_path / "link"
+    link.symlink_to(file)
+    with daemon_process(path, "--metrics", os.fspath(link)):
+        while not file.exists():
+            pass
+    assert link.is_symlink()
+
+
+def test_not_written_through_anothers_link(tmp_path: Path) -> None:
+    """Who can guess the name of the new file cannot have another one overwritten."""
+    victim, file = tmp_path / "victim", tmp_path / "metrics"
+    victim.write_text("precious")
+    (tmp_path / f".metrics.{os.getpid()}").symlink_to(victim)
+    _write(file, "# EOF\n")
+    assert victim.read_text() == "precious"
+    assert file.read_text() == "# EOF\n"
+    assert sorted(os.listdir(tmp_path)) == ["metrics", "victim"]

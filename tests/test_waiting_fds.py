@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +35,7 @@ from qmpfd.limits import MAX_FDS_A_TURN
 
 #: Two users that are neither root nor the daemon's own.
 HOARDER, OTHER = 65534, 65533
+DAEMON = 65532
 #: How many descriptors the daemon may have open in all.
 TABLE = 1000
 
@@ -46,16 +51,16 @@ def _user(uid: int) -> Iterator[None]:
 
 
 @contextmanager
-def _daemon() -> Iterator[DaemonProcess]:
+def _daemon(*prefix: str) -> Iterator[DaemonProcess]:
     """A daemon with a small table, for everybody."""
     folder = Path(tempfile.mkdtemp(prefix="qmpfd-"))
-    folder.chmod(0o755)
+    folder.chmod(0o777)
     policy = folder / "policy.toml"
     policy.write_text('[[rule]]\nallow = ["query", "open", "add", "remove"]\n')
     options = ("--policy", os.fspath(policy), "--socket-mode", "666")
     try:
         with daemon_process(
-            folder / "q.sock", *options, prefix=["prlimit", f"--nofile={TABLE}:{TABLE}"]
+            folder / "q.sock", *options, prefix=[*prefix, "prlimit", f"--nofile={TABLE}:{TABLE}"]
         ) as process:
             yield process
     finally:
@@ -123,6 +128,83 @@ async def test_in_replies_that_are_never_read() -> None:
         await _still_served(process)
 
 
+@contextmanager
+def _unprivileged() -> Iterator[DaemonProcess]:
+    """A daemon that may have only so many descriptors on their way, see unix(7)."""
+    # The capability is for where the interpreter is; the others would lift the limit.
+    caps = ["--inh-caps=-all,+dac_override", "--ambient-caps=+dac_override"]
+    with _daemon("setpriv", f"--reuid={DAEMON}", "--clear-groups", *caps) as process:
+        yield process
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("ends", [False, True])
+async def test_in_replies_on_their_way(ends: bool) -> None:
+    """They count against the daemon's user until they are received, also by one who is gone."""
+    ask = request("open-fdset", {"fdset-id": 0})
+    with _unprivileged() as process, ExitStack() as stack, Pipe() as pipe:
+        first = stack.enter_context(await _session(process, HOARDER))
+        value(await first.call("add-fd", None, [pipe]))
+        for _ in range(3 * TABLE // 100):
+            wire = stack.enter_context(await _session(process, HOARDER))
+            wire.send(ask * 100)
+            if ends:
+                wire.shut_write()
+        await _still_served(process)
+        refused = await first.call("open-fdset", {"fdset-id": 0})
+        assert f"of uid {HOARDER} wait" in refused["error"]["desc"]
+        stack.close()
+        for _ in range(200):  # until it is seen that they are gone
+            with await _session(process, HOARDER) as wire:
+                if "return" in await wire.call("open-fdset", {"fdset-id": 0}):
+                    return
+            await trio.sleep(0.05)
+        pytest.fail("it is counted for ever")
+
+
+@contextmanager
+def _hoarded(sock: socket.socket, pipe: Pipe) -> Iterator[None]:
+    """A process of the daemon's user that has put into *sock* what nobody receives."""
+    script = (
+        "import array, os, resource, socket, sys\n"
+        f"os.setuid({DAEMON})\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({2 * TABLE}, {2 * TABLE}))\n"
+        "sock = socket.socket(fileno=int(sys.argv[1]))\n"
+        "rights = array.array('i', [int(sys.argv[2])] * 200)\n"
+        "try:\n"
+        "    while True:\n"
+        "        sock.sendmsg([b' '], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])\n"
+        "except OSError as exc:\n"
+        "    print(exc.errno, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    numbers = sock.fileno(), pipe.fileno()
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, numbers)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=numbers,
+    ) as hoarder:
+        assert hoarder.stdout is not None
+        assert int(hoarder.stdout.readline()) == errno.ETOOMANYREFS
+        yield
+
+
+@pytest.mark.root
+async def test_too_many_on_their_way_by_others() -> None:
+    """A process of the daemon's own user has as many as may be: that is told, not waited for."""
+    near, far = socket.socketpair()
+    with _unprivileged() as process, near, far, Pipe() as pipe, ExitStack() as stack:
+        wire = stack.enter_context(await _session(process, OTHER))
+        value(await wire.call("add-fd", None, [pipe]))
+        with _hoarded(near, pipe):
+            refused = await wire.call("open-fdset", {"fdset-id": 0})
+            assert f"uid {DAEMON} have sent are not received" in refused["error"]["desc"]
+            value(await wire.call("query-fdsets"))
+        far.close()
+        value(await wire.call("open-fdset", {"fdset-id": 0}))
+
+
 async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> None:
     """For commands, in the queue, in replies; taken, given up, left behind by the dead."""
     async with daemon(path) as server, qmpfd.connect(path) as client:
@@ -145,10 +227,12 @@ async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> Non
         with await Wire.session(path) as wire:
             await wire.send_all(request("open-fdset", {"fdset-id": 0}) * 600)
             await settle()
-            assert 0 < counts.waiting <= MAX_FDS_A_TURN + 1
+            # As many as the socket has room for, and those of one turn.
+            assert 100 < counts.waiting <= 416 + MAX_FDS_A_TURN + 1
             for reply in await wire.replies(600):
                 value(reply)
             await settle()
+            server.daemon.look()
             assert counts.waiting == 0
             value(await wire.call("query-name"))
         await settle()

@@ -115,14 +115,16 @@ def add_parsers(verbs: Subparsers) -> None:
         type=number("number of descriptors", 1),
         default=_DEFAULTS.max_fds,
         metavar="N",
-        help=f"descriptors kept at a time (default: {_DEFAULTS.max_fds})",
+        help="descriptors kept at a time; never more than three quarters of the open files that "
+        f"the process may have, its hard limit (default: {_DEFAULTS.max_fds})",
     )
     parser.add_argument(
         "--max-fds-per-uid",
         type=number("number of descriptors", 1),
         default=_DEFAULTS.max_fds_per_uid,
         metavar="N",
-        help="descriptors that clients of one user may have kept at a time "
+        help="descriptors that clients of one user may have kept at a time; never more than half "
+        "of those open files "
         f"(default: {_DEFAULTS.max_fds_per_uid})",
     )
     parser.add_argument(
@@ -157,7 +159,8 @@ def add_parsers(verbs: Subparsers) -> None:
         "--metrics",
         type=Path,
         metavar="PATH",
-        help="write counters to this file as OpenMetrics text, every 10 s (default: do not)",
+        help="write counters to this file as OpenMetrics text, every 10 s; what is there and no "
+        "ordinary file stays as it is (default: do not)",
     )
     parser.add_argument(
         "--log-format",

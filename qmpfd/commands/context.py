@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
+from math import inf
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 from ..closing import Closer
 from ..errors import FdNotSupplied, GenericError
-from ..fd import Fd
+from ..fd import Fd, Passing
 from ..fdsets import FdSet, FdSets, Peer, StoredFd
-from ..limits import MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, Limits
+from ..limits import LOOK_INTERVAL, MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, Limits
 from ..policy import Access
 from ..protocol import ServerConnection
 from .events import Event, EventLog, Watcher
@@ -94,6 +95,8 @@ class Daemon:
         table: the commands there are.
         clients: tells who is connected.
         news: called when an event waits for those who watch.
+        look: counts what clients have taken meanwhile no more as waiting.
+        passing: tells whether descriptors can be handed out, where that is not sure.
     """
 
     dialect: Dialect
@@ -107,6 +110,8 @@ class Daemon:
     closer: Closer = field(default_factory=Closer)
     keeper: Keeper | None = None  #: where there is one
     news: Callable[[], None] = lambda: None
+    look: Callable[[], None] = lambda: None
+    passing: Passing | None = None
     watchers: set[Watcher] = field(default_factory=set)
     logs: dict[Access, EventLog] = field(default_factory=dict)  #: of the events, by who may see
     opaque_total: int = 0  #: bytes of the stored opaque texts, and of names
@@ -116,11 +121,14 @@ class Daemon:
     waiting: int = 0  #: descriptors that no command has yet, and that their clients do not take
     waiting_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
     most_waiting: int = field(init=False)  #: how many that may be: half of the process's table
+    looked_at: float = -inf  #: when clients were last looked at for what they have taken
     stats: Stats = field(init=False)
 
     def __post_init__(self) -> None:
         # Half of the table is enough for a user, whatever the limits are set to.
-        self.most_waiting = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        table = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.limits = self.limits.within(table)
+        self.most_waiting = table // 2
         self.stats = Stats(self.clock())
         self.store.observer = self
 
@@ -212,16 +220,24 @@ class Daemon:
         Raises:
             GenericError: it is.
         """
+        refused = self._refused_waiting(uid, more)
+        if refused and self.clock() - self.looked_at > LOOK_INTERVAL:
+            self.looked_at = self.clock()
+            self.look()
+            refused = self._refused_waiting(uid, more)
+        if refused:
+            raise GenericError(refused)
+
+    def _refused_waiting(self, uid: int, more: int) -> str:
         most = self.most_waiting
         if uid not in (0, os.geteuid()) and self.waiting_of[uid] + more > most // 2:
-            raise GenericError(
+            return (
                 f"Too many file descriptors of uid {uid} wait in its connections: "
                 f"the limit is {most // 2}"
             )
         if self.waiting + more > most:
-            raise GenericError(
-                f"Too many file descriptors wait in connections: the limit is {most}"
-            )
+            return f"Too many file descriptors wait in connections: the limit is {most}"
+        return ""
 
     def check_room(self, uid: int, count: int, opaque: str | None = None) -> None:
         """Refuse to keep *count* more descriptors for a client of *uid*, each with that opaque

@@ -69,21 +69,29 @@ class Leftovers:
     @property
     def some_wait(self) -> bool:
         """Whether there is something to count."""
-        return bool(self.waiting or self._outbox.waiting_fds or self._connection.waiting_fds)
+        return bool(self.waiting or self._outbox.carried_fds or self._connection.waiting_fds)
 
     def count_waiting(self) -> None:
         """Count the descriptors that have come and that no command has, and those that wait to be
         taken with their replies.  If they are too many, those that have come last go.
         """
-        daemon = self._server.daemon
-        more = self._connection.waiting_fds + self._outbox.waiting_fds - self.waiting
+        daemon, outbox = self._server.daemon, self._outbox
+        outbox.look()
+        more = self._connection.waiting_fds + outbox.carried_fds - self.waiting
         if more > 0:
             try:
                 daemon.check_waiting(self._uid, more)
             except QMPError as exc:
                 self._connection.refuse_fds(exc.desc)
                 self.dispose()
-                more = self._outbox.waiting_fds - self.waiting
+                more = outbox.carried_fds - self.waiting
         if more:
             daemon.hold_waiting(self._uid, more)
             self.waiting += more
+
+    def look(self) -> None:
+        """Count no more what the client has received meanwhile."""
+        taken = min(self._outbox.look(), self.waiting)
+        if taken:
+            self._server.daemon.hold_waiting(self._uid, -taken)
+            self.waiting -= taken

@@ -6,6 +6,7 @@ files up (its textfile collector).
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -63,10 +64,19 @@ def _labelled(label: str, counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace the file at once, so that nobody reads half of it."""
+    """Replace the file at once, so that nobody reads half of it.
+
+    Raises:
+        OSError: it cannot be written, or is no file: a device would be gone for everybody.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "this is no ordinary file", os.fspath(path))
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        new.write_text(text, encoding="ascii")
+        new.unlink(missing_ok=True)
+        with new.open("x", encoding="ascii") as file:  # not through a link that somebody has put
+            file.write(text)
         new.replace(path)
     except OSError:
         new.unlink(missing_ok=True)

@@ -60,6 +60,8 @@ class Outbox:
         self.held: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
         #: Bytes of both, and descriptors.
         self.size = self.waiting_fds = 0
+        #: Descriptors that were sent, and not seen to be taken by :meth:`look`.
+        self.in_flight = 0
         self._flushing = trio.Lock()
         self._scope: trio.CancelScope | None = None  # while waiting for the client
 
@@ -77,6 +79,24 @@ class Outbox:
             self.size += len(data)
             if fds:
                 self.waiting_fds += len(fds)
+
+    @property
+    def carried_fds(self) -> int:
+        """Descriptors in replies that the client has not taken: here, or on their way."""
+        return self.waiting_fds + self.in_flight
+
+    def look(self) -> int:
+        """See what the client has received; how many descriptors that was."""
+        before = self.in_flight
+        if before:  # each was sent with a message of its own
+            self.in_flight = min(before, self._stream.most_untaken())
+        return before - self.in_flight
+
+    def give_up(self) -> int:
+        """The connection is over: how many descriptors the client has not taken."""
+        self.look()
+        in_flight, self.in_flight = self.in_flight, 0
+        return in_flight
 
     def release(self) -> None:
         """All that was put here may be sent."""
@@ -139,6 +159,7 @@ class Outbox:
                 self.unsent.popleft()
             if fds:
                 self.waiting_fds -= len(fds)
+                self.in_flight += len(fds)
                 self._discard(fds)
 
     async def _flush(self, share: Share | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from ..commands import Dialect
-from ..fd import Fd, close_all
+from ..fd import Fd, Passing, close_all
 from ..limits import TAKEOVER_TIMEOUT, Limits
 from ..policy import Policy
 from .fetch import Inheritance
@@ -76,6 +76,9 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     with ExitStack() as stack:
         stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
         stack.callback(server.close)
+        if os.geteuid():
+            server.daemon.passing = Passing()
+            stack.callback(server.daemon.passing.close)
         for before in (inheritance, recovered):
             if before is not None:
                 stack.enter_context(before)

@@ -116,7 +116,7 @@ class Session:
             self.outbox.mute()
             if self._pump_scope is not None:
                 self._pump_scope.cancel()
-            self._server.close_stream(self._stream)
+            self._server.end_stream(self._stream, self.peer.uid, self.outbox.give_up())
             self._connection.close()
             self._leftovers.count_waiting()
             with trio.move_on_after(LOCK_TIMEOUT, shield=True):
@@ -145,6 +145,10 @@ class Session:
     def change_access(self, access: Access) -> None:
         """The policy has changed: what the client may do from now on."""
         self._context.change_access(access)
+
+    def look(self) -> None:
+        """Count no more what the client has received meanwhile."""
+        self._leftovers.look()
 
     def about(self, now: float) -> Client:
         """What others may be told of the client."""
