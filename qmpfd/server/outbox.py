@@ -92,12 +92,6 @@ class Outbox:
             self.in_flight = min(before, self._stream.most_untaken())
         return before - self.in_flight
 
-    def give_up(self) -> int:
-        """The connection is over: how many descriptors the client has not taken."""
-        self.look()
-        in_flight, self.in_flight = self.in_flight, 0
-        return in_flight
-
     def release(self) -> None:
         """All that was put here may be sent."""
         self.unsafe = False
@@ -199,7 +193,7 @@ class Outbox:
     def mute(self) -> None:
         """Send nothing any more."""
         self.deaf = True
-        self.size = self.waiting_fds = 0
+        self.size = self.waiting_fds = self.in_flight = 0
         for waiting in (self.unsent, self.held):
             for _, fds in waiting:  # many may be cut off at once: they are closed in their turns
                 self._garbage += fds

@@ -34,7 +34,6 @@ from .retire import retire_expired, retire_hung_up
 from .session import Session
 from .state import SavedSession
 from .turns import Turns
-from .untaken import Untaken
 
 _log = logging.getLogger("qmpfd")
 
@@ -87,7 +86,6 @@ class Server:
         self.news = trio.Event()
         self.daemon.news = self._tell_watchers
         self.daemon.look = self._look
-        self._untaken = Untaken(self.daemon, self.close_stream)
         #: Set when all is over.
         self.ended = trio.Event()
         self.sessions: set[Session] = set()
@@ -195,7 +193,6 @@ class Server:
 
     def close(self) -> None:
         """Close every stored descriptor."""
-        self._untaken.close()
         self.daemon.closer.close([stored.fd for stored in self.store.clear()])
         self.daemon.closer.shut_down()
         self.daemon.hangups.close()
@@ -363,13 +360,6 @@ class Server:
         if fd is not None:
             self.daemon.closer.close([fd])
 
-    def end_stream(self, stream: FdStream, uid: int, in_flight: int) -> None:
-        """End a connection of *uid*, which has not taken so many descriptors that were sent."""
-        if in_flight and not self.stopping:
-            self._untaken.keep(stream, uid, in_flight)
-        else:
-            self.close_stream(stream)
-
     async def _serve(self, session: Session) -> None:
         try:
             await session.run()
@@ -381,7 +371,6 @@ class Server:
     def _look(self) -> None:
         for session in self.sessions:
             session.look()
-        self._untaken.look()
 
     def _clients(self) -> list[Client]:
         """Who is connected."""
@@ -402,4 +391,3 @@ class Server:
             now = trio.current_time()
             for session in list(self.sessions):
                 session.evict_if_idle(now)
-            self._untaken.look()

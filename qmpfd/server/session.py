@@ -116,7 +116,7 @@ class Session:
             self.outbox.mute()
             if self._pump_scope is not None:
                 self._pump_scope.cancel()
-            self._server.end_stream(self._stream, self.peer.uid, self.outbox.give_up())
+            self._server.close_stream(self._stream)
             self._connection.close()
             self._leftovers.count_waiting()
             with trio.move_on_after(LOCK_TIMEOUT, shield=True):
