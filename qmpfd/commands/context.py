@@ -52,8 +52,9 @@ class Stats:
 class Keeper(Protocol):
     """Whoever keeps a second copy of what is stored, see :mod:`qmpfd.server.keeper`."""
 
-    #: Nothing is kept any more.
-    is_over: bool
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is kept any more."""
 
     def check_room(self, count: int, opaque: str | None) -> None:
         """Refuse to add so many, with a GenericError."""
