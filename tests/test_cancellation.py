@@ -36,6 +36,12 @@ EACH_WAY = pytest.mark.parametrize("before", [True, False], ids=["running", "wai
 BIG = "x" * 600_000  # more than a socket holds
 
 
+@pytest.fixture(autouse=True)
+def _no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is closed in a thread is waited for, on a busy machine too: none of it hangs here."""
+    monkeypatch.setattr("qmpfd.closing._GRACE", 20.0)
+
+
 async def _empty(path: Path, held: list[Pipe]) -> None:
     """The store holds as many descriptors as are listed, works, and lets go of all of them."""
     with await Wire.session(path) as wire:
