@@ -149,6 +149,10 @@ HANGUP_RECHECK = 1.0
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
+#: Places in the process's table of descriptors that stored ones do not take.
+TABLE_SPARE = 1024
+
+
 class Limits(NamedTuple):
     """What one daemon allows its clients.
 
@@ -173,13 +177,10 @@ class Limits(NamedTuple):
     drain_timeout: float = 5.0
 
     def within(self, table: int) -> Limits:
-        """The same, but that one user leaves room for the others, and all for connections and for
-        descriptors that wait.
+        """The same, but that room is left for connections and for descriptors that wait.
 
         Args:
             table: descriptors that the process may have open (RLIMIT_NOFILE).
         """
-        return self._replace(
-            max_fds=min(self.max_fds, max(1, table * 3 // 4)),
-            max_fds_per_uid=min(self.max_fds_per_uid, max(1, table // 2)),
-        )
+        room = max(1, table - min(TABLE_SPARE, table // 4))
+        return self._replace(max_fds=min(self.max_fds, room))

@@ -11,7 +11,9 @@ from helpers import ADD, Pipe, Wire, daemon, daemon_process, error, pipes, reque
 from trio.testing import MockClock
 
 import qmpfd
+from qmpfd.errors import GenericError
 from qmpfd.limits import MAX_OPAQUE_TOTAL, NEGOTIATION_TIMEOUT
+from qmpfd.server import Server
 
 TOO_MANY_FDS = "Too many file descriptors: the limit is 3"
 
@@ -177,10 +179,21 @@ async def test_no_more_than_the_process_may_have(path: Path) -> None:
         await Wire.session(path) as wire,
     ):
         limits = value(await wire.call("query-stats"))["limits"]
-        assert (limits["max-fds"], limits["max-fds-per-uid"]) == (300, 200)
+        assert limits["max-fds"] == 300
         value(await wire.call("add-fds", None, made * 200))
+        value(await wire.call("add-fds", None, made * 100))
         refused = await wire.call("add-fd", None, made)
-        assert refused["error"]["desc"].endswith(f"uid {os.geteuid()}: the limit is 200")
+        assert refused["error"]["desc"].endswith("the limit is 300")
+
+
+async def test_a_user_leaves_room_for_others() -> None:
+    server = Server()
+    server.daemon.half = 10
+    server.daemon.check_room(os.geteuid(), 11)
+    server.daemon.check_room(os.geteuid() + 1, 10)
+    with pytest.raises(GenericError, match=f"uid {os.geteuid() + 1}: the limit is 10"):
+        server.daemon.check_room(os.geteuid() + 1, 11)
+    server.close()
 
 
 # -- text --------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> Non
 async def test_a_limit_for_all_together(path: Path) -> None:
     """For the daemon's own user too."""
     async with daemon(path) as server:
-        server.daemon.most_waiting = 10
+        server.daemon.half = 10
         with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
             wire.send(b" ", [pipe] * 10)
             await settle()

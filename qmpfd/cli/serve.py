@@ -115,16 +115,16 @@ def add_parsers(verbs: Subparsers) -> None:
         type=number("number of descriptors", 1),
         default=_DEFAULTS.max_fds,
         metavar="N",
-        help="descriptors kept at a time; never more than three quarters of the open files that "
-        f"the process may have, its hard limit (default: {_DEFAULTS.max_fds})",
+        help="descriptors kept at a time; some of the open files that the process may have, its "
+        f"hard limit, are never taken (default: {_DEFAULTS.max_fds})",
     )
     parser.add_argument(
         "--max-fds-per-uid",
         type=number("number of descriptors", 1),
         default=_DEFAULTS.max_fds_per_uid,
         metavar="N",
-        help="descriptors that clients of one user may have kept at a time; never more than half "
-        "of those open files "
+        help="descriptors that clients of one user may have kept at a time; for others than root "
+        "and the daemon's own user never more than half of those open files "
         f"(default: {_DEFAULTS.max_fds_per_uid})",
     )
     parser.add_argument(

@@ -121,15 +121,14 @@ class Daemon:
     kept_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
     waiting: int = 0  #: descriptors that no command has yet, and that their clients do not take
     waiting_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
-    most_waiting: int = field(init=False)  #: how many that may be: half of the process's table
+    half: int = field(init=False)  #: of the process's table
     looked_at: float = -inf  #: when clients were last looked at for what they have taken
     stats: Stats = field(init=False)
 
     def __post_init__(self) -> None:
-        # Half of the table is enough for a user, whatever the limits are set to.
         table = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.limits = self.limits.within(table)
-        self.most_waiting = table // 2
+        self.half = table // 2
         self.stats = Stats(self.clock())
         self.store.observer = self
 
@@ -230,7 +229,7 @@ class Daemon:
             raise GenericError(refused)
 
     def _refused_waiting(self, uid: int, more: int) -> str:
-        most = self.most_waiting
+        most = self.half  # may wait in all
         if uid not in (0, os.geteuid()) and self.waiting_of[uid] + more > most // 2:
             return (
                 f"Too many file descriptors of uid {uid} wait in its connections: "
@@ -261,10 +260,11 @@ class Daemon:
                 raise GenericError(
                     f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
                 )
-        if self.kept_of[uid] + count > limits.max_fds_per_uid:
-            raise GenericError(
-                f"Too many file descriptors of uid {uid}: the limit is {limits.max_fds_per_uid}"
-            )
+        kept, most = self.kept_of[uid] + count, limits.max_fds_per_uid
+        if kept > self.half and uid not in (0, os.geteuid()):
+            most = min(most, self.half)  # others have to find room as well
+        if kept > most:
+            raise GenericError(f"Too many file descriptors of uid {uid}: the limit is {most}")
 
 
 @dataclass(slots=True, eq=False)
