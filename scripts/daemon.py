@@ -172,7 +172,12 @@ def leaves(exc: BaseException) -> Iterator[BaseException]:
 
 
 if __name__ == "__main__":
+    # All that it will need: that user may not be able to read where it is.
     import qmpfd.cli.daemon
+    import qmpfd.cli.logs
+    import qmpfd.cli.serve
+    import qmpfd.cli.takeover
+    import qmpfd.server.recover
     from qmpfd.cli import main as qmpfd_main
 
     become(sys.argv[1])
