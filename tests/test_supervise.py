@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from helpers import open_fds
 from supervised import (
     COMMAND,
     DEADLINE,
+    Supervised,
     children,
     connected,
     lasting,
@@ -431,25 +433,32 @@ def test_takeovers(path: Path, old_is: tuple[str, ...], new_is: tuple[str, ...])
         assert "Traceback" not in log.read_text()
 
 
+@contextmanager
+def _takeover(path: Path) -> Iterator[tuple[Supervised, Supervised, list[dict[str, Any]]]]:
+    """The old one, a newcomer that is taking over from it, and what there was."""
+    with supervised(path, status=None) as old, old.client() as client:
+        for _ in range(8):
+            client.execute("add-fds", fds=[0] * 250)
+        before = fds(client)
+        with supervised(path, "--takeover", status=None) as new:
+            yield old, new, before
+
+
 @pytest.mark.timeout(60 + 5 * KILLS)
 def test_a_supervised_newcomer_killed_at_any_time(path: Path) -> None:
     """There is one daemon afterwards, with everything: the old one or the new one."""
     for step in range(KILLS):
-        with supervised(path, status=None) as old, old.client() as client:
-            for _ in range(8):
-                client.execute("add-fds", fds=[0] * 250)
-            before = fds(client)
-            with supervised(path, "--takeover", status=None) as new:
-                time.sleep(0.05 + 0.5 * step / KILLS)
-                for worker in children(new.pid):
-                    os.kill(worker, signal.SIGKILL)
-                # It tries again, or comes back with what it has.
-                assert old.process.wait(DEADLINE) == 0, old.log + new.log
-                with connected(path) as again:
-                    assert fds(again) == before
-                new.process.terminate()
-                assert new.process.wait(DEADLINE) == 0, new.log
-                assert "Traceback" not in new.log
+        with _takeover(path) as (old, new, before):
+            time.sleep(0.05 + 0.5 * step / KILLS)
+            for worker in children(new.pid):
+                os.kill(worker, signal.SIGKILL)
+            # It tries again, or comes back with what it has.
+            assert old.process.wait(DEADLINE) == 0, old.log + new.log
+            with connected(path) as again:
+                assert fds(again) == before
+            new.process.terminate()
+            assert new.process.wait(DEADLINE) == 0, new.log
+            assert "Traceback" not in new.log
 
 
 @pytest.mark.timeout(60 + 5 * KILLS)
@@ -457,26 +466,22 @@ def test_an_old_worker_killed_at_any_time(path: Path) -> None:
     """Its parent starts it again, or the newcomer has it all: never both."""
     outcomes = set()
     for step in range(KILLS):
-        with supervised(path, status=None) as old, old.client() as client:
-            for _ in range(8):
-                client.execute("add-fds", fds=[0] * 250)
-            before = fds(client)
-            with supervised(path, "--takeover", status=None) as new:
-                time.sleep(0.05 + 0.5 * step / KILLS)
-                for worker in children(old.pid):
-                    os.kill(worker, signal.SIGKILL)
-                ended = until(
-                    lambda: [d for d in (old, new) if d.process.poll() is not None],
-                    old.log + new.log,
-                )
-                outcomes.add(old in ended)
-                with connected(path) as again:
-                    assert fds(again) == before, old.log + new.log
-                survivor = new if old in ended else old
-                assert survivor.process.poll() is None
-                survivor.process.terminate()
-                assert survivor.process.wait(DEADLINE) == 0
-                assert "Traceback" not in old.log + new.log
+        with _takeover(path) as (old, new, before):
+            time.sleep(0.05 + 0.5 * step / KILLS)
+            for worker in children(old.pid):
+                os.kill(worker, signal.SIGKILL)
+            ended = until(
+                lambda: [d for d in (old, new) if d.process.poll() is not None],
+                old.log + new.log,
+            )
+            outcomes.add(old in ended)
+            with connected(path) as again:
+                assert fds(again) == before, old.log + new.log
+            survivor = new if old in ended else old
+            assert survivor.process.poll() is None
+            survivor.process.terminate()
+            assert survivor.process.wait(DEADLINE) == 0
+            assert "Traceback" not in old.log + new.log
     assert outcomes
 
 

@@ -137,8 +137,7 @@ class Daemon:
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
         """A descriptor was stored: count it, and tell those who watch."""
         if stored.added_by is not None:
-            self.kept += 1
-            self.kept_of[stored.added_by.uid] += 1
+            self.hold(stored.added_by.uid)
         if stored.opaque:
             self._count_text(stored.added_by, stored.opaque, 1)
         if self.keeper is not None:

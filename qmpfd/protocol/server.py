@@ -107,7 +107,7 @@ class ServerConnection(Connection):
         """
         flooded = False
         waiting = self._gather()
-        while waiting:
+        while waiting:  # as _messages does it, but for one generator less on each request's way
             message = waiting.popleft()
             value, fds, lost = message if type(message) is WithFds else (message, NO_FDS, "")
             if isinstance(value, Request):

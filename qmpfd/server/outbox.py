@@ -121,7 +121,7 @@ class Outbox:
             return
         try:
             while self.unsent:
-                data, fds = self._next() if len(self.unsent) > 1 else self.unsent[0]
+                data, fds = self._next()
                 sent = self._stream.send_nowait(data, fds)
                 self._sent(data, fds, sent)
                 if sent < len(data):
@@ -136,11 +136,12 @@ class Outbox:
     def _next(self) -> tuple[bytes | memoryview, list[Fd]]:
         """What to send next: the first of what waits, and what can go with it."""
         unsent = self.unsent
-        first, fds = unsent.popleft()
-        together = [first]
-        while unsent and not unsent[0][1]:
-            together.append(unsent.popleft()[0])
-        unsent.appendleft((b"".join(together), fds))
+        if len(unsent) > 1:
+            first, fds = unsent.popleft()
+            together = [first]
+            while unsent and not unsent[0][1]:
+                together.append(unsent.popleft()[0])
+            unsent.appendleft((b"".join(together), fds))
         return unsent[0]
 
     def _sent(self, data: bytes | memoryview, fds: list[Fd], count: int) -> None:
@@ -182,7 +183,7 @@ class Outbox:
 
     async def _wait_for_client(self) -> None:
         while self.unsent:
-            data, fds = self._next() if len(self.unsent) > 1 else self.unsent[0]
+            data, fds = self._next()
             self._sent(data, fds, await self._stream.send_some(data, fds))
 
     def freeze(self) -> None:

@@ -21,11 +21,8 @@ _A_STEP = 128
 
 async def _retire(server: Server, take_out: Callable[[], list[StoredFd]]) -> bool:
     """Take out some, and close them; whether there were any."""
-    await server.enter()  # trio's own way to acquire it holds it for a pass of the loop
-    try:
+    async with server.entered():
         removed = take_out()
-    finally:
-        server.lock.release()
     server.dispose([stored.fd for stored in removed])
     await trio.lowlevel.checkpoint()
     return bool(removed)

@@ -198,12 +198,19 @@ class Server:
         self.daemon.hangups.close()
         self.reserve.give_up()
 
-    async def enter(self) -> None:
-        """Acquire the lock; without a checkpoint where nobody has it."""
+    @asynccontextmanager
+    async def entered(self) -> AsyncGenerator[None, None]:
+        """Hold the lock while the block runs.  Where nobody has it there is no checkpoint, in which
+        trio's own way would hold it for a pass of the loop.
+        """
         try:
             self.lock.acquire_nowait()
         except trio.WouldBlock:
             await self.lock.acquire()
+        try:
+            yield
+        finally:
+            self.lock.release()
 
     def start_soon(
         self, task: Callable[[trio.CancelScope], Awaitable[None]], scope: trio.CancelScope

@@ -96,7 +96,6 @@ class Session:
 
     async def run(self) -> None:
         """Serve the client until it is gone, or the daemon ends."""
-        self._share.resume()  # not since it was accepted: others came with it
         try:
             with self._scope:
                 if self._connection.state is State.CONNECTED:
@@ -127,11 +126,8 @@ class Session:
         """Take out what was kept for the time of the connection; all of it may be a lot."""
         more = True
         while more:
-            await self._server.enter()
-            try:
+            async with self._server.entered():
                 more = self._context.close(CLOSES_A_STEP)
-            finally:
-                self._server.lock.release()
             while self._connection.garbage:
                 self._leftovers.dispose(CLOSES_A_STEP)
                 if more or self._connection.garbage:
@@ -155,10 +151,14 @@ class Session:
         return Client(
             self.peer,
             now - self._connected_at,
-            0.0 if self._asked else now - self._since,
+            self._idle(now),
             self._context.fd_count,
             self._context.events is not None,
         )
+
+    def _idle(self, now: float) -> float:
+        """Seconds since it connected, or last asked something."""
+        return 0.0 if self._asked else now - self._since
 
     def evict_if_idle(self, now: float) -> None:
         """End if the client has not negotiated in time, or has asked nothing for too long."""
@@ -222,7 +222,7 @@ class Session:
 
     def describe(self, now: float) -> tuple[SavedSession, list[int]]:
         """All that a successor needs to go on, and the numbers of the descriptors."""
-        idle = 0.0 if self._asked else now - self._since
+        idle = self._idle(now)
         saved, fds = describe(self.peer, self.groups, idle, self._context, self.outbox)
         return saved, [self._stream.socket.fileno(), *(fd.fileno() for fd in fds)]
 
@@ -257,7 +257,7 @@ class Session:
     async def _serve(self) -> None:
         stream, outbox = self._stream, self.outbox
         context, share = self._context, self._share
-        share.resume()  # it may have been made long before it runs, with thousands of others
+        share.resume()  # it was made before, perhaps long before, and with thousands of others
         while True:
             if share.over:
                 await outbox.send(share)
@@ -398,8 +398,7 @@ class Session:
             made: list[bytes] = []
             size = 0
             await share.next_turn(much=True)
-            await server.enter()
-            try:
+            async with server.entered():
                 more = False
                 for bit in bits:
                     made.append(bit)
@@ -407,8 +406,6 @@ class Session:
                     if size > REPLY_BYTES_A_TURN or share.over:
                         more = True
                         break
-            finally:
-                server.lock.release()
             if size:
                 passed, context.passed = context.passed, []
                 if not server.is_settled:
@@ -438,10 +435,11 @@ class Session:
         except OSError:
             _log.exception("events could not be sent")
             self.outbox.cut_off()
-        if self.outbox.unsent or self.outbox.held:
-            self._events_wait = True
-            self._start_pump()
-        return not (self.outbox.unsent or self.outbox.held)
+        if not (self.outbox.unsent or self.outbox.held):
+            return True
+        self._events_wait = True
+        self._start_pump()
+        return False
 
     def _emptied(self) -> None:
         """The client has taken what it was sent."""
