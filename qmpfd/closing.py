@@ -24,7 +24,7 @@ from enum import Enum, auto
 from time import monotonic
 
 from .fd import Fd, unread_bytes
-from .fdinfo import is_in_memory, status
+from .fdinfo import is_in_memory, looker
 
 #: Threads that may hang in a close at a time.  More wait in line, with their descriptors open.
 _MAX_THREADS = 32
@@ -36,6 +36,9 @@ _NO_GRACE = 0.5
 
 #: Open files of the 64-bit kernel have it; sockets, pipes and anonymous inodes do not.
 _O_LARGEFILE = 0o100000
+
+# A module's own names are found faster.
+_F_GETFL, _O_PATH = fcntl.F_GETFL, os.O_PATH
 
 #: A file without a name gives its blocks back when it is closed, which takes time.
 _SLOW_BYTES = 64 << 20
@@ -56,6 +59,7 @@ _LOCAL = frozenset(
 # Character devices: memory (null, zero, random), and pseudo-terminals.
 _QUICK_MAJORS = frozenset([1, *range(136, 144)])
 _PTMX = (5, 2)
+_FORMAT = stat.S_IFMT(0o777777)
 _PLAIN = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFIFO)
 # Not inotify: it waits until all CPUs have let go of its marks, 3 ms each time.
 _QUICK_ANONYMOUS = re.compile(r"anon_inode:\[?(eventfd|timerfd|signalfd|pidfd)\]?|pipe:\[\d+\]")
@@ -68,6 +72,9 @@ class Risk(Enum):
     NONE = auto()
     SLIGHT = auto()  #: only if somebody makes it so on purpose, right now
     HIGH = auto()
+
+
+_NO_RISK = Risk.NONE  # finding a member of an enumeration takes as long as two calls
 
 
 def _risk_of_socket(number: int) -> Risk:
@@ -107,7 +114,6 @@ class _FileSystems:
         self._changed = select.poll()
         self._changed.register(self._file, select.POLLPRI)
         self._looked_at = 0.0
-        # The devices, by their major and minor numbers, of those on which close is quick.
         self._local: set[tuple[int, int]] = set()
         self._read()
 
@@ -123,15 +129,15 @@ class _FileSystems:
             if rest.split()[0] in _LOCAL:
                 self._local.add((int(major), int(minor)))
 
-    def is_local(self, major: int, minor: int) -> bool:
-        """Whether close is quick on the file system of these numbers."""
+    def local(self) -> set[tuple[int, int]]:
+        """The devices, by their major and minor numbers, of those on which close is quick."""
         now = monotonic()
         if now - self._looked_at > _LOOK_SECONDS:
             self._looked_at = now
             # They can come to mean another file system (proc(5), /proc/PID/mounts).
             if self._changed.poll(0):
                 self._read()
-        return (major, minor) in self._local
+        return self._local
 
     def close(self) -> None:
         """Look no more."""
@@ -159,17 +165,15 @@ class _Lane:
         self._progress = threading.Condition(self._lock)
         self._waiting: deque[tuple[Fd, _Batch]] = deque()
         self._threads = 0
-
-    @property
-    def pending(self) -> int:
-        """How many closes are under way, or wait for a thread."""
-        return self._threads + len(self._waiting)
+        #: How many closes are under way, or wait for a thread.
+        self.pending = 0
 
     def add(self, fds: list[Fd]) -> _Batch:
         """Close *fds*."""
         batch = _Batch(len(fds))
         with self._lock:
             self._waiting += [(fd, batch) for fd in fds]
+            self.pending += len(fds)
         self.start_thread()
         return batch
 
@@ -204,6 +208,7 @@ class _Lane:
                 self.start_thread()
             fd.close()
             with self._lock:
+                self.pending -= 1
                 batch.left -= 1
                 if not batch.left:
                     self._progress.notify_all()
@@ -215,6 +220,7 @@ class Closer:
     def __init__(self) -> None:
         self._slow, self._quick = _Lane(), _Lane()
         self._grace_from = 0.0
+        self._status = looker()
         # From the start: later there may be no descriptor left for it.
         try:
             self._file_systems: _FileSystems | None = _FileSystems()
@@ -234,25 +240,24 @@ class Closer:
 
     def close(self, fds: Iterable[Fd]) -> None:
         """Close each of *fds*; returns at once, or nearly so."""
-        careful: list[Fd] = []
-        slow: list[Fd] = []
+        risky: list[tuple[Risk, Fd]] = []
         for fd in fds:
-            if fd.closed:
+            number = fd.number
+            if number < 0:
                 continue
             try:
-                risk = self.risk(fd.fileno())
+                risk = self.risk(number)
             except OSError:  # out of descriptors, or a name that is too long
                 risk = Risk.HIGH
-            if risk is Risk.NONE:
+            if risk is _NO_RISK:
                 fd.close()
-            elif risk is Risk.SLIGHT:
-                careful.append(fd)
             else:
-                slow.append(fd)
-        if slow:
-            self._slow.add(slow)
-        if careful:
-            self._close_carefully(careful)
+                risky.append((risk, fd))
+        if risky:
+            if slow := [fd for risk, fd in risky if risk is Risk.HIGH]:
+                self._slow.add(slow)
+            if careful := [fd for risk, fd in risky if risk is Risk.SLIGHT]:
+                self._close_carefully(careful)
 
     def close_duplicates(self, fds: Iterable[Fd]) -> None:
         """Close descriptors of files that another process has open as well: only a file system is
@@ -277,11 +282,11 @@ class Closer:
 
     def risk(self, number: int) -> Risk:
         """Whether closing the descriptor may wait for somebody.  Finding out does not."""
-        flags = fcntl.fcntl(number, fcntl.F_GETFL)
-        if flags & os.O_PATH:  # refers to a place, not to an open file: nothing to flush or release
-            return Risk.NONE
+        flags = fcntl.fcntl(number, _F_GETFL)
+        if flags & _O_PATH:  # refers to a place, not to an open file: nothing to flush or release
+            return _NO_RISK
         if flags & _O_LARGEFILE:
-            return Risk.HIGH if self._file_may_block(number) else Risk.NONE
+            return Risk.HIGH if self._file_may_block(number) else _NO_RISK
         link = os.readlink(f"/proc/self/fd/{number}")
         if link.startswith("socket:"):
             return _risk_of_socket(number)
@@ -291,11 +296,11 @@ class Closer:
 
     def _file_may_block(self, number: int) -> bool:
         """Tell by the file system, found without asking it."""
-        found = status(number)
+        found = self._status(number)
         if found is None:
             return True
         nlink, mode, size, blocks, major, minor, dev_major, dev_minor = found
-        kind = stat.S_IFMT(mode)
+        kind = mode & _FORMAT
         if kind == stat.S_IFCHR:
             return major not in _QUICK_MAJORS and (major, minor) != _PTMX
         if kind not in _PLAIN:  # a block device writes back what it holds
@@ -303,7 +308,8 @@ class Closer:
         # Memory can be reserved beyond the end of a file, and a file can be longer than it is big.
         if not nlink and (size > _SLOW_BYTES or blocks * 512 > _SLOW_BYTES):
             return True
-        if self._file_systems is not None and self._file_systems.is_local(dev_major, dev_minor):
+        file_systems = self._file_systems
+        if file_systems is not None and (dev_major, dev_minor) in file_systems.local():
             return False
         # Not mounted, or not here: the kernel's own tmpfs, if it is a memfd's.
         return not is_in_memory(number)

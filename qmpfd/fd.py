@@ -43,16 +43,17 @@ class Fd:
         number: an open descriptor that nobody else will close.
     """
 
-    __slots__ = ("_number",)
+    __slots__ = ("number",)
 
     def __init__(self, number: int) -> None:
-        self._number = number
+        #: For reading only: the descriptor's number, -1 once it is closed or detached.
+        self.number = number
 
     def fileno(self) -> int:
         """The descriptor's number; ValueError once it is closed or detached."""
-        if self._number < 0:
+        if self.number < 0:
             raise ValueError("the descriptor is closed")
-        return self._number
+        return self.number
 
     #: A descriptor can stand for its number: ``os.read(fd, 10)``, ``open(fd.detach())``.
     __index__ = fileno
@@ -60,12 +61,12 @@ class Fd:
     @property
     def closed(self) -> bool:
         """Whether this object owns nothing any more."""
-        return self._number < 0
+        return self.number < 0
 
     def detach(self) -> int:
         """Give the descriptor up: the caller owns the number that is returned."""
         number = self.fileno()
-        self._number = -1
+        self.number = -1
         return number
 
     def dup(self) -> Fd:
@@ -80,11 +81,11 @@ class Fd:
         """
         moved = fcntl.fcntl(self.fileno(), fcntl.F_DUPFD_CLOEXEC, number + 1)
         self.close()
-        self._number = moved
+        self.number = moved
 
     def close(self) -> None:
         """Close the descriptor; harmless when that was done before."""
-        number, self._number = self._number, -1
+        number, self.number = self.number, -1
         if number >= 0:
             try:
                 os.close(number)
@@ -100,10 +101,10 @@ class Fd:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Fd {self._number}>" if self._number >= 0 else "<Fd closed>"
+        return f"<Fd {self.number}>" if self.number >= 0 else "<Fd closed>"
 
     def __del__(self) -> None:
-        if self._number >= 0:
+        if self.number >= 0:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
             self.close()
 

@@ -13,7 +13,6 @@ import os
 import re
 import stat
 import struct
-import threading
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
@@ -86,7 +85,7 @@ def kind(fd: int, link: str) -> str:
     anonymous = _ANONYMOUS.fullmatch(link)
     if anonymous is not None:
         return _NAMES.get(anonymous[1], anonymous[1])
-    found = status(fd)
+    found = looker()(fd)
     return "unknown" if found is None else _MODES.get(stat.S_IFMT(found[1]), "unknown")
 
 
@@ -103,26 +102,23 @@ _WANTED = _STATX_TYPE | _STATX_MODE | _STATX_NLINK | _STATX_SIZE | _STATX_BLOCKS
 _FLAGS = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
 
 
-class _Statx(threading.local):
-    """The C library's statx, which Python has from 3.15 on and glibc since 2.28, and room for what
-    it finds: making that anew takes longer than the call.
+#: The C library's, which Python has from 3.15 on and glibc since 2.28.
+_statx: Callable[..., int] | None = getattr(ctypes.CDLL(None), "statx", None)
+
+
+def looker() -> Callable[[int], Status | None]:
+    """Give what tells what the kernel has at hand of a descriptor's file; None where it does not
+    tell.  Each thread needs its own: what is found has one place, as making room for it anew takes
+    longer than the call.
     """
+    statx, unpack, flags, wanted = _statx, _STATX.unpack_from, _FLAGS, _WANTED
+    path, room = ctypes.create_string_buffer(b""), ctypes.create_string_buffer(_STATX.size)
+    the_path, the_room = ctypes.byref(path), ctypes.byref(room)
 
-    def __init__(self) -> None:
-        self.call: Callable[..., int] | None = getattr(ctypes.CDLL(None), "statx", None)
-        self.found = ctypes.create_string_buffer(_STATX.size)
-        if self.call is not None:
-            types = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
-            self.call.argtypes = types
+    def status(fd: int) -> Status | None:
+        if statx is None or statx(fd, the_path, flags, wanted, the_room):
+            return None
+        found: Status = unpack(room)
+        return found
 
-
-_statx = _Statx()
-
-
-def status(fd: int) -> Status | None:
-    """What the kernel has at hand of *fd*'s file; None where it does not tell."""
-    call, found = _statx.call, _statx.found
-    if call is None or call(fd, b"", _FLAGS, _WANTED, found):
-        return None
-    status: Status = _STATX.unpack_from(found)
     return status

@@ -118,7 +118,7 @@ class Daemon:
     opaque_total: int = 0  #: bytes of the stored opaque texts, and of names
     opaque_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
     kept: int = 0  #: descriptors kept for clients, those of ``getfd`` included
-    kept_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
+    kept_of: dict[int, int] = field(default_factory=dict)  #: the same by uid
     waiting: int = 0  #: descriptors that no command has yet, and that their clients do not take
     waiting_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
     half: int = field(init=False)  #: of the process's table
@@ -136,10 +136,11 @@ class Daemon:
 
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
         """A descriptor was stored: count it, and tell those who watch."""
-        if stored.added_by is not None:
-            self.hold(stored.added_by.uid)
+        peer = stored.added_by
+        if peer is not None:
+            self.hold(peer.uid)
         if stored.opaque:
-            self._count_text(stored.added_by, stored.opaque, 1)
+            self._count_text(peer, stored.opaque, 1)
         if self.keeper is not None:
             self.keeper.added(fdset, stored)
         if self.logs:
@@ -147,10 +148,11 @@ class Daemon:
 
     def removed(self, fdset: FdSet, stored: StoredFd, reason: str) -> None:
         """A descriptor was taken out: count it, and tell those who watch."""
-        if stored.added_by is not None:
-            self.release(stored.added_by.uid)
+        peer = stored.added_by
+        if peer is not None:
+            self.release(peer.uid)
         if stored.opaque:
-            self._count_text(stored.added_by, stored.opaque, -1)
+            self._count_text(peer, stored.opaque, -1)
         if self.keeper is not None:
             self.keeper.removed(stored)
         if stored.terms.watch_hangup:
@@ -178,14 +180,14 @@ class Daemon:
     def hold(self, uid: int) -> None:
         """A descriptor is kept for a client of *uid*."""
         self.kept += 1
-        self.kept_of[uid] += 1
+        self.kept_of[uid] = self.kept_of.get(uid, 0) + 1
 
     def release(self, uid: int) -> None:
         """A descriptor that was kept for a client of *uid* is kept no more."""
         self.kept -= 1
-        self.kept_of[uid] -= 1
-        if not self.kept_of[uid]:
-            del self.kept_of[uid]
+        left = self.kept_of.pop(uid) - 1
+        if left:
+            self.kept_of[uid] = left
 
     def _count_text(self, peer: Peer | None, text: str, sign: Literal[1, -1]) -> None:
         weight = sign * _weight(text)
@@ -259,7 +261,7 @@ class Daemon:
                 raise GenericError(
                     f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
                 )
-        kept, most = self.kept_of[uid] + count, limits.max_fds_per_uid
+        kept, most = self.kept_of.get(uid, 0) + count, limits.max_fds_per_uid
         if kept > self.half and uid not in (0, os.geteuid()):
             most = min(most, self.half)  # others have to find room as well
         if kept > most:

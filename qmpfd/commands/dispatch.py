@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-import outcome
 from msgspec import UNSET
+from outcome import Error, Outcome, Value
 
 from ..errors import GenericError, QMPError
 from ..fd import Fd
@@ -13,6 +13,7 @@ from ..protocol import Request, Vocabulary
 from . import control, fds, own
 from .context import Context
 from .table import Command, Table
+from .types import NOTHING
 
 _log = logging.getLogger("qmpfd")
 
@@ -23,7 +24,11 @@ _COMMANDS: dict[type[Request], Command] = {
 }
 
 
-def execute(context: Context, request: Request, passed: list[Fd]) -> outcome.Outcome[object]:
+#: What most commands come to.
+_DONE: Outcome[object] = Value(NOTHING)
+
+
+def execute(context: Context, request: Request, passed: list[Fd]) -> Outcome[object]:
     """Carry out *request*; its result or its QMPError.
 
     Args:
@@ -36,14 +41,18 @@ def execute(context: Context, request: Request, passed: list[Fd]) -> outcome.Out
     context.fds = passed
     if command.about_store:
         context.about_store = True
-    result: outcome.Outcome[object] = outcome.capture(
-        command.run, context, command.nothing if arguments is UNSET else arguments
-    )
+    result: Outcome[object]
+    try:
+        returned = command.run(context, command.nothing if arguments is UNSET else arguments)
+    except QMPError as exc:
+        result = Error(exc)
+    except Exception as exc:  # noqa: BLE001 - whatever it is, one command failed and no more
+        # A fault of ours: told to the client as such, and to whoever runs the daemon in full.
+        _log.error("%s failed", command.name, exc_info=exc)
+        result = Error(GenericError(f"internal error in '{command.name}'"))
+    else:
+        result = _DONE if returned is NOTHING else Value(returned)
     context.daemon.stats.commands[command.name] += 1
     if passed:
         context.connection.garbage += passed
-    if type(result) is outcome.Error and not isinstance(result.error, QMPError):
-        # A fault of ours: told to the client as such, and to whoever runs the daemon in full.
-        _log.error("%s failed", command.name, exc_info=result.error)
-        return outcome.Error(GenericError(f"internal error in '{command.name}'"))
     return result

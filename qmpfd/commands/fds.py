@@ -32,7 +32,7 @@ def add_fd(context: Context, arguments: AddFd) -> AddfdInfo:
         now=daemon.clock(),
     )
     context.fds.pop(0)
-    return AddfdInfo(fdset.id, fd.fileno())
+    return AddfdInfo(fdset.id, fd.number)
 
 
 def check_add(

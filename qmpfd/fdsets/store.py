@@ -96,18 +96,29 @@ class FdSet:
         """Its descriptors by number, oldest first."""
         if self._several is not None:
             return self._several
-        return {} if self._single is None else {self._single.fd.fileno(): self._single}
+        return {} if self._single is None else {self._single.fd.number: self._single}
+
+    def some(self, number: int | None) -> list[StoredFd]:
+        """Its descriptor of that *number*, if it is here; None for all, oldest first."""
+        single, several = self._single, self._several
+        if several is not None:
+            if number is None:
+                return list(several.values())
+            return [several[number]] if number in several else []
+        if single is None or (number is not None and single.fd.number != number):
+            return []
+        return [single]
 
     def put(self, stored: StoredFd) -> None:
         """Add a descriptor."""
         self.listing = None
         if self._several is not None:
-            self._several[stored.fd.fileno()] = stored
+            self._several[stored.fd.number] = stored
         elif self._single is None:
             self._single = stored
         else:
             both = self._single, stored
-            self._several = {each.fd.fileno(): each for each in both}
+            self._several = {each.fd.number: each for each in both}
             self._single = None
 
     def take_out(self, stored: StoredFd) -> bool:
@@ -116,7 +127,7 @@ class FdSet:
         if self._several is None:
             self._single = None
             return True
-        del self._several[stored.fd.fileno()]
+        del self._several[stored.fd.number]
         return not self._several
 
     def walk(self, until: float) -> Iterator[StoredFd]:
@@ -213,9 +224,8 @@ class FdSets:
             FdNotFound: there is no such set, or no such descriptor in it.
         """
         fdset = self._sets.get(fdset_id)
-        if fdset is None or (number is not None and number not in fdset.fds):
-            which = "" if number is None else f", fd:{number}"
-            raise FdNotFound(f"File descriptor named 'fdset-id:{fdset_id}{which}' not found")
+        if fdset is None or not fdset.some(number):
+            raise _not_found(fdset_id, number)
         return fdset
 
     def add(
@@ -245,14 +255,16 @@ class FdSets:
             InvalidParameterValue: *fdset_id* names no set, or none that can be created.
         """
         fd.fileno()  # it is open
+        fdset = None
         if fdset_id is None:
             fdset_id = self._ids.lowest()
-        elif fdset_id not in self._sets:
-            if not create:
-                raise InvalidParameterValue("Parameter 'fdset-id' expects an existing fdset-id")
-            if fdset_id < 0:
-                raise InvalidParameterValue("Parameter 'fdset-id' expects a non-negative value")
-        fdset = self._sets.get(fdset_id)
+        else:
+            fdset = self._sets.get(fdset_id)
+            if fdset is None:
+                if not create:
+                    raise InvalidParameterValue("Parameter 'fdset-id' expects an existing fdset-id")
+                if fdset_id < 0:
+                    raise InvalidParameterValue("Parameter 'fdset-id' expects a non-negative value")
         if fdset is None:
             fdset = self._sets[fdset_id] = FdSet(fdset_id)
             self._ascending = None
@@ -283,8 +295,10 @@ class FdSets:
         Raises:
             FdNotFound: no such set, or no such descriptor in it.
         """
-        fdset = self.get(fdset_id, number)
-        removed = list(fdset.fds.values()) if number is None else [fdset.fds[number]]
+        fdset = self._sets.get(fdset_id)
+        removed = [] if fdset is None else fdset.some(number)
+        if not removed:
+            raise _not_found(fdset_id, number)
         for stored in removed:
             self.take_out(stored, "removed")
         return removed
@@ -350,3 +364,8 @@ class FdSets:
         for stored in removed:
             self.take_out(stored, "removed")
         return removed
+
+
+def _not_found(fdset_id: int, number: int | None) -> FdNotFound:
+    which = "" if number is None else f", fd:{number}"
+    return FdNotFound(f"File descriptor named 'fdset-id:{fdset_id}{which}' not found")

@@ -71,7 +71,7 @@ class Connection:
             budget=budget,
             owner=owner,
         )
-        self._waiting: deque[Any] = deque()  # what has come, and was not asked for yet
+        self._ready = self._inbox.ready  # what has come, and was not asked for yet
         #: See :class:`Inbox`: shown the next bytes, how to consume them.
         self.receive = self._inbox.receive
         #: See :class:`Inbox`: the descriptors of each piece consumed.
@@ -86,36 +86,37 @@ class Connection:
     @property
     def has_news(self) -> bool:
         """Whether something has come that was not asked for yet; not for blanks alone."""
-        return bool(self._waiting) or self._inbox.has_news
+        return bool(self._ready or self._inbox.pieces)
 
     def _messages(self) -> Iterator[tuple[Any, list[Fd], str]]:
         """What has come, taken away one by one: each value with its descriptors, and why there are
         less of them than there should be, if so.
         """
-        waiting = self._gather()
-        while waiting:
-            message = waiting.popleft()
+        ready = self._look()
+        while ready:
+            message = ready.popleft()
             yield message if type(message) is WithFds else (message, NO_FDS, "")
 
-    def _gather(self) -> deque[Any]:
+    def _look(self) -> deque[Any]:
         """What has come: to be taken from the left."""
-        self._waiting += self._inbox.messages()
-        return self._waiting
+        if self._inbox.pieces:
+            self._inbox.look()
+        return self._ready
 
     @property
     def waiting_fds(self) -> int:
         """How many descriptors have come that no command has yet."""
         count = self._inbox.unclaimed_fds
-        if self._waiting:
-            count += sum(len(each.fds) for each in self._waiting if type(each) is WithFds)
+        if self._ready:
+            count += sum(len(each.fds) for each in self._ready if type(each) is WithFds)
         return count
 
     def refuse_fds(self, why: str) -> None:
         """Close those descriptors: the commands that should have had them are told why not."""
-        for number, message in enumerate(self._waiting):
+        for number, message in enumerate(self._ready):
             if type(message) is WithFds and message.fds:
                 self.garbage += message.fds
-                self._waiting[number] = WithFds(message.value, [], message.lost or why)
+                self._ready[number] = WithFds(message.value, [], message.lost or why)
         self._inbox.refuse_fds(why)
 
     def close(self) -> None:

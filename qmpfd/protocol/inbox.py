@@ -11,6 +11,7 @@ descriptors that came with a piece.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -113,7 +114,10 @@ class Inbox:
         self._max_bytes = max_bytes
         self._unclaimed = Unclaimed(garbage)
         self._garbage = garbage
-        self._pieces: list[_Piece] = []
+        #: Complete messages, for whoever asks for them to take from the left.
+        self.ready: deque[Any] = deque()
+        #: What was read behind those, and :meth:`look` has to look at.
+        self.pieces: list[_Piece] = []
         self._attached = 0
         self._unread = 0  # of what was seen last, the bytes that are looked at again
         self._segment_left = 0  # of the segment that descriptors came with, the bytes still to see
@@ -133,7 +137,7 @@ class Inbox:
             The lengths of the pieces in which to consume them: one :meth:`attach` for each.  They
             can come to less than *data*: the rest is looked at again next time.
         """
-        if not self._segment_left and not self._lines and self._idle:
+        if not (self._segment_left or self._lines) and (self._parser is None or self._parser.idle):
             if not fds_follow and len(data) > _A_STEP:
                 data = data[: data.rfind(b"\n", 0, _A_STEP) + 1 or None]
             requests = self._decode(data) if len(data) <= self._max_bytes else None
@@ -158,16 +162,18 @@ class Inbox:
         self._unread = len(data) - size
         if in_segment:
             self._segment_left = self._unread
-        if (in_segment or fds_follow) and not self._unread and self._pieces:
-            self._pieces[-1].ends_segment = True
-            self._pieces[-1].inside_message = not self._idle or bool(self._line)
+        if (in_segment or fds_follow) and not self._unread and self.pieces:
+            self.pieces[-1].ends_segment = True
+            self.pieces[-1].inside_message = not self._idle or bool(self._line)
         return lengths
 
     def _whole(self, values: list[Any], size: int) -> list[int]:
         """All that was read is one piece: no descriptors come with it."""
-        if values or self._pieces or self._unclaimed.waits:
-            self._pieces.append(_Piece(values))
-            self._attached = len(self._pieces)
+        if self.pieces or self._unclaimed.waits:
+            self.pieces.append(_Piece(values))
+            self._attached = len(self.pieces)
+        else:  # as nearly always: nothing waits, and so nothing can be whose
+            self.ready += values
         return [size]
 
     def _cut_last(self, requests: list[Any], data: bytes) -> list[int]:
@@ -177,8 +183,8 @@ class Inbox:
         piece = _Piece(requests)
         if requests:
             piece.last_takes = requests[-1].takes
-        self._attached = len(self._pieces)
-        self._pieces.append(piece)
+        self._attached = len(self.pieces)
+        self.pieces.append(piece)
         length = len(data.rstrip(_WHITESPACE)) or len(data)
         self._unread = len(data) - length
         piece.ends_segment = not self._unread
@@ -189,27 +195,36 @@ class Inbox:
         if messages and not messages[0][1]:
             # It ended before these bytes, and only they tell so: a number, or a bare word.
             value, _ = messages.pop(0)
-            self._pieces.append(_Piece([value]))
-        self._attached = len(self._pieces)
+            self.pieces.append(_Piece([value]))
+        self._attached = len(self.pieces)
         lengths = []
         at, gathered = 0, []
         for value, end in messages:
             gathered.append(value)
             if end > at and (type(value) is GenericError or self._wanted(value)):
-                self._pieces.append(_Piece(gathered))
+                self.pieces.append(_Piece(gathered))
                 lengths.append(end - at)
                 at, gathered = end, []
         if gathered or at < size:
             if at < size:
                 lengths.append(size - at)
-                self._pieces.append(_Piece(gathered))
+                self.pieces.append(_Piece(gathered))
             else:
-                self._pieces[-1].messages += gathered
+                self.pieces[-1].messages += gathered
         return lengths
 
     def attach(self, fds: list[Fd], dropped: bool) -> None:
         """The next piece was consumed; *fds* came with it, and some were *dropped* or not."""
-        piece = self._pieces[self._attached]
+        pieces = self.pieces
+        piece = pieces[self._attached]
+        fitting = len(pieces) == 1 and len(fds) <= piece.last_takes and not dropped
+        if fitting and not self._unclaimed.waits:
+            # As nearly always: nothing waits, and nothing will.
+            if fds:
+                piece.messages[-1] = WithFds(piece.messages[-1], fds, "")
+            self.ready += piece.messages
+            pieces.clear()
+            return
         self._attached += 1
         piece.fds, piece.dropped = fds, dropped
         if fds or dropped:
@@ -256,29 +271,17 @@ class Inbox:
 
     # -- out -----------------------------------------------------------------------------------
 
-    @property
-    def has_news(self) -> bool:
-        """Whether something has come that :meth:`messages` has to look at."""
-        return bool(self._pieces)
-
-    def messages(self) -> list[Any]:
-        """The complete messages, in the order in which they came: values or typed requests, or the
-        errors that their texts have.  Those that have to do with descriptors are :class:`WithFds`.
+    def look(self) -> None:
+        """Have all complete messages in :attr:`ready`, in the order in which they came: values or
+        typed requests, or the errors that their texts have.  Those that have to do with descriptors
+        are :class:`WithFds`.
 
         A message whose text is broken takes all descriptors that wait with it: nobody can tell
         any more whom they were for.
         """
         unclaimed, wanted = self._unclaimed, self._wanted
-        pieces, self._pieces, self._attached = self._pieces, [], 0
-        found: list[Any] = []
-        if len(pieces) == 1 and not unclaimed.waits:
-            (piece,) = pieces
-            if not piece.dropped and len(piece.fds) <= piece.last_takes:
-                # As nearly always: nothing waits, and nothing will.
-                self._segment_left = 0
-                if piece.fds:
-                    piece.messages[-1] = WithFds(piece.messages[-1], piece.fds, "")
-                return piece.messages
+        pieces, self.pieces, self._attached = self.pieces, [], 0
+        found = self.ready
         for piece in pieces:
             if piece.fds or piece.dropped:
                 unclaimed.arrive(piece.fds, piece.dropped)
@@ -295,7 +298,6 @@ class Inbox:
                 unclaimed.message_ended()
             if piece.ends_segment:
                 unclaimed.segment_ended(inside_message=piece.inside_message)
-        return found
 
     @property
     def unclaimed_fds(self) -> int:
@@ -309,9 +311,10 @@ class Inbox:
     def snapshot(self) -> InboxState:
         """What has come and is not done with; for :meth:`restore`.  The descriptors stay here.
 
-        Only between two chunks: all complete messages have been asked for.
+        Only between two chunks: all complete messages have been taken.
         """
-        assert not self._pieces
+        assert not self.pieces
+        assert not self.ready
         fds, *flags = self._unclaimed.snapshot()
         parser = None if self._idle or self._parser is None else self._parser.snapshot()
         return InboxState(parser, fds, flags, self._segment_left)
@@ -330,9 +333,9 @@ class Inbox:
 
     def close(self) -> None:
         """The peer is gone: give up what waits."""
-        for piece in self._pieces:
+        for piece in self.pieces:
             self._garbage += piece.fds
-        self._pieces = []
+        self.pieces = []
         self._unclaimed.discard()
         if self._parser is not None:
             self._parser.close()

@@ -21,6 +21,9 @@ from .vocabulary import Request, Vocabulary
 Received: TypeAlias = "tuple[Request | Error, Any, list[Fd]]"
 
 
+_COMMANDS = State.COMMANDS  # finding a member of an enumeration takes as long as two calls
+
+
 class ConnectionState(NamedTuple):
     """Where a connection is.
 
@@ -106,12 +109,15 @@ class ServerConnection(Connection):
         What was not asked for is there the next time.
         """
         flooded = False
-        waiting = self._gather()
-        while waiting:  # as _messages does it, but for one generator less on each request's way
-            message = waiting.popleft()
-            value, fds, lost = message if type(message) is WithFds else (message, NO_FDS, "")
+        ready = self._look()
+        while ready:  # as _messages does it, but for one generator less on each request's way
+            message = ready.popleft()
+            if type(message) is WithFds:
+                value, fds, lost = message
+            else:
+                value, fds, lost = message, NO_FDS, ""
             if isinstance(value, Request):
-                if self.state is State.COMMANDS and not lost:  # as nearly always
+                if self.state is _COMMANDS and not lost:  # as nearly always
                     self._errors_in_a_row = 0
                     yield value, value.id, fds
                     continue
@@ -141,7 +147,7 @@ class ServerConnection(Connection):
     def _checked(self, value: Any) -> Request:
         """*value* as a request that may be carried out in this state."""
         vocabulary = self._vocabulary
-        if self.state is State.COMMANDS:
+        if self.state is _COMMANDS:
             if isinstance(value, Request):
                 return value
             return vocabulary.request(value, oob_enabled=self._oob_enabled)
@@ -156,8 +162,18 @@ class ServerConnection(Connection):
             pass
         raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
 
+    def answer(self, result: Outcome[object], request_id: Any) -> bytes | Iterator[bytes]:
+        """The reply to a request: its result, or its QMPError; bit by bit, where it may be long."""
+        if request_id is UNSET and type(result) is Value:  # as nearly always
+            value = result.value
+            if type(value) is not Bits:
+                return b'{"return": %b}\r\n' % encode(value)
+        if self._may_be_long(result, request_id):
+            return self.long_reply(result, request_id)
+        return self.reply(result, request_id)
+
     def reply(self, result: Outcome[object], request_id: Any) -> bytes:
-        """The reply to a request: its result, or its QMPError."""
+        """The same, whole."""
         if type(result) is Value:
             returned = encode(result.value)
             if request_id is UNSET:
@@ -179,10 +195,7 @@ class ServerConnection(Connection):
         return {"class": told, "desc": error.desc}
 
     @staticmethod
-    def may_be_long(result: Outcome[object], request_id: Any) -> bool:
-        """Whether the reply is for :meth:`long_reply`."""
-        if request_id is UNSET and type(result) is Value:  # as nearly always
-            return type(result.value) is Bits
+    def _may_be_long(result: Outcome[object], request_id: Any) -> bool:
         kind = type(request_id)
         if kind is dict or kind is list or (kind is str and len(request_id) > LONG_TEXT):
             return True
@@ -192,8 +205,8 @@ class ServerConnection(Connection):
         return isinstance(result, Error) and len(str(result.error)) > LONG_TEXT
 
     def long_reply(self, result: Outcome[object], request_id: Any) -> Iterator[bytes]:
-        """The same reply as :meth:`reply` gives, but bit by bit: a listing may be megabytes, and
-        an id any value that fits in a request.
+        """The same, bit by bit: a listing may be megabytes, and an id any value that fits in a
+        request.
         """
         if isinstance(result, Error):
             yield b"{"

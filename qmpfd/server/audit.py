@@ -14,11 +14,6 @@ from ..protocol import Request
 _log = logging.getLogger("qmpfd")
 
 
-def is_verbose() -> bool:
-    """Whether every command is to be in the log."""
-    return _log.isEnabledFor(logging.DEBUG)
-
-
 def note(stats: Stats, peer: Peer, request: Request | Error, result: Outcome[object]) -> None:
     """Count an error; and say what was done, if every command is to be in the log.
 
@@ -31,7 +26,7 @@ def note(stats: Stats, peer: Peer, request: Request | Error, result: Outcome[obj
     if isinstance(result, Error):
         assert isinstance(result.error, QMPError)
         stats.errors[result.error.error_class] += 1
-    if not is_verbose():
+    if not _log.isEnabledFor(logging.DEBUG):
         return
     name = None if isinstance(request, Error) else VOCABULARY.names[type(request)]
     arguments = None if isinstance(request, Error) else request.arguments

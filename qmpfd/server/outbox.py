@@ -46,7 +46,8 @@ class Outbox:
     ) -> None:
         self._garbage = garbage
         self._server = server
-        self._emptied = emptied
+        #: To be called when the client has taken all there is.
+        self.emptied = emptied
         self._settle = settle
         self._stream = stream
         self._peer = peer
@@ -56,6 +57,7 @@ class Outbox:
         self.unsent: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
         #: What is put here from now on tells of changes that a crash would take back.
         self.unsafe = False
+        self.holds = 0  #: how often that was so
         #: That: behind what is unsent, and not sent before :meth:`release`.
         self.held: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
         #: Bytes of both, and descriptors.
@@ -91,6 +93,11 @@ class Outbox:
         if before:  # each was sent with a message of its own
             self.in_flight = min(before, self._stream.most_untaken())
         return before - self.in_flight
+
+    def hold(self) -> None:
+        """What is put here next tells of changes that are not safe yet."""
+        self.unsafe = True
+        self.holds += 1
 
     def release(self) -> None:
         """All that was put here may be sent."""
@@ -129,7 +136,7 @@ class Outbox:
         except trio.BrokenResourceError:
             self.mute()
         if not self.unsent:
-            self._emptied()
+            self.emptied()
         elif self.size > MAX_UNSENT_BYTES:
             self.cut_off()
 
@@ -177,7 +184,7 @@ class Outbox:
             self._scope = None
             self._server.backlog.end(token)
             if not self.unsent:
-                self._emptied()
+                self.emptied()
             if share is not None:
                 share.resume()
 

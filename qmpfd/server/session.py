@@ -5,28 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
-from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import trio
-from msgspec import UNSET
-from outcome import Error, Outcome, Value
+from outcome import Error, Value
 
-from ..commands import NOTHING, VERSION, VOCABULARY, Client, Context, execute
+from ..commands import NOTHING, VERSION, VOCABULARY, Client, Context
 from ..errors import GenericError, QMPError
 from ..fd import Fd, Plenty
 from ..fdsets import Peer
 from ..limits import (
     HELD_REPLY_BYTES,
     LOCK_TIMEOUT,
-    MAX_FDS_A_TURN,
     NEGOTIATION_TIMEOUT,
-    REPLY_BYTES_A_TURN,
 )
 from ..policy import Access
 from ..protocol import ServerConnection, State
 from ..transport import FdStream
-from .audit import is_verbose, note
+from .answers import Answers
 from .handover import hand_over
 from .leftovers import CLOSES_A_STEP, Leftovers
 from .outbox import Outbox
@@ -39,9 +35,6 @@ if TYPE_CHECKING:
     from .server import Server
 
 _log = logging.getLogger("qmpfd")
-
-#: Bytes to send in one go, and the descriptors that go with the first of them.
-_Batch: TypeAlias = "tuple[bytes, list[Fd]]"
 
 
 class Session:
@@ -78,20 +71,25 @@ class Session:
         self._share = Share(server.turns)
         self._since = trio.current_time()  # when it connected, or was last seen to have asked
         self._connected_at = self._since
-        self._asked = False  # something, since then
         self._farewell: QMPError | None = None  # why it is evicted
         self._scope = trio.CancelScope()
         self._waiting = False  # for the client; nothing of it is unanswered
         self._parked = False  # the daemon is frozen; nothing of the client is under way
-        self._long_reply: Iterator[bytes] | None = None  # being sent bit by bit
-        self._takeover_id: Any = UNSET  # of the request that asked for a takeover
         self._events_wait = False  # until the client has taken what it is being sent
         self.outbox = Outbox(
             server, stream, peer, self._connection.garbage, self._emptied, self._settle
         )
         self._leftovers = Leftovers(server, self._connection, self.outbox, self._share, peer.uid)
         self._settling = trio.Lock()
-        self._holds = 0  # how often replies or events had to be held
+        self._answers = Answers(
+            server,
+            self._connection,
+            self._context,
+            self.outbox,
+            self._leftovers,
+            self._share,
+            self._settle,
+        )
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
 
     async def run(self) -> None:
@@ -116,6 +114,7 @@ class Session:
             if self._pump_scope is not None:
                 self._pump_scope.cancel()
             self._server.close_stream(self._stream)
+            self._answers.close()
             self._connection.close()
             self._leftovers.count_waiting()
             with trio.move_on_after(LOCK_TIMEOUT, shield=True):
@@ -158,14 +157,14 @@ class Session:
 
     def _idle(self, now: float) -> float:
         """Seconds since it connected, or last asked something."""
-        return 0.0 if self._asked else now - self._since
+        return 0.0 if self._answers.asked else now - self._since
 
     def evict_if_idle(self, now: float) -> None:
         """End if the client has not negotiated in time, or has asked nothing for too long."""
         if self._farewell is not None:
             return
-        if self._asked:
-            self._since, self._asked = now, False
+        if self._answers.asked:
+            self._since, self._answers.asked = now, False
         if self._connection.state is not State.COMMANDS:
             limit: float | None = NEGOTIATION_TIMEOUT
             desc = f"No 'qmp_capabilities' within {NEGOTIATION_TIMEOUT:g} s"
@@ -210,14 +209,14 @@ class Session:
             await hand_over(self._server, self, self._stream)
         except QMPError as exc:
             # At once: another takeover may be under way.  Who asks for one takes its replies.
-            reply = self._connection.reply(Error(exc), self._takeover_id)
+            reply = self._connection.reply(Error(exc), self._answers.takeover_id)
             if not self.outbox.size:
                 with suppress(trio.BrokenResourceError):
                     self._stream.send_nowait(reply)
 
     async def reply_to_takeover(self, memory: Fd) -> None:
         """Answer the request for a takeover, with the daemon's state."""
-        reply = self._connection.reply(Value(NOTHING), self._takeover_id)
+        reply = self._connection.reply(Value(NOTHING), self._answers.takeover_id)
         await self._stream.send_all(reply, [memory])
 
     def describe(self, now: float) -> tuple[SavedSession, list[int]]:
@@ -255,7 +254,7 @@ class Session:
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        stream, outbox = self._stream, self.outbox
+        stream, outbox, answers = self._stream, self.outbox, self._answers
         context, share = self._context, self._share
         share.resume()  # it was made before, perhaps long before, and with thousands of others
         while True:
@@ -271,7 +270,8 @@ class Session:
                 await share.next_turn(much=True)
                 continue
             if came:
-                await self._answer()
+                if not answers.give_nowait():
+                    await answers.give()
                 if context.takes_over:
                     await outbox.send(share)
                     await self._hand_over()
@@ -295,125 +295,11 @@ class Session:
 
     async def _serve_rest(self) -> None:
         while not self._context.quitting and self._stream.receive_nowait(self._connection):
-            await self._answer()
+            await self._answers.give()
             if self._context.takes_over:
                 await self._hand_over()  # is refused
                 return
         await self.outbox.send()
-
-    async def _answer(self) -> None:
-        """Carry out the requests that are complete; the replies are to be sent."""
-        connection, outbox, lock = self._connection, self.outbox, self._server.lock
-        context = self._context
-        while connection.has_news:
-            batches: list[_Batch] = []
-            context.about_store = False
-            if lock.locked():  # by somebody who waits for something meanwhile
-                async with lock:
-                    self._carry_out(batches)
-            else:  # and nobody gets a turn before this is over: there is no await in it
-                self._carry_out(batches)
-            if context.about_store and not self._server.is_settled:
-                self._hold()
-            if outbox.deaf and outbox.unsafe:
-                await self._settle()
-            elif connection.garbage and not outbox.unsafe:
-                try:
-                    # Before the replies: what is removed is closed once its client has read so.
-                    self._leftovers.close_some()
-                    if connection.garbage:  # a whole set, perhaps
-                        await self._leftovers.close_all(len(connection.garbage))
-                except BaseException:
-                    for _, fds in batches:
-                        connection.garbage += fds
-                    raise
-            for data, fds in batches:
-                outbox.put(data, fds)
-            if self._leftovers.some_wait:
-                self._leftovers.count_waiting()
-            if self._long_reply is not None:
-                await outbox.send(self._share)
-                await self._send_long_reply(self._long_reply)
-            if context.quitting or context.takes_over:
-                return
-            if connection.has_news:
-                await outbox.send(self._share)
-                if self._share.over or outbox.deaf:  # perhaps with a thousand others
-                    await self._share.next_turn()
-
-    def _carry_out(self, batches: list[_Batch]) -> None:
-        """Carry out requests: all there are, or until it is time to send the replies.
-
-        Args:
-            batches: where the replies go.  One that carries descriptors begins a batch: they
-                arrive with its first byte, and so with that reply and no other.
-        """
-        connection, context, share = self._connection, self._context, self._share
-        deaf, log = self.outbox.deaf, is_verbose()
-        replies: list[bytes] = []
-        size = passed = 0
-        asked = False
-        result: Outcome[object]
-        for request, request_id, fds in connection.requests():
-            if type(request) is Error:
-                result = request
-            else:
-                result = execute(context, request, fds)
-                asked = True
-            if log or type(result) is Error:
-                note(context.daemon.stats, self.peer, request, result)
-            if context.takes_over:
-                self._takeover_id = request_id
-                break
-            # Nobody reads what a deaf client is told.
-            if not deaf and connection.may_be_long(result, request_id):
-                self._long_reply = connection.long_reply(result, request_id)
-                break
-            reply = b"" if deaf else connection.reply(result, request_id)
-            size += len(reply)
-            if context.passed:
-                batches += (b"".join(replies), []), (reply, context.passed)
-                passed += len(context.passed)
-                replies, context.passed = [], []
-            else:
-                replies.append(reply)
-            if (
-                monotonic() > share.ends
-                or context.quitting
-                or size > REPLY_BYTES_A_TURN
-                or passed > MAX_FDS_A_TURN
-            ):
-                break
-        batches.append((b"".join(replies), []))
-        if asked:
-            self._asked = True
-
-    async def _send_long_reply(self, bits: Iterator[bytes]) -> None:
-        """Make a reply bit by bit and send it, while others are served and the store changes.  No
-        event comes in between.
-        """
-        server, outbox, share, context = self._server, self.outbox, self._share, self._context
-        more = True
-        while more and not outbox.deaf:
-            made: list[bytes] = []
-            size = 0
-            await share.next_turn(much=True)
-            async with server.entered():
-                more = False
-                for bit in bits:
-                    made.append(bit)
-                    size += len(bit)
-                    if size > REPLY_BYTES_A_TURN or share.over:
-                        more = True
-                        break
-            if size:
-                passed, context.passed = context.passed, []
-                if not server.is_settled:
-                    self._hold()
-                outbox.put(b"".join(made), passed)
-            await outbox.send(share)
-        self._long_reply = None
-        self._emptied()
 
     # -- replies and events --------------------------------------------------------------------
 
@@ -422,13 +308,13 @@ class Session:
         events = self._context.events
         if events is None or self._server.is_frozen:
             return False
-        if self.outbox.size or self._long_reply is not None:
+        if self.outbox.size or self._answers.long_reply is not None:
             self._events_wait = True
             return False
         if not (data := events.take()):
             return False
         if not self._server.is_settled:
-            self._hold()
+            self.outbox.hold()
         self.outbox.put(data)
         try:
             self.outbox.push()
@@ -465,18 +351,13 @@ class Session:
         finally:
             self._pump_scope = None
 
-    def _hold(self) -> None:
-        """What is told next tells of changes that are not safe yet."""
-        self.outbox.unsafe = True
-        self._holds += 1
-
     async def _settle(self) -> None:
         """Wait until all that is held may be told, and close what was removed; what is held
         meanwhile is for whoever holds it.
         """
         async with self._settling:
-            holds, count = self._holds, len(self._connection.garbage)
+            holds, count = self.outbox.holds, len(self._connection.garbage)
             await self._server.settle()
             await self._leftovers.close_all(count)
-            if holds == self._holds:
+            if holds == self.outbox.holds:
                 self.outbox.release()
