@@ -149,6 +149,7 @@ _SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 _MESSAGE_BYTES = 512
 
 _one = struct.Struct("i")
+_INT_BYTES = _one.size
 _ZERO = _one.pack(0)
 
 
@@ -194,10 +195,10 @@ def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:
     fds: list[Fd] = []
     for level, kind, payload in control:
         if level == _SOCKET_LEVEL and kind == _RIGHTS:
-            if len(payload) == _one.size:
-                fds.append(Fd(*_one.unpack(payload)))
+            if len(payload) == _INT_BYTES:  # as nearly always
+                fds.append(Fd(_one.unpack(payload)[0]))
             else:
-                whole = len(payload) - len(payload) % _one.size
+                whole = len(payload) - len(payload) % _INT_BYTES
                 fds += map(Fd, array.array("i", payload[:whole]))
     return data, fds, flags & _TRUNCATED != 0
 

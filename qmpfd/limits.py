@@ -122,6 +122,10 @@ CAREFUL_BYTES = 512
 REPLY_BYTES_A_TURN = 256 << 10
 MAX_FDS_A_TURN = 64
 
+#: Descriptors that a client has sent one by one and that are taken before the first of the requests
+#: that they came with is carried out: what is done once for all of them is most of the work.
+FDS_AT_ONCE = 16
+
 #: Bytes of replies that wait for more of them while a client's next requests are there already.
 HELD_REPLY_BYTES = 16 << 10
 

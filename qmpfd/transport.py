@@ -42,7 +42,9 @@ class FdStream:
         """The socket, for its options."""
         return self._sock
 
-    def receive_nowait(self, connection: Connection, *, few: bool = False) -> bool | None:
+    def receive_nowait(
+        self, connection: Connection, *, few: bool = False, most: int = 1
+    ) -> bool | None:
         """Hand what is there to *connection*, bytes and descriptors.
 
         Nothing in here waits or can be cancelled, so no descriptor is ever without an owner.
@@ -50,6 +52,7 @@ class FdStream:
         Args:
             connection: who takes it.
             few: do so only if there are no more than a few bytes.
+            most: descriptors after which no more of them are read: each read ends with some.
 
         Returns:
             Whether something came; False once the peer is gone, None if nothing is there yet.
@@ -57,39 +60,60 @@ class FdStream:
         Raises:
             Plenty: there are more than a few.
         """
-        try:
-            data, fds_follow = fd.peek(self._sock, few=few)
-        except BlockingIOError:
-            return None
-        except ConnectionError:  # the peer was closed before it had read all
-            return False
-        if not data:
-            return False
-        lengths = connection.receive(data, fds_follow)
-        if fds_follow:
-            fds: list[Fd] = []
-            dropped = False  # they come all at once, with one of the pieces
-            for length in lengths:
-                if fds or dropped:
-                    fd.skip(self._sock, length)
-                else:
-                    _, fds, dropped = fd.receive(self._sock, length)
-                    connection.attach(fds, dropped)
-            read = sum(lengths)
-            if len(fds) > 1 and data[read:].isspace():
-                # Some may be too many: that they are nobody's is known with the end of what they
-                # were sent with.
-                fd.skip(self._sock, *connection.receive(data[read:], False))
-                read = len(data)
-            self._queued -= read
-            self._left = len(data) - read
-            return True
-        fd.skip(self._sock, *lengths)
-        self._queued -= lengths[0]
-        left, self._left = self._left, 0
-        # The line end that the last request's descriptors were not read with, and nothing else: no
-        # need to look again.
-        return None if left == len(data) == lengths[0] and not connection.has_news else True
+        sock = self._sock
+        came: bool | None = None
+        while True:
+            try:
+                data, fds_follow = fd.peek(sock, few=few)
+            except BlockingIOError:
+                return came
+            except ConnectionError:  # the peer was closed before it had read all
+                return came or False
+            except fd.Plenty:
+                if came:
+                    return True
+                raise
+            if not data:
+                return came or False
+            lengths = connection.receive(data, fds_follow)
+            if not fds_follow:
+                fd.skip(sock, *lengths)
+                self._queued -= lengths[0]
+                left, self._left = self._left, 0
+                # The line end that the last request's descriptors were not read with, and nothing
+                # else: no need to look again.
+                if left == len(data) == lengths[0] and not connection.has_news:
+                    return came
+                return True
+            taken = self._receive_fds(connection, data, lengths)
+            came = True
+            most -= taken
+            # When this process is out of descriptors, the next may need the places of these.
+            if most <= 0 or not taken or not self.has_more():
+                return True
+
+    def _receive_fds(self, connection: Connection, data: bytes, lengths: list[int]) -> int:
+        """Read what was seen, piece by piece; how many descriptors came, 0 if some were dropped."""
+        sock = self._sock
+        fds: list[Fd] = []
+        dropped = False  # they come all at once, with one of the pieces
+        read = 0
+        for length in lengths:
+            if fds or dropped:
+                fd.skip(sock, length)
+            else:
+                _, fds, dropped = fd.receive(sock, length)
+                connection.attach(fds, dropped)
+            read += length
+        count = len(fds)
+        if count > 1 and data[read:].isspace():
+            # Some may be too many: that they are nobody's is known with the end of what they were
+            # sent with.
+            fd.skip(sock, *connection.receive(data[read:], False))
+            read = len(data)
+        self._queued -= read
+        self._left = len(data) - read
+        return 0 if dropped else count
 
     def has_more(self) -> bool:
         """Whether the peer has sent more already than was looked at."""

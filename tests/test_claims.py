@@ -29,7 +29,7 @@ def unclaimed(garbage: list[Fd]) -> Unclaimed:
 
 
 def test_nothing_waits_at_first(unclaimed: Unclaimed, garbage: list[Fd]) -> None:
-    assert len(unclaimed) == 0
+    assert len(unclaimed.fds) == 0
     assert unclaimed.claim(253) == ([], False)
     unclaimed.segment_ended(inside_message=False)
     unclaimed.message_ended()
@@ -42,7 +42,7 @@ def test_in_order_within_the_segment(
     unclaimed.arrive(fds, False)
     assert unclaimed.claim(1) == (fds[:1], False)
     assert unclaimed.claim(2) == (fds[1:3], False)
-    assert len(unclaimed) == 2
+    assert len(unclaimed.fds) == 2
     unclaimed.segment_ended(inside_message=False)
     assert garbage == fds[3:]
     assert unclaimed.claim(1) == ([], False)
@@ -53,9 +53,9 @@ def test_behind_the_segment_the_first_takes_and_the_rest_goes(
 ) -> None:
     unclaimed.arrive(fds, False)
     unclaimed.segment_ended(inside_message=False)
-    assert len(unclaimed) == 5
+    assert len(unclaimed.fds) == 5
     unclaimed.message_ended()
-    assert len(unclaimed) == 5
+    assert len(unclaimed.fds) == 5
     assert unclaimed.claim(2) == (fds[:2], False)
     assert garbage == fds[2:]
 
@@ -119,4 +119,4 @@ def test_discard(unclaimed: Unclaimed, fds: list[Fd], garbage: list[Fd]) -> None
     unclaimed.discard()
     unclaimed.discard()
     assert garbage == fds
-    assert len(unclaimed) == 0
+    assert len(unclaimed.fds) == 0

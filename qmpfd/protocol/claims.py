@@ -20,11 +20,12 @@ class Unclaimed:
         garbage: where those go that nobody will take; its owner closes them.
     """
 
-    __slots__ = ("_dropped", "_fds", "_garbage", "_open", "_straddled", "_taken", "why_dropped")
+    __slots__ = ("_dropped", "_garbage", "_open", "_straddled", "_taken", "fds", "why_dropped")
 
     def __init__(self, garbage: list[Fd]) -> None:
         self._garbage = garbage
-        self._fds: list[Fd] = []
+        #: Those that wait.
+        self.fds: list[Fd] = []
         self._dropped = False  # descriptors of this segment are gone
         #: Why they are.
         self.why_dropped = LOST
@@ -34,23 +35,20 @@ class Unclaimed:
 
     def snapshot(self) -> tuple[list[Fd], bool, bool, bool, bool]:
         """All there is; for :meth:`restore`."""
-        return list(self._fds), self._dropped, self._taken, self._open, self._straddled
+        return list(self.fds), self._dropped, self._taken, self._open, self._straddled
 
     def restore(
         self, fds: list[Fd], dropped: bool, taken: bool, is_open: bool, straddled: bool
     ) -> None:
         """Go on where another was when it gave :meth:`snapshot`; *fds* are owned from here on."""
-        self._fds = fds
+        self.fds = fds
         self._dropped, self._taken = dropped, taken
         self._open, self._straddled = is_open, straddled
-
-    def __len__(self) -> int:
-        return len(self._fds)
 
     @property
     def waits(self) -> bool:
         """Whether the next command that takes some gets them, or is told that they are lost."""
-        return self._dropped or bool(self._fds)
+        return self._dropped or bool(self.fds)
 
     def arrive(self, fds: list[Fd], dropped: bool) -> None:
         """A new segment begins; what still waits of an older one is given up.
@@ -63,7 +61,7 @@ class Unclaimed:
         if dropped:
             self._garbage += fds
         else:
-            self._fds = fds
+            self.fds = fds
         self._dropped, self.why_dropped = dropped, LOST
         self._open = True
         self._taken = self._straddled = False
@@ -72,7 +70,7 @@ class Unclaimed:
         """A command that takes up to *most* descriptors: those that it gets, and whether some
         were dropped on the way.
         """
-        fds, self._fds = self._fds[:most], self._fds[most:]
+        fds, self.fds = self.fds[:most], self.fds[most:]
         dropped, self._dropped = self._dropped, False
         self._taken = True
         if not self._open:
@@ -81,7 +79,7 @@ class Unclaimed:
 
     def refuse(self, why: str) -> None:
         """Give up what waits; the command that should have had it is told *why*."""
-        if self._fds:
+        if self.fds:
             self.discard()
             self._dropped, self.why_dropped = True, why
 
@@ -104,7 +102,7 @@ class Unclaimed:
 
     def discard(self) -> None:
         """Give up what waits."""
-        if self._fds:
-            self._garbage += self._fds
-            self._fds = []
+        if self.fds:
+            self._garbage += self.fds
+            self.fds = []
         self._dropped = False

@@ -71,7 +71,6 @@ class InboxState(NamedTuple):
 class _Piece:
     """What one read gives: messages, and the descriptors that came with it."""
 
-    last_takes = 0  # descriptors, at most, and no other message of it takes any
     fds = NO_FDS
     dropped = False
     ends_segment = False  # the segment that descriptors came with ends with this piece
@@ -119,6 +118,7 @@ class Inbox:
         #: What was read behind those, and :meth:`look` has to look at.
         self.pieces: list[_Piece] = []
         self._attached = 0
+        self._last: list[Any] | None = None  # messages that are a piece with what comes next
         self._unread = 0  # of what was seen last, the bytes that are looked at again
         self._segment_left = 0  # of the segment that descriptors came with, the bytes still to see
         self._lines = lines
@@ -145,8 +145,16 @@ class Inbox:
                 if not fds_follow:
                     self._unread = 0
                     return self._whole(requests, len(data))
-                if len(requests) < 2 or not any(request.takes for request in requests[:-1]):
-                    return self._cut_last(requests, data)
+                for request in requests[:-1]:
+                    if request.takes:
+                        break
+                else:
+                    # Cut behind the last, the only one that may take descriptors: they may have
+                    # come with the blank behind it.  That is left to be read with what follows.
+                    self._last = requests
+                    length = len(data.rstrip(_WHITESPACE)) or len(data)
+                    self._unread = len(data) - length
+                    return [length]
         return self._receive_carefully(data, fds_follow)
 
     def _receive_carefully(self, data: bytes, fds_follow: bool) -> list[int]:
@@ -176,20 +184,6 @@ class Inbox:
             self.ready += values
         return [size]
 
-    def _cut_last(self, requests: list[Any], data: bytes) -> list[int]:
-        """Cut what was read behind the last request, the only one that may take descriptors: they
-        may have come with the blank behind it.  That is left to be read with what follows.
-        """
-        piece = _Piece(requests)
-        if requests:
-            piece.last_takes = requests[-1].takes
-        self._attached = len(self.pieces)
-        self.pieces.append(piece)
-        length = len(data.rstrip(_WHITESPACE)) or len(data)
-        self._unread = len(data) - length
-        piece.ends_segment = not self._unread
-        return [length]
-
     def _cut(self, messages: list[_Found], size: int) -> list[int]:
         """Cut what was read behind each message for which it matters; the pieces' lengths."""
         if messages and not messages[0][1]:
@@ -215,16 +209,19 @@ class Inbox:
 
     def attach(self, fds: list[Fd], dropped: bool) -> None:
         """The next piece was consumed; *fds* came with it, and some were *dropped* or not."""
-        pieces = self.pieces
-        piece = pieces[self._attached]
-        fitting = len(pieces) == 1 and len(fds) <= piece.last_takes and not dropped
-        if fitting and not self._unclaimed.waits:
-            # As nearly always: nothing waits, and nothing will.
-            if fds:
-                piece.messages[-1] = WithFds(piece.messages[-1], fds, "")
-            self.ready += piece.messages
-            pieces.clear()
-            return
+        messages, self._last = self._last, None
+        if messages is not None:
+            takes = messages[-1].takes if messages else 0
+            if len(fds) <= takes and not (dropped or self.pieces or self._unclaimed.waits):
+                # As nearly always: nothing waits, and nothing will.
+                if fds:
+                    messages[-1] = WithFds(messages[-1], fds, "")
+                self.ready += messages
+                return
+            self._attached = len(self.pieces)
+            self.pieces.append(_Piece(messages))
+            self.pieces[-1].ends_segment = not self._unread
+        piece = self.pieces[self._attached]
         self._attached += 1
         piece.fds, piece.dropped = fds, dropped
         if fds or dropped:
@@ -302,7 +299,7 @@ class Inbox:
     @property
     def unclaimed_fds(self) -> int:
         """How many descriptors wait for a command."""
-        return len(self._unclaimed)
+        return len(self._unclaimed.fds)
 
     def refuse_fds(self, why: str) -> None:
         """Give up the descriptors that wait: the command that should have had them is told why."""

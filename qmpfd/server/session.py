@@ -15,6 +15,7 @@ from ..errors import GenericError, QMPError
 from ..fd import Fd, Plenty
 from ..fdsets import Peer
 from ..limits import (
+    FDS_AT_ONCE,
     HELD_REPLY_BYTES,
     LOCK_TIMEOUT,
     NEGOTIATION_TIMEOUT,
@@ -254,8 +255,8 @@ class Session:
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        stream, outbox, answers = self._stream, self.outbox, self._answers
-        context, share = self._context, self._share
+        stream, outbox, connection = self._stream, self.outbox, self._connection
+        answers, context, share = self._answers, self._context, self._share
         share.resume()  # it was made before, perhaps long before, and with thousands of others
         while True:
             if share.over:
@@ -264,7 +265,9 @@ class Session:
             if self._server.is_frozen:
                 await self._park()
             try:
-                came = stream.receive_nowait(self._connection, few=not share.in_turn)
+                came = stream.receive_nowait(
+                    connection, few=not share.in_turn, most=FDS_AT_ONCE
+                )
             except Plenty:
                 await outbox.send(share)
                 await share.next_turn(much=True)
