@@ -172,11 +172,14 @@ def peek(sock: socket.socket, *, few: bool = False) -> tuple[bytes, bool]:
         BlockingIOError: nothing is there yet.
         Plenty: there are more than a few.
     """
-    data, _, flags, _ = sock.recvmsg(FEW_BYTES if few else READ_BYTES, 0, _PEEK)
-    if few and len(data) == FEW_BYTES:
+    most = FEW_BYTES if few else READ_BYTES
+    data, _, flags, _ = sock.recvmsg(most, 0, _PEEK)
+    if len(data) < most:  # as nearly always
+        return data, flags & _TRUNCATED != 0
+    if few:
         raise Plenty
     fds_follow = flags & _TRUNCATED != 0
-    if fds_follow and len(data) == READ_BYTES:
+    if fds_follow:
         # What they were sent with may go on behind these bytes: show it whole, the next time.
         data = data[:-SEGMENT_BYTES]
     return data, fds_follow

@@ -36,6 +36,8 @@ class FdStream:
         self._sock.setblocking(False)
         self._left = 0  # bytes that were seen and not read: nothing of interest
         self._queued = 0  # bytes that the kernel has for us, as far as we know
+        #: Whether the peer had sent more already than was looked at the last time.
+        self.more = False
 
     @property
     def socket(self) -> socket.socket:
@@ -62,6 +64,7 @@ class FdStream:
         """
         sock = self._sock
         came: bool | None = None
+        self.more = False
         while True:
             try:
                 data, fds_follow = fd.peek(sock, few=few)
@@ -77,49 +80,55 @@ class FdStream:
                 return came or False
             lengths = connection.receive(data, fds_follow)
             if not fds_follow:
-                fd.skip(sock, *lengths)
-                self._queued -= lengths[0]
-                left, self._left = self._left, 0
-                # The line end that the last request's descriptors were not read with, and nothing
-                # else: no need to look again.
-                if left == len(data) == lengths[0] and not connection.has_news:
-                    return came
-                return True
-            taken = self._receive_fds(connection, data, lengths)
+                return self._skip(connection, data, lengths[0]) or came
             came = True
-            most -= taken
+            _, fds, dropped = fd.receive(sock, lengths[0])
+            connection.attach(fds, dropped)
+            read = lengths[0]
+            if len(lengths) > 1 or len(fds) > 1:
+                read, fds, dropped = self._receive_rest(connection, data, lengths, fds, dropped)
+            self._queued -= read
+            self._left = len(data) - read
+            if self._queued <= self._left:
+                self._queued = fd.unread_bytes(sock)
+            self.more = self._queued > self._left
+            most -= len(fds)
             # When this process is out of descriptors, the next may need the places of these.
-            if most <= 0 or not taken or not self.has_more():
+            if most <= 0 or not fds or dropped or not self.more:
                 return True
 
-    def _receive_fds(self, connection: Connection, data: bytes, lengths: list[int]) -> int:
-        """Read what was seen, piece by piece; how many descriptors came, 0 if some were dropped."""
-        sock = self._sock
-        fds: list[Fd] = []
-        dropped = False  # they come all at once, with one of the pieces
-        read = 0
-        for length in lengths:
-            if fds or dropped:
-                fd.skip(sock, length)
+    def _skip(self, connection: Connection, data: bytes, length: int) -> bool | None:
+        """Read what no descriptors come with: so much of *data*; whether anything came."""
+        fd.skip(self._sock, length)
+        self._queued -= length
+        left, self._left = self._left, 0
+        self.more = length < len(data)
+        # The line end that the last request's descriptors were not read with, and nothing else: no
+        # need to look again.
+        return None if left == len(data) == length and not connection.has_news else True
+
+    def _receive_rest(
+        self,
+        connection: Connection,
+        data: bytes,
+        lengths: list[int],
+        fds: list[Fd],
+        dropped: bool,
+    ) -> tuple[int, list[Fd], bool]:
+        """Read what was seen, but for the first piece; how much was read in all, and with what."""
+        for length in lengths[1:]:
+            if fds or dropped:  # they come all at once, with one of the pieces
+                fd.skip(self._sock, length)
             else:
-                _, fds, dropped = fd.receive(sock, length)
+                _, fds, dropped = fd.receive(self._sock, length)
                 connection.attach(fds, dropped)
-            read += length
-        count = len(fds)
-        if count > 1 and data[read:].isspace():
+        read = sum(lengths)
+        if len(fds) > 1 and data[read:].isspace():
             # Some may be too many: that they are nobody's is known with the end of what they were
             # sent with.
-            fd.skip(sock, *connection.receive(data[read:], False))
+            fd.skip(self._sock, *connection.receive(data[read:], False))
             read = len(data)
-        self._queued -= read
-        self._left = len(data) - read
-        return 0 if dropped else count
-
-    def has_more(self) -> bool:
-        """Whether the peer has sent more already than was looked at."""
-        if self._queued <= self._left:
-            self._queued = fd.unread_bytes(self._sock)
-        return self._queued > self._left
+        return read, fds, dropped
 
     def most_untaken(self) -> int:
         """How many messages the peer can have left unread; 0 once this end is closed."""
@@ -145,13 +154,13 @@ class FdStream:
             trio.ClosedResourceError: this end is closed.
             OSError: *fds* cannot be passed: closed, or more than 253.
         """
-        if self._sock.fileno() < 0:
-            raise trio.ClosedResourceError
         try:
             return fd.send(self._sock, data, fds)
         except BlockingIOError:
             return 0
         except OSError as exc:
+            if self._sock.fileno() < 0:
+                raise trio.ClosedResourceError from None
             if exc.errno == errno.ETOOMANYREFS:  # see unix(7)
                 return 0
             if not isinstance(exc, ConnectionError):

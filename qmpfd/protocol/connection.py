@@ -79,9 +79,12 @@ class Connection:
 
     def _move(self, event: Event) -> None:
         try:
-            self.state = _TRANSITIONS[self.state, event]
+            self._enter(_TRANSITIONS[self.state, event])
         except KeyError:
             raise ProtocolError(f"{event.name} is out of place: {self.state.name}") from None
+
+    def _enter(self, state: State) -> None:
+        self.state = state
 
     @property
     def has_news(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Container, Hashable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from msgspec import UNSET
@@ -12,16 +12,13 @@ from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError,
 from ..fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import Connection, Event, State
-from .encode import LONG_TEXT, Bits, encode, encode_any, encode_bit_by_bit
+from .encode import LONG_TEXT, Bits, Encoded, encode, encode_any, encode_bit_by_bit
 from .inbox import NO_FDS, InboxState, WithFds
 from .parser import Budget
 from .vocabulary import Request, Vocabulary
 
 #: A request, or the error that it is refused with; its id; its descriptors.
 Received: TypeAlias = "tuple[Request | Error, Any, list[Fd]]"
-
-
-_COMMANDS = State.COMMANDS  # finding a member of an enumeration takes as long as two calls
 
 
 class ConnectionState(NamedTuple):
@@ -72,6 +69,8 @@ class ServerConnection(Connection):
         self._qemu_classes = qemu_classes
         self._oob_enabled = False
         self._errors_in_a_row = 0
+        # The types of the requests that are carried out without another look: in most states, none.
+        self._usual: Container[type] = ()
 
     def greeting(self, version: object) -> bytes:
         """What to send first; *version* is the result of ``query-version``."""
@@ -86,7 +85,7 @@ class ServerConnection(Connection):
 
     def restore(self, saved: ConnectionState) -> None:
         """Go on where another was when it gave :meth:`snapshot`."""
-        self.state = State[saved.state]
+        self._enter(State[saved.state])
         self._oob_enabled = saved.oob_enabled
         self._errors_in_a_row = saved.errors_in_a_row
         self._inbox.restore(saved.inbox)
@@ -102,6 +101,10 @@ class ServerConnection(Connection):
         self._oob_enabled = "oob" in capabilities
         self._move(Event.CAPABILITIES)
 
+    def _enter(self, state: State) -> None:
+        super()._enter(state)
+        self._usual = self._vocabulary.names if state is State.COMMANDS else ()
+
     def requests(self) -> Iterator[Received]:
         """The complete requests, in the order in which they came.
 
@@ -112,15 +115,16 @@ class ServerConnection(Connection):
         ready = self._look()
         while ready:  # as _messages does it, but for one generator less on each request's way
             message = ready.popleft()
-            if type(message) is WithFds:
-                value, fds, lost = message
-            else:
-                value, fds, lost = message, NO_FDS, ""
+            if type(message) in self._usual:
+                self._errors_in_a_row = 0
+                yield message, message.id, NO_FDS
+                continue
+            value, fds, lost = message if type(message) is WithFds else (message, NO_FDS, "")
+            if type(value) in self._usual and not lost:
+                self._errors_in_a_row = 0
+                yield value, value.id, fds
+                continue
             if isinstance(value, Request):
-                if self.state is _COMMANDS and not lost:  # as nearly always
-                    self._errors_in_a_row = 0
-                    yield value, value.id, fds
-                    continue
                 request_id = value.id
             else:
                 request_id = value.get("id", UNSET) if isinstance(value, dict) else UNSET
@@ -147,7 +151,7 @@ class ServerConnection(Connection):
     def _checked(self, value: Any) -> Request:
         """*value* as a request that may be carried out in this state."""
         vocabulary = self._vocabulary
-        if self.state is _COMMANDS:
+        if self.state is State.COMMANDS:
             if isinstance(value, Request):
                 return value
             return vocabulary.request(value, oob_enabled=self._oob_enabled)
@@ -166,8 +170,9 @@ class ServerConnection(Connection):
         """The reply to a request: its result, or its QMPError; bit by bit, where it may be long."""
         if request_id is UNSET and type(result) is Value:  # as nearly always
             value = result.value
-            if type(value) is not Bits:
-                return b'{"return": %b}\r\n' % encode(value)
+            kind = type(value)
+            if kind is not Bits:
+                return b'{"return": %b}\r\n' % (value if kind is Encoded else encode(value))
         if self._may_be_long(result, request_id):
             return self.long_reply(result, request_id)
         return self.reply(result, request_id)

@@ -110,13 +110,14 @@ class Answers:
         deaf, verbose = self._outbox.deaf, _log.isEnabledFor(_VERBOSE)
         batches, replies = self._batches, list[bytes]()
         size = passed = 0
+        asked = False
         result: Outcome[object]
         for request, request_id, fds in connection.requests():
             if type(request) is Error:
                 result = request
             else:
                 result = execute(context, request, fds)
-                self.asked = True
+                asked = True
             if verbose or type(result) is Error:
                 note(context.daemon.stats, context.peer, request, result)
             if context.takes_over:
@@ -142,6 +143,8 @@ class Answers:
             ):
                 break
         batches.append((b"".join(replies), []))
+        if asked:
+            self.asked = True
 
     def _tell_nowait(self) -> bool:
         """Close what was removed, and put the replies into the outbox; whether that was possible

@@ -69,7 +69,10 @@ class Leftovers:
     @property
     def some_wait(self) -> bool:
         """Whether there is something to count."""
-        return bool(self.waiting or self._outbox.carried_fds or self._connection.waiting_fds)
+        outbox = self._outbox
+        return bool(
+            self.waiting or outbox.waiting_fds or outbox.in_flight or self._connection.waiting_fds
+        )
 
     def count_waiting(self) -> None:
         """Count the descriptors that have come and that no command has, and those that wait to be

@@ -126,16 +126,17 @@ class Outbox:
         """Send what the client takes at once."""
         if self._server.is_frozen or self._flushing.locked():
             return
+        unsent = self.unsent
         try:
-            while self.unsent:
-                data, fds = self._next()
+            while unsent:
+                data, fds = self._next() if len(unsent) > 1 else unsent[0]
                 sent = self._stream.send_nowait(data, fds)
                 self._sent(data, fds, sent)
                 if sent < len(data):
                     break
         except trio.BrokenResourceError:
             self.mute()
-        if not self.unsent:
+        if not unsent:
             self.emptied()
         elif self.size > MAX_UNSENT_BYTES:
             self.cut_off()

@@ -62,7 +62,8 @@ class Server:
         #: Guards the store, which all sessions share.
         self.lock = trio.Lock()
         #: What the commands see.
-        self.daemon = Daemon(dialect, limits, trio.current_time, self.quit, TABLE, self._clients)
+        clock = trio.lowlevel.current_clock().current_time
+        self.daemon = Daemon(dialect, limits, clock, self.quit, TABLE, self._clients)
         self.store = self.daemon.store
         #: What the incomplete requests of all connections together may take.
         self.budget = Budget(MAX_INCOMPLETE_BYTES)

@@ -280,7 +280,7 @@ class Session:
                     await self._hand_over()
                     return
                 # While more is there, replies wait: one write for all of them.
-                if context.quitting or outbox.size > HELD_REPLY_BYTES or not stream.has_more():
+                if context.quitting or outbox.size > HELD_REPLY_BYTES or not stream.more:
                     outbox.push()
                     if outbox.size:
                         await outbox.send(share)
