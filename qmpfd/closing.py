@@ -286,7 +286,7 @@ class Closer:
         if flags & _O_PATH:  # refers to a place, not to an open file: nothing to flush or release
             return _NO_RISK
         if flags & _O_LARGEFILE:
-            return Risk.HIGH if self._file_may_block(number) else _NO_RISK
+            return self._risk_of_file(number)
         link = os.readlink(f"/proc/self/fd/{number}")
         if link.startswith("socket:"):
             return _risk_of_socket(number)
@@ -294,22 +294,23 @@ class Closer:
             return Risk.NONE
         return Risk.SLIGHT if _LARGE_ANONYMOUS.fullmatch(link) else Risk.HIGH
 
-    def _file_may_block(self, number: int) -> bool:
+    def _risk_of_file(self, number: int) -> Risk:
         """Tell by the file system, found without asking it."""
         found = self._status(number)
         if found is None:
-            return True
+            return Risk.HIGH
         nlink, mode, size, blocks, major, minor, dev_major, dev_minor = found
         kind = mode & _FORMAT
-        if kind == stat.S_IFCHR:
-            return major not in _QUICK_MAJORS and (major, minor) != _PTMX
-        if kind not in _PLAIN:  # a block device writes back what it holds
-            return True
-        # Memory can be reserved beyond the end of a file, and a file can be longer than it is big.
-        if not nlink and (size > _SLOW_BYTES or blocks * 512 > _SLOW_BYTES):
-            return True
-        file_systems = self._file_systems
-        if file_systems is not None and (dev_major, dev_minor) in file_systems.local():
-            return False
-        # Not mounted, or not here: the kernel's own tmpfs, if it is a memfd's.
-        return not is_in_memory(number)
+        if kind in _PLAIN:
+            # Memory can be reserved beyond the end of a file, and a file can be longer than it is
+            # big.
+            if not nlink and (size > _SLOW_BYTES or blocks * 512 > _SLOW_BYTES):
+                return Risk.HIGH
+            file_systems = self._file_systems
+            if file_systems is not None and (dev_major, dev_minor) in file_systems.local():
+                return _NO_RISK
+            # Not mounted, or not here: the kernel's own tmpfs, if it is a memfd's.
+            return _NO_RISK if is_in_memory(number) else Risk.HIGH
+        if kind == stat.S_IFCHR and (major in _QUICK_MAJORS or (major, minor) == _PTMX):
+            return _NO_RISK
+        return Risk.HIGH  # a block device writes back what it holds

@@ -261,7 +261,8 @@ class Daemon:
                 raise GenericError(
                     f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
                 )
-        kept, most = self.kept_of.get(uid, 0) + count, limits.max_fds_per_uid
+        kept = self.kept_of.get(uid, 0) + count
+        most = limits.max_fds_per_uid
         if kept > self.half and uid not in (0, os.geteuid()):
             most = min(most, self.half)  # others have to find room as well
         if kept > most:

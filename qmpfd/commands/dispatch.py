@@ -38,12 +38,14 @@ def execute(context: Context, request: Request, passed: list[Fd]) -> Outcome[obj
     """
     command = _COMMANDS[type(request)]
     arguments = request.arguments
+    if arguments is UNSET:
+        arguments = command.nothing
     context.fds = passed
     if command.about_store:
         context.about_store = True
     result: Outcome[object]
     try:
-        returned = command.run(context, command.nothing if arguments is UNSET else arguments)
+        returned = command.run(context, arguments)
     except QMPError as exc:
         result = Error(exc)
     except Exception as exc:  # noqa: BLE001 - whatever it is, one command failed and no more
