@@ -72,6 +72,7 @@ class Connection:
             owner=owner,
         )
         self._ready = self._inbox.ready  # what has come, and was not asked for yet
+        self._unclaimed = self._inbox.unclaimed
         #: See :class:`Inbox`: shown the next bytes, how to consume them.
         self.receive = self._inbox.receive
         #: See :class:`Inbox`: the descriptors of each piece consumed.
@@ -109,7 +110,7 @@ class Connection:
     @property
     def waiting_fds(self) -> int:
         """How many descriptors have come that no command has yet."""
-        count = self._inbox.unclaimed_fds
+        count = len(self._unclaimed.fds)
         if self._ready:
             count += sum(len(each.fds) for each in self._ready if type(each) is WithFds)
         return count
@@ -120,7 +121,7 @@ class Connection:
             if type(message) is WithFds and message.fds:
                 self.garbage += message.fds
                 self._ready[number] = WithFds(message.value, [], message.lost or why)
-        self._inbox.refuse_fds(why)
+        self._unclaimed.refuse(why)
 
     def close(self) -> None:
         """The connection is over: what waits for a command becomes garbage."""

@@ -111,7 +111,8 @@ class Inbox:
         self._owner = owner
         self._parser: Parser | None = None  # made once something is not plain
         self._max_bytes = max_bytes
-        self._unclaimed = Unclaimed(garbage)
+        #: The descriptors that wait for a command.
+        self.unclaimed = Unclaimed(garbage)
         self._garbage = garbage
         #: Complete messages, for whoever asks for them to take from the left.
         self.ready: deque[Any] = deque()
@@ -177,7 +178,7 @@ class Inbox:
 
     def _whole(self, values: list[Any], size: int) -> list[int]:
         """All that was read is one piece: no descriptors come with it."""
-        if self.pieces or self._unclaimed.waits:
+        if self.pieces or self.unclaimed.waits:
             self.pieces.append(_Piece(values))
             self._attached = len(self.pieces)
         else:  # as nearly always: nothing waits, and so nothing can be whose
@@ -212,7 +213,7 @@ class Inbox:
         messages, self._last = self._last, None
         if messages is not None:
             takes = messages[-1].takes if messages else 0
-            if len(fds) <= takes and not (dropped or self.pieces or self._unclaimed.waits):
+            if len(fds) <= takes and not (dropped or self.pieces or self.unclaimed.waits):
                 # As nearly always: nothing waits, and nothing will.
                 if fds:
                     messages[-1] = WithFds(messages[-1], fds, "")
@@ -276,7 +277,7 @@ class Inbox:
         A message whose text is broken takes all descriptors that wait with it: nobody can tell
         any more whom they were for.
         """
-        unclaimed, wanted = self._unclaimed, self._wanted
+        unclaimed, wanted = self.unclaimed, self._wanted
         pieces, self.pieces, self._attached = self.pieces, [], 0
         found = self.ready
         for piece in pieces:
@@ -296,15 +297,6 @@ class Inbox:
             if piece.ends_segment:
                 unclaimed.segment_ended(inside_message=piece.inside_message)
 
-    @property
-    def unclaimed_fds(self) -> int:
-        """How many descriptors wait for a command."""
-        return len(self._unclaimed.fds)
-
-    def refuse_fds(self, why: str) -> None:
-        """Give up the descriptors that wait: the command that should have had them is told why."""
-        self._unclaimed.refuse(why)
-
     def snapshot(self) -> InboxState:
         """What has come and is not done with; for :meth:`restore`.  The descriptors stay here.
 
@@ -312,7 +304,7 @@ class Inbox:
         """
         assert not self.pieces
         assert not self.ready
-        fds, *flags = self._unclaimed.snapshot()
+        fds, *flags = self.unclaimed.snapshot()
         parser = None if self._idle or self._parser is None else self._parser.snapshot()
         return InboxState(parser, fds, flags, self._segment_left)
 
@@ -325,7 +317,7 @@ class Inbox:
             assert self._parser is not None
             self._parser.restore(saved.parser)
         dropped, taken, is_open, straddled = saved.flags
-        self._unclaimed.restore(saved.fds, dropped, taken, is_open, straddled)
+        self.unclaimed.restore(saved.fds, dropped, taken, is_open, straddled)
         self._segment_left = saved.segment_left
 
     def close(self) -> None:
@@ -333,6 +325,6 @@ class Inbox:
         for piece in self.pieces:
             self._garbage += piece.fds
         self.pieces = []
-        self._unclaimed.discard()
+        self.unclaimed.discard()
         if self._parser is not None:
             self._parser.close()

@@ -108,7 +108,8 @@ class Answers:
         """Carry out requests: all there are, or until it is time to send the replies."""
         connection, context, ends = self._connection, self._context, self._share.ends
         deaf, verbose = self._outbox.deaf, _log.isEnabledFor(_VERBOSE)
-        batches, replies = self._batches, list[bytes]()
+        batches = self._batches
+        replies: list[bytes] = []
         size = passed = 0
         asked = False
         result: Outcome[object]
@@ -133,14 +134,11 @@ class Answers:
                 batches += (b"".join(replies), []), (reply, context.passed)
                 passed += len(context.passed)
                 replies, context.passed = [], []
+                if passed > MAX_FDS_A_TURN:
+                    break
             else:
                 replies.append(reply)
-            if (
-                monotonic() > ends
-                or context.quitting
-                or size > REPLY_BYTES_A_TURN
-                or passed > MAX_FDS_A_TURN
-            ):
+            if monotonic() > ends or context.quitting or size > REPLY_BYTES_A_TURN:
                 break
         batches.append((b"".join(replies), []))
         if asked:
@@ -150,7 +148,7 @@ class Answers:
         """Close what was removed, and put the replies into the outbox; whether that was possible
         without waiting.
         """
-        connection, outbox, leftovers = self._connection, self._outbox, self._leftovers
+        outbox, garbage = self._outbox, self._connection.garbage
         if self._context.about_store:
             self._context.about_store = False
             if not self._server.is_settled:
@@ -158,16 +156,16 @@ class Answers:
         if outbox.unsafe:
             if outbox.deaf:
                 return False
-        elif connection.garbage:
+        elif garbage:
             # Before the replies: what is removed is closed once its client has read so.
-            leftovers.close_some()
-            if connection.garbage:  # a whole set, perhaps
+            self._leftovers.close_some()
+            if garbage:  # a whole set, perhaps
                 return False
         for data, fds in self._batches:
             outbox.put(data, fds)
         self._batches.clear()
-        if leftovers.some_wait:
-            leftovers.count_waiting()
+        if self._leftovers.some_wait:
+            self._leftovers.count_waiting()
         return True
 
     async def _tell(self) -> None:

@@ -154,12 +154,13 @@ class Outbox:
 
     def _sent(self, data: bytes | memoryview, fds: list[Fd], count: int) -> None:
         """So many bytes of the first of what waits are gone."""
-        if count and self.unsent:  # not muted meanwhile
+        unsent = self.unsent
+        if count and unsent:  # not muted meanwhile
             self.size -= count
             if count < len(data):
-                self.unsent[0] = memoryview(data)[count:], []
+                unsent[0] = memoryview(data)[count:], []
             else:
-                self.unsent.popleft()
+                unsent.popleft()
             if fds:
                 self.waiting_fds -= len(fds)
                 self.in_flight += len(fds)
