@@ -101,11 +101,13 @@ class FdStream:
         """Read what no descriptors come with: so much of *data*; whether anything came."""
         fd.skip(self._sock, length)
         self._queued -= length
-        left, self._left = self._left, 0
         self.more = length < len(data)
-        # The line end that the last request's descriptors were not read with, and nothing else: no
-        # need to look again.
-        return None if left == len(data) == length and not connection.has_news else True
+        left, self._left = self._left, 0
+        if left == len(data) and not connection.has_news:
+            # The line end that the last request's descriptors were not read with, and nothing else:
+            # no need to look again.
+            return None
+        return True
 
     def _receive_rest(
         self,

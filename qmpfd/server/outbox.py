@@ -74,10 +74,12 @@ class Outbox:
             data: what to send.
             fds: the descriptors; owned from here on.
         """
+        if fds is None:
+            fds = []
         if self.deaf:
-            self._discard(fds or [])
+            self._discard(fds)
         elif data:
-            (self.held if self.unsafe else self.unsent).append((data, fds or []))
+            (self.held if self.unsafe else self.unsent).append((data, fds))
             self.size += len(data)
             if fds:
                 self.waiting_fds += len(fds)
@@ -131,9 +133,13 @@ class Outbox:
             while unsent:
                 data, fds = self._next() if len(unsent) > 1 else unsent[0]
                 sent = self._stream.send_nowait(data, fds)
-                self._sent(data, fds, sent)
                 if sent < len(data):
+                    self._sent(data, fds, sent)
                     break
+                unsent.popleft()
+                self.size -= sent
+                if fds:
+                    self._passed(fds)
         except trio.BrokenResourceError:
             self.mute()
         if not unsent:
@@ -162,9 +168,13 @@ class Outbox:
             else:
                 unsent.popleft()
             if fds:
-                self.waiting_fds -= len(fds)
-                self.in_flight += len(fds)
-                self._discard(fds)
+                self._passed(fds)
+
+    def _passed(self, fds: list[Fd]) -> None:
+        """Duplicates of *fds* are on their way."""
+        self.waiting_fds -= len(fds)
+        self.in_flight += len(fds)
+        self._discard(fds)
 
     async def _flush(self, share: Share | None) -> None:
         """Wait until the client has taken what waits; not if the daemon is frozen meanwhile."""
