@@ -22,6 +22,9 @@ from .protocol import Connection
 #: Seconds until the next try where too many descriptors are in flight.
 _IN_FLIGHT_RETRY = 0.01
 
+#: Reads in a row with nothing behind them, after which one in so many is looked behind.
+_LULL = 8
+
 
 class FdStream:
     """A connected Unix socket that carries descriptors.
@@ -36,6 +39,7 @@ class FdStream:
         self._sock.setblocking(False)
         self._left = 0  # bytes that were seen and not read: nothing of interest
         self._queued = 0  # bytes that the kernel has for us, as far as we know
+        self._lull = 0  # how often in a row there was not
         #: Whether the peer had sent more already than was looked at the last time.
         self.more = False
 
@@ -89,13 +93,24 @@ class FdStream:
                 read, fds, dropped = self._receive_rest(connection, data, lengths, fds, dropped)
             self._queued -= read
             self._left = len(data) - read
-            if self._queued <= self._left:
-                self._queued = fd.unread_bytes(sock)
-            self.more = self._queued > self._left
+            self.more = self._queued > self._left or self._look_for_more()
             most -= len(fds)
             # When this process is out of descriptors, the next may need the places of these.
             if most <= 0 or not fds or dropped or not self.more:
                 return True
+
+    def _look_for_more(self) -> bool:
+        """Whether the kernel has more than was seen.  Where it had not for a while, it is asked now
+        and then only: a client that sends its requests one by one has sent no others yet.
+        """
+        self._lull += 1
+        if self._lull > _LULL and self._lull % _LULL:
+            return False
+        self._queued = fd.unread_bytes(self._sock)
+        if self._queued > self._left:
+            self._lull = 0
+            return True
+        return False
 
     def _skip(self, connection: Connection, data: bytes, length: int) -> bool | None:
         """Read what no descriptors come with: so much of *data*; whether anything came."""

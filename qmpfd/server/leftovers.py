@@ -46,7 +46,11 @@ class Leftovers:
 
     def close_some(self) -> None:
         """Close as many as can be closed in a row."""
-        self._server.daemon.closer.close(self._take(CLOSES_A_STEP))
+        garbage = self._connection.garbage
+        if len(garbage) > CLOSES_A_STEP:
+            garbage = self._take(CLOSES_A_STEP)
+        self._server.daemon.closer.close(garbage)
+        garbage.clear()
 
     async def close_all(self, count: int) -> None:
         """Close so many."""
