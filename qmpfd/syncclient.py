@@ -11,6 +11,7 @@ import stat
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from math import inf
 from types import TracebackType
 from typing import Any
@@ -201,10 +202,10 @@ class SyncClient:
             data, fds_follow = b"", False
         if not data:
             raise NoDaemon(f"the daemon at {self._path} has closed the connection")
-        for length in self._connection.receive(data, fds_follow):
-            _, fds, dropped = fd.receive(self._sock, length)
-            if fds_follow:
-                self._connection.attach(fds, dropped)
+        if fds_follow:
+            self._connection.receive_with_fds(data, partial(fd.receive, self._sock))
+        else:
+            fd.skip(self._sock, self._connection.receive(data))
         try:
             for message in self._connection.messages():
                 if isinstance(message, QMPEvent):

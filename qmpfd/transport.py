@@ -11,6 +11,7 @@ import errno
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 
 import trio
@@ -37,6 +38,7 @@ class FdStream:
         kind, number = sock.type, sock.detach()
         self._sock = socket.socket(socket.AF_UNIX, kind, 0, fileno=number)
         self._sock.setblocking(False)
+        self._read = partial(fd.receive, self._sock)
         self._left = 0  # bytes that were seen and not read: nothing of interest
         self._queued = 0  # bytes that the kernel has for us, as far as we know
         self._lull = 0  # how often in a row there was not
@@ -82,21 +84,16 @@ class FdStream:
                 raise
             if not data:
                 return came or False
-            lengths = connection.receive(data, fds_follow)
             if not fds_follow:
-                return self._skip(connection, data, lengths[0]) or came
+                return self._skip(connection, data, connection.receive(data)) or came
             came = True
-            _, fds, dropped = fd.receive(sock, lengths[0])
-            connection.attach(fds, dropped)
-            read = lengths[0]
-            if len(lengths) > 1 or len(fds) > 1:
-                read, fds, dropped = self._receive_rest(connection, data, lengths, fds, dropped)
-            self._queued -= read
-            self._left = len(data) - read
+            size, count = connection.receive_with_fds(data, self._read)
+            self._queued -= size
+            self._left = len(data) - size
             self.more = self._queued > self._left or self._look_for_more()
-            most -= len(fds)
+            most -= count
             # When this process is out of descriptors, the next may need the places of these.
-            if most <= 0 or not fds or dropped or not self.more:
+            if most <= 0 or not count or not self.more:
                 return True
 
     def _look_for_more(self) -> bool:
@@ -113,7 +110,7 @@ class FdStream:
         return False
 
     def _skip(self, connection: Connection, data: bytes, length: int) -> bool | None:
-        """Read what no descriptors come with: so much of *data*; whether anything came."""
+        """Consume so much of *data*, with which no descriptors come; whether that was anything."""
         fd.skip(self._sock, length)
         self._queued -= length
         self.more = length < len(data)
@@ -123,29 +120,6 @@ class FdStream:
             # no need to look again.
             return None
         return True
-
-    def _receive_rest(
-        self,
-        connection: Connection,
-        data: bytes,
-        lengths: list[int],
-        fds: list[Fd],
-        dropped: bool,
-    ) -> tuple[int, list[Fd], bool]:
-        """Read what was seen, but for the first piece; how much was read in all, and with what."""
-        for length in lengths[1:]:
-            if fds or dropped:  # they come all at once, with one of the pieces
-                fd.skip(self._sock, length)
-            else:
-                _, fds, dropped = fd.receive(self._sock, length)
-                connection.attach(fds, dropped)
-        read = sum(lengths)
-        if len(fds) > 1 and data[read:].isspace():
-            # Some may be too many: that they are nobody's is known with the end of what they were
-            # sent with.
-            fd.skip(self._sock, *connection.receive(data[read:], False))
-            read = len(data)
-        return read, fds, dropped
 
     def most_untaken(self) -> int:
         """How many messages the peer can have left unread; 0 once this end is closed."""

@@ -133,18 +133,24 @@ def read_once(queue: Queue, connection: Connection) -> bool:
         data, fds_follow = queue.peek()
     except BlockingIOError:
         return False
-    lengths = connection.receive(data, fds_follow)
-    assert lengths, "a read that consumes nothing is repeated for ever"
-    assert min(lengths) > 0
-    assert sum(lengths) <= len(data)
-    for length in lengths:
+    consumed = count = 0
+
+    def read(length: int) -> tuple[bytes, list[Fd], bool]:
+        nonlocal consumed, count
         got, fds, dropped = queue.receive(length)
         assert len(got) == length
-        if fds_follow:
-            connection.attach(fds, dropped)
-        else:
-            assert not fds, "nobody would own them"
-            assert not dropped
+        consumed += length
+        count += 0 if dropped else len(fds)
+        return got, fds, dropped
+
+    if fds_follow:
+        assert connection.receive_with_fds(data, read) == (consumed, count)
+    else:
+        _, fds, dropped = read(connection.receive(data))
+        assert not fds, "nobody would own them"
+        assert not dropped
+    assert consumed, "a read that consumes nothing is repeated for ever"
+    assert consumed <= len(data)
     return True
 
 

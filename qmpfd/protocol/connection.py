@@ -73,10 +73,9 @@ class Connection:
         )
         self._ready = self._inbox.ready  # what has come, and was not asked for yet
         self._unclaimed = self._inbox.unclaimed
-        #: See :class:`Inbox`: shown the next bytes, how to consume them.
+        #: See :class:`Inbox`.
         self.receive = self._inbox.receive
-        #: See :class:`Inbox`: the descriptors of each piece consumed.
-        self.attach = self._inbox.attach
+        self.receive_with_fds = self._inbox.receive_with_fds
 
     def _move(self, event: Event) -> None:
         try:

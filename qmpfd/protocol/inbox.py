@@ -4,9 +4,8 @@ The kernel hands over both in chunks: a read ends after the segment that descrip
 and joins whatever plain bytes are queued before it.  So a chunk alone does not tell which of its
 messages the descriptors were sent with.  But a read never returns a descriptor before the first
 byte that it was sent with: reading up to the end of a message gives that message's descriptors
-and no later ones.  Hence the two steps here: :meth:`Inbox.receive` is shown the bytes before they
-are consumed (MSG_PEEK) and says in which pieces to consume them; :meth:`Inbox.attach` takes the
-descriptors that came with a piece.
+and no later ones.  Hence the inbox is shown the bytes before they are consumed (MSG_PEEK), and
+says in which pieces to consume them.
 """
 
 from __future__ import annotations
@@ -26,6 +25,10 @@ if TYPE_CHECKING:
 #: Decodes a chunk of whole messages at once; None where only the careful parser can tell.  A
 #: server's gives requests, whose ``takes`` says how many descriptors each takes at most.
 ChunkDecoder: TypeAlias = "Callable[[bytes], list[Any] | None]"
+
+#: Consumes so many bytes: these, the descriptors that came with them, and whether the kernel had
+#: to drop some.
+Read: TypeAlias = "Callable[[int], tuple[bytes, list[Fd], bool]]"
 
 #: A value, or its error, and where it ends in the bytes that were seen.
 _Found: TypeAlias = "tuple[Any, int]"
@@ -118,115 +121,145 @@ class Inbox:
         self.ready: deque[Any] = deque()
         #: What was read behind those, and :meth:`look` has to look at.
         self.pieces: list[_Piece] = []
-        self._attached = 0
-        self._last: list[Any] | None = None  # messages that are a piece with what comes next
-        self._unread = 0  # of what was seen last, the bytes that are looked at again
         self._segment_left = 0  # of the segment that descriptors came with, the bytes still to see
         self._lines = lines
         self._line = bytearray()  # with lines: an incomplete one
 
     # -- in ------------------------------------------------------------------------------------
 
-    def receive(self, data: bytes, fds_follow: bool) -> list[int]:
-        """See *data*, the next bytes of the peer, not consumed yet.
+    def receive(self, data: bytes) -> int:
+        """See *data*, the next bytes of the peer, with which no descriptors come.
 
         Args:
-            data: the bytes, not empty.
-            fds_follow: whether descriptors come with the last of them.
+            data: the bytes, not empty, and not consumed yet.
 
         Returns:
-            The lengths of the pieces in which to consume them: one :meth:`attach` for each.  They
-            can come to less than *data*: the rest is looked at again next time.
+            How many of them to consume; the rest is looked at again next time.
         """
-        if not (self._segment_left or self._lines) and (self._parser is None or self._parser.idle):
-            if not fds_follow and len(data) > _A_STEP:
-                data = data[: data.rfind(b"\n", 0, _A_STEP) + 1 or None]
-            requests = self._decode(data) if len(data) <= self._max_bytes else None
-            if requests is not None:
-                if not fds_follow:
-                    self._unread = 0
-                    return self._whole(requests, len(data))
-                for request in requests[:-1]:
-                    if request.takes:
-                        break
-                else:
-                    # Cut behind the last, the only one that may take descriptors: they may have
-                    # come with the blank behind it.  That is left to be read with what follows.
-                    self._last = requests
-                    length = len(data.rstrip(_WHITESPACE)) or len(data)
-                    self._unread = len(data) - length
-                    return [length]
-        return self._receive_carefully(data, fds_follow)
-
-    def _receive_carefully(self, data: bytes, fds_follow: bool) -> list[int]:
-        """Where it matters where each message ends, or only the careful parser can tell."""
+        if len(data) > _A_STEP and not self._lines:
+            data = data[: data.rfind(b"\n", 0, _A_STEP) + 1 or None]
+        values = self._decode_whole(data)
+        size = len(data)
         in_segment = self._segment_left
-        if in_segment:
-            data = data[:in_segment]
-        found, size = self._messages(data, fds_follow)
-        if fds_follow:
-            lengths = self._cut(found, size)
-        else:
-            lengths = self._whole([value for value, _ in found], size)
-        self._unread = len(data) - size
-        if in_segment:
-            self._segment_left = self._unread
-        if (in_segment or fds_follow) and not self._unread and self.pieces:
-            self.pieces[-1].ends_segment = True
-            self.pieces[-1].inside_message = not self._idle or bool(self._line)
-        return lengths
-
-    def _whole(self, values: list[Any], size: int) -> list[int]:
-        """All that was read is one piece: no descriptors come with it."""
+        if values is None:
+            if in_segment:
+                data = data[:in_segment]
+            found, size = self._messages(data, False)
+            values = [value for value, _ in found]
         if self.pieces or self.unclaimed.waits:
             self.pieces.append(_Piece(values))
-            self._attached = len(self.pieces)
         else:  # as nearly always: nothing waits, and so nothing can be whose
             self.ready += values
-        return [size]
+        if in_segment:
+            self._segment_left = len(data) - size
+            if not self._segment_left:
+                self._end_segment()
+        return size
 
-    def _cut(self, messages: list[_Found], size: int) -> list[int]:
-        """Cut what was read behind each message for which it matters; the pieces' lengths."""
-        if messages and not messages[0][1]:
+    def receive_with_fds(self, data: bytes, read: Read) -> tuple[int, int]:
+        """See *data*, the next bytes of the peer, with the last of which descriptors come; consume
+        it in pieces, by which it can be told whose they are.
+
+        Args:
+            data: the bytes, not empty, and not consumed yet.
+            read: consumes so many bytes, and gives what came with them.
+
+        Returns:
+            How many bytes were consumed: the rest is looked at again next time.  And how many
+            descriptors came: 0 if the kernel had to drop some of them.
+        """
+        messages = self._decode_whole(data)
+        if messages is None:
+            return self._receive_carefully(data, read)
+        for message in messages[:-1]:
+            if message.takes:
+                return self._receive_carefully(data, read)
+        # Cut behind the last, the only one that may take descriptors: they may have come with the
+        # blank behind it.  That is left to be read with what follows.
+        size = len(data.rstrip(_WHITESPACE)) or len(data)
+        _, fds, dropped = read(size)
+        takes = messages[-1].takes if messages else 0
+        if len(fds) <= takes and not (dropped or self.pieces or self.unclaimed.waits):
+            # As nearly always: nothing waits, and nothing will.
+            if fds:
+                messages[-1] = WithFds(messages[-1], fds, "")
+            self.ready += messages
+            return size, len(fds)
+        piece = _Piece(messages)
+        piece.fds, piece.dropped, piece.ends_segment = fds, dropped, size == len(data)
+        self.pieces.append(piece)
+        if fds or dropped:
+            self._segment_left = len(data) - size
+        return self._with_blank(data, size, piece, read)
+
+    def _receive_carefully(self, data: bytes, read: Read) -> tuple[int, int]:
+        """The same, in as many pieces as it takes."""
+        in_segment = self._segment_left
+        seen = data[:in_segment] if in_segment else data
+        found, size = self._messages(seen, True)
+        left = len(seen) - size
+        if in_segment:
+            self._segment_left = left
+        with_fds: _Piece | None = None  # they come all at once, with one of the pieces
+        for messages, length in self._cut(found, size):
+            piece = _Piece(messages)
+            self.pieces.append(piece)
+            if length:
+                _, piece.fds, piece.dropped = read(length)
+                if piece.fds or piece.dropped:
+                    self._segment_left = left
+                    with_fds = piece
+        if not left:
+            self._end_segment()
+        if with_fds is None:
+            return size, 0
+        return self._with_blank(data, size, with_fds, read)
+
+    def _with_blank(self, data: bytes, size: int, piece: _Piece, read: Read) -> tuple[int, int]:
+        """What :meth:`receive_with_fds` returns, once *size* bytes were consumed, and with *piece*
+        the descriptors came.
+        """
+        if len(piece.fds) > 1 and data[size:].isspace():
+            # Some may be too many: that they are nobody's is known with the end of what they were
+            # sent with.
+            blank = self.receive(data[size:])
+            read(blank)
+            size += blank
+        return size, 0 if piece.dropped else len(piece.fds)
+
+    def _cut(self, found: list[_Found], size: int) -> list[tuple[list[Any], int]]:
+        """Cut what was seen behind each message for which it matters: the messages of each piece,
+        and its length.
+        """
+        pieces: list[tuple[list[Any], int]] = []
+        if found and not found[0][1]:
             # It ended before these bytes, and only they tell so: a number, or a bare word.
-            value, _ = messages.pop(0)
-            self.pieces.append(_Piece([value]))
-        self._attached = len(self.pieces)
-        lengths = []
+            pieces.append(([found.pop(0)[0]], 0))
         at, gathered = 0, []
-        for value, end in messages:
+        for value, end in found:
             gathered.append(value)
             if end > at and (type(value) is GenericError or self._wanted(value)):
-                self.pieces.append(_Piece(gathered))
-                lengths.append(end - at)
+                pieces.append((gathered, end - at))
                 at, gathered = end, []
-        if gathered or at < size:
-            if at < size:
-                lengths.append(size - at)
-                self.pieces.append(_Piece(gathered))
-            else:
-                self.pieces[-1].messages += gathered
-        return lengths
+        if at < size:
+            pieces.append((gathered, size - at))
+        elif gathered:
+            pieces[-1][0].extend(gathered)
+        return pieces
 
-    def attach(self, fds: list[Fd], dropped: bool) -> None:
-        """The next piece was consumed; *fds* came with it, and some were *dropped* or not."""
-        messages, self._last = self._last, None
-        if messages is not None:
-            takes = messages[-1].takes if messages else 0
-            if len(fds) <= takes and not (dropped or self.pieces or self.unclaimed.waits):
-                # As nearly always: nothing waits, and nothing will.
-                if fds:
-                    messages[-1] = WithFds(messages[-1], fds, "")
-                self.ready += messages
-                return
-            self._attached = len(self.pieces)
-            self.pieces.append(_Piece(messages))
-            self.pieces[-1].ends_segment = not self._unread
-        piece = self.pieces[self._attached]
-        self._attached += 1
-        piece.fds, piece.dropped = fds, dropped
-        if fds or dropped:
-            self._segment_left = self._unread
+    def _end_segment(self) -> None:
+        """The segment that descriptors came with ends with the last piece."""
+        if self.pieces:
+            self.pieces[-1].ends_segment = True
+            self.pieces[-1].inside_message = not self._idle or bool(self._line)
+
+    def _decode_whole(self, data: bytes) -> list[Any] | None:
+        """The messages that *data* is, the quick way; None where it matters where each ends, or
+        only the careful parser can tell.
+        """
+        if self._segment_left or self._lines or not self._idle or len(data) > self._max_bytes:
+            return None
+        return self._decode(data)
 
     def _messages(self, data: bytes, fds_follow: bool) -> tuple[list[_Found], int]:
         """The messages that *data* completes, and how far was read."""
@@ -278,7 +311,7 @@ class Inbox:
         any more whom they were for.
         """
         unclaimed, wanted = self.unclaimed, self._wanted
-        pieces, self.pieces, self._attached = self.pieces, [], 0
+        pieces, self.pieces = self.pieces, []
         found = self.ready
         for piece in pieces:
             if piece.fds or piece.dropped:

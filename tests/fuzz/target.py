@@ -34,7 +34,7 @@ class Number(Fd):
         self.tag = tag
 
     def close(self) -> None:
-        self._number = -1
+        self.number = -1
 
 
 class Queue(FakeQueue):
