@@ -319,7 +319,9 @@ class Context:
 
     def discard(self, removed: list[StoredFd]) -> None:
         """What was taken out of the store is closed once the lock is released."""
-        self.connection.garbage += [stored.fd for stored in removed]
+        garbage = self.connection.garbage
+        for stored in removed:
+            garbage.append(stored.fd)
 
     def keep(self, name: str) -> None:
         """Keep the descriptor that came with the command under *name*."""

@@ -257,7 +257,8 @@ class Inbox:
         """The messages that *data* is, the quick way; None where it matters where each ends, or
         only the careful parser can tell.
         """
-        if self._segment_left or self._lines or not self._idle or len(data) > self._max_bytes:
+        between = self._parser is None or self._parser.idle
+        if not between or self._segment_left or self._lines or len(data) > self._max_bytes:
             return None
         return self._decode(data)
 
