@@ -296,7 +296,7 @@ class FdSets:
             FdNotFound: no such set, or no such descriptor in it.
         """
         fdset = self._sets.get(fdset_id)
-        removed = [] if fdset is None else fdset.some(number)
+        removed = fdset.some(number) if fdset is not None else []
         if not removed:
             raise _not_found(fdset_id, number)
         for stored in removed:

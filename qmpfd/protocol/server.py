@@ -171,8 +171,10 @@ class ServerConnection(Connection):
         if request_id is UNSET and type(result) is Value:  # as nearly always
             value = result.value
             kind = type(value)
+            if kind is Encoded:
+                return b'{"return": %b}\r\n' % value
             if kind is not Bits:
-                return b'{"return": %b}\r\n' % (value if kind is Encoded else encode(value))
+                return b'{"return": %b}\r\n' % encode(value)
         if self._may_be_long(result, request_id):
             return self.long_reply(result, request_id)
         return self.reply(result, request_id)

@@ -74,9 +74,8 @@ class Leftovers:
     def some_wait(self) -> bool:
         """Whether there is something to count."""
         outbox = self._outbox
-        return bool(
-            self.waiting or outbox.waiting_fds or outbox.in_flight or self._connection.waiting_fds
-        )
+        here = self.waiting or outbox.waiting_fds or outbox.in_flight
+        return bool(here or self._connection.waiting_fds)
 
     def count_waiting(self) -> None:
         """Count the descriptors that have come and that no command has, and those that wait to be

@@ -81,8 +81,7 @@ class Outbox:
         elif data:
             (self.held if self.unsafe else self.unsent).append((data, fds))
             self.size += len(data)
-            if fds:
-                self.waiting_fds += len(fds)
+            self.waiting_fds += len(fds)
 
     @property
     def carried_fds(self) -> int:

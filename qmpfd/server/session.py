@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import trio
@@ -259,15 +260,13 @@ class Session:
         answers, context, share = self._answers, self._context, self._share
         share.resume()  # it was made before, perhaps long before, and with thousands of others
         while True:
-            if share.over:
+            if monotonic() > share.ends:
                 await outbox.send(share)
                 await share.next_turn()
             if self._server.is_frozen:
                 await self._park()
             try:
-                came = stream.receive_nowait(
-                    connection, few=not share.in_turn, most=FDS_AT_ONCE
-                )
+                came = stream.receive_nowait(connection, few=not share.in_turn, most=FDS_AT_ONCE)
             except Plenty:
                 await outbox.send(share)
                 await share.next_turn(much=True)
