@@ -122,8 +122,6 @@ class Daemon:
     waiting: int = 0  #: descriptors that no command has yet, and that their clients do not take
     waiting_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
     half: int = field(init=False)  #: of the process's table
-    most_kept: int = field(init=False)  #: descriptors, for all clients
-    most_kept_unasked: int = field(init=False)  #: for those of any one user, whoever that is
     looked_at: float = -inf  #: when clients were last looked at for what they have taken
     stats: Stats = field(init=False)
 
@@ -131,8 +129,6 @@ class Daemon:
         table = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.limits = self.limits.within(table)
         self.half = table // 2
-        self.most_kept = self.limits.max_fds
-        self.most_kept_unasked = min(self.limits.max_fds_per_uid, self.half)
         self.stats = Stats(self.clock())
         self.store.observer = self
 
@@ -251,9 +247,10 @@ class Daemon:
         Raises:
             GenericError: naming the limit.
         """
+        limits = self.limits
         # What hangs in its close still takes a place.
-        if self.kept + self.closer.pending + count > self.most_kept:
-            raise GenericError(f"Too many file descriptors: the limit is {self.most_kept}")
+        if self.kept + self.closer.pending + count > limits.max_fds:
+            raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
         if opaque:
             more = count * _weight(opaque)
             if self.opaque_total + more > MAX_OPAQUE_TOTAL:
@@ -264,11 +261,8 @@ class Daemon:
                 raise GenericError(
                     f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
                 )
-        kept = self.kept_of.get(uid, 0) + count
-        if kept <= self.most_kept_unasked:  # as nearly always
-            return
-        most = self.limits.max_fds_per_uid
-        if uid not in (0, os.geteuid()):
+        kept, most = self.kept_of.get(uid, 0) + count, limits.max_fds_per_uid
+        if kept > self.half and uid not in (0, os.geteuid()):
             most = min(most, self.half)  # others have to find room as well
         if kept > most:
             raise GenericError(f"Too many file descriptors of uid {uid}: the limit is {most}")

@@ -24,7 +24,7 @@ _COMMANDS: dict[type[Request], Command] = {
 }
 
 
-#: What most commands come to.
+#: What most commands come to.  It is for reading, as it is shared: an outcome is unwrapped once.
 _DONE: Outcome[object] = Value(NOTHING)
 
 

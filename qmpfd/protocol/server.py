@@ -215,7 +215,7 @@ class ServerConnection(Connection):
         """The same, bit by bit: a listing may be megabytes, and an id any value that fits in a
         request.
         """
-        if isinstance(result, Error):
+        if not isinstance(result, Value):
             yield b"{"
             if request_id is not UNSET:
                 yield b'"id": '
@@ -224,7 +224,7 @@ class ServerConnection(Connection):
             yield b'"error": '
             yield from encode_bit_by_bit(self._error(result))
         else:
-            value = result.unwrap()
+            value = result.value
             yield b'{"return": '
             if isinstance(value, Bits):
                 yield from value.bits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from outcome import Error, Outcome
+from outcome import Error, Outcome, Value
 
 from ..commands import VOCABULARY, Stats
 from ..errors import QMPError
@@ -31,7 +31,7 @@ def note(stats: Stats, peer: Peer, request: Request | Error, result: Outcome[obj
     name = None if isinstance(request, Error) else VOCABULARY.names[type(request)]
     arguments = None if isinstance(request, Error) else request.arguments
     told = result.error if isinstance(result, Error) else "done"
-    value = None if isinstance(result, Error) else result.unwrap()
+    value = result.value if isinstance(result, Value) else None
     extra = {
         "pid": peer.pid,
         "uid": peer.uid,
