@@ -17,7 +17,7 @@ from trio.testing import MockClock
 import qmpfd
 from qmpfd.commands import TABLE, VOCABULARY, Context, Daemon
 from qmpfd.commands.events import Event, EventLog, Watcher
-from qmpfd.commands.types import FdAdded
+from qmpfd.commands.own_types import FdAdded
 from qmpfd.fd import Fd
 from qmpfd.fdsets import Peer
 from qmpfd.limits import EVENT_BYTES_A_TURN, MAX_EVENT_BYTES, MAX_EVENTS, MAX_REQUEST_BYTES

@@ -3,16 +3,8 @@
 from .context import Client, Context, Daemon, Dialect, Stats
 from .control import VERSION
 from .dispatch import TABLE, VOCABULARY, execute
-from .types import (
-    NOTHING,
-    AddfdInfo,
-    FdInfo,
-    FdsetFdInfo,
-    FdsetInfo,
-    OpenedFd,
-    PeerInfo,
-    VersionInfo,
-)
+from .own_types import FdInfo, OpenedFd, PeerInfo
+from .types import NOTHING, AddfdInfo, FdsetFdInfo, FdsetInfo, VersionInfo
 
 __all__ = [
     "NOTHING",

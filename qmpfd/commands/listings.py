@@ -17,7 +17,8 @@ from ..fdsets import FdSet, StoredFd
 from ..limits import INT64_MAX
 from ..protocol.encode import LONG_TEXT, Bits, Encoded, encode, encode_bit_by_bit
 from .context import Context
-from .types import FdInfo, FdsetFdInfo, FdsetInfo, PeerInfo
+from .own_types import FdInfo, PeerInfo
+from .types import FdsetFdInfo, FdsetInfo
 
 # A step is over after so much work, about a millisecond.  The opaque texts count by the character.
 _STEP = 4096

@@ -17,15 +17,10 @@ from ..protocol.encode import Bits, Encoded
 from .context import Context
 from .fds import check_add
 from .listings import added, list_fds
-from .peers import peers
-from .table import Table
-from .types import (
-    NOTHING,
+from .own_types import (
     AddFds,
-    Arguments,
     Count,
     FdInfo,
-    FdsetInfo,
     LimitsInfo,
     OpenedFd,
     OpenFdset,
@@ -33,6 +28,9 @@ from .types import (
     StatsInfo,
     WatchFdsets,
 )
+from .peers import peers
+from .table import Table
+from .types import NOTHING, Arguments, FdsetInfo
 from .types import Result as Nothing
 
 table = Table()

@@ -1,0 +1,274 @@
+"""The arguments and results of the commands that QEMU does not have, in the same style."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import UNSET, UnsetType
+
+from ..protocol import Int64
+from .types import Arguments, Result
+
+
+class OpenFdset(Arguments):
+    """Arguments of ``open-fdset``.
+
+    Args:
+        fdset_id: the fd set.
+        access: the access mode that the descriptor must have; any if absent.
+        fd: its number in the server; the newest that matches if absent.
+    """
+
+    fdset_id: Int64
+    access: Literal["rdonly", "wronly", "rdwr"] | UnsetType = UNSET
+    fd: Int64 | UnsetType = UNSET
+
+
+class OpenedFd(Result):
+    """Which descriptor was handed out.
+
+    Args:
+        fdset_id: the fd set it is in.
+        fd: its number in the server.
+        opaque: the text it was added with, if any.
+    """
+
+    fdset_id: Int64
+    fd: Int64
+    opaque: str | None = None
+
+
+class AddFds(Arguments):
+    """Arguments of ``add-fds``.
+
+    Args:
+        fdset_id: the fd set to add to; a new one if absent.
+        opaque: a free-form text to find the descriptors by.
+        lifetime: kept until removed, or until the connection that adds them ends.
+        expires: seconds after which they are removed.
+        watch_hangup: remove each when the other end of the socket or pipe is gone.
+    """
+
+    fdset_id: Int64 | UnsetType = UNSET
+    opaque: str | UnsetType = UNSET
+    lifetime: Literal["daemon", "connection"] | UnsetType = UNSET
+    expires: Int64 | UnsetType = UNSET
+    watch_hangup: bool | UnsetType = UNSET
+
+
+class QueryFds(Arguments):
+    """Arguments of ``query-fds``.
+
+    Args:
+        fdset_id: only this fd set.
+        opaque: only descriptors whose opaque text begins with this.
+    """
+
+    fdset_id: Int64 | UnsetType = UNSET
+    opaque: str | UnsetType = UNSET
+
+
+class PeerInfo(Result):
+    """Who added a descriptor, as the kernel vouches (SO_PEERCRED).
+
+    Args:
+        pid: its process, at the time of its connection.
+        uid: its user.
+        gid: its group.
+    """
+
+    pid: Int64
+    uid: Int64
+    gid: Int64
+
+
+class FdInfo(Result):
+    """All there is to know of a stored descriptor.
+
+    Args:
+        fdset_id: the fd set it is in.
+        fd: its number in the server.
+        access: how it was opened.
+        kind: what it is: file, dir, chr, blk, pipe, socket, memfd, eventfd, epoll and others.
+        target: what it refers to, as /proc/PID/fd shows it.
+        age: seconds since it was added.
+        lifetime: whether it is kept until removed, or until its connection ends.
+        watch_hangup: whether it is removed when the other end is gone.
+        opaque: the text it was added with, if any.
+        expires: seconds until it is removed, if it expires.
+        added_by: who added it; absent if it was there from the start.
+    """
+
+    fdset_id: Int64
+    fd: Int64
+    access: Literal["rdonly", "wronly", "rdwr", "path"]
+    kind: str
+    target: str
+    age: Int64
+    lifetime: Literal["daemon", "connection"]
+    watch_hangup: bool
+    opaque: str | None = None
+    expires: Int64 | None = None
+    added_by: PeerInfo | None = None
+
+
+class WatchFdsets(Arguments):
+    """Arguments of ``watch-fdsets``.
+
+    Args:
+        enable: whether to send events to this connection.
+    """
+
+    enable: bool
+
+
+class FdAdded(Result):
+    """A descriptor was added.
+
+    Args:
+        fdset_id: the fd set it is in.
+        fd: its number in the server.
+        opaque: the text it was added with, if any.
+    """
+
+    fdset_id: Int64
+    fd: Int64
+    opaque: str | None = None
+
+
+class FdRemoved(Result):
+    """A descriptor was removed.
+
+    Args:
+        fdset_id: the fd set it was in.
+        fd: the number it had in the server.
+        reason: ``removed`` by a command, ``connection`` ended, ``expired`` or ``hangup``.
+        opaque: the text it was added with, if any.
+    """
+
+    fdset_id: Int64
+    fd: Int64
+    reason: str
+    opaque: str | None = None
+
+
+class FdEventsLost(Result):
+    """Events were not sent, because too many waited for a client that did not read.
+
+    Args:
+        count: how many.
+    """
+
+    count: Int64
+
+
+class Takeover(Arguments):
+    """Arguments of ``takeover``.
+
+    Args:
+        format: the newest format of a daemon's state that the newcomer can read; it has to be able
+            to read all older ones as well.
+    """
+
+    format: Int64
+
+
+class Count(Result):
+    """How often something happened.
+
+    Args:
+        name: what.
+        count: how often.
+    """
+
+    name: str
+    count: Int64
+
+
+class LimitsInfo(Result):
+    """What each client is allowed; the times in milliseconds.
+
+    Args:
+        max_connections: clients at a time.
+        max_connections_per_uid: clients of one user at a time.
+        max_fds: descriptors kept at a time.
+        max_fds_per_uid: descriptors that one user's clients may have kept at a time.
+        max_request_bytes: bytes of one request.
+        max_open_files: descriptors that the process may have open (RLIMIT_NOFILE).
+        write_timeout: time that a client may take to accept a reply.
+        drain_timeout: time that ending takes at most.
+        idle_timeout: time that a client may ask nothing, if that is limited.
+    """
+
+    max_connections: Int64
+    max_connections_per_uid: Int64
+    max_fds: Int64
+    max_fds_per_uid: Int64
+    max_request_bytes: Int64
+    max_open_files: Int64
+    write_timeout: Int64
+    drain_timeout: Int64
+    idle_timeout: Int64 | None = None
+
+
+class PeerStats(Result):
+    """A process that is connected, as the kernel vouches (SO_PEERCRED).
+
+    Args:
+        pid: its number, when it connected; 0 for one in a pid namespace that is not ours.
+        uid: its user.
+        gid: its group.
+        connections: how many it has.
+        age: seconds since it connected, or since this daemon took over.
+        idle: seconds since it asked something, or connected; one less at times.
+        fds: descriptors that are kept until its connections end.
+        watching: whether it is told of changes.
+    """
+
+    pid: Int64
+    uid: Int64
+    gid: Int64
+    connections: Int64
+    age: Int64
+    idle: Int64
+    fds: Int64
+    watching: bool
+
+
+class StatsInfo(Result):
+    """Counters and gauges of the daemon.
+
+    Args:
+        pid: its process.
+        uptime: seconds since the start.
+        dialect: which the daemon speaks.
+        connections: clients connected now.
+        connections_accepted: clients ever served.
+        connections_refused: clients turned away.
+        fdsets: fd sets now.
+        fds: descriptors stored now.
+        fds_kept: descriptors kept for clients now: stored, or under a name of a connection.
+        closes_pending: descriptors whose close takes its time.
+        kept_safe: whether what is stored survives a crash of the daemon: somebody has a copy.
+        commands: commands carried out, by name, failed ones included.
+        errors: error replies, by class.
+        limits: what each client is allowed.
+        peers: the processes that are connected, at most 256, the first to connect first; without
+            the right ``admin``, only those of the asking client's user.
+    """
+
+    pid: Int64
+    uptime: Int64
+    dialect: Literal["spec", "qemu"]
+    connections: Int64
+    connections_accepted: Int64
+    connections_refused: Int64
+    fdsets: Int64
+    fds: Int64
+    fds_kept: Int64
+    closes_pending: Int64
+    kept_safe: bool
+    commands: list[Count]
+    errors: list[Count]
+    limits: LimitsInfo
+    peers: list[PeerStats]
