@@ -136,11 +136,7 @@ class Daemon:
 
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
         """A descriptor was stored: count it, and tell those who watch."""
-        peer = stored.added_by
-        if peer is not None:
-            self.hold(peer.uid)
-        if stored.opaque:
-            self._count_text(peer, stored.opaque, 1)
+        self.hold(stored.added_by, stored.opaque)
         if self.keeper is not None:
             self.keeper.added(fdset, stored)
         if self.logs:
@@ -148,11 +144,7 @@ class Daemon:
 
     def removed(self, fdset: FdSet, stored: StoredFd, reason: str) -> None:
         """A descriptor was taken out: count it, and tell those who watch."""
-        peer = stored.added_by
-        if peer is not None:
-            self.release(peer.uid)
-        if stored.opaque:
-            self._count_text(peer, stored.opaque, -1)
+        self.release(stored.added_by, stored.opaque)
         if self.keeper is not None:
             self.keeper.removed(stored)
         if stored.terms.watch_hangup:
@@ -177,35 +169,30 @@ class Daemon:
         if not log.watchers:
             self.logs.pop(log.access, None)
 
-    def hold(self, uid: int) -> None:
-        """A descriptor is kept for a client of *uid*."""
-        self.kept += 1
-        self.kept_of[uid] = self.kept_of.get(uid, 0) + 1
+    def hold(self, peer: Peer | None, text: str | None) -> None:
+        """A descriptor is kept for *peer*, under that opaque text or name."""
+        if peer is not None:
+            self.kept += 1
+            self.kept_of[peer.uid] = self.kept_of.get(peer.uid, 0) + 1
+        if text:
+            self._count_text(peer, _weight(text))
 
-    def release(self, uid: int) -> None:
-        """A descriptor that was kept for a client of *uid* is kept no more."""
-        self.kept -= 1
-        left = self.kept_of.pop(uid) - 1
-        if left:
-            self.kept_of[uid] = left
+    def release(self, peer: Peer | None, text: str | None) -> None:
+        """What :meth:`hold` has counted is kept no more."""
+        if peer is not None:
+            self.kept -= 1
+            left = self.kept_of.pop(peer.uid) - 1
+            if left:
+                self.kept_of[peer.uid] = left
+        if text:
+            self._count_text(peer, -_weight(text))
 
-    def _count_text(self, peer: Peer | None, text: str, sign: Literal[1, -1]) -> None:
-        weight = sign * _weight(text)
+    def _count_text(self, peer: Peer | None, weight: int) -> None:
         self.opaque_total += weight
         if peer is not None:
             self.opaque_of[peer.uid] += weight
             if not self.opaque_of[peer.uid]:
                 del self.opaque_of[peer.uid]
-
-    def hold_name(self, peer: Peer, name: str) -> None:
-        """A descriptor is kept for a client, under that name."""
-        self.hold(peer.uid)
-        self._count_text(peer, name, 1)
-
-    def release_name(self, peer: Peer, name: str) -> None:
-        """What :meth:`hold_name` has counted is kept no more."""
-        self.release(peer.uid)
-        self._count_text(peer, name, -1)
 
     def hold_waiting(self, uid: int, more: int) -> None:
         """So many descriptors more, or fewer, wait in connections of *uid*."""
@@ -330,14 +317,14 @@ class Context:
     def own(self, name: str, fd: Fd) -> None:
         """Keep *fd* under *name*, which no other has."""
         self.names[name] = fd
-        self.daemon.hold_name(self.peer, name)
+        self.daemon.hold(self.peer, name)
 
     def drop(self, name: str) -> bool:
         """Close the descriptor that is kept under *name*; whether there is one."""
         fd = self.names.pop(name, None)
         if fd is None:
             return False
-        self.daemon.release_name(self.peer, name)
+        self.daemon.release(self.peer, name)
         self.connection.garbage.append(fd)
         return True
 
