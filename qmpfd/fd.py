@@ -157,7 +157,7 @@ class Plenty(Exception):
     """More is there than was to be looked at."""
 
 
-def peek(sock: socket.socket, *, few: bool = False) -> tuple[bytes, bool]:
+def peek(sock: socket.socket, few: bool = False) -> tuple[bytes, bool]:
     """See what the next read would return, without consuming it: its bytes, and whether
     descriptors come with the last of them.
 

@@ -73,7 +73,7 @@ class FdStream:
         self.more = False
         while True:
             try:
-                data, fds_follow = fd.peek(sock, few=few)
+                data, fds_follow = fd.peek(sock, few)
             except BlockingIOError:
                 return came
             except ConnectionError:  # the peer was closed before it had read all

@@ -19,6 +19,15 @@ class Info(Struct, rename="kebab"):
     opaque: str | UnsetType = UNSET
 
 
+class Numbers(Struct, rename="kebab"):
+    fdset_id: int
+    fd: int
+
+
+class Nothing(Struct):
+    pass
+
+
 @pytest.mark.parametrize(
     "value, expected",
     [
@@ -37,6 +46,10 @@ class Info(Struct, rename="kebab"):
         ({"é": "a, b: c"}, b'{"\\u00E9": "a, b: c"}'),
         (Info(3), b'{"fdset-id": 3}'),
         ([Info(3, "x")], b'[{"fdset-id": 3, "opaque": "x"}]'),
+        (Numbers(0, -1), b'{"fdset-id": 0, "fd": -1}'),
+        (Numbers(2**63 - 1, -(2**63)), b'{"fdset-id": %d, "fd": %d}' % (2**63 - 1, -(2**63))),
+        ([Numbers(3, 4)], b'[{"fdset-id": 3, "fd": 4}]'),
+        (Nothing(), b"{}"),
     ],
 )
 def test_encode(value: object, expected: bytes) -> None:

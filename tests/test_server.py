@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from pathlib import Path
 
@@ -263,6 +264,21 @@ async def test_greeting(path: Path) -> None:
             numbers = greeting["version"]["qemu"]
             version = ".".join(str(numbers[part]) for part in ("major", "minor", "micro"))
             assert version == qmpfd.__version__
+
+
+@pytest.mark.parametrize("request_id", [{"a": 1}, ["b"], 1.5, None, "c" * 5000])
+async def test_ids_of_every_kind(path: Path, request_id: object) -> None:
+    """On replies that say nothing, which have one outcome in common, and on others."""
+    async with daemon(path):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            for _ in range(2):
+                for name, arguments in (("getfd", {"fdname": "x"}), ("closefd", {"fdname": "x"})):
+                    sent = {"execute": name, "arguments": arguments, "id": request_id}
+                    wire.send(b" ", [pipe] if name == "getfd" else [])
+                    wire.send(json.dumps(sent).encode())
+                    assert await wire.reply() == {"return": {}, "id": request_id}
+            wire.send(json.dumps({"execute": "query-fdsets", "id": request_id}).encode())
+            assert await wire.reply() == {"return": [], "id": request_id}
 
 
 async def test_half_close(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -33,6 +33,19 @@ def _weight(text: str) -> int:
     return len(text) if text.isascii() else sys.getsizeof(text)
 
 
+def _zeros() -> dict[str, int]:
+    return defaultdict(int)
+
+
+def _add(counts: dict[int, int], uid: int, more: int) -> None:
+    """Count so many more, or fewer, for *uid*; users with none are forgotten."""
+    left = counts.get(uid, 0) + more
+    if left:
+        counts[uid] = left
+    else:
+        counts.pop(uid, None)
+
+
 @dataclass(slots=True)
 class Stats:
     """What has happened since the start.
@@ -45,8 +58,9 @@ class Stats:
     connections: int = 0  #: clients connected now
     accepted: int = 0  #: clients ever served
     turned_away: int = 0  #: clients refused
-    commands: Counter[str] = field(default_factory=Counter)  #: carried out, by name
-    errors: Counter[str] = field(default_factory=Counter)  #: replies, by error class
+    # No Counter: each addition to one takes as long as a call, as it has a __delitem__ of its own.
+    commands: dict[str, int] = field(default_factory=_zeros)  #: carried out, by name
+    errors: dict[str, int] = field(default_factory=_zeros)  #: replies, by error class
 
 
 class Keeper(Protocol):
@@ -116,11 +130,11 @@ class Daemon:
     watchers: set[Watcher] = field(default_factory=set)
     logs: dict[Access, EventLog] = field(default_factory=dict)  #: of the events, by who may see
     opaque_total: int = 0  #: bytes of the stored opaque texts, and of names
-    opaque_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
+    opaque_of: dict[int, int] = field(default_factory=dict)  #: the same by uid
     kept: int = 0  #: descriptors kept for clients, those of ``getfd`` included
     kept_of: dict[int, int] = field(default_factory=dict)  #: the same by uid
     waiting: int = 0  #: descriptors that no command has yet, and that their clients do not take
-    waiting_of: Counter[int] = field(default_factory=Counter)  #: the same by uid
+    waiting_of: dict[int, int] = field(default_factory=dict)  #: the same by uid
     half: int = field(init=False)  #: of the process's table
     looked_at: float = -inf  #: when clients were last looked at for what they have taken
     stats: Stats = field(init=False)
@@ -173,7 +187,7 @@ class Daemon:
         """A descriptor is kept for *peer*, under that opaque text or name."""
         if peer is not None:
             self.kept += 1
-            self.kept_of[peer.uid] = self.kept_of.get(peer.uid, 0) + 1
+            _add(self.kept_of, peer.uid, 1)
         if text:
             self._count_text(peer, _weight(text))
 
@@ -181,25 +195,19 @@ class Daemon:
         """What :meth:`hold` has counted is kept no more."""
         if peer is not None:
             self.kept -= 1
-            left = self.kept_of.pop(peer.uid) - 1
-            if left:
-                self.kept_of[peer.uid] = left
+            _add(self.kept_of, peer.uid, -1)
         if text:
             self._count_text(peer, -_weight(text))
 
     def _count_text(self, peer: Peer | None, weight: int) -> None:
         self.opaque_total += weight
         if peer is not None:
-            self.opaque_of[peer.uid] += weight
-            if not self.opaque_of[peer.uid]:
-                del self.opaque_of[peer.uid]
+            _add(self.opaque_of, peer.uid, weight)
 
     def hold_waiting(self, uid: int, more: int) -> None:
         """So many descriptors more, or fewer, wait in connections of *uid*."""
         self.waiting += more
-        self.waiting_of[uid] += more
-        if not self.waiting_of[uid]:
-            del self.waiting_of[uid]
+        _add(self.waiting_of, uid, more)
 
     def check_waiting(self, uid: int, more: int) -> None:
         """Refuse to let *more* descriptors wait in a connection of *uid* when that is too much.
@@ -218,7 +226,7 @@ class Daemon:
 
     def _refused_waiting(self, uid: int, more: int) -> str:
         most = self.half  # may wait in all
-        if uid not in (0, os.geteuid()) and self.waiting_of[uid] + more > most // 2:
+        if uid not in (0, os.geteuid()) and self.waiting_of.get(uid, 0) + more > most // 2:
             return (
                 f"Too many file descriptors of uid {uid} wait in its connections: "
                 f"the limit is {most // 2}"
@@ -244,7 +252,8 @@ class Daemon:
                 raise GenericError(
                     f"Too much opaque text: the limit is {MAX_OPAQUE_TOTAL} bytes in all"
                 )
-            if self.opaque_of[uid] + more > MAX_OPAQUE_PER_UID and uid not in (0, os.geteuid()):
+            theirs = self.opaque_of.get(uid, 0) + more
+            if theirs > MAX_OPAQUE_PER_UID and uid not in (0, os.geteuid()):
                 raise GenericError(
                     f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
                 )

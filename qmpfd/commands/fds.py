@@ -23,14 +23,8 @@ def add_fd(context: Context, arguments: AddFd) -> AddfdInfo:
     opaque = None if arguments.opaque is UNSET else arguments.opaque
     check_add(context, fdset_id, opaque, 1)
     daemon = context.daemon
-    fdset = daemon.store.add(
-        fd,
-        fdset_id,
-        opaque,
-        create=daemon.dialect == "qemu",
-        added_by=context.peer,
-        now=daemon.clock(),
-    )
+    creates = daemon.dialect == "qemu"
+    fdset = daemon.store.add(fd, fdset_id, opaque, context.peer, daemon.clock(), creates)
     context.fds.pop(0)
     return AddfdInfo(fdset.id, fd.number)
 
@@ -40,7 +34,6 @@ def check_add(
     fdset_id: int | None,
     opaque: str | None,
     count: int,
-    *,
     lasting: bool = True,
 ) -> None:
     """Refuse to add *count* descriptors where the client may not, or where there is no room.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections import Counter
+from collections.abc import Mapping
 
 from msgspec import UNSET
 
@@ -196,5 +196,5 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
     )
 
 
-def _counts(counter: Counter[str]) -> list[Count]:
+def _counts(counter: Mapping[str, int]) -> list[Count]:
     return [Count(name, count) for name, count in sorted(counter.items())]

@@ -233,10 +233,9 @@ class FdSets:
         fd: Fd,
         fdset_id: int | None = None,
         opaque: str | None = None,
-        *,
-        create: bool = False,
         added_by: Peer | None = None,
         now: float = 0.0,
+        create: bool = False,
         terms: Terms = FOREVER,
     ) -> FdSet:
         """Take over *fd* and store it; the set it is in.

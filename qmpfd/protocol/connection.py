@@ -111,15 +111,17 @@ class Connection:
         """How many descriptors have come that no command has yet."""
         count = len(self._unclaimed.fds)
         if self._ready:
-            count += sum(len(each.fds) for each in self._ready if type(each) is WithFds)
+            count += sum(len(each[1]) for each in self._ready if type(each) is WithFds)
         return count
 
     def refuse_fds(self, why: str) -> None:
         """Close those descriptors: the commands that should have had them are told why not."""
         for number, message in enumerate(self._ready):
-            if type(message) is WithFds and message.fds:
-                self.garbage += message.fds
-                self._ready[number] = WithFds(message.value, [], message.lost or why)
+            if type(message) is WithFds:
+                value, fds, lost = message
+                if fds:
+                    self.garbage += fds
+                    self._ready[number] = WithFds((value, [], lost or why))
         self._unclaimed.refuse(why)
 
     def close(self) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import Any, TypeAlias, cast
 
 import msgspec
 
@@ -52,10 +53,37 @@ class Bits:
         self.bits = bits
 
 
+#: What stands around the numbers of a struct, and what takes these out of it.
+_Template: TypeAlias = tuple[bytes, Callable[[object], object]]
+
+
+class _Templates(dict[type, _Template | None]):
+    """For structs of numbers only, by their type: written like that, the reply to ``add-fd`` costs
+    half as much.
+    """
+
+    def __missing__(self, kind: type) -> _Template | None:
+        self[kind] = None
+        if issubclass(kind, msgspec.Struct) and (fields := msgspec.structs.fields(kind)):
+            kinds = {type(msgspec.inspect.type_info(field.type)) for field in fields}
+            if kinds == {msgspec.inspect.IntType}:
+                members = ", ".join(f'"{field.encode_name}": %d' for field in fields)
+                take_out = attrgetter(*(field.name for field in fields))
+                self[kind] = f"{{{members}}}".encode(), take_out
+        return self[kind]
+
+
+_templates = _Templates()
+
+
 def encode(value: object) -> bytes:
     """*value*, built of JSON's types and msgspec structs, as JSON."""
-    if type(value) is Encoded:
-        return value
+    kind = type(value)
+    if kind is Encoded:
+        return cast("Encoded", value)
+    template = _templates[kind]
+    if template is not None:
+        return template[0] % template[1](value)
     data = _format(_encode(value), indent=0)
     return data if data.isascii() else data.decode().translate(_Escapes()).encode("ascii")
 

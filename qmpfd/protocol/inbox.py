@@ -41,18 +41,13 @@ NO_FDS: list[Fd] = []
 _A_STEP = 8 << 10
 
 
-class WithFds(NamedTuple):
-    """A message that descriptors came with, or should have.
-
-    Args:
-        value: a value or typed request.
-        fds: the descriptors that it takes.
-        lost: if some that it should have had are gone, why.
+class WithFds(tuple[Any, list[Fd], str]):
+    """A message that descriptors came with, or should have: a value or typed request, the
+    descriptors that it takes, and if some that it should have had are gone, why.  No named tuple:
+    it takes two calls to make one.
     """
 
-    value: Any
-    fds: list[Fd]
-    lost: str
+    __slots__ = ()
 
 
 class InboxState(NamedTuple):
@@ -182,7 +177,7 @@ class Inbox:
         if len(fds) <= takes and not (dropped or self.pieces or self.unclaimed.waits):
             # As nearly always: nothing waits, and nothing will.
             if fds:
-                messages[-1] = WithFds(messages[-1], fds, "")
+                messages[-1] = WithFds((messages[-1], fds, ""))
             self.ready += messages
             return size, len(fds)
         piece = _Piece(messages)
@@ -324,7 +319,7 @@ class Inbox:
                 elif most := wanted(value):
                     fds, dropped = unclaimed.claim(most)
                     lost = unclaimed.why_dropped if dropped else ""
-                    found.append(WithFds(value, fds, lost))
+                    found.append(WithFds((value, fds, lost)))
                 else:
                     found.append(value)
                 unclaimed.message_ended()
