@@ -16,7 +16,7 @@ def test_from_zero_without_gaps() -> None:
     used: set[int] = set()
     ids = IdPool(used)
     for number in range(100):
-        assert ids.lowest() == ids.lowest() == number
+        assert ids.lowest() == ids.lowest() == number == ids.take()
         used.add(number)
 
 
@@ -42,7 +42,7 @@ def test_against_counting(steps: list[tuple[str, int]]) -> None:
     for what, number in steps:
         if what == "auto":
             assert ids.lowest() == lowest_free(used)
-            used.add(ids.lowest())
+            used.add(ids.take())
         elif what == "use":
             used.add(number)
         elif number in used:

@@ -24,19 +24,26 @@ class IdPool:
         self._gaps: list[int] = []  # a heap
         self._known_gaps: set[int] = set()  # the same ids, so that none is in the heap twice
 
-    def lowest(self) -> int:
-        """The lowest id that is not in use."""
+    def take(self) -> int:
+        """The lowest id that is not in use; the caller will use it, or :meth:`free` it."""
         gaps, used = self._gaps, self._used
-        while gaps and gaps[0] in used:
-            self._known_gaps.discard(heappop(gaps))
-        if gaps:
-            return gaps[0]
+        while gaps:
+            fdset_id = heappop(gaps)
+            self._known_gaps.discard(fdset_id)
+            if fdset_id not in used:
+                return fdset_id
         while self._next in used:
             self._next += 1
         return self._next
 
+    def lowest(self) -> int:
+        """The same, but it stays free."""
+        fdset_id = self.take()
+        self.free(fdset_id)
+        return fdset_id
+
     def free(self, fdset_id: int) -> None:
-        """Note that *fdset_id* is no longer in use."""
+        """Note that *fdset_id* is not in use, or no longer."""
         if fdset_id < self._next and fdset_id not in self._known_gaps:
             self._known_gaps.add(fdset_id)
             heappush(self._gaps, fdset_id)

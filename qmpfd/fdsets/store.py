@@ -244,10 +244,10 @@ class FdSets:
             fd: the descriptor; it stays the caller's when this raises.
             fdset_id: the set to join; None for a new set under the lowest free id.
             opaque: a free-form text to find the descriptor by.
-            create: create the set of that id where there is none, as QEMU has done since 1.3;
-                the specification of the command refuses it.
             added_by: whose it is.
             now: the time, by the daemon's clock.
+            create: create the set of that id where there is none, as QEMU has done since 1.3;
+                the specification of the command refuses it.
             terms: how long it is kept.
 
         Raises:
@@ -256,7 +256,7 @@ class FdSets:
         fd.fileno()  # it is open
         fdset = None
         if fdset_id is None:
-            fdset_id = self._ids.lowest()
+            fdset_id = self._ids.take()
         else:
             fdset = self._sets.get(fdset_id)
             if fdset is None:
