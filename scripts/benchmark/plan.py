@@ -118,8 +118,8 @@ def cells(scale: Scale, names: list[str]) -> list[Cell]:
                 continue
             if cell.stored > scale.slow_most and kind.slow_when_full:
                 continue
-            if name == "loop" and (cell.stored or work in ("query", "open")):
-                continue  # it stores nothing
+            if cell.stored and not kind.keeps:
+                continue
             found.append(Cell(name, cell.stored, cell.work, cell.in_flight, cell.clients))
     return found
 
@@ -145,7 +145,7 @@ def fill(servers: Servers, server: Server, stored: int, batch: int = 1) -> None:
 def measure(servers: Servers, server: Server, cell: Cell, scale: Scale) -> Run:
     """One run of one cell."""
     limits = {"milliseconds": scale.milliseconds, "commands": scale.commands}
-    expect = {} if cell.server == "loop" else {"expect": cell.stored}
+    expect = {"expect": cell.stored} if server.kind.keeps else {}
     if cell.work == "worst wait":
         lasting = {"milliseconds": scale.milliseconds + 50, **expect}
         return load.run_beside(servers, server, lasting, **limits)
@@ -170,7 +170,7 @@ def measure_memory(servers: Servers, name: str, scale: Scale) -> dict[str, float
         with load.idle(servers, server, clients):
             server.settle()
             found["idle connection"] = (server.resident() - before) / clients
-    if name != "loop":
+    if kind.keeps:
         most = min(scale.most, 2000) if kind.slow_when_full else scale.most
         whole = -(-most // BATCH) * BATCH
         for what, batch in (("stored fd", BATCH), ("stored fd, a set each", 1)):

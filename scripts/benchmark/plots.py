@@ -14,7 +14,7 @@ from .servers import KINDS
 INSTALL = "python -m pip install matplotlib"
 
 _COLOURS = {"loop": "#888888", "s6": "#4477aa", "qmpfd": "#228833", "asyncio": "#ccbb44"}
-_COLOURS["qemu"] = "#ee6677"
+_COLOURS |= {"floor": "#bbbbbb", "qemu": "#ee6677"}
 
 
 def draw(results: Results, scale: Scale, names: list[str], folder: Path) -> list[Path]:
@@ -87,7 +87,7 @@ def _save(pyplot: Any, figure: Any, axes: Any, path: Path) -> Path:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.set_ylabel("CPU \u00b5s per command")
-    axes.legend(fontsize=8, frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(fontsize=8, frameon=False, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

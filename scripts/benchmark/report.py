@@ -135,12 +135,15 @@ def tell(results: Results, scale: Scale, names: list[str]) -> str:
         ("by the clock / CPU", Cell("", scale.most, "worst wait", clients=2)),
     ]
 
+    # What the calls alone take has its place beside what a command takes, and no other.
+    servers = [name for name in names if name != "floor"]
+
     def tell_rows(title: str, rows: list[Row], *values: Callable[[Run], float]) -> str:
-        return _tell(results, names, title, rows, values)
+        return _tell(results, servers, title, rows, values)
 
     return "\n\n".join(
         [
-            tell_rows(f"CPU us per command, {pairs}", _rows(scale), _cpu),
+            _tell(results, names, f"CPU us per command, {pairs}", _rows(scale), [_cpu]),
             tell_rows(f"Round trip us, p50 / p99, {pairs}", _rows(scale), _p50, _p99),
             tell_rows(
                 f"Commands per second, client included, {pairs}",
@@ -156,14 +159,14 @@ def tell(results: Results, scale: Scale, names: list[str]) -> str:
                 _cpu,
             ),
             tell_rows(f"CPU us per command, open-fdset, {some:,} stored", _open_rows(scale), _cpu),
-            _batch_rows(results, names),
+            _batch_rows(results, servers),
             tell_rows(
                 f"Worst wait of another while {scale.most:,} are listed, ms / ms of server CPU",
                 waits,
                 lambda run: run.max_ns / 1e6,
                 lambda run: run.max_cpu_ns / 1e6,
             ),
-            _memory(results, names),
+            _memory(results, servers),
             _starts(results),
         ]
     )

@@ -37,6 +37,7 @@ class Kind:
         works: the commands that it has, as the load client calls them.
         batches: whether it takes many descriptors in one command.
         slow_when_full: whether a command costs the more, the more is stored.
+        keeps: whether it keeps what it is given; else it only shows what the calls take.
     """
 
     label: str
@@ -48,12 +49,18 @@ class Kind:
     works: frozenset[str]
     batches: bool = True
     slow_when_full: bool = False
+    keeps: bool = True
 
 
 _ALL = frozenset(("pair", "stock", "query", "open"))
 
 KINDS: dict[str, Kind] = {
-    "loop": Kind("bare C", "qmp", 1 << 16, True, "gcc", "apt-get install gcc libc6-dev", _ALL),
+    "loop": Kind(
+        *("bare C", "qmp", 1 << 16, True, "gcc", "apt-get install gcc libc6-dev"),
+        frozenset(("pair", "stock")),
+        keeps=False,
+    ),
+    "floor": Kind("bare Python", "qmp", 1 << 16, True, None, "", frozenset(("pair",)), keeps=False),
     "s6": Kind(
         *("s6-fdholderd", "s6", 256, False, "s6-fdholderd", "apt-get install s6", _ALL),
         batches=False,
@@ -217,6 +224,10 @@ def _start_loop(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[
     return servers.spawn(folder, [str(servers.build("loop")), str(path)])
 
 
+def _start_floor(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
+    return servers.spawn(folder, [sys.executable, str(HERE / "floor.py"), str(path)])
+
+
 def _start_qmpfd(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
     return servers.spawn(folder, [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path)])
 
@@ -254,6 +265,7 @@ def _start_s6(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[by
 
 _STARTERS: dict[str, Callable[[Servers, Path, Path], subprocess.Popen[bytes]]] = {
     "loop": _start_loop,
+    "floor": _start_floor,
     "s6": _start_s6,
     "qmpfd": _start_qmpfd,
     "asyncio": _start_asyncio,
