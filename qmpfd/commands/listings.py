@@ -82,8 +82,8 @@ def _list_fdsets(context: Context) -> Iterator[bytes]:
     work = 0
     separator = b"["
     for fdset in context.daemon.store.walk():
-        cost = len(fdset.fds) * _ENCODING if fdset.listing is None else _COPYING
-        if context.access.unlimited and (whole := _whole(fdset)) is not None:
+        cost = _COPYING if fdset.listing else len(fdset.fds) * _ENCODING
+        if context.access.unlimited and (whole := fdset.listing or _whole(fdset)):
             out += separator, whole
             separator = b", "
             work += cost
@@ -123,7 +123,7 @@ def _whole(fdset: FdSet) -> bytes | None:
     last time, and what was said of the others is still right.
     """
     few = len(fdset.fds) <= _KEPT_BYTES // len(b'{"fd": 10}, ')
-    if fdset.listing is None and few:
+    if few:
         fds = [FdsetFdInfo(number, stored.opaque) for number, stored in fdset.fds.items()]
         if sum(len(fd.opaque or "") for fd in fds) <= _KEPT_BYTES:
             whole = encode(FdsetInfo(fdset.id, fds))
