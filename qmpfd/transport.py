@@ -18,6 +18,7 @@ import trio
 
 from . import fd
 from .fd import Fd, FileDescriptorLike
+from .limits import FEW_BYTES
 from .protocol import Connection
 
 #: Seconds until the next try where too many descriptors are in flight.
@@ -60,7 +61,8 @@ class FdStream:
         Args:
             connection: who takes it.
             few: do so only if there are no more than a few bytes.
-            most: descriptors after which no more of them are read: each read ends with some.
+            most: descriptors after which no more of them are read, nor after a few bytes; each
+                read ends with some.
 
         Returns:
             Whether something came; False once the peer is gone, None if nothing is there yet.
@@ -70,6 +72,7 @@ class FdStream:
         """
         sock = self._sock
         came: bool | None = None
+        total = 0
         self.more = False
         while True:
             try:
@@ -92,8 +95,9 @@ class FdStream:
             self._left = len(data) - size
             self.more = self._queued > self._left or self._look_for_more()
             most -= count
+            total += size
             # When this process is out of descriptors, the next may need the places of these.
-            if most <= 0 or not count or not self.more:
+            if most <= 0 or not count or not self.more or total > FEW_BYTES:
                 return True
 
     def _look_for_more(self) -> bool:
@@ -115,7 +119,7 @@ class FdStream:
         self._queued -= length
         self.more = length < len(data)
         left, self._left = self._left, 0
-        if left == len(data) and not connection.has_news:
+        if left == len(data) == length and not connection.has_news:
             # The line end that the last request's descriptors were not read with, and nothing else:
             # no need to look again.
             return None

@@ -1,0 +1,104 @@
+"""What one look at a socket takes, and what it leaves for the next."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
+from helpers import pipes, send_now
+
+from qmpfd.commands import VERSION, VOCABULARY
+from qmpfd.fd import close_all
+from qmpfd.protocol import Request, ServerConnection
+from qmpfd.transport import FdStream
+
+ADD = b'{"execute": "add-fd"}\n'
+QUERY = b'{"execute": "query-name"}\n'
+
+
+@contextmanager
+def connected() -> Iterator[tuple[socket.socket, FdStream, ServerConnection]]:
+    """A client's end; the server's, and the state of the connection, which is negotiated."""
+    client, server = socket.socketpair()
+    connection = ServerConnection(VOCABULARY)
+    connection.greeting(VERSION)
+    connection.negotiate([])
+    with client, FdStream(trio.socket.from_stdlib_socket(server)) as stream:
+        yield client, stream, connection
+        connection.close()
+        close_all(connection.garbage)
+
+
+def taken(connection: ServerConnection) -> list[tuple[str, int]]:
+    """The commands that have come, and with how many descriptors."""
+    found = []
+    for request, _, fds in connection.requests():
+        assert isinstance(request, Request)
+        found.append((VOCABULARY.names[type(request)], len(fds)))
+        close_all(fds)
+    return found
+
+
+async def test_several_at_once() -> None:
+    """As many descriptors as are asked for; what is behind them waits."""
+    with connected() as (client, stream, connection), pipes(5) as made:
+        for pipe in made:
+            send_now(client, QUERY + ADD, [pipe])
+        for count, more in ((3, True), (2, False)):
+            assert stream.receive_nowait(connection, most=3)
+            assert stream.more is more
+            assert taken(connection) == [("query-name", 0), ("add-fd", 1)] * count
+        assert stream.receive_nowait(connection, most=3) is None
+
+
+async def test_no_more_than_a_few_bytes_at_once() -> None:
+    """To decode more takes a while, and others wait."""
+    with connected() as (client, stream, connection), pipes(5) as made:
+        for pipe in made:
+            send_now(client, QUERY * 100 + ADD, [pipe])
+        assert stream.receive_nowait(connection, most=5)
+        assert stream.more
+        assert len(taken(connection)) == 202
+
+
+async def test_one_after_the_other() -> None:
+    """Each is taken when it comes, and the last of a burst is known to be the last."""
+    with connected() as (client, stream, connection), pipes(30) as made:
+        for pipe in made:
+            send_now(client, ADD, [pipe])
+            assert stream.receive_nowait(connection, most=16)
+            assert not stream.more
+            assert taken(connection) == [("add-fd", 1)]
+        for pipe in made:
+            send_now(client, ADD, [pipe])
+        found = []
+        while stream.receive_nowait(connection, most=16):
+            found += taken(connection)
+        assert found == [("add-fd", 1)] * 30
+
+
+async def test_nothing_is_left_where_more_can_be_seen() -> None:
+    """A request that is looked at in steps, because of its escape: the steps go on to its end."""
+    with connected() as (client, stream, connection), pipes(1) as made:
+        request_id = b"\\u0041" + b"x" * 3000
+        send_now(client, ADD + b'{"execute": "query-name", "id": "%b"}' % request_id, made)
+        found = []
+        while stream.receive_nowait(connection):
+            found.append(taken(connection))
+        assert found[0] == [("add-fd", 1)]
+        assert found[-1] == [("query-name", 0)]
+        assert len(found) > 2
+
+
+async def test_the_peer_is_gone() -> None:
+    """What it has sent comes first."""
+    with connected() as (client, stream, connection), pipes(1) as made:
+        send_now(client, ADD, made)
+        client.close()
+        assert stream.receive_nowait(connection, most=16)
+        assert taken(connection) == [("add-fd", 1)]
+        while (came := stream.receive_nowait(connection, most=16)) is None:
+            pass  # the line end
+        assert came is False
