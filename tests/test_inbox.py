@@ -66,10 +66,12 @@ class Server:
     def send(self, data: bytes, *tags: int) -> None:
         self.queue.send(data, [self._tags[tag] for tag in tags])
 
-    def read(self) -> bool:
-        """Read once and carry out; False if nothing was there."""
+    def read(self, most: int = 1) -> bool:
+        """Read, so often at most, and carry out; False if nothing was there."""
         if not read_once(self.queue, self.connection):
             return False
+        for _ in range(most - 1):
+            read_once(self.queue, self.connection)
         for request, sent_id, fds in self.connection.requests():
             request_id = None if sent_id is UNSET else sent_id
             if isinstance(request, Error):
@@ -82,8 +84,8 @@ class Server:
         self.close_garbage()
         return True
 
-    def read_all(self) -> list[Result]:
-        while self.read():
+    def read_all(self, at_once: int = 1) -> list[Result]:
+        while self.read(at_once):
             pass
         return self.results
 
@@ -514,6 +516,7 @@ class Script:
     fds: list[int]  # how many come with each send
     reads: list[int]  # how many reads there are after each send
     careful_bytes: int = CAREFUL_BYTES
+    at_once: int = 1  # how many reads there are before anything is carried out
     data: bytes = field(init=False)
     spans: list[tuple[int, int, Kind]] = field(init=False)  # of each message
 
@@ -584,7 +587,7 @@ def scripts(draw: st.DrawFn) -> Script:
     fds = draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
     reads = draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
     careful = draw(st.sampled_from([CAREFUL_BYTES, CAREFUL_BYTES, 1, 5, 16]))
-    return Script(items, cuts, fds, reads, careful)
+    return Script(items, cuts, fds, reads, careful, draw(st.sampled_from([1, 2, 3, 16])))
 
 
 def carry_out(script: Script, server: Server) -> list[tuple[int | None, list[int]]]:
@@ -593,8 +596,8 @@ def carry_out(script: Script, server: Server) -> list[tuple[int | None, list[int
         for data, tags, reads in script.sends():
             server.send(data, *tags)
             for _ in range(reads):
-                server.read()
-        results = server.read_all()
+                server.read(script.at_once)
+        results = server.read_all(script.at_once)
     return [(number, [] if isinstance(got, str) else got) for number, got in results]
 
 
