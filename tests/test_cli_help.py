@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import PATIENCE, ROOT, daemon_process
+from installed import need
 from terminal import on_a_terminal
 
 from qmpfd.cli import main
@@ -270,8 +270,7 @@ def test_bash_asks_the_daemon_that_the_line_names(tmp_path: Path, path: Path) ->
 
 
 def test_fish(tmp_path: Path, path: Path) -> None:
-    if shutil.which("fish") is None:
-        pytest.skip("fish is not installed")
+    need("fish")
     file = completion("fish", tmp_path)
 
     def completes(line: str) -> list[str]:
@@ -303,6 +302,5 @@ def test_each_shell_can_read_it(shell: str, tmp_path: Path) -> None:
     file = completion(shell, tmp_path)
     for verb in _VERBS:
         assert re.search(rf"\b{verb}\b", file.read_text())
-    if shutil.which(shell) is None:
-        pytest.skip(f"{shell} is not installed")
+    need(shell)
     subprocess.run([shell, "-n", str(file)], check=True, timeout=PATIENCE)

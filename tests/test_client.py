@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -13,12 +12,9 @@ import pytest
 import trio
 from fakes import ask, fake_server, negotiate
 from helpers import PATIENCE, ROOT, Pipe, Wire, daemon, open_fds, pipes, settle
+from installed import QEMU, need
 
 import qmpfd
-
-QEMU = "qemu-system-x86_64"
-NO_QEMU = "needs a real QEMU: apt-get install qemu-system-x86"
-
 
 # -- against the daemon ------------------------------------------------------------------------
 
@@ -290,10 +286,7 @@ async def test_turned_away(path: Path) -> None:
 
 @pytest.mark.qemu
 async def test_against_qemu(path: Path) -> None:
-    if shutil.which(QEMU) is None:
-        if os.environ.get("QMPFD_REQUIRE_PEERS"):
-            pytest.fail(NO_QEMU)
-        pytest.skip(NO_QEMU)
+    need(QEMU)
     # Handing over a socket that listens already is what saves us from waiting for QEMU's.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(os.fspath(path))

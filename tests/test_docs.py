@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import shutil
 import sys
 import typing
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from examples import blocks, run_page, unused_files
 from helpers import ROOT, daemon_process, open_fds
+from installed import QEMU, need
 
 from qmpfd.commands import TABLE
 from qmpfd.commands.context import Context, Daemon
@@ -57,10 +57,8 @@ def has_examples(page: Path) -> bool:
 )
 def test_the_examples(name: str, tmp_path: Path) -> None:
     page = PAGES[name]
-    needs_qemu = "$ qemu-system-x86_64" in page.read_text()
-    if needs_qemu and shutil.which("qemu-system-x86_64") is None:
-        assert not os.environ.get("QMPFD_REQUIRE_PEERS"), "QEMU is not installed"
-        pytest.skip("QEMU is not installed")
+    if f"$ {QEMU}" in page.read_text():
+        need(QEMU)
     assert run_page(page, tmp_path)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import socket
 import subprocess
 from collections import Counter
@@ -18,12 +17,10 @@ import trio
 from cancelling import CancelAt
 from fakes import ask, fake_server, negotiate
 from helpers import PATIENCE, Pipe, Wire, open_fds, pipes, settle
+from installed import QEMU, need
 from trio.testing import MockClock
 
 import qmpfd
-
-QEMU = "qemu-system-x86_64"
-NO_QEMU = "needs a real QEMU: apt-get install qemu-system-x86"
 
 
 class Restarted:
@@ -305,10 +302,7 @@ async def _cancelled(path: Path, step: int, *, before: bool, watching: bool) -> 
 
 @pytest.mark.qemu
 async def test_a_qemu_that_is_started_again(path: Path) -> None:
-    if shutil.which(QEMU) is None:
-        if os.environ.get("QMPFD_REQUIRE_PEERS"):
-            pytest.fail(NO_QEMU)
-        pytest.skip(NO_QEMU)
+    need(QEMU)
     # A socket that listens already saves us from waiting for QEMU's; the second gets it as well.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(os.fspath(path))

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance.peers import QEMU, need_qemu
 from helpers import PATIENCE, ROOT, daemon_thread
+from installed import QEMU, need
 
 from qmpfd.cli import main
 from qmpfd.cli.shell_schema import Schema
@@ -293,7 +293,7 @@ def test_events_are_shown_as_they_come(path: Path) -> None:
 
 @pytest.mark.qemu
 def test_a_real_qemu(path: Path) -> None:
-    need_qemu()
+    need(QEMU)
     # A socket that listens already, as in test_client: nobody has to try until QEMU's is there,
     # and whoever tries is QEMU's one client for a moment.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conformance.peers import need_qemu
 from helpers import PATIENCE, ROOT
+from installed import QEMU, need
 
 SCRIPTS = ROOT / "scripts"
 STORIES = sorted(path.name for path in SCRIPTS.glob("story_*.py"))
@@ -41,7 +41,7 @@ def run(script: Path) -> subprocess.CompletedProcess[str]:
 )
 def test_it_runs(name: str) -> None:
     if "qemu" in name:
-        need_qemu()
+        need(QEMU)
     told = run(SCRIPTS / name)
     assert (told.returncode, told.stderr) == (0, "")
     assert told.stdout.count("  ok: ") >= 5

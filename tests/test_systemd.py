@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +12,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from installed import need
 from supervised import children
 
 from qmpfd.syncclient import SyncClient
@@ -164,12 +164,7 @@ def test_sockets_for_somebody_else(manager: Manager, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
 def test_systemd_socket_activate(tmp_path: Path, options: list[str]) -> None:
-    tool = shutil.which("systemd-socket-activate")
-    if tool is None:
-        message = "needs systemd-socket-activate: apt-get install systemd"
-        if os.environ.get("QMPFD_REQUIRE_PEERS"):
-            pytest.fail(message)
-        pytest.skip(message)
+    tool = need("systemd-socket-activate")
     path = tmp_path / "activated"
     process = subprocess.Popen(
         [tool, f"--listen={path}", "--fdname=qmp", *SERVE, *options], stderr=subprocess.PIPE
@@ -194,12 +189,7 @@ UNITS = sorted((Path(__file__).parents[1] / "packaging").iterdir())
 
 
 def analyze(*words: str) -> str:
-    tool = shutil.which("systemd-analyze")
-    if tool is None:
-        message = "needs systemd-analyze: apt-get install systemd"
-        if os.environ.get("QMPFD_REQUIRE_PEERS"):
-            pytest.fail(message)
-        pytest.skip(message)
+    tool = need("systemd-analyze")
     done = subprocess.run(
         [tool, *words], capture_output=True, text=True, timeout=DEADLINE, check=False
     )

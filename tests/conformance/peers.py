@@ -7,8 +7,6 @@ is nothing here for an event loop to do.
 from __future__ import annotations
 
 import array
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,14 +19,13 @@ from pathlib import Path
 from typing import Self
 
 import pytest
+from installed import QEMU, need
 
 DEADLINE = 10.0
 """Seconds until a reply that must come is given up; nothing waits this long when all is well."""
 
 POLL = 0.01
 ROOT = Path(__file__).resolve().parents[2]
-QEMU = "qemu-system-x86_64"
-NO_QEMU = "needs a real QEMU: apt-get install qemu-system-x86"
 
 ESC = b"\x1b"
 """Resets the parser from any state it can be in, at the price of exactly one error."""
@@ -170,17 +167,9 @@ def daemon_command(paths: Sequence[str], dialect: str) -> list[str]:
     return [sys.executable, "-m", "qmpfd", "serve", "--socket", paths[0], "--dialect", dialect]
 
 
-def need_qemu() -> None:
-    """Skip the test where there is no QEMU; where peers are required, fail it."""
-    if shutil.which(QEMU) is None:
-        if os.environ.get("QMPFD_REQUIRE_PEERS"):
-            pytest.fail(NO_QEMU)
-        pytest.skip(NO_QEMU)
-
-
 @contextmanager
 def start_qemu(sockets: int = 2) -> Iterator[Peer]:
-    need_qemu()
+    need(QEMU)
     with _folder() as folder:
         paths = tuple(str(folder / f"{n}.sock") for n in range(sockets))
         with _started("qemu", qemu_command(paths), paths, folder / "log") as peer:

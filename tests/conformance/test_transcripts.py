@@ -11,9 +11,10 @@ import json
 from collections.abc import Iterator
 
 import pytest
+from installed import QEMU, need
 
 from .compare import SHARED_COMMANDS, FdNames, canonical
-from .peers import Peer, Pool, need_qemu, pool_of, start_daemon, start_qemu
+from .peers import Peer, Pool, pool_of, start_daemon, start_qemu
 from .replay import (
     CASES,
     DROPPED,
@@ -33,7 +34,7 @@ def daemons() -> Iterator[Pool]:
 
 @pytest.fixture(scope="module")
 def qemus() -> Iterator[Pool]:
-    need_qemu()
+    need(QEMU)
     yield from pool_of(start_qemu)
 
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from installed import QEMU, need
 
 from .compare import FdNames, Reply, canonical
-from .peers import Peer, Pool, Wire, need_qemu, pool_of, start_daemon, start_qemu
+from .peers import Peer, Pool, Wire, pool_of, start_daemon, start_qemu
 from .replay import empty, open_fd
 from .steps import FORGET_NAMES, Send, Step, negotiations, openings, walks
 
@@ -144,7 +145,7 @@ def _canonical(line: bytes, names: FdNames) -> Reply | str:
 
 @pytest.fixture(scope="module")
 def qemus() -> Iterator[Pool]:
-    need_qemu()
+    need(QEMU)
     yield from pool_of(start_qemu)
 
 
