@@ -52,7 +52,7 @@ class FdStream:
         return self._sock
 
     def receive_nowait(
-        self, connection: Connection, *, few: bool = False, most: int = 1
+        self, connection: Connection, few: bool = False, most: int = 1
     ) -> bool | None:
         """Hand what is there to *connection*, bytes and descriptors.
 

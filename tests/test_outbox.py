@@ -76,6 +76,44 @@ async def test_together() -> None:
         assert rig.outbox.size == 0
 
 
+async def test_at_once() -> None:
+    """What the client takes; the rest waits."""
+    async with Rig(room=4) as rig:
+        rig.outbox.tell(b"abc")
+        rig.outbox.tell(b"")
+        assert rig.stream.sent == [(b"abc", 0)]
+        assert rig.outbox.size == 0
+        rig.outbox.tell(b"def")
+        assert rig.stream.sent[1:] == [(b"d", 0)]
+        assert rig.outbox.size == 2
+        rig.stream.room = 10
+        rig.outbox.tell(b"ghi")
+        assert rig.stream.sent[2:] == [(b"efghi", 0)]
+        assert rig.outbox.size == 0
+
+
+async def test_not_at_once() -> None:
+    """Behind what waits; not before that is safe, while a takeover is under way, or to the deaf."""
+    async with Rig() as rig:
+        rig.outbox.put(b"a")
+        rig.outbox.tell(b"b")
+        assert rig.stream.sent == [(b"ab", 0)]
+        rig.outbox.hold()
+        rig.outbox.tell(b"c")
+        assert rig.stream.sent[1:] == []
+        rig.outbox.release()
+        rig.server.is_frozen = True
+        rig.outbox.tell(b"d")
+        assert rig.stream.sent[1:] == []
+        rig.server.is_frozen = False
+        rig.outbox.push()
+        assert rig.stream.sent[1:] == [(b"cd", 0)]
+        rig.outbox.mute()
+        rig.outbox.tell(b"e")
+        assert rig.stream.sent[2:] == []
+        assert rig.outbox.size == 0
+
+
 async def test_descriptors_begin_anew() -> None:
     """They arrive with the first byte that they were sent with."""
     async with Rig() as rig:

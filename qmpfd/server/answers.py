@@ -74,8 +74,11 @@ class Answers:
         # other.
         self._batches: list[_Batch] = []
 
-    def give_nowait(self) -> bool:
+    def give_nowait(self, at_once: bool) -> bool:
         """Carry out the requests that are complete; the replies are to be sent.
+
+        Args:
+            at_once: or are sent, as far as the client takes them.
 
         Returns:
             Whether that was all; else :meth:`give` has to go on.
@@ -84,7 +87,9 @@ class Answers:
             return False
         # And nobody gets a turn before this is over: there is no await in it.
         self._carry_out()
-        return self._tell_nowait() and self.long_reply is None and not self._connection.has_news
+        if not self._tell_nowait(at_once):
+            return False
+        return self.long_reply is None and not self._connection.has_news
 
     async def give(self) -> None:
         """Go on with what is under way, and carry out all that is complete, however long it takes;
@@ -144,12 +149,15 @@ class Answers:
         if asked:
             self.asked = True
 
-    def _tell_nowait(self) -> bool:
+    def _tell_nowait(self, at_once: bool = False) -> bool:
         """Close what was removed, and put the replies into the outbox; whether that was possible
         without waiting.
+
+        Args:
+            at_once: send them, as far as the client takes them.
         """
         outbox, garbage = self._outbox, self._connection.garbage
-        if self._context.about_store:
+        if self._server.keeper is not None and self._context.about_store:
             self._context.about_store = False
             if not self._server.is_settled:
                 outbox.hold()
@@ -161,9 +169,13 @@ class Answers:
             self._leftovers.close_some()
             if garbage:  # a whole set, perhaps
                 return False
-        for data, fds in self._batches:
-            outbox.put(data, fds)
-        self._batches.clear()
+        batches = self._batches
+        if at_once and len(batches) == 1:  # nothing goes with it
+            outbox.tell(batches[0][0])
+        else:
+            for data, fds in batches:
+                outbox.put(data, fds)
+        batches.clear()
         if self._leftovers.some_wait:
             self._leftovers.count_waiting()
         return True

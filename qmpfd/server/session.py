@@ -266,20 +266,22 @@ class Session:
             if self._server.is_frozen:
                 await self._park()
             try:
-                came = stream.receive_nowait(connection, few=not share.in_turn, most=FDS_AT_ONCE)
+                came = stream.receive_nowait(connection, not share.in_turn, FDS_AT_ONCE)
             except Plenty:
                 await outbox.send(share)
                 await share.next_turn(much=True)
                 continue
             if came:
-                if not answers.give_nowait():
+                # While more is there, replies wait: one write for all of them.
+                if not answers.give_nowait(not stream.more):
                     await answers.give()
                 if context.takes_over:
                     await outbox.send(share)
                     await self._hand_over()
                     return
-                # While more is there, replies wait: one write for all of them.
-                if context.quitting or outbox.size > HELD_REPLY_BYTES or not stream.more:
+                if outbox.size and (
+                    context.quitting or outbox.size > HELD_REPLY_BYTES or not stream.more
+                ):
                     outbox.push()
                     if outbox.size:
                         await outbox.send(share)
