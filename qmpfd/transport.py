@@ -96,8 +96,9 @@ class FdStream:
             self.more = self._queued > self._left or self._look_for_more()
             most -= count
             total += size
-            # When this process is out of descriptors, the next may need the places of these.
-            if most <= 0 or not count or not self.more or total > FEW_BYTES:
+            # When this process is out of descriptors, the next may need the places of these; and
+            # where some wait for a command, newer ones take their places only once that is known.
+            if most <= 0 or not count or not self.more or total > FEW_BYTES or connection.is_unsure:
                 return True
 
     def _look_for_more(self) -> bool:

@@ -454,6 +454,15 @@ def test_fds_in_order_in_a_long_segment(server: Server, slowly: bool) -> None:
     assert server.read_all() == [(1, [1]), (2, []), (3, [2]), (4, [])]
 
 
+def test_a_long_segment_of_many_lines(server: Server) -> None:
+    """Its descriptors are for all that was sent with them, however many steps that takes."""
+    count = 1000
+    between = b"".join(look(number) + b"\n" for number in range(count))
+    server.send(take(1) + b"\n" + between + take(2), 1, 2)
+    looked: list[Result] = [(number, []) for number in range(count)]
+    assert server.read_all() == [(1, [1]), *looked, (2, [2])]
+
+
 @pytest.mark.parametrize("slowly", [False, True])
 @pytest.mark.parametrize("ahead", [READ_BYTES - 200, READ_BYTES - 101, READ_BYTES - 1, READ_BYTES])
 def test_segment_across_the_end_of_what_is_looked_at(

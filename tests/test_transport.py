@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import trio
-from helpers import pipes, send_now
+from helpers import open_fds, pipes, send_now
 
 from qmpfd.commands import VERSION, VOCABULARY
 from qmpfd.fd import close_all
+from qmpfd.limits import SCM_MAX_FD
 from qmpfd.protocol import Request, ServerConnection
 from qmpfd.transport import FdStream
 
@@ -102,3 +103,17 @@ async def test_the_peer_is_gone() -> None:
         while (came := stream.receive_nowait(connection, most=16)) is None:
             pass  # the line end
         assert came is False
+
+
+async def test_no_more_while_some_wait() -> None:
+    """At no time does a connection hold more than two messages' worth of descriptors that wait."""
+    with connected() as (client, stream, connection), pipes(1) as made:
+        for count in (SCM_MAX_FD, 1, 1, SCM_MAX_FD, SCM_MAX_FD):
+            send_now(client, b" ", made * count)
+        before = len(open_fds())
+        while stream.receive_nowait(connection, most=16):
+            assert len(open_fds()) - before <= 2 * SCM_MAX_FD
+            assert taken(connection) == []
+            close_all(connection.garbage)
+            connection.garbage.clear()
+        assert connection.waiting_fds == SCM_MAX_FD

@@ -224,7 +224,7 @@ class FdSets:
             FdNotFound: there is no such set, or no such descriptor in it.
         """
         fdset = self._sets.get(fdset_id)
-        if fdset is None or not fdset.some(number):
+        if fdset is None or (number is not None and not fdset.some(number)):
             raise _not_found(fdset_id, number)
         return fdset
 

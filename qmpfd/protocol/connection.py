@@ -91,6 +91,11 @@ class Connection:
         """Whether something has come that was not asked for yet; not for blanks alone."""
         return bool(self._ready or self._inbox.pieces)
 
+    @property
+    def is_unsure(self) -> bool:
+        """Whether descriptors have come of which only asking for messages tells whose they are."""
+        return bool(self._inbox.pieces)
+
     def _messages(self) -> Iterator[tuple[Any, list[Fd], str]]:
         """What has come, taken away one by one: each value with its descriptors, and why there are
         less of them than there should be, if so.

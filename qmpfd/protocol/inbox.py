@@ -131,11 +131,11 @@ class Inbox:
         Returns:
             How many of them to consume; the rest is looked at again next time.
         """
-        if len(data) > _A_STEP and not self._lines:
+        in_segment = self._segment_left
+        if len(data) > _A_STEP and not (in_segment or self._lines):
             data = data[: data.rfind(b"\n", 0, _A_STEP) + 1 or None]
         values = self._decode_whole(data)
         size = len(data)
-        in_segment = self._segment_left
         if values is None:
             if in_segment:
                 data = data[:in_segment]
