@@ -12,7 +12,7 @@ from trio.testing import MockClock
 
 import qmpfd
 from qmpfd.errors import GenericError
-from qmpfd.limits import MAX_OPAQUE_TOTAL, NEGOTIATION_TIMEOUT
+from qmpfd.limits import FDS_AT_ONCE, MAX_OPAQUE_TOTAL, NEGOTIATION_TIMEOUT, Limits
 from qmpfd.server import Server
 
 TOO_MANY_FDS = "Too many file descriptors: the limit is 3"
@@ -193,6 +193,18 @@ async def test_a_user_leaves_room_for_others() -> None:
     server.daemon.check_room(os.geteuid() + 1, 10)
     with pytest.raises(GenericError, match=f"uid {os.geteuid() + 1}: the limit is 10"):
         server.daemon.check_room(os.geteuid() + 1, 11)
+    server.close()
+
+
+async def test_one_by_one_where_the_table_may_be_full() -> None:
+    """What a request removes makes room for what comes with the next."""
+    server = Server(limits=Limits(max_fds=100))
+    counts = server.daemon
+    assert counts.fds_at_once == FDS_AT_ONCE
+    counts.kept = 100 - FDS_AT_ONCE
+    assert counts.fds_at_once == FDS_AT_ONCE
+    counts.waiting = 1
+    assert counts.fds_at_once == 1
     server.close()
 
 

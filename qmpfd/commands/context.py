@@ -16,7 +16,7 @@ from ..closing import Closer
 from ..errors import FdNotSupplied, GenericError
 from ..fd import Fd, Passing
 from ..fdsets import FdSet, FdSets, Peer, StoredFd
-from ..limits import LOOK_INTERVAL, MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, Limits
+from ..limits import FDS_AT_ONCE, LOOK_INTERVAL, MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, Limits
 from ..policy import Access
 from ..protocol import ServerConnection
 from .events import Event, EventLog, Watcher
@@ -203,6 +203,14 @@ class Daemon:
         self.opaque_total += weight
         if peer is not None:
             _add(self.opaque_of, peer.uid, weight)
+
+    @property
+    def fds_at_once(self) -> int:
+        """How many descriptors a connection may take before the first of their commands is carried
+        out: one, where the table may be full before that, and what is removed makes room.
+        """
+        full = self.kept + self.waiting + FDS_AT_ONCE > self.limits.max_fds
+        return 1 if full else FDS_AT_ONCE
 
     def hold_waiting(self, uid: int, more: int) -> None:
         """So many descriptors more, or fewer, wait in connections of *uid*."""

@@ -16,7 +16,6 @@ from ..errors import GenericError, QMPError
 from ..fd import Fd, Plenty
 from ..fdsets import Peer
 from ..limits import (
-    FDS_AT_ONCE,
     HELD_REPLY_BYTES,
     LOCK_TIMEOUT,
     NEGOTIATION_TIMEOUT,
@@ -258,6 +257,7 @@ class Session:
     async def _serve(self) -> None:
         stream, outbox, connection = self._stream, self.outbox, self._connection
         answers, context, share = self._answers, self._context, self._share
+        daemon = self._server.daemon
         share.resume()  # it was made before, perhaps long before, and with thousands of others
         while True:
             if monotonic() > share.ends:
@@ -266,7 +266,7 @@ class Session:
             if self._server.is_frozen:
                 await self._park()
             try:
-                came = stream.receive_nowait(connection, not share.in_turn, FDS_AT_ONCE)
+                came = stream.receive_nowait(connection, not share.in_turn, daemon.fds_at_once)
             except Plenty:
                 await outbox.send(share)
                 await share.next_turn(much=True)
