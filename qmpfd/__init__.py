@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .client import Client as Client
     from .client import ReplyLost as ReplyLost
     from .client import connect as connect
+    from .client.blocking import NoDaemon as NoDaemon
+    from .client.opener import fdset_opener as fdset_opener
     from .commands import AddfdInfo as AddfdInfo
     from .commands import FdInfo as FdInfo
     from .commands import FdsetFdInfo as FdsetFdInfo
@@ -27,12 +29,10 @@ if TYPE_CHECKING:
     from .errors import PermissionDenied as PermissionDenied
     from .errors import QMPError as QMPError
     from .limits import Limits as Limits
-    from .opener import fdset_opener as fdset_opener
     from .protocol import ProtocolError as ProtocolError
     from .protocol import QMPEvent as QMPEvent
     from .server import Server as Server
     from .server import serve as serve
-    from .syncclient import NoDaemon as NoDaemon
 
 _HOMES = {
     "Client": ".client",
@@ -50,12 +50,12 @@ _HOMES = {
     "PermissionDenied": ".errors",
     "QMPError": ".errors",
     "Limits": ".limits",
-    "fdset_opener": ".opener",
+    "fdset_opener": ".client.opener",
     "ProtocolError": ".protocol",
     "QMPEvent": ".protocol",
     "Server": ".server",
     "serve": ".server",
-    "NoDaemon": ".syncclient",
+    "NoDaemon": ".client.blocking",
 }
 
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - a test compares it with the imports above

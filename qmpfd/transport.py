@@ -16,8 +16,8 @@ from types import TracebackType
 
 import trio
 
-from . import fd
-from .fd import Fd, FileDescriptorLike
+from .kernel import fd
+from .kernel.fd import Fd, FileDescriptorLike
 from .limits import FEW_BYTES
 from .protocol import Connection
 

@@ -177,7 +177,7 @@ if __name__ == "__main__":
     import qmpfd.cli.logs
     import qmpfd.cli.serve
     import qmpfd.cli.takeover
-    import qmpfd.server.recover
+    import qmpfd.server.fdstore.recover
     from qmpfd.cli import main as qmpfd_main
 
     become(sys.argv[1])

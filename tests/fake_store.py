@@ -28,8 +28,8 @@ from pathlib import Path
 from helpers import ROOT
 from supervised import COMMAND, DEADLINE, until
 
-from qmpfd.descriptions import compare
-from qmpfd.fd import Fd, close_all, receive
+from qmpfd.kernel.fd import Fd, close_all, receive
+from qmpfd.kernel.file_descriptions import compare
 
 #: Puts descriptors at 3 and on, with their names, and becomes the service.
 _LAUNCH = """

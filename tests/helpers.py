@@ -24,7 +24,7 @@ import trio
 import trio.testing
 
 import qmpfd
-from qmpfd.fd import FileDescriptorLike, fileno
+from qmpfd.kernel.fd import FileDescriptorLike, fileno
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 20.0

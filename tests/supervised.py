@@ -14,7 +14,7 @@ from typing import Any
 
 from helpers import ROOT
 
-from qmpfd.syncclient import NoDaemon, SyncClient
+from qmpfd.client.blocking import NoDaemon, SyncClient
 
 DEADLINE = 30.0
 COMMAND = [sys.executable, "-m", "qmpfd", "serve"]

@@ -17,15 +17,15 @@ from examples import blocks, run_page, unused_files
 from helpers import ROOT, daemon_process, open_fds
 from installed import QEMU, need
 
+from qmpfd.client.blocking import SyncClient
 from qmpfd.commands import TABLE
 from qmpfd.commands.context import Context, Daemon
 from qmpfd.commands.events import EVENTS
 from qmpfd.errors import PermissionDenied, QMPError
-from qmpfd.fd import Fd, close_all
 from qmpfd.fdsets import Peer
+from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.limits import TAKEOVER_FORMAT, Limits
 from qmpfd.policy import RIGHTS, Access, Grant, Right
-from qmpfd.syncclient import SyncClient
 
 DOCS = ROOT / "docs"
 

@@ -16,13 +16,13 @@ PACKAGE = Path(qmpfd.__file__).parent
 #: From the bottom.  What stands on one floor does not import each other.
 FLOORS = [
     {"errors", "limits", "_version", "_facade", "supervisor"},
-    {"fd", "fdinfo", "policy", "descriptions"},
-    {"closing", "systemd"},
+    {"kernel", "policy"},
     {"fdsets"},
     {"protocol"},
     {"commands"},
-    {"transport", "syncclient"},
-    {"client", "server", "opener"},
+    {"transport"},
+    {"client"},
+    {"server"},
     {"cli", "__main__", "testing"},
 ]
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
@@ -109,7 +109,7 @@ def calls_of_os_close(module: str) -> list[int]:
 
 
 #: ``supervisor`` is a program of its own, which imports nothing of the package.
-CLOSES = {"fd", "supervisor"}
+CLOSES = {"kernel.fd", "supervisor"}
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module not in CLOSES])
@@ -144,23 +144,76 @@ def test_the_middle_does_no_io(module: str) -> None:
     assert not tops & {"trio", "socket", "selectors", "asyncio", "threading", "subprocess"}
 
 
-def cycles(folder: str) -> list[str]:
-    """The modules of *folder* that import one another in a circle, at run time."""
-    names = [module for module in inner if room(module) == folder and "." in module]
+def module_imports(module: str) -> set[str]:
+    """The modules of the package that *module* imports, those for the type checker too."""
+    found = set()
+    package = ["qmpfd", *module.split(".")[:-1]]
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            home = ".".join([*base, *([node.module] if node.module else [])])
+            for name in [home, *(f"{home}.{alias.name}" for alias in node.names)]:
+                local = name.removeprefix("qmpfd.")
+                found |= {local, f"{local}.__init__"} & set(MODULES)
+    return found - {module}
+
+
+def circles(edges: dict[str, set[str]]) -> list[str]:
+    """What is left when everything that imports nothing else is taken away, again and again."""
+    edges = {name: needed & set(edges) for name, needed in edges.items()}
+    while True:
+        leaves = {name for name, needed in edges.items() if not needed & set(edges)}
+        used = set().union(*edges.values()) if edges else set()
+        free = leaves | (set(edges) - used)
+        if not free:
+            return sorted(edges)
+        edges = {n: needed - free for n, needed in edges.items() if n not in free}
+
+
+#: What still has to be untangled; this list only ever gets shorter.
+KNOWN_CIRCLES = {
+    "commands.context",
+    "commands.table",
+    "fdsets.expiry",
+    "fdsets.store",
+    "server.connection.fd_accounting",
+    "server.connection.request_processor",
+    "server.connection.send_buffer",
+    "server.connection.session",
+    "server.connection.snapshot",
+    "server.herald",
+    "server.listen.accept",
+    "server.retire",
+    "server.server",
+    "server.takeover.sender",
+}
+
+
+def test_no_circle_between_modules() -> None:
+    """Imports for the type checker counted: a circle there is one in the head of the reader.
+
+    A package's ``__init__`` shows the names of its modules, and so is no part of a circle.
+    """
+    edges = {m: module_imports(m) for m in inner if not m.endswith("__init__")}
+    assert set(circles(edges)) == KNOWN_CIRCLES
+
+
+def folder(module: str) -> str:
+    """The folder of a module; a file directly under the package is a room of its own."""
+    return module.rpartition(".")[0] or module
+
+
+#: Likewise, between folders.
+KNOWN_FOLDER_CIRCLES = {"server.connection", "server.fdstore", "server.takeover"}
+
+
+def test_no_circle_between_folders() -> None:
+    """A folder and the one that it stands in count as one room with an alcove."""
     edges: dict[str, set[str]] = {}
-    for module in names:
-        needed = set()
-        for node in tree(module).body:  # at the top: what is for the type checker is in an if
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                targets = [node.module] if node.module else [alias.name for alias in node.names]
-                needed |= {f"{folder}.{target}" for target in targets}
-        edges[module] = needed & set(names)
-    while free := [module for module, needed in edges.items() if not needed & set(edges)]:
-        for module in free:
-            del edges[module]
-    return sorted(edges)
-
-
-@pytest.mark.parametrize("folder", ["fdsets", "protocol", "commands", "client", "server", "cli"])
-def test_no_cycles_inside_a_folder(folder: str) -> None:
-    assert cycles(folder) == []
+    for module in inner:
+        here = folder(module)
+        needed = edges.setdefault(here, set())
+        for other in map(folder, module_imports(module)):
+            if not f"{other}.".startswith(f"{here}.") and not f"{here}.".startswith(f"{other}."):
+                needed.add(other)
+    assert set(circles(edges)) == KNOWN_FOLDER_CIRCLES

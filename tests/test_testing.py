@@ -15,7 +15,7 @@ from helpers import PATIENCE, ROOT
 
 import qmpfd
 import qmpfd.testing
-from qmpfd.syncclient import SyncClient
+from qmpfd.client.blocking import SyncClient
 from qmpfd.testing import DaemonProcess
 
 PAGE = (ROOT / "docs/howto/testing.md").read_text()

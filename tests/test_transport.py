@@ -10,7 +10,7 @@ import trio
 from helpers import open_fds, pipes, send_now
 
 from qmpfd.commands import VERSION, VOCABULARY
-from qmpfd.fd import close_all
+from qmpfd.kernel.fd import close_all
 from qmpfd.limits import SCM_MAX_FD
 from qmpfd.protocol import Request, ServerConnection
 from qmpfd.transport import FdStream

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from .exit_codes import DONE
 from .options import add_examples
-from .status import DONE
 
 if TYPE_CHECKING:
     from .options import Subparsers

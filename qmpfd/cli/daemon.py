@@ -17,14 +17,14 @@ from typing import Any
 import trio
 
 from ..commands import Dialect
-from ..fd import Fd
+from ..kernel.fd import Fd
+from ..kernel.systemd import InheritedFd, notify, notify_reloading, watchdog_interval
 from ..limits import STATUS_INTERVAL, Limits
 from ..policy import BadPolicy, Policy, load_policy
 from ..server import Server, serve
-from ..server.fetch import Inheritance
-from ..server.keeper import Keeping
-from ..server.recover import Recovered
-from ..systemd import InheritedFd, notify, notify_reloading, watchdog_interval
+from ..server.fdstore.mirror import Keeping
+from ..server.fdstore.recover import Recovered
+from ..server.takeover.receiver import Inheritance
 from .options import default_socket
 
 _log = logging.getLogger("qmpfd")

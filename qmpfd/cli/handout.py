@@ -12,11 +12,11 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..fd import Fd, close_all
-from ..syncclient import SyncClient
+from ..client.blocking import SyncClient
+from ..kernel.fd import Fd, close_all
+from .exit_codes import DONE, UsageError
 from .options import add_client_options, add_examples, client_of, number, socket_path
 from .output import print_json, printable
-from .status import DONE, UsageError
 
 if TYPE_CHECKING:
     from .options import Subparsers

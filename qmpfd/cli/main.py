@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .._version import __version__
+from ..client.blocking import NoDaemon
 from ..errors import QMPError
-from ..syncclient import NoDaemon
+from .exit_codes import NO_DAEMON, REFUSED, USAGE, UsageError
 from .options import Formatter
 from .output import printable
-from .status import NO_DAEMON, REFUSED, USAGE, UsageError
 
 #: The module of each verb, in the order of the help.  Just one is imported to run a verb.
 _VERBS = {

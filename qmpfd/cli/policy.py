@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..policy import BadPolicy, Grant, Policy, load_policy
+from .exit_codes import DONE, UsageError
 from .options import add_examples
 from .output import print_json
-from .status import DONE, UsageError
 
 if TYPE_CHECKING:
     from .options import Subparsers

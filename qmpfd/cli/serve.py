@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..client.blocking import NoDaemon
 from ..errors import QMPError
-from ..fd import Fd, close_all
+from ..kernel.fd import Fd, close_all
+from ..kernel.systemd import take_listen_fds, take_parent, take_store_size
 from ..limits import MAX_REQUEST_BYTES, Limits
-from ..syncclient import NoDaemon
-from ..systemd import take_listen_fds, take_parent, take_store_size
-from . import keeping
+from . import supervise as keeping
+from .exit_codes import DONE, UsageError
 from .options import add_examples, default_socket, number, seconds, socket_path
 from .policy import group_id, read_policy
-from .status import DONE, UsageError
 
 if TYPE_CHECKING:
-    from ..server.fetch import Movable
+    from ..server.takeover.receiver import Movable
     from .options import Subparsers
 
 _DEFAULTS = Limits()

@@ -1,9 +1,156 @@
-"""Exit statuses, and the errors that lead to them."""
+"""``qmpfd status``: what to type first when something is wrong."""
 
 from __future__ import annotations
 
-DONE, REFUSED, USAGE, NO_DAEMON = range(4)
+import argparse
+import os
+import pwd
+import time
+from typing import TYPE_CHECKING, Any
+
+from ..errors import QMPError
+from .exit_codes import DONE
+from .options import add_client_options, add_examples, client_of, default_socket
+from .output import duration, print_json, print_pairs, print_table, printable
+
+if TYPE_CHECKING:
+    from .options import Subparsers
 
 
-class UsageError(Exception):
-    """What was typed cannot be done."""
+def add_parsers(verbs: Subparsers) -> None:
+    """Add ``status`` to the command line."""
+    parser = verbs.add_parser(
+        "status",
+        help="show whether the daemon is up, how full, and who is connected",
+        description="Show whether the daemon is up, since when, how full it is, which limits it "
+        "has, and who is connected.",
+    )
+    add_client_options(parser)
+    add_examples(
+        parser,
+        "qmpfd status",
+        "qmpfd status --socket /run/vm1/qmp.sock",
+        "qmpfd status --json | jq .stats.fds",
+    )
+    parser.set_defaults(run=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    path = str(arguments.socket or default_socket())
+    with client_of(arguments) as client:
+        version = client.execute("query-version")
+        stats, untold = None, "this is not qmpfd"
+        if server_name(version).startswith("qmpfd "):  # QEMU's query-stats is about something else
+            try:
+                stats, untold = client.execute("query-stats"), ""
+            except QMPError as exc:
+                untold = f"{exc.error_class}: {exc.desc}"
+    if arguments.json:
+        print_json({"socket": path, "version": version, "stats": stats})
+        return DONE
+    pairs = [("socket", printable(path)), ("server", server_name(version))]
+    if stats is None:
+        print_pairs([*pairs, ("not told", printable(untold))])
+    else:
+        print_pairs([*pairs, *_rows(stats)])
+        _print_peers(stats)
+    return DONE
+
+
+def server_name(version: Any) -> str:
+    """What a server is, by its ``query-version``, in which there may be anything."""
+    told = version if isinstance(version, dict) else {}
+    package = printable(str(told.get("package", "")))
+    if package.startswith("qmpfd "):
+        return package
+    numbers = told["qemu"] if isinstance(told.get("qemu"), dict) else {}
+    number = ".".join(str(numbers.get(name, "?")) for name in ("major", "minor", "micro"))
+    return f"QEMU {printable(number)} {package}".rstrip()
+
+
+_SAFE = "yes: what is stored survives a crash of the daemon"
+_UNSAFE = "no: a crash of the daemon loses what is stored (see qmpfd serve --supervise)"
+
+
+def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
+    limits = stats["limits"]
+    commands = sum(each["count"] for each in stats["commands"])
+    errors = sum(each["count"] for each in stats["errors"])
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() - stats["uptime"]))
+    fds = _gauge(stats["fds-kept"], limits, "max-fds")
+    connections = _gauge(stats["connections"], limits, "max-connections")
+    timeouts = [
+        f"{name} {limits[f'{name}-timeout'] / 1000:g} s" if f"{name}-timeout" in limits else ""
+        for name in ("idle", "write", "drain")
+    ]
+    pairs = [
+        ("process", str(stats["pid"])),
+        ("since", f"{since}, for {duration(stats['uptime'])}"),
+        ("dialect", stats["dialect"]),
+        ("fd sets", f"{stats['fdsets']}"),
+        ("descriptors", fds),
+        ("kept safe", _SAFE if stats["kept-safe"] else _UNSAFE),
+        ("connections", connections),
+        ("open files", f"at most {limits['max-open-files']}"),
+        ("requests", f"at most {limits['max-request-bytes']} bytes each"),
+        ("timeouts", ", ".join(filter(None, timeouts))),
+        ("served", f"{stats['connections-accepted']} connections, {commands} commands"),
+        ("refused", f"{stats['connections-refused']} connections, {errors} commands"),
+    ]
+    if stats["closes-pending"]:
+        pairs.append(("hanging", f"{stats['closes-pending']} descriptors that do not close"))
+    return pairs
+
+
+def _gauge(used: int, limits: dict[str, Any], name: str) -> str:
+    """How much of a limit is used up."""
+    full = "FULL: " if used >= limits[name] else ""
+    return f"{full}{used} of {limits[name]}, of one user at most {limits[f'{name}-per-uid']}"
+
+
+# -- who is connected --------------------------------------------------------------------------
+
+
+def _print_peers(stats: dict[str, Any]) -> None:
+    peers = stats["peers"]
+    # Process numbers mean something here only where the daemon knows us by ours.
+    named = any(peer["pid"] == os.getpid() for peer in peers)
+    print()
+    print_table(
+        ("PID", "USER", "COMMAND", "CONNECTIONS", "AGE", "IDLE", "FDS", "WATCHES"),
+        [_peer_row(peer, named) for peer in peers],
+    )
+    others = stats["connections"] - sum(peer["connections"] for peer in peers)
+    if others > 0:
+        print(f"{others} more connections are not shown")
+
+
+def _peer_row(peer: dict[str, Any], named: bool) -> tuple[str, ...]:
+    return (
+        str(peer["pid"] or "-"),
+        _user(peer["uid"]),
+        (_command(peer["pid"]) if named else "") or "-",
+        str(peer["connections"]),
+        duration(peer["age"]),
+        duration(peer["idle"]),
+        str(peer["fds"]),
+        "yes" if peer["watching"] else "no",
+    )
+
+
+def _user(uid: int) -> str:
+    try:
+        return printable(pwd.getpwuid(uid).pw_name)
+    except KeyError:
+        return str(uid)
+
+
+def _command(pid: int) -> str:
+    """The name of a process; empty if it is gone or hidden."""
+    if pid == os.getpid():
+        return "(this one)"
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            return printable(file.read().decode(errors="replace").strip())
+    except OSError:
+        return ""

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..client.blocking import NoDaemon
 from ..limits import TAKEOVER_TIMEOUT
-from ..server import fetch as fetching
-from ..syncclient import NoDaemon
+from ..server.takeover import receiver as fetching
 
 _log = logging.getLogger("qmpfd")
 

@@ -8,10 +8,10 @@ import fcntl
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..fd import Fd
+from ..kernel.fd import Fd
+from .exit_codes import DONE, UsageError
 from .options import add_client_options, add_examples, client_of, number, text
 from .output import duration, print_json, print_table, printable
-from .status import DONE, UsageError
 
 if TYPE_CHECKING:
     from .options import Subparsers

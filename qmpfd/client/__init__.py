@@ -1,6 +1,29 @@
-"""The Trio client, for qmpfd and for any other QMP server."""
+"""Clients for qmpfd and any other QMP server: one for Trio, one that blocks."""
 
-from .client import Client, connect
-from .link import ReplyLost
+from __future__ import annotations
 
-__all__ = ["Client", "ReplyLost", "connect"]
+from typing import TYPE_CHECKING
+
+from .._facade import lazily
+
+if TYPE_CHECKING:
+    from .blocking import NoDaemon as NoDaemon
+    from .blocking import SyncClient as SyncClient
+    from .client import Client as Client
+    from .client import connect as connect
+    from .opener import fdset_opener as fdset_opener
+    from .reconnect import ReplyLost as ReplyLost
+
+# Loaded when first used: the blocking client is on the path of every short verb, without Trio.
+_HOMES = {
+    "NoDaemon": ".blocking",
+    "SyncClient": ".blocking",
+    "Client": ".client",
+    "connect": ".client",
+    "fdset_opener": ".opener",
+    "ReplyLost": ".reconnect",
+}
+
+__all__ = [*_HOMES]  # noqa: PLE0604 - a test compares it with the imports above
+
+__getattr__ = lazily(__name__, _HOMES)

@@ -12,10 +12,10 @@ import trio
 
 from ..commands import AddfdInfo, FdInfo, FdsetInfo
 from ..commands.events import EVENTS
-from ..fd import Fd, FileDescriptorLike, close_all
+from ..kernel.fd import Fd, FileDescriptorLike, close_all
 from ..limits import CLEANUP_TIMEOUT
 from ..protocol import ProtocolError, QMPEvent
-from .link import Link, open_dialogue
+from .reconnect import Link, open_dialogue
 
 ResultT = TypeVar("ResultT")
 

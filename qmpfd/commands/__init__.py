@@ -3,7 +3,7 @@
 from .context import Client, Context, Daemon, Dialect, Stats
 from .control import VERSION
 from .dispatch import TABLE, VOCABULARY, execute
-from .own_types import FdInfo, OpenedFd, PeerInfo
+from .extension_types import FdInfo, OpenedFd, PeerInfo
 from .types import NOTHING, AddfdInfo, FdsetFdInfo, FdsetInfo, VersionInfo
 
 __all__ = [

@@ -12,10 +12,10 @@ from itertools import islice
 from math import inf
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
-from ..closing import Closer
 from ..errors import FdNotSupplied, GenericError
-from ..fd import Fd, Passing
 from ..fdsets import FdSet, FdSets, Peer, StoredFd
+from ..kernel.close_pool import Closer
+from ..kernel.fd import Fd, Passing
 from ..limits import FDS_AT_ONCE, LOOK_INTERVAL, MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, Limits
 from ..policy import Access
 from ..protocol import ServerConnection
@@ -64,7 +64,7 @@ class Stats:
 
 
 class Keeper(Protocol):
-    """Whoever keeps a second copy of what is stored, see :mod:`qmpfd.server.keeper`."""
+    """Whoever keeps a second copy of what is stored, see :mod:`qmpfd.server.fdstore.mirror`."""
 
     @property
     def is_over(self) -> bool:

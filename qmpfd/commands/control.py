@@ -11,7 +11,7 @@ from ..errors import InvalidParameterValue
 from ..limits import TAKEOVER_FORMAT
 from ..protocol.encode import Encoded
 from .context import Context
-from .own_types import Takeover
+from .extension_types import Takeover
 from .schema import schema
 from .table import Table
 from .types import (

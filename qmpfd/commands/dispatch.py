@@ -8,9 +8,10 @@ from msgspec import UNSET
 from outcome import Error, Outcome, Value
 
 from ..errors import GenericError, QMPError
-from ..fd import Fd
+from ..kernel.fd import Fd
 from ..protocol import Request, Vocabulary
-from . import control, fds, own
+from . import control, fds
+from . import extensions as own
 from .context import Context
 from .table import Command, Table
 from .types import NOTHING

@@ -17,7 +17,7 @@ from ..fdsets import StoredFd
 from ..limits import EVENT_BYTES_A_TURN, MAX_EVENT_BYTES, MAX_EVENTS
 from ..policy import Access
 from ..protocol.encode import encode
-from .own_types import FdAdded, FdEventsLost, FdRemoved
+from .extension_types import FdAdded, FdEventsLost, FdRemoved
 
 #: The events there are, by name: the types of their data.
 EVENTS: dict[str, type[Struct]] = {

@@ -13,9 +13,9 @@ import select
 import termios
 
 from ..errors import GenericError, InvalidParameterValue
-from ..fd import Fd
-from ..fdinfo import access_mode, kind, target
 from ..fdsets import StoredFd
+from ..kernel.fd import Fd
+from ..kernel.fdinfo import access_mode, kind, target
 
 
 class Hangups:

@@ -12,12 +12,12 @@ from math import ceil
 
 from msgspec import to_builtins
 
-from ..fdinfo import access_mode, kind, target
 from ..fdsets import FdSet, StoredFd
+from ..kernel.fdinfo import access_mode, kind, target
 from ..limits import INT64_MAX
 from ..protocol.encode import LONG_TEXT, Bits, Encoded, encode, encode_bit_by_bit
 from .context import Context
-from .own_types import FdInfo, PeerInfo
+from .extension_types import FdInfo, PeerInfo
 from .types import FdsetFdInfo, FdsetInfo
 
 # A step is over after so much work, about a millisecond.  The opaque texts count by the character.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..fdsets import Peer
 from ..limits import MAX_PEERS
 from .context import Client, Context
-from .own_types import PeerStats
+from .extension_types import PeerStats
 
 
 def peers(context: Context) -> list[PeerStats]:

@@ -16,7 +16,7 @@ from math import inf
 from typing import NamedTuple, Protocol
 
 from ..errors import FdNotFound, InvalidParameterValue
-from ..fd import Fd
+from ..kernel.fd import Fd
 from .expiry import Expiries
 from .ids import IdPool
 

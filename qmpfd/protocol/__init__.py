@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from .connection import ProtocolError as ProtocolError
     from .connection import State as State
     from .parser import Budget as Budget
+    from .request_decoder import Request as Request
+    from .request_decoder import Spec as Spec
+    from .request_decoder import Vocabulary as Vocabulary
     from .server import Received as Received
     from .server import ServerConnection as ServerConnection
-    from .vocabulary import Request as Request
-    from .vocabulary import Spec as Spec
-    from .vocabulary import Vocabulary as Vocabulary
 
 _HOMES = {
     "Int64": ".arguments",
@@ -34,9 +34,9 @@ _HOMES = {
     "Budget": ".parser",
     "Received": ".server",
     "ServerConnection": ".server",
-    "Request": ".vocabulary",
-    "Spec": ".vocabulary",
-    "Vocabulary": ".vocabulary",
+    "Request": ".request_decoder",
+    "Spec": ".request_decoder",
+    "Vocabulary": ".request_decoder",
 }
 
 __all__ = [*_HOMES]  # noqa: PLE0604 - a test compares it with the imports above

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import FdNotSupplied, QMPError, error_of_class
-from ..fd import Fd
+from ..kernel.fd import Fd
 from ..limits import MAX_REPLY_BYTES, SCM_MAX_FD
 from .connection import Connection, Event, ProtocolError
 

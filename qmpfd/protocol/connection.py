@@ -12,8 +12,8 @@ from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
-from ..fd import Fd
-from .inbox import NO_FDS, ChunkDecoder, Inbox, WithFds
+from ..kernel.fd import Fd
+from .receive_buffer import NO_FDS, ChunkDecoder, Inbox, WithFds
 
 if TYPE_CHECKING:
     from .parser import Budget

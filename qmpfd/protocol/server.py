@@ -9,13 +9,13 @@ from msgspec import UNSET
 from outcome import Error, Outcome, Value
 
 from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError, QMPError
-from ..fd import Fd
+from ..kernel.fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import Connection, Event, State
 from .encode import LONG_TEXT, Bits, Encoded, encode, encode_any, encode_bit_by_bit
-from .inbox import NO_FDS, InboxState, WithFds
 from .parser import Budget
-from .vocabulary import Request, Vocabulary
+from .receive_buffer import NO_FDS, InboxState, WithFds
+from .request_decoder import Request, Vocabulary
 
 #: A request, or the error that it is refused with; its id; its descriptors.
 Received: TypeAlias = "tuple[Request | Error, Any, list[Fd]]"

@@ -12,8 +12,8 @@ import trio
 
 from ..commands import TABLE, Client, Daemon, Dialect
 from ..errors import GenericError, QMPError
-from ..fd import Fd
 from ..fdsets import Peer
+from ..kernel.fd import Fd
 from ..limits import (
     EVICTION_INTERVAL,
     MAX_INCOMPLETE_BYTES,
@@ -22,18 +22,18 @@ from ..limits import (
 from ..policy import Policy
 from ..protocol import Budget
 from ..transport import FdStream
-from .accept import Reserve, accept_clients
-from .admission import Admission, groups_of, peer_of
-from .backlog import Backlog
+from .connection.session import Session
+from .connection.turns import Turns
+from .connection.unsent_budget import Backlog
+from .fdstore.mirror import Keeper
 from .herald import tell_watchers
-from .keeper import Keeper
-from .listener import UnixListener
+from .listen.accept import Reserve, accept_clients
+from .listen.admission import Admission, groups_of, peer_of
+from .listen.listener import UnixListener
+from .listen.rejections import Refusals, refusal
 from .metrics import write_metrics
-from .refusals import Refusals, refusal
 from .retire import retire_expired, retire_hung_up
-from .session import Session
-from .state import SavedSession
-from .turns import Turns
+from .saved_state import SavedSession
 
 _log = logging.getLogger("qmpfd")
 

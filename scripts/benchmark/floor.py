@@ -16,9 +16,9 @@ import select
 import socket
 import sys
 
-from qmpfd import fd
 from qmpfd.commands import VOCABULARY, AddfdInfo
-from qmpfd.fdinfo import looker
+from qmpfd.kernel import fd
+from qmpfd.kernel.fdinfo import looker
 from qmpfd.protocol.encode import encode
 
 _status = looker()

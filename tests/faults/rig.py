@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from helpers import DaemonProcess, daemon_process, open_fds, request, send_now, value
 
-from qmpfd.fd import FileDescriptorLike
+from qmpfd.kernel.fd import FileDescriptorLike
 
 HERE = Path(__file__).parent
 SECONDS = float(os.environ.get("QMPFD_FAULT_SECONDS", "0.5"))

@@ -11,12 +11,12 @@ import random
 from collections import Counter
 from typing import Any
 
-from kernel import BUFFER_BYTES, FakeQueue, Segment, read_once
+from fake_kernel import BUFFER_BYTES, FakeQueue, Segment, read_once
 from outcome import Error, Value
 
 from qmpfd.commands import VERSION, VOCABULARY
 from qmpfd.errors import QMPError
-from qmpfd.fd import Fd
+from qmpfd.kernel.fd import Fd
 from qmpfd.limits import MAX_ERRORS_IN_A_ROW, SCM_MAX_FD
 from qmpfd.protocol import Request, ServerConnection
 

@@ -1,0 +1,1 @@
+"""``qmpfd shell``: interactive QMP."""

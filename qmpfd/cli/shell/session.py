@@ -1,0 +1,271 @@
+"""The connection behind ``qmpfd shell``: commands go out, replies and events are shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+from ...client.blocking import NoDaemon, SyncClient
+from ...errors import QMPError
+from ...kernel.fd import Fd
+from ...protocol.client import QMPEvent
+from ..exit_codes import UsageError
+from ..output import print_json, printable, terminal_width
+from ..verbs import check_open, open_file
+from .schema import Schema
+from .syntax import BadInput, Typed, parse
+
+
+class Session:
+    """A connection to a QMP server, in which one task asks and a thread shows events.
+
+    Args:
+        connect: makes a connection.
+        timeout: seconds that the server has for each command.
+        as_json: print JSON, one value a line, instead of what people like to read.
+        for_a_person: connect again where the server has closed the connection. A script is not
+            told, so it must not go on without what belonged to that connection.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], SyncClient],
+        timeout: float,
+        *,
+        as_json: bool,
+        for_a_person: bool,
+    ) -> None:
+        self._connect = connect
+        self._timeout = timeout
+        self._as_json = as_json
+        self._for_a_person = for_a_person
+        #: Guards the connection and the output: the thread shows events while a line is typed.
+        self._lock = threading.Lock()
+        self._client: SyncClient | None = None
+        self._schema: Schema | None = None
+        self._listener: threading.Thread | None = None
+        self._wake: Fd | None = None
+        self._handed_out: list[Fd] = []
+        #: How the thread shows a line while another is being typed.
+        self.show: Callable[[str], None] = _print
+        #: Asked before a command that ends the server.
+        self.confirm: Callable[[str], bool] = lambda _: True
+
+    # -- the connection ------------------------------------------------------------------------
+
+    def _open(self) -> SyncClient:
+        """The connection, with its time renewed; whoever calls this has the lock.
+
+        Raises:
+            NoDaemon: nobody answers.
+            QMPError: the server turns us away.
+        """
+        if self._listener is not None and not self._listener.is_alive() and self._for_a_person:
+            self._disconnect()
+        if self._client is None:
+            self._client = self._connect()
+            self._wake = Fd(os.eventfd(0, os.EFD_CLOEXEC))
+            self._listener = threading.Thread(
+                target=self._listen, args=[self._client, self._wake], name="events", daemon=True
+            )
+            self._listener.start()
+        self._client.renew(self._timeout)
+        return self._client
+
+    def _listen(self, client: SyncClient, wake: Fd) -> None:
+        """Show events as they come, until the connection ends or *wake* is written to."""
+        poll = select.poll()
+        poll.register(client, select.POLLIN)
+        poll.register(wake, select.POLLIN)
+        while wake.fileno() not in dict(poll.poll()):
+            with self._lock:
+                try:
+                    client.renew(self._timeout)
+                    events = client.take_events()
+                except NoDaemon as exc:
+                    if self._for_a_person:
+                        self.show(f"qmpfd: {message(exc)}")
+                    return
+                for event in events:
+                    self.show(self._event_line(event))
+
+    def close(self) -> None:
+        """Close the connection, and what it has handed out."""
+        self._disconnect()
+        while self._handed_out:
+            self._handed_out.pop().close()
+
+    def _disconnect(self) -> None:
+        client, wake, listener = self._client, self._wake, self._listener
+        self._client = self._wake = self._listener = None
+        if client is None or wake is None or listener is None:
+            return
+        os.eventfd_write(wake.fileno(), 1)
+        listener.join()
+        wake.close()
+        client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def greet(self) -> dict[str, Any]:
+        """Connect, and learn what the server is.
+
+        Raises:
+            NoDaemon, QMPError: nobody answers, or it turns us away.
+        """
+        with self._lock:
+            version: dict[str, Any] = self._open().execute("query-version")
+        return version
+
+    @property
+    def schema(self) -> Schema:
+        """The server's own description of its commands; asked for once."""
+        if self._schema is None:
+            with self._lock:
+                try:
+                    self._schema = Schema(self._open().execute("query-qmp-schema"))
+                except QMPError:  # a server without one, or one that does not tell us
+                    self._schema = Schema()
+        return self._schema
+
+    # -- commands ------------------------------------------------------------------------------
+
+    def run(self, text: str) -> bool:
+        """Do what *text* says, if it says anything; whether the shell goes on.
+
+        Raises:
+            BadInput, UsageError: it cannot be asked.
+            QMPError: the server refused it.
+            NoDaemon: the server does not answer.
+        """
+        words = text.split()
+        if not words or words[0].startswith("#"):
+            return True
+        if words[0] == "exit":
+            return False
+        if words[0] == "help":
+            self._help(words[1:])
+            return True
+        typed = parse(text, self._convert)
+        if typed.command == "quit" and not self.confirm("This ends the server. Go on?"):
+            return True
+        try:
+            self._ask(typed)
+        except NoDaemon:
+            self._disconnect()
+            raise
+        return True
+
+    def _convert(self, command: str, name: str, text: str) -> Any:
+        return self.schema.convert(command, name, text)
+
+    def _ask(self, typed: Typed) -> None:
+        with ExitStack() as stack:
+            fds: list[int] = []
+            for each in typed.passed:
+                if each.path:
+                    fds.append(stack.enter_context(open_file(each.path, each.flags)).fileno())
+                else:
+                    check_open(each.number)
+                    fds.append(each.number)
+            with self._lock:
+                client = self._open()
+                try:
+                    value, passed = client.request(typed.command, typed.arguments, fds)
+                except QMPError as exc:
+                    self._show_error(exc, typed)
+                    raise
+                self._handed_out += passed
+                self._show_reply(value, passed, typed)
+                try:
+                    events = client.take_events()
+                except NoDaemon:  # a reply is a reply: whoever asks next is told
+                    return
+                for event in events:
+                    _print(self._event_line(event))
+
+    def _show_reply(self, value: Any, passed: list[Fd], typed: Typed) -> None:
+        numbers = [fd.fileno() for fd in passed]
+        if self._as_json:
+            reply = {"return": value, **({"id": typed.id} if typed.has_id else {})}
+            print_json({**reply, "fds": numbers} if numbers else reply)
+            return
+        _print(readable(value))
+        for number in numbers:
+            _print(f"(open here as descriptor {number}: --fd {number} passes it on)")
+
+    def _show_error(self, error: QMPError, typed: Typed) -> None:
+        if self._as_json:
+            reply = {"error": {"class": error.error_class, "desc": error.desc}}
+            print_json({**reply, **({"id": typed.id} if typed.has_id else {})})
+
+    def _event_line(self, event: QMPEvent) -> str:
+        if self._as_json:
+            return json.dumps({"event": event.name, "data": event.data, "time": event.seconds})
+        at = time.strftime("%H:%M:%S", time.localtime(event.seconds))
+        return printable(f"{at} {event.name} {json.dumps(event.data, ensure_ascii=False)}")
+
+    def _help(self, names: list[str]) -> None:
+        known = self.schema.commands()
+        if not names:
+            _print("\n".join(_columns(known, terminal_width())))
+            _print(
+                "\nhelp COMMAND shows its arguments. A command is its name and name=value, or JSON;"
+                "\n< FILE or --fd N passes a descriptor. exit, or Ctrl-D, leaves."
+            )
+            return
+        for name in names:
+            if name not in known:
+                raise BadInput(f"no command {name!r} here (help lists them)")
+            _print(self.schema.help(name))
+
+
+def readable(value: Any) -> str:
+    """A reply for people: on one line if it fits, else on several."""
+    line = json.dumps(value, ensure_ascii=False)
+    if len(line) <= terminal_width():
+        return printable(line)
+    lines = json.dumps(value, ensure_ascii=False, indent=2).split("\n")
+    return "\n".join(map(printable, lines))
+
+
+def message(error: Exception) -> str:
+    """What is said of an error, on one line."""
+    if isinstance(error, QMPError):
+        return printable(f"{error.error_class}: {error.desc}")
+    return printable(str(error))
+
+
+#: What a command may end with, other than a reply.
+ERRORS = (BadInput, UsageError, QMPError)
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _columns(names: list[str], width: int) -> list[str]:
+    """Names in columns, as ls has them."""
+    if not names:
+        return ["this server does not tell its commands"]
+    step = max(map(len, names)) + 2
+    per_line = max(1, width // step)
+    count = -(-len(names) // per_line)
+    rows = (names[start::count] for start in range(count))
+    return ["".join(name.ljust(step) for name in row).rstrip() for row in rows]

@@ -1,0 +1,119 @@
+"""``qmpfd shell``: QMP by hand, or from a script."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ...client.blocking import NoDaemon
+from ..exit_codes import DONE, REFUSED
+from ..options import add_client_options, add_examples, client_of, default_socket
+from ..status import server_name
+from .prompt import lines
+from .session import ERRORS, Session, message
+from .syntax import Scanner
+
+if TYPE_CHECKING:
+    from ..options import Subparsers
+
+
+def add_parsers(verbs: Subparsers) -> None:
+    """Add ``shell`` to the command line."""
+    parser = verbs.add_parser(
+        "shell",
+        help="speak QMP by hand, or from a script",
+        description="Speak QMP with the daemon, or with a QEMU. A command is its name and "
+        "name=value, or a JSON object, also over several lines; < FILE or --fd N passes a "
+        "descriptor. On a terminal there are history, help and completion; else commands are "
+        "read from standard input, one a line, and # begins a comment.",
+    )
+    add_client_options(parser)
+    parser.add_argument(
+        "-c",
+        dest="commands",
+        action="append",
+        metavar="COMMAND",
+        help="run this command, and then leave; may be given more than once",
+    )
+    add_examples(
+        parser,
+        "qmpfd shell",
+        "qmpfd shell --socket /run/vm1/qmp.sock",
+        "qmpfd shell -c 'add-fd opaque=log >> /var/log/vm1.log' -c query-fdsets",
+        "qmpfd shell --json < commands",
+        status="  0 done, 1 a command was refused (the others are still run), 2 usage,\n"
+        "  3 no daemon, or it has closed the connection",
+    )
+    parser.set_defaults(run=_shell)
+
+
+def _shell(arguments: argparse.Namespace) -> int:
+    person = not arguments.commands and sys.stdin.isatty() and sys.stdout.isatty()
+    session = Session(
+        partial(client_of, arguments),
+        arguments.timeout,
+        as_json=arguments.json,
+        for_a_person=person,
+    )
+    with session:
+        version = session.greet()
+        if arguments.commands:
+            return _script(session, enumerate(arguments.commands, 1), "command")
+        if not person:
+            return _script(session, _from_stdin(), "line")
+        where = arguments.socket or default_socket()
+        print(f"{server_name(version)} at {where}; help lists the commands, Ctrl-D leaves")
+        _interactive(session)
+        return DONE
+
+
+def _script(session: Session, commands: Iterable[tuple[int, str]], unit: str) -> int:
+    """Run all commands, also behind one that fails; a NoDaemon ends it."""
+    status = DONE
+    for number, text in commands:
+        try:
+            if not session.run(text):
+                break
+        except ERRORS as exc:
+            print(f"qmpfd: {unit} {number}: {message(exc)}", file=sys.stderr, flush=True)
+            status = REFUSED
+    return status
+
+
+def _from_stdin() -> Iterator[tuple[int, str]]:
+    """Commands, each with the number of its first line."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the server says that it is not UTF-8
+    lines_: list[str] = []
+    first, scanner = 0, Scanner()
+    for number, line in enumerate(sys.stdin, 1):
+        if not lines_:
+            if line.lstrip().startswith("#"):
+                continue
+            first = number
+        lines_.append(line)
+        scanner.feed(line)
+        if not scanner.unfinished:
+            yield first, "".join(lines_)
+            lines_, scanner = [], Scanner()
+    if lines_:
+        yield first, "".join(lines_)
+
+
+def _interactive(session: Session) -> None:
+    def confirm(question: str) -> bool:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+    session.confirm = confirm
+    for text in lines(session):
+        try:
+            if not session.run(text):
+                return
+        except (*ERRORS, NoDaemon) as exc:
+            print(message(exc), flush=True)
+        except (KeyboardInterrupt, EOFError):
+            print("interrupted", flush=True)

@@ -1,0 +1,99 @@
+"""``serve --supervise``, and the service manager's store: what a restart needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Collection, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NoReturn
+
+from ..kernel.systemd import InheritedFd, Notifier
+from ..limits import KEEPER_SPARE
+from .exit_codes import UsageError
+
+if TYPE_CHECKING:
+    from ..server.fdstore.mirror import Keeping
+    from ..server.fdstore.recover import Recovered
+
+_log = logging.getLogger("qmpfd")
+
+
+def has_store(size: int) -> bool:
+    """Whether the service manager keeps descriptors for us.
+
+    Args:
+        size: how many, as it says.
+    """
+    return size > 0 and bool(os.environ.get("NOTIFY_SOCKET"))
+
+
+def become_supervisor(log_format: str, log_level: str, passed: Collection[int]) -> NoReturn:
+    """Become the small parent; it starts this command line again, as its worker.
+
+    Args:
+        log_format: as for this program.
+        log_level: likewise.
+        passed: the inherited descriptors that the command line names.
+    """
+    spec = find_spec("qmpfd.supervisor")
+    assert spec is not None
+    assert spec.origin is not None
+    # Without the environment's and the site's modules: nothing but its own file and the library.
+    python = [sys.executable, "-I", "-S", "-W", "ignore", spec.origin]
+    for stream in range(3):  # one that had to be filled would be closed, and something else there
+        os.set_inheritable(stream, True)
+    numbers = ",".join(map(str, passed))
+    command = [sys.executable, *sys.orig_argv[1:]]
+    os.execv(sys.executable, [*python, log_format, log_level, numbers, *command])
+
+
+def recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recovered:
+    """Sort out what this process was started with.
+
+    Raises:
+        UsageError: what has come back cannot be used.
+    """
+    from ..server.fdstore import recover as recovering
+
+    try:
+        recovered = recovering.recover(inherited, parent)
+    except ValueError as exc:
+        raise UsageError(str(exc)) from None
+    if recovered.found:
+        _log.info(
+            "restored %d descriptors of %d fd sets",
+            len(recovered.state.stored_numbers),
+            len(recovered.state.sets),
+        )
+    return recovered
+
+
+def connect(parent: Notifier | None, size: int) -> Keeping | None:
+    """Whoever keeps a second copy of what is stored; None if there is nobody.
+
+    Args:
+        parent: our own, if there is one.
+        size: how many descriptors are kept.
+    """
+    from ..kernel.file_descriptions import Descriptions
+    from ..server.fdstore.mirror import Keeping
+
+    if parent is not None:
+        return Keeping(parent, size, None)
+    if not has_store(size):
+        return None
+    try:
+        descriptions = Descriptions()
+    except OSError as exc:
+        _log.warning("nothing is kept by the service manager: kcmp: %s", exc.strerror)
+        return None
+    if size <= KEEPER_SPARE:
+        _log.warning("nothing is kept by the service manager: %d descriptors are too few", size)
+        return None
+    notifier = Notifier.connect()
+    if notifier is None:
+        _log.warning("nothing is kept by the service manager: it cannot be reached")
+        return None
+    return Keeping(notifier, size, descriptions)

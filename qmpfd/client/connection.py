@@ -1,0 +1,292 @@
+"""Requests and replies of one client connection, from many tasks at once.
+
+There is no background task: of the calls that wait for their replies, one reads for all of them,
+and hands that over when its own reply has come or it is cancelled.  So an exception in the
+caller's block stays what it is, and nothing is left running.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import trio
+
+from ..kernel.fd import FileDescriptorLike, close_all
+from ..limits import CLEANUP_TIMEOUT, MAX_EVENTS
+from ..protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
+from ..transport import FdStream
+
+
+class Call:
+    """A request that waits for its reply."""
+
+    __slots__ = ("reply", "sent", "wake")
+
+    def __init__(self) -> None:
+        self.sent = False  # some of it, so that the server may carry it out
+        self.reply: Reply | None = None
+        self.wake: trio.Event | None = None  # while it waits for another call that reads
+
+    def nudge(self) -> None:
+        """The reply is here, or it is this call's turn to read."""
+        if self.wake is not None:
+            self.wake.set()
+
+
+class Dialogue:
+    """What is said over a connection, and who waits for what.
+
+    A call that is cancelled breaks no other: if its request was sent already, the server carries
+    it out, and the reply is thrown away.
+
+    Args:
+        stream: the connection; owned from here on.
+    """
+
+    def __init__(self, stream: FdStream) -> None:
+        self._stream = stream
+        self._connection = ClientConnection()
+        self._ids = count(1)
+        self._calls: dict[int, Call] = {}
+        self._sending = trio.Lock()
+        self._unsent = b""  # the rest of a request whose call was cancelled halfway
+        self._reading = False
+        self._events: deque[QMPEvent] = deque(maxlen=MAX_EVENTS)
+        self._failure: Exception | None = None
+
+    @property
+    def greeting(self) -> Mapping[str, Any]:
+        """What the server said of itself: its ``version`` and ``capabilities``."""
+        return self._connection.greeting or {}
+
+    @property
+    def failed(self) -> bool:
+        """Whether the connection is of no use any more."""
+        return self._failure is not None
+
+    def prepend_events(self, events: Iterable[QMPEvent]) -> None:
+        """Have these asked for before all others."""
+        self._events = deque([*events, *self._events], maxlen=MAX_EVENTS)
+
+    def drop_events(self, names: Container[str]) -> None:
+        """Forget the events of these names that nobody has asked for."""
+        others = [event for event in self._events if event.name not in names]
+        self._events = deque(others, maxlen=MAX_EVENTS)
+
+    async def next_event(self) -> QMPEvent:
+        await trio.lowlevel.checkpoint()
+        if not self._events:
+            call = Call()
+            # It has no request, and no reply will ever have its id: it is woken to read.
+            request_id = next(self._ids)
+            self._calls[request_id] = call
+            try:
+                await self._wait(call, lambda: bool(self._events))
+            finally:
+                self._forget(request_id)
+        return self._events.popleft()
+
+    async def negotiate(self) -> None:
+        """Wait for the greeting and enter command mode; :func:`connect` has done so already."""
+        while self._connection.state is State.CONNECTED:
+            if self._failure is not None:
+                raise self._failure
+            await self._read()
+        reply = await self.request("qmp_capabilities")
+        close_all(reply.fds)
+        reply.unwrap()
+        self._connection.negotiated()
+
+    async def request(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        fds: Sequence[FileDescriptorLike] = (),
+        call: Call | None = None,
+    ) -> Reply:
+        """Carry out a command; its reply.
+
+        Args:
+            command: its name.
+            arguments: its arguments.
+            fds: descriptors to pass with it.
+            call: tells afterwards whether it was sent.
+        """
+        call = call or Call()
+        await trio.lowlevel.checkpoint()
+        if self._connection.state is State.CLOSED:
+            raise trio.ClosedResourceError("this client is closed")
+        request_id = next(self._ids)
+        self._calls[request_id] = call
+        try:
+            request = self._connection.execute(command, arguments, request_id)
+            gone = False
+            try:
+                await self._send(request, fds, call)
+            except trio.BrokenResourceError:
+                gone = True
+            if gone:
+                await self._hear_out(call)
+            await self._wait(call, lambda: call.reply is not None)
+            assert call.reply is not None
+            return call.reply
+        except BaseException:
+            if call.reply is not None:
+                close_all(call.reply.fds)
+            raise
+        finally:
+            self._forget(request_id)
+
+    async def _send(self, request: bytes, fds: Sequence[FileDescriptorLike], call: Call) -> None:
+        async with self._sending:
+            if self._failure is not None:
+                raise self._failure
+            if self._unsent:
+                await self._send_rest()
+            sent = self._stream.send_nowait(request, fds)
+            while not sent:
+                await self._wait_writable()
+                sent = self._stream.send_nowait(request, fds)
+            call.sent = True
+            self._unsent = request[sent:]
+            if self._unsent:
+                await self._send_rest()
+
+    async def _hear_out(self, call: Call) -> None:
+        """The server hears nothing any more; it may have answered others before, or said why."""
+        with trio.move_on_after(CLEANUP_TIMEOUT):
+            await self._wait(call, lambda: self._failure is not None)
+        self._fail(trio.BrokenResourceError("the server has closed the connection"))
+        assert self._failure is not None
+        raise self._failure
+
+    async def _send_rest(self) -> None:
+        """Send what is left of a request that the server has seen the beginning of.  Cancelled
+        here, the next call goes on where this one stopped.
+        """
+        while self._unsent:
+            await self._wait_writable()
+            self._unsent = self._unsent[self._stream.send_nowait(self._unsent) :]
+
+    async def _wait_writable(self) -> None:
+        """Wait until the server takes more.  It may have to be rid of its answers first, those
+        to calls that were cancelled too: they are read meanwhile.
+        """
+        closed: trio.ClosedResourceError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._read_meanwhile)
+            try:
+                await self._stream.wait_writable()
+            except trio.ClosedResourceError as exc:  # raised outside, where it is in no group
+                closed = exc
+            nursery.cancel_scope.cancel()
+        if closed is not None:
+            raise closed
+
+    async def _read_meanwhile(self) -> None:
+        call = Call()
+        request_id = next(self._ids)
+        self._calls[request_id] = call
+        try:
+            await self._wait(call, lambda: self._failure is not None)
+        except trio.ClosedResourceError:
+            pass  # whoever sends finds out as well
+        finally:
+            self._forget(request_id)
+
+    async def _wait(self, call: Call, done: Callable[[], bool]) -> None:
+        """Wait until *done*, reading for everybody while nobody else does."""
+        while not done():
+            if self._failure is not None:
+                raise self._failure
+            if self._reading:
+                call.wake = trio.Event()
+                try:
+                    await call.wake.wait()
+                finally:
+                    call.wake = None
+            else:
+                await self._read()
+
+    def _forget(self, request_id: int) -> None:
+        """The call is over; if it was reading, another one that waits takes over."""
+        self._calls.pop(request_id, None)
+        if not self._reading:
+            for call in self._calls.values():
+                if call.wake is not None and call.reply is None:
+                    call.nudge()
+                    return
+
+    async def _read(self) -> None:
+        """Read what the server sent, for whoever waits for it; wait if there is nothing."""
+        self._reading = True
+        try:
+            while not self._receive_nowait():
+                await self._stream.wait_readable()
+        finally:
+            self._reading = False
+
+    def _receive_nowait(self) -> bool:
+        try:
+            more = self._stream.receive_nowait(self._connection)
+            if more is None:
+                return False
+            for message in self._connection.messages():
+                self._deliver(message)
+        except ProtocolError as exc:
+            self._fail(exc)
+        else:
+            if not more:
+                self._fail(trio.BrokenResourceError("the server has closed the connection"))
+        self._close_garbage()
+        return True
+
+    def _deliver(self, message: Reply | QMPEvent) -> None:
+        if isinstance(message, QMPEvent):
+            self._events.append(message)
+            for waiting in self._calls.values():
+                waiting.nudge()
+            return
+        call = self._calls.get(message.id) if isinstance(message.id, int) else None
+        if call is not None:
+            call.reply = message
+            call.nudge()
+            return
+        close_all(message.fds)
+        if message.id is None and message.error is not None:
+            # Not the answer to a request: the server turns us away.
+            self._fail(message.error)
+
+    def _fail(self, failure: Exception) -> None:
+        if self._failure is None:
+            self._failure = failure
+        for call in self._calls.values():
+            call.nudge()
+
+    def _close_garbage(self) -> None:
+        close_all(self._connection.garbage)
+        self._connection.garbage.clear()
+
+    def retire(self) -> list[QMPEvent]:
+        """Close a connection that has failed, and whose calls know that, or have their replies but
+        did not get round to them; the events that nobody has asked for.
+        """
+        self._connection.close()
+        self._close_garbage()
+        self._stream.close()
+        return list(self._events)
+
+    def close(self) -> None:
+        """Close the connection; calls that wait raise ClosedResourceError."""
+        if self._connection.state is State.CLOSED:
+            return
+        self._connection.close()
+        self._close_garbage()
+        self._fail(trio.ClosedResourceError("this client is closed"))
+        for call in self._calls.values():
+            if call.reply is not None:
+                close_all(call.reply.fds)
+        self._stream.close()

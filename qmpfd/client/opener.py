@@ -1,0 +1,48 @@
+"""``/dev/fdset/N`` for Python's own ``open``: an opener that asks a qmpfd daemon."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+
+from ..errors import FdNotFound
+from .blocking import SyncClient
+
+_NAME = re.compile("/dev/fdset/([0-9]{1,18})")
+_ACCESS = {os.O_RDONLY: "rdonly", os.O_WRONLY: "wronly", os.O_RDWR: "rdwr"}
+
+
+def fdset_opener(
+    path: str | os.PathLike[str], *, timeout: float = 10.0
+) -> Callable[[str, int], int]:
+    """An opener for :func:`open` that opens ``/dev/fdset/N`` out of the daemon's fd sets.
+
+    ``open("/dev/fdset/0", "rb", opener=qmpfd.fdset_opener(path))`` reads from the newest
+    descriptor of set 0 that was opened for reading only: as in QEMU, the access mode must be
+    equal.  Nothing is truncated or created, whatever the mode says, and the position is shared
+    with all who have the descriptor.  Any other name is opened as usual.  It waits for the daemon:
+    in a Trio program that cannot wait, call it in a thread.
+
+    Args:
+        path: the daemon's socket.
+        timeout: seconds after which a silent daemon is given up.
+
+    Raises:
+        FileNotFoundError: there is no such fd set, or no descriptor of that access mode in it.
+        NoDaemon: nobody answers at *path*.
+        QMPError: the daemon refuses for another reason.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        match = _NAME.fullmatch(os.fsdecode(name))
+        if match is None:
+            return os.open(name, flags, 0o666)
+        members = {"fdset-id": int(match[1]), "access": _ACCESS[flags & os.O_ACCMODE]}
+        with SyncClient(path, timeout) as client:
+            try:
+                return client.open_fdset(members).detach()
+            except FdNotFound as exc:
+                raise FileNotFoundError(2, str(exc), name) from None
+
+    return opener

@@ -1,0 +1,252 @@
+"""File descriptors with exactly one owner each, and the system calls that carry them.
+
+Nothing else in this package closes a descriptor, and nothing else reads or writes control
+messages.  All calls here are synchronous and never wait: the sockets are non-blocking, and who
+waits for them (Trio, or a poll in the command line) is the business of the floors above.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import os
+import socket
+import struct
+import termios
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Protocol, TypeAlias
+
+from ..limits import FEW_BYTES, READ_BYTES, SCM_MAX_FD, SEGMENT_BYTES
+
+
+class HasFileno(Protocol):
+    """Anything that has a descriptor: a file, a socket, a :class:`Fd`."""
+
+    def fileno(self) -> int:
+        """The number of the descriptor."""
+
+
+FileDescriptorLike: TypeAlias = "int | HasFileno"
+
+
+class Fd:
+    """The one owner of an open descriptor.
+
+    The number is given up before it is closed, so that no error and no second call can close a
+    descriptor that has meanwhile been given to somebody else (close(2), "Dealing with error
+    returns": it is closed even where close reports an error).
+
+    Args:
+        number: an open descriptor that nobody else will close.
+    """
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        #: For reading only: the descriptor's number, -1 once it is closed or detached.
+        self.number = number
+
+    def fileno(self) -> int:
+        """The descriptor's number; ValueError once it is closed or detached."""
+        if self.number < 0:
+            raise ValueError("the descriptor is closed")
+        return self.number
+
+    #: A descriptor can stand for its number: ``os.read(fd, 10)``, ``open(fd.detach())``.
+    __index__ = fileno
+
+    @property
+    def closed(self) -> bool:
+        """Whether this object owns nothing any more."""
+        return self.number < 0
+
+    def detach(self) -> int:
+        """Give the descriptor up: the caller owns the number that is returned."""
+        number = self.fileno()
+        self.number = -1
+        return number
+
+    def dup(self) -> Fd:
+        """A second descriptor of the same open file description, close-on-exec (dup(2))."""
+        return Fd(os.dup(self.fileno()))
+
+    def move_above(self, number: int) -> None:
+        """Give it another number, higher than *number* (fcntl(2), F_DUPFD_CLOEXEC).
+
+        Raises:
+            OSError: there is none.
+        """
+        moved = fcntl.fcntl(self.fileno(), fcntl.F_DUPFD_CLOEXEC, number + 1)
+        self.close()
+        self.number = moved
+
+    def close(self) -> None:
+        """Close the descriptor; harmless when that was done before."""
+        number, self.number = self.number, -1
+        if number >= 0:
+            try:
+                os.close(number)
+            except OSError:
+                # EIO and the like speak of lost writes of the file, which is its writer's business;
+                # the descriptor is gone in any case.
+                pass
+
+    def __enter__(self) -> Fd:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Fd {self.number}>" if self.number >= 0 else "<Fd closed>"
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            self.close()
+
+
+def close_all(fds: Iterable[Fd]) -> None:
+    """Close each of *fds*."""
+    for fd in fds:
+        fd.close()
+
+
+def fileno(fd: FileDescriptorLike) -> int:
+    """The number of *fd*, an int or anything with ``fileno()``; ValueError when it is negative."""
+    number = fd if isinstance(fd, int) else fd.fileno()
+    if number < 0:
+        raise ValueError(f"{number} is no file descriptor")
+    return number
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """How many bytes wait to be read from a Unix stream socket (SIOCINQ, unix(7))."""
+    found: tuple[int] = _one.unpack(fcntl.ioctl(sock.fileno(), termios.FIONREAD, _ZERO))
+    return found[0]
+
+
+def most_untaken(sock: socket.socket) -> int:
+    """How many messages the peer of a Unix stream socket can have left unread at most (SIOCOUTQ,
+    unix(7), which tells the memory that they take); 0 if there is none.
+    """
+    found: tuple[int] = _one.unpack(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, _ZERO))
+    return -(-found[0] // _MESSAGE_BYTES)
+
+
+# Room for one control message with as many descriptors as the kernel passes at a time.
+_CONTROL_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
+
+# As plain numbers: the enumerations of the socket module take microseconds to combine.
+_PEEK, _CLOEXEC = int(socket.MSG_PEEK), int(socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED, _NOSIGNAL = int(socket.MSG_CTRUNC), int(socket.MSG_NOSIGNAL)
+_SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
+
+# Bytes of memory that a message takes on its way at least: its sk_buff and skb_shared_info.
+_MESSAGE_BYTES = 512
+
+_one = struct.Struct("i")
+_INT_BYTES = _one.size
+_ZERO = _one.pack(0)
+
+
+class Plenty(Exception):
+    """More is there than was to be looked at."""
+
+
+def peek(sock: socket.socket, few: bool = False) -> tuple[bytes, bool]:
+    """See what the next read would return, without consuming it: its bytes, and whether
+    descriptors come with the last of them.
+
+    The kernel ends a read after the bytes that descriptors were sent with.  Without room for
+    control messages it leaves the descriptors where they are and says MSG_CTRUNC (recvmsg(2)).
+
+    Args:
+        sock: the socket.
+        few: look only if there are no more than a few bytes.
+
+    Raises:
+        BlockingIOError: nothing is there yet.
+        Plenty: there are more than a few.
+    """
+    most = FEW_BYTES if few else READ_BYTES
+    data, _, flags, _ = sock.recvmsg(most, 0, _PEEK)
+    if len(data) < most:  # as nearly always
+        return data, flags & _TRUNCATED != 0
+    if few:
+        raise Plenty
+    fds_follow = flags & _TRUNCATED != 0
+    if fds_follow:
+        # What they were sent with may go on behind these bytes: show it whole, the next time.
+        data = data[:-SEGMENT_BYTES]
+    return data, fds_follow
+
+
+def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:
+    """Read up to *count* bytes and the descriptors that were sent with them.
+
+    The descriptors are close-on-exec and owned from here on.  The flag tells that the kernel had
+    to drop some of them, because this process is out of descriptors (MSG_CTRUNC).
+
+    Raises:
+        BlockingIOError: nothing is there yet.
+    """
+    data, control, flags, _ = sock.recvmsg(count, _CONTROL_BYTES, _CLOEXEC)
+    fds: list[Fd] = []
+    for level, kind, payload in control:
+        if level == _SOCKET_LEVEL and kind == _RIGHTS:
+            if len(payload) == _INT_BYTES:  # as nearly always
+                fds.append(Fd(_one.unpack(payload)[0]))
+            else:
+                whole = len(payload) - len(payload) % _INT_BYTES
+                fds += map(Fd, array.array("i", payload[:whole]))
+    return data, fds, flags & _TRUNCATED != 0
+
+
+def skip(sock: socket.socket, count: int) -> None:
+    """Read *count* bytes that were seen already, and with which no descriptors come."""
+    sock.recv(count)
+
+
+def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescriptorLike]) -> int:
+    """Send *data*, with duplicates of *fds* attached to its first byte; how many bytes went.
+
+    Raises:
+        BlockingIOError: the peer has to read first; nothing was sent.
+    """
+    if not fds:
+        return sock.send(data, _NOSIGNAL)
+    rights = array.array("i", map(fileno, fds))
+    return sock.sendmsg([data], [(_SOCKET_LEVEL, _RIGHTS, rights)], _NOSIGNAL)
+
+
+class Passing:
+    """Tells whether descriptors can be passed at all: of an unprivileged user, all processes
+    together may have only so many on their way that nobody has received yet (ETOOMANYREFS,
+    unix(7)), and a send that meets that limit is a reply that cannot go out.
+
+    Raises:
+        OSError: this process is out of descriptors.
+    """
+
+    def __init__(self) -> None:
+        with ExitStack() as stack:
+            self._near, self._far = map(stack.enter_context, socket.socketpair())
+            self._null = stack.enter_context(Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
+            self._open = stack.pop_all()
+
+    def fails(self) -> bool:
+        """Whether it would fail now."""
+        try:
+            send(self._near, b" ", [self._null])
+        except OSError as exc:
+            return exc.errno == errno.ETOOMANYREFS
+        skip(self._far, 1)  # and with it the descriptor
+        return False
+
+    def close(self) -> None:
+        """Close what this takes."""
+        self._open.close()

@@ -1,0 +1,49 @@
+"""Who asked for what, and what became of it: counted, and in the log."""
+
+from __future__ import annotations
+
+import logging
+
+from outcome import Error, Outcome, Value
+
+from ...commands import VOCABULARY, Stats
+from ...errors import QMPError
+from ...fdsets import Peer
+from ...protocol import Request
+
+_log = logging.getLogger("qmpfd")
+
+
+def note(stats: Stats, peer: Peer, request: Request | Error, result: Outcome[object]) -> None:
+    """Count an error; and say what was done, if every command is to be in the log.
+
+    Args:
+        stats: where errors are counted.
+        peer: who asked.
+        request: for what; an error if that was nothing that can be done.
+        result: what became of it.
+    """
+    if isinstance(result, Error):
+        assert isinstance(result.error, QMPError)
+        stats.errors[result.error.error_class] += 1
+    if not _log.isEnabledFor(logging.DEBUG):
+        return
+    name = None if isinstance(request, Error) else VOCABULARY.names[type(request)]
+    arguments = None if isinstance(request, Error) else request.arguments
+    told = result.error if isinstance(result, Error) else "done"
+    value = result.value if isinstance(result, Value) else None
+    extra = {
+        "pid": peer.pid,
+        "uid": peer.uid,
+        "command": name,
+        "fdset_id": _first_int("fdset_id", value, arguments),
+        "fd": _first_int("fd", value, arguments),
+        "outcome": str(told),
+    }
+    _log.debug("pid %d, uid %d: %s: %s", *peer[:2], name or "bad request", told, extra=extra)
+
+
+def _first_int(member: str, *structs: object) -> int | None:
+    """The member of that name that is a number, of the first of *structs* that has one."""
+    values = (getattr(struct, member, None) for struct in structs)
+    return next((value for value in values if isinstance(value, int)), None)

@@ -1,0 +1,103 @@
+"""A connection's descriptors that nobody takes, or has taken yet: closed in steps, and counted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...errors import QMPError
+from ...kernel.fd import Fd
+from ...protocol import ServerConnection
+from .send_buffer import Outbox
+from .turns import Share
+
+if TYPE_CHECKING:
+    from ..server import Server
+
+#: Descriptors that are closed in a row, at up to 5 us each.
+CLOSES_A_STEP = 256
+
+
+class Leftovers:
+    """What one connection leaves to be closed.
+
+    Args:
+        server: the daemon.
+        connection: whose garbage it is.
+        outbox: what its client has to take.
+        share: the client's share of time.
+        uid: the client's.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        connection: ServerConnection,
+        outbox: Outbox,
+        share: Share,
+        uid: int,
+    ) -> None:
+        self._server = server
+        self._connection = connection
+        self._outbox = outbox
+        self._share = share
+        self._uid = uid
+        #: The descriptors that wait for a command or for the client, as counted so far.
+        self.waiting = 0
+
+    def close_some(self) -> None:
+        """Close as many as can be closed in a row."""
+        garbage = self._connection.garbage
+        if len(garbage) > CLOSES_A_STEP:
+            garbage = self._take(CLOSES_A_STEP)
+        self._server.daemon.closer.close(garbage)
+        garbage.clear()
+
+    async def close_all(self, count: int) -> None:
+        """Close so many."""
+        for closed in range(0, count, CLOSES_A_STEP):
+            if self._share.over:
+                self.count_waiting()
+                await self._share.next_turn()
+            self._server.daemon.closer.close(self._take(min(count - closed, CLOSES_A_STEP)))
+
+    def dispose(self, most: int | None = None) -> None:
+        """Close them as soon as all that was removed is gone from the keeper."""
+        if self._connection.garbage:
+            self._server.dispose(self._take(most))
+
+    def _take(self, most: int | None) -> list[Fd]:
+        garbage = self._connection.garbage
+        taken, garbage[:most] = garbage[:most], []
+        return taken
+
+    @property
+    def some_wait(self) -> bool:
+        """Whether there is something to count."""
+        outbox = self._outbox
+        here = self.waiting or outbox.waiting_fds or outbox.in_flight
+        return bool(here or self._connection.waiting_fds)
+
+    def count_waiting(self) -> None:
+        """Count the descriptors that have come and that no command has, and those that wait to be
+        taken with their replies.  If they are too many, those that have come last go.
+        """
+        daemon, outbox = self._server.daemon, self._outbox
+        outbox.look()
+        more = self._connection.waiting_fds + outbox.carried_fds - self.waiting
+        if more > 0:
+            try:
+                daemon.check_waiting(self._uid, more)
+            except QMPError as exc:
+                self._connection.refuse_fds(exc.desc)
+                self.dispose()
+                more = outbox.carried_fds - self.waiting
+        if more:
+            daemon.hold_waiting(self._uid, more)
+            self.waiting += more
+
+    def look(self) -> None:
+        """Count no more what the client has received meanwhile."""
+        taken = min(self._outbox.look(), self.waiting)
+        if taken:
+            self._server.daemon.hold_waiting(self._uid, -taken)
+            self.waiting -= taken

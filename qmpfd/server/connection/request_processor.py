@@ -1,0 +1,226 @@
+"""Carries out what one client asks for: requests in, replies to its outbox."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from msgspec import UNSET
+from outcome import Error, Outcome
+
+from ...commands import Context, execute
+from ...kernel.fd import Fd
+from ...limits import MAX_FDS_A_TURN, REPLY_BYTES_A_TURN
+from ...protocol import ServerConnection
+from .command_log import note
+from .fd_accounting import Leftovers
+from .send_buffer import Outbox
+from .turns import Share
+
+if TYPE_CHECKING:
+    from ..server import Server
+
+_log = logging.getLogger("qmpfd")
+_VERBOSE = logging.DEBUG
+
+#: Bytes to send in one go, and the descriptors that go with the first of them.
+_Batch: TypeAlias = "tuple[bytes, list[Fd]]"
+
+
+class Answers:
+    """One client's requests, and what they come to.
+
+    Each chunk of them is carried out in one critical section, without an await, then what it has
+    removed is closed, and only then the replies go to the outbox.
+
+    Args:
+        server: the daemon.
+        connection: where the requests are.
+        context: the connection as its commands see it.
+        outbox: where the replies go.
+        leftovers: what closes what was removed.
+        share: the client's share of time.
+        settle: waits until all that was changed is safe.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        connection: ServerConnection,
+        context: Context,
+        outbox: Outbox,
+        leftovers: Leftovers,
+        share: Share,
+        settle: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._server = server
+        self._connection = connection
+        self._context = context
+        self._outbox = outbox
+        self._leftovers = leftovers
+        self._share = share
+        self._settle = settle
+        self._lock = server.lock
+        #: Something was asked, since somebody last looked.
+        self.asked = False
+        #: Of the request that asked for a takeover.
+        self.takeover_id: Any = UNSET
+        #: A reply that is sent bit by bit, until all of it is.
+        self.long_reply: Iterator[bytes] | None = None
+        # Replies that go to the outbox once what was removed is closed.  One that carries
+        # descriptors begins a batch: they arrive with its first byte, and so with that reply and no
+        # other.
+        self._batches: list[_Batch] = []
+
+    def give_nowait(self, at_once: bool) -> bool:
+        """Carry out the requests that are complete; the replies are to be sent.
+
+        Args:
+            at_once: or are sent, as far as the client takes them.
+
+        Returns:
+            Whether that was all; else :meth:`give` has to go on.
+        """
+        if self._lock.locked():  # by somebody who waits for something meanwhile
+            return False
+        # And nobody gets a turn before this is over: there is no await in it.
+        self._carry_out()
+        if not self._tell_nowait(at_once):
+            return False
+        return self.long_reply is None and not self._connection.has_news
+
+    async def give(self) -> None:
+        """Go on with what is under way, and carry out all that is complete, however long it takes;
+        between two chunks, others have their turn.
+        """
+        context, outbox, share = self._context, self._outbox, self._share
+        while True:
+            await self._tell()
+            if context.quitting or context.takes_over or not self._connection.has_news:
+                return
+            await outbox.send(share)
+            if share.over or outbox.deaf:  # perhaps with a thousand others
+                await share.next_turn()
+            if self._lock.locked():
+                async with self._lock:
+                    self._carry_out()
+            else:
+                self._carry_out()
+
+    def _carry_out(self) -> None:
+        """Carry out requests: all there are, or until it is time to send the replies."""
+        connection, context, ends = self._connection, self._context, self._share.ends
+        deaf, verbose = self._outbox.deaf, _log.isEnabledFor(_VERBOSE)
+        batches = self._batches
+        replies: list[bytes] = []
+        size = passed = 0
+        asked = False
+        result: Outcome[object]
+        for request, request_id, fds in connection.requests():
+            if type(request) is Error:
+                result = request
+            else:
+                result = execute(context, request, fds)
+                asked = True
+            if verbose or type(result) is Error:
+                note(context.daemon.stats, context.peer, request, result)
+            if context.takes_over:
+                self.takeover_id = request_id
+                break
+            # Nobody reads what a deaf client is told.
+            reply = b"" if deaf else connection.answer(result, request_id)
+            if not isinstance(reply, bytes):
+                self.long_reply = reply
+                break
+            size += len(reply)
+            if context.passed:
+                batches += (b"".join(replies), []), (reply, context.passed)
+                passed += len(context.passed)
+                replies, context.passed = [], []
+                if passed > MAX_FDS_A_TURN:
+                    break
+            else:
+                replies.append(reply)
+            if monotonic() > ends or context.quitting or size > REPLY_BYTES_A_TURN:
+                break
+        batches.append((b"".join(replies), []))
+        if asked:
+            self.asked = True
+
+    def _tell_nowait(self, at_once: bool = False) -> bool:
+        """Close what was removed, and put the replies into the outbox; whether that was possible
+        without waiting.
+
+        Args:
+            at_once: send them, as far as the client takes them.
+        """
+        outbox, garbage = self._outbox, self._connection.garbage
+        if self._server.keeper is not None and self._context.about_store:
+            self._context.about_store = False
+            if not self._server.is_settled:
+                outbox.hold()
+        if outbox.unsafe:
+            if outbox.deaf:
+                return False
+        elif garbage:
+            # Before the replies: what is removed is closed once its client has read so.
+            self._leftovers.close_some()
+            if garbage:  # a whole set, perhaps
+                return False
+        batches = self._batches
+        if at_once and len(batches) == 1:  # nothing goes with it
+            outbox.tell(batches[0][0])
+        else:
+            for data, fds in batches:
+                outbox.put(data, fds)
+        batches.clear()
+        if self._leftovers.some_wait:
+            self._leftovers.count_waiting()
+        return True
+
+    async def _tell(self) -> None:
+        """The same, however long it takes; and a reply that is sent bit by bit."""
+        outbox = self._outbox
+        while not self._tell_nowait():
+            if outbox.unsafe:
+                await self._settle()
+            else:
+                await self._leftovers.close_all(len(self._connection.garbage))
+        if self.long_reply is not None:
+            await outbox.send(self._share)
+            await self._send_bit_by_bit(self.long_reply)
+            self.long_reply = None
+            outbox.emptied()
+
+    async def _send_bit_by_bit(self, bits: Iterator[bytes]) -> None:
+        """Make a reply bit by bit and send it, while others are served and the store changes.  No
+        event comes in between.
+        """
+        server, outbox, share, context = self._server, self._outbox, self._share, self._context
+        more = True
+        while more and not outbox.deaf:
+            made: list[bytes] = []
+            size = 0
+            await share.next_turn(much=True)
+            async with server.entered():
+                more = False
+                for bit in bits:
+                    made.append(bit)
+                    size += len(bit)
+                    if size > REPLY_BYTES_A_TURN or share.over:
+                        more = True
+                        break
+            if size:
+                passed, context.passed = context.passed, []
+                if not server.is_settled:
+                    outbox.hold()
+                outbox.put(b"".join(made), passed)
+            await outbox.send(share)
+
+    def close(self) -> None:
+        """The connection is over: what was still to be sent is garbage."""
+        for _, fds in self._batches:
+            self._connection.garbage += fds
+        self._batches.clear()

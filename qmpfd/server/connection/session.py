@@ -1,0 +1,367 @@
+"""One client: chunks in, commands under the lock, replies and events out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import trio
+from outcome import Error, Value
+
+from ...commands import NOTHING, VERSION, VOCABULARY, Client, Context
+from ...errors import GenericError, QMPError
+from ...fdsets import Peer
+from ...kernel.fd import Fd, Plenty
+from ...limits import (
+    HELD_REPLY_BYTES,
+    LOCK_TIMEOUT,
+    NEGOTIATION_TIMEOUT,
+)
+from ...policy import Access
+from ...protocol import ServerConnection, State
+from ...transport import FdStream
+from ..listen.rejections import refusal
+from ..saved_state import SavedSession
+from ..takeover.sender import hand_over
+from .fd_accounting import CLOSES_A_STEP, Leftovers
+from .request_processor import Answers
+from .send_buffer import Outbox
+from .snapshot import describe, restore
+from .turns import Share
+
+if TYPE_CHECKING:
+    from ..server import Server
+
+_log = logging.getLogger("qmpfd")
+
+
+class Session:
+    """Serves one client.
+
+    Args:
+        server: the daemon.
+        stream: the connection; owned from here on.
+        peer: who is at its other end.
+        groups: all groups of the peer.
+        access: what it may do.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        stream: FdStream,
+        peer: Peer,
+        groups: frozenset[int],
+        access: Access,
+    ) -> None:
+        self.peer = peer
+        self.groups = groups
+        self._server = server
+        self._stream = stream
+        self._connection = ServerConnection(
+            VOCABULARY,
+            max_request_bytes=server.daemon.limits.max_request_bytes,
+            qemu_classes=server.daemon.dialect == "qemu",
+            budget=server.budget,
+            owner=peer.uid,
+        )
+        self._context = Context(server.daemon, self._connection, peer, access, self._tell)
+        self._share = Share(server.turns)
+        self._since = trio.current_time()  # when it connected, or was last seen to have asked
+        self._connected_at = self._since
+        self._farewell: QMPError | None = None  # why it is evicted
+        self._scope = trio.CancelScope()
+        self._waiting = False  # for the client; nothing of it is unanswered
+        self._parked = False  # the daemon is frozen; nothing of the client is under way
+        self._events_wait = False  # until the client has taken what it is being sent
+        self.outbox = Outbox(
+            server, stream, peer, self._connection.garbage, self._emptied, self._settle
+        )
+        self._leftovers = Leftovers(server, self._connection, self.outbox, self._share, peer.uid)
+        self._settling = trio.Lock()
+        self._answers = Answers(
+            server,
+            self._connection,
+            self._context,
+            self.outbox,
+            self._leftovers,
+            self._share,
+            self._settle,
+        )
+        self._pump_scope: trio.CancelScope | None = None  # while events are being sent
+
+    async def run(self) -> None:
+        """Serve the client until it is gone, or the daemon ends."""
+        try:
+            with self._scope:
+                if self._connection.state is State.CONNECTED:
+                    self.outbox.put(self._connection.greeting(VERSION))
+                await self.outbox.send()
+                await self._serve()
+            if self._scope.cancelled_caught:
+                if self._farewell is None:
+                    # Told to finish: carry out what the client has sent so far.
+                    await self._serve_rest()
+                else:
+                    with suppress(trio.BrokenResourceError):
+                        self._stream.send_nowait(refusal(self._farewell))
+        except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
+            _log.exception("a connection failed")
+        finally:
+            self.outbox.mute()
+            if self._pump_scope is not None:
+                self._pump_scope.cancel()
+            self._server.close_stream(self._stream)
+            self._answers.close()
+            self._connection.close()
+            self._leftovers.count_waiting()
+            with trio.move_on_after(LOCK_TIMEOUT, shield=True):
+                await self._leave_nothing()
+            self._leftovers.dispose()
+
+    async def _leave_nothing(self) -> None:
+        """Take out what was kept for the time of the connection; all of it may be a lot."""
+        more = True
+        while more:
+            async with self._server.entered():
+                more = self._context.close(CLOSES_A_STEP)
+            while self._connection.garbage:
+                self._leftovers.dispose(CLOSES_A_STEP)
+                if more or self._connection.garbage:
+                    await trio.lowlevel.checkpoint()
+
+    def finish(self) -> None:
+        """End as soon as all that the client has sent is answered."""
+        if self._waiting:
+            self._scope.cancel()
+
+    def change_access(self, access: Access) -> None:
+        """The policy has changed: what the client may do from now on."""
+        self._context.change_access(access)
+
+    def look(self) -> None:
+        """Count no more what the client has received meanwhile."""
+        self._leftovers.look()
+
+    def about(self, now: float) -> Client:
+        """What others may be told of the client."""
+        return Client(
+            self.peer,
+            now - self._connected_at,
+            self._idle(now),
+            self._context.fd_count,
+            self._context.events is not None,
+        )
+
+    def _idle(self, now: float) -> float:
+        """Seconds since it connected, or last asked something."""
+        return 0.0 if self._answers.asked else now - self._since
+
+    def evict_if_idle(self, now: float) -> None:
+        """End if the client has not negotiated in time, or has asked nothing for too long."""
+        if self._farewell is not None:
+            return
+        if self._answers.asked:
+            self._since, self._answers.asked = now, False
+        if self._connection.state is not State.COMMANDS:
+            limit: float | None = NEGOTIATION_TIMEOUT
+            desc = f"No 'qmp_capabilities' within {NEGOTIATION_TIMEOUT:g} s"
+        else:
+            if not self._waiting or self._context.events is not None:
+                return
+            limit = self._server.daemon.limits.idle_timeout
+            desc = f"Idle for more than {limit} s"
+        if limit is not None and now - self._since > limit:
+            _log.info("evicted pid %d, uid %d: %s", self.peer.pid, self.peer.uid, desc)
+            self._farewell = GenericError(desc)
+            self._scope.cancel()
+
+    # -- takeover ------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> Context:
+        """The connection as its commands see it."""
+        return self._context
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing of it is under way, while the daemon is frozen."""
+        return self._waiting or self._parked
+
+    async def _park(self) -> None:
+        """Wait until the daemon is no longer frozen."""
+        self._parked = True
+        self._share.pause()
+        await self._server.until_thawed()
+        self._share.resume()
+        self._parked = False
+        await self.outbox.send(self._share)
+
+    def thaw(self) -> None:
+        """The daemon is no longer frozen: see to it that what is unsent is sent."""
+        if self.outbox.size:
+            self._start_pump()
+
+    async def _hand_over(self) -> None:
+        try:
+            await hand_over(self._server, self, self._stream)
+        except QMPError as exc:
+            # At once: another takeover may be under way.  Who asks for one takes its replies.
+            reply = self._connection.reply(Error(exc), self._answers.takeover_id)
+            if not self.outbox.size:
+                with suppress(trio.BrokenResourceError):
+                    self._stream.send_nowait(reply)
+
+    async def reply_to_takeover(self, memory: Fd) -> None:
+        """Answer the request for a takeover, with the daemon's state."""
+        reply = self._connection.reply(Value(NOTHING), self._answers.takeover_id)
+        await self._stream.send_all(reply, [memory])
+
+    def describe(self, now: float) -> tuple[SavedSession, list[int]]:
+        """All that a successor needs to go on, and the numbers of the descriptors."""
+        idle = self._idle(now)
+        saved, fds = describe(self.peer, self.groups, idle, self._context, self.outbox)
+        return saved, [self._stream.socket.fileno(), *(fd.fileno() for fd in fds)]
+
+    def restore(self, saved: SavedSession, fds: Iterator[Fd]) -> None:
+        """Go on where the session of another daemon was.
+
+        Args:
+            saved: its state.
+            fds: its descriptors but for the connection; as many as there are are taken.
+        """
+        restore(saved, fds, self._context, self.outbox)
+        self._since -= saved.idle
+        self._connected_at = self._since
+        self._leftovers.count_waiting()
+
+    def leave(self) -> None:
+        """Another daemon goes on: let go of all that is the client's, without a word to it."""
+        self.outbox.mute()
+        self._context.close()
+        self._connection.close()
+        garbage = self._connection.garbage
+        self._server.daemon.closer.close_duplicates(garbage)
+        garbage.clear()
+
+    def abandon(self) -> None:
+        """It never began: another daemon has kept it all."""
+        self.leave()
+        self._stream.close()
+
+    # -- requests ------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        stream, outbox, connection = self._stream, self.outbox, self._connection
+        answers, context, share = self._answers, self._context, self._share
+        daemon = self._server.daemon
+        share.resume()  # it was made before, perhaps long before, and with thousands of others
+        while True:
+            if monotonic() > share.ends:
+                await outbox.send(share)
+                await share.next_turn()
+            if self._server.is_frozen:
+                await self._park()
+            try:
+                came = stream.receive_nowait(connection, not share.in_turn, daemon.fds_at_once)
+            except Plenty:
+                await outbox.send(share)
+                await share.next_turn(much=True)
+                continue
+            if came:
+                # While more is there, replies wait: one write for all of them.
+                if not answers.give_nowait(not stream.more):
+                    await answers.give()
+                if context.takes_over:
+                    await outbox.send(share)
+                    await self._hand_over()
+                    return
+                if outbox.size and (
+                    context.quitting or outbox.size > HELD_REPLY_BYTES or not stream.more
+                ):
+                    outbox.push()
+                    if outbox.size:
+                        await outbox.send(share)
+                if not context.quitting:
+                    continue
+            if outbox.size:
+                await outbox.send(share)
+            if came is not None or self._server.stopping:
+                return
+            self._waiting = True
+            share.pause()
+            await stream.wait_readable()
+            share.resume()
+            self._waiting = False
+
+    async def _serve_rest(self) -> None:
+        while not self._context.quitting and self._stream.receive_nowait(self._connection):
+            await self._answers.give()
+            if self._context.takes_over:
+                await self._hand_over()  # is refused
+                return
+        await self.outbox.send()
+
+    # -- replies and events --------------------------------------------------------------------
+
+    def _tell(self) -> bool:
+        """Send some of the events that wait; whether more of them can be sent at once."""
+        events = self._context.events
+        if events is None or self._server.is_frozen:
+            return False
+        if self.outbox.size or self._answers.long_reply is not None:
+            self._events_wait = True
+            return False
+        if not (data := events.take()):
+            return False
+        if not self._server.is_settled:
+            self.outbox.hold()
+        self.outbox.put(data)
+        try:
+            self.outbox.push()
+        except OSError:
+            _log.exception("events could not be sent")
+            self.outbox.cut_off()
+        if not (self.outbox.unsent or self.outbox.held):
+            return True
+        self._events_wait = True
+        self._start_pump()
+        return False
+
+    def _emptied(self) -> None:
+        """The client has taken what it was sent."""
+        if self._leftovers.waiting:
+            self._leftovers.count_waiting()
+        if self._events_wait:
+            self._events_wait = False
+            self._server.daemon.news()
+
+    def _start_pump(self) -> None:
+        if self._pump_scope is None:
+            self._pump_scope = trio.CancelScope()
+            self._server.start_soon(self._pump, self._pump_scope)
+
+    async def _pump(self, scope: trio.CancelScope) -> None:
+        """Send what is unsent, then end: a connection that is told nothing has no task."""
+        try:
+            with scope:
+                await self.outbox.send()
+        except Exception:  # noqa: BLE001 - as in run
+            _log.exception("events could not be sent")
+            self.outbox.cut_off()
+        finally:
+            self._pump_scope = None
+
+    async def _settle(self) -> None:
+        """Wait until all that is held may be told, and close what was removed; what is held
+        meanwhile is for whoever holds it.
+        """
+        async with self._settling:
+            holds, count = self.outbox.holds, len(self._connection.garbage)
+            await self._server.settle()
+            await self._leftovers.close_all(count)
+            if holds == self.outbox.holds:
+                self.outbox.release()

@@ -1,0 +1,112 @@
+"""The journal that counts, and for a while the one that it replaces.
+
+A journal only grows.  When it has grown long, another is begun, which says the same in fewer words;
+until that is at the keeper, both are written, so either is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from ...kernel.fd import Fd
+from ...limits import MIN_JOURNAL_BYTES
+from .barrier_link import KeeperLink
+from .journal import Journal, Record, frame
+from .names import journal_name
+
+
+class Journals:
+    """What is written down for whoever comes after us.
+
+    Args:
+        link: the way to the keeper, which has them too.
+        snapshot: all that the journal of a generation begins with.
+    """
+
+    def __init__(self, link: KeeperLink, snapshot: Callable[[int], Iterable[Record]]) -> None:
+        self._link = link
+        self._snapshot = snapshot
+        self._journals: list[Journal] = []  # the last one counts
+        self._records: list[Record] = []  # not written yet
+        self._limit = MIN_JOURNAL_BYTES
+        self._turning = False  # the last journal is not known to be there yet
+        #: Of the last journal.
+        self.generation = 0
+
+    @property
+    def fd(self) -> Fd:
+        """The journal that counts."""
+        return self._journals[-1].fd
+
+    def reserve(self, count: int) -> None:
+        """See to it that the next *count* bytes can be written.
+
+        Raises:
+            OSError: there is no memory for them.
+        """
+        for journal in self._journals:
+            journal.reserve(count)
+
+    def note(self, record: Record) -> None:
+        """Have *record* written, in one frame with the others since the last :meth:`write`."""
+        self._records.append(record)
+        self._link.changed()
+
+    def write(self) -> None:
+        """Write what was noted: what was changed in one critical section is one frame.
+
+        Raises:
+            OSError: it is more than was reserved, and there is no memory for it.
+        """
+        if not self._records:
+            return
+        data = frame(self._records)
+        self._records.clear()
+        for journal in self._journals:
+            journal.append(data)
+        if not self._turning and self._journals[-1].size > self._limit:
+            try:
+                self.begin()
+            except OSError:  # out of descriptors, or memory: another time
+                self._limit += MIN_JOURNAL_BYTES
+
+    def begin(self) -> None:
+        """Begin another journal.
+
+        Raises:
+            OSError: there is no descriptor or no memory for it.
+        """
+        journal = Journal(self._snapshot(self.generation + 1))
+        self.generation += 1
+        self._journals.append(journal)
+        self._limit = max(MIN_JOURNAL_BYTES, 4 * journal.size)
+        self._turning = True
+        self._link.store(journal_name(self.generation), journal.fd)
+        self._link.when_settled(self._end_others)
+
+    def _end_others(self) -> None:
+        """The last journal is there: the one before is not needed any more."""
+        if self._link.is_over:
+            return
+        self._turning = False
+        for name in self._names()[:-1]:
+            self._link.remove(name)
+        for journal in self._journals[:-1]:
+            journal.close()
+        del self._journals[:-1]
+
+    def forget(self) -> None:
+        """Have all of them closed at the keeper."""
+        for name in self._names():
+            self._link.remove(name)
+
+    def close(self) -> None:
+        """Write no more."""
+        self._records.clear()
+        for journal in self._journals:
+            journal.close()
+
+    def _names(self) -> list[str]:
+        """What they are called at the keeper."""
+        first = self.generation - len(self._journals) + 1
+        return [journal_name(number) for number in range(first, self.generation + 1)]

@@ -1,0 +1,359 @@
+"""Keeps a second copy of what is stored where a crash does not reach it.
+
+That is with whoever started the daemon: systemd's file-descriptor store, or the parent of ``serve
+--supervise``, which speaks the same protocol (sd_pid_notify_with_fds(3)).  Each descriptor goes
+there under a name of its own; what it is stands in the journal, which is there as well.
+
+The rule is that nobody is told of what a crash would take back.  A change is made, written to the
+journal and sent off without waiting; then whoever has something to say waits in :meth:`settle`
+until the other side has it, see :mod:`qmpfd.server.fdstore.barrier_link`.
+
+A removed descriptor is closed here after it was closed there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import trio
+
+from ...errors import GenericError
+from ...fdsets import FdSet, FdSets, StoredFd
+from ...kernel.close_pool import Closer, Risk
+from ...kernel.fd import Fd
+from ...kernel.file_descriptions import Descriptions
+from ...kernel.systemd import Notifier
+from ...limits import JOURNAL_FORMAT, KEEPER_SPARE
+from ..listen.listener import UnixListener
+from .barrier_link import KeeperLink
+from .journal import (
+    RECORD_BYTES,
+    REMOVAL_BYTES,
+    Added,
+    Begun,
+    Confirmed,
+    Ended,
+    Left,
+    Listens,
+    Record,
+    Removed,
+)
+from .journal_writer import Journals
+from .names import PREVIOUS, Names
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """A descriptor at the keeper.
+
+    Args:
+        name: what it is called there.
+        numbers: the stored descriptors here that rest on it: all of one open file description.
+    """
+
+    name: str
+    numbers: dict[int, None]
+
+
+@dataclass(slots=True)
+class Holdings:
+    """What the keeper has from before.
+
+    Args:
+        names: the names of stored descriptors and listening sockets, by their number here.
+        others: names of what is of no use any more.
+        generation: of the last journal.
+        valid: that journal counts, until there is another.
+    """
+
+    names: Mapping[int, str] = field(default_factory=dict)
+    others: Sequence[str] = ()
+    generation: int = 0
+    valid: bool = False
+
+
+class Keeping(NamedTuple):
+    """Who keeps a second copy.
+
+    Args:
+        notifier: the connection to it; the caller's, until the daemon has ended.
+        size: how many descriptors it keeps.
+        descriptions: where it keeps one descriptor of each open file description only, what tells
+            which are of the same; None where it keeps all.
+    """
+
+    notifier: Notifier
+    size: int
+    descriptions: Descriptions | None
+
+
+class Keeper:
+    """Whoever keeps the second copy, as seen from here.
+
+    Args:
+        keeping: how it is reached, and what it does.
+        closer: closes what was removed.
+    """
+
+    def __init__(self, keeping: Keeping, closer: Closer) -> None:
+        self._link = KeeperLink(keeping.notifier, self._write, self._ended)
+        self._journals = Journals(self._link, self._snapshot)
+        self._is_parent = keeping.notifier.is_parent
+        self._closer = closer
+        self._capacity = min(keeping.size - KEEPER_SPARE, Names.MOST)
+        self._descriptions = keeping.descriptions
+        self._names = Names()
+        self._kept: dict[int, _Kept] = {}
+        self._listeners: dict[int, str | None] = {}  # the paths, by number
+        self._store = FdSets()
+        self._previous: str | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is kept any more."""
+        return self._link.is_over
+
+    # -- what the commands see -----------------------------------------------------------------
+
+    def check_room(self, count: int, opaque: str | None) -> None:
+        """Refuse to add *count* more descriptors, each with that opaque text, if they cannot be
+        kept.
+
+        Raises:
+            GenericError: saying why.
+        """
+        if self.is_over:
+            raise GenericError(
+                "The file descriptor cannot be kept safe: whoever supervised this daemon is gone "
+                "(qmpfd serve --takeover --supervise starts one in its place)"
+            )
+        if len(self._names) + count > self._capacity:
+            raise GenericError(
+                f"Too many file descriptors: the limit of those kept safe is {self._capacity}"
+            )
+        # Of each that is there, the removal can be written too.
+        size = count * (4 * len(opaque or "") + RECORD_BYTES) + len(self._kept) * REMOVAL_BYTES
+        try:
+            self._journals.reserve(size)
+        except OSError as exc:
+            raise GenericError(f"The file descriptor cannot be kept safe: {exc.strerror}") from None
+
+    def added(self, fdset: FdSet, stored: StoredFd) -> None:
+        """A descriptor was stored: keep it too, unless it ends with its connection anyway."""
+        if self.is_over or stored.terms.owner is not None:
+            return
+        self._keep(stored.fd.fileno(), stored.fd)
+        self._journals.note(self._record(fdset.id, stored))
+
+    def removed(self, stored: StoredFd) -> None:
+        """A descriptor was taken out of the store; it is still open."""
+        number = stored.fd.fileno()
+        kept = self._kept.pop(number, None)
+        if kept is None or self.is_over:
+            return
+        self._journals.note(Removed(number))
+        del kept.numbers[number]
+        others = next(iter(kept.numbers), None)
+        if self._descriptions is not None:
+            self._descriptions.replace(number, others)
+        if others is None:
+            self._link.remove(kept.name, self._hint(number))
+            self._link.when_settled(partial(self._names.free, kept.name))
+
+    def _keep(self, number: int, fd: Fd | int, name: str | None = None) -> None:
+        """Have a descriptor kept: under *name*, where it is already, or a new one."""
+        descriptions = self._descriptions
+        if descriptions is not None:
+            same = descriptions.find(number)
+            if same is not None:
+                kept = self._kept[number] = self._kept[same]
+                kept.numbers[number] = None
+                return
+            descriptions.add(number)
+        if name is None:
+            name = self._names.take()
+            self._link.store(name, fd)
+        self._kept[number] = _Kept(name, {number: None})
+
+    def _hint(self, number: int) -> str:
+        """Tell the parent if the close may block.  A service manager closes in a thread anyway."""
+        if self._is_parent:
+            with suppress(OSError):
+                return "\nQMPFD_CLOSE=slow" if self._closer.risk(number) is Risk.HIGH else ""
+        return ""
+
+    def _record(self, fdset_id: int, stored: StoredFd) -> Added:
+        number, terms = stored.fd.fileno(), stored.terms
+        offset = time.monotonic() - trio.current_time()
+        expires = terms.expires_at
+        return Added(
+            self._kept[number].name,
+            fdset_id,
+            number,
+            stored.opaque,
+            stored.added_by,
+            stored.added_at + offset,
+            None if expires is None else expires + offset,
+            terms.watch_hangup,
+        )
+
+    # -- waiting until it is safe --------------------------------------------------------------
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that was changed is safe."""
+        return self._link.is_settled
+
+    async def settle(self) -> None:
+        """Wait until all that was changed so far is safe; without a checkpoint if it is."""
+        await self._link.settle()
+
+    def close_settled(self, fds: list[Fd]) -> None:
+        """Close what was removed, once it is gone from the keeper; owned from here on."""
+        if self.is_settled:
+            self._closer.close(fds)
+        else:
+            self._link.when_settled(partial(self._closer.close, fds))
+            self._link.push()
+
+    # -- the journal ---------------------------------------------------------------------------
+
+    def _snapshot(self, generation: int) -> Iterator[Record]:
+        yield Begun(JOURNAL_FORMAT, generation, self._previous)
+        for number, path in self._listeners.items():
+            yield Listens(self._kept[number].name, path)
+        for fdset in self._store:
+            for number, stored in fdset.fds.items():
+                if number in self._kept:
+                    yield self._record(fdset.id, stored)
+
+    def _write(self) -> None:
+        self._journals.write()
+
+    @property
+    def store(self) -> str | None:
+        """Which service's it is, where it is a service manager's store (systemd.exec(5))."""
+        return None if self._is_parent else os.environ.get("INVOCATION_ID")
+
+    @property
+    def journal(self) -> Fd | None:
+        """The journal, for a successor: it tells whether the takeover was done."""
+        return None if self.is_over else self._journals.fd
+
+    # -- its life ------------------------------------------------------------------------------
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """Talk to the keeper while the block runs."""
+        return self._link.running()
+
+    async def start(
+        self,
+        store: FdSets,
+        listeners: Iterable[UnixListener],
+        holdings: Holdings,
+        previous: Fd | None,
+    ) -> None:
+        """Have all of it kept, before anybody is served.
+
+        Args:
+            store: where the changes come from, from here on.
+            listeners: the sockets that are to be kept.
+            holdings: what is there from before.
+            previous: what tells whether the daemon that all this is of has let go; None if it is
+                ours.
+
+        Raises:
+            GenericError: it is more than can be kept.
+            OSError: there is no descriptor, or no memory, for the journal.
+        """
+        self._store = store
+        self._journals.generation = holdings.generation
+        for name in {*holdings.names.values(), *holdings.others}:
+            self._names.claim(name)
+        if not holdings.valid:  # before anything new could have the same names
+            self._let_go(holdings.others)
+        if previous is not None:
+            self._capacity -= 1
+        for fdset in store:
+            for number, stored in fdset.fds.items():
+                if stored.terms.owner is None:
+                    self._keep(number, stored.fd, holdings.names.get(number))
+        for listener in listeners:
+            number = listener.socket.fileno()
+            if number in holdings.names or len(self._names) < self._capacity:  # it can be made anew
+                self._keep(number, number, holdings.names.get(number))
+                self._listeners[number] = None if listener.path is None else str(listener.path)
+        if len(self._names) > self._capacity:
+            raise GenericError(
+                f"{len(self._names)} descriptors are more than the {self._capacity} that can be "
+                "kept safe"
+            )
+        if previous is not None:
+            self._previous = PREVIOUS
+            self._link.store(PREVIOUS, previous)
+        # The journal comes last: without it, the others count for nothing.
+        self._journals.begin()
+        self._link.open()
+        await self.settle()
+        if holdings.valid:
+            self._let_go(holdings.others)
+        used = {kept.name for kept in self._kept.values()}
+        self._let_go(set(holdings.names.values()) - used)
+        await self.settle()
+
+    def _let_go(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._link.remove(name)
+            self._link.when_settled(partial(self._names.free, name))
+
+    def confirm(self) -> None:
+        """A takeover is done: all this is ours."""
+        self._previous = None
+        self._capacity += 1
+        self._note(Confirmed(), PREVIOUS)
+
+    def prepare_to_leave(self, leaves: bool) -> None:
+        """A successor is about to have it all, or will not: for whoever asks if we die now."""
+        self._note(Left(leaves))
+
+    def leave(self) -> None:
+        """What is kept is to be let go, also if we die this moment; note no more changes."""
+        self._note(Left(True))
+        self._forget()
+        self._kept.clear()
+
+    def finish(self) -> None:
+        """The daemon ends.  What is stored stays with a service manager, which may start another
+        daemon; the listening sockets do not.
+        """
+        for number in self._listeners:
+            if not self.is_over:
+                kept = self._kept[number]
+                del kept.numbers[number]
+                self._note(Ended(kept.name), None if kept.numbers else kept.name)
+        self._listeners.clear()
+
+    def _note(self, record: Record, removed: str | None = None) -> None:
+        if not self.is_over:
+            self._journals.note(record)
+            if removed is not None:
+                self._link.remove(removed)
+            self._link.push()
+
+    def _forget(self) -> None:
+        """Have all of it closed there, the journal first: without it the rest means nothing."""
+        if not self.is_over:
+            self._journals.forget()
+            for kept in set(self._kept.values()):
+                self._link.remove(kept.name, self._hint(next(iter(kept.numbers))))
+            self._link.push()
+
+    def _ended(self) -> None:
+        self._kept.clear()
+        self._journals.close()

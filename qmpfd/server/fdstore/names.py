@@ -1,0 +1,92 @@
+"""What stored descriptors are called at whoever keeps them.
+
+All names of a service come back in one environment string, so they are short: a tilde and a number
+in base 62, which is used again when it is free.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+
+from ...fdsets import IdPool
+from ...limits import MAX_ARGUMENT_BYTES
+
+_DIGITS = string.digits + string.ascii_letters
+_MARK = "~"
+
+#: Bytes that a name takes in $LISTEN_FDNAMES, with the colon: there are 238,000 that are so short.
+_NAME_BYTES = 5
+
+#: The name of the journal, by its generation; of the previous daemon, see :mod:`.recover`.
+_JOURNAL = "qmpfd-journal-"
+PREVIOUS = "qmpfd-previous"
+
+#: Bytes of $LISTEN_FDNAMES that are none of those: for two journals, and sockets of others.
+_OTHER_BYTES = 4096
+
+_OURS = re.compile(rf"{_MARK}[0-9a-zA-Z]{{1,5}}|{_JOURNAL}[0-9]{{1,18}}|{PREVIOUS}")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a descriptor of that name is one that this module has named."""
+    return _OURS.fullmatch(name) is not None
+
+
+def is_journal(name: str) -> bool:
+    """Whether it is a journal's."""
+    return name.startswith(_JOURNAL)
+
+
+def journal_name(generation: int) -> str:
+    """A journal's."""
+    return f"{_JOURNAL}{generation}"
+
+
+def _text(serial: int) -> str:
+    text = ""
+    while True:
+        serial, digit = divmod(serial, len(_DIGITS))
+        text = _DIGITS[digit] + text
+        if not serial:
+            return _MARK + text
+
+
+def _serial(name: str) -> int:
+    serial = 0
+    for digit in name[1:]:
+        serial = serial * len(_DIGITS) + _DIGITS.index(digit)
+    return serial
+
+
+class Names:
+    """The names in use."""
+
+    def __init__(self) -> None:
+        self._used: set[int] = set()
+        self._pool = IdPool(self._used)
+
+    #: How many fit into $LISTEN_FDNAMES.
+    MOST = (MAX_ARGUMENT_BYTES - _OTHER_BYTES) // _NAME_BYTES
+
+    def __len__(self) -> int:
+        """How many are in use."""
+        return len(self._used)
+
+    def take(self) -> str:
+        """A name that is free."""
+        serial = self._pool.lowest()
+        self._used.add(serial)
+        return _text(serial)
+
+    def claim(self, name: str) -> None:
+        """*name* is in use already; one that is not numbered need not be."""
+        if name.startswith(_MARK):
+            self._used.add(_serial(name))
+
+    def free(self, name: str) -> None:
+        """*name* is free again."""
+        if name.startswith(_MARK):
+            serial = _serial(name)
+            self._used.discard(serial)
+            self._pool.free(serial)

@@ -1,0 +1,1 @@
+"""Where clients connect: listening sockets, the accept loop, who is admitted."""

@@ -1,0 +1,111 @@
+"""Who gets in: the policy's answer, and whether there is room."""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import errno
+import os
+import socket
+import struct
+from collections import Counter
+
+from ...errors import GenericError, PermissionDenied
+from ...fdsets import Peer
+from ...limits import Limits
+from ...policy import Access, Policy
+
+#: SO_PEERGROUPS (socket(7)): all groups of whoever connected; not in Python's socket module.
+_SO_PEERGROUPS = 59
+
+#: Bytes that Python lets an option have; what has more groups than fit is asked by the C library.
+_OPTION_BYTES = 1024
+#: As many groups as a process can have (NGROUPS_MAX, getgroups(2)).
+_MAX_GROUPS = 65536
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """Who connected (SO_PEERCRED, unix(7))."""
+    packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return Peer(*struct.unpack("3i", packed))
+
+
+def groups_of(sock: socket.socket, peer: Peer) -> frozenset[int]:
+    """All groups of whoever connected, supplementary ones included."""
+    groups = array.array("I")
+    try:
+        groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _OPTION_BYTES))
+    except OSError as exc:
+        if exc.errno == errno.ERANGE:
+            groups = _many_groups(sock)
+        # else a kernel before 4.13
+    return frozenset([peer.gid, *groups])
+
+
+def _many_groups(sock: socket.socket) -> array.array[int]:
+    groups = array.array("I", bytes(4 * _MAX_GROUPS))
+    size = ctypes.c_uint32(4 * _MAX_GROUPS)
+    address, _ = groups.buffer_info()
+    getsockopt = ctypes.CDLL(None).getsockopt
+    if getsockopt(
+        sock.fileno(),
+        socket.SOL_SOCKET,
+        _SO_PEERGROUPS,
+        ctypes.c_void_p(address),
+        ctypes.byref(size),
+    ):
+        return array.array("I")
+    return groups[: size.value // groups.itemsize]
+
+
+class Admission:
+    """Lets clients in, or not.
+
+    Args:
+        limits: how many.
+        policy: who, and to do what.
+    """
+
+    def __init__(self, limits: Limits, policy: Policy) -> None:
+        self._limits = limits
+        self.policy = policy
+        self._count = 0
+        self._of_uid: Counter[int] = Counter()
+
+    def admit(self, peer: Peer, groups: frozenset[int]) -> Access:
+        """Let a client in: what it may do.  :meth:`leave` is due once it is gone.
+
+        Raises:
+            PermissionDenied: no rule gives it anything.
+            GenericError: there is no room.
+        """
+        access = self.policy.access(peer.uid, groups)
+        if not access:
+            raise PermissionDenied(
+                f"uid {peer.uid} may not connect: uid {os.geteuid()} and root may, "
+                "and whom a policy lets in"
+            )
+        limits = self._limits
+        if self._count >= limits.max_connections:
+            raise GenericError(f"Too many connections: the limit is {limits.max_connections}")
+        if self._of_uid[peer.uid] >= limits.max_connections_per_uid:
+            raise GenericError(
+                f"Too many connections of uid {peer.uid}: "
+                f"the limit is {limits.max_connections_per_uid}"
+            )
+        self._count += 1
+        self._of_uid[peer.uid] += 1
+        return access
+
+    def readmit(self, peer: Peer, groups: frozenset[int]) -> Access:
+        """Go on with a client that was let in by a predecessor: what it may do here."""
+        self._count += 1
+        self._of_uid[peer.uid] += 1
+        return self.policy.access(peer.uid, groups)
+
+    def leave(self, peer: Peer) -> None:
+        """A client that was let in is gone."""
+        self._count -= 1
+        self._of_uid[peer.uid] -= 1
+        if not self._of_uid[peer.uid]:
+            del self._of_uid[peer.uid]

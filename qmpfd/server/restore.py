@@ -1,0 +1,126 @@
+"""The new daemon's side of a takeover: a server made of what was fetched."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from ..client.blocking import NoDaemon
+from ..fdsets import FOREVER, FdSet, Peer, Terms
+from ..kernel.fd import Fd
+from ..transport import FdStream
+from .fdstore.recover import Recovered
+from .listen.listener import UnixListener
+from .saved_state import SavedFd, SavedState
+from .takeover.receiver import Inheritance
+
+if TYPE_CHECKING:
+    from .connection.session import Session
+    from .server import Server
+
+
+@contextmanager
+def taking_over(
+    server: Server, inheritance: Inheritance | Recovered
+) -> Iterator[list[UnixListener]]:
+    """Put everything in its place, and give the listeners.
+
+    If the takeover is not confirmed in the block, all of it is let go at the block's end, as the
+    old daemon's: no connection is shut down, and no socket file removed.
+
+    Args:
+        server: a daemon that does not run yet.
+        inheritance: what was fetched, or has come back.
+
+    Raises:
+        NoDaemon: it makes no sense.
+        OSError: this process is out of descriptors.
+    """
+    listeners: list[UnixListener] = []
+    try:
+        try:
+            _restore(server, inheritance, listeners)
+        except (ValueError, LookupError) as exc:
+            raise NoDaemon(f"the old daemon's state cannot be used, it goes on: {exc}") from exc
+        yield listeners
+    finally:
+        if not inheritance.confirmed:
+            for session in server.sessions:
+                session.abandon()
+            for listener in listeners:
+                listener.abandon()
+        for listener in listeners:
+            listener.close()
+
+
+def _restore(
+    server: Server, inheritance: Inheritance | Recovered, listeners: list[UnixListener]
+) -> None:
+    state, fds = inheritance.state, _take_out(inheritance.fds)
+    # What is stored comes last: it may be kept until the end of one of the sessions.
+    inheritance.fds.rotate(-len(state.stored_numbers))
+    listeners.extend(  # each as soon as there is one: the next may fail
+        UnixListener.inherit(next(fds), None if path is None else Path(path))
+        for path in state.listeners
+    )
+    sessions = []
+    for saved in state.sessions:
+        sock = socket.socket(fileno=next(fds).detach())
+        stream = FdStream(trio.socket.from_stdlib_socket(sock))
+        sessions.append(server.readmit(stream, saved, fds))
+    _fill_store(server, state, inheritance.fds, sessions)
+    for session, saved in zip(sessions, state.sessions, strict=True):
+        session.context.watch(saved.watching)  # only now: none of that is news to anybody
+    stats = server.daemon.stats
+    stats.commands.update(state.commands)
+    stats.errors.update(state.errors)
+    stats.accepted, stats.turned_away = state.accepted, state.turned_away
+    stats.started_at -= state.uptime
+
+
+def _take_out(fds: deque[Fd]) -> Iterator[Fd]:
+    """Each of *fds*, which the caller owns from then on."""
+    while fds:
+        yield fds.popleft()
+
+
+def _fill_store(server: Server, state: SavedState, fds: deque[Fd], sessions: list[Session]) -> None:
+    now = server.daemon.clock()
+    for fdset in state.sets:
+        for saved in fdset.fds:
+            fd = fds[0]
+            terms = _terms(saved, sessions, now)
+            if terms is None:  # kept until the end of a connection that is over
+                fds.popleft().close()
+                continue
+            if terms.watch_hangup:
+                server.daemon.hangups.register(fd)
+            added: FdSet = server.store.add(
+                fd,
+                fdset.id,
+                saved.opaque,
+                create=True,
+                added_by=None if saved.added_by is None else Peer(*saved.added_by),
+                now=now - saved.age,
+                terms=terms,
+            )
+            fds.popleft()
+            if terms.watch_hangup:
+                server.daemon.hangups.watch(added.fds[fd.fileno()])
+
+
+def _terms(saved: SavedFd, sessions: list[Session], now: float) -> Terms | None:
+    if saved.owner == -1:
+        return None
+    terms = Terms(
+        owner=None if saved.owner is None else sessions[saved.owner].context,
+        expires_at=None if saved.expires_in is None else now + saved.expires_in,
+        watch_hangup=saved.watch_hangup,
+    )
+    return FOREVER if terms == FOREVER else terms

@@ -1,0 +1,168 @@
+"""All that a daemon hands over to its successor, but for the descriptors themselves.
+
+It goes over as MessagePack with a format number.  Whoever takes over says the newest format that it
+can read, and reads all older ones too: a member that comes in with a new format has a default.  A
+member that it does not know makes it give up, and so does a newer format.
+
+The descriptors follow in the order in which the fields here speak of them: those of the sets, then
+the listeners', then for each session its connection, what waits for a command, what has a name,
+what waits to be sent.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from ..limits import TAKEOVER_FORMAT
+
+#: What is said once the state has gone over, one byte each.  The newcomer asks for more descriptors
+#: and, with all of it in its place, confirms.  The old daemon sends some, then says that all of it
+#: is the newcomer's, and closes the connection once it has closed everything else; or it has given
+#: up and goes on.
+NEXT, CONFIRM = b"n", b"c"
+MORE, DONE, REFUSED = b"f", b"d", b"x"
+
+
+class SavedFd(Struct, forbid_unknown_fields=True):
+    """A stored descriptor.
+
+    Args:
+        number: the number that it keeps.
+        opaque: its opaque text.
+        added_by: pid, uid and gid of who added it.
+        age: seconds since.
+        owner: which session's end it is kept until.
+        expires_in: seconds until it expires.
+        watch_hangup: whether it is removed when the other end is gone.
+    """
+
+    number: int
+    opaque: str | None
+    added_by: tuple[int, int, int] | None
+    age: float
+    owner: int | None
+    expires_in: float | None
+    watch_hangup: bool
+
+
+class SavedSet(Struct, forbid_unknown_fields=True):
+    """An fd set: its descriptors, oldest first."""
+
+    id: int
+    fds: list[SavedFd]
+
+
+class SavedParser(Struct, forbid_unknown_fields=True):
+    """A half-read request; see :class:`qmpfd.protocol.parser.ParserState`."""
+
+    text: bytes
+    discarding: bool
+    braces: int
+    brackets: int
+    lexer_state: int
+    begun: bytes
+    given_up: bool
+
+
+class SavedSession(Struct, forbid_unknown_fields=True):
+    """A connection.
+
+    Args:
+        peer: pid, uid and gid of the client.
+        groups: all groups of the client.
+        idle: seconds since it connected, or last asked something.
+        state: the name of the connection's state.
+        oob_enabled: whether it has enabled out-of-band execution.
+        errors_in_a_row: errors since the last valid request.
+        parser: a half-read request.
+        unclaimed: how many descriptors wait for a command.
+        flags: of those; see :class:`qmpfd.protocol.receive_buffer.InboxState`.
+        segment_left: likewise.
+        names: what its ``getfd`` descriptors are called.
+        watching: whether it is told of changes.
+        unsent: what waits to be sent: bytes, and how many descriptors go with the first of them.
+    """
+
+    peer: tuple[int, int, int]
+    groups: list[int]
+    idle: float
+    state: Annotated[str, Meta(pattern="^(CONNECTED|NEGOTIATING|COMMANDS)$")]
+    oob_enabled: bool
+    errors_in_a_row: int
+    parser: SavedParser | None
+    unclaimed: int
+    flags: Annotated[list[bool], Meta(min_length=4, max_length=4)]
+    segment_left: int
+    names: list[str]
+    watching: bool
+    unsent: list[tuple[bytes, int]]
+
+    @property
+    def fd_count(self) -> int:
+        """How many descriptors it comes with."""
+        return 1 + self.unclaimed + len(self.names) + sum(count for _, count in self.unsent)
+
+
+class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A daemon.
+
+    Args:
+        pid: its process; the listening sockets may be of another that was there before.
+        sets: its fd sets.
+        listeners: the paths of its sockets; None for one whose file is somebody else's.
+        sessions: its connections.
+        commands: how often each command was carried out.
+        errors: how many error replies there were, by class.
+        accepted: clients ever served.
+        turned_away: clients refused.
+        uptime: seconds since the first start.
+        journal: whether the daemon's journal comes last: it is kept safe by somebody, who would
+            start it again.
+        store: which service of the service manager keeps it safe, if that does.
+    """
+
+    pid: int
+    sets: list[SavedSet]
+    listeners: list[str | None]
+    sessions: list[SavedSession]
+    commands: dict[str, int]
+    errors: dict[str, int]
+    accepted: int
+    turned_away: int
+    uptime: float
+    journal: bool = False
+    store: str | None = None
+
+    @property
+    def stored_numbers(self) -> list[int]:
+        """The numbers of the stored descriptors, in the order in which they go over."""
+        return [fd.number for fdset in self.sets for fd in fdset.fds]
+
+    @property
+    def fd_count(self) -> int:
+        """How many descriptors go over in all."""
+        others = sum(session.fd_count for session in self.sessions)
+        return len(self.stored_numbers) + len(self.listeners) + others + self.journal
+
+
+def encode(state: SavedState) -> bytes:
+    """*state* as it goes over."""
+    return msgspec.msgpack.encode((TAKEOVER_FORMAT, state))
+
+
+def decode(data: bytes) -> SavedState:
+    """What :func:`encode` has made.
+
+    Raises:
+        ValueError: it is of another format, or broken.
+    """
+    try:
+        number, raw = msgspec.msgpack.decode(data, type=tuple[int, msgspec.Raw])
+        if not 1 <= number <= TAKEOVER_FORMAT:
+            raise ValueError(f"its state has format {number}, this version reads {TAKEOVER_FORMAT}")
+        return msgspec.msgpack.decode(raw, type=SavedState)
+    except msgspec.MsgspecError as exc:
+        raise ValueError(f"its state cannot be read: {exc}") from None

@@ -1,0 +1,105 @@
+"""``qmpfd.serve``: all that a daemon begins with, in its place, and then a :class:`Server`."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+import trio
+
+from ..commands import Dialect
+from ..kernel.fd import Fd, Passing, close_all
+from ..limits import TAKEOVER_TIMEOUT, Limits
+from ..policy import Policy
+from .fdstore.lifespan import kept
+from .fdstore.mirror import Keeping
+from .fdstore.recover import Recovered
+from .listen.listener import UnixListener
+from .restore import taking_over
+from .server import Server
+from .takeover.receiver import Inheritance
+
+
+async def serve(  # noqa: ASYNC128 - Server.run does that
+    paths: Iterable[str | os.PathLike[str]],
+    *,
+    dialect: Dialect = "spec",
+    limits: Limits | None = None,
+    policy: Policy | None = None,
+    socket_mode: int = 0o600,
+    socket_group: int | None = None,
+    metrics_path: Path | None = None,
+    initial_fds: Iterable[tuple[Fd, int, str | None]] = (),
+    listen_fds: Iterable[Fd] = (),
+    inheritance: Inheritance | None = None,
+    recovered: Recovered | None = None,
+    keeping: Keeping | None = None,
+    task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Hold file descriptors for the clients that connect to *paths*.
+
+    Runs until it is cancelled, :meth:`Server.stop` is called or a client says ``quit``; then
+    every stored descriptor is closed and the socket files are removed.  Started with
+    ``await nursery.start(qmpfd.serve, [path])``, it returns once clients can connect, and gives
+    the :class:`Server`.
+
+    Args:
+        paths: the Unix sockets to listen on; a stale socket file is replaced.
+        dialect: ``"spec"``, the published specification of the commands, or ``"qemu"``, today's
+            QEMU.
+        limits: what each client is allowed.
+        policy: who may connect, and do what; by default the daemon's own user and root may do
+            everything, and nobody else.
+        socket_mode: permission bits of the socket files.
+        socket_group: the gid of their group; the process's own by default.
+        metrics_path: a file to write OpenMetrics text to, every 10 seconds.
+        initial_fds: descriptors to start with: each with the id of its fd set, which is created
+            if need be, and its opaque text or None; owned by the daemon from here on.
+        listen_fds: Unix sockets that listen already, of a service manager; owned by the daemon
+            from here on.
+        inheritance: what was fetched from the daemon that is to be taken over, see
+            :func:`qmpfd.server.takeover.receiver.fetch`; owned by the daemon from here on.
+        recovered: what has come back of a daemon that was here before, see
+            :func:`qmpfd.server.fdstore.recover.recover`; owned by the daemon from here on.
+        keeping: whoever keeps a second copy of what is stored, and starts the daemon again.
+
+    Raises:
+        SocketInUse: another daemon listens on one of *paths*.
+        OSError: one of *paths* cannot be used.
+    """
+    server = Server(dialect, limits, policy, metrics_path)
+    given, inherited = deque(initial_fds), deque(listen_fds)
+    listeners: list[UnixListener] = []
+    with ExitStack() as stack:
+        stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
+        stack.callback(server.close)
+        if os.geteuid():
+            server.daemon.passing = Passing()
+            stack.callback(server.daemon.passing.close)
+        for before in (inheritance, recovered):
+            if before is not None:
+                stack.enter_context(before)
+                listeners += stack.enter_context(taking_over(server, before))
+        while given:
+            fd, fdset_id, opaque = given[0]
+            server.store.add(fd, fdset_id, opaque, create=True)
+            given.popleft()
+        for path in paths:
+            listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))
+            stack.callback(listeners[-1].close)
+        ours = list(listeners)  # the others are passed to every daemon that is started here
+        while inherited:
+            listeners.append(UnixListener.inherit(inherited.popleft()))
+            stack.callback(listeners[-1].close)
+        witness = None if inheritance is None else inheritance.witness
+        async with kept(server, keeping, ours, recovered, witness):
+            if inheritance is not None:
+                inheritance.confirm(TAKEOVER_TIMEOUT)
+                server.confirmed()
+            try:
+                await server.run(listeners, task_status=task_status)
+            finally:
+                server.ended.set()

@@ -1,0 +1,306 @@
+"""What a person sees of the command line: help, completion, tables, and what to do next."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE, ROOT, daemon_process
+from installed import need
+from terminal import on_a_terminal
+
+from qmpfd.cli import main
+from qmpfd.cli.main import _VERBS, _parser
+from qmpfd.cli.output import print_table
+from qmpfd.client.blocking import SyncClient
+
+DONE, REFUSED, USAGE, NO_DAEMON = range(4)
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    [verbs] = [a for a in _parser("")._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(verbs.choices)
+
+
+# -- help --------------------------------------------------------------------------------------
+
+
+def test_every_verb_has_a_parser() -> None:
+    assert list(parsers()) == list(_VERBS)
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+def test_help_ends_with_examples_and_exit_statuses(verb: str) -> None:
+    epilog = parsers()[verb].format_help().partition("\nexamples:\n")[2]
+    examples, _, statuses = epilog.partition("\n\nexit status:\n")
+    assert f"qmpfd {verb}" in examples
+    assert "2 " in statuses
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+def test_help_explains_every_argument(verb: str) -> None:
+    for action in parsers()[verb]._actions:
+        assert action.help, action
+
+
+#: In place of the programs in the examples: qmpfd notes what was typed, the others do nothing.
+_STUBS = "source() { :; }; jq() { :; }; qmpfd() { printf '%s\\n' \"$@\" >> typed; }"
+
+
+@pytest.mark.parametrize("verb", _VERBS)
+def test_examples_can_be_typed(verb: str, tmp_path: Path) -> None:
+    """A shell reads them, and the parser knows all that is in them."""
+    for name in ("commands", "disk.img"):
+        (tmp_path / name).touch()
+    examples = (parsers()[verb].epilog or "").partition("\n\n")[0].splitlines()[1:]
+    assert examples
+    for example in examples:
+        line = example.partition("#")[0].replace("/dev/net/tun", "disk.img")
+        ran = subprocess.run(
+            ["bash", "-c", f"{_STUBS}; {line}"],
+            cwd=tmp_path,
+            capture_output=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert ran.stderr == b"", example
+        typed = (tmp_path / "typed").read_text().splitlines()
+        (tmp_path / "typed").unlink()
+        assert typed[0] == verb, example
+        if "--" in typed:
+            typed = typed[: typed.index("--")]
+        parsers()[verb].parse_args(typed[1:])
+
+
+def test_without_a_verb(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == USAGE
+    assert "--help" in capfd.readouterr().err
+
+
+# -- what to do next ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, advice",
+    [
+        (["rm", "7"], "qmpfd ls shows"),
+        (["add", "--fdset", "7", "/dev/null"], "without --fdset"),
+        (["shell", "-c", "rm"], ""),
+        (["open"], "choose from"),
+        (["add", "--mode", "w", "/"], "--mode r only"),
+        (["add", "--fd", "99"], "qmpfd add --fd 99 99< FILE"),
+        (["push", "0", "--to", "/etc/passwd"], "no socket (name another)"),
+    ],
+)
+def test_a_refusal_says_what_to_do(words: list[str], advice: str, path: Path) -> None:
+    command = [sys.executable, "-m", "qmpfd", words[0], "--socket", str(path), *words[1:]]
+    with daemon_process(path):
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode in (REFUSED, USAGE, NO_DAEMON)
+    assert advice in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+def test_two_daemons_on_one_socket(path: Path) -> None:
+    command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path)]
+    with daemon_process(path):
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == USAGE
+    assert "already listening (qmpfd status shows it" in ran.stderr
+
+
+# -- tables ------------------------------------------------------------------------------------
+
+HEADER = ("A", "LONG", "C", "TARGET")
+ROWS = [("1", "x", "caf\u00e9 \u6f22\u5b57", "/a/path/that/is/quite/long"), ("22", "", "c", "/b")]
+
+
+SHOW = f"from qmpfd.cli.output import print_table; print_table({HEADER!r}, {ROWS!r})"
+
+
+def shown(columns: int, *, rich: bool = True) -> str:
+    """The table above, as a terminal of that width gets it."""
+    return on_a_terminal([], columns, code=SHOW, rich=rich)
+
+
+def bare(text: str) -> list[str]:
+    """The lines of *text* without colours, and without the blanks at their ends."""
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+
+
+def test_a_table_that_fits(capfd: pytest.CaptureFixture[str]) -> None:
+    print_table(HEADER, ROWS)
+    plain = capfd.readouterr().out
+    header, first, second = plain.splitlines()
+    assert header == "A   LONG  C          TARGET"
+    assert first == "1   x     caf\u00e9 \u6f22\u5b57  /a/path/that/is/quite/long"
+    assert second == "22        c          /b"
+    assert shown(80, rich=False) == plain.replace(header, f"\x1b[1m{header}\x1b[0m")
+
+
+def test_rich_shows_the_same() -> None:
+    """In colours; and it is not even asked where none are wanted."""
+    colourful = shown(80)
+    assert "\x1b[" in colourful
+    for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        plain = on_a_terminal([], code=SHOW, env=env)
+        assert "\x1b" not in plain
+        assert plain == on_a_terminal([], code=SHOW, env=env, rich=False)
+        assert bare(colourful) == plain.splitlines()
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_table_that_nearly_fits(rich: bool) -> None:
+    lines = bare(shown(40, rich=rich))
+    assert lines[1].endswith("  \u2026that/is/quite/long")
+    assert lines[2].endswith("  /b")
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_table_that_does_not_fit(rich: bool) -> None:
+    lines = bare(shown(30, rich=rich))
+    assert lines[3].startswith("TARGET  /a/path/that/is/quite")
+    assert lines[lines.index("") + 1 :] == ["A       22", "LONG", "C       c", "TARGET  /b"]
+
+
+@pytest.mark.parametrize("columns", [80, 20])
+def test_many_rows_are_not_coloured(columns: int) -> None:
+    """rich takes a millisecond for each."""
+    code = (
+        "from qmpfd.cli.output import print_table\n"
+        f"print_table({HEADER!r}, {ROWS!r} * 1000)\n"
+        "import sys; print('rich' in sys.modules)"
+    )
+    lines = on_a_terminal([], columns, code=code).splitlines()
+    assert lines[-1] == "False"
+    assert len(lines) > 2000
+
+
+def test_a_long_text_leaves_a_table() -> None:
+    """It does not fit, but the other columns do: it is the one that gives way."""
+    code = (
+        "from qmpfd.cli.output import print_table\n"
+        "print_table(('A', 'B', 'C', 'D'), [('1', 'x' * 1000, 'y', '/' * 50), ('2', *'abc')])"
+    )
+    first = bare(on_a_terminal([], 60, code=code))[1]
+    assert len(first) == 60
+    assert re.fullmatch(r"1  x+\u2026  y  \u2026/+", first)
+
+
+# -- completion --------------------------------------------------------------------------------
+
+
+def completion(shell: str, folder: Path) -> Path:
+    ran = subprocess.run(
+        [sys.executable, "-m", "qmpfd", "completion", shell],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    file = folder / f"completion.{shell}"
+    file.write_text(ran.stdout)
+    return file
+
+
+def bash_completes(file: Path, *words: str, env: dict[str, str] | None = None) -> list[str]:
+    """What bash offers for the last of *words*."""
+    code = (
+        f'source "{file}"; shift 0; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _qmpfd; '
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    ran = subprocess.run(
+        ["bash", "-c", code, "bash", *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+        env={**os.environ, **(env or {})},
+    )
+    assert ran.stderr == ""
+    return ran.stdout.split()
+
+
+def test_bash(tmp_path: Path, path: Path) -> None:
+    file = completion("bash", tmp_path)
+    assert bash_completes(file, "qmpfd", "s") == ["serve", "shell", "status"]
+    assert bash_completes(file, "qmpfd", "add", "--mo") == ["--mode"]
+    assert bash_completes(file, "qmpfd", "add", "--mode", "r") == ["r", "rw"]
+    assert bash_completes(file, "qmpfd", "completion", "") == ["bash", "zsh", "fish"]
+    assert bash_completes(file, "qmpfd", "add", "--opaque", "") == []
+    assert bash_completes(file, "qmpfd", "add", f"{tmp_path}/compl") == [str(file)]
+    env = {
+        "QMPFD_SOCKET": str(path),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    assert bash_completes(file, "qmpfd", "rm", "", env=env) == []
+    with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
+        client.execute("add-fd", {}, [null])
+        assert bash_completes(file, "qmpfd", "rm", "", env=env) == ["0"]
+
+
+def test_bash_asks_the_daemon_that_the_line_names(tmp_path: Path, path: Path) -> None:
+    """Also behind ``--socket=``, which it cuts into three words; but it runs nothing for that."""
+    file = completion("bash", tmp_path)
+    env = {
+        "QMPFD_SOCKET": "/nowhere",
+        "HOME": str(path.parent),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
+        client.execute("add-fd", {}, [null])
+        for word in (str(path), f"'{path}'", f"~/{path.name}"):
+            for named in (["--socket", word], ["--socket", "=", word]):
+                assert bash_completes(file, "qmpfd", "rm", *named, "", env=env) == ["0"]
+        bad = f"$(touch {tmp_path}/run)"
+        assert bash_completes(file, "qmpfd", "rm", "--socket", bad, "", env=env) == []
+        assert not (tmp_path / "run").exists()
+    options = ("qmpfd", "rm", "--socket")
+    assert bash_completes(file, *options, f"{tmp_path}/compl") == [str(file)]
+    assert bash_completes(file, *options, "=", f"{tmp_path}/compl") == [str(file)]
+    assert "gzip" in bash_completes(file, "qmpfd", "exec", "0", "--", "gzi")
+    assert bash_completes(file, "qmpfd", "exec", "0", "--", "cat", f"{tmp_path}/c") == [str(file)]
+
+
+def test_fish(tmp_path: Path, path: Path) -> None:
+    need("fish")
+    file = completion("fish", tmp_path)
+
+    def completes(line: str) -> list[str]:
+        ran = subprocess.run(
+            ["fish", "--no-config", "-c", f"source {file}; complete -C '{line}'"],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+            env={
+                **os.environ,
+                "QMPFD_SOCKET": "/nowhere",
+                "HOME": str(tmp_path),
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            },
+        )
+        return [each.partition("\t")[0] for each in ran.stdout.splitlines()]
+
+    assert completes("qmpfd sta") == ["status"]
+    with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
+        client.execute("add-fd", {}, [null])
+        assert completes("qmpfd rm ") == []
+        assert completes(f"qmpfd rm --socket {path} ") == ["0"]
+        assert completes(f"qmpfd rm --socket={path} ") == ["0"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_can_read_it(shell: str, tmp_path: Path) -> None:
+    file = completion(shell, tmp_path)
+    for verb in _VERBS:
+        assert re.search(rf"\b{verb}\b", file.read_text())
+    need(shell)
+    subprocess.run([shell, "-n", str(file)], check=True, timeout=PATIENCE)

@@ -1,0 +1,408 @@
+"""``qmpfd shell``: what can be typed, as a script and on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import PATIENCE, ROOT, daemon_thread
+from installed import QEMU, need
+
+from qmpfd.cli import main
+from qmpfd.cli.shell.schema import Schema
+from qmpfd.cli.shell.syntax import BadInput, Passed, Scanner, parse, unfinished
+from qmpfd.client.blocking import SyncClient
+from qmpfd.commands import TABLE
+from qmpfd.commands.schema import schema
+from qmpfd.errors import GenericError
+
+DONE, REFUSED, USAGE, NO_DAEMON = range(4)
+SCHEMA = Schema(schema(TABLE))
+
+
+# -- what is typed -----------------------------------------------------------------------------
+
+
+def arguments_of(text: str) -> dict[str, Any]:
+    return parse(text, SCHEMA.convert).arguments
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("add-fd", {}),
+        ("add-fd opaque=x", {"opaque": "x"}),
+        ("add-fd opaque=5", {"opaque": "5"}),
+        ("add-fd fdset-id=5", {"fdset-id": 5}),
+        ("add-fd fdset-id=five", {"fdset-id": "five"}),
+        ("add-fd opaque=", {"opaque": ""}),
+        ("add-fd opaque=a=b", {"opaque": "a=b"}),
+        ("add-fd opaque=it's", {"opaque": "it's"}),
+        ("add-fd opaque='a b'", {"opaque": "a b"}),
+        ('add-fd opaque="a\\n b"', {"opaque": "a\n b"}),
+        ("watch-fdsets enable=on", {"enable": True}),
+        ("watch-fdsets enable=false", {"enable": False}),
+        ("open-fdset access=rdwr", {"access": "rdwr"}),
+        ("other n=5 s=five", {"n": 5, "s": "five"}),
+        ("other a.b=1 a.c=[1, 2]", {"a": {"b": 1, "c": [1, 2]}}),
+        ('other a={"b": "} "}', {"a": {"b": "} "}}),
+        ('{"execute": "x", "arguments": {"a": 1}}', {"a": 1}),
+        ('{"execute": "x"}', {}),
+    ],
+)
+def test_arguments(text: str, found: dict[str, Any]) -> None:
+    assert arguments_of(text) == found
+
+
+def test_descriptors() -> None:
+    typed = parse("add-fd < a <>b --fd 5 --fd=6 > 'c d' >>e", SCHEMA.convert)
+    creating = os.O_CREAT
+    assert typed.passed == [
+        Passed("a", os.O_RDONLY),
+        Passed("b", os.O_RDWR | creating),
+        Passed(number=5),
+        Passed(number=6),
+        Passed("c d", os.O_WRONLY | creating | os.O_TRUNC),
+        Passed("e", os.O_WRONLY | creating | os.O_APPEND),
+    ]
+    assert parse('{"execute": "add-fd"} < a', SCHEMA.convert).passed == [Passed("a")]
+
+
+def test_an_id_is_kept() -> None:
+    typed = parse('{"execute": "x", "id": null}', SCHEMA.convert)
+    assert (typed.id, typed.has_id) == (None, True)
+    assert not parse('{"execute": "x"}', SCHEMA.convert).has_id
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("add-fd x", "'x' is neither"),
+        ("add-fd =x", "'=x' is neither"),
+        ("add-fd <", "what file is behind <"),
+        ("add-fd --fd", "--fd takes"),
+        ("add-fd --fd x", "--fd takes"),
+        ("add-fd --fd 99999999999", "--fd takes"),
+        ("add-fd opaque=1 opaque=2", "'opaque' is there twice"),
+        ("other a=1 a.b=2", "'a' has a value"),
+        ("other a=[1}]", "not JSON"),
+        ("other a=[1", "still open"),
+        ("other a=[NaN]", "cannot be sent"),
+        ("other a=1e999", "cannot be sent"),
+        ('other a="\\ud800"', "not UTF-8"),
+        ("{'execute': 'x'}", "not JSON"),
+        ('{"execute": 1}', "looks like this"),
+        ('{"arguments": {}}', "looks like this"),
+        ('{"execute": "x", "exec": 1}', "no member 'exec'"),
+        ('{"execute": "x"} a=1', "'a=1' is neither"),
+    ],
+)
+def test_what_is_no_command(text: str, why: str) -> None:
+    with pytest.raises(BadInput, match=why.replace("(", r"\(")):
+        parse(text, SCHEMA.convert)
+
+
+def test_where_another_line_follows() -> None:
+    whole = '{"execute": "x", "arguments": {"a": ["}", "\\""]}}'
+    for cut in range(1, len(whole)):
+        assert unfinished(whole[:cut])
+    assert not unfinished(whole)
+    scanner = Scanner()
+    for char in f"{whole} < b":
+        scanner.feed(char)
+    assert scanner.words() == [whole, "<", "b"]
+
+
+# -- the schema --------------------------------------------------------------------------------
+
+
+def test_every_command_is_known() -> None:
+    assert SCHEMA.commands() == sorted(TABLE.commands)
+    for name, command in TABLE.commands.items():
+        assert SCHEMA.help(name).split()[0] == name
+        assert ("< FILE" in SCHEMA.help(name)) == (command.fds > 0)
+
+
+@pytest.mark.parametrize(
+    "before, found",
+    [
+        ("add", ["add-fd", "add-fds"]),
+        ("help clo", ["closefd"]),
+        ("remove-fd ", ["fdset-id=", "fd="]),
+        ("remove-fd fdset-id=1 ", ["fd="]),
+        ("open-fdset access=rd", ["access=rdonly", "access=rdwr"]),
+        ("watch-fdsets enable=", ["enable=true", "enable=false"]),
+        ("add-fd --", ["--fd"]),
+        ("no-such x", []),
+        ("open-fdset other=", []),
+        ('{"execute": "clo', ['"closefd"']),
+    ],
+)
+def test_completion(before: str, found: list[str]) -> None:
+    completed = [text.rpartition(" ")[2] for text, _ in SCHEMA.complete(before)]
+    assert completed == found
+
+
+def test_completion_of_files(tmp_path: Path) -> None:
+    (tmp_path / "disk[1].img").touch()
+    assert SCHEMA.complete(f"add-fd < {tmp_path}/disk[") == [(f"{tmp_path}/disk[1].img", "")]
+
+
+# -- as a script -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def running(path: Path) -> Iterator[None]:
+    with daemon_thread(path):
+        yield
+
+
+def shell(path: Path, *words_: str) -> list[str]:
+    return [sys.executable, "-m", "qmpfd", "shell", "--socket", os.fspath(path), *words_]
+
+
+def script(path: Path, text: str, *words_: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        shell(path, *words_),
+        cwd=ROOT,
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+@pytest.mark.usefixtures("running")
+def test_commands_from_a_pipe(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("content")
+    ran = script(
+        path,
+        f"add-fd opaque='the file' < {tmp_path}/file\n"
+        "# a comment with a [\n\n"
+        '{"execute": "query-fdsets",\n "id": [1]}\n'
+        "remove-fd fdset-id=7\n"
+        "open-fdset fdset-id=0\n"
+        "remove-fd fdset-id=0\n",
+        "--json",
+    )
+    added, listed, refused, opened, removed = map(json.loads, ran.stdout.splitlines())
+    assert listed["id"] == [1]
+    fds = [{"fd": added["return"]["fd"], "opaque": "the file"}]
+    assert listed["return"] == [{"fdset-id": 0, "fds": fds}]
+    assert refused["error"]["class"] == "FdNotFound"
+    assert len(opened["fds"]) == 1
+    assert removed == {"return": {}}
+    assert ran.stderr == (
+        "qmpfd: line 6: FdNotFound: File descriptor named 'fdset-id:7' not found\n"
+    )
+    assert ran.returncode == REFUSED
+
+
+@pytest.mark.usefixtures("running")
+def test_what_was_handed_out_can_be_passed_on(
+    path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ran = script(path, f"add-fd < {__file__}\nopen-fdset fdset-id=0\nhelp add-fd\nexit\nnonsense\n")
+    assert (ran.returncode, ran.stderr) == (DONE, "")
+    assert "passes it on)" in ran.stdout
+    number = ran.stdout.partition("descriptor ")[2].partition(":")[0]
+    again = script(path, f"open-fdset fdset-id=0\nadd-fd --fd {number}\n")
+    assert (again.returncode, again.stderr) == (DONE, "")
+
+
+@pytest.mark.usefixtures("running")
+def test_commands_as_words(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    at = ["shell", "--socket", str(path)]
+    assert main([*at, "-c", "query-name", "-c", "help"]) == DONE
+    out, err = capfd.readouterr()
+    assert out.startswith("{}\n")
+    assert "query-qmp-schema" in out
+    assert err == ""
+    for text in ("add-fd --fd 999", "add-fd < /nonexistent", "help nonesuch", "a b"):
+        assert main([*at, "-c", text]) == REFUSED
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.startswith("qmpfd: command 1: ")
+        assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("running")
+def test_bytes_that_no_one_meant(path: Path) -> None:
+    """No traceback, whatever comes through the pipe."""
+    lines = [b"\xff\xfe", b"add-fd opaque=\xff < /dev/null", b"add-fd < a\x00b", b"[[[", b"\x1b"]
+    for line in [*lines, b"add-fd " * 1000, b'{"execute": "x", "id": ' + b"[" * 5000]:
+        ran = subprocess.run(
+            shell(path), cwd=ROOT, input=line, capture_output=True, timeout=PATIENCE, check=False
+        )
+        assert (ran.returncode, ran.stdout) == (REFUSED, b""), line
+        assert ran.stderr.startswith(b"qmpfd: line 1: "), line
+        assert ran.stderr.count(b"\n") == 1, line
+
+
+@pytest.mark.usefixtures("running")
+def test_a_request_of_many_lines(path: Path) -> None:
+    request = {"execute": "query-name", "id": list(range(50_000))}
+    ran = script(path, json.dumps(request, indent=0), "--json")
+    assert (ran.returncode, ran.stderr) == (DONE, "")
+    assert json.loads(ran.stdout) == {"return": {}, "id": request["id"]}
+
+
+def test_no_daemon(path: Path) -> None:
+    ran = script(path, "query-name\n")
+    assert (ran.returncode, ran.stdout) == (NO_DAEMON, "")
+    assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("running")
+def test_a_script_does_not_outlive_its_connection(path: Path) -> None:
+    ran = script(path, "quit\nquery-name\n", "--json")
+    assert ran.stdout == '{"return": {}}\n'
+    assert ran.returncode == NO_DAEMON
+    assert ran.stderr.count("\n") == 1
+    assert not path.exists()
+
+
+@pytest.mark.usefixtures("running")
+def test_events_are_shown_as_they_come(path: Path) -> None:
+    process = subprocess.Popen(
+        shell(path, "--json"), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process, SyncClient(path, PATIENCE) as other:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("watch-fdsets enable=true\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline()) == {"return": {}}
+        info = other.execute("add-fd", {}, [0])
+        event = json.loads(process.stdout.readline())
+        assert (event["event"], event["data"]) == ("FD_ADDED", info)
+        process.stdin.close()
+        assert process.wait(PATIENCE) == DONE
+
+
+@pytest.mark.qemu
+def test_a_real_qemu(path: Path) -> None:
+    need(QEMU)
+    # A socket that listens already, as in test_client: nobody has to try until QEMU's is there,
+    # and whoever tries is QEMU's one client for a moment.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        command = [QEMU, "-nodefaults", "-machine", "none", "-display", "none"]
+        command += ["-chardev", f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off"]
+        command += ["-mon", "chardev=qmp,mode=control"]
+        process = subprocess.Popen(command, pass_fds=[listener.fileno()])
+    with process:
+        try:
+            ran = script(path, "add-fd opaque=x --fd 2\nquery-fdsets\nhelp blockdev-add\nquit\n")
+            assert (ran.returncode, ran.stderr) == (DONE, "")
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+    assert '"opaque": "x"' in ran.stdout
+    assert "\n  node-name " in ran.stdout
+
+
+# -- on a terminal -----------------------------------------------------------------------------
+
+
+class Terminal:
+    """A shell on a terminal of its own."""
+
+    def __init__(self, master: int, process: subprocess.Popen[bytes]) -> None:
+        self._master = master
+        self.process = process
+        self.seen = b""
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def until(self, text: str) -> None:
+        """Read until that is on the screen, and forget what was before it."""
+        while text.encode() not in self.seen:
+            data = os.read(self._master, 4096)
+            if b"\x1b[6n" in data:  # where is the cursor?
+                os.write(self._master, b"\x1b[1;1R")
+            self.seen += data
+        self.seen = self.seen.partition(text.encode())[2]
+
+
+@contextmanager
+def terminal(path: Path, home: Path, *, plain: bool) -> Iterator[Terminal]:
+    env = {**os.environ, "XDG_STATE_HOME": str(home), "TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    if plain:
+        (home / "prompt_toolkit.py").write_text("raise ImportError\n")
+        env["PYTHONPATH"] += f":{home}"
+    else:
+        pytest.importorskip("prompt_toolkit")
+    master, slave = os.openpty()
+    termios.tcsetwinsize(master, (24, 80))
+    try:
+        process = subprocess.Popen(
+            shell(path), cwd=home, env=env, stdin=slave, stdout=slave, stderr=slave
+        )
+    finally:
+        os.close(slave)
+    ended = threading.Timer(PATIENCE, process.kill)  # then the read above fails
+    ended.start()
+    try:
+        with process:
+            yield Terminal(master, process)
+            process.kill()
+    finally:
+        ended.cancel()
+        ended.join()
+        os.close(master)
+
+
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("plain", [False, True], ids=["prompt_toolkit", "readline"])
+def test_on_a_terminal(path: Path, tmp_path: Path, plain: bool) -> None:
+    with terminal(path, tmp_path, plain=plain) as shown, SyncClient(path, PATIENCE) as other:
+        shown.until("Ctrl-D leaves")
+        shown.until("qmp>")
+        shown.type("query-vers\t")
+        shown.until("ion")
+        shown.type("\r")
+        shown.until('"package": "qmpfd')
+        shown.until("qmp>")
+        shown.type("remove-fd fdset-id=7\r")
+        shown.until("FdNotFound: ")
+        shown.until("qmp>")
+        shown.type('{"execute":\r')
+        shown.until("...>")
+        shown.type('"query-fdsets"}\r')
+        shown.until("[]")
+        shown.until("qmp>")
+        shown.type("watch-fdsets enable=on\r")
+        shown.until("{}")
+        shown.until("qmp>")
+        other.execute("add-fd", {}, [0])
+        shown.until("FD_ADDED")
+        shown.type("quit\r")
+        shown.until("[y/N]")
+        shown.type("n\r")
+        shown.until("qmp>")
+        shown.type("\x04")
+        assert shown.process.wait(PATIENCE) == DONE
+    [history] = (tmp_path / "qmpfd").iterdir()
+    assert "query-version" in history.read_text()
+    assert history.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.usefixtures("running")
+def test_a_request_that_the_server_cannot_read_is_answered(path: Path) -> None:
+    """Its error has no id: there was none to be read."""
+    with SyncClient(path, PATIENCE) as client, pytest.raises(GenericError, match="JSON parse"):
+        client.execute("query-name", {"a": "\ud800"})

@@ -1,0 +1,235 @@
+"""``qmpfd status``: what is typed first when something is wrong; each thing that can be wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conformance.peers import start_qemu
+from helpers import PATIENCE, ROOT, Pipe, daemon_process, daemon_thread
+from terminal import on_a_terminal
+
+import qmpfd
+from qmpfd.cli.status import _peer_row, _print_peers
+from qmpfd.client.blocking import SyncClient
+
+DONE, REFUSED, USAGE, NO_DAEMON = range(4)
+
+
+def status(path: Path, *words: str) -> tuple[int, str, str]:
+    """Its exit status, standard output, standard error."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "qmpfd", "status", "--socket", os.fspath(path), *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert ran.stderr.count("\n") == (ran.returncode != DONE), ran.stderr
+    return ran.returncode, ran.stdout, ran.stderr
+
+
+def told(path: Path) -> dict[str, str]:
+    """What it tells, line by line, up to the table."""
+    found, out, _ = status(path)
+    assert found == DONE
+    lines = out.partition("\n\n")[0].splitlines()
+    return dict(re.split(r"  +", line, maxsplit=1) for line in lines)
+
+
+# -- a daemon ----------------------------------------------------------------------------------
+
+
+def test_what_it_tells(path: Path) -> None:
+    limits = qmpfd.Limits(max_fds=2, max_connections=9, idle_timeout=1.5)
+    running = daemon_thread(path, limits=limits, dialect="qemu")
+    with running, Pipe() as pipe, SyncClient(path, PATIENCE) as client:
+        client.execute("add-fds", {"opaque": "x"}, [pipe])
+        said = told(path)
+        assert said["socket"] == str(path)
+        assert said["server"].startswith("qmpfd ")
+        assert said["process"] == str(os.getpid())
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d, for \d+s", said["since"])
+        assert said["dialect"] == "qemu"
+        assert said["fd sets"] == "1"
+        assert said["descriptors"].startswith("1 of 2,")
+        assert said["connections"].startswith("2 of 9,")
+        assert said["timeouts"] == "idle 1.5 s, write 30 s, drain 5 s"
+        client.execute("add-fd", {}, [pipe])
+        assert told(path)["descriptors"].startswith("FULL: 2 of 2,")
+
+
+def test_who_is_connected(path: Path) -> None:
+    with daemon_thread(path), Pipe() as pipe, SyncClient(path, PATIENCE) as client:
+        client.execute("watch-fdsets", {"enable": True})
+        client.execute("getfd", {"fdname": "x"}, [pipe])
+        header, *rows = status(path)[1].partition("\n\n")[2].splitlines()
+        assert header.split() == [
+            "PID",
+            "USER",
+            "COMMAND",
+            "CONNECTIONS",
+            "AGE",
+            "IDLE",
+            "FDS",
+            "WATCHES",
+        ]
+        comm = Path("/proc/self/comm").read_text().strip()
+        ours, its = rows
+        assert ours.startswith(str(os.getpid()))
+        assert comm in ours
+        assert ours.split()[-5:] == ["1", "0s", "0s", "1", "yes"]
+        assert "(this one)" in its
+
+
+def test_a_name_that_would_disturb_the_terminal(path: Path) -> None:
+    """PR_SET_NAME (prctl(2)) takes any bytes."""
+    before = Path("/proc/self/comm").read_bytes().strip()
+    libc = ctypes.CDLL(None)
+    with daemon_thread(path), SyncClient(path, PATIENCE):
+        libc.prctl(15, b"\x1b[31m\xff\n  a")
+        try:
+            shown = on_a_terminal(["status", "--socket", str(path)], env={"TERM": "dumb"})
+        finally:
+            libc.prctl(15, before)
+    assert "\x1b" not in shown
+    assert "\\x1b[31m\ufffd\\n  a" in shown
+
+
+PEER = {
+    "pid": 1,
+    "uid": 4_000_000,
+    "gid": 0,
+    "connections": 3,
+    "age": 7,
+    "idle": 0,
+    "fds": 0,
+    "watching": False,
+}
+
+
+def test_process_numbers_of_another_namespace(capsys: pytest.CaptureFixture[str]) -> None:
+    """We are not listed under our own number, so none of them means anything here."""
+    _print_peers({"connections": 5, "peers": [PEER, {**PEER, "pid": 0}]})
+    _, first, second = capsys.readouterr().out.strip().splitlines()
+    assert first.split() == ["1", "4000000", "-", "3", "7s", "0s", "0", "no"]
+    assert second.split()[:3] == ["-", "4000000", "-"]
+    assert _peer_row(PEER, True)[2] == Path("/proc/1/comm").read_text().strip()
+
+
+def test_some_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    _print_peers({"connections": 5, "peers": [PEER]})
+    assert capsys.readouterr().out.endswith("\n2 more connections are not shown\n")
+
+
+def test_json(path: Path) -> None:
+    with daemon_thread(path):
+        found, out, _ = status(path, "--json")
+    said = json.loads(out)
+    assert found == DONE
+    assert said["socket"] == str(path)
+    assert said["stats"]["peers"][0]["connections"] == 1
+
+
+@pytest.mark.parametrize("columns", [200, 80, 40, 20, 5])
+@pytest.mark.parametrize("rich", [True, False])
+def test_in_a_terminal(path: Path, columns: int, rich: bool) -> None:
+    with daemon_thread(path):
+        shown = on_a_terminal(["status", "--socket", str(path)], columns, rich=rich)
+    assert "Traceback" not in shown
+    assert "WATC" in shown
+
+
+# -- another server, or none -------------------------------------------------------------------
+
+
+@pytest.mark.qemu
+def test_a_qemu() -> None:
+    """It has a query-stats of its own, about something else."""
+    with start_qemu(1) as qemu:
+        said = told(Path(qemu.paths[0]))
+        assert said["server"].startswith("QEMU ")
+        assert said["not told"] == "this is not qmpfd"
+        assert json.loads(status(Path(qemu.paths[0]), "--json")[1])["stats"] is None
+
+
+def test_nobody(path: Path) -> None:
+    found, _, said = status(path)
+    assert found == NO_DAEMON
+    assert f"qmpfd serve --socket {path}" in said
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(os.fspath(path))
+    found, _, said = status(path)
+    assert found == NO_DAEMON
+    assert f"has ended (name another, or start one: qmpfd serve --socket {path})" in said
+    path.unlink()
+    path.write_text("a file")
+    found, _, said = status(path)
+    assert found == NO_DAEMON
+    assert "that is no socket" in said
+
+
+@contextmanager
+def silent(path: Path) -> Iterator[None]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        yield
+
+
+def test_a_silent_one(path: Path) -> None:
+    with silent(path):
+        found, _, said = status(path, "--timeout", "0.2")
+    assert found == NO_DAEMON
+    assert "does not answer" in said
+    assert "--timeout" in said
+
+
+#: The command line as nobody, who may not read any more of this Python than there is by then.
+AS_NOBODY = """
+import copy, locale, os, shutil, sys
+import qmpfd.cli.status
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+sys.exit(qmpfd.cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.root
+def test_one_that_may_not_be_asked() -> None:
+    """The file's permissions, the policy, and a policy that lets in but does not let query."""
+
+    def ask() -> tuple[int, str, str]:
+        command = [sys.executable, "-c", AS_NOBODY, "status", "--socket", str(path)]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return ran.returncode, ran.stdout, ran.stderr
+
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        path = Path(name, "q.sock")
+        with daemon_process(path):
+            found, out, said = ask()
+            assert (found, out) == (NO_DAEMON, ""), said
+            assert "Permission denied" in said
+            assert "--socket-mode" in said
+            path.chmod(0o666)
+            found, out, said = ask()
+            assert (found, out) == (REFUSED, ""), said
+            assert "may not connect" in said
+            assert "check-policy" in said
+        policy = Path(name, "policy")
+        policy.write_text('[[rule]]\nallow = ["add"]\n')
+        with daemon_process(path, "--policy", str(policy), "--socket-mode", "666"):
+            found, out, said = ask()
+            assert (found, said) == (DONE, "")
+            assert re.search(r"^not told +PermissionDenied: .*'query'", out, re.MULTILINE)

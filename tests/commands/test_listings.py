@@ -1,0 +1,356 @@
+"""Long replies: made bit by bit, with others served and the store changing in between."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from helpers import Pipe, Wire, daemon, error, pipes, request, value
+from outcome import Value
+from trio.testing import MockClock
+
+import qmpfd
+from qmpfd.commands import TABLE, VOCABULARY, Context, Daemon
+from qmpfd.commands.listings import list_fds, list_fdsets
+from qmpfd.fdsets import FdSets, Peer, StoredFd
+from qmpfd.kernel.fd import Fd, close_all
+from qmpfd.policy import EVERYTHING, Access, Grant
+from qmpfd.protocol import ServerConnection
+from qmpfd.protocol.encode import Bits, Encoded
+
+COMMANDS = ["query-fdsets", "query-fds"]
+
+
+class Counting(Access):
+    """Counts how often it is asked, which is once for each descriptor that is looked at."""
+
+    looks = 0
+
+    def may(self, right: Any, fdset_id: int, opaque: str | None) -> bool:
+        type(self).looks += 1
+        return super().may(right, fdset_id, opaque)
+
+
+@contextmanager
+def core(access: Access = EVERYTHING) -> Iterator[Context]:
+    """A daemon without any I/O, as a connection sees it; its clock stands still."""
+
+    def unused() -> None:
+        raise AssertionError
+
+    made = Daemon("spec", qmpfd.Limits(), lambda: 10.0, unused, TABLE)
+    connection = ServerConnection(VOCABULARY)
+    try:
+        yield Context(made, connection, Peer(1, 1, 1), access, lambda: False)
+    finally:
+        close_all(stored.fd for stored in made.store.clear())
+        made.closer.shut_down()
+        made.hangups.close()
+
+
+def fill(store: FdSets, count: int, *, each: int = 1, opaque: str | None = None) -> None:
+    """Add so many descriptors, so many to a set."""
+    number = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    for n in range(count):
+        store.add(Fd(os.dup(number)), n // each, opaque, create=True, now=n // 7 / 1000)
+    os.close(number)
+
+
+def bits(context: Context, command: str) -> Bits | Encoded:
+    """What the command returns."""
+    if command == "query-fdsets":
+        return list_fdsets(context)
+    return list_fds(context, context.daemon.store.walk(), None)
+
+
+def numbers(listing: Any) -> list[int]:
+    """The descriptors that are listed."""
+    return [fd["fd"] for entry in listing for fd in entry.get("fds", [entry])]
+
+
+# -- how much is done in a step ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("each", [1, 5000])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_step_looks_at_few(command: str, each: int) -> None:
+    """Whoever is restricted by a policy too, and whether there are many sets or large ones."""
+    with core(Counting([Grant(frozenset({"query"}))])) as context:
+        fill(context.daemon.store, 1000, each=each)
+        listing = bits(context, command)
+        assert isinstance(listing, Bits)
+        most, text = 0, b""
+        while True:
+            Counting.looks = 0
+            bit = next(listing.bits, None)
+            if bit is None:
+                break
+            most = max(most, Counting.looks)
+            text += bit
+        assert 10 < most <= 300
+        assert len(numbers(json.loads(text))) == 1000
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_step_encodes_little(command: str) -> None:
+    """However long the opaque texts are: no more than one that is long."""
+    with core() as context:
+        fill(context.daemon.store, 50, opaque="x" * 100_000)
+        listing = bits(context, command)
+        assert isinstance(listing, Bits)
+        assert max(map(len, listing.bits)) < 110_000
+
+
+def test_what_is_kept_of_a_listing_is_little() -> None:
+    """Or else the texts took their memory twice, and six times with escapes."""
+    with core() as context:
+        store = context.daemon.store
+        fill(store, 300, opaque="\x01" * 200)
+        fill(store, 300, each=300, opaque="x")
+        for _ in range(2):
+            listing = bits(context, "query-fdsets")
+            assert isinstance(listing, Bits)
+            text = b"".join(listing.bits)
+            assert len(numbers(json.loads(text))) == 600
+        assert sum(len(fdset.listing or b"") for fdset in store) < 300 * 512
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_nothing_may_be_seen(command: str, count: int) -> None:
+    with core(Access([Grant(frozenset({"query"}), frozenset({9999}))])) as context:
+        fill(context.daemon.store, count)
+        listing = bits(context, command)
+        text = listing if isinstance(listing, Encoded) else b"".join(listing.bits)
+        assert text == b"[]"
+
+
+# -- changes meanwhile -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("each", [1, 100, 5000])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_goes_and_what_comes(command: str, each: int) -> None:
+    """What stays is listed, once; what goes before its turn is not; numbers are used again."""
+    with core() as context:
+        store = context.daemon.store
+        fill(store, 2000, each=each)
+        everything = [stored for fdset in store for stored in fdset.fds.values()]
+        listing = bits(context, command)
+        assert isinstance(listing, Bits)
+        text = next(listing.bits)
+        shown = text.count(b'"fd":')
+        assert shown < 1000
+        gone: list[StoredFd] = everything[::3]
+        kept = [stored for n, stored in enumerate(everything) if n % 3]
+        for stored in gone:
+            store.take_out(stored, "removed")
+        close_all(stored.fd for stored in gone)
+        reused = {stored.fd.fileno() for stored in kept}
+        fill(store, 500, each=1)  # under the same numbers
+        text += b"".join(listing.bits)
+        found = numbers(json.loads(text))
+        assert [number for number in found[shown:] if number in reused] == [
+            stored.fd.fileno() for stored in kept if stored in everything[shown:]
+        ]
+        if command == "query-fds":
+            for entry in json.loads(text):
+                assert entry["target"] == "/dev/null"
+
+
+def test_a_number_that_means_another_by_now() -> None:
+    """It is not described in place of the one that had it."""
+    with core() as context, Pipe() as pipe:
+        store = context.daemon.store
+        fill(store, 1000, opaque="ours")
+        listing = bits(context, "query-fds")
+        assert isinstance(listing, Bits)
+        text = next(listing.bits)
+        oldest = store.get(0)
+        [stored] = oldest.fds.values()
+        number = stored.fd.fileno()
+        store.take_out(stored, "removed")
+        stored.fd.close()
+        os.dup2(pipe.fileno(), number)  # somebody else's: it is in no set
+        try:
+            text += b"".join(listing.bits)
+        finally:
+            os.close(number)
+        assert number not in numbers(json.loads(text))
+        assert b"pipe" not in text
+
+
+@pytest.mark.parametrize("each", [1, 5000])
+def test_a_walk_ends(each: int) -> None:
+    """Though descriptors are added all the time."""
+    with core() as context:
+        store = context.daemon.store
+        fill(store, 600, each=each)
+        count = 0
+        number = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        for fdset in store.walk():
+            for _ in fdset.walk(10.0):
+                count += 1
+                store.add(Fd(os.dup(number)), fdset.id, now=11.0)
+                assert count <= 600
+        os.close(number)
+        assert count == 600
+
+
+# -- over a connection -------------------------------------------------------------------------
+
+
+async def fill_by(client: qmpfd.Client, pipe: Pipe, sets: int, **arguments: Any) -> None:
+    for _ in range(sets):
+        await client.add_fds([pipe] * 250, **arguments)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+async def test_others_are_served_meanwhile(command: str, path: Path) -> None:
+    """Those who ask for little are answered many times while one listing is made."""
+    async with daemon(path), qmpfd.connect(path) as client:
+        with Pipe() as pipe, await Wire.session(path) as wire, await Wire.session(path) as other:
+            await fill_by(client, pipe, 16, opaque="\u20ac" * 200)
+            answers = 0
+            wire.send(request(command, id="long"))
+            async with trio.open_nursery() as nursery:
+
+                async def ask() -> None:
+                    nonlocal answers
+                    while True:
+                        value(await other.call("query-name"))
+                        answers += 1
+
+                nursery.start_soon(ask)
+                reply = await wire.reply()
+                nursery.cancel_scope.cancel()
+            assert reply["id"] == "long"
+            assert len(numbers(value(reply))) == 4000
+            assert answers >= 10
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+async def test_replies_stay_in_order(command: str, path: Path) -> None:
+    """Before it, behind it, and with events that come meanwhile."""
+    async with daemon(path), qmpfd.connect(path) as client:
+        with pipes(1) as [pipe], await Wire.session(path) as wire:
+            await fill_by(client, pipe, 8)
+            value(await wire.call("watch-fdsets", {"enable": True}))
+            for n in range(5):
+                wire.send(request("query-name", id=2 * n) + request(command, id=2 * n + 1))
+            for _ in range(20):
+                await client.add_fd(pipe)
+                await client.remove_fd(8)
+            lines = await wire.replies(50)
+            assert [line["id"] for line in lines if "id" in line] == list(range(10))
+            assert [line["event"] for line in lines if "event" in line] == [
+                "FD_ADDED",
+                "FD_REMOVED",
+            ] * 20
+
+
+async def test_one_who_does_not_read_it(path: Path, autojump_clock: MockClock) -> None:
+    """It is cut off in time, and nobody else is held up."""
+    async with daemon(path), qmpfd.connect(path) as client:
+        with pipes(1) as [pipe]:
+            await fill_by(client, pipe, 8, opaque="x" * 2000)
+            with await Wire.session(path) as wire:
+                wire.send(request("query-fds") * 3)
+                await trio.sleep(29)
+                assert (await client.execute("query-stats"))["connections"] == 2
+                assert len(await client.query_fdsets()) == 8
+                await trio.sleep(2)
+                assert (await client.execute("query-stats"))["connections"] == 1
+                assert await wire.drain()
+
+
+async def test_larger_than_what_may_wait_for_one(path: Path) -> None:
+    """Whoever reads gets all of it: others cannot make the listing too long for it."""
+    async with daemon(path), qmpfd.connect(path) as client:
+        with pipes(1) as [pipe]:
+            await fill_by(client, pipe, 1, opaque="\x01" * 16_000)
+            listed: Any = await client.execute("query-fdsets")
+            assert len(json.dumps(listed)) > 16 << 20
+            fdset: Any = listed[0]
+            assert all(fd["opaque"] == "\x01" * 16_000 for fd in fdset["fds"])
+
+
+IDS: dict[str, list[Any]] = {
+    "empty": [[], {}, [[]], [{}], {"a": {}}],
+    "numbers": [list(range(5000)), [1.5, -0.0, 10**18]],
+    "nested": [{"a": [{"b": [1, {"c": None}]}, True]}, json.loads("[" * 500 + "]" * 500)],
+    "texts": [["\u20ac\U0001f600\x7f\"'\\" * 100], {"\u20ac": "\u20ac"}],
+}
+
+
+@pytest.mark.parametrize("kind", IDS)
+async def test_an_id_may_be_anything(kind: str, path: Path) -> None:
+    async with daemon(path):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            for each in IDS[kind]:
+                await wire.send_all(request("query-name", id=each))
+                assert await wire.reply() == {"return": {}, "id": each}
+                await wire.send_all(request("nonsense", id=each))
+                refused = await wire.reply()
+                assert (error(refused), refused["id"]) == ("CommandNotFound", each)
+            value(await wire.call("add-fd", None, [pipe]))
+
+
+async def test_a_descriptor_comes_with_a_long_id(path: Path) -> None:
+    """With the first byte of the reply to whom it belongs."""
+    async with daemon(path), qmpfd.connect(path) as client:
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            await client.add_fd(pipe)
+            long = list(range(10_000))
+            await wire.send_all(request("query-name", id=1))
+            await wire.send_all(request("open-fdset", {"fdset-id": 0}, id=long))
+            await trio.testing.wait_all_tasks_blocked()
+            first = await wire.line()
+            assert first is not None
+            assert json.loads(first)["id"] == 1
+
+
+async def test_an_id_is_echoed_step_by_step(path: Path) -> None:
+    """A mebibyte of it, while others are served."""
+    async with daemon(path):
+        with await Wire.session(path) as wire, await Wire.session(path) as other:
+            connection = ServerConnection(VOCABULARY)
+            whole: list[list[Any]] = [[]] * 100_000
+            steps = list(connection.long_reply(Value({}), whole))
+            assert max(map(len, steps)) < 4096
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wire.send_all, request("query-name", id=whole))
+                value(await other.call("query-name"))
+                assert await wire.reply() == {"return": {}, "id": whole}
+
+
+async def test_many_at_once_take_turns(path: Path) -> None:
+    """Each step of each is a turn of its own: only one of them is taken between two passes of the
+    loop.
+    """
+    async with daemon(path), qmpfd.connect(path) as client:
+        with Pipe() as pipe:
+            await fill_by(client, pipe, 4)
+            wires = [await Wire.session(path) for _ in range(10)]
+            passes = 0
+
+            class Passes(trio.abc.Instrument):
+                def before_io_wait(self, timeout: float) -> None:
+                    nonlocal passes
+                    passes += 1
+
+            instrument = Passes()
+            trio.lowlevel.add_instrument(instrument)
+            for wire in wires:
+                wire.send(request("query-fds"))
+            for wire in wires:
+                assert len(numbers(value(await wire.reply()))) == 1000
+                wire.close()
+            trio.lowlevel.remove_instrument(instrument)
+            assert passes >= 2 * len(wires)

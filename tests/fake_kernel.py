@@ -1,0 +1,177 @@
+"""The receiving end of a Unix stream socket: the kernel's own, and a fake of it.
+
+Both pass the same tests (``test_inbox.py``), so what is shown on the fake holds on the other.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from qmpfd.kernel import fd as fd_module
+from qmpfd.kernel.fd import Fd, close_all
+from qmpfd.limits import READ_BYTES, SEGMENT_BYTES
+from qmpfd.protocol import Connection
+
+#: What Linux keeps of a send in one buffer, on pages of 4 KiB; descriptors are on the first one
+#: (``unix_stream_sendmsg``: SKB_MAX_HEAD(0) + UNIX_SKB_FRAGS_SZ).
+BUFFER_BYTES = 36544
+
+
+class Queue(Protocol):
+    """What was sent to a socket and not read yet."""
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Queue *data*, with duplicates of *fds* on its first byte."""
+
+    def peek(self) -> tuple[bytes, bool]:
+        """As :func:`qmpfd.kernel.fd.peek`."""
+
+    def receive(self, count: int) -> tuple[bytes, list[Fd], bool]:
+        """As :func:`qmpfd.kernel.fd.receive`."""
+
+    def close(self) -> None:
+        """Close everything that is still on its way."""
+
+
+class Segment:
+    def __init__(self, data: bytes, fds: list[Fd]) -> None:
+        self.data = data
+        self.fds = fds
+
+
+class FakeQueue:
+    """The queue as ``unix_stream_read_generic`` treats it, without a socket.
+
+    Reads join segments, and end after one that carried descriptors; those go with the first byte
+    that is read of it.
+    """
+
+    def __init__(self) -> None:
+        self._segments: deque[Segment] = deque()
+        #: How many more descriptors this process may have; None: any number.
+        self.room: int | None = None
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        assert data
+        passed = [Fd(os.dup(number)) for number in fds]
+        for at in range(0, len(data), BUFFER_BYTES):
+            self._segments.append(Segment(data[at : at + BUFFER_BYTES], passed))
+            passed = []
+
+    def peek(self) -> tuple[bytes, bool]:
+        if not self._segments:
+            raise BlockingIOError
+        seen = bytearray()
+        for segment in self._segments:
+            # The kernel goes on when the room is used up, and tells of descriptors further behind.
+            seen += segment.data[: READ_BYTES - len(seen)]
+            if segment.fds:
+                # As kernel.fd does it: what may go on behind these bytes is shown the next time.
+                shown = len(seen) if len(seen) < READ_BYTES else READ_BYTES - SEGMENT_BYTES
+                return bytes(seen[:shown]), True
+        return bytes(seen), False
+
+    def receive(self, count: int) -> tuple[bytes, list[Fd], bool]:
+        if not self._segments:
+            raise BlockingIOError
+        data = bytearray()
+        while self._segments and len(data) < count:
+            segment = self._segments[0]
+            wanted = count - len(data)
+            data += segment.data[:wanted]
+            segment.data = segment.data[wanted:]
+            fds, segment.fds = segment.fds, []
+            if not segment.data:
+                self._segments.popleft()
+            if fds:
+                return bytes(data), *self._install(fds)
+        return bytes(data), [], False
+
+    def _install(self, fds: list[Fd]) -> tuple[list[Fd], bool]:
+        if self.room is None:
+            return fds, False
+        fit, lost = fds[: self.room], fds[self.room :]
+        self.room -= len(fit)
+        close_all(lost)
+        return fit, bool(lost)
+
+    def close(self) -> None:
+        for segment in self._segments:
+            close_all(segment.fds)
+        self._segments.clear()
+
+
+class SocketQueue:
+    """The same, by the kernel."""
+
+    def __init__(self) -> None:
+        self._sender, self._receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sender.setblocking(False)
+        self._receiver.setblocking(False)
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        assert fd_module.send(self._sender, data, fds) == len(data)
+
+    def peek(self) -> tuple[bytes, bool]:
+        return fd_module.peek(self._receiver)
+
+    def receive(self, count: int) -> tuple[bytes, list[Fd], bool]:
+        return fd_module.receive(self._receiver, count)
+
+    def close(self) -> None:
+        self._sender.close()
+        self._receiver.close()
+
+
+def read_once(queue: Queue, connection: Connection) -> bool:
+    """One read, as ``transport.FdStream.receive_nowait`` does it; False if nothing was there."""
+    try:
+        data, fds_follow = queue.peek()
+    except BlockingIOError:
+        return False
+    consumed = count = 0
+
+    def read(length: int) -> tuple[bytes, list[Fd], bool]:
+        nonlocal consumed, count
+        got, fds, dropped = queue.receive(length)
+        assert len(got) == length
+        consumed += length
+        count += 0 if dropped else len(fds)
+        return got, fds, dropped
+
+    if fds_follow:
+        assert connection.receive_with_fds(data, read) == (consumed, count)
+    else:
+        _, fds, dropped = read(connection.receive(data))
+        assert not fds, "nobody would own them"
+        assert not dropped
+    assert consumed, "a read that consumes nothing is repeated for ever"
+    assert consumed <= len(data)
+    return True
+
+
+class Tags:
+    """Files that can be told apart through any descriptor of theirs.
+
+    Args:
+        count: how many.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.fds = [Fd(os.memfd_create(f"tag{number}")) for number in range(count)]
+        self._inodes = {os.fstat(fd.fileno()).st_ino: n for n, fd in enumerate(self.fds)}
+
+    def __getitem__(self, number: int) -> int:
+        """A descriptor of the file of that number."""
+        return self.fds[number].fileno()
+
+    def which(self, fd: Fd) -> int:
+        """The number of the file that *fd* is of."""
+        return self._inodes[os.fstat(fd.fileno()).st_ino]
+
+    def close(self) -> None:
+        close_all(self.fds)

@@ -1,0 +1,355 @@
+"""The store by itself: sets, ids, order, errors, lifetimes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterator
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from qmpfd.errors import FdNotFound, InvalidParameterValue, QMPError
+from qmpfd.fdsets import FdSet, FdSets, StoredFd, Terms
+from qmpfd.kernel.fd import Fd, close_all
+
+
+def new_fd() -> Fd:
+    return Fd(os.open("/dev/null", os.O_RDONLY))
+
+
+Listing = list[tuple[int, list[tuple[int, str | None]]]]
+
+
+def listing(store: FdSets) -> Listing:
+    """What there is, in the order in which it is listed."""
+    return [
+        (fdset.id, [(number, stored.opaque) for number, stored in fdset.fds.items()])
+        for fdset in store
+    ]
+
+
+def close(removed: list[StoredFd]) -> None:
+    close_all(stored.fd for stored in removed)
+
+
+@pytest.fixture
+def store() -> Iterator[FdSets]:
+    store = FdSets()
+    yield store
+    close(store.clear())
+
+
+def add(store: FdSets, fdset_id: int | None = None, opaque: str | None = None) -> int:
+    """Add a descriptor; its number."""
+    fd = new_fd()
+    store.add(fd, fdset_id, opaque, create=True)
+    return fd.fileno()
+
+
+def test_lowest_free_id(store: FdSets) -> None:
+    for expected in range(4):
+        fd = new_fd()
+        assert store.add(fd).id == expected
+    close(store.remove(2) + store.remove(1))
+    assert [store.add(new_fd()).id for _ in range(3)] == [1, 2, 4]
+    add(store, 6)
+    assert [store.add(new_fd()).id for _ in range(2)] == [5, 7]
+
+
+def test_sets_descend_and_fds_are_oldest_first(store: FdSets) -> None:
+    numbers = [add(store, fdset_id, f"o{fdset_id}") for fdset_id in (3, 0, 2**63 - 1, 3, 0)]
+    assert listing(store) == [
+        (2**63 - 1, [(numbers[2], f"o{2**63 - 1}")]),
+        (3, [(numbers[0], "o3"), (numbers[3], "o3")]),
+        (0, [(numbers[1], "o0"), (numbers[4], "o0")]),
+    ]
+    assert len(store) == 3
+    assert store.fd_count == 5
+
+
+def test_a_number_that_is_used_again_is_the_newest(store: FdSets) -> None:
+    first, second = add(store, 0), add(store, 0)
+    close(store.remove(0, first))
+    assert add(store, 0) == first
+    assert listing(store) == [(0, [(second, None), (first, None)])]
+
+
+@pytest.mark.parametrize("opaque", [None, "", "a\0b", "\U0001f600", "x" * 100_000])
+def test_opaque_is_kept(store: FdSets, opaque: str | None) -> None:
+    number = add(store, 0, opaque)
+    assert listing(store) == [(0, [(number, opaque)])]
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_join(store: FdSets, create: bool) -> None:
+    first = add(store, 5)
+    fd = new_fd()
+    assert store.add(fd, 5, create=create).id == 5
+    assert listing(store) == [(5, [(first, None), (fd.fileno(), None)])]
+
+
+@pytest.mark.parametrize(
+    "fdset_id, create, desc",
+    [
+        (0, False, "Parameter 'fdset-id' expects an existing fdset-id"),
+        (-1, False, "Parameter 'fdset-id' expects an existing fdset-id"),
+        (-1, True, "Parameter 'fdset-id' expects a non-negative value"),
+        (-(2**63), True, "Parameter 'fdset-id' expects a non-negative value"),
+    ],
+)
+def test_add_refused(store: FdSets, fdset_id: int, create: bool, desc: str) -> None:
+    add(store, 3)
+    before = listing(store)
+    with new_fd() as fd:
+        with pytest.raises(InvalidParameterValue) as caught:
+            store.add(fd, fdset_id, create=create)
+        assert caught.value.desc == desc
+        assert not fd.closed  # it is still ours
+    assert listing(store) == before
+    assert store.add(new_fd()).id == 0
+
+
+def test_add_of_a_closed_fd(store: FdSets) -> None:
+    fd = new_fd()
+    fd.close()
+    with pytest.raises(ValueError, match="closed"):
+        store.add(fd)
+    assert listing(store) == []
+    assert store.fd_count == 0
+
+
+def test_remove_returns_what_is_to_be_closed(store: FdSets) -> None:
+    first, second, third = (add(store, 7) for _ in range(3))
+    removed = store.remove(7, second)
+    assert [stored.fd.fileno() for stored in removed] == [second]
+    assert not removed[0].fd.closed
+    close(removed)
+    assert listing(store) == [(7, [(first, None), (third, None)])]
+    removed = store.remove(7)
+    assert [stored.fd.fileno() for stored in removed] == [first, third]
+    close(removed)
+    assert listing(store) == []
+
+
+def test_a_set_without_fds_is_gone(store: FdSets) -> None:
+    number = add(store, 1)
+    close(store.remove(1, number))
+    assert len(store) == store.fd_count == 0
+    for remove in (lambda: store.remove(1), lambda: store.get(1)):
+        with pytest.raises(FdNotFound):
+            remove()
+    with new_fd() as fd, pytest.raises(InvalidParameterValue):
+        store.add(fd, 1)
+
+
+@pytest.mark.parametrize(
+    "fdset_id, number, desc",
+    [
+        (0, None, "File descriptor named 'fdset-id:0' not found"),
+        (-5, None, "File descriptor named 'fdset-id:-5' not found"),
+        (2**63 - 1, 3, "File descriptor named 'fdset-id:9223372036854775807, fd:3' not found"),
+        (4, 0, "File descriptor named 'fdset-id:4, fd:0' not found"),
+        (4, -1, "File descriptor named 'fdset-id:4, fd:-1' not found"),
+        (4, 2**63 - 1, "File descriptor named 'fdset-id:4, fd:9223372036854775807' not found"),
+    ],
+)
+def test_not_found(store: FdSets, fdset_id: int, number: int | None, desc: str) -> None:
+    add(store, 4)
+    before = listing(store)
+    finders: list[Callable[[int, int | None], object]] = [store.remove, store.get]
+    for find in finders:
+        with pytest.raises(FdNotFound) as caught:
+            find(fdset_id, number)
+        assert caught.value.desc == desc
+    assert listing(store) == before
+
+
+def test_get(store: FdSets) -> None:
+    number = add(store, 4)
+    assert store.get(4).id == store.get(4, number).id == 4
+    assert list(store.get(4).fds) == [number]
+
+
+def test_clear(store: FdSets) -> None:
+    numbers = {add(store, fdset_id) for fdset_id in (None, None, 1, 9)}
+    removed = store.clear()
+    assert {stored.fd.fileno() for stored in removed} == numbers
+    close(removed)
+    assert listing(store) == []
+    assert store.fd_count == 0
+    assert store.add(new_fd()).id == 0
+
+
+class Observed:
+    """An observer that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int, int]] = []
+
+    def added(self, fdset: FdSet, stored: StoredFd) -> None:
+        self.told.append(("added", fdset.id, stored.fd.fileno()))
+
+    def removed(self, fdset: FdSet, stored: StoredFd, reason: str) -> None:
+        self.told.append((reason, fdset.id, stored.fd.fileno()))
+
+
+def test_lifetimes(store: FdSets) -> None:
+    told = Observed()
+    owner = object()
+    ours = [store.add(new_fd(), 1, create=True, terms=Terms(owner=owner)) for _ in range(2)]
+    store.add(new_fd(), 1, terms=Terms(owner=object()))
+    store.add(new_fd(), 1, terms=Terms(expires_at=20.0))
+    store.add(new_fd(), 2, create=True, terms=Terms(owner=owner, expires_at=10.0))
+    assert len(ours[0].fds) == 4
+    mine, also_mine, other, till_20 = ours[0].fds
+    (till_10,) = store.get(2).fds
+    store.observer = told
+    assert store.expiries.next() == 10.0
+    assert store.remove_expired(9.9) == []
+    removed = store.remove_expired(10.0)
+    assert store.expiries.next() == 20.0
+    removed += store.remove_owned(owner)
+    assert store.remove_owned(owner) == []
+    assert store.remove_owned("nobody") == []
+    removed += store.remove(1, other)
+    removed += store.remove_expired(1e9)
+    assert told.told == [
+        ("expired", 2, till_10),
+        ("connection", 1, mine),
+        ("connection", 1, also_mine),
+        ("removed", 1, other),
+        ("expired", 1, till_20),
+    ]
+    assert [stored.fd.fileno() for stored in removed] == [number for _, _, number in told.told]
+    assert store.expiries.next() is None
+    close(removed)
+    assert listing(store) == []
+
+
+def test_expiries_are_counted_and_do_not_pile_up(store: FdSets) -> None:
+    for time in range(1, 11):
+        store.add(new_fd(), 0, create=True, terms=Terms(expires_at=time))
+    numbers = list(store.get(0).fds)
+    close(store.remove_expired(2))
+    assert (len(store.expiries), store.expiries.next()) == (8, 3)
+    for removed, number in enumerate(numbers[2:], 1):
+        close(store.remove(0, number))
+        assert len(store.expiries) == 8 - removed
+        assert store.expiries.next() == (None if removed == 8 else 3 + removed)
+    kept = store.add(new_fd(), 1, create=True, terms=Terms(expires_at=5)).id
+    for _ in range(500):  # never waiting for the time to come, nor asking when it does
+        store.add(new_fd(), 0, create=True, terms=Terms(expires_at=1000))
+        close(store.remove(0))
+    assert len(store.expiries) == 1
+    assert len(store.expiries._heap) <= 3
+    assert [stored.fd.fileno() for stored in store.get(kept).fds.values()] != []
+    assert store.expiries.next() == 5
+
+
+class Machine(RuleBasedStateMachine):
+    """Any calls, against lists that are searched from the start."""
+
+    ids = st.integers(-1, 6) | st.sampled_from([2**63 - 1])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = FdSets()
+        self.model: list[tuple[int, Fd, str | None, Hashable, float | None]] = []
+        self.now = 0.0
+
+    def used(self) -> set[int]:
+        return {entry[0] for entry in self.model}
+
+    def expect(self, removed: list[StoredFd], gone: list[Fd]) -> None:
+        assert [stored.fd for stored in removed] == gone
+        assert not any(fd.closed for fd in gone)
+        self.model = [entry for entry in self.model if entry[1] not in gone]
+        close(removed)
+
+    @rule(
+        fdset_id=st.none() | ids,
+        opaque=st.none() | st.text(max_size=2),
+        create=st.booleans(),
+        owner=st.none() | st.sampled_from("AB"),
+        seconds=st.sampled_from([None, 1, 2, 3, 5, 8]),
+    )
+    def add(
+        self,
+        fdset_id: int | None,
+        opaque: str | None,
+        create: bool,
+        owner: str | None,
+        seconds: int | None,
+    ) -> None:
+        fd = new_fd()
+        used = self.used()
+        expires_at = None if seconds is None else self.now + seconds
+        terms = Terms(owner, expires_at)
+        if fdset_id is not None and fdset_id not in used and (fdset_id < 0 or not create):
+            with fd, pytest.raises(InvalidParameterValue):
+                self.store.add(fd, fdset_id, opaque, create=create, terms=terms)
+            return
+        expected = fdset_id
+        if expected is None:
+            expected = next(n for n in range(len(used) + 1) if n not in used)
+            assert self.store.next_id == expected
+        fdset = self.store.add(fd, fdset_id, opaque, create=create, terms=terms)
+        assert fdset.id == expected
+        self.model.append((expected, fd, opaque, owner, expires_at))
+
+    @rule(fdset_id=ids)
+    def remove_set(self, fdset_id: int) -> None:
+        if fdset_id not in self.used():
+            with pytest.raises(FdNotFound):
+                self.store.remove(fdset_id)
+            return
+        gone = [entry[1] for entry in self.model if entry[0] == fdset_id]
+        self.expect(self.store.remove(fdset_id), gone)
+
+    @rule(data=st.data())
+    def remove_one(self, data: st.DataObject) -> None:
+        if not self.model:
+            return
+        fdset_id, fd, *_ = data.draw(st.sampled_from(self.model))
+        self.expect(self.store.remove(fdset_id, fd.fileno()), [fd])
+
+    @rule(fdset_id=ids, data=st.data())
+    def remove_from_another_set(self, fdset_id: int, data: st.DataObject) -> None:
+        numbers = [fd.fileno() for n, fd, *_ in self.model if n != fdset_id]
+        with pytest.raises(QMPError):
+            self.store.remove(fdset_id, data.draw(st.sampled_from([*numbers, -1, 2**31])))
+
+    @rule(owner=st.sampled_from("AB"))
+    def end_connection(self, owner: str) -> None:
+        gone = [entry[1] for entry in self.model if entry[3] == owner]
+        self.expect(self.store.remove_owned(owner), gone)
+
+    @rule(seconds=st.integers(0, 3))
+    def wait(self, seconds: int) -> None:
+        self.now += seconds
+        timed = [entry for entry in self.model if entry[4] is not None and entry[4] <= self.now]
+        timed.sort(key=lambda entry: entry[4] or 0.0)
+        self.expect(self.store.remove_expired(self.now), [entry[1] for entry in timed])
+
+    @invariant()
+    def same(self) -> None:
+        expected: Listing = [
+            (n, [(fd.fileno(), opaque) for m, fd, opaque, *_ in self.model if m == n])
+            for n in sorted(self.used(), reverse=True)
+        ]
+        assert listing(self.store) == expected
+        assert self.store.fd_count == len(self.model)
+        assert len(self.store) == len(self.used())
+        times = [entry[4] for entry in self.model if entry[4] is not None]
+        assert self.store.expiries.next() == min(times, default=None)
+        assert len(self.store.expiries) == len(times)
+
+    def teardown(self) -> None:
+        close(self.store.clear())
+        assert listing(self.store) == []
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -1,0 +1,318 @@
+"""Closing: what is closed at once, and what is left to threads."""
+
+from __future__ import annotations
+
+import _thread
+import ctypes
+import os
+import select
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE, Pipe, send_now
+from kinds import KINDS, open_kind
+
+from qmpfd.kernel import close_pool as closing
+from qmpfd.kernel import fdinfo
+from qmpfd.kernel.close_pool import Closer, Risk
+from qmpfd.kernel.fd import Fd
+
+MEBIBYTE = 1 << 20
+
+
+@pytest.fixture
+def closer() -> Iterator[Closer]:
+    """One that has nothing to do any more at the end."""
+    closer = Closer()
+    yield closer
+    deadline = time.monotonic() + PATIENCE
+    while closer.pending:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    closer.shut_down()
+
+
+# -- the risk ----------------------------------------------------------------------------------
+
+#: Of the kinds that there are, those that are not closed on the spot.
+SLIGHT = {"TCP socket", "TCP socket, listening", "Unix socket", "Unix socket, connected", "epoll"}
+HIGH = {"netlink socket", "pidfd"}  # pidfd: a file system of its own, since Linux 6.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ordinary_descriptors(kind: str, closer: Closer, tmp_path: Path) -> None:
+    with open_kind(kind, tmp_path) as number:
+        risk = closer.risk(number)
+        if kind in SLIGHT:
+            assert risk is Risk.SLIGHT
+        elif kind in HIGH:
+            assert risk in (Risk.HIGH, Risk.NONE)
+        else:
+            assert risk is Risk.NONE
+
+
+@contextmanager
+def _lingering() -> Iterator[socket.socket]:
+    """Connected, with data that its peer does not take; lingers for 30 s, or until it is over."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        sock = socket.create_connection(listener.getsockname())
+        peer, _ = listener.accept()
+    with sock, peer:
+        sock.setblocking(False)
+        try:
+            while True:
+                sock.send(bytes(MEBIBYTE))
+        except BlockingIOError:
+            pass
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
+        yield sock
+
+
+def test_a_lingering_socket(closer: Closer) -> None:
+    with _lingering() as sock:
+        assert closer.risk(sock.fileno()) is Risk.HIGH
+
+
+def test_a_unix_socket_whose_peer_is_gone(closer: Closer) -> None:
+    """Nothing can come any more: it matters whether something is there."""
+    left, right = socket.socketpair()
+    with left:
+        with right:
+            assert closer.risk(left.fileno()) is Risk.SLIGHT
+            right.send(b"x")
+        assert closer.risk(left.fileno()) is Risk.SLIGHT
+        left.recv(1)
+        assert closer.risk(left.fileno()) is Risk.NONE
+
+
+def test_a_datagram_without_a_byte(closer: Closer) -> None:
+    """It can carry descriptors, and is no byte to be counted."""
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with left:
+        with right:
+            right.send(b"")
+        assert closer.risk(left.fileno()) is Risk.SLIGHT
+
+
+def _inotify() -> int:
+    return int(ctypes.CDLL(None).inotify_init1(os.O_CLOEXEC))
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [
+        _inotify,
+        lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW).detach(),
+        lambda: os.open("/dev/tty0", os.O_RDWR),
+        lambda: os.open("/dev/fuse", os.O_RDWR),
+    ],
+    ids=["inotify", "packet", "terminal", "fuse"],
+)
+def test_what_is_not_known_to_be_quick(opened: Callable[[], int], closer: Closer) -> None:
+    try:
+        fd = Fd(opened())
+    except OSError as exc:
+        pytest.skip(str(exc))
+    with fd:
+        assert closer.risk(fd.fileno()) is Risk.HIGH
+
+
+def test_much_memory_without_a_name(closer: Closer) -> None:
+    with Fd(os.memfd_create("large")) as fd:
+        assert closer.risk(fd.fileno()) is Risk.NONE
+        os.ftruncate(fd.fileno(), 65 * MEBIBYTE)
+        assert closer.risk(fd.fileno()) is Risk.HIGH
+        os.ftruncate(fd.fileno(), 0)
+        assert closer.risk(fd.fileno()) is Risk.NONE
+        # What is reserved behind the end does not count as its length.
+        subprocess.run(
+            ["fallocate", "--keep-size", "--length", "65M", f"/proc/self/fd/{fd.fileno()}"],
+            pass_fds=[fd.fileno()],
+            check=True,
+        )
+        assert os.fstat(fd.fileno()).st_size == 0
+        assert closer.risk(fd.fileno()) is Risk.HIGH
+
+
+def test_a_large_file_with_a_name(closer: Closer, tmp_path: Path) -> None:
+    """A disk image: its blocks stay when it is closed."""
+    with open(tmp_path / "image", "wb") as file:
+        file.truncate(100 * MEBIBYTE)
+        assert closer.risk(file.fileno()) is Risk.NONE
+        (tmp_path / "image").unlink()
+        assert closer.risk(file.fileno()) is Risk.HIGH
+
+
+def test_the_name_of_a_memfd(tmp_path: Path) -> None:
+    (tmp_path / "memfd:x").touch()
+    with open(tmp_path / "memfd:x") as file, Fd(os.memfd_create("x")) as memfd:
+        on_disk = os.stat("/").st_dev == os.fstat(file.fileno()).st_dev
+        assert fdinfo.is_in_memory(memfd.fileno())
+        assert fdinfo.is_in_memory(file.fileno()) is not on_disk
+        assert fdinfo.kind(memfd.fileno(), "/memfd:x (deleted)") == "memfd"
+        if on_disk:
+            assert fdinfo.kind(file.fileno(), "/memfd:x (deleted)") == "file"
+
+
+def test_an_unknown_file_system(
+    closer: Closer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(tmp_path / "file", "w") as file:
+        assert closer.risk(file.fileno()) is Risk.NONE
+        monkeypatch.setattr(closing, "_LOCAL", frozenset())
+        other = Closer()
+        try:
+            in_memory = fdinfo.is_in_memory(file.fileno())
+            assert other.risk(file.fileno()) is (Risk.NONE if in_memory else Risk.HIGH)
+        finally:
+            other.shut_down()
+
+
+@pytest.mark.root
+def test_mounts_come_and_go(closer: Closer, tmp_path: Path) -> None:
+    """A number can come to mean another file system."""
+    for kind, risk in (("tmpfs", Risk.NONE), ("ramfs", Risk.NONE), ("tmpfs", Risk.NONE)):
+        subprocess.run(["mount", "-t", kind, "test", tmp_path], check=True)
+        try:
+            with open(tmp_path / "file", "w") as file:
+                assert closer.risk(file.fileno()) is risk
+                subprocess.run(["umount", "-l", tmp_path], check=True)
+                # No longer anywhere: in memory all the same, or not known to be.
+                expected = Risk.NONE if kind == "tmpfs" else Risk.HIGH
+                assert closer.risk(file.fileno()) is expected
+        except BaseException:
+            subprocess.run(["umount", "-l", tmp_path], check=False)
+            raise
+
+
+# -- closing -----------------------------------------------------------------------------------
+
+
+def _threads() -> int:
+    """How many this process has."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_ordinary_ones_are_closed_without_a_thread(closer: Closer, tmp_path: Path) -> None:
+    threads = _threads()
+    with Pipe() as pipe, open(tmp_path / "file", "w") as file:
+        fds = [Fd(os.dup(pipe.fileno())), Fd(os.dup(file.fileno())), Fd(os.open("/dev/null", 0))]
+        pipe.release()
+        closer.close(fds)
+        assert all(fd.closed for fd in fds)
+        assert not pipe.held()
+    assert closer.pending == 0
+    assert _threads() == threads
+
+
+def test_sockets_are_closed_when_it_returns(closer: Closer) -> None:
+    pairs = [socket.socketpair() for _ in range(50)]
+    closer.close([Fd(its.detach()) for _, its in pairs])
+    for ours, _ in pairs:
+        with ours:
+            ours.setblocking(False)
+            assert ours.recv(1) == b""
+
+
+def test_closed_twice(closer: Closer) -> None:
+    fd = Fd(os.dup(0))
+    fd.close()
+    closer.close([fd])
+
+
+def _cloak(sock: socket.socket) -> tuple[Fd, socket.socket]:
+    """A Unix socket in whose queue *sock* was left; the other end of it."""
+    left, right = socket.socketpair()
+    send_now(left, b"x", [sock])
+    return Fd(right.detach()), left
+
+
+def test_who_hangs_is_not_waited_for(closer: Closer) -> None:
+    """Not even where it cannot be foreseen, and others behind it are closed all the same."""
+    with _lingering() as sock:
+        duplicate = Fd(os.dup(sock.fileno()))
+        cloaked, left = _cloak(sock)
+        sock.close()
+        start = time.monotonic()
+        closer.close([duplicate])  # not the last of it, so it does not hang
+        ours, its = socket.socketpair()
+        with ours, left:
+            left.close()
+            closer.close([cloaked, Fd(its.detach())])
+            assert time.monotonic() - start < 0.1
+            assert ours.recv(1) == b""
+        assert closer.pending >= 1
+        start = time.monotonic()
+        for _ in range(20):  # there is no grace for a while: not 20 times as long
+            ours, its = socket.socketpair()
+            with ours:
+                closer.close([Fd(its.detach())])
+        assert time.monotonic() - start < 0.1
+
+
+def test_more_than_there_are_threads(closer: Closer) -> None:
+    epolls = [Fd(os.dup(epoll.fileno())) for epoll in [select.epoll() for _ in range(100)]]
+    inotifies = [Fd(number) for number in (_inotify() for _ in range(100)) if number >= 0]
+    closer.close(epolls + inotifies)
+    deadline = time.monotonic() + PATIENCE
+    while closer.pending:
+        assert time.monotonic() < deadline
+    assert all(fd.closed for fd in epolls + inotifies)
+
+
+def test_who_closes_starts_one_thread(closer: Closer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a while on a busy machine: the threads start each other."""
+    starters = []
+    start = _thread.start_new_thread
+
+    def noting(function: Callable[[], None], arguments: tuple[()]) -> int:
+        starters.append(_thread.get_ident())
+        return start(function, arguments)
+
+    monkeypatch.setattr("_thread.start_new_thread", noting)
+    inotifies = [Fd(number) for number in (_inotify() for _ in range(60)) if number >= 0]
+    closer.close(inotifies)
+    deadline = time.monotonic() + PATIENCE
+    while closer.pending:
+        assert time.monotonic() < deadline
+    assert starters.count(_thread.get_ident()) == 1
+
+
+def test_no_thread_to_be_had(closer: Closer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one does what was left."""
+
+    def fails(function: Callable[[], None], arguments: tuple[()]) -> int:
+        raise RuntimeError("can't start new thread")
+
+    fd = Fd(_inotify())
+    with monkeypatch.context() as patch:
+        patch.setattr("_thread.start_new_thread", fails)
+        closer.close([fd])
+        assert not fd.closed
+        assert closer.pending == 1
+    closer.close([Fd(_inotify())])
+    deadline = time.monotonic() + PATIENCE
+    while not fd.closed:
+        assert time.monotonic() < deadline
+
+
+def test_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every file is as if it were on a file system that nobody knows."""
+
+    def fails() -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(closing, "_FileSystems", fails)
+    closer = Closer()
+    with open(tmp_path / "file", "w") as file:
+        assert closer.risk(file.fileno()) is Risk.HIGH
+    closer.shut_down()

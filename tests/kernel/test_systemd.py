@@ -1,0 +1,226 @@
+"""Service managers: inherited sockets, readiness, status, reload, watchdog."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from installed import need
+from supervised import children
+
+from qmpfd.client.blocking import SyncClient
+
+SERVE = [sys.executable, "-m", "qmpfd", "serve"]
+DEADLINE = 20.0
+
+
+class Manager:
+    """A service manager's notify socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(DEADLINE)
+
+    def until(self, line: str) -> list[str]:
+        """All that is told, up to the first message with a line that begins so."""
+        told: list[str] = []
+        while not any(each.startswith(line) for each in told):
+            told += self._socket.recv(4096).decode().splitlines()
+        return told
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@contextmanager
+def daemon(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`serve` as a process; ended with SIGTERM."""
+    # LISTEN_PID has to be the daemon's own: the shell that becomes it knows the number.
+    shell = ["sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *SERVE, *arguments]
+    process = subprocess.Popen(
+        shell, env={**os.environ, **environment}, close_fds=False, stderr=subprocess.PIPE
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        _, errors = process.communicate(timeout=DEADLINE)
+        assert b"Traceback" not in errors
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    with closing(Manager(tmp_path / "notify")) as made:
+        yield made
+
+
+@contextmanager
+def at_number_three(sock: socket.socket) -> Iterator[None]:
+    """`sock` inheritable under the number at which inherited sockets begin, whatever was there."""
+    before = os.dup(3) if os.path.exists("/proc/self/fd/3") else None
+    os.dup2(sock.fileno(), 3, inheritable=True)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.close(3)
+        else:
+            os.dup2(before, 3, inheritable=False)
+            os.close(before)
+
+
+def test_ready_status_and_stopping(manager: Manager, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with daemon("--socket", str(path), NOTIFY_SOCKET=str(manager.path)) as process:
+        manager.until("READY=1")
+        with SyncClient(path, DEADLINE) as client, (tmp_path / "f").open("w") as file:
+            client.execute("add-fd", fds=[file])
+        assert any(line.startswith("STATUS=") for line in manager.until("STATUS=1 desc"))
+        process.send_signal(signal.SIGTERM)
+        manager.until("STOPPING=1")
+
+
+def test_reload(manager: Manager, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("")
+    arguments = ["--socket", str(tmp_path / "s"), "--policy", str(policy)]
+    with daemon(*arguments, NOTIFY_SOCKET=str(manager.path)) as process:
+        manager.until("READY=1")
+        for content in ("", "bad"):  # either way, the reload has an end
+            policy.write_text(content)
+            process.send_signal(signal.SIGHUP)
+            told = manager.until("RELOADING=1")
+            assert any(line.startswith("MONOTONIC_USEC=") for line in told)
+            manager.until("READY=1")
+
+
+def test_watchdog(manager: Manager, tmp_path: Path) -> None:
+    environment = {"NOTIFY_SOCKET": str(manager.path), "WATCHDOG_USEC": "200000"}
+    with daemon("--socket", str(tmp_path / "s"), **environment):
+        for _ in range(3):
+            manager.until("WATCHDOG=1")
+
+
+def test_abstract_notify_socket(tmp_path: Path) -> None:
+    name = f"qmpfd-test-{os.getpid()}"
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
+        sock.bind(f"\0{name}")
+        sock.settimeout(DEADLINE)
+        with daemon("--socket", str(tmp_path / "s"), NOTIFY_SOCKET=f"@{name}"):
+            assert b"READY=1" in sock.recv(4096)
+
+
+def test_an_inherited_socket(manager: Manager, tmp_path: Path) -> None:
+    path = tmp_path / "activated"
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with at_number_three(listener):
+            environment = {"LISTEN_FDS": "1", "LISTEN_FDNAMES": "qmpfd.socket"}
+            with daemon(NOTIFY_SOCKET=str(manager.path), **environment) as process:
+                manager.until("READY=1")
+                with SyncClient(path, DEADLINE) as client:
+                    assert client.execute("query-fdsets") == []
+                open_there = os.listdir(f"/proc/{process.pid}/fd")
+                assert "3" in open_there
+    assert path.exists(), "the file belongs to whoever has made it"
+
+
+def test_an_inherited_descriptor_of_another_kind(tmp_path: Path) -> None:
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock, at_number_three(sock):
+        process = subprocess.run(
+            ["sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *SERVE],
+            env={**os.environ, "LISTEN_FDS": "1", "QMPFD_SOCKET": str(tmp_path / "s")},
+            close_fds=False,
+            capture_output=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+    assert process.returncode == 2
+    assert process.stderr.count(b"\n") == 1
+    assert b"no listening Unix stream socket" in process.stderr
+
+
+def test_sockets_for_somebody_else(manager: Manager, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    environment = {"NOTIFY_SOCKET": str(manager.path), "LISTEN_FDS": "1", "LISTEN_PID": "1"}
+    process = subprocess.Popen([*SERVE, "--socket", str(path)], env={**os.environ, **environment})
+    try:
+        manager.until("READY=1")
+        assert path.exists()
+    finally:
+        process.terminate()
+        process.wait(DEADLINE)
+
+
+@pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
+def test_systemd_socket_activate(tmp_path: Path, options: list[str]) -> None:
+    tool = need("systemd-socket-activate")
+    path = tmp_path / "activated"
+    process = subprocess.Popen(
+        [tool, f"--listen={path}", "--fdname=qmp", *SERVE, *options], stderr=subprocess.PIPE
+    )
+    try:
+        assert process.stderr is not None
+        assert b"Listening" in process.stderr.readline()
+        with SyncClient(path, DEADLINE) as client:
+            client.execute("add-fd", {"opaque": "mine"}, [0])
+        if options:
+            (worker,) = children(process.pid)
+            os.kill(worker, signal.SIGKILL)
+        with SyncClient(path, DEADLINE) as client:
+            (fdset,) = client.execute("query-fdsets")
+            assert fdset["fds"][0]["opaque"] == "mine"
+    finally:
+        process.terminate()
+        process.communicate(timeout=DEADLINE)
+
+
+UNITS = sorted((Path(__file__).parents[2] / "packaging").iterdir())
+
+
+def analyze(*words: str) -> str:
+    tool = need("systemd-analyze")
+    done = subprocess.run(
+        [tool, *words], capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_units_are_right(tmp_path: Path) -> None:
+    """Nothing in them is unknown or contradicts itself."""
+    for unit in UNITS:
+        text = unit.read_text().replace("/usr/bin/qmpfd", "/bin/true")
+        lines = [line for line in text.splitlines() if not line.startswith("Documentation=")]
+        (tmp_path / unit.name).write_text("\n".join(lines) + "\n")
+    names = [unit.name.replace("@.", "@one.") for unit in UNITS]
+    (tmp_path / "qmpfd@one.service").symlink_to("qmpfd@.service")
+    assert analyze("verify", *(str(tmp_path / name) for name in names)) == ""
+
+
+@pytest.mark.parametrize("unit", [unit.name for unit in UNITS if unit.suffix == ".service"])
+def test_units_are_hardened(unit: str) -> None:
+    path = next(each for each in UNITS if each.name == unit)
+    told = analyze("security", "--offline=true", "--threshold=20", str(path))
+    assert "Overall exposure level" in told
+
+
+def test_the_store_of_the_units() -> None:
+    """systemd before 254 does not say how much it keeps: the unit says it twice."""
+    for unit in UNITS:
+        if unit.suffix == ".service":
+            lines = dict(
+                line.split("=", 1) for line in unit.read_text().splitlines() if "=" in line
+            )
+            assert lines["Environment"] == f"FDSTORE={lines['FileDescriptorStoreMax']}"
+            assert int(lines["FileDescriptorStoreMax"]) < int(lines["LimitNOFILE"])

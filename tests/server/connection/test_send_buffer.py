@@ -1,0 +1,207 @@
+"""What one client is sent: together where that is possible, in order, and no more than it takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import pytest
+import trio
+
+from qmpfd.fdsets import Peer
+from qmpfd.kernel.fd import Fd, FileDescriptorLike, close_all
+from qmpfd.limits import MAX_UNSENT_BYTES
+from qmpfd.server import Server
+from qmpfd.server.connection.send_buffer import Outbox
+from qmpfd.transport import FdStream
+
+
+class _Stream(FdStream):
+    """Takes so many bytes, and tells what was sent in one go."""
+
+    def __init__(self, sock: trio.socket.SocketType, room: int) -> None:
+        super().__init__(sock)
+        self.room = room
+        self.sent: list[tuple[bytes, int]] = []
+
+    def send_nowait(self, data: bytes | memoryview, fds: Sequence[FileDescriptorLike] = ()) -> int:
+        part = bytes(data[: self.room])
+        if part:
+            self.sent.append((part, len(fds)))
+            self.room -= len(part)
+        return len(part)
+
+
+class Rig:
+    """An outbox, and the stream that it sends to."""
+
+    def __init__(self, room: int = 1 << 30) -> None:
+        self.server = Server()
+        ours, self.its = trio.socket.socketpair()
+        self.stream = _Stream(ours, room)
+        self.settled = trio.Event()
+        self.garbage: list[Fd] = []
+        self.outbox = Outbox(
+            *(self.server, self.stream, Peer(1, 0, 0), self.garbage),
+            emptied=lambda: None,
+            settle=self._settle,
+        )
+
+    async def _settle(self) -> None:
+        await self.settled.wait()
+        self.outbox.release()
+
+    async def __aenter__(self) -> Rig:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.outbox.mute()
+        close_all(self.garbage)
+        self.stream.close()
+        self.its.close()
+        self.server.close()
+
+
+def _fd() -> Fd:
+    return Fd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+
+
+async def test_together() -> None:
+    async with Rig() as rig:
+        for data in (b"a", b"b", b"c"):
+            rig.outbox.put(data)
+        assert rig.stream.sent == []
+        await rig.outbox.send()
+        assert rig.stream.sent == [(b"abc", 0)]
+        assert rig.outbox.size == 0
+
+
+async def test_at_once() -> None:
+    """What the client takes; the rest waits."""
+    async with Rig(room=4) as rig:
+        rig.outbox.tell(b"abc")
+        rig.outbox.tell(b"")
+        assert rig.stream.sent == [(b"abc", 0)]
+        assert rig.outbox.size == 0
+        rig.outbox.tell(b"def")
+        assert rig.stream.sent[1:] == [(b"d", 0)]
+        assert rig.outbox.size == 2
+        rig.stream.room = 10
+        rig.outbox.tell(b"ghi")
+        assert rig.stream.sent[2:] == [(b"efghi", 0)]
+        assert rig.outbox.size == 0
+
+
+async def test_not_at_once() -> None:
+    """Behind what waits; not before that is safe, while a takeover is under way, or to the deaf."""
+    async with Rig() as rig:
+        rig.outbox.put(b"a")
+        rig.outbox.tell(b"b")
+        assert rig.stream.sent == [(b"ab", 0)]
+        rig.outbox.hold()
+        rig.outbox.tell(b"c")
+        assert rig.stream.sent[1:] == []
+        rig.outbox.release()
+        rig.server.is_frozen = True
+        rig.outbox.tell(b"d")
+        assert rig.stream.sent[1:] == []
+        rig.server.is_frozen = False
+        rig.outbox.push()
+        assert rig.stream.sent[1:] == [(b"cd", 0)]
+        rig.outbox.mute()
+        rig.outbox.tell(b"e")
+        assert rig.stream.sent[2:] == []
+        assert rig.outbox.size == 0
+
+
+async def test_descriptors_begin_anew() -> None:
+    """They arrive with the first byte that they were sent with."""
+    async with Rig() as rig:
+        one, two = _fd(), _fd()
+        for data, fds in ((b"a", []), (b"b", [one]), (b"c", []), (b"d", [two]), (b"e", [])):
+            rig.outbox.put(data, fds)
+        await rig.outbox.send()
+        assert rig.stream.sent == [(b"a", 0), (b"bc", 1), (b"de", 1)]
+        assert one.closed
+        assert two.closed
+
+
+async def test_what_is_not_taken_waits() -> None:
+    async with Rig(room=3) as rig:
+        fd = _fd()
+        rig.outbox.put(b"abcd", [fd])
+        rig.outbox.put(b"ef")
+        rig.outbox.push()
+        assert rig.stream.sent == [(b"abc", 1)]
+        assert fd.closed  # it went with the first byte
+        assert rig.outbox.size == 3
+        rig.stream.room = 100
+        rig.outbox.push()
+        assert rig.stream.sent[1:] == [(b"def", 0)]
+
+
+async def test_nothing_goes_out_while_frozen() -> None:
+    async with Rig() as rig:
+        rig.outbox.put(b"a")
+        async with rig.server.frozen():
+            await rig.outbox.send()
+            rig.outbox.push()
+            assert rig.stream.sent == []
+        await rig.outbox.send()
+        assert rig.stream.sent == [(b"a", 0)]
+
+
+async def test_two_that_send(autojump_clock: trio.testing.MockClock) -> None:
+    """Replies and events: whole, and in the order in which they were put there."""
+    async with Rig(room=1) as rig:
+
+        async def send(data: bytes) -> None:
+            rig.outbox.put(data)
+            await rig.outbox.send()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, b"abc")
+            nursery.start_soon(send, b"def")
+            await trio.testing.wait_all_tasks_blocked()
+            rig.stream.room = 100
+        told = b"".join(data for data, _ in rig.stream.sent)
+        assert sorted((told[:3], told[3:])) == [b"abc", b"def"]
+
+
+async def test_too_much_waits(caplog: pytest.LogCaptureFixture) -> None:
+    async with Rig(room=0) as rig:
+        fd = _fd()
+        rig.outbox.put(bytes(MAX_UNSENT_BYTES + 1), [fd])
+        rig.outbox.push()
+        assert rig.outbox.deaf
+        assert rig.garbage == [fd]
+        assert "does not take its replies" in caplog.text
+        other = _fd()
+        rig.outbox.put(b"a", [other])
+        assert other.closed
+
+
+async def test_what_is_not_safe_waits_behind_what_is() -> None:
+    async with Rig() as rig:
+        rig.outbox.put(b"a")
+        rig.outbox.unsafe = True
+        rig.outbox.put(b"b", [_fd()])
+        rig.outbox.push()
+        assert rig.stream.sent == [(b"a", 0)]
+        assert (rig.outbox.size, rig.outbox.waiting_fds) == (1, 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.outbox.send)
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(rig.stream.sent) == 1
+            rig.settled.set()
+        assert rig.stream.sent == [(b"a", 0), (b"b", 1)]
+        assert (rig.outbox.size, rig.outbox.waiting_fds) == (0, 0)
+
+
+async def test_muted_while_something_is_held() -> None:
+    async with Rig() as rig:
+        rig.outbox.unsafe = True
+        rig.outbox.put(b"b", [_fd()])
+        rig.outbox.mute()
+        assert rig.outbox.size == 0
+        assert not rig.outbox.held

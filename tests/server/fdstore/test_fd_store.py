@@ -1,0 +1,370 @@
+"""The service manager's file-descriptor store: what is there comes back as it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_store import INVOCATION, Store, fake_store
+from helpers import ROOT
+from supervised import COMMAND, DEADLINE, connected, lasting, supervised, until
+
+from qmpfd.client.blocking import NoDaemon, SyncClient
+from qmpfd.errors import QMPError
+from qmpfd.kernel.fd import Fd, close_all
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with fake_store(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_text("content")
+    return path
+
+
+def fds(client: SyncClient) -> list[dict[str, Any]]:
+    return lasting(client.execute("query-fds"))
+
+
+def entries(store: Store) -> list[str]:
+    """The names of what is kept but for the journal."""
+    return [name for name in store.names if not name.startswith("qmpfd-")]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_everything_comes_back(store: Store, path: Path, file: Path, how: signal.Signals) -> None:
+    socket_option = ["--socket", str(path)]
+    r, w = map(Fd, os.pipe())
+    with (
+        store.service(*socket_option, expected=None) as first,
+        SyncClient(path, DEADLINE) as client,
+    ):
+        for number in range(40):
+            with file.open() as opened:
+                arguments = {"opaque": f"n{number}"}
+                if number % 4 == 3:
+                    arguments["fdset-id"] = number // 4  # type: ignore[assignment]
+                client.execute("add-fd", arguments, [opened])
+        client.execute("add-fds", {"watch-hangup": True, "expires": 1000, "opaque": "\u2603"}, [r])
+        client.execute("add-fds", {"lifetime": "connection"}, [r])
+        with file.open() as opened:
+            client.execute("getfd", {"fdname": "mine"}, [opened])
+        client.execute("remove-fd", {"fdset-id": 5})
+        before = [fd for fd in fds(client) if fd["lifetime"] == "daemon"]
+        first.send_signal(how)
+        first.wait(DEADLINE)
+    assert path.exists() == (how is signal.SIGKILL)
+    with store.service(*socket_option), SyncClient(path, DEADLINE) as client:
+        assert fds(client) == before
+        (watched,) = client.execute("query-fds", {"opaque": "\u2603"})
+        assert watched["expires"] == pytest.approx(1000, abs=30)
+        for fd in before:
+            if fd["kind"] == "file":
+                where = {"fdset-id": fd["fdset-id"], "fd": fd["fd"]}
+                _, (opened_again,) = client.request("open-fdset", where)
+                with opened_again:
+                    assert os.pread(opened_again.fileno(), 10, 0) == b"content"
+        # The lowest id that is free, and the hang-up, are known as well.
+        with file.open() as opened:
+            assert client.execute("add-fd", fds=[opened])["fdset-id"] == 5
+        client.execute("watch-fdsets", {"enable": True})
+        close_all([r, w])
+        assert next(client.events()).data["reason"] == "hangup"
+    assert not store.traps
+
+
+def test_the_same_description_more_than_once(store: Store, path: Path, file: Path) -> None:
+    """The store keeps one: it goes when the last that rests on it is removed."""
+    options = ["--socket", str(path)]
+    with store.service(*options, expected=None) as first, SyncClient(path, DEADLINE) as client:
+        listening = len(entries(store))
+        with file.open() as one, file.open() as other:
+            client.execute("add-fds", {"opaque": "one"}, [one, one, one])
+            client.execute("add-fd", {"opaque": "other"}, [other])
+            client.execute("add-fd", {"opaque": "one, later"}, [one])
+        assert len(entries(store)) - listening == 2
+        before = fds(client)
+        first.kill()
+        first.wait()
+    with store.service(*options, expected=None) as second, SyncClient(path, DEADLINE) as client:
+        assert fds(client) == before
+        ones = [fd for fd in before if fd["opaque"] == "one"]
+        # The one whose name it has, and all but the last of the others.
+        for fd in ones:
+            client.execute("remove-fd", {"fdset-id": fd["fdset-id"], "fd": fd["fd"]})
+        assert len(entries(store)) - listening == 2
+        second.kill()
+        second.wait()
+    with store.service(*options), SyncClient(path, DEADLINE) as client:
+        assert {fd["opaque"] for fd in fds(client)} == {"other", "one, later"}
+        for fd in fds(client):
+            client.execute("remove-fd", {"fdset-id": fd["fdset-id"]})
+        assert len(entries(store)) == listening
+    assert not store.traps
+
+
+def fill(client: SyncClient, file: Path) -> list[dict[str, Any]]:
+    """Add until there is no room."""
+    added: list[dict[str, Any]] = []
+    refusal: QMPError | None = None
+    while refusal is None:
+        with file.open() as opened:
+            try:
+                added.append(client.execute("add-fd", fds=[opened]))
+            except QMPError as exc:
+                refusal = exc
+    assert "the limit of those kept safe is" in refusal.desc
+    return added
+
+
+def test_a_full_store(tmp_path: Path, path: Path, file: Path) -> None:
+    """What would be dropped there is refused, and nothing is changed."""
+    with fake_store(tmp_path, size=10) as store:
+        with store.service("--socket", str(path)), SyncClient(path, DEADLINE) as client:
+            added = fill(client, file)
+            assert 3 <= len(added) <= 9
+            before = client.execute("query-fds")
+            opened_files = [file.open() for _ in range(3)]
+            with pytest.raises(QMPError, match="kept safe"):
+                client.execute("add-fds", fds=opened_files)
+            assert lasting(client.execute("query-fds")) == lasting(before)
+            # What is not to be kept needs no room there.
+            client.execute("add-fds", {"lifetime": "connection"}, opened_files)
+            client.execute("getfd", {"fdname": "x"}, opened_files[:1])
+            client.execute("remove-fd", added[0])
+            client.execute("add-fd", fds=opened_files[:1])
+            for each in opened_files:
+                each.close()
+        assert not store.traps
+
+
+@pytest.mark.parametrize("size, room", [(1, None), (2, None), (3, 0), (4, 1)])
+def test_a_small_store(tmp_path: Path, path: Path, size: int, room: int | None) -> None:
+    """The journal and the socket have their places; what keeps nothing is not used, and says so."""
+    with fake_store(tmp_path, size=size) as store:
+        with store.service("--socket", str(path)), SyncClient(path, DEADLINE) as client:
+            added = 0
+            for _ in range(3):
+                with open("/dev/null") as null, suppress(QMPError):
+                    client.execute("add-fd", fds=[null])
+                    added += 1
+            assert added == (3 if room is None else room)
+        assert not store.traps
+        assert bool(store.names) == (room is not None)
+
+
+def test_quit_lets_go(store: Store, path: Path, file: Path) -> None:
+    with store.service("--socket", str(path)) as process, SyncClient(path, DEADLINE) as client:
+        with file.open() as opened:
+            client.execute("add-fd", fds=[opened])
+        client.execute("quit")
+        process.wait(DEADLINE)
+    assert store.names == []
+
+
+def test_activation_sockets_and_stored_ones(store: Store, path: Path, tmp_path: Path) -> None:
+    """The service manager's sockets are listened on; a client's are not, even if they listen."""
+    activated, users = tmp_path / "activated", tmp_path / "users"
+    with (
+        closing(socket.socket(socket.AF_UNIX)) as listener,
+        closing(socket.socket(socket.AF_UNIX)) as stored,
+    ):
+        listener.bind(str(activated))
+        listener.listen()
+        stored.bind(str(users))
+        stored.listen()
+        sockets = [("qmp", listener)]
+        options = ["--socket", str(path)]
+        with store.service(*options, sockets=sockets, expected=None) as first:
+            with SyncClient(activated, DEADLINE) as client:
+                client.execute("add-fd", {"opaque": "server"}, [stored])
+                # And the very one that is listened on.
+                client.execute("add-fd", {"opaque": "mine"}, [listener])
+            first.kill()
+            first.wait()
+        with store.service(*options, sockets=sockets):
+            for each in (activated, path):
+                with SyncClient(each, DEADLINE) as client:
+                    assert {fd["opaque"] for fd in fds(client)} == {"server", "mine"}
+            with closing(socket.socket(socket.AF_UNIX)) as nobody:
+                nobody.connect(str(users))
+                nobody.settimeout(0.2)
+                with pytest.raises(TimeoutError):
+                    nobody.recv(1)
+    assert not store.traps
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_what_has_no_record(store: Store, path: Path, file: Path, how: signal.Signals) -> None:
+    """A descriptor that was removed, where the message was not sent any more: under whatever name,
+    also one that would be the next.
+    """
+    options = ["--socket", str(path)]
+    with store.service(*options, expected=None) as first, SyncClient(path, DEADLINE) as client:
+        with file.open() as opened:
+            client.execute("add-fd", fds=[opened])
+        before = fds(client)
+        first.send_signal(how)
+        first.wait(DEADLINE)
+    for name in ("~0", "~2", "~3", "~zz", "qmpfd-previous"):
+        if name not in store.names:
+            store.put(name, Fd(os.open(file, os.O_RDONLY)))
+    for _ in range(2):
+        with store.service(*options, expected=None) as again, SyncClient(path, DEADLINE) as client:
+            assert fds(client) == before
+            # The socket, the descriptor and the journal.
+            until(lambda: len(store.names) == 3)
+            again.kill()
+            again.wait()
+
+
+def test_a_takeover_within_one_service(store: Store, path: Path, file: Path) -> None:
+    """It would be one store for two daemons: refused, and nothing is lost."""
+    with store.service("--socket", str(path)), SyncClient(path, DEADLINE) as client:
+        with file.open() as opened:
+            client.execute("add-fd", fds=[opened])
+        before = fds(client)
+        newcomer = subprocess.run(
+            [*COMMAND, "--socket", str(path), "--takeover"],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "NOTIFY_SOCKET": str(store.path),
+                "FDSTORE": "100",
+                "INVOCATION_ID": INVOCATION,
+            },
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert newcomer.returncode == 3
+        assert newcomer.stderr.count("\n") == 1
+        assert "restart the service instead" in newcomer.stderr
+        assert fds(client) == before
+
+
+def test_a_takeover_out_of_a_service(store: Store, path: Path, file: Path) -> None:
+    """What was kept for it is let go: systemd would give it to the service when it starts again."""
+    with store.service("--socket", str(path)) as old, SyncClient(path, DEADLINE) as client:
+        with file.open() as opened:
+            client.execute("add-fd", fds=[opened])
+        before = fds(client)
+        with supervised(path, "--takeover") as new:
+            assert old.wait(DEADLINE) == 0
+            assert fds(client) == before
+            assert store.names == []
+            new.kill_worker()
+            with new.client() as again:
+                assert fds(again) == before
+
+
+def test_a_record_without_its_descriptor(store: Store, path: Path, file: Path) -> None:
+    """It was not answered then: it is dropped."""
+    options = ["--socket", str(path)]
+    with store.service(*options, expected=None) as first, SyncClient(path, DEADLINE) as client:
+        for text in ("lost", "kept"):
+            with file.open() as opened:
+                client.execute("add-fd", {"opaque": text}, [opened])
+        first.kill()
+        first.wait()
+    with store._lock:
+        lost = next(entry for entry in store._kept if entry[0] == "~1")
+        store._kept.remove(lost)
+        lost[1].close()
+    with store.service(*options), SyncClient(path, DEADLINE) as client:
+        assert [fd["opaque"] for fd in fds(client)] == ["kept"]
+
+
+def test_a_journal_that_cannot_be_read(store: Store, path: Path, file: Path) -> None:
+    """Better not to start than to lose what it tells of."""
+    options = ["--socket", str(path)]
+    with store.service(*options, expected=None) as first, SyncClient(path, DEADLINE) as client:
+        with file.open() as opened:
+            client.execute("add-fd", fds=[opened])
+        first.kill()
+        first.wait()
+    journal = next(name for name in store.names if name.startswith("qmpfd-journal"))
+    with store.take(journal) as memory:
+        content = os.pread(memory.fileno(), 1 << 20, 0)
+        os.pwrite(memory.fileno(), b"junk", 8)
+        before = sorted(store.names)
+        with store.service(*options, ready=False, expected=2) as process:
+            process.wait(DEADLINE)
+        assert sorted(store.names) == before
+        os.pwrite(memory.fileno(), content, 0)
+    with store.service(*options), SyncClient(path, DEADLINE) as client:
+        assert len(fds(client)) == 1
+
+
+def test_a_new_journal_when_it_has_grown(store: Store, path: Path, file: Path) -> None:
+    options = ["--socket", str(path)]
+    with store.service(*options, expected=None) as first, SyncClient(path, DEADLINE) as client:
+        (journal,) = (name for name in store.names if name.startswith("qmpfd-"))
+        with file.open() as opened:
+            client.execute("add-fd", {"opaque": "before"}, [opened])
+            for _ in range(12):
+                info = client.execute("add-fd", {"opaque": "x" * 100_000}, [opened])
+                client.execute("remove-fd", info)
+            client.execute("add-fd", {"opaque": "after"}, [opened])
+        until(lambda: journal not in store.names, "another journal")
+        assert sum(name.startswith("qmpfd-") for name in store.names) == 1
+        before = fds(client)
+        first.kill()
+        first.wait()
+    with store.service(*options), SyncClient(path, DEADLINE) as client:
+        assert fds(client) == before
+        assert {fd["opaque"] for fd in before} == {"before", "after"}
+
+
+def cpu(pid: int) -> float:
+    """Seconds of CPU time that a process has used (proc(5), schedstat)."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def test_a_manager_that_does_not_answer(store: Store, path: Path, file: Path) -> None:
+    """What is settled is told; what is not waits; the end does not."""
+    options = ["--socket", str(path), "--drain-timeout", "1"]
+    with store.service(*options) as process, SyncClient(path, DEADLINE) as client:
+        with file.open() as opened:
+            client.execute("add-fd", {"opaque": "settled"}, [opened])
+            store.pause()
+            assert len(client.execute("query-fds")) == 1
+            with SyncClient(path, 0.5) as other:
+                begun = cpu(process.pid)
+                with pytest.raises(NoDaemon):
+                    other.execute("add-fd", {"opaque": "waits"}, [opened])
+                assert cpu(process.pid) - begun < 0.2
+            with SyncClient(path, DEADLINE) as other:  # what is not about the store need not wait
+                assert other.execute("query-name") == {}
+        process.terminate()
+        process.wait(DEADLINE)
+        store.pause(False)
+
+
+def test_readiness_comes_after_what_is_back(store: Store, path: Path) -> None:
+    with store.service("--socket", str(path)):
+        store.until("READY=1")
+        assert any(name.startswith("qmpfd-journal") for name in store.names)
+        store.until("STATUS=")
+    store.until("STOPPING=1")
+
+
+def test_supervise_needs_no_parent_there(store: Store, path: Path) -> None:
+    with store.service("--socket", str(path), "--supervise") as process:
+        command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        assert b"supervisor" not in command
+        with connected(path) as client:
+            assert client.execute("query-fds") == []

@@ -1,0 +1,233 @@
+"""The journal: what it says after any history, and wherever it is cut off."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+import zlib
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qmpfd.limits import JOURNAL_FORMAT
+from qmpfd.server.fdstore.journal import (
+    Added,
+    Begun,
+    Confirmed,
+    Ended,
+    Journal,
+    Left,
+    Listens,
+    Record,
+    Removed,
+    frame,
+    frames,
+    read,
+    replay,
+)
+
+BEGUN = Begun(JOURNAL_FORMAT, 1, None)
+
+
+def added(number: int, fdset_id: int = 0, opaque: str | None = None) -> Added:
+    return Added(f"~{number}", fdset_id, number, opaque, (1, 2, 3), 0.0, None, False)
+
+
+numbers = st.integers(3, 30)
+texts = st.none() | st.text(max_size=8)
+entries = st.builds(
+    Added,
+    name=st.just("~1"),
+    fdset_id=st.integers(0, 5),
+    number=numbers,
+    opaque=texts,
+    added_by=st.none() | st.tuples(numbers, numbers, numbers),
+    added_at=st.floats(0, 1e6),
+    expires_at=st.none() | st.floats(0, 1e6),
+    watch_hangup=st.booleans(),
+)
+records = st.lists(entries | st.builds(Removed, number=numbers), max_size=12)
+
+
+def model(done: Sequence[Record]) -> list[Added]:
+    """What is there after all that, by the simplest means: oldest first."""
+    there: list[Added] = []
+    for record in done:
+        if isinstance(record, Added):
+            there = [each for each in there if each.number != record.number] + [record]
+        elif isinstance(record, Removed):
+            there = [each for each in there if each.number != record.number]
+    return there
+
+
+def sensible(done: list[Record]) -> list[Record]:
+    """Without what cannot be: a number is stored once at a time."""
+    there: set[int] = set()
+    kept = []
+    for record in done:
+        if isinstance(record, Added):
+            if record.number in there:
+                continue
+            there.add(record.number)
+        elif isinstance(record, Removed):
+            there.discard(record.number)
+        kept.append(record)
+    return kept
+
+
+@given(st.lists(records, max_size=6))
+@settings(max_examples=60)
+def test_any_history_cut_anywhere(sections: list[list[Record]]) -> None:
+    """Cut off within a critical section, it is as if that had not been begun."""
+    flat = sensible([record for section in sections for record in section])
+    sections = [flat[at : at + 3] for at in range(0, len(flat), 3)]
+    data, ends, states = frame([BEGUN]), [], []
+    done: list[Record] = []
+    ends.append(len(data))
+    states.append(model(done))
+    for section in sections:
+        data += frame(section)
+        done += section
+        ends.append(len(data))
+        states.append(model(done))
+    for cut in range(ends[0], len(data) + 1):
+        whole = max(index for index, end in enumerate(ends) if end <= cut)
+        assert list(replay(data[:cut]).entries.values()) == states[whole]
+        # Memory that was allocated and not written yet is zero.
+        assert list(replay(data[:cut] + bytes(50)).entries.values()) == states[whole]
+
+
+@given(st.integers(0, 10_000), st.integers(1, 255))
+@settings(max_examples=200)
+def test_a_byte_that_is_wrong(at: int, change: int) -> None:
+    """It ends the journal there, at the latest: nothing is made up."""
+    first = frame([BEGUN])
+    data = bytearray(first)
+    for number in range(3, 9):
+        data += frame([added(number)])
+    at = len(first) + at % (len(data) - len(first))
+    data[at] ^= change
+    found = list(replay(bytes(data)).entries)
+    assert found == list(range(3, 3 + len(found)))
+
+
+def test_a_section_is_whole_or_not_there() -> None:
+    section = frame([added(number) for number in range(3, 256)])
+    begun = frame([BEGUN])
+    for cut in range(0, len(section), 97):
+        assert not replay(begun + section[:cut]).entries
+    assert len(replay(begun + section).entries) == 253
+
+
+def test_order_within_a_set() -> None:
+    history = replay(frame([BEGUN, added(9), added(5), added(7, 2), added(6), Removed(5)]))
+    state = history.state(lambda _: True)
+    assert {fdset.id: [fd.number for fd in fdset.fds] for fdset in state.sets} == {
+        0: [9, 6],
+        2: [7],
+    }
+
+
+def test_what_did_not_come_back_is_left_out() -> None:
+    history = replay(frame([BEGUN, added(5), added(7, 2), added(6), Listens("~9", "/x")]))
+    state = history.state(lambda name: name == "~6")
+    assert [[fd.number for fd in fdset.fds] for fdset in state.sets] == [[6]]
+    assert state.listeners == []
+
+
+def test_time() -> None:
+    now = time.monotonic()
+    entry = Added("~5", 0, 5, None, None, now - 10, now + 20, False)
+    (fdset,) = replay(frame([BEGUN, entry])).state(lambda _: True).sets
+    (fd,) = fdset.fds
+    assert fd.age == pytest.approx(10, abs=1)
+    assert fd.expires_in == pytest.approx(20, abs=1)
+
+
+def test_listeners_and_takeovers() -> None:
+    previous = Begun(JOURNAL_FORMAT, 4, "old")
+    history = replay(frame([previous, Listens("~1", "/a"), Listens("~2", None), Ended("~1")]))
+    assert history.listeners == {"~2": None}
+    assert not history.confirmed
+    assert not history.left
+    assert replay(frame([previous, Confirmed()])).confirmed
+    assert replay(frame([BEGUN]) + frame([Left(True)])).left
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        bytes(100),
+        b"\xff" * 100,
+        frame([BEGUN])[:-1],
+        frame([added(3)]),
+        frame([Begun(JOURNAL_FORMAT + 1, 1, None)]),
+    ],
+    ids=["empty", "zeros", "junk", "torn", "no beginning", "another format"],
+)
+def test_no_journal(data: bytes) -> None:
+    with pytest.raises(ValueError, match="journal"):
+        replay(data)
+
+
+def test_frames_of_what_is_no_record() -> None:
+    body = b"\x91\x91\xa1z"  # [["z"]]: of a version to come, with a checksum that is right
+    whole = frame([BEGUN])
+    whole += struct.pack("<II", len(body), zlib.crc32(body)) + body
+    with pytest.raises(ValueError, match="cannot be read"):
+        replay(whole)
+
+
+def test_a_journal_file() -> None:
+    journal = Journal([BEGUN])
+    try:
+        for number in range(3, 3000):
+            journal.reserve(200)
+            journal.append(frame([added(number, opaque="x" * 50)]))
+        size = os.fstat(journal.fd.fileno()).st_size
+        assert size >= journal.size
+        assert list(replay(read(journal.fd)).entries) == list(range(3, 3000))
+    finally:
+        journal.close()
+
+
+def test_half_a_frame_is_written_over() -> None:
+    journal = Journal([BEGUN])
+    try:
+        torn = frame([added(number) for number in range(50, 90)])[:-5]
+        os.pwrite(journal.fd.fileno(), torn, journal.size)
+        assert not replay(read(journal.fd)).entries
+        journal.append(frame([added(3)]))
+        assert list(replay(read(journal.fd)).entries) == [3]
+    finally:
+        journal.close()
+
+
+def test_frames_stop_at_zeros() -> None:
+    data = frame([BEGUN]) + frame([added(3)])
+    assert len(list(frames(data + bytes(8)))) == 2
+
+
+def test_added_together_or_not_at_all() -> None:
+    """A command's descriptors come back all, or none of them does: nobody was told of any."""
+
+    def entry(name: str, number: int) -> Added:
+        return Added(name, 0, number, None, None, 0.0, None, False)
+
+    begun: list[Record] = [BEGUN, entry("a", 10), entry("b", 11)]
+    one: list[Record] = [entry("c", 12), entry("d", 13)]
+    other: list[Record] = [Removed(12), entry("e", 14), entry("f", 15)]
+    data = frame(begun) + frame(one) + frame(other)
+
+    def numbers(kept: set[str]) -> list[int]:
+        history = replay(data)
+        history.forget_unfinished(kept.__contains__)
+        return history.state(kept.__contains__).stored_numbers
+
+    assert numbers(set("abdef")) == [10, 11, 13, 14, 15]
+    assert numbers(set("abde")) == [10, 11, 13]
+    assert numbers(set("bef")) == [11, 14, 15]  # what it began with was there before

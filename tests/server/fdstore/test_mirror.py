@@ -1,0 +1,323 @@
+"""The daemon and whoever keeps its descriptors: what is told when, with the other side played by
+the test.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing, suppress
+from pathlib import Path
+
+import pytest
+import trio
+from cancelling import CancelAt
+from helpers import ADD, Pipe, Wire, daemon, open_fds, pipes, request, settle, value
+
+from qmpfd.kernel.fd import Fd, close_all, receive
+from qmpfd.kernel.systemd import Notifier
+from qmpfd.server import Server
+from qmpfd.server.connection.session import Session
+from qmpfd.server.fdstore.mirror import Keeping
+
+REMOVE = request("remove-fd", {"fdset-id": 0})
+
+
+class Parent:
+    """The other side."""
+
+    def __init__(self) -> None:
+        self._sock, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock.setblocking(False)
+        self.kept: dict[str, Fd] = {}
+        self.barriers = 0
+        self._going = trio.Event()
+        self._going.set()
+
+    def turn(self, most: int = 1 << 30) -> int:
+        """Do what has come, so many messages of it; how many that were."""
+        count = 0
+        with suppress(BlockingIOError):
+            while count < most:
+                if self._sock.fileno() < 0:
+                    break
+                data, fds, _ = receive(self._sock, 65536)
+                if not data:  # the daemon has ended
+                    break
+                count += 1
+                lines = dict(line.split("=", 1) for line in data.decode().split("\n"))
+                name = lines.get("FDNAME", "")
+                if "FDSTOREREMOVE" in lines:
+                    self.kept.pop(name).close()
+                elif "FDSTORE" in lines:
+                    assert name not in self.kept
+                    assert lines["FDPOLL"] == "0"
+                    self.kept[name] = fds.pop()
+                else:
+                    assert lines == {"BARRIER": "1"}
+                    self.barriers += 1
+                close_all(fds)
+        return count
+
+    async def serve(self) -> None:
+        """Do everything at once, but while :meth:`stop` holds."""
+        with suppress(trio.ClosedResourceError):
+            while self._sock.fileno() >= 0:
+                await trio.lowlevel.wait_readable(self._sock)
+                await self._going.wait()
+                self.turn()
+
+    def stop(self) -> None:
+        """Do nothing more by itself."""
+        self._going = trio.Event()
+
+    def go_on(self) -> None:
+        """Do everything at once again."""
+        self._going.set()
+
+    def die(self) -> None:
+        """Be gone."""
+        trio.lowlevel.notify_closing(self._sock)
+        self._sock.close()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._sock.close()
+        close_all(self.kept.values())
+        if self.theirs.fileno() >= 0:
+            self.theirs.close()
+
+
+@asynccontextmanager
+async def kept_daemon(path: Path, size: int = 1000) -> AsyncIterator[tuple[Server, Parent]]:
+    """A daemon that has started, and its parent."""
+    with closing(Parent()) as parent, closing(Notifier(parent.theirs, is_parent=True)) as notifier:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(parent.serve)  # noqa: ASYNC113 - it need not have begun
+            async with daemon(path, keeping=Keeping(notifier, size, None)) as server:
+                yield server, parent
+                parent.go_on()
+                server.stop()
+                await server.ended.wait()
+            nursery.cancel_scope.cancel()
+
+
+async def silent(wire: Wire) -> bool:
+    """Whether nothing is told for now."""
+    await settle()
+    with suppress(BlockingIOError):
+        return wire.sock.recv(1, socket.MSG_PEEK) == b""
+    return True
+
+
+async def test_nothing_is_told_before_it_is_safe(path: Path) -> None:
+    async with kept_daemon(path) as (_, parent):
+        with (
+            await Wire.session(path) as wire,
+            await Wire.session(path) as other,
+            await Wire.session(path) as watcher,
+            Pipe() as pipe,
+        ):
+            await watcher.call("watch-fdsets", {"enable": True})
+            parent.stop()
+            wire.send(ADD, [pipe])
+            pipe.release()
+            await settle()
+            other.send(request("query-fdsets"))
+            assert await silent(wire)
+            assert await silent(other)
+            assert await silent(watcher)
+            parent.turn()
+            assert value(await wire.reply())["fdset-id"] == 0
+            assert len(value(await other.reply())) == 1
+            assert (await watcher.reply())["event"] == "FD_ADDED"
+            # And so with a removal, which closes it first.
+            wire.send(REMOVE)
+            await settle()
+            other.send(request("query-fdsets"))
+            for each in (wire, other, watcher):
+                assert await silent(each)
+            assert pipe.held()
+            parent.turn()
+            assert value(await wire.reply()) == {}
+            assert not pipe.held()
+            assert value(await other.reply()) == []
+            assert (await watcher.reply())["event"] == "FD_REMOVED"
+
+
+async def test_it_is_closed_there_first(path: Path) -> None:
+    async with kept_daemon(path) as (_, parent):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            value(await wire.call("add-fd", None, [pipe]))
+            pipe.release()
+            parent.stop()
+            wire.send(REMOVE)
+            await settle()
+            # Not even the removal: the barrier comes behind it.
+            assert parent.turn(1) == 1
+            await settle()
+            assert pipe.held()
+            parent.turn()
+            value(await wire.reply())
+            assert not pipe.held()
+
+
+async def test_what_is_settled_is_told_at_once(path: Path) -> None:
+    async with kept_daemon(path) as (_, parent):
+        with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
+            value(await wire.call("add-fd", None, [pipe]))
+            parent.stop()
+            assert len(value(await other.call("query-fds"))) == 1
+            wire.send(ADD, [pipe])
+            await settle()
+            # What does not depend on it, even now; and a client that comes.
+            assert value(await other.call("query-name")) == {}
+            with await Wire.session(path) as third:
+                assert value(await third.call("query-version"))
+            parent.go_on()
+            value(await wire.reply())
+
+
+async def test_one_barrier_for_many(path: Path) -> None:
+    async with kept_daemon(path) as (_, parent):
+        with pipes(8) as made:
+            wires = [await Wire.session(path) for _ in made]
+            parent.stop()
+            before = parent.barriers
+            for wire, pipe in zip(wires, made, strict=True):
+                wire.send(ADD * 3, [pipe])
+            await settle()
+            while parent.turn():
+                await settle()
+            for wire in wires:
+                assert value(await wire.reply())
+                await wire.replies(2)
+                wire.close()
+            assert parent.barriers - before <= 3
+
+
+async def test_many_at_once(path: Path) -> None:
+    """More than the socket holds; all of it goes over, in order."""
+    async with kept_daemon(path) as (_, parent):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            parent.stop()
+            listeners = len(parent.kept)
+            for _ in range(3):
+                wire.send(request("add-fds"), [pipe] * 250)
+            await settle()
+            assert await silent(wire)
+            parent.go_on()
+            await wire.replies(3)
+            assert len(parent.kept) == listeners + 750
+            for number in range(3):
+                assert value(await wire.call("remove-fd", {"fdset-id": number})) == {}
+            assert len(parent.kept) == listeners
+
+
+async def test_connection_end_and_expiry(path: Path) -> None:
+    async with kept_daemon(path) as (_, parent):
+        before = len(parent.kept)
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            await wire.call("add-fds", {"lifetime": "connection"}, [pipe])
+            assert len(parent.kept) == before
+            await wire.call("add-fds", {"expires": 1}, [pipe])
+            assert len(parent.kept) == before + 1
+            pipe.release()
+            parent.stop()
+            await trio.sleep(1.1)
+            await settle()
+            wire.close()
+            await settle()
+            assert pipe.held()
+            parent.go_on()
+            with await Wire.session(path) as other:  # told once all of it is settled
+                assert value(await other.call("query-fds")) == []
+            assert not pipe.held()
+            assert len(parent.kept) == before
+
+
+async def test_the_parent_dies(path: Path) -> None:
+    """Whatever waits for it is answered; nothing more is taken."""
+    async with kept_daemon(path) as (_, parent):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            parent.stop()
+            wire.send(ADD, [pipe])
+            await settle()
+            parent.die()
+            assert value(await wire.reply())
+            reply = await wire.call("add-fd", None, [pipe])
+            assert "--takeover --supervise" in reply["error"]["desc"]
+            assert len(value(await wire.call("query-fds"))) == 1
+            value(await wire.call("remove-fd", {"fdset-id": 0}))
+            pipe.release()
+            assert not pipe.held()
+
+
+class _FirstCancelled(Server):
+    """A daemon whose first session is cancelled at some step."""
+
+    scope: trio.CancelScope
+    victim: trio.lowlevel.Task | None
+
+    async def _serve(self, session: Session) -> None:
+        if self.victim is None:
+            type(self).victim = trio.lowlevel.current_task()
+            with self.scope:
+                await super()._serve(session)
+        else:
+            await super()._serve(session)
+
+
+async def _live(path: Path, parent: Parent) -> None:
+    """A client that waits for the parent again and again."""
+    with await Wire.session(path) as wire, pipes(3) as made:
+        wire.send(ADD, [made[0]])
+        await wire.reply()
+        parent.stop()
+        wire.send(ADD, [made[1]])
+        wire.send(request("open-fdset", {"fdset-id": 0}))
+        await settle()
+        parent.turn()
+        await settle()
+        wire.send(REMOVE)
+        await settle()
+        parent.go_on()
+        for _ in range(3):
+            await wire.reply()
+        wire.send(ADD, [made[2]])
+        await settle()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["running", "waiting"])
+async def test_cancelled_at_each_step(
+    path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing leaks on either side, and others go on."""
+    monkeypatch.setattr("qmpfd.server.startup.Server", _FirstCancelled)
+    at_first = open_fds()
+    for step in range(1, 200):
+        _FirstCancelled.scope, _FirstCancelled.victim = trio.CancelScope(), None
+        async with kept_daemon(path) as (_, parent):
+            mine = len(parent.kept)
+            with (
+                CancelAt(
+                    lambda task: task is _FirstCancelled.victim,
+                    _FirstCancelled.scope,
+                    step,
+                    before=before,
+                ) as cancel,
+                suppress(AssertionError, ConnectionError),
+            ):
+                await _live(path, parent)
+            parent.go_on()
+            await settle()
+            with await Wire.session(path) as wire:
+                listed = value(await wire.call("query-fdsets"))
+                assert len(parent.kept) - mine == sum(len(each["fds"]) for each in listed)
+                for fdset in listed:
+                    value(await wire.call("remove-fd", {"fdset-id": fdset["fdset-id"]}))
+            assert len(parent.kept) == mine
+        assert open_fds() == at_first, f"step {step}"
+        if not cancel.done:
+            break
+    assert 10 < step < 199

@@ -1,0 +1,525 @@
+"""``serve --supervise``: a parent that keeps everything, and starts its worker again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import open_fds
+from supervised import (
+    COMMAND,
+    DEADLINE,
+    Supervised,
+    children,
+    connected,
+    lasting,
+    supervised,
+    until,
+)
+
+from qmpfd.client.blocking import SyncClient
+from qmpfd.errors import QMPError
+from qmpfd.kernel.fd import Fd, close_all
+
+#: ``QMPFD_KILLS=50`` for takeovers that are killed at finer steps.
+KILLS = int(os.environ.get("QMPFD_KILLS", "5"))
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process occupies."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
+def fds(client: SyncClient) -> list[dict[str, Any]]:
+    return lasting(client.execute("query-fds"))
+
+
+@pytest.mark.timeout(90)
+def test_ten_thousand_descriptors(path: Path) -> None:
+    with supervised(path) as daemon, daemon.client() as client:
+        before = daemon.open_fds()
+        with open("/dev/null") as null:
+            for number in range(10_000 // 250):
+                client.execute("add-fds", {"opaque": f"n{number}"}, [null] * 250)
+        assert daemon.open_fds() == before + 10_000
+        assert resident(daemon.pid) < 16 << 20
+        there = fds(client)
+        daemon.kill_worker()
+        with daemon.client() as again:
+            daemon.worker()
+            assert fds(again) == there
+            assert resident(daemon.pid) < 16 << 20
+            for number in range(10_000 // 250):
+                again.execute("remove-fd", {"fdset-id": number})
+            assert daemon.open_fds() == before
+        assert resident(daemon.pid) < 16 << 20
+
+
+def test_connects_wait_instead_of_being_refused(path: Path) -> None:
+    with supervised(path) as daemon:
+        worker = daemon.worker()
+        os.kill(worker, signal.SIGSTOP)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            os.kill(worker, signal.SIGKILL)
+            sock.settimeout(DEADLINE)
+            assert b"QMP" in sock.recv(1000)
+
+
+def test_arguments_are_checked_first(path: Path) -> None:
+    """The parent's status is the worker's, with the same one line."""
+    for options in (["--max-fds", "x"], ["--policy", str(path / "none")]):
+        ended = [
+            subprocess.run(
+                [*COMMAND, *which, "--socket", str(path), *options],
+                capture_output=True,
+                timeout=DEADLINE,
+                check=False,
+            )
+            for which in ([], ["--supervise"])
+        ]
+        assert ended[0].stderr == ended[1].stderr
+        assert ended[0].stderr.count(b"\n") == 1
+        assert [each.returncode for each in ended] == [2, 2]
+
+
+def test_a_socket_in_use(path: Path) -> None:
+    with supervised(path) as daemon:
+        daemon.worker()
+        with supervised(path, status=2) as other:
+            assert other.process.wait(DEADLINE) == 2
+            assert other.log.count("\n") == 1
+            assert "already listening" in other.log
+        with daemon.client() as client:
+            assert client.execute("query-fds") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_both(path: Path, number: signal.Signals) -> None:
+    with supervised(path) as daemon:
+        worker = daemon.worker()
+        with daemon.client() as client:
+            client.execute("add-fd", fds=[0])
+        daemon.process.send_signal(number)
+        assert daemon.process.wait(DEADLINE) == 0
+        assert not Path(f"/proc/{worker}").exists()
+        assert not path.exists()
+
+
+def test_the_worker_is_told_to_end(path: Path) -> None:
+    with supervised(path) as daemon:
+        os.kill(daemon.worker(), signal.SIGTERM)
+        assert daemon.process.wait(DEADLINE) == 0
+
+
+def test_quit_ends_both(path: Path) -> None:
+    with supervised(path) as daemon, daemon.client() as client:
+        client.execute("quit")
+        assert daemon.process.wait(DEADLINE) == 0
+
+
+def test_a_second_sigterm_ends_at_once(path: Path) -> None:
+    with supervised(path, "--drain-timeout", "60") as daemon, daemon.client() as client:
+        daemon.worker()
+        client.execute("add-fd", fds=[0])
+        sock = client.detach()  # it asks for more than it reads
+        with sock:
+            sock.setblocking(False)
+            fill(sock, b'{"execute": "query-qmp-schema"}')
+            daemon.process.send_signal(signal.SIGTERM)
+            until(lambda: "SIGTERM: ending" in daemon.log)
+            daemon.process.send_signal(signal.SIGTERM)
+            assert daemon.process.wait(DEADLINE) == 0
+
+
+def test_sighup_reads_the_policy(path: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("")
+    with supervised(path, "--policy", str(policy)) as daemon:
+        daemon.worker()
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: "is read again" in daemon.log)
+
+
+def test_dying_at_every_start(path: Path, tmp_path: Path) -> None:
+    """It is given up, with all that it had kept; SIGHUP tries again."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text("")
+    with supervised(path, "--policy", str(policy)) as daemon:
+        with daemon.client() as client:
+            client.execute("add-fd", {"opaque": "mine"}, [0])
+            there = fds(client)
+        policy.write_text("bad")
+        held = daemon.open_fds()
+        begun = time.monotonic()
+        daemon.kill_worker()
+        until(lambda: "given up" in daemon.log)
+        assert 4 < time.monotonic() - begun < 25
+        (line,) = (line for line in daemon.log.splitlines() if "given up" in line)
+        assert f"kill -HUP {daemon.pid}" in line
+        assert daemon.process.poll() is None
+        assert daemon.open_fds() == held - 2  # the worker's socket and pidfd
+        policy.write_text("")
+        daemon.process.send_signal(signal.SIGHUP)
+        with daemon.client() as client:
+            assert fds(client) == there
+
+
+def test_given_up_and_told_to_end(path: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("")
+    with supervised(path, "--policy", str(policy)) as daemon:
+        daemon.worker()
+        policy.write_text("bad")
+        daemon.kill_worker()
+        until(lambda: "trying again" in daemon.log)
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(DEADLINE) == 0
+
+
+def test_the_parent_is_killed(path: Path) -> None:
+    """The worker serves on, says so, and takes nothing that it could lose; until a new one has it
+    all.
+    """
+    with supervised(path, status=-signal.SIGKILL) as daemon, daemon.client() as client:
+        client.execute("add-fd", {"opaque": "mine"}, [0])
+        worker = daemon.worker()
+        daemon.process.kill()
+        daemon.process.wait()
+        try:
+            until(lambda: "no longer kept safe" in daemon.log)
+            there = fds(client)
+            assert len(there) == 1
+            with pytest.raises(QMPError, match="--takeover --supervise"):
+                client.execute("add-fd", fds=[0])
+            client.execute("add-fds", {"lifetime": "connection"}, [0])
+            _, (fd,) = client.request("open-fdset", {"fdset-id": 0})
+            fd.close()
+            with supervised(path, "--takeover") as newcomer:
+                until(lambda: "took over" in newcomer.log)
+                until(lambda: not Path(f"/proc/{worker}/fd").exists() or zombie(worker))
+                assert [fd for fd in fds(client) if fd["lifetime"] == "daemon"] == there
+                client.execute("add-fd", {"opaque": "again"}, [0])
+                newcomer.kill_worker()
+                with newcomer.client() as again:
+                    assert [fd["opaque"] for fd in fds(again)] == ["again", "mine"]
+            assert daemon.log.count("no longer kept safe") == 1
+        finally:
+            if not zombie(worker):
+                os.kill(worker, signal.SIGKILL)
+
+
+def zombie(pid: int) -> bool:
+    """Whether a process has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_the_parent_is_stopped(path: Path) -> None:
+    """What is settled is told, what is not waits until it goes on."""
+    with supervised(path) as daemon, daemon.client() as client:
+        client.execute("add-fd", {"opaque": "mine"}, [0])
+        daemon.process.send_signal(signal.SIGSTOP)
+        assert len(fds(client)) == 1
+        with SyncClient(path, DEADLINE) as other:
+            assert len(fds(other)) == 1
+            answered = threading.Event()
+
+            def add() -> None:
+                other.execute("add-fd", {"opaque": "waits"}, [0])
+                answered.set()
+
+            thread = threading.Thread(target=add)
+            thread.start()
+            assert not answered.wait(0.3)
+            assert client.execute("query-name") == {}
+            daemon.process.send_signal(signal.SIGCONT)
+            thread.join(DEADLINE)
+            assert answered.is_set()
+        assert len(fds(client)) == 2
+
+
+def test_the_worker_ends_although_the_parent_is_stopped(path: Path) -> None:
+    with supervised(path, "--drain-timeout", "1") as daemon:
+        worker = daemon.worker()
+        client = daemon.client()
+        daemon.process.send_signal(signal.SIGSTOP)
+        with client.detach() as sock:
+            sock.sendmsg(
+                [b'{"execute": "add-fd"}'], [(1, 1, struct.pack("i", sys.stderr.fileno()))]
+            )
+            time.sleep(0.2)
+            begun = time.monotonic()
+            os.kill(worker, signal.SIGTERM)
+            until(lambda: zombie(worker))
+            assert time.monotonic() - begun < 3
+        daemon.process.send_signal(signal.SIGCONT)
+        assert daemon.process.wait(DEADLINE) == 0
+
+
+def lingering_socket() -> tuple[socket.socket, socket.socket]:
+    """A TCP socket whose last close takes three seconds, and its other end."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        other = socket.socket()
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        other.connect(listener.getsockname())
+        sock, _ = listener.accept()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3))
+    sock.setblocking(False)
+    fill(sock, b"x")
+    return sock, other
+
+
+def fill(sock: socket.socket, data: bytes) -> None:
+    """Send until the other end has to read first."""
+    try:
+        while True:
+            sock.send(data * 1000)
+    except BlockingIOError:
+        pass
+
+
+def test_a_lingering_socket_holds_up_nobody(path: Path) -> None:
+    with supervised(path) as daemon, daemon.client() as client:
+        sock, other = lingering_socket()
+        with other:
+            with sock:
+                client.execute("add-fd", {"opaque": "lingers"}, [sock])
+            begun = time.monotonic()
+            client.execute("remove-fd", {"fdset-id": 0})
+            client.execute("add-fd", fds=[0])
+            client.execute("remove-fd", {"fdset-id": 0})
+            assert time.monotonic() - begun < 1
+
+
+def test_the_same_file_twice(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("content")
+    with supervised(path) as daemon, daemon.client() as client, file.open() as opened:
+        client.execute("add-fds", fds=[opened, opened])
+        there = fds(client)
+        client.execute("remove-fd", {"fdset-id": 0, "fd": there[0]["fd"]})
+        daemon.kill_worker()
+        with daemon.client() as again:
+            assert fds(again) == there[1:]
+            _, (fd,) = again.request("open-fdset", {"fdset-id": 0})
+            with fd:
+                assert os.pread(fd.fileno(), 10, 0) == b"content"
+
+
+def test_what_expires_meanwhile(path: Path) -> None:
+    with supervised(path) as daemon, daemon.client() as client:
+        client.execute("add-fds", {"expires": 1, "opaque": "short"}, [0])
+        client.execute("add-fds", {"expires": 1000, "opaque": "long"}, [0])
+        client.execute("add-fds", {"lifetime": "connection"}, [0])
+        r, w = map(Fd, os.pipe())
+        client.execute("add-fds", {"watch-hangup": True, "opaque": "pipe"}, [r])
+        os.kill(daemon.worker(), signal.SIGSTOP)
+        time.sleep(1.1)
+        close_all([r, w])
+        daemon.kill_worker()
+        with daemon.client() as again:
+            until(lambda: [fd["opaque"] for fd in fds(again)] == ["long"])
+
+
+def test_inherited_descriptors(path: Path, tmp_path: Path) -> None:
+    """They are the first worker's; the next one has them from the parent, under its number."""
+    file = tmp_path / "file"
+    file.write_text("content")
+    number = os.open(file, os.O_RDONLY)
+    try:
+        option = f"fd={number},set=7,opaque=mine"
+        with supervised(path, "--add-fd", option, pass_fds=[number]) as daemon:
+            with daemon.client() as client:
+                daemon.worker()
+                there = fds(client)
+                assert [(fd["fdset-id"], fd["opaque"]) for fd in there] == [(7, "mine")]
+                # Once it is told that the worker serves, the parent needs that no more.
+                until(lambda: list(open_fds(daemon.pid).values()).count(str(file)) == 1)
+            for _ in range(2):
+                daemon.kill_worker()
+                with daemon.client() as client:
+                    assert fds(client) == there
+                daemon.worker()
+            with daemon.client() as client:
+                client.execute("remove-fd", {"fdset-id": 7})
+                daemon.kill_worker()
+            with daemon.client() as client:
+                assert fds(client) == []
+    finally:
+        os.close(number)
+
+
+def test_without_standard_streams(path: Path) -> None:
+    """Nothing of the parent's or the worker's takes their place."""
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    process = subprocess.Popen([*shell, *COMMAND, "--supervise", "--socket", str(path)])
+    try:
+        with connected(path) as client:
+            with open("/dev/zero") as zero:
+                client.execute("add-fd", fds=[zero])
+            for pid in (process.pid, *children(process.pid)):
+                links = [os.readlink(f"/proc/{pid}/fd/{number}") for number in range(3)]
+                assert links == ["/dev/null"] * 3
+            before = fds(client)
+            (worker,) = children(process.pid)
+            os.kill(worker, signal.SIGKILL)
+        with connected(path) as client:
+            assert fds(client) == before
+    finally:
+        process.terminate()
+        assert process.wait(DEADLINE) == 0
+
+
+def test_log_as_json(path: Path) -> None:
+    with supervised(path, "--log-format", "json") as daemon:
+        daemon.kill_worker()
+        daemon.worker()
+        lines = [json.loads(line) for line in daemon.log.splitlines()]
+    (line,) = (line for line in lines if "killed by signal 9" in line["message"])
+    assert line["level"] == "warning"
+    assert line.keys() == lines[0].keys()
+
+
+@pytest.mark.parametrize("old_is", [(), ("--supervise",)], ids=["plain", "supervised"])
+@pytest.mark.parametrize("new_is", [(), ("--supervise",)], ids=["plain", "supervised"])
+def test_takeovers(path: Path, old_is: tuple[str, ...], new_is: tuple[str, ...]) -> None:
+    """Of any by any: connections too, and nobody is left behind."""
+    log = path.with_name("log")
+    with log.open("wb") as file:
+        old = subprocess.Popen([*COMMAND, "--socket", str(path), *old_is], stderr=file)
+        with connected(path) as client:
+            for number in range(300):
+                client.execute("add-fd", {"opaque": f"n{number}"}, [0])
+            before = fds(client)
+            new = subprocess.Popen(
+                [*COMMAND, "--socket", str(path), "--takeover", *new_is], stderr=file
+            )
+            try:
+                assert old.wait(DEADLINE) == 0, log.read_text()
+                assert fds(client) == before
+                if new_is:
+                    (worker,) = children(new.pid)
+                    os.kill(worker, signal.SIGKILL)
+                    with connected(path) as again:
+                        assert fds(again) == before
+                        again.execute("add-fd", {"opaque": "later"}, [0])
+                else:
+                    client.execute("add-fd", {"opaque": "later"}, [0])
+            finally:
+                new.terminate()
+                new.wait(DEADLINE)
+        assert new.returncode == 0
+        assert "Traceback" not in log.read_text()
+
+
+@contextmanager
+def _takeover(path: Path) -> Iterator[tuple[Supervised, Supervised, list[dict[str, Any]]]]:
+    """The old one, a newcomer that is taking over from it, and what there was."""
+    with supervised(path, status=None) as old, old.client() as client:
+        for _ in range(8):
+            client.execute("add-fds", fds=[0] * 250)
+        before = fds(client)
+        with supervised(path, "--takeover", status=None) as new:
+            yield old, new, before
+
+
+@pytest.mark.timeout(60 + 5 * KILLS)
+def test_a_supervised_newcomer_killed_at_any_time(path: Path) -> None:
+    """There is one daemon afterwards, with everything: the old one or the new one."""
+    for step in range(KILLS):
+        with _takeover(path) as (old, new, before):
+            time.sleep(0.05 + 0.5 * step / KILLS)
+            for worker in children(new.pid):
+                os.kill(worker, signal.SIGKILL)
+            # It tries again, or comes back with what it has.
+            assert old.process.wait(DEADLINE) == 0, old.log + new.log
+            with connected(path) as again:
+                assert fds(again) == before
+            new.process.terminate()
+            assert new.process.wait(DEADLINE) == 0, new.log
+            assert "Traceback" not in new.log
+
+
+@pytest.mark.timeout(60 + 5 * KILLS)
+def test_an_old_worker_killed_at_any_time(path: Path) -> None:
+    """Its parent starts it again, or the newcomer has it all: never both."""
+    outcomes = set()
+    for step in range(KILLS):
+        with _takeover(path) as (old, new, before):
+            time.sleep(0.05 + 0.5 * step / KILLS)
+            for worker in children(old.pid):
+                os.kill(worker, signal.SIGKILL)
+            ended = until(
+                lambda: [d for d in (old, new) if d.process.poll() is not None],
+                old.log + new.log,
+            )
+            outcomes.add(old in ended)
+            with connected(path) as again:
+                assert fds(again) == before, old.log + new.log
+            survivor = new if old in ended else old
+            assert survivor.process.poll() is None
+            survivor.process.terminate()
+            assert survivor.process.wait(DEADLINE) == 0
+            assert "Traceback" not in old.log + new.log
+    assert outcomes
+
+
+def test_killed_when_it_had_let_go(path: Path) -> None:
+    """Nothing is left to come back to: its parent ends with it."""
+    for moment in (0.0, 0.001, 0.003, 0.01):
+        with supervised(path, status=None) as old, old.client() as client:
+            for _ in range(8):
+                client.execute("add-fds", fds=[0] * 250)
+            (worker,) = children(old.pid)
+            with supervised(path, "--takeover") as new:
+                until(lambda: "took over" in new.log)
+                time.sleep(moment)
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+                assert old.process.wait(DEADLINE) == 0, old.log
+                with new.client() as again:
+                    assert len(fds(again)) == 2000
+
+
+def test_told_to_end_while_a_worker_starts(path: Path) -> None:
+    """Between fork and exec as well."""
+    for moment in range(8):
+        with supervised(path, status=None) as daemon:
+            with daemon.client() as client:
+                for _ in range(4):
+                    client.execute("add-fds", fds=[0] * 250)
+            daemon.worker()
+            daemon.kill_worker()
+            until(lambda: "starting it again" in daemon.log)
+            time.sleep(moment * 0.002)
+            daemon.process.terminate()
+            assert daemon.process.wait(DEADLINE) in (0, 128 + signal.SIGKILL), daemon.log
+
+
+def test_status_says_whether_it_is_safe(path: Path) -> None:
+    with supervised(path, status=None) as daemon, daemon.client() as client:
+        assert client.execute("query-stats")["kept-safe"] is True
+        os.kill(daemon.pid, signal.SIGKILL)
+        until(lambda: client.execute("query-stats")["kept-safe"] is False)
+        client.execute("quit")

@@ -1,0 +1,393 @@
+"""Takeovers that are refused, or told to end halfway."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import msgspec
+import pytest
+from helpers import Pipe, pipes
+from stepper import Stepped, Stepper
+
+from qmpfd.client.blocking import SyncClient
+from qmpfd.kernel.fd import Fd, close_all, receive
+from qmpfd.limits import TAKEOVER_FORMAT
+from qmpfd.server.saved_state import SavedState, decode, encode
+
+PATIENCE = 20.0
+
+
+@pytest.fixture(scope="module")
+def stepper() -> Iterator[Stepper]:
+    with Stepper() as stepper:
+        yield stepper
+
+
+@contextmanager
+def daemon(stepper: Stepper, path: Path, *arguments: str, **options: Any) -> Iterator[Stepped]:
+    log = path.with_suffix(f".{len(list(path.parent.glob('*.log')))}.log")
+    started = stepper.start(["serve", "--socket", str(path), *arguments], log, **options)
+    try:
+        started.until("listening", "STEP")
+        yield started
+    finally:
+        started.end()
+    assert "Traceback" not in started.said, started.said
+
+
+class Newcomer:
+    """Plays one, by hand."""
+
+    def __init__(self, path: Path) -> None:
+        with SyncClient(path, PATIENCE) as client:
+            _, self.passed = client.request("takeover", {"format": TAKEOVER_FORMAT})
+            self.sock = client.detach()
+        self.sock.setblocking(True)
+        self.sock.settimeout(PATIENCE)
+
+    def more(self) -> bytes:
+        """Ask for more descriptors; what was said."""
+        self.sock.sendall(b"n")
+        said, fds, _ = receive(self.sock, 1)
+        self.passed += fds
+        return said
+
+    def __enter__(self) -> Newcomer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        close_all(self.passed)
+        self.sock.close()
+
+
+def fill(client: SyncClient, made: list[Pipe]) -> None:
+    for pipe in made:
+        client.execute("add-fd", fds=[pipe])
+        pipe.release()
+
+
+# -- signals -----------------------------------------------------------------------------------
+
+END = [signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.mark.parametrize("number", END)
+@pytest.mark.parametrize("asked", range(3))
+def test_the_old_one_is_told_to_end(
+    path: Path, stepper: Stepper, asked: int, number: signal.Signals
+) -> None:
+    """The newcomer does not go on, so it ends as ever, in time: what was asked is answered."""
+    patches = {"qmpfd.server.takeover.sender.SCM_MAX_FD": 2}
+    with pipes(5) as made:
+        with (
+            daemon(stepper, path, "--drain-timeout", "0.6", patches=patches) as old,
+            SyncClient(path, PATIENCE) as client,
+        ):
+            fill(client, made)
+            with Newcomer(path) as newcomer:
+                for _ in range(asked):
+                    assert newcomer.more() == b"f"
+                with client.detach() as sock:
+                    sock.setblocking(True)
+                    sock.sendall(b'{"execute": "query-name", "id": "asked while frozen"}')
+                    began = monotonic()
+                    old.signal(number)
+                    assert old.wait() == 0
+                    assert monotonic() - began < 3
+                    assert b'"id": "asked while frozen"' in sock.recv(1000)
+                    assert sock.recv(1000) == b""
+                assert newcomer.sock.recv(10) == b"x"
+        assert not path.exists()
+        assert not any(pipe.held() for pipe in made)
+
+
+@pytest.mark.parametrize("told_twice", [False, True])
+def test_a_newcomer_finishes_though_the_old_one_is_told_to_end(
+    path: Path, stepper: Stepper, told_twice: bool
+) -> None:
+    """It would end anyway.  Told twice, it ends at once, and the newcomer says so."""
+    with pipes(3) as made:
+        with daemon(stepper, path) as old, SyncClient(path, PATIENCE) as client:
+            fill(client, made)
+            command = ["serve", "--socket", str(path), "--takeover"]
+            newcomer = stepper.start(
+                command,
+                path.with_suffix(".new.log"),
+                where={"inherit.py": ["_restore"]},
+                step=3,
+                number=signal.SIGSTOP,
+            )
+            newcomer.until("STEP")
+            old.signal(signal.SIGTERM)
+            old.until("ending once all is answered")
+            if told_twice:
+                old.signal(signal.SIGTERM)
+                assert old.wait() == 0
+            newcomer.signal(signal.SIGCONT)
+            newcomer.until("listening")
+            if told_twice:
+                assert newcomer.wait() == 3
+                assert "has given up" in newcomer.said
+            else:
+                assert old.wait() == 0
+                assert path.exists()
+                assert len(client.execute("query-fdsets")) == 3
+                newcomer.end()
+        assert not path.exists()
+        assert not any(pipe.held() for pipe in made)
+
+
+@pytest.mark.parametrize("step", [1, 10, 20, 40, 80, 90, 95])
+@pytest.mark.parametrize("number", [*END, signal.SIGHUP])
+def test_the_newcomer_is_told_to_end(
+    path: Path, stepper: Stepper, step: int, number: signal.Signals
+) -> None:
+    """Until it has begun, as by SIGKILL."""
+    with daemon(stepper, path) as old, SyncClient(path, PATIENCE) as client, pipes(3) as made:
+        fill(client, made)
+        with daemon(
+            stepper,
+            path,
+            "--takeover",
+            where={
+                "fetch.py": ["fetch", "_reserve", "_receive_all"],
+                "inherit.py": ["_restore", "_fill_store"],
+            },
+            step=step,
+            number=number,
+        ) as newcomer:
+            assert newcomer.wait() != 0
+            assert newcomer.place
+        assert old.poll() is None
+        assert len(client.execute("query-fdsets")) == 3
+
+
+def test_hangups_during_a_takeover(path: Path, stepper: Stepper) -> None:
+    """SIGHUP reloads the policy, before and after."""
+    with daemon(stepper, path) as old, SyncClient(path, PATIENCE) as client, pipes(3) as made:
+        fill(client, made)
+        with Newcomer(path) as newcomer:
+            old.signal(signal.SIGHUP)
+            assert newcomer.more() == b"f"
+            old.signal(signal.SIGHUP)
+        assert len(client.execute("query-fdsets")) == 3
+        with daemon(stepper, path, "--takeover") as real:
+            assert old.wait() == 0
+            real.signal(signal.SIGHUP)
+            real.until("SIGHUP")
+            assert len(client.execute("query-fdsets")) == 3
+
+
+# -- drain -------------------------------------------------------------------------------------
+
+
+def test_a_client_that_never_takes_its_last_reply(path: Path, stepper: Stepper) -> None:
+    with (
+        daemon(stepper, path, "--drain-timeout", "0.5") as old,
+        SyncClient(path, PATIENCE) as client,
+    ):
+        client.execute("add-fds", {"opaque": "x" * 1000}, [0] * 250)
+        with client.detach() as sock:
+            sock.setblocking(True)
+            sock.sendall(b'{"execute": "query-fdsets"}' * 4)
+            assert sock.recv(1) == b"{"
+            began = monotonic()
+            old.signal(signal.SIGTERM)
+            assert old.wait() == 0
+            assert monotonic() - began < 3
+    assert not path.exists()
+
+
+def test_a_client_that_floods(path: Path, stepper: Stepper) -> None:
+    """It asks and asks, and reads all answers: it does not keep the daemon from ending."""
+    with daemon(stepper, path, "--drain-timeout", "0.5") as old:
+        with SyncClient(path, PATIENCE) as client:
+            sock = client.detach()
+        sock.setblocking(True)
+
+        def ask() -> None:
+            try:
+                while True:
+                    sock.sendall(b'{"execute": "query-version"}' * 1000)
+            except OSError:
+                pass
+
+        def read() -> None:
+            try:
+                while sock.recv(1 << 20):
+                    pass
+            except OSError:
+                pass
+
+        with sock:
+            threads = [threading.Thread(target=ask), threading.Thread(target=read)]
+            for thread in threads:
+                thread.start()
+            began = monotonic()
+            old.signal(signal.SIGTERM)
+            assert old.wait() == 0
+            assert monotonic() - began < 3
+            for thread in threads:
+                thread.join(PATIENCE)
+    assert not path.exists()
+
+
+# -- versions ----------------------------------------------------------------------------------
+
+STATE = SavedState(
+    pid=os.getpid(),
+    sets=[],
+    listeners=[],
+    sessions=[],
+    commands={},
+    errors={},
+    accepted=0,
+    turned_away=0,
+    uptime=0.0,
+)
+
+
+def with_members(**members: object) -> dict[str, object]:
+    return {**msgspec.to_builtins(STATE), **members}
+
+
+NO_SESSION = {"peer": (1, 1, 1), "groups": [], "idle": 0.0, "state": "ASLEEP"}
+UNREADABLE = {
+    "newer format": (TAKEOVER_FORMAT + 1, with_members()),
+    "no format": (0, with_members()),
+    "unknown member": (TAKEOVER_FORMAT, with_members(colour="red")),
+    "unknown state": (TAKEOVER_FORMAT, with_members(sessions=[NO_SESSION])),
+    "wrong type": (TAKEOVER_FORMAT, with_members(pid="one")),
+    "no pair": with_members(),
+}
+
+
+@pytest.mark.parametrize("state", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_state_that_is_not_understood(path: Path, stepper: Stepper, state: object) -> None:
+    """The newcomer says so in one line, and closes the connection without a word."""
+    heard: list[bytes] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def play_old() -> None:
+            sock, _ = listener.accept()
+            with sock, sock.makefile("rb") as lines:
+                sock.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')
+                lines.readline()
+                sock.sendall(b'{"return": {}, "id": 1}\r\n')
+                lines.readline()
+                with Fd(os.memfd_create("state")) as memory:
+                    os.write(memory.fileno(), msgspec.msgpack.encode(state))
+                    rights = struct.pack("i", memory.fileno())
+                    reply = b'{"return": {}, "id": 2}\r\n'
+                    sock.sendmsg([reply], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+                heard.append(lines.read())
+
+        thread = threading.Thread(target=play_old)
+        thread.start()
+        with daemon(stepper, path, "--takeover") as newcomer:
+            assert newcomer.wait() == 3
+        thread.join(PATIENCE)
+    assert heard == [b""]
+    assert newcomer.said.count("\n") == 1
+    assert "cannot be taken over" in newcomer.said
+
+
+def test_what_is_encoded_can_be_decoded() -> None:
+    assert decode(encode(STATE)) == STATE
+
+
+NEWER = dict.fromkeys(
+    (
+        "qmpfd.server.saved_state.TAKEOVER_FORMAT",
+        "qmpfd.server.takeover.receiver.TAKEOVER_FORMAT",
+        "qmpfd.commands.control.TAKEOVER_FORMAT",
+    ),
+    TAKEOVER_FORMAT + 1,
+)
+
+
+def test_a_newer_daemon_takes_over_from_an_older_one(path: Path, stepper: Stepper) -> None:
+    """And not the other way round: the older one is told at once, before anybody has to wait."""
+    with daemon(stepper, path) as old, SyncClient(path, PATIENCE) as client, pipes(1) as made:
+        fill(client, made)
+        with daemon(stepper, path, "--takeover", patches=NEWER) as newer:
+            assert old.wait() == 0
+            assert len(client.execute("query-fdsets")) == 1
+            with daemon(stepper, path, "--takeover") as older:
+                assert older.wait() == 1
+            assert "'format'" in older.said
+            assert older.said.count("\n") == 1
+            assert newer.poll() is None
+            assert "takes over" not in newer.said
+            assert len(client.execute("query-fdsets")) == 1
+
+
+# -- what else is refused ----------------------------------------------------------------------
+
+
+def test_too_few_descriptors(path: Path, stepper: Stepper) -> None:
+    with daemon(stepper, path) as old, SyncClient(path, PATIENCE) as client:
+        client.execute("add-fds", fds=[0] * 250)
+        before = client.execute("query-fdsets")
+        for most in (100, 200, 265, 300):
+            with daemon(stepper, path, "--takeover", most_files=most) as newcomer:
+                assert newcomer.wait() == 3
+            assert newcomer.said.count("\n") == 1
+            assert f"{most} open files" in newcomer.said
+        assert client.execute("query-fdsets") == before
+        assert old.poll() is None
+
+
+def test_another_socket_that_cannot_be_had(path: Path, stepper: Stepper) -> None:
+    """The old daemon's own socket file stays."""
+    with daemon(stepper, path) as old, SyncClient(path, PATIENCE) as client:
+        with daemon(stepper, path, "--socket", "/nonexistent/q.sock", "--takeover") as newcomer:
+            assert newcomer.wait() == 2
+        assert path.exists()
+        assert client.execute("query-name") == {}
+        with daemon(stepper, path, "--socket", f"{path}.second", "--takeover"):
+            assert old.wait() == 0
+            with SyncClient(f"{path}.second", PATIENCE) as other:
+                assert other.execute("query-name") == client.execute("query-name") == {}
+    assert not list(path.parent.glob("*.sock*"))
+
+
+def test_one_that_asks_while_another_takes_over(path: Path, stepper: Stepper) -> None:
+    """Both in the same moment: one of them is told at once; the other has it."""
+    patches = {"qmpfd.server.takeover.sender.TAKEOVER_TIMEOUT": 0.3}
+    with (
+        daemon(stepper, path, patches=patches) as old,
+        SyncClient(path, PATIENCE) as client,
+    ):
+        socks = []
+        for _ in range(2):
+            with SyncClient(path, PATIENCE) as newcomer:
+                socks.append(newcomer.detach())
+        request = b'{"execute": "takeover", "arguments": {"format": %d}}' % TAKEOVER_FORMAT
+        old.signal(signal.SIGSTOP)
+        for sock in socks:
+            sock.sendall(request)
+        old.signal(signal.SIGCONT)
+        told = []
+        for sock in socks:
+            with sock:
+                sock.setblocking(True)
+                sock.settimeout(PATIENCE)
+                data, fds, _ = receive(sock, 1000)
+                close_all(fds)
+                told.append(data)
+        # The second may have been left unread, and asked again once the first was gone.
+        assert b'"return"' in told[0] + told[1]
+        assert all(b'"return"' in data or b"is being taken over" in data for data in told)
+        assert client.execute("query-name") == {}

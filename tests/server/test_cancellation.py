@@ -1,0 +1,365 @@
+"""A cancellation at every point of a client's life, on either side: nothing leaks, the store is
+unharmed, and everybody else goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from cancelling import CancelAt
+from helpers import (
+    ADD,
+    QUERY,
+    Pipe,
+    Wire,
+    daemon,
+    open_fds,
+    pipes,
+    request,
+    settle,
+    value,
+)
+
+import qmpfd
+from qmpfd.server import Server
+from qmpfd.server.connection.session import Session
+from qmpfd.server.listen.listener import UnixListener
+
+Live = Callable[[Path, Server, list[Pipe]], Awaitable[None]]
+
+EACH_WAY = pytest.mark.parametrize("before", [True, False], ids=["running", "waiting"])
+BIG = "x" * 600_000  # more than a socket holds
+
+
+@pytest.fixture(autouse=True)
+def _no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is closed in a thread is waited for, on a busy machine too: none of it hangs here."""
+    monkeypatch.setattr("qmpfd.kernel.close_pool._GRACE", 20.0)
+
+
+async def _empty(path: Path, held: list[Pipe]) -> None:
+    """The store holds as many descriptors as are listed, works, and lets go of all of them."""
+    with await Wire.session(path) as wire:
+        sets = value(await wire.call("query-fdsets"))
+        assert sum(pipe.held() for pipe in held) == sum(len(fdset["fds"]) for fdset in sets)
+        for fdset in sets:
+            assert value(await wire.call("remove-fd", {"fdset-id": fdset["fdset-id"]})) == {}
+        assert not any(pipe.held() for pipe in held)
+        with Pipe() as pipe:
+            assert value(await wire.call("add-fd", None, [pipe]))["fdset-id"] == 0
+            pipe.release()
+            assert pipe.held()
+            assert value(await wire.call("remove-fd", {"fdset-id": 0})) == {}
+            assert not pipe.held()
+        assert value(await wire.call("query-fdsets")) == []
+
+
+# -- the server's session ----------------------------------------------------------------------
+
+
+class _FirstCancelled(Server):
+    """A daemon in which one thing goes wrong: its first session is cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scope = trio.CancelScope()
+        self.victim: trio.lowlevel.Task | None = None
+
+    async def _serve(self, session: Session) -> None:
+        if self.victim is None:
+            self.victim = trio.lowlevel.current_task()
+            with self.scope:
+                await super()._serve(session)
+        else:
+            await super()._serve(session)
+
+
+async def _live(path: Path, server: Server, made: list[Pipe]) -> None:
+    """A client's whole life, with everything in it that makes a session wait."""
+    with await Wire.connect(path) as wire:
+        await wire.reply()
+        await wire.call("qmp_capabilities")
+        wire.send(ADD, [made[0]])
+        await wire.reply()
+        wire.send(b" ", [made[1]])
+        await settle()
+        wire.send(QUERY + ADD[:9])
+        await settle()
+        wire.send(ADD[9:])
+        await wire.replies(2)
+        await wire.call("getfd", {"fdname": "n"}, [made[2]])
+        async with server.lock:
+            wire.send(ADD + QUERY, [made[3]])
+            await settle()
+        await wire.replies(2)
+        # More answers than the socket holds, read late.
+        wire.send(request("query-commands") * 600)
+        await settle()
+        await wire.replies(600)
+        await wire.call("remove-fd", {"fdset-id": 0})
+        # Left behind: one that is complete, one that nobody takes, one of a half command.
+        wire.send(ADD, [made[4]])
+        wire.send(b" ", [made[5]])
+        wire.send(ADD[:20], [made[6]])
+
+
+async def _answers(wire: Wire, count: int) -> None:
+    """So many replies, with events between them."""
+    while count:
+        count -= "event" not in await wire.reply()
+
+
+async def _live_with_our_own(path: Path, server: Server, made: list[Pipe]) -> None:
+    """As :func:`_live`, with the commands that QEMU does not have."""
+    with await Wire.session(path) as wire, await Wire.session(path) as other:
+        wire.send(request("watch-fdsets", {"enable": True}))
+        wire.send(request("add-fds", {"lifetime": "connection"}), made[:2])
+        await _answers(wire, 2)
+        wire.send(request("add-fds", {"fdset-id": 0, "watch-hangup": True}), made[2:3])
+        wire.send(request("add-fds", {"fdset-id": 0, "expires": 1000}), made[3:4])
+        await _answers(wire, 2)
+        wire.send(request("open-fdset", {"fdset-id": 0}) + request("query-fds"))
+        await _answers(wire, 2)
+        # More replies with descriptors, and more events, than the socket holds, read late.
+        wire.send(request("open-fdset", {"fdset-id": 0}) * 500)
+        for _ in range(300):
+            other.send(request("add-fds", {"opaque": "x" * 500}), made[4:5])
+            other.send(request("remove-fd", {"fdset-id": 1}))
+            await other.replies(2)
+        await _answers(wire, 500)
+        async with server.lock:
+            wire.send(request("watch-fdsets", {"enable": False}))
+            wire.send(request("remove-fd", {"fdset-id": 0}))
+            wire.send(request("add-fds", {"lifetime": "connection"}), made[5:6])
+            await settle()
+        await _answers(wire, 3)
+        # Left behind: one of a client that hangs up while its reply waits.
+        wire.send(request("add-fds") + request("open-fdset", {"fdset-id": 0}) * 500, made[6:])
+
+
+LIVES = pytest.mark.parametrize("live", [_live, _live_with_our_own], ids=["QEMU's", "our own"])
+
+
+@LIVES
+@EACH_WAY
+async def test_a_session_is_cancelled(path: Path, before: bool, live: Live) -> None:
+    steps = 0
+    cancelled = True
+    while cancelled:
+        steps += 1
+        open_before = open_fds()
+        server = _FirstCancelled()
+        with closing(UnixListener.bind(path)) as listener, pipes(7) as made:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(server.run, [listener])
+                with CancelAt(
+                    lambda task, server=server: task is server.victim,  # type: ignore[misc]
+                    server.scope,
+                    steps,
+                    before=before,
+                ) as cancelling:
+                    with suppress(AssertionError, BrokenPipeError):  # cut off: that is the point
+                        await live(path, server, made)
+                    await settle()
+                for pipe in made:
+                    pipe.release()
+                await _empty(path, made)
+                server.stop()
+            server.close()
+        cancelled = cancelling.done
+        assert open_fds() == open_before
+    assert steps > 10
+
+
+# -- the whole daemon --------------------------------------------------------------------------
+
+
+class _Started(trio.TaskStatus[Any]):
+    """Tells that the daemon listens, or never will."""
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+
+    def started(self, value: Any = None) -> None:
+        self.event.set()
+
+
+@EACH_WAY
+async def test_the_daemon_is_cancelled(path: Path, before: bool) -> None:
+    steps = 0
+    cancelled = True
+    while cancelled:
+        steps += 1
+        open_before = open_fds()
+        scope = trio.CancelScope()
+        status = _Started()
+        ours: list[trio.lowlevel.Task] = []
+
+        async def run(
+            scope: trio.CancelScope = scope,
+            status: _Started = status,
+            ours: list[trio.lowlevel.Task] = ours,
+        ) -> None:
+            ours.append(trio.lowlevel.current_task())
+            with scope:
+                await qmpfd.serve([path], task_status=status)
+            status.started()
+
+        with pipes(4) as made:
+            async with trio.open_nursery() as nursery:
+                instrument = CancelAt(
+                    lambda task, ours=ours: _is_within(task, ours),  # type: ignore[misc]
+                    scope,
+                    steps,
+                    before=before,
+                )
+                with instrument as cancelling:
+                    nursery.start_soon(run)
+                    await status.event.wait()
+                    with suppress(AssertionError, OSError):  # it is gone: that is the point
+                        await _short_life(path, made)
+                cancelled = cancelling.done
+                scope.cancel()
+            for pipe in made:
+                pipe.release()
+                assert not pipe.held()
+        assert not path.exists()
+        assert open_fds() == open_before
+    assert steps > 10
+
+
+def _is_within(task: trio.lowlevel.Task | None, ours: list[trio.lowlevel.Task]) -> bool:
+    while task is not None and task not in ours:
+        task = task.parent_nursery.parent_task if task.parent_nursery else None
+    return task is not None
+
+
+async def _short_life(path: Path, made: list[Pipe]) -> None:
+    with await Wire.session(path) as wire, await Wire.session(path) as other:
+        wire.send(ADD, made[:1])
+        other.send(ADD, made[1:2])
+        await wire.reply()
+        await other.reply()
+        await wire.call("getfd", {"fdname": "n"}, made[2:3])
+        other.send(b" ", made[3:])
+        await other.call("query-fdsets")
+
+
+# -- the client --------------------------------------------------------------------------------
+
+Call = Callable[[qmpfd.Client, Pipe], Awaitable[object]]
+
+
+async def _open(client: qmpfd.Client, pipe: Pipe) -> object:
+    with await client.open_fdset(0):
+        return await client.query_fdsets()
+
+
+async def _watch(client: qmpfd.Client, pipe: Pipe) -> object:
+    async with client.watch_fdsets() as events:
+        await client.add_fd(pipe)
+        return await anext(events)
+
+
+CALLS: dict[str, Call] = {
+    "add_fd": lambda client, pipe: client.add_fd(pipe, opaque="victim"),
+    "add_fd, large": lambda client, pipe: client.add_fd(pipe, opaque=BIG),
+    "add_fds": lambda client, pipe: client.add_fds([pipe] * 253),
+    "remove_fd": lambda client, pipe: client.remove_fd(1),
+    "query_fdsets": lambda client, pipe: client.query_fdsets(),
+    "query_fds": lambda client, pipe: client.query_fds(),
+    "open_fdset": _open,
+    "watch_fdsets": _watch,
+    "execute": lambda client, pipe: client.execute("query-version"),
+    "an error": lambda client, pipe: client.remove_fd(99),
+}
+
+
+@EACH_WAY
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+async def test_a_call_is_cancelled(call: Call, path: Path, before: bool) -> None:
+    """Calls before it and after it on the same connection have their answers, and so have later
+    ones; what the call has done or not done, the store is whole.
+    """
+    steps = 0
+    cancelled = True
+    while cancelled:
+        steps += 1
+        cancelled = await _cancelled_call(call, path, steps, before=before)
+    assert steps > 2
+
+
+async def _cancelled_call(call: Call, path: Path, steps: int, *, before: bool) -> bool:
+    results: list[str] = []
+    scope = trio.CancelScope()
+    victims: list[trio.lowlevel.Task] = []
+
+    async def victim() -> None:
+        victims.append(trio.lowlevel.current_task())
+        with scope, suppress(qmpfd.FdNotFound):
+            await call(client, made[0])
+
+    async def bystander(pipe: Pipe) -> None:
+        info = await client.add_fd(pipe)
+        fdsets = await client.query_fdsets()
+        assert [fd.fd for fds in fdsets if fds.fdset_id == info.fdset_id for fd in fds.fds] == [
+            info.fd
+        ]
+        results.append("answered")
+
+    with pipes(5) as made:
+        async with daemon(path) as server, qmpfd.connect(path) as client:
+            open_before = open_fds()
+            for pipe in made[3:]:
+                await client.add_fd(pipe)
+            with CancelAt(victims.__contains__, scope, steps, before=before) as at:
+                # Nobody is answered before all of them wait.
+                async with trio.open_nursery() as nursery, server.lock:
+                    nursery.start_soon(bystander, made[1])
+                    await settle()
+                    nursery.start_soon(victim)
+                    await settle()
+                    nursery.start_soon(bystander, made[2])
+                    await settle()
+            assert results == ["answered"] * 2
+            assert await client.execute("query-name") == {}
+            for pipe in made:
+                pipe.release()
+            for fdset in await client.query_fdsets():
+                await client.remove_fd(fdset.fdset_id)
+            assert not any(pipe.held() for pipe in made)
+            closed = {number for number, link in open_before.items() if "pipe:" in link}
+            assert open_fds().keys() | closed == open_before.keys() | closed
+    return at.done
+
+
+@EACH_WAY
+async def test_connect_is_cancelled(path: Path, before: bool) -> None:
+    steps = 0
+    cancelled = True
+    async with daemon(path):
+        with await Wire.session(path) as other:
+            while cancelled:
+                steps += 1
+                open_before = open_fds()
+                with pipes(1) as made:
+                    victims = [trio.lowlevel.current_task()]
+                    with (
+                        trio.CancelScope() as scope,
+                        CancelAt(victims.__contains__, scope, steps, before=before) as at,
+                    ):
+                        async with qmpfd.connect(path) as client:
+                            await client.add_fd(made[0])
+                    cancelled = at.done
+                    await settle()
+                    made[0].release()
+                    await _empty(path, made)
+                await settle()
+                assert open_fds() == open_before
+                assert value(await other.call("query-name")) == {}
+    assert steps > 4
