@@ -22,9 +22,9 @@ from ..kernel.systemd import InheritedFd, notify, notify_reloading, watchdog_int
 from ..limits import STATUS_INTERVAL, Limits
 from ..policy import BadPolicy, Policy, load_policy
 from ..server import Server, serve
-from ..server.fdstore.mirror import Keeping
+from ..server.fdstore.mirror import FdStoreConfig
 from ..server.fdstore.recover import Recovered
-from ..server.takeover.receiver import Inheritance
+from ..server.takeover.receiver import ReceivedState
 from .options import default_socket
 
 _log = logging.getLogger("qmpfd")
@@ -44,9 +44,9 @@ def run(
     socket_group: int | None,
     initial_fds: Sequence[tuple[Fd, int, str | None]],
     listen_fds: Sequence[InheritedFd],
-    inheritance: Inheritance | None,
+    inheritance: ReceivedState | None,
     recovered: Recovered,
-    keeping: Keeping | None,
+    keeping: FdStoreConfig | None,
 ) -> None:
     """Serve until told to end.
 
@@ -82,7 +82,7 @@ def raise_open_files_limit() -> None:
 async def _main(
     start: partial[Coroutine[Any, Any, None]],
     names: Sequence[str],
-    inheritance: Inheritance | None,
+    inheritance: ReceivedState | None,
     back_again: Sequence[str | None],
     policy_path: Path | None,
 ) -> None:

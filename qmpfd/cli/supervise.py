@@ -14,7 +14,7 @@ from ..limits import KEEPER_SPARE
 from .exit_codes import UsageError
 
 if TYPE_CHECKING:
-    from ..server.fdstore.mirror import Keeping
+    from ..server.fdstore.mirror import FdStoreConfig
     from ..server.fdstore.recover import Recovered
 
 _log = logging.getLogger("qmpfd")
@@ -70,7 +70,7 @@ def recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recove
     return recovered
 
 
-def connect(parent: Notifier | None, size: int) -> Keeping | None:
+def connect(parent: Notifier | None, size: int) -> FdStoreConfig | None:
     """Whoever keeps a second copy of what is stored; None if there is nobody.
 
     Args:
@@ -78,10 +78,10 @@ def connect(parent: Notifier | None, size: int) -> Keeping | None:
         size: how many descriptors are kept.
     """
     from ..kernel.file_descriptions import Descriptions
-    from ..server.fdstore.mirror import Keeping
+    from ..server.fdstore.mirror import FdStoreConfig
 
     if parent is not None:
-        return Keeping(parent, size, None)
+        return FdStoreConfig(parent, size, None)
     if not has_store(size):
         return None
     try:
@@ -96,4 +96,4 @@ def connect(parent: Notifier | None, size: int) -> Keeping | None:
     if notifier is None:
         _log.warning("nothing is kept by the service manager: it cannot be reached")
         return None
-    return Keeping(notifier, size, descriptions)
+    return FdStoreConfig(notifier, size, descriptions)

@@ -18,7 +18,7 @@ _log = logging.getLogger("qmpfd")
 
 def fetch(
     path: Path, movable: Iterable[fetching.Movable], *, has_parent: bool
-) -> fetching.Inheritance:
+) -> fetching.ReceivedState:
     """Fetch all that the daemon at *path* has.
 
     Args:

@@ -15,7 +15,7 @@ from ..commands.events import EVENTS
 from ..kernel.fd import Fd, FileDescriptorLike, close_all
 from ..limits import CLEANUP_TIMEOUT
 from ..protocol import ProtocolError, QMPEvent
-from .reconnect import Link, open_dialogue
+from .reconnect import ReconnectingConnection, open_dialogue
 
 ResultT = TypeVar("ResultT")
 
@@ -44,7 +44,7 @@ class Client:
         link: the connection; owned from here on.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: ReconnectingConnection) -> None:
         self._link = link
         self._watching = 0  # blocks of watch_fdsets
 
@@ -283,7 +283,7 @@ async def connect(
         ProtocolError: the peer does not speak QMP.
         trio.BrokenResourceError: it closed the connection before it was ready.
     """
-    client = Client(Link(path, await open_dialogue(path), reconnect))
+    client = Client(ReconnectingConnection(path, await open_dialogue(path), reconnect))
     try:
         yield client
     finally:

@@ -36,7 +36,7 @@ class Call:
             self.wake.set()
 
 
-class Dialogue:
+class QMPConnection:
     """What is said over a connection, and who waits for what.
 
     A call that is cancelled breaks no other: if its request was sent already, the server carries

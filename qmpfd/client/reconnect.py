@@ -16,7 +16,7 @@ from ..errors import QMPError
 from ..kernel.fd import FileDescriptorLike, close_all
 from ..protocol import ProtocolError, QMPEvent, Reply
 from ..transport import FdStream
-from .connection import Call, Dialogue
+from .connection import Call, QMPConnection
 
 #: Seconds between two tries to connect.
 _RETRY = 0.05
@@ -36,7 +36,7 @@ def _is_repeatable(command: str) -> bool:
     return command.startswith("query-") or command in ("open-fdset", "watch-fdsets")
 
 
-async def open_dialogue(path: str | os.PathLike[str]) -> Dialogue:
+async def open_dialogue(path: str | os.PathLike[str]) -> QMPConnection:
     """Connect to the server at *path*, and negotiate.
 
     Raises:
@@ -48,7 +48,7 @@ async def open_dialogue(path: str | os.PathLike[str]) -> Dialogue:
     sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
     with sock:
         await sock.connect(os.fspath(path))
-        dialogue = Dialogue(FdStream(sock))
+        dialogue = QMPConnection(FdStream(sock))
     try:
         await dialogue.negotiate()
     except BaseException:
@@ -57,7 +57,7 @@ async def open_dialogue(path: str | os.PathLike[str]) -> Dialogue:
     return dialogue
 
 
-class Link:
+class ReconnectingConnection:
     """Carries requests and events, over the connection that there is.
 
     Args:
@@ -67,7 +67,7 @@ class Link:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], dialogue: Dialogue, reconnect: float | None
+        self, path: str | os.PathLike[str], dialogue: QMPConnection, reconnect: float | None
     ) -> None:
         self._path = path
         self._dialogue = dialogue
@@ -145,11 +145,11 @@ class Link:
             if not self._goes_on_after(dialogue):  # there is nothing to undo in another one
                 raise
 
-    def _goes_on_after(self, dialogue: Dialogue) -> bool:
+    def _goes_on_after(self, dialogue: QMPConnection) -> bool:
         """Whether *dialogue* is broken, and another one may be tried."""
         return self._reconnect is not None and not self._closed and dialogue.failed
 
-    async def _working(self) -> Dialogue:
+    async def _working(self) -> QMPConnection:
         """A connection that is not broken, as far as is known.
 
         Raises:
@@ -187,7 +187,7 @@ class Link:
             self._dialogue = dialogue
             return
 
-    async def _open_again(self) -> Dialogue:
+    async def _open_again(self) -> QMPConnection:
         dialogue = await open_dialogue(self._path)
         try:
             for command, arguments in list(self._redone.items()):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 from ..errors import FdNotSupplied, GenericError
 from ..fdsets import FdSet, FdSets, Peer, StoredFd
-from ..kernel.close_pool import Closer
+from ..kernel.close_pool import ClosePool
 from ..kernel.fd import Fd, Passing
 from ..limits import FDS_AT_ONCE, LOOK_INTERVAL, MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, Limits
 from ..policy import Access
@@ -63,7 +63,7 @@ class Stats:
     errors: dict[str, int] = field(default_factory=_zeros)  #: replies, by error class
 
 
-class Keeper(Protocol):
+class FdStoreMirror(Protocol):
     """Whoever keeps a second copy of what is stored, see :mod:`qmpfd.server.fdstore.mirror`."""
 
     @property
@@ -122,8 +122,8 @@ class Daemon:
     clients: Callable[[], Iterable[Client]] = tuple
     store: FdSets = field(default_factory=FdSets)
     hangups: Hangups = field(default_factory=Hangups)
-    closer: Closer = field(default_factory=Closer)
-    keeper: Keeper | None = None  #: where there is one
+    closer: ClosePool = field(default_factory=ClosePool)
+    keeper: FdStoreMirror | None = None  #: where there is one
     news: Callable[[], None] = lambda: None
     look: Callable[[], None] = lambda: None
     passing: Passing | None = None

@@ -9,7 +9,7 @@ from msgspec import UNSET
 from .._version import __version__
 from ..errors import InvalidParameterValue
 from ..limits import TAKEOVER_FORMAT
-from ..protocol.encode import Encoded
+from ..protocol.encode import RawJSON
 from .context import Context
 from .extension_types import Takeover
 from .schema import schema
@@ -33,7 +33,7 @@ VERSION = version_info(__version__)
 
 
 @table.command("qmp_capabilities", Capabilities, Nothing)
-def qmp_capabilities(context: Context, arguments: Capabilities) -> Encoded:
+def qmp_capabilities(context: Context, arguments: Capabilities) -> RawJSON:
     """Enable capabilities and enter command mode; the first command of every connection."""
     enable = arguments.enable
     context.connection.negotiate([] if enable is UNSET else list(enable))
@@ -65,7 +65,7 @@ def query_qmp_schema(context: Context, arguments: Arguments) -> list[dict[str, A
 
 
 @table.command("takeover", Takeover, Nothing)
-def takeover(context: Context, arguments: Takeover) -> Encoded:
+def takeover(context: Context, arguments: Takeover) -> RawJSON:
     """Hand everything over to the client, a daemon that takes this one's place."""
     context.access.require("admin")
     if arguments.format < TAKEOVER_FORMAT:  # a newer daemon reads what an older one has written
@@ -77,7 +77,7 @@ def takeover(context: Context, arguments: Takeover) -> Encoded:
 
 
 @table.command("quit", Arguments, Nothing)
-def quit_(context: Context, arguments: Arguments) -> Encoded:
+def quit_(context: Context, arguments: Arguments) -> RawJSON:
     """End the daemon: every stored descriptor is closed."""
     context.quitting = True
     context.access.require("admin")

@@ -9,7 +9,7 @@ from outcome import Error, Outcome, Value
 
 from ..errors import GenericError, QMPError
 from ..kernel.fd import Fd
-from ..protocol import Request, Vocabulary
+from ..protocol import Request, RequestDecoder
 from . import control, fds
 from . import extensions as own
 from .context import Context
@@ -19,7 +19,7 @@ from .types import NOTHING
 _log = logging.getLogger("qmpfd")
 
 TABLE = Table({**control.table.commands, **fds.table.commands, **own.table.commands})
-VOCABULARY = Vocabulary(TABLE.specs())
+VOCABULARY = RequestDecoder(TABLE.specs())
 _COMMANDS: dict[type[Request], Command] = {
     request: TABLE.commands[name] for request, name in VOCABULARY.names.items()
 }

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from msgspec import UNSET
 
 from ..errors import FdNotFound, GenericError, InvalidParameterValue
-from ..fdsets import FOREVER, FdSet, StoredFd, Terms
+from ..fdsets import PERMANENT, FdSet, Lifetime, StoredFd
 from ..kernel.fd import Fd
 from ..kernel.fdinfo import access_mode
 from ..limits import SCM_MAX_FD
-from ..protocol.encode import Bits, Encoded
+from ..protocol.encode import JSONStream, RawJSON
 from .context import Context
 from .extension_types import (
     AddFds,
@@ -87,7 +87,7 @@ def _no_such_access(fdset: FdSet, number: int | None, wanted: str | None, there:
 
 
 @table.command("add-fds", AddFds, FdsetInfo, fds=SCM_MAX_FD)
-def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | Bits:
+def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
     """Add all the file descriptors that were passed with the command to an fd set, or none."""
     context.first_fd()
     daemon = context.daemon
@@ -127,20 +127,20 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | Bits:
     return added(fdset.id, [fd.fileno() for fd in fds], opaque)
 
 
-def _terms(context: Context, arguments: AddFds, now: float) -> Terms:
+def _terms(context: Context, arguments: AddFds, now: float) -> Lifetime:
     expires = arguments.expires
     if expires is not UNSET and expires <= 0:
         raise InvalidParameterValue("Parameter 'expires' expects a positive number of seconds")
-    terms = Terms(
+    terms = Lifetime(
         owner=context if arguments.lifetime == "connection" else None,
         expires_at=None if expires is UNSET else now + expires,
         watch_hangup=arguments.watch_hangup is True,
     )
-    return FOREVER if terms == FOREVER else terms
+    return PERMANENT if terms == PERMANENT else terms
 
 
 @table.command("query-fds", QueryFds, list[FdInfo])
-def query_fds(context: Context, arguments: QueryFds) -> Bits | Encoded:
+def query_fds(context: Context, arguments: QueryFds) -> JSONStream | RawJSON:
     """List the stored file descriptors, with what each is and where it came from.
 
     A long listing is made bit by bit, and others are served meanwhile: what they remove before its
@@ -154,7 +154,7 @@ def query_fds(context: Context, arguments: QueryFds) -> Bits | Encoded:
 
 
 @table.command("watch-fdsets", WatchFdsets, Nothing)
-def watch_fdsets(context: Context, arguments: WatchFdsets) -> Encoded:
+def watch_fdsets(context: Context, arguments: WatchFdsets) -> RawJSON:
     """Begin, or cease, to send FD_ADDED and FD_REMOVED events to this connection."""
     context.access.require("query")
     context.watch(arguments.enable)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import UNSET
 
 from ..errors import FdNotFound, InvalidParameterValue
-from ..protocol.encode import Bits, Encoded
+from ..protocol.encode import JSONStream, RawJSON
 from .context import Context
 from .listings import list_fdsets
 from .table import Table
@@ -58,7 +58,7 @@ def check_add(
 
 
 @table.command("remove-fd", RemoveFd, Nothing)
-def remove_fd(context: Context, arguments: RemoveFd) -> Encoded:
+def remove_fd(context: Context, arguments: RemoveFd) -> RawJSON:
     """Remove one file descriptor, or all, from an fd set, and close what was removed."""
     number = None if arguments.fd is UNSET else arguments.fd
     store, access = context.daemon.store, context.access
@@ -73,14 +73,14 @@ def remove_fd(context: Context, arguments: RemoveFd) -> Encoded:
 
 
 @table.command("query-fdsets", Arguments, list[FdsetInfo])
-def query_fdsets(context: Context, arguments: Arguments) -> Bits | Encoded:
+def query_fdsets(context: Context, arguments: Arguments) -> JSONStream | RawJSON:
     """List the fd sets, by descending id, and the file descriptors in each, oldest first."""
     context.access.require("query")
     return list_fdsets(context)
 
 
 @table.command("getfd", FdName, Nothing, fds=1)
-def getfd(context: Context, arguments: FdName) -> Encoded:
+def getfd(context: Context, arguments: FdName) -> RawJSON:
     """Keep the file descriptor that was passed with the command under a name of this connection."""
     context.first_fd()
     context.access.require("add")
@@ -93,7 +93,7 @@ def getfd(context: Context, arguments: FdName) -> Encoded:
 
 
 @table.command("closefd", FdName, Nothing)
-def closefd(context: Context, arguments: FdName) -> Encoded:
+def closefd(context: Context, arguments: FdName) -> RawJSON:
     """Close a file descriptor that was kept by ``getfd``."""
     if not context.drop(arguments.fdname):
         raise FdNotFound(f"File descriptor named '{arguments.fdname}' not found")

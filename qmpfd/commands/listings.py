@@ -15,7 +15,7 @@ from msgspec import to_builtins
 from ..fdsets import FdSet, StoredFd
 from ..kernel.fdinfo import access_mode, kind, target
 from ..limits import INT64_MAX
-from ..protocol.encode import LONG_TEXT, Bits, Encoded, encode, encode_bit_by_bit
+from ..protocol.encode import LONG_TEXT, JSONStream, RawJSON, encode, encode_bit_by_bit
 from .context import Context
 from .extension_types import FdInfo, PeerInfo
 from .types import FdsetFdInfo, FdsetInfo
@@ -31,12 +31,12 @@ _FEW_FDS, _FEW_CHARACTERS = 256, 16384
 _KEPT_BYTES = 512
 
 
-def list_fdsets(context: Context) -> Bits | Encoded:
+def list_fdsets(context: Context) -> JSONStream | RawJSON:
     """What ``query-fdsets`` returns."""
     return _result(context, _list_fdsets(context))
 
 
-def list_fds(context: Context, sets: Iterable[FdSet], prefix: str | None) -> Bits | Encoded:
+def list_fds(context: Context, sets: Iterable[FdSet], prefix: str | None) -> JSONStream | RawJSON:
     """What ``query-fds`` returns.
 
     Args:
@@ -47,7 +47,7 @@ def list_fds(context: Context, sets: Iterable[FdSet], prefix: str | None) -> Bit
     return _result(context, _list_fds(context, sets, prefix))
 
 
-def added(fdset_id: int, numbers: list[int], opaque: str | None) -> FdsetInfo | Bits:
+def added(fdset_id: int, numbers: list[int], opaque: str | None) -> FdsetInfo | JSONStream:
     """What ``add-fds`` returns: the opaque text is said for each of the descriptors.
 
     Args:
@@ -58,7 +58,7 @@ def added(fdset_id: int, numbers: list[int], opaque: str | None) -> FdsetInfo | 
     info = FdsetInfo(fdset_id, [FdsetFdInfo(number, opaque) for number in numbers])
     if len(numbers) * len(opaque or "") <= _FEW_CHARACTERS:
         return info
-    return Bits(_bits_of(info))
+    return JSONStream(_bits_of(info))
 
 
 def _bits_of(info: FdsetInfo) -> Iterator[bytes]:
@@ -70,10 +70,10 @@ def _bits_of(info: FdsetInfo) -> Iterator[bytes]:
     yield b"]}"
 
 
-def _result(context: Context, bits: Iterator[bytes]) -> Bits | Encoded:
+def _result(context: Context, bits: Iterator[bytes]) -> JSONStream | RawJSON:
     daemon = context.daemon
     few = daemon.store.fd_count <= _FEW_FDS and daemon.opaque_total <= _FEW_CHARACTERS
-    return Encoded(b"".join(bits)) if few else Bits(bits)
+    return RawJSON(b"".join(bits)) if few else JSONStream(bits)
 
 
 def _list_fdsets(context: Context) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from typing import Literal
 from msgspec import UNSET, Struct, UnsetType
 
 from ..protocol import Int64
-from ..protocol.encode import Encoded
+from ..protocol.encode import RawJSON
 
 
 class Arguments(Struct, forbid_unknown_fields=True, rename="kebab", gc=False):
@@ -152,4 +152,4 @@ def version_info(version: str) -> VersionInfo:
 
 
 #: What a command returns that returns nothing.
-NOTHING = Encoded(b"{}")
+NOTHING = RawJSON(b"{}")

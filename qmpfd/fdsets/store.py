@@ -30,7 +30,7 @@ class Peer(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class Lifetime:
     """How long a descriptor is kept: until it is removed, or until the first of these.
 
     Args:
@@ -44,7 +44,7 @@ class Terms:
     watch_hangup: bool = False
 
 
-FOREVER = Terms()
+PERMANENT = Lifetime()
 
 #: What :meth:`FdSets.walk` and :meth:`FdSet.walk` look ahead; more would be memory for each of
 #: many that are under way.
@@ -70,7 +70,7 @@ class StoredFd:
     opaque: str | None
     added_by: Peer | None
     added_at: float
-    terms: Terms
+    terms: Lifetime
     access: str | None = None
 
 
@@ -236,7 +236,7 @@ class FdSets:
         added_by: Peer | None = None,
         now: float = 0.0,
         create: bool = False,
-        terms: Terms = FOREVER,
+        terms: Lifetime = PERMANENT,
     ) -> FdSet:
         """Take over *fd* and store it; the set it is in.
 
@@ -272,7 +272,7 @@ class FdSets:
         stored = StoredFd(fd, fdset, opaque, added_by, now, terms)
         fdset.put(stored)
         self._count += 1
-        if terms is not FOREVER:
+        if terms is not PERMANENT:
             if terms.owner is not None:
                 self._owned.setdefault(terms.owner, {})[stored] = None
             if terms.expires_at is not None:
@@ -318,7 +318,7 @@ class FdSets:
             self._ascending = None
             self._ids.free(fdset.id)
         terms = stored.terms
-        if terms is not FOREVER:
+        if terms is not PERMANENT:
             if terms.owner is not None:
                 owned = self._owned[terms.owner]
                 del owned[stored]

@@ -214,7 +214,7 @@ class _Lane:
                     self._progress.notify_all()
 
 
-class Closer:
+class ClosePool:
     """Closes descriptors: at once those that cannot block, the others in threads."""
 
     def __init__(self) -> None:

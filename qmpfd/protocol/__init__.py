@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .connection import State as State
     from .parser import Budget as Budget
     from .request_decoder import Request as Request
+    from .request_decoder import RequestDecoder as RequestDecoder
     from .request_decoder import Spec as Spec
-    from .request_decoder import Vocabulary as Vocabulary
     from .server import Received as Received
     from .server import ServerConnection as ServerConnection
 
@@ -36,7 +36,7 @@ _HOMES = {
     "ServerConnection": ".server",
     "Request": ".request_decoder",
     "Spec": ".request_decoder",
-    "Vocabulary": ".request_decoder",
+    "RequestDecoder": ".request_decoder",
 }
 
 __all__ = [*_HOMES]  # noqa: PLE0604 - a test compares it with the imports above

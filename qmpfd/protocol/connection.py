@@ -13,7 +13,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from ..kernel.fd import Fd
-from .receive_buffer import NO_FDS, ChunkDecoder, Inbox, WithFds
+from .receive_buffer import NO_FDS, ChunkDecoder, ReceiveBuffer, WithFds
 
 if TYPE_CHECKING:
     from .parser import Budget
@@ -62,7 +62,7 @@ class Connection:
         #: Descriptors that nobody takes; whoever does the I/O closes them.
         self.garbage: list[Fd] = []
         self.state = State.CONNECTED
-        self._inbox = Inbox(
+        self._inbox = ReceiveBuffer(
             decode,
             wanted,
             max_bytes=max_bytes,
@@ -73,7 +73,7 @@ class Connection:
         )
         self._ready = self._inbox.ready  # what has come, and was not asked for yet
         self._unclaimed = self._inbox.unclaimed
-        #: See :class:`Inbox`.
+        #: See :class:`ReceiveBuffer`.
         self.receive = self._inbox.receive
         self.receive_with_fds = self._inbox.receive_with_fds
 

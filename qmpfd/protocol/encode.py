@@ -11,7 +11,7 @@ import msgspec
 
 
 def _in_one_go(value: object) -> msgspec.Raw:
-    if isinstance(value, Bits):
+    if isinstance(value, JSONStream):
         return msgspec.Raw(b"".join(value.bits))
     raise TypeError(f"no JSON: {value!r}")
 
@@ -36,11 +36,11 @@ class _Escapes(dict[int, int | str]):
         return escape
 
 
-class Encoded(bytes):
+class RawJSON(bytes):
     """A result that is JSON already."""
 
 
-class Bits:
+class JSONStream:
     """A result that is made bit by bit, because it may be long.
 
     Args:
@@ -79,8 +79,8 @@ _templates = _Templates()
 def encode(value: object) -> bytes:
     """*value*, built of JSON's types and msgspec structs, as JSON."""
     kind = type(value)
-    if kind is Encoded:
-        return cast("Encoded", value)
+    if kind is RawJSON:
+        return cast("RawJSON", value)
     template = _templates[kind]
     if template is not None:
         return template[0] % template[1](value)

@@ -13,7 +13,7 @@ from ..kernel.fd import Fd
 LOST = "File descriptors sent via SCM_RIGHTS were lost: the receiver is out of file descriptors"
 
 
-class Unclaimed:
+class PendingFds:
     """The descriptors of one segment that no command has taken yet.
 
     Args:

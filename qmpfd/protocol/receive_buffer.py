@@ -4,8 +4,8 @@ The kernel hands over both in chunks: a read ends after the segment that descrip
 and joins whatever plain bytes are queued before it.  So a chunk alone does not tell which of its
 messages the descriptors were sent with.  But a read never returns a descriptor before the first
 byte that it was sent with: reading up to the end of a message gives that message's descriptors
-and no later ones.  Hence the inbox is shown the bytes before they are consumed (MSG_PEEK), and
-says in which pieces to consume them.
+and no later ones.  Hence the receive buffer is shown the bytes before they are consumed (MSG_PEEK),
+and says in which pieces to consume them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from ..errors import GenericError
 from ..kernel.fd import Fd
 from ..limits import CAREFUL_BYTES
-from .pending_fds import Unclaimed
+from .pending_fds import PendingFds
 
 if TYPE_CHECKING:
     from .parser import Budget, Parser, ParserState
@@ -50,13 +50,13 @@ class WithFds(tuple[Any, list[Fd], str]):
     __slots__ = ()
 
 
-class InboxState(NamedTuple):
+class ReceiveBufferState(NamedTuple):
     """What has come over a connection and is not done with.
 
     Args:
         parser: the incomplete message, if there is one.
         fds: the descriptors that wait for a command.
-        flags: of those: dropped, taken, open, straddled; see :class:`Unclaimed`.
+        flags: of those: dropped, taken, open, straddled; see :class:`PendingFds`.
         segment_left: bytes of their segment that are still to come.
     """
 
@@ -78,7 +78,7 @@ class _Piece:
         self.messages = messages
 
 
-class Inbox:
+class ReceiveBuffer:
     """What a peer has sent.
 
     Args:
@@ -110,7 +110,7 @@ class Inbox:
         self._parser: Parser | None = None  # made once something is not plain
         self._max_bytes = max_bytes
         #: The descriptors that wait for a command.
-        self.unclaimed = Unclaimed(garbage)
+        self.unclaimed = PendingFds(garbage)
         self._garbage = garbage
         #: Complete messages, for whoever asks for them to take from the left.
         self.ready: deque[Any] = deque()
@@ -326,7 +326,7 @@ class Inbox:
             if piece.ends_segment:
                 unclaimed.segment_ended(inside_message=piece.inside_message)
 
-    def snapshot(self) -> InboxState:
+    def snapshot(self) -> ReceiveBufferState:
         """What has come and is not done with; for :meth:`restore`.  The descriptors stay here.
 
         Only between two chunks: all complete messages have been taken.
@@ -335,9 +335,9 @@ class Inbox:
         assert not self.ready
         fds, *flags = self.unclaimed.snapshot()
         parser = None if self._idle or self._parser is None else self._parser.snapshot()
-        return InboxState(parser, fds, flags, self._segment_left)
+        return ReceiveBufferState(parser, fds, flags, self._segment_left)
 
-    def restore(self, saved: InboxState) -> None:
+    def restore(self, saved: ReceiveBufferState) -> None:
         """Go on where another was when it gave :meth:`snapshot`; the descriptors are owned here
         from now on.
         """

@@ -74,7 +74,7 @@ def _request_type(name: str, spec: Spec) -> type[Request]:
     return cast("type[Request]", request)
 
 
-class Vocabulary:
+class RequestDecoder:
     """The commands of a server.
 
     Args:

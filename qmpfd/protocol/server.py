@@ -12,10 +12,10 @@ from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError,
 from ..kernel.fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import Connection, Event, State
-from .encode import LONG_TEXT, Bits, Encoded, encode, encode_any, encode_bit_by_bit
+from .encode import LONG_TEXT, JSONStream, RawJSON, encode, encode_any, encode_bit_by_bit
 from .parser import Budget
-from .receive_buffer import NO_FDS, InboxState, WithFds
-from .request_decoder import Request, Vocabulary
+from .receive_buffer import NO_FDS, ReceiveBufferState, WithFds
+from .request_decoder import Request, RequestDecoder
 
 #: A request, or the error that it is refused with; its id; its descriptors.
 Received: TypeAlias = "tuple[Request | Error, Any, list[Fd]]"
@@ -28,13 +28,13 @@ class ConnectionState(NamedTuple):
         state: the name of its :class:`State`.
         oob_enabled: whether the client has enabled out-of-band execution.
         errors_in_a_row: errors since the last valid request.
-        inbox: what has come and is not done with.
+        receive_buffer: what has come and is not done with.
     """
 
     state: str
     oob_enabled: bool
     errors_in_a_row: int
-    inbox: InboxState
+    receive_buffer: ReceiveBufferState
 
 
 class ServerConnection(Connection):
@@ -50,7 +50,7 @@ class ServerConnection(Connection):
 
     def __init__(
         self,
-        vocabulary: Vocabulary,
+        vocabulary: RequestDecoder,
         *,
         max_request_bytes: int = MAX_REQUEST_BYTES,
         qemu_classes: bool = False,
@@ -88,7 +88,7 @@ class ServerConnection(Connection):
         self._enter(State[saved.state])
         self._oob_enabled = saved.oob_enabled
         self._errors_in_a_row = saved.errors_in_a_row
-        self._inbox.restore(saved.inbox)
+        self._inbox.restore(saved.receive_buffer)
 
     def negotiate(self, capabilities: list[str]) -> None:
         """Carry out ``qmp_capabilities``.
@@ -171,9 +171,9 @@ class ServerConnection(Connection):
         if request_id is UNSET and type(result) is Value:  # as nearly always
             value = result.value
             kind = type(value)
-            if kind is Encoded:
+            if kind is RawJSON:
                 return b'{"return": %b}\r\n' % value
-            if kind is not Bits:
+            if kind is not JSONStream:
                 return b'{"return": %b}\r\n' % encode(value)
         if self._may_be_long(result, request_id):
             return self.long_reply(result, request_id)
@@ -207,7 +207,7 @@ class ServerConnection(Connection):
         if kind is dict or kind is list or (kind is str and len(request_id) > LONG_TEXT):
             return True
         if type(result) is Value:
-            return type(result.value) is Bits
+            return type(result.value) is JSONStream
         # It may quote what the client has sent.
         return isinstance(result, Error) and len(str(result.error)) > LONG_TEXT
 
@@ -226,7 +226,7 @@ class ServerConnection(Connection):
         else:
             value = result.value
             yield b'{"return": '
-            if isinstance(value, Bits):
+            if isinstance(value, JSONStream):
                 yield from value.bits
             else:
                 yield encode(value)

@@ -1,6 +1,6 @@
 """The daemon: listeners, a session per connection, and the end of both."""
 
-from .startup import serve
 from .server import Server
+from .startup import serve
 
 __all__ = ["Server", "serve"]

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..client.blocking import NoDaemon
-from ..fdsets import FOREVER, FdSet, Peer, Terms
+from ..fdsets import PERMANENT, FdSet, Lifetime, Peer
 from ..kernel.fd import Fd
 from ..transport import FdStream
 from .fdstore.recover import Recovered
 from .listen.listener import UnixListener
 from .saved_state import SavedFd, SavedState
-from .takeover.receiver import Inheritance
+from .takeover.receiver import ReceivedState
 
 if TYPE_CHECKING:
     from .connection.session import Session
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def taking_over(
-    server: Server, inheritance: Inheritance | Recovered
+    server: Server, inheritance: ReceivedState | Recovered
 ) -> Iterator[list[UnixListener]]:
     """Put everything in its place, and give the listeners.
 
@@ -60,7 +60,7 @@ def taking_over(
 
 
 def _restore(
-    server: Server, inheritance: Inheritance | Recovered, listeners: list[UnixListener]
+    server: Server, inheritance: ReceivedState | Recovered, listeners: list[UnixListener]
 ) -> None:
     state, fds = inheritance.state, _take_out(inheritance.fds)
     # What is stored comes last: it may be kept until the end of one of the sessions.
@@ -115,12 +115,12 @@ def _fill_store(server: Server, state: SavedState, fds: deque[Fd], sessions: lis
                 server.daemon.hangups.watch(added.fds[fd.fileno()])
 
 
-def _terms(saved: SavedFd, sessions: list[Session], now: float) -> Terms | None:
+def _terms(saved: SavedFd, sessions: list[Session], now: float) -> Lifetime | None:
     if saved.owner == -1:
         return None
-    terms = Terms(
+    terms = Lifetime(
         owner=None if saved.owner is None else sessions[saved.owner].context,
         expires_at=None if saved.expires_in is None else now + saved.expires_in,
         watch_hangup=saved.watch_hangup,
     )
-    return FOREVER if terms == FOREVER else terms
+    return PERMANENT if terms == PERMANENT else terms

@@ -79,7 +79,7 @@ class SavedSession(Struct, forbid_unknown_fields=True):
         errors_in_a_row: errors since the last valid request.
         parser: a half-read request.
         unclaimed: how many descriptors wait for a command.
-        flags: of those; see :class:`qmpfd.protocol.receive_buffer.InboxState`.
+        flags: of those; see :class:`qmpfd.protocol.receive_buffer.ReceiveBufferState`.
         segment_left: likewise.
         names: what its ``getfd`` descriptors are called.
         watching: whether it is told of changes.

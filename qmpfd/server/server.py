@@ -24,13 +24,13 @@ from ..protocol import Budget
 from ..transport import FdStream
 from .connection.session import Session
 from .connection.turns import Turns
-from .connection.unsent_budget import Backlog
-from .fdstore.mirror import Keeper
+from .connection.unsent_budget import UnsentBudget
+from .fdstore.mirror import FdStoreMirror
 from .herald import tell_watchers
-from .listen.accept import Reserve, accept_clients
+from .listen.accept import SpareFd, accept_clients
 from .listen.admission import Admission, groups_of, peer_of
 from .listen.listener import UnixListener
-from .listen.rejections import Refusals, refusal
+from .listen.rejections import RejectionLog, refusal
 from .metrics import write_metrics
 from .retire import retire_expired, retire_hung_up
 from .saved_state import SavedSession
@@ -68,15 +68,15 @@ class Server:
         #: What the incomplete requests of all connections together may take.
         self.budget = Budget(MAX_INCOMPLETE_BYTES)
         #: The replies that wait for their clients.
-        self.backlog = Backlog()
+        self.backlog = UnsentBudget()
         #: Where clients queue who ask for much.
         self.turns = Turns()
-        self.reserve = Reserve()
+        self.reserve = SpareFd()
         #: Whoever keeps a second copy of what is stored, if anybody does.
-        self.keeper: Keeper | None = None
+        self.keeper: FdStoreMirror | None = None
         #: It ends for good: what is kept is to be let go.
         self.quits = False
-        self._refusals = Refusals()
+        self._refusals = RejectionLog()
         self._admission = Admission(limits, policy or Policy())
         self._metrics_path = metrics_path
         #: The daemon is ending: what was received is carried out, nothing else is waited for.
@@ -241,7 +241,7 @@ class Server:
         for scope in self._accept_scopes:
             scope.cancel()
         for session in self.sessions:
-            session.outbox.freeze()
+            session.send_buffer.freeze()
         try:
             yield
         finally:

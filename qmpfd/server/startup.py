@@ -15,12 +15,12 @@ from ..kernel.fd import Fd, Passing, close_all
 from ..limits import TAKEOVER_TIMEOUT, Limits
 from ..policy import Policy
 from .fdstore.lifespan import kept
-from .fdstore.mirror import Keeping
+from .fdstore.mirror import FdStoreConfig
 from .fdstore.recover import Recovered
 from .listen.listener import UnixListener
 from .restore import taking_over
 from .server import Server
-from .takeover.receiver import Inheritance
+from .takeover.receiver import ReceivedState
 
 
 async def serve(  # noqa: ASYNC128 - Server.run does that
@@ -34,9 +34,9 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     metrics_path: Path | None = None,
     initial_fds: Iterable[tuple[Fd, int, str | None]] = (),
     listen_fds: Iterable[Fd] = (),
-    inheritance: Inheritance | None = None,
+    inheritance: ReceivedState | None = None,
     recovered: Recovered | None = None,
-    keeping: Keeping | None = None,
+    keeping: FdStoreConfig | None = None,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Hold file descriptors for the clients that connect to *paths*.

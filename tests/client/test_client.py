@@ -124,7 +124,7 @@ async def test_an_exception_in_the_block(path: Path) -> None:
 
 
 async def test_more_to_send_than_anybody_reads(path: Path) -> None:
-    """Answers that nobody waits for any more do not stand in the way of a long request."""
+    """RequestProcessor that nobody waits for any more do not stand in the way of a long request."""
     opaque = "x" * 900_000  # more than a socket holds, in either direction
     async with daemon(path) as server, qmpfd.connect(path) as client:
         with pipes(2) as made:

@@ -22,7 +22,7 @@ from qmpfd.fdsets import FdSets, Peer, StoredFd
 from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.policy import EVERYTHING, Access, Grant
 from qmpfd.protocol import ServerConnection
-from qmpfd.protocol.encode import Bits, Encoded
+from qmpfd.protocol.encode import JSONStream, RawJSON
 
 COMMANDS = ["query-fdsets", "query-fds"]
 
@@ -62,7 +62,7 @@ def fill(store: FdSets, count: int, *, each: int = 1, opaque: str | None = None)
     os.close(number)
 
 
-def bits(context: Context, command: str) -> Bits | Encoded:
+def bits(context: Context, command: str) -> JSONStream | RawJSON:
     """What the command returns."""
     if command == "query-fdsets":
         return list_fdsets(context)
@@ -84,7 +84,7 @@ def test_a_step_looks_at_few(command: str, each: int) -> None:
     with core(Counting([Grant(frozenset({"query"}))])) as context:
         fill(context.daemon.store, 1000, each=each)
         listing = bits(context, command)
-        assert isinstance(listing, Bits)
+        assert isinstance(listing, JSONStream)
         most, text = 0, b""
         while True:
             Counting.looks = 0
@@ -103,7 +103,7 @@ def test_a_step_encodes_little(command: str) -> None:
     with core() as context:
         fill(context.daemon.store, 50, opaque="x" * 100_000)
         listing = bits(context, command)
-        assert isinstance(listing, Bits)
+        assert isinstance(listing, JSONStream)
         assert max(map(len, listing.bits)) < 110_000
 
 
@@ -115,7 +115,7 @@ def test_what_is_kept_of_a_listing_is_little() -> None:
         fill(store, 300, each=300, opaque="x")
         for _ in range(2):
             listing = bits(context, "query-fdsets")
-            assert isinstance(listing, Bits)
+            assert isinstance(listing, JSONStream)
             text = b"".join(listing.bits)
             assert len(numbers(json.loads(text))) == 600
         assert sum(len(fdset.listing or b"") for fdset in store) < 300 * 512
@@ -127,7 +127,7 @@ def test_nothing_may_be_seen(command: str, count: int) -> None:
     with core(Access([Grant(frozenset({"query"}), frozenset({9999}))])) as context:
         fill(context.daemon.store, count)
         listing = bits(context, command)
-        text = listing if isinstance(listing, Encoded) else b"".join(listing.bits)
+        text = listing if isinstance(listing, RawJSON) else b"".join(listing.bits)
         assert text == b"[]"
 
 
@@ -143,7 +143,7 @@ def test_what_goes_and_what_comes(command: str, each: int) -> None:
         fill(store, 2000, each=each)
         everything = [stored for fdset in store for stored in fdset.fds.values()]
         listing = bits(context, command)
-        assert isinstance(listing, Bits)
+        assert isinstance(listing, JSONStream)
         text = next(listing.bits)
         shown = text.count(b'"fd":')
         assert shown < 1000
@@ -170,7 +170,7 @@ def test_a_number_that_means_another_by_now() -> None:
         store = context.daemon.store
         fill(store, 1000, opaque="ours")
         listing = bits(context, "query-fds")
-        assert isinstance(listing, Bits)
+        assert isinstance(listing, JSONStream)
         text = next(listing.bits)
         oldest = store.get(0)
         [stored] = oldest.fds.values()

@@ -29,7 +29,7 @@ SLOWEST = 0.1
 MOST_GROWTH = 64 << 20
 """Bytes that the daemon's memory may grow by, at any time."""
 
-Scenario = Callable[["Rig"], None]
+Scenario = Callable[["Harness"], None]
 
 
 class Caller:
@@ -125,7 +125,7 @@ class Program:
                 pipe.close()
 
 
-class Rig:
+class Harness:
     """A daemon under attack."""
 
     def __init__(self, daemon: DaemonProcess, stack: ExitStack) -> None:
@@ -212,7 +212,7 @@ def _clean_up(path: Path) -> None:
             caller.call("remove-fd", {"fdset-id": fdset["fdset-id"]})
 
 
-def unharmed(path: Path, scenario: Scenario, *options: str) -> None:
+def assert_service_unharmed(path: Path, scenario: Scenario, *options: str) -> None:
     """Do *scenario* to a daemon: nobody else has to wait, its memory does not grow, and afterwards
     it holds the descriptors that it started with.
 
@@ -244,7 +244,7 @@ def _once(path: Path, scenario: Scenario, *options: str) -> dict[str, dict[str, 
         try:
             assert probe.said == "ready"
             with ExitStack() as stack:
-                rig = Rig(daemon, stack)
+                rig = Harness(daemon, stack)
                 scenario(rig)
             for thread in rig.threads:
                 thread.join(PATIENCE)

@@ -10,7 +10,7 @@ import pytest
 from helpers import request, value
 
 from .attacks import STREAMS
-from .rig import SECONDS, Rig, unharmed
+from .rig import SECONDS, Harness, assert_service_unharmed
 
 #: Connections of each attacker.  They are few processes: many would leave the daemon no CPU.
 _CONNECTIONS = 6
@@ -27,38 +27,38 @@ _QUICK = (
 def test_taken_as_fast_as_they_come(kind: str, path: Path) -> None:
     """They read the answers, so nothing holds them up."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         rig.attack(f"reading:{kind}", _CONNECTIONS)
         time.sleep(SECONDS)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 @pytest.mark.parametrize("kind", ["requests", "schemas", "closers", "opened", "watching"])
 def test_never_read(kind: str, path: Path) -> None:
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         # What a client had sent when it died is carried out all the same, which takes its time.
         rig.attack(f"deaf:{kind}", {"closers": 6, "watching": 6}.get(kind, 50))
         time.sleep(SECONDS)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_many_never_read(path: Path) -> None:
     """All at the same time."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         rig.attack("deaf:opened", 200)
         time.sleep(2 * SECONDS)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 @pytest.mark.parametrize("each", [1, 250], ids=["many sets", "large sets"])
 def test_long_listings(each: int, path: Path) -> None:
     """Of thousands, by many, again and again."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         caller = rig.caller()
         for _ in range(5000 // each):
             value(caller.call("add-fds", None, [0] * each))
@@ -66,13 +66,13 @@ def test_long_listings(each: int, path: Path) -> None:
         rig.attack("deaf:listings", 20)
         time.sleep(2 * SECONDS)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_many_watch(path: Path) -> None:
     """A set of thousands comes and goes, and each of a hundred watchers is told of each."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         caller = rig.caller()
         for number in range(100):
             watcher = rig.caller()
@@ -85,21 +85,21 @@ def test_many_watch(path: Path) -> None:
         value(caller.call("remove-fd", {"fdset-id": info["fdset-id"]}))
         time.sleep(SECONDS)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_thousands_end_together(path: Path) -> None:
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         rig.attack("fleeting", 4000)
         time.sleep(1 + 2 * SECONDS)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_never_read_long_listings(path: Path) -> None:
     """Megabytes for each: not all of them can wait for as long as they like."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         caller = rig.caller()
         for _ in range(40):
             value(caller.call("add-fd", {"opaque": "x" * 50_000}, [0]))
@@ -108,58 +108,58 @@ def test_never_read_long_listings(path: Path) -> None:
         time.sleep(SECONDS)
         assert len(value(caller.call("query-fdsets"))) == 40
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_never_read_and_cut_off(path: Path) -> None:
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         rig.attack("deaf:schemas", _CONNECTIONS)
         time.sleep(0.7 + SECONDS)
 
-    unharmed(path, scenario, "--write-timeout", "0.5")
+    assert_service_unharmed(path, scenario, "--write-timeout", "0.5")
 
 
 def test_half_messages(path: Path) -> None:
     """Many at a time, each of which may be a mebibyte: more than may be kept of all of them."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         rig.attack("half", 80)
         time.sleep(2 * SECONDS)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_connections(path: Path) -> None:
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         for _ in range(2):
             rig.attack("connections")
         time.sleep(SECONDS)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_more_connections_than_there_may_be(path: Path) -> None:
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         rig.attack("holding", 300)
         for _ in range(2):
             rig.attack("connections")
         time.sleep(SECONDS)
 
-    unharmed(path, scenario, "--max-connections", "200")
+    assert_service_unharmed(path, scenario, "--max-connections", "200")
 
 
 def test_connections_held(path: Path) -> None:
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         rig.attack("holding", 1500)
         time.sleep(SECONDS / 2)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_everything_at_once(path: Path) -> None:
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         for kind in ("reading:closers", "deaf:schemas", "half"):
             rig.attack(kind, 6)
         time.sleep(2 * SECONDS)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from helpers import Pipe, open_fds, pipes, request, value
 
-from .rig import SECONDS, Caller, Rig, hung_files, needs_fuse, unharmed, until
+from .rig import SECONDS, Caller, Harness, assert_service_unharmed, hung_files, needs_fuse, until
 
 
 @contextmanager
-def _no_room(rig: Rig, room: int = 0) -> Iterator[None]:
+def _no_room(rig: Harness, room: int = 0) -> Iterator[None]:
     """Leave the daemon room for so many more descriptors; before others notice, it is over."""
     used = open_fds(rig.daemon.pid)
     limit = max(used) + 1
@@ -33,7 +33,7 @@ def _no_room(rig: Rig, room: int = 0) -> Iterator[None]:
 def test_accept_at_a_full_table(path: Path) -> None:
     """Whoever connects is told why it cannot stay; nobody spins; then it goes on."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         caller = rig.caller()
         with _no_room(rig):
             before = rig.cpu()
@@ -54,13 +54,13 @@ def test_accept_at_a_full_table(path: Path) -> None:
             assert value(caller.call("query-name")) == {}
         value(rig.caller().call("query-name"))
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_accept_without_the_reserve(path: Path) -> None:
     """Below what is open already: nobody can be told anything, and nobody spins."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         old = resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE, (3, old[1]))
         before = rig.cpu()
@@ -73,11 +73,11 @@ def test_accept_without_the_reserve(path: Path) -> None:
             assert other.reply().keys() <= {"QMP", "error"}
         value(rig.caller().call("query-name"))
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_the_table_shrinks_under_load(path: Path) -> None:
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         for kind in ("reading:adds", "reading:unclaimed", "connections"):
             rig.attack(kind, 4)
         caller = rig.caller()
@@ -89,11 +89,11 @@ def test_the_table_shrinks_under_load(path: Path) -> None:
                         value(caller.call("query-stats"))
                     time.sleep(0.02)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_all_or_nothing_at_a_full_table(path: Path) -> None:
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         caller = rig.caller()
         with pipes(5) as made, _no_room(rig, 4):
             refused = caller.call("add-fds", None, made)
@@ -103,7 +103,7 @@ def test_all_or_nothing_at_a_full_table(path: Path) -> None:
             assert not any(pipe.held() for pipe in made)
             assert value(caller.call("query-fdsets")) == []
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 @contextmanager
@@ -126,13 +126,13 @@ def test_the_disk_of_the_metrics_is_full(path: Path) -> None:
         (disk / "filler").write_bytes(bytes(4096))
         file.write_text("# EOF\n")
 
-        def scenario(rig: Rig) -> None:
+        def scenario(rig: Harness) -> None:
             rig.daemon.await_line(lambda line: "cannot write the metrics" in line)
             time.sleep(SECONDS)
             assert file.read_text() == "# EOF\n"
             assert sorted(os.listdir(disk)) == ["filler", "metrics"]
 
-        unharmed(path, scenario, "--metrics", os.fspath(file))
+        assert_service_unharmed(path, scenario, "--metrics", os.fspath(file))
 
 
 @needs_fuse
@@ -140,18 +140,18 @@ def test_the_disk_of_the_metrics_hangs(path: Path) -> None:
     with hung_files(path.parent / "mnt") as files:
         files.hang("LOOKUP", "GETATTR", "OPEN", "WRITE", "FLUSH")
 
-        def scenario(rig: Rig) -> None:
+        def scenario(rig: Harness) -> None:
             time.sleep(SECONDS)
             # Before the daemon ends: a process that waits for a file system cannot.
             rig.stack.callback(files.abort)
 
-        unharmed(path, scenario, "--metrics", os.fspath(files.folder / "metrics"))
+        assert_service_unharmed(path, scenario, "--metrics", os.fspath(files.folder / "metrics"))
 
 
 def test_nobody_reads_the_log(path: Path) -> None:
     """The pipe is full, and each command would be logged."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         caller = rig.caller()
         for _ in range(5000):
             value(caller.call("query-name"))
@@ -160,14 +160,14 @@ def test_nobody_reads_the_log(path: Path) -> None:
             with Caller(rig.path, negotiate=False) as other:
                 other.reply()
 
-    unharmed(path, scenario, "--log-level", "debug", "--max-connections", "3")
+    assert_service_unharmed(path, scenario, "--log-level", "debug", "--max-connections", "3")
 
 
 @pytest.mark.parametrize("count", [200])
 def test_closed_while_requests_wait(count: int, path: Path) -> None:
     """5 removals and a close, as often as it takes: QEMU loses nearly all of them."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         watcher = rig.caller()
         for _ in range(count):
             with pipes(5) as made:
@@ -179,4 +179,4 @@ def test_closed_while_requests_wait(count: int, path: Path) -> None:
                 until(lambda made=made: not any(p.held() for p in made), "removed")  # type: ignore[misc]
         assert value(watcher.call("query-fdsets")) == []
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import pytest
 from helpers import ADD, request, send_now, value
 
-from .rig import SLOWEST, Caller, Rig, hung_files, needs_fuse, unharmed, until
+from .rig import SLOWEST, Caller, Harness, assert_service_unharmed, hung_files, needs_fuse, until
 
 #: Seconds that a close lingers: longer than any test waits for it.
 _LINGER = 30
@@ -65,42 +65,44 @@ def _lingering(folder: Path) -> Iterator[Opened]:
 KINDS = {"FUSE": pytest.param(_files, marks=needs_fuse), "linger": pytest.param(_lingering)}
 
 
-def _removed(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _removed(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     value(caller.call("add-fd", None, [number]))
     hang()
     rig.let_go(number)
     caller.send(request("remove-fd", {"fdset-id": 0}))
 
 
-def _removed_among_others(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _removed_among_others(
+    rig: Harness, caller: Caller, number: int, hang: Callable[[], None]
+) -> None:
     value(caller.call("add-fds", None, [number, *[0] * 50, *[number] * 50]))
     hang()
     rig.let_go(number)
     caller.send(request("remove-fd", {"fdset-id": 0}))
 
 
-def _closed_by_name(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _closed_by_name(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     value(caller.call("getfd", {"fdname": "n"}, [number]))
     hang()
     rig.let_go(number)
     caller.send(request("closefd", {"fdname": "n"}))
 
 
-def _refused(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _refused(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     hang()
     with rig.stopped():  # or ours were the last close, and lingered
         caller.send(request("add-fd", {"fdset-id": 99}), [number])
         rig.let_go(number)
 
 
-def _broken(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _broken(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     hang()
     with rig.stopped():
         caller.send(b"]", [number])
         rig.let_go(number)
 
 
-def _superseded(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _superseded(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     """It waits for a command, and newer ones take its place."""
     hang()
     caller.send(b" ", [number])
@@ -108,7 +110,7 @@ def _superseded(rig: Rig, caller: Caller, number: int, hang: Callable[[], None])
     caller.send(ADD, [0])
 
 
-def _disconnected(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _disconnected(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     with rig.caller() as other:
         value(other.call("add-fds", {"lifetime": "connection"}, [number]))
         value(other.call("getfd", {"fdname": "n"}, [number]))
@@ -118,7 +120,7 @@ def _disconnected(rig: Rig, caller: Caller, number: int, hang: Callable[[], None
     caller.send(request("query-name"))
 
 
-def _unread(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _unread(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     """A client with a connection too many: what it sent is never read, but closed with it.  (See
     below for FUSE.)
     """
@@ -133,7 +135,7 @@ def _unread(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> 
     caller.send(request("query-name"))
 
 
-def _in_a_queue(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _in_a_queue(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     """It lies in the queue of a Unix socket, and that is what is removed.  (A FUSE server is not
     waited for then: it is told of the release only, and need not answer.)
     """
@@ -146,7 +148,7 @@ def _in_a_queue(rig: Rig, caller: Caller, number: int, hang: Callable[[], None])
     caller.send(request("remove-fd", {"fdset-id": 0}))
 
 
-def _expired(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _expired(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     value(caller.call("add-fds", {"expires": 1}, [number]))
     hang()
     rig.let_go(number)
@@ -154,7 +156,7 @@ def _expired(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) ->
     caller.send(request("query-name"))
 
 
-def _handed_out(rig: Rig, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _handed_out(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     """A file system is told of the close of every duplicate, not just of the last."""
     value(caller.call("add-fd", None, [number]))
     hang()
@@ -177,10 +179,10 @@ WAYS = {
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_close_hangs(
     kind: Callable[[Path], AbstractContextManager[Opened]],
-    way: Callable[[Rig, Caller, int, Callable[[], None]], None],
+    way: Callable[[Harness, Caller, int, Callable[[], None]], None],
     path: Path,
 ) -> None:
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         opened, hang = rig.stack.enter_context(kind(path.parent))
         caller = rig.caller()
         way(rig, caller, opened(), hang)
@@ -193,14 +195,14 @@ def test_a_close_hangs(
         value(caller.call("add-fd", None, [0]))
         value(caller.call("query-fds"))
 
-    unharmed(path, scenario, "--max-connections", "5")
+    assert_service_unharmed(path, scenario, "--max-connections", "5")
 
 
 @needs_fuse
 def test_more_closes_hang_than_there_are_threads(path: Path) -> None:
     """Those of everybody else go on, and are over when the answer is there."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         opened, hang = rig.stack.enter_context(_files(path.parent))
         numbers = [opened() for _ in range(50)]
         caller = rig.caller()
@@ -218,14 +220,14 @@ def test_more_closes_hang_than_there_are_threads(path: Path) -> None:
             ours.settimeout(5)
             assert ours.recv(1) == b""
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 @needs_fuse
 def test_the_looks_at_a_hung_file(path: Path) -> None:
     """What is asked about it is answered without asking its file system."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         opened, hang = rig.stack.enter_context(_files(path.parent))
         number = opened()
         caller = rig.caller()
@@ -237,14 +239,14 @@ def test_the_looks_at_a_hung_file(path: Path) -> None:
         assert "sockets or pipes" in refused["error"]["desc"]
         rig.let_go(number)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 @needs_fuse
 def test_a_hung_file_by_the_name_of_a_memfd(path: Path) -> None:
     """Of a mount that is no longer in the tree, such as one of another namespace."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         with hung_files(path.parent / "mnt") as files:
             number = os.open(files.folder / "memfd:x", os.O_RDWR | os.O_CLOEXEC)
             subprocess.run(["umount", "-l", files.folder], check=True)
@@ -258,13 +260,13 @@ def test_a_hung_file_by_the_name_of_a_memfd(path: Path) -> None:
             value(caller.call("remove-fd", {"fdset-id": 0}))
             until(lambda: rig.closes_pending(caller) > 0, "hangs")
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_memory_that_is_slow_to_give_back(path: Path) -> None:
     """A file without a name and of length 0, with a gigabyte reserved behind its end."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         number = os.memfd_create("large")
         # FALLOC_FL_KEEP_SIZE, which Python lacks.
         subprocess.run(
@@ -278,4 +280,4 @@ def test_memory_that_is_slow_to_give_back(path: Path) -> None:
         value(caller.call("remove-fd", {"fdset-id": 0}))
         time.sleep(0.3)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)

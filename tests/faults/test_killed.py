@@ -9,13 +9,13 @@ from pathlib import Path
 
 from helpers import pipes, request, value
 
-from .rig import SECONDS, Program, Rig, unharmed
+from .rig import SECONDS, Harness, Program, assert_service_unharmed
 
 
 def test_killed(path: Path) -> None:
     dice = random.Random(1)
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         ends = time.monotonic() + 2 * SECONDS
         running: list[Program] = []
         while time.monotonic() < ends:
@@ -24,14 +24,14 @@ def test_killed(path: Path) -> None:
             if len(running) > 2:
                 running.pop(dice.randrange(len(running))).process.kill()
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_stopped(path: Path) -> None:
     """For longer than their replies are waited for, and going on after it."""
     dice = random.Random(2)
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         lives = [rig.attack("life", number) for number in range(3)]
         ends = time.monotonic() + 2 * SECONDS
         while time.monotonic() < ends:
@@ -41,13 +41,13 @@ def test_stopped(path: Path) -> None:
             victim.send_signal(signal.SIGCONT)
             time.sleep(dice.uniform(0, 0.05))
 
-    unharmed(path, scenario, "--write-timeout", "0.2")
+    assert_service_unharmed(path, scenario, "--write-timeout", "0.2")
 
 
 def test_stopped_while_it_holds_descriptors(path: Path) -> None:
     """What it has asked for does not hold up others that ask for the same."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         rig.attack("deaf:opened", 40).process.send_signal(signal.SIGSTOP)
         caller = rig.caller()
         ends = time.monotonic() + SECONDS
@@ -57,13 +57,13 @@ def test_stopped_while_it_holds_descriptors(path: Path) -> None:
                 caller.send(request("open-fdset", {"fdset-id": info["fdset-id"]}))
                 _, _, _, _ = caller.sock.recvmsg(1 << 12)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)
 
 
 def test_killed_with_a_queue_of_requests(path: Path) -> None:
     """All that it had sent is carried out, however long that takes."""
 
-    def scenario(rig: Rig) -> None:
+    def scenario(rig: Harness) -> None:
         caller = rig.caller()
         with pipes(50) as made:
             victim = rig.caller()
@@ -78,4 +78,4 @@ def test_killed_with_a_queue_of_requests(path: Path) -> None:
                 value(caller.call("remove-fd", {"fdset-id": number}))
             assert not any(pipe.held() for pipe in made)
 
-    unharmed(path, scenario)
+    assert_service_unharmed(path, scenario)

@@ -20,16 +20,16 @@ from kinds import KINDS, open_kind
 
 from qmpfd.kernel import close_pool as closing
 from qmpfd.kernel import fdinfo
-from qmpfd.kernel.close_pool import Closer, Risk
+from qmpfd.kernel.close_pool import ClosePool, Risk
 from qmpfd.kernel.fd import Fd
 
 MEBIBYTE = 1 << 20
 
 
 @pytest.fixture
-def closer() -> Iterator[Closer]:
+def closer() -> Iterator[ClosePool]:
     """One that has nothing to do any more at the end."""
-    closer = Closer()
+    closer = ClosePool()
     yield closer
     deadline = time.monotonic() + PATIENCE
     while closer.pending:
@@ -46,7 +46,7 @@ HIGH = {"netlink socket", "pidfd"}  # pidfd: a file system of its own, since Lin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ordinary_descriptors(kind: str, closer: Closer, tmp_path: Path) -> None:
+def test_ordinary_descriptors(kind: str, closer: ClosePool, tmp_path: Path) -> None:
     with open_kind(kind, tmp_path) as number:
         risk = closer.risk(number)
         if kind in SLIGHT:
@@ -77,12 +77,12 @@ def _lingering() -> Iterator[socket.socket]:
         yield sock
 
 
-def test_a_lingering_socket(closer: Closer) -> None:
+def test_a_lingering_socket(closer: ClosePool) -> None:
     with _lingering() as sock:
         assert closer.risk(sock.fileno()) is Risk.HIGH
 
 
-def test_a_unix_socket_whose_peer_is_gone(closer: Closer) -> None:
+def test_a_unix_socket_whose_peer_is_gone(closer: ClosePool) -> None:
     """Nothing can come any more: it matters whether something is there."""
     left, right = socket.socketpair()
     with left:
@@ -94,7 +94,7 @@ def test_a_unix_socket_whose_peer_is_gone(closer: Closer) -> None:
         assert closer.risk(left.fileno()) is Risk.NONE
 
 
-def test_a_datagram_without_a_byte(closer: Closer) -> None:
+def test_a_datagram_without_a_byte(closer: ClosePool) -> None:
     """It can carry descriptors, and is no byte to be counted."""
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with left:
@@ -117,7 +117,7 @@ def _inotify() -> int:
     ],
     ids=["inotify", "packet", "terminal", "fuse"],
 )
-def test_what_is_not_known_to_be_quick(opened: Callable[[], int], closer: Closer) -> None:
+def test_what_is_not_known_to_be_quick(opened: Callable[[], int], closer: ClosePool) -> None:
     try:
         fd = Fd(opened())
     except OSError as exc:
@@ -126,7 +126,7 @@ def test_what_is_not_known_to_be_quick(opened: Callable[[], int], closer: Closer
         assert closer.risk(fd.fileno()) is Risk.HIGH
 
 
-def test_much_memory_without_a_name(closer: Closer) -> None:
+def test_much_memory_without_a_name(closer: ClosePool) -> None:
     with Fd(os.memfd_create("large")) as fd:
         assert closer.risk(fd.fileno()) is Risk.NONE
         os.ftruncate(fd.fileno(), 65 * MEBIBYTE)
@@ -143,7 +143,7 @@ def test_much_memory_without_a_name(closer: Closer) -> None:
         assert closer.risk(fd.fileno()) is Risk.HIGH
 
 
-def test_a_large_file_with_a_name(closer: Closer, tmp_path: Path) -> None:
+def test_a_large_file_with_a_name(closer: ClosePool, tmp_path: Path) -> None:
     """A disk image: its blocks stay when it is closed."""
     with open(tmp_path / "image", "wb") as file:
         file.truncate(100 * MEBIBYTE)
@@ -164,12 +164,12 @@ def test_the_name_of_a_memfd(tmp_path: Path) -> None:
 
 
 def test_an_unknown_file_system(
-    closer: Closer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    closer: ClosePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open(tmp_path / "file", "w") as file:
         assert closer.risk(file.fileno()) is Risk.NONE
         monkeypatch.setattr(closing, "_LOCAL", frozenset())
-        other = Closer()
+        other = ClosePool()
         try:
             in_memory = fdinfo.is_in_memory(file.fileno())
             assert other.risk(file.fileno()) is (Risk.NONE if in_memory else Risk.HIGH)
@@ -178,7 +178,7 @@ def test_an_unknown_file_system(
 
 
 @pytest.mark.root
-def test_mounts_come_and_go(closer: Closer, tmp_path: Path) -> None:
+def test_mounts_come_and_go(closer: ClosePool, tmp_path: Path) -> None:
     """A number can come to mean another file system."""
     for kind, risk in (("tmpfs", Risk.NONE), ("ramfs", Risk.NONE), ("tmpfs", Risk.NONE)):
         subprocess.run(["mount", "-t", kind, "test", tmp_path], check=True)
@@ -202,7 +202,7 @@ def _threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def test_ordinary_ones_are_closed_without_a_thread(closer: Closer, tmp_path: Path) -> None:
+def test_ordinary_ones_are_closed_without_a_thread(closer: ClosePool, tmp_path: Path) -> None:
     threads = _threads()
     with Pipe() as pipe, open(tmp_path / "file", "w") as file:
         fds = [Fd(os.dup(pipe.fileno())), Fd(os.dup(file.fileno())), Fd(os.open("/dev/null", 0))]
@@ -214,7 +214,7 @@ def test_ordinary_ones_are_closed_without_a_thread(closer: Closer, tmp_path: Pat
     assert _threads() == threads
 
 
-def test_sockets_are_closed_when_it_returns(closer: Closer) -> None:
+def test_sockets_are_closed_when_it_returns(closer: ClosePool) -> None:
     pairs = [socket.socketpair() for _ in range(50)]
     closer.close([Fd(its.detach()) for _, its in pairs])
     for ours, _ in pairs:
@@ -223,7 +223,7 @@ def test_sockets_are_closed_when_it_returns(closer: Closer) -> None:
             assert ours.recv(1) == b""
 
 
-def test_closed_twice(closer: Closer) -> None:
+def test_closed_twice(closer: ClosePool) -> None:
     fd = Fd(os.dup(0))
     fd.close()
     closer.close([fd])
@@ -236,7 +236,7 @@ def _cloak(sock: socket.socket) -> tuple[Fd, socket.socket]:
     return Fd(right.detach()), left
 
 
-def test_who_hangs_is_not_waited_for(closer: Closer) -> None:
+def test_who_hangs_is_not_waited_for(closer: ClosePool) -> None:
     """Not even where it cannot be foreseen, and others behind it are closed all the same."""
     with _lingering() as sock:
         duplicate = Fd(os.dup(sock.fileno()))
@@ -259,7 +259,7 @@ def test_who_hangs_is_not_waited_for(closer: Closer) -> None:
         assert time.monotonic() - start < 0.1
 
 
-def test_more_than_there_are_threads(closer: Closer) -> None:
+def test_more_than_there_are_threads(closer: ClosePool) -> None:
     epolls = [Fd(os.dup(epoll.fileno())) for epoll in [select.epoll() for _ in range(100)]]
     inotifies = [Fd(number) for number in (_inotify() for _ in range(100)) if number >= 0]
     closer.close(epolls + inotifies)
@@ -269,7 +269,7 @@ def test_more_than_there_are_threads(closer: Closer) -> None:
     assert all(fd.closed for fd in epolls + inotifies)
 
 
-def test_who_closes_starts_one_thread(closer: Closer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_closes_starts_one_thread(closer: ClosePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes a while on a busy machine: the threads start each other."""
     starters = []
     start = _thread.start_new_thread
@@ -287,7 +287,7 @@ def test_who_closes_starts_one_thread(closer: Closer, monkeypatch: pytest.Monkey
     assert starters.count(_thread.get_ident()) == 1
 
 
-def test_no_thread_to_be_had(closer: Closer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_to_be_had(closer: ClosePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next one does what was left."""
 
     def fails(function: Callable[[], None], arguments: tuple[()]) -> int:
@@ -312,7 +312,7 @@ def test_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise FileNotFoundError
 
     monkeypatch.setattr(closing, "_FileSystems", fails)
-    closer = Closer()
+    closer = ClosePool()
     with open(tmp_path / "file", "w") as file:
         assert closer.risk(file.fileno()) is Risk.HIGH
     closer.shut_down()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from qmpfd.kernel.fd import Fd, close_all
-from qmpfd.protocol.pending_fds import Unclaimed
+from qmpfd.protocol.pending_fds import PendingFds
 
 
 @pytest.fixture
@@ -24,11 +24,11 @@ def garbage() -> list[Fd]:
 
 
 @pytest.fixture
-def unclaimed(garbage: list[Fd]) -> Unclaimed:
-    return Unclaimed(garbage)
+def unclaimed(garbage: list[Fd]) -> PendingFds:
+    return PendingFds(garbage)
 
 
-def test_nothing_waits_at_first(unclaimed: Unclaimed, garbage: list[Fd]) -> None:
+def test_nothing_waits_at_first(unclaimed: PendingFds, garbage: list[Fd]) -> None:
     assert len(unclaimed.fds) == 0
     assert unclaimed.claim(253) == ([], False)
     unclaimed.segment_ended(inside_message=False)
@@ -37,7 +37,7 @@ def test_nothing_waits_at_first(unclaimed: Unclaimed, garbage: list[Fd]) -> None
 
 
 def test_in_order_within_the_segment(
-    unclaimed: Unclaimed, fds: list[Fd], garbage: list[Fd]
+    unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]
 ) -> None:
     unclaimed.arrive(fds, False)
     assert unclaimed.claim(1) == (fds[:1], False)
@@ -49,7 +49,7 @@ def test_in_order_within_the_segment(
 
 
 def test_behind_the_segment_the_first_takes_and_the_rest_goes(
-    unclaimed: Unclaimed, fds: list[Fd], garbage: list[Fd]
+    unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]
 ) -> None:
     unclaimed.arrive(fds, False)
     unclaimed.segment_ended(inside_message=False)
@@ -61,7 +61,7 @@ def test_behind_the_segment_the_first_takes_and_the_rest_goes(
 
 
 def test_a_message_that_straddles_is_in_the_segment(
-    unclaimed: Unclaimed, fds: list[Fd], garbage: list[Fd]
+    unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]
 ) -> None:
     unclaimed.arrive(fds, False)
     assert unclaimed.claim(1) == (fds[:1], False)
@@ -73,7 +73,7 @@ def test_a_message_that_straddles_is_in_the_segment(
 
 
 def test_a_message_that_straddles_and_takes_none(
-    unclaimed: Unclaimed, fds: list[Fd], garbage: list[Fd]
+    unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]
 ) -> None:
     unclaimed.arrive(fds, False)
     unclaimed.segment_ended(inside_message=True)
@@ -84,7 +84,7 @@ def test_a_message_that_straddles_and_takes_none(
 
 
 def test_newer_ones_displace_older_ones(
-    unclaimed: Unclaimed, fds: list[Fd], garbage: list[Fd]
+    unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]
 ) -> None:
     unclaimed.arrive(fds[:2], False)
     unclaimed.arrive(fds[2:], False)
@@ -93,7 +93,7 @@ def test_newer_ones_displace_older_ones(
 
 
 def test_what_was_cut_short_is_given_up_whole(
-    unclaimed: Unclaimed, fds: list[Fd], garbage: list[Fd]
+    unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]
 ) -> None:
     unclaimed.arrive(fds, True)
     assert garbage == fds
@@ -103,7 +103,7 @@ def test_what_was_cut_short_is_given_up_whole(
 
 @pytest.mark.parametrize("newer", [False, True])
 def test_a_loss_is_forgotten_with_what_was_lost(
-    unclaimed: Unclaimed, fds: list[Fd], newer: bool
+    unclaimed: PendingFds, fds: list[Fd], newer: bool
 ) -> None:
     unclaimed.arrive([], True)
     unclaimed.segment_ended(inside_message=False)
@@ -114,7 +114,7 @@ def test_a_loss_is_forgotten_with_what_was_lost(
     assert unclaimed.claim(1) == (fds[:1] if newer else [], False)
 
 
-def test_discard(unclaimed: Unclaimed, fds: list[Fd], garbage: list[Fd]) -> None:
+def test_discard(unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]) -> None:
     unclaimed.arrive(fds, False)
     unclaimed.discard()
     unclaimed.discard()

@@ -18,7 +18,7 @@ from outcome import Error
 from qmpfd.errors import QMPError
 from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.limits import CAREFUL_BYTES, READ_BYTES, SCM_MAX_FD
-from qmpfd.protocol import ClientConnection, Reply, ServerConnection, Spec, State, Vocabulary
+from qmpfd.protocol import ClientConnection, Reply, RequestDecoder, ServerConnection, Spec, State
 
 
 class Anything(Struct, forbid_unknown_fields=True):
@@ -29,7 +29,7 @@ class Number(Struct, forbid_unknown_fields=True):
     number: int
 
 
-VOCABULARY = Vocabulary(
+VOCABULARY = RequestDecoder(
     {
         "qmp_capabilities": Spec(Anything),
         "take": Spec(Anything, fds=1),
@@ -705,7 +705,7 @@ def test_fake_and_kernel_cannot_be_told_apart(tags: Tags, operations: list[Opera
         kernel.close()
 
 
-# -- the client's inbox ---------------------------------------------------------------------------
+# -- the client's receive buffer -------------------------------------------------------------------
 
 
 def replies(queue: Queue, tags: Tags, connection: ClientConnection) -> list[tuple[Any, list[int]]]:

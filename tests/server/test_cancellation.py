@@ -1,5 +1,5 @@
 """A cancellation at every point of a client's life, on either side: nothing leaks, the store is
-unharmed, and everybody else goes on.
+assert_service_unharmed, and everybody else goes on.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ...errors import QMPError
 from ...kernel.fd import Fd
 from ...protocol import ServerConnection
-from .send_buffer import Outbox
+from .send_buffer import SendBuffer
 from .turns import Share
 
 if TYPE_CHECKING:
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 CLOSES_A_STEP = 256
 
 
-class Leftovers:
+class FdAccounting:
     """What one connection leaves to be closed.
 
     Args:
         server: the daemon.
         connection: whose garbage it is.
-        outbox: what its client has to take.
+        send_buffer: what its client has to take.
         share: the client's share of time.
         uid: the client's.
     """
@@ -32,13 +32,13 @@ class Leftovers:
         self,
         server: Server,
         connection: ServerConnection,
-        outbox: Outbox,
+        send_buffer: SendBuffer,
         share: Share,
         uid: int,
     ) -> None:
         self._server = server
         self._connection = connection
-        self._outbox = outbox
+        self._outbox = send_buffer
         self._share = share
         self._uid = uid
         #: The descriptors that wait for a command or for the client, as counted so far.
@@ -73,24 +73,24 @@ class Leftovers:
     @property
     def some_wait(self) -> bool:
         """Whether there is something to count."""
-        outbox = self._outbox
-        here = self.waiting or outbox.waiting_fds or outbox.in_flight
+        send_buffer = self._outbox
+        here = self.waiting or send_buffer.waiting_fds or send_buffer.in_flight
         return bool(here or self._connection.waiting_fds)
 
     def count_waiting(self) -> None:
         """Count the descriptors that have come and that no command has, and those that wait to be
         taken with their replies.  If they are too many, those that have come last go.
         """
-        daemon, outbox = self._server.daemon, self._outbox
-        outbox.look()
-        more = self._connection.waiting_fds + outbox.carried_fds - self.waiting
+        daemon, send_buffer = self._server.daemon, self._outbox
+        send_buffer.look()
+        more = self._connection.waiting_fds + send_buffer.carried_fds - self.waiting
         if more > 0:
             try:
                 daemon.check_waiting(self._uid, more)
             except QMPError as exc:
                 self._connection.refuse_fds(exc.desc)
                 self.dispose()
-                more = outbox.carried_fds - self.waiting
+                more = send_buffer.carried_fds - self.waiting
         if more:
             daemon.hold_waiting(self._uid, more)
             self.waiting += more

@@ -1,4 +1,4 @@
-"""Carries out what one client asks for: requests in, replies to its outbox."""
+"""Carries out what one client asks for: requests in, replies to its send_buffer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ...kernel.fd import Fd
 from ...limits import MAX_FDS_A_TURN, REPLY_BYTES_A_TURN
 from ...protocol import ServerConnection
 from .command_log import note
-from .fd_accounting import Leftovers
-from .send_buffer import Outbox
+from .fd_accounting import FdAccounting
+from .send_buffer import SendBuffer
 from .turns import Share
 
 if TYPE_CHECKING:
@@ -29,18 +29,18 @@ _VERBOSE = logging.DEBUG
 _Batch: TypeAlias = "tuple[bytes, list[Fd]]"
 
 
-class Answers:
+class RequestProcessor:
     """One client's requests, and what they come to.
 
     Each chunk of them is carried out in one critical section, without an await, then what it has
-    removed is closed, and only then the replies go to the outbox.
+    removed is closed, and only then the replies go to the send_buffer.
 
     Args:
         server: the daemon.
         connection: where the requests are.
         context: the connection as its commands see it.
-        outbox: where the replies go.
-        leftovers: what closes what was removed.
+        send_buffer: where the replies go.
+        fd_accounting: what closes what was removed.
         share: the client's share of time.
         settle: waits until all that was changed is safe.
     """
@@ -50,16 +50,16 @@ class Answers:
         server: Server,
         connection: ServerConnection,
         context: Context,
-        outbox: Outbox,
-        leftovers: Leftovers,
+        send_buffer: SendBuffer,
+        fd_accounting: FdAccounting,
         share: Share,
         settle: Callable[[], Awaitable[None]],
     ) -> None:
         self._server = server
         self._connection = connection
         self._context = context
-        self._outbox = outbox
-        self._leftovers = leftovers
+        self._outbox = send_buffer
+        self._leftovers = fd_accounting
         self._share = share
         self._settle = settle
         self._lock = server.lock
@@ -69,7 +69,7 @@ class Answers:
         self.takeover_id: Any = UNSET
         #: A reply that is sent bit by bit, until all of it is.
         self.long_reply: Iterator[bytes] | None = None
-        # Replies that go to the outbox once what was removed is closed.  One that carries
+        # Replies that go to the send_buffer once what was removed is closed.  One that carries
         # descriptors begins a batch: they arrive with its first byte, and so with that reply and no
         # other.
         self._batches: list[_Batch] = []
@@ -95,13 +95,13 @@ class Answers:
         """Go on with what is under way, and carry out all that is complete, however long it takes;
         between two chunks, others have their turn.
         """
-        context, outbox, share = self._context, self._outbox, self._share
+        context, send_buffer, share = self._context, self._outbox, self._share
         while True:
             await self._tell()
             if context.quitting or context.takes_over or not self._connection.has_news:
                 return
-            await outbox.send(share)
-            if share.over or outbox.deaf:  # perhaps with a thousand others
+            await send_buffer.send(share)
+            if share.over or send_buffer.deaf:  # perhaps with a thousand others
                 await share.next_turn()
             if self._lock.locked():
                 async with self._lock:
@@ -150,19 +150,19 @@ class Answers:
             self.asked = True
 
     def _tell_nowait(self, at_once: bool = False) -> bool:
-        """Close what was removed, and put the replies into the outbox; whether that was possible
-        without waiting.
+        """Close what was removed, and put the replies into the send buffer; whether that was
+        possible without waiting.
 
         Args:
             at_once: send them, as far as the client takes them.
         """
-        outbox, garbage = self._outbox, self._connection.garbage
+        send_buffer, garbage = self._outbox, self._connection.garbage
         if self._server.keeper is not None and self._context.about_store:
             self._context.about_store = False
             if not self._server.is_settled:
-                outbox.hold()
-        if outbox.unsafe:
-            if outbox.deaf:
+                send_buffer.hold()
+        if send_buffer.unsafe:
+            if send_buffer.deaf:
                 return False
         elif garbage:
             # Before the replies: what is removed is closed once its client has read so.
@@ -171,10 +171,10 @@ class Answers:
                 return False
         batches = self._batches
         if at_once and len(batches) == 1:  # nothing goes with it
-            outbox.tell(batches[0][0])
+            send_buffer.tell(batches[0][0])
         else:
             for data, fds in batches:
-                outbox.put(data, fds)
+                send_buffer.put(data, fds)
         batches.clear()
         if self._leftovers.some_wait:
             self._leftovers.count_waiting()
@@ -182,25 +182,25 @@ class Answers:
 
     async def _tell(self) -> None:
         """The same, however long it takes; and a reply that is sent bit by bit."""
-        outbox = self._outbox
+        send_buffer = self._outbox
         while not self._tell_nowait():
-            if outbox.unsafe:
+            if send_buffer.unsafe:
                 await self._settle()
             else:
                 await self._leftovers.close_all(len(self._connection.garbage))
         if self.long_reply is not None:
-            await outbox.send(self._share)
+            await send_buffer.send(self._share)
             await self._send_bit_by_bit(self.long_reply)
             self.long_reply = None
-            outbox.emptied()
+            send_buffer.emptied()
 
     async def _send_bit_by_bit(self, bits: Iterator[bytes]) -> None:
         """Make a reply bit by bit and send it, while others are served and the store changes.  No
         event comes in between.
         """
-        server, outbox, share, context = self._server, self._outbox, self._share, self._context
+        server, send_buffer, share, context = self._server, self._outbox, self._share, self._context
         more = True
-        while more and not outbox.deaf:
+        while more and not send_buffer.deaf:
             made: list[bytes] = []
             size = 0
             await share.next_turn(much=True)
@@ -215,9 +215,9 @@ class Answers:
             if size:
                 passed, context.passed = context.passed, []
                 if not server.is_settled:
-                    outbox.hold()
-                outbox.put(b"".join(made), passed)
-            await outbox.send(share)
+                    send_buffer.hold()
+                send_buffer.put(b"".join(made), passed)
+            await send_buffer.send(share)
 
     def close(self) -> None:
         """The connection is over: what was still to be sent is garbage."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("qmpfd")
 
 
-class Outbox:
+class SendBuffer:
     """Sends to one client.
 
     Args:

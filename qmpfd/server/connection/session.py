@@ -26,9 +26,9 @@ from ...transport import FdStream
 from ..listen.rejections import refusal
 from ..saved_state import SavedSession
 from ..takeover.sender import hand_over
-from .fd_accounting import CLOSES_A_STEP, Leftovers
-from .request_processor import Answers
-from .send_buffer import Outbox
+from .fd_accounting import CLOSES_A_STEP, FdAccounting
+from .request_processor import RequestProcessor
+from .send_buffer import SendBuffer
 from .snapshot import describe, restore
 from .turns import Share
 
@@ -77,16 +77,18 @@ class Session:
         self._waiting = False  # for the client; nothing of it is unanswered
         self._parked = False  # the daemon is frozen; nothing of the client is under way
         self._events_wait = False  # until the client has taken what it is being sent
-        self.outbox = Outbox(
+        self.send_buffer = SendBuffer(
             server, stream, peer, self._connection.garbage, self._emptied, self._settle
         )
-        self._leftovers = Leftovers(server, self._connection, self.outbox, self._share, peer.uid)
+        self._leftovers = FdAccounting(
+            server, self._connection, self.send_buffer, self._share, peer.uid
+        )
         self._settling = trio.Lock()
-        self._answers = Answers(
+        self._answers = RequestProcessor(
             server,
             self._connection,
             self._context,
-            self.outbox,
+            self.send_buffer,
             self._leftovers,
             self._share,
             self._settle,
@@ -98,8 +100,8 @@ class Session:
         try:
             with self._scope:
                 if self._connection.state is State.CONNECTED:
-                    self.outbox.put(self._connection.greeting(VERSION))
-                await self.outbox.send()
+                    self.send_buffer.put(self._connection.greeting(VERSION))
+                await self.send_buffer.send()
                 await self._serve()
             if self._scope.cancelled_caught:
                 if self._farewell is None:
@@ -111,7 +113,7 @@ class Session:
         except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
             _log.exception("a connection failed")
         finally:
-            self.outbox.mute()
+            self.send_buffer.mute()
             if self._pump_scope is not None:
                 self._pump_scope.cancel()
             self._server.close_stream(self._stream)
@@ -198,11 +200,11 @@ class Session:
         await self._server.until_thawed()
         self._share.resume()
         self._parked = False
-        await self.outbox.send(self._share)
+        await self.send_buffer.send(self._share)
 
     def thaw(self) -> None:
         """The daemon is no longer frozen: see to it that what is unsent is sent."""
-        if self.outbox.size:
+        if self.send_buffer.size:
             self._start_pump()
 
     async def _hand_over(self) -> None:
@@ -211,7 +213,7 @@ class Session:
         except QMPError as exc:
             # At once: another takeover may be under way.  Who asks for one takes its replies.
             reply = self._connection.reply(Error(exc), self._answers.takeover_id)
-            if not self.outbox.size:
+            if not self.send_buffer.size:
                 with suppress(trio.BrokenResourceError):
                     self._stream.send_nowait(reply)
 
@@ -223,7 +225,7 @@ class Session:
     def describe(self, now: float) -> tuple[SavedSession, list[int]]:
         """All that a successor needs to go on, and the numbers of the descriptors."""
         idle = self._idle(now)
-        saved, fds = describe(self.peer, self.groups, idle, self._context, self.outbox)
+        saved, fds = describe(self.peer, self.groups, idle, self._context, self.send_buffer)
         return saved, [self._stream.socket.fileno(), *(fd.fileno() for fd in fds)]
 
     def restore(self, saved: SavedSession, fds: Iterator[Fd]) -> None:
@@ -233,14 +235,14 @@ class Session:
             saved: its state.
             fds: its descriptors but for the connection; as many as there are are taken.
         """
-        restore(saved, fds, self._context, self.outbox)
+        restore(saved, fds, self._context, self.send_buffer)
         self._since -= saved.idle
         self._connected_at = self._since
         self._leftovers.count_waiting()
 
     def leave(self) -> None:
         """Another daemon goes on: let go of all that is the client's, without a word to it."""
-        self.outbox.mute()
+        self.send_buffer.mute()
         self._context.close()
         self._connection.close()
         garbage = self._connection.garbage
@@ -255,20 +257,20 @@ class Session:
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        stream, outbox, connection = self._stream, self.outbox, self._connection
+        stream, send_buffer, connection = self._stream, self.send_buffer, self._connection
         answers, context, share = self._answers, self._context, self._share
         daemon = self._server.daemon
         share.resume()  # it was made before, perhaps long before, and with thousands of others
         while True:
             if monotonic() > share.ends:
-                await outbox.send(share)
+                await send_buffer.send(share)
                 await share.next_turn()
             if self._server.is_frozen:
                 await self._park()
             try:
                 came = stream.receive_nowait(connection, not share.in_turn, daemon.fds_at_once)
             except Plenty:
-                await outbox.send(share)
+                await send_buffer.send(share)
                 await share.next_turn(much=True)
                 continue
             if came:
@@ -276,19 +278,19 @@ class Session:
                 if not answers.give_nowait(not stream.more):
                     await answers.give()
                 if context.takes_over:
-                    await outbox.send(share)
+                    await send_buffer.send(share)
                     await self._hand_over()
                     return
-                if outbox.size and (
-                    context.quitting or outbox.size > HELD_REPLY_BYTES or not stream.more
+                if send_buffer.size and (
+                    context.quitting or send_buffer.size > HELD_REPLY_BYTES or not stream.more
                 ):
-                    outbox.push()
-                    if outbox.size:
-                        await outbox.send(share)
+                    send_buffer.push()
+                    if send_buffer.size:
+                        await send_buffer.send(share)
                 if not context.quitting:
                     continue
-            if outbox.size:
-                await outbox.send(share)
+            if send_buffer.size:
+                await send_buffer.send(share)
             if came is not None or self._server.stopping:
                 return
             self._waiting = True
@@ -303,7 +305,7 @@ class Session:
             if self._context.takes_over:
                 await self._hand_over()  # is refused
                 return
-        await self.outbox.send()
+        await self.send_buffer.send()
 
     # -- replies and events --------------------------------------------------------------------
 
@@ -312,20 +314,20 @@ class Session:
         events = self._context.events
         if events is None or self._server.is_frozen:
             return False
-        if self.outbox.size or self._answers.long_reply is not None:
+        if self.send_buffer.size or self._answers.long_reply is not None:
             self._events_wait = True
             return False
         if not (data := events.take()):
             return False
         if not self._server.is_settled:
-            self.outbox.hold()
-        self.outbox.put(data)
+            self.send_buffer.hold()
+        self.send_buffer.put(data)
         try:
-            self.outbox.push()
+            self.send_buffer.push()
         except OSError:
             _log.exception("events could not be sent")
-            self.outbox.cut_off()
-        if not (self.outbox.unsent or self.outbox.held):
+            self.send_buffer.cut_off()
+        if not (self.send_buffer.unsent or self.send_buffer.held):
             return True
         self._events_wait = True
         self._start_pump()
@@ -348,10 +350,10 @@ class Session:
         """Send what is unsent, then end: a connection that is told nothing has no task."""
         try:
             with scope:
-                await self.outbox.send()
+                await self.send_buffer.send()
         except Exception:  # noqa: BLE001 - as in run
             _log.exception("events could not be sent")
-            self.outbox.cut_off()
+            self.send_buffer.cut_off()
         finally:
             self._pump_scope = None
 
@@ -360,8 +362,8 @@ class Session:
         meanwhile is for whoever holds it.
         """
         async with self._settling:
-            holds, count = self.outbox.holds, len(self._connection.garbage)
+            holds, count = self.send_buffer.holds, len(self._connection.garbage)
             await self._server.settle()
             await self._leftovers.close_all(count)
-            if holds == self.outbox.holds:
-                self.outbox.release()
+            if holds == self.send_buffer.holds:
+                self.send_buffer.release()

@@ -11,14 +11,14 @@ from ...commands import Context
 from ...fdsets import Peer
 from ...kernel.fd import Fd
 from ...protocol.parser import ParserState
-from ...protocol.receive_buffer import InboxState
+from ...protocol.receive_buffer import ReceiveBufferState
 from ...protocol.server import ConnectionState
 from ..saved_state import SavedParser, SavedSession
-from .send_buffer import Outbox
+from .send_buffer import SendBuffer
 
 
 def describe(
-    peer: Peer, groups: frozenset[int], idle: float, context: Context, outbox: Outbox
+    peer: Peer, groups: frozenset[int], idle: float, context: Context, send_buffer: SendBuffer
 ) -> tuple[SavedSession, list[Fd]]:
     """All that a successor needs to go on, and the descriptors but for the connection's own.
 
@@ -27,14 +27,14 @@ def describe(
         groups: all groups of the peer.
         idle: seconds since it last asked something.
         context: the connection as its commands see it.
-        outbox: what it has not taken yet.
+        send_buffer: what it has not taken yet.
     """
     connection = context.connection.snapshot()
-    inbox, parser = connection.inbox, connection.inbox.parser
+    receive_buffer, parser = connection.receive_buffer, connection.receive_buffer.parser
     events = context.events
     while events is not None and (waiting := events.take()):
-        outbox.put(waiting)  # sent by us, if nobody takes over
-    unsent = [(bytes(data), fds) for data, fds in [*outbox.unsent, *outbox.held]]
+        send_buffer.put(waiting)  # sent by us, if nobody takes over
+    unsent = [(bytes(data), fds) for data, fds in [*send_buffer.unsent, *send_buffer.held]]
     saved = SavedSession(
         peer=peer,
         groups=sorted(groups),
@@ -43,33 +43,37 @@ def describe(
         oob_enabled=connection.oob_enabled,
         errors_in_a_row=connection.errors_in_a_row,
         parser=None if parser is None else SavedParser(*parser),
-        unclaimed=len(inbox.fds),
-        flags=inbox.flags,
-        segment_left=inbox.segment_left,
+        unclaimed=len(receive_buffer.fds),
+        flags=receive_buffer.flags,
+        segment_left=receive_buffer.segment_left,
         names=list(context.names),
         watching=events is not None,
         unsent=[(data, len(fds)) for data, fds in unsent],
     )
-    fds = [*inbox.fds, *context.names.values()]
+    fds = [*receive_buffer.fds, *context.names.values()]
     fds += [fd for _, those in unsent for fd in those]
     return saved, fds
 
 
-def restore(saved: SavedSession, fds: Iterator[Fd], context: Context, outbox: Outbox) -> None:
+def restore(
+    saved: SavedSession, fds: Iterator[Fd], context: Context, send_buffer: SendBuffer
+) -> None:
     """Put a new connection into the state that :func:`describe` gave.
 
     Args:
         saved: the state.
         fds: the descriptors; as many as there are are taken.
         context: the connection as its commands see it.
-        outbox: what it has not taken yet.
+        send_buffer: what it has not taken yet.
     """
     parser = None if saved.parser is None else ParserState(*structs.astuple(saved.parser))
-    inbox = InboxState(parser, list(islice(fds, saved.unclaimed)), saved.flags, saved.segment_left)
+    receive_buffer = ReceiveBufferState(
+        parser, list(islice(fds, saved.unclaimed)), saved.flags, saved.segment_left
+    )
     context.connection.restore(
-        ConnectionState(saved.state, saved.oob_enabled, saved.errors_in_a_row, inbox)
+        ConnectionState(saved.state, saved.oob_enabled, saved.errors_in_a_row, receive_buffer)
     )
     for name in saved.names:
         context.own(name, next(fds))
     for data, count in saved.unsent:
-        outbox.put(data, list(islice(fds, count)))
+        send_buffer.put(data, list(islice(fds, count)))

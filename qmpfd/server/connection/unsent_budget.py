@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ...limits import MAX_UNSENT_BYTES
 
 
-class Backlog:
+class UnsentBudget:
     """What waits to be sent, of all connections together.
 
     Each can wait for a long listing.  When it is too much in all, the one that has waited for its

@@ -2,7 +2,7 @@
 
 Nothing is acknowledged there but a barrier, which stands for all that was sent before it: one is
 under way at a time, and whatever comes meanwhile shares the next.  Messages are sent off without
-waiting; whoever has something to say waits in :meth:`KeeperLink.settle`.
+waiting; whoever has something to say waits in :meth:`BarrierLink.settle`.
 
 What they are about is not known here.
 """
@@ -30,7 +30,7 @@ _RETRY = 0.01
 _NO_ROOM = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM}
 
 
-class KeeperLink:
+class BarrierLink:
     """The way to the keeper.
 
     Args:

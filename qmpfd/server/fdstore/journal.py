@@ -36,7 +36,7 @@ RECORD_BYTES = 128
 REMOVAL_BYTES = 24
 
 
-class Begun(Struct, array_like=True, tag="b"):
+class SnapshotHeader(Struct, array_like=True, tag="b"):
     """The snapshot begins.
 
     Args:
@@ -51,7 +51,7 @@ class Begun(Struct, array_like=True, tag="b"):
     previous: str | None
 
 
-class Listens(Struct, array_like=True, tag="l"):
+class ListenerAdded(Struct, array_like=True, tag="l"):
     """A listening socket of ours is kept.
 
     Args:
@@ -63,7 +63,7 @@ class Listens(Struct, array_like=True, tag="l"):
     path: str | None
 
 
-class Ended(Struct, array_like=True, tag="e"):
+class ListenerRemoved(Struct, array_like=True, tag="e"):
     """The listening socket of that name is not ours any more."""
 
     name: str
@@ -103,13 +103,15 @@ class Confirmed(Struct, array_like=True, tag="c"):
     """The takeover is done: all this is ours."""
 
 
-class Left(Struct, array_like=True, tag="x"):
+class HandedOver(Struct, array_like=True, tag="x"):
     """Whether a successor has taken over: nothing of this is ours any more, or it still is."""
 
     left: bool
 
 
-Record: TypeAlias = Begun | Listens | Ended | Added | Removed | Confirmed | Left
+Record: TypeAlias = (
+    SnapshotHeader | ListenerAdded | ListenerRemoved | Added | Removed | Confirmed | HandedOver
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Record])
@@ -126,7 +128,7 @@ class History:
     has taken over.
     """
 
-    def __init__(self, begun: Begun) -> None:
+    def __init__(self, begun: SnapshotHeader) -> None:
         self.begun = begun
         self.entries: dict[int, Added] = {}
         self.listeners: dict[str, str | None] = {}
@@ -139,7 +141,7 @@ class History:
         for record in records:
             self.apply(record)
         added = [record for record in records if isinstance(record, Added)]
-        if len(added) > 1 and not isinstance(records[0], Begun):
+        if len(added) > 1 and not isinstance(records[0], SnapshotHeader):
             self._together.append(added)
 
     def forget_unfinished(self, kept: Callable[[str], bool]) -> None:
@@ -159,15 +161,15 @@ class History:
                 self.entries[record.number] = record
             case Removed():
                 self.entries.pop(record.number, None)
-            case Listens():
+            case ListenerAdded():
                 self.listeners[record.name] = record.path
-            case Ended():
+            case ListenerRemoved():
                 self.listeners.pop(record.name, None)
             case Confirmed():
                 self.confirmed = True
-            case Left():
+            case HandedOver():
                 self.left = record.left
-            case Begun():
+            case SnapshotHeader():
                 pass
 
     def state(self, kept: Callable[[str], bool]) -> SavedState:
@@ -229,7 +231,7 @@ def replay(data: bytes) -> History:
         for records in frames(data):
             if history is None:
                 begun = records[0]
-                if not isinstance(begun, Begun) or begun.format != JOURNAL_FORMAT:
+                if not isinstance(begun, SnapshotHeader) or begun.format != JOURNAL_FORMAT:
                     raise ValueError("the journal of the stored descriptors has another format")
                 history = History(begun)
             history.follow(records)

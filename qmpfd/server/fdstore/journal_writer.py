@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable
 
 from ...kernel.fd import Fd
 from ...limits import MIN_JOURNAL_BYTES
-from .barrier_link import KeeperLink
+from .barrier_link import BarrierLink
 from .journal import Journal, Record, frame
 from .names import journal_name
 
 
-class Journals:
+class JournalWriter:
     """What is written down for whoever comes after us.
 
     Args:
@@ -23,7 +23,7 @@ class Journals:
         snapshot: all that the journal of a generation begins with.
     """
 
-    def __init__(self, link: KeeperLink, snapshot: Callable[[int], Iterable[Record]]) -> None:
+    def __init__(self, link: BarrierLink, snapshot: Callable[[int], Iterable[Record]]) -> None:
         self._link = link
         self._snapshot = snapshot
         self._journals: list[Journal] = []  # the last one counts

@@ -11,7 +11,7 @@ import trio
 from ...kernel.fd import Fd
 from ...limits import FORGET_TIMEOUT
 from ..listen.listener import UnixListener
-from .mirror import Holdings, Keeper, Keeping
+from .mirror import FdStoreConfig, FdStoreMirror, Holdings
 from .recover import Recovered
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @asynccontextmanager
 async def kept(
     server: Server,
-    keeping: Keeping | None,
+    keeping: FdStoreConfig | None,
     listeners: Sequence[UnixListener],
     recovered: Recovered | None,
     witness: Fd | None,
@@ -44,7 +44,7 @@ async def kept(
         yield
         return
     holdings = Holdings() if recovered is None else recovered.holdings
-    keeper = Keeper(keeping, server.daemon.closer)
+    keeper = FdStoreMirror(keeping, server.daemon.closer)
     async with keeper.running():
         await keeper.start(server.store, listeners, holdings, witness)
         server.daemon.closer.close(useless)

@@ -25,26 +25,26 @@ import trio
 
 from ...errors import GenericError
 from ...fdsets import FdSet, FdSets, StoredFd
-from ...kernel.close_pool import Closer, Risk
+from ...kernel.close_pool import ClosePool, Risk
 from ...kernel.fd import Fd
 from ...kernel.file_descriptions import Descriptions
 from ...kernel.systemd import Notifier
 from ...limits import JOURNAL_FORMAT, KEEPER_SPARE
 from ..listen.listener import UnixListener
-from .barrier_link import KeeperLink
+from .barrier_link import BarrierLink
 from .journal import (
     RECORD_BYTES,
     REMOVAL_BYTES,
     Added,
-    Begun,
     Confirmed,
-    Ended,
-    Left,
-    Listens,
+    HandedOver,
+    ListenerAdded,
+    ListenerRemoved,
     Record,
     Removed,
+    SnapshotHeader,
 )
-from .journal_writer import Journals
+from .journal_writer import JournalWriter
 from .names import PREVIOUS, Names
 
 
@@ -78,7 +78,7 @@ class Holdings:
     valid: bool = False
 
 
-class Keeping(NamedTuple):
+class FdStoreConfig(NamedTuple):
     """Who keeps a second copy.
 
     Args:
@@ -93,7 +93,7 @@ class Keeping(NamedTuple):
     descriptions: Descriptions | None
 
 
-class Keeper:
+class FdStoreMirror:
     """Whoever keeps the second copy, as seen from here.
 
     Args:
@@ -101,9 +101,9 @@ class Keeper:
         closer: closes what was removed.
     """
 
-    def __init__(self, keeping: Keeping, closer: Closer) -> None:
-        self._link = KeeperLink(keeping.notifier, self._write, self._ended)
-        self._journals = Journals(self._link, self._snapshot)
+    def __init__(self, keeping: FdStoreConfig, closer: ClosePool) -> None:
+        self._link = BarrierLink(keeping.notifier, self._write, self._ended)
+        self._journals = JournalWriter(self._link, self._snapshot)
         self._is_parent = keeping.notifier.is_parent
         self._closer = closer
         self._capacity = min(keeping.size - KEEPER_SPARE, Names.MOST)
@@ -225,9 +225,9 @@ class Keeper:
     # -- the journal ---------------------------------------------------------------------------
 
     def _snapshot(self, generation: int) -> Iterator[Record]:
-        yield Begun(JOURNAL_FORMAT, generation, self._previous)
+        yield SnapshotHeader(JOURNAL_FORMAT, generation, self._previous)
         for number, path in self._listeners.items():
-            yield Listens(self._kept[number].name, path)
+            yield ListenerAdded(self._kept[number].name, path)
         for fdset in self._store:
             for number, stored in fdset.fds.items():
                 if number in self._kept:
@@ -320,11 +320,11 @@ class Keeper:
 
     def prepare_to_leave(self, leaves: bool) -> None:
         """A successor is about to have it all, or will not: for whoever asks if we die now."""
-        self._note(Left(leaves))
+        self._note(HandedOver(leaves))
 
     def leave(self) -> None:
         """What is kept is to be let go, also if we die this moment; note no more changes."""
-        self._note(Left(True))
+        self._note(HandedOver(True))
         self._forget()
         self._kept.clear()
 
@@ -336,7 +336,7 @@ class Keeper:
             if not self.is_over:
                 kept = self._kept[number]
                 del kept.numbers[number]
-                self._note(Ended(kept.name), None if kept.numbers else kept.name)
+                self._note(ListenerRemoved(kept.name), None if kept.numbers else kept.name)
         self._listeners.clear()
 
     def _note(self, record: Record, removed: str | None = None) -> None:

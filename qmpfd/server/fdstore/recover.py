@@ -23,7 +23,7 @@ from ..listen.listener import is_socket
 from ..renumber import make_way, place
 from ..saved_state import SavedState
 from ..takeover.receiver import has_let_go
-from .journal import Begun, History, read, replay
+from .journal import History, SnapshotHeader, read, replay
 from .mirror import Holdings
 from .names import PREVIOUS, is_journal, is_ours
 
@@ -121,7 +121,7 @@ def _recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recov
 
 
 def _nothing() -> History:
-    return History(Begun(0, 0, None))
+    return History(SnapshotHeader(0, 0, None))
 
 
 def _newest(journals: Sequence[Fd]) -> History:

@@ -28,7 +28,7 @@ _GONE = {errno.ECONNABORTED, errno.EPERM, errno.EPROTO}
 _PAUSE = 0.2
 
 
-class Reserve:
+class SpareFd:
     """A descriptor kept back, so that a client can be told when there are no others."""
 
     def __init__(self) -> None:

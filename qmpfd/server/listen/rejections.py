@@ -21,7 +21,7 @@ def refusal(reason: QMPError) -> bytes:
     return encode(told) + b"\r\n"
 
 
-class Refusals:
+class RejectionLog:
     """The lines of the log: of many a second, one, and how many there were."""
 
     def __init__(self) -> None:

@@ -40,7 +40,7 @@ class Movable(Protocol):
         """Have one that is higher than *number*."""
 
 
-class Inheritance:
+class ReceivedState:
     """What was fetched, and the connection that it came over.
 
     Args:
@@ -85,7 +85,7 @@ class Inheritance:
             self.journal.close()
         self._old.close()
 
-    def __enter__(self) -> Inheritance:
+    def __enter__(self) -> ReceivedState:
         return self
 
     def __exit__(
@@ -184,7 +184,7 @@ def fetch(
     timeout: float,
     progress: Callable[[int, int], None],
     movable: Iterable[Movable] = (),
-) -> Inheritance:
+) -> ReceivedState:
     """Fetch everything from the daemon that serves *path*.
 
     Args:
@@ -217,7 +217,7 @@ def fetch(
     finally:
         close_all(passed)
     with ExitStack() as stack:
-        inheritance = stack.enter_context(Inheritance(state, old))
+        inheritance = stack.enter_context(ReceivedState(state, old))
         try:
             _reserve(state.stored_numbers, inheritance.fds)
             _receive_all(old, state, inheritance.fds, timeout, progress)

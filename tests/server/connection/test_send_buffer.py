@@ -12,7 +12,7 @@ from qmpfd.fdsets import Peer
 from qmpfd.kernel.fd import Fd, FileDescriptorLike, close_all
 from qmpfd.limits import MAX_UNSENT_BYTES
 from qmpfd.server import Server
-from qmpfd.server.connection.send_buffer import Outbox
+from qmpfd.server.connection.send_buffer import SendBuffer
 from qmpfd.transport import FdStream
 
 
@@ -32,8 +32,8 @@ class _Stream(FdStream):
         return len(part)
 
 
-class Rig:
-    """An outbox, and the stream that it sends to."""
+class Harness:
+    """An send_buffer, and the stream that it sends to."""
 
     def __init__(self, room: int = 1 << 30) -> None:
         self.server = Server()
@@ -41,7 +41,7 @@ class Rig:
         self.stream = _Stream(ours, room)
         self.settled = trio.Event()
         self.garbage: list[Fd] = []
-        self.outbox = Outbox(
+        self.send_buffer = SendBuffer(
             *(self.server, self.stream, Peer(1, 0, 0), self.garbage),
             emptied=lambda: None,
             settle=self._settle,
@@ -49,13 +49,13 @@ class Rig:
 
     async def _settle(self) -> None:
         await self.settled.wait()
-        self.outbox.release()
+        self.send_buffer.release()
 
-    async def __aenter__(self) -> Rig:
+    async def __aenter__(self) -> Harness:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        self.outbox.mute()
+        self.send_buffer.mute()
         close_all(self.garbage)
         self.stream.close()
         self.its.close()
@@ -67,97 +67,97 @@ def _fd() -> Fd:
 
 
 async def test_together() -> None:
-    async with Rig() as rig:
+    async with Harness() as rig:
         for data in (b"a", b"b", b"c"):
-            rig.outbox.put(data)
+            rig.send_buffer.put(data)
         assert rig.stream.sent == []
-        await rig.outbox.send()
+        await rig.send_buffer.send()
         assert rig.stream.sent == [(b"abc", 0)]
-        assert rig.outbox.size == 0
+        assert rig.send_buffer.size == 0
 
 
 async def test_at_once() -> None:
     """What the client takes; the rest waits."""
-    async with Rig(room=4) as rig:
-        rig.outbox.tell(b"abc")
-        rig.outbox.tell(b"")
+    async with Harness(room=4) as rig:
+        rig.send_buffer.tell(b"abc")
+        rig.send_buffer.tell(b"")
         assert rig.stream.sent == [(b"abc", 0)]
-        assert rig.outbox.size == 0
-        rig.outbox.tell(b"def")
+        assert rig.send_buffer.size == 0
+        rig.send_buffer.tell(b"def")
         assert rig.stream.sent[1:] == [(b"d", 0)]
-        assert rig.outbox.size == 2
+        assert rig.send_buffer.size == 2
         rig.stream.room = 10
-        rig.outbox.tell(b"ghi")
+        rig.send_buffer.tell(b"ghi")
         assert rig.stream.sent[2:] == [(b"efghi", 0)]
-        assert rig.outbox.size == 0
+        assert rig.send_buffer.size == 0
 
 
 async def test_not_at_once() -> None:
     """Behind what waits; not before that is safe, while a takeover is under way, or to the deaf."""
-    async with Rig() as rig:
-        rig.outbox.put(b"a")
-        rig.outbox.tell(b"b")
+    async with Harness() as rig:
+        rig.send_buffer.put(b"a")
+        rig.send_buffer.tell(b"b")
         assert rig.stream.sent == [(b"ab", 0)]
-        rig.outbox.hold()
-        rig.outbox.tell(b"c")
+        rig.send_buffer.hold()
+        rig.send_buffer.tell(b"c")
         assert rig.stream.sent[1:] == []
-        rig.outbox.release()
+        rig.send_buffer.release()
         rig.server.is_frozen = True
-        rig.outbox.tell(b"d")
+        rig.send_buffer.tell(b"d")
         assert rig.stream.sent[1:] == []
         rig.server.is_frozen = False
-        rig.outbox.push()
+        rig.send_buffer.push()
         assert rig.stream.sent[1:] == [(b"cd", 0)]
-        rig.outbox.mute()
-        rig.outbox.tell(b"e")
+        rig.send_buffer.mute()
+        rig.send_buffer.tell(b"e")
         assert rig.stream.sent[2:] == []
-        assert rig.outbox.size == 0
+        assert rig.send_buffer.size == 0
 
 
 async def test_descriptors_begin_anew() -> None:
     """They arrive with the first byte that they were sent with."""
-    async with Rig() as rig:
+    async with Harness() as rig:
         one, two = _fd(), _fd()
         for data, fds in ((b"a", []), (b"b", [one]), (b"c", []), (b"d", [two]), (b"e", [])):
-            rig.outbox.put(data, fds)
-        await rig.outbox.send()
+            rig.send_buffer.put(data, fds)
+        await rig.send_buffer.send()
         assert rig.stream.sent == [(b"a", 0), (b"bc", 1), (b"de", 1)]
         assert one.closed
         assert two.closed
 
 
 async def test_what_is_not_taken_waits() -> None:
-    async with Rig(room=3) as rig:
+    async with Harness(room=3) as rig:
         fd = _fd()
-        rig.outbox.put(b"abcd", [fd])
-        rig.outbox.put(b"ef")
-        rig.outbox.push()
+        rig.send_buffer.put(b"abcd", [fd])
+        rig.send_buffer.put(b"ef")
+        rig.send_buffer.push()
         assert rig.stream.sent == [(b"abc", 1)]
         assert fd.closed  # it went with the first byte
-        assert rig.outbox.size == 3
+        assert rig.send_buffer.size == 3
         rig.stream.room = 100
-        rig.outbox.push()
+        rig.send_buffer.push()
         assert rig.stream.sent[1:] == [(b"def", 0)]
 
 
 async def test_nothing_goes_out_while_frozen() -> None:
-    async with Rig() as rig:
-        rig.outbox.put(b"a")
+    async with Harness() as rig:
+        rig.send_buffer.put(b"a")
         async with rig.server.frozen():
-            await rig.outbox.send()
-            rig.outbox.push()
+            await rig.send_buffer.send()
+            rig.send_buffer.push()
             assert rig.stream.sent == []
-        await rig.outbox.send()
+        await rig.send_buffer.send()
         assert rig.stream.sent == [(b"a", 0)]
 
 
 async def test_two_that_send(autojump_clock: trio.testing.MockClock) -> None:
     """Replies and events: whole, and in the order in which they were put there."""
-    async with Rig(room=1) as rig:
+    async with Harness(room=1) as rig:
 
         async def send(data: bytes) -> None:
-            rig.outbox.put(data)
-            await rig.outbox.send()
+            rig.send_buffer.put(data)
+            await rig.send_buffer.send()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send, b"abc")
@@ -169,39 +169,39 @@ async def test_two_that_send(autojump_clock: trio.testing.MockClock) -> None:
 
 
 async def test_too_much_waits(caplog: pytest.LogCaptureFixture) -> None:
-    async with Rig(room=0) as rig:
+    async with Harness(room=0) as rig:
         fd = _fd()
-        rig.outbox.put(bytes(MAX_UNSENT_BYTES + 1), [fd])
-        rig.outbox.push()
-        assert rig.outbox.deaf
+        rig.send_buffer.put(bytes(MAX_UNSENT_BYTES + 1), [fd])
+        rig.send_buffer.push()
+        assert rig.send_buffer.deaf
         assert rig.garbage == [fd]
         assert "does not take its replies" in caplog.text
         other = _fd()
-        rig.outbox.put(b"a", [other])
+        rig.send_buffer.put(b"a", [other])
         assert other.closed
 
 
 async def test_what_is_not_safe_waits_behind_what_is() -> None:
-    async with Rig() as rig:
-        rig.outbox.put(b"a")
-        rig.outbox.unsafe = True
-        rig.outbox.put(b"b", [_fd()])
-        rig.outbox.push()
+    async with Harness() as rig:
+        rig.send_buffer.put(b"a")
+        rig.send_buffer.unsafe = True
+        rig.send_buffer.put(b"b", [_fd()])
+        rig.send_buffer.push()
         assert rig.stream.sent == [(b"a", 0)]
-        assert (rig.outbox.size, rig.outbox.waiting_fds) == (1, 1)
+        assert (rig.send_buffer.size, rig.send_buffer.waiting_fds) == (1, 1)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(rig.outbox.send)
+            nursery.start_soon(rig.send_buffer.send)
             await trio.testing.wait_all_tasks_blocked()
             assert len(rig.stream.sent) == 1
             rig.settled.set()
         assert rig.stream.sent == [(b"a", 0), (b"b", 1)]
-        assert (rig.outbox.size, rig.outbox.waiting_fds) == (0, 0)
+        assert (rig.send_buffer.size, rig.send_buffer.waiting_fds) == (0, 0)
 
 
 async def test_muted_while_something_is_held() -> None:
-    async with Rig() as rig:
-        rig.outbox.unsafe = True
-        rig.outbox.put(b"b", [_fd()])
-        rig.outbox.mute()
-        assert rig.outbox.size == 0
-        assert not rig.outbox.held
+    async with Harness() as rig:
+        rig.send_buffer.unsafe = True
+        rig.send_buffer.put(b"b", [_fd()])
+        rig.send_buffer.mute()
+        assert rig.send_buffer.size == 0
+        assert not rig.send_buffer.held

@@ -15,21 +15,21 @@ from hypothesis import strategies as st
 from qmpfd.limits import JOURNAL_FORMAT
 from qmpfd.server.fdstore.journal import (
     Added,
-    Begun,
     Confirmed,
-    Ended,
+    HandedOver,
     Journal,
-    Left,
-    Listens,
+    ListenerAdded,
+    ListenerRemoved,
     Record,
     Removed,
+    SnapshotHeader,
     frame,
     frames,
     read,
     replay,
 )
 
-BEGUN = Begun(JOURNAL_FORMAT, 1, None)
+BEGUN = SnapshotHeader(JOURNAL_FORMAT, 1, None)
 
 
 def added(number: int, fdset_id: int = 0, opaque: str | None = None) -> Added:
@@ -132,7 +132,7 @@ def test_order_within_a_set() -> None:
 
 
 def test_what_did_not_come_back_is_left_out() -> None:
-    history = replay(frame([BEGUN, added(5), added(7, 2), added(6), Listens("~9", "/x")]))
+    history = replay(frame([BEGUN, added(5), added(7, 2), added(6), ListenerAdded("~9", "/x")]))
     state = history.state(lambda name: name == "~6")
     assert [[fd.number for fd in fdset.fds] for fdset in state.sets] == [[6]]
     assert state.listeners == []
@@ -148,13 +148,17 @@ def test_time() -> None:
 
 
 def test_listeners_and_takeovers() -> None:
-    previous = Begun(JOURNAL_FORMAT, 4, "old")
-    history = replay(frame([previous, Listens("~1", "/a"), Listens("~2", None), Ended("~1")]))
+    previous = SnapshotHeader(JOURNAL_FORMAT, 4, "old")
+    history = replay(
+        frame(
+            [previous, ListenerAdded("~1", "/a"), ListenerAdded("~2", None), ListenerRemoved("~1")]
+        )
+    )
     assert history.listeners == {"~2": None}
     assert not history.confirmed
     assert not history.left
     assert replay(frame([previous, Confirmed()])).confirmed
-    assert replay(frame([BEGUN]) + frame([Left(True)])).left
+    assert replay(frame([BEGUN]) + frame([HandedOver(True)])).left
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def test_listeners_and_takeovers() -> None:
         b"\xff" * 100,
         frame([BEGUN])[:-1],
         frame([added(3)]),
-        frame([Begun(JOURNAL_FORMAT + 1, 1, None)]),
+        frame([SnapshotHeader(JOURNAL_FORMAT + 1, 1, None)]),
     ],
     ids=["empty", "zeros", "junk", "torn", "no beginning", "another format"],
 )

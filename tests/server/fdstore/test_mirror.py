@@ -18,7 +18,7 @@ from qmpfd.kernel.fd import Fd, close_all, receive
 from qmpfd.kernel.systemd import Notifier
 from qmpfd.server import Server
 from qmpfd.server.connection.session import Session
-from qmpfd.server.fdstore.mirror import Keeping
+from qmpfd.server.fdstore.mirror import FdStoreConfig
 
 REMOVE = request("remove-fd", {"fdset-id": 0})
 
@@ -94,7 +94,7 @@ async def kept_daemon(path: Path, size: int = 1000) -> AsyncIterator[tuple[Serve
     with closing(Parent()) as parent, closing(Notifier(parent.theirs, is_parent=True)) as notifier:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(parent.serve)  # noqa: ASYNC113 - it need not have begun
-            async with daemon(path, keeping=Keeping(notifier, size, None)) as server:
+            async with daemon(path, keeping=FdStoreConfig(notifier, size, None)) as server:
                 yield server, parent
                 parent.go_on()
                 server.stop()
