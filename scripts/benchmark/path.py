@@ -1,0 +1,149 @@
+"""The path of one add-fd through the daemon: how many Python calls it takes, over how many files.
+
+    python scripts/benchmark/path.py [--list]
+
+The daemon runs in this process, inside a Trio program, and a client in another task sends
+``add-fd`` with a descriptor.  Counted is what all tasks but the client's do, from the arrival of
+the request until the connection waits for the next one: each Python function of the package that
+is entered or, as a coroutine, resumed.  A change of file is a call from one file of the package to
+another one after it.  Builtins, Trio and the standard library do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import socket
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import trio
+import trio.testing
+
+import qmpfd
+
+#: Requests that are measured; before them, as many that only warm up.
+_REQUESTS = 20
+
+_PACKAGE = str(Path(qmpfd.__file__).parent)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of the package that was entered or resumed.
+
+    Args:
+        file: its file, relative to the package.
+        function: its qualified name.
+    """
+
+    file: str
+    function: str
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What one request took.
+
+    Args:
+        calls: in their order.
+        steps: how often the event loop ran a task of the daemon.
+    """
+
+    calls: Sequence[Call]
+    steps: int
+
+    @property
+    def changes(self) -> int:
+        """How often the next call is one into another file."""
+        return sum(a.file != b.file for a, b in zip(self.calls, self.calls[1:], strict=False))
+
+
+class _Recorder(trio.abc.Instrument):
+    """Profiles each step of each task but *client*."""
+
+    def __init__(self, client: trio.lowlevel.Task) -> None:
+        self._client = client
+        self.calls: list[Call] = []
+        self.steps = 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task is not self._client:
+            self.steps += 1
+            sys.setprofile(self._profile)
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        sys.setprofile(None)
+
+    def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(_PACKAGE):
+            file = str(Path(code.co_filename).relative_to(_PACKAGE))
+            name = getattr(code, "co_qualname", code.co_name)  # Python 3.11
+            self.calls.append(Call(file, name))
+
+
+async def _ask(sock: trio.socket.SocketType, text: bytes, fds: Sequence[int] = ()) -> None:
+    """Send one request, and wait for its reply.
+
+    Raises:
+        RuntimeError: the reply is an error.
+    """
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    await sock.sendmsg([text], rights)
+    reply = await sock.recv(1 << 16)
+    if b'"return"' not in reply:
+        raise RuntimeError(f"the daemon answers {reply!r}")
+
+
+async def _record(path: Path) -> list[Walk]:
+    walks: list[Walk] = []
+    async with trio.open_nursery() as nursery:
+        await nursery.start(qmpfd.serve, [path])
+        with trio.socket.socket(socket.AF_UNIX) as sock, tempfile.TemporaryFile() as file:
+            await sock.connect(str(path))
+            await sock.recv(1 << 16)  # the greeting
+            await _ask(sock, b'{"execute": "qmp_capabilities"}\n')
+            recorder = _Recorder(trio.lowlevel.current_task())
+            for number in range(2 * _REQUESTS):
+                await trio.testing.wait_all_tasks_blocked()
+                recorder.calls, recorder.steps = [], 0
+                trio.lowlevel.add_instrument(recorder)
+                await _ask(sock, b'{"execute": "add-fd"}\n', [file.fileno()])
+                await trio.testing.wait_all_tasks_blocked()
+                trio.lowlevel.remove_instrument(recorder)
+                if number >= _REQUESTS:
+                    walks.append(Walk(recorder.calls, recorder.steps))
+                await _ask(sock, b'{"execute": "remove-fd", "arguments": {"fdset-id": 0}}\n')
+        nursery.cancel_scope.cancel()
+    return walks
+
+
+def walk() -> Walk:
+    """The path of the median request: now and then one does more, for instance FIONREAD."""
+    with tempfile.TemporaryDirectory(prefix="qmpfd-bench-") as folder:
+        walks = trio.run(_record, Path(folder) / "socket")
+    middle = statistics.median_low(len(each.calls) for each in walks)
+    return next(each for each in walks if len(each.calls) == middle)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Count, and say so."""
+    parser = argparse.ArgumentParser(prog="path.py", description="The path of one add-fd.")
+    parser.add_argument("--list", action="store_true", help="name each call, in order")
+    options = parser.parse_args(arguments)
+    found = walk()
+    if options.list:
+        for call in found.calls:
+            print(f"{call.file:32} {call.function}")
+    print(f"{len(found.calls)} calls, {found.changes} changes of file, {found.steps} task steps")
+
+
+if __name__ == "__main__":
+    main()
