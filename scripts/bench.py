@@ -2,21 +2,21 @@
 
 One run starts all of them, and gives each the same work in turns, round after round; what counts
 are the medians, and the ratios between them.  The CPU time is the server's own
-(/proc/PID/schedstat), with the client, a C program, on the same CPU; so it says what a command
-costs, and hardly depends on what else the machine does.  Peers that are not installed are left
-out, and named with the command that installs them.
+(/proc/PID/schedstat).  Its clients, a C program, are measured on the CPU of the server, where they
+take turns and the server hardly ever waits, and on another CPU, where each request wakes it up.
+Peers that are not installed are left out, and named with the command that installs them.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import signal
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -24,10 +24,15 @@ from benchmark import plots
 from benchmark.goals import goals
 from benchmark.plan import Scale, measure_all, timed
 from benchmark.report import as_json, tell, tell_goals
-from benchmark.servers import KINDS, Failed, Servers, missing
+from benchmark.servers import KINDS, OTHER, Failed, Servers, missing, placement
 
-_WHOLE = Scale(5, 300, 1_000_000, (0, 1000, 5000, 15000), (50, 1000), 5, 15000)
-_QUICK = Scale(2, 80, 1_000_000, (0, 1000, 15000), (50, 1000), 3, 1000)
+_CLIENTS = (20, 200, 1000)
+_WHOLE = Scale(5, 300, 1_000_000, (0, 1000, 5000, 15000), _CLIENTS, 5, 15000, 10000, 99, 1.0)
+_QUICK = Scale(2, 80, 1_000_000, (0, 1000, 15000), _CLIENTS, 3, 1000, 10000, 99, 0.1)
+_PAIRS = Scale(3, 200, 1_000_000, (0,), _CLIENTS, 0, 0, 0, 0, 0)
+
+#: The servers that the goals of ``--pairs`` compare.
+_COMPARED = ("loop", "trio", "qmpfd", "supervised")
 
 #: Descriptors that a server needs besides those that it stores: its clients, and its own.
 _SPARE = 1200
@@ -36,6 +41,11 @@ _SPARE = 1200
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.py", description="What the daemon costs.")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
+    parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help=f"add-fd and remove-fd only, of {', '.join(_COMPARED)} only: under a minute",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots there")
     parser.add_argument(
@@ -45,6 +55,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commands", type=int, metavar="N", help="in one run, at most")
     parser.add_argument("--stored", type=int, metavar="N", help="descriptors, at most")
     parser.add_argument("--clients", type=int, metavar="N", help="at a time, at most")
+    parser.add_argument("--attacks", type=int, metavar="N", help="kinds of attacks, at most")
     parser.add_argument(
         "--only", nargs="+", choices=KINDS, metavar="NAME", help=f"of {', '.join(KINDS)}"
     )
@@ -53,19 +64,19 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _scale(options: argparse.Namespace) -> Scale:
     """How much to do: as asked, and as far as this process may."""
-    scale = _QUICK if options.quick else _WHOLE
+    scale = _PAIRS if options.pairs else _QUICK if options.quick else _WHOLE
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    most = min(options.stored or scale.most, hard - _SPARE)
+    most = min(scale.most if options.stored is None else options.stored, hard - _SPARE)
     crowd = min(options.clients or scale.clients[-1], hard - 100)
-    return Scale(
+    return replace(
+        scale,
         rounds=options.rounds or scale.rounds,
-        milliseconds=scale.milliseconds,
         commands=options.commands or scale.commands,
         steps=(*(step for step in scale.steps if step < most), most),
         clients=(*(count for count in scale.clients if count < crowd), crowd),
-        starts=scale.starts,
-        slow_most=scale.slow_most,
+        outage=min(scale.outage, most),
+        attacks=scale.attacks if options.attacks is None else options.attacks,
     )
 
 
@@ -74,7 +85,8 @@ def _names(options: argparse.Namespace) -> list[str]:
     absent = missing()
     if "loop" in absent:  # so is the load client
         raise Failed(f"there is no C compiler: {absent['loop']}")
-    wanted = [name for name in KINDS if not options.only or name in options.only]
+    chosen = options.only or (_COMPARED if options.pairs else KINDS)
+    wanted = [name for name in KINDS if name in chosen]
     for name in wanted:
         if name in absent:
             print(f"{KINDS[name].label} is not installed, so not measured: {absent[name]}")
@@ -111,11 +123,11 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     progress = _Progress()
     try:
-        scale, names = _scale(options), _names(options)
-        # Client and server take turns on one CPU: no wake-up of another one is measured.
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        scale, names, cpus = _scale(options), _names(options), placement()
+        if OTHER not in cpus:
+            print("There is one CPU only: no client is measured on another one.")
         with tempfile.TemporaryDirectory(prefix="qmpfd-bench-") as folder, ExitStack() as stack:
-            results = measure_all(Servers(Path(folder), stack), scale, names, progress)
+            results = measure_all(Servers(Path(folder), stack, cpus), scale, names, progress)
     except (Failed, OSError) as exc:
         progress.over()
         print(f"FAILED: {exc}", file=sys.stderr)
@@ -124,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     progress.over()
     found = goals(results, scale)
-    how = f"{scale.rounds} rounds in {timed(began)}; medians; client and server on one CPU."
+    how = f"{scale.rounds} rounds in {timed(began)}; medians."
     told = "\n\n".join([tell(results, scale, names), tell_goals(found), how])
     print(told)
     report: Path | None = options.report

@@ -1,13 +1,13 @@
 /* The clients of the bench: any number of them, in one thread, each with so many commands in
  * flight.  In C, so that they cost little beside the server that is measured.
  *
- *     load SOCKET PID qmp|s6 WORK [NAME=NUMBER]...
+ *     load SOCKET PID[,PID]... qmp|s6 WORK [NAME=NUMBER]...
  *
  * WORK is pair (add-fd, then remove-fd of what was added), fill (add-fd, and leave it there),
  * stock (add all, then remove all, again and again), query, open, or idle (connect, say so, wait
- * for a line of standard input).  At the end there is one line of JSON on standard output: how many commands,
- * the CPU time of all threads of the server PID meanwhile, and how long the replies took.  Every
- * reply is checked.
+ * for a line of standard input).  At the end there is one line of JSON on standard output: how many
+ * commands, the CPU time of all threads of the server's processes meanwhile, and how long the
+ * replies took.  Every reply is checked.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -53,8 +53,8 @@ static const struct { const char *name; long *value; } options[] = {
     {"together", &together},
 };
 
-static int s6, file, pid, own_thread = -1;
-static const char *work;
+static int s6, file, own_thread = -1;
+static const char *work, *pids;
 static uint64_t deadline, slowest, slowest_cpu;
 static long started, done, total, serial; /* with s6, the client names what it stores */
 static long *sets; /* with stock: what was added */
@@ -142,17 +142,17 @@ static void answered(struct client *c, const char *text, size_t length)
     done++;
 
     long set = command.set;
-    if (s6 ? length < 7 || text[6] : length < 12 || memcmp(text, "{\"return\": ", 11))
+    if (s6 ? length < 7 || text[6] : length < 12 || memcmp(text, "{\"return\":", 10))
         fail("an error: %.*s", length > 200 ? 200 : (int)length, s6 ? "(s6)" : text);
     if (command.kind == ADD && !s6) {
-        set = number_after(text, length, "\"fdset-id\": ");
-        number_after(text, length, "\"fd\": ");
+        set = number_after(text, length, "\"fdset-id\":");
+        number_after(text, length, "\"fd\":");
     }
     if (command.kind == OPEN && c->passed-- < 1)
         fail("no descriptor came with the reply");
     if (command.kind == QUERY && !listing) {
         listing = length;
-        long found = s6 ? count_of(text, length, "bench-") : count_of(text, length, "\"fd\": ");
+        long found = s6 ? count_of(text, length, "bench-") : count_of(text, length, "\"fd\":");
         if (expect >= 0 && found != expect && found != expect + together)
             fail("%ld descriptors are listed, not %ld", found, expect);
     } else if (command.kind == QUERY && length != listing && !together)
@@ -256,8 +256,8 @@ int main(int argc, char **argv)
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     alarm(LONGEST_RUN);
     if (argc < 5)
-        fail("usage: load SOCKET PID qmp|s6 WORK [NAME=NUMBER]...");
-    pid = atoi(argv[2]);
+        fail("usage: load SOCKET PID[,PID]... qmp|s6 WORK [NAME=NUMBER]...");
+    pids = argv[2];
     s6 = !strcmp(argv[3], "s6");
     work = argv[4];
     serial = strcmp(work, "fill") ? 1000000 : 0; /* what was filled in is bench-0, and so on */
@@ -288,7 +288,7 @@ int main(int argc, char **argv)
     }
     if (watch) {
         char name[100];
-        snprintf(name, sizeof name, "/proc/%d/task/%d/schedstat", pid, pid);
+        snprintf(name, sizeof name, "/proc/%d/task/%d/schedstat", atoi(pids), atoi(pids));
         own_thread = open(name, O_RDONLY | O_CLOEXEC);
     }
     if (together || !strcmp(work, "idle")) {
@@ -302,15 +302,15 @@ int main(int argc, char **argv)
     int stock = !strcmp(work, "stock");
     deadline = begun + milliseconds * 1000000ull;
     do { /* with stock, that many again and again; with all else, once */
-        uint64_t before = server_cpu(pid), between;
+        uint64_t before = server_cpu(pids), between;
         started = done = n_sets = next_set = removing = 0;
         run(all, poll);
-        between = server_cpu(pid);
+        between = server_cpu(pids);
         cpu += between - before;
         if (stock) {
             removing = 1;
             run(all, poll);
-            removal_cpu += server_cpu(pid) - between;
+            removal_cpu += server_cpu(pids) - between;
         }
         total += done;
     } while (stock && now() < deadline);

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from .servers import Failed, Server, Servers, end
+from .servers import SAME, Failed, Server, Servers, end, on_cpus
 
 #: Seconds after which a run counts as hung; the client itself gives up before.
 _TIMEOUT = 150
@@ -42,7 +42,8 @@ class Run:
 def _command(servers: Servers, server: Server, work: str, options: dict[str, int]) -> list[str]:
     said = [f"{name.replace('_', '-')}={value}" for name, value in options.items()]
     program = str(servers.build("load"))
-    return [program, str(server.path), str(server.pid), server.kind.protocol, work, *said]
+    pids = ",".join(map(str, server.pids))
+    return [program, str(server.path), pids, server.kind.protocol, work, *said]
 
 
 def _outcome(server: Server, work: str, process: subprocess.Popen[bytes]) -> Run:
@@ -58,14 +59,12 @@ def _outcome(server: Server, work: str, process: subprocess.Popen[bytes]) -> Run
 
 @contextmanager
 def _started(
-    servers: Servers, server: Server, work: str, options: dict[str, int]
+    servers: Servers, server: Server, work: str, options: dict[str, int], place: str = SAME
 ) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(
-        _command(servers, server, work, options),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    command = _command(servers, server, work, options)
+    pipe = subprocess.PIPE
+    with on_cpus({servers.cpus[place]}):
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
     try:
         yield process
     finally:
@@ -75,14 +74,14 @@ def _started(
         process.stderr.close()
 
 
-def run(servers: Servers, server: Server, work: str, **options: int) -> Run:
-    """Run *work* against *server*; see ``load.c`` for both.
+def run(servers: Servers, server: Server, work: str, place: str = SAME, **options: int) -> Run:
+    """Run *work* against *server*, with the clients in that place; see ``load.c``.
 
     Raises:
         Failed: a reply was wrong, or did not come.
     """
     server.settle()
-    with _started(servers, server, work, options) as process:
+    with _started(servers, server, work, options, place) as process:
         return _outcome(server, work, process)
 
 

@@ -7,13 +7,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import load
+from . import load, waits
 from .load import Run
-from .servers import KINDS, Failed, Server, Servers, environment
+from .path import Walk, walk
+from .servers import KINDS, SAME, Failed, Server, Servers, environment
 
 #: Commands in flight of a single client, and clients with one each.
 IN_FLIGHT = (1, 8, 64)
@@ -33,6 +34,9 @@ class Scale:
         clients: with one command in flight each.
         starts: of a bare Python, and of ``qmpfd ls``, a round.
         slow_most: the most descriptors for a server that gets slow with them.
+        outage: how many descriptors are stored in a takeover and in a crash.
+        attacks: how many kinds of attacks.
+        attack: seconds that each of them lasts.
     """
 
     rounds: int
@@ -42,6 +46,9 @@ class Scale:
     clients: tuple[int, ...]
     starts: int
     slow_most: int
+    outage: int
+    attacks: int
+    attack: float
 
     @property
     def most(self) -> int:
@@ -59,6 +66,7 @@ class Cell:
         work: as the load client calls it, or ``worst wait``.
         in_flight: commands that each client has under way.
         clients: how many there are.
+        place: on which CPU they are, SAME or OTHER.
     """
 
     server: str
@@ -66,6 +74,7 @@ class Cell:
     work: str
     in_flight: int = 1
     clients: int = 1
+    place: str = SAME
 
 
 @dataclass
@@ -77,6 +86,12 @@ class Results:
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
     #: CPU seconds that each start of a bare Python, and of ``qmpfd ls``, took.
     starts: dict[str, list[float]] = field(default_factory=dict)
+    #: The longest wait of a client, in seconds, of each round: in a takeover, and in a crash.
+    outages: dict[str, list[float]] = field(default_factory=dict)
+    #: The longest wait of a client, in seconds, by the attack beside it.
+    attacks: dict[str, float] = field(default_factory=dict)
+    #: The Python calls of one add-fd; None if they were not counted.
+    walk: Walk | None = None
 
     def each(self, cell: Cell, value: Callable[[Run], float]) -> list[float]:
         """A value of each run of *cell*; none if it was not measured."""
@@ -95,18 +110,23 @@ class Results:
         return statistics.median(a / b for a, b in zip(mine, its, strict=True))
 
 
-def cells(scale: Scale, names: list[str]) -> list[Cell]:
+def pairs(scale: Scale, place: str) -> list[Cell]:
+    """The rows of add-fd and remove-fd, by clients and requests in flight."""
+    one = [Cell("", 0, "pair", in_flight, place=place) for in_flight in IN_FLIGHT]
+    return one + [Cell("", 0, "pair", clients=clients, place=place) for clients in scale.clients]
+
+
+def cells(scale: Scale, names: list[str], places: Collection[str]) -> list[Cell]:
     """All cells, in an order in which each server has a pause before its next turn."""
-    some = scale.steps[1]
-    wanted = [
-        *(Cell("", 0, "pair", in_flight) for in_flight in IN_FLIGHT),
-        *(Cell("", 0, "pair", clients=clients) for clients in scale.clients),
-        *(Cell("", stored, "pair") for stored in scale.steps[1:]),
-        *(Cell("", stored, "query") for stored in scale.steps),
-        *(Cell("", some, "open", in_flight) for in_flight in IN_FLIGHT),
-        Cell("", 0, "stock"),
-        Cell("", scale.most, "worst wait", clients=2),
-    ]
+    wanted = [cell for place in places for cell in pairs(scale, place)]
+    if scale.most:
+        wanted += [
+            *(Cell("", stored, "pair") for stored in scale.steps[1:]),
+            *(Cell("", stored, "query") for stored in scale.steps),
+            *(Cell("", scale.steps[1], "open", in_flight) for in_flight in IN_FLIGHT),
+            Cell("", 0, "stock"),
+            Cell("", scale.most, "worst wait", clients=2),
+        ]
     found = []
     for cell in wanted:
         for name in names:
@@ -120,7 +140,7 @@ def cells(scale: Scale, names: list[str]) -> list[Cell]:
                 continue
             if cell.stored and not kind.keeps:
                 continue
-            found.append(Cell(name, cell.stored, cell.work, cell.in_flight, cell.clients))
+            found.append(replace(cell, server=name))
     return found
 
 
@@ -134,12 +154,9 @@ def stocked(servers: Servers, name: str, stored: int, batch: int = 1) -> Server:
 def fill(servers: Servers, server: Server, stored: int, batch: int = 1) -> None:
     """Give a server descriptors to keep."""
     if stored:
-        load.run(
-            *(servers, server, "fill"),
-            commands=stored // batch,
-            fds=batch,
-            in_flight=32 if server.kind.pipelines else 1,
-        )
+        in_flight = 32 if server.kind.pipelines else 1
+        shape = {"commands": stored // batch, "fds": batch, "in_flight": in_flight}
+        load.run(servers, server, "fill", SAME, **shape)
 
 
 def measure(servers: Servers, server: Server, cell: Cell, scale: Scale) -> Run:
@@ -151,12 +168,12 @@ def measure(servers: Servers, server: Server, cell: Cell, scale: Scale) -> Run:
         return load.run_beside(servers, server, lasting, **limits)
     if cell.work == "stock":
         messages, batch = (4, BATCH) if server.kind.batches else (BATCH, 1)
-        del limits["commands"]
-        return load.run(servers, server, "stock", commands=messages, fds=batch, **limits)
+        limits.update(commands=messages, fds=batch)
+        return load.run(servers, server, "stock", SAME, **limits)
     if cell.work == "query":
         limits.update(expect)
     shape = {"clients": cell.clients, "in_flight": cell.in_flight}
-    return load.run(servers, server, cell.work, **limits, **shape)
+    return load.run(servers, server, cell.work, cell.place, **limits, **shape)
 
 
 def measure_memory(servers: Servers, name: str, scale: Scale) -> dict[str, float]:
@@ -218,12 +235,26 @@ def _cpu_of(command: list[str]) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def measure_outages(
+    servers: Servers, scale: Scale, results: Results, progress: Callable[[str], None]
+) -> None:
+    """The longest waits in takeovers, each from the last newcomer, and in crashes."""
+    server = stocked(servers, "qmpfd", scale.outage)
+    supervised = stocked(servers, "supervised", scale.outage)
+    results.outages = {"takeover": [], "supervised crash": []}
+    for number in range(scale.rounds):
+        progress(f"round {number + 1} of {scale.rounds}: takeover and crash")
+        waited, server = waits.takeover(servers, server)
+        results.outages["takeover"].append(waited)
+        results.outages["supervised crash"].append(waits.crash(servers, supervised))
+
+
 def measure_all(
     servers: Servers, scale: Scale, names: list[str], progress: Callable[[str], None]
 ) -> Results:
     """Everything, round by round, each server taking its turn in each."""
     results = Results()
-    plan = cells(scale, names)
+    plan = cells(scale, names, servers.cpus)
     running: dict[tuple[str, int], Server] = {}
     for cell in plan:
         key = (cell.server, cell.stored)
@@ -236,14 +267,25 @@ def measure_all(
             progress(f"round {number + 1} of {scale.rounds}: {cell.server}: {what}")
             server = running[cell.server, cell.stored]
             results.runs.setdefault(cell, []).append(measure(servers, server, cell, scale))
-        if "qmpfd" in names:
+        if "qmpfd" in names and scale.starts:
             progress(f"round {number + 1} of {scale.rounds}: qmpfd ls")
             taken = measure_starts(servers, running["qmpfd", 0], scale)
             for name, values in taken.items():
                 results.starts.setdefault(name, []).append(statistics.median(values))
-    for name in names:
-        progress(f"memory of {name}")
-        results.memory[name] = measure_memory(servers, name, scale)
+    if scale.most:
+        for name in names:
+            progress(f"memory of {name}")
+            results.memory[name] = measure_memory(servers, name, scale)
+        if "qmpfd" in names:
+            measure_outages(servers, scale, results, progress)
+            for attack in waits.attacks()[: scale.attacks]:
+                progress(f"attack: {attack.name}")
+                server = stocked(servers, "qmpfd", attack.stored)
+                results.attacks[attack.name] = waits.beside(servers, server, attack, scale.attack)
+                servers.end(server)
+    if "qmpfd" in names:
+        progress("the calls of one add-fd")
+        results.walk = walk()
     return results
 
 

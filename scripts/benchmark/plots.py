@@ -14,7 +14,7 @@ from .servers import KINDS
 INSTALL = "python -m pip install matplotlib"
 
 _COLOURS = {"loop": "#888888", "s6": "#4477aa", "qmpfd": "#228833", "asyncio": "#ccbb44"}
-_COLOURS |= {"floor": "#bbbbbb", "qemu": "#ee6677"}
+_COLOURS |= {"trio": "#bbbbbb", "supervised": "#117733", "qemu": "#ee6677"}
 
 
 def draw(results: Results, scale: Scale, names: list[str], folder: Path) -> list[Path]:

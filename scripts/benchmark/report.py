@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from .goals import Goal, stored_a_second, turned_over_a_second
+from .goals import Goal, cpu, p50, p99, shape, stored_a_second, turned_over_a_second
 from .load import Run
-from .plan import BATCH, IN_FLIGHT, Cell, Results, Scale
-from .servers import KINDS
+from .plan import BATCH, IN_FLIGHT, Cell, Results, Scale, pairs
+from .servers import KINDS, OTHER, SAME
 
 #: A row of a table: what it says, and its cell, of whichever server.
 Row = tuple[str, Cell]
@@ -22,7 +22,7 @@ Row = tuple[str, Cell]
 _NOTHING = "-"
 
 #: All tables of servers have columns of one width, so that they stand below each other.
-_COLUMN = 12
+_COLUMN = 10
 
 
 def table(
@@ -47,12 +47,9 @@ def _figure(value: float | None) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _rows(scale: Scale) -> list[Row]:
+def _rows(scale: Scale, place: str) -> list[Row]:
     """The rows of add-fd and remove-fd."""
-    return [
-        *((f"{n} in flight", Cell("", 0, "pair", n)) for n in IN_FLIGHT),
-        *((f"{n:,} clients", Cell("", 0, "pair", clients=n)) for n in scale.clients),
-    ]
+    return [(shape(cell), cell) for cell in pairs(scale, place)]
 
 
 def _stored_rows(scale: Scale, work: str, first: int) -> list[Row]:
@@ -60,7 +57,7 @@ def _stored_rows(scale: Scale, work: str, first: int) -> list[Row]:
 
 
 def _open_rows(scale: Scale) -> list[Row]:
-    return [(f"{n} in flight", Cell("", scale.steps[1], "open", n)) for n in IN_FLIGHT]
+    return [(f"1 x {n}", Cell("", scale.steps[1], "open", n)) for n in IN_FLIGHT]
 
 
 def _tell(
@@ -80,18 +77,6 @@ def _tell(
     return table(title, ["", *(KINDS[name].label for name in names)], told)
 
 
-def _cpu(run: Run) -> float:
-    return run.cpu_us
-
-
-def _p50(run: Run) -> float:
-    return run.p50_ns / 1e3
-
-
-def _p99(run: Run) -> float:
-    return run.p99_ns / 1e3
-
-
 def _batch_rows(results: Results, names: list[str]) -> str:
     rows = []
     for text, rate in (("stored", stored_a_second), ("and removed", turned_over_a_second)):
@@ -101,7 +86,7 @@ def _batch_rows(results: Results, names: list[str]) -> str:
             batch = BATCH if KINDS[name].batches else 1
             row.append(_figure(found and found * batch / 1e3))
         rows.append(row)
-    title = f"Thousands of descriptors per CPU second, {BATCH} a message (s6-fdholderd: one)"
+    title = f"Thousands of descriptors per CPU second, {BATCH} a message (s6: one)"
     return table(title, ["", *(KINDS[name].label for name in names)], rows)
 
 
@@ -116,60 +101,84 @@ def _starts(results: Results) -> str:
     return table("Starts, ms of CPU", ["", "from start to end"], rows)
 
 
+def _waits(results: Results, scale: Scale) -> list[str]:
+    """The longest waits of others, where they were measured."""
+    told = []
+    rows = [
+        [f"{what}, {scale.outage:,} stored", *(_figure(statistics.median(each) * 1e3),)]
+        for what, each in results.outages.items()
+    ]
+    if rows:
+        told.append(table("Longest wait of a client, ms", ["", "median"], rows))
+    rows = [[what, _figure(seconds * 1e3)] for what, seconds in results.attacks.items()]
+    if rows:
+        told.append(table("Longest wait of one who asks once a millisecond, ms", ["", ""], rows))
+    return told
+
+
+def _path(results: Results) -> list[str]:
+    found = results.walk
+    if found is None:
+        return []
+    rows = [["", str(len(found.calls)), str(found.changes)]]
+    return [table("One add-fd in Python", ["", "calls", "changes of file"], rows)]
+
+
 def tell_goals(found: list[Goal]) -> str:
     """The goals, and whether each is met."""
     rows = []
     for goal in found:
-        sign = ">=" if goal.at_least else "<="
         met = {True: "yes", False: "NO", None: "not known"}[goal.met]
         measured = _NOTHING if goal.measured is None else f"{goal.measured:.3g} {goal.unit}"
-        rows.append([goal.what, f"{sign} {goal.wanted:g} {goal.unit}", measured, met])
-    return table("Goals", ["", "goal", "measured", "met"], rows, column=0)
+        rows.append([goal.what, f"{goal.wanted:g} {goal.unit}", measured, met])
+    return table("Goals", ["", "at most", "measured", "met"], rows, column=0)
 
 
 def tell(results: Results, scale: Scale, names: list[str]) -> str:
     """All that was measured, for people."""
-    some = scale.steps[1]
-    pairs = "add-fd + remove-fd"
-    waits: list[Row] = [
-        ("by the clock / CPU", Cell("", scale.most, "worst wait", clients=2)),
-    ]
+    told = []
+    work = "add-fd + remove-fd, by clients x requests in flight"
+    for place, where in {SAME: "the server's CPU", OTHER: "another CPU"}.items():
+        if not any(cell.place == place for cell in results.runs):
+            continue
+        for what, value in {
+            "CPU us per command": cpu,
+            "Round trip us, p50": lambda run: p50(run) / 1e3,
+            "Round trip us, p99": lambda run: p99(run) / 1e3,
+            "Commands per second": lambda run: run.per_second,
+        }.items():
+            title = f"{what}, client on {where}"
+            told.append(_tell(results, names, title, _rows(scale, place), [value]))
+    if scale.most:
+        told += _tell_stored(results, scale, [name for name in names if KINDS[name].keeps])
+    return "\n\n".join([f"{work}:", *told, *_waits(results, scale), *_path(results)])
 
-    # What the calls alone take has its place beside what a command takes, and no other.
-    servers = [name for name in names if name != "floor"]
+
+def _tell_stored(results: Results, scale: Scale, names: list[str]) -> list[str]:
+    """What depends on how much is stored; nothing of the floors, which keep nothing."""
+    wait = Cell("", scale.most, "worst wait", clients=2)
 
     def tell_rows(title: str, rows: list[Row], *values: Callable[[Run], float]) -> str:
-        return _tell(results, servers, title, rows, values)
+        return _tell(results, names, title, rows, values)
 
-    return "\n\n".join(
-        [
-            _tell(results, names, f"CPU us per command, {pairs}", _rows(scale), [_cpu]),
-            tell_rows(f"Round trip us, p50 / p99, {pairs}", _rows(scale), _p50, _p99),
-            tell_rows(
-                f"Commands per second, client included, {pairs}",
-                _rows(scale),
-                lambda run: run.per_second,
-            ),
-            tell_rows(
-                f"CPU us per command, {pairs}, 1 in flight", _stored_rows(scale, "pair", 1), _cpu
-            ),
-            tell_rows(
-                "CPU us per command, query-fdsets, 1 in flight",
-                _stored_rows(scale, "query", 0),
-                _cpu,
-            ),
-            tell_rows(f"CPU us per command, open-fdset, {some:,} stored", _open_rows(scale), _cpu),
-            _batch_rows(results, servers),
-            tell_rows(
-                f"Worst wait of another while {scale.most:,} are listed, ms / ms of server CPU",
-                waits,
-                lambda run: run.max_ns / 1e6,
-                lambda run: run.max_cpu_ns / 1e6,
-            ),
-            _memory(results, servers),
-            _starts(results),
-        ]
-    )
+    return [
+        tell_rows(
+            "CPU us per command, add-fd + remove-fd, 1 x 1", _stored_rows(scale, "pair", 1), cpu
+        ),
+        tell_rows("CPU us per command, query-fdsets, 1 x 1", _stored_rows(scale, "query", 0), cpu),
+        tell_rows(
+            f"CPU us per command, open-fdset, {scale.steps[1]:,} stored", _open_rows(scale), cpu
+        ),
+        _batch_rows(results, names),
+        tell_rows(
+            f"Worst wait of another while {scale.most:,} are listed, ms / ms of server CPU",
+            [("by the clock / CPU", wait)],
+            lambda run: run.max_ns / 1e6,
+            lambda run: run.max_cpu_ns / 1e6,
+        ),
+        _memory(results, names),
+        _starts(results),
+    ]
 
 
 def as_json(results: Results, scale: Scale, found: list[Goal]) -> bytes:
@@ -184,13 +193,17 @@ def as_json(results: Results, scale: Scale, found: list[Goal]) -> bytes:
         "scale": scale,
         "cells": [
             {"server": cell.server, "stored": cell.stored, "work": cell.work}
-            | {"in-flight": cell.in_flight, "clients": cell.clients, "runs": runs}
+            | {"in-flight": cell.in_flight, "clients": cell.clients, "cpu": cell.place}
+            | {"runs": runs}
             for cell, runs in results.runs.items()
         ],
         "memory": results.memory,
         "starts": results.starts,
+        "outages": results.outages,
+        "attacks": results.attacks,
+        "path": results.walk and {"calls": results.walk.calls, "changes": results.walk.changes},
         "goals": [
-            {"what": g.what, "wanted": g.wanted, "at-least": g.at_least, "unit": g.unit}
+            {"what": g.what, "wanted": g.wanted, "unit": g.unit}
             | {"measured": g.measured, "met": g.met}
             for g in found
         ],

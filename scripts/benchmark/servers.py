@@ -8,15 +8,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
 
+#: Where a client runs: on the CPU of its server, where they take turns, or on another one, where
+#: each request wakes the server up.
+SAME, OTHER = "same", "other"
+
 #: Seconds for what takes milliseconds when all is well: to start, to end.
 PATIENCE = 15.0
+
+
+def placement() -> dict[str, int]:
+    """The CPU of the servers, which is that of some clients, and the CPU of the others if any."""
+    cpus = sorted(os.sched_getaffinity(0))
+    return {SAME: cpus[-1]} | ({OTHER: cpus[0]} if len(cpus) > 1 else {})
 
 
 class Failed(Exception):
@@ -37,7 +48,8 @@ class Kind:
         works: the commands that it has, as the load client calls them.
         batches: whether it takes many descriptors in one command.
         slow_when_full: whether a command costs the more, the more is stored.
-        keeps: whether it keeps what it is given; else it only shows what the calls take.
+        keeps: whether it is measured with descriptors stored, too; else it only shows what an
+            add-fd and a remove-fd take.
     """
 
     label: str
@@ -52,25 +64,27 @@ class Kind:
     keeps: bool = True
 
 
-_ALL = frozenset(("pair", "stock", "query", "open"))
+_PAIR = frozenset(("pair",))
+_ALL = _PAIR | {"stock", "query", "open"}
 
 KINDS: dict[str, Kind] = {
     "loop": Kind(
         *("bare C", "qmp", 1 << 16, True, "gcc", "apt-get install gcc libc6-dev"),
-        frozenset(("pair", "stock")),
+        _PAIR | {"stock"},
         keeps=False,
     ),
-    "floor": Kind("bare Python", "qmp", 1 << 16, True, None, "", frozenset(("pair",)), keeps=False),
     "s6": Kind(
-        *("s6-fdholderd", "s6", 256, False, "s6-fdholderd", "apt-get install s6", _ALL),
+        *("s6", "s6", 256, False, "s6-fdholderd", "apt-get install s6", _ALL),
         batches=False,
         slow_when_full=True,
     ),
+    "trio": Kind("bare Trio", "qmp", 1 << 16, True, None, "", _PAIR, keeps=False),
     "qmpfd": Kind("qmpfd", "qmp", 1 << 16, True, None, "", _ALL),
+    "supervised": Kind("supervised", "qmp", 1 << 16, True, None, "", _PAIR, keeps=False),
     "asyncio": Kind("asyncio", "qmp", 1 << 16, True, None, "", _ALL),
     "qemu": Kind(
         *("QEMU", "qmp", 1, True, "qemu-system-x86_64", "apt-get install qemu-system-x86"),
-        frozenset(("pair", "query")),
+        _PAIR | {"query"},
         batches=False,
     ),
 }
@@ -91,13 +105,13 @@ class Server:
 
     Args:
         name: which of KINDS it is.
-        pid: its process.
+        pids: its processes: the one that serves, and with ``--supervise`` its parent.
         path: its socket.
         stored: how many descriptors it was given to keep.
     """
 
     name: str
-    pid: int
+    pids: tuple[int, ...]
     path: Path
     stored: int
 
@@ -109,11 +123,12 @@ class Server:
     def cpu(self) -> int:
         """Nanoseconds of CPU time of all its threads (proc(5), schedstat)."""
         total = 0
-        for task in Path(f"/proc/{self.pid}/task").iterdir():
-            try:
-                total += int((task / "schedstat").read_text().split()[0])
-            except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
-                continue
+        for pid in self.pids:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                try:
+                    total += int((task / "schedstat").read_text().split()[0])
+                except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                    continue
         return total
 
     def settle(self) -> None:
@@ -126,7 +141,7 @@ class Server:
 
     def resident(self) -> int:
         """Bytes of memory that it occupies (proc(5), smaps_rollup)."""
-        for line in Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{self.pids[0]}/smaps_rollup").read_text().splitlines():
             if line.startswith("Rss:"):
                 return int(line.split()[1]) * 1024
         raise Failed("the kernel does not tell how much memory a process has")
@@ -138,12 +153,15 @@ class Servers:
     Args:
         folder: where their sockets and programs are.
         stack: ends what was started.
+        cpus: where they run, and where their clients do, by what the table calls it.
     """
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, cpus: Mapping[str, int]) -> None:
         self.folder = folder
+        self.cpus = cpus
         self._stack = stack
         self._count = 0
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def build(self, name: str) -> Path:
         """Compile one of the C programs beside this file."""
@@ -157,12 +175,10 @@ class Servers:
 
     def start(self, name: str, stored: int) -> Server:
         """Start a server, and wait until it takes clients."""
-        self._count += 1
-        folder = self.folder / f"{self._count}"
-        folder.mkdir()
+        folder = self.new_folder()
         path = folder / "socket"
-        process = _STARTERS[name](self, folder, path)
-        self._stack.callback(end, process)
+        with on_cpus({self.cpus[SAME]}):
+            process = _STARTERS[name](self, folder, path)
         deadline = time.monotonic() + PATIENCE
         while not _takes_clients(path):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -173,20 +189,51 @@ class Servers:
             # It forgets its fd sets with the last monitor's client, so one more stays all the time.
             second = self._stack.enter_context(socket.socket(socket.AF_UNIX))
             second.connect(str(folder / _SECOND_MONITOR))
-        return Server(name, process.pid, path, stored)
+        pids = (*children(process.pid), process.pid) if name == "supervised" else (process.pid,)
+        return Server(name, pids, path, stored)
+
+    def new_folder(self) -> Path:
+        """A folder for one more server."""
+        self._count += 1
+        folder = self.folder / f"{self._count}"
+        folder.mkdir()
+        return folder
 
     def spawn(
         self, folder: Path, command: list[str], stdin: socket.socket | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a process that writes to a log of its own."""
-        with (folder / "log").open("wb") as log:
-            return subprocess.Popen(
+        """Start a process that writes to a log of its own; it is ended with all the others."""
+        with (folder / "log").open("ab") as log:
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL if stdin is None else stdin.fileno(),
                 stdout=log,
                 stderr=log,
                 env=environment(),
             )
+        self._stack.callback(end, process)
+        self._processes[process.pid] = process
+        return process
+
+    def end(self, server: Server) -> None:
+        """End one server, before all others are."""
+        end(self._processes[server.pids[-1]])
+
+
+def children(pid: int) -> tuple[int, ...]:
+    """The processes that *pid* has started (proc(5), children)."""
+    return tuple(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+@contextmanager
+def on_cpus(cpus: Collection[int]) -> Iterator[None]:
+    """Start processes and threads on these CPUs only (sched_setaffinity(2) is inherited)."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def environment() -> Mapping[str, str]:
@@ -224,16 +271,19 @@ def _start_loop(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[
     return servers.spawn(folder, [str(servers.build("loop")), str(path)])
 
 
-def _start_floor(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
-    return servers.spawn(folder, [sys.executable, str(HERE / "floor.py"), str(path)])
+def _start_script(servers: Servers, folder: Path, path: Path, name: str) -> subprocess.Popen[bytes]:
+    return servers.spawn(folder, [sys.executable, str(HERE / f"{name}_server.py"), str(path)])
 
 
-def _start_qmpfd(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
-    return servers.spawn(folder, [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path)])
+def serve_command(path: Path, *options: str) -> list[str]:
+    """The command line of a qmpfd that listens there."""
+    return [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path), *options]
 
 
-def _start_asyncio(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
-    return servers.spawn(folder, [sys.executable, str(HERE / "asyncio_server.py"), str(path)])
+def _start_qmpfd(
+    servers: Servers, folder: Path, path: Path, *options: str
+) -> subprocess.Popen[bytes]:
+    return servers.spawn(folder, serve_command(path, *options))
 
 
 _SECOND_MONITOR = "second"
@@ -265,9 +315,10 @@ def _start_s6(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[by
 
 _STARTERS: dict[str, Callable[[Servers, Path, Path], subprocess.Popen[bytes]]] = {
     "loop": _start_loop,
-    "floor": _start_floor,
     "s6": _start_s6,
+    "trio": partial(_start_script, name="trio"),
     "qmpfd": _start_qmpfd,
-    "asyncio": _start_asyncio,
+    "supervised": lambda *where: _start_qmpfd(*where, "--supervise"),
+    "asyncio": partial(_start_script, name="asyncio"),
     "qemu": _start_qemu,
 }

@@ -28,8 +28,8 @@ static uint64_t cpu_of(int schedstat)
     return strtoull(text, NULL, 10);
 }
 
-/* What all threads of the server have used (proc(5), schedstat: nanoseconds). */
-static uint64_t server_cpu(int pid)
+/* What all threads of a process have used (proc(5), schedstat: nanoseconds). */
+static uint64_t process_cpu(int pid)
 {
     char path[300];
     uint64_t sum = 0;
@@ -47,6 +47,15 @@ static uint64_t server_cpu(int pid)
         }
     }
     closedir(tasks);
+    return sum;
+}
+
+/* The same for several processes, separated by commas. */
+static uint64_t server_cpu(const char *pids)
+{
+    uint64_t sum = 0;
+    for (const char *at = pids; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL)
+        sum += process_cpu(atoi(at));
     return sum;
 }
 

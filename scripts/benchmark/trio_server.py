@@ -1,0 +1,84 @@
+"""The floor of a server that is a Trio program: what Trio, the system calls and msgspec cost.
+
+    python trio_server.py SOCKET
+
+One task for each connection: wait_readable, recvmsg, decode, carry out, encode, send.  It has
+``add-fd`` and ``remove-fd`` only, checks nothing, limits nothing, and trusts every client to send
+one command a line, its descriptor with it, and to read the replies.
+"""
+
+from __future__ import annotations
+
+import array
+import itertools
+import os
+import socket
+import sys
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import trio
+
+#: fd sets by id: the descriptors in each.
+SETS: dict[int, list[int]] = {}
+_ids = itertools.count()
+
+
+class Request(msgspec.Struct):
+    """A QMP command."""
+
+    execute: str
+    arguments: dict[str, Any] = {}
+
+
+_decode = msgspec.json.Decoder(Request).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def execute(request: Request, fds: list[int]) -> dict[str, int]:
+    """Carry out one command; what it returns."""
+    if request.execute == "add-fd":
+        fdset_id, fd = next(_ids), fds.pop(0)
+        SETS[fdset_id] = [fd]
+        return {"fdset-id": fdset_id, "fd": fd}
+    if request.execute == "remove-fd":
+        for fd in SETS.pop(request.arguments["fdset-id"]):
+            os.close(fd)
+    return {}
+
+
+async def serve(sock: socket.socket) -> None:
+    """Serve one client until it hangs up."""
+    rest = b""
+    with sock, suppress(ConnectionError):
+        sock.send(b'{"QMP": {}}\r\n')
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            data, control, _, _ = sock.recvmsg(1 << 16, 4096, socket.MSG_CMSG_CLOEXEC)
+            if not data:
+                return
+            fds = array.array("i")
+            for _, _, payload in control:
+                fds.frombytes(payload)
+            waiting = fds.tolist()
+            *lines, rest = (rest + data).split(b"\n")
+            replies = [_encode({"return": execute(_decode(line), waiting)}) for line in lines]
+            sock.send(b"\r\n".join([*replies, b""]))
+
+
+async def main(path: str) -> None:
+    """Accept clients for ever."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(4096)
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.lowlevel.wait_readable(listener)
+                sock, _ = listener.accept()
+                sock.setblocking(False)
+                nursery.start_soon(serve, sock)
+
+
+if __name__ == "__main__":
+    trio.run(main, sys.argv[1])

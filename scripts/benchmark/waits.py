@@ -1,0 +1,258 @@
+"""How long well-behaved clients wait at most: in a takeover, in a crash, and beside attacks."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .servers import PATIENCE, Failed, Server, Servers, children, on_cpus, serve_command
+
+#: The attacks, and the client that measures beside them, are those of the tests.
+FAULTS = Path(__file__).parents[2] / "tests" / "faults"
+
+#: Clients that ask once a millisecond while the daemon is replaced or killed.
+_ASKERS = 8
+#: Answers that each of them gets before and after that.
+_ANSWERS = 50
+
+
+# -- replaced and killed -------------------------------------------------------------------------
+
+
+class _Asker(threading.Thread):
+    """A client that asks once a millisecond, and connects again where the connection ends.
+
+    Args:
+        path: the daemon's socket.
+        adds: whether it adds a descriptor and removes it again; else it asks ``query-name``.
+    """
+
+    def __init__(self, path: Path, adds: bool) -> None:
+        super().__init__(daemon=True)
+        self._path = path
+        self._adds = adds
+        self._over = threading.Event()
+        self._fdset_id: int | None = None  # what it has added
+        self.answers = 0
+        self.longest = 0.0
+        self.failure: Exception | None = None
+
+    def run(self) -> None:
+        """Ask until told to stop."""
+        try:
+            with ExitStack() as stack:
+                sock = self._connect(stack)
+                while not self._over.is_set():
+                    began = time.monotonic()
+                    while not self._ask(sock):
+                        stack.close()
+                        sock = self._connect(stack)
+                    self.longest = max(self.longest, time.monotonic() - began)
+                    self.answers += 1
+                    self._over.wait(0.001)
+        except Exception as exc:  # noqa: BLE001 - told by the main thread
+            self.failure = exc
+
+    def stop(self) -> float:
+        """The longest wait, of all that it asked."""
+        self._over.set()
+        self.join(PATIENCE)
+        if self.failure is not None:
+            raise Failed(f"a client beside it: {self.failure!r}")
+        return self.longest
+
+    def _connect(self, stack: ExitStack) -> socket.socket:
+        self._fdset_id = None
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(PATIENCE)
+            try:
+                sock.connect(str(self._path))
+                if _line(sock):
+                    sock.sendall(b'{"execute": "qmp_capabilities"}\n')
+                    if _line(sock):
+                        stack.callback(sock.close)
+                        return sock
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+            sock.close()
+            time.sleep(0.001)
+
+    def _ask(self, sock: socket.socket) -> bool:
+        """Ask once; False if the connection has ended without an answer."""
+        control = []
+        if not self._adds:
+            text = b'{"execute": "query-name"}\n'
+        elif self._fdset_id is None:
+            text = b'{"execute": "add-fd"}\n'
+            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [2]))]
+        else:
+            text = b'{"execute": "remove-fd", "arguments": {"fdset-id": %d}}\n' % self._fdset_id
+        try:
+            sock.sendmsg([text], control)
+            reply = _line(sock)
+        except ConnectionError:
+            return False
+        if not reply:
+            return False
+        self._fdset_id = json.loads(reply)["return"].get("fdset-id")
+        return True
+
+
+def _line(sock: socket.socket) -> bytes:
+    """One line; empty if the connection ends before."""
+    line = b""
+    while not line.endswith(b"\n"):
+        data = sock.recv(4096)
+        if not data:
+            return b""
+        line += data
+    return line
+
+
+def _longest_wait(server: Server, event: Callable[[], None]) -> float:
+    """The longest that one of the askers waits, while something happens to the daemon."""
+    askers = [_Asker(server.path, adds=bool(number % 2)) for number in range(_ASKERS)]
+
+    def answered() -> None:
+        before = [asker.answers for asker in askers]
+        _until(
+            lambda: all(
+                asker.failure or asker.answers > count + _ANSWERS
+                for asker, count in zip(askers, before, strict=True)
+            ),
+            "the clients are answered no more",
+        )
+
+    for asker in askers:
+        asker.start()
+    answered()
+    event()
+    answered()
+    return max([asker.stop() for asker in askers])
+
+
+def _until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Failed(otherwise)
+        time.sleep(0.005)
+
+
+def _everywhere(servers: Servers, server: Server) -> None:
+    """Let a server run on any CPU, as it does when nobody measures what a command costs."""
+    for pid in server.pids:
+        os.sched_setaffinity(pid, servers.cpus.values())
+
+
+def takeover(servers: Servers, server: Server) -> tuple[float, Server]:
+    """Let a new daemon take over; the longest wait in seconds, and the new one."""
+    _everywhere(servers, server)
+    (old,) = server.pids
+    started: list[int] = []
+
+    def event() -> None:
+        command = serve_command(server.path, "--takeover")
+        process = servers.spawn(server.path.parent, command)
+        started.append(process.pid)
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        _until(
+            lambda: bool(process.poll() or os.waitid(os.P_PID, old, flags)),
+            "the old daemon does not end",
+        )
+        if process.poll() is not None:
+            raise Failed(f"no takeover: {(server.path.parent / 'log').read_text()}")
+
+    with on_cpus(servers.cpus.values()):
+        longest = _longest_wait(server, event)
+    return longest, replace(server, pids=tuple(started))
+
+
+def crash(servers: Servers, server: Server) -> float:
+    """Kill the worker of a supervised daemon; the longest wait in seconds."""
+    _everywhere(servers, server)
+    parent = server.pids[-1]
+    (worker,) = children(parent)
+    with on_cpus(servers.cpus.values()):
+        return _longest_wait(server, lambda: os.kill(worker, signal.SIGKILL))
+
+
+# -- attacked ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Clients that mean harm.
+
+    Args:
+        name: what the table calls it.
+        attackers: the arguments of each process of ``attacks.py``.
+        stored: how many descriptors the daemon keeps meanwhile.
+    """
+
+    name: str
+    attackers: tuple[tuple[str, int], ...]
+    stored: int = 0
+
+
+def attacks() -> list[Attack]:
+    """All attacks of the tests that take no more than a daemon and some processes."""
+    streams = runpy.run_path(str(FAULTS / "attacks.py"))["STREAMS"]
+    deaf = {"requests": 50, "schemas": 50, "opened": 200, "closers": 6, "watching": 6}
+    return [
+        *(Attack(f"reading:{kind}", ((f"reading:{kind}", 6),)) for kind in streams),
+        *(Attack(f"deaf:{kind}", ((f"deaf:{kind}", number),)) for kind, number in deaf.items()),
+        Attack("long listings", (("reading:listings", 20), ("deaf:listings", 20)), 5000),
+        Attack("fleeting", (("fleeting", 4000),)),
+        Attack("half messages", (("half", 80),)),
+        Attack("connections", (("connections", 1), ("connections", 1))),
+        Attack("connections held", (("holding", 1500),)),
+    ]
+
+
+@contextmanager
+def _program(name: str, *words: object) -> Iterator[subprocess.Popen[str]]:
+    """A program of the tests, once it says that it is ready; killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-E", str(FAULTS / name), *map(str, words)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != "ready":
+            raise Failed(f"{name} {words[0]} does not start")
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def beside(servers: Servers, server: Server, attack: Attack, seconds: float) -> float:
+    """Attack; the longest that a client waits that asks once a millisecond, in seconds."""
+    _everywhere(servers, server)
+    with on_cpus(servers.cpus.values()), _program("probe.py", server.path) as probe:
+        with ExitStack() as stack:
+            for kind, number in attack.attackers:
+                stack.enter_context(_program("attacks.py", kind, server.path, number))
+            time.sleep(seconds)
+        said, _ = probe.communicate()
+    if not said:
+        raise Failed(f"{attack.name}: a well-behaved client was cut off")
+    return float(json.loads(said)["daemon"]["max"])
