@@ -48,8 +48,8 @@ class Stepper:
         Args:
             argv: its arguments.
             log: where its standard error goes.
-            where: the files whose lines are counted, by their names; of each these functions only,
-                or all of them if there is none.
+            where: the files whose lines are counted, by their paths below qmpfd/server; of each
+                these functions only, or all of them if there is none.
             step: at which of these lines it sends a signal to itself; 0 for never.
             number: the signal.
             patches: what else is different in it: values of names in modules.
@@ -161,9 +161,9 @@ def _tracer(where: Mapping[str, Sequence[str]], step: int, number: int) -> Calla
     def at_call(frame: FrameType, event: str, argument: object) -> Any:
         if left <= 0:
             return None
-        folder, _, file = frame.f_code.co_filename.rpartition("/")
+        _, _, file = frame.f_code.co_filename.rpartition("/qmpfd/server/")
         functions = where.get(file)
-        if functions is None or not folder.endswith("/qmpfd/server"):
+        if functions is None:
             return None
         return at_line if not functions or frame.f_code.co_name in functions else None
 

@@ -122,7 +122,7 @@ def test_a_newcomer_finishes_though_the_old_one_is_told_to_end(
             newcomer = stepper.start(
                 command,
                 path.with_suffix(".new.log"),
-                where={"inherit.py": ["_restore"]},
+                where={"restore.py": ["_restore"]},
                 step=3,
                 number=signal.SIGSTOP,
             )
@@ -159,8 +159,8 @@ def test_the_newcomer_is_told_to_end(
             path,
             "--takeover",
             where={
-                "fetch.py": ["fetch", "_reserve", "_receive_all"],
-                "inherit.py": ["_restore", "_fill_store"],
+                "takeover/receiver.py": ["fetch", "_reserve", "_receive_all"],
+                "restore.py": ["_restore", "_fill_store"],
             },
             step=step,
             number=number,

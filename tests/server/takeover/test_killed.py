@@ -24,13 +24,21 @@ ALL_STEPS = os.environ.get("QMPFD_ALL_STEPS") == "1"
 
 #: What a newcomer does, and what the old daemon does.
 NEWCOMER = {
-    "fetch.py": ("fetch", "__init__", "_reserve", "_receive_all", "ask", "_hear", "let_go"),
-    "inherit.py": ("_restore", "_fill_store"),
+    "takeover/receiver.py": (
+        "fetch",
+        "__init__",
+        "_reserve",
+        "_receive_all",
+        "ask",
+        "_hear",
+        "let_go",
+    ),
+    "restore.py": ("_restore", "_fill_store"),
 }
 OLD = {
-    "handover.py": (),
+    "takeover/sender.py": (),
     "server.py": ("frozen", "until_at_rest", "leave"),
-    "session.py": ("describe", "leave", "reply_to_takeover"),
+    "connection/session.py": ("describe", "leave", "reply_to_takeover"),
 }
 #: Several messages for a few descriptors.
 SMALL = {"qmpfd.server.takeover.sender.SCM_MAX_FD": 3}

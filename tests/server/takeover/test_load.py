@@ -136,7 +136,10 @@ def kill_one(stepper: Stepper, path: Path, step: int) -> None:
     killed = stepper.start(
         ["serve", "--socket", str(path), "--takeover"],
         path.with_suffix(".killed.log"),
-        where={"fetch.py": ("fetch", "_reserve", "_receive_all"), "inherit.py": ("_restore",)},
+        where={
+            "takeover/receiver.py": ("fetch", "_reserve", "_receive_all"),
+            "restore.py": ("_restore",),
+        },
         step=step,
     )
     assert killed.wait() == -signal.SIGKILL
