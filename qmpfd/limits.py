@@ -115,7 +115,7 @@ SEGMENT_BYTES = 36 << 10
 
 #: Bytes that the careful parser takes in one step, at up to 3 us a byte with the replies, so
 #: that no other client waits for longer than a few milliseconds.
-CAREFUL_BYTES = 512
+SLOW_PATH_BYTES = 512
 
 #: Bytes of replies, and descriptors with them, after which a client's replies are sent before
 #: more of its requests are carried out: what waits to be sent is bounded by it.

@@ -98,7 +98,13 @@ class FdStream:
             total += size
             # When this process is out of descriptors, the next may need the places of these; and
             # where some wait for a command, newer ones take their places only once that is known.
-            if most <= 0 or not count or not self.more or total > FEW_BYTES or connection.is_unsure:
+            if (
+                most <= 0
+                or not count
+                or not self.more
+                or total > FEW_BYTES
+                or connection.has_unassigned_fds
+            ):
                 return True
 
     def _look_for_more(self) -> bool:
@@ -116,19 +122,19 @@ class FdStream:
 
     def _skip(self, connection: Connection, data: bytes, length: int) -> bool | None:
         """Consume so much of *data*, with which no descriptors come; whether that was anything."""
-        fd.skip(self._sock, length)
+        fd.discard(self._sock, length)
         self._queued -= length
         self.more = length < len(data)
         left, self._left = self._left, 0
-        if left == len(data) == length and not connection.has_news:
+        if left == len(data) == length and not connection.has_pending_input:
             # The line end that the last request's descriptors were not read with, and nothing else:
             # no need to look again.
             return None
         return True
 
-    def most_untaken(self) -> int:
+    def max_unreceived_messages(self) -> int:
         """How many messages the peer can have left unread; 0 once this end is closed."""
-        return fd.most_untaken(self._sock) if self._sock.fileno() >= 0 else 0
+        return fd.max_unreceived_messages(self._sock) if self._sock.fileno() >= 0 else 0
 
     async def wait_readable(self) -> None:
         """Wait until something is there, or the peer is gone."""

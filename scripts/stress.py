@@ -122,7 +122,7 @@ class Player:
             "slow reader": self._slow_reader,
             "cancelled": self._cancelled,
             "died": self._died,
-            "garbage": self._garbage,
+            "fds_to_close": self._fds_to_close,
         }
 
     async def play(self) -> None:
@@ -428,7 +428,7 @@ class Player:
                 await self._execute(client, "remove-fd", fdset_id=fdset_id, fd=number)
             self._check_listing(await self._execute(client, "query-fdsets"), {})
 
-    async def _garbage(self) -> None:
+    async def _fds_to_close(self) -> None:
         """Sends nonsense, with descriptors too; is told so, and can go on after it."""
         async with raw_connect(self._daemon.socket) as client:
             await client.negotiate()
@@ -441,7 +441,7 @@ class Player:
                 while "id" not in (reply := await client.read()):
                     _refused(reply, None)
                 if reply["id"] != number:
-                    raise Broken(f"after garbage, id {number} was asked and {reply} came")
+                    raise Broken(f"after fds_to_close, id {number} was asked and {reply} came")
                 _result(reply)
                 self._stress.commands["pipelined, or after garbage"] += 1
 

@@ -1,6 +1,6 @@
 """The receiving end of a Unix stream socket: the kernel's own, and a fake of it.
 
-Both pass the same tests (``test_inbox.py``), so what is shown on the fake holds on the other.
+Both pass the same tests (``test_receive_buffer.py``): what holds on the fake holds on the other.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class Negotiated:
     """The protocol state of a connection, as far as commands touch it."""
 
     def __init__(self) -> None:
-        self.garbage: list[Fd] = []
+        self.fds_to_close: list[Fd] = []
 
     def negotiate(self, capabilities: list[str]) -> None:
         """Nothing is asked of it here."""
@@ -163,7 +163,7 @@ def context_with(*rights: Right) -> Iterator[Context]:
     context = Context(daemon, connection, Peer(1, 2, 3), access, lambda: False)
     context.fds.append(Fd(os.dup(0)))
     with ExitStack() as stack:
-        stack.callback(lambda: close_all([*context.fds, *connection.garbage]))
+        stack.callback(lambda: close_all([*context.fds, *connection.fds_to_close]))
         stack.callback(daemon.hangups.close)
         stack.callback(daemon.closer.shut_down)
         stack.callback(lambda: close_all([stored.fd for stored in daemon.store.clear()]))

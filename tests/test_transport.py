@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import trio
 from helpers import open_fds, pipes, send_now
 
-from qmpfd.commands import VERSION, VOCABULARY
+from qmpfd.commands import DECODER, VERSION
 from qmpfd.kernel.fd import close_all
 from qmpfd.limits import SCM_MAX_FD
 from qmpfd.protocol import Request, ServerConnection
@@ -23,13 +23,13 @@ QUERY = b'{"execute": "query-name"}\n'
 def connected() -> Iterator[tuple[socket.socket, FdStream, ServerConnection]]:
     """A client's end; the server's, and the state of the connection, which is negotiated."""
     client, server = socket.socketpair()
-    connection = ServerConnection(VOCABULARY)
+    connection = ServerConnection(DECODER)
     connection.greeting(VERSION)
     connection.negotiate([])
     with client, FdStream(trio.socket.from_stdlib_socket(server)) as stream:
         yield client, stream, connection
         connection.close()
-        close_all(connection.garbage)
+        close_all(connection.fds_to_close)
 
 
 def taken(connection: ServerConnection) -> list[tuple[str, int]]:
@@ -37,7 +37,7 @@ def taken(connection: ServerConnection) -> list[tuple[str, int]]:
     found = []
     for request, _, fds in connection.requests():
         assert isinstance(request, Request)
-        found.append((VOCABULARY.names[type(request)], len(fds)))
+        found.append((DECODER.names[type(request)], len(fds)))
         close_all(fds)
     return found
 
@@ -114,6 +114,6 @@ async def test_no_more_while_some_wait() -> None:
         while stream.receive_nowait(connection, most=16):
             assert len(open_fds()) - before <= 2 * SCM_MAX_FD
             assert taken(connection) == []
-            close_all(connection.garbage)
-            connection.garbage.clear()
+            close_all(connection.fds_to_close)
+            connection.fds_to_close.clear()
         assert connection.waiting_fds == SCM_MAX_FD

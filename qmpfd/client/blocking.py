@@ -205,7 +205,7 @@ class SyncClient:
         if fds_follow:
             self._connection.receive_with_fds(data, partial(fd.receive, self._sock))
         else:
-            fd.skip(self._sock, self._connection.receive(data))
+            fd.discard(self._sock, self._connection.receive(data))
         try:
             for message in self._connection.messages():
                 if isinstance(message, QMPEvent):
@@ -215,8 +215,8 @@ class SyncClient:
         except ProtocolError as exc:
             raise NoDaemon(f"at {self._path}: {exc}") from None
         finally:
-            fd.close_all(self._connection.garbage)
-            self._connection.garbage.clear()
+            fd.close_all(self._connection.fds_to_close)
+            self._connection.fds_to_close.clear()
 
     def _raise_refusal(self) -> None:
         """Raise what the server said before it was asked anything."""
@@ -245,7 +245,7 @@ class SyncClient:
         """Close the connection."""
         if self._connection.state is not State.CLOSED:
             self._connection.close()
-        fd.close_all(self._connection.garbage)
+        fd.close_all(self._connection.fds_to_close)
         for reply in self._replies:
             fd.close_all(reply.fds)
         self._sock.close()

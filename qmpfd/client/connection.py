@@ -241,7 +241,7 @@ class QMPConnection:
         else:
             if not more:
                 self._fail(trio.BrokenResourceError("the server has closed the connection"))
-        self._close_garbage()
+        self._close_fds()
         return True
 
     def _deliver(self, message: Reply | QMPEvent) -> None:
@@ -266,16 +266,16 @@ class QMPConnection:
         for call in self._calls.values():
             call.nudge()
 
-    def _close_garbage(self) -> None:
-        close_all(self._connection.garbage)
-        self._connection.garbage.clear()
+    def _close_fds(self) -> None:
+        close_all(self._connection.fds_to_close)
+        self._connection.fds_to_close.clear()
 
     def retire(self) -> list[QMPEvent]:
         """Close a connection that has failed, and whose calls know that, or have their replies but
         did not get round to them; the events that nobody has asked for.
         """
         self._connection.close()
-        self._close_garbage()
+        self._close_fds()
         self._stream.close()
         return list(self._events)
 
@@ -284,7 +284,7 @@ class QMPConnection:
         if self._connection.state is State.CLOSED:
             return
         self._connection.close()
-        self._close_garbage()
+        self._close_fds()
         self._fail(trio.ClosedResourceError("this client is closed"))
         for call in self._calls.values():
             if call.reply is not None:

@@ -2,15 +2,15 @@
 
 from .context import Client, Context, Daemon, Dialect, Stats
 from .control import VERSION
-from .dispatch import TABLE, VOCABULARY, execute
+from .dispatch import DECODER, TABLE, execute
 from .extension_types import FdInfo, OpenedFd, PeerInfo
 from .types import NOTHING, AddfdInfo, FdsetFdInfo, FdsetInfo, VersionInfo
 
 __all__ = [
+    "DECODER",
     "NOTHING",
     "TABLE",
     "VERSION",
-    "VOCABULARY",
     "AddfdInfo",
     "Client",
     "Context",

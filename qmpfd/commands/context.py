@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 from ..errors import FdNotSupplied, GenericError
 from ..fdsets import FdSet, FdSets, Peer, StoredFd
 from ..kernel.close_pool import ClosePool
-from ..kernel.fd import Fd, Passing
+from ..kernel.fd import Fd, InFlightProbe
 from ..limits import FDS_AT_ONCE, LOOK_INTERVAL, MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, Limits
 from ..policy import Access
 from ..protocol import ServerConnection
@@ -111,7 +111,7 @@ class Daemon:
         clients: tells who is connected.
         news: called when an event waits for those who watch.
         look: counts what clients have taken meanwhile no more as waiting.
-        passing: tells whether descriptors can be handed out, where that is not sure.
+        in_flight_probe: tells whether descriptors can be handed out, where that is not sure.
     """
 
     dialect: Dialect
@@ -126,7 +126,7 @@ class Daemon:
     keeper: FdStoreMirror | None = None  #: where there is one
     news: Callable[[], None] = lambda: None
     look: Callable[[], None] = lambda: None
-    passing: Passing | None = None
+    in_flight_probe: InFlightProbe | None = None
     watchers: set[Watcher] = field(default_factory=set)
     logs: dict[Access, EventLog] = field(default_factory=dict)  #: of the events, by who may see
     opaque_total: int = 0  #: bytes of the stored opaque texts, and of names
@@ -322,9 +322,9 @@ class Context:
 
     def discard(self, removed: list[StoredFd]) -> None:
         """What was taken out of the store is closed once the lock is released."""
-        garbage = self.connection.garbage
+        fds_to_close = self.connection.fds_to_close
         for stored in removed:
-            garbage.append(stored.fd)
+            fds_to_close.append(stored.fd)
 
     def keep(self, name: str) -> None:
         """Keep the descriptor that came with the command under *name*."""
@@ -342,7 +342,7 @@ class Context:
         if fd is None:
             return False
         self.daemon.release(self.peer, name)
-        self.connection.garbage.append(fd)
+        self.connection.fds_to_close.append(fd)
         return True
 
     def watch(self, enable: bool) -> None:
@@ -374,6 +374,6 @@ class Context:
         self.discard(removed)
         for name in list(islice(self.names, most)):
             self.drop(name)
-        self.connection.garbage += self.passed
+        self.connection.fds_to_close += self.passed
         self.passed.clear()
         return bool(self.names) or len(removed) == most

@@ -19,9 +19,9 @@ from .types import NOTHING
 _log = logging.getLogger("qmpfd")
 
 TABLE = Table({**control.table.commands, **fds.table.commands, **own.table.commands})
-VOCABULARY = RequestDecoder(TABLE.specs())
+DECODER = RequestDecoder(TABLE.specs())
 _COMMANDS: dict[type[Request], Command] = {
-    request: TABLE.commands[name] for request, name in VOCABULARY.names.items()
+    request: TABLE.commands[name] for request, name in DECODER.names.items()
 }
 
 
@@ -35,7 +35,7 @@ def execute(context: Context, request: Request, passed: list[Fd]) -> Outcome[obj
     Args:
         context: the connection that it came from.
         request: what to do.
-        passed: the descriptors that came with it; what the command does not keep is garbage.
+        passed: the descriptors that came with it; what the command does not keep is closed.
     """
     command = _COMMANDS[type(request)]
     arguments = request.arguments
@@ -57,5 +57,5 @@ def execute(context: Context, request: Request, passed: list[Fd]) -> Outcome[obj
         result = _DONE if returned is NOTHING else Value(returned)
     context.daemon.stats.commands[command.name] += 1
     if passed:
-        context.connection.garbage += passed
+        context.connection.fds_to_close += passed
     return result

@@ -68,7 +68,7 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
             access.require_for("open", fdset.id, refused.opaque)
         raise FdNotFound(_no_such_access(fdset, number, wanted, there))
     context.daemon.check_waiting(context.peer.uid, 1)
-    if context.daemon.passing is not None and context.daemon.passing.fails():
+    if context.daemon.in_flight_probe is not None and context.daemon.in_flight_probe.exhausted():
         raise GenericError(
             "The file descriptor cannot be handed out: too many that processes of "
             f"uid {os.geteuid()} have sent are not received yet"

@@ -15,7 +15,7 @@ from msgspec import to_builtins
 from ..fdsets import FdSet, StoredFd
 from ..kernel.fdinfo import access_mode, kind, target
 from ..limits import INT64_MAX
-from ..protocol.encode import LONG_TEXT, JSONStream, RawJSON, encode, encode_bit_by_bit
+from ..protocol.encode import LONG_TEXT, JSONStream, RawJSON, encode, iter_encode
 from .context import Context
 from .extension_types import FdInfo, PeerInfo
 from .types import FdsetFdInfo, FdsetInfo
@@ -65,7 +65,7 @@ def _bits_of(info: FdsetInfo) -> Iterator[bytes]:
     separator = b'{"fdset-id": %d, "fds": [' % info.fdset_id
     for fd in info.fds:
         yield separator
-        yield from encode_bit_by_bit(to_builtins(fd))
+        yield from iter_encode(to_builtins(fd))
         separator = b", "
     yield b"]}"
 
@@ -101,7 +101,7 @@ def _list_fdsets(context: Context) -> Iterator[bytes]:
                     if _is_long(stored.opaque):
                         yield b"".join(out)
                         out.clear()
-                        yield from encode_bit_by_bit(to_builtins(entry))
+                        yield from iter_encode(to_builtins(entry))
                     else:
                         out.append(encode(entry))
                 if work > _STEP:
@@ -151,7 +151,7 @@ def _list_fds(context: Context, sets: Iterable[FdSet], prefix: str | None) -> It
                 if _is_long(opaque):
                     yield b"".join(out)
                     out.clear()
-                    yield from encode_bit_by_bit(to_builtins(entry))
+                    yield from iter_encode(to_builtins(entry))
                 else:
                     out.append(encode(entry))
             if work > _STEP:

@@ -129,7 +129,7 @@ def unread_bytes(sock: socket.socket) -> int:
     return found[0]
 
 
-def most_untaken(sock: socket.socket) -> int:
+def max_unreceived_messages(sock: socket.socket) -> int:
     """How many messages the peer of a Unix stream socket can have left unread at most (SIOCOUTQ,
     unix(7), which tells the memory that they take); 0 if there is none.
     """
@@ -206,7 +206,7 @@ def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:
     return data, fds, flags & _TRUNCATED != 0
 
 
-def skip(sock: socket.socket, count: int) -> None:
+def discard(sock: socket.socket, count: int) -> None:
     """Read *count* bytes that were seen already, and with which no descriptors come."""
     sock.recv(count)
 
@@ -223,7 +223,7 @@ def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescri
     return sock.sendmsg([data], [(_SOCKET_LEVEL, _RIGHTS, rights)], _NOSIGNAL)
 
 
-class Passing:
+class InFlightProbe:
     """Tells whether descriptors can be passed at all: of an unprivileged user, all processes
     together may have only so many on their way that nobody has received yet (ETOOMANYREFS,
     unix(7)), and a send that meets that limit is a reply that cannot go out.
@@ -238,13 +238,13 @@ class Passing:
             self._null = stack.enter_context(Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
             self._open = stack.pop_all()
 
-    def fails(self) -> bool:
+    def exhausted(self) -> bool:
         """Whether it would fail now."""
         try:
             send(self._near, b" ", [self._null])
         except OSError as exc:
             return exc.errno == errno.ETOOMANYREFS
-        skip(self._far, 1)  # and with it the descriptor
+        discard(self._far, 1)  # and with it the descriptor
         return False
 
     def close(self) -> None:

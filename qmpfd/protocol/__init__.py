@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .request_decoder import Request as Request
     from .request_decoder import RequestDecoder as RequestDecoder
     from .request_decoder import Spec as Spec
-    from .server import Received as Received
+    from .server import ReceivedRequest as ReceivedRequest
     from .server import ServerConnection as ServerConnection
 
 _HOMES = {
@@ -32,7 +32,7 @@ _HOMES = {
     "ProtocolError": ".connection",
     "State": ".connection",
     "Budget": ".parser",
-    "Received": ".server",
+    "ReceivedRequest": ".server",
     "ServerConnection": ".server",
     "Request": ".request_decoder",
     "Spec": ".request_decoder",

@@ -95,11 +95,11 @@ class ClientConnection(Connection):
         """
         for value, fds, lost in self._messages():
             if not isinstance(value, dict):
-                self.garbage += fds
+                self.fds_to_close += fds
                 why = value if isinstance(value, QMPError) else "no JSON object"
                 raise ProtocolError(f"not a QMP server: {why}")
             if "QMP" in value:
-                self.garbage += fds
+                self.fds_to_close += fds
                 if not isinstance(value["QMP"], dict):
                     raise ProtocolError("not a QMP server: its greeting is no JSON object")
                 self._move(Event.GREETING)

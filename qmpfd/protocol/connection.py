@@ -13,7 +13,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from ..kernel.fd import Fd
-from .receive_buffer import NO_FDS, ChunkDecoder, ReceiveBuffer, WithFds
+from .receive_buffer import NO_FDS, ChunkDecoder, ReceiveBuffer, Received
 
 if TYPE_CHECKING:
     from .parser import Budget
@@ -60,22 +60,22 @@ class Connection:
         owner: Hashable = None,
     ) -> None:
         #: Descriptors that nobody takes; whoever does the I/O closes them.
-        self.garbage: list[Fd] = []
+        self.fds_to_close: list[Fd] = []
         self.state = State.CONNECTED
-        self._inbox = ReceiveBuffer(
+        self._receive_buffer = ReceiveBuffer(
             decode,
             wanted,
             max_bytes=max_bytes,
-            garbage=self.garbage,
+            fds_to_close=self.fds_to_close,
             lines=lines,
             budget=budget,
             owner=owner,
         )
-        self._ready = self._inbox.ready  # what has come, and was not asked for yet
-        self._unclaimed = self._inbox.unclaimed
+        self._ready = self._receive_buffer.ready  # what has come, and was not asked for yet
+        self._pending_fds = self._receive_buffer.unclaimed
         #: See :class:`ReceiveBuffer`.
-        self.receive = self._inbox.receive
-        self.receive_with_fds = self._inbox.receive_with_fds
+        self.receive = self._receive_buffer.receive
+        self.receive_with_fds = self._receive_buffer.receive_with_fds
 
     def _move(self, event: Event) -> None:
         try:
@@ -87,14 +87,14 @@ class Connection:
         self.state = state
 
     @property
-    def has_news(self) -> bool:
+    def has_pending_input(self) -> bool:
         """Whether something has come that was not asked for yet; not for blanks alone."""
-        return bool(self._ready or self._inbox.pieces)
+        return bool(self._ready or self._receive_buffer.pieces)
 
     @property
-    def is_unsure(self) -> bool:
+    def has_unassigned_fds(self) -> bool:
         """Whether descriptors have come of which only asking for messages tells whose they are."""
-        return bool(self._inbox.pieces)
+        return bool(self._receive_buffer.pieces)
 
     def _messages(self) -> Iterator[tuple[Any, list[Fd], str]]:
         """What has come, taken away one by one: each value with its descriptors, and why there are
@@ -103,35 +103,35 @@ class Connection:
         ready = self._look()
         while ready:
             message = ready.popleft()
-            yield message if type(message) is WithFds else (message, NO_FDS, "")
+            yield message if type(message) is Received else (message, NO_FDS, "")
 
     def _look(self) -> deque[Any]:
         """What has come: to be taken from the left."""
-        if self._inbox.pieces:
-            self._inbox.look()
+        if self._receive_buffer.pieces:
+            self._receive_buffer.look()
         return self._ready
 
     @property
     def waiting_fds(self) -> int:
         """How many descriptors have come that no command has yet."""
-        count = len(self._unclaimed.fds)
+        count = len(self._pending_fds.fds)
         if self._ready:
-            count += sum(len(each[1]) for each in self._ready if type(each) is WithFds)
+            count += sum(len(each[1]) for each in self._ready if type(each) is Received)
         return count
 
     def refuse_fds(self, why: str) -> None:
         """Close those descriptors: the commands that should have had them are told why not."""
         for number, message in enumerate(self._ready):
-            if type(message) is WithFds:
+            if type(message) is Received:
                 value, fds, lost = message
                 if fds:
-                    self.garbage += fds
-                    self._ready[number] = WithFds((value, [], lost or why))
-        self._unclaimed.refuse(why)
+                    self.fds_to_close += fds
+                    self._ready[number] = Received((value, [], lost or why))
+        self._pending_fds.refuse(why)
 
     def close(self) -> None:
-        """The connection is over: what waits for a command becomes garbage."""
+        """The connection is over: close what waits for a command."""
         self._move(Event.CLOSE)
         for _, fds, _ in self._messages():
-            self.garbage += fds
-        self._inbox.close()
+            self.fds_to_close += fds
+        self._receive_buffer.close()

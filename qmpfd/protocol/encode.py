@@ -95,11 +95,11 @@ class _Verbatim(str):
 
 
 def encode_any(value: Any) -> bytes:
-    """As :func:`encode`, for a value that came from outside; see :func:`encode_bit_by_bit`."""
+    """As :func:`encode`, for a value that came from outside; see :func:`iter_encode`."""
     kind = type(value)
     if kind is not dict and kind is not list and kind is not float:
         return encode(value)
-    return b"".join(encode_bit_by_bit(value))
+    return b"".join(iter_encode(value))
 
 
 #: Pieces of text that make a bit of an encoded value, and characters of one: 0.2 ms of work.
@@ -107,7 +107,7 @@ _PIECES = 256
 LONG_TEXT = 4096
 
 
-def encode_bit_by_bit(value: Any) -> Iterator[bytes]:
+def iter_encode(value: Any) -> Iterator[bytes]:
     """As :func:`encode`, for a value that came from outside: nested to any depth, of any size, and
     with floats that are out of range.
 

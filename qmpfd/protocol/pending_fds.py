@@ -17,13 +17,13 @@ class PendingFds:
     """The descriptors of one segment that no command has taken yet.
 
     Args:
-        garbage: where those go that nobody will take; its owner closes them.
+        fds_to_close: where those go that nobody will take; its owner closes them.
     """
 
-    __slots__ = ("_dropped", "_garbage", "_open", "_straddled", "_taken", "fds", "why_dropped")
+    __slots__ = ("_dropped", "_fds_to_close", "_open", "_straddled", "_taken", "fds", "why_dropped")
 
-    def __init__(self, garbage: list[Fd]) -> None:
-        self._garbage = garbage
+    def __init__(self, fds_to_close: list[Fd]) -> None:
+        self._fds_to_close = fds_to_close
         #: Those that wait.
         self.fds: list[Fd] = []
         self._dropped = False  # descriptors of this segment are gone
@@ -59,7 +59,7 @@ class PendingFds:
         """
         self.discard()
         if dropped:
-            self._garbage += fds
+            self._fds_to_close += fds
         else:
             self.fds = fds
         self._dropped, self.why_dropped = dropped, LOST
@@ -103,6 +103,6 @@ class PendingFds:
     def discard(self) -> None:
         """Give up what waits."""
         if self.fds:
-            self._garbage += self.fds
+            self._fds_to_close += self.fds
             self.fds = []
         self._dropped = False

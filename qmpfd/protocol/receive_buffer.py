@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..errors import GenericError
 from ..kernel.fd import Fd
-from ..limits import CAREFUL_BYTES
+from ..limits import SLOW_PATH_BYTES
 from .pending_fds import PendingFds
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ NO_FDS: list[Fd] = []
 _A_STEP = 8 << 10
 
 
-class WithFds(tuple[Any, list[Fd], str]):
+class Received(tuple[Any, list[Fd], str]):
     """A message that descriptors came with, or should have: a value or typed request, the
     descriptors that it takes, and if some that it should have had are gone, why.  No named tuple:
     it takes two calls to make one.
@@ -85,7 +85,7 @@ class ReceiveBuffer:
         decode: the quick way for a chunk of whole messages.
         wanted: how many descriptors a message takes at most; 0 for one that takes none.
         max_bytes: bytes of one message.
-        garbage: where descriptors go that nobody takes; its owner closes them.
+        fds_to_close: where descriptors go that nobody takes; its owner closes them.
         lines: every message ends with a line end, so that an incomplete line can wait for the
             rest of it: so do replies, but not requests.
         budget: the memory that incomplete messages share with other connections.
@@ -98,7 +98,7 @@ class ReceiveBuffer:
         wanted: Callable[[Any], int],
         *,
         max_bytes: int,
-        garbage: list[Fd],
+        fds_to_close: list[Fd],
         lines: bool = False,
         budget: Budget | None = None,
         owner: Hashable = None,
@@ -110,8 +110,8 @@ class ReceiveBuffer:
         self._parser: Parser | None = None  # made once something is not plain
         self._max_bytes = max_bytes
         #: The descriptors that wait for a command.
-        self.unclaimed = PendingFds(garbage)
-        self._garbage = garbage
+        self.unclaimed = PendingFds(fds_to_close)
+        self._fds_to_close = fds_to_close
         #: Complete messages, for whoever asks for them to take from the left.
         self.ready: deque[Any] = deque()
         #: What was read behind those, and :meth:`look` has to look at.
@@ -177,7 +177,7 @@ class ReceiveBuffer:
         if len(fds) <= takes and not (dropped or self.pieces or self.unclaimed.waits):
             # As nearly always: nothing waits, and nothing will.
             if fds:
-                messages[-1] = WithFds((messages[-1], fds, ""))
+                messages[-1] = Received((messages[-1], fds, ""))
             self.ready += messages
             return size, len(fds)
         piece = _Piece(messages)
@@ -261,7 +261,7 @@ class ReceiveBuffer:
         """The messages that *data* completes, and how far was read."""
         if self._lines and self._idle:
             return self._by_lines(data, fds_follow), len(data)
-        data = data[:CAREFUL_BYTES]
+        data = data[:SLOW_PATH_BYTES]
         return list(self._feed(data)), len(data)
 
     def _by_lines(self, data: bytes, fds_follow: bool) -> list[_Found]:
@@ -301,7 +301,7 @@ class ReceiveBuffer:
     def look(self) -> None:
         """Have all complete messages in :attr:`ready`, in the order in which they came: values or
         typed requests, or the errors that their texts have.  Those that have to do with descriptors
-        are :class:`WithFds`.
+        are :class:`Received`.
 
         A message whose text is broken takes all descriptors that wait with it: nobody can tell
         any more whom they were for.
@@ -319,7 +319,7 @@ class ReceiveBuffer:
                 elif most := wanted(value):
                     fds, dropped = unclaimed.claim(most)
                     lost = unclaimed.why_dropped if dropped else ""
-                    found.append(WithFds((value, fds, lost)))
+                    found.append(Received((value, fds, lost)))
                 else:
                     found.append(value)
                 unclaimed.message_ended()
@@ -352,7 +352,7 @@ class ReceiveBuffer:
     def close(self) -> None:
         """The peer is gone: give up what waits."""
         for piece in self.pieces:
-            self._garbage += piece.fds
+            self._fds_to_close += piece.fds
         self.pieces = []
         self.unclaimed.discard()
         if self._parser is not None:

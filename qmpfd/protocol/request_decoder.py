@@ -107,7 +107,7 @@ class RequestDecoder:
             return None
         return requests
 
-    def wanted_fds(self, message: Any) -> int:
+    def max_fds(self, message: Any) -> int:
         """How many descriptors *message*, a request or a value still to be checked, takes."""
         if isinstance(message, Request):
             return message.takes

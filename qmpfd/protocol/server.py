@@ -12,13 +12,13 @@ from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError,
 from ..kernel.fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import Connection, Event, State
-from .encode import LONG_TEXT, JSONStream, RawJSON, encode, encode_any, encode_bit_by_bit
+from .encode import LONG_TEXT, JSONStream, RawJSON, encode, encode_any, iter_encode
 from .parser import Budget
-from .receive_buffer import NO_FDS, ReceiveBufferState, WithFds
+from .receive_buffer import NO_FDS, ReceiveBufferState, Received
 from .request_decoder import Request, RequestDecoder
 
 #: A request, or the error that it is refused with; its id; its descriptors.
-Received: TypeAlias = "tuple[Request | Error, Any, list[Fd]]"
+ReceivedRequest: TypeAlias = "tuple[Request | Error, Any, list[Fd]]"
 
 
 class ConnectionState(NamedTuple):
@@ -41,7 +41,7 @@ class ServerConnection(Connection):
     """The server's end: requests in, replies and events out.
 
     Args:
-        vocabulary: the commands there are.
+        decoder: the commands there are.
         max_request_bytes: bytes of one request.
         qemu_classes: tell only the error classes that today's QEMU has.
         budget: the memory that incomplete requests share with other connections.
@@ -50,7 +50,7 @@ class ServerConnection(Connection):
 
     def __init__(
         self,
-        vocabulary: RequestDecoder,
+        decoder: RequestDecoder,
         *,
         max_request_bytes: int = MAX_REQUEST_BYTES,
         qemu_classes: bool = False,
@@ -58,14 +58,14 @@ class ServerConnection(Connection):
         owner: Hashable = None,
     ) -> None:
         super().__init__(
-            vocabulary.decode_chunk,
-            vocabulary.wanted_fds,
+            decoder.decode_chunk,
+            decoder.max_fds,
             max_request_bytes,
             False,
             budget,
             owner,
         )
-        self._vocabulary = vocabulary
+        self._decoder = decoder
         self._qemu_classes = qemu_classes
         self._oob_enabled = False
         self._errors_in_a_row = 0
@@ -80,7 +80,10 @@ class ServerConnection(Connection):
     def snapshot(self) -> ConnectionState:
         """Where it is; for :meth:`restore`.  Only between two chunks."""
         return ConnectionState(
-            self.state.name, self._oob_enabled, self._errors_in_a_row, self._inbox.snapshot()
+            self.state.name,
+            self._oob_enabled,
+            self._errors_in_a_row,
+            self._receive_buffer.snapshot(),
         )
 
     def restore(self, saved: ConnectionState) -> None:
@@ -88,7 +91,7 @@ class ServerConnection(Connection):
         self._enter(State[saved.state])
         self._oob_enabled = saved.oob_enabled
         self._errors_in_a_row = saved.errors_in_a_row
-        self._inbox.restore(saved.receive_buffer)
+        self._receive_buffer.restore(saved.receive_buffer)
 
     def negotiate(self, capabilities: list[str]) -> None:
         """Carry out ``qmp_capabilities``.
@@ -103,9 +106,9 @@ class ServerConnection(Connection):
 
     def _enter(self, state: State) -> None:
         super()._enter(state)
-        self._usual = self._vocabulary.names if state is State.COMMANDS else ()
+        self._usual = self._decoder.names if state is State.COMMANDS else ()
 
-    def requests(self) -> Iterator[Received]:
+    def requests(self) -> Iterator[ReceivedRequest]:
         """The complete requests, in the order in which they came.
 
         Carry out each before asking for the next: whether that is possible may depend on it.
@@ -119,7 +122,7 @@ class ServerConnection(Connection):
                 self._errors_in_a_row = 0
                 yield message, message.id, NO_FDS
                 continue
-            value, fds, lost = message if type(message) is WithFds else (message, NO_FDS, "")
+            value, fds, lost = message if type(message) is Received else (message, NO_FDS, "")
             if type(value) in self._usual and not lost:
                 self._errors_in_a_row = 0
                 yield value, value.id, fds
@@ -135,7 +138,7 @@ class ServerConnection(Connection):
                 if lost:
                     raise FdNotSupplied(lost)
             except QMPError as exc:
-                self.garbage += fds
+                self.fds_to_close += fds
                 if not isinstance(value, dict | Request):
                     # Not a request that waits for an answer: of a flood, one is told a read.
                     self._errors_in_a_row += 1
@@ -150,17 +153,17 @@ class ServerConnection(Connection):
 
     def _checked(self, value: Any) -> Request:
         """*value* as a request that may be carried out in this state."""
-        vocabulary = self._vocabulary
+        decoder = self._decoder
         if self.state is State.COMMANDS:
             if isinstance(value, Request):
                 return value
-            return vocabulary.request(value, oob_enabled=self._oob_enabled)
+            return decoder.request(value, oob_enabled=self._oob_enabled)
         try:
             if not isinstance(value, Request):
-                return vocabulary.request(
+                return decoder.request(
                     value, oob_enabled=self._oob_enabled, only="qmp_capabilities"
                 )
-            if vocabulary.names[type(value)] == "qmp_capabilities":
+            if decoder.names[type(value)] == "qmp_capabilities":
                 return value
         except CommandNotFound:
             pass
@@ -219,10 +222,10 @@ class ServerConnection(Connection):
             yield b"{"
             if request_id is not UNSET:
                 yield b'"id": '
-                yield from encode_bit_by_bit(request_id)
+                yield from iter_encode(request_id)
                 yield b", "
             yield b'"error": '
-            yield from encode_bit_by_bit(self._error(result))
+            yield from iter_encode(self._error(result))
         else:
             value = result.value
             yield b'{"return": '
@@ -232,5 +235,5 @@ class ServerConnection(Connection):
                 yield encode(value)
             if request_id is not UNSET:
                 yield b', "id": '
-                yield from encode_bit_by_bit(request_id)
+                yield from iter_encode(request_id)
         yield b"}\r\n"

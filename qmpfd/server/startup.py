@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from ..commands import Dialect
-from ..kernel.fd import Fd, Passing, close_all
+from ..kernel.fd import Fd, InFlightProbe, close_all
 from ..limits import TAKEOVER_TIMEOUT, Limits
 from ..policy import Policy
 from .fdstore.lifespan import kept
@@ -77,8 +77,8 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
         stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
         stack.callback(server.close)
         if os.geteuid():
-            server.daemon.passing = Passing()
-            stack.callback(server.daemon.passing.close)
+            server.daemon.in_flight_probe = InFlightProbe()
+            stack.callback(server.daemon.in_flight_probe.close)
         for before in (inheritance, recovered):
             if before is not None:
                 stack.enter_context(before)

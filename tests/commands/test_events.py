@@ -15,7 +15,7 @@ from helpers import Pipe, Wire, daemon, error, open_fds, pipes, request, settle,
 from trio.testing import MockClock
 
 import qmpfd
-from qmpfd.commands import TABLE, VOCABULARY, Context, Daemon
+from qmpfd.commands import DECODER, TABLE, Context, Daemon
 from qmpfd.commands.events import Event, EventLog, Watcher
 from qmpfd.commands.extension_types import FdAdded
 from qmpfd.fdsets import Peer
@@ -346,7 +346,7 @@ def test_a_change_costs_the_same_however_many_watch() -> None:
     core.news = news
     grant = Grant(frozenset({"query"}), frozenset({0}))
     contexts = [
-        Context(core, ServerConnection(VOCABULARY), Peer(1, 1, 1), Counting([grant]), lambda: False)
+        Context(core, ServerConnection(DECODER), Peer(1, 1, 1), Counting([grant]), lambda: False)
         for _ in range(100)
     ]
     for context in contexts:

@@ -16,7 +16,7 @@ from outcome import Value
 from trio.testing import MockClock
 
 import qmpfd
-from qmpfd.commands import TABLE, VOCABULARY, Context, Daemon
+from qmpfd.commands import DECODER, TABLE, Context, Daemon
 from qmpfd.commands.listings import list_fds, list_fdsets
 from qmpfd.fdsets import FdSets, Peer, StoredFd
 from qmpfd.kernel.fd import Fd, close_all
@@ -45,7 +45,7 @@ def core(access: Access = EVERYTHING) -> Iterator[Context]:
         raise AssertionError
 
     made = Daemon("spec", qmpfd.Limits(), lambda: 10.0, unused, TABLE)
-    connection = ServerConnection(VOCABULARY)
+    connection = ServerConnection(DECODER)
     try:
         yield Context(made, connection, Peer(1, 1, 1), access, lambda: False)
     finally:
@@ -320,7 +320,7 @@ async def test_an_id_is_echoed_step_by_step(path: Path) -> None:
     """A mebibyte of it, while others are served."""
     async with daemon(path):
         with await Wire.session(path) as wire, await Wire.session(path) as other:
-            connection = ServerConnection(VOCABULARY)
+            connection = ServerConnection(DECODER)
             whole: list[list[Any]] = [[]] * 100_000
             steps = list(connection.long_reply(Value({}), whole))
             assert max(map(len, steps)) < 4096

@@ -14,7 +14,7 @@ from typing import Any
 from fake_kernel import BUFFER_BYTES, FakeQueue, Segment, read_once
 from outcome import Error, Value
 
-from qmpfd.commands import VERSION, VOCABULARY
+from qmpfd.commands import DECODER, VERSION
 from qmpfd.errors import QMPError
 from qmpfd.kernel.fd import Fd
 from qmpfd.limits import MAX_ERRORS_IN_A_ROW, SCM_MAX_FD
@@ -73,7 +73,7 @@ def converse(sends: list[Send], reads: random.Random | None) -> tuple[list[Any],
         reads: when the daemon reads in between; None: after each send.
     """
     queue = Queue()
-    connection = ServerConnection(VOCABULARY, max_request_bytes=4096)
+    connection = ServerConnection(DECODER, max_request_bytes=4096)
     connection.greeting(VERSION)
     replies: list[Any] = []
     claimed: list[list[int]] = []
@@ -83,7 +83,7 @@ def converse(sends: list[Send], reads: random.Random | None) -> tuple[list[Any],
         while read_once(queue, connection):
             for request, request_id, fds in connection.requests():
                 if isinstance(request, Request):
-                    name = VOCABULARY.names[type(request)]
+                    name = DECODER.names[type(request)]
                     result: Value[object] | Error = Value(name)
                     if name == "qmp_capabilities":
                         try:
@@ -101,7 +101,7 @@ def converse(sends: list[Send], reads: random.Random | None) -> tuple[list[Any],
                 assert reply.endswith(b"\r\n")
                 assert reply.count(b"\n") == 1
                 replies.append(json.loads(reply))
-            waiting = len(queue.passed) - len(taken) - len(connection.garbage)
+            waiting = len(queue.passed) - len(taken) - len(connection.fds_to_close)
             unread = sum(len(segment.fds) for segment in queue._segments)
             assert waiting - unread <= 2 * SCM_MAX_FD
 
@@ -111,7 +111,7 @@ def converse(sends: list[Send], reads: random.Random | None) -> tuple[list[Any],
             read()
     read()
     connection.close()
-    ended = Counter(id(fd) for fd in [*taken, *connection.garbage])
+    ended = Counter(id(fd) for fd in [*taken, *connection.fds_to_close])
     assert ended == Counter(map(id, queue.passed)), "a descriptor was lost, or has two owners"
     for number in queue.passed:
         number.close()

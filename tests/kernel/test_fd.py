@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from qmpfd.kernel.fd import Fd, close_all, fileno, peek, receive, send, skip
+from qmpfd.kernel.fd import Fd, close_all, discard, fileno, peek, receive, send
 from qmpfd.limits import READ_BYTES, SCM_MAX_FD, SEGMENT_BYTES
 
 
@@ -303,7 +303,7 @@ def test_peeking_from_many_threads() -> None:
             for _ in range(rounds):
                 near.send(tag * 500)
                 data, _ = peek(far)
-                skip(far, len(data))
+                discard(far, len(data))
                 if data != tag * 500:
                     failures.append(data)
 

@@ -14,9 +14,9 @@ from outcome import Error, Value
 from splits import bytewise, json_soup, pieces
 
 from qmpfd import errors
-from qmpfd.commands import VOCABULARY
+from qmpfd.commands import DECODER
 from qmpfd.errors import CommandNotFound, FdNotFound, FdNotSupplied, GenericError, QMPError
-from qmpfd.limits import CAREFUL_BYTES, MAX_ERRORS_IN_A_ROW, MAX_NESTING
+from qmpfd.limits import MAX_ERRORS_IN_A_ROW, MAX_NESTING, SLOW_PATH_BYTES
 from qmpfd.protocol import (
     ClientConnection,
     Connection,
@@ -49,7 +49,7 @@ def heard(request: Request | Error, request_id: Any) -> tuple[str, Any]:
     if isinstance(request, Error):
         assert isinstance(request.error, QMPError)
         return request.error.desc, request_id
-    return VOCABULARY.names[type(request)], request_id
+    return DECODER.names[type(request)], request_id
 
 
 def state(connection: Connection) -> State:
@@ -59,7 +59,7 @@ def state(connection: Connection) -> State:
 
 @pytest.fixture
 def server() -> ServerConnection:
-    return ServerConnection(VOCABULARY)
+    return ServerConnection(DECODER)
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_close(server: ServerConnection, steps: int) -> None:
         server.negotiate([])
     server.close()
     assert server.state is State.CLOSED
-    assert server.garbage == []
+    assert server.fds_to_close == []
     with pytest.raises(ProtocolError):
         server.greeting({})
 
@@ -189,7 +189,7 @@ def test_reply(ready: ServerConnection, request_id: Any, sent: bytes) -> None:
     ],
 )
 def test_error_classes_by_dialect(error: QMPError, told: str) -> None:
-    spec, qemu = ServerConnection(VOCABULARY), ServerConnection(VOCABULARY, qemu_classes=True)
+    spec, qemu = ServerConnection(DECODER), ServerConnection(DECODER, qemu_classes=True)
     assert json.loads(spec.reply(Error(error), 1))["error"]["class"] == type(error).__name__
     assert json.loads(qemu.reply(Error(error), 1))["error"]["class"] == told
 
@@ -223,13 +223,13 @@ def test_any_id_is_echoed(ready: ServerConnection, text: bytes) -> None:
 def test_a_flood_of_errors_is_answered_within_bounds(ready: ServerConnection) -> None:
     answered = reads = 0
     while answered < MAX_ERRORS_IN_A_ROW:
-        receive(ready, b"}" * CAREFUL_BYTES)
+        receive(ready, b"}" * SLOW_PATH_BYTES)
         answered += len(list(ready.requests()))
         reads += 1
     assert answered == MAX_ERRORS_IN_A_ROW + 1
-    assert reads <= MAX_ERRORS_IN_A_ROW // CAREFUL_BYTES + 1
+    assert reads <= MAX_ERRORS_IN_A_ROW // SLOW_PATH_BYTES + 1
     for _ in range(3):
-        receive(ready, b"}" * CAREFUL_BYTES)
+        receive(ready, b"}" * SLOW_PATH_BYTES)
         assert len(list(ready.requests())) == 1
     # A good request ends the flood, and is answered in any case.
     found = asked(ready, b"}" * 10 + b'{"execute":"query-name"}' + b"}" * 10)
@@ -256,7 +256,7 @@ def test_max_request_bytes(spare: int, quotes: bytes, bytes_at_a_time: int) -> N
     """The same limit whichever way a request is read, and however it comes."""
     data = b'{"execute":"add-fd","arguments":{"opaque":"%s"}}' % (b"x" * 1000)
     data = data.replace(b'"', quotes)
-    server = ServerConnection(VOCABULARY, max_request_bytes=len(data) - 1 + spare)
+    server = ServerConnection(DECODER, max_request_bytes=len(data) - 1 + spare)
     server.greeting({})
     server.negotiate([])
     found = []
@@ -271,7 +271,7 @@ def test_max_request_bytes(spare: int, quotes: bytes, bytes_at_a_time: int) -> N
 @settings(deadline=None)
 def test_any_split_gives_the_same_requests(chunks: list[bytes]) -> None:
     def all_of(parts: Iterator[bytes]) -> list[tuple[str, Any]]:
-        server = ServerConnection(VOCABULARY)
+        server = ServerConnection(DECODER)
         server.greeting({})
         server.negotiate([])
         return [request for part in parts for request in asked(server, part)]
@@ -284,7 +284,7 @@ def test_any_split_gives_the_same_requests(chunks: list[bytes]) -> None:
 
 @given(json_soup)
 def test_a_good_request_after_a_reset(data: bytes) -> None:
-    server = ServerConnection(VOCABULARY)
+    server = ServerConnection(DECODER)
     server.greeting({})
     server.negotiate([])
     if data:

@@ -19,37 +19,37 @@ def fds() -> Iterator[list[Fd]]:
 
 
 @pytest.fixture
-def garbage() -> list[Fd]:
+def fds_to_close() -> list[Fd]:
     return []
 
 
 @pytest.fixture
-def unclaimed(garbage: list[Fd]) -> PendingFds:
-    return PendingFds(garbage)
+def unclaimed(fds_to_close: list[Fd]) -> PendingFds:
+    return PendingFds(fds_to_close)
 
 
-def test_nothing_waits_at_first(unclaimed: PendingFds, garbage: list[Fd]) -> None:
+def test_nothing_waits_at_first(unclaimed: PendingFds, fds_to_close: list[Fd]) -> None:
     assert len(unclaimed.fds) == 0
     assert unclaimed.claim(253) == ([], False)
     unclaimed.segment_ended(inside_message=False)
     unclaimed.message_ended()
-    assert garbage == []
+    assert fds_to_close == []
 
 
 def test_in_order_within_the_segment(
-    unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]
+    unclaimed: PendingFds, fds: list[Fd], fds_to_close: list[Fd]
 ) -> None:
     unclaimed.arrive(fds, False)
     assert unclaimed.claim(1) == (fds[:1], False)
     assert unclaimed.claim(2) == (fds[1:3], False)
     assert len(unclaimed.fds) == 2
     unclaimed.segment_ended(inside_message=False)
-    assert garbage == fds[3:]
+    assert fds_to_close == fds[3:]
     assert unclaimed.claim(1) == ([], False)
 
 
 def test_behind_the_segment_the_first_takes_and_the_rest_goes(
-    unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]
+    unclaimed: PendingFds, fds: list[Fd], fds_to_close: list[Fd]
 ) -> None:
     unclaimed.arrive(fds, False)
     unclaimed.segment_ended(inside_message=False)
@@ -57,46 +57,46 @@ def test_behind_the_segment_the_first_takes_and_the_rest_goes(
     unclaimed.message_ended()
     assert len(unclaimed.fds) == 5
     assert unclaimed.claim(2) == (fds[:2], False)
-    assert garbage == fds[2:]
+    assert fds_to_close == fds[2:]
 
 
 def test_a_message_that_straddles_is_in_the_segment(
-    unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]
+    unclaimed: PendingFds, fds: list[Fd], fds_to_close: list[Fd]
 ) -> None:
     unclaimed.arrive(fds, False)
     assert unclaimed.claim(1) == (fds[:1], False)
     unclaimed.segment_ended(inside_message=True)
-    assert garbage == []
+    assert fds_to_close == []
     assert unclaimed.claim(1) == (fds[1:2], False)
     unclaimed.message_ended()
-    assert garbage == fds[2:]
+    assert fds_to_close == fds[2:]
 
 
 def test_a_message_that_straddles_and_takes_none(
-    unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]
+    unclaimed: PendingFds, fds: list[Fd], fds_to_close: list[Fd]
 ) -> None:
     unclaimed.arrive(fds, False)
     unclaimed.segment_ended(inside_message=True)
     unclaimed.message_ended()
-    assert garbage == []
+    assert fds_to_close == []
     assert unclaimed.claim(1) == (fds[:1], False)
-    assert garbage == fds[1:]
+    assert fds_to_close == fds[1:]
 
 
 def test_newer_ones_displace_older_ones(
-    unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]
+    unclaimed: PendingFds, fds: list[Fd], fds_to_close: list[Fd]
 ) -> None:
     unclaimed.arrive(fds[:2], False)
     unclaimed.arrive(fds[2:], False)
-    assert garbage == fds[:2]
+    assert fds_to_close == fds[:2]
     assert unclaimed.claim(1) == (fds[2:3], False)
 
 
 def test_what_was_cut_short_is_given_up_whole(
-    unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]
+    unclaimed: PendingFds, fds: list[Fd], fds_to_close: list[Fd]
 ) -> None:
     unclaimed.arrive(fds, True)
-    assert garbage == fds
+    assert fds_to_close == fds
     assert unclaimed.claim(1) == ([], True)
     assert unclaimed.claim(1) == ([], False)  # told once
 
@@ -114,9 +114,9 @@ def test_a_loss_is_forgotten_with_what_was_lost(
     assert unclaimed.claim(1) == (fds[:1] if newer else [], False)
 
 
-def test_discard(unclaimed: PendingFds, fds: list[Fd], garbage: list[Fd]) -> None:
+def test_discard(unclaimed: PendingFds, fds: list[Fd], fds_to_close: list[Fd]) -> None:
     unclaimed.arrive(fds, False)
     unclaimed.discard()
     unclaimed.discard()
-    assert garbage == fds
+    assert fds_to_close == fds
     assert len(unclaimed.fds) == 0

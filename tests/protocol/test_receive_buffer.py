@@ -17,7 +17,7 @@ from outcome import Error
 
 from qmpfd.errors import QMPError
 from qmpfd.kernel.fd import Fd, close_all
-from qmpfd.limits import CAREFUL_BYTES, READ_BYTES, SCM_MAX_FD
+from qmpfd.limits import READ_BYTES, SCM_MAX_FD, SLOW_PATH_BYTES
 from qmpfd.protocol import ClientConnection, Reply, RequestDecoder, ServerConnection, Spec, State
 
 
@@ -29,7 +29,7 @@ class Number(Struct, forbid_unknown_fields=True):
     number: int
 
 
-VOCABULARY = RequestDecoder(
+DECODER = RequestDecoder(
     {
         "qmp_capabilities": Spec(Anything),
         "take": Spec(Anything, fds=1),
@@ -57,7 +57,7 @@ class Server:
 
     def __init__(self, queue: Queue, tags: Tags, *, max_request_bytes: int = 1 << 20) -> None:
         self.queue = queue
-        self.connection = ServerConnection(VOCABULARY, max_request_bytes=max_request_bytes)
+        self.connection = ServerConnection(DECODER, max_request_bytes=max_request_bytes)
         self.connection.greeting({})
         self.connection.negotiate([])
         self.results: list[Result] = []
@@ -81,7 +81,7 @@ class Server:
             else:
                 self.results.append((request_id, [self._tags.which(fd) for fd in fds]))
                 close_all(fds)
-        self.close_garbage()
+        self.close_fds()
         return True
 
     def read_all(self, at_once: int = 1) -> list[Result]:
@@ -89,14 +89,14 @@ class Server:
             pass
         return self.results
 
-    def close_garbage(self) -> None:
-        close_all(self.connection.garbage)
-        self.connection.garbage.clear()
+    def close_fds(self) -> None:
+        close_all(self.connection.fds_to_close)
+        self.connection.fds_to_close.clear()
 
     def close(self) -> None:
         if self.connection.state is not State.CLOSED:
             self.connection.close()
-        self.close_garbage()
+        self.close_fds()
         self.queue.close()
 
 
@@ -320,7 +320,7 @@ def test_pending_fds_are_closed_with_the_connection(server: Server, tags: Tags) 
     server.send(look(1), 3)
     read_once(server.queue, server.connection)  # received, and never asked for
     server.connection.close()
-    assert sorted(map(tags.which, server.connection.garbage)) == [1, 2, 3]
+    assert sorted(map(tags.which, server.connection.fds_to_close)) == [1, 2, 3]
     assert server.connection.state is State.CLOSED
 
 
@@ -338,7 +338,7 @@ def test_who_stops_asking_leaves_nothing_behind(server: Server, tags: Tags, join
     assert request_id == 1
     del requests
     server.connection.close()
-    assert sorted(map(tags.which, server.connection.garbage)) == [1, 2]
+    assert sorted(map(tags.which, server.connection.fds_to_close)) == [1, 2]
 
 
 def test_all_fds_of_a_message_for_a_command_that_takes_many(server: Server) -> None:
@@ -352,7 +352,7 @@ def test_253_fds_arrive(server: Server) -> None:
 
 
 def test_never_more_than_two_messages_of_unclaimed_fds(tags: Tags) -> None:
-    """Counted at the worst time: after a read, before the garbage is closed."""
+    """Counted at the worst time: after a read, before ``fds_to_close`` is closed."""
     opened = 0
 
     class Counting(FakeQueue):
@@ -369,8 +369,8 @@ def test_never_more_than_two_messages_of_unclaimed_fds(tags: Tags) -> None:
         assert read_once(server.queue, server.connection)
         most = max(most, opened)
         assert all(fds == [] for _, _, fds in server.connection.requests())
-        opened -= len(server.connection.garbage)
-        server.close_garbage()
+        opened -= len(server.connection.fds_to_close)
+        server.close_fds()
     assert most == 2 * SCM_MAX_FD
     server.close()
 
@@ -406,7 +406,7 @@ def test_truncated_control_message(short: Server, take: Command, blank: bool, ro
         short.send(look(1) + take(2), 1, 2)
         short.send(take(3))
     assert short.read_all() == [(1, []), (2, LOST), (3, [])]
-    assert not short.connection.garbage
+    assert not short.connection.fds_to_close
 
 
 def test_truncation_is_forgotten_when_newer_fds_arrive(short: Server) -> None:
@@ -436,7 +436,7 @@ def padded(command: str, number: int, size: int, *, slowly: bool) -> bytes:
 
 
 @pytest.mark.parametrize("slowly", [False, True])
-@pytest.mark.parametrize("size", [CAREFUL_BYTES - 60, CAREFUL_BYTES, 40_000, 2 * READ_BYTES])
+@pytest.mark.parametrize("size", [SLOW_PATH_BYTES - 60, SLOW_PATH_BYTES, 40_000, 2 * READ_BYTES])
 def test_surplus_fds_of_a_long_command_are_closed(server: Server, slowly: bool, size: int) -> None:
     """A segment that is read in several steps ends where it ends, not earlier or later."""
     server.send(padded("take", 1, size, slowly=slowly), 1, 2)
@@ -447,8 +447,8 @@ def test_surplus_fds_of_a_long_command_are_closed(server: Server, slowly: bool, 
 
 @pytest.mark.parametrize("slowly", [False, True])
 def test_fds_in_order_in_a_long_segment(server: Server, slowly: bool) -> None:
-    data = padded("take", 1, CAREFUL_BYTES, slowly=slowly)
-    data += padded("look", 2, CAREFUL_BYTES, slowly=slowly) + take(3)
+    data = padded("take", 1, SLOW_PATH_BYTES, slowly=slowly)
+    data += padded("look", 2, SLOW_PATH_BYTES, slowly=slowly) + take(3)
     server.send(data, 1, 2, 3)
     server.send(take(4))
     assert server.read_all() == [(1, [1]), (2, []), (3, [2]), (4, [])]
@@ -524,7 +524,7 @@ class Script:
     cuts: list[int]  # in bytes, ascending: where one send ends and the next begins
     fds: list[int]  # how many come with each send
     reads: list[int]  # how many reads there are after each send
-    careful_bytes: int = CAREFUL_BYTES
+    careful_bytes: int = SLOW_PATH_BYTES
     at_once: int = 1  # how many reads there are before anything is carried out
     data: bytes = field(init=False)
     spans: list[tuple[int, int, Kind]] = field(init=False)  # of each message
@@ -595,13 +595,13 @@ def scripts(draw: st.DrawFn) -> Script:
     count = len(cuts) + 1
     fds = draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
     reads = draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
-    careful = draw(st.sampled_from([CAREFUL_BYTES, CAREFUL_BYTES, 1, 5, 16]))
+    careful = draw(st.sampled_from([SLOW_PATH_BYTES, SLOW_PATH_BYTES, 1, 5, 16]))
     return Script(items, cuts, fds, reads, careful, draw(st.sampled_from([1, 2, 3, 16])))
 
 
 def carry_out(script: Script, server: Server) -> list[tuple[int | None, list[int]]]:
     with pytest.MonkeyPatch.context() as patch, closing(server):
-        patch.setattr("qmpfd.protocol.receive_buffer.CAREFUL_BYTES", script.careful_bytes)
+        patch.setattr("qmpfd.protocol.receive_buffer.SLOW_PATH_BYTES", script.careful_bytes)
         for data, tags, reads in script.sends():
             server.send(data, *tags)
             for _ in range(reads):
@@ -745,7 +745,7 @@ def test_each_reply_has_its_own_fds(
         found += replies(queue, tags, connection)
     finally:
         connection.close()
-        close_all(connection.garbage)
+        close_all(connection.fds_to_close)
         queue.close()
     assert found == [
         (number, [(number + n) % TAGS for n in range(count)]) for number, count in enumerate(fds)

@@ -11,7 +11,7 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from qmpfd.commands import TABLE, VOCABULARY
+from qmpfd.commands import DECODER, TABLE
 from qmpfd.errors import CommandNotFound, GenericError, QMPError
 from qmpfd.protocol import Request
 from qmpfd.protocol.parser import Parser
@@ -21,7 +21,7 @@ Outcome = tuple[str, Any, Any]
 
 def plain(request: Request) -> Outcome:
     """What *request* asks for: no arguments and empty ones are the same."""
-    name = VOCABULARY.names[type(request)]
+    name = DECODER.names[type(request)]
     arguments = request.arguments
     if arguments is UNSET:
         arguments = TABLE.commands[name].nothing
@@ -37,7 +37,7 @@ def carefully(data: bytes) -> list[Outcome | str]:
             found.append(error.desc)
             continue
         try:
-            found.append(plain(VOCABULARY.request(value, oob_enabled=False)))
+            found.append(plain(DECODER.request(value, oob_enabled=False)))
         except QMPError as exc:
             found.append(exc.desc)
     if not parser.idle:
@@ -124,7 +124,7 @@ def requests(draw: st.DrawFn) -> bytes:
 @example([b'{"execute":"query-version"}\n,'], b"")
 def test_quick_and_careful_agree(chunk: list[bytes], blank: bytes) -> None:
     data = blank.join(chunk)
-    quick = VOCABULARY.decode_chunk(data)
+    quick = DECODER.decode_chunk(data)
     event("quick" if quick is not None else "careful")
     if quick is not None:
         assert [plain(request) for request in quick] == carefully(data)
@@ -132,7 +132,7 @@ def test_quick_and_careful_agree(chunk: list[bytes], blank: bytes) -> None:
 
 @given(st.binary(max_size=30) | requests().map(lambda data: data[:-1]))
 def test_the_quick_way_never_raises(data: bytes) -> None:
-    quick = VOCABULARY.decode_chunk(data)
+    quick = DECODER.decode_chunk(data)
     if quick is not None:
         assert [plain(request) for request in quick] == carefully(data)
 
@@ -149,7 +149,7 @@ def test_the_quick_way_never_raises(data: bytes) -> None:
     ],
 )
 def test_what_clients_usually_send_goes_the_quick_way(data: bytes) -> None:
-    quick = VOCABULARY.decode_chunk(data)
+    quick = DECODER.decode_chunk(data)
     assert quick is not None
     assert [plain(request) for request in quick] == carefully(data)
 
@@ -171,7 +171,7 @@ def test_what_clients_usually_send_goes_the_quick_way(data: bytes) -> None:
     ],
 )
 def test_what_is_not_plain_goes_the_careful_way(data: bytes) -> None:
-    assert VOCABULARY.decode_chunk(data) is None
+    assert DECODER.decode_chunk(data) is None
 
 
 # -- the envelope ---------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_what_is_not_plain_goes_the_careful_way(data: bytes) -> None:
 
 def refused(value: Any, *, oob: bool = False, only: str | None = None) -> QMPError:
     with pytest.raises(QMPError) as caught:
-        VOCABULARY.request(value, oob_enabled=oob, only=only)
+        DECODER.request(value, oob_enabled=oob, only=only)
     return caught.value
 
 
@@ -271,24 +271,24 @@ def test_out_of_band() -> None:
 def test_only_one_command() -> None:
     error = refused({"execute": "query-name"}, only="qmp_capabilities")
     assert type(error) is CommandNotFound
-    request = VOCABULARY.request(
+    request = DECODER.request(
         {"execute": "qmp_capabilities"}, oob_enabled=False, only="qmp_capabilities"
     )
-    assert VOCABULARY.names[type(request)] == "qmp_capabilities"
+    assert DECODER.names[type(request)] == "qmp_capabilities"
 
 
 @pytest.mark.parametrize("request_id", [None, 0, -1, "x", 1.5, True, [], {"a": [1]}, 2**64 - 1])
 def test_id_is_kept(request_id: Any) -> None:
     value = {"execute": "query-name", "id": request_id}
-    assert VOCABULARY.request(value, oob_enabled=False).id == request_id
-    assert VOCABULARY.request({"execute": "query-name"}, oob_enabled=False).id is UNSET
+    assert DECODER.request(value, oob_enabled=False).id == request_id
+    assert DECODER.request({"execute": "query-name"}, oob_enabled=False).id is UNSET
 
 
 # -- descriptors ----------------------------------------------------------------------------------
 
 
 def quickly(text: bytes) -> Any:
-    requests = VOCABULARY.decode_chunk(text)
+    requests = DECODER.decode_chunk(text)
     assert requests is not None
     return requests[0]
 
@@ -304,7 +304,7 @@ def quickly(text: bytes) -> Any:
     ],
 )
 def test_wanted_fds(read: Callable[[bytes], Any], text: bytes, count: int) -> None:
-    assert VOCABULARY.wanted_fds(read(text)) == count
+    assert DECODER.max_fds(read(text)) == count
 
 
 @pytest.mark.parametrize(
@@ -321,4 +321,4 @@ def test_wanted_fds(read: Callable[[bytes], Any], text: bytes, count: int) -> No
     ],
 )
 def test_wanted_fds_of_what_is_no_request(value: Any, count: int) -> None:
-    assert VOCABULARY.wanted_fds(value) == count
+    assert DECODER.max_fds(value) == count

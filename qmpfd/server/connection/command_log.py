@@ -6,7 +6,7 @@ import logging
 
 from outcome import Error, Outcome, Value
 
-from ...commands import VOCABULARY, Stats
+from ...commands import DECODER, Stats
 from ...errors import QMPError
 from ...fdsets import Peer
 from ...protocol import Request
@@ -28,7 +28,7 @@ def note(stats: Stats, peer: Peer, request: Request | Error, result: Outcome[obj
         stats.errors[result.error.error_class] += 1
     if not _log.isEnabledFor(logging.DEBUG):
         return
-    name = None if isinstance(request, Error) else VOCABULARY.names[type(request)]
+    name = None if isinstance(request, Error) else DECODER.names[type(request)]
     arguments = None if isinstance(request, Error) else request.arguments
     told = result.error if isinstance(result, Error) else "done"
     value = result.value if isinstance(result, Value) else None

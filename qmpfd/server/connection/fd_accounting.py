@@ -22,7 +22,7 @@ class FdAccounting:
 
     Args:
         server: the daemon.
-        connection: whose garbage it is.
+        connection: whose ``fds_to_close`` are closed.
         send_buffer: what its client has to take.
         share: the client's share of time.
         uid: the client's.
@@ -46,11 +46,11 @@ class FdAccounting:
 
     def close_some(self) -> None:
         """Close as many as can be closed in a row."""
-        garbage = self._connection.garbage
-        if len(garbage) > CLOSES_A_STEP:
-            garbage = self._take(CLOSES_A_STEP)
-        self._server.daemon.closer.close(garbage)
-        garbage.clear()
+        fds_to_close = self._connection.fds_to_close
+        if len(fds_to_close) > CLOSES_A_STEP:
+            fds_to_close = self._take(CLOSES_A_STEP)
+        self._server.daemon.closer.close(fds_to_close)
+        fds_to_close.clear()
 
     async def close_all(self, count: int) -> None:
         """Close so many."""
@@ -62,12 +62,12 @@ class FdAccounting:
 
     def dispose(self, most: int | None = None) -> None:
         """Close them as soon as all that was removed is gone from the keeper."""
-        if self._connection.garbage:
+        if self._connection.fds_to_close:
             self._server.dispose(self._take(most))
 
     def _take(self, most: int | None) -> list[Fd]:
-        garbage = self._connection.garbage
-        taken, garbage[:most] = garbage[:most], []
+        fds_to_close = self._connection.fds_to_close
+        taken, fds_to_close[:most] = fds_to_close[:most], []
         return taken
 
     @property

@@ -89,7 +89,7 @@ class RequestProcessor:
         self._carry_out()
         if not self._tell_nowait(at_once):
             return False
-        return self.long_reply is None and not self._connection.has_news
+        return self.long_reply is None and not self._connection.has_pending_input
 
     async def give(self) -> None:
         """Go on with what is under way, and carry out all that is complete, however long it takes;
@@ -98,7 +98,7 @@ class RequestProcessor:
         context, send_buffer, share = self._context, self._outbox, self._share
         while True:
             await self._tell()
-            if context.quitting or context.takes_over or not self._connection.has_news:
+            if context.quitting or context.takes_over or not self._connection.has_pending_input:
                 return
             await send_buffer.send(share)
             if share.over or send_buffer.deaf:  # perhaps with a thousand others
@@ -156,7 +156,7 @@ class RequestProcessor:
         Args:
             at_once: send them, as far as the client takes them.
         """
-        send_buffer, garbage = self._outbox, self._connection.garbage
+        send_buffer, fds_to_close = self._outbox, self._connection.fds_to_close
         if self._server.keeper is not None and self._context.about_store:
             self._context.about_store = False
             if not self._server.is_settled:
@@ -164,10 +164,10 @@ class RequestProcessor:
         if send_buffer.unsafe:
             if send_buffer.deaf:
                 return False
-        elif garbage:
+        elif fds_to_close:
             # Before the replies: what is removed is closed once its client has read so.
             self._leftovers.close_some()
-            if garbage:  # a whole set, perhaps
+            if fds_to_close:  # a whole set, perhaps
                 return False
         batches = self._batches
         if at_once and len(batches) == 1:  # nothing goes with it
@@ -187,7 +187,7 @@ class RequestProcessor:
             if send_buffer.unsafe:
                 await self._settle()
             else:
-                await self._leftovers.close_all(len(self._connection.garbage))
+                await self._leftovers.close_all(len(self._connection.fds_to_close))
         if self.long_reply is not None:
             await send_buffer.send(self._share)
             await self._send_bit_by_bit(self.long_reply)
@@ -220,7 +220,7 @@ class RequestProcessor:
             await send_buffer.send(share)
 
     def close(self) -> None:
-        """The connection is over: what was still to be sent is garbage."""
+        """The connection is over: what was still to be sent is closed."""
         for _, fds in self._batches:
-            self._connection.garbage += fds
+            self._connection.fds_to_close += fds
         self._batches.clear()

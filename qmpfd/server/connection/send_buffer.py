@@ -30,7 +30,7 @@ class SendBuffer:
         server: the daemon.
         stream: the connection.
         peer: who is at its other end.
-        garbage: where descriptors go that are never sent; its owner closes them.
+        fds_to_close: where descriptors go that are never sent; its owner closes them.
         emptied: called when the client has taken what had to wait for it.
         settle: waits until what is held may be told, and calls :meth:`release`.
     """
@@ -40,11 +40,11 @@ class SendBuffer:
         server: Server,
         stream: FdStream,
         peer: Peer,
-        garbage: list[Fd],
+        fds_to_close: list[Fd],
         emptied: Callable[[], None],
         settle: Callable[[], Awaitable[None]],
     ) -> None:
-        self._garbage = garbage
+        self._fds_to_close = fds_to_close
         self._server = server
         #: To be called when the client has taken all there is.
         self.emptied = emptied
@@ -109,7 +109,7 @@ class SendBuffer:
         """See what the client has received; how many descriptors that was."""
         before = self.in_flight
         if before:  # each was sent with a message of its own
-            self.in_flight = min(before, self._stream.most_untaken())
+            self.in_flight = min(before, self._stream.max_unreceived_messages())
         return before - self.in_flight
 
     def hold(self) -> None:
@@ -232,7 +232,7 @@ class SendBuffer:
         self.size = self.waiting_fds = self.in_flight = 0
         for waiting in (self.unsent, self.held):
             for _, fds in waiting:  # many may be cut off at once: they are closed in their turns
-                self._garbage += fds
+                self._fds_to_close += fds
             waiting.clear()
 
     def cut_off(self) -> None:

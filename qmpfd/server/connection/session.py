@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 from outcome import Error, Value
 
-from ...commands import NOTHING, VERSION, VOCABULARY, Client, Context
+from ...commands import DECODER, NOTHING, VERSION, Client, Context
 from ...errors import GenericError, QMPError
 from ...fdsets import Peer
 from ...kernel.fd import Fd, Plenty
@@ -62,7 +62,7 @@ class Session:
         self._server = server
         self._stream = stream
         self._connection = ServerConnection(
-            VOCABULARY,
+            DECODER,
             max_request_bytes=server.daemon.limits.max_request_bytes,
             qemu_classes=server.daemon.dialect == "qemu",
             budget=server.budget,
@@ -78,7 +78,7 @@ class Session:
         self._parked = False  # the daemon is frozen; nothing of the client is under way
         self._events_wait = False  # until the client has taken what it is being sent
         self.send_buffer = SendBuffer(
-            server, stream, peer, self._connection.garbage, self._emptied, self._settle
+            server, stream, peer, self._connection.fds_to_close, self._emptied, self._settle
         )
         self._leftovers = FdAccounting(
             server, self._connection, self.send_buffer, self._share, peer.uid
@@ -130,9 +130,9 @@ class Session:
         while more:
             async with self._server.entered():
                 more = self._context.close(CLOSES_A_STEP)
-            while self._connection.garbage:
+            while self._connection.fds_to_close:
                 self._leftovers.dispose(CLOSES_A_STEP)
-                if more or self._connection.garbage:
+                if more or self._connection.fds_to_close:
                     await trio.lowlevel.checkpoint()
 
     def finish(self) -> None:
@@ -245,9 +245,9 @@ class Session:
         self.send_buffer.mute()
         self._context.close()
         self._connection.close()
-        garbage = self._connection.garbage
-        self._server.daemon.closer.close_duplicates(garbage)
-        garbage.clear()
+        fds_to_close = self._connection.fds_to_close
+        self._server.daemon.closer.close_duplicates(fds_to_close)
+        fds_to_close.clear()
 
     def abandon(self) -> None:
         """It never began: another daemon has kept it all."""
@@ -362,7 +362,7 @@ class Session:
         meanwhile is for whoever holds it.
         """
         async with self._settling:
-            holds, count = self.send_buffer.holds, len(self._connection.garbage)
+            holds, count = self.send_buffer.holds, len(self._connection.fds_to_close)
             await self._server.settle()
             await self._leftovers.close_all(count)
             if holds == self.send_buffer.holds:

@@ -40,9 +40,9 @@ class Harness:
         ours, self.its = trio.socket.socketpair()
         self.stream = _Stream(ours, room)
         self.settled = trio.Event()
-        self.garbage: list[Fd] = []
+        self.fds_to_close: list[Fd] = []
         self.send_buffer = SendBuffer(
-            *(self.server, self.stream, Peer(1, 0, 0), self.garbage),
+            *(self.server, self.stream, Peer(1, 0, 0), self.fds_to_close),
             emptied=lambda: None,
             settle=self._settle,
         )
@@ -56,7 +56,7 @@ class Harness:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self.send_buffer.mute()
-        close_all(self.garbage)
+        close_all(self.fds_to_close)
         self.stream.close()
         self.its.close()
         self.server.close()
@@ -174,7 +174,7 @@ async def test_too_much_waits(caplog: pytest.LogCaptureFixture) -> None:
         rig.send_buffer.put(bytes(MAX_UNSENT_BYTES + 1), [fd])
         rig.send_buffer.push()
         assert rig.send_buffer.deaf
-        assert rig.garbage == [fd]
+        assert rig.fds_to_close == [fd]
         assert "does not take its replies" in caplog.text
         other = _fd()
         rig.send_buffer.put(b"a", [other])
