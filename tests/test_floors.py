@@ -204,7 +204,7 @@ def folder(module: str) -> str:
 
 
 #: Likewise, between folders.
-KNOWN_FOLDER_CIRCLES = {"server.connection", "server.fdstore", "server.takeover"}
+KNOWN_FOLDER_CIRCLES = {"server.connection", "server.takeover"}
 
 
 def test_no_circle_between_folders() -> None:

@@ -24,7 +24,7 @@ from enum import Enum, auto
 from time import monotonic
 
 from .fd import Fd, unread_bytes
-from .fdinfo import is_in_memory, looker
+from .fdinfo import is_in_memory, make_statx
 
 #: Threads that may hang in a close at a time.  More wait in line, with their descriptors open.
 _MAX_THREADS = 32
@@ -220,7 +220,7 @@ class ClosePool:
     def __init__(self) -> None:
         self._slow, self._quick = _Lane(), _Lane()
         self._grace_from = 0.0
-        self._status = looker()
+        self._status = make_statx()
         # From the start: later there may be no descriptor left for it.
         try:
             self._file_systems: _FileSystems | None = _FileSystems()

@@ -85,7 +85,7 @@ def kind(fd: int, link: str) -> str:
     anonymous = _ANONYMOUS.fullmatch(link)
     if anonymous is not None:
         return _NAMES.get(anonymous[1], anonymous[1])
-    found = looker()(fd)
+    found = make_statx()(fd)
     return "unknown" if found is None else _MODES.get(stat.S_IFMT(found[1]), "unknown")
 
 
@@ -106,7 +106,7 @@ _FLAGS = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
 _statx: Callable[..., int] | None = getattr(ctypes.CDLL(None), "statx", None)
 
 
-def looker() -> Callable[[int], Status | None]:
+def make_statx() -> Callable[[int], Status | None]:
     """Give what tells what the kernel has at hand of a descriptor's file; None where it does not
     tell.  Each thread needs its own: what is found has one place, as making room for it anew takes
     longer than the call.

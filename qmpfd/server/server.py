@@ -170,24 +170,24 @@ class Server:
     def prepare_to_leave(self, leaves: bool) -> None:
         """A successor is about to take over, or has not: whoever starts us again has to know."""
         if self.keeper is not None:
-            self.keeper.prepare_to_leave(leaves)
+            self.keeper.log_handover(leaves)
 
     @property
     def is_settled(self) -> bool:
         """Whether all that was changed is safe."""
-        return self.keeper is None or self.keeper.is_settled
+        return self.keeper is None or self.keeper.is_synced
 
     async def settle(self) -> None:
         """Wait until all that was changed so far is safe; without a checkpoint if it is."""
         if self.keeper is not None:
-            await self.keeper.settle()
+            await self.keeper.sync()
 
     def dispose(self, fds: list[Fd]) -> None:
         """Close what was taken out, as soon as that is settled; owned from here on."""
         if self.keeper is None:
             self.daemon.closer.close(fds)
         else:
-            self.keeper.close_settled(fds)
+            self.keeper.close_after_sync(fds)
 
     def _tell_watchers(self) -> None:
         self.news.set()

@@ -14,7 +14,7 @@ from ..commands import Dialect
 from ..kernel.fd import Fd, InFlightProbe, close_all
 from ..limits import TAKEOVER_TIMEOUT, Limits
 from ..policy import Policy
-from .fdstore.lifespan import kept
+from .fdstore.lifespan import mirrored
 from .fdstore.mirror import FdStoreConfig
 from .fdstore.recover import Recovered
 from .listen.listener import UnixListener
@@ -94,8 +94,8 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
         while inherited:
             listeners.append(UnixListener.inherit(inherited.popleft()))
             stack.callback(listeners[-1].close)
-        witness = None if inheritance is None else inheritance.witness
-        async with kept(server, keeping, ours, recovered, witness):
+        evidence = None if inheritance is None else inheritance.evidence
+        async with mirrored(server, keeping, ours, recovered, evidence):
             if inheritance is not None:
                 inheritance.confirm(TAKEOVER_TIMEOUT)
                 server.confirmed()

@@ -1,8 +1,8 @@
-"""What goes to the keeper, and how it is known to have arrived.
+"""What goes to the fd store, and how it is known to have arrived.
 
 Nothing is acknowledged there but a barrier, which stands for all that was sent before it: one is
 under way at a time, and whatever comes meanwhile shares the next.  Messages are sent off without
-waiting; whoever has something to say waits in :meth:`BarrierLink.settle`.
+waiting; whoever has something to say waits in :meth:`BarrierLink.sync`.
 
 What they are about is not known here.
 """
@@ -31,7 +31,7 @@ _NO_ROOM = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM}
 
 
 class BarrierLink:
-    """The way to the keeper.
+    """The connection to the fd store.
 
     Args:
         notifier: the connection to it; the caller's, until the daemon has ended.
@@ -47,7 +47,7 @@ class BarrierLink:
         self._write = write
         self._ended = ended
         self._changes = 0  # so far
-        self._settled = 0  # of these, how many are known to be there
+        self._synced = 0  # of these, how many are known to be there
         self._outgoing: deque[tuple[str, Fd | int | None]] = deque()
         self._actions: deque[tuple[int, Callable[[], None]]] = deque()  # once that change is there
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
@@ -77,24 +77,24 @@ class BarrierLink:
         """There is something to be written."""
         self._changes += 1
 
-    def when_settled(self, action: Callable[[], None]) -> None:
+    def on_synced(self, action: Callable[[], None]) -> None:
         """Call *action* when all that was changed so far is safe, or this has ended."""
         self._actions.append((self._changes, action))
 
     # -- waiting until it is safe --------------------------------------------------------------
 
     @property
-    def is_settled(self) -> bool:
+    def is_synced(self) -> bool:
         """Whether all that was changed is safe."""
-        return self._settled == self._changes
+        return self._synced == self._changes
 
-    async def settle(self) -> None:
+    async def sync(self) -> None:
         """Wait until all that was changed so far is safe; without a checkpoint if it is."""
         wanted = self._changes
-        if self._settled >= wanted:
+        if self._synced >= wanted:
             return
         self.push(wake=False)
-        while self._settled < wanted:
+        while self._synced < wanted:
             if self._barrier is not None and not self._watched:
                 await self._await_barrier()
             else:
@@ -135,7 +135,7 @@ class BarrierLink:
             self._watched = False
         self._end_barrier()
         self._advance(changes)
-        if not self.is_settled:
+        if not self.is_synced:
             self.push()
 
     def _send(self) -> None:
@@ -148,7 +148,7 @@ class BarrierLink:
             if not gone and not self._sent(text, () if fd is None else (fd,)):
                 return
             outgoing.popleft()
-        if self._barrier is None and not self.is_settled:
+        if self._barrier is None and not self.is_synced:
             try:
                 reader, writer = self._pipe or _pipe()
             except OSError:  # out of descriptors
@@ -187,7 +187,7 @@ class BarrierLink:
 
     def _advance(self, changes: int) -> None:
         """So many changes are safe."""
-        self._settled = changes
+        self._synced = changes
         while self._actions and self._actions[0][0] <= changes:
             self._actions.popleft()[1]()
         self._waiting.unpark_all()
@@ -204,7 +204,7 @@ class BarrierLink:
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
-        """Talk to the keeper while the block runs."""
+        """Talk to the fd store while the block runs."""
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._run)

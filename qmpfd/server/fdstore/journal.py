@@ -1,6 +1,6 @@
 """What the stored descriptors are, written down where it survives the daemon.
 
-The journal is a file in memory (memfd_create(2)) that the keeper has a descriptor of from the
+The journal is a file in memory (memfd_create(2)) thin the fd store has a descriptor of from the
 start: what is written to it needs no message, and stays when the daemon is killed the next moment.
 
 It is a row of frames, each of a length, a checksum and MessagePack.  What is done in one critical
@@ -55,7 +55,7 @@ class ListenerAdded(Struct, array_like=True, tag="l"):
     """A listening socket of ours is kept.
 
     Args:
-        name: of its descriptor at the keeper.
+        name: of its descriptor in the fd store.
         path: its file; None if that is somebody else's.
     """
 
@@ -136,7 +136,7 @@ class History:
         self.left = False
         self._together: list[list[Added]] = []  # what was added in one frame
 
-    def follow(self, records: Sequence[Record]) -> None:
+    def apply_frame(self, records: Sequence[Record]) -> None:
         """Follow one more frame."""
         for record in records:
             self.apply(record)
@@ -234,7 +234,7 @@ def replay(data: bytes) -> History:
                 if not isinstance(begun, SnapshotHeader) or begun.format != JOURNAL_FORMAT:
                     raise ValueError("the journal of the stored descriptors has another format")
                 history = History(begun)
-            history.follow(records)
+            history.apply_frame(records)
     except msgspec.MsgspecError as exc:
         raise ValueError(f"the journal of the stored descriptors cannot be read: {exc}") from None
     if history is None:

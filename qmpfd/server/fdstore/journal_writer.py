@@ -1,7 +1,7 @@
 """The journal that counts, and for a while the one that it replaces.
 
 A journal only grows.  When it has grown long, another is begun, which says the same in fewer words;
-until that is at the keeper, both are written, so either is right.
+until that is in the fd store, both are written, so either is right.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class JournalWriter:
     """What is written down for whoever comes after us.
 
     Args:
-        link: the way to the keeper, which has them too.
+        link: the connection to the fd store, which has them too.
         snapshot: all that the journal of a generation begins with.
     """
 
@@ -82,7 +82,7 @@ class JournalWriter:
         self._limit = max(MIN_JOURNAL_BYTES, 4 * journal.size)
         self._turning = True
         self._link.store(journal_name(self.generation), journal.fd)
-        self._link.when_settled(self._end_others)
+        self._link.on_synced(self._end_others)
 
     def _end_others(self) -> None:
         """The last journal is there: the one before is not needed any more."""
@@ -96,7 +96,7 @@ class JournalWriter:
         del self._journals[:-1]
 
     def forget(self) -> None:
-        """Have all of them closed at the keeper."""
+        """Have all of them closed in the fd store."""
         for name in self._names():
             self._link.remove(name)
 
@@ -107,6 +107,6 @@ class JournalWriter:
             journal.close()
 
     def _names(self) -> list[str]:
-        """What they are called at the keeper."""
+        """What they are called in the fd store."""
         first = self.generation - len(self._journals) + 1
         return [journal_name(number) for number in range(first, self.generation + 1)]

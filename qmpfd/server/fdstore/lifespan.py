@@ -1,4 +1,4 @@
-"""Where the daemon and its keeper meet: from before the first client until after the last."""
+"""The mirror of the store, from before the first client until after the last."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 
 @asynccontextmanager
-async def kept(
+async def mirrored(
     server: Server,
     keeping: FdStoreConfig | None,
     listeners: Sequence[UnixListener],
     recovered: Recovered | None,
-    witness: Fd | None,
+    evidence: Fd | None,
 ) -> AsyncGenerator[None, None]:
-    """Have everything kept safe while the block runs.
+    """Mirror the store while the block runs.
 
     Args:
         server: the daemon; it does not run yet.
         keeping: by whom; None if there is nobody.
-        listeners: the sockets that are to be kept.
+        listeners: the sockets that the fd store gets too.
         recovered: what came back from there, if anything may have.
-        witness: what tells whether it is ours, in the middle of a takeover.
+        evidence: what tells whether it is ours, in the middle of a takeover.
 
     Raises:
-        GenericError: it is more than can be kept.
+        GenericError: it is more than the fd store holds.
     """
     useless = [] if recovered is None else recovered.useless
     if keeping is None:
@@ -44,11 +44,11 @@ async def kept(
         yield
         return
     holdings = Holdings() if recovered is None else recovered.holdings
-    keeper = FdStoreMirror(keeping, server.daemon.closer)
-    async with keeper.running():
-        await keeper.start(server.store, listeners, holdings, witness)
+    mirror = FdStoreMirror(keeping, server.daemon.closer)
+    async with mirror.running():
+        await mirror.start(server.store, listeners, holdings, evidence)
         server.daemon.closer.close(useless)
-        server.keeper = server.daemon.keeper = keeper
+        server.keeper = server.daemon.keeper = mirror
         try:
             yield
         except Exception:
@@ -56,11 +56,11 @@ async def kept(
             for listener in listeners:
                 listener.abandon()
             raise
-        answers = keeper.is_settled  # or else the end has waited for it long enough
+        answers = mirror.is_synced  # or else the end has waited for it long enough
         if server.quits:
-            keeper.leave()
+            mirror.leave()
         elif not server.has_left:
-            keeper.finish()
+            mirror.finish()
         if answers:
             with trio.move_on_after(FORGET_TIMEOUT):
-                await keeper.settle()
+                await mirror.sync()

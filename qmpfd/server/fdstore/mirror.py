@@ -5,7 +5,7 @@ That is with whoever started the daemon: systemd's file-descriptor store, or the
 there under a name of its own; what it is stands in the journal, which is there as well.
 
 The rule is that nobody is told of what a crash would take back.  A change is made, written to the
-journal and sent off without waiting; then whoever has something to say waits in :meth:`settle`
+journal and sent off without waiting; then whoever has something to say waits in :meth:`sync`
 until the other side has it, see :mod:`qmpfd.server.fdstore.barrier_link`.
 
 A removed descriptor is closed here after it was closed there.
@@ -49,8 +49,8 @@ from .names import PREVIOUS, Names
 
 
 @dataclass(slots=True, eq=False)
-class _Kept:
-    """A descriptor at the keeper.
+class _Mirrored:
+    """A descriptor in the fd store.
 
     Args:
         name: what it is called there.
@@ -63,7 +63,7 @@ class _Kept:
 
 @dataclass(slots=True)
 class Holdings:
-    """What the keeper has from before.
+    """Whin the fd store has from before.
 
     Args:
         names: the names of stored descriptors and listening sockets, by their number here.
@@ -109,7 +109,7 @@ class FdStoreMirror:
         self._capacity = min(keeping.size - KEEPER_SPARE, Names.MOST)
         self._descriptions = keeping.descriptions
         self._names = Names()
-        self._kept: dict[int, _Kept] = {}
+        self._mirrored: dict[int, _Mirrored] = {}
         self._listeners: dict[int, str | None] = {}  # the paths, by number
         self._store = FdSets()
         self._previous: str | None = None
@@ -138,7 +138,7 @@ class FdStoreMirror:
                 f"Too many file descriptors: the limit of those kept safe is {self._capacity}"
             )
         # Of each that is there, the removal can be written too.
-        size = count * (4 * len(opaque or "") + RECORD_BYTES) + len(self._kept) * REMOVAL_BYTES
+        size = count * (4 * len(opaque or "") + RECORD_BYTES) + len(self._mirrored) * REMOVAL_BYTES
         try:
             self._journals.reserve(size)
         except OSError as exc:
@@ -154,7 +154,7 @@ class FdStoreMirror:
     def removed(self, stored: StoredFd) -> None:
         """A descriptor was taken out of the store; it is still open."""
         number = stored.fd.fileno()
-        kept = self._kept.pop(number, None)
+        kept = self._mirrored.pop(number, None)
         if kept is None or self.is_over:
             return
         self._journals.note(Removed(number))
@@ -164,7 +164,7 @@ class FdStoreMirror:
             self._descriptions.replace(number, others)
         if others is None:
             self._link.remove(kept.name, self._hint(number))
-            self._link.when_settled(partial(self._names.free, kept.name))
+            self._link.on_synced(partial(self._names.free, kept.name))
 
     def _keep(self, number: int, fd: Fd | int, name: str | None = None) -> None:
         """Have a descriptor kept: under *name*, where it is already, or a new one."""
@@ -172,14 +172,14 @@ class FdStoreMirror:
         if descriptions is not None:
             same = descriptions.find(number)
             if same is not None:
-                kept = self._kept[number] = self._kept[same]
+                kept = self._mirrored[number] = self._mirrored[same]
                 kept.numbers[number] = None
                 return
             descriptions.add(number)
         if name is None:
             name = self._names.take()
             self._link.store(name, fd)
-        self._kept[number] = _Kept(name, {number: None})
+        self._mirrored[number] = _Mirrored(name, {number: None})
 
     def _hint(self, number: int) -> str:
         """Tell the parent if the close may block.  A service manager closes in a thread anyway."""
@@ -193,7 +193,7 @@ class FdStoreMirror:
         offset = time.monotonic() - trio.current_time()
         expires = terms.expires_at
         return Added(
-            self._kept[number].name,
+            self._mirrored[number].name,
             fdset_id,
             number,
             stored.opaque,
@@ -206,20 +206,20 @@ class FdStoreMirror:
     # -- waiting until it is safe --------------------------------------------------------------
 
     @property
-    def is_settled(self) -> bool:
+    def is_synced(self) -> bool:
         """Whether all that was changed is safe."""
-        return self._link.is_settled
+        return self._link.is_synced
 
-    async def settle(self) -> None:
+    async def sync(self) -> None:
         """Wait until all that was changed so far is safe; without a checkpoint if it is."""
-        await self._link.settle()
+        await self._link.sync()
 
-    def close_settled(self, fds: list[Fd]) -> None:
-        """Close what was removed, once it is gone from the keeper; owned from here on."""
-        if self.is_settled:
+    def close_after_sync(self, fds: list[Fd]) -> None:
+        """Close what was removed, once it is gone from the fd store; owned from here on."""
+        if self.is_synced:
             self._closer.close(fds)
         else:
-            self._link.when_settled(partial(self._closer.close, fds))
+            self._link.on_synced(partial(self._closer.close, fds))
             self._link.push()
 
     # -- the journal ---------------------------------------------------------------------------
@@ -227,10 +227,10 @@ class FdStoreMirror:
     def _snapshot(self, generation: int) -> Iterator[Record]:
         yield SnapshotHeader(JOURNAL_FORMAT, generation, self._previous)
         for number, path in self._listeners.items():
-            yield ListenerAdded(self._kept[number].name, path)
+            yield ListenerAdded(self._mirrored[number].name, path)
         for fdset in self._store:
             for number, stored in fdset.fds.items():
-                if number in self._kept:
+                if number in self._mirrored:
                     yield self._record(fdset.id, stored)
 
     def _write(self) -> None:
@@ -249,7 +249,7 @@ class FdStoreMirror:
     # -- its life ------------------------------------------------------------------------------
 
     def running(self) -> AbstractAsyncContextManager[None]:
-        """Talk to the keeper while the block runs."""
+        """Talk to the fd store while the block runs."""
         return self._link.running()
 
     async def start(
@@ -277,7 +277,7 @@ class FdStoreMirror:
         for name in {*holdings.names.values(), *holdings.others}:
             self._names.claim(name)
         if not holdings.valid:  # before anything new could have the same names
-            self._let_go(holdings.others)
+            self._remove_names(holdings.others)
         if previous is not None:
             self._capacity -= 1
         for fdset in store:
@@ -300,17 +300,17 @@ class FdStoreMirror:
         # The journal comes last: without it, the others count for nothing.
         self._journals.begin()
         self._link.open()
-        await self.settle()
+        await self.sync()
         if holdings.valid:
-            self._let_go(holdings.others)
-        used = {kept.name for kept in self._kept.values()}
-        self._let_go(set(holdings.names.values()) - used)
-        await self.settle()
+            self._remove_names(holdings.others)
+        used = {kept.name for kept in self._mirrored.values()}
+        self._remove_names(set(holdings.names.values()) - used)
+        await self.sync()
 
-    def _let_go(self, names: Iterable[str]) -> None:
+    def _remove_names(self, names: Iterable[str]) -> None:
         for name in names:
             self._link.remove(name)
-            self._link.when_settled(partial(self._names.free, name))
+            self._link.on_synced(partial(self._names.free, name))
 
     def confirm(self) -> None:
         """A takeover is done: all this is ours."""
@@ -318,7 +318,7 @@ class FdStoreMirror:
         self._capacity += 1
         self._note(Confirmed(), PREVIOUS)
 
-    def prepare_to_leave(self, leaves: bool) -> None:
+    def log_handover(self, leaves: bool) -> None:
         """A successor is about to have it all, or will not: for whoever asks if we die now."""
         self._note(HandedOver(leaves))
 
@@ -326,7 +326,7 @@ class FdStoreMirror:
         """What is kept is to be let go, also if we die this moment; note no more changes."""
         self._note(HandedOver(True))
         self._forget()
-        self._kept.clear()
+        self._mirrored.clear()
 
     def finish(self) -> None:
         """The daemon ends.  What is stored stays with a service manager, which may start another
@@ -334,7 +334,7 @@ class FdStoreMirror:
         """
         for number in self._listeners:
             if not self.is_over:
-                kept = self._kept[number]
+                kept = self._mirrored[number]
                 del kept.numbers[number]
                 self._note(ListenerRemoved(kept.name), None if kept.numbers else kept.name)
         self._listeners.clear()
@@ -350,10 +350,10 @@ class FdStoreMirror:
         """Have all of it closed there, the journal first: without it the rest means nothing."""
         if not self.is_over:
             self._journals.forget()
-            for kept in set(self._kept.values()):
+            for kept in set(self._mirrored.values()):
                 self._link.remove(kept.name, self._hint(next(iter(kept.numbers))))
             self._link.push()
 
     def _ended(self) -> None:
-        self._kept.clear()
+        self._mirrored.clear()
         self._journals.close()

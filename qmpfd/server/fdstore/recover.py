@@ -5,7 +5,7 @@ all; the newest journal says what they are.  Like a takeover it is done before T
 each stored descriptor can have its number.
 
 The journal may be of a newcomer that died in the middle of a takeover.  Whether that was done is
-for a witness to say that was kept with it: the old daemon's own journal, or its pidfd.
+for a evidence to say that was kept with it: the old daemon's own journal, or its pidfd.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...limits import LETTING_GO_TIMEOUT
 from ..listen.listener import is_socket
 from ..renumber import make_way, place
 from ..saved_state import SavedState
-from ..takeover.receiver import has_let_go
+from .evidence import has_handed_over
 from .journal import History, SnapshotHeader, read, replay
 from .mirror import Holdings
 from .names import PREVIOUS, is_journal, is_ours
@@ -35,7 +35,7 @@ class Recovered:
     Args:
         state: what it is; there may be nothing.
         fds: the descriptors, in the order of *state*; owned here until they are taken out.
-        holdings: what the keeper has.
+        holdings: whin the fd store has.
         useless: descriptors that are to be closed, which may block; owned here likewise.
         sockets: the service manager's own, to listen on; owned here likewise.
         found: there was a daemon here before, and this is what it had.
@@ -134,8 +134,8 @@ def _is_ours(history: History, ours: dict[str, Fd]) -> bool:
     """Whether what it tells of belongs to us: it does not in the middle of a takeover."""
     if history.confirmed:
         return history.begun.generation > 0
-    witness = ours.get(PREVIOUS)
-    return witness is not None and has_let_go(witness, LETTING_GO_TIMEOUT)
+    evidence = ours.get(PREVIOUS)
+    return evidence is not None and has_handed_over(evidence, LETTING_GO_TIMEOUT)
 
 
 def _is_there(path: str | None) -> bool:

@@ -13,9 +13,7 @@ import errno
 import fcntl
 import os
 import resource
-import select
 import socket
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -24,13 +22,9 @@ from typing import Protocol
 
 from ...client.blocking import NoDaemon, SyncClient
 from ...kernel.fd import Fd, close_all, receive
-from ...kernel.fdinfo import is_in_memory
 from ...limits import TAKEOVER_FORMAT
-from ..fdstore.journal import read, replay
+from ..fdstore.evidence import has_handed_over, is_dead
 from ..saved_state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode
-
-#: Seconds between two looks into a journal.
-_POLL = 0.02
 
 
 class Movable(Protocol):
@@ -74,8 +68,8 @@ class ReceivedState:
         self.confirmed = True
 
     @property
-    def witness(self) -> Fd:
-        """What tells whether the old daemon has let go; see :func:`has_let_go`."""
+    def evidence(self) -> Fd:
+        """What tells whether the old daemon has let go; see :func:`has_handed_over`."""
         return self._old.process if self.journal is None else self.journal
 
     def close(self) -> None:
@@ -170,7 +164,7 @@ class _Predecessor:
                 pass
         elif not is_dead(self.process, timeout):
             raise NoDaemon("the old daemon has not let go: it goes on")
-        elif journal is not None and not has_let_go(journal, 0):
+        elif journal is not None and not has_handed_over(journal, 0):
             raise NoDaemon("the old daemon has died, and is started again with everything")
 
     def close(self) -> None:
@@ -239,36 +233,6 @@ def _unusable(error: OSError) -> ValueError:
     if error.errno == errno.ESRCH:
         return ValueError("its process cannot be seen from here")
     return ValueError(error.strerror or str(error))
-
-
-def is_dead(process: Fd, timeout: float) -> bool:
-    """Whether a process ends within so many seconds.
-
-    Args:
-        process: a pidfd.
-        timeout: seconds.
-    """
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))
-
-
-def has_let_go(witness: Fd, timeout: float) -> bool:
-    """Whether a daemon has let go of what was fetched from it.
-
-    Args:
-        witness: its journal, where it says so; or the daemon, as a pidfd, which has let go when
-            it has ended.
-        timeout: seconds that it is waited for.
-    """
-    if not is_in_memory(witness.fileno()):
-        return is_dead(witness, timeout)
-    deadline = time.monotonic() + timeout
-    while not replay(read(witness)).left:
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(_POLL)
-    return True
 
 
 def _reserve(numbers: list[int], places: deque[Fd]) -> None:

@@ -1,0 +1,43 @@
+"""Tells whether a daemon that was being taken over has handed everything over."""
+
+from __future__ import annotations
+
+import select
+import time
+
+from ...kernel.fd import Fd
+from ...kernel.fdinfo import is_in_memory
+from .journal import read, replay
+
+#: Seconds between two reads of a journal.
+_POLL = 0.02
+
+
+def is_dead(process: Fd, timeout: float) -> bool:
+    """Whether a process ends within so many seconds.
+
+    Args:
+        process: a pidfd.
+        timeout: seconds.
+    """
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
+def has_handed_over(evidence: Fd, timeout: float) -> bool:
+    """Whether the old daemon of a takeover has given up what it held.
+
+    Args:
+        evidence: the old daemon's journal, whose last record says so, or a pidfd of the old daemon,
+            which has given up everything once it has ended.
+        timeout: seconds to wait for it.
+    """
+    if not is_in_memory(evidence.fileno()):
+        return is_dead(evidence, timeout)
+    deadline = time.monotonic() + timeout
+    while not replay(read(evidence)).left:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL)
+    return True
