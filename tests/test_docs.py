@@ -19,7 +19,7 @@ from installed import QEMU, need
 
 from qmpfd.client.blocking import SyncClient
 from qmpfd.commands import TABLE
-from qmpfd.commands.context import Context, Daemon
+from qmpfd.commands.context import Context, SharedState
 from qmpfd.commands.events import EVENTS
 from qmpfd.errors import PermissionDenied, QMPError
 from qmpfd.fdsets import Peer
@@ -156,7 +156,7 @@ class Negotiated:
 @contextmanager
 def context_with(*rights: Right) -> Iterator[Context]:
     """A connection whose peer has these rights, and has sent a descriptor."""
-    daemon = Daemon("spec", Limits(), lambda: 0.0, lambda: None, TABLE)
+    daemon = SharedState("spec", Limits(), lambda: 0.0, lambda: None, TABLE)
     daemon.store.add(Fd(os.dup(0)), 0, None, create=True)
     connection: Any = Negotiated()
     access = Access([Grant(frozenset(rights))])

@@ -1,6 +1,6 @@
 """What each QMP command does."""
 
-from .context import Client, Context, Daemon, Dialect, Stats
+from .context import Client, Context, Dialect, SharedState, Stats
 from .control import VERSION
 from .dispatch import DECODER, TABLE, execute
 from .extension_types import FdInfo, OpenedFd, PeerInfo
@@ -14,13 +14,13 @@ __all__ = [
     "AddfdInfo",
     "Client",
     "Context",
-    "Daemon",
     "Dialect",
     "FdInfo",
     "FdsetFdInfo",
     "FdsetInfo",
     "OpenedFd",
     "PeerInfo",
+    "SharedState",
     "Stats",
     "VersionInfo",
     "execute",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Dialect: TypeAlias = Literal["spec", "qemu"]
 
 
-def _weight(text: str) -> int:
+def memory_size(text: str) -> int:
     """Bytes that *text* takes in memory: one wide character makes all of them wide."""
     return len(text) if text.isascii() else sys.getsizeof(text)
 
@@ -99,7 +99,7 @@ class Client(NamedTuple):
 
 
 @dataclass(slots=True)
-class Daemon:
+class SharedState:
     """What all connections share.
 
     Args:
@@ -109,8 +109,8 @@ class Daemon:
         stop: ends the daemon, gracefully.
         table: the commands there are.
         clients: tells who is connected.
-        news: called when an event waits for those who watch.
-        look: counts what clients have taken meanwhile no more as waiting.
+        on_event: called when an event waits for those who watch.
+        refresh_in_flight: counts what clients have taken meanwhile no more as waiting.
         in_flight_probe: tells whether descriptors can be handed out, where that is not sure.
     """
 
@@ -124,25 +124,25 @@ class Daemon:
     hangups: Hangups = field(default_factory=Hangups)
     closer: ClosePool = field(default_factory=ClosePool)
     keeper: FdStoreMirror | None = None  #: where there is one
-    news: Callable[[], None] = lambda: None
-    look: Callable[[], None] = lambda: None
+    on_event: Callable[[], None] = lambda: None
+    refresh_in_flight: Callable[[], None] = lambda: None
     in_flight_probe: InFlightProbe | None = None
     watchers: set[Watcher] = field(default_factory=set)
     logs: dict[Access, EventLog] = field(default_factory=dict)  #: of the events, by who may see
     opaque_total: int = 0  #: bytes of the stored opaque texts, and of names
-    opaque_of: dict[int, int] = field(default_factory=dict)  #: the same by uid
-    kept: int = 0  #: descriptors kept for clients, those of ``getfd`` included
-    kept_of: dict[int, int] = field(default_factory=dict)  #: the same by uid
+    opaque_by_uid: dict[int, int] = field(default_factory=dict)  #: the same by uid
+    fds_total: int = 0  #: descriptors kept for clients, those of ``getfd`` included
+    fds_by_uid: dict[int, int] = field(default_factory=dict)  #: the same by uid
     waiting: int = 0  #: descriptors that no command has yet, and that their clients do not take
-    waiting_of: dict[int, int] = field(default_factory=dict)  #: the same by uid
-    half: int = field(init=False)  #: of the process's table
-    looked_at: float = -inf  #: when clients were last looked at for what they have taken
+    waiting_by_uid: dict[int, int] = field(default_factory=dict)  #: the same by uid
+    waiting_limit: int = field(init=False)  #: of the process's table
+    refreshed_at: float = -inf  #: when clients were last looked at for what they have taken
     stats: Stats = field(init=False)
 
     def __post_init__(self) -> None:
         table = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.limits = self.limits.within(table)
-        self.half = table // 2
+        self.waiting_limit = table // 2
         self.stats = Stats(self.clock())
         self.store.observer = self
 
@@ -150,26 +150,26 @@ class Daemon:
 
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
         """A descriptor was stored: count it, and tell those who watch."""
-        self.hold(stored.added_by, stored.opaque)
+        self.charge(stored.added_by, stored.opaque)
         if self.keeper is not None:
             self.keeper.added(fdset, stored)
         if self.logs:
-            self._tell(Event.added(fdset.id, stored), fdset, stored)
+            self._log_event(Event.added(fdset.id, stored), fdset, stored)
 
     def removed(self, fdset: FdSet, stored: StoredFd, reason: str) -> None:
         """A descriptor was taken out: count it, and tell those who watch."""
-        self.release(stored.added_by, stored.opaque)
+        self.refund(stored.added_by, stored.opaque)
         if self.keeper is not None:
             self.keeper.removed(stored)
-        if stored.terms.watch_hangup:
+        if stored.lifetime.watch_hangup:
             self.hangups.unwatch(stored)
         if self.logs:
-            self._tell(Event.removed(fdset.id, stored, reason), fdset, stored)
+            self._log_event(Event.removed(fdset.id, stored, reason), fdset, stored)
 
-    def _tell(self, event: Event, fdset: FdSet, stored: StoredFd) -> None:
+    def _log_event(self, event: Event, fdset: FdSet, stored: StoredFd) -> None:
         for log in self.logs.values():
             log.put(event, fdset.id, stored.opaque)
-        self.news()
+        self.on_event()
 
     def log_for(self, access: Access) -> EventLog:
         """The events for one more watcher who may do that."""
@@ -183,39 +183,39 @@ class Daemon:
         if not log.watchers:
             self.logs.pop(log.access, None)
 
-    def hold(self, peer: Peer | None, text: str | None) -> None:
+    def charge(self, peer: Peer | None, text: str | None) -> None:
         """A descriptor is kept for *peer*, under that opaque text or name."""
         if peer is not None:
-            self.kept += 1
-            _add(self.kept_of, peer.uid, 1)
+            self.fds_total += 1
+            _add(self.fds_by_uid, peer.uid, 1)
         if text:
-            self._count_text(peer, _weight(text))
+            self._count_text(peer, memory_size(text))
 
-    def release(self, peer: Peer | None, text: str | None) -> None:
-        """What :meth:`hold` has counted is kept no more."""
+    def refund(self, peer: Peer | None, text: str | None) -> None:
+        """What :meth:`charge` has counted is kept no more."""
         if peer is not None:
-            self.kept -= 1
-            _add(self.kept_of, peer.uid, -1)
+            self.fds_total -= 1
+            _add(self.fds_by_uid, peer.uid, -1)
         if text:
-            self._count_text(peer, -_weight(text))
+            self._count_text(peer, -memory_size(text))
 
     def _count_text(self, peer: Peer | None, weight: int) -> None:
         self.opaque_total += weight
         if peer is not None:
-            _add(self.opaque_of, peer.uid, weight)
+            _add(self.opaque_by_uid, peer.uid, weight)
 
     @property
     def fds_at_once(self) -> int:
         """How many descriptors a connection may take before the first of their commands is carried
         out: one, where the table may be full before that, and what is removed makes room.
         """
-        full = self.kept + self.waiting + FDS_AT_ONCE > self.limits.max_fds
+        full = self.fds_total + self.waiting + FDS_AT_ONCE > self.limits.max_fds
         return 1 if full else FDS_AT_ONCE
 
-    def hold_waiting(self, uid: int, more: int) -> None:
+    def charge_waiting(self, uid: int, more: int) -> None:
         """So many descriptors more, or fewer, wait in connections of *uid*."""
         self.waiting += more
-        _add(self.waiting_of, uid, more)
+        _add(self.waiting_by_uid, uid, more)
 
     def check_waiting(self, uid: int, more: int) -> None:
         """Refuse to let *more* descriptors wait in a connection of *uid* when that is too much.
@@ -225,16 +225,16 @@ class Daemon:
             GenericError: it is.
         """
         refused = self._refused_waiting(uid, more)
-        if refused and self.clock() - self.looked_at > LOOK_INTERVAL:
-            self.looked_at = self.clock()
-            self.look()
+        if refused and self.clock() - self.refreshed_at > LOOK_INTERVAL:
+            self.refreshed_at = self.clock()
+            self.refresh_in_flight()
             refused = self._refused_waiting(uid, more)
         if refused:
             raise GenericError(refused)
 
     def _refused_waiting(self, uid: int, more: int) -> str:
-        most = self.half  # may wait in all
-        if uid not in (0, os.geteuid()) and self.waiting_of.get(uid, 0) + more > most // 2:
+        most = self.waiting_limit  # may wait in all
+        if uid not in (0, os.geteuid()) and self.waiting_by_uid.get(uid, 0) + more > most // 2:
             return (
                 f"Too many file descriptors of uid {uid} wait in its connections: "
                 f"the limit is {most // 2}"
@@ -243,7 +243,7 @@ class Daemon:
             return f"Too many file descriptors wait in connections: the limit is {most}"
         return ""
 
-    def check_room(self, uid: int, count: int, opaque: str | None = None) -> None:
+    def check_quota(self, uid: int, count: int, opaque: str | None = None) -> None:
         """Refuse to keep *count* more descriptors for a client of *uid*, each with that opaque
         text, when that is too much.
 
@@ -252,22 +252,22 @@ class Daemon:
         """
         limits = self.limits
         # What hangs in its close still takes a place.
-        if self.kept + self.closer.pending + count > limits.max_fds:
+        if self.fds_total + self.closer.pending + count > limits.max_fds:
             raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
         if opaque:
-            more = count * _weight(opaque)
+            more = count * memory_size(opaque)
             if self.opaque_total + more > MAX_OPAQUE_TOTAL:
                 raise GenericError(
                     f"Too much opaque text: the limit is {MAX_OPAQUE_TOTAL} bytes in all"
                 )
-            theirs = self.opaque_of.get(uid, 0) + more
+            theirs = self.opaque_by_uid.get(uid, 0) + more
             if theirs > MAX_OPAQUE_PER_UID and uid not in (0, os.geteuid()):
                 raise GenericError(
                     f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
                 )
-        kept, most = self.kept_of.get(uid, 0) + count, limits.max_fds_per_uid
-        if kept > self.half and uid not in (0, os.geteuid()):
-            most = min(most, self.half)  # others have to find room as well
+        kept, most = self.fds_by_uid.get(uid, 0) + count, limits.max_fds_per_uid
+        if kept > self.waiting_limit and uid not in (0, os.geteuid()):
+            most = min(most, self.waiting_limit)  # others have to find room as well
         if kept > most:
             raise GenericError(f"Too many file descriptors of uid {uid}: the limit is {most}")
 
@@ -277,33 +277,33 @@ class Context:
     """One connection, as its commands see it.
 
     Args:
-        daemon: what it shares with the others.
+        shared: what it shares with the others.
         connection: its protocol state.
         peer: who is at the other end.
         access: what it may do.
-        tell: sends some of the events that wait; whether more of them can be sent at once.
+        send_events: sends some of the events that wait; whether more of them can be sent at once.
         names: the descriptors of ``getfd``, by name; owned here.
         fds: the descriptors that came with the command being carried out; what the command
             leaves in the list is closed.
-        passed: the descriptors that go back with the reply; owned here until they are sent.
+        reply_fds: the descriptors that go back with the reply; owned here until they are sent.
         events: what the client is to be told unasked, while it watches.
         takes_over: the client is a daemon that takes over.
         quitting: the client has said ``quit``: what follows of it is not carried out.
-        about_store: a command was carried out that depends on what is stored.
+        touched_store: a command was carried out that depends on what is stored.
     """
 
-    daemon: Daemon
+    shared: SharedState
     connection: ServerConnection
     peer: Peer
     access: Access
-    tell: Callable[[], bool]
+    send_events: Callable[[], bool]
     names: dict[str, Fd] = field(default_factory=dict)
     fds: list[Fd] = field(default_factory=list)
-    passed: list[Fd] = field(default_factory=list)
+    reply_fds: list[Fd] = field(default_factory=list)
     events: Watcher | None = None
     quitting: bool = False
     takes_over: bool = False
-    about_store: bool = False
+    touched_store: bool = False
 
     def first_fd(self) -> Fd:
         """The descriptor that came with the command.
@@ -318,7 +318,7 @@ class Context:
     @property
     def fd_count(self) -> int:
         """How many descriptors are kept until the connection is over."""
-        return len(self.names) + self.daemon.store.owned_count(self)
+        return len(self.names) + self.shared.store.owned_count(self)
 
     def discard(self, removed: list[StoredFd]) -> None:
         """What was taken out of the store is closed once the lock is released."""
@@ -326,40 +326,40 @@ class Context:
         for stored in removed:
             fds_to_close.append(stored.fd)
 
-    def keep(self, name: str) -> None:
+    def store_named(self, name: str) -> None:
         """Keep the descriptor that came with the command under *name*."""
-        self.drop(name)
-        self.own(name, self.fds.pop(0))
+        self.close_named(name)
+        self.adopt_named(name, self.fds.pop(0))
 
-    def own(self, name: str, fd: Fd) -> None:
+    def adopt_named(self, name: str, fd: Fd) -> None:
         """Keep *fd* under *name*, which no other has."""
         self.names[name] = fd
-        self.daemon.hold(self.peer, name)
+        self.shared.charge(self.peer, name)
 
-    def drop(self, name: str) -> bool:
+    def close_named(self, name: str) -> bool:
         """Close the descriptor that is kept under *name*; whether there is one."""
         fd = self.names.pop(name, None)
         if fd is None:
             return False
-        self.daemon.release(self.peer, name)
+        self.shared.refund(self.peer, name)
         self.connection.fds_to_close.append(fd)
         return True
 
     def watch(self, enable: bool) -> None:
         """Tell this connection of changes to the store, or do not."""
         if enable and self.events is None:
-            self.events = Watcher(self.daemon.log_for(self.access), self.tell)
-            self.daemon.watchers.add(self.events)
+            self.events = Watcher(self.shared.log_for(self.access), self.send_events)
+            self.shared.watchers.add(self.events)
         elif not enable and self.events is not None:
-            self.daemon.leave_log(self.events.log)
-            self.daemon.watchers.discard(self.events)
+            self.shared.leave_log(self.events.log)
+            self.shared.watchers.discard(self.events)
             self.events = None
 
     def change_access(self, access: Access) -> None:
         """The policy has changed: what the client may do from now on."""
         if self.events is not None and access != self.access:
-            self.daemon.leave_log(self.events.log)
-            self.events.move(self.daemon.log_for(access))
+            self.shared.leave_log(self.events.log)
+            self.events.move(self.shared.log_for(access))
         self.access = access
 
     def close(self, most: int | None = None) -> bool:
@@ -370,10 +370,10 @@ class Context:
             most: how many descriptors are taken out; None for all.
         """
         self.watch(False)
-        removed = self.daemon.store.remove_owned(self, most)
+        removed = self.shared.store.remove_owned(self, most)
         self.discard(removed)
         for name in list(islice(self.names, most)):
-            self.drop(name)
-        self.connection.fds_to_close += self.passed
-        self.passed.clear()
+            self.close_named(name)
+        self.connection.fds_to_close += self.reply_fds
+        self.reply_fds.clear()
         return bool(self.names) or len(removed) == most

@@ -26,7 +26,7 @@ from .types import (
 )
 from .types import Result as Nothing
 
-table = Table(about_store=False)
+table = Table(touches_store=False)
 
 #: What this daemon is; also in the greeting.
 VERSION = version_info(__version__)
@@ -55,13 +55,13 @@ def query_name(context: Context, arguments: Arguments) -> NameInfo:
 @table.command("query-commands", Arguments, list[CommandInfo])
 def query_commands(context: Context, arguments: Arguments) -> list[CommandInfo]:
     """List the commands of the server."""
-    return [CommandInfo(name) for name in context.daemon.table.commands]
+    return [CommandInfo(name) for name in context.shared.table.commands]
 
 
 @table.command("query-qmp-schema", Arguments, list[SchemaInfo])
 def query_qmp_schema(context: Context, arguments: Arguments) -> list[dict[str, Any]]:
     """Describe all commands and events, and their types."""
-    return schema(context.daemon.table)
+    return schema(context.shared.table)
 
 
 @table.command("takeover", Takeover, Nothing)
@@ -81,5 +81,5 @@ def quit_(context: Context, arguments: Arguments) -> RawJSON:
     """End the daemon: every stored descriptor is closed."""
     context.quitting = True
     context.access.require("admin")
-    context.daemon.stop()
+    context.shared.stop()
     return NOTHING

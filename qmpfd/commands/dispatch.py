@@ -29,21 +29,21 @@ _COMMANDS: dict[type[Request], Command] = {
 _DONE: Outcome[object] = Value(NOTHING)
 
 
-def execute(context: Context, request: Request, passed: list[Fd]) -> Outcome[object]:
+def execute(context: Context, request: Request, received: list[Fd]) -> Outcome[object]:
     """Carry out *request*; its result or its QMPError.
 
     Args:
         context: the connection that it came from.
         request: what to do.
-        passed: the descriptors that came with it; what the command does not keep is closed.
+        received: the descriptors that came with it; what the command does not keep is fds_to_close.
     """
     command = _COMMANDS[type(request)]
     arguments = request.arguments
     if arguments is UNSET:
         arguments = command.nothing
-    context.fds = passed
-    if command.about_store:
-        context.about_store = True
+    context.fds = received
+    if command.touches_store:
+        context.touched_store = True
     result: Outcome[object]
     try:
         returned = command.run(context, arguments)
@@ -55,7 +55,7 @@ def execute(context: Context, request: Request, passed: list[Fd]) -> Outcome[obj
         result = Error(GenericError(f"internal error in '{command.name}'"))
     else:
         result = _DONE if returned is NOTHING else Value(returned)
-    context.daemon.stats.commands[command.name] += 1
-    if passed:
-        context.connection.fds_to_close += passed
+    context.shared.stats.commands[command.name] += 1
+    if received:
+        context.connection.fds_to_close += received
     return result

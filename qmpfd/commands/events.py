@@ -121,16 +121,16 @@ class Watcher:
 
     Args:
         log: where they are; what happened before is not told.
-        tell: called to send some of what waits; whether more of it can be sent at once.
+        send: called to send some of what waits; whether more of it can be sent at once.
     """
 
-    def __init__(self, log: EventLog, tell: Callable[[], bool]) -> None:
+    def __init__(self, log: EventLog, send: Callable[[], bool]) -> None:
         self.log = log
-        self.tell = tell
+        self.send = send
         self._next = log.end
         self._lost = 0
 
-    def take(self) -> bytes:
+    def next_batch(self) -> bytes:
         """Some of what waits, ready to be sent; empty if nothing does."""
         log = self.log
         self._lost += max(0, log.begin - self._next)

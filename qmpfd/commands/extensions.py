@@ -50,7 +50,7 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
     wanted = None if arguments.access is UNSET else arguments.access
     access = context.access
     access.require("open", arguments.fdset_id)
-    fdset = context.daemon.store.get(arguments.fdset_id, number)
+    fdset = context.shared.store.get(arguments.fdset_id, number)
     refused: StoredFd | None = None
     there: set[str] = set()
     for stored in reversed(fdset.fds.values()) if number is None else (fdset.fds[number],):
@@ -67,14 +67,14 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
         if refused is not None and not there:
             access.require_for("open", fdset.id, refused.opaque)
         raise FdNotFound(_no_such_access(fdset, number, wanted, there))
-    context.daemon.check_waiting(context.peer.uid, 1)
-    if context.daemon.in_flight_probe is not None and context.daemon.in_flight_probe.exhausted():
+    context.shared.check_waiting(context.peer.uid, 1)
+    if context.shared.in_flight_probe is not None and context.shared.in_flight_probe.exhausted():
         raise GenericError(
             "The file descriptor cannot be handed out: too many that processes of "
             f"uid {os.geteuid()} have sent are not received yet"
         )
     try:
-        context.passed.append(stored.fd.dup())
+        context.reply_fds.append(stored.fd.dup())
     except OSError as exc:
         raise GenericError(f"The file descriptor cannot be handed out: {exc.strerror}") from None
     return OpenedFd(fdset.id, stored.fd.fileno(), stored.opaque)
@@ -90,53 +90,53 @@ def _no_such_access(fdset: FdSet, number: int | None, wanted: str | None, there:
 def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
     """Add all the file descriptors that were passed with the command to an fd set, or none."""
     context.first_fd()
-    daemon = context.daemon
-    now = daemon.clock()
+    shared = context.shared
+    now = shared.clock()
     fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
     opaque = None if arguments.opaque is UNSET else arguments.opaque
     lasting = arguments.lifetime != "connection"
     check_add(context, fdset_id, opaque, len(context.fds), lasting=lasting)
-    terms = _terms(context, arguments, now)
+    lifetime = _lifetime(context, arguments, now)
     fds = list(context.fds)
     # All that can fail comes first: to watch them, and to find the set with the first of them.
     registered: list[Fd] = []
     try:
-        if terms.watch_hangup:
+        if lifetime.watch_hangup:
             for fd in fds:
-                daemon.hangups.register(fd)
+                shared.hangups.register(fd)
                 registered.append(fd)
-        fdset = daemon.store.add(
+        fdset = shared.store.add(
             fds[0],
             fdset_id,
             opaque,
-            create=daemon.dialect == "qemu",
+            create=shared.dialect == "qemu",
             added_by=context.peer,
             now=now,
-            terms=terms,
+            lifetime=lifetime,
         )
     except BaseException:
         for fd in registered:
-            daemon.hangups.cancel(fd)
+            shared.hangups.cancel(fd)
         raise
     context.fds.clear()
     for fd in fds[1:]:
-        daemon.store.add(fd, fdset.id, opaque, added_by=context.peer, now=now, terms=terms)
-    if terms.watch_hangup:
+        shared.store.add(fd, fdset.id, opaque, added_by=context.peer, now=now, lifetime=lifetime)
+    if lifetime.watch_hangup:
         for fd in fds:
-            daemon.hangups.watch(fdset.fds[fd.fileno()])
+            shared.hangups.watch(fdset.fds[fd.fileno()])
     return added(fdset.id, [fd.fileno() for fd in fds], opaque)
 
 
-def _terms(context: Context, arguments: AddFds, now: float) -> Lifetime:
+def _lifetime(context: Context, arguments: AddFds, now: float) -> Lifetime:
     expires = arguments.expires
     if expires is not UNSET and expires <= 0:
         raise InvalidParameterValue("Parameter 'expires' expects a positive number of seconds")
-    terms = Lifetime(
+    lifetime = Lifetime(
         owner=context if arguments.lifetime == "connection" else None,
         expires_at=None if expires is UNSET else now + expires,
         watch_hangup=arguments.watch_hangup is True,
     )
-    return PERMANENT if terms == PERMANENT else terms
+    return PERMANENT if lifetime == PERMANENT else lifetime
 
 
 @table.command("query-fds", QueryFds, list[FdInfo])
@@ -146,10 +146,10 @@ def query_fds(context: Context, arguments: QueryFds) -> JSONStream | RawJSON:
     A long listing is made bit by bit, and others are served meanwhile: what they remove before its
     turn comes is left out.
     """
-    store = context.daemon.store
+    store = context.shared.store
     fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
     context.access.require("query", fdset_id)
-    sets = store.walk() if fdset_id is None else [store.get(fdset_id)]
+    sets = store.iter_stable() if fdset_id is None else [store.get(fdset_id)]
     return list_fds(context, sets, None if arguments.opaque is UNSET else arguments.opaque)
 
 
@@ -165,20 +165,20 @@ def watch_fdsets(context: Context, arguments: WatchFdsets) -> RawJSON:
 def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
     """Return the daemon's counters and gauges, its limits, and who is connected."""
     context.access.require("query")
-    daemon = context.daemon
-    stats, limits = daemon.stats, daemon.limits
+    shared = context.shared
+    stats, limits = shared.stats, shared.limits
     return StatsInfo(
         pid=os.getpid(),
-        uptime=int(daemon.clock() - stats.started_at),
-        dialect=daemon.dialect,
+        uptime=int(shared.clock() - stats.started_at),
+        dialect=shared.dialect,
         connections=stats.connections,
         connections_accepted=stats.accepted,
         connections_refused=stats.turned_away,
-        fdsets=len(daemon.store),
-        fds=daemon.store.fd_count,
-        fds_kept=daemon.kept,
-        closes_pending=daemon.closer.pending,
-        kept_safe=daemon.keeper is not None and not daemon.keeper.is_over,
+        fdsets=len(shared.store),
+        fds=shared.store.fd_count,
+        fds_kept=shared.fds_total,
+        closes_pending=shared.closer.pending,
+        kept_safe=shared.keeper is not None and not shared.keeper.is_over,
         commands=_counts(stats.commands),
         errors=_counts(stats.errors),
         limits=LimitsInfo(

@@ -22,9 +22,9 @@ def add_fd(context: Context, arguments: AddFd) -> AddfdInfo:
     fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
     opaque = None if arguments.opaque is UNSET else arguments.opaque
     check_add(context, fdset_id, opaque, 1)
-    daemon = context.daemon
-    creates = daemon.dialect == "qemu"
-    fdset = daemon.store.add(fd, fdset_id, opaque, context.peer, daemon.clock(), creates)
+    shared = context.shared
+    creates = shared.dialect == "qemu"
+    fdset = shared.store.add(fd, fdset_id, opaque, context.peer, shared.clock(), creates)
     context.fds.pop(0)
     return AddfdInfo(fdset.id, fd.number)
 
@@ -46,22 +46,22 @@ def check_add(
         lasting: they outlive the connection.
 
     Raises:
-        PermissionDenied, GenericError: see :class:`Access` and :meth:`Daemon.check_room`.
+        PermissionDenied, GenericError: see :class:`Access` and :meth:`SharedState.check_quota`.
     """
-    daemon = context.daemon
+    shared = context.shared
     if not context.access.unlimited:
-        target = daemon.store.next_id if fdset_id is None else fdset_id
+        target = shared.store.next_id if fdset_id is None else fdset_id
         context.access.require_for("add", target, opaque)
-    daemon.check_room(context.peer.uid, count, opaque)
-    if lasting and daemon.keeper is not None:
-        daemon.keeper.check_room(count, opaque)
+    shared.check_quota(context.peer.uid, count, opaque)
+    if lasting and shared.keeper is not None:
+        shared.keeper.check_room(count, opaque)
 
 
 @table.command("remove-fd", RemoveFd, Nothing)
 def remove_fd(context: Context, arguments: RemoveFd) -> RawJSON:
     """Remove one file descriptor, or all, from an fd set, and close what was removed."""
     number = None if arguments.fd is UNSET else arguments.fd
-    store, access = context.daemon.store, context.access
+    store, access = context.shared.store, context.access
     if not access.unlimited:
         access.require("remove", arguments.fdset_id)
         fds = store.get(arguments.fdset_id, number).fds
@@ -87,14 +87,14 @@ def getfd(context: Context, arguments: FdName) -> RawJSON:
     if "0" <= arguments.fdname[:1] <= "9":
         raise InvalidParameterValue("Parameter 'fdname' expects a name not starting with a digit")
     if arguments.fdname not in context.names:
-        context.daemon.check_room(context.peer.uid, 1, arguments.fdname)
-    context.keep(arguments.fdname)
+        context.shared.check_quota(context.peer.uid, 1, arguments.fdname)
+    context.store_named(arguments.fdname)
     return NOTHING
 
 
 @table.command("closefd", FdName, Nothing)
 def closefd(context: Context, arguments: FdName) -> RawJSON:
     """Close a file descriptor that was kept by ``getfd``."""
-    if not context.drop(arguments.fdname):
+    if not context.close_named(arguments.fdname):
         raise FdNotFound(f"File descriptor named '{arguments.fdname}' not found")
     return NOTHING

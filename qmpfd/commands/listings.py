@@ -71,17 +71,17 @@ def _bits_of(info: FdsetInfo) -> Iterator[bytes]:
 
 
 def _result(context: Context, bits: Iterator[bytes]) -> JSONStream | RawJSON:
-    daemon = context.daemon
-    few = daemon.store.fd_count <= _FEW_FDS and daemon.opaque_total <= _FEW_CHARACTERS
+    shared = context.shared
+    few = shared.store.fd_count <= _FEW_FDS and shared.opaque_total <= _FEW_CHARACTERS
     return RawJSON(b"".join(bits)) if few else JSONStream(bits)
 
 
 def _list_fdsets(context: Context) -> Iterator[bytes]:
-    now = context.daemon.clock()
+    now = context.shared.clock()
     out: list[bytes] = []
     work = 0
     separator = b"["
-    for fdset in context.daemon.store.walk():
+    for fdset in context.shared.store.iter_stable():
         cost = _COPYING if fdset.listing else len(fdset.fds) * _ENCODING
         if context.access.unlimited and (whole := fdset.listing or _whole(fdset)):
             out += separator, whole
@@ -89,7 +89,7 @@ def _list_fdsets(context: Context) -> Iterator[bytes]:
             work += cost
         else:
             opened = False
-            for stored in fdset.walk(now):
+            for stored in fdset.iter_stable(now):
                 work += _ENCODING + len(stored.opaque or "")
                 if context.access.may("query", fdset.id, stored.opaque):
                     if opened:
@@ -133,12 +133,12 @@ def _whole(fdset: FdSet) -> bytes | None:
 
 
 def _list_fds(context: Context, sets: Iterable[FdSet], prefix: str | None) -> Iterator[bytes]:
-    now = context.daemon.clock()
+    now = context.shared.clock()
     out: list[bytes] = []
     work = 0
     separator = b"["
     for fdset in sets:
-        for stored in fdset.walk(now):
+        for stored in fdset.iter_stable(now):
             opaque = stored.opaque
             work += _ENCODING + len(opaque or "")
             if (prefix is None or (opaque is not None and opaque.startswith(prefix))) and (
@@ -169,7 +169,7 @@ def _is_long(opaque: str | None) -> bool:
 def _describe(fdset: FdSet, stored: StoredFd, now: float) -> FdInfo:
     number = stored.fd.fileno()
     link = target(number)
-    terms = stored.terms
+    lifetime = stored.lifetime
     return FdInfo(
         fdset_id=fdset.id,
         fd=number,
@@ -177,10 +177,10 @@ def _describe(fdset: FdSet, stored: StoredFd, now: float) -> FdInfo:
         kind=kind(number, link),
         target=link,
         age=int(now - stored.added_at),
-        lifetime="daemon" if terms.owner is None else "connection",
-        watch_hangup=terms.watch_hangup,
+        lifetime="daemon" if lifetime.owner is None else "connection",
+        watch_hangup=lifetime.watch_hangup,
         opaque=stored.opaque,
-        expires=None if terms.expires_at is None else _seconds(terms.expires_at - now),
+        expires=None if lifetime.expires_at is None else _seconds(lifetime.expires_at - now),
         added_by=None if stored.added_by is None else PeerInfo(*stored.added_by),
     )
 

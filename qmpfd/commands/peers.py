@@ -15,7 +15,7 @@ def peers(context: Context) -> list[PeerStats]:
     """
     sees_all = any("admin" in grant.rights for grant in context.access.grants)
     found: dict[Peer, list[Client]] = {}
-    for client in context.daemon.clients():
+    for client in context.shared.clients():
         if sees_all or client.peer.uid == context.peer.uid:
             found.setdefault(client.peer, []).append(client)
     longest_first = sorted(found, key=lambda peer: -max(client.age for client in found[peer]))

@@ -27,7 +27,7 @@ class Command:
         run: carries it out; may raise QMPError.  It never waits.
         fds: how many descriptors it takes at most.
         nothing: arguments of a request that has none, if none are needed.
-        about_store: whether its result depends on what is stored, or it changes that.
+        touches_store: whether its result depends on what is stored, or it changes that.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Command:
     run: Callable[[Context, Any], Any]
     fds: int
     nothing: Struct | None
-    about_store: bool
+    touches_store: bool
 
     @property
     def doc(self) -> str:
@@ -49,7 +49,7 @@ class Table:
     """Commands by name, in the order in which they are listed."""
 
     commands: dict[str, Command] = field(default_factory=dict)
-    about_store: bool = True  #: whether these are about the store
+    touches_store: bool = True  #: whether these are about the store
 
     def command(
         self, name: str, arguments: type[ArgumentsT], returns: Any, *, fds: int = 0
@@ -69,7 +69,7 @@ class Table:
             needs = any(member.required for member in structs.fields(arguments))
             nothing = None if needs else arguments()
             self.commands[name] = Command(
-                name, arguments, returns, run, fds, nothing, self.about_store
+                name, arguments, returns, run, fds, nothing, self.touches_store
             )
             return run
 

@@ -46,9 +46,9 @@ class Lifetime:
 
 PERMANENT = Lifetime()
 
-#: What :meth:`FdSets.walk` and :meth:`FdSet.walk` look ahead; more would be memory for each of
+#: What the two ``iter_stable`` look ahead; more would be memory for each of
 #: many that are under way.
-_AHEAD = 512
+_BATCH = 512
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +61,7 @@ class StoredFd:
         opaque: the free-form text that its client gave it, or None.
         added_by: the client, or None if it was there from the start.
         added_at: when, by the daemon's clock; not before any older one of its set.
-        terms: how long it is kept.
+        lifetime: how long it is kept.
         access: how it was opened, once somebody has asked; that never changes (fcntl(2), F_SETFL).
     """
 
@@ -70,7 +70,7 @@ class StoredFd:
     opaque: str | None
     added_by: Peer | None
     added_at: float
-    terms: Lifetime
+    lifetime: Lifetime
     access: str | None = None
 
 
@@ -98,7 +98,7 @@ class FdSet:
             return self._several
         return {} if self._single is None else {self._single.fd.number: self._single}
 
-    def some(self, number: int | None) -> list[StoredFd]:
+    def select(self, number: int | None) -> list[StoredFd]:
         """Its descriptor of that *number*, if it is here; None for all, oldest first."""
         single, several = self._single, self._several
         if several is not None:
@@ -121,7 +121,7 @@ class FdSet:
             self._several = {each.fd.number: each for each in both}
             self._single = None
 
-    def take_out(self, stored: StoredFd) -> bool:
+    def pop(self, stored: StoredFd) -> bool:
         """Take a descriptor of the set out; whether it was the last."""
         self.listing = None
         if self._several is None:
@@ -130,7 +130,7 @@ class FdSet:
         del self._several[stored.fd.number]
         return not self._several
 
-    def walk(self, until: float) -> Iterator[StoredFd]:
+    def iter_stable(self, until: float) -> Iterator[StoredFd]:
         """Its descriptors that were added up to the time *until*, oldest first.
 
         The set may change between two steps: what is removed before it is its turn is left out.
@@ -143,7 +143,7 @@ class FdSet:
                 if last < stored.added_at <= until
                 or (stored.added_at == last and number not in with_last)
             )
-            ahead = list(islice(rest, _AHEAD))
+            ahead = list(islice(rest, _BATCH))
             for stored in ahead:
                 if stored.fdset is not self:
                     continue
@@ -152,7 +152,7 @@ class FdSet:
                     with_last.clear()
                 with_last.add(stored.fd.fileno())
                 yield stored
-            if len(ahead) < _AHEAD:
+            if len(ahead) < _BATCH:
                 return
 
 
@@ -194,7 +194,7 @@ class FdSets:
         for fdset_id in sorted(self._sets, reverse=True):
             yield self._sets[fdset_id]
 
-    def walk(self) -> Iterator[FdSet]:
+    def iter_stable(self) -> Iterator[FdSet]:
         """As iteration, but there may be changes between two steps: a set that goes before it is
         its turn is left out, and one that comes is given if its turn is still to come.
         """
@@ -203,12 +203,12 @@ class FdSets:
             if self._ascending is None:
                 self._ascending = sorted(self._sets)
             end = bisect_left(self._ascending, below)
-            ahead = self._ascending[max(0, end - _AHEAD) : end]
+            ahead = self._ascending[max(0, end - _BATCH) : end]
             for fdset_id in reversed(ahead):
                 fdset = self._sets.get(fdset_id)
                 if fdset is not None:
                     yield fdset
-            if len(ahead) < _AHEAD:
+            if len(ahead) < _BATCH:
                 return
             below = ahead[0]
 
@@ -224,7 +224,7 @@ class FdSets:
             FdNotFound: there is no such set, or no such descriptor in it.
         """
         fdset = self._sets.get(fdset_id)
-        if fdset is None or (number is not None and not fdset.some(number)):
+        if fdset is None or (number is not None and not fdset.select(number)):
             raise _not_found(fdset_id, number)
         return fdset
 
@@ -236,7 +236,7 @@ class FdSets:
         added_by: Peer | None = None,
         now: float = 0.0,
         create: bool = False,
-        terms: Lifetime = PERMANENT,
+        lifetime: Lifetime = PERMANENT,
     ) -> FdSet:
         """Take over *fd* and store it; the set it is in.
 
@@ -248,7 +248,7 @@ class FdSets:
             now: the time, by the daemon's clock.
             create: create the set of that id where there is none, as QEMU has done since 1.3;
                 the specification of the command refuses it.
-            terms: how long it is kept.
+            lifetime: how long it is kept.
 
         Raises:
             InvalidParameterValue: *fdset_id* names no set, or none that can be created.
@@ -269,14 +269,14 @@ class FdSets:
             self._ascending = None
         else:  # as they are listed: the oldest first
             now = max(now, next(reversed(fdset.fds.values())).added_at)
-        stored = StoredFd(fd, fdset, opaque, added_by, now, terms)
+        stored = StoredFd(fd, fdset, opaque, added_by, now, lifetime)
         fdset.put(stored)
         self._count += 1
-        if terms is not PERMANENT:
-            if terms.owner is not None:
-                self._owned.setdefault(terms.owner, {})[stored] = None
-            if terms.expires_at is not None:
-                self.expiries.add(terms.expires_at, stored)
+        if lifetime is not PERMANENT:
+            if lifetime.owner is not None:
+                self._owned.setdefault(lifetime.owner, {})[stored] = None
+            if lifetime.expires_at is not None:
+                self.expiries.add(lifetime.expires_at, stored)
         if self.observer is not None:
             self.observer.added(fdset, stored)
         return fdset
@@ -295,14 +295,14 @@ class FdSets:
             FdNotFound: no such set, or no such descriptor in it.
         """
         fdset = self._sets.get(fdset_id)
-        removed = fdset.some(number) if fdset is not None else []
+        removed = fdset.select(number) if fdset is not None else []
         if not removed:
             raise _not_found(fdset_id, number)
         for stored in removed:
-            self.take_out(stored, "removed")
+            self.pop(stored, "removed")
         return removed
 
-    def take_out(self, stored: StoredFd, reason: str) -> None:
+    def pop(self, stored: StoredFd, reason: str) -> None:
         """Take *stored* out of its set: the caller owns it, and closes it.
 
         Args:
@@ -313,18 +313,18 @@ class FdSets:
         assert fdset is not None
         stored.fdset = None
         self._count -= 1
-        if fdset.take_out(stored):
+        if fdset.pop(stored):
             del self._sets[fdset.id]
             self._ascending = None
             self._ids.free(fdset.id)
-        terms = stored.terms
-        if terms is not PERMANENT:
-            if terms.owner is not None:
-                owned = self._owned[terms.owner]
+        lifetime = stored.lifetime
+        if lifetime is not PERMANENT:
+            if lifetime.owner is not None:
+                owned = self._owned[lifetime.owner]
                 del owned[stored]
                 if not owned:
-                    del self._owned[terms.owner]
-            if terms.expires_at is not None:
+                    del self._owned[lifetime.owner]
+            if lifetime.expires_at is not None:
                 self.expiries.discard()
         if self.observer is not None:
             self.observer.removed(fdset, stored, reason)
@@ -342,7 +342,7 @@ class FdSets:
         """
         removed = list(islice(self._owned.get(owner, ()), most))
         for stored in removed:
-            self.take_out(stored, "connection")
+            self.pop(stored, "connection")
         return removed
 
     def remove_expired(self, now: float, most: int | None = None) -> list[StoredFd]:
@@ -354,14 +354,14 @@ class FdSets:
         """
         removed = list(islice(self.expiries.until(now), most))
         for stored in removed:
-            self.take_out(stored, "expired")
+            self.pop(stored, "expired")
         return removed
 
     def clear(self) -> list[StoredFd]:
         """Take out everything, at the daemon's end: the caller closes it."""
         removed = [stored for fdset in self for stored in fdset.fds.values()]
         for stored in removed:
-            self.take_out(stored, "removed")
+            self.pop(stored, "removed")
         return removed
 
 

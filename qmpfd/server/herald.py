@@ -22,7 +22,7 @@ async def tell_watchers(server: Server) -> None:
         server.news = trio.Event()
         until = monotonic() + HERALD_SECONDS
         for watcher in list(server.daemon.watchers):
-            while watcher.tell():
+            while watcher.send():
                 if monotonic() > until:
                     await trio.lowlevel.checkpoint()
                     until = monotonic() + HERALD_SECONDS

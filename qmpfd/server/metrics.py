@@ -14,24 +14,24 @@ from pathlib import Path
 
 import trio
 
-from ..commands import Daemon
+from ..commands import SharedState
 from ..limits import METRICS_INTERVAL
 
 _log = logging.getLogger("qmpfd")
 
 
-def render(daemon: Daemon) -> str:
+def render(daemon: SharedState) -> str:
     """All counters and gauges, as OpenMetrics text."""
     return "".join(f"{line}\n" for line in _lines(daemon))
 
 
-def _lines(daemon: Daemon) -> Iterator[str]:
+def _lines(daemon: SharedState) -> Iterator[str]:
     stats, limits = daemon.stats, daemon.limits
     gauges = {
         "connections": ("Clients connected.", stats.connections),
         "fdsets": ("fd sets.", len(daemon.store)),
         "fds": ("Descriptors stored.", daemon.store.fd_count),
-        "fds_kept": ("Descriptors kept for clients, those of getfd included.", daemon.kept),
+        "fds_kept": ("Descriptors kept for clients, those of getfd included.", daemon.fds_total),
         "closes_pending": ("Descriptors whose close takes its time.", daemon.closer.pending),
         "connections_limit": ("Clients allowed at a time.", limits.max_connections),
         "fds_limit": ("Descriptors allowed to be kept.", limits.max_fds),
@@ -83,7 +83,7 @@ def _write(path: Path, text: str) -> None:
         raise
 
 
-async def write_metrics(daemon: Daemon, path: Path) -> None:
+async def write_metrics(daemon: SharedState, path: Path) -> None:
     """Write the metrics to *path* now and then.  A disk that is full or hangs costs metrics only:
     it is written in a thread, and the next time is tried again.
     """

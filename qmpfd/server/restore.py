@@ -95,11 +95,11 @@ def _fill_store(server: Server, state: SavedState, fds: deque[Fd], sessions: lis
     for fdset in state.sets:
         for saved in fdset.fds:
             fd = fds[0]
-            terms = _terms(saved, sessions, now)
-            if terms is None:  # kept until the end of a connection that is over
+            lifetime = _lifetime(saved, sessions, now)
+            if lifetime is None:  # kept until the end of a connection that is over
                 fds.popleft().close()
                 continue
-            if terms.watch_hangup:
+            if lifetime.watch_hangup:
                 server.daemon.hangups.register(fd)
             added: FdSet = server.store.add(
                 fd,
@@ -108,19 +108,19 @@ def _fill_store(server: Server, state: SavedState, fds: deque[Fd], sessions: lis
                 create=True,
                 added_by=None if saved.added_by is None else Peer(*saved.added_by),
                 now=now - saved.age,
-                terms=terms,
+                lifetime=lifetime,
             )
             fds.popleft()
-            if terms.watch_hangup:
+            if lifetime.watch_hangup:
                 server.daemon.hangups.watch(added.fds[fd.fileno()])
 
 
-def _terms(saved: SavedFd, sessions: list[Session], now: float) -> Lifetime | None:
+def _lifetime(saved: SavedFd, sessions: list[Session], now: float) -> Lifetime | None:
     if saved.owner == -1:
         return None
-    terms = Lifetime(
+    lifetime = Lifetime(
         owner=None if saved.owner is None else sessions[saved.owner].context,
         expires_at=None if saved.expires_in is None else now + saved.expires_in,
         watch_hangup=saved.watch_hangup,
     )
-    return PERMANENT if terms == PERMANENT else terms
+    return PERMANENT if lifetime == PERMANENT else lifetime

@@ -54,7 +54,7 @@ async def retire_hung_up(server: Server) -> None:
     def take_out() -> list[StoredFd]:
         over = hangups.take(_A_STEP)
         for stored in over:
-            store.take_out(stored, "hangup")
+            store.pop(stored, "hangup")
         return over
 
     while True:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import trio
 
-from ..commands import TABLE, Client, Daemon, Dialect
+from ..commands import TABLE, Client, Dialect, SharedState
 from ..errors import GenericError, QMPError
 from ..fdsets import Peer
 from ..kernel.fd import Fd
@@ -63,7 +63,7 @@ class Server:
         self.lock = trio.Lock()
         #: What the commands see.
         clock = trio.lowlevel.current_clock().current_time
-        self.daemon = Daemon(dialect, limits, clock, self.quit, TABLE, self._clients)
+        self.daemon = SharedState(dialect, limits, clock, self.quit, TABLE, self._clients)
         self.store = self.daemon.store
         #: What the incomplete requests of all connections together may take.
         self.budget = Budget(MAX_INCOMPLETE_BYTES)
@@ -85,8 +85,8 @@ class Server:
         self._drained_by = inf
         #: Set when an event waits for those who watch.
         self.news = trio.Event()
-        self.daemon.news = self._tell_watchers
-        self.daemon.look = self._look
+        self.daemon.on_event = self._tell_watchers
+        self.daemon.refresh_in_flight = self._look
         #: Set when all is over.
         self.ended = trio.Event()
         self.sessions: set[Session] = set()

@@ -15,7 +15,7 @@ from helpers import Pipe, Wire, daemon, error, open_fds, pipes, request, settle,
 from trio.testing import MockClock
 
 import qmpfd
-from qmpfd.commands import DECODER, TABLE, Context, Daemon
+from qmpfd.commands import DECODER, TABLE, Context, SharedState
 from qmpfd.commands.events import Event, EventLog, Watcher
 from qmpfd.commands.extension_types import FdAdded
 from qmpfd.fdsets import Peer
@@ -281,7 +281,7 @@ def event(number: int, size: int = 200) -> Event:
 
 def told(watcher: Watcher) -> list[Any]:
     """All that waits: the descriptors, and how many were lost."""
-    lines = b"".join(iter(watcher.take, b"")).splitlines()
+    lines = b"".join(iter(watcher.next_batch, b"")).splitlines()
     data = [json.loads(line)["data"] for line in lines]
     return [each["fd"] if "fd" in each else f"{each['count']} lost" for each in data]
 
@@ -319,7 +319,7 @@ def test_a_little_is_taken_at_a_time() -> None:
     watcher = Watcher(log, lambda: False)
     for number in range(MAX_EVENTS):
         log.put(event(number), 0, None)
-    takes = list(iter(watcher.take, b""))
+    takes = list(iter(watcher.next_batch, b""))
     assert sum(take.count(b"FD_ADDED") for take in takes) == MAX_EVENTS
     assert max(map(len, takes)) < EVENT_BYTES_A_TURN + 200
 
@@ -342,8 +342,8 @@ def test_a_change_costs_the_same_however_many_watch() -> None:
     def unused() -> None:
         raise AssertionError
 
-    core = Daemon("spec", qmpfd.Limits(), lambda: 0.0, unused, TABLE)
-    core.news = news
+    core = SharedState("spec", qmpfd.Limits(), lambda: 0.0, unused, TABLE)
+    core.on_event = news
     grant = Grant(frozenset({"query"}), frozenset({0}))
     contexts = [
         Context(core, ServerConnection(DECODER), Peer(1, 1, 1), Counting([grant]), lambda: False)
@@ -361,7 +361,7 @@ def test_a_change_costs_the_same_however_many_watch() -> None:
     assert (calls, Counting.looks) == (2, 2)
     for context in contexts:
         assert context.events is not None
-        assert context.events.take().count(b"FD_") == 2
+        assert context.events.next_batch().count(b"FD_") == 2
         context.watch(False)
     assert not core.logs
     assert not core.watchers

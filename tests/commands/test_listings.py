@@ -16,7 +16,7 @@ from outcome import Value
 from trio.testing import MockClock
 
 import qmpfd
-from qmpfd.commands import DECODER, TABLE, Context, Daemon
+from qmpfd.commands import DECODER, TABLE, Context, SharedState
 from qmpfd.commands.listings import list_fds, list_fdsets
 from qmpfd.fdsets import FdSets, Peer, StoredFd
 from qmpfd.kernel.fd import Fd, close_all
@@ -44,7 +44,7 @@ def core(access: Access = EVERYTHING) -> Iterator[Context]:
     def unused() -> None:
         raise AssertionError
 
-    made = Daemon("spec", qmpfd.Limits(), lambda: 10.0, unused, TABLE)
+    made = SharedState("spec", qmpfd.Limits(), lambda: 10.0, unused, TABLE)
     connection = ServerConnection(DECODER)
     try:
         yield Context(made, connection, Peer(1, 1, 1), access, lambda: False)
@@ -66,7 +66,7 @@ def bits(context: Context, command: str) -> JSONStream | RawJSON:
     """What the command returns."""
     if command == "query-fdsets":
         return list_fdsets(context)
-    return list_fds(context, context.daemon.store.walk(), None)
+    return list_fds(context, context.shared.store.iter_stable(), None)
 
 
 def numbers(listing: Any) -> list[int]:
@@ -82,7 +82,7 @@ def numbers(listing: Any) -> list[int]:
 def test_a_step_looks_at_few(command: str, each: int) -> None:
     """Whoever is restricted by a policy too, and whether there are many sets or large ones."""
     with core(Counting([Grant(frozenset({"query"}))])) as context:
-        fill(context.daemon.store, 1000, each=each)
+        fill(context.shared.store, 1000, each=each)
         listing = bits(context, command)
         assert isinstance(listing, JSONStream)
         most, text = 0, b""
@@ -101,7 +101,7 @@ def test_a_step_looks_at_few(command: str, each: int) -> None:
 def test_a_step_encodes_little(command: str) -> None:
     """However long the opaque texts are: no more than one that is long."""
     with core() as context:
-        fill(context.daemon.store, 50, opaque="x" * 100_000)
+        fill(context.shared.store, 50, opaque="x" * 100_000)
         listing = bits(context, command)
         assert isinstance(listing, JSONStream)
         assert max(map(len, listing.bits)) < 110_000
@@ -110,7 +110,7 @@ def test_a_step_encodes_little(command: str) -> None:
 def test_what_is_kept_of_a_listing_is_little() -> None:
     """Or else the texts took their memory twice, and six times with escapes."""
     with core() as context:
-        store = context.daemon.store
+        store = context.shared.store
         fill(store, 300, opaque="\x01" * 200)
         fill(store, 300, each=300, opaque="x")
         for _ in range(2):
@@ -125,7 +125,7 @@ def test_what_is_kept_of_a_listing_is_little() -> None:
 @pytest.mark.parametrize("count", [0, 1, 300])
 def test_nothing_may_be_seen(command: str, count: int) -> None:
     with core(Access([Grant(frozenset({"query"}), frozenset({9999}))])) as context:
-        fill(context.daemon.store, count)
+        fill(context.shared.store, count)
         listing = bits(context, command)
         text = listing if isinstance(listing, RawJSON) else b"".join(listing.bits)
         assert text == b"[]"
@@ -139,7 +139,7 @@ def test_nothing_may_be_seen(command: str, count: int) -> None:
 def test_what_goes_and_what_comes(command: str, each: int) -> None:
     """What stays is listed, once; what goes before its turn is not; numbers are used again."""
     with core() as context:
-        store = context.daemon.store
+        store = context.shared.store
         fill(store, 2000, each=each)
         everything = [stored for fdset in store for stored in fdset.fds.values()]
         listing = bits(context, command)
@@ -150,7 +150,7 @@ def test_what_goes_and_what_comes(command: str, each: int) -> None:
         gone: list[StoredFd] = everything[::3]
         kept = [stored for n, stored in enumerate(everything) if n % 3]
         for stored in gone:
-            store.take_out(stored, "removed")
+            store.pop(stored, "removed")
         close_all(stored.fd for stored in gone)
         reused = {stored.fd.fileno() for stored in kept}
         fill(store, 500, each=1)  # under the same numbers
@@ -167,7 +167,7 @@ def test_what_goes_and_what_comes(command: str, each: int) -> None:
 def test_a_number_that_means_another_by_now() -> None:
     """It is not described in place of the one that had it."""
     with core() as context, Pipe() as pipe:
-        store = context.daemon.store
+        store = context.shared.store
         fill(store, 1000, opaque="ours")
         listing = bits(context, "query-fds")
         assert isinstance(listing, JSONStream)
@@ -175,7 +175,7 @@ def test_a_number_that_means_another_by_now() -> None:
         oldest = store.get(0)
         [stored] = oldest.fds.values()
         number = stored.fd.fileno()
-        store.take_out(stored, "removed")
+        store.pop(stored, "removed")
         stored.fd.close()
         os.dup2(pipe.fileno(), number)  # somebody else's: it is in no set
         try:
@@ -190,12 +190,12 @@ def test_a_number_that_means_another_by_now() -> None:
 def test_a_walk_ends(each: int) -> None:
     """Though descriptors are added all the time."""
     with core() as context:
-        store = context.daemon.store
+        store = context.shared.store
         fill(store, 600, each=each)
         count = 0
         number = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        for fdset in store.walk():
-            for _ in fdset.walk(10.0):
+        for fdset in store.iter_stable():
+            for _ in fdset.iter_stable(10.0):
                 count += 1
                 store.add(Fd(os.dup(number)), fdset.id, now=11.0)
                 assert count <= 600

@@ -198,10 +198,10 @@ class Observed:
 def test_lifetimes(store: FdSets) -> None:
     told = Observed()
     owner = object()
-    ours = [store.add(new_fd(), 1, create=True, terms=Lifetime(owner=owner)) for _ in range(2)]
-    store.add(new_fd(), 1, terms=Lifetime(owner=object()))
-    store.add(new_fd(), 1, terms=Lifetime(expires_at=20.0))
-    store.add(new_fd(), 2, create=True, terms=Lifetime(owner=owner, expires_at=10.0))
+    ours = [store.add(new_fd(), 1, create=True, lifetime=Lifetime(owner=owner)) for _ in range(2)]
+    store.add(new_fd(), 1, lifetime=Lifetime(owner=object()))
+    store.add(new_fd(), 1, lifetime=Lifetime(expires_at=20.0))
+    store.add(new_fd(), 2, create=True, lifetime=Lifetime(owner=owner, expires_at=10.0))
     assert len(ours[0].fds) == 4
     mine, also_mine, other, till_20 = ours[0].fds
     (till_10,) = store.get(2).fds
@@ -230,7 +230,7 @@ def test_lifetimes(store: FdSets) -> None:
 
 def test_expiries_are_counted_and_do_not_pile_up(store: FdSets) -> None:
     for time in range(1, 11):
-        store.add(new_fd(), 0, create=True, terms=Lifetime(expires_at=time))
+        store.add(new_fd(), 0, create=True, lifetime=Lifetime(expires_at=time))
     numbers = list(store.get(0).fds)
     close(store.remove_expired(2))
     assert (len(store.expiries), store.expiries.next()) == (8, 3)
@@ -238,9 +238,9 @@ def test_expiries_are_counted_and_do_not_pile_up(store: FdSets) -> None:
         close(store.remove(0, number))
         assert len(store.expiries) == 8 - removed
         assert store.expiries.next() == (None if removed == 8 else 3 + removed)
-    kept = store.add(new_fd(), 1, create=True, terms=Lifetime(expires_at=5)).id
+    kept = store.add(new_fd(), 1, create=True, lifetime=Lifetime(expires_at=5)).id
     for _ in range(500):  # never waiting for the time to come, nor asking when it does
-        store.add(new_fd(), 0, create=True, terms=Lifetime(expires_at=1000))
+        store.add(new_fd(), 0, create=True, lifetime=Lifetime(expires_at=1000))
         close(store.remove(0))
     assert len(store.expiries) == 1
     assert len(store.expiries._heap) <= 3
@@ -286,16 +286,16 @@ class Machine(RuleBasedStateMachine):
         fd = new_fd()
         used = self.used()
         expires_at = None if seconds is None else self.now + seconds
-        terms = Lifetime(owner, expires_at)
+        lifetime = Lifetime(owner, expires_at)
         if fdset_id is not None and fdset_id not in used and (fdset_id < 0 or not create):
             with fd, pytest.raises(InvalidParameterValue):
-                self.store.add(fd, fdset_id, opaque, create=create, terms=terms)
+                self.store.add(fd, fdset_id, opaque, create=create, lifetime=lifetime)
             return
         expected = fdset_id
         if expected is None:
             expected = next(n for n in range(len(used) + 1) if n not in used)
             assert self.store.next_id == expected
-        fdset = self.store.add(fd, fdset_id, opaque, create=create, terms=terms)
+        fdset = self.store.add(fd, fdset_id, opaque, create=create, lifetime=lifetime)
         assert fdset.id == expected
         self.model.append((expected, fd, opaque, owner, expires_at))
 

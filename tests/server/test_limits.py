@@ -188,11 +188,11 @@ async def test_no_more_than_the_process_may_have(path: Path) -> None:
 
 async def test_a_user_leaves_room_for_others() -> None:
     server = Server()
-    server.daemon.half = 10
-    server.daemon.check_room(os.geteuid(), 11)
-    server.daemon.check_room(os.geteuid() + 1, 10)
+    server.daemon.waiting_limit = 10
+    server.daemon.check_quota(os.geteuid(), 11)
+    server.daemon.check_quota(os.geteuid() + 1, 10)
     with pytest.raises(GenericError, match=f"uid {os.geteuid() + 1}: the limit is 10"):
-        server.daemon.check_room(os.geteuid() + 1, 11)
+        server.daemon.check_quota(os.geteuid() + 1, 11)
     server.close()
 
 
@@ -201,7 +201,7 @@ async def test_one_by_one_where_the_table_may_be_full() -> None:
     server = Server(limits=Limits(max_fds=100))
     counts = server.daemon
     assert counts.fds_at_once == FDS_AT_ONCE
-    counts.kept = 100 - FDS_AT_ONCE
+    counts.fds_total = 100 - FDS_AT_ONCE
     assert counts.fds_at_once == FDS_AT_ONCE
     counts.waiting = 1
     assert counts.fds_at_once == 1

@@ -217,10 +217,10 @@ async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> Non
             assert counts.waiting == 0
             wire.send(b" ", made * 9)
             await settle()
-            assert (counts.waiting, dict(counts.waiting_of)) == (9, {os.geteuid(): 9})
+            assert (counts.waiting, dict(counts.waiting_by_uid)) == (9, {os.geteuid(): 9})
             wire.close()
             await settle()
-            assert (counts.waiting, dict(counts.waiting_of)) == (0, {})
+            assert (counts.waiting, dict(counts.waiting_by_uid)) == (0, {})
         with await Wire.session(path) as wire:
             await wire.send_all(request("open-fdset", {"fdset-id": 0}) * 600)
             await settle()
@@ -229,7 +229,7 @@ async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> Non
             for reply in await wire.replies(600):
                 value(reply)
             await settle()
-            server.daemon.look()
+            server.daemon.refresh_in_flight()
             assert counts.waiting == 0
             value(await wire.call("query-name"))
         await settle()
@@ -239,7 +239,7 @@ async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> Non
 async def test_a_limit_for_all_together(path: Path) -> None:
     """For the daemon's own user too."""
     async with daemon(path) as server:
-        server.daemon.half = 10
+        server.daemon.waiting_limit = 10
         with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
             wire.send(b" ", [pipe] * 10)
             await settle()

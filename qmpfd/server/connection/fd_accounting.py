@@ -92,12 +92,12 @@ class FdAccounting:
                 self.dispose()
                 more = send_buffer.carried_fds - self.waiting
         if more:
-            daemon.hold_waiting(self._uid, more)
+            daemon.charge_waiting(self._uid, more)
             self.waiting += more
 
     def look(self) -> None:
         """Count no more what the client has received meanwhile."""
         taken = min(self._outbox.look(), self.waiting)
         if taken:
-            self._server.daemon.hold_waiting(self._uid, -taken)
+            self._server.daemon.charge_waiting(self._uid, -taken)
             self.waiting -= taken

@@ -125,7 +125,7 @@ class RequestProcessor:
                 result = execute(context, request, fds)
                 asked = True
             if verbose or type(result) is Error:
-                note(context.daemon.stats, context.peer, request, result)
+                note(context.shared.stats, context.peer, request, result)
             if context.takes_over:
                 self.takeover_id = request_id
                 break
@@ -135,10 +135,10 @@ class RequestProcessor:
                 self.long_reply = reply
                 break
             size += len(reply)
-            if context.passed:
-                batches += (b"".join(replies), []), (reply, context.passed)
-                passed += len(context.passed)
-                replies, context.passed = [], []
+            if context.reply_fds:
+                batches += (b"".join(replies), []), (reply, context.reply_fds)
+                passed += len(context.reply_fds)
+                replies, context.reply_fds = [], []
                 if passed > MAX_FDS_A_TURN:
                     break
             else:
@@ -157,8 +157,8 @@ class RequestProcessor:
             at_once: send them, as far as the client takes them.
         """
         send_buffer, fds_to_close = self._outbox, self._connection.fds_to_close
-        if self._server.keeper is not None and self._context.about_store:
-            self._context.about_store = False
+        if self._server.keeper is not None and self._context.touched_store:
+            self._context.touched_store = False
             if not self._server.is_settled:
                 send_buffer.hold()
         if send_buffer.unsafe:
@@ -213,7 +213,7 @@ class RequestProcessor:
                         more = True
                         break
             if size:
-                passed, context.passed = context.passed, []
+                passed, context.reply_fds = context.reply_fds, []
                 if not server.is_settled:
                     send_buffer.hold()
                 send_buffer.put(b"".join(made), passed)

@@ -317,7 +317,7 @@ class Session:
         if self.send_buffer.size or self._answers.long_reply is not None:
             self._events_wait = True
             return False
-        if not (data := events.take()):
+        if not (data := events.next_batch()):
             return False
         if not self._server.is_settled:
             self.send_buffer.hold()
@@ -339,7 +339,7 @@ class Session:
             self._leftovers.count_waiting()
         if self._events_wait:
             self._events_wait = False
-            self._server.daemon.news()
+            self._server.daemon.on_event()
 
     def _start_pump(self) -> None:
         if self._pump_scope is None:

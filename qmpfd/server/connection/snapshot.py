@@ -32,7 +32,7 @@ def describe(
     connection = context.connection.snapshot()
     receive_buffer, parser = connection.receive_buffer, connection.receive_buffer.parser
     events = context.events
-    while events is not None and (waiting := events.take()):
+    while events is not None and (waiting := events.next_batch()):
         send_buffer.put(waiting)  # sent by us, if nobody takes over
     unsent = [(bytes(data), fds) for data, fds in [*send_buffer.unsent, *send_buffer.held]]
     saved = SavedSession(
@@ -74,6 +74,6 @@ def restore(
         ConnectionState(saved.state, saved.oob_enabled, saved.errors_in_a_row, receive_buffer)
     )
     for name in saved.names:
-        context.own(name, next(fds))
+        context.adopt_named(name, next(fds))
     for data, count in saved.unsent:
         send_buffer.put(data, list(islice(fds, count)))

@@ -146,7 +146,7 @@ class FdStoreMirror:
 
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
         """A descriptor was stored: keep it too, unless it ends with its connection anyway."""
-        if self.is_over or stored.terms.owner is not None:
+        if self.is_over or stored.lifetime.owner is not None:
             return
         self._keep(stored.fd.fileno(), stored.fd)
         self._journals.note(self._record(fdset.id, stored))
@@ -189,9 +189,9 @@ class FdStoreMirror:
         return ""
 
     def _record(self, fdset_id: int, stored: StoredFd) -> Added:
-        number, terms = stored.fd.fileno(), stored.terms
+        number, lifetime = stored.fd.fileno(), stored.lifetime
         offset = time.monotonic() - trio.current_time()
-        expires = terms.expires_at
+        expires = lifetime.expires_at
         return Added(
             self._mirrored[number].name,
             fdset_id,
@@ -200,7 +200,7 @@ class FdStoreMirror:
             stored.added_by,
             stored.added_at + offset,
             None if expires is None else expires + offset,
-            terms.watch_hangup,
+            lifetime.watch_hangup,
         )
 
     # -- waiting until it is safe --------------------------------------------------------------
@@ -282,7 +282,7 @@ class FdStoreMirror:
             self._capacity -= 1
         for fdset in store:
             for number, stored in fdset.fds.items():
-                if stored.terms.owner is None:
+                if stored.lifetime.owner is None:
                     self._keep(number, stored.fd, holdings.names.get(number))
         for listener in listeners:
             number = listener.socket.fileno()

@@ -164,14 +164,14 @@ def describe(server: Server, sessions: list[Session]) -> tuple[saved.SavedState,
 def _describe_fd(
     number: int, stored: StoredFd, now: float, owners: dict[int, int]
 ) -> saved.SavedFd:
-    terms = stored.terms
+    lifetime = stored.lifetime
     return saved.SavedFd(
         number=number,
         opaque=stored.opaque,
         added_by=stored.added_by,
         age=now - stored.added_at,
         # A descriptor of the newcomer's own connection would end with it at once.
-        owner=None if terms.owner is None else owners.get(id(terms.owner), -1),
-        expires_in=None if terms.expires_at is None else terms.expires_at - now,
-        watch_hangup=terms.watch_hangup,
+        owner=None if lifetime.owner is None else owners.get(id(lifetime.owner), -1),
+        expires_in=None if lifetime.expires_at is None else lifetime.expires_at - now,
+        watch_hangup=lifetime.watch_hangup,
     )
