@@ -12,11 +12,15 @@ from ._facade import lazily
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .client import BlockingClient as BlockingClient
     from .client import Client as Client
+    from .client import ClientClosed as ClientClosed
+    from .client import NoDaemon as NoDaemon
     from .client import ReplyLost as ReplyLost
+    from .client import Selector as Selector
     from .client import connect as connect
-    from .client.blocking import NoDaemon as NoDaemon
-    from .client.opener import fdset_opener as fdset_opener
+    from .client import connect_blocking as connect_blocking
+    from .client import fdset_opener as fdset_opener
     from .commands import AddfdInfo as AddfdInfo
     from .commands import FdInfo as FdInfo
     from .commands import FdsetFdInfo as FdsetFdInfo
@@ -35,9 +39,15 @@ if TYPE_CHECKING:
     from .server import serve as serve
 
 _HOMES = {
+    "BlockingClient": ".client",
     "Client": ".client",
+    "ClientClosed": ".client",
+    "NoDaemon": ".client",
     "ReplyLost": ".client",
+    "Selector": ".client",
     "connect": ".client",
+    "connect_blocking": ".client",
+    "fdset_opener": ".client",
     "AddfdInfo": ".commands",
     "FdInfo": ".commands",
     "FdsetFdInfo": ".commands",
@@ -50,12 +60,10 @@ _HOMES = {
     "PermissionDenied": ".errors",
     "QMPError": ".errors",
     "Limits": ".limits",
-    "fdset_opener": ".client.opener",
     "ProtocolError": ".protocol",
     "QMPEvent": ".protocol",
     "Server": ".server",
     "serve": ".server",
-    "NoDaemon": ".client.blocking",
 }
 
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - a test compares it with the imports above

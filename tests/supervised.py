@@ -14,7 +14,7 @@ from typing import Any
 
 from helpers import ROOT
 
-from qmpfd.client.blocking import NoDaemon, SyncClient
+from qmpfd.client.blocking import BlockingClient, NoDaemon
 
 DEADLINE = 30.0
 COMMAND = [sys.executable, "-m", "qmpfd", "serve"]
@@ -73,7 +73,7 @@ class Supervised:
         self._deaths = self.log.count("listening on")
         os.kill(pid, number)
 
-    def client(self) -> SyncClient:
+    def client(self) -> BlockingClient:
         """A connection, as soon as it is served."""
         return connected(self.path)
 
@@ -82,12 +82,12 @@ class Supervised:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
 
-def connected(path: Path) -> SyncClient:
+def connected(path: Path) -> BlockingClient:
     """A connection to a daemon that may be starting again at the moment."""
     deadline = time.monotonic() + DEADLINE
     while True:
         try:
-            return SyncClient(path, DEADLINE)
+            return BlockingClient(path, DEADLINE)
         except NoDaemon:
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -17,7 +17,7 @@ from examples import blocks, run_page, unused_files
 from helpers import ROOT, daemon_process, open_fds
 from installed import QEMU, need
 
-from qmpfd.client.blocking import SyncClient
+from qmpfd.client.blocking import BlockingClient
 from qmpfd.commands import TABLE
 from qmpfd.commands.context import Context, SharedState
 from qmpfd.commands.events import EVENTS
@@ -199,7 +199,7 @@ def test_the_errors_are_those(full: bool, tmp_path: Path) -> None:
         daemon_process(path, *options) as daemon,
         open(tmp_path / "file", "w+b") as file,
         open(tmp_path / "file", "rb") as kept,
-        SyncClient(path, 10.0) as client,
+        BlockingClient(path, 10.0) as client,
     ):
         client.execute("add-fd", {}, [kept])
         before = open_fds(daemon.pid)

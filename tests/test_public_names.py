@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, is_typeddict
 
 import msgspec
 import pytest
@@ -111,6 +111,8 @@ def parameters(thing: Any) -> list[str]:
     if inspect.isclass(thing):
         if issubclass(thing, msgspec.Struct):
             return list(thing.__struct_fields__)
+        if is_typeddict(thing):
+            return list(thing.__annotations__)
         if issubclass(thing, tuple):
             return list(getattr(thing, "_fields", ()))
         if "__init__" not in vars(thing):

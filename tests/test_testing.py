@@ -15,7 +15,7 @@ from helpers import PATIENCE, ROOT
 
 import qmpfd
 import qmpfd.testing
-from qmpfd.client.blocking import SyncClient
+from qmpfd.client.blocking import BlockingClient
 from qmpfd.testing import DaemonProcess
 
 PAGE = (ROOT / "docs/howto/testing.md").read_text()
@@ -107,7 +107,7 @@ def test_a_daemon_that_does_not_start_says_why(qmpfd_path: Path) -> None:
 def test_much_that_it_says_does_not_stop_it(qmpfd_path: Path) -> None:
     """More than a pipe holds."""
     with qmpfd.testing.daemon_process(qmpfd_path, "--log-level=debug") as daemon:
-        with SyncClient(qmpfd_path, PATIENCE) as client:
+        with BlockingClient(qmpfd_path, PATIENCE) as client:
             for _ in range(2000):
                 client.execute("query-name")
         assert daemon.stop() == 0

@@ -12,7 +12,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..client.blocking import SyncClient
+from ..client.blocking import BlockingClient
+from ..client.calls import one_fd
 from ..kernel.fd import Fd, close_all
 from .exit_codes import DONE, UsageError
 from .options import add_client_options, add_examples, client_of, number, socket_path
@@ -170,11 +171,11 @@ def _places(wanted: list[Wanted]) -> list[int]:
     return [next(free) if each.at is None else each.at for each in wanted]
 
 
-def _open_fdset(client: SyncClient, wanted: Wanted) -> Fd:
+def _open_fdset(client: BlockingClient, wanted: Wanted) -> Fd:
     members: dict[str, Any] = {"fdset-id": wanted.fdset_id}
     if wanted.access is not None:
         members["access"] = wanted.access
-    return client.open_fdset(members)
+    return one_fd(client.request("open-fdset", members)[1])
 
 
 def _put_in_place(opened: list[Fd], places: list[int]) -> None:
@@ -215,7 +216,7 @@ def _push(arguments: argparse.Namespace) -> int:
     fdset_id: int = arguments.fdset
     to_fdset: int | None = arguments.to_fdset
     added = []
-    with client_of(arguments) as source, SyncClient(arguments.to, arguments.timeout) as sink:
+    with client_of(arguments) as source, BlockingClient(arguments.to, arguments.timeout) as sink:
         sets = source.execute("query-fdsets")
         fds_here = [fd for each in sets if each["fdset-id"] == fdset_id for fd in each["fds"]]
         if not fds_here:

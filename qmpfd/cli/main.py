@@ -27,8 +27,8 @@ _VERBS = {
     "exec": "handout",
     "push": "handout",
     "watch": "handout",
-    "shell": "shell",
-    "status": "state",
+    "shell": "shell.verb",
+    "status": "status",
     "check-policy": "policy",
     "completion": "completion",
 }
@@ -104,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as exc:
         return _fail(str(exc), USAGE)
     except NoDaemon as exc:
-        return _fail(str(exc), NO_DAEMON)
+        advice = " (--timeout gives it longer)" if isinstance(exc, TimeoutError) else ""
+        return _fail(f"{exc}{advice}", NO_DAEMON)
     except QMPError as exc:
         return _fail(f"{exc.error_class}: {exc.desc}{_advice(exc)}", REFUSED)
     except OSError as exc:

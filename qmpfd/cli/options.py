@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..client.blocking import SyncClient
+from ..client.blocking import BlockingClient
 from ..limits import INT64_MAX
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ def default_socket() -> str:
     return "/run/qmpfd.sock"
 
 
-def client_of(arguments: argparse.Namespace) -> SyncClient:
+def client_of(arguments: argparse.Namespace) -> BlockingClient:
     """The daemon that a verb's options name."""
-    return SyncClient(arguments.socket or default_socket(), arguments.timeout)
+    return BlockingClient(arguments.socket or default_socket(), arguments.timeout)
 
 
 def number(name: str, least: int = 0, most: int = INT64_MAX) -> Callable[[str], int]:

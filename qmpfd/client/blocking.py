@@ -1,29 +1,41 @@
-"""A small synchronous QMP client, for the short verbs of the command line and for openers: Trio
-alone takes longer to import than all of a verb's work.  The protocol is the Trio client's.
+"""The client for programs without an event loop, and for the short verbs of the command line.
+
+It imports neither Trio nor msgspec at its top: Trio alone takes longer to import than all of a
+short verb's work.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import stat
-import struct
 import time
+from _thread import allocate_lock  # threading's own, without the rest of it
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import inf
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..kernel import fd
-from ..kernel.fd import Fd, FileDescriptorLike
+from ..kernel.fd import Fd, FileDescriptorLike, close_all, discard, peek, receive, send
 from ..protocol.client import ClientConnection, QMPEvent, Reply
 from ..protocol.connection import ProtocolError, State
+from .calls import members, one_fd, typed
+from .errors import ClientClosed, NoAnswer, NoDaemon, cannot_connect
 
+if TYPE_CHECKING:
+    from typing import Unpack
 
-class NoDaemon(Exception):
-    """Nobody answers at the socket, or not in time, or not QMP."""
+    from ..commands import AddfdInfo, FdInfo, FdsetInfo
+    from .calls import Selector
+
+__all__ = ["BlockingClient", "NoDaemon", "connect_blocking"]
+
+#: Seconds between two tries to connect to a socket whose backlog is full.
+_RETRY = 0.01
 
 
 def _no_connection(path: str, error: OSError) -> str:
@@ -43,28 +55,36 @@ def _no_connection(path: str, error: OSError) -> str:
     return f"cannot connect to {path}: {error.strerror or error} ({advice})"
 
 
-class SyncClient:
-    """A connection to a QMP server, with one deadline for all that is done with it, or renewed.
+class BlockingClient:
+    """A connection to a QMP server whose calls block; made by :func:`connect_blocking`.
+
+    The calls may come from several threads: one is carried out at a time.
 
     Args:
-        path: the server's socket.
-        timeout: seconds until it is given up.
+        path: the server's Unix socket; ``@NAME`` is one in the abstract namespace (unix(7)).
+        timeout: seconds that connecting, and then each call, may take; None for no limit.
 
     Raises:
         NoDaemon: nobody answers there, or not QMP.
         QMPError: the server turns us away.
     """
 
-    def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:
+    def __init__(self, path: str | os.PathLike[str], timeout: float | None = 10.0) -> None:
         self._path = os.fspath(path)
-        self._deadline = time.monotonic() + timeout
+        self._timeout = inf if timeout is None else timeout
+        self._deadline = time.monotonic() + self._timeout
         self._connection = ClientConnection()
+        self._calling = allocate_lock()
         self._last_id = 0
         self._replies: list[Reply] = []
         self._events: list[QMPEvent] = []
+        self._watching = 0  # blocks of watch_fdsets
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._connect(timeout)
+            # A byte sent with MSG_OOB stays one of the stream, where it belongs (unix(7)).
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            self._sock.setblocking(False)
+            self._connect()
             while self._connection.state is State.CONNECTED:
                 self._receive()
                 self._raise_refusal()
@@ -74,18 +94,27 @@ class SyncClient:
             self.close()
             raise
 
-    def _connect(self, timeout: float) -> None:
-        # A Unix socket's connect waits while the backlog is full, for SO_SNDTIMEO (socket(7)).
-        # It takes microseconds, and none of them for no limit.
-        limit = struct.pack("ll", *divmod(max(1, round(timeout * 1e6)), 1_000_000))
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        try:
-            self._sock.connect(self._path)
-        except BlockingIOError:
-            raise self._silent() from None
-        except OSError as exc:
-            raise NoDaemon(_no_connection(self._path, exc)) from None
-        self._sock.setblocking(False)
+    def _connect(self) -> None:
+        while True:
+            try:
+                self._sock.connect(self._path)
+                return
+            except BlockingIOError:  # the backlog is full, and poll(2) does not tell when it is not
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    raise self._silent() from None
+                time.sleep(min(left, _RETRY))
+            except (OSError, ValueError) as exc:
+                error = exc if isinstance(exc, OSError) else OSError(errno.EINVAL, str(exc))
+                why = _no_connection(os.fsdecode(self._path), error)
+                raise cannot_connect(why, error) from exc
+
+    @property
+    def greeting(self) -> Mapping[str, Any]:
+        """What the server said of itself: its ``version`` and ``capabilities``."""
+        return self._connection.greeting or {}
+
+    # -- commands ------------------------------------------------------------------------------
 
     def execute(
         self,
@@ -93,10 +122,27 @@ class SyncClient:
         arguments: Mapping[str, Any] | None = None,
         fds: Sequence[FileDescriptorLike] = (),
     ) -> Any:
-        """Carry out a command; the ``return`` member of its reply.  See :meth:`request`."""
-        result, passed = self.request(command, arguments, fds)
-        fd.close_all(passed)
-        return result
+        """Carry out any QMP command.
+
+        Args:
+            command: its name.
+            arguments: its arguments, as they go over the wire.
+            fds: descriptors to pass with it (SCM_RIGHTS); they stay the caller's.
+
+        Returns:
+            The ``return`` member of the reply.
+
+        Raises:
+            QMPError: the server refused it; the exception is named after the error's class.
+            NoDaemon: the server does not answer, or the connection is lost.
+            ClientClosed: this client is closed.
+            ProtocolError: the server's answer is not QMP.
+            ValueError: JSON cannot carry the arguments.
+            OSError: *fds* cannot be passed.
+        """
+        value, passed = self.request(command, arguments, fds)
+        close_all(passed)
+        return value
 
     def request(
         self,
@@ -104,98 +150,250 @@ class SyncClient:
         arguments: Mapping[str, Any] | None = None,
         fds: Sequence[FileDescriptorLike] = (),
     ) -> tuple[Any, list[Fd]]:
-        """Carry out a command.
+        """As :meth:`execute`; with the descriptors that came with the reply.
 
         Args:
             command: its name.
             arguments: its arguments, as they go over the wire.
-            fds: descriptors to pass with it; they stay the caller's.
-
-        Returns:
-            The ``return`` member of its reply, and the descriptors that came with it.
+            fds: descriptors to pass with it (SCM_RIGHTS); they stay the caller's.
 
         Raises:
-            QMPError: the server refused it.
-            NoDaemon: it does not answer.
+            Exception: what :meth:`execute` raises.
         """
-        self._last_id += 1
-        self._send(self._connection.execute(command, arguments, self._last_id), fds)
-        while True:
-            while self._replies:
-                reply = self._replies.pop(0)
-                if reply.id == self._last_id and reply.error is None:
-                    return reply.value, reply.fds
-                fd.close_all(reply.fds)
-                # Without an id: the server could not read the request.
-                if reply.id in (self._last_id, None):
-                    reply.unwrap()
-            self._receive()
+        with self._calling:
+            self._deadline = time.monotonic() + self._timeout
+            self._last_id += 1
+            self._send(self._connection.execute(command, arguments, self._last_id), fds)
+            while True:
+                while self._replies:
+                    reply = self._replies.pop(0)
+                    if reply.id == self._last_id and reply.error is None:
+                        return reply.value, reply.fds
+                    close_all(reply.fds)
+                    # Without an id: the server could not read the request.
+                    if reply.id in (self._last_id, None):
+                        reply.unwrap()
+                self._receive()
 
-    def open_fdset(self, arguments: Mapping[str, Any]) -> Fd:
-        """Get a duplicate of a stored descriptor (``open-fdset``).
+    def add_fd(
+        self, fd: FileDescriptorLike, fdset_id: int | None = None, opaque: str | None = None
+    ) -> AddfdInfo:
+        """As :meth:`qmpfd.Client.add_fd`.
 
         Args:
-            arguments: which one, as it goes over the wire.
+            fd: an int or anything with ``fileno()``; it stays the caller's.
+            fdset_id: the set; a new one if None.
+            opaque: a free-form text to find the descriptor by.
 
         Raises:
-            QMPError: there is none.
-            NoDaemon: the server does not answer, or not with a descriptor.
+            InvalidParameterValue: the server wants an existing set.
+            Exception: what :meth:`execute` raises.
         """
-        _, fds = self.request("open-fdset", arguments)
-        if len(fds) != 1:
-            fd.close_all(fds)
-            raise NoDaemon(f"at {self._path}: an answer without a descriptor")
-        return fds[0]
+        from ..commands import AddfdInfo  # noqa: PLC0415 - it loads msgspec
+
+        arguments = members(fdset_id=fdset_id, opaque=opaque)
+        return typed(self.execute("add-fd", arguments, [fd]), AddfdInfo)
+
+    def remove_fd(self, fdset_id: int, fd: int | None = None) -> None:
+        """As :meth:`qmpfd.Client.remove_fd`.
+
+        Args:
+            fdset_id: the set.
+            fd: the descriptor's number in the server; all of the set if None.
+
+        Raises:
+            FdNotFound: there is no such set, or no such descriptor in it.
+            Exception: what :meth:`execute` raises.
+        """
+        self.execute("remove-fd", members(fdset_id=fdset_id, fd=fd))
+
+    def query_fdsets(self) -> list[FdsetInfo]:
+        """As :meth:`qmpfd.Client.query_fdsets`."""
+        from ..commands import FdsetInfo  # noqa: PLC0415 - it loads msgspec
+
+        return typed(self.execute("query-fdsets"), list[FdsetInfo])
+
+    # -- commands that only qmpfd has ----------------------------------------------------------
+
+    def open_fdset(
+        self,
+        fdset_id: int | None = None,
+        access: Literal["rdonly", "wronly", "rdwr"] | None = None,
+        fd: int | None = None,
+        *,
+        remove: bool = False,
+        **selector: Unpack[Selector],
+    ) -> Fd:
+        """As :meth:`qmpfd.Client.open_fdset`.
+
+        Args:
+            fdset_id: the fd set.
+            access: the access mode that it must have; any if None.
+            fd: its number in the server; the newest that matches if None.
+            remove: take it out of the store in the same step.
+            selector: what else it is chosen by.
+
+        Raises:
+            FdNotFound: there is no such descriptor.
+            Exception: what :meth:`execute` raises.
+        """
+        arguments = members(
+            fdset_id=fdset_id, access=access, fd=fd, remove=remove or None, **selector
+        )
+        return one_fd(self.request("open-fdset", arguments)[1])
+
+    def add_fds(
+        self,
+        fds: Sequence[FileDescriptorLike],
+        fdset_id: int | None = None,
+        opaque: str | None = None,
+        *,
+        lifetime: Literal["daemon", "connection"] = "daemon",
+        expires: int | None = None,
+        watch_hangup: bool = False,
+        if_exists: Literal["add", "fail", "replace"] = "add",
+    ) -> FdsetInfo:
+        """As :meth:`qmpfd.Client.add_fds`.
+
+        Args:
+            fds: ints or anything with ``fileno()``; they stay the caller's.
+            fdset_id: the set; a new one if None.
+            opaque: a free-form text to find the descriptors by.
+            lifetime: ``"connection"``: they are removed when this connection ends.
+            expires: seconds after which they are removed.
+            watch_hangup: remove each when the other end of the socket or pipe is gone.
+            if_exists: what to do where the set has descriptors of that opaque text.
+
+        Raises:
+            InvalidParameterValue: the server wants an existing set, or sockets and pipes.
+            FdExists: there are such descriptors already, and *if_exists* is ``"fail"``.
+            Exception: what :meth:`execute` raises.
+        """
+        from ..commands import FdsetInfo  # noqa: PLC0415 - it loads msgspec
+
+        arguments = members(
+            fdset_id=fdset_id,
+            opaque=opaque,
+            lifetime=None if lifetime == "daemon" else lifetime,
+            expires=expires,
+            watch_hangup=watch_hangup or None,
+            if_exists=None if if_exists == "add" else if_exists,
+        )
+        return typed(self.execute("add-fds", arguments, fds), FdsetInfo)
+
+    def query_fds(
+        self, fdset_id: int | None = None, fd: int | None = None, **selector: Unpack[Selector]
+    ) -> list[FdInfo]:
+        """As :meth:`qmpfd.Client.query_fds`.
+
+        Args:
+            fdset_id: only this fd set.
+            fd: only the descriptor with this number in the server.
+            selector: what else they are chosen by.
+
+        Raises:
+            Exception: what :meth:`execute` raises.
+        """
+        from ..commands import FdInfo  # noqa: PLC0415 - it loads msgspec
+
+        arguments = members(fdset_id=fdset_id, fd=fd, **selector)
+        return typed(self.execute("query-fds", arguments), list[FdInfo])
+
+    def remove_fds(
+        self, fdset_id: int | None = None, fd: int | None = None, **selector: Unpack[Selector]
+    ) -> list[FdsetInfo]:
+        """As :meth:`qmpfd.Client.remove_fds`.
+
+        Args:
+            fdset_id: only of this fd set.
+            fd: only the descriptor with this number in the server.
+            selector: what else they are chosen by.
+
+        Raises:
+            FdNotFound: there are none.
+            Exception: what :meth:`execute` raises.
+        """
+        from ..commands import FdsetInfo  # noqa: PLC0415 - it loads msgspec
+
+        arguments = members(fdset_id=fdset_id, fd=fd, **selector)
+        return typed(self.execute("remove-fds", arguments), list[FdsetInfo])
+
+    # -- events --------------------------------------------------------------------------------
+
+    @contextmanager
+    def watch_fdsets(self) -> Iterator[Iterator[QMPEvent]]:
+        """As :meth:`qmpfd.Client.watch_fdsets`: ``with client.watch_fdsets() as events``.
+
+        Raises:
+            Exception: what :meth:`execute` raises.
+        """
+        self.execute("watch-fdsets", {"enable": True})
+        self._watching += 1
+        try:
+            yield self.events()
+        finally:
+            self._watching -= 1
+            if not self._watching and self._connection.state is not State.CLOSED:
+                self.execute("watch-fdsets", {"enable": False})
 
     def events(self) -> Iterator[QMPEvent]:
-        """The server's events, as they come, without a deadline.
+        """The server's events, as they come, without a time limit.
 
         Raises:
-            NoDaemon: the server has closed the connection.
+            NoDaemon: the connection is lost.
+            ClientClosed: this client is closed.
         """
-        self._deadline = inf
         while True:
-            yield from self._events
-            self._events.clear()
-            self._receive()
+            with self._calling:
+                self._deadline = inf
+                while not self._events:
+                    self._receive()
+                event = self._events.pop(0)
+            yield event
 
     def take_events(self) -> list[QMPEvent]:
         """The events that have come so far, without waiting for any.
 
         Raises:
-            NoDaemon: the server has closed the connection.
+            NoDaemon: the connection is lost.
         """
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        while poll.poll(0):
-            self._receive()
-        events, self._events = self._events, []
+        with self._calling:
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            self._deadline = time.monotonic() + self._timeout
+            while poll.poll(0):
+                self._receive()
+            events, self._events = self._events, []
         return events
 
-    def renew(self, timeout: float) -> None:
-        """Give the server *timeout* seconds from now on."""
-        self._deadline = time.monotonic() + timeout
+    # -- the connection ------------------------------------------------------------------------
 
     def fileno(self) -> int:
         """The socket: readable once the server has said something."""
         return self._sock.fileno()
 
     def _send(self, request: bytes, fds: Sequence[FileDescriptorLike]) -> None:
-        while request:
-            try:
-                request = request[fd.send(self._sock, request, fds) :]
-                fds = ()
-            except BlockingIOError:
-                self._wait(select.POLLOUT)
-            except ConnectionError:
-                # It may have said why before it closed the connection.
-                self._receive()
-                self._raise_refusal()
+        begun = False
+        try:
+            while request:
+                try:
+                    request = request[send(self._sock, request, fds) :]
+                    fds, begun = (), True
+                except BlockingIOError:
+                    self._wait(select.POLLOUT)
+                except ConnectionError:
+                    # It may have said why before it closed the connection.
+                    self._receive()
+                    self._raise_refusal()
+        except BaseException:
+            if begun and request:  # the next one would go into the middle of this one
+                self.close()
+            raise
 
     def _receive(self) -> None:
         self._wait(select.POLLIN)
         try:
-            data, fds_follow = fd.peek(self._sock)
+            data, fds_follow = peek(self._sock)
         except BlockingIOError:
             return
         except ConnectionError:
@@ -203,9 +401,9 @@ class SyncClient:
         if not data:
             raise NoDaemon(f"the daemon at {self._path} has closed the connection")
         if fds_follow:
-            self._connection.receive_with_fds(data, partial(fd.receive, self._sock))
+            self._connection.receive_with_fds(data, partial(receive, self._sock))
         else:
-            fd.discard(self._sock, self._connection.receive(data))
+            discard(self._sock, self._connection.receive(data))
         try:
             for message in self._connection.messages():
                 if isinstance(message, QMPEvent):
@@ -215,7 +413,7 @@ class SyncClient:
         except ProtocolError as exc:
             raise NoDaemon(f"at {self._path}: {exc}") from None
         finally:
-            fd.close_all(self._connection.fds_to_close)
+            close_all(self._connection.fds_to_close)
             self._connection.fds_to_close.clear()
 
     def _raise_refusal(self) -> None:
@@ -225,6 +423,8 @@ class SyncClient:
                 raise reply.error
 
     def _wait(self, event: int) -> None:
+        if self._connection.state is State.CLOSED:
+            raise ClientClosed("this client is closed")
         poll = select.poll()
         poll.register(self._sock, event)
         left = self._deadline - time.monotonic()
@@ -235,22 +435,23 @@ class SyncClient:
         why = "stopped, or busy"
         if self._connection.state is State.CONNECTED:  # no greeting
             why += ", or no QMP server, or a QEMU with another client"
-        return NoDaemon(f"the daemon at {self._path} does not answer ({why}; see --timeout)")
+        return NoAnswer(f"the daemon at {self._path} does not answer ({why})")
 
     def detach(self) -> socket.socket:
         """Give the connection up: the caller owns the socket that is returned."""
         return socket.socket(fileno=self._sock.detach())
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; further calls raise ClientClosed."""
         if self._connection.state is not State.CLOSED:
             self._connection.close()
-        fd.close_all(self._connection.fds_to_close)
+        close_all(self._connection.fds_to_close)
         for reply in self._replies:
-            fd.close_all(reply.fds)
+            close_all(reply.fds)
+        self._replies.clear()
         self._sock.close()
 
-    def __enter__(self) -> SyncClient:
+    def __enter__(self) -> BlockingClient:
         return self
 
     def __exit__(
@@ -260,3 +461,22 @@ class SyncClient:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def connect_blocking(
+    path: str | os.PathLike[str], *, timeout: float | None = 10.0
+) -> BlockingClient:
+    """Connect to the QMP server at *path*, for a program without an event loop.
+
+    Use it as ``with qmpfd.connect_blocking(path) as client``; the connection is closed at the end.
+    An asyncio program calls it, and the methods of the client, with :func:`asyncio.to_thread`.
+
+    Args:
+        path: the server's Unix socket; ``@NAME`` is one in the abstract namespace (unix(7)).
+        timeout: seconds that connecting, and then each call, may take; None for no limit.
+
+    Raises:
+        NoDaemon: nobody answers there in time, or not QMP.
+        QMPError: the server turns us away.
+    """
+    return BlockingClient(path, timeout)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
 import trio
 
 from ..commands import AddfdInfo, FdInfo, FdsetInfo
 from ..commands.events import EVENTS
 from ..kernel.fd import Fd, FileDescriptorLike, close_all
 from ..limits import CLEANUP_TIMEOUT
-from ..protocol import ProtocolError, QMPEvent
-from .reconnect import ReconnectingConnection, open_dialogue
+from ..protocol import QMPEvent
+from .calls import members, one_fd, typed
+from .reconnect import ReconnectingConnection, open_connection
 
-ResultT = TypeVar("ResultT")
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from .calls import Selector
 
 
 class _Events(AsyncIterator[QMPEvent]):
@@ -54,7 +57,7 @@ class Client:
         return self._link.greeting
 
     def close(self) -> None:
-        """Close the connection; calls that wait raise ClosedResourceError."""
+        """Close the connection; calls that wait raise ClientClosed."""
         self._link.close()
 
     # -- commands ------------------------------------------------------------------------------
@@ -80,8 +83,10 @@ class Client:
             QMPError: the server refused it; the exception is named after the error's class.
             ReplyLost: the connection was lost before the reply, and is made anew: the command may
                 have been carried out, or not.
-            trio.BrokenResourceError: the connection is lost.
-            trio.ClosedResourceError: this client is closed.
+            NoDaemon: the connection is lost; it is a trio.BrokenResourceError too.
+            ClientClosed: this client is closed; it is a trio.ClosedResourceError too.
+            ProtocolError: the server's answer is not QMP.
+            ValueError: JSON cannot carry the arguments.
             OSError: *fds* cannot be passed.
         """
         reply = await self._link.request(command, arguments, fds)
@@ -108,8 +113,8 @@ class Client:
             InvalidParameterValue: the server wants an existing set.
             Exception: what :meth:`execute` raises.
         """
-        arguments = _given(fdset_id=fdset_id, opaque=opaque)
-        return _typed(await self.execute("add-fd", arguments, fds=[fd]), AddfdInfo)
+        arguments = members(fdset_id=fdset_id, opaque=opaque)
+        return typed(await self.execute("add-fd", arguments, fds=[fd]), AddfdInfo)
 
     async def remove_fd(self, fdset_id: int, fd: int | None = None) -> None:
         """Remove a descriptor from an fd set (``remove-fd``).
@@ -122,42 +127,48 @@ class Client:
             FdNotFound: there is no such set, or no such descriptor in it.
             Exception: what :meth:`execute` raises.
         """
-        arguments = _given(fdset_id=fdset_id, fd=fd)
+        arguments = members(fdset_id=fdset_id, fd=fd)
         await self.execute("remove-fd", arguments)
 
     async def query_fdsets(self) -> list[FdsetInfo]:
         """The fd sets, by descending id (``query-fdsets``)."""
-        return _typed(await self.execute("query-fdsets"), list[FdsetInfo])
+        return typed(await self.execute("query-fdsets"), list[FdsetInfo])
 
     # -- commands that only qmpfd has ----------------------------------------------------------
 
     async def open_fdset(
         self,
-        fdset_id: int,
+        fdset_id: int | None = None,
         access: Literal["rdonly", "wronly", "rdwr"] | None = None,
         fd: int | None = None,
+        *,
+        remove: bool = False,
+        **selector: Unpack[Selector],
     ) -> Fd:
-        """Get a duplicate of a stored descriptor (``open-fdset``).
+        """Get a duplicate of the newest stored descriptor that is selected (``open-fdset``).
 
-        Use it as ``with await client.open_fdset(...) as fd``: it is closed at the end, unless it
-        was given on with ``fd.detach()``.  It has ``fileno()``, and can stand for its number.
+        Use it as ``with await client.open_fdset(...) as fd`` and, for a call that wants a number,
+        ``fd.fileno()``: it is closed at the end of the block, unless it was given on with
+        ``fd.detach()``.
 
         Args:
             fdset_id: the fd set.
             access: the access mode that it must have; any if None.
             fd: its number in the server; the newest that matches if None.
+            remove: take it out of the store in the same step.
+            selector: what else it is chosen by: *opaque* (or *name*), *opaque_prefix*,
+                *added_by_pid*, *added_by_uid*.
 
         Raises:
-            FdNotFound: there is no such set, or no such descriptor in it.
+            FdNotFound: there is no such descriptor.
             Exception: what :meth:`execute` raises.
         """
-        arguments = _given(fdset_id=fdset_id, access=access, fd=fd)
+        arguments = members(
+            fdset_id=fdset_id, access=access, fd=fd, remove=remove or None, **selector
+        )
         reply = await self._link.request("open-fdset", arguments)
         reply.unwrap()
-        if len(reply.fds) != 1:
-            close_all(reply.fds)
-            raise ProtocolError("the server has answered without a descriptor")
-        return reply.fds[0]
+        return one_fd(reply.fds)
 
     async def add_fds(
         self,
@@ -168,6 +179,7 @@ class Client:
         lifetime: Literal["daemon", "connection"] = "daemon",
         expires: int | None = None,
         watch_hangup: bool = False,
+        if_exists: Literal["add", "fail", "replace"] = "add",
     ) -> FdsetInfo:
         """Add duplicates of up to 253 descriptors to an fd set, or none of them (``add-fds``).
 
@@ -178,38 +190,64 @@ class Client:
             lifetime: ``"connection"``: they are removed when this connection ends.
             expires: seconds after which they are removed.
             watch_hangup: remove each when the other end of the socket or pipe is gone.
+            if_exists: what to do where there are descriptors of the same opaque text already (in
+                the fd set that is named, or anywhere): add these beside them, refuse, or take the
+                older ones out in the same step.
 
         Returns:
             The set's id, and what was added, in the order of *fds*.
 
         Raises:
             InvalidParameterValue: the server wants an existing set, or sockets and pipes.
+            FdExists: there are such descriptors already, and *if_exists* is ``"fail"``.
             Exception: what :meth:`execute` raises.
         """
-        arguments = _given(
+        arguments = members(
             fdset_id=fdset_id,
             opaque=opaque,
             lifetime=None if lifetime == "daemon" else lifetime,
             expires=expires,
             watch_hangup=watch_hangup or None,
+            if_exists=None if if_exists == "add" else if_exists,
         )
-        return _typed(await self.execute("add-fds", arguments, fds=fds), FdsetInfo)
+        return typed(await self.execute("add-fds", arguments, fds=fds), FdsetInfo)
 
     async def query_fds(
-        self, fdset_id: int | None = None, opaque: str | None = None
+        self, fdset_id: int | None = None, fd: int | None = None, **selector: Unpack[Selector]
     ) -> list[FdInfo]:
         """What is stored, in detail (``query-fds``).
 
         Args:
             fdset_id: only this fd set.
-            opaque: only descriptors whose opaque text begins with this.
+            fd: only the descriptor with this number in the server.
+            selector: what else they are chosen by: *opaque* (or *name*), *opaque_prefix*,
+                *added_by_pid*, *added_by_uid*.
 
         Raises:
-            FdNotFound: there is no such set.
             Exception: what :meth:`execute` raises.
         """
-        arguments = _given(fdset_id=fdset_id, opaque=opaque)
-        return _typed(await self.execute("query-fds", arguments), list[FdInfo])
+        arguments = members(fdset_id=fdset_id, fd=fd, **selector)
+        return typed(await self.execute("query-fds", arguments), list[FdInfo])
+
+    async def remove_fds(
+        self, fdset_id: int | None = None, fd: int | None = None, **selector: Unpack[Selector]
+    ) -> list[FdsetInfo]:
+        """Remove all stored descriptors that are selected (``remove-fds``).
+
+        Args:
+            fdset_id: only of this fd set.
+            fd: only the descriptor with this number in the server.
+            selector: what else they are chosen by, as for :meth:`query_fds`.
+
+        Returns:
+            What was removed, by fd set.
+
+        Raises:
+            FdNotFound: there are none.
+            Exception: what :meth:`execute` raises.
+        """
+        arguments = members(fdset_id=fdset_id, fd=fd, **selector)
+        return typed(await self.execute("remove-fds", arguments), list[FdsetInfo])
 
     @asynccontextmanager
     async def watch_fdsets(self) -> AsyncGenerator[AsyncIterator[QMPEvent], None]:
@@ -240,22 +278,10 @@ class Client:
         At most 4096 wait here to be asked for; the oldest are dropped then.
 
         Raises:
-            trio.BrokenResourceError: the connection is lost.
-            trio.ClosedResourceError: this client is closed.
+            NoDaemon: the connection is lost; it is a trio.BrokenResourceError too.
+            ClientClosed: this client is closed; it is a trio.ClosedResourceError too.
         """
         return _Events(self._link.next_event)
-
-
-def _given(**arguments: Any) -> dict[str, Any]:
-    """Those that are not None, under their names on the wire."""
-    return {k.replace("_", "-"): v for k, v in arguments.items() if v is not None}
-
-
-def _typed(value: Any, kind: type[ResultT]) -> ResultT:
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as exc:
-        raise ProtocolError(f"the server's reply is not what the command returns: {exc}") from exc
 
 
 @asynccontextmanager
@@ -274,16 +300,15 @@ async def connect(
     descriptors that were added with ``lifetime="connection"``.
 
     Args:
-        path: the server's Unix socket.
+        path: the server's Unix socket; ``@NAME`` is one in the abstract namespace (unix(7)).
         reconnect: seconds that a call may wait for a new connection; None if there shall be none.
 
     Raises:
-        OSError: nobody can be reached at *path*.
+        NoDaemon: nobody can be reached at *path*, or it closed the connection at once.
         QMPError: the server turns us away.
         ProtocolError: the peer does not speak QMP.
-        trio.BrokenResourceError: it closed the connection before it was ready.
     """
-    client = Client(ReconnectingConnection(path, await open_dialogue(path), reconnect))
+    client = Client(ReconnectingConnection(path, await open_connection(path), reconnect))
     try:
         yield client
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -18,6 +19,15 @@ from ..kernel.fd import FileDescriptorLike, close_all
 from ..limits import CLEANUP_TIMEOUT, MAX_EVENTS
 from ..protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
 from ..transport import FdStream
+from .errors import ClientClosed, NoDaemon
+
+
+class ConnectionLost(NoDaemon, trio.BrokenResourceError):
+    """The connection to the server is lost."""
+
+
+class Closed(ClientClosed, trio.ClosedResourceError):
+    """This client is closed."""
 
 
 class Call:
@@ -30,7 +40,7 @@ class Call:
         self.reply: Reply | None = None
         self.wake: trio.Event | None = None  # while it waits for another call that reads
 
-    def nudge(self) -> None:
+    def wake_up(self) -> None:
         """The reply is here, or it is this call's turn to read."""
         if self.wake is not None:
             self.wake.set()
@@ -51,9 +61,12 @@ class QMPConnection:
         self._connection = ClientConnection()
         self._ids = count(1)
         self._calls: dict[int, Call] = {}
+        # The ids of requests that were sent and not answered, in that order: an error without an id
+        # is about the oldest, whose text the server could not read.
+        self._unanswered: dict[int, None] = {}
         self._sending = trio.Lock()
         self._unsent = b""  # the rest of a request whose call was cancelled halfway
-        self._reading = False
+        self._reading: trio.CancelScope | None = None  # of the call that reads for all
         self._events: deque[QMPEvent] = deque(maxlen=MAX_EVENTS)
         self._failure: Exception | None = None
 
@@ -114,22 +127,25 @@ class QMPConnection:
             arguments: its arguments.
             fds: descriptors to pass with it.
             call: tells afterwards whether it was sent.
+
+        Raises:
+            ValueError: JSON cannot carry *arguments*.
         """
         call = call or Call()
         await trio.lowlevel.checkpoint()
         if self._connection.state is State.CLOSED:
-            raise trio.ClosedResourceError("this client is closed")
+            raise Closed("this client is closed")
         request_id = next(self._ids)
+        request = self._connection.execute(command, arguments, request_id)
         self._calls[request_id] = call
         try:
-            request = self._connection.execute(command, arguments, request_id)
             gone = False
             try:
-                await self._send(request, fds, call)
+                await self._send(request, fds, call, request_id)
             except trio.BrokenResourceError:
                 gone = True
             if gone:
-                await self._hear_out(call)
+                await self._await_failure(call)
             await self._wait(call, lambda: call.reply is not None)
             assert call.reply is not None
             return call.reply
@@ -140,7 +156,9 @@ class QMPConnection:
         finally:
             self._forget(request_id)
 
-    async def _send(self, request: bytes, fds: Sequence[FileDescriptorLike], call: Call) -> None:
+    async def _send(
+        self, request: bytes, fds: Sequence[FileDescriptorLike], call: Call, request_id: int
+    ) -> None:
         async with self._sending:
             if self._failure is not None:
                 raise self._failure
@@ -151,15 +169,18 @@ class QMPConnection:
                 await self._wait_writable()
                 sent = self._stream.send_nowait(request, fds)
             call.sent = True
+            self._unanswered[request_id] = None
             self._unsent = request[sent:]
             if self._unsent:
                 await self._send_rest()
 
-    async def _hear_out(self, call: Call) -> None:
-        """The server hears nothing any more; it may have answered others before, or said why."""
+    async def _await_failure(self, call: Call) -> None:
+        """The server receives nothing any more; it may have answered other calls before that, or
+        said why.
+        """
         with trio.move_on_after(CLEANUP_TIMEOUT):
             await self._wait(call, lambda: self._failure is not None)
-        self._fail(trio.BrokenResourceError("the server has closed the connection"))
+        self._fail(ConnectionLost("the server has closed the connection"))
         assert self._failure is not None
         raise self._failure
 
@@ -174,35 +195,37 @@ class QMPConnection:
     async def _wait_writable(self) -> None:
         """Wait until the server takes more.  It may have to be rid of its answers first, those
         to calls that were cancelled too: they are read meanwhile.
-        """
-        closed: trio.ClosedResourceError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read_meanwhile)
-            try:
-                await self._stream.wait_writable()
-            except trio.ClosedResourceError as exc:  # raised outside, where it is in no group
-                closed = exc
-            nursery.cancel_scope.cancel()
-        if closed is not None:
-            raise closed
 
-    async def _read_meanwhile(self) -> None:
+        Raises:
+            Exception: why the connection is of no use any more.
+        """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._read_until_failed, nursery.cancel_scope)
+            with suppress(trio.ClosedResourceError):  # then there is a failure, raised below
+                await self._stream.wait_writable()
+            nursery.cancel_scope.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _read_until_failed(self, scope: trio.CancelScope) -> None:
         call = Call()
         request_id = next(self._ids)
         self._calls[request_id] = call
         try:
             await self._wait(call, lambda: self._failure is not None)
-        except trio.ClosedResourceError:
-            pass  # whoever sends finds out as well
+        except Exception:
+            if self._failure is None:
+                raise
         finally:
             self._forget(request_id)
+            scope.cancel()
 
     async def _wait(self, call: Call, done: Callable[[], bool]) -> None:
         """Wait until *done*, reading for everybody while nobody else does."""
         while not done():
             if self._failure is not None:
                 raise self._failure
-            if self._reading:
+            if self._reading is not None:
                 call.wake = trio.Event()
                 try:
                     await call.wake.wait()
@@ -214,20 +237,23 @@ class QMPConnection:
     def _forget(self, request_id: int) -> None:
         """The call is over; if it was reading, another one that waits takes over."""
         self._calls.pop(request_id, None)
-        if not self._reading:
+        if self._reading is None:
             for call in self._calls.values():
                 if call.wake is not None and call.reply is None:
-                    call.nudge()
+                    call.wake_up()
                     return
 
     async def _read(self) -> None:
         """Read what the server sent, for whoever waits for it; wait if there is nothing."""
-        self._reading = True
         try:
-            while not self._receive_nowait():
-                await self._stream.wait_readable()
+            with trio.CancelScope() as self._reading:  # cancelled when the connection has failed
+                while not self._receive_nowait():
+                    await self._stream.wait_readable()
+        except trio.ClosedResourceError:
+            if self._failure is None:
+                raise
         finally:
-            self._reading = False
+            self._reading = None
 
     def _receive_nowait(self) -> bool:
         try:
@@ -240,7 +266,7 @@ class QMPConnection:
             self._fail(exc)
         else:
             if not more:
-                self._fail(trio.BrokenResourceError("the server has closed the connection"))
+                self._fail(ConnectionLost("the server has closed the connection"))
         self._close_fds()
         return True
 
@@ -248,23 +274,37 @@ class QMPConnection:
         if isinstance(message, QMPEvent):
             self._events.append(message)
             for waiting in self._calls.values():
-                waiting.nudge()
+                waiting.wake_up()
             return
-        call = self._calls.get(message.id) if isinstance(message.id, int) else None
-        if call is not None:
+        answered = self._answered(message)
+        if answered is None:
+            close_all(message.fds)
+            if message.id is None and message.error is not None:
+                # Not the answer to a request: the server turns us away.
+                self._fail(message.error)
+        elif (call := self._calls.get(answered)) is None:  # cancelled
+            close_all(message.fds)
+        else:
             call.reply = message
-            call.nudge()
-            return
-        close_all(message.fds)
-        if message.id is None and message.error is not None:
-            # Not the answer to a request: the server turns us away.
-            self._fail(message.error)
+            call.wake_up()
+
+    def _answered(self, reply: Reply) -> int | None:
+        """The id of the request that a reply answers; None if it is none of ours."""
+        answered = reply.id
+        if answered is None and reply.error is not None:
+            answered = next(iter(self._unanswered), None)
+        if type(answered) is not int or answered not in self._unanswered:
+            return None
+        del self._unanswered[answered]
+        return answered
 
     def _fail(self, failure: Exception) -> None:
         if self._failure is None:
             self._failure = failure
+        if self._reading is not None:
+            self._reading.cancel()
         for call in self._calls.values():
-            call.nudge()
+            call.wake_up()
 
     def _close_fds(self) -> None:
         close_all(self._connection.fds_to_close)
@@ -280,13 +320,14 @@ class QMPConnection:
         return list(self._events)
 
     def close(self) -> None:
-        """Close the connection; calls that wait raise ClosedResourceError."""
+        """Close the connection; calls that wait raise ClientClosed."""
         if self._connection.state is State.CLOSED:
             return
         self._connection.close()
         self._close_fds()
-        self._fail(trio.ClosedResourceError("this client is closed"))
+        self._fail(Closed("this client is closed"))
         for call in self._calls.values():
-            if call.reply is not None:
+            if call.reply is not None:  # its call has not seen it yet, and raises now
                 close_all(call.reply.fds)
+                call.reply = None
         self._stream.close()

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from typing import Literal
 
 from ..errors import FdNotFound
-from .blocking import SyncClient
+from .blocking import BlockingClient
 
 _NAME = re.compile("/dev/fdset/([0-9]{1,18})")
-_ACCESS = {os.O_RDONLY: "rdonly", os.O_WRONLY: "wronly", os.O_RDWR: "rdwr"}
+_ACCESS: dict[int, Literal["rdonly", "wronly", "rdwr"]] = {
+    os.O_RDONLY: "rdonly",
+    os.O_WRONLY: "wronly",
+    os.O_RDWR: "rdwr",
+}
 
 
 def fdset_opener(
@@ -38,10 +43,9 @@ def fdset_opener(
         match = _NAME.fullmatch(os.fsdecode(name))
         if match is None:
             return os.open(name, flags, 0o666)
-        members = {"fdset-id": int(match[1]), "access": _ACCESS[flags & os.O_ACCMODE]}
-        with SyncClient(path, timeout) as client:
+        with BlockingClient(path, timeout) as client:
             try:
-                return client.open_fdset(members).detach()
+                return client.open_fdset(int(match[1]), _ACCESS[flags & os.O_ACCMODE]).detach()
             except FdNotFound as exc:
                 raise FileNotFoundError(2, str(exc), name) from None
 

@@ -1,11 +1,13 @@
-"""A dialogue with a server, and another one when that is broken, if the caller wants so.
+"""A connection to a server, and another one when that is broken, if the caller wants so.
 
 There is no background task here either: the call that needs a connection makes it.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import time
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -16,16 +18,20 @@ from ..errors import QMPError
 from ..kernel.fd import FileDescriptorLike, close_all
 from ..protocol import ProtocolError, QMPEvent, Reply
 from ..transport import FdStream
-from .connection import Call, QMPConnection
+from .connection import Call, Closed, ConnectionLost, QMPConnection
+from .errors import cannot_connect
 
 #: Seconds between two tries to connect.
 _RETRY = 0.05
+
+#: How often a request is sent: a server that closes the connection each time cannot read it.
+_MOST_TRIES = 10
 
 #: Why there may be no connection; what is in it for the next try.
 _TRANSIENT = (OSError, QMPError, ProtocolError, trio.BrokenResourceError)
 
 
-class ReplyLost(trio.BrokenResourceError):
+class ReplyLost(ConnectionLost):
     """The connection was lost between a request and its reply: it may have been carried out, or
     not.  Calls made from now on go over a new connection.
     """
@@ -36,25 +42,41 @@ def _is_repeatable(command: str) -> bool:
     return command.startswith("query-") or command in ("open-fdset", "watch-fdsets")
 
 
-async def open_dialogue(path: str | os.PathLike[str]) -> QMPConnection:
+async def open_connection(path: str | os.PathLike[str]) -> QMPConnection:
     """Connect to the server at *path*, and negotiate.
 
     Raises:
-        OSError: nobody can be reached at *path*.
+        NoDaemon: nobody can be reached at *path*, or it closed the connection at once.
         QMPError: the server turns us away.
         ProtocolError: the peer does not speak QMP.
-        trio.BrokenResourceError: it closed the connection before it was ready.
     """
-    sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with sock:
-        await sock.connect(os.fspath(path))
-        dialogue = QMPConnection(FdStream(sock))
+        # A byte sent with MSG_OOB stays one of the stream, where it belongs (unix(7)).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        sock.setblocking(False)
+        await _connect(sock, path)
+        connection = QMPConnection(FdStream(trio.socket.from_stdlib_socket(sock)))
     try:
-        await dialogue.negotiate()
+        await connection.negotiate()
     except BaseException:
-        dialogue.close()
+        connection.close()
         raise
-    return dialogue
+    return connection
+
+
+async def _connect(sock: socket.socket, path: str | os.PathLike[str]) -> None:
+    while True:
+        await trio.lowlevel.checkpoint()
+        try:
+            sock.connect(os.fspath(path))
+            return
+        except BlockingIOError:  # the backlog is full; nothing tells when it is not any more
+            await trio.sleep(_RETRY)
+        except (OSError, ValueError) as exc:
+            error = exc if isinstance(exc, OSError) else OSError(errno.EINVAL, str(exc))
+            why = f"cannot connect to {os.fsdecode(path)}: {error.strerror or error}"
+            raise cannot_connect(why, error) from exc
 
 
 class ReconnectingConnection:
@@ -62,30 +84,30 @@ class ReconnectingConnection:
 
     Args:
         path: the server's socket.
-        dialogue: the first connection to it; owned from here on.
+        connection: the first connection to it; owned from here on.
         reconnect: seconds that a call waits at most for another one; None if there is no other.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], dialogue: QMPConnection, reconnect: float | None
+        self, path: str | os.PathLike[str], connection: QMPConnection, reconnect: float | None
     ) -> None:
         self._path = path
-        self._dialogue = dialogue
+        self._connection = connection
         self._reconnect = reconnect
         self._connecting = trio.Lock()
         self._why: Exception | None = None  # there is no connection
         self._closed = False
         self._waiting: set[trio.CancelScope] = set()  # for a connection
-        self._redone: dict[str, Mapping[str, Any]] = {}
+        self._resumed: dict[str, Mapping[str, Any]] = {}
 
     @property
     def greeting(self) -> Mapping[str, Any]:
         """What the server said of itself."""
-        return self._dialogue.greeting
+        return self._connection.greeting
 
     def drop_events(self, names: Container[str]) -> None:
         """Forget the events of these names that nobody has asked for."""
-        self._dialogue.drop_events(names)
+        self._connection.drop_events(names)
 
     async def request(
         self,
@@ -97,111 +119,119 @@ class ReconnectingConnection:
 
         Raises:
             ReplyLost: it may have been carried out.
-            trio.BrokenResourceError: there is no connection any more.
+            NoDaemon: there is no connection any more.
+            ValueError: JSON cannot carry *arguments*.
             OSError: *fds* cannot be passed.
         """
+        tries = 0
         while True:
-            dialogue = await self._working()
+            connection = await self._working()
             call = Call()
             try:
-                return await dialogue.request(command, arguments, fds, call)
+                return await connection.request(command, arguments, fds, call)
             except Exception as exc:
-                if not self._goes_on_after(dialogue):
+                if not self._goes_on_after(connection):
                     raise
                 if call.sent and not _is_repeatable(command):
                     raise ReplyLost(
                         f"the connection was lost before the reply to {command!r} came: "
                         "it may have been carried out"
                     ) from exc
+                tries += call.sent
+                if tries == _MOST_TRIES:
+                    raise
 
     async def next_event(self) -> QMPEvent:
         """The server's next event."""
         while True:
-            dialogue = await self._working()
+            connection = await self._working()
             try:
-                return await dialogue.next_event()
+                return await connection.next_event()
             except Exception:
-                if not self._goes_on_after(dialogue):
+                if not self._goes_on_after(connection):
                     raise
+            await trio.sleep(_RETRY)  # it may be one that is lost again at once
 
     async def begin(self, command: str, arguments: Mapping[str, Any]) -> None:
         """Carry out a command, over this connection and each later one."""
         reply = await self.request(command, arguments)
         close_all(reply.fds)
         reply.unwrap()
-        self._redone[command] = arguments
+        self._resumed[command] = arguments
 
     async def cease(self, command: str, arguments: Mapping[str, Any]) -> None:
         """Undo what :meth:`begin` has begun by another command of that name."""
-        self._redone.pop(command, None)
-        dialogue = self._dialogue
-        if dialogue.failed:
+        self._resumed.pop(command, None)
+        connection = self._connection
+        if connection.failed:
             return
         try:
-            reply = await dialogue.request(command, arguments)
+            reply = await connection.request(command, arguments)
             close_all(reply.fds)
             reply.unwrap()
         except Exception:
-            if not self._goes_on_after(dialogue):  # there is nothing to undo in another one
+            if not self._goes_on_after(connection):  # there is nothing to undo in another one
                 raise
 
-    def _goes_on_after(self, dialogue: QMPConnection) -> bool:
-        """Whether *dialogue* is broken, and another one may be tried."""
-        return self._reconnect is not None and not self._closed and dialogue.failed
+    def _goes_on_after(self, connection: QMPConnection) -> bool:
+        """Whether *connection* is broken, and another one may be tried."""
+        return self._reconnect is not None and not self._closed and connection.failed
 
     async def _working(self) -> QMPConnection:
         """A connection that is not broken, as far as is known.
 
         Raises:
-            trio.BrokenResourceError: there is none within the time for that.
-            trio.ClosedResourceError: the client is closed.
+            NoDaemon: there is none within the time for that.
+            ClientClosed: the client is closed.
         """
-        if not self._goes_on_after(self._dialogue):
-            return self._dialogue
+        if self._closed:
+            raise Closed("this client is closed")
+        if not self._goes_on_after(self._connection):
+            return self._connection
         assert self._reconnect is not None
         with trio.move_on_after(self._reconnect) as scope:
             self._waiting.add(scope)
             try:
                 async with self._connecting:
-                    if self._goes_on_after(self._dialogue):  # else another call has done so
+                    if self._goes_on_after(self._connection):  # else another call has done so
                         await self._renew()
             finally:
                 self._waiting.discard(scope)
-            return self._dialogue
+            return self._connection
         if self._closed:
-            raise trio.ClosedResourceError("this client is closed")
-        raise trio.BrokenResourceError(
+            raise Closed("this client is closed")
+        raise ConnectionLost(
             f"no connection to {os.fspath(self._path)!r} again within {self._reconnect:g} s"
         ) from self._why
 
     async def _renew(self) -> None:
         while True:
             try:
-                dialogue = await self._open_again()
+                connection = await self._open_again()
             except _TRANSIENT as exc:
                 self._why = exc
                 await trio.sleep(_RETRY)
                 continue
             lost = QMPEvent("FD_EVENTS_LOST", {"count": 0}, time.time())
-            dialogue.prepend_events([*self._dialogue.retire(), lost])
-            self._dialogue = dialogue
+            connection.prepend_events([*self._connection.retire(), lost])
+            self._connection = connection
             return
 
     async def _open_again(self) -> QMPConnection:
-        dialogue = await open_dialogue(self._path)
+        connection = await open_connection(self._path)
         try:
-            for command, arguments in list(self._redone.items()):
-                reply = await dialogue.request(command, arguments)
+            for command, arguments in list(self._resumed.items()):
+                reply = await connection.request(command, arguments)
                 close_all(reply.fds)
                 reply.unwrap()
         except BaseException:
-            dialogue.close()
+            connection.close()
             raise
-        return dialogue
+        return connection
 
     def close(self) -> None:
-        """Close the connection; calls that wait raise ClosedResourceError."""
+        """Close the connection; calls that wait raise ClientClosed."""
         self._closed = True
         for scope in self._waiting:
             scope.cancel()
-        self._dialogue.close()
+        self._connection.close()

@@ -7,13 +7,19 @@ msgspec in place of json, ``qmpfd ls`` would take twice as long.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import FdNotSupplied, QMPError, error_of_class
 from ..kernel.fd import Fd
-from ..limits import MAX_REPLY_BYTES, SCM_MAX_FD
+from ..limits import MAX_REPLY_BYTES, MAX_REQUEST_BYTES, SCM_MAX_FD
 from .connection import Connection, Event, ProtocolError
+
+_LAST_OF_PLANES = "".join(f"{chr(n << 16 | 0xFFFE)}{chr(n << 16 | 0xFFFF)}" for n in range(17))
+
+#: Code points that QEMU's parser refuses (Unicode 15, section 23.7, "Noncharacters").
+_NONCHARACTER = re.compile(f"[\ufdd0-\ufdef{_LAST_OF_PLANES}]")
 
 
 class Reply(NamedTuple):
@@ -76,12 +82,28 @@ class ClientConnection(Connection):
         self.greeting: dict[str, Any] | None = None
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None, request_id: Any) -> bytes:
-        """The bytes that ask for *command*."""
+        """The bytes that ask for *command*.
+
+        Raises:
+            ValueError: JSON cannot carry it, or no server reads it: what a server cannot parse gets
+                an error without an id, and one bad text may get several.
+        """
         request: dict[str, Any] = {"execute": command}
         if arguments:
             request["arguments"] = arguments
         request["id"] = request_id
-        return json.dumps(request).encode("ascii") + b"\n"
+        try:
+            text = json.dumps(request, allow_nan=False, ensure_ascii=False)
+            data = text.encode() + b"\n"  # a lone surrogate raises UnicodeEncodeError here
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise ValueError(f"{command!r} cannot be sent as JSON: {exc}") from None
+        if len(data) > MAX_REQUEST_BYTES:
+            raise ValueError(
+                f"{command!r} cannot be sent: {len(data)} bytes, at most {MAX_REQUEST_BYTES}"
+            )
+        if not text.isascii() and _NONCHARACTER.search(text):
+            raise ValueError(f"{command!r} cannot be sent: QEMU's JSON has no noncharacters")
+        return data
 
     def negotiated(self) -> None:
         """The server has accepted ``qmp_capabilities``."""
@@ -125,6 +147,6 @@ def _event(value: dict[str, Any]) -> QMPEvent:
         raise ProtocolError("not a QMP server: this is no event")
     try:
         seconds = float(stamp.get("seconds", 0)) + float(stamp.get("microseconds", 0)) / 1e6
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ProtocolError("not a QMP server: an event's timestamp is no time") from None
     return QMPEvent(name, data, seconds)

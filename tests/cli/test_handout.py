@@ -19,7 +19,7 @@ from conformance.peers import Wire as QemuWire
 from conformance.peers import start_qemu
 from helpers import PATIENCE, ROOT, Pipe, daemon_thread
 
-from qmpfd.client.blocking import SyncClient
+from qmpfd.client.blocking import BlockingClient
 
 DONE, REFUSED, USAGE, NO_DAEMON = range(4)
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
@@ -84,7 +84,7 @@ class Cli:
         """Open *file* and add it; its number in the daemon."""
         number = os.open(file, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            with SyncClient(self.path, PATIENCE) as client:
+            with BlockingClient(self.path, PATIENCE) as client:
                 members = {**more, **({} if fdset_id is None else {"fdset-id": fdset_id})}
                 return int(client.execute("add-fd", members, [number])["fd"])
         finally:
@@ -191,7 +191,7 @@ def test_with_closed_standard_streams(cli: Cli, closed: str) -> None:
     program += f"os.execv({argv[0]!r}, {argv!r})\n"
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
-        with SyncClient(cli.path, PATIENCE) as client:
+        with BlockingClient(cli.path, PATIENCE) as client:
             client.execute("add-fd", None, [writer])
         ran = subprocess.run(
             [sys.executable, "-c", program],
@@ -427,7 +427,7 @@ def watching(cli: Cli, *words: str) -> Iterator[Any]:
     )
     with process:
         try:
-            with SyncClient(cli.path, PATIENCE) as client:
+            with BlockingClient(cli.path, PATIENCE) as client:
                 # It says nothing before there is something to say.
                 while not any(
                     each["name"] == "watch-fdsets"
@@ -449,7 +449,7 @@ def test_watch(cli: Cli, tmp_path: Path) -> None:
         ), line
         cli.done("rm", 0)
         assert "removed  fd set 0" in process.stdout.readline()
-        with SyncClient(cli.path, PATIENCE) as client, Pipe() as pipe:
+        with BlockingClient(cli.path, PATIENCE) as client, Pipe() as pipe:
             client.execute("add-fds", {"lifetime": "connection"}, [pipe])
         assert "added" in process.stdout.readline()
         assert process.stdout.readline().endswith("(connection)\n")
@@ -491,7 +491,7 @@ def test_watch_when_the_daemon_ends(path: Path) -> None:
     with daemon_thread(path):
         cli = Cli(path)
         with watching(cli) as process:
-            with SyncClient(path, PATIENCE) as client:
+            with BlockingClient(path, PATIENCE) as client:
                 client.execute("quit")
             assert process.wait(PATIENCE) == NO_DAEMON
             assert re.fullmatch(r"qmpfd: [^\n]* closed the connection\n", process.stderr.read())
@@ -503,7 +503,7 @@ def test_watch_when_the_daemon_ends(path: Path) -> None:
 def test_ls_long(cli: Cli, tmp_path: Path) -> None:
     name = "file\x1b[31m"
     cli.add(tmp_path / name, os.O_RDWR, opaque="o")
-    with Pipe() as pipe, SyncClient(cli.path, PATIENCE) as client:
+    with Pipe() as pipe, BlockingClient(cli.path, PATIENCE) as client:
         terms = {"lifetime": "connection", "expires": 90, "watch-hangup": True}
         client.execute("add-fds", {"fdset-id": 0, **terms}, [pipe])
         header, first, second = cli.done("ls", "--long").splitlines()

@@ -17,7 +17,7 @@ from terminal import on_a_terminal
 from qmpfd.cli import main
 from qmpfd.cli.main import _VERBS, _parser
 from qmpfd.cli.output import print_table
-from qmpfd.client.blocking import SyncClient
+from qmpfd.client.blocking import BlockingClient
 
 DONE, REFUSED, USAGE, NO_DAEMON = range(4)
 
@@ -241,7 +241,7 @@ def test_bash(tmp_path: Path, path: Path) -> None:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     assert bash_completes(file, "qmpfd", "rm", "", env=env) == []
-    with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
+    with daemon_process(path), open(os.devnull) as null, BlockingClient(path, PATIENCE) as client:
         client.execute("add-fd", {}, [null])
         assert bash_completes(file, "qmpfd", "rm", "", env=env) == ["0"]
 
@@ -254,7 +254,7 @@ def test_bash_asks_the_daemon_that_the_line_names(tmp_path: Path, path: Path) ->
         "HOME": str(path.parent),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
+    with daemon_process(path), open(os.devnull) as null, BlockingClient(path, PATIENCE) as client:
         client.execute("add-fd", {}, [null])
         for word in (str(path), f"'{path}'", f"~/{path.name}"):
             for named in (["--socket", word], ["--socket", "=", word]):
@@ -290,7 +290,7 @@ def test_fish(tmp_path: Path, path: Path) -> None:
         return [each.partition("\t")[0] for each in ran.stdout.splitlines()]
 
     assert completes("qmpfd sta") == ["status"]
-    with daemon_process(path), open(os.devnull) as null, SyncClient(path, PATIENCE) as client:
+    with daemon_process(path), open(os.devnull) as null, BlockingClient(path, PATIENCE) as client:
         client.execute("add-fd", {}, [null])
         assert completes("qmpfd rm ") == []
         assert completes(f"qmpfd rm --socket {path} ") == ["0"]

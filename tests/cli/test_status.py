@@ -21,7 +21,7 @@ from terminal import on_a_terminal
 
 import qmpfd
 from qmpfd.cli.status import _peer_row, _print_peers
-from qmpfd.client.blocking import SyncClient
+from qmpfd.client.blocking import BlockingClient
 
 DONE, REFUSED, USAGE, NO_DAEMON = range(4)
 
@@ -54,7 +54,7 @@ def told(path: Path) -> dict[str, str]:
 def test_what_it_tells(path: Path) -> None:
     limits = qmpfd.Limits(max_fds=2, max_connections=9, idle_timeout=1.5)
     running = daemon_thread(path, limits=limits, dialect="qemu")
-    with running, Pipe() as pipe, SyncClient(path, PATIENCE) as client:
+    with running, Pipe() as pipe, BlockingClient(path, PATIENCE) as client:
         client.execute("add-fds", {"opaque": "x"}, [pipe])
         said = told(path)
         assert said["socket"] == str(path)
@@ -71,7 +71,7 @@ def test_what_it_tells(path: Path) -> None:
 
 
 def test_who_is_connected(path: Path) -> None:
-    with daemon_thread(path), Pipe() as pipe, SyncClient(path, PATIENCE) as client:
+    with daemon_thread(path), Pipe() as pipe, BlockingClient(path, PATIENCE) as client:
         client.execute("watch-fdsets", {"enable": True})
         client.execute("getfd", {"fdname": "x"}, [pipe])
         header, *rows = status(path)[1].partition("\n\n")[2].splitlines()
@@ -97,7 +97,7 @@ def test_a_name_that_would_disturb_the_terminal(path: Path) -> None:
     """PR_SET_NAME (prctl(2)) takes any bytes."""
     before = Path("/proc/self/comm").read_bytes().strip()
     libc = ctypes.CDLL(None)
-    with daemon_thread(path), SyncClient(path, PATIENCE):
+    with daemon_thread(path), BlockingClient(path, PATIENCE):
         libc.prctl(15, b"\x1b[31m\xff\n  a")
         try:
             shown = on_a_terminal(["status", "--socket", str(path)], env={"TERM": "dumb"})

@@ -13,7 +13,7 @@ import pytest
 from helpers import daemon_thread
 
 import qmpfd
-from qmpfd.client.blocking import SyncClient
+from qmpfd.client.blocking import BlockingClient
 
 Opener = Callable[[str, int], int]
 
@@ -29,7 +29,7 @@ def add(path: Path, file: Path, flags: int, **arguments: object) -> None:
     """Open *file* and add it."""
     number = os.open(file, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        with SyncClient(path, 10) as client:
+        with BlockingClient(path, 10) as client:
             client.execute("add-fd", arguments, [number])
     finally:
         os.close(number)

@@ -76,7 +76,7 @@ async def test_without_it_nothing_goes_on(path: Path) -> None:
         for _ in range(2):
             with pytest.raises(trio.BrokenResourceError) as caught:
                 await client.query_fdsets()
-            assert caught.type is trio.BrokenResourceError
+            assert not issubclass(caught.type, qmpfd.ReplyLost)
         with pytest.raises(trio.BrokenResourceError):
             await anext(client.events())
 

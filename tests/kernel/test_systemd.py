@@ -15,7 +15,7 @@ import pytest
 from installed import need
 from supervised import children
 
-from qmpfd.client.blocking import SyncClient
+from qmpfd.client.blocking import BlockingClient
 
 SERVE = [sys.executable, "-m", "qmpfd", "serve"]
 DEADLINE = 20.0
@@ -82,7 +82,7 @@ def test_ready_status_and_stopping(manager: Manager, tmp_path: Path) -> None:
     path = tmp_path / "s"
     with daemon("--socket", str(path), NOTIFY_SOCKET=str(manager.path)) as process:
         manager.until("READY=1")
-        with SyncClient(path, DEADLINE) as client, (tmp_path / "f").open("w") as file:
+        with BlockingClient(path, DEADLINE) as client, (tmp_path / "f").open("w") as file:
             client.execute("add-fd", fds=[file])
         assert any(line.startswith("STATUS=") for line in manager.until("STATUS=1 desc"))
         process.send_signal(signal.SIGTERM)
@@ -128,7 +128,7 @@ def test_an_inherited_socket(manager: Manager, tmp_path: Path) -> None:
             environment = {"LISTEN_FDS": "1", "LISTEN_FDNAMES": "qmpfd.socket"}
             with daemon(NOTIFY_SOCKET=str(manager.path), **environment) as process:
                 manager.until("READY=1")
-                with SyncClient(path, DEADLINE) as client:
+                with BlockingClient(path, DEADLINE) as client:
                     assert client.execute("query-fdsets") == []
                 open_there = os.listdir(f"/proc/{process.pid}/fd")
                 assert "3" in open_there
@@ -172,12 +172,12 @@ def test_systemd_socket_activate(tmp_path: Path, options: list[str]) -> None:
     try:
         assert process.stderr is not None
         assert b"Listening" in process.stderr.readline()
-        with SyncClient(path, DEADLINE) as client:
+        with BlockingClient(path, DEADLINE) as client:
             client.execute("add-fd", {"opaque": "mine"}, [0])
         if options:
             (worker,) = children(process.pid)
             os.kill(worker, signal.SIGKILL)
-        with SyncClient(path, DEADLINE) as client:
+        with BlockingClient(path, DEADLINE) as client:
             (fdset,) = client.execute("query-fdsets")
             assert fdset["fds"][0]["opaque"] == "mine"
     finally:

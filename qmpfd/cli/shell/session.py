@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from ...client.blocking import NoDaemon, SyncClient
+from ...client.blocking import BlockingClient, NoDaemon
 from ...errors import QMPError
 from ...kernel.fd import Fd
 from ...protocol.client import QMPEvent
@@ -36,7 +36,7 @@ class Session:
 
     def __init__(
         self,
-        connect: Callable[[], SyncClient],
+        connect: Callable[[], BlockingClient],
         timeout: float,
         *,
         as_json: bool,
@@ -48,7 +48,7 @@ class Session:
         self._for_a_person = for_a_person
         #: Guards the connection and the output: the thread shows events while a line is typed.
         self._lock = threading.Lock()
-        self._client: SyncClient | None = None
+        self._client: BlockingClient | None = None
         self._schema: Schema | None = None
         self._listener: threading.Thread | None = None
         self._wake: Fd | None = None
@@ -60,7 +60,7 @@ class Session:
 
     # -- the connection ------------------------------------------------------------------------
 
-    def _open(self) -> SyncClient:
+    def _open(self) -> BlockingClient:
         """The connection, with its time renewed; whoever calls this has the lock.
 
         Raises:
@@ -76,10 +76,9 @@ class Session:
                 target=self._listen, args=[self._client, self._wake], name="events", daemon=True
             )
             self._listener.start()
-        self._client.renew(self._timeout)
         return self._client
 
-    def _listen(self, client: SyncClient, wake: Fd) -> None:
+    def _listen(self, client: BlockingClient, wake: Fd) -> None:
         """Show events as they come, until the connection ends or *wake* is written to."""
         poll = select.poll()
         poll.register(client, select.POLLIN)
@@ -87,7 +86,6 @@ class Session:
         while wake.fileno() not in dict(poll.poll()):
             with self._lock:
                 try:
-                    client.renew(self._timeout)
                     events = client.take_events()
                 except NoDaemon as exc:
                     if self._for_a_person:

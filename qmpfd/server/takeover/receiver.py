@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Protocol
 
-from ...client.blocking import NoDaemon, SyncClient
+from ...client.blocking import BlockingClient, NoDaemon
 from ...kernel.fd import Fd, close_all, receive
 from ...limits import TAKEOVER_FORMAT
 from ..fdstore.evidence import has_handed_over, is_dead
@@ -192,7 +192,7 @@ def fetch(
         QMPError: it refuses: this user may not, or it is a newer version.
         ValueError: what it sends cannot be used here.
     """
-    with SyncClient(path, timeout) as client:
+    with BlockingClient(path, timeout) as client:
         _, passed = client.request("takeover", {"format": TAKEOVER_FORMAT})
         sock = client.detach()
     try:

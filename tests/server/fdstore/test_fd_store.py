@@ -16,7 +16,7 @@ from fake_store import INVOCATION, Store, fake_store
 from helpers import ROOT
 from supervised import COMMAND, DEADLINE, connected, lasting, supervised, until
 
-from qmpfd.client.blocking import NoDaemon, SyncClient
+from qmpfd.client.blocking import BlockingClient, NoDaemon
 from qmpfd.errors import QMPError
 from qmpfd.kernel.fd import Fd, close_all
 
@@ -34,7 +34,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def fds(client: SyncClient) -> list[dict[str, Any]]:
+def fds(client: BlockingClient) -> list[dict[str, Any]]:
     return lasting(client.execute("query-fds"))
 
 
@@ -49,7 +49,7 @@ def test_everything_comes_back(store: Store, path: Path, file: Path, how: signal
     r, w = map(Fd, os.pipe())
     with (
         store.service(*socket_option, expected=None) as first,
-        SyncClient(path, DEADLINE) as client,
+        BlockingClient(path, DEADLINE) as client,
     ):
         for number in range(40):
             with file.open() as opened:
@@ -66,7 +66,7 @@ def test_everything_comes_back(store: Store, path: Path, file: Path, how: signal
         first.send_signal(how)
         first.wait(DEADLINE)
     assert path.exists() == (how is signal.SIGKILL)
-    with store.service(*socket_option), SyncClient(path, DEADLINE) as client:
+    with store.service(*socket_option), BlockingClient(path, DEADLINE) as client:
         assert fds(client) == before
         (watched,) = client.execute("query-fds", {"opaque": "\u2603"})
         assert watched["expires"] == pytest.approx(1000, abs=30)
@@ -88,7 +88,7 @@ def test_everything_comes_back(store: Store, path: Path, file: Path, how: signal
 def test_the_same_description_more_than_once(store: Store, path: Path, file: Path) -> None:
     """The store keeps one: it goes when the last that rests on it is removed."""
     options = ["--socket", str(path)]
-    with store.service(*options, expected=None) as first, SyncClient(path, DEADLINE) as client:
+    with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
         listening = len(entries(store))
         with file.open() as one, file.open() as other:
             client.execute("add-fds", {"opaque": "one"}, [one, one, one])
@@ -98,7 +98,7 @@ def test_the_same_description_more_than_once(store: Store, path: Path, file: Pat
         before = fds(client)
         first.kill()
         first.wait()
-    with store.service(*options, expected=None) as second, SyncClient(path, DEADLINE) as client:
+    with store.service(*options, expected=None) as second, BlockingClient(path, DEADLINE) as client:
         assert fds(client) == before
         ones = [fd for fd in before if fd["opaque"] == "one"]
         # The one whose name it has, and all but the last of the others.
@@ -107,7 +107,7 @@ def test_the_same_description_more_than_once(store: Store, path: Path, file: Pat
         assert len(entries(store)) - listening == 2
         second.kill()
         second.wait()
-    with store.service(*options), SyncClient(path, DEADLINE) as client:
+    with store.service(*options), BlockingClient(path, DEADLINE) as client:
         assert {fd["opaque"] for fd in fds(client)} == {"other", "one, later"}
         for fd in fds(client):
             client.execute("remove-fd", {"fdset-id": fd["fdset-id"]})
@@ -115,7 +115,7 @@ def test_the_same_description_more_than_once(store: Store, path: Path, file: Pat
     assert not store.traps
 
 
-def fill(client: SyncClient, file: Path) -> list[dict[str, Any]]:
+def fill(client: BlockingClient, file: Path) -> list[dict[str, Any]]:
     """Add until there is no room."""
     added: list[dict[str, Any]] = []
     refusal: QMPError | None = None
@@ -132,7 +132,7 @@ def fill(client: SyncClient, file: Path) -> list[dict[str, Any]]:
 def test_a_full_store(tmp_path: Path, path: Path, file: Path) -> None:
     """What would be dropped there is refused, and nothing is changed."""
     with fake_store(tmp_path, size=10) as store:
-        with store.service("--socket", str(path)), SyncClient(path, DEADLINE) as client:
+        with store.service("--socket", str(path)), BlockingClient(path, DEADLINE) as client:
             added = fill(client, file)
             assert 3 <= len(added) <= 9
             before = client.execute("query-fds")
@@ -154,7 +154,7 @@ def test_a_full_store(tmp_path: Path, path: Path, file: Path) -> None:
 def test_a_small_store(tmp_path: Path, path: Path, size: int, room: int | None) -> None:
     """The journal and the socket have their places; what keeps nothing is not used, and says so."""
     with fake_store(tmp_path, size=size) as store:
-        with store.service("--socket", str(path)), SyncClient(path, DEADLINE) as client:
+        with store.service("--socket", str(path)), BlockingClient(path, DEADLINE) as client:
             added = 0
             for _ in range(3):
                 with open("/dev/null") as null, suppress(QMPError):
@@ -166,7 +166,7 @@ def test_a_small_store(tmp_path: Path, path: Path, size: int, room: int | None) 
 
 
 def test_quit_lets_go(store: Store, path: Path, file: Path) -> None:
-    with store.service("--socket", str(path)) as process, SyncClient(path, DEADLINE) as client:
+    with store.service("--socket", str(path)) as process, BlockingClient(path, DEADLINE) as client:
         with file.open() as opened:
             client.execute("add-fd", fds=[opened])
         client.execute("quit")
@@ -188,7 +188,7 @@ def test_activation_sockets_and_stored_ones(store: Store, path: Path, tmp_path: 
         sockets = [("qmp", listener)]
         options = ["--socket", str(path)]
         with store.service(*options, sockets=sockets, expected=None) as first:
-            with SyncClient(activated, DEADLINE) as client:
+            with BlockingClient(activated, DEADLINE) as client:
                 client.execute("add-fd", {"opaque": "server"}, [stored])
                 # And the very one that is listened on.
                 client.execute("add-fd", {"opaque": "mine"}, [listener])
@@ -196,7 +196,7 @@ def test_activation_sockets_and_stored_ones(store: Store, path: Path, tmp_path: 
             first.wait()
         with store.service(*options, sockets=sockets):
             for each in (activated, path):
-                with SyncClient(each, DEADLINE) as client:
+                with BlockingClient(each, DEADLINE) as client:
                     assert {fd["opaque"] for fd in fds(client)} == {"server", "mine"}
             with closing(socket.socket(socket.AF_UNIX)) as nobody:
                 nobody.connect(str(users))
@@ -212,7 +212,7 @@ def test_what_has_no_record(store: Store, path: Path, file: Path, how: signal.Si
     also one that would be the next.
     """
     options = ["--socket", str(path)]
-    with store.service(*options, expected=None) as first, SyncClient(path, DEADLINE) as client:
+    with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
         with file.open() as opened:
             client.execute("add-fd", fds=[opened])
         before = fds(client)
@@ -222,7 +222,10 @@ def test_what_has_no_record(store: Store, path: Path, file: Path, how: signal.Si
         if name not in store.names:
             store.put(name, Fd(os.open(file, os.O_RDONLY)))
     for _ in range(2):
-        with store.service(*options, expected=None) as again, SyncClient(path, DEADLINE) as client:
+        with (
+            store.service(*options, expected=None) as again,
+            BlockingClient(path, DEADLINE) as client,
+        ):
             assert fds(client) == before
             # The socket, the descriptor and the journal.
             until(lambda: len(store.names) == 3)
@@ -232,7 +235,7 @@ def test_what_has_no_record(store: Store, path: Path, file: Path, how: signal.Si
 
 def test_a_takeover_within_one_service(store: Store, path: Path, file: Path) -> None:
     """It would be one store for two daemons: refused, and nothing is lost."""
-    with store.service("--socket", str(path)), SyncClient(path, DEADLINE) as client:
+    with store.service("--socket", str(path)), BlockingClient(path, DEADLINE) as client:
         with file.open() as opened:
             client.execute("add-fd", fds=[opened])
         before = fds(client)
@@ -258,7 +261,7 @@ def test_a_takeover_within_one_service(store: Store, path: Path, file: Path) -> 
 
 def test_a_takeover_out_of_a_service(store: Store, path: Path, file: Path) -> None:
     """What was kept for it is let go: systemd would give it to the service when it starts again."""
-    with store.service("--socket", str(path)) as old, SyncClient(path, DEADLINE) as client:
+    with store.service("--socket", str(path)) as old, BlockingClient(path, DEADLINE) as client:
         with file.open() as opened:
             client.execute("add-fd", fds=[opened])
         before = fds(client)
@@ -274,7 +277,7 @@ def test_a_takeover_out_of_a_service(store: Store, path: Path, file: Path) -> No
 def test_a_record_without_its_descriptor(store: Store, path: Path, file: Path) -> None:
     """It was not answered then: it is dropped."""
     options = ["--socket", str(path)]
-    with store.service(*options, expected=None) as first, SyncClient(path, DEADLINE) as client:
+    with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
         for text in ("lost", "kept"):
             with file.open() as opened:
                 client.execute("add-fd", {"opaque": text}, [opened])
@@ -284,14 +287,14 @@ def test_a_record_without_its_descriptor(store: Store, path: Path, file: Path) -
         lost = next(entry for entry in store._kept if entry[0] == "~1")
         store._kept.remove(lost)
         lost[1].close()
-    with store.service(*options), SyncClient(path, DEADLINE) as client:
+    with store.service(*options), BlockingClient(path, DEADLINE) as client:
         assert [fd["opaque"] for fd in fds(client)] == ["kept"]
 
 
 def test_a_journal_that_cannot_be_read(store: Store, path: Path, file: Path) -> None:
     """Better not to start than to lose what it tells of."""
     options = ["--socket", str(path)]
-    with store.service(*options, expected=None) as first, SyncClient(path, DEADLINE) as client:
+    with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
         with file.open() as opened:
             client.execute("add-fd", fds=[opened])
         first.kill()
@@ -305,13 +308,13 @@ def test_a_journal_that_cannot_be_read(store: Store, path: Path, file: Path) -> 
             process.wait(DEADLINE)
         assert sorted(store.names) == before
         os.pwrite(memory.fileno(), content, 0)
-    with store.service(*options), SyncClient(path, DEADLINE) as client:
+    with store.service(*options), BlockingClient(path, DEADLINE) as client:
         assert len(fds(client)) == 1
 
 
 def test_a_new_journal_when_it_has_grown(store: Store, path: Path, file: Path) -> None:
     options = ["--socket", str(path)]
-    with store.service(*options, expected=None) as first, SyncClient(path, DEADLINE) as client:
+    with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
         (journal,) = (name for name in store.names if name.startswith("qmpfd-"))
         with file.open() as opened:
             client.execute("add-fd", {"opaque": "before"}, [opened])
@@ -324,7 +327,7 @@ def test_a_new_journal_when_it_has_grown(store: Store, path: Path, file: Path) -
         before = fds(client)
         first.kill()
         first.wait()
-    with store.service(*options), SyncClient(path, DEADLINE) as client:
+    with store.service(*options), BlockingClient(path, DEADLINE) as client:
         assert fds(client) == before
         assert {fd["opaque"] for fd in before} == {"before", "after"}
 
@@ -337,17 +340,19 @@ def cpu(pid: int) -> float:
 def test_a_manager_that_does_not_answer(store: Store, path: Path, file: Path) -> None:
     """What is settled is told; what is not waits; the end does not."""
     options = ["--socket", str(path), "--drain-timeout", "1"]
-    with store.service(*options) as process, SyncClient(path, DEADLINE) as client:
+    with store.service(*options) as process, BlockingClient(path, DEADLINE) as client:
         with file.open() as opened:
             client.execute("add-fd", {"opaque": "settled"}, [opened])
             store.pause()
             assert len(client.execute("query-fds")) == 1
-            with SyncClient(path, 0.5) as other:
+            with BlockingClient(path, 0.5) as other:
                 begun = cpu(process.pid)
                 with pytest.raises(NoDaemon):
                     other.execute("add-fd", {"opaque": "waits"}, [opened])
                 assert cpu(process.pid) - begun < 0.2
-            with SyncClient(path, DEADLINE) as other:  # what is not about the store need not wait
+            with BlockingClient(
+                path, DEADLINE
+            ) as other:  # what is not about the store need not wait
                 assert other.execute("query-name") == {}
         process.terminate()
         process.wait(DEADLINE)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from supervised import connected, supervised
 
-from qmpfd.client.blocking import NoDaemon, SyncClient
+from qmpfd.client.blocking import BlockingClient, NoDaemon
 from qmpfd.kernel.fd import Fd, close_all
 
 #: ``QMPFD_KILLS=200`` for the whole promise; it takes two minutes.
@@ -50,7 +50,7 @@ class Client:
         except Exception as exc:  # noqa: BLE001 - told by the test
             self.failure = exc
 
-    def step(self, client: SyncClient) -> None:
+    def step(self, client: BlockingClient) -> None:
         if self.there and self.random.random() < 0.48:
             fdset_id, number = self.random.choice(sorted(self.there))
             self.unsure.add((fdset_id, number))
@@ -70,7 +70,7 @@ class Client:
         for fd in info["fds"]:
             self.there[info["fdset-id"], fd["fd"]] = opaque
 
-    def check(self, client: SyncClient) -> None:
+    def check(self, client: BlockingClient) -> None:
         """Compare with what is there; whatever was not answered may be there or not."""
         self.checks += 1
         listed: list[dict[str, Any]] = client.execute("query-fds", {"opaque": self.prefix})

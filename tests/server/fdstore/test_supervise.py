@@ -29,7 +29,7 @@ from supervised import (
     until,
 )
 
-from qmpfd.client.blocking import SyncClient
+from qmpfd.client.blocking import BlockingClient
 from qmpfd.errors import QMPError
 from qmpfd.kernel.fd import Fd, close_all
 
@@ -45,7 +45,7 @@ def resident(pid: int) -> int:
     raise AssertionError
 
 
-def fds(client: SyncClient) -> list[dict[str, Any]]:
+def fds(client: BlockingClient) -> list[dict[str, Any]]:
     return lasting(client.execute("query-fds"))
 
 
@@ -238,7 +238,7 @@ def test_the_parent_is_stopped(path: Path) -> None:
         client.execute("add-fd", {"opaque": "mine"}, [0])
         daemon.process.send_signal(signal.SIGSTOP)
         assert len(fds(client)) == 1
-        with SyncClient(path, DEADLINE) as other:
+        with BlockingClient(path, DEADLINE) as other:
             assert len(fds(other)) == 1
             answered = threading.Event()
 

@@ -18,7 +18,7 @@ import pytest
 from helpers import Pipe, pipes
 from stepper import Stepped, Stepper
 
-from qmpfd.client.blocking import SyncClient
+from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd, close_all, receive
 from qmpfd.limits import TAKEOVER_FORMAT
 from qmpfd.server.saved_state import SavedState, decode, encode
@@ -48,7 +48,7 @@ class Newcomer:
     """Plays one, by hand."""
 
     def __init__(self, path: Path) -> None:
-        with SyncClient(path, PATIENCE) as client:
+        with BlockingClient(path, PATIENCE) as client:
             _, self.passed = client.request("takeover", {"format": TAKEOVER_FORMAT})
             self.sock = client.detach()
         self.sock.setblocking(True)
@@ -69,7 +69,7 @@ class Newcomer:
         self.sock.close()
 
 
-def fill(client: SyncClient, made: list[Pipe]) -> None:
+def fill(client: BlockingClient, made: list[Pipe]) -> None:
     for pipe in made:
         client.execute("add-fd", fds=[pipe])
         pipe.release()
@@ -90,7 +90,7 @@ def test_the_old_one_is_told_to_end(
     with pipes(5) as made:
         with (
             daemon(stepper, path, "--drain-timeout", "0.6", patches=patches) as old,
-            SyncClient(path, PATIENCE) as client,
+            BlockingClient(path, PATIENCE) as client,
         ):
             fill(client, made)
             with Newcomer(path) as newcomer:
@@ -116,7 +116,7 @@ def test_a_newcomer_finishes_though_the_old_one_is_told_to_end(
 ) -> None:
     """It would end anyway.  Told twice, it ends at once, and the newcomer says so."""
     with pipes(3) as made:
-        with daemon(stepper, path) as old, SyncClient(path, PATIENCE) as client:
+        with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client:
             fill(client, made)
             command = ["serve", "--socket", str(path), "--takeover"]
             newcomer = stepper.start(
@@ -152,7 +152,7 @@ def test_the_newcomer_is_told_to_end(
     path: Path, stepper: Stepper, step: int, number: signal.Signals
 ) -> None:
     """Until it has begun, as by SIGKILL."""
-    with daemon(stepper, path) as old, SyncClient(path, PATIENCE) as client, pipes(3) as made:
+    with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client, pipes(3) as made:
         fill(client, made)
         with daemon(
             stepper,
@@ -173,7 +173,7 @@ def test_the_newcomer_is_told_to_end(
 
 def test_hangups_during_a_takeover(path: Path, stepper: Stepper) -> None:
     """SIGHUP reloads the policy, before and after."""
-    with daemon(stepper, path) as old, SyncClient(path, PATIENCE) as client, pipes(3) as made:
+    with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client, pipes(3) as made:
         fill(client, made)
         with Newcomer(path) as newcomer:
             old.signal(signal.SIGHUP)
@@ -193,7 +193,7 @@ def test_hangups_during_a_takeover(path: Path, stepper: Stepper) -> None:
 def test_a_client_that_never_takes_its_last_reply(path: Path, stepper: Stepper) -> None:
     with (
         daemon(stepper, path, "--drain-timeout", "0.5") as old,
-        SyncClient(path, PATIENCE) as client,
+        BlockingClient(path, PATIENCE) as client,
     ):
         client.execute("add-fds", {"opaque": "x" * 1000}, [0] * 250)
         with client.detach() as sock:
@@ -210,7 +210,7 @@ def test_a_client_that_never_takes_its_last_reply(path: Path, stepper: Stepper) 
 def test_a_client_that_floods(path: Path, stepper: Stepper) -> None:
     """It asks and asks, and reads all answers: it does not keep the daemon from ending."""
     with daemon(stepper, path, "--drain-timeout", "0.5") as old:
-        with SyncClient(path, PATIENCE) as client:
+        with BlockingClient(path, PATIENCE) as client:
             sock = client.detach()
         sock.setblocking(True)
 
@@ -319,7 +319,7 @@ NEWER = dict.fromkeys(
 
 def test_a_newer_daemon_takes_over_from_an_older_one(path: Path, stepper: Stepper) -> None:
     """And not the other way round: the older one is told at once, before anybody has to wait."""
-    with daemon(stepper, path) as old, SyncClient(path, PATIENCE) as client, pipes(1) as made:
+    with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client, pipes(1) as made:
         fill(client, made)
         with daemon(stepper, path, "--takeover", patches=NEWER) as newer:
             assert old.wait() == 0
@@ -337,7 +337,7 @@ def test_a_newer_daemon_takes_over_from_an_older_one(path: Path, stepper: Steppe
 
 
 def test_too_few_descriptors(path: Path, stepper: Stepper) -> None:
-    with daemon(stepper, path) as old, SyncClient(path, PATIENCE) as client:
+    with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client:
         client.execute("add-fds", fds=[0] * 250)
         before = client.execute("query-fdsets")
         for most in (100, 200, 265, 300):
@@ -351,14 +351,14 @@ def test_too_few_descriptors(path: Path, stepper: Stepper) -> None:
 
 def test_another_socket_that_cannot_be_had(path: Path, stepper: Stepper) -> None:
     """The old daemon's own socket file stays."""
-    with daemon(stepper, path) as old, SyncClient(path, PATIENCE) as client:
+    with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client:
         with daemon(stepper, path, "--socket", "/nonexistent/q.sock", "--takeover") as newcomer:
             assert newcomer.wait() == 2
         assert path.exists()
         assert client.execute("query-name") == {}
         with daemon(stepper, path, "--socket", f"{path}.second", "--takeover"):
             assert old.wait() == 0
-            with SyncClient(f"{path}.second", PATIENCE) as other:
+            with BlockingClient(f"{path}.second", PATIENCE) as other:
                 assert other.execute("query-name") == client.execute("query-name") == {}
     assert not list(path.parent.glob("*.sock*"))
 
@@ -368,11 +368,11 @@ def test_one_that_asks_while_another_takes_over(path: Path, stepper: Stepper) ->
     patches = {"qmpfd.server.takeover.sender.TAKEOVER_TIMEOUT": 0.3}
     with (
         daemon(stepper, path, patches=patches) as old,
-        SyncClient(path, PATIENCE) as client,
+        BlockingClient(path, PATIENCE) as client,
     ):
         socks = []
         for _ in range(2):
-            with SyncClient(path, PATIENCE) as newcomer:
+            with BlockingClient(path, PATIENCE) as newcomer:
                 socks.append(newcomer.detach())
         request = b'{"execute": "takeover", "arguments": {"format": %d}}' % TAKEOVER_FORMAT
         old.signal(signal.SIGSTOP)

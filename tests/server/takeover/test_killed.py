@@ -17,7 +17,7 @@ import pytest
 from helpers import Pipe
 from stepper import Stepped, Stepper
 
-from qmpfd.client.blocking import NoDaemon, SyncClient
+from qmpfd.client.blocking import BlockingClient, NoDaemon
 
 PATIENCE = 20.0
 ALL_STEPS = os.environ.get("QMPFD_ALL_STEPS") == "1"
@@ -96,11 +96,10 @@ class World:
             pipe.release()
         self.before = self.listing()
 
-    def _client(self) -> SyncClient:
-        return self._stack.enter_context(SyncClient(self.path, PATIENCE))
+    def _client(self) -> BlockingClient:
+        return self._stack.enter_context(BlockingClient(self.path, PATIENCE))
 
     def listing(self) -> list[Any]:
-        self.steady.renew(PATIENCE)
         fds = self.steady.execute("query-fds")
         return [[fd[k] for k in ("fdset-id", "fd", "opaque", "target")] for fd in fds]
 
@@ -113,10 +112,9 @@ class World:
     def check(self) -> None:
         """Everything is there, on every connection, and works; and then nothing is there."""
         assert self.listing() == self.before
-        with SyncClient(self.path, PATIENCE) as other:
+        with BlockingClient(self.path, PATIENCE) as other:
             other.execute("remove-fd", {"fdset-id": 1})
             assert not self.pipes[1].held()
-        self.watcher.renew(PATIENCE)
         events = self.watcher.events()
         event = next(events)
         assert (event.name, event.data["opaque"]) == ("FD_REMOVED", "pipe 1")

@@ -17,7 +17,7 @@ import pytest
 from helpers import Pipe
 from stepper import Stepped, Stepper
 
-from qmpfd.client.blocking import SyncClient
+from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd, FileDescriptorLike
 
 TAKEOVERS = int(os.environ.get("QMPFD_TAKEOVERS", "6"))
@@ -65,17 +65,16 @@ class Load:
             thread.join(PATIENCE)
             assert not thread.is_alive()
 
-    def holder(self, steady: SyncClient) -> Callable[[str], None]:
+    def holder(self, steady: BlockingClient) -> Callable[[str], None]:
         """Adds a pipe and a file, has both handed out to another client, removes them."""
 
         def work(name: str) -> None:
-            steady.renew(PATIENCE)
             with Pipe() as pipe, Fd(os.memfd_create(name)) as file:
                 os.write(file.fileno(), name.encode())
                 info = steady.execute("add-fd", {"opaque": name}, [file])
                 assert steady.execute("getfd", {"fdname": name}, [pipe]) == {}
                 pipe.release()
-                with SyncClient(self._path, PATIENCE) as passing:
+                with BlockingClient(self._path, PATIENCE) as passing:
                     (seen,) = passing.execute("query-fds", {"opaque": name})
                     assert (seen["fdset-id"], seen["fd"]) == (info["fdset-id"], info["fd"])
                     with passing.open_fdset(info) as copy:
@@ -114,8 +113,8 @@ class Load:
 
     def comer(self, name: str) -> None:
         """Connects, asks half a question, goes; or leaves at once."""
-        SyncClient(self._path, PATIENCE).close()
-        with SyncClient(self._path, PATIENCE) as passing, Pipe() as pipe:
+        BlockingClient(self._path, PATIENCE).close()
+        with BlockingClient(self._path, PATIENCE) as passing, Pipe() as pipe:
             passing.execute("add-fds", {"lifetime": "connection", "opaque": name}, [pipe])
             with passing.detach() as sock:
                 sock.setblocking(True)
@@ -150,7 +149,7 @@ def test_under_load(path: Path, stepper: Stepper) -> None:
     daemons = [newcomer(stepper, path, 0)]
     load = Load(path)
     holders = [f"holder {number}" for number in range(3)]
-    clients = [SyncClient(path, PATIENCE) for _ in range(len(holders) + 3)]
+    clients = [BlockingClient(path, PATIENCE) for _ in range(len(holders) + 3)]
     watcher, keeper, pipelining, *steady = clients
     sock = pipelining.detach()
     sock.setblocking(True)
@@ -175,7 +174,6 @@ def test_under_load(path: Path, stepper: Stepper) -> None:
             load.stop()
             assert not load.failures
             assert set(load.rounds) == {*holders, "pipeliner", "comer", "watcher"}
-            keeper.renew(PATIENCE)
             assert keeper.execute("query-fdsets") == before
             kept.release()
             keeper.execute("remove-fd", {"fdset-id": 0})
@@ -207,16 +205,15 @@ MANY = 10_000
 def test_many_descriptors_and_connections(path: Path, stepper: Stepper) -> None:
     """Each has its number and is the file that it was, and each connection goes on."""
     old = newcomer(stepper, path, 0)
-    with Pipe() as pipe, ExitStack() as stack, SyncClient(path, PATIENCE) as client:
+    with Pipe() as pipe, ExitStack() as stack, BlockingClient(path, PATIENCE) as client:
         kinds: list[FileDescriptorLike] = [0, 1, pipe]
         for number in range(MANY // 250):
             client.execute("add-fds", {"opaque": f"{number}"}, [kinds[number % 3]] * 250)
         for number in range(3, MANY // 250, 7):  # numbers with holes in them
             client.execute("remove-fd", {"fdset-id": number})
-        others = [stack.enter_context(SyncClient(path, PATIENCE)) for _ in range(300)]
+        others = [stack.enter_context(BlockingClient(path, PATIENCE)) for _ in range(300)]
 
         def listing() -> list[list[Any]]:
-            client.renew(PATIENCE)
             fds = client.execute("query-fds")
             return [[fd[name] for name in ("fdset-id", "fd", "opaque", "target")] for fd in fds]
 
@@ -238,7 +235,7 @@ def test_many_descriptors_and_connections(path: Path, stepper: Stepper) -> None:
 class Watched:
     """What a watcher was told: how often of each event and opaque text."""
 
-    def __init__(self, client: SyncClient) -> None:
+    def __init__(self, client: BlockingClient) -> None:
         self._client = client
         self.seen: Counter[tuple[str, str]] = Counter()
 
@@ -255,7 +252,7 @@ class Watched:
             self.take("")
 
 
-def told(client: SyncClient, expected: int) -> tuple[list[Any], int]:
+def told(client: BlockingClient, expected: int) -> tuple[list[Any], int]:
     """All events that a slow watcher is told in the end, and how many were lost."""
     numbers, lost = [], 0
     for event in client.events():
@@ -273,13 +270,13 @@ def test_a_watcher_that_is_slow(path: Path, stepper: Stepper, given_up: bool) ->
     """What waits for it comes once, whether the newcomer takes over or gives up."""
     old = newcomer(stepper, path, 0)
     made = 3000
-    with SyncClient(path, PATIENCE) as watcher, SyncClient(path, PATIENCE) as client:
+    with BlockingClient(path, PATIENCE) as watcher, BlockingClient(path, PATIENCE) as client:
         watcher.execute("watch-fdsets", {"enable": True})
         for _ in range(made):
             client.execute("add-fd", {"opaque": "x" * 200}, [0])
         successor = None
         if given_up:
-            with SyncClient(path, PATIENCE) as passing:
+            with BlockingClient(path, PATIENCE) as passing:
                 passing.request("takeover", {"format": 1})[1][0].close()
         else:
             successor = newcomer(stepper, path, 1)

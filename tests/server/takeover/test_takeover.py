@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from helpers import pipes, send_now
 
-from qmpfd.client.blocking import SyncClient
+from qmpfd.client.blocking import BlockingClient
 from qmpfd.errors import QMPError
 from qmpfd.kernel.fd import Fd, close_all
 
@@ -80,7 +80,7 @@ def lasting(fds: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_everything_goes_over(path: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("content")
-    with served(path) as old, SyncClient(path, DEADLINE) as client, file.open("rb") as first:
+    with served(path) as old, BlockingClient(path, DEADLINE) as client, file.open("rb") as first:
         for number in range(300):
             client.execute("add-fd", {"opaque": f"n{number}"}, [first])
         client.execute("add-fd", {"fdset-id": 3, "opaque": "\N{SNOWMAN}"}, [first])
@@ -103,7 +103,7 @@ def test_everything_goes_over(path: Path, tmp_path: Path) -> None:
             # The lowest free id, the name, the hang-up and the lifetime are all still known.
             assert client.execute("add-fd", fds=[first])["fdset-id"] == 7
             client.execute("closefd", {"fdname": "mine"})
-            with SyncClient(path, DEADLINE) as other:
+            with BlockingClient(path, DEADLINE) as other:
                 client.execute("watch-fdsets", {"enable": True})
                 close_all([r, w])
                 reasons = [next(client.events()).data["reason"]]
@@ -114,7 +114,7 @@ def test_everything_goes_over(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_half_sent_request_and_its_descriptor(path: Path) -> None:
-    with served(path) as old, SyncClient(path, DEADLINE) as client:
+    with served(path) as old, BlockingClient(path, DEADLINE) as client:
         sock = client.detach()
         r, w = map(Fd, os.pipe())
         with sock:
@@ -125,12 +125,12 @@ def test_a_half_sent_request_and_its_descriptor(path: Path) -> None:
             )
             close_all([r])
             # The daemon has it once it answers somebody who came later.
-            with SyncClient(path, DEADLINE) as other:
+            with BlockingClient(path, DEADLINE) as other:
                 other.execute("query-name")
             with taken_over(path, old):
                 sock.sendall(b'que": "it\'s"}, "id": 5}')
                 assert b'"id": 5' in sock.recv(1000)
-                with SyncClient(path, DEADLINE) as other:
+                with BlockingClient(path, DEADLINE) as other:
                     (fd,) = other.execute("query-fds")
                     assert (fd["opaque"], fd["kind"]) == ("it's", "pipe")
                     other.execute("remove-fd", {"fdset-id": fd["fdset-id"]})
@@ -155,13 +155,13 @@ def test_split_anywhere(path: Path, request_: bytes, reply: bytes) -> None:
     with served(path) as old, pipes(1) as (pipe,), ExitStack() as stack:
         socks = []
         for at in range(1, len(request_)):
-            with SyncClient(path, DEADLINE) as client:
+            with BlockingClient(path, DEADLINE) as client:
                 socks.append(stack.enter_context(client.detach()))
             socks[-1].setblocking(True)
             socks[-1].settimeout(DEADLINE)
             send_now(socks[-1], request_[:at], [pipe])
         pipe.release()
-        with SyncClient(path, DEADLINE) as client, taken_over(path, old) as second:
+        with BlockingClient(path, DEADLINE) as client, taken_over(path, old) as second:
             for at, sock in enumerate(socks, 1):
                 sock.sendall(request_[at : at + 1])
             client.execute("query-name")
@@ -182,7 +182,7 @@ def test_split_anywhere(path: Path, request_: bytes, reply: bytes) -> None:
 
 def test_unsent_replies(path: Path) -> None:
     """A client that does not read has all its replies once it does, each of them once."""
-    with served(path) as old, SyncClient(path, DEADLINE) as client:
+    with served(path) as old, BlockingClient(path, DEADLINE) as client:
         for number in range(50):
             client.execute("add-fd", {"opaque": f"{number}" * 50}, [0])
         sock = client.detach()
@@ -206,7 +206,7 @@ def test_unsent_replies(path: Path) -> None:
 
 def test_who_may_not(path: Path) -> None:
     """A takeover that is refused, of a format that is not known, changes nothing."""
-    with served(path) as old, SyncClient(path, DEADLINE) as client:
+    with served(path) as old, BlockingClient(path, DEADLINE) as client:
         client.execute("add-fd", fds=[0])
         with pytest.raises(QMPError, match="format"):
             client.execute("takeover", {"format": 0})
@@ -217,11 +217,11 @@ def test_who_may_not(path: Path) -> None:
 @pytest.mark.parametrize("answers", range(4))
 def test_a_newcomer_that_gives_up(path: Path, answers: int) -> None:
     """Whenever it does so, the old daemon goes on, and nothing is missing."""
-    with served(path), SyncClient(path, DEADLINE) as client:
+    with served(path), BlockingClient(path, DEADLINE) as client:
         for _ in range(3):
             client.execute("add-fds", fds=[0] * 253)
         before = client.execute("query-fds")
-        newcomer = SyncClient(path, DEADLINE)
+        newcomer = BlockingClient(path, DEADLINE)
         _, passed = newcomer.request("takeover", {"format": 1})
         close_all(passed)
         sock = newcomer.detach()
@@ -235,13 +235,13 @@ def test_a_newcomer_that_gives_up(path: Path, answers: int) -> None:
                         os.close(int.from_bytes(payload[at : at + 4], sys.byteorder))
         newcomer.close()
         assert lasting(client.execute("query-fds")) == lasting(before)
-        with SyncClient(path, DEADLINE) as other:
+        with BlockingClient(path, DEADLINE) as other:
             other.execute("remove-fd", {"fdset-id": 0})
 
 
 def test_progress_on_a_terminal(path: Path) -> None:
     """A line that grows; and none of it where nobody looks."""
-    with served(path) as old, SyncClient(path, DEADLINE) as client:
+    with served(path) as old, BlockingClient(path, DEADLINE) as client:
         for _ in range(3):
             client.execute("add-fds", fds=[0] * 250)
         terminal, its_end = map(Fd, os.openpty())
@@ -267,7 +267,7 @@ def test_another_policy_and_smaller_limits(path: Path, tmp_path: Path) -> None:
     policy.write_text("[[rule]]\nallow = ['query']\n")
     limits = ["--max-fds", "10", "--max-connections", "2", "--max-request-bytes", "2048"]
     with served(path) as old, ExitStack() as stack:
-        clients = [stack.enter_context(SyncClient(path, DEADLINE)) for _ in range(5)]
+        clients = [stack.enter_context(BlockingClient(path, DEADLINE)) for _ in range(5)]
         clients[0].execute("add-fds", fds=[0] * 200)
         clients[0].execute("getfd", {"fdname": "n"}, [0])
         with clients[1].detach() as sock:
@@ -281,7 +281,7 @@ def test_another_policy_and_smaller_limits(path: Path, tmp_path: Path) -> None:
                 with pytest.raises(QMPError, match="limit is 10"):
                     clients[0].execute("add-fd", fds=[0])
                 with pytest.raises(QMPError, match="limit is 2"):
-                    SyncClient(path, DEADLINE)
+                    BlockingClient(path, DEADLINE)
                 clients[0].execute("closefd", {"fdname": "n"})
                 stats = clients[0].execute("query-stats")
                 assert (stats["connections"], stats["fds-kept"]) == (5, 200)
