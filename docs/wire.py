@@ -248,7 +248,7 @@ def _members(what: str, struct: type[Struct], before: str = "") -> list[str]:
 # -- the parts of the page ---------------------------------------------------------------------
 
 
-def _command(command: Command) -> list[str]:
+def _command(command: Command[Any]) -> list[str]:
     doc = inspect.cleandoc(command.doc).partition("\n\nRaises:")[0].replace("``", "`")
     right = RIGHTS.get(command.name)
     takes = {0: "", 1: "Takes 1 descriptor."}.get(

@@ -25,6 +25,27 @@ Right: TypeAlias = Literal["query", "open", "add", "remove", "admin"]
 RIGHTS: frozenset[Right] = frozenset(get_args(Right))
 
 
+def _overflow_uid() -> int:
+    """The uid under which the kernel shows every user that has none in this user namespace
+    (user_namespaces(7), "Unmapped user and group IDs").
+    """
+    try:
+        return int(Path("/proc/sys/kernel/overflowuid").read_text("ascii"))
+    except (OSError, ValueError):
+        return 65534  # the kernel's default
+
+
+_OVERFLOW_UID = _overflow_uid()
+
+
+def is_owner(uid: int) -> bool:
+    """Whether *uid* is root's, or the daemon's own: such a client has all rights.
+
+    The overflow uid is nobody's own: where ids are not mapped, everybody has it.
+    """
+    return uid == 0 or (uid == os.geteuid() and uid != _OVERFLOW_UID)
+
+
 class BadPolicy(Exception):
     """The policy file cannot be used; the message says where and why."""
 
@@ -165,7 +186,7 @@ class Policy:
             uid: its user.
             gids: its groups, supplementary ones included.
         """
-        if uid in (0, os.geteuid()):
+        if is_owner(uid):
             return EVERYTHING
         groups = frozenset(gids)
         return Access(

@@ -19,11 +19,14 @@ from installed import QEMU, need
 
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.commands import TABLE
-from qmpfd.commands.context import Context, SharedState
+from qmpfd.commands.context import Context
 from qmpfd.commands.events import EVENTS
+from qmpfd.commands.shared import SharedState
 from qmpfd.errors import PermissionDenied, QMPError
 from qmpfd.fdsets import Peer
+from qmpfd.kernel.close_pool import ClosePool
 from qmpfd.kernel.fd import Fd, close_all
+from qmpfd.kernel.hangups import Hangups
 from qmpfd.limits import TAKEOVER_FORMAT, Limits
 from qmpfd.policy import RIGHTS, Access, Grant, Right
 
@@ -156,8 +159,8 @@ class Negotiated:
 @contextmanager
 def context_with(*rights: Right) -> Iterator[Context]:
     """A connection whose peer has these rights, and has sent a descriptor."""
-    daemon = SharedState("spec", Limits(), lambda: 0.0, lambda: None, TABLE)
-    daemon.store.add(Fd(os.dup(0)), 0, None, create=True)
+    daemon = SharedState("spec", Limits(), lambda: 0.0, lambda: None, TABLE, ClosePool(), Hangups())
+    daemon.add([Fd(os.dup(0))], 0, create=True)
     connection: Any = Negotiated()
     access = Access([Grant(frozenset(rights))])
     context = Context(daemon, connection, Peer(1, 2, 3), access, lambda: False)
@@ -166,7 +169,7 @@ def context_with(*rights: Right) -> Iterator[Context]:
         stack.callback(lambda: close_all([*context.fds, *connection.fds_to_close]))
         stack.callback(daemon.hangups.close)
         stack.callback(daemon.closer.shut_down)
-        stack.callback(lambda: close_all([stored.fd for stored in daemon.store.clear()]))
+        stack.callback(lambda: close_all([stored.fd for stored in daemon.store.everything()]))
         stack.callback(context.close)
         yield context
 

@@ -172,10 +172,6 @@ def circles(edges: dict[str, set[str]]) -> list[str]:
 
 #: What still has to be untangled; this list only ever gets shorter.
 KNOWN_CIRCLES = {
-    "commands.context",
-    "commands.table",
-    "fdsets.expiry",
-    "fdsets.store",
     "server.connection.fd_accounting",
     "server.connection.request_processor",
     "server.connection.send_buffer",

@@ -67,7 +67,9 @@ def test_every_fixture_is_in_the_documentation() -> None:
 async def test_the_server_is_in_this_loop(qmpfd_server: qmpfd.Server, qmpfd_path: Path) -> None:
     async with qmpfd.connect(qmpfd_path) as client:
         info = await client.add_fd(sys.__stdout__ or 1)
-        assert info.fd in qmpfd_server.store.get(info.fdset_id).fds
+        fdset = qmpfd_server.store.get(info.fdset_id)
+        assert fdset is not None
+        assert info.fd in fdset.fds
 
 
 async def test_the_server_may_end_before_the_test(

@@ -1,9 +1,10 @@
 """What each QMP command does."""
 
-from .context import Client, Context, Dialect, SharedState, Stats
+from .context import Context
 from .control import VERSION
 from .dispatch import DECODER, TABLE, execute
 from .extension_types import FdInfo, OpenedFd, PeerInfo
+from .shared import Client, Dialect, SharedState, Stats
 from .types import NOTHING, AddfdInfo, FdsetFdInfo, FdsetInfo, VersionInfo
 
 __all__ = [

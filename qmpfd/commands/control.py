@@ -26,7 +26,7 @@ from .types import (
 )
 from .types import Result as Nothing
 
-table = Table(touches_store=False)
+table: Table[Context] = Table(touches_store=False)
 
 #: What this daemon is; also in the greeting.
 VERSION = version_info(__version__)

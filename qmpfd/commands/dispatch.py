@@ -18,9 +18,11 @@ from .types import NOTHING
 
 _log = logging.getLogger("qmpfd")
 
-TABLE = Table({**control.table.commands, **fds.table.commands, **own.table.commands})
+TABLE: Table[Context] = Table(
+    {**control.table.commands, **fds.table.commands, **own.table.commands}
+)
 DECODER = RequestDecoder(TABLE.specs())
-_COMMANDS: dict[type[Request], Command] = {
+_COMMANDS: dict[type[Request], Command[Context]] = {
     request: TABLE.commands[name] for request, name in DECODER.names.items()
 }
 
@@ -35,7 +37,7 @@ def execute(context: Context, request: Request, received: list[Fd]) -> Outcome[o
     Args:
         context: the connection that it came from.
         request: what to do.
-        received: the descriptors that came with it; what the command does not keep is fds_to_close.
+        received: the descriptors that came with it; what the command does not keep is closed.
     """
     command = _COMMANDS[type(request)]
     arguments = request.arguments

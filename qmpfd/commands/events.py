@@ -50,15 +50,15 @@ class Event:
         self._encoded: bytes | None = None
 
     @classmethod
-    def added(cls, fdset_id: int, stored: StoredFd) -> Event:
+    def added(cls, stored: StoredFd) -> Event:
         """*stored* was added."""
-        data = FdAdded(fdset_id, stored.fd.fileno(), stored.opaque)
+        data = FdAdded(stored.fdset.id, stored.fd.fileno(), stored.opaque)
         return cls("FD_ADDED", data, _EVENT_BYTES + 6 * len(stored.opaque or ""))
 
     @classmethod
-    def removed(cls, fdset_id: int, stored: StoredFd, reason: str) -> Event:
+    def removed(cls, stored: StoredFd, reason: str) -> Event:
         """*stored* was removed, and why."""
-        data = FdRemoved(fdset_id, stored.fd.fileno(), reason, stored.opaque)
+        data = FdRemoved(stored.fdset.id, stored.fd.fileno(), reason, stored.opaque)
         return cls("FD_REMOVED", data, _EVENT_BYTES + 6 * len(stored.opaque or ""))
 
     def encode(self) -> bytes:

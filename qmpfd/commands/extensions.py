@@ -10,7 +10,6 @@ from msgspec import UNSET
 
 from ..errors import FdNotFound, GenericError, InvalidParameterValue
 from ..fdsets import PERMANENT, FdSet, Lifetime, StoredFd
-from ..kernel.fd import Fd
 from ..kernel.fdinfo import access_mode
 from ..limits import SCM_MAX_FD
 from ..protocol.encode import JSONStream, RawJSON
@@ -26,14 +25,14 @@ from .extension_types import (
     StatsInfo,
     WatchFdsets,
 )
-from .fds import check_add
+from .fds import check_add, not_found
 from .listings import added, list_fds
 from .peers import peers
 from .table import Table
 from .types import NOTHING, Arguments, FdsetInfo
 from .types import Result as Nothing
 
-table = Table()
+table: Table[Context] = Table()
 
 #: Descriptors in a set that take a while to go through.
 _MANY = 100
@@ -50,7 +49,9 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
     wanted = None if arguments.access is UNSET else arguments.access
     access = context.access
     access.require("open", arguments.fdset_id)
-    fdset = context.shared.store.get(arguments.fdset_id, number)
+    fdset = context.shared.store.get(arguments.fdset_id)
+    if fdset is None or not fdset.select(number):
+        raise not_found(arguments.fdset_id, number)
     refused: StoredFd | None = None
     there: set[str] = set()
     for stored in reversed(fdset.fds.values()) if number is None else (fdset.fds[number],):
@@ -67,7 +68,7 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
         if refused is not None and not there:
             access.require_for("open", fdset.id, refused.opaque)
         raise FdNotFound(_no_such_access(fdset, number, wanted, there))
-    context.shared.check_waiting(context.peer.uid, 1)
+    context.shared.quotas.check_waiting(context.peer.uid, 1)
     if context.shared.in_flight_probe is not None and context.shared.in_flight_probe.exhausted():
         raise GenericError(
             "The file descriptor cannot be handed out: too many that processes of "
@@ -91,40 +92,19 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
     """Add all the file descriptors that were passed with the command to an fd set, or none."""
     context.first_fd()
     shared = context.shared
-    now = shared.clock()
     fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
     opaque = None if arguments.opaque is UNSET else arguments.opaque
     lasting = arguments.lifetime != "connection"
     check_add(context, fdset_id, opaque, len(context.fds), lasting=lasting)
-    lifetime = _lifetime(context, arguments, now)
-    fds = list(context.fds)
-    # All that can fail comes first: to watch them, and to find the set with the first of them.
-    registered: list[Fd] = []
-    try:
-        if lifetime.watch_hangup:
-            for fd in fds:
-                shared.hangups.register(fd)
-                registered.append(fd)
-        fdset = shared.store.add(
-            fds[0],
-            fdset_id,
-            opaque,
-            create=shared.dialect == "qemu",
-            added_by=context.peer,
-            now=now,
-            lifetime=lifetime,
-        )
-    except BaseException:
-        for fd in registered:
-            shared.hangups.cancel(fd)
-        raise
-    context.fds.clear()
-    for fd in fds[1:]:
-        shared.store.add(fd, fdset.id, opaque, added_by=context.peer, now=now, lifetime=lifetime)
-    if lifetime.watch_hangup:
-        for fd in fds:
-            shared.hangups.watch(fdset.fds[fd.fileno()])
-    return added(fdset.id, [fd.fileno() for fd in fds], opaque)
+    entries = shared.add(
+        context.fds,
+        fdset_id,
+        opaque,
+        context.peer,
+        _lifetime(context, arguments, shared.clock()),
+        create=shared.dialect == "qemu",
+    )
+    return added(entries)
 
 
 def _lifetime(context: Context, arguments: AddFds, now: float) -> Lifetime:
@@ -149,7 +129,10 @@ def query_fds(context: Context, arguments: QueryFds) -> JSONStream | RawJSON:
     store = context.shared.store
     fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
     context.access.require("query", fdset_id)
-    sets = store.iter_stable() if fdset_id is None else [store.get(fdset_id)]
+    fdset = None if fdset_id is None else store.get(fdset_id)
+    if fdset_id is not None and fdset is None:
+        raise not_found(fdset_id, None)
+    sets = store.iter_stable() if fdset is None else [fdset]
     return list_fds(context, sets, None if arguments.opaque is UNSET else arguments.opaque)
 
 
@@ -176,7 +159,7 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
         connections_refused=stats.turned_away,
         fdsets=len(shared.store),
         fds=shared.store.fd_count,
-        fds_kept=shared.fds_total,
+        fds_kept=shared.quotas.fds_total,
         closes_pending=shared.closer.pending,
         kept_safe=shared.keeper is not None and not shared.keeper.is_over,
         commands=_counts(stats.commands),

@@ -12,21 +12,21 @@ from .table import Table
 from .types import NOTHING, AddFd, AddfdInfo, Arguments, FdName, FdsetInfo, RemoveFd
 from .types import Result as Nothing
 
-table = Table()
+table: Table[Context] = Table()
 
 
 @table.command("add-fd", AddFd, AddfdInfo, fds=1)
 def add_fd(context: Context, arguments: AddFd) -> AddfdInfo:
     """Add the file descriptor that was passed with the command to an fd set."""
     fd = context.first_fd()
+    number = fd.number
     fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
     opaque = None if arguments.opaque is UNSET else arguments.opaque
     check_add(context, fdset_id, opaque, 1)
     shared = context.shared
-    creates = shared.dialect == "qemu"
-    fdset = shared.store.add(fd, fdset_id, opaque, context.peer, shared.clock(), creates)
-    context.fds.pop(0)
-    return AddfdInfo(fdset.id, fd.number)
+    create = shared.dialect == "qemu"
+    (stored,) = shared.add(context.fds, fdset_id, opaque, context.peer, create=create)
+    return AddfdInfo(stored.fdset.id, number)
 
 
 def check_add(
@@ -46,13 +46,13 @@ def check_add(
         lasting: they outlive the connection.
 
     Raises:
-        PermissionDenied, GenericError: see :class:`Access` and :meth:`SharedState.check_quota`.
+        PermissionDenied, GenericError: see :class:`Access` and :meth:`Quotas.check_quota`.
     """
     shared = context.shared
     if not context.access.unlimited:
         target = shared.store.next_id if fdset_id is None else fdset_id
         context.access.require_for("add", target, opaque)
-    shared.check_quota(context.peer.uid, count, opaque)
+    shared.quotas.check_quota(context.peer.uid, count, opaque)
     if lasting and shared.keeper is not None:
         shared.keeper.check_room(count, opaque)
 
@@ -61,15 +61,23 @@ def check_add(
 def remove_fd(context: Context, arguments: RemoveFd) -> RawJSON:
     """Remove one file descriptor, or all, from an fd set, and close what was removed."""
     number = None if arguments.fd is UNSET else arguments.fd
-    store, access = context.shared.store, context.access
+    shared, access = context.shared, context.access
+    fdset = shared.store.get(arguments.fdset_id)
+    selected = [] if fdset is None else fdset.select(number)
     if not access.unlimited:
         access.require("remove", arguments.fdset_id)
-        fds = store.get(arguments.fdset_id, number).fds
-        for stored in fds.values() if number is None else [fds[number]]:
+        for stored in selected:
             access.require_for("remove", arguments.fdset_id, stored.opaque)
-    removed = store.remove(arguments.fdset_id, number)
-    context.discard(removed)
+    if not selected:
+        raise not_found(arguments.fdset_id, number)
+    shared.remove(selected, "removed", context.connection.fds_to_close)
     return NOTHING
+
+
+def not_found(fdset_id: int, number: int | None) -> FdNotFound:
+    """The error of QEMU's ``remove-fd`` where there is no such set, or descriptor in it."""
+    which = "" if number is None else f", fd:{number}"
+    return FdNotFound(f"File descriptor named 'fdset-id:{fdset_id}{which}' not found")
 
 
 @table.command("query-fdsets", Arguments, list[FdsetInfo])
@@ -87,7 +95,7 @@ def getfd(context: Context, arguments: FdName) -> RawJSON:
     if "0" <= arguments.fdname[:1] <= "9":
         raise InvalidParameterValue("Parameter 'fdname' expects a name not starting with a digit")
     if arguments.fdname not in context.names:
-        context.shared.check_quota(context.peer.uid, 1, arguments.fdname)
+        context.shared.quotas.check_quota(context.peer.uid, 1, arguments.fdname)
     context.store_named(arguments.fdname)
     return NOTHING
 

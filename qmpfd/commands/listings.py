@@ -47,16 +47,16 @@ def list_fds(context: Context, sets: Iterable[FdSet], prefix: str | None) -> JSO
     return _result(context, _list_fds(context, sets, prefix))
 
 
-def added(fdset_id: int, numbers: list[int], opaque: str | None) -> FdsetInfo | JSONStream:
+def added(entries: list[StoredFd]) -> FdsetInfo | JSONStream:
     """What ``add-fds`` returns: the opaque text is said for each of the descriptors.
 
     Args:
-        fdset_id: the fd set that they were added to.
-        numbers: the descriptors.
-        opaque: their opaque text.
+        entries: what was added, to one set, with the same opaque text.
     """
-    info = FdsetInfo(fdset_id, [FdsetFdInfo(number, opaque) for number in numbers])
-    if len(numbers) * len(opaque or "") <= _FEW_CHARACTERS:
+    first = entries[0]
+    fds = [FdsetFdInfo(stored.fd.fileno(), stored.opaque) for stored in entries]
+    info = FdsetInfo(first.fdset.id, fds)
+    if len(fds) * len(first.opaque or "") <= _FEW_CHARACTERS:
         return info
     return JSONStream(_bits_of(info))
 
@@ -72,7 +72,7 @@ def _bits_of(info: FdsetInfo) -> Iterator[bytes]:
 
 def _result(context: Context, bits: Iterator[bytes]) -> JSONStream | RawJSON:
     shared = context.shared
-    few = shared.store.fd_count <= _FEW_FDS and shared.opaque_total <= _FEW_CHARACTERS
+    few = shared.store.fd_count <= _FEW_FDS and shared.quotas.opaque_total <= _FEW_CHARACTERS
     return RawJSON(b"".join(bits)) if few else JSONStream(bits)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ..fdsets import Peer
 from ..limits import MAX_PEERS
-from .context import Client, Context
+from .context import Context
 from .extension_types import PeerStats
+from .shared import Client
 
 
 def peers(context: Context) -> list[PeerStats]:

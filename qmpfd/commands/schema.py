@@ -83,7 +83,7 @@ class _Schema:
 
 
 @cache  # a daemon has one table, which does not change
-def schema(table: Table) -> list[dict[str, Any]]:
+def schema(table: Table[Any]) -> list[dict[str, Any]]:
     """All commands of *table* and all events, with the types that they refer to."""
     collected = _Schema()
     for command in table.commands.values():

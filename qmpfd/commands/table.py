@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from msgspec import Struct, structs
 
 from ..protocol import Spec
 
-if TYPE_CHECKING:
-    from .context import Context
-
 ArgumentsT = TypeVar("ArgumentsT", bound=Struct)
+ContextT = TypeVar("ContextT")
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
-    """A command.
+class Command(Generic[ContextT]):
+    """A command, carried out in a context: a connection, for the daemon's.
 
     Args:
         name: what clients call it.
@@ -33,7 +31,7 @@ class Command:
     name: str
     arguments: type[Struct]
     returns: Any
-    run: Callable[[Context, Any], Any]
+    run: Callable[[ContextT, Any], Any]
     fds: int
     nothing: Struct | None
     touches_store: bool
@@ -45,15 +43,15 @@ class Command:
 
 
 @dataclass(slots=True, eq=False)
-class Table:
+class Table(Generic[ContextT]):
     """Commands by name, in the order in which they are listed."""
 
-    commands: dict[str, Command] = field(default_factory=dict)
+    commands: dict[str, Command[ContextT]] = field(default_factory=dict)
     touches_store: bool = True  #: whether these are about the store
 
     def command(
         self, name: str, arguments: type[ArgumentsT], returns: Any, *, fds: int = 0
-    ) -> Callable[[Callable[[Context, ArgumentsT], Any]], Callable[[Context, ArgumentsT], Any]]:
+    ) -> Callable[[Callable[[ContextT, ArgumentsT], Any]], Callable[[ContextT, ArgumentsT], Any]]:
         """Enter the decorated function as the command *name*.
 
         Args:
@@ -64,8 +62,8 @@ class Table:
         """
 
         def enter(
-            run: Callable[[Context, ArgumentsT], Any],
-        ) -> Callable[[Context, ArgumentsT], Any]:
+            run: Callable[[ContextT, ArgumentsT], Any],
+        ) -> Callable[[ContextT, ArgumentsT], Any]:
             needs = any(member.required for member in structs.fields(arguments))
             nothing = None if needs else arguments()
             self.commands[name] = Command(

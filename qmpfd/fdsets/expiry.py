@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .store import StoredFd
+from .entry import StoredFd
 
 
 class Expiries:
@@ -22,8 +20,6 @@ class Expiries:
         self._heap: list[tuple[float, int, StoredFd]] = []
         self._ties = count()
         self._waste = 0
-        #: Called when one was added: its time may be the next.
-        self.changed: Callable[[], None] | None = None
 
     def __len__(self) -> int:
         """How many descriptors are kept for a time."""
@@ -32,21 +28,19 @@ class Expiries:
     def add(self, time: float, stored: StoredFd) -> None:
         """Keep *stored* until *time*."""
         heappush(self._heap, (time, next(self._ties), stored))
-        if self.changed is not None:
-            self.changed()
 
     def discard(self) -> None:
         """One of the descriptors was taken out of its set."""
         self._waste += 1
         if self._waste * 2 > len(self._heap):
-            self._heap = [entry for entry in self._heap if entry[2].fdset is not None]
+            self._heap = [entry for entry in self._heap if not entry[2].removed]
             heapify(self._heap)
             self._waste = 0
 
     def next(self) -> float | None:
         """When the next descriptor's time is over; None if there is none."""
         heap = self._heap
-        while heap and heap[0][2].fdset is None:
+        while heap and heap[0][2].removed:
             heappop(heap)
             self._waste -= 1
         return heap[0][0] if heap else None

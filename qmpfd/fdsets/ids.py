@@ -24,23 +24,16 @@ class IdPool:
         self._gaps: list[int] = []  # a heap
         self._known_gaps: set[int] = set()  # the same ids, so that none is in the heap twice
 
-    def take(self) -> int:
-        """The lowest id that is not in use; the caller will use it, or :meth:`free` it."""
+    def lowest(self) -> int:
+        """The lowest id that is not in use; it stays free until it is used."""
         gaps, used = self._gaps, self._used
         while gaps:
-            fdset_id = heappop(gaps)
-            self._known_gaps.discard(fdset_id)
-            if fdset_id not in used:
-                return fdset_id
+            if gaps[0] not in used:
+                return gaps[0]
+            self._known_gaps.discard(heappop(gaps))
         while self._next in used:
             self._next += 1
         return self._next
-
-    def lowest(self) -> int:
-        """The same, but it stays free."""
-        fdset_id = self.take()
-        self.free(fdset_id)
-        return fdset_id
 
     def free(self, fdset_id: int) -> None:
         """Note that *fdset_id* is not in use, or no longer."""

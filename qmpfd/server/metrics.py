@@ -31,7 +31,10 @@ def _lines(daemon: SharedState) -> Iterator[str]:
         "connections": ("Clients connected.", stats.connections),
         "fdsets": ("fd sets.", len(daemon.store)),
         "fds": ("Descriptors stored.", daemon.store.fd_count),
-        "fds_kept": ("Descriptors kept for clients, those of getfd included.", daemon.fds_total),
+        "fds_kept": (
+            "Descriptors kept for clients, those of getfd included.",
+            daemon.quotas.fds_total,
+        ),
         "closes_pending": ("Descriptors whose close takes its time.", daemon.closer.pending),
         "connections_limit": ("Clients allowed at a time.", limits.max_connections),
         "fds_limit": ("Descriptors allowed to be kept.", limits.max_fds),

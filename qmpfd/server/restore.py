@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..client.blocking import NoDaemon
-from ..fdsets import PERMANENT, FdSet, Lifetime, Peer
+from ..fdsets import PERMANENT, Lifetime, Peer
 from ..kernel.fd import Fd
 from ..transport import FdStream
 from .fdstore.recover import Recovered
@@ -99,20 +99,16 @@ def _fill_store(server: Server, state: SavedState, fds: deque[Fd], sessions: lis
             if lifetime is None:  # kept until the end of a connection that is over
                 fds.popleft().close()
                 continue
-            if lifetime.watch_hangup:
-                server.daemon.hangups.register(fd)
-            added: FdSet = server.store.add(
-                fd,
+            server.daemon.add(
+                [fd],
                 fdset.id,
                 saved.opaque,
+                None if saved.added_by is None else Peer(*saved.added_by),
+                lifetime,
                 create=True,
-                added_by=None if saved.added_by is None else Peer(*saved.added_by),
                 now=now - saved.age,
-                lifetime=lifetime,
             )
             fds.popleft()
-            if lifetime.watch_hangup:
-                server.daemon.hangups.watch(added.fds[fd.fileno()])
 
 
 def _lifetime(saved: SavedFd, sessions: list[Session], now: float) -> Lifetime | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..fdsets import StoredFd
+from ..kernel.fd import Fd
 from ..limits import HANGUP_RECHECK
 
 if TYPE_CHECKING:
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 _A_STEP = 128
 
 
-async def _retire(server: Server, take_out: Callable[[], list[StoredFd]]) -> bool:
-    """Take out some, and close them; whether there were any."""
+async def _remove(server: Server, due: Callable[[], list[StoredFd]], reason: str) -> bool:
+    """Remove some of what is due, and close it; whether there was any."""
+    fds: list[Fd] = []
     async with server.entered():
-        removed = take_out()
-    server.dispose([stored.fd for stored in removed])
+        server.daemon.remove(due(), reason, fds)
+    server.dispose(fds)
     await trio.lowlevel.checkpoint()
-    return bool(removed)
+    return bool(fds)
 
 
 async def retire_expired(server: Server) -> None:
@@ -39,27 +41,20 @@ async def retire_expired(server: Server) -> None:
                 scope.deadline = inf if due is None else due
 
             reschedule()
-            expiries.changed = reschedule
+            server.daemon.on_expiry = reschedule
             await trio.sleep_forever()
-        while await _retire(
-            server, lambda: server.store.remove_expired(trio.current_time(), _A_STEP)
+        while await _remove(
+            server, lambda: server.store.expired(trio.current_time(), _A_STEP), "expired"
         ):
             pass
 
 
 async def retire_hung_up(server: Server) -> None:
     """Remove each watched socket and pipe whose other end is gone and that is read to the end."""
-    hangups, store = server.daemon.hangups, server.store
-
-    def take_out() -> list[StoredFd]:
-        over = hangups.take(_A_STEP)
-        for stored in over:
-            store.pop(stored, "hangup")
-        return over
-
+    hangups = server.daemon.hangups
     while True:
         with trio.move_on_after(HANGUP_RECHECK if hangups.draining else inf):
             await trio.lowlevel.wait_readable(hangups.fileno())
         hangups.look()
         while hangups.due:
-            await _retire(server, take_out)
+            await _remove(server, lambda: hangups.take(_A_STEP), "hangup")

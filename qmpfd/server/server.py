@@ -13,7 +13,9 @@ import trio
 from ..commands import TABLE, Client, Dialect, SharedState
 from ..errors import GenericError, QMPError
 from ..fdsets import Peer
+from ..kernel.close_pool import ClosePool
 from ..kernel.fd import Fd
+from ..kernel.hangups import Hangups
 from ..limits import (
     EVICTION_INTERVAL,
     MAX_INCOMPLETE_BYTES,
@@ -63,7 +65,9 @@ class Server:
         self.lock = trio.Lock()
         #: What the commands see.
         clock = trio.lowlevel.current_clock().current_time
-        self.daemon = SharedState(dialect, limits, clock, self.quit, TABLE, self._clients)
+        self.daemon = SharedState(
+            dialect, limits, clock, self.quit, TABLE, ClosePool(), Hangups(), self._clients
+        )
         self.store = self.daemon.store
         #: What the incomplete requests of all connections together may take.
         self.budget = Budget(MAX_INCOMPLETE_BYTES)
@@ -86,7 +90,7 @@ class Server:
         #: Set when an event waits for those who watch.
         self.news = trio.Event()
         self.daemon.on_event = self._tell_watchers
-        self.daemon.refresh_in_flight = self._look
+        self.daemon.quotas.refresh_in_flight = self._look
         #: Set when all is over.
         self.ended = trio.Event()
         self.sessions: set[Session] = set()
@@ -194,10 +198,16 @@ class Server:
 
     def close(self) -> None:
         """Close every stored descriptor."""
-        self.daemon.closer.close([stored.fd for stored in self.store.clear()])
+        self.daemon.closer.close(self._clear())
         self.daemon.closer.shut_down()
         self.daemon.hangups.close()
         self.reserve.give_up()
+
+    def _clear(self) -> list[Fd]:
+        """Take everything out of the store, at the daemon's end: the caller closes it."""
+        fds: list[Fd] = []
+        self.daemon.remove(self.store.everything(), "removed", fds)
+        return fds
 
     @asynccontextmanager
     async def entered(self) -> AsyncGenerator[None, None]:
@@ -283,7 +293,7 @@ class Server:
         for listener in self.listeners:
             listener.abandon()
             listener.close()
-        self.daemon.closer.close_duplicates([stored.fd for stored in self.store.clear()])
+        self.daemon.closer.close_duplicates(self._clear())
         for session in self.sessions:
             session.leave()
         self._stop_event.set()

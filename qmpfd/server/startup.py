@@ -85,7 +85,7 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
                 listeners += stack.enter_context(taking_over(server, before))
         while given:
             fd, fdset_id, opaque = given[0]
-            server.store.add(fd, fdset_id, opaque, create=True)
+            server.daemon.add([fd], fdset_id, opaque, create=True)
             given.popleft()
         for path in paths:
             listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))

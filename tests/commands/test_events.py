@@ -19,7 +19,9 @@ from qmpfd.commands import DECODER, TABLE, Context, SharedState
 from qmpfd.commands.events import Event, EventLog, Watcher
 from qmpfd.commands.extension_types import FdAdded
 from qmpfd.fdsets import Peer
+from qmpfd.kernel.close_pool import ClosePool
 from qmpfd.kernel.fd import Fd
+from qmpfd.kernel.hangups import Hangups
 from qmpfd.limits import EVENT_BYTES_A_TURN, MAX_EVENT_BYTES, MAX_EVENTS, MAX_REQUEST_BYTES
 from qmpfd.policy import EVERYTHING, Access, Grant
 from qmpfd.protocol import ServerConnection
@@ -342,7 +344,7 @@ def test_a_change_costs_the_same_however_many_watch() -> None:
     def unused() -> None:
         raise AssertionError
 
-    core = SharedState("spec", qmpfd.Limits(), lambda: 0.0, unused, TABLE)
+    core = SharedState("spec", qmpfd.Limits(), lambda: 0.0, unused, TABLE, ClosePool(), Hangups())
     core.on_event = news
     grant = Grant(frozenset({"query"}), frozenset({0}))
     contexts = [
@@ -354,9 +356,9 @@ def test_a_change_costs_the_same_however_many_watch() -> None:
     assert len(core.logs) == 1
     with Pipe() as pipe:
         fd = Fd(os.dup(pipe.fileno()))
-        core.store.add(fd)
+        (stored,) = core.add([fd])
         assert (calls, Counting.looks) == (1, 1)
-        core.store.remove(0)
+        core.remove([stored], "removed", [])
         fd.close()
     assert (calls, Counting.looks) == (2, 2)
     for context in contexts:

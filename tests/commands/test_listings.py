@@ -18,8 +18,10 @@ from trio.testing import MockClock
 import qmpfd
 from qmpfd.commands import DECODER, TABLE, Context, SharedState
 from qmpfd.commands.listings import list_fds, list_fdsets
-from qmpfd.fdsets import FdSets, Peer, StoredFd
+from qmpfd.fdsets import Peer, StoredFd
+from qmpfd.kernel.close_pool import ClosePool
 from qmpfd.kernel.fd import Fd, close_all
+from qmpfd.kernel.hangups import Hangups
 from qmpfd.policy import EVERYTHING, Access, Grant
 from qmpfd.protocol import ServerConnection
 from qmpfd.protocol.encode import JSONStream, RawJSON
@@ -44,21 +46,21 @@ def core(access: Access = EVERYTHING) -> Iterator[Context]:
     def unused() -> None:
         raise AssertionError
 
-    made = SharedState("spec", qmpfd.Limits(), lambda: 10.0, unused, TABLE)
+    made = SharedState("spec", qmpfd.Limits(), lambda: 10.0, unused, TABLE, ClosePool(), Hangups())
     connection = ServerConnection(DECODER)
     try:
         yield Context(made, connection, Peer(1, 1, 1), access, lambda: False)
     finally:
-        close_all(stored.fd for stored in made.store.clear())
+        close_all(stored.fd for stored in made.store.everything())
         made.closer.shut_down()
         made.hangups.close()
 
 
-def fill(store: FdSets, count: int, *, each: int = 1, opaque: str | None = None) -> None:
+def fill(shared: SharedState, count: int, *, each: int = 1, opaque: str | None = None) -> None:
     """Add so many descriptors, so many to a set."""
     number = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     for n in range(count):
-        store.add(Fd(os.dup(number)), n // each, opaque, create=True, now=n // 7 / 1000)
+        shared.add([Fd(os.dup(number))], n // each, opaque, create=True, now=n // 7 / 1000)
     os.close(number)
 
 
@@ -82,7 +84,7 @@ def numbers(listing: Any) -> list[int]:
 def test_a_step_looks_at_few(command: str, each: int) -> None:
     """Whoever is restricted by a policy too, and whether there are many sets or large ones."""
     with core(Counting([Grant(frozenset({"query"}))])) as context:
-        fill(context.shared.store, 1000, each=each)
+        fill(context.shared, 1000, each=each)
         listing = bits(context, command)
         assert isinstance(listing, JSONStream)
         most, text = 0, b""
@@ -101,7 +103,7 @@ def test_a_step_looks_at_few(command: str, each: int) -> None:
 def test_a_step_encodes_little(command: str) -> None:
     """However long the opaque texts are: no more than one that is long."""
     with core() as context:
-        fill(context.shared.store, 50, opaque="x" * 100_000)
+        fill(context.shared, 50, opaque="x" * 100_000)
         listing = bits(context, command)
         assert isinstance(listing, JSONStream)
         assert max(map(len, listing.bits)) < 110_000
@@ -111,8 +113,8 @@ def test_what_is_kept_of_a_listing_is_little() -> None:
     """Or else the texts took their memory twice, and six times with escapes."""
     with core() as context:
         store = context.shared.store
-        fill(store, 300, opaque="\x01" * 200)
-        fill(store, 300, each=300, opaque="x")
+        fill(context.shared, 300, opaque="\x01" * 200)
+        fill(context.shared, 300, each=300, opaque="x")
         for _ in range(2):
             listing = bits(context, "query-fdsets")
             assert isinstance(listing, JSONStream)
@@ -125,7 +127,7 @@ def test_what_is_kept_of_a_listing_is_little() -> None:
 @pytest.mark.parametrize("count", [0, 1, 300])
 def test_nothing_may_be_seen(command: str, count: int) -> None:
     with core(Access([Grant(frozenset({"query"}), frozenset({9999}))])) as context:
-        fill(context.shared.store, count)
+        fill(context.shared, count)
         listing = bits(context, command)
         text = listing if isinstance(listing, RawJSON) else b"".join(listing.bits)
         assert text == b"[]"
@@ -140,7 +142,7 @@ def test_what_goes_and_what_comes(command: str, each: int) -> None:
     """What stays is listed, once; what goes before its turn is not; numbers are used again."""
     with core() as context:
         store = context.shared.store
-        fill(store, 2000, each=each)
+        fill(context.shared, 2000, each=each)
         everything = [stored for fdset in store for stored in fdset.fds.values()]
         listing = bits(context, command)
         assert isinstance(listing, JSONStream)
@@ -149,11 +151,11 @@ def test_what_goes_and_what_comes(command: str, each: int) -> None:
         assert shown < 1000
         gone: list[StoredFd] = everything[::3]
         kept = [stored for n, stored in enumerate(everything) if n % 3]
-        for stored in gone:
-            store.pop(stored, "removed")
-        close_all(stored.fd for stored in gone)
+        closed: list[Fd] = []
+        context.shared.remove(gone, "removed", closed)
+        close_all(closed)
         reused = {stored.fd.fileno() for stored in kept}
-        fill(store, 500, each=1)  # under the same numbers
+        fill(context.shared, 500, each=1)  # under the same numbers
         text += b"".join(listing.bits)
         found = numbers(json.loads(text))
         assert [number for number in found[shown:] if number in reused] == [
@@ -168,14 +170,15 @@ def test_a_number_that_means_another_by_now() -> None:
     """It is not described in place of the one that had it."""
     with core() as context, Pipe() as pipe:
         store = context.shared.store
-        fill(store, 1000, opaque="ours")
+        fill(context.shared, 1000, opaque="ours")
         listing = bits(context, "query-fds")
         assert isinstance(listing, JSONStream)
         text = next(listing.bits)
         oldest = store.get(0)
+        assert oldest is not None
         [stored] = oldest.fds.values()
         number = stored.fd.fileno()
-        store.pop(stored, "removed")
+        context.shared.remove([stored], "removed", [])
         stored.fd.close()
         os.dup2(pipe.fileno(), number)  # somebody else's: it is in no set
         try:
@@ -191,13 +194,13 @@ def test_a_walk_ends(each: int) -> None:
     """Though descriptors are added all the time."""
     with core() as context:
         store = context.shared.store
-        fill(store, 600, each=each)
+        fill(context.shared, 600, each=each)
         count = 0
         number = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         for fdset in store.iter_stable():
             for _ in fdset.iter_stable(10.0):
                 count += 1
-                store.add(Fd(os.dup(number)), fdset.id, now=11.0)
+                context.shared.add([Fd(os.dup(number))], fdset.id, now=11.0)
                 assert count <= 600
         os.close(number)
         assert count == 600

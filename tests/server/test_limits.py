@@ -188,18 +188,18 @@ async def test_no_more_than_the_process_may_have(path: Path) -> None:
 
 async def test_a_user_leaves_room_for_others() -> None:
     server = Server()
-    server.daemon.waiting_limit = 10
-    server.daemon.check_quota(os.geteuid(), 11)
-    server.daemon.check_quota(os.geteuid() + 1, 10)
+    server.daemon.quotas.waiting_limit = 10
+    server.daemon.quotas.check_quota(os.geteuid(), 11)
+    server.daemon.quotas.check_quota(os.geteuid() + 1, 10)
     with pytest.raises(GenericError, match=f"uid {os.geteuid() + 1}: the limit is 10"):
-        server.daemon.check_quota(os.geteuid() + 1, 11)
+        server.daemon.quotas.check_quota(os.geteuid() + 1, 11)
     server.close()
 
 
 async def test_one_by_one_where_the_table_may_be_full() -> None:
     """What a request removes makes room for what comes with the next."""
     server = Server(limits=Limits(max_fds=100))
-    counts = server.daemon
+    counts = server.daemon.quotas
     assert counts.fds_at_once == FDS_AT_ONCE
     counts.fds_total = 100 - FDS_AT_ONCE
     assert counts.fds_at_once == FDS_AT_ONCE

@@ -205,7 +205,7 @@ async def test_too_many_on_their_way_by_others() -> None:
 async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> None:
     """For commands, in the queue, in replies; taken, given up, left behind by the dead."""
     async with daemon(path) as server, qmpfd.connect(path) as client:
-        counts = server.daemon
+        counts = server.daemon.quotas
         with pipes(1) as made, await Wire.session(path) as wire:
             await client.add_fd(made[0])
             assert counts.waiting == 0
@@ -229,7 +229,7 @@ async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> Non
             for reply in await wire.replies(600):
                 value(reply)
             await settle()
-            server.daemon.refresh_in_flight()
+            counts.refresh_in_flight()
             assert counts.waiting == 0
             value(await wire.call("query-name"))
         await settle()
@@ -239,7 +239,7 @@ async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> Non
 async def test_a_limit_for_all_together(path: Path) -> None:
     """For the daemon's own user too."""
     async with daemon(path) as server:
-        server.daemon.waiting_limit = 10
+        server.daemon.quotas.waiting_limit = 10
         with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
             wire.send(b" ", [pipe] * 10)
             await settle()

@@ -86,18 +86,18 @@ class FdAccounting:
         more = self._connection.waiting_fds + send_buffer.carried_fds - self.waiting
         if more > 0:
             try:
-                daemon.check_waiting(self._uid, more)
+                daemon.quotas.check_waiting(self._uid, more)
             except QMPError as exc:
                 self._connection.refuse_fds(exc.desc)
                 self.dispose()
                 more = send_buffer.carried_fds - self.waiting
         if more:
-            daemon.charge_waiting(self._uid, more)
+            daemon.quotas.charge_waiting(self._uid, more)
             self.waiting += more
 
     def look(self) -> None:
         """Count no more what the client has received meanwhile."""
         taken = min(self._outbox.look(), self.waiting)
         if taken:
-            self._server.daemon.charge_waiting(self._uid, -taken)
+            self._server.daemon.quotas.charge_waiting(self._uid, -taken)
             self.waiting -= taken

@@ -268,7 +268,9 @@ class Session:
             if self._server.is_frozen:
                 await self._park()
             try:
-                came = stream.receive_nowait(connection, not share.in_turn, daemon.fds_at_once)
+                came = stream.receive_nowait(
+                    connection, not share.in_turn, daemon.quotas.fds_at_once
+                )
             except Plenty:
                 await send_buffer.send(share)
                 await share.next_turn(much=True)

@@ -1,4 +1,4 @@
-"""Stored sockets and pipes whose other end is watched.
+"""Sockets and pipes whose other end is watched.
 
 An epoll of our own, because Trio's waits for data as well, which may lie there unread for as long
 as its owner likes.  A hang-up does not count while data can still be read: whoever takes the
@@ -11,19 +11,21 @@ import array
 import fcntl
 import select
 import termios
+from typing import Generic, TypeVar
 
 from ..errors import GenericError, InvalidParameterValue
-from ..fdsets import StoredFd
-from ..kernel.fd import Fd
-from ..kernel.fdinfo import access_mode, kind, target
+from .fd import Fd
+from .fdinfo import access_mode, kind, target
+
+EntryT = TypeVar("EntryT")
 
 
-class Hangups:
-    """The watched descriptors."""
+class Hangups(Generic[EntryT]):
+    """The watched descriptors, each with an entry of whoever watches it."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._watched: dict[int, StoredFd | None] = {}
+        self._watched: dict[int, EntryT] = {}
         self._draining: set[int] = set()
         #: Those that :meth:`take` still has to look at.
         self.due: list[int] = []
@@ -40,8 +42,8 @@ class Hangups:
         """
         return bool(self._draining)
 
-    def register(self, fd: Fd) -> None:
-        """Begin to watch *fd*; :meth:`watch` or :meth:`cancel` comes next.
+    def watch(self, fd: Fd, entry: EntryT) -> None:
+        """Begin to watch *fd*; :meth:`take` gives *entry*.
 
         Raises:
             InvalidParameterValue: it is no socket or pipe.
@@ -56,23 +58,13 @@ class Hangups:
             self._epoll.register(number, 0)
         except OSError as exc:
             raise GenericError(f"The file descriptor cannot be watched: {exc.strerror}") from None
-        self._watched[number] = None
+        self._watched[number] = entry
 
-    def cancel(self, fd: Fd) -> None:
-        """Do not watch *fd* after all."""
-        self._forget(fd.fileno())
-
-    def watch(self, stored: StoredFd) -> None:
-        """The descriptor was stored."""
-        self._watched[stored.fd.fileno()] = stored
-
-    def unwatch(self, stored: StoredFd) -> None:
-        """The descriptor was taken out of the store.  It is still open: the kernel would go on
-        telling of it while the sender's own copy is, under a number that means another by then.
+    def unwatch(self, fd: Fd) -> None:
+        """Watch *fd* no more.  It has to be open still: the kernel would go on telling of it while
+        the sender's own copy is, under a number that means another by then.
         """
-        self._forget(stored.fd.fileno())
-
-    def _forget(self, number: int) -> None:
+        number = fd.fileno()
         del self._watched[number]
         if number in self._draining:
             self._draining.discard(number)
@@ -87,20 +79,19 @@ class Hangups:
             self._draining.add(number)
         self.due = list(self._draining)
 
-    def take(self, most: int) -> list[StoredFd]:
-        """Those of the next *most* that are due that have been read to the end."""
+    def take(self, limit: int) -> list[EntryT]:
+        """Those of the next *limit* that are due that have been read to the end."""
         over = []
-        due, self.due = self.due[:most], self.due[most:]
+        due, self.due = self.due[:limit], self.due[limit:]
         for number in due:
             if number not in self._draining:  # removed meanwhile
                 continue
-            stored = self._watched[number]
             events = _events(number)
             if not events:  # a FIFO that was opened anew, or an error that was told to somebody
                 self._draining.discard(number)
                 self._epoll.register(number, 0)
-            elif stored is not None and _hung_up(number, events) and not _unread(number):
-                over.append(stored)
+            elif _hung_up(number, events) and not _unread(number):
+                over.append(self._watched[number])
         return over
 
     def close(self) -> None:

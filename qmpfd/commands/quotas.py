@@ -1,0 +1,159 @@
+"""How much clients may make the daemon keep: descriptors, texts, and what waits in connections."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf
+
+from ..errors import GenericError
+from ..fdsets import Peer
+from ..kernel.close_pool import ClosePool
+from ..limits import FDS_AT_ONCE, LOOK_INTERVAL, MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, Limits
+from ..policy import is_owner
+
+
+def memory_size(text: str) -> int:
+    """Bytes that *text* takes in memory, at most.
+
+    It depends on nothing but the text: :func:`sys.getsizeof` grows once a text was encoded, and so
+    gives back more, or less, than was counted.  One wide character makes all of them wide.
+    """
+    return len(text) if text.isascii() else 4 * len(text)
+
+
+def _add(counts: dict[int, int], uid: int, more: int) -> None:
+    """Count so many more, or fewer, for *uid*; users with none are forgotten."""
+    left = counts.get(uid, 0) + more
+    if left:
+        counts[uid] = left
+    else:
+        counts.pop(uid, None)
+
+
+@dataclass(slots=True)
+class Quotas:
+    """What is kept for clients, in all and by user, and how much that may be.
+
+    Args:
+        limits: what each client is allowed.
+        clock: the time in seconds, never set back.
+        closer: what hangs in its close still takes a place.
+        refresh_in_flight: counts what clients have received meanwhile no more as waiting.
+    """
+
+    limits: Limits
+    clock: Callable[[], float]
+    closer: ClosePool
+    refresh_in_flight: Callable[[], None] = lambda: None
+    fds_total: int = 0  #: descriptors kept for clients, those of ``getfd`` included
+    fds_by_uid: dict[int, int] = field(default_factory=dict)
+    opaque_total: int = 0  #: bytes of the stored opaque texts, and of names
+    opaque_by_uid: dict[int, int] = field(default_factory=dict)
+    waiting: int = 0  #: descriptors that no command has yet, and that their clients do not take
+    waiting_by_uid: dict[int, int] = field(default_factory=dict)
+    waiting_limit: int = field(init=False)  #: of those, and of one user's: half of the table
+    refreshed_at: float = -inf  #: when clients were last asked what they have received
+
+    def __post_init__(self) -> None:
+        table = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.limits = self.limits.within(table)
+        self.waiting_limit = table // 2
+
+    # -- what is kept ----------------------------------------------------------------------------
+
+    def charge(self, peer: Peer | None, text: str | None) -> None:
+        """A descriptor is kept for *peer*, under that opaque text or name."""
+        if peer is not None:
+            self.fds_total += 1
+            _add(self.fds_by_uid, peer.uid, 1)
+        if text:
+            self._count_text(peer, memory_size(text))
+
+    def refund(self, peer: Peer | None, text: str | None) -> None:
+        """What :meth:`charge` has counted is kept no more."""
+        if peer is not None:
+            self.fds_total -= 1
+            _add(self.fds_by_uid, peer.uid, -1)
+        if text:
+            self._count_text(peer, -memory_size(text))
+
+    def _count_text(self, peer: Peer | None, size: int) -> None:
+        self.opaque_total += size
+        if peer is not None:
+            _add(self.opaque_by_uid, peer.uid, size)
+
+    def check_quota(self, uid: int, count: int, opaque: str | None = None) -> None:
+        """Refuse to keep *count* more descriptors for a client of *uid*, each with that opaque
+        text, when that is too much.
+
+        Raises:
+            GenericError: naming the limit.
+        """
+        limits = self.limits
+        if self.fds_total + self.closer.pending + count > limits.max_fds:
+            raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
+        if opaque:
+            more = count * memory_size(opaque)
+            if self.opaque_total + more > MAX_OPAQUE_TOTAL:
+                raise GenericError(
+                    f"Too much opaque text: the limit is {MAX_OPAQUE_TOTAL} bytes in all"
+                )
+            theirs = self.opaque_by_uid.get(uid, 0) + more
+            if theirs > MAX_OPAQUE_PER_UID and not is_owner(uid):
+                raise GenericError(
+                    f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
+                )
+        kept, most = self.fds_by_uid.get(uid, 0) + count, limits.max_fds_per_uid
+        if kept > self.waiting_limit and not is_owner(uid):
+            most = min(most, self.waiting_limit)  # others have to find room as well
+        if kept > most:
+            raise GenericError(f"Too many file descriptors of uid {uid}: the limit is {most}")
+
+    # -- what waits in connections ---------------------------------------------------------------
+
+    @property
+    def fds_at_once(self) -> int:
+        """How many descriptors a connection may take before the first of their commands is carried
+        out: one, where the table may be full before that, and what is removed makes room.
+        """
+        full = self.fds_total + self.waiting + FDS_AT_ONCE > self.limits.max_fds
+        return 1 if full else FDS_AT_ONCE
+
+    def charge_waiting(self, uid: int, more: int) -> None:
+        """So many descriptors more, or fewer, wait in connections of *uid*."""
+        self.waiting += more
+        _add(self.waiting_by_uid, uid, more)
+
+    def check_waiting(self, uid: int, more: int) -> None:
+        """Refuse to let *more* descriptors wait in a connection of *uid* when that is too much.
+
+        Root and the daemon's own user may have all that is left.  Every other user may have as
+        many as are left free after that, and no more: one has half of what may wait in all, each
+        of two a third, and some are left for whoever comes next.
+
+        Raises:
+            GenericError: it is.
+        """
+        refused = self._refused_waiting(uid, more)
+        if refused and self.clock() - self.refreshed_at > LOOK_INTERVAL:
+            self.refreshed_at = self.clock()
+            self.refresh_in_flight()
+            refused = self._refused_waiting(uid, more)
+        if refused:
+            raise GenericError(refused)
+
+    def _refused_waiting(self, uid: int, more: int) -> str:
+        free = self.waiting_limit - self.waiting - more
+        theirs = self.waiting_by_uid.get(uid, 0) + more
+        if theirs > free and not is_owner(uid):
+            return (
+                f"Too many file descriptors of uid {uid} wait in its connections: "
+                f"the limit is {(theirs + free) // 2}"
+            )
+        if free < 0:
+            return (
+                f"Too many file descriptors wait in connections: the limit is {self.waiting_limit}"
+            )
+        return ""
