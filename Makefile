@@ -45,8 +45,8 @@ package: $(VENV)/.package  ## build sdist and wheel, and try them in an empty en
 bench: $(VENV)/.dev  ## CPU per command, beside the peers that are installed
 	$(BIN)/python scripts/bench.py $(ARGS)
 
-figures: $(VENV)/.figures  ## the same, into docs/bench, for the documentation: numbers and plots
-	$(BIN)/python scripts/bench.py --report docs/bench $(ARGS)
+figures: $(VENV)/.dev  ## the same, into docs/bench and docs/performance.md: numbers and plots
+	$(BIN)/python scripts/bench.py --report docs/bench --page docs/performance.md $(ARGS)
 
 stress: $(VENV)/.dev  ## hostile clients and kill -9, for as long as you like
 	$(BIN)/python scripts/stress.py $(ARGS)
@@ -64,11 +64,6 @@ $(VENV)/.runtime: pyproject.toml requirements-dev.txt qmpfd/_version.py
 	@echo "Installing qmpfd into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable .
-	@touch $@
-
-$(VENV)/.figures: $(VENV)/.dev requirements-figures.txt
-	@echo "Installing matplotlib into $(VENV)"
-	@$(PIP) --requirement requirements-figures.txt
 	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev requirements-fuzz.txt

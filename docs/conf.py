@@ -15,7 +15,6 @@ _HERE = Path(__file__).parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent)]
 
 import command_line  # noqa: E402 - it is in this folder
-import measured  # noqa: E402
 import wire  # noqa: E402
 
 from qmpfd import __version__  # noqa: E402
@@ -67,7 +66,6 @@ GENERATED = {
     "rule": wire.rule,
     "options": command_line.options,
     "verbs": command_line.verbs,
-    "measured": measured.results,
     "others": others,
 }
 

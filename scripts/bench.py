@@ -23,7 +23,7 @@ from types import FrameType
 from benchmark import plots
 from benchmark.goals import goals
 from benchmark.plan import Scale, measure_all, timed
-from benchmark.report import as_json, tell, tell_goals
+from benchmark.report import as_json, goals_page, tell, tell_goals
 from benchmark.servers import KINDS, OTHER, Failed, Servers, missing, placement
 
 _CLIENTS = (20, 200, 1000)
@@ -51,6 +51,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--report", type=Path, metavar="FOLDER", help="all three there: results.txt, .json, plots"
     )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="put the goals into its table")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often to measure everything")
     parser.add_argument("--commands", type=int, metavar="N", help="in one run, at most")
     parser.add_argument("--stored", type=int, metavar="N", help="descriptors, at most")
@@ -146,11 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
     for file in (options.json, report and report / "results.json"):
         if file is not None:
             file.write_bytes(as_json(results, scale, found))
+    if options.page is not None:
+        options.page.write_text(goals_page(options.page.read_text(), found))
     for folder_ in (options.plots, report):
         if folder_ is None:
             continue
-        drawn = plots.draw(results, scale, names, folder_)
-        print("drawn:", *drawn) if drawn else print(f"No plots without matplotlib: {plots.INSTALL}")
+        print("drawn:", *plots.draw(results, scale, names, folder_))
     return 0
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from helpers import ROOT
@@ -17,9 +18,10 @@ sys.path.append(str(ROOT / "scripts"))
 
 from benchmark.goals import Goal, goals
 from benchmark.load import Run
-from benchmark.path import walk
+from benchmark.path import Call, Walk, walk
 from benchmark.plan import Cell, Results, Scale, cells
-from benchmark.report import as_json, tell, tell_goals
+from benchmark.plots import Row, dot_plot
+from benchmark.report import as_json, goals_page, tell, tell_goals
 from benchmark.servers import KINDS, OTHER, SAME, missing, placement
 from benchmark.waits import attacks
 
@@ -49,7 +51,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     assert (folder / "report/results.json").read_bytes() == file.read_bytes()
     text = (folder / "report/results.txt").read_text()
     assert done.stdout.startswith(text)
-    assert (folder / "report/bench-stored.svg").exists() == ("drawn:" in done.stdout)
+    for drawn in ("cpu-same", "p99-same", "stored"):
+        ElementTree.parse(folder / f"report/{drawn}.svg")
     found: dict[str, Any] = json.loads(file.read_text())
     return {**found, "text": text}
 
@@ -129,6 +132,23 @@ def test_each_goal_compares_runs_of_one_shape_and_place() -> None:
     assert {goal.measured for goal in ratios} == {1}
 
 
+def test_the_page_has_the_goals_of_the_last_figures() -> None:
+    """``make figures`` writes both; neither is changed by hand."""
+    figures = json.loads((ROOT / "docs/bench/results.json").read_bytes())
+    found = [Goal(g["what"], g["wanted"], g["measured"], g["unit"]) for g in figures["goals"]]
+    page = (ROOT / "docs/performance.md").read_text()
+    assert goals_page(page, found) == page
+
+
+def test_a_dot_plot_names_its_figures() -> None:
+    """As text, also for who does not see it."""
+    rows = [Row("1 x 1", {"qmpfd": 20, "loop": 2.25}), Row("1 x 8", {"qmpfd": 10})]
+    picture = ElementTree.fromstring(dot_plot("CPU & time", "us", rows))
+    assert picture.attrib["aria-label"] == "CPU & time"
+    told = {each.text for each in picture.iter("{http://www.w3.org/2000/svg}title")}
+    assert told == {"bare C", "qmpfd", "qmpfd: 20", "bare C: 2.25", "qmpfd: 10"}
+
+
 def test_without_peers_there_is_still_a_table() -> None:
     """What is missing is a dash, and no goal about it is known."""
     plan = cells(SCALE, ["qmpfd"], [SAME])
@@ -157,11 +177,17 @@ def test_a_peer_does_only_what_it_can() -> None:
     assert {cell.stored for cell in plan if cell.server in ("loop", "trio")} == {0}
 
 
-def test_one_path_is_the_same_each_time() -> None:
-    """Counted are calls, not time; the first is that of the connection, woken up."""
-    first, second = walk(), walk()
-    assert first.calls == second.calls
-    assert {call.file.split("/")[0] for call in first.calls} >= {"server", "commands", "fdsets"}
+def test_the_path_of_an_add_fd_goes_through_the_floors() -> None:
+    """Counted are calls into the package, from the connection's task down to the store."""
+    found = walk()
+    assert {call.file.split("/")[0] for call in found.calls} >= {"server", "commands", "fdsets"}
+    assert found.steps >= 1
+
+
+def test_a_change_of_file_is_a_call_into_another_one() -> None:
+    """Several calls into one file in a row are none."""
+    calls = tuple(Call(file, "f") for file in ("a", "a", "b", "a", "c", "c"))
+    assert Walk(calls, 1).changes == 3
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nginx"], ["--rounds", "many"]])

@@ -34,13 +34,10 @@ DOCS = ROOT / "docs"
 
 if TYPE_CHECKING:
     import command_line
-    import measured
     import wire
 else:
     sys.path.append(str(DOCS))
-    command_line, measured, wire = map(
-        importlib.import_module, ("command_line", "measured", "wire")
-    )
+    command_line, wire = map(importlib.import_module, ("command_line", "wire"))
 
 #: Pages whose examples another test runs.
 _ELSEWHERE = {"howto/testing.md"}
@@ -115,19 +112,6 @@ def test_every_verb_and_option_is_there() -> None:
             for option in action.option_strings:
                 if option not in ("-h", "--help"):
                     assert re.search(rf"`{option}[ `]", section), f"{verb} {option}"
-
-
-def test_figures_are_shown_where_there_are_some(tmp_path: Path) -> None:
-    folder = tmp_path / "bench"
-    assert "make figures" in measured.results(folder)
-    folder.mkdir()
-    (folder / "results.txt").write_text("3 us\n")
-    (folder / "cpu-per-command.svg").touch()
-    (folder / "bench-stored.svg").touch()
-    shown = measured.results(folder)
-    assert "\n3 us\n" in shown
-    assert "how many descriptors are stored](bench/bench-stored.svg)" in shown
-    assert "![cpu per command](bench/cpu-per-command.svg)" in shown
 
 
 # -- what is written beside the table: rights and errors ---------------------------------------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from .servers import KINDS, OTHER, SAME
 Row = tuple[str, Cell]
 
 _NOTHING = "-"
+
+_GOALS = ("", "at most", "measured", "met")
 
 #: All tables of servers have columns of one width, so that they stand below each other.
 _COLUMN = 10
@@ -112,7 +115,8 @@ def _waits(results: Results, scale: Scale) -> list[str]:
         told.append(table("Longest wait of a client, ms", ["", "median"], rows))
     rows = [[what, _figure(seconds * 1e3)] for what, seconds in results.attacks.items()]
     if rows:
-        told.append(table("Longest wait of one who asks once a millisecond, ms", ["", ""], rows))
+        title = "Longest wait of one who asks once a millisecond, ms, but for that for a CPU"
+        told.append(table(title, ["beside this attack", ""], rows))
     return told
 
 
@@ -124,14 +128,33 @@ def _path(results: Results) -> list[str]:
     return [table("One add-fd in Python", ["", "calls", "changes of file"], rows)]
 
 
+def _judged(goal: Goal) -> tuple[str, str, str, str]:
+    """What a goal is about, its bound, the figure, and whether it is met."""
+    unit = f" {goal.unit}" if goal.unit else ""
+    measured = _NOTHING if goal.measured is None else f"{goal.measured:.3g}{unit}"
+    met = {True: "yes", False: "NO", None: "not known"}[goal.met]
+    return goal.what, f"{goal.wanted:g}{unit}", measured, met
+
+
 def tell_goals(found: list[Goal]) -> str:
     """The goals, and whether each is met."""
-    rows = []
-    for goal in found:
-        met = {True: "yes", False: "NO", None: "not known"}[goal.met]
-        measured = _NOTHING if goal.measured is None else f"{goal.measured:.3g} {goal.unit}"
-        rows.append([goal.what, f"{goal.wanted:g} {goal.unit}", measured, met])
-    return table("Goals", ["", "at most", "measured", "met"], rows, column=0)
+    return table("Goals", _GOALS, [_judged(goal) for goal in found], column=0)
+
+
+def goals_page(text: str, found: list[Goal]) -> str:
+    """A page in Markdown, *text*, with its table of goals made anew.
+
+    Raises:
+        ValueError: the page has no such table.
+    """
+    lines = ["| goal | at most | measured | met |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(_judged(goal))} |" for goal in found]
+    page, count = re.subn(
+        r"^\| goal \|.*?\n\n", "\n".join([*lines, "", ""]), text, flags=re.MULTILINE | re.DOTALL
+    )
+    if count != 1:
+        raise ValueError(f"{count} tables begin with '| goal |'")
+    return page
 
 
 def tell(results: Results, scale: Scale, names: list[str]) -> str:
@@ -208,4 +231,15 @@ def as_json(results: Results, scale: Scale, found: list[Goal]) -> bytes:
             for g in found
         ],
     }
-    return msgspec.json.format(msgspec.json.encode(whole), indent=1) + b"\n"
+    lines = [f"{name}: {text}" for name, text in _lines(whole)]
+    return "{{\n{}\n}}\n".format(",\n".join(lines)).encode()
+
+
+def _lines(whole: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The members of an object as JSON; a list has a line for each item, so that they compare."""
+    for name, value in whole.items():
+        text = msgspec.json.encode(value).decode()
+        if isinstance(value, list):
+            items = ",\n".join(f"  {msgspec.json.encode(item).decode()}" for item in value)
+            text = f"[\n{items}\n]"
+        yield f'"{name}"', text

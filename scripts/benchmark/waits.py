@@ -185,9 +185,9 @@ def takeover(servers: Servers, server: Server) -> tuple[float, Server]:
 
 def crash(servers: Servers, server: Server) -> float:
     """Kill the worker of a supervised daemon; the longest wait in seconds."""
-    _everywhere(servers, server)
     parent = server.pids[-1]
     (worker,) = children(parent)
+    _everywhere(servers, replace(server, pids=(worker, parent)))
     with on_cpus(servers.cpus.values()):
         return _longest_wait(server, lambda: os.kill(worker, signal.SIGKILL))
 
@@ -245,7 +245,9 @@ def _program(name: str, *words: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def beside(servers: Servers, server: Server, attack: Attack, seconds: float) -> float:
-    """Attack; the longest that a client waits that asks once a millisecond, in seconds."""
+    """Attack; the longest that a client waits that asks once a millisecond, in seconds, without
+    the time for which the machine ran something else, such as the attackers.
+    """
     _everywhere(servers, server)
     with on_cpus(servers.cpus.values()), _program("probe.py", server.path) as probe:
         with ExitStack() as stack:
@@ -255,4 +257,4 @@ def beside(servers: Servers, server: Server, attack: Attack, seconds: float) -> 
         said, _ = probe.communicate()
     if not said:
         raise Failed(f"{attack.name}: a well-behaved client was cut off")
-    return float(json.loads(said)["daemon"]["max"])
+    return float(json.loads(said)["own"]["max"])
