@@ -101,15 +101,17 @@ def supervised(
     pass_fds: Sequence[int] = (),
     status: int | None = 0,
     named: bool = True,
+    open_files: int | None = None,
 ) -> Iterator[Supervised]:
     """Both processes, ended with SIGTERM where they have not ended; `status` is the parent's, None
-    for any.
+    for any; `open_files`, how many descriptors each of them may have.
     """
     log = path.with_name(f"{path.name}-{time.monotonic_ns()}.log")
     where = ["--socket", os.fspath(path)] if named else []
+    shell = ["sh", "-c", f'ulimit -n {open_files} && exec "$@"', "sh"] if open_files else []
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [*COMMAND, "--supervise", *where, *options],
+            [*shell, *COMMAND, "--supervise", *where, *options],
             cwd=ROOT,
             stderr=file,
             pass_fds=pass_fds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,19 @@ def test_trio_on_the_top_floors_only(module: str) -> None:
     tops = {name.split(".")[0] for name in imports(module)}
     if "trio" in tops:
         assert room(module) in TRIO or module in TRIO
+
+
+def test_a_restart_opens_nothing_before_the_numbers_are_given() -> None:
+    """Importing ctypes, as Trio does, leaves a descriptor open since Python 3.14."""
+    program = """
+import sys
+import qmpfd.cli.serve, qmpfd.cli.logs, qmpfd.cli.supervise, qmpfd.cli.takeover
+import qmpfd.server.fdstore.recover, qmpfd.server.renumber
+assert not {"ctypes", "trio"} & sys.modules.keys()
+import qmpfd.cli.daemon
+assert {"ctypes", "trio"} <= sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_trio_is_where_we_say() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -71,12 +70,6 @@ def run(
     names = [str(path) for path in paths]
     names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
     trio.run(_main, start, names, inheritance, recovered.state.listeners, policy_path)
-
-
-def raise_open_files_limit() -> None:
-    """Allow ourselves as many descriptors as we may: they are what this process is for."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _main(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +21,7 @@ from .options import add_examples, default_socket, number, seconds, socket_path
 from .policy import group_id, read_policy
 
 if TYPE_CHECKING:
-    from ..server.takeover.receiver import Movable
+    from ..server.renumber import Movable
     from .options import Subparsers
 
 _DEFAULTS = Limits()
@@ -222,20 +222,30 @@ def _octal(text: str) -> int:
     return mode
 
 
-def _take_inherited(options: list[InheritedFd]) -> list[tuple[Fd, int, str | None]]:
-    """Duplicates of the descriptors that the options name; the originals are closed."""
+def _take_inherited(
+    options: list[InheritedFd],
+) -> tuple[list[tuple[Fd, int, str | None]], list[int]]:
+    """Duplicates of the descriptors that the options name, whose originals are closed; and the
+    numbers that were not passed to this process.
+    """
     taken: list[tuple[Fd, int, str | None]] = []
+    missing = []
     for option in options:
-        try:
-            flags = fcntl.fcntl(option.fd, fcntl.F_GETFD)
-        except OSError:
-            flags = fcntl.FD_CLOEXEC
-        if flags & fcntl.FD_CLOEXEC:  # not inherited: one of our own, or none at all
-            raise UsageError(f"--add-fd: descriptor {option.fd} was not passed to this process")
-        taken.append((Fd(os.dup(option.fd)), option.fdset_id, option.opaque))
-    for number_ in {option.fd for option in options}:
+        if _was_inherited(option.fd):
+            taken.append((Fd(os.dup(option.fd)), option.fdset_id, option.opaque))
+        else:
+            missing.append(option.fd)
+    for number_ in {option.fd for option in options} - set(missing):
         Fd(number_).close()
-    return taken
+    return taken, missing
+
+
+def _was_inherited(number_: int) -> bool:
+    """Whether a descriptor is there that this process has not opened itself (PEP 446)."""
+    try:
+        return os.get_inheritable(number_)
+    except OSError:
+        return False
 
 
 def leaf_exceptions(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
@@ -259,23 +269,38 @@ def _fill_standard_streams() -> None:
             fd.close()
 
 
+def raise_open_files_limit() -> None:
+    """Allow ourselves as many descriptors as we may: they are what this process is for."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     _fill_standard_streams()
     parent, store_size = take_parent(), take_store_size()
     if arguments.supervise and parent is None and not keeping.has_store(store_size):
         numbers = {option.fd for option in arguments.add_fd}
         keeping.become_supervisor(arguments.log_format, arguments.log_level, numbers)
-    # Before Trio opens descriptors of its own, which nobody may mistake for inherited ones.
-    inherited = take_listen_fds()
-    from . import daemon, logs, takeover
+    from . import logs, takeover
 
+    inherited = take_listen_fds()
     logs.set_up(arguments.log_format, arguments.log_level)
-    daemon.raise_open_files_limit()
-    recovered = keeping.recover(inherited, parent)
-    if recovered.left and parent is not None:
+    raise_open_files_limit()
+    # All stored descriptors get their numbers before anything is imported that opens others.
+    initial, missing = _take_inherited(arguments.add_fd)
+    movable: list[Movable] = [fd for fd, _, _ in initial]
+    if parent is not None:
+        movable.append(parent)
+    recovered = keeping.recover(inherited, movable)
+    if recovered.handed_over and parent is not None:
         with recovered:
+            close_all(fd for fd, _, _ in initial)
             return DONE  # a successor has it all; this was started because it was not told so
-    initial = [] if recovered.found else _take_inherited(arguments.add_fd)
+    if recovered.has_state:  # they are part of it
+        close_all(fd for fd, _, _ in initial)
+        initial = []
+    elif missing:
+        raise UsageError(f"--add-fd: descriptor {missing[0]} was not passed to this process")
     listen_fds = recovered.sockets
     limits = Limits(
         max_connections=arguments.max_connections,
@@ -291,17 +316,16 @@ def _serve(arguments: argparse.Namespace) -> int:
     policy = None if arguments.policy is None else read_policy(arguments.policy)
     inheritance = None
     there = recovered.state.listeners
-    if arguments.takeover:
-        if not paths:
-            raise UsageError("--takeover needs --socket: which daemon is to be taken over")
+    if arguments.takeover and not paths:
+        raise UsageError("--takeover needs --socket: which daemon is to be taken over")
+    if arguments.takeover and not recovered.has_state:
         reached, *paths = paths
-        if not recovered.found:
-            close_all(recovered.useless)  # their numbers may be needed
-            movable: list[Movable] = [fd for fd, _, _ in initial]
-            movable += [given.fd for given in listen_fds] + ([] if parent is None else [parent])
-            inheritance = takeover.fetch(reached, movable, has_parent=parent is not None)
-            there = inheritance.state.listeners
+        movable += [*recovered.stale_fds, *(given.fd for given in listen_fds)]
+        inheritance = takeover.fetch(reached, movable, has_parent=parent is not None)
+        there = inheritance.state.listeners
     paths = takeover.still_to_bind(paths, there)
+    from . import daemon
+
     kept = keeping.connect(parent, store_size)
     failures: list[BaseException] = []
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
@@ -16,6 +16,7 @@ from .exit_codes import UsageError
 if TYPE_CHECKING:
     from ..server.fdstore.mirror import FdStoreConfig
     from ..server.fdstore.recover import Recovered
+    from ..server.renumber import Movable
 
 _log = logging.getLogger("qmpfd")
 
@@ -49,8 +50,12 @@ def become_supervisor(log_format: str, log_level: str, passed: Collection[int]) 
     os.execv(sys.executable, [*python, log_format, log_level, numbers, *command])
 
 
-def recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recovered:
+def recover(inherited: Sequence[InheritedFd], others: Iterable[Movable]) -> Recovered:
     """Sort out what this process was started with.
+
+    Args:
+        inherited: what came with $LISTEN_FDS; owned from here on.
+        others: more descriptors that may get other numbers.
 
     Raises:
         UsageError: what has come back cannot be used.
@@ -58,10 +63,10 @@ def recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recove
     from ..server.fdstore import recover as recovering
 
     try:
-        recovered = recovering.recover(inherited, parent)
+        recovered = recovering.recover(inherited, others)
     except ValueError as exc:
         raise UsageError(str(exc)) from None
-    if recovered.found:
+    if recovered.has_state:
         _log.info(
             "restored %d descriptors of %d fd sets",
             len(recovered.state.stored_numbers),

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from ..client.blocking import NoDaemon
 from ..limits import TAKEOVER_TIMEOUT
+from ..server.renumber import Movable
 from ..server.takeover import receiver as fetching
 
 _log = logging.getLogger("qmpfd")
 
 
-def fetch(
-    path: Path, movable: Iterable[fetching.Movable], *, has_parent: bool
-) -> fetching.ReceivedState:
+def fetch(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> fetching.ReceivedState:
     """Fetch all that the daemon at *path* has.
 
     Args:

@@ -23,8 +23,8 @@ from collections.abc import Iterable
 from enum import Enum, auto
 from time import monotonic
 
-from .fd import Fd, unread_bytes
-from .fdinfo import is_in_memory, make_statx
+from .fd import Fd, is_in_memory, unread_bytes
+from .fdinfo import make_statx
 
 #: Threads that may hang in a close at a time.  More wait in line, with their descriptors open.
 _MAX_THREADS = 32

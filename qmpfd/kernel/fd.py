@@ -73,13 +73,13 @@ class Fd:
         """A second descriptor of the same open file description, close-on-exec (dup(2))."""
         return Fd(os.dup(self.fileno()))
 
-    def move_above(self, number: int) -> None:
-        """Give it another number, higher than *number* (fcntl(2), F_DUPFD_CLOEXEC).
+    def move_to(self, number: int) -> None:
+        """Give it another number, and close whatever has that (dup2(2)).
 
         Raises:
-            OSError: there is none.
+            OSError: the number is beyond RLIMIT_NOFILE.
         """
-        moved = fcntl.fcntl(self.fileno(), fcntl.F_DUPFD_CLOEXEC, number + 1)
+        moved = os.dup2(self.fileno(), number, inheritable=False)
         self.close()
         self.number = moved
 
@@ -121,6 +121,17 @@ def fileno(fd: FileDescriptorLike) -> int:
     if number < 0:
         raise ValueError(f"{number} is no file descriptor")
     return number
+
+
+def is_in_memory(fd: int) -> bool:
+    """Whether *fd* is of a file that is kept in memory, a memfd for one.  A name tells nothing:
+    a file of another mount namespace can be called ``/memfd:x`` as well.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # EINVAL on everything else (fcntl(2))
+    except OSError:
+        return False
+    return True
 
 
 def unread_bytes(sock: socket.socket) -> int:

@@ -16,6 +16,8 @@ import struct
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
+from .fd import is_in_memory
+
 Access: TypeAlias = Literal["rdonly", "wronly", "rdwr", "path"]
 
 _ACCESS: dict[int, Access] = {os.O_RDONLY: "rdonly", os.O_WRONLY: "wronly", os.O_RDWR: "rdwr"}
@@ -38,17 +40,6 @@ def target(fd: int) -> str:
     except OSError:
         return ""
     return link.decode("utf-8", "backslashreplace")
-
-
-def is_in_memory(fd: int) -> bool:
-    """Whether *fd* is of a file that is kept in memory, a memfd for one.  A name tells nothing:
-    a file of another mount namespace can be called ``/memfd:x`` as well.
-    """
-    try:
-        fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # EINVAL on everything else (fcntl(2))
-    except OSError:
-        return False
-    return True
 
 
 _ANONYMOUS = re.compile(r"anon_inode:\[?([^\]]*)\]?")

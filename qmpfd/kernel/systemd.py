@@ -95,16 +95,11 @@ class Notifier:
         """Of the socket: writable when there is room, readable when the parent is gone."""
         return self._sock.fileno()
 
-    def move_above(self, number: int) -> None:
-        """As :meth:`qmpfd.kernel.fd.Fd.move_above`."""
+    def move_to(self, number: int) -> None:
+        """As :meth:`qmpfd.kernel.fd.Fd.move_to`."""
         with Fd(self._sock.detach()) as fd:
-            fd.move_above(number)
+            fd.move_to(number)
             self._sock = socket.socket(fileno=fd.detach())
-
-    def move(self, duplicate: Fd) -> None:
-        """Make way: go on with *duplicate*, which is of the same socket; owned from here on."""
-        self._sock.close()
-        self._sock = socket.socket(fileno=duplicate.detach())
 
     def send(self, text: str, passed: Sequence[FileDescriptorLike] = ()) -> None:
         """Send one message.

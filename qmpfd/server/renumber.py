@@ -1,77 +1,118 @@
-"""Gives descriptors the numbers that they had in another process."""
+"""Gives descriptors the numbers that they had in another process: in a restart and in a takeover.
+
+It has to run before anything is imported that opens descriptors of its own.  Since Python 3.14,
+importing ctypes, which Trio does, leaves one of libffi's open at the lowest free number.
+"""
 
 from __future__ import annotations
 
 import fcntl
-import os
-from collections.abc import Collection, Sequence
+import logging
+import resource
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from ..kernel.fd import Fd
-from ..kernel.systemd import Notifier
+
+_log = logging.getLogger("qmpfd")
 
 
-def make_way(parent: Notifier | None, numbers: Collection[int]) -> None:
-    """Have the parent's socket, if there is one, at none of *numbers*."""
-    if parent is not None and parent.fileno() in numbers:
-        parent.move(_spare(parent.fileno(), numbers))
+class Movable(Protocol):
+    """The owner of a descriptor, which may get another number."""
+
+    def fileno(self) -> int:
+        """The descriptor's number."""
+
+    def move_to(self, number: int) -> None:
+        """As :meth:`qmpfd.kernel.fd.Fd.move_to`."""
 
 
-def _spare(number: int, avoid: Collection[int]) -> Fd:
-    """A duplicate of a descriptor, under a number that is not one of *avoid*."""
-    lowest = 0
-    while True:
-        duplicate = Fd(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, lowest))
-        if duplicate.fileno() not in avoid:
-            return duplicate
-        lowest = duplicate.fileno() + 1
-        duplicate.close()
+def renumber(
+    fds: Sequence[Fd], targets: Sequence[int | None], others: Iterable[Movable] = ()
+) -> None:
+    """Give descriptors their numbers; the owners stay the same.
 
-
-def place(fds: Sequence[Fd], wanted: Sequence[int | None]) -> list[Fd]:
-    """Give descriptors the numbers that they are to have.
+    A number that cannot be had (a library or a parent process has opened something there, or it is
+    beyond RLIMIT_NOFILE) costs that descriptor its number, and a line of the log; all others get
+    theirs.
 
     Args:
-        fds: the descriptors; owned from here on.
-        wanted: the number of each; None if it does not matter.
-
-    Returns:
-        Their new owners, in the same order.
-
-    Raises:
-        ValueError: a number is in use by something else.
+        fds: the descriptors.
+        targets: the number that each of them is to have; None if it does not matter.
+        others: more descriptors that may get other numbers.
     """
-    placed = list(fds)
-    numbers = {number for number in wanted if number is not None}
-    at = {fd.fileno(): index for index, fd in enumerate(placed)}
-    for number in numbers - at.keys():
-        if os.path.exists(f"/proc/self/fd/{number}"):
-            raise ValueError(f"descriptor {number} is in use in this process already")
+    table = _Table([*fds, *others], targets)
+    for _ in range(2):  # where the table is full, the first pass makes room for the second
+        for index in range(len(fds)):
+            table.settle(index)
+    for fd, target in zip(fds, targets, strict=True):
+        if target is not None and fd.fileno() != target:
+            _log.warning(
+                "descriptor %d has number %d from now on: %d cannot be had in this process",
+                target,
+                fd.fileno(),
+                target,
+            )
 
-    def move(index: int, to: Fd) -> None:
-        number = placed[index].fileno()
-        placed[index].close()
-        placed[index] = to
-        del at[number]
-        at[to.fileno()] = index
 
-    for index, target in enumerate(wanted):
-        if target is None and placed[index].fileno() in numbers:
-            move(index, _spare(placed[index].fileno(), numbers))
-    for index, target in enumerate(wanted):
-        # Whoever has the number goes first to where it belongs, and so on; in a ring, the first
-        # one has to make way.
-        chain = []
-        mover, goal = index, target
-        while goal is not None and placed[mover].fileno() != goal:
-            chain.append((mover, goal))
-            if goal not in at:
+class _Table:
+    """The process's table of descriptors, as far as it is ours."""
+
+    def __init__(self, movables: Sequence[Movable], targets: Sequence[int | None]) -> None:
+        self._movables = movables
+        self._at = {movable.fileno(): index for index, movable in enumerate(movables)}
+        self._targets: dict[int, int] = {}  # by index; no two are equal
+        self._wanted: set[int] = set()
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for index, target in enumerate(targets):
+            if target is None or target in self._wanted or not 0 <= target < most:
+                continue
+            if target in self._at or not _is_open(target):
+                self._targets[index] = target
+                self._wanted.add(target)
+
+    def settle(self, index: int) -> None:
+        """Have that descriptor at its number: whoever is in the way goes first to its own."""
+        chain: list[int] = []
+        mover: int | None = index
+        while mover is not None:
+            target = self._targets.get(mover)
+            if target is None or mover in chain[:1]:  # it may go anywhere, or the chain is a ring
+                if not chain or not self._move_aside(mover):
+                    return
                 break
-            mover = at[goal]
-            goal = wanted[mover]
-            if mover == index:
-                move(index, _spare(placed[index].fileno(), numbers))
-                break
-        for following, place_ in reversed(chain):
-            os.dup2(placed[following].fileno(), place_, inheritable=False)
-            move(following, Fd(place_))
-    return placed
+            if self._movables[mover].fileno() == target:
+                return
+            chain.append(mover)
+            mover = self._at.get(target)
+        for mover in reversed(chain):
+            self._move(mover, self._targets[mover])
+
+    def _move_aside(self, index: int) -> bool:
+        """Move a descriptor to a number that nobody wants; whether there is one."""
+        lowest = 0
+        while True:
+            try:
+                number = self._movables[index].fileno()
+                spare = Fd(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, lowest))
+            except OSError:  # EMFILE, EINVAL: none up to the limit
+                return False
+            with spare:
+                if spare.fileno() not in self._wanted:
+                    self._move(index, spare.detach())
+                    return True
+                lowest = spare.fileno() + 1
+
+    def _move(self, index: int, number: int) -> None:
+        movable = self._movables[index]
+        del self._at[movable.fileno()]
+        movable.move_to(number)
+        self._at[number] = index
+
+
+def _is_open(number: int) -> bool:
+    try:
+        fcntl.fcntl(number, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True

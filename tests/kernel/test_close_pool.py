@@ -21,7 +21,7 @@ from kinds import KINDS, open_kind
 from qmpfd.kernel import close_pool as closing
 from qmpfd.kernel import fdinfo
 from qmpfd.kernel.close_pool import ClosePool, Risk
-from qmpfd.kernel.fd import Fd
+from qmpfd.kernel.fd import Fd, is_in_memory
 
 MEBIBYTE = 1 << 20
 
@@ -156,8 +156,8 @@ def test_the_name_of_a_memfd(tmp_path: Path) -> None:
     (tmp_path / "memfd:x").touch()
     with open(tmp_path / "memfd:x") as file, Fd(os.memfd_create("x")) as memfd:
         on_disk = os.stat("/").st_dev == os.fstat(file.fileno()).st_dev
-        assert fdinfo.is_in_memory(memfd.fileno())
-        assert fdinfo.is_in_memory(file.fileno()) is not on_disk
+        assert is_in_memory(memfd.fileno())
+        assert is_in_memory(file.fileno()) is not on_disk
         assert fdinfo.kind(memfd.fileno(), "/memfd:x (deleted)") == "memfd"
         if on_disk:
             assert fdinfo.kind(file.fileno(), "/memfd:x (deleted)") == "file"
@@ -171,7 +171,7 @@ def test_an_unknown_file_system(
         monkeypatch.setattr(closing, "_LOCAL", frozenset())
         other = ClosePool()
         try:
-            in_memory = fdinfo.is_in_memory(file.fileno())
+            in_memory = is_in_memory(file.fileno())
             assert other.risk(file.fileno()) is (Risk.NONE if in_memory else Risk.HIGH)
         finally:
             other.shut_down()

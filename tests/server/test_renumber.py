@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
+import subprocess
+import sys
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpfd.kernel.fd import Fd, close_all
-from qmpfd.server.renumber import place
+from qmpfd.server.renumber import renumber
 
 BASE = 300  # above whatever the tests have open
 
@@ -31,27 +36,62 @@ def test_any_arrangement(data: st.DataObject) -> None:
         os.close(memory)
         fds.append(Fd(number))
     before = len(os.listdir("/proc/self/fd"))
-    placed = place(fds, targets)
+    renumber(fds, targets)
     try:
         assert len(os.listdir("/proc/self/fd")) == before
-        assert [os.fstat(fd.fileno()).st_ino for fd in placed] == inodes
-        for fd, target in zip(placed, targets, strict=True):
+        assert [os.fstat(fd.fileno()).st_ino for fd in fds] == inodes
+        for fd, target in zip(fds, targets, strict=True):
             assert target in (None, fd.fileno())
             assert not os.get_inheritable(fd.fileno())
         wanted = {target for target in targets if target is not None}
-        others = [fd.fileno() for fd, target in zip(placed, targets, strict=True) if target is None]
+        others = [fd.fileno() for fd, target in zip(fds, targets, strict=True) if target is None]
         assert not wanted & set(others)
     finally:
-        close_all(placed)
+        close_all(fds)
 
 
-def test_somebody_elses_number() -> None:
-    r, w = os.pipe()
-    fd = Fd(os.dup(r))
+def test_numbers_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
+    """In use by something else, beyond the limit, or wanted twice: that one number is lost, the log
+    says so, and whatever sat at a number that another one wants makes way for it.
+    """
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    memory = [os.memfd_create("x") for _ in range(6)]
+    inodes = [os.fstat(number).st_ino for number in memory]
+    with Fd(memory.pop()) as stranger, ExitStack() as stack:
+        fds = [stack.enter_context(Fd(number)) for number in memory]
+        targets = [stranger.fileno(), most, BASE, BASE, fds[0].fileno()]
+        renumber(fds, targets)
+        assert [os.fstat(fd.fileno()).st_ino for fd in [*fds, stranger]] == inodes
+        assert fds[2].fileno() == BASE
+        numbers = [fds[index].fileno() for index in (0, 1, 3)]
+        assert fds[4].fileno() == targets[4]
+    moved = [re.findall(r"\d+", record.getMessage()) for record in caplog.records]
+    lost = [targets[index] for index in (0, 1, 3)]
+    assert moved == [[str(t), str(n), str(t)] for t, n in zip(lost, numbers, strict=True)]
+
+
+def test_a_table_that_is_full() -> None:
+    """No number is free but those that are wanted, and a bystander sits at one of these."""
+    program = """
+import os, resource, sys
+from qmpfd.kernel.fd import Fd
+from qmpfd.server.renumber import renumber
+os.closerange(3, 1000)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+fds = [Fd(os.memfd_create(f"{number}")) for number in range(30)]
+bystander = Fd(os.memfd_create("bystander"))
+assert bystander.fileno() == 33
+targets = list(range(33, 63))
+while True:
     try:
-        with pytest.raises(ValueError, match=f"descriptor {w} is in use"):
-            place([fd], [w])
-    finally:
-        fd.close()
-        os.close(r)
-        os.close(w)
+        number = os.memfd_create("foreign")
+    except OSError:
+        break
+for number in (*targets[1:],):
+    os.close(number)
+renumber(fds, targets, [bystander])
+assert [fd.fileno() for fd in fds] == targets
+names = [os.readlink(f"/proc/self/fd/{fd.fileno()}").split(":")[1].split()[0] for fd in fds]
+assert names == [str(number) for number in range(30)], names
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import select
 import time
 
-from ...kernel.fd import Fd
-from ...kernel.fdinfo import is_in_memory
+from ...kernel.fd import Fd, is_in_memory
 from .journal import read, replay
 
 #: Seconds between two reads of a journal.

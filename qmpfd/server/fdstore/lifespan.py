@@ -11,8 +11,8 @@ import trio
 from ...kernel.fd import Fd
 from ...limits import FORGET_TIMEOUT
 from ..listen.listener import UnixListener
-from .mirror import FdStoreConfig, FdStoreMirror, Holdings
-from .recover import Recovered
+from .mirror import FdStoreConfig, FdStoreMirror
+from .recover import Holdings, Recovered
 
 if TYPE_CHECKING:
     from ..server import Server
@@ -38,16 +38,16 @@ async def mirrored(
     Raises:
         GenericError: it is more than the fd store holds.
     """
-    useless = [] if recovered is None else recovered.useless
+    stale_fds = [] if recovered is None else recovered.stale_fds
     if keeping is None:
-        server.daemon.closer.close(useless)
+        server.daemon.closer.close(stale_fds)
         yield
         return
     holdings = Holdings() if recovered is None else recovered.holdings
     mirror = FdStoreMirror(keeping, server.daemon.closer)
     async with mirror.running():
         await mirror.start(server.store, listeners, holdings, evidence)
-        server.daemon.closer.close(useless)
+        server.daemon.closer.close(stale_fds)
         server.keeper = server.daemon.keeper = mirror
         try:
             yield

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -46,6 +46,7 @@ from .journal import (
 )
 from .journal_writer import JournalWriter
 from .names import PREVIOUS, Names
+from .recover import Holdings
 
 
 @dataclass(slots=True, eq=False)
@@ -59,23 +60,6 @@ class _Mirrored:
 
     name: str
     numbers: dict[int, None]
-
-
-@dataclass(slots=True)
-class Holdings:
-    """Whin the fd store has from before.
-
-    Args:
-        names: the names of stored descriptors and listening sockets, by their number here.
-        others: names of what is of no use any more.
-        generation: of the last journal.
-        valid: that journal counts, until there is another.
-    """
-
-    names: Mapping[int, str] = field(default_factory=dict)
-    others: Sequence[str] = ()
-    generation: int = 0
-    valid: bool = False
 
 
 class FdStoreConfig(NamedTuple):

@@ -1,31 +1,53 @@
-"""A restart: makes what whoever kept it has given back into what it was.
+"""A restart: sorts out what the fd store has given back.
 
-The descriptors come in any order, some of them perhaps twice, or of no use any more, or not at
-all; the newest journal says what they are.  Like a takeover it is done before Trio runs, so that
-each stored descriptor can have its number.
+The descriptors come in any order, some of them perhaps twice, or stale, or not at all; the newest
+journal says what they are.  Like a takeover this runs before Trio is imported, so that each stored
+descriptor can have its number.  Whatever is wrong with one of them, all the others come back.
 
-The journal may be of a newcomer that died in the middle of a takeover.  Whether that was done is
-for a evidence to say that was kept with it: the old daemon's own journal, or its pidfd.
+The journal may be of a newcomer that died in the middle of a takeover.  Whether the old daemon had
+handed everything over then, is for the evidence to say that is in the store too: the old daemon's
+own journal, or its pidfd.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import stat
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import ClassVar
 
 from ...kernel.fd import Fd, close_all
-from ...kernel.systemd import InheritedFd, Notifier
+from ...kernel.systemd import InheritedFd
 from ...limits import LETTING_GO_TIMEOUT
-from ..listen.listener import is_socket
-from ..renumber import make_way, place
+from ..renumber import Movable, renumber
 from ..saved_state import SavedState
 from .evidence import has_handed_over
 from .journal import History, SnapshotHeader, read, replay
-from .mirror import Holdings
 from .names import PREVIOUS, is_journal, is_ours
+
+_log = logging.getLogger("qmpfd")
+
+
+@dataclass(slots=True)
+class Holdings:
+    """What the fd store has from before.
+
+    Args:
+        names: the names of stored descriptors and listening sockets, by their number here.
+        others: names of stale descriptors.
+        generation: of the last journal.
+        valid: that journal counts, until there is another.
+    """
+
+    names: Mapping[int, str] = field(default_factory=dict)
+    others: Sequence[str] = ()
+    generation: int = 0
+    valid: bool = False
 
 
 @dataclass(slots=True)
@@ -35,20 +57,20 @@ class Recovered:
     Args:
         state: what it is; there may be nothing.
         fds: the descriptors, in the order of *state*; owned here until they are taken out.
-        holdings: whin the fd store has.
-        useless: descriptors that are to be closed, which may block; owned here likewise.
+        holdings: what the fd store has.
+        stale_fds: descriptors that are to be closed, which may block; owned here likewise.
         sockets: the service manager's own, to listen on; owned here likewise.
-        found: there was a daemon here before, and this is what it had.
-        left: another daemon has taken over what was here.
+        has_state: there was a daemon here before, and this is what it had.
+        handed_over: another daemon has taken over what was here.
     """
 
     state: SavedState
     fds: deque[Fd]
     holdings: Holdings
-    useless: list[Fd]
+    stale_fds: list[Fd]
     sockets: list[InheritedFd]
-    found: bool
-    left: bool
+    has_state: bool
+    handed_over: bool
 
     #: It is ours, whatever happens.
     confirmed: ClassVar[bool] = True
@@ -62,62 +84,94 @@ class Recovered:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        close_all([*self.fds, *self.useless, *(given.fd for given in self.sockets)])
+        close_all([*self.fds, *self.stale_fds, *(given.fd for given in self.sockets)])
 
 
-def recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recovered:
+def recover(inherited: Sequence[InheritedFd], others: Iterable[Movable] = ()) -> Recovered:
     """Sort out what this process was started with.
 
     Args:
         inherited: the descriptors and their names; owned from here on.
-        parent: whose socket may have to make way for a descriptor that needs its number.
+        others: more descriptors that may get other numbers.
 
     Raises:
-        ValueError: there is a journal that cannot be read, or a number that is in use.
+        ValueError: there is a journal that cannot be read.
     """
     try:
-        return _recover(inherited, parent)
+        return _recover(inherited, others)
     except BaseException:
         close_all(given.fd for given in inherited)
         raise
 
 
-def _recover(inherited: Sequence[InheritedFd], parent: Notifier | None) -> Recovered:
+def _recover(inherited: Sequence[InheritedFd], others: Iterable[Movable]) -> Recovered:
     ours = {given.name: given.fd for given in inherited if is_ours(given.name)}
     sockets = [given for given in inherited if not is_ours(given.name)]
     again = [given.fd for given in inherited if ours.get(given.name, given.fd) is not given.fd]
     history = _newest([fd for name, fd in ours.items() if is_journal(name)])
     generation = history.begun.generation
-    has_left = history.left
-    found = not has_left and _is_ours(history, ours)
-    if not found:
+    handed_over = history.left
+    has_state = not handed_over and _is_ours(history, ours)
+    if not has_state:
         history = _nothing()
     history.listeners = {n: path for n, path in history.listeners.items() if _is_there(path)}
     history.forget_unfinished(ours.__contains__)
+    returned = _Returned(ours)
+    entries = {number: returned.take(each.name) for number, each in history.entries.items()}
+    lost = {number for number, fd in entries.items() if fd is None}
+    for number in lost:
+        _log.warning(
+            "descriptor %d of fd set %d has not come back: it was being added, or the fd store has "
+            "dropped it",
+            number,
+            history.entries.pop(number).fdset_id,
+        )
+    listeners = {name: returned.take(name) for name in history.listeners}
+    for name in [name for name, fd in listeners.items() if fd is None]:
+        del history.listeners[name]
     state = history.state(ours.__contains__)
-    listeners = [name for name in history.listeners if name in ours]
-
-    # Who has which descriptor: the first under its name that itself, the others a duplicate.
-    left = dict(ours)
-    uses = [history.entries[number].name for number in state.stored_numbers] + listeners
-    fds = [left.pop(name) if name in left else ours[name].dup() for name in uses]
-    wanted: list[int | None] = [*state.stored_numbers, *[None] * len(listeners)]
-    useless = [*left.values(), *again]
-    others = [*useless, *(given.fd for given in sockets)]
-    make_way(parent, set(state.stored_numbers))
-    placed = place([*fds, *others], [*wanted, *[None] * len(others)])
-    fds, rest = placed[: len(fds)], placed[len(fds) :]
-    useless, given_fds = rest[: len(useless)], rest[len(useless) :]
-    names = {fd.fileno(): name for fd, name in zip(fds, uses, strict=True)}
+    stored = state.stored_numbers
+    names = [history.entries[number].name for number in stored] + list(history.listeners)
+    found = [entries[number] for number in stored] + list(listeners.values())
+    fds = [fd for fd in found if fd is not None]
+    stale_fds = [*returned.untaken.values(), *again]
+    targets = [*stored, *[None] * (len(fds) - len(stored))]
+    renumber(fds, targets, [*stale_fds, *(given.fd for given in sockets), *others])
     return Recovered(
         state,
         deque(fds),
-        Holdings(names, list(left), generation, found),
-        useless,
-        [InheritedFd(fd, given.name) for fd, given in zip(given_fds, sockets, strict=True)],
-        found,
-        has_left,
+        Holdings(
+            {fd.fileno(): name for fd, name in zip(fds, names, strict=True)},
+            list(returned.untaken),
+            generation,
+            has_state,
+        ),
+        stale_fds,
+        sockets,
+        has_state,
+        handed_over,
     )
+
+
+class _Returned:
+    """The descriptors that the fd store has given back.
+
+    Args:
+        ours: them by their names.
+    """
+
+    def __init__(self, ours: Mapping[str, Fd]) -> None:
+        self._ours = ours
+        #: Those that nobody has taken.
+        self.untaken = dict(ours)
+
+    def take(self, name: str) -> Fd | None:
+        """What came under that name, a duplicate of it if it is taken already; None if nothing did,
+        or there is no descriptor for the duplicate.
+        """
+        with suppress(KeyError, OSError):
+            return self.untaken.pop(name, None) or self._ours[name].dup()
+        return None
 
 
 def _nothing() -> History:
@@ -130,7 +184,7 @@ def _newest(journals: Sequence[Fd]) -> History:
     return max(histories, key=lambda history: history.begun.generation, default=_nothing())
 
 
-def _is_ours(history: History, ours: dict[str, Fd]) -> bool:
+def _is_ours(history: History, ours: Mapping[str, Fd]) -> bool:
     """Whether what it tells of belongs to us: it does not in the middle of a takeover."""
     if history.confirmed:
         return history.begun.generation > 0
@@ -140,4 +194,9 @@ def _is_ours(history: History, ours: dict[str, Fd]) -> bool:
 
 def _is_there(path: str | None) -> bool:
     """Whether a listening socket can still be reached."""
-    return path is None or is_socket(path)
+    if path is None:
+        return True
+    try:
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return False

@@ -120,14 +120,6 @@ class UnixListener:
                 self.path.unlink()
 
 
-def is_socket(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a socket file at *path*."""
-    try:
-        return stat.S_ISSOCK(os.lstat(path).st_mode)
-    except OSError:
-        return False
-
-
 def _identity(path: Path) -> tuple[int, int] | None:
     """Which file *path* is, by device and inode."""
     try:

@@ -10,7 +10,6 @@ before, the duplicates here are closed and it goes on as if nothing had been.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import resource
 import socket
@@ -18,20 +17,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Protocol
 
 from ...client.blocking import BlockingClient, NoDaemon
 from ...kernel.fd import Fd, close_all, receive
-from ...limits import TAKEOVER_FORMAT
+from ...limits import TAKEOVER_FORMAT, Limits
 from ..fdstore.evidence import has_handed_over, is_dead
+from ..renumber import Movable, renumber
 from ..saved_state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode
-
-
-class Movable(Protocol):
-    """What has a descriptor, and may get another number for it."""
-
-    def move_above(self, number: int) -> None:
-        """Have one that is higher than *number*."""
 
 
 class ReceivedState:
@@ -97,22 +89,24 @@ class _Predecessor:
     Args:
         sock: the connection to it; owned from here on.
         pid: its process.
-        above: no descriptor of ours may have a number up to this.
 
     Raises:
-        OSError: there is no such number, or no such process here.
+        OSError: there is no such process here.
     """
 
-    def __init__(self, sock: socket.socket, pid: int, above: int) -> None:
-        with Fd(sock.detach()) as connection:
-            connection.move_above(above)
-            self.process = Fd(os.pidfd_open(pid))
-            try:
-                self.process.move_above(above)
-            except BaseException:
-                self.process.close()
-                raise
-            self._sock = socket.socket(fileno=connection.detach())
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        self.process = Fd(os.pidfd_open(pid))
+        self._sock = socket.socket(fileno=sock.detach())
+
+    def fileno(self) -> int:
+        """Of the connection."""
+        return self._sock.fileno()
+
+    def move_to(self, number: int) -> None:
+        """As :meth:`qmpfd.kernel.fd.Fd.move_to`."""
+        with Fd(self._sock.detach()) as fd:
+            fd.move_to(number)
+            self._sock = socket.socket(fileno=fd.detach())
 
     def ask(self, request: bytes, timeout: float) -> tuple[bytes, list[Fd], bool]:
         """Say something; what it answers, see :func:`qmpfd.kernel.fd.receive`.
@@ -202,10 +196,10 @@ def fetch(
             size = os.lseek(passed[0].fileno(), 0, os.SEEK_END)
             state = decode(os.pread(passed[0].fileno(), size, 0))
             close_all(passed)
-            highest = max(state.stored_numbers, default=2)
-            for fd in movable:
-                fd.move_above(highest)
-            old = _Predecessor(sock, state.pid, highest)
+            most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if len(state.stored_numbers) > Limits(max_fds=most).within(most).max_fds:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            old = _Predecessor(sock, state.pid)
     except OSError as exc:
         raise _unusable(exc) from None
     finally:
@@ -213,7 +207,6 @@ def fetch(
     with ExitStack() as stack:
         inheritance = stack.enter_context(ReceivedState(state, old))
         try:
-            _reserve(state.stored_numbers, inheritance.fds)
             _receive_all(old, state, inheritance.fds, timeout, progress)
         except TimeoutError:
             raise NoDaemon("the old daemon does not answer") from None
@@ -221,6 +214,13 @@ def fetch(
             raise _unusable(exc) from None
         if state.journal:
             inheritance.journal = inheritance.fds.pop()
+        stored = len(state.stored_numbers)
+        fds = list(inheritance.fds)
+        renumber(
+            fds,
+            [*state.stored_numbers, *[None] * (len(fds) - stored)],
+            [*movable, old, old.process, *([inheritance.journal] if inheritance.journal else [])],
+        )
         stack.pop_all()
     return inheritance
 
@@ -235,34 +235,6 @@ def _unusable(error: OSError) -> ValueError:
     return ValueError(error.strerror or str(error))
 
 
-def _reserve(numbers: list[int], places: deque[Fd]) -> None:
-    """Have something open under each of *numbers*, so that nothing else comes there.
-
-    Args:
-        numbers: which.
-        places: where they go, in that order.
-
-    Raises:
-        ValueError: something is there already.
-        OSError: this process may not have such numbers, or not so many.
-    """
-    with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as filler:
-        if numbers:
-            filler.move_above(max(numbers))
-        for number in numbers:
-            if _is_open(number):
-                raise ValueError(f"descriptor {number} is in use in this process already")
-            places.append(Fd(os.dup2(filler.fileno(), number, inheritable=False)))
-
-
-def _is_open(number: int) -> bool:
-    try:
-        fcntl.fcntl(number, fcntl.F_GETFD)
-    except OSError:
-        return False
-    return True
-
-
 def _receive_all(
     old: _Predecessor,
     state: SavedState,
@@ -270,21 +242,12 @@ def _receive_all(
     timeout: float,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Receive the descriptors: first those that go to the places in *fds*, then the others, which
-    are added there.
-    """
-    places = iter(list(fds))
+    """Receive the descriptors, in the order of *state*, at whatever numbers."""
     total, come = state.fd_count, 0
     while come < total:
         said, chunk, dropped = old.ask(NEXT, timeout)
         come += len(chunk)
-        for fd in chunk:
-            place = next(places, None)
-            if place is None:
-                fds.append(fd)
-                continue
-            with fd:
-                os.dup2(fd.fileno(), place.fileno(), inheritable=False)
+        fds += chunk
         if dropped:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if said != MORE or not chunk or come > total:

@@ -1,0 +1,133 @@
+"""Stored descriptors keep their numbers in a restart and a takeover, whatever else has one."""
+
+from __future__ import annotations
+
+import re
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from supervised import Supervised, lasting, supervised, until
+
+from qmpfd.client.blocking import BlockingClient
+from qmpfd.errors import QMPError
+
+#: What opens descriptors in each process: as it starts, as a .pth file would, or when ctypes is
+#: imported, as Python 3.14 does itself.
+OPENERS = {
+    "nothing": "",
+    "at start": "import os\nfor _ in range(3): os.open('/dev/null', os.O_RDONLY)\n",
+    "with ctypes": """
+import os, sys
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "ctypes":
+            sys.meta_path.remove(Finder)
+            os.memfd_create("libffi")
+sys.meta_path.insert(0, Finder)
+""",
+}
+
+
+@pytest.fixture(params=OPENERS)
+def opener(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, str]]:
+    """What opens descriptors in the daemon's processes, and the environment that makes it so."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(OPENERS[request.param])
+    return request.param, {"PYTHONPATH": str(folder)}
+
+
+def by_opaque(client: BlockingClient) -> dict[str, dict[str, Any]]:
+    return {fd["opaque"]: fd for fd in lasting(client.execute("query-fds"))}
+
+
+def fill(client: BlockingClient, count: int) -> None:
+    with open("/dev/null") as null:
+        for number in range(count):
+            client.execute("add-fd", {"opaque": f"n{number}"}, [null])
+
+
+def assert_same_but_for(
+    lost: int, before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]], log: str
+) -> None:
+    """All is back; so many numbers are others at most, and the log says which."""
+    assert before.keys() == after.keys()
+    moved = {
+        (before[name]["fd"], after[name]["fd"])
+        for name in before
+        if before[name]["fd"] != after[name]["fd"]
+    }
+    assert len(moved) <= lost
+    said = re.findall(r"descriptor (\d+) has number (\d+) from now on", log)
+    assert {(int(old), int(new)) for old, new in said} == moved
+    for each in (*before.values(), *after.values()):
+        del each["fd"]
+    assert before == after
+
+
+def test_restart(path: Path, opener: tuple[str, dict[str, str]]) -> None:
+    what, env = opener
+    with supervised(path, env=env) as daemon:
+        with daemon.client() as client:
+            fill(client, 300)
+            before = by_opaque(client)
+        daemon.kill_worker()
+        with daemon.client() as client:
+            after = by_opaque(client)
+        assert_same_but_for(3 if what == "at start" else 0, before, after, daemon.log)
+
+
+def test_restart_with_clients_at_low_numbers(
+    path: Path, opener: tuple[str, dict[str, str]]
+) -> None:
+    """Connections have the numbers at which the parent passes what it keeps."""
+    what, env = opener
+    with supervised(path, env=env) as daemon, ExitStack() as stack:
+        *_, client = [stack.enter_context(daemon.client()) for _ in range(60)]
+        fill(client, 100)
+        for number in range(0, 100, 3):
+            client.execute("remove-fd", {"fdset-id": number})
+        before = by_opaque(client)
+        daemon.kill_worker()
+        with daemon.client() as client:
+            after = by_opaque(client)
+        assert_same_but_for(3 if what == "at start" else 0, before, after, daemon.log)
+
+
+@pytest.mark.parametrize("connections", [0, 60])
+def test_restart_with_a_full_table(path: Path, connections: int) -> None:
+    with ExitStack() as stack:
+        daemon = stack.enter_context(supervised(path, open_files=400))
+        for _ in range(connections):
+            stack.enter_context(daemon.client())
+        client = stack.enter_context(daemon.client())
+        with pytest.raises(QMPError):
+            fill(client, 400)
+        before = by_opaque(client)
+        assert len(before) > 200
+        daemon.kill_worker()
+        with daemon.client() as again:
+            after = by_opaque(again)
+        assert_same_but_for(0, before, after, daemon.log)
+
+
+def test_takeover(path: Path, opener: tuple[str, dict[str, str]]) -> None:
+    what, env = opener
+    with supervised(path) as old, old.client() as client:
+        fill(client, 300)
+        before = by_opaque(client)
+        with supervised(path, "--takeover", env=env) as new:
+            _took_over(new)
+            assert_same_but_for(3 if what == "at start" else 0, before, by_opaque(client), new.log)
+            before = by_opaque(client)
+            new.kill_worker()
+            with new.client() as again:
+                log = new.log[new.log.index("killed by") :]
+                assert_same_but_for(3 if what == "at start" else 0, before, by_opaque(again), log)
+
+
+def _took_over(newcomer: Supervised) -> None:
+    until(lambda: "took over" in newcomer.log, "the takeover")
