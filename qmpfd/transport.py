@@ -11,21 +11,31 @@ import errno
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from enum import Enum, auto
 from types import TracebackType
 
 import trio
 
 from .kernel import fd
 from .kernel.fd import Fd, FileDescriptorLike
-from .limits import FEW_BYTES
+from .limits import READ_BYTES
 from .protocol import Connection
 
 #: Seconds until the next try where too many descriptors are in flight.
 _IN_FLIGHT_RETRY = 0.01
 
-#: Reads in a row with nothing behind them, after which one in so many is looked behind.
-_LULL = 8
+
+class Arrival(Enum):
+    """What :meth:`FdStream.receive_nowait` has found."""
+
+    NOTHING = auto()  #: nothing is there yet
+    ALL = auto()  #: all that was there, as far as is known
+    SOME = auto()  #: some; more waits
+    END = auto()  #: the peer is gone
+
+
+# A module's own names are found faster than the members of an enumeration.
+_NOTHING, _ALL, _SOME, _END = Arrival
 
 
 class FdStream:
@@ -36,113 +46,71 @@ class FdStream:
     """
 
     def __init__(self, sock: trio.socket.SocketType) -> None:
-        kind, number = sock.type, sock.detach()
-        self._sock = socket.socket(socket.AF_UNIX, kind, 0, fileno=number)
-        self._sock.setblocking(False)
-        self._read = partial(fd.receive, self._sock)
-        self._left = 0  # bytes that were seen and not read: nothing of interest
-        self._queued = 0  # bytes that the kernel has for us, as far as we know
-        self._lull = 0  # how often in a row there was not
-        #: Whether the peer had sent more already than was looked at the last time.
-        self.more = False
-
-    @property
-    def socket(self) -> socket.socket:
-        """The socket, for its options."""
-        return self._sock
+        self._trio_sock = sock
+        #: The same descriptor, for its options and for calls that never wait.
+        self.socket = socket.socket(socket.AF_UNIX, sock.type, 0, fileno=sock.fileno())
+        self.socket.setblocking(False)
 
     def receive_nowait(
-        self, connection: Connection, few: bool = False, most: int = 1
-    ) -> bool | None:
+        self, connection: Connection, max_bytes: int = READ_BYTES, max_fds: int = 1
+    ) -> Arrival:
         """Hand what is there to *connection*, bytes and descriptors.
 
         Nothing in here waits or can be cancelled, so no descriptor is ever without an owner.
 
         Args:
             connection: who takes it.
-            few: do so only if there are no more than a few bytes.
-            most: descriptors after which no more of them are read, nor after a few bytes; each
-                read ends with some.
-
-        Returns:
-            Whether something came; False once the peer is gone, None if nothing is there yet.
-
-        Raises:
-            Plenty: there are more than a few.
+            max_bytes: bytes to look at; where there are as many, or more, none are taken.
+            max_fds: descriptors after which no more of them are read; each read ends with some.
         """
-        sock = self._sock
-        came: bool | None = None
-        total = 0
-        self.more = False
+        sock = self.socket
+        arrival = _NOTHING
+        left = max_bytes
         while True:
             try:
-                data, fds_follow = fd.peek(sock, few)
+                data, fds_follow = fd.peek(sock, max_bytes)
             except BlockingIOError:
-                return came
+                return arrival
             except ConnectionError:  # the peer was closed before it had read all
-                return came or False
-            except fd.Plenty:
-                if came:
-                    return True
-                raise
-            if not data:
-                return came or False
+                data, fds_follow = b"", False
+            size = len(data)
+            if not size:
+                return _END if arrival is _NOTHING else _ALL
+            if size == max_bytes < READ_BYTES:
+                return _SOME
+            lengths = connection.plan(data, fds_follow)
             if not fds_follow:
-                return self._skip(connection, data, connection.receive(data)) or came
-            came = True
-            size, count = connection.receive_with_fds(data, self._read)
-            self._queued -= size
-            self._left = len(data) - size
-            self.more = self._queued > self._left or self._look_for_more()
-            most -= count
-            total += size
+                fd.discard(sock, lengths[0])
+                return _ALL if lengths[0] == size else _SOME
+            number, fds, lost = fd.receive_planned(sock, lengths)
+            more = fd.unread_bytes(sock)
+            connection.received(number, fds, lost)
+            if not more:
+                return _ALL
+            arrival = _SOME
+            max_fds -= len(fds)
+            left -= size
             # When this process is out of descriptors, the next may need the places of these; and
             # where some wait for a command, newer ones take their places only once that is known.
-            if (
-                most <= 0
-                or not count
-                or not self.more
-                or total > FEW_BYTES
-                or connection.has_unassigned_fds
-            ):
-                return True
-
-    def _look_for_more(self) -> bool:
-        """Whether the kernel has more than was seen.  Where it had not for a while, it is asked now
-        and then only: a client that sends its requests one by one has sent no others yet.
-        """
-        self._lull += 1
-        if self._lull > _LULL and self._lull % _LULL:
-            return False
-        self._queued = fd.unread_bytes(self._sock)
-        if self._queued > self._left:
-            self._lull = 0
-            return True
-        return False
-
-    def _skip(self, connection: Connection, data: bytes, length: int) -> bool | None:
-        """Consume so much of *data*, with which no descriptors come; whether that was anything."""
-        fd.discard(self._sock, length)
-        self._queued -= length
-        self.more = length < len(data)
-        left, self._left = self._left, 0
-        if left == len(data) == length and not connection.has_pending_input:
-            # The line end that the last request's descriptors were not read with, and nothing else:
-            # no need to look again.
-            return None
-        return True
+            if max_fds <= 0 or left <= 0 or not fds or connection.has_unassigned_fds:
+                return _SOME
 
     def max_unreceived_messages(self) -> int:
         """How many messages the peer can have left unread; 0 once this end is closed."""
-        return fd.max_unreceived_messages(self._sock) if self._sock.fileno() >= 0 else 0
+        return 0 if self.closed else fd.max_unreceived_messages(self.socket)
+
+    @property
+    def closed(self) -> bool:
+        """Whether this end is closed."""
+        return self.socket.fileno() < 0
 
     async def wait_readable(self) -> None:
         """Wait until something is there, or the peer is gone."""
-        await trio.lowlevel.wait_readable(self._sock)
+        await trio.lowlevel.wait_readable(self._trio_sock)
 
     async def wait_writable(self) -> None:
         """Wait until the peer takes more, or is gone."""
-        await trio.lowlevel.wait_writable(self._sock)
+        await trio.lowlevel.wait_writable(self._trio_sock)
 
     def send_nowait(self, data: bytes | memoryview, fds: Sequence[FileDescriptorLike] = ()) -> int:
         """Send what the peer has room for; how many bytes that was.
@@ -157,11 +125,11 @@ class FdStream:
             OSError: *fds* cannot be passed: closed, or more than 253.
         """
         try:
-            return fd.send(self._sock, data, fds)
+            return fd.send(self.socket, data, fds)
         except BlockingIOError:
             return 0
         except OSError as exc:
-            if self._sock.fileno() < 0:
+            if self.closed:
                 raise trio.ClosedResourceError from None
             if exc.errno == errno.ETOOMANYREFS:  # see unix(7)
                 return 0
@@ -201,23 +169,23 @@ class FdStream:
 
     def close(self) -> None:
         """Close the socket; tasks that wait for it get ClosedResourceError."""
-        if self._sock.fileno() >= 0:
-            trio.lowlevel.notify_closing(self._sock)
-            self._sock.close()
+        self.socket.detach()
+        self._trio_sock.close()
 
-    def retire(self) -> Fd | None:
+    def shutdown(self) -> Fd | None:
         """As :meth:`close`, but where the peer has sent what was not read, the socket is returned:
         descriptors that were sent with it are closed with the socket, and that can take its time.
         """
-        if self._sock.fileno() < 0:
+        if self.closed:
             return None
-        trio.lowlevel.notify_closing(self._sock)
         with suppress(OSError):  # nothing else can come from here on
-            self._sock.shutdown(socket.SHUT_RDWR)
-        if fd.unread_bytes(self._sock):
-            return Fd(self._sock.detach())
-        self._sock.close()
-        return None
+            self.socket.shutdown(socket.SHUT_RDWR)
+        if not fd.unread_bytes(self.socket):
+            self.close()
+            return None
+        trio.lowlevel.notify_closing(self._trio_sock)
+        self.socket.detach()
+        return Fd(self._trio_sock.detach())
 
     def __enter__(self) -> FdStream:
         return self

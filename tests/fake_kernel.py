@@ -30,7 +30,7 @@ class Queue(Protocol):
     def peek(self) -> tuple[bytes, bool]:
         """As :func:`qmpfd.kernel.fd.peek`."""
 
-    def receive(self, count: int) -> tuple[bytes, list[Fd], bool]:
+    def receive(self, count: int) -> tuple[bytes, list[Fd], str]:
         """As :func:`qmpfd.kernel.fd.receive`."""
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class FakeQueue:
                 return bytes(seen[:shown]), True
         return bytes(seen), False
 
-    def receive(self, count: int) -> tuple[bytes, list[Fd], bool]:
+    def receive(self, count: int) -> tuple[bytes, list[Fd], str]:
         if not self._segments:
             raise BlockingIOError
         data = bytearray()
@@ -89,15 +89,15 @@ class FakeQueue:
                 self._segments.popleft()
             if fds:
                 return bytes(data), *self._install(fds)
-        return bytes(data), [], False
+        return bytes(data), [], ""
 
-    def _install(self, fds: list[Fd]) -> tuple[list[Fd], bool]:
+    def _install(self, fds: list[Fd]) -> tuple[list[Fd], str]:
         if self.room is None:
-            return fds, False
+            return fds, ""
         fit, lost = fds[: self.room], fds[self.room :]
         self.room -= len(fit)
         close_all(lost)
-        return fit, bool(lost)
+        return fit, fd_module.OUT_OF_FDS if lost else ""
 
     def close(self) -> None:
         for segment in self._segments:
@@ -119,7 +119,7 @@ class SocketQueue:
     def peek(self) -> tuple[bytes, bool]:
         return fd_module.peek(self._receiver)
 
-    def receive(self, count: int) -> tuple[bytes, list[Fd], bool]:
+    def receive(self, count: int) -> tuple[bytes, list[Fd], str]:
         return fd_module.receive(self._receiver, count)
 
     def close(self) -> None:
@@ -133,24 +133,21 @@ def read_once(queue: Queue, connection: Connection) -> bool:
         data, fds_follow = queue.peek()
     except BlockingIOError:
         return False
-    consumed = count = 0
-
-    def read(length: int) -> tuple[bytes, list[Fd], bool]:
-        nonlocal consumed, count
-        got, fds, dropped = queue.receive(length)
-        assert len(got) == length
-        consumed += length
-        count += 0 if dropped else len(fds)
-        return got, fds, dropped
-
-    if fds_follow:
-        assert connection.receive_with_fds(data, read) == (consumed, count)
-    else:
-        _, fds, dropped = read(connection.receive(data))
-        assert not fds, "nobody would own them"
-        assert not dropped
-    assert consumed, "a read that consumes nothing is repeated for ever"
-    assert consumed <= len(data)
+    lengths = connection.plan(data, fds_follow)
+    assert 0 < sum(lengths) <= len(data), "a read that consumes nothing is repeated for ever"
+    if not fds_follow:
+        assert queue.receive(lengths[0])[1:] == ([], ""), "nobody would own them"
+        return True
+    left = deque(lengths)
+    fds: list[Fd] = []
+    lost = ""
+    while left and not (fds or lost):
+        got, fds, lost = queue.receive(left.popleft())
+    number = len(lengths) - len(left) - 1
+    if rest := sum(left):
+        got, surplus, dropped = queue.receive(rest)
+        assert (len(got), surplus, dropped) == (rest, [], ""), "nobody would own them"
+    connection.received(number, fds, lost)
     return True
 
 

@@ -11,9 +11,9 @@ from helpers import open_fds, pipes, send_now
 
 from qmpfd.commands import DECODER, VERSION
 from qmpfd.kernel.fd import close_all
-from qmpfd.limits import SCM_MAX_FD
+from qmpfd.limits import FEW_BYTES, SCM_MAX_FD
 from qmpfd.protocol import Request, ServerConnection
-from qmpfd.transport import FdStream
+from qmpfd.transport import Arrival, FdStream
 
 ADD = b'{"execute": "add-fd"}\n'
 QUERY = b'{"execute": "query-name"}\n'
@@ -47,11 +47,10 @@ async def test_several_at_once() -> None:
     with connected() as (client, stream, connection), pipes(5) as made:
         for pipe in made:
             send_now(client, QUERY + ADD, [pipe])
-        for count, more in ((3, True), (2, False)):
-            assert stream.receive_nowait(connection, most=3)
-            assert stream.more is more
+        for count, arrival in ((3, Arrival.SOME), (2, Arrival.ALL)):
+            assert stream.receive_nowait(connection, max_fds=3) is arrival
             assert taken(connection) == [("query-name", 0), ("add-fd", 1)] * count
-        assert stream.receive_nowait(connection, most=3) is None
+        assert stream.receive_nowait(connection, max_fds=3) is Arrival.NOTHING
 
 
 async def test_no_more_than_a_few_bytes_at_once() -> None:
@@ -59,8 +58,7 @@ async def test_no_more_than_a_few_bytes_at_once() -> None:
     with connected() as (client, stream, connection), pipes(5) as made:
         for pipe in made:
             send_now(client, QUERY * 100 + ADD, [pipe])
-        assert stream.receive_nowait(connection, most=5)
-        assert stream.more
+        assert stream.receive_nowait(connection, FEW_BYTES, max_fds=5) is Arrival.SOME
         assert len(taken(connection)) == 202
 
 
@@ -69,13 +67,12 @@ async def test_one_after_the_other() -> None:
     with connected() as (client, stream, connection), pipes(30) as made:
         for pipe in made:
             send_now(client, ADD, [pipe])
-            assert stream.receive_nowait(connection, most=16)
-            assert not stream.more
+            assert stream.receive_nowait(connection, max_fds=16) is Arrival.ALL
             assert taken(connection) == [("add-fd", 1)]
         for pipe in made:
             send_now(client, ADD, [pipe])
         found = []
-        while stream.receive_nowait(connection, most=16):
+        while stream.receive_nowait(connection, max_fds=16) is not Arrival.NOTHING:
             found += taken(connection)
         assert found == [("add-fd", 1)] * 30
 
@@ -86,7 +83,7 @@ async def test_nothing_is_left_where_more_can_be_seen() -> None:
         request_id = b"\\u0041" + b"x" * 3000
         send_now(client, ADD + b'{"execute": "query-name", "id": "%b"}' % request_id, made)
         found = []
-        while stream.receive_nowait(connection):
+        while stream.receive_nowait(connection) is not Arrival.NOTHING:
             found.append(taken(connection))
         assert found[0] == [("add-fd", 1)]
         assert found[-1] == [("query-name", 0)]
@@ -98,11 +95,9 @@ async def test_the_peer_is_gone() -> None:
     with connected() as (client, stream, connection), pipes(1) as made:
         send_now(client, ADD, made)
         client.close()
-        assert stream.receive_nowait(connection, most=16)
+        assert stream.receive_nowait(connection, max_fds=16) is Arrival.ALL
         assert taken(connection) == [("add-fd", 1)]
-        while (came := stream.receive_nowait(connection, most=16)) is None:
-            pass  # the line end
-        assert came is False
+        assert stream.receive_nowait(connection, max_fds=16) is Arrival.END
 
 
 async def test_no_more_while_some_wait() -> None:
@@ -111,7 +106,7 @@ async def test_no_more_while_some_wait() -> None:
         for count in (SCM_MAX_FD, 1, 1, SCM_MAX_FD, SCM_MAX_FD):
             send_now(client, b" ", made * count)
         before = len(open_fds())
-        while stream.receive_nowait(connection, most=16):
+        while stream.receive_nowait(connection, max_fds=16) is not Arrival.NOTHING:
             assert len(open_fds()) - before <= 2 * SCM_MAX_FD
             assert taken(connection) == []
             close_all(connection.fds_to_close)

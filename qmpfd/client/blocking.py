@@ -15,12 +15,11 @@ import time
 from _thread import allocate_lock  # threading's own, without the rest of it
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from math import inf
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..kernel.fd import Fd, FileDescriptorLike, close_all, discard, peek, receive, send
+from ..kernel.fd import Fd, FileDescriptorLike, close_all, discard, peek, receive_planned, send
 from ..protocol.client import ClientConnection, QMPEvent, Reply
 from ..protocol.connection import ProtocolError, State
 from .calls import members, one_fd, typed
@@ -400,10 +399,11 @@ class BlockingClient:
             data, fds_follow = b"", False
         if not data:
             raise NoDaemon(f"the daemon at {self._path} has closed the connection")
+        lengths = self._connection.plan(data, fds_follow)
         if fds_follow:
-            self._connection.receive_with_fds(data, partial(receive, self._sock))
+            self._connection.received(*receive_planned(self._sock, lengths))
         else:
-            discard(self._sock, self._connection.receive(data))
+            discard(self._sock, lengths[0])
         try:
             for message in self._connection.messages():
                 if isinstance(message, QMPEvent):

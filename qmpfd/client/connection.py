@@ -18,7 +18,7 @@ import trio
 from ..kernel.fd import FileDescriptorLike, close_all
 from ..limits import CLEANUP_TIMEOUT, MAX_EVENTS
 from ..protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
-from ..transport import FdStream
+from ..transport import Arrival, FdStream
 from .errors import ClientClosed, NoDaemon
 
 
@@ -257,15 +257,15 @@ class QMPConnection:
 
     def _receive_nowait(self) -> bool:
         try:
-            more = self._stream.receive_nowait(self._connection)
-            if more is None:
+            arrival = self._stream.receive_nowait(self._connection)
+            if arrival is Arrival.NOTHING:
                 return False
             for message in self._connection.messages():
                 self._deliver(message)
         except ProtocolError as exc:
             self._fail(exc)
         else:
-            if not more:
+            if arrival is Arrival.END:
                 self._fail(ConnectionLost("the server has closed the connection"))
         self._close_fds()
         return True

@@ -51,12 +51,15 @@ async def open_connection(path: str | os.PathLike[str]) -> QMPConnection:
         ProtocolError: the peer does not speak QMP.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with sock:
+    try:
         # A byte sent with MSG_OOB stays one of the stream, where it belongs (unix(7)).
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         sock.setblocking(False)
         await _connect(sock, path)
-        connection = QMPConnection(FdStream(trio.socket.from_stdlib_socket(sock)))
+    except BaseException:
+        sock.close()
+        raise
+    connection = QMPConnection(FdStream(trio.socket.from_stdlib_socket(sock)))
     try:
         await connection.negotiate()
     except BaseException:

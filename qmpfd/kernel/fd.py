@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Protocol, TypeAlias
 
-from ..limits import FEW_BYTES, READ_BYTES, SCM_MAX_FD, SEGMENT_BYTES
+from ..limits import READ_BYTES, SCM_MAX_FD, SEGMENT_BYTES
 
 
 class HasFileno(Protocol):
@@ -148,6 +148,11 @@ def max_unreceived_messages(sock: socket.socket) -> int:
     return -(-found[0] // _MESSAGE_BYTES)
 
 
+#: What the command is told whose descriptors the kernel has dropped (MSG_CTRUNC, recvmsg(2)).
+_WERE_LOST = "File descriptors sent via SCM_RIGHTS were lost: "
+OUT_OF_FDS = _WERE_LOST + "the receiver is out of file descriptors"
+DENIED = _WERE_LOST + "the kernel's security module denied them to the receiver"
+
 # Room for one control message with as many descriptors as the kernel passes at a time.
 _CONTROL_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 
@@ -155,6 +160,7 @@ _CONTROL_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 _PEEK, _CLOEXEC = int(socket.MSG_PEEK), int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED, _NOSIGNAL = int(socket.MSG_CTRUNC), int(socket.MSG_NOSIGNAL)
 _SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
+_SCM_PIDFD = 4  # linux/socket.h; not in Python's socket module
 
 # Bytes of memory that a message takes on its way at least: its sk_buff and skb_shared_info.
 _MESSAGE_BYTES = 512
@@ -164,43 +170,34 @@ _INT_BYTES = _one.size
 _ZERO = _one.pack(0)
 
 
-class Plenty(Exception):
-    """More is there than was to be looked at."""
-
-
-def peek(sock: socket.socket, few: bool = False) -> tuple[bytes, bool]:
+def peek(sock: socket.socket, most: int = READ_BYTES) -> tuple[bytes, bool]:
     """See what the next read would return, without consuming it: its bytes, and whether
     descriptors come with the last of them.
 
     The kernel ends a read after the bytes that descriptors were sent with.  Without room for
     control messages it leaves the descriptors where they are and says MSG_CTRUNC (recvmsg(2)).
+    Where all *most* bytes are there, they may have been sent with bytes further behind.
 
     Args:
         sock: the socket.
-        few: look only if there are no more than a few bytes.
+        most: bytes to see at most.
 
     Raises:
         BlockingIOError: nothing is there yet.
-        Plenty: there are more than a few.
     """
-    most = FEW_BYTES if few else READ_BYTES
     data, _, flags, _ = sock.recvmsg(most, 0, _PEEK)
-    if len(data) < most:  # as nearly always
-        return data, flags & _TRUNCATED != 0
-    if few:
-        raise Plenty
     fds_follow = flags & _TRUNCATED != 0
-    if fds_follow:
+    if fds_follow and len(data) == READ_BYTES:
         # What they were sent with may go on behind these bytes: show it whole, the next time.
         data = data[:-SEGMENT_BYTES]
     return data, fds_follow
 
 
-def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:
+def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], str]:
     """Read up to *count* bytes and the descriptors that were sent with them.
 
-    The descriptors are close-on-exec and owned from here on.  The flag tells that the kernel had
-    to drop some of them, because this process is out of descriptors (MSG_CTRUNC).
+    The descriptors are close-on-exec and owned from here on.  The text is not empty if the kernel
+    had to drop some of them (MSG_CTRUNC), and says why.
 
     Raises:
         BlockingIOError: nothing is there yet.
@@ -214,7 +211,35 @@ def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], bool]:
             else:
                 whole = len(payload) - len(payload) % _INT_BYTES
                 fds += map(Fd, array.array("i", payload[:whole]))
-    return data, fds, flags & _TRUNCATED != 0
+        elif level == _SOCKET_LEVEL and kind == _SCM_PIDFD:
+            Fd(_one.unpack(payload)[0]).close()
+    return data, fds, _why_lost(sock) if flags & _TRUNCATED else ""
+
+
+def _why_lost(sock: socket.socket) -> str:
+    """Why the kernel has dropped descriptors: it does not say, but whether there is room tells."""
+    try:
+        Fd(os.dup(sock.fileno())).close()
+    except OSError:
+        return OUT_OF_FDS
+    return DENIED
+
+
+def receive_planned(sock: socket.socket, lengths: Sequence[int]) -> tuple[int, list[Fd], str]:
+    """Make reads of these *lengths*, one after the other until one of them brings descriptors, and
+    discard what the others would read; as :func:`receive`, with the number of that read first.
+    """
+    left = sum(lengths)
+    number = -1
+    fds: list[Fd] = []
+    lost = ""
+    while left and not (fds or lost):
+        number += 1
+        _, fds, lost = receive(sock, lengths[number])
+        left -= lengths[number]
+    if left:
+        discard(sock, left)
+    return number, fds, lost
 
 
 def discard(sock: socket.socket, count: int) -> None:

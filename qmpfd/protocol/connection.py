@@ -7,7 +7,6 @@ states are those of the QEMU Machine Protocol Specification
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
@@ -53,7 +52,7 @@ class Connection:
     def __init__(
         self,
         decode: ChunkDecoder,
-        wanted: Callable[[Any], int],
+        max_fds: Callable[[Any], int],
         max_bytes: int,
         lines: bool,
         budget: Budget | None = None,
@@ -64,7 +63,7 @@ class Connection:
         self.state = State.CONNECTED
         self._receive_buffer = ReceiveBuffer(
             decode,
-            wanted,
+            max_fds,
             max_bytes=max_bytes,
             fds_to_close=self.fds_to_close,
             lines=lines,
@@ -72,10 +71,10 @@ class Connection:
             owner=owner,
         )
         self._ready = self._receive_buffer.ready  # what has come, and was not asked for yet
-        self._pending_fds = self._receive_buffer.unclaimed
+        self._pending_fds = self._receive_buffer.pending_fds
         #: See :class:`ReceiveBuffer`.
-        self.receive = self._receive_buffer.receive
-        self.receive_with_fds = self._receive_buffer.receive_with_fds
+        self.plan = self._receive_buffer.plan
+        self.received = self._receive_buffer.received
 
     def _move(self, event: Event) -> None:
         try:
@@ -89,27 +88,21 @@ class Connection:
     @property
     def has_pending_input(self) -> bool:
         """Whether something has come that was not asked for yet; not for blanks alone."""
-        return bool(self._ready or self._receive_buffer.pieces)
+        return bool(self._ready)
 
     @property
     def has_unassigned_fds(self) -> bool:
-        """Whether descriptors have come of which only asking for messages tells whose they are."""
-        return bool(self._receive_buffer.pieces)
+        """Whether descriptors have come that none of the messages takes so far."""
+        return bool(self.fds_to_close or self._pending_fds.fds)
 
     def _messages(self) -> Iterator[tuple[Any, list[Fd], str]]:
         """What has come, taken away one by one: each value with its descriptors, and why there are
         less of them than there should be, if so.
         """
-        ready = self._look()
+        ready = self._ready
         while ready:
             message = ready.popleft()
             yield message if type(message) is Received else (message, NO_FDS, "")
-
-    def _look(self) -> deque[Any]:
-        """What has come: to be taken from the left."""
-        if self._receive_buffer.pieces:
-            self._receive_buffer.look()
-        return self._ready
 
     @property
     def waiting_fds(self) -> int:

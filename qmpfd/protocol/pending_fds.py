@@ -7,10 +7,41 @@ them in order; what is left when the segment is over, and one was taken, belongs
 
 from __future__ import annotations
 
+from enum import Enum, auto
+
 from ..kernel.fd import Fd
 
-#: What the command is told whose descriptors the kernel had to drop (MSG_CTRUNC).
-LOST = "File descriptors sent via SCM_RIGHTS were lost: the receiver is out of file descriptors"
+
+class SegmentState(Enum):
+    """Where the segment is that the descriptors came with."""
+
+    SPENT = auto()  #: over, and a command has taken some: whatever else there was is given up
+    OPEN = auto()  #: more of its bytes are to come
+    OPEN_TAKEN = auto()  #: likewise, and a command in it has taken some
+    STRADDLED = auto()  #: over, but the message that it ended in is not
+    STRADDLED_TAKEN = auto()  #: likewise, and a command in it has taken some
+    OVER = auto()  #: the descriptors wait for the next command that takes some
+
+
+class _Event(Enum):
+    TAKE = auto()  # a command takes descriptors
+    END = auto()  # the segment ends between two messages
+    END_INSIDE = auto()  # the segment ends inside of a message
+    MESSAGE_END = auto()
+
+
+#: What is not here leaves the state as it is.
+_TRANSITIONS = {
+    (SegmentState.OVER, _Event.TAKE): SegmentState.SPENT,
+    (SegmentState.OPEN, _Event.TAKE): SegmentState.OPEN_TAKEN,
+    (SegmentState.OPEN, _Event.END): SegmentState.OVER,
+    (SegmentState.OPEN, _Event.END_INSIDE): SegmentState.STRADDLED,
+    (SegmentState.OPEN_TAKEN, _Event.END): SegmentState.SPENT,
+    (SegmentState.OPEN_TAKEN, _Event.END_INSIDE): SegmentState.STRADDLED_TAKEN,
+    (SegmentState.STRADDLED, _Event.TAKE): SegmentState.STRADDLED_TAKEN,
+    (SegmentState.STRADDLED, _Event.MESSAGE_END): SegmentState.OVER,
+    (SegmentState.STRADDLED_TAKEN, _Event.MESSAGE_END): SegmentState.SPENT,
+}
 
 
 class PendingFds:
@@ -20,84 +51,58 @@ class PendingFds:
         fds_to_close: where those go that nobody will take; its owner closes them.
     """
 
-    __slots__ = ("_dropped", "_fds_to_close", "_open", "_straddled", "_taken", "fds", "why_dropped")
+    __slots__ = ("_fds_to_close", "fds", "lost", "state")
 
     def __init__(self, fds_to_close: list[Fd]) -> None:
         self._fds_to_close = fds_to_close
         #: Those that wait.
         self.fds: list[Fd] = []
-        self._dropped = False  # descriptors of this segment are gone
-        #: Why they are.
-        self.why_dropped = LOST
-        self._taken = False  # a command of this segment has taken some
-        self._open = False  # more of the segment, or of the message it ended in, is to come
-        self._straddled = False  # the segment ended inside of a message
+        #: Why descriptors of this segment are gone; empty if none are.
+        self.lost = ""
+        self.state = SegmentState.SPENT
 
-    def snapshot(self) -> tuple[list[Fd], bool, bool, bool, bool]:
-        """All there is; for :meth:`restore`."""
-        return list(self.fds), self._dropped, self._taken, self._open, self._straddled
+    def restore(self, fds: list[Fd], state: SegmentState, lost: str) -> None:
+        """Go on where another was; *fds* are owned from here on."""
+        self.fds, self.state, self.lost = fds, state, lost
 
-    def restore(
-        self, fds: list[Fd], dropped: bool, taken: bool, is_open: bool, straddled: bool
-    ) -> None:
-        """Go on where another was when it gave :meth:`snapshot`; *fds* are owned from here on."""
-        self.fds = fds
-        self._dropped, self._taken = dropped, taken
-        self._open, self._straddled = is_open, straddled
-
-    @property
-    def waits(self) -> bool:
-        """Whether the next command that takes some gets them, or is told that they are lost."""
-        return self._dropped or bool(self.fds)
-
-    def arrive(self, fds: list[Fd], dropped: bool) -> None:
+    def begin_segment(self, fds: list[Fd], lost: str) -> None:
         """A new segment begins; what still waits of an older one is given up.
 
         Args:
             fds: what came with it.
-            dropped: whether the kernel dropped some of them (MSG_CTRUNC): then none is kept.
+            lost: why the kernel dropped some of them, if it did: then none is kept.
         """
         self.discard()
-        if dropped:
+        if lost:
             self._fds_to_close += fds
         else:
             self.fds = fds
-        self._dropped, self.why_dropped = dropped, LOST
-        self._open = True
-        self._taken = self._straddled = False
+        self.lost, self.state = lost, SegmentState.OPEN
 
-    def claim(self, most: int) -> tuple[list[Fd], bool]:
-        """A command that takes up to *most* descriptors: those that it gets, and whether some
-        were dropped on the way.
-        """
+    def take(self, most: int) -> tuple[list[Fd], str]:
+        """Those that a command gets which takes up to *most*, and why some are missing, if so."""
         fds, self.fds = self.fds[:most], self.fds[most:]
-        dropped, self._dropped = self._dropped, False
-        self._taken = True
-        if not self._open:
-            self.discard()
-        return fds, dropped
+        lost, self.lost = self.lost, ""
+        self._move(_Event.TAKE)
+        return fds, lost
 
     def refuse(self, why: str) -> None:
         """Give up what waits; the command that should have had it is told *why*."""
         if self.fds:
             self.discard()
-            self._dropped, self.why_dropped = True, why
+            self.lost = why
 
-    def segment_ended(self, *, inside_message: bool) -> None:
+    def end_segment(self, *, inside_message: bool) -> None:
         """The last byte of the segment was seen; *inside_message*: a message goes on after it."""
-        if inside_message:
-            self._straddled = True
-        else:
-            self._close()
+        self._move(_Event.END_INSIDE if inside_message else _Event.END)
 
-    def message_ended(self) -> None:
+    def end_message(self) -> None:
         """A message is complete."""
-        if self._straddled:
-            self._close()
+        self._move(_Event.MESSAGE_END)
 
-    def _close(self) -> None:
-        self._open = self._straddled = False
-        if self._taken:
+    def _move(self, event: _Event) -> None:
+        self.state = _TRANSITIONS.get((self.state, event), self.state)
+        if self.state is SegmentState.SPENT:
             self.discard()
 
     def discard(self) -> None:
@@ -105,4 +110,4 @@ class PendingFds:
         if self.fds:
             self._fds_to_close += self.fds
             self.fds = []
-        self._dropped = False
+        self.lost = ""

@@ -115,7 +115,7 @@ class ServerConnection(Connection):
         What was not asked for is there the next time.
         """
         flooded = False
-        ready = self._look()
+        ready = self._ready
         while ready:  # as _messages does it, but for one generator less on each request's way
             message = ready.popleft()
             if type(message) in self._usual:

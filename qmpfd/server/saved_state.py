@@ -79,8 +79,8 @@ class SavedSession(Struct, forbid_unknown_fields=True):
         errors_in_a_row: errors since the last valid request.
         parser: a half-read request.
         unclaimed: how many descriptors wait for a command.
-        flags: of those; see :class:`qmpfd.protocol.receive_buffer.ReceiveBufferState`.
-        segment_left: likewise.
+        segment, lost, segment_left: of those; see
+            :class:`qmpfd.protocol.receive_buffer.ReceiveBufferState`.
         names: what its ``getfd`` descriptors are called.
         watching: whether it is told of changes.
         unsent: what waits to be sent: bytes, and how many descriptors go with the first of them.
@@ -94,7 +94,10 @@ class SavedSession(Struct, forbid_unknown_fields=True):
     errors_in_a_row: int
     parser: SavedParser | None
     unclaimed: int
-    flags: Annotated[list[bool], Meta(min_length=4, max_length=4)]
+    segment: Annotated[
+        str, Meta(pattern="^(SPENT|OPEN|OPEN_TAKEN|STRADDLED|STRADDLED_TAKEN|OVER)$")
+    ]
+    lost: str
     segment_left: int
     names: list[str]
     watching: bool

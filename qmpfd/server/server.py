@@ -374,7 +374,7 @@ class Server:
         if self.has_left:  # the connection goes on, in the successor
             stream.close()
             return
-        fd = stream.retire()
+        fd = stream.shutdown()
         if fd is not None:
             self.daemon.closer.close([fd])
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from qmpfd.kernel.fd import Fd, close_all, discard, fileno, peek, receive, send
+from qmpfd.kernel.fd import OUT_OF_FDS, Fd, close_all, discard, fileno, peek, receive, send
 from qmpfd.limits import READ_BYTES, SCM_MAX_FD, SEGMENT_BYTES
 
 
@@ -134,15 +134,15 @@ def test_nothing_there(pair: Pair) -> None:
 def test_end(pair: Pair) -> None:
     pair[1].close()
     assert peek(pair[0]) == (b"", False)
-    assert receive(pair[0], 100) == (b"", [], False)
+    assert receive(pair[0], 100) == (b"", [], "")
 
 
 def test_bytes(pair: Pair) -> None:
     assert send(pair[1], b"hello", ()) == 5
     assert send(pair[1], memoryview(b" you"), []) == 4
     assert peek(pair[0]) == peek(pair[0]) == (b"hello you", False)
-    assert receive(pair[0], 3) == (b"hel", [], False)
-    assert receive(pair[0], 100) == (b"lo you", [], False)
+    assert receive(pair[0], 3) == (b"hel", [], "")
+    assert receive(pair[0], 100) == (b"lo you", [], "")
 
 
 def test_fds(pair: Pair, fd: Fd) -> None:
@@ -150,8 +150,8 @@ def test_fds(pair: Pair, fd: Fd) -> None:
     send(pair[1], b"with", [fd, fd.fileno()])
     send(pair[1], b"after", ())
     assert peek(pair[0]) == peek(pair[0]) == (b"plainwith", True)
-    data, fds, dropped = receive(pair[0], READ_BYTES)
-    assert (data, len(fds), dropped) == (b"plainwith", 2, False)
+    data, fds, lost = receive(pair[0], READ_BYTES)
+    assert (data, len(fds), lost) == (b"plainwith", 2, "")
     for received in fds:
         assert os.path.sameopenfile(received.fileno(), fd.fileno())
         assert not os.get_inheritable(received.fileno())
@@ -163,7 +163,7 @@ def test_fds(pair: Pair, fd: Fd) -> None:
 def test_a_read_never_has_a_descriptor_before_its_first_byte(pair: Pair, fd: Fd) -> None:
     send(pair[1], b"plain", ())
     send(pair[1], b"with", [fd])
-    assert receive(pair[0], 5) == (b"plain", [], False)
+    assert receive(pair[0], 5) == (b"plain", [], "")
     data, fds, _ = receive(pair[0], 1)
     assert (data, len(fds)) == (b"w", 1)
     close_all(fds)
@@ -182,8 +182,8 @@ def test_status_flags_are_not_touched(pair: Pair, fd: Fd) -> None:
 
 def test_as_many_as_the_kernel_passes(pair: Pair, fd: Fd) -> None:
     assert send(pair[1], b"x", [fd] * SCM_MAX_FD) == 1
-    _, fds, dropped = receive(pair[0], 1)
-    assert (len(fds), dropped) == (SCM_MAX_FD, False)
+    _, fds, lost = receive(pair[0], 1)
+    assert (len(fds), lost) == (SCM_MAX_FD, "")
     close_all(fds)
     with pytest.raises(OSError, match="Invalid argument"):
         send(pair[1], b"x", [fd] * (SCM_MAX_FD + 1))
@@ -218,17 +218,17 @@ def room_for(count: int) -> Iterator[None]:
 def test_out_of_descriptors(pair: Pair, fd: Fd, count: int) -> None:
     send(pair[1], b"abc", [fd] * 3)
     with room_for(count):
-        data, fds, dropped = receive(pair[0], 2)
-    assert (data, len(fds), dropped) == (b"ab", count, True)
+        data, fds, lost = receive(pair[0], 2)
+    assert (data, len(fds), lost) == (b"ab", count, OUT_OF_FDS)
     close_all(fds)
-    assert receive(pair[0], 2) == (b"c", [], False)
+    assert receive(pair[0], 2) == (b"c", [], "")
 
 
 def test_room_for_all(pair: Pair, fd: Fd) -> None:
     send(pair[1], b"abc", [fd] * 3)
     with room_for(3):
-        _, fds, dropped = receive(pair[0], 2)
-    assert (len(fds), dropped) == (3, False)
+        _, fds, lost = receive(pair[0], 2)
+    assert (len(fds), lost) == (3, "")
     close_all(fds)
 
 

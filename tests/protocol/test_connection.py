@@ -34,7 +34,7 @@ NEGOTIATE_FIRST = "Expecting capabilities negotiation with 'qmp_capabilities'"
 def receive(connection: Connection, data: bytes) -> None:
     """Hand over *data*, without descriptors, in as many steps as are asked for."""
     while data:
-        length = connection.receive(data)
+        (length,) = connection.plan(data, False)
         assert 0 < length <= len(data)
         data = data[length:]
 

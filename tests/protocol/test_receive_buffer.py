@@ -356,7 +356,7 @@ def test_never_more_than_two_messages_of_unclaimed_fds(tags: Tags) -> None:
     opened = 0
 
     class Counting(FakeQueue):
-        def receive(self, count: int) -> tuple[bytes, list[Fd], bool]:
+        def receive(self, count: int) -> tuple[bytes, list[Fd], str]:
             nonlocal opened
             data, fds, dropped = super().receive(count)
             opened += len(fds)

@@ -14,15 +14,17 @@ from outcome import Error, Value
 from ...commands import DECODER, NOTHING, VERSION, Client, Context
 from ...errors import GenericError, QMPError
 from ...fdsets import Peer
-from ...kernel.fd import Fd, Plenty
+from ...kernel.fd import Fd
 from ...limits import (
+    FEW_BYTES,
     HELD_REPLY_BYTES,
     LOCK_TIMEOUT,
     NEGOTIATION_TIMEOUT,
+    READ_BYTES,
 )
 from ...policy import Access
 from ...protocol import ServerConnection, State
-from ...transport import FdStream
+from ...transport import Arrival, FdStream
 from ..listen.rejections import refusal
 from ..saved_state import SavedSession
 from ..takeover.sender import hand_over
@@ -267,24 +269,23 @@ class Session:
                 await share.next_turn()
             if self._server.is_frozen:
                 await self._park()
-            try:
-                came = stream.receive_nowait(
-                    connection, not share.in_turn, daemon.quotas.fds_at_once
-                )
-            except Plenty:
+            max_bytes = READ_BYTES if share.in_turn else FEW_BYTES
+            arrival = stream.receive_nowait(connection, max_bytes, daemon.quotas.fds_at_once)
+            more = arrival is Arrival.SOME
+            if more and not (connection.has_pending_input or connection.fds_to_close):
                 await send_buffer.send(share)
                 await share.next_turn(much=True)
                 continue
-            if came:
+            if arrival not in (Arrival.NOTHING, Arrival.END):
                 # While more is there, replies wait: one write for all of them.
-                if not answers.give_nowait(not stream.more):
+                if not answers.give_nowait(not more):
                     await answers.give()
                 if context.takes_over:
                     await send_buffer.send(share)
                     await self._hand_over()
                     return
                 if send_buffer.size and (
-                    context.quitting or send_buffer.size > HELD_REPLY_BYTES or not stream.more
+                    context.quitting or send_buffer.size > HELD_REPLY_BYTES or not more
                 ):
                     send_buffer.push()
                     if send_buffer.size:
@@ -293,7 +294,7 @@ class Session:
                     continue
             if send_buffer.size:
                 await send_buffer.send(share)
-            if came is not None or self._server.stopping:
+            if arrival is not Arrival.NOTHING or self._server.stopping:
                 return
             self._waiting = True
             share.pause()
@@ -302,7 +303,10 @@ class Session:
             self._waiting = False
 
     async def _serve_rest(self) -> None:
-        while not self._context.quitting and self._stream.receive_nowait(self._connection):
+        while not self._context.quitting and self._stream.receive_nowait(self._connection) in (
+            Arrival.ALL,
+            Arrival.SOME,
+        ):
             await self._answers.give()
             if self._context.takes_over:
                 await self._hand_over()  # is refused

@@ -44,7 +44,8 @@ def describe(
         errors_in_a_row=connection.errors_in_a_row,
         parser=None if parser is None else SavedParser(*parser),
         unclaimed=len(receive_buffer.fds),
-        flags=receive_buffer.flags,
+        segment=receive_buffer.segment,
+        lost=receive_buffer.lost,
         segment_left=receive_buffer.segment_left,
         names=list(context.names),
         watching=events is not None,
@@ -68,7 +69,7 @@ def restore(
     """
     parser = None if saved.parser is None else ParserState(*structs.astuple(saved.parser))
     receive_buffer = ReceiveBufferState(
-        parser, list(islice(fds, saved.unclaimed)), saved.flags, saved.segment_left
+        parser, list(islice(fds, saved.unclaimed)), saved.segment, saved.lost, saved.segment_left
     )
     context.connection.restore(
         ConnectionState(saved.state, saved.oob_enabled, saved.errors_in_a_row, receive_buffer)

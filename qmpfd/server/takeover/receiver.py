@@ -108,7 +108,7 @@ class _Predecessor:
             fd.move_to(number)
             self._sock = socket.socket(fileno=fd.detach())
 
-    def ask(self, request: bytes, timeout: float) -> tuple[bytes, list[Fd], bool]:
+    def ask(self, request: bytes, timeout: float) -> tuple[bytes, list[Fd], str]:
         """Say something; what it answers, see :func:`qmpfd.kernel.fd.receive`.
 
         Raises:
@@ -125,11 +125,11 @@ class _Predecessor:
             raise NoDaemon("the old daemon has given up the takeover: it goes on")
         return answer
 
-    def _hear(self) -> tuple[bytes, list[Fd], bool]:
+    def _hear(self) -> tuple[bytes, list[Fd], str]:
         try:
             return receive(self._sock, 1)
         except ConnectionError:
-            return b"", [], False
+            return b"", [], ""
 
     def let_go(self, timeout: float, journal: Fd | None) -> None:
         """Have it leave everything to us, and wait until it has.
