@@ -129,11 +129,9 @@ def query_fds(context: Context, arguments: QueryFds) -> JSONStream | RawJSON:
     store = context.shared.store
     fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
     context.access.require("query", fdset_id)
-    fdset = None if fdset_id is None else store.get(fdset_id)
-    if fdset_id is not None and fdset is None:
+    if fdset_id is not None and store.get(fdset_id) is None:
         raise not_found(fdset_id, None)
-    sets = store.iter_stable() if fdset is None else [fdset]
-    return list_fds(context, sets, None if arguments.opaque is UNSET else arguments.opaque)
+    return list_fds(context, arguments)
 
 
 @table.command("watch-fdsets", WatchFdsets, Nothing)

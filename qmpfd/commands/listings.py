@@ -3,21 +3,27 @@
 A listing is of what was stored when it was asked for; what is removed before its turn comes is
 left out.  A descriptor is looked at in the same step in which it is found in its set, so that
 its number cannot mean another one by then.
+
+Between two bits, what a listing was asked and how far it is can be saved, and another process that
+has the same store can go on with it: a takeover does not wait for the end of a listing, and nobody
+needs the memory for the rest of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from math import ceil
+from collections.abc import Iterator
+from enum import Enum
+from math import ceil, inf
+from typing import Any
 
-from msgspec import to_builtins
+from msgspec import UNSET, Struct, to_builtins
 
-from ..fdsets import FdSet, StoredFd
+from ..fdsets import FdSet, Progress, StoredFd
 from ..kernel.fdinfo import access_mode, kind, target
 from ..limits import INT64_MAX
 from ..protocol.encode import LONG_TEXT, JSONStream, RawJSON, encode, iter_encode
 from .context import Context
-from .extension_types import FdInfo, PeerInfo
+from .extension_types import FdInfo, PeerInfo, QueryFds
 from .types import FdsetFdInfo, FdsetInfo
 
 # A step is over after so much work, about a millisecond.  The opaque texts count by the character.
@@ -33,18 +39,24 @@ _KEPT_BYTES = 512
 
 def list_fdsets(context: Context) -> JSONStream | RawJSON:
     """What ``query-fdsets`` returns."""
-    return _result(context, _list_fdsets(context))
+    return _result(context, None)
 
 
-def list_fds(context: Context, sets: Iterable[FdSet], prefix: str | None) -> JSONStream | RawJSON:
+def list_fds(context: Context, query: QueryFds) -> JSONStream | RawJSON:
     """What ``query-fds`` returns.
 
     Args:
         context: the connection that asks.
-        sets: the fd sets.
-        prefix: what the opaque texts have to begin with; None for all.
+        query: which descriptors it asks for.
     """
-    return _result(context, _list_fds(context, sets, prefix))
+    return _result(context, query)
+
+
+def _result(context: Context, query: QueryFds | None) -> JSONStream | RawJSON:
+    shared = context.shared
+    listing = Listing(context, query, shared.clock())
+    few = shared.store.fd_count <= _FEW_FDS and shared.quotas.opaque_total <= _FEW_CHARACTERS
+    return RawJSON(b"".join(listing.bits)) if few else listing
 
 
 def added(entries: list[StoredFd]) -> FdsetInfo | JSONStream:
@@ -58,112 +70,214 @@ def added(entries: list[StoredFd]) -> FdsetInfo | JSONStream:
     info = FdsetInfo(first.fdset.id, fds)
     if len(fds) * len(first.opaque or "") <= _FEW_CHARACTERS:
         return info
-    return JSONStream(_bits_of(info))
+    return JSONStream(to_builtins(info))
 
 
-def _bits_of(info: FdsetInfo) -> Iterator[bytes]:
-    separator = b'{"fdset-id": %d, "fds": [' % info.fdset_id
-    for fd in info.fds:
-        yield separator
-        yield from iter_encode(to_builtins(fd))
-        separator = b", "
-    yield b"]}"
+class Stage(Enum):
+    """How the text of a listing ends so far."""
+
+    #: There is none.
+    EMPTY = "empty"
+    #: With an entry: a set of ``query-fdsets``, a descriptor of ``query-fds``.
+    ENTRY = "entry"
+    #: With a descriptor of a set of ``query-fdsets``, the rest of which is to come.
+    IN_SET = "in set"
+    #: With the end of the listing.
+    COMPLETE = "complete"
 
 
-def _result(context: Context, bits: Iterator[bytes]) -> JSONStream | RawJSON:
-    shared = context.shared
-    few = shared.store.fd_count <= _FEW_FDS and shared.quotas.opaque_total <= _FEW_CHARACTERS
-    return RawJSON(b"".join(bits)) if few else JSONStream(bits)
+class SavedListing(Struct, forbid_unknown_fields=True):
+    """A listing of which a part was written.
+
+    Args:
+        query: what ``query-fds`` was asked; None for ``query-fdsets``.
+        age: seconds since then: what was stored later is left out.
+        stage: how the text ends that was written.
+        below: only sets of lower ids are still to be listed, but for the one in progress.
+        fdset_id: the set in progress: some of its descriptors were listed.
+        next_fd: the descriptor of that set that comes next; None if none does.
+        entry: a descriptor of which a part was written, without its opaque text.
+        written: how many bytes of it.
+    """
+
+    query: QueryFds | None
+    age: float
+    stage: Stage
+    below: int | None
+    fdset_id: int | None
+    next_fd: int | None
+    entry: dict[str, Any] | None
+    written: int
 
 
-def _list_fdsets(context: Context) -> Iterator[bytes]:
-    now = context.shared.clock()
-    out: list[bytes] = []
-    work = 0
-    separator = b"["
-    for fdset in context.shared.store.iter_stable():
-        cost = _COPYING if fdset.listing else len(fdset.fds) * _ENCODING
-        if context.access.unlimited and (whole := fdset.listing or _whole(fdset)):
-            out += separator, whole
-            separator = b", "
-            work += cost
-        else:
-            opened = False
-            for stored in fdset.iter_stable(now):
-                work += _ENCODING + len(stored.opaque or "")
-                if context.access.may("query", fdset.id, stored.opaque):
-                    if opened:
-                        out.append(b", ")
-                    else:
-                        out += separator, b'{"fdset-id": %d, "fds": [' % fdset.id
-                        separator, opened = b", ", True
-                    entry = FdsetFdInfo(stored.fd.fileno(), stored.opaque)
-                    if _is_long(stored.opaque):
+class Listing(JSONStream):
+    """A listing in progress.
+
+    Args:
+        context: the connection that asks.
+        query: what ``query-fds`` was asked; None for ``query-fdsets``.
+        asked_at: when, by the daemon's clock.
+    """
+
+    def __init__(self, context: Context, query: QueryFds | None, asked_at: float) -> None:
+        super().__init__(None)
+        self.bits = self._make_bits()
+        self._context = context
+        self._query = query
+        self._asked_at = asked_at
+        self._stage = Stage.EMPTY
+        self._below: float = inf
+        self._fdset: FdSet | None = None  # in progress
+        self._progress = Progress()  # through that set
+        self._entry: dict[str, Any] | None = None  # in progress, since it is long
+        self._written = 0  # bytes of that entry
+
+    def save(self, now: float) -> tuple[SavedListing, str | None]:
+        """The listing between two of its bits, for :meth:`restore`; and the opaque text of the
+        entry in progress, which other listings may have in progress too.
+        """
+        fdset = self._fdset
+        entry, opaque = self._entry, None
+        if entry is not None:
+            opaque = entry["opaque"]
+            entry = {**entry, "opaque": ""}
+        saved = SavedListing(
+            query=self._query,
+            age=now - self._asked_at,
+            stage=self._stage,
+            below=None if self._below == inf else int(self._below),
+            fdset_id=None if fdset is None else fdset.id,
+            next_fd=None if fdset is None else fdset.next_number(self._progress, self._asked_at),
+            entry=entry,
+            written=self._written,
+        )
+        return saved, opaque
+
+    def restore(self, saved: SavedListing, opaque: str | None) -> None:
+        """Go on where another listing was when :meth:`save` gave this."""
+        self._stage = saved.stage
+        self._below = inf if saved.below is None else saved.below
+        if saved.fdset_id is not None and saved.next_fd is not None:
+            fdset = self._context.shared.store.get(saved.fdset_id)
+            if fdset is not None and saved.next_fd in fdset.fds:
+                self._fdset, self._progress = fdset, fdset.progress_before(saved.next_fd)
+        if saved.entry is not None:
+            self._entry, self._written = {**saved.entry, "opaque": opaque}, saved.written
+
+    def _sets(self) -> Iterator[FdSet]:
+        """The sets that are still to be listed, the one in progress first."""
+        if self._fdset is not None:
+            yield self._fdset
+        query = self._query
+        only = None if query is None or query.fdset_id is UNSET else query.fdset_id
+        if only is not None:  # as the first that comes, and then no other does
+            self._below = min(self._below, only + 1)
+        for fdset in self._context.shared.store.iter_stable(self._below):
+            if only is not None and fdset.id != only:
+                break
+            self._fdset, self._progress, self._below = fdset, Progress(), fdset.id
+            yield fdset
+        self._fdset = None
+
+    def _make_bits(self) -> Iterator[bytes]:
+        """The text.  At each yield the members tell what comes behind it."""
+        context, query, asked_at = self._context, self._query, self._asked_at
+        out: list[bytes] = []
+        work = 0
+        if self._entry is not None:
+            yield from self._long_entry(self._entry)
+        if self._stage is Stage.IN_SET and self._fdset is None:  # nothing of the set is left
+            out.append(self._close_set())
+        for fdset in self._sets():
+            in_set = self._stage is Stage.IN_SET
+            cost = _COPYING if fdset.listing else len(fdset.fds) * _ENCODING
+            if query is None and not in_set and (whole := self._whole(fdset)):
+                out += self._separator(), whole
+                self._stage, self._fdset = Stage.ENTRY, None
+                work += cost
+            else:
+                for stored in fdset.iter_stable(asked_at, self._progress):
+                    opaque = stored.opaque
+                    work += _ENCODING + len(opaque or "")
+                    if (query is None or _matches(query, stored)) and (
+                        context.access.may("query", fdset.id, opaque)
+                    ):
+                        entry: Struct
+                        if query is None:
+                            out.append(self._begin_fd(fdset.id))
+                            entry = FdsetFdInfo(stored.fd.fileno(), opaque)
+                        else:
+                            out.append(self._separator())
+                            self._stage = Stage.ENTRY
+                            work += _LOOKING
+                            entry = _describe(fdset, stored, asked_at)
+                        if opaque is not None and len(opaque) > LONG_TEXT:
+                            self._entry, self._written = to_builtins(entry), 0
+                            yield b"".join(out)
+                            out.clear()
+                            yield from self._long_entry(self._entry)
+                        else:
+                            out.append(encode(entry))
+                    if work > _STEP:
                         yield b"".join(out)
                         out.clear()
-                        yield from iter_encode(to_builtins(entry))
-                    else:
-                        out.append(encode(entry))
-                if work > _STEP:
-                    yield b"".join(out)
-                    out.clear()
-                    work = 0
-            if opened:
-                out.append(b"]}")
-        if work > _STEP:
-            yield b"".join(out)
-            out.clear()
-            work = 0
-    out.append(b"[]" if separator == b"[" else b"]")
-    yield b"".join(out)
-
-
-def _whole(fdset: FdSet) -> bytes | None:
-    """What a listing says of *fdset*, if that is short: of 15,000 sets, few have changed since the
-    last time, and what was said of the others is still right.
-    """
-    few = len(fdset.fds) <= _KEPT_BYTES // len(b'{"fd": 10}, ')
-    if few:
-        fds = [FdsetFdInfo(number, stored.opaque) for number, stored in fdset.fds.items()]
-        if sum(len(fd.opaque or "") for fd in fds) <= _KEPT_BYTES:
-            whole = encode(FdsetInfo(fdset.id, fds))
-            if len(whole) <= _KEPT_BYTES:
-                fdset.listing = whole
-    return fdset.listing
-
-
-def _list_fds(context: Context, sets: Iterable[FdSet], prefix: str | None) -> Iterator[bytes]:
-    now = context.shared.clock()
-    out: list[bytes] = []
-    work = 0
-    separator = b"["
-    for fdset in sets:
-        for stored in fdset.iter_stable(now):
-            opaque = stored.opaque
-            work += _ENCODING + len(opaque or "")
-            if (prefix is None or (opaque is not None and opaque.startswith(prefix))) and (
-                context.access.may("query", fdset.id, opaque)
-            ):
-                out.append(separator)
-                separator = b", "
-                work += _LOOKING
-                entry = _describe(fdset, stored, now)
-                if _is_long(opaque):
-                    yield b"".join(out)
-                    out.clear()
-                    yield from iter_encode(to_builtins(entry))
-                else:
-                    out.append(encode(entry))
+                        work = 0
+                if self._stage is Stage.IN_SET:
+                    out.append(self._close_set())
             if work > _STEP:
                 yield b"".join(out)
                 out.clear()
                 work = 0
-    out.append(b"[]" if separator == b"[" else b"]")
-    yield b"".join(out)
+        if self._stage is not Stage.COMPLETE:
+            out.append(b"[]" if self._stage is Stage.EMPTY else b"]")
+            self._stage = Stage.COMPLETE
+            yield b"".join(out)
+
+    def _separator(self) -> bytes:
+        """What stands before an entry."""
+        return b"[" if self._stage is Stage.EMPTY else b", "
+
+    def _begin_fd(self, fdset_id: int) -> bytes:
+        """What stands before a descriptor of a set of ``query-fdsets``."""
+        if self._stage is Stage.IN_SET:
+            return b", "
+        begin = self._separator() + b'{"fdset-id": %d, "fds": [' % fdset_id
+        self._stage = Stage.IN_SET
+        return begin
+
+    def _close_set(self) -> bytes:
+        self._stage = Stage.ENTRY
+        return b"]}"
+
+    def _long_entry(self, entry: dict[str, Any]) -> Iterator[bytes]:
+        """The rest of an entry whose opaque text is long."""
+        skip = self._written
+        for bit in iter_encode(entry):
+            self._written += max(0, len(bit) - skip)
+            yield bit[skip:]
+            skip = max(0, skip - len(bit))
+        self._entry = None
+
+    def _whole(self, fdset: FdSet) -> bytes | None:
+        """What ``query-fdsets`` says of *fdset*, if that is short and the client sees all of it: of
+        15,000 sets, few have changed since the last time, and what was said of the others is still
+        right.
+        """
+        if not self._context.access.unlimited:
+            return None
+        few = len(fdset.fds) <= _KEPT_BYTES // len(b'{"fd": 10}, ')
+        if fdset.listing is None and few:
+            fds = [FdsetFdInfo(number, stored.opaque) for number, stored in fdset.fds.items()]
+            if sum(len(fd.opaque or "") for fd in fds) <= _KEPT_BYTES:
+                whole = encode(FdsetInfo(fdset.id, fds))
+                if len(whole) <= _KEPT_BYTES:
+                    fdset.listing = whole
+        return fdset.listing
 
 
-def _is_long(opaque: str | None) -> bool:
-    return opaque is not None and len(opaque) > LONG_TEXT
+def _matches(query: QueryFds, stored: StoredFd) -> bool:
+    prefix = query.opaque
+    return prefix is UNSET or (stored.opaque is not None and stored.opaque.startswith(prefix))
 
 
 def _describe(fdset: FdSet, stored: StoredFd, now: float) -> FdInfo:

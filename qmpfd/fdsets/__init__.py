@@ -1,7 +1,7 @@
 """The store of fd sets: pure and synchronous, without Trio, without JSON, without system calls."""
 
-from .entry import PERMANENT, FdSet, Lifetime, Peer, StoredFd
+from .entry import PERMANENT, FdSet, Lifetime, Peer, Progress, StoredFd
 from .ids import IdPool
 from .store import FdSets
 
-__all__ = ["PERMANENT", "FdSet", "FdSets", "IdPool", "Lifetime", "Peer", "StoredFd"]
+__all__ = ["PERMANENT", "FdSet", "FdSets", "IdPool", "Lifetime", "Peer", "Progress", "StoredFd"]

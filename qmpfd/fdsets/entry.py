@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from math import inf
 from typing import NamedTuple
 
@@ -63,6 +63,26 @@ class StoredFd:
     lifetime: Lifetime
     access: str | None = None
     removed: bool = False
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far an iteration over the descriptors of a set has come.
+
+    Args:
+        at: when the newest descriptor that it has visited was added.
+        numbers: all that it has visited of those that were added then.
+    """
+
+    at: float = -inf
+    numbers: set[int] = field(default_factory=set)
+
+    def visit(self, stored: StoredFd) -> None:
+        """*stored* is visited."""
+        if stored.added_at > self.at:
+            self.at = stored.added_at
+            self.numbers.clear()
+        self.numbers.add(stored.fd.fileno())
 
 
 class FdSet:
@@ -128,27 +148,41 @@ class FdSet:
         del self._several[stored.fd.number]
         return not self._several
 
-    def iter_stable(self, until: float) -> Iterator[StoredFd]:
+    def iter_stable(self, until: float, progress: Progress | None = None) -> Iterator[StoredFd]:
         """Its descriptors that were added up to the time *until*, oldest first.
 
-        The set may change between two steps: what is removed before it is its turn is left out.
+        The set may change between two steps: what is removed before its turn comes is left out.
+
+        Args:
+            until: the time, by the daemon's clock.
+            progress: where to begin; brought forward before each descriptor is given.
         """
-        last, with_last = -inf, set[int]()  # when the last one was added, and which were then
+        if progress is None:
+            progress = Progress()
         while True:
-            rest = (
-                stored
-                for number, stored in self.fds.items()
-                if last < stored.added_at <= until
-                or (stored.added_at == last and number not in with_last)
-            )
-            ahead = list(islice(rest, BATCH))
+            ahead = list(islice(self._after(progress, until), BATCH))
             for stored in ahead:
-                if stored.removed:
-                    continue
-                if stored.added_at > last:
-                    last = stored.added_at
-                    with_last.clear()
-                with_last.add(stored.fd.fileno())
-                yield stored
+                if not stored.removed:
+                    progress.visit(stored)
+                    yield stored
             if len(ahead) < BATCH:
                 return
+
+    def _after(self, progress: Progress, until: float) -> Iterator[StoredFd]:
+        at, seen = progress.at, progress.numbers
+        return (
+            stored
+            for number, stored in self.fds.items()
+            if at < stored.added_at <= until or (stored.added_at == at and number not in seen)
+        )
+
+    def next_number(self, progress: Progress, until: float) -> int | None:
+        """Which descriptor :meth:`iter_stable` would give next; None if there is none any more."""
+        stored = next(self._after(progress, until), None)
+        return None if stored is None else stored.fd.fileno()
+
+    def progress_before(self, number: int) -> Progress:
+        """The progress of an iteration that gives the descriptor *number* next."""
+        at = self.fds[number].added_at
+        before = takewhile(lambda other: other != number, self.fds)
+        return Progress(at, {other for other in before if self.fds[other].added_at == at})

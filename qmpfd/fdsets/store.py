@@ -47,11 +47,10 @@ class FdSets:
         for fdset_id in sorted(self._sets, reverse=True):
             yield self._sets[fdset_id]
 
-    def iter_stable(self) -> Iterator[FdSet]:
+    def iter_stable(self, below: float = inf) -> Iterator[FdSet]:
         """As iteration, but there may be changes between two steps: a set that goes before it is
         its turn is left out, and one that comes is given if its turn is still to come.
         """
-        below: float = inf
         while True:
             if self._ascending is None:
                 self._ascending = sorted(self._sets)

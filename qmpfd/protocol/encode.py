@@ -44,13 +44,13 @@ class JSONStream:
     """A result that is made bit by bit, because it may be long.
 
     Args:
-        bits: its JSON; each step of the iteration makes some more.
+        value: the result, built of JSON's types; a subclass may make the text in another way.
     """
 
-    __slots__ = ("bits",)
-
-    def __init__(self, bits: Iterator[bytes]) -> None:
-        self.bits = bits
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        #: Its JSON; each step of the iteration makes some more.
+        self.bits = iter_encode(value)
 
 
 #: What stands around the numbers of a struct, and what takes these out of it.

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Container, Hashable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
-from msgspec import UNSET
+from msgspec import UNSET, to_builtins
 from outcome import Error, Outcome, Value
 
 from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError, QMPError
 from ..kernel.fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import Connection, Event, State
-from .encode import LONG_TEXT, JSONStream, RawJSON, encode, encode_any, iter_encode
+from .encode import LONG_TEXT, JSONStream, RawJSON, encode, encode_any
 from .parser import Budget
 from .receive_buffer import NO_FDS, ReceiveBufferState, Received
 from .request_decoder import Request, RequestDecoder
+from .streamed_reply import StreamedReply
 
 #: A request, or the error that it is refused with; its id; its descriptors.
 ReceivedRequest: TypeAlias = "tuple[Request | Error, Any, list[Fd]]"
@@ -169,17 +170,16 @@ class ServerConnection(Connection):
             pass
         raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
 
-    def answer(self, result: Outcome[object], request_id: Any) -> bytes | Iterator[bytes]:
+    def answer(self, result: Outcome[object], request_id: Any) -> bytes | StreamedReply:
         """The reply to a request: its result, or its QMPError; bit by bit, where it may be long."""
         if request_id is UNSET and type(result) is Value:  # as nearly always
             value = result.value
-            kind = type(value)
-            if kind is RawJSON:
+            if type(value) is RawJSON:
                 return b'{"return": %b}\r\n' % value
-            if kind is not JSONStream:
+            if not isinstance(value, JSONStream):
                 return b'{"return": %b}\r\n' % encode(value)
         if self._may_be_long(result, request_id):
-            return self.long_reply(result, request_id)
+            return self.streamed_reply(result, request_id)
         return self.reply(result, request_id)
 
     def reply(self, result: Outcome[object], request_id: Any) -> bytes:
@@ -210,30 +210,19 @@ class ServerConnection(Connection):
         if kind is dict or kind is list or (kind is str and len(request_id) > LONG_TEXT):
             return True
         if type(result) is Value:
-            return type(result.value) is JSONStream
+            return isinstance(result.value, JSONStream)
         # It may quote what the client has sent.
         return isinstance(result, Error) and len(str(result.error)) > LONG_TEXT
 
-    def long_reply(self, result: Outcome[object], request_id: Any) -> Iterator[bytes]:
+    def streamed_reply(self, result: Outcome[object], request_id: Any) -> StreamedReply:
         """The same, bit by bit: a listing may be megabytes, and an id any value that fits in a
         request.
         """
+        id_member = {} if request_id is UNSET else {"id": request_id}
         if not isinstance(result, Value):
-            yield b"{"
-            if request_id is not UNSET:
-                yield b'"id": '
-                yield from iter_encode(request_id)
-                yield b", "
-            yield b'"error": '
-            yield from iter_encode(self._error(result))
-        else:
-            value = result.value
-            yield b'{"return": '
-            if isinstance(value, JSONStream):
-                yield from value.bits
-            else:
-                yield encode(value)
-            if request_id is not UNSET:
-                yield b', "id": '
-                yield from iter_encode(request_id)
-        yield b"}\r\n"
+            return StreamedReply({**id_member, "error": self._error(result)})
+        value = result.value
+        if isinstance(value, JSONStream):
+            return StreamedReply(id_member, value)
+        returned = value if type(value) is RawJSON else to_builtins(value)
+        return StreamedReply({"return": returned, **id_member})

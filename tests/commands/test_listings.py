@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from helpers import Pipe, Wire, daemon, error, pipes, request, value
@@ -17,7 +19,8 @@ from trio.testing import MockClock
 
 import qmpfd
 from qmpfd.commands import DECODER, TABLE, Context, SharedState
-from qmpfd.commands.listings import list_fds, list_fdsets
+from qmpfd.commands.extension_types import QueryFds
+from qmpfd.commands.listings import Listing, SavedListing, list_fds, list_fdsets
 from qmpfd.fdsets import Peer, StoredFd
 from qmpfd.kernel.close_pool import ClosePool
 from qmpfd.kernel.fd import Fd, close_all
@@ -25,6 +28,7 @@ from qmpfd.kernel.hangups import Hangups
 from qmpfd.policy import EVERYTHING, Access, Grant
 from qmpfd.protocol import ServerConnection
 from qmpfd.protocol.encode import JSONStream, RawJSON
+from qmpfd.protocol.streamed_reply import StreamedReply
 
 COMMANDS = ["query-fdsets", "query-fds"]
 
@@ -68,7 +72,7 @@ def bits(context: Context, command: str) -> JSONStream | RawJSON:
     """What the command returns."""
     if command == "query-fdsets":
         return list_fdsets(context)
-    return list_fds(context, context.shared.store.iter_stable(), None)
+    return list_fds(context, QueryFds())
 
 
 def numbers(listing: Any) -> list[int]:
@@ -325,7 +329,7 @@ async def test_an_id_is_echoed_step_by_step(path: Path) -> None:
         with await Wire.session(path) as wire, await Wire.session(path) as other:
             connection = ServerConnection(DECODER)
             whole: list[list[Any]] = [[]] * 100_000
-            steps = list(connection.long_reply(Value({}), whole))
+            steps = list(connection.streamed_reply(Value({}), whole))
             assert max(map(len, steps)) < 4096
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(wire.send_all, request("query-name", id=whole))
@@ -357,3 +361,77 @@ async def test_many_at_once_take_turns(path: Path) -> None:
                 wire.close()
             trio.lowlevel.remove_instrument(instrument)
             assert passes >= 2 * len(wires)
+
+
+# -- gone on with elsewhere --------------------------------------------------------------------
+
+
+def resumed(context: Context, reply: StreamedReply) -> StreamedReply:
+    """The same reply, as another process that has the same store goes on with it."""
+    assert isinstance(reply.result, Listing)
+    saved, opaque = reply.result.save(context.shared.clock())
+    packed = msgspec.msgpack.encode(saved)
+    again = msgspec.msgpack.decode(packed, type=SavedListing)
+    listing = Listing(context, again.query, context.shared.clock() - again.age)
+    listing.restore(again, opaque)
+    return StreamedReply(reply.members, listing, reply.written)
+
+
+@pytest.mark.parametrize("access", [EVERYTHING, Access([Grant(frozenset({"query"}))])])
+@pytest.mark.parametrize("each", [1, 90, 5000])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_listing_goes_on_elsewhere(command: str, each: int, access: Access) -> None:
+    """From each of its bits; its text is what it would have been."""
+    with core(access) as context:
+        fill(context.shared, 600, each=each)
+        context.shared.add([Fd(os.dup(2))], 9999, "\N{SNOWMAN}" * 20_000, create=True, now=5.0)
+        context.shared.add([Fd(os.dup(2))], 9999, "y" * 5000, now=5.0)
+
+        def reply() -> StreamedReply:
+            listing = bits(context, command)
+            assert isinstance(listing, JSONStream)
+            return StreamedReply({"id": "x" * 10_000}, listing)
+
+        whole = list(reply())
+        assert json.loads(b"".join(whole))["id"]
+        assert len(whole) > 10
+        for taken in range(len(whole)):
+            first = reply()
+            text = b"".join(islice(first, taken))
+            assert text + b"".join(resumed(context, first)) == b"".join(whole)
+
+
+@pytest.mark.parametrize("each", [1, 40, 5000])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_listing_goes_on_after_changes(command: str, each: int) -> None:
+    """What goes before its turn is left out, also where the listing is in the middle of its set."""
+    with core() as context:
+        store = context.shared.store
+        fill(context.shared, 800, each=each)
+        everything = [stored for fdset in store for stored in fdset.fds.values()]
+        listing = bits(context, command)
+        assert isinstance(listing, JSONStream)
+        first = StreamedReply({}, listing)
+        text = b"".join(islice(first, 2))
+        shown = text.count(b'"fd":')
+        assert 0 < shown < 400
+        gone = everything[::3]
+        closed: list[Fd] = []
+        context.shared.remove(gone, "removed", closed)
+        close_all(closed)
+        text += b"".join(resumed(context, first))
+        found = numbers(json.loads(text)["return"])[shown:]
+        left = {stored.fd.number for stored in everything if not stored.removed}
+        assert set(found) <= left
+        assert len(found) == len(set(found))
+        assert 800 - len(gone) - shown <= len(found) < 800 - shown
+
+
+def test_the_text_of_a_value_goes_on_elsewhere() -> None:
+    """From each of its bits: of a result, or of an id, that is long."""
+    members = {"return": [{"n": n, "x": "\x01" * n} for n in range(300)], "id": ["y" * 9000, 1.5]}
+    whole = list(StreamedReply(members))
+    for taken in range(len(whole)):
+        first = StreamedReply(members)
+        text = b"".join(islice(first, taken))
+        assert text + b"".join(StreamedReply(members, None, first.written)) == b"".join(whole)

@@ -14,6 +14,7 @@ from ...commands import Context, execute
 from ...kernel.fd import Fd
 from ...limits import MAX_FDS_A_TURN, REPLY_BYTES_A_TURN
 from ...protocol import ServerConnection
+from ...protocol.streamed_reply import StreamedReply
 from .command_log import note
 from .fd_accounting import FdAccounting
 from .send_buffer import SendBuffer
@@ -68,7 +69,7 @@ class RequestProcessor:
         #: Of the request that asked for a takeover.
         self.takeover_id: Any = UNSET
         #: A reply that is sent bit by bit, until all of it is.
-        self.long_reply: Iterator[bytes] | None = None
+        self.long_reply: StreamedReply | None = None
         # Replies that go to the send_buffer once what was removed is closed.  One that carries
         # descriptors begins a batch: they arrive with its first byte, and so with that reply and no
         # other.
@@ -190,7 +191,7 @@ class RequestProcessor:
                 await self._leftovers.close_all(len(self._connection.fds_to_close))
         if self.long_reply is not None:
             await send_buffer.send(self._share)
-            await self._send_bit_by_bit(self.long_reply)
+            await self._send_bit_by_bit(iter(self.long_reply))
             self.long_reply = None
             send_buffer.emptied()
 
