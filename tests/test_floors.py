@@ -186,16 +186,10 @@ def circles(edges: dict[str, set[str]]) -> list[str]:
 
 #: What still has to be untangled; this list only ever gets shorter.
 KNOWN_CIRCLES = {
-    "server.connection.fd_accounting",
-    "server.connection.request_processor",
-    "server.connection.send_buffer",
-    "server.connection.session",
-    "server.connection.snapshot",
     "server.herald",
     "server.listen.accept",
     "server.retire",
     "server.server",
-    "server.takeover.sender",
 }
 
 
@@ -214,7 +208,7 @@ def folder(module: str) -> str:
 
 
 #: Likewise, between folders.
-KNOWN_FOLDER_CIRCLES = {"server.connection", "server.takeover"}
+KNOWN_FOLDER_CIRCLES: set[str] = set()
 
 
 def test_no_circle_between_folders() -> None:

@@ -73,7 +73,7 @@ def _restore(
     for saved in state.sessions:
         sock = socket.socket(fileno=next(fds).detach())
         stream = FdStream(trio.socket.from_stdlib_socket(sock))
-        sessions.append(server.readmit(stream, saved, fds))
+        sessions.append(server.restore_session(stream, saved, fds))
     _fill_store(server, state, inheritance.fds, sessions)
     for session, saved in zip(sessions, state.sessions, strict=True):
         session.context.watch(saved.watching)  # only now: none of that is news to anybody

@@ -23,9 +23,9 @@ _A_STEP = 128
 async def _remove(server: Server, due: Callable[[], list[StoredFd]], reason: str) -> bool:
     """Remove some of what is due, and close it; whether there was any."""
     fds: list[Fd] = []
-    async with server.entered():
+    async with server.services.locked():
         server.daemon.remove(due(), reason, fds)
-    server.dispose(fds)
+    server.durability.close_after_sync(fds)
     await trio.lowlevel.checkpoint()
     return bool(fds)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
-from math import inf
 from pathlib import Path
 
 import trio
@@ -24,11 +23,11 @@ from ..limits import (
 from ..policy import Policy
 from ..protocol import Budget
 from ..transport import FdStream
-from .connection.session import Session
+from .connection.session import Session, SessionEnd
 from .connection.turns import Turns
 from .connection.unsent_budget import UnsentBudget
-from .fdstore.mirror import FdStoreMirror
 from .herald import tell_watchers
+from .lifecycle import Event, Lifecycle, State
 from .listen.accept import SpareFd, accept_clients
 from .listen.admission import Admission, groups_of, peer_of
 from .listen.listener import UnixListener
@@ -36,6 +35,8 @@ from .listen.rejections import RejectionLog, refusal
 from .metrics import write_metrics
 from .retire import retire_expired, retire_hung_up
 from .saved_state import SavedSession
+from .services import Durability, Services, Unmirrored
+from .takeover.sender import hand_over
 
 _log = logging.getLogger("qmpfd")
 
@@ -51,6 +52,7 @@ class Server:
         limits: what each client is allowed.
         policy: who may connect, and do what.
         metrics_path: a file to write metrics to, or None.
+        durability: makes what has a second copy of the store; called with what closes descriptors.
     """
 
     def __init__(
@@ -59,34 +61,36 @@ class Server:
         limits: Limits | None = None,
         policy: Policy | None = None,
         metrics_path: Path | None = None,
+        durability: Callable[[ClosePool], Durability] = Unmirrored,
     ) -> None:
         limits = limits or Limits()
-        #: Guards the store, which all sessions share.
-        self.lock = trio.Lock()
         #: What the commands see.
         clock = trio.lowlevel.current_clock().current_time
         self.daemon = SharedState(
             dialect, limits, clock, self.quit, TABLE, ClosePool(), Hangups(), self._clients
         )
         self.store = self.daemon.store
-        #: What the incomplete requests of all connections together may take.
-        self.budget = Budget(MAX_INCOMPLETE_BYTES)
-        #: The replies that wait for their clients.
-        self.backlog = UnsentBudget()
-        #: Where clients queue who ask for much.
-        self.turns = Turns()
+        self.lifecycle = Lifecycle()
+        self.durability = durability(self.daemon.closer)
+        #: What each session is given.
+        self.services = Services(
+            shared=self.daemon,
+            lifecycle=self.lifecycle,
+            durability=self.durability,
+            lock=trio.Lock(),
+            input_budget=Budget(MAX_INCOMPLETE_BYTES),
+            unsent_budget=UnsentBudget(),
+            turns=Turns(),
+            spawn=self._spawn,
+        )
+        #: Guards the store, which all sessions share.
+        self.lock = self.services.lock
         self.reserve = SpareFd()
-        #: Whoever keeps a second copy of what is stored, if anybody does.
-        self.keeper: FdStoreMirror | None = None
-        #: It ends for good: what is kept is to be let go.
-        self.quits = False
+        #: The daemon ends for good: the second copy is dropped too.
+        self.forget_on_exit = False
         self._refusals = RejectionLog()
         self._admission = Admission(limits, policy or Policy())
         self._metrics_path = metrics_path
-        #: The daemon is ending: what was received is carried out, nothing else is waited for.
-        self.stopping = False
-        self._stop_event = trio.Event()
-        self._drained_by = inf
         #: Set when an event waits for those who watch.
         self.news = trio.Event()
         self.daemon.on_event = self._tell_watchers
@@ -96,31 +100,22 @@ class Server:
         self.sessions: set[Session] = set()
         #: Where clients connect.
         self.listeners: Sequence[UnixListener] = ()
-        #: A takeover is under way: nobody is accepted, and no session begins anything.
-        self.is_frozen = False
-        self._thawed = trio.Event()
-        self._settled = trio.Event()  # it has come to its end, either way
         self._accept_scopes: set[trio.CancelScope] = set()
-        #: A successor has taken over.
-        self.has_left = False
-        #: Of the takeover under way.
-        self.takeover_scope: trio.CancelScope | None = None
+        self._takeover_scope = trio.CancelScope()  # of the takeover under way
         self._nursery: trio.Nursery | None = None
 
     def stop(self) -> None:
         """End gracefully: accept nobody else, carry out what was received, then return."""
-        if self.stopping:
+        if not self.lifecycle.can(Event.STOP):
             return
-        self.stopping = True
-        now, timeout = trio.current_time(), self.daemon.limits.drain_timeout
-        self._drained_by = now + timeout
-        if self.takeover_scope is not None:  # it is an end as well, if it does not take too long
-            self.takeover_scope.deadline = min(self.takeover_scope.deadline, now + timeout / 2)
-        self._stop_event.set()
+        self.lifecycle.handle(Event.STOP)
+        if self.lifecycle.paused:  # a takeover is an end as well, if it does not take too long
+            deadline = trio.current_time() + self.daemon.limits.drain_timeout / 2
+            self._takeover_scope.deadline = min(self._takeover_scope.deadline, deadline)
 
     def quit(self) -> None:
         """As :meth:`stop`, and nothing is left for another daemon to come back to."""
-        self.quits = True
+        self.forget_on_exit = True
         self.stop()
 
     async def run(
@@ -144,54 +139,28 @@ class Server:
                 accepting.start_soon(self._evict)
                 if self._metrics_path is not None:
                     accepting.start_soon(write_metrics, self.daemon, self._metrics_path)
+                if self.lifecycle.can(Event.START):
+                    self.lifecycle.handle(Event.START)
                 task_status.started(self)
-                await self._stop_event.wait()
+                await self.lifecycle.wait_stopping()
+                deadline = trio.current_time() + self.daemon.limits.drain_timeout
                 accepting.cancel_scope.cancel()
-            if self.is_frozen:
-                await self._settled.wait()
-            if self.has_left:
+            # A takeover that is under way comes to its end first.
+            await self.lifecycle.wait_for(State.DRAINING, State.HANDED_OVER)
+            if self.lifecycle.handed_over:
                 sessions.cancel_scope.cancel()
             else:
-                self._drain(sessions)
+                sessions.cancel_scope.deadline = deadline
+                self._drain()
 
-    def _drain(self, sessions: trio.Nursery) -> None:
-        """Have everything answered that was asked, within the time there is."""
+    def _drain(self) -> None:
+        """Have everything answered that was received."""
         # Whoever is in the backlog has connected in time: it is served as well.
         for listener in self.listeners:
             self._accept_rest(listener)
             listener.close()
-        sessions.cancel_scope.deadline = self._drained_by
         for session in self.sessions:
             session.finish()
-
-    # -- what is kept safe ---------------------------------------------------------------------
-
-    def confirmed(self) -> None:
-        """What was fetched is ours now."""
-        if self.keeper is not None:
-            self.keeper.confirm()
-
-    def prepare_to_leave(self, leaves: bool) -> None:
-        """A successor is about to take over, or has not: whoever starts us again has to know."""
-        if self.keeper is not None:
-            self.keeper.log_handover(leaves)
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether all that was changed is safe."""
-        return self.keeper is None or self.keeper.is_synced
-
-    async def settle(self) -> None:
-        """Wait until all that was changed so far is safe; without a checkpoint if it is."""
-        if self.keeper is not None:
-            await self.keeper.sync()
-
-    def dispose(self, fds: list[Fd]) -> None:
-        """Close what was taken out, as soon as that is settled; owned from here on."""
-        if self.keeper is None:
-            self.daemon.closer.close(fds)
-        else:
-            self.keeper.close_after_sync(fds)
 
     def _tell_watchers(self) -> None:
         self.news.set()
@@ -209,67 +178,42 @@ class Server:
         self.daemon.remove(self.store.everything(), "removed", fds)
         return fds
 
-    @asynccontextmanager
-    async def entered(self) -> AsyncGenerator[None, None]:
-        """Hold the lock while the block runs.  Where nobody has it there is no checkpoint, in which
-        trio's own way would hold it for a pass of the loop.
-        """
-        try:
-            self.lock.acquire_nowait()
-        except trio.WouldBlock:
-            await self.lock.acquire()
-        try:
-            yield
-        finally:
-            self.lock.release()
-
-    def start_soon(
+    def _spawn(
         self, task: Callable[[trio.CancelScope], Awaitable[None]], scope: trio.CancelScope
     ) -> None:
-        """Run a task of a session beside it.
-
-        Args:
-            task: what to run; it is given *scope*.
-            scope: the session's, which ends it.
-        """
         assert self._nursery is not None
         self._nursery.start_soon(task, scope)
 
     # -- takeover ------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def frozen(self) -> AsyncGenerator[None, None]:
+    async def paused(self, scope: trio.CancelScope) -> AsyncGenerator[None, None]:
         """Begin nothing while the block runs; then go on, unless a successor has taken over.
+
+        Args:
+            scope: what the block runs in; :meth:`stop` brings its deadline forward.
 
         Raises:
             GenericError: a takeover is under way already, or the daemon is ending.
         """
-        if self.is_frozen or self.stopping:
+        if not self.lifecycle.can(Event.PAUSE):
             raise GenericError("The daemon is being taken over, or is ending")
-        self.is_frozen = True
-        self._thawed, self._settled = trio.Event(), trio.Event()
+        self.lifecycle.handle(Event.PAUSE)
         for scope in self._accept_scopes:
             scope.cancel()
         for session in self.sessions:
             session.send_buffer.freeze()
+        self._takeover_scope = scope
         try:
             yield
         finally:
-            self.takeover_scope = None
-            self._settled.set()
-            if not self.has_left:
-                self.is_frozen = False
-                self._thawed.set()
+            if self.lifecycle.can(Event.RESUME):
+                self.lifecycle.handle(Event.RESUME)
                 for session in self.sessions:
                     session.thaw()
                 self.news.set()
 
-    async def until_thawed(self) -> None:
-        """Wait while a takeover is under way."""
-        if self.is_frozen:
-            await self._thawed.wait()
-
-    async def until_at_rest(self, newcomer: Session) -> list[Session]:
+    async def wait_quiescent(self, newcomer: Session) -> list[Session]:
         """Wait until nothing of any session is under way but of the newcomer's, and acquire the
         lock: the other sessions.
         """
@@ -282,12 +226,10 @@ class Server:
             # They come to rest within a few passes of the loop, and there is nothing else to do.
             await trio.sleep(_REST_POLL)
 
-    def leave(self) -> None:
+    def release_all(self) -> None:
         """A successor has taken over: let go of everything, without a word to anybody, and end."""
-        self.has_left = True
-        self.stopping = True
-        if self.keeper is not None:
-            self.keeper.leave()
+        self.lifecycle.handle(Event.HAND_OVER)
+        self.durability.release_all()
         self.daemon.watchers.clear()
         self.daemon.logs.clear()
         for listener in self.listeners:
@@ -296,9 +238,8 @@ class Server:
         self.daemon.closer.close_duplicates(self._clear())
         for session in self.sessions:
             session.leave()
-        self._stop_event.set()
 
-    def readmit(self, stream: FdStream, saved: SavedSession, fds: Iterator[Fd]) -> Session:
+    def restore_session(self, stream: FdStream, saved: SavedSession, fds: Iterator[Fd]) -> Session:
         """Go on with a client of the predecessor, once :meth:`run` runs.
 
         Args:
@@ -307,7 +248,8 @@ class Server:
             fds: the session's descriptors.
         """
         peer, groups = Peer(*saved.peer), frozenset(saved.groups)
-        session = Session(self, stream, peer, groups, self._admission.readmit(peer, groups))
+        access = self._admission.readmit(peer, groups)
+        session = Session(self.services, stream, peer, groups, access)
         self.daemon.stats.connections += 1
         self.sessions.add(session)
         session.restore(saved, fds)
@@ -330,9 +272,9 @@ class Server:
         """Accept those who have connected already, without waiting for others."""
         with suppress(OSError):
             for _ in range(self.daemon.limits.max_connections):
-                self.welcome(listener.accept_nowait())
+                self.handle_accepted(listener.accept_nowait())
 
-    def welcome(self, sock: trio.socket.SocketType) -> None:
+    def handle_accepted(self, sock: trio.socket.SocketType) -> None:
         """Serve a new client, or tell it why not."""
         with ExitStack() as stack:
             stream = stack.enter_context(FdStream(sock))
@@ -341,9 +283,9 @@ class Server:
             try:
                 access = self._admission.admit(peer, groups)
             except QMPError as exc:
-                self._refuse(stream, peer, exc)
+                self._reject(stream, peer, exc)
                 return
-            session = Session(self, stream, peer, groups, access)
+            session = Session(self.services, stream, peer, groups, access)
             stack.pop_all()
         stats = self.daemon.stats
         stats.accepted += 1
@@ -352,7 +294,7 @@ class Server:
         assert self._nursery is not None
         self._nursery.start_soon(self._serve, session)
 
-    def turn_away(self, sock: trio.socket.SocketType, reason: QMPError) -> None:
+    def reject(self, sock: trio.socket.SocketType, reason: QMPError) -> None:
         """Tell a client why it is not served.
 
         Args:
@@ -360,31 +302,32 @@ class Server:
             reason: what it is told.
         """
         stream = FdStream(sock)
-        self._refuse(stream, peer_of(stream.socket), reason)
+        self._reject(stream, peer_of(stream.socket), reason)
 
-    def _refuse(self, stream: FdStream, peer: Peer, reason: QMPError) -> None:
+    def _reject(self, stream: FdStream, peer: Peer, reason: QMPError) -> None:
         self.daemon.stats.turned_away += 1
         self._refusals.note(peer, reason)
         with suppress(trio.BrokenResourceError):
             stream.send_nowait(refusal(reason))
-        self.close_stream(stream)
-
-    def close_stream(self, stream: FdStream) -> None:
-        """Close a connection; what its client sent and nobody read may hold that up."""
-        if self.has_left:  # the connection goes on, in the successor
-            stream.close()
-            return
-        fd = stream.shutdown()
-        if fd is not None:
-            self.daemon.closer.close([fd])
+        self.services.close_stream(stream)
 
     async def _serve(self, session: Session) -> None:
         try:
-            await session.run()
+            if await session.serve() is SessionEnd.TAKEOVER:
+                await self._hand_over(session)
+        except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
+            _log.exception("a connection failed")
         finally:
+            await session.aclose()
             self.sessions.discard(session)
             self._admission.leave(session.peer)
             self.daemon.stats.connections -= 1
+
+    async def _hand_over(self, newcomer: Session) -> None:
+        try:
+            await hand_over(self, newcomer)
+        except QMPError as exc:
+            newcomer.refuse_takeover(exc)
 
     def _look(self) -> None:
         for session in self.sessions:
@@ -405,7 +348,7 @@ class Server:
         """Cut off who never negotiates, and who is idle for too long."""
         while True:
             await trio.sleep(EVICTION_INTERVAL)
-            await self.until_thawed()
+            await self.lifecycle.wait_running()
             now = trio.current_time()
             for session in list(self.sessions):
                 session.evict_if_idle(now)

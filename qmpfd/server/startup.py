@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -15,11 +16,12 @@ from ..kernel.fd import Fd, InFlightProbe, close_all
 from ..limits import TAKEOVER_TIMEOUT, Limits
 from ..policy import Policy
 from .fdstore.lifespan import mirrored
-from .fdstore.mirror import FdStoreConfig
+from .fdstore.mirror import FdStoreConfig, FdStoreMirror
 from .fdstore.recover import Recovered
 from .listen.listener import UnixListener
 from .restore import taking_over
 from .server import Server
+from .services import Unmirrored
 from .takeover.receiver import ReceivedState
 
 
@@ -70,7 +72,8 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
         SocketInUse: another daemon listens on one of *paths*.
         OSError: one of *paths* cannot be used.
     """
-    server = Server(dialect, limits, policy, metrics_path)
+    durability = Unmirrored if keeping is None else partial(FdStoreMirror, keeping)
+    server = Server(dialect, limits, policy, metrics_path, durability)
     given, inherited = deque(initial_fds), deque(listen_fds)
     listeners: list[UnixListener] = []
     with ExitStack() as stack:
@@ -95,10 +98,10 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             listeners.append(UnixListener.inherit(inherited.popleft()))
             stack.callback(listeners[-1].close)
         evidence = None if inheritance is None else inheritance.evidence
-        async with mirrored(server, keeping, ours, recovered, evidence):
+        async with mirrored(server, ours, recovered, evidence):
             if inheritance is not None:
                 inheritance.confirm(TAKEOVER_TIMEOUT)
-                server.confirmed()
+                server.durability.confirm()
             try:
                 await server.run(listeners, task_status=task_status)
             finally:

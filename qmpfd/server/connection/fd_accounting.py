@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...errors import QMPError
 from ...kernel.fd import Fd
 from ...protocol import ServerConnection
+from ..services import Services
 from .send_buffer import SendBuffer
 from .turns import Share
-
-if TYPE_CHECKING:
-    from ..server import Server
 
 #: Descriptors that are closed in a row, at up to 5 us each.
 CLOSES_A_STEP = 256
@@ -21,7 +17,7 @@ class FdAccounting:
     """What one connection leaves to be closed.
 
     Args:
-        server: the daemon.
+        services: what the daemon gives.
         connection: whose ``fds_to_close`` are closed.
         send_buffer: what its client has to take.
         share: the client's share of time.
@@ -30,13 +26,13 @@ class FdAccounting:
 
     def __init__(
         self,
-        server: Server,
+        services: Services,
         connection: ServerConnection,
         send_buffer: SendBuffer,
         share: Share,
         uid: int,
     ) -> None:
-        self._server = server
+        self._services = services
         self._connection = connection
         self._outbox = send_buffer
         self._share = share
@@ -49,7 +45,7 @@ class FdAccounting:
         fds_to_close = self._connection.fds_to_close
         if len(fds_to_close) > CLOSES_A_STEP:
             fds_to_close = self._take(CLOSES_A_STEP)
-        self._server.daemon.closer.close(fds_to_close)
+        self._services.shared.closer.close(fds_to_close)
         fds_to_close.clear()
 
     async def close_all(self, count: int) -> None:
@@ -58,12 +54,12 @@ class FdAccounting:
             if self._share.over:
                 self.count_waiting()
                 await self._share.next_turn()
-            self._server.daemon.closer.close(self._take(min(count - closed, CLOSES_A_STEP)))
+            self._services.shared.closer.close(self._take(min(count - closed, CLOSES_A_STEP)))
 
     def dispose(self, most: int | None = None) -> None:
         """Close them as soon as all that was removed is gone from the keeper."""
         if self._connection.fds_to_close:
-            self._server.dispose(self._take(most))
+            self._services.durability.close_after_sync(self._take(most))
 
     def _take(self, most: int | None) -> list[Fd]:
         fds_to_close = self._connection.fds_to_close
@@ -81,7 +77,7 @@ class FdAccounting:
         """Count the descriptors that have come and that no command has, and those that wait to be
         taken with their replies.  If they are too many, those that have come last go.
         """
-        daemon, send_buffer = self._server.daemon, self._outbox
+        daemon, send_buffer = self._services.shared, self._outbox
         send_buffer.look()
         more = self._connection.waiting_fds + send_buffer.carried_fds - self.waiting
         if more > 0:
@@ -99,5 +95,5 @@ class FdAccounting:
         """Count no more what the client has received meanwhile."""
         taken = min(self._outbox.look(), self.waiting)
         if taken:
-            self._server.daemon.quotas.charge_waiting(self._uid, -taken)
+            self._services.shared.quotas.charge_waiting(self._uid, -taken)
             self.waiting -= taken

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from msgspec import UNSET
 from outcome import Error, Outcome
@@ -15,13 +15,11 @@ from ...kernel.fd import Fd
 from ...limits import MAX_FDS_A_TURN, REPLY_BYTES_A_TURN
 from ...protocol import ServerConnection
 from ...protocol.streamed_reply import StreamedReply
+from ..services import Services
 from .command_log import note
 from .fd_accounting import FdAccounting
 from .send_buffer import SendBuffer
 from .turns import Share
-
-if TYPE_CHECKING:
-    from ..server import Server
 
 _log = logging.getLogger("qmpfd")
 _VERBOSE = logging.DEBUG
@@ -37,7 +35,7 @@ class RequestProcessor:
     removed is closed, and only then the replies go to the send_buffer.
 
     Args:
-        server: the daemon.
+        services: what the daemon gives.
         connection: where the requests are.
         context: the connection as its commands see it.
         send_buffer: where the replies go.
@@ -48,7 +46,7 @@ class RequestProcessor:
 
     def __init__(
         self,
-        server: Server,
+        services: Services,
         connection: ServerConnection,
         context: Context,
         send_buffer: SendBuffer,
@@ -56,14 +54,14 @@ class RequestProcessor:
         share: Share,
         settle: Callable[[], Awaitable[None]],
     ) -> None:
-        self._server = server
+        self._services = services
         self._connection = connection
         self._context = context
         self._outbox = send_buffer
         self._leftovers = fd_accounting
         self._share = share
         self._settle = settle
-        self._lock = server.lock
+        self._lock = services.lock
         #: Something was asked, since somebody last looked.
         self.asked = False
         #: Of the request that asked for a takeover.
@@ -158,9 +156,9 @@ class RequestProcessor:
             at_once: send them, as far as the client takes them.
         """
         send_buffer, fds_to_close = self._outbox, self._connection.fds_to_close
-        if self._server.keeper is not None and self._context.touched_store:
+        if self._context.touched_store:
             self._context.touched_store = False
-            if not self._server.is_settled:
+            if not self._services.durability.is_synced:
                 send_buffer.hold()
         if send_buffer.unsafe:
             if send_buffer.deaf:
@@ -199,13 +197,18 @@ class RequestProcessor:
         """Make a reply bit by bit and send it, while others are served and the store changes.  No
         event comes in between.
         """
-        server, send_buffer, share, context = self._server, self._outbox, self._share, self._context
+        services, send_buffer, share, context = (
+            self._services,
+            self._outbox,
+            self._share,
+            self._context,
+        )
         more = True
         while more and not send_buffer.deaf:
             made: list[bytes] = []
             size = 0
             await share.next_turn(much=True)
-            async with server.entered():
+            async with services.locked():
                 more = False
                 for bit in bits:
                     made.append(bit)
@@ -215,7 +218,7 @@ class RequestProcessor:
                         break
             if size:
                 passed, context.reply_fds = context.reply_fds, []
-                if not server.is_settled:
+                if not services.durability.is_synced:
                     send_buffer.hold()
                 send_buffer.put(b"".join(made), passed)
             await send_buffer.send(share)

@@ -7,7 +7,6 @@ import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -15,10 +14,8 @@ from ...fdsets import Peer
 from ...kernel.fd import Fd
 from ...limits import MAX_UNSENT_BYTES
 from ...transport import FdStream
+from ..services import Services
 from .turns import Share
-
-if TYPE_CHECKING:
-    from ..server import Server
 
 _log = logging.getLogger("qmpfd")
 
@@ -27,7 +24,7 @@ class SendBuffer:
     """Sends to one client.
 
     Args:
-        server: the daemon.
+        services: what the daemon gives.
         stream: the connection.
         peer: who is at its other end.
         fds_to_close: where descriptors go that are never sent; its owner closes them.
@@ -37,7 +34,7 @@ class SendBuffer:
 
     def __init__(
         self,
-        server: Server,
+        services: Services,
         stream: FdStream,
         peer: Peer,
         fds_to_close: list[Fd],
@@ -45,7 +42,7 @@ class SendBuffer:
         settle: Callable[[], Awaitable[None]],
     ) -> None:
         self._fds_to_close = fds_to_close
-        self._server = server
+        self._services = services
         #: To be called when the client has taken all there is.
         self.emptied = emptied
         self._settle = settle
@@ -85,7 +82,7 @@ class SendBuffer:
 
     def tell(self, data: bytes) -> None:
         """As :meth:`put` and :meth:`push`; as nothing waits nearly always, without the detour."""
-        waits = self.unsent or self.unsafe or self.deaf or self._server.is_frozen
+        waits = self.unsent or self.unsafe or self.deaf or self._services.lifecycle.paused
         if waits or self._flushing.locked() or not data:
             self.put(data)
             self.push()
@@ -130,9 +127,9 @@ class SendBuffer:
         Args:
             share: the client's share of time, if that is being used.
         """
-        while self.unsafe and not self._server.is_frozen:
+        while self.unsafe and not self._services.lifecycle.paused:
             await self._settle()
-        if self.unsent and not self._server.is_frozen:
+        if self.unsent and not self._services.lifecycle.paused:
             if self._flushing.locked():  # somebody waits for the client already
                 await self._flush(share)
             else:
@@ -142,7 +139,7 @@ class SendBuffer:
 
     def push(self) -> None:
         """Send what the client takes at once."""
-        if self._server.is_frozen or self._flushing.locked():
+        if self._services.lifecycle.paused or self._flushing.locked():
             return
         unsent = self.unsent
         try:
@@ -196,11 +193,11 @@ class SendBuffer:
         """Wait until the client has taken what waits; not if the daemon is frozen meanwhile."""
         if share is not None:
             share.pause()
-        token = self._server.backlog.begin(self.size, self.cut_off)
+        token = self._services.unsent_budget.begin(self.size, self.cut_off)
         try:
             async with self._flushing:
-                while self.unsent and not self._server.is_frozen:
-                    with trio.move_on_after(self._server.daemon.limits.write_timeout) as scope:
+                while self.unsent and not self._services.lifecycle.paused:
+                    with trio.move_on_after(self._services.shared.limits.write_timeout) as scope:
                         self._scope = scope
                         await self._wait_for_client()
                     # Else the daemon was frozen meanwhile; it may go on by now.
@@ -210,7 +207,7 @@ class SendBuffer:
             self.mute()
         finally:
             self._scope = None
-            self._server.backlog.end(token)
+            self._services.unsent_budget.end(token)
             if not self.unsent:
                 self.emptied()
             if share is not None:
@@ -245,4 +242,4 @@ class SendBuffer:
 
     def _discard(self, fds: list[Fd]) -> None:
         if fds:  # a file system can be asked for each close, not just the last
-            self._server.daemon.closer.close(fds)
+            self._services.shared.closer.close(fds)

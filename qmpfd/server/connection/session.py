@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
+from enum import Enum, auto
 from time import monotonic
-from typing import TYPE_CHECKING
 
 import trio
 from outcome import Error, Value
@@ -27,24 +27,30 @@ from ...protocol import ServerConnection, State
 from ...transport import Arrival, FdStream
 from ..listen.rejections import refusal
 from ..saved_state import SavedSession
-from ..takeover.sender import hand_over
+from ..services import Services
 from .fd_accounting import CLOSES_A_STEP, FdAccounting
 from .request_processor import RequestProcessor
 from .send_buffer import SendBuffer
 from .snapshot import describe, restore
 from .turns import Share
 
-if TYPE_CHECKING:
-    from ..server import Server
-
 _log = logging.getLogger("qmpfd")
+
+
+class SessionEnd(Enum):
+    """Why a session serves its client no more."""
+
+    #: The client is gone, was told to go, or the daemon ends.
+    CLOSED = auto()
+    #: The client asked for a takeover: its connection is for that from here on.
+    TAKEOVER = auto()
 
 
 class Session:
     """Serves one client.
 
     Args:
-        server: the daemon.
+        services: what the daemon gives.
         stream: the connection; owned from here on.
         peer: who is at its other end.
         groups: all groups of the peer.
@@ -53,7 +59,7 @@ class Session:
 
     def __init__(
         self,
-        server: Server,
+        services: Services,
         stream: FdStream,
         peer: Peer,
         groups: frozenset[int],
@@ -61,17 +67,18 @@ class Session:
     ) -> None:
         self.peer = peer
         self.groups = groups
-        self._server = server
-        self._stream = stream
+        self._services = services
+        #: The connection.
+        self.stream = stream
         self._connection = ServerConnection(
             DECODER,
-            max_request_bytes=server.daemon.limits.max_request_bytes,
-            qemu_classes=server.daemon.dialect == "qemu",
-            budget=server.budget,
+            max_request_bytes=services.shared.limits.max_request_bytes,
+            qemu_classes=services.shared.dialect == "qemu",
+            budget=services.input_budget,
             owner=peer.uid,
         )
-        self._context = Context(server.daemon, self._connection, peer, access, self._tell)
-        self._share = Share(server.turns)
+        self._context = Context(services.shared, self._connection, peer, access, self._tell)
+        self._share = Share(services.turns)
         self._since = trio.current_time()  # when it connected, or was last seen to have asked
         self._connected_at = self._since
         self._farewell: QMPError | None = None  # why it is evicted
@@ -80,14 +87,14 @@ class Session:
         self._parked = False  # the daemon is frozen; nothing of the client is under way
         self._events_wait = False  # until the client has taken what it is being sent
         self.send_buffer = SendBuffer(
-            server, stream, peer, self._connection.fds_to_close, self._emptied, self._settle
+            services, stream, peer, self._connection.fds_to_close, self._emptied, self._settle
         )
         self._leftovers = FdAccounting(
-            server, self._connection, self.send_buffer, self._share, peer.uid
+            services, self._connection, self.send_buffer, self._share, peer.uid
         )
         self._settling = trio.Lock()
         self._answers = RequestProcessor(
-            server,
+            services,
             self._connection,
             self._context,
             self.send_buffer,
@@ -97,40 +104,40 @@ class Session:
         )
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
 
-    async def run(self) -> None:
-        """Serve the client until it is gone, or the daemon ends."""
-        try:
-            with self._scope:
-                if self._connection.state is State.CONNECTED:
-                    self.send_buffer.put(self._connection.greeting(VERSION))
-                await self.send_buffer.send()
-                await self._serve()
-            if self._scope.cancelled_caught:
-                if self._farewell is None:
-                    # Told to finish: carry out what the client has sent so far.
-                    await self._serve_rest()
-                else:
-                    with suppress(trio.BrokenResourceError):
-                        self._stream.send_nowait(refusal(self._farewell))
-        except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
-            _log.exception("a connection failed")
-        finally:
-            self.send_buffer.mute()
-            if self._pump_scope is not None:
-                self._pump_scope.cancel()
-            self._server.close_stream(self._stream)
-            self._answers.close()
-            self._connection.close()
-            self._leftovers.count_waiting()
-            with trio.move_on_after(LOCK_TIMEOUT, shield=True):
-                await self._leave_nothing()
-            self._leftovers.dispose()
+    async def serve(self) -> SessionEnd:
+        """Serve the client until it is gone, asks for a takeover, or the daemon ends;
+        :meth:`aclose` comes next.
+        """
+        with self._scope:
+            if self._connection.state is State.CONNECTED:
+                self.send_buffer.put(self._connection.greeting(VERSION))
+            await self.send_buffer.send()
+            return await self._serve()
+        if self._farewell is None:
+            # Told to finish: carry out what the client has sent so far.
+            return await self._serve_rest()
+        with suppress(trio.BrokenResourceError):
+            self.stream.send_nowait(refusal(self._farewell))
+        return SessionEnd.CLOSED
+
+    async def aclose(self) -> None:
+        """Close the connection and all that is kept for its time only."""
+        self.send_buffer.mute()
+        if self._pump_scope is not None:
+            self._pump_scope.cancel()
+        self._services.close_stream(self.stream)
+        self._answers.close()
+        self._connection.close()
+        self._leftovers.count_waiting()
+        with trio.move_on_after(LOCK_TIMEOUT, shield=True):
+            await self._leave_nothing()
+        self._leftovers.dispose()
 
     async def _leave_nothing(self) -> None:
         """Take out what was kept for the time of the connection; all of it may be a lot."""
         more = True
         while more:
-            async with self._server.entered():
+            async with self._services.locked():
                 more = self._context.close(CLOSES_A_STEP)
             while self._connection.fds_to_close:
                 self._leftovers.dispose(CLOSES_A_STEP)
@@ -176,7 +183,7 @@ class Session:
         else:
             if not self._waiting or self._context.events is not None:
                 return
-            limit = self._server.daemon.limits.idle_timeout
+            limit = self._services.shared.limits.idle_timeout
             desc = f"Idle for more than {limit} s"
         if limit is not None and now - self._since > limit:
             _log.info("evicted pid %d, uid %d: %s", self.peer.pid, self.peer.uid, desc)
@@ -199,7 +206,7 @@ class Session:
         """Wait until the daemon is no longer frozen."""
         self._parked = True
         self._share.pause()
-        await self._server.until_thawed()
+        await self._services.lifecycle.wait_running()
         self._share.resume()
         self._parked = False
         await self.send_buffer.send(self._share)
@@ -209,26 +216,25 @@ class Session:
         if self.send_buffer.size:
             self._start_pump()
 
-    async def _hand_over(self) -> None:
-        try:
-            await hand_over(self._server, self, self._stream)
-        except QMPError as exc:
-            # At once: another takeover may be under way.  Who asks for one takes its replies.
-            reply = self._connection.reply(Error(exc), self._answers.takeover_id)
-            if not self.send_buffer.size:
-                with suppress(trio.BrokenResourceError):
-                    self._stream.send_nowait(reply)
+    def refuse_takeover(self, reason: QMPError) -> None:
+        """Answer the request for a takeover with an error, without waiting: another takeover may be
+        under way.  Who asks for one takes its replies.
+        """
+        reply = self._connection.reply(Error(reason), self._answers.takeover_id)
+        if not self.send_buffer.size:
+            with suppress(trio.BrokenResourceError):
+                self.stream.send_nowait(reply)
 
     async def reply_to_takeover(self, memory: Fd) -> None:
         """Answer the request for a takeover, with the daemon's state."""
         reply = self._connection.reply(Value(NOTHING), self._answers.takeover_id)
-        await self._stream.send_all(reply, [memory])
+        await self.stream.send_all(reply, [memory])
 
     def describe(self, now: float) -> tuple[SavedSession, list[int]]:
         """All that a successor needs to go on, and the numbers of the descriptors."""
         idle = self._idle(now)
         saved, fds = describe(self.peer, self.groups, idle, self._context, self.send_buffer)
-        return saved, [self._stream.socket.fileno(), *(fd.fileno() for fd in fds)]
+        return saved, [self.stream.socket.fileno(), *(fd.fileno() for fd in fds)]
 
     def restore(self, saved: SavedSession, fds: Iterator[Fd]) -> None:
         """Go on where the session of another daemon was.
@@ -248,26 +254,26 @@ class Session:
         self._context.close()
         self._connection.close()
         fds_to_close = self._connection.fds_to_close
-        self._server.daemon.closer.close_duplicates(fds_to_close)
+        self._services.shared.closer.close_duplicates(fds_to_close)
         fds_to_close.clear()
 
     def abandon(self) -> None:
         """It never began: another daemon has kept it all."""
         self.leave()
-        self._stream.close()
+        self.stream.close()
 
     # -- requests ------------------------------------------------------------------------------
 
-    async def _serve(self) -> None:
-        stream, send_buffer, connection = self._stream, self.send_buffer, self._connection
+    async def _serve(self) -> SessionEnd:
+        stream, send_buffer, connection = self.stream, self.send_buffer, self._connection
         answers, context, share = self._answers, self._context, self._share
-        daemon = self._server.daemon
+        daemon, lifecycle = self._services.shared, self._services.lifecycle
         share.resume()  # it was made before, perhaps long before, and with thousands of others
         while True:
             if monotonic() > share.ends:
                 await send_buffer.send(share)
                 await share.next_turn()
-            if self._server.is_frozen:
+            if lifecycle.paused:
                 await self._park()
             max_bytes = READ_BYTES if share.in_turn else FEW_BYTES
             arrival = stream.receive_nowait(connection, max_bytes, daemon.quotas.fds_at_once)
@@ -282,8 +288,7 @@ class Session:
                     await answers.give()
                 if context.takes_over:
                     await send_buffer.send(share)
-                    await self._hand_over()
-                    return
+                    return SessionEnd.TAKEOVER
                 if send_buffer.size and (
                     context.quitting or send_buffer.size > HELD_REPLY_BYTES or not more
                 ):
@@ -294,38 +299,38 @@ class Session:
                     continue
             if send_buffer.size:
                 await send_buffer.send(share)
-            if arrival is not Arrival.NOTHING or self._server.stopping:
-                return
+            if arrival is not Arrival.NOTHING or lifecycle.stopping:
+                return SessionEnd.CLOSED
             self._waiting = True
             share.pause()
             await stream.wait_readable()
             share.resume()
             self._waiting = False
 
-    async def _serve_rest(self) -> None:
-        while not self._context.quitting and self._stream.receive_nowait(self._connection) in (
+    async def _serve_rest(self) -> SessionEnd:
+        while not self._context.quitting and self.stream.receive_nowait(self._connection) in (
             Arrival.ALL,
             Arrival.SOME,
         ):
             await self._answers.give()
             if self._context.takes_over:
-                await self._hand_over()  # is refused
-                return
+                return SessionEnd.TAKEOVER  # which is refused
         await self.send_buffer.send()
+        return SessionEnd.CLOSED
 
     # -- replies and events --------------------------------------------------------------------
 
     def _tell(self) -> bool:
         """Send some of the events that wait; whether more of them can be sent at once."""
         events = self._context.events
-        if events is None or self._server.is_frozen:
+        if events is None or self._services.lifecycle.paused:
             return False
         if self.send_buffer.size or self._answers.long_reply is not None:
             self._events_wait = True
             return False
         if not (data := events.next_batch()):
             return False
-        if not self._server.is_settled:
+        if not self._services.durability.is_synced:
             self.send_buffer.hold()
         self.send_buffer.put(data)
         try:
@@ -345,12 +350,12 @@ class Session:
             self._leftovers.count_waiting()
         if self._events_wait:
             self._events_wait = False
-            self._server.daemon.on_event()
+            self._services.shared.on_event()
 
     def _start_pump(self) -> None:
         if self._pump_scope is None:
             self._pump_scope = trio.CancelScope()
-            self._server.start_soon(self._pump, self._pump_scope)
+            self._services.spawn(self._pump, self._pump_scope)
 
     async def _pump(self, scope: trio.CancelScope) -> None:
         """Send what is unsent, then end: a connection that is told nothing has no task."""
@@ -369,7 +374,7 @@ class Session:
         """
         async with self._settling:
             holds, count = self.send_buffer.holds, len(self._connection.fds_to_close)
-            await self._server.settle()
+            await self._services.durability.sync()
             await self._leftovers.close_all(count)
             if holds == self.send_buffer.holds:
                 self.send_buffer.release()

@@ -11,7 +11,7 @@ import trio
 from ...kernel.fd import Fd
 from ...limits import FORGET_TIMEOUT
 from ..listen.listener import UnixListener
-from .mirror import FdStoreConfig, FdStoreMirror
+from .mirror import FdStoreMirror
 from .recover import Holdings, Recovered
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 @asynccontextmanager
 async def mirrored(
     server: Server,
-    keeping: FdStoreConfig | None,
     listeners: Sequence[UnixListener],
     recovered: Recovered | None,
     evidence: Fd | None,
@@ -30,7 +29,6 @@ async def mirrored(
 
     Args:
         server: the daemon; it does not run yet.
-        keeping: by whom; None if there is nobody.
         listeners: the sockets that the fd store gets too.
         recovered: what came back from there, if anything may have.
         evidence: what tells whether it is ours, in the middle of a takeover.
@@ -39,16 +37,16 @@ async def mirrored(
         GenericError: it is more than the fd store holds.
     """
     stale_fds = [] if recovered is None else recovered.stale_fds
-    if keeping is None:
+    mirror = server.durability
+    if not isinstance(mirror, FdStoreMirror):
         server.daemon.closer.close(stale_fds)
         yield
         return
     holdings = Holdings() if recovered is None else recovered.holdings
-    mirror = FdStoreMirror(keeping, server.daemon.closer)
     async with mirror.running():
         await mirror.start(server.store, listeners, holdings, evidence)
         server.daemon.closer.close(stale_fds)
-        server.keeper = server.daemon.keeper = mirror
+        server.daemon.keeper = mirror
         try:
             yield
         except Exception:
@@ -57,9 +55,9 @@ async def mirrored(
                 listener.abandon()
             raise
         answers = mirror.is_synced  # or else the end has waited for it long enough
-        if server.quits:
-            mirror.leave()
-        elif not server.has_left:
+        if server.forget_on_exit:
+            mirror.release_all()
+        elif not server.lifecycle.handed_over:
             mirror.finish()
         if answers:
             with trio.move_on_after(FORGET_TIMEOUT):

@@ -302,11 +302,11 @@ class FdStoreMirror:
         self._capacity += 1
         self._note(Confirmed(), PREVIOUS)
 
-    def log_handover(self, leaves: bool) -> None:
+    def log_handover(self, handed_over: bool) -> None:
         """A successor is about to have it all, or will not: for whoever asks if we die now."""
-        self._note(HandedOver(leaves))
+        self._note(HandedOver(handed_over))
 
-    def leave(self) -> None:
+    def release_all(self) -> None:
         """What is kept is to be let go, also if we die this moment; note no more changes."""
         self._note(HandedOver(True))
         self._forget()

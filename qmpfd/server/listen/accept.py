@@ -59,7 +59,7 @@ async def accept_clients(server: Server, listener: UnixListener) -> None:
     """
     full = False
     while True:
-        await server.until_thawed()
+        await server.lifecycle.wait_running()
         try:
             sock = await server.accept(listener)
         except OSError as exc:
@@ -71,7 +71,7 @@ async def accept_clients(server: Server, listener: UnixListener) -> None:
                 _log.warning("clients are served again")
             full = False
             server.reserve.refill()  # it was lost if the table shrank meanwhile
-            server.welcome(sock)
+            server.handle_accepted(sock)
             continue
         if failure.errno in _GONE:
             await trio.lowlevel.checkpoint()
@@ -95,7 +95,7 @@ def turn_one_away(server: Server, listener: UnixListener, reason: OSError) -> bo
     except OSError:
         return False
     else:
-        server.turn_away(
+        server.reject(
             sock, GenericError(f"The daemon is out of file descriptors: {reason.strerror}")
         )
         return True

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import Protocol
 
 import trio
 
@@ -24,54 +25,69 @@ from ...kernel.fd import Fd
 from ...limits import FORGET_TIMEOUT, SCM_MAX_FD, TAKEOVER_TIMEOUT
 from ...transport import FdStream
 from .. import saved_state as saved
-
-if TYPE_CHECKING:
-    from ..connection.session import Session
-    from ..server import Server
+from ..connection.session import Session
+from ..listen.listener import UnixListener
+from ..services import Durability, Services
 
 _log = logging.getLogger("qmpfd")
 
 
-async def hand_over(server: Server, newcomer: Session, stream: FdStream) -> None:
+class Predecessor(Protocol):
+    """What the sender needs of the daemon that is taken over; see :class:`..server.Server`."""
+
+    services: Services
+    listeners: Sequence[UnixListener]
+
+    def paused(self, scope: trio.CancelScope) -> AbstractAsyncContextManager[None]:
+        """Begin nothing while the block runs, in *scope*."""
+
+    async def wait_quiescent(self, newcomer: Session) -> list[Session]:
+        """Wait until no other session has anything under way, and acquire the lock."""
+
+    def release_all(self) -> None:
+        """A successor has taken over: let go of everything."""
+
+
+async def hand_over(server: Predecessor, newcomer: Session) -> None:
     """Hand everything over to the client of *newcomer*; its connection is over then.
 
     Args:
         server: the daemon.
         newcomer: the session that asked for it.
-        stream: its connection.
 
     Raises:
         GenericError: it cannot even begin: one is under way already, or the daemon is ending, out
             of descriptors or too busy.
     """
-    async with server.frozen():
-        begun = False
-        try:
-            with trio.move_on_after(TAKEOVER_TIMEOUT) as server.takeover_scope:
-                others = await server.until_at_rest(newcomer)
+    services, stream = server.services, newcomer.stream
+    begun = False
+    with trio.move_on_after(TAKEOVER_TIMEOUT) as scope:
+        async with server.paused(scope):
+            try:
+                others = await server.wait_quiescent(newcomer)
                 try:
                     state, fds = describe(server, others)
                     with _in_memory(saved.encode(state)) as memory:
                         begun = True
                         _log.info("pid %d takes over", newcomer.peer.pid)
                         await newcomer.reply_to_takeover(memory)
-                    if await _send_all(stream, fds) and _let_go(server, stream):
-                        server.leave()
+                    if await _send_all(stream, fds) and _let_go(services.durability, stream):
+                        server.release_all()
                         _log.info("pid %d has taken over", newcomer.peer.pid)
                         with trio.move_on_after(FORGET_TIMEOUT):
-                            await server.settle()  # what was kept of it is closed too
+                            await services.durability.sync()  # what was kept of it is closed too
                         return
                 finally:
-                    server.lock.release()
-        except trio.BrokenResourceError:
-            pass  # the newcomer is gone
-        finally:
-            if begun and not server.has_left:
-                _log.warning("pid %d has not taken over: going on", newcomer.peer.pid)
-                with suppress(trio.BrokenResourceError):
-                    stream.send_nowait(saved.REFUSED)
-        if not begun:
-            raise GenericError("The daemon did not come to rest in time: it goes on")
+                    services.lock.release()
+            except trio.BrokenResourceError:
+                pass  # the newcomer is gone
+            finally:
+                if begun and not services.lifecycle.handed_over:
+                    _log.warning("pid %d has not taken over: going on", newcomer.peer.pid)
+                    with suppress(trio.BrokenResourceError):
+                        stream.send_nowait(saved.REFUSED)
+    if not begun:
+        raise GenericError("The daemon did not come to rest in time: it goes on")
 
 
 def _in_memory(data: bytes) -> Fd:
@@ -94,19 +110,19 @@ async def _send_all(stream: FdStream, fds: list[int]) -> bool:
     return await _hear(stream) == saved.CONFIRM
 
 
-def _let_go(server: Server, stream: FdStream) -> bool:
+def _let_go(durability: Durability, stream: FdStream) -> bool:
     """Say that all of it is the newcomer's; whether that was possible.
 
     Where we are started again when we die, that has to be known before: the newcomer finds it out
     if we die in between.
     """
-    server.prepare_to_leave(True)
+    durability.log_handover(True)
     done = False
     try:
         done = stream.send_nowait(saved.DONE) > 0
     finally:
         if not done:
-            server.prepare_to_leave(False)
+            durability.log_handover(False)
     return done
 
 
@@ -122,13 +138,16 @@ async def _hear(stream: FdStream) -> bytes:
             return b""
 
 
-def describe(server: Server, sessions: list[Session]) -> tuple[saved.SavedState, list[int]]:
+def describe(
+    server: Predecessor, sessions: Collection[Session]
+) -> tuple[saved.SavedState, list[int]]:
     """The daemon's state, and the numbers of all descriptors that belong to it, in its order."""
-    now = server.daemon.clock()
+    daemon, durability = server.services.shared, server.services.durability
+    now = daemon.clock()
     owners = {id(session.context): number for number, session in enumerate(sessions)}
     fds: list[int] = []
     sets = []
-    for fdset in server.store:
+    for fdset in daemon.store:
         entries = []
         for number, stored in fdset.fds.items():
             fds.append(number)
@@ -140,11 +159,10 @@ def describe(server: Server, sessions: list[Session]) -> tuple[saved.SavedState,
         entry, its_fds = session.describe(now)
         described.append(entry)
         fds += its_fds
-    keeper = server.keeper
-    journal = None if keeper is None else keeper.journal
+    journal = durability.journal
     if journal is not None:
         fds.append(journal.fileno())
-    stats = server.daemon.stats
+    stats = daemon.stats
     state = saved.SavedState(
         pid=os.getpid(),
         sets=sets,
@@ -156,7 +174,7 @@ def describe(server: Server, sessions: list[Session]) -> tuple[saved.SavedState,
         turned_away=stats.turned_away,
         uptime=now - stats.started_at,
         journal=journal is not None,
-        store=None if keeper is None else keeper.store,
+        store=durability.store,
     )
     return state, fds
 

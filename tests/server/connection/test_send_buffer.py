@@ -13,6 +13,7 @@ from qmpfd.kernel.fd import Fd, FileDescriptorLike, close_all
 from qmpfd.limits import MAX_UNSENT_BYTES
 from qmpfd.server import Server
 from qmpfd.server.connection.send_buffer import SendBuffer
+from qmpfd.server.lifecycle import Event
 from qmpfd.transport import FdStream
 
 
@@ -37,12 +38,13 @@ class Harness:
 
     def __init__(self, room: int = 1 << 30) -> None:
         self.server = Server()
+        self.server.lifecycle.handle(Event.START)
         ours, self.its = trio.socket.socketpair()
         self.stream = _Stream(ours, room)
         self.settled = trio.Event()
         self.fds_to_close: list[Fd] = []
         self.send_buffer = SendBuffer(
-            *(self.server, self.stream, Peer(1, 0, 0), self.fds_to_close),
+            *(self.server.services, self.stream, Peer(1, 0, 0), self.fds_to_close),
             emptied=lambda: None,
             settle=self._settle,
         )
@@ -102,10 +104,10 @@ async def test_not_at_once() -> None:
         rig.send_buffer.tell(b"c")
         assert rig.stream.sent[1:] == []
         rig.send_buffer.release()
-        rig.server.is_frozen = True
+        rig.server.lifecycle.handle(Event.PAUSE)
         rig.send_buffer.tell(b"d")
         assert rig.stream.sent[1:] == []
-        rig.server.is_frozen = False
+        rig.server.lifecycle.handle(Event.RESUME)
         rig.send_buffer.push()
         assert rig.stream.sent[1:] == [(b"cd", 0)]
         rig.send_buffer.mute()
@@ -143,7 +145,7 @@ async def test_what_is_not_taken_waits() -> None:
 async def test_nothing_goes_out_while_frozen() -> None:
     async with Harness() as rig:
         rig.send_buffer.put(b"a")
-        async with rig.server.frozen():
+        async with rig.server.paused(trio.CancelScope()):
             await rig.send_buffer.send()
             rig.send_buffer.push()
             assert rig.stream.sent == []

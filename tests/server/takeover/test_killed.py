@@ -37,7 +37,7 @@ NEWCOMER = {
 }
 OLD = {
     "takeover/sender.py": (),
-    "server.py": ("frozen", "until_at_rest", "leave"),
+    "server.py": ("paused", "wait_quiescent", "release_all"),
     "connection/session.py": ("describe", "leave", "reply_to_takeover"),
 }
 #: Several messages for a few descriptors.

@@ -1,0 +1,108 @@
+"""The states of the daemon, and every transition between them."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import trio
+
+
+class State(Enum):
+    """What the daemon is doing."""
+
+    #: Restoring saved state, binding sockets: nobody is served yet.
+    STARTING = auto()
+    #: Accepting clients and carrying out their requests.
+    RUNNING = auto()
+    #: A takeover is under way: nobody is accepted, no session reads or writes.
+    PAUSED = auto()
+    #: The same, and the daemon was told to stop: it ends whether or not the takeover succeeds.
+    PAUSED_STOPPING = auto()
+    #: Accepting nobody; what was received is carried out and answered.
+    DRAINING = auto()
+    #: A successor owns the sockets, the store and the connections.
+    HANDED_OVER = auto()
+    #: Every session is over and every stored descriptor is closed.
+    ENDED = auto()
+
+
+class Event(Enum):
+    """What changes the state."""
+
+    START = auto()
+    PAUSE = auto()
+    RESUME = auto()
+    STOP = auto()
+    HAND_OVER = auto()
+    END = auto()
+
+
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.STARTING, Event.START): State.RUNNING,
+    (State.STARTING, Event.STOP): State.DRAINING,
+    (State.RUNNING, Event.PAUSE): State.PAUSED,
+    (State.RUNNING, Event.STOP): State.DRAINING,
+    (State.PAUSED, Event.RESUME): State.RUNNING,
+    (State.PAUSED, Event.STOP): State.PAUSED_STOPPING,
+    (State.PAUSED, Event.HAND_OVER): State.HANDED_OVER,
+    (State.PAUSED_STOPPING, Event.RESUME): State.DRAINING,
+    (State.PAUSED_STOPPING, Event.HAND_OVER): State.HANDED_OVER,
+    **{(state, Event.END): State.ENDED for state in State},
+}
+
+_PAUSED = frozenset({State.PAUSED, State.PAUSED_STOPPING, State.HANDED_OVER})
+_STOPPING = frozenset({State.PAUSED_STOPPING, State.DRAINING, State.HANDED_OVER, State.ENDED})
+
+
+class Lifecycle:
+    """The state that the daemon is in, and tasks that wait for another one."""
+
+    def __init__(self) -> None:
+        self.state = State.STARTING
+        self._changed = trio.Event()
+
+    def can(self, event: Event) -> bool:
+        """Whether *event* is possible in the present state."""
+        return (self.state, event) in TRANSITIONS
+
+    def handle(self, event: Event) -> None:
+        """Change the state.
+
+        Raises:
+            KeyError: *event* is impossible in the present state.
+        """
+        self.state = TRANSITIONS[self.state, event]
+        self._changed.set()
+        self._changed = trio.Event()
+
+    @property
+    def paused(self) -> bool:
+        """Whether no connection may be read or written: a takeover is under way, or complete."""
+        return self.state in _PAUSED
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the daemon was told to end, or has handed over."""
+        return self.state in _STOPPING
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether a successor owns everything: what is open here is a duplicate."""
+        return self.state is State.HANDED_OVER
+
+    async def wait_running(self) -> None:
+        """Wait while :attr:`paused`, for ever once a successor owns everything; without a
+        checkpoint otherwise.
+        """
+        while self.paused:
+            await self._changed.wait()
+
+    async def wait_stopping(self) -> None:
+        """Wait until the daemon was told to end, or has handed over."""
+        while not self.stopping:
+            await self._changed.wait()
+
+    async def wait_for(self, *states: State) -> None:
+        """Wait until the daemon is in one of *states*."""
+        while self.state not in states:
+            await self._changed.wait()
