@@ -35,7 +35,7 @@ svg { font: 13px system-ui, sans-serif; color-scheme: light dark }
 }
 """.strip()
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 640, 96, 24, 74, 26
+_WIDTH, _MARGIN, _LEFT, _TOP, _ROW = 520, 16, 84, 74, 26
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def dot_plot(title: str, axis: str, rows: Sequence[Row]) -> str:
     low, high = math.log10(min(every) / 1.2), math.log10(max(every) * 1.2)
 
     def x(value: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (math.log10(value) - low) / (high - low)
+        return _LEFT + (_WIDTH - _LEFT - _MARGIN) * (math.log10(value) - low) / (high - low)
 
     bottom = _TOP + _ROW * len(rows)
     parts = [
@@ -71,18 +71,19 @@ def dot_plot(title: str, axis: str, rows: Sequence[Row]) -> str:
         f' role="img" aria-label="{escape(title)}">',
         f"<style>{_STYLE}</style>",
         f'<rect class="page" width="{_WIDTH}" height="{bottom + 44}"/>',
-        f'<text class="title" x="{_LEFT}" y="22">{escape(title)}</text>',
+        f'<text class="title" x="{_MARGIN}" y="22">{escape(title)}</text>',
         *_legend([name for name in _MARKS if any(name in row.values for row in rows)]),
     ]
     for value in _ticks(low, high):
         at = f"{x(value):.1f}"
         parts.append(f'<path class="grid" d="M{at},{_TOP - 8}V{bottom}"/>')
         parts.append(f'<text x="{at}" y="{bottom + 17}" text-anchor="middle">{value:,g}</text>')
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{bottom + 36}" text-anchor="middle">{escape(axis)}</text>')
+    parts.append(
+        f'<text x="{_WIDTH / 2}" y="{bottom + 36}" text-anchor="middle">{escape(axis)}</text>'
+    )
     for number, row in enumerate(rows):
         y = _TOP + _ROW * (number + 0.5)
-        parts.append(f'<path class="grid" d="M{_LEFT},{y}H{_WIDTH - _RIGHT}"/>')
+        parts.append(f'<path class="grid" d="M{_LEFT},{y}H{_WIDTH - _MARGIN}"/>')
         parts.append(f'<text x="{_LEFT - 10}" y="{y + 4}" text-anchor="end">{row.label}</text>')
         for name, value in row.values.items():
             parts.append(_mark(name, x(value), y, f"{KINDS[name].label}: {value:,.3g}"))
@@ -97,7 +98,7 @@ def _mark(name: str, x: float, y: float, told: str) -> str:
 
 
 def _legend(names: Sequence[str]) -> list[str]:
-    parts, at = [], float(_LEFT)
+    parts, at = [], float(_MARGIN)
     for name in names:
         label = KINDS[name].label
         parts.append(_mark(name, at + 5, 42, label))
