@@ -4,16 +4,17 @@
 PYTHON ?= python3
 ARGS ?=
 SECONDS ?= 60
+SYSTEM ?= sid
 
 VENV := .venv
 BIN  := $(VENV)/bin
 # One set of versions for everybody: the pinned ones, also where only the runtime is needed.
 PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint requirements-dev.txt
 
-.PHONY: help demo run test lint format types docs package bench figures stress fuzz clean
+.PHONY: help demo run test elsewhere lint format types docs package bench figures stress fuzz clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.runtime  ## a guided tour against a daemon of its own
 	$(BIN)/python scripts/demo.py $(ARGS)
@@ -23,6 +24,9 @@ run: $(VENV)/.runtime  ## the daemon, in the foreground (ARGS="--socket /tmp/q.s
 
 test: $(VENV)/.dev  ## the tests (ARGS="-n auto -k fdsets")
 	$(BIN)/python -m pytest $(ARGS)
+
+elsewhere:  ## the tests in another Debian, its newest Python, as root (SYSTEM=trixie ARGS="-n auto")
+	scripts/elsewhere.sh --system $(SYSTEM) make test ARGS='$(ARGS)'
 
 lint: $(VENV)/.dev  ## ruff's and flake8-async's rules, and the formatting
 	$(BIN)/ruff check

@@ -42,7 +42,7 @@ async def running_qemu(*monitors: Path) -> AsyncGenerator[None, None]:
         listener.listen()
         listeners.append(listener)
         chardev = f"socket,id=qmp{number},fd={listener.fileno()},server=on,wait=off"
-        command += ["-chardev", chardev, "-mon", f"chardev=qmp{number},mode=control"]
+        command += ["-chardev", chardev, "-qmp", f"chardev:qmp{number}"]
     # What root may open proves nothing.
     become = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
     process = await trio.lowlevel.open_process(

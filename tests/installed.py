@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from typing import NoReturn
 
 import pytest
 
@@ -14,6 +16,11 @@ _PACKAGES = {
     QEMU: "qemu-system-x86",
     "systemd-socket-activate": "systemd",
     "systemd-analyze": "systemd",
+    "/lib/systemd/systemd": "systemd",
+    "s6-svscan": "s6",
+    "runsv": "runit",
+    "nsenter": "util-linux",
+    "unshare": "util-linux",
 }
 
 
@@ -23,8 +30,21 @@ def need(program: str) -> str:
     """
     found = shutil.which(program)
     if found is None:
-        message = f"needs {program}: apt-get install {_PACKAGES.get(program, program)}"
-        if os.environ.get("QMPFD_REQUIRE_PEERS"):
-            pytest.fail(message)
-        pytest.skip(message)
+        _lacking(f"needs {program}: apt-get install {_PACKAGES.get(program, program)}")
     return found
+
+
+def need_namespaces(*kinds: str) -> None:
+    """Skip the test, or fail it, as `need` does, where namespaces of these kinds, which are options
+    of unshare(1), are not to be had.
+    """
+    command = [need("unshare"), *kinds, "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        _lacking(f"needs what this does: sudo {' '.join(command)} ({done.stderr.strip()})")
+
+
+def _lacking(message: str) -> NoReturn:
+    if os.environ.get("QMPFD_REQUIRE_PEERS"):
+        pytest.fail(message)
+    pytest.skip(message)

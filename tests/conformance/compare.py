@@ -33,10 +33,15 @@ SHARED_COMMANDS = frozenset(
 PARSE_ERROR = "JSON parse error, "
 """The wording after it is a parser's own, and has changed from one QEMU to the next."""
 
+NESTED_TOO_DEEP = "JSON nesting depth limit exceeded"
+
 NOT_JSON = {"id": "a number that JSON does not have"}
 """Stands for a reply with a bare `inf`: QEMU's answer to the id 1e999."""
 
 _INF = re.compile(rb'"id": -?inf\b')
+_PARSE_ERROR = re.compile(r"(\d+:\d+: )?" + re.escape(PARSE_ERROR))
+"""QEMU 11.1 begins with line and column."""
+
 _FD_IN_DESC = re.compile(r"(?<= fd:)\d+(?=' not found)")
 
 
@@ -135,7 +140,7 @@ def _version(version: Any) -> str:
 
 
 def _desc(desc: str, names: FdNames) -> str:
-    if desc.startswith(PARSE_ERROR):
+    if _PARSE_ERROR.match(desc):
         return PARSE_ERROR
     return _FD_IN_DESC.sub(lambda found: names.name(int(found[0])), desc)
 

@@ -198,14 +198,15 @@ def analyze(*words: str) -> str:
 
 
 def test_units_are_right(tmp_path: Path) -> None:
-    """Nothing in them is unknown or contradicts itself."""
+    """Nothing in them contradicts itself, or is unknown but for a type that is younger than 253."""
     for unit in UNITS:
         text = unit.read_text().replace("/usr/bin/qmpfd", "/bin/true")
         lines = [line for line in text.splitlines() if not line.startswith("Documentation=")]
         (tmp_path / unit.name).write_text("\n".join(lines) + "\n")
     names = [unit.name.replace("@.", "@one.") for unit in UNITS]
     (tmp_path / "qmpfd@one.service").symlink_to("qmpfd@.service")
-    assert analyze("verify", *(str(tmp_path / name) for name in names)) == ""
+    said = analyze("verify", *(str(tmp_path / name) for name in names)).splitlines()
+    assert [line for line in said if not line.endswith("ignoring: notify-reload")] == []
 
 
 @pytest.mark.parametrize("unit", [unit.name for unit in UNITS if unit.suffix == ".service"])

@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Runs a command, as a rule the suite, on a copy of this checkout in another Debian: the newest
+# Python, QEMU, systemd and s6 that there are, on the machine that one has.
+#
+#     scripts/elsewhere.sh [--system sid] [--python python3.13] [COMMAND...]
+#
+# The system is made by debootstrap in build/elsewhere/SYSTEM ($ELSEWHERE/SYSTEM, where that is
+# set) and is kept there: the first run takes two minutes more.  SYSTEM is a release of Debian's,
+# sid by default; the Python is its newest one by default.  The command gets mounts, processes, a
+# /proc, a /dev and a /sys of its own, and the network of the machine.
+set -euo pipefail
+checkout=$(cd "$(dirname "$0")/.." && pwd)
+
+# What the suite talks to, and what a virtual environment for a new Python is built with.
+PACKAGES=(make gcc libc6-dev git ca-certificates iproute2 procps qemu-system-x86 systemd s6 runit zsh fish)
+
+die() { printf 'elsewhere: %s\n' "$*" >&2; exit 2; }
+
+# --- making a system ---
+
+# The machine's own way to packages: the mirror of its first source, and every setting beside it.
+mirror() { apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | head -n 1; }
+
+share_settings() {
+    local path
+    for path in /etc/apt/apt.conf.d /etc/apt/auth.conf.d /etc/ssl/certs /usr/local/share/ca-certificates \
+                /etc/pip.conf /etc/resolv.conf /etc/hosts; do
+        [[ -e $path ]] || continue
+        mkdir -p "$root$(dirname "$path")"
+        cp --recursive --dereference --no-clobber "$path" "$root$(dirname "$path")/" 2>/dev/null || true
+    done
+}
+
+apt() { DEBIAN_FRONTEND=noninteractive chroot "$root" apt-get -q "$@"; }
+
+# The newest interpreter of the system, which need not be the one that it calls python3.
+newest_python() {
+    chroot "$root" apt-cache search --names-only '^python3\.[0-9]+$' | cut -d' ' -f1 | sort -V | tail -n 1
+}
+
+make_system() {
+    local url
+    url=$(mirror)
+    [[ -n $url ]] || die "apt on this machine has no source of packages: see sources.list(5)"
+    rm -rf "$root"
+    mkdir -p "$root"
+    debootstrap --variant=minbase "$system" "$root" "$url"
+    share_settings
+    # No package starts a daemon here (Debian policy 9.3.3).
+    printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
+    chmod +x "$root/usr/sbin/policy-rc.d"
+    apt update
+    apt install --yes --no-install-recommends "${PACKAGES[@]}"
+    newest_python >"$root/.python"
+}
+
+# --- running in it ---
+
+# Tracked files and new ones, as they are.
+copy_checkout() {
+    cd "$1"
+    git ls-files -z --cached --others --exclude-standard |
+        while IFS= read -r -d '' path; do [[ ! -e $path ]] || printf '%s\0' "$path"; done |
+        tar --null --files-from=- --create | tar --directory="$2" --extract --no-same-owner
+}
+
+# In namespaces of its own: the system becomes the root, so that mountinfo(5) tells of nothing else.
+enter() {
+    local root=$1 checkout=$2 python=$3 place
+    shift 3
+    mount --bind "$root" "$root"
+    mount -t proc proc "$root/proc"
+    mount -t sysfs sys "$root/sys"
+    mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
+    mount -t devtmpfs dev "$root/dev"
+    mount -t devpts -o newinstance,mode=620,gid=5,ptmxmode=666 devpts "$root/dev/pts"
+    for place in tmp dev/shm; do mount -t tmpfs -o mode=1777 tmpfs "$root/$place"; done
+    for place in run srv; do mount -t tmpfs -o mode=755 tmpfs "$root/$place"; done
+    # The copy goes with this run, its virtual environment stays for the next one.
+    place=srv/$(basename "$checkout")
+    mkdir -p "$root/$place/.venv" "$root/var/cache/$python/$place"
+    mount --bind "$root/var/cache/$python/$place" "$root/$place/.venv"
+    (copy_checkout "$checkout" "$root/$place")
+    cd "$root"
+    pivot_root . mnt
+    cd "/$place"
+    umount --lazy /mnt
+    "$@"  # not exec: this shell is process 1 there, and reaps whom nobody waits for
+}
+
+system=sid python=
+while (($#)); do
+    case $1 in
+        --system) system=${2:?} && shift 2 ;;
+        --python) python=${2:?} && shift 2 ;;
+        -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" && exit ;;
+        *) break ;;
+    esac
+done
+((EUID == 0)) || die "a system of its own needs root, for debootstrap and for mounts: sudo $0"
+for tool in debootstrap unshare pivot_root; do
+    command -v "$tool" >/dev/null || die "$tool is missing: apt-get install debootstrap util-linux"
+done
+
+root=$(realpath -m "${ELSEWHERE:-$checkout/build/elsewhere}")/$system
+[[ -e $root/.python ]] || make_system
+python=${python:-$(<"$root/.python")}
+[[ -x $root/usr/bin/$python ]] || apt install --yes --no-install-recommends "$python" "$python"-{venv,dev}
+(($#)) || set -- make test
+exec env -u MAKEFLAGS -u MAKELEVEL -u MFLAGS HOME=/root PYTHON="$python" \
+    PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    unshare --mount --pid --ipc --uts --fork --kill-child --propagation private \
+    bash -euo pipefail -c "$(declare -f copy_checkout enter); enter \"\$@\"" enter \
+    "$root" "$checkout" "$python" "$@"
