@@ -25,9 +25,9 @@ from pathlib import Path
 import trio
 from daemon import Broken, DaemonProcess, become, end_on_sigterm, identity, run, running_daemon
 from raw import raw_connect
-from tap import WIDTH, paint, show, tapped
 
 import qmpfd
+from qmpfd.cli.tapping import WIDTH, paint, show, tapped
 
 #: Seconds for all of the tour, which takes two or three.
 _PATIENCE = 60.0

@@ -17,6 +17,7 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from subprocess import STDOUT
 
 import trio
 from daemon import Broken, running_daemon
@@ -65,7 +66,7 @@ async def running_qemu(*monitors: Path) -> AsyncGenerator[None, None]:
 async def shell(*words: str) -> str:
     """Run a ``qmpfd`` command, as one would type it; what it says."""
     say("$ qmpfd " + " ".join(words))
-    done = await trio.run_process([*QMPFD, *words], capture_stdout=True)
+    done = await trio.run_process([*QMPFD, *words], capture_stdout=True, stderr=STDOUT)
     output = done.stdout.decode()
     print(output, end="")
     return output

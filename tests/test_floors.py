@@ -29,7 +29,7 @@ FLOORS = [
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 #: Where Trio is known.
-TRIO = {"transport", "client", "server", "cli.daemon", "testing"}
+TRIO = {"transport", "client", "server", "cli.daemon", "cli.tapping", "testing"}
 
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
@@ -108,7 +108,7 @@ assert {"ctypes", "trio"} <= sys.modules.keys()
 def test_trio_is_where_we_say() -> None:
     """Or else the test above looks at nothing."""
     users = {module for module in MODULES if "trio" in imports(module)}
-    assert {room(module) for module in users} | {"cli.daemon"} == {*TRIO, "cli"}
+    assert {room(module) for module in users} | {"cli.daemon", "cli.tapping"} == {*TRIO, "cli"}
 
 
 def calls_of_os_close(module: str) -> list[int]:

@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 #: Values of these are files.
 _FILES = ("PATH", "FILE", "QMP_SOCKET")
 
-#: The ids there are, for verbs that take one; nothing if there is no daemon.  In each shell,
-#: ``$socket`` is the ``--socket`` of the line.  It is not evaluated: whoever presses Tab has not
-#: asked for the commands in it to be run.
-_IDS = "qmpfd ls --timeout 1 $socket 2>/dev/null | sed -n 's/^\\([0-9][0-9]*\\) .*/\\1/p' | uniq"
+#: The targets there are, for verbs that take one: ids, and names behind an @; nothing if there is
+#: no daemon.  Names with blanks or a shell's special characters are left out: they want quoting.
+#: In each shell, ``$socket`` is the ``--socket`` of the line.  It is not evaluated: whoever presses
+#: Tab has not asked for the commands in it to be run.
+_IDS = (
+    "qmpfd ls --timeout 1 $socket 2>/dev/null | "
+    "sed -n -e 's/^\\([0-9][0-9]*\\) .*/\\1/p' "
+    "-e 's/^[0-9][0-9]*  *[0-9][0-9]*  *\\([-A-Za-z0-9_.:,+%/]*\\)$/@\\1/p' | sort -u"
+)
 
 
 def add_parsers(verbs: Subparsers) -> None:
@@ -87,7 +92,7 @@ def _verb(name: str, help_: str, parser: argparse.ArgumentParser) -> _Verb:
             options.append(_Option(names, told, action.nargs != 0, choices, files))
         else:
             values += choices
-            ids = ids or metavar.startswith("N")
+            ids = ids or metavar.startswith("TARGET")
     return _Verb(name, help_, options, values, ids)
 
 

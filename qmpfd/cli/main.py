@@ -7,6 +7,7 @@ import gc
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 from .._version import __version__
 from ..client.blocking import NoDaemon
 from ..errors import QMPError
+from . import output
 from .exit_codes import NO_DAEMON, REFUSED, USAGE, UsageError
 from .options import Formatter
 from .output import printable
@@ -21,17 +23,21 @@ from .output import printable
 #: The module of each verb, in the order of the help.  Just one is imported to run a verb.
 _VERBS = {
     "serve": "serve",
-    "add": "verbs",
-    "ls": "verbs",
-    "rm": "verbs",
-    "exec": "handout",
-    "push": "handout",
-    "watch": "handout",
+    "add": "add",
+    "ls": "ls",
+    "rm": "rm",
+    "exec": "exec",
+    "push": "push",
+    "watch": "watch",
     "shell": "shell.verb",
     "status": "status",
     "check-policy": "policy",
     "completion": "completion",
+    "tap": "tap",
 }
+
+#: Options that may stand before the verb, and whether a value comes behind them.
+_SHARED = {"--socket": True, "--timeout": True, "--json": False}
 
 #: What to do next, by an error's class and a part of its text.
 _ADVICE = [
@@ -89,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr = sys.stderr or _Nowhere()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what this locale has no sign for
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     command: list[str] = []
     if words[:1] == ["exec"] and "--" in words:
         # Whatever is behind it is the command's, options and further dashes too.
@@ -113,14 +119,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the interpreter must not try again at exit.
         if not isinstance(sys.stdout, _Nowhere):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(exc, BrokenPipeError):  # whoever read our output has seen enough
-            return REFUSED
-        return _fail(exc.strerror or str(exc), REFUSED)
+        if isinstance(exc, BrokenPipeError):  # as if SIGPIPE had ended us: the reader is gone
+            return 128 + signal.SIGPIPE
+        done = f" (done all the same: {output.unprinted})" if output.unprinted else ""
+        return _fail(f"{exc.strerror or exc}{done}", REFUSED)
     except KeyboardInterrupt:
         if sys.stderr.isatty():
             print(file=sys.stderr)  # behind the ^C
         return 130
     return status
+
+
+def _verb_first(words: list[str]) -> list[str]:
+    """The words with the verb in front, and the options that stood before it behind it;
+    ``help VERB`` is ``VERB --help``.
+    """
+    at = 0
+    while at < len(words) and words[at].partition("=")[0] in _SHARED:
+        name, equals, _ = words[at].partition("=")
+        at += 2 if _SHARED[name] and not equals else 1
+    words = [*words[at : at + 1], *words[:at], *words[at + 1 :]]
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    verb = words[0] if words else ""
+    if verb and not verb.startswith("-") and verb not in _VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, _VERBS, 1)
+        meant = f": did you mean {near[0]}?" if near else ""
+        _parser("").exit(USAGE, f"qmpfd: no verb {printable(verb)}{meant} (see qmpfd --help)\n")
+    return words
 
 
 def program() -> int:

@@ -123,8 +123,13 @@ def seconds(text: str) -> float:
     return value
 
 
-def add_client_options(parser: argparse.ArgumentParser) -> None:
-    """``--socket``, ``--timeout`` and ``--json``, which every verb but ``serve`` has."""
+def add_client_options(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
+    """``--socket``, ``--timeout`` and ``--json``, which the verbs that ask a daemon have.
+
+    Args:
+        parser: the verb's.
+        json: whether it prints anything that could be JSON.
+    """
     parser.add_argument(
         "--socket",
         type=socket_path,
@@ -139,6 +144,7 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="give up on a silent daemon after S seconds (default: 10)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON value instead of text for people"
-    )
+    if json:
+        parser.add_argument(
+            "--json", action="store_true", help="print one JSON value instead of text for people"
+        )

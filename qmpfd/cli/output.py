@@ -9,10 +9,26 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+#: The result of a verb that has changed something, while it is being printed.
+unprinted = ""
+
 
 def print_json(value: Any) -> None:
     """*value* as one line of JSON."""
-    print(json.dumps(value), flush=True)  # an event is to be seen when it happens
+    print_result(json.dumps(value))  # at once: an event is to be seen when it happens
+
+
+def print_result(text: str) -> None:
+    """Print what a verb has done.  Where that fails, it was done all the same: see
+    :data:`unprinted`.
+
+    Args:
+        text: what it has done.
+    """
+    global unprinted  # noqa: PLW0603 - for the one place that reports a failed print
+    unprinted = text
+    print(text, flush=True)
+    unprinted = ""
 
 
 def printable(text: str) -> str:
@@ -28,6 +44,17 @@ def duration(seconds: int) -> str:
         if count:
             parts.append(f"{count}{unit}")
     return "".join(parts[:2]) or "0s"
+
+
+def size(count: int) -> str:
+    """A number of bytes with three digits at most: ``512``, ``4.0K``, ``20M``."""
+    if count < 1024:
+        return str(count)
+    amount, units = count / 1024, iter("KMGTPE")
+    unit = next(units)
+    while amount >= 1023.5:
+        amount, unit = amount / 1024, next(units)
+    return f"{amount:.1f}{unit}" if amount < 9.95 else f"{amount:.0f}{unit}"
 
 
 def terminal_width() -> int:

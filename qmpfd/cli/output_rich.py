@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 #: The colours of the columns that the eye looks for.
-_STYLES = {"FDSET": "bold cyan", "FD": "cyan", "OPAQUE": "green", "PID": "cyan", "COMMAND": "green"}
+_STYLES = {"FDSET": "bold cyan", "FD": "cyan", "NAME": "green", "PID": "cyan", "COMMAND": "green"}
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> None:

@@ -8,13 +8,19 @@ import pwd
 import time
 from typing import TYPE_CHECKING, Any
 
+from ..client.blocking import BlockingClient
+from ..client.errors import NoDaemon
 from ..errors import QMPError
 from .exit_codes import DONE
-from .options import add_client_options, add_examples, client_of, default_socket
+from .options import add_client_options, add_examples, client_of, default_socket, seconds
 from .output import duration, print_json, print_pairs, print_table, printable
 
 if TYPE_CHECKING:
     from .options import Subparsers
+
+
+#: Seconds between two tries to reach a daemon that does not serve yet.
+_RETRY = 0.05
 
 
 def add_parsers(verbs: Subparsers) -> None:
@@ -26,9 +32,16 @@ def add_parsers(verbs: Subparsers) -> None:
         "has, and who is connected.",
     )
     add_client_options(parser)
+    parser.add_argument(
+        "--wait",
+        type=seconds,
+        metavar="S",
+        help="where no daemon serves yet, wait for one for up to S seconds",
+    )
     add_examples(
         parser,
         "qmpfd status",
+        "qmpfd status --wait 5",
         "qmpfd status --socket /run/vm1/qmp.sock",
         "qmpfd status --json | jq .stats.fds",
     )
@@ -37,7 +50,7 @@ def add_parsers(verbs: Subparsers) -> None:
 
 def _status(arguments: argparse.Namespace) -> int:
     path = str(arguments.socket or default_socket())
-    with client_of(arguments) as client:
+    with _connect(arguments) as client:
         version = client.execute("query-version")
         stats, untold = None, "this is not qmpfd"
         if server_name(version).startswith("qmpfd "):  # QEMU's query-stats is about something else
@@ -55,6 +68,17 @@ def _status(arguments: argparse.Namespace) -> int:
         print_pairs([*pairs, *_rows(stats)])
         _print_peers(stats)
     return DONE
+
+
+def _connect(arguments: argparse.Namespace) -> BlockingClient:
+    deadline = time.monotonic() + (arguments.wait or 0.0)
+    while True:
+        try:
+            return client_of(arguments)
+        except NoDaemon:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_RETRY)
 
 
 def server_name(version: Any) -> str:

@@ -98,10 +98,10 @@ def test_add_ls_rm(cli: Cli, file: Path) -> None:
     assert fdset["fdset-id"] == 0
     assert fdset["fds"][1] == {"fd": info["fd"], "opaque": "b:\u20ac\n"}
     header, *rows = cli.done("ls").splitlines()
-    assert header.split() == ["FDSET", "FD", "OPAQUE"]
+    assert header.split() == ["FDSET", "FD", "NAME"]
     assert rows[1].split() == ["0", str(info["fd"]), "b:\u20ac\\n"]
-    assert cli.done("rm", f"0:{info['fd']}") == f"removed fd set 0, fd {info['fd']}\n"
-    assert cli.json("rm", "0") == {}
+    assert cli.done("rm", f"0/{info['fd']}") == f"removed fd set 0, fd {info['fd']}\n"
+    assert cli.json("rm", "0") == [{"fdset-id": 0}]
     assert cli.json("ls") == []
 
 
@@ -147,7 +147,7 @@ def test_refused(cli: Cli, file: Path) -> None:
         "qmpfd: FdNotFound: File descriptor named 'fdset-id:7' not found "
         "(qmpfd ls shows those there are)\n"
     )
-    assert "fdset-id:7, fd:3" in cli.fails(REFUSED, "rm", "7:3")
+    assert "fdset-id:7, fd:3" in cli.fails(REFUSED, "rm", "7/3")
     assert "existing fdset-id" in cli.fails(REFUSED, "add", "--fdset", "7", file)
     assert cli.json("ls") == []
 
@@ -178,7 +178,12 @@ def test_refused(cli: Cli, file: Path) -> None:
         ["rm", "0:x"],
         ["rm", "-1"],
         ["rm", "99999999999999999999"],
-        ["rm", "0:99999999999999999999"],
+        ["rm", "0/99999999999999999999"],
+        ["rm", "0/"],
+        ["rm", "0:r"],
+        ["rm", "@"],
+        ["rm", "--all", "0"],
+        ["rm", "--pid", "0"],
         ["ls", "more"],
         ["ls", "two\nlines"],
         ["ls", "--no-such-option"],

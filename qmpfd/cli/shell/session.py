@@ -17,8 +17,8 @@ from ...errors import QMPError
 from ...kernel.fd import Fd
 from ...protocol.client import QMPEvent
 from ..exit_codes import UsageError
+from ..opening import check_open, open_file
 from ..output import print_json, printable, terminal_width
-from ..verbs import check_open, open_file
 from .schema import Schema
 from .syntax import BadInput, Typed, parse
 

@@ -1,17 +1,9 @@
-"""Shows the QMP lines between a client and a server, as they go over the wire.
-
-    python scripts/tap.py LISTEN SERVER
-
-listens on the Unix socket LISTEN, connects each client on to SERVER, a qmpfd or a QEMU, passes
-bytes and descriptors on in both directions, and prints every line.  The server sees this process
-as its client, so LISTEN is for this process's user only.
-"""
+"""What ``qmpfd tap`` does, in Trio."""
 
 from __future__ import annotations
 
 import array
 import os
-import shutil
 import socket
 import sys
 import textwrap
@@ -22,16 +14,19 @@ from typing import TypeAlias
 
 import trio
 
+from ..kernel.fd import Fd
+from ..limits import SCM_MAX_FD
+from .output import printable, terminal_width
+
 #: Told of each line: whether the client sent it, the line, how many descriptors went with it.
 Show: TypeAlias = Callable[[bool, str, int], None]
 
-#: The kernel passes at most this many descriptors at a time (unix(7)).
-_ROOM = socket.CMSG_SPACE(253 * array.array("i").itemsize)
+_ROOM = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 
 _COLOUR = (
     sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 )
-WIDTH = max(40, min(80, shutil.get_terminal_size().columns))
+WIDTH = max(40, min(80, terminal_width()))
 
 
 def paint(style: str, text: str) -> str:
@@ -48,7 +43,7 @@ def show(from_client: bool, line: str, fds: int) -> None:
         fds: how many descriptors went with it.
     """
     arrow, style = ("->", "36") if from_client else ("<-", "32")
-    for part in textwrap.wrap(line, WIDTH - 5, break_on_hyphens=False) or [""]:
+    for part in textwrap.wrap(printable(line), WIDTH - 5, break_on_hyphens=False) or [""]:
         print(f"  {paint(style, f'{arrow} {part}')}")
         arrow = "  "
     if fds:
@@ -76,7 +71,7 @@ async def _carry(
                 fds.frombytes(payload)
         with ExitStack() as received:
             for fd in fds:
-                received.callback(os.close, fd)
+                received.enter_context(Fd(fd))
             *lines, unfinished = (unfinished + data).split(b"\n")
             # A read ends after the bytes that descriptors came with: they are its last line's.
             fds_of_line += len(fds)
@@ -100,7 +95,11 @@ async def _carry(
 
 async def _relay(client: trio.socket.SocketType, server: str, shown: Show) -> None:
     with client, trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as upstream:
-        await upstream.connect(server)
+        try:
+            await upstream.connect(server)
+        except OSError as exc:
+            print(f"qmpfd: cannot connect to {printable(server)}: {exc.strerror}", file=sys.stderr)
+            return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_carry, client, upstream, partial(shown, True))
             nursery.start_soon(_carry, upstream, client, partial(shown, False))
@@ -139,16 +138,20 @@ async def _accept(
         relays.start_soon(_relay, client, server, shown)
 
 
-async def main(listen: str, server: str) -> None:
-    """Tap until interrupted."""
-    async with tapped(server, listen):
-        await trio.sleep_forever()
+def run(listen: str, server: str) -> None:
+    """Tap until interrupted.
 
+    Args:
+        listen: the socket to make.
+        server: the server's socket.
 
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: tap.py LISTEN SERVER")
-    try:
-        trio.run(main, sys.argv[1], sys.argv[2])
-    except KeyboardInterrupt:
-        pass
+    Raises:
+        OSError: *listen* cannot be made.
+        KeyboardInterrupt: interrupted.
+    """
+
+    async def main() -> None:
+        async with tapped(server, listen):
+            await trio.sleep_forever()
+
+    trio.run(main)

@@ -1,0 +1,232 @@
+"""``qmpfd exec``: a command is run with descriptors out of the fd sets."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import fcntl
+import os
+import resource
+import signal
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from ..client.blocking import BlockingClient
+from ..client.calls import one_fd
+from ..client.errors import NoDaemon
+from ..errors import QMPError
+from ..kernel.fd import Fd, close_all
+from .exit_codes import UsageError
+from .options import add_client_options, add_examples, client_of
+from .output import printable
+from .targets import Target, open_target, target
+
+if TYPE_CHECKING:
+    from .options import Subparsers
+
+#: What a shell answers for a program that is not there, or cannot be run (POSIX, sh, 2.8.2).
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+
+#: The first of the descriptors that sd_listen_fds(3) counts.
+_LISTEN_FDS_START = 3
+
+#: The longest name of a descriptor, in bytes, and the name of one that has none (FDNAME=,
+#: sd_notify(3); sd_listen_fds_with_names(3)).
+_MOST_NAME_BYTES, _NO_NAME = 255, "unknown"
+
+
+def add_parsers(verbs: Subparsers) -> None:
+    """Add ``exec`` to the command line."""
+    parser = verbs.add_parser(
+        "exec",
+        help="run a command with descriptors out of the fd sets",
+        usage="qmpfd exec [-h] [--socket PATH] [--timeout S] [--listen-fds] [--take] [--rewind]\n"
+        "                  SET[/FD][:ACCESS][=AT]... -- CMD...",
+        description="Run CMD with the newest descriptor that each target names: of fd set SET, or "
+        "with the name @NAME, or descriptor FD of the set, or with that access mode (r, w or rw). "
+        "CMD gets it at the number AT: from 3 on, in order, where none is given; =0 makes it CMD's "
+        "standard input. CMD gets no other descriptors than these and the standard streams; its "
+        "exit status is the command's.",
+    )
+    add_client_options(parser, json=False)
+    parser.add_argument(
+        "--listen-fds",
+        action="store_true",
+        help="set LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES, as a service manager does for a "
+        "program with socket activation (sd_listen_fds(3))",
+    )
+    parser.add_argument(
+        "--take",
+        action="store_true",
+        help="remove what is handed out from the daemon in the same step",
+    )
+    parser.add_argument(
+        "--rewind",
+        action="store_true",
+        help="begin files at their start: all who have a stored file share one position in it, so "
+        "a second reader goes on where the first one has stopped, mostly at the end",
+    )
+    parser.add_argument(
+        "targets", nargs="*", type=target, metavar="TARGET", help="what to hand out"
+    )
+    add_examples(
+        parser,
+        "qmpfd exec 0=0 -- cat",
+        "qmpfd exec 0:r=0 @out:w=1 -- gzip",
+        "qmpfd exec --listen-fds @web -- gunicorn app",
+        "qmpfd exec @disk:rw=9 -- ./server --fd 9",
+        status="  CMD's own; else 1 the daemon refused, 2 usage, 3 no daemon,\n"
+        "  126 CMD cannot be run, 127 there is no CMD",
+    )
+    parser.set_defaults(run=_exec, command=[])
+
+
+def _exec(arguments: argparse.Namespace) -> int:
+    targets: list[Target] = arguments.targets
+    command: list[str] = arguments.command
+    if not targets or not command:
+        raise UsageError("exec takes TARGET... -- CMD... (see qmpfd exec --help)")
+    places = _places(targets, arguments.listen_fds)
+    with client_of(arguments) as client:
+        opened = _open_all(client, targets)
+        fds = [fd for _, fd in opened]
+        try:
+            if arguments.take:
+                _take(client, [info for info, _ in opened])
+        except BaseException:
+            close_all(fds)
+            raise
+    # The connection is closed by now: its number may be one of the places.
+    try:
+        if arguments.rewind:
+            for fd in fds:
+                with suppress(OSError):  # a pipe or a socket has no position
+                    os.lseek(fd.fileno(), 0, os.SEEK_SET)
+        _put_in_place(fds, places)
+        for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES"):
+            os.environ.pop(name, None)  # of another set of descriptors, which CMD does not get
+        if arguments.listen_fds:
+            _announce([info for info, _ in opened], places)
+        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(ignored, signal.SIG_DFL)  # Python ignores them, the command would too
+        return _replace_by(command)
+    finally:
+        close_all(fds)
+
+
+def _places(targets: list[Target], listen_fds: bool) -> list[int]:
+    """The number at which CMD gets each descriptor.
+
+    Args:
+        targets: what it gets.
+        listen_fds: those without a number are to be in a row, from 3 on.
+    """
+    taken = [each.at for each in targets if each.at is not None]
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if len(set(taken)) < len(taken):
+        raise UsageError("two descriptors cannot have the same number")
+    if any(at >= most for at in taken):
+        raise UsageError(f"{max(taken)} is no number for a descriptor: 0 to {most - 1}")
+    if listen_fds and any(at >= _LISTEN_FDS_START for at in taken):
+        raise UsageError("--listen-fds gives the numbers from 3 on: no =AT above 2 beside it")
+    free = (number for number in range(_LISTEN_FDS_START, most) if number not in taken)
+    return [next(free) if each.at is None else each.at for each in targets]
+
+
+def _open_all(client: BlockingClient, targets: list[Target]) -> list[tuple[dict[str, Any], Fd]]:
+    """A duplicate of what each target names, with the daemon's description of it."""
+    opened: list[tuple[dict[str, Any], Fd]] = []
+    try:
+        for each in targets:
+            info, passed = open_target(client, each)
+            opened.append((info, one_fd(passed)))
+    except BaseException:
+        close_all(fd for _, fd in opened)
+        raise
+    return opened
+
+
+def _take(client: BlockingClient, infos: list[dict[str, Any]]) -> None:
+    """Take what was opened out of the store: all of it, or nothing."""
+    taken: list[tuple[dict[str, Any], Fd]] = []
+    try:
+        # One may be named twice.
+        for where in {(info["fdset-id"], info["fd"]) for info in infos}:
+            members = {"fdset-id": where[0], "fd": where[1], "remove": True}
+            info, passed = client.request("open-fdset", members)
+            taken.append((info, one_fd(passed)))
+    except BaseException:
+        for info, fd in taken:
+            members = {key: info[key] for key in ("fdset-id", "opaque") if key in info}
+            with suppress(QMPError, NoDaemon):  # its set may be gone by now
+                client.execute("add-fd", members, [fd])
+        raise
+    finally:
+        close_all(fd for _, fd in taken)
+
+
+def _announce(infos: list[dict[str, Any]], places: list[int]) -> None:
+    """Tell CMD of its descriptors as sd_listen_fds(3) expects it."""
+    names = [
+        _fd_name(info.get("opaque"))
+        for info, place in zip(infos, places, strict=True)
+        if place >= _LISTEN_FDS_START
+    ]
+    os.environ["LISTEN_FDS"] = str(len(names))
+    os.environ["LISTEN_PID"] = str(os.getpid())  # execve(2) keeps it
+    os.environ["LISTEN_FDNAMES"] = ":".join(names)
+
+
+def _fd_name(opaque: str | None) -> str:
+    """A descriptor's name in LISTEN_FDNAMES: ASCII without control characters and colons."""
+    name = "".join(c if " " <= c <= "~" and c != ":" else "_" for c in opaque or "")
+    return name[:_MOST_NAME_BYTES] or _NO_NAME
+
+
+def _replace_by(command: list[str]) -> int:
+    """Become the command; the exit status where that is not possible."""
+    try:
+        if not command[0]:  # a ValueError to Python
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        os.execvp(command[0], command)
+    except OSError as exc:
+        with suppress(OSError):
+            os.write(2, f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}\n".encode())
+        return _NOT_FOUND if isinstance(exc, FileNotFoundError) else _NOT_EXECUTABLE
+
+
+def _put_in_place(opened: list[Fd], places: list[int]) -> None:
+    """Move each descriptor to its number, and let the command inherit no others but the standard
+    streams.
+    """
+    for number_, fd in enumerate(opened):
+        opened[number_] = _aside(fd, places)
+        fd.close()
+    for fd, place in zip(opened, places, strict=True):
+        os.dup2(fd.fileno(), place, inheritable=True)
+    for number_ in _open_numbers():
+        if number_ > 2 and number_ not in places:
+            # Not closed but marked: some of them are still in use here until the very end.
+            with suppress(OSError):  # the listing's own, or one that is not open
+                os.set_inheritable(number_, False)
+
+
+def _open_numbers() -> list[int]:
+    """The numbers of open descriptors; without /proc, all that there may be."""
+    try:
+        return [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        return list(range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16)))
+
+
+def _aside(fd: Fd, places: list[int]) -> Fd:
+    """A duplicate of *fd* out of the way: at no place, and at no standard stream's either, where
+    an error message would go into it.
+    """
+    least = 3
+    while True:
+        moved = Fd(fcntl.fcntl(fd.fileno(), fcntl.F_DUPFD_CLOEXEC, least))
+        if moved.fileno() not in places:
+            return moved
+        least = moved.fileno() + 1
+        moved.close()

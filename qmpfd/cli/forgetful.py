@@ -1,0 +1,65 @@
+"""QEMU up to 9.0 closes what nothing in it uses when its last QMP client disconnects."""
+
+from __future__ import annotations
+
+import select
+import sys
+from typing import Any
+
+from ..client.blocking import BlockingClient
+from ..client.errors import NoDaemon
+
+#: The last version that does so: 9.1 dropped the clean-up of unused descriptors.
+_LAST = (9, 0)
+
+
+def forgets(client: BlockingClient) -> str | None:
+    """The version of a QEMU that forgets at disconnect, by its greeting; None for others.
+
+    Args:
+        client: the connection to the server.
+    """
+    version: Any = client.greeting.get("version")
+    if not isinstance(version, dict) or str(version.get("package", "")).startswith("qmpfd "):
+        return None
+    numbers: Any = version.get("qemu")
+    if not isinstance(numbers, dict):
+        return None
+    found = (numbers.get("major"), numbers.get("minor"))
+    if not all(isinstance(number, int) for number in found) or found > _LAST:
+        return None
+    return f"{found[0]}.{found[1]}"
+
+
+def warn_of_forgetting(client: BlockingClient, stays: bool, advice: str = "") -> None:
+    """Say on standard error that what was just added will be gone.
+
+    Args:
+        client: the connection to the server.
+        stays: whether this command stays connected.
+        advice: what to do about it.
+    """
+    version = forgets(client)
+    if version is not None and not stays:
+        advice = advice or "keep another QMP client connected until it is in use"
+        print(
+            f"qmpfd: QEMU {version} closes a descriptor that it does not use when its last QMP "
+            f"client disconnects: {advice}",
+            file=sys.stderr,
+        )
+
+
+def stay_connected(client: BlockingClient) -> None:
+    """Return when the server has closed the connection.
+
+    Args:
+        client: the connection to the server.
+    """
+    poll = select.poll()
+    poll.register(client, select.POLLIN)
+    try:
+        while True:
+            poll.poll()
+            client.take_events()
+    except NoDaemon:
+        return

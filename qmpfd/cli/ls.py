@@ -1,0 +1,131 @@
+"""``qmpfd ls``: what is stored."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .exit_codes import DONE, REFUSED
+from .options import add_client_options, add_examples, client_of
+from .output import duration, print_json, print_table, printable, size
+from .targets import Target, listed, select, stored_target
+
+if TYPE_CHECKING:
+    from .options import Subparsers
+
+#: A row of a listing: the fd set, and the descriptor's entry.
+Row = tuple[int, dict[str, Any]]
+
+
+#: The columns of the long listing.
+_COLUMNS = (
+    *("FDSET", "FD", "ACCESS", "KIND", "SIZE"),
+    *("AGE", "KEPT", "PID", "UID", "NAME", "TARGET"),
+)
+
+
+def add_parsers(verbs: Subparsers) -> None:
+    """Add ``ls`` to the command line."""
+    parser = verbs.add_parser(
+        "ls",
+        help="list the fd sets",
+        description="List the fd sets; with targets, those descriptors only.",
+    )
+    add_client_options(parser)
+    parser.add_argument(
+        "--long", "-l", action="store_true", help="show what each descriptor is, and whose"
+    )
+    parser.add_argument(
+        "targets",
+        nargs="*",
+        type=stored_target,
+        metavar="TARGET",
+        help="SET, SET/FD, @NAME or @PATTERN with the shell's wildcards",
+    )
+    add_examples(
+        parser,
+        "qmpfd ls",
+        "qmpfd ls --long @web",
+        "qmpfd ls '@vm1:*'",
+        "qmpfd ls --json | jq '.[0].fds'",
+    )
+    parser.set_defaults(run=_ls)
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    targets: list[Target] = arguments.targets
+    with client_of(arguments) as client:
+        if arguments.long:
+            rows = [(fd["fdset-id"], fd) for fd in client.execute("query-fds")]
+        else:
+            rows = listed(client)
+    rows, missing = select(targets, rows)
+    if arguments.json:
+        print_json([fd for _, fd in rows] if arguments.long else _sets(rows))
+    elif not rows:
+        if not targets:
+            print("no fd sets")
+    elif arguments.long:
+        header = [
+            "FDSET",
+            "FD",
+            "ACCESS",
+            "KIND",
+            "SIZE",
+            "AGE",
+            "KEPT",
+            "PID",
+            "UID",
+            "NAME",
+            "TARGET",
+        ]
+        print_table(header, [_long_row(fd) for _, fd in rows])
+    else:
+        print_table(
+            ("FDSET", "FD", "NAME"),
+            [(str(fdset), str(fd["fd"]), printable(fd.get("opaque", ""))) for fdset, fd in rows],
+        )
+    sys.stdout.flush()
+    for target in missing:
+        print(f"qmpfd: {printable(target.word)}: there is no such descriptor", file=sys.stderr)
+    return REFUSED if missing else DONE
+
+
+def _sets(rows: list[Row]) -> list[dict[str, Any]]:
+    """The rows as ``query-fdsets`` returns them."""
+    sets: dict[int, list[dict[str, Any]]] = {}
+    for fdset_id, fd in rows:
+        sets.setdefault(fdset_id, []).append(fd)
+    return [{"fdset-id": fdset_id, "fds": fds} for fdset_id, fds in sets.items()]
+
+
+def _long_row(fd: dict[str, Any]) -> tuple[str, ...]:
+    kept = [fd["lifetime"]] if fd["lifetime"] != "daemon" else []
+    if "expires" in fd:
+        kept.append(duration(fd["expires"]))
+    if fd["watch-hangup"]:
+        kept.append("hangup")
+    by = fd.get("added-by", {})
+    return (
+        str(fd["fdset-id"]),
+        str(fd["fd"]),
+        ",".join([fd["access"], *fd.get("flags", ())]),
+        fd["kind"],
+        size(fd["size"]) if "size" in fd else "-",
+        duration(fd["age"]),
+        ",".join(kept) or "-",
+        str(by.get("pid", "-")),
+        str(by.get("uid", "-")),
+        printable(fd.get("opaque", "")) or "-",
+        printable(_what(fd)),
+    )
+
+
+def _what(fd: dict[str, Any]) -> str:
+    """What a descriptor refers to: of a socket, its addresses."""
+    if "address" not in fd:
+        return str(fd["target"])
+    if fd.get("listening"):
+        return f"listens on {fd['address']}"
+    return f"{fd['address']} to {fd['peer']}" if fd.get("peer") else str(fd["address"])

@@ -1,0 +1,122 @@
+"""Descriptors that a verb takes to the daemon: a file, an inherited one, a listening socket."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+
+from ..kernel.fd import Fd
+from .exit_codes import UsageError
+from .output import printable
+
+#: What to do about a file that cannot be opened.
+_OPEN_ADVICE = {
+    errno.EACCES: "run this as a user who may: the daemon need not be allowed to",
+    errno.EISDIR: "a directory can be added with --mode r only",
+    errno.ENXIO: "a socket cannot be opened by its name, nor a FIFO to write that nobody reads",
+}
+
+
+def open_file(path: str, flags: int) -> Fd:
+    """Open *path* without waiting for anybody, as a FIFO would for its other end.
+
+    Args:
+        path: the file.
+        flags: those of open(2).
+
+    Raises:
+        UsageError: it cannot be opened.
+    """
+    try:
+        fd = Fd(os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666))
+    except OSError as exc:
+        advice = _OPEN_ADVICE.get(exc.errno or 0)
+        shown = path or "''"
+        told = f"cannot open {shown}: {exc.strerror}" + (f" ({advice})" if advice else "")
+        raise UsageError(told) from None
+    except ValueError as exc:  # a null byte
+        raise UsageError(f"cannot open {path!r}: {exc}") from None
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+    except OSError as exc:
+        fd.close()
+        raise UsageError(f"cannot open {path}: {exc.strerror}") from None
+    return fd
+
+
+def check_open(number_: int, advice: str = "") -> None:
+    """Raises UsageError, with that advice, if that descriptor is not open here."""
+    try:
+        fcntl.fcntl(number_, fcntl.F_GETFD)
+    except OSError:
+        raise UsageError(f"descriptor {number_} is not open here{advice}") from None
+
+
+def listening_socket(address: str) -> tuple[Fd, str]:
+    """A socket that listens, and its address as the kernel has it.
+
+    Args:
+        address: ``HOST:PORT``, ``[V6]:PORT``, ``unix:PATH`` or ``unix:@NAME``.
+
+    Raises:
+        UsageError: it is no address, or cannot be had.
+    """
+    try:
+        if address.startswith("unix:"):
+            return _listening_unix(address[5:])
+        return _listening_tcp(address)
+    except (OSError, ValueError, UnicodeError) as exc:
+        why = exc.strerror or exc if isinstance(exc, OSError) else exc
+        raise UsageError(f"cannot listen on {printable(address)}: {why}") from None
+
+
+def _listening_tcp(address: str) -> tuple[Fd, str]:
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 0xFFFF or ("]" in host) != ("[" in host):
+        raise UsageError(f"{address!r} is no address: HOST:PORT, [V6]:PORT or unix:PATH")
+    family, kind, protocol, _, where = socket.getaddrinfo(
+        host.removeprefix("[").removesuffix("]") or None,
+        int(port),
+        type=socket.SOCK_STREAM,
+        flags=socket.AI_PASSIVE,
+    )[0]
+    with socket.socket(family, kind, protocol) as sock:
+        # As every server does: connections of a former one may linger in TIME_WAIT (tcp(7)).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(socket.SOMAXCONN)
+        name, number_ = sock.getsockname()[:2]
+        shown = f"[{name}]:{number_}" if family == socket.AF_INET6 else f"{name}:{number_}"
+        return Fd(sock.detach()), shown
+
+
+def _listening_unix(path: str) -> tuple[Fd, str]:
+    if not path or path == "@":
+        raise ValueError("a path comes behind unix:")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        bind_unix(sock, path)
+        sock.listen(socket.SOMAXCONN)
+        return Fd(sock.detach()), f"unix:{path}"
+
+
+def bind_unix(sock: socket.socket, path: str) -> None:
+    """bind(2), which replaces a socket file on which nobody listens.
+
+    Raises:
+        OSError: the address is in use, or cannot be had.
+    """
+    try:
+        sock.bind(f"\0{path[1:]}" if path.startswith("@") else path)
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE or path.startswith("@"):
+            raise
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+                sock.bind(path)
+            else:
+                raise exc from None

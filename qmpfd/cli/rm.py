@@ -1,0 +1,116 @@
+"""``qmpfd rm``: descriptors are removed, and closed by the daemon."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..client.blocking import BlockingClient
+from ..errors import FdNotFound, QMPError
+from .exit_codes import DONE, REFUSED, UsageError
+from .options import add_client_options, add_examples, client_of, number
+from .output import print_json, print_result, printable
+from .targets import Target, described, listed, stored_target
+
+if TYPE_CHECKING:
+    from .options import Subparsers
+
+#: What was removed: the fd set, and the descriptors, if they are known.
+Removed = dict[str, Any]
+
+
+def add_parsers(verbs: Subparsers) -> None:
+    """Add ``rm`` to the command line."""
+    parser = verbs.add_parser(
+        "rm",
+        help="remove fd sets or descriptors",
+        description="Remove descriptors from the daemon, which closes them. Each target is tried, "
+        "also where another is refused.",
+    )
+    add_client_options(parser)
+    parser.add_argument(
+        "targets",
+        nargs="*",
+        type=stored_target,
+        metavar="TARGET",
+        help="SET, SET/FD, @NAME or @PATTERN with the shell's wildcards",
+    )
+    parser.add_argument(
+        "--pid",
+        type=number("process", 1),
+        metavar="N",
+        help="remove all that process N has added, also after it has ended",
+    )
+    parser.add_argument("--all", action="store_true", help="remove everything")
+    add_examples(parser, "qmpfd rm 0", "qmpfd rm 0/12 @web", "qmpfd rm '@vm1:*'", "qmpfd rm --all")
+    parser.set_defaults(run=_rm)
+
+
+def _rm(arguments: argparse.Namespace) -> int:
+    targets: list[Target] = arguments.targets
+    if (bool(targets), arguments.pid is not None, arguments.all).count(True) != 1:
+        raise UsageError("rm takes either TARGET..., --pid N or --all (see qmpfd rm --help)")
+    removed: list[Removed] = []
+    refused = False
+    with client_of(arguments) as client:
+        if arguments.all:
+            sets = dict.fromkeys(fdset_id for fdset_id, _ in listed(client))
+            removed += [_remove(client, {"fdset-id": fdset_id}) for fdset_id in sets]
+        elif arguments.pid is not None:
+            removed += client.execute("remove-fds", {"added-by-pid": arguments.pid})
+        for target in targets:
+            try:
+                removed += _remove_target(client, target)
+            except QMPError as exc:
+                if len(targets) == 1:
+                    raise
+                why = printable(f"{exc.error_class}: {exc.desc}")
+                print(f"qmpfd: {printable(target.word)}: {why}", file=sys.stderr)
+                refused = True
+    if arguments.json:
+        print_json(removed)
+    else:
+        print_result("\n".join(f"removed {line}" for line in _lines(removed)) or "no fd sets")
+    return REFUSED if refused else DONE
+
+
+def _remove_target(client: BlockingClient, target: Target) -> list[Removed]:
+    if target.name is None:
+        return [_remove(client, target.selector)]
+    if target.is_pattern:
+        found = [row for row in listed(client) if target.matches(*row)]
+        if not found:
+            raise FdNotFound(f"no name matches {target.name!r}")
+        return [
+            _remove(client, {"fdset-id": fdset_id, "fd": fd["fd"]}, fd) for fdset_id, fd in found
+        ]
+    refused: FdNotFound | None = None
+    for reading in target.alternatives():
+        try:
+            removed: list[Removed] = client.execute("remove-fds", reading.selector)
+        except FdNotFound as exc:
+            refused = refused or exc
+        else:
+            return removed
+    assert refused is not None
+    raise refused
+
+
+def _remove(
+    client: BlockingClient, members: dict[str, Any], fd: dict[str, Any] | None = None
+) -> Removed:
+    """``remove-fd``, which a QEMU has too."""
+    client.execute("remove-fd", members)
+    if fd is None and "fd" in members:
+        fd = {"fd": members["fd"]}
+    return {"fdset-id": members["fdset-id"]} | ({} if fd is None else {"fds": [fd]})
+
+
+def _lines(removed: list[Removed]) -> Iterator[str]:
+    for fdset in removed:
+        if "fds" not in fdset:
+            yield f"fd set {fdset['fdset-id']}"
+        for fd in fdset.get("fds", ()):
+            yield described(fdset["fdset-id"], fd)

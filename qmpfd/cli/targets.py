@@ -1,0 +1,183 @@
+"""Targets: how the command line names stored descriptors, ``SET[/FD][:ACCESS][=AT]``.
+
+SET is the number of a fd set, or ``@NAME`` for the descriptor whose opaque text is NAME.  The
+suffixes are read from the end, because a name may have any of these characters in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import FdNotFound
+from .options import number, text
+from .output import printable
+
+if TYPE_CHECKING:
+    from ..client.blocking import BlockingClient
+
+_ACCESS = {"r": "rdonly", "w": "wronly", "rw": "rdwr"}
+_AT = re.compile(r"(.*)=([^=/:]*)", re.DOTALL)
+_MODE = re.compile(r"(.*):(r|w|rw|rdonly|wronly|rdwr)", re.DOTALL)
+_FD = re.compile(r"(.+)/([0-9]{1,10})", re.DOTALL)
+
+
+class Target(NamedTuple):
+    """What a word of the command line names.
+
+    Args:
+        word: as it was typed.
+        fdset_id: the number of the fd set; None with a name.
+        name: the opaque text, or with wildcards a pattern of opaque texts; None with a number.
+        fd: the descriptor's number in the daemon, if it is named.
+        access: the access mode, as QMP calls it, if it is named.
+        at: the number that a command gets it at, if it is named.
+    """
+
+    word: str
+    fdset_id: int | None
+    name: str | None
+    fd: int | None
+    access: str | None
+    at: int | None
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the name has wildcards in it (glob(7))."""
+        return self.name is not None and any(char in self.name for char in "*?[")
+
+    @property
+    def selector(self) -> dict[str, Any]:
+        """The members of a QMP command that select it."""
+        members = {
+            "fdset-id": self.fdset_id,
+            "opaque": self.name,
+            "fd": self.fd,
+            "access": self.access,
+        }
+        return {key: value for key, value in members.items() if value is not None}
+
+    def alternatives(self) -> Iterator[Target]:
+        """The readings of the word, the likelier first: ``@disk/3`` is the name "disk/3", and
+        where there is none of that name, descriptor 3 of the name "disk".
+        """
+        yield self
+        if self.name is not None and (match := _FD.fullmatch(self.name)):
+            yield self._replace(name=match[1], fd=int(match[2]))
+
+    def matches(self, fdset_id: int, fd: dict[str, Any]) -> bool:
+        """Whether a descriptor of a listing is meant.
+
+        Args:
+            fdset_id: the fd set that it is in.
+            fd: its entry in ``query-fdsets`` or ``query-fds``.
+        """
+        return any(each._matches(fdset_id, fd) for each in self.alternatives())
+
+    def _matches(self, fdset_id: int, fd: dict[str, Any]) -> bool:
+        if self.fd not in (None, fd["fd"]) or self.access not in (None, fd.get("access")):
+            return False
+        if self.name is None:
+            return self.fdset_id == fdset_id
+        opaque = fd.get("opaque")
+        if opaque is None:
+            return False
+        if self.is_pattern:
+            from fnmatch import fnmatchcase  # loads re's compiler: needed for patterns alone
+
+            return fnmatchcase(opaque, self.name)
+        return bool(self.name == opaque)
+
+
+def target(word: str) -> Target:
+    """The type of an argument that names stored descriptors.
+
+    Args:
+        word: as it was typed.
+    """
+    rest, at, access, fd = word, None, None, None
+    if match := _AT.fullmatch(rest):
+        if match[2].isdecimal():
+            rest, at = match[1], number("descriptor", most=(1 << 31) - 1)(match[2])
+        elif not rest.startswith("@"):
+            raise argparse.ArgumentTypeError(f"{word!r}: behind = comes a descriptor's number")
+    if match := _MODE.fullmatch(rest):
+        rest, access = match[1], _ACCESS.get(match[2], match[2])
+    if rest.startswith("@"):
+        if rest == "@":
+            raise argparse.ArgumentTypeError(f"{word!r}: behind @ comes a name")
+        return Target(word, None, text(rest[1:]), None, access, at)
+    which, colon, _ = rest.partition(":")
+    if colon:
+        raise argparse.ArgumentTypeError(f"{word!r}: the access mode is r, w or rw")
+    which, slash, digits = which.partition("/")
+    if slash:
+        fd = number("descriptor")(digits)
+    try:
+        fdset_id = number("fd set id")(which)
+    except argparse.ArgumentTypeError as exc:
+        raise argparse.ArgumentTypeError(f"{exc}, or @NAME") from None
+    return Target(word, fdset_id, None, fd, access, at)
+
+
+def stored_target(word: str) -> Target:
+    """As :func:`target`, for verbs that hand nothing out: without ``:ACCESS`` and ``=AT``."""
+    found = target(word)
+    if found.at is not None or found.access is not None:
+        raise argparse.ArgumentTypeError(f"{word!r}: this takes SET, SET/FD or @NAME")
+    return found
+
+
+def open_target(
+    client: BlockingClient, wanted: Target, **more: Any
+) -> tuple[dict[str, Any], list[Any]]:
+    """``open-fdset`` for a target; its reply, and the descriptor.
+
+    Args:
+        client: the daemon.
+        wanted: what to open.
+        more: further members of the command.
+
+    Raises:
+        QMPError: the daemon refuses, or has no such descriptor.
+        NoDaemon: the daemon does not answer.
+    """
+    refused: FdNotFound | None = None
+    for reading in wanted.alternatives():
+        try:
+            return client.request("open-fdset", {**reading.selector, **more})
+        except FdNotFound as exc:
+            refused = refused or exc
+    assert refused is not None
+    raise refused
+
+
+def select(
+    targets: Iterable[Target], rows: list[tuple[int, dict[str, Any]]]
+) -> tuple[list[tuple[int, dict[str, Any]]], list[Target]]:
+    """The rows of a listing that one of the targets names, and the targets that name none.
+
+    Args:
+        targets: all of the listing if there are none.
+        rows: the fd set and the entry of each descriptor.
+    """
+    wanted = list(targets)
+    if not wanted:
+        return rows, []
+    found = [row for row in rows if any(each.matches(*row) for each in wanted)]
+    missing = [each for each in wanted if not any(each.matches(*row) for row in rows)]
+    return found, missing
+
+
+def listed(client: BlockingClient) -> list[tuple[int, dict[str, Any]]]:
+    """All descriptors of ``query-fdsets``, each with its fd set."""
+    sets = client.execute("query-fdsets")
+    return [(fdset["fdset-id"], fd) for fdset in sets for fd in fdset["fds"]]
+
+
+def described(fdset_id: int, fd: dict[str, Any]) -> str:
+    """A descriptor in words."""
+    words = f"fd set {fdset_id}, fd {fd['fd']}"
+    return f"{words}  {printable(fd['opaque'])}" if "opaque" in fd else words

@@ -1,0 +1,91 @@
+"""``qmpfd watch``: events as they come."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from ..client.blocking import BlockingClient
+from ..client.errors import NoDaemon
+from ..protocol.client import QMPEvent
+from .options import add_client_options, add_examples, client_of
+from .output import print_json, printable
+from .targets import described
+
+if TYPE_CHECKING:
+    from .options import Subparsers
+
+#: Seconds between two tries to connect again.
+_RETRY = 0.2
+
+_WORDS = {"FD_ADDED": "added", "FD_REMOVED": "removed"}
+
+
+def add_parsers(verbs: Subparsers) -> None:
+    """Add ``watch`` to the command line."""
+    parser = verbs.add_parser(
+        "watch",
+        help="show descriptors as they come and go",
+        description="Show what is added and removed, as it happens, until interrupted. Where the "
+        "connection is lost, connect again for --timeout seconds. With --json, each event is one "
+        "line.",
+    )
+    add_client_options(parser)
+    add_examples(
+        parser,
+        "qmpfd watch",
+        "qmpfd watch --json | jq --unbuffered .data",
+        status="  1 the daemon refused, 2 usage, 3 no daemon, or it has ended and does not come\n"
+        "  back, 130 interrupted",
+    )
+    parser.set_defaults(run=_watch)
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    client = client_of(arguments)
+    while True:
+        with client:
+            client.execute("watch-fdsets", {"enable": True})
+            try:
+                for event in client.events():
+                    _show(event, arguments.json)
+            except NoDaemon as exc:
+                print(f"qmpfd: {printable(str(exc))}: connecting again", file=sys.stderr)
+        client = _connect_again(arguments)
+        print("qmpfd: connected again; events meanwhile are lost", file=sys.stderr)
+
+
+def _connect_again(arguments: argparse.Namespace) -> BlockingClient:
+    deadline = time.monotonic() + arguments.timeout
+    while True:
+        try:
+            return client_of(arguments)
+        except NoDaemon:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_RETRY)
+
+
+def _show(event: QMPEvent, as_json: bool) -> None:
+    if as_json:
+        print_json({"event": event.name, "data": event.data, "timestamp": event.seconds})
+    else:
+        when = time.strftime("%H:%M:%S", time.localtime(event.seconds))
+        print(f"{when}  {formatted(event.name, event.data)}", flush=True)
+
+
+def formatted(name: str, data: dict[str, Any]) -> str:
+    """An event in words.
+
+    Args:
+        name: the event's.
+        data: its members.
+    """
+    if name not in _WORDS:
+        return f"{printable(name)} {printable(str(data))}"
+    words = f"{_WORDS[name]:<8} {described(data['fdset-id'], data)}"
+    if data.get("reason", "removed") != "removed":
+        words += f"  ({printable(str(data['reason']))})"
+    return words
