@@ -30,6 +30,7 @@ RIGHTS: dict[str, Right] = {
     "add-fds": "add",
     "getfd": "add",
     "remove-fd": "remove",
+    "remove-fds": "remove",
     "query-fdsets": "query",
     "query-fds": "query",
     "query-stats": "query",
@@ -140,6 +141,15 @@ CASES = [
         "none in the fd set was opened so",
     ),
     Case("query-fds", {"fdset-id": 7}, 0, *_NO_SET),
+    Case("remove-fds", {"fdset-id": 7}, 0, *_NO_SET),
+    Case(
+        "remove-fds",
+        {},
+        0,
+        "GenericError",
+        "Parameter 'fdset-id' is missing, or another of the selector",
+        "it would remove everything",
+    ),
     Case(
         "takeover",
         {"format": 0},

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from .commands import FdInfo as FdInfo
     from .commands import FdsetFdInfo as FdsetFdInfo
     from .commands import FdsetInfo as FdsetInfo
+    from .commands import PeerInfo as PeerInfo
     from .errors import CommandNotFound as CommandNotFound
+    from .errors import FdExists as FdExists
     from .errors import FdNotFound as FdNotFound
     from .errors import FdNotSupplied as FdNotSupplied
     from .errors import GenericError as GenericError
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from .errors import PermissionDenied as PermissionDenied
     from .errors import QMPError as QMPError
     from .limits import Limits as Limits
+    from .policy import Policy as Policy
     from .protocol import ProtocolError as ProtocolError
     from .protocol import QMPEvent as QMPEvent
     from .server import Server as Server
@@ -52,7 +55,9 @@ _HOMES = {
     "FdInfo": ".commands",
     "FdsetFdInfo": ".commands",
     "FdsetInfo": ".commands",
+    "PeerInfo": ".commands",
     "CommandNotFound": ".errors",
+    "FdExists": ".errors",
     "FdNotFound": ".errors",
     "FdNotSupplied": ".errors",
     "GenericError": ".errors",
@@ -60,6 +65,7 @@ _HOMES = {
     "PermissionDenied": ".errors",
     "QMPError": ".errors",
     "Limits": ".limits",
+    "Policy": ".policy",
     "ProtocolError": ".protocol",
     "QMPEvent": ".protocol",
     "Server": ".server",

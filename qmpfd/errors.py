@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "CommandNotFound",
+    "FdExists",
     "FdNotFound",
     "FdNotSupplied",
     "GenericError",
@@ -52,6 +53,10 @@ class FdNotFound(QMPError):
     """The fd set, or the descriptor in it, does not exist."""
 
 
+class FdExists(QMPError):
+    """A descriptor with that opaque text is stored already (``add-fds`` with ``if-exists``)."""
+
+
 class InvalidParameterValue(QMPError):
     """A parameter has the right type, but its value cannot be used."""
 
@@ -67,6 +72,7 @@ _BY_NAME: dict[str, type[QMPError]] = {
         CommandNotFound,
         FdNotSupplied,
         FdNotFound,
+        FdExists,
         InvalidParameterValue,
         PermissionDenied,
     )

@@ -133,6 +133,20 @@ class Access:
             right in grant.rights and grant.covers(fdset_id, opaque) for grant in self.grants
         )
 
+    def names_set(self, right: Right, fdset_id: int, opaque: str | None) -> bool:
+        """Whether a rule that names the fd set gives *right* for such a descriptor."""
+        return any(
+            right in grant.rights and grant.fdsets is not None and grant.covers(fdset_id, opaque)
+            for grant in self.grants
+        )
+
+    def sees_set(self, fdset_id: int) -> bool:
+        """Whether the peer may query whatever is in the fd set."""
+        return any(
+            "query" in grant.rights and grant.opaque is None and grant.covers_set(fdset_id)
+            for grant in self.grants
+        )
+
     def require(self, right: Right, fdset_id: int | None = None) -> None:
         """Refuse a peer that has *right* nowhere, or nowhere in the fd set.
 

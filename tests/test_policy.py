@@ -160,6 +160,7 @@ NEEDS: dict[str, tuple[Call, str]] = {
     "query-stats": (("query-stats", {}, 0), "query"),
     "watch-fdsets": (("watch-fdsets", {"enable": True}, 0), "query"),
     "open-fdset": (("open-fdset", {"fdset-id": 0}, 0), "open"),
+    "remove-fds": (("remove-fds", {"fdset-id": 0}, 0), "remove"),
     "add-fd": (("add-fd", {}, 1), "add"),
     "add-fd to a set": (("add-fd", {"fdset-id": 0}, 1), "add"),
     "add-fds": (("add-fds", {}, 3), "add"),
@@ -188,7 +189,10 @@ async def test_each_command_needs_its_right(call: Call, right: str, open_path: P
     """With all others it is refused, and names the one; with that one alone it is done."""
     everything = sorted(RIGHTS - {right}), [right]
     for allow in everything:
-        policy = _policy(open_path.parent, f"[[rule]]\nallow = {json.dumps(allow)}\n")
+        rule = f"[[rule]]\nallow = {json.dumps(allow)}\n"
+        if allow == ["add"] and call[1]:  # who may not query what is in a set needs it named
+            rule += "fdsets = [0]\n"
+        policy = _policy(open_path.parent, rule)
         async with daemon(open_path, socket_mode=0o666, policy=policy):
             with pipes(1) as made, await Wire.session(open_path) as root:
                 value(await root.call("add-fd", {"opaque": "x"}, made))

@@ -179,6 +179,7 @@ def test_error_classes_are_the_specifications() -> None:
         "QMPError",
         "GenericError",
         "CommandNotFound",
+        "FdExists",
         "FdNotFound",
         "FdNotSupplied",
         "InvalidParameterValue",

@@ -79,7 +79,7 @@ def takeover(context: Context, arguments: Takeover) -> RawJSON:
 @table.command("quit", Arguments, Nothing)
 def quit_(context: Context, arguments: Arguments) -> RawJSON:
     """End the daemon: every stored descriptor is closed."""
-    context.quitting = True
     context.access.require("admin")
+    context.quitting = True
     context.shared.stop()
     return NOTHING

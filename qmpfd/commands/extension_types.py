@@ -7,21 +7,26 @@ from typing import Literal
 from msgspec import UNSET, UnsetType
 
 from ..protocol import Int64
+from .selectors import Selector
 from .types import Arguments, Result
 
 
-class OpenFdset(Arguments):
+class OpenFdset(Selector):
     """Arguments of ``open-fdset``.
 
     Args:
         fdset_id: the fd set.
+        fd: the number in the server.
+        opaque: the opaque text, the whole of it.
+        opaque_prefix: how the opaque text begins.
+        added_by_pid: the process that added it.
+        added_by_uid: the user who added it.
         access: the access mode that the descriptor must have; any if absent.
-        fd: its number in the server; the newest that matches if absent.
+        remove: take it out of the store in the same step.
     """
 
-    fdset_id: Int64
     access: Literal["rdonly", "wronly", "rdwr"] | UnsetType = UNSET
-    fd: Int64 | UnsetType = UNSET
+    remove: bool | UnsetType = UNSET
 
 
 class OpenedFd(Result):
@@ -47,6 +52,8 @@ class AddFds(Arguments):
         lifetime: kept until removed, or until the connection that adds them ends.
         expires: seconds after which they are removed.
         watch_hangup: remove each when the other end of the socket or pipe is gone.
+        if_exists: where there are descriptors of the same opaque text already, in the fd set that
+            is named or anywhere: add these beside them, fail, or replace the older ones.
     """
 
     fdset_id: Int64 | UnsetType = UNSET
@@ -54,18 +61,7 @@ class AddFds(Arguments):
     lifetime: Literal["daemon", "connection"] | UnsetType = UNSET
     expires: Int64 | UnsetType = UNSET
     watch_hangup: bool | UnsetType = UNSET
-
-
-class QueryFds(Arguments):
-    """Arguments of ``query-fds``.
-
-    Args:
-        fdset_id: only this fd set.
-        opaque: only descriptors whose opaque text begins with this.
-    """
-
-    fdset_id: Int64 | UnsetType = UNSET
-    opaque: str | UnsetType = UNSET
+    if_exists: Literal["add", "fail", "replace"] | UnsetType = UNSET
 
 
 class PeerInfo(Result):
@@ -88,13 +84,18 @@ class FdInfo(Result):
     Args:
         fdset_id: the fd set it is in.
         fd: its number in the server.
-        access: how it was opened.
+        access: how it was opened; ``path`` for what can be neither read nor written.
         kind: what it is: file, dir, chr, blk, pipe, socket, memfd, eventfd, epoll and others.
         target: what it refers to, as /proc/PID/fd shows it.
+        flags: its file status flags (open(2)): append, direct, nonblock and others.
         age: seconds since it was added.
         lifetime: whether it is kept until removed, or until its connection ends.
         watch_hangup: whether it is removed when the other end is gone.
         opaque: the text it was added with, if any.
+        size: the bytes of a regular file, or of one in memory.
+        address: the address of a socket: HOST:PORT, [V6]:PORT, unix:PATH, unix:@NAME.
+        peer: the address of a socket's other end.
+        listening: whether a socket accepts connections.
         expires: seconds until it is removed, if it expires.
         added_by: who added it; absent if it was there from the start.
     """
@@ -104,10 +105,15 @@ class FdInfo(Result):
     access: Literal["rdonly", "wronly", "rdwr", "path"]
     kind: str
     target: str
+    flags: list[str]
     age: Int64
     lifetime: Literal["daemon", "connection"]
     watch_hangup: bool
     opaque: str | None = None
+    size: Int64 | None = None
+    address: str | None = None
+    peer: str | None = None
+    listening: bool | None = None
     expires: Int64 | None = None
     added_by: PeerInfo | None = None
 
@@ -142,7 +148,8 @@ class FdRemoved(Result):
     Args:
         fdset_id: the fd set it was in.
         fd: the number it had in the server.
-        reason: ``removed`` by a command, ``connection`` ended, ``expired`` or ``hangup``.
+        reason: ``removed`` or ``replaced`` by a command, ``connection`` ended, ``expired`` or
+            ``hangup``.
         opaque: the text it was added with, if any.
     """
 

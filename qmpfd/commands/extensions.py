@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import resource
+from collections import Counter
 from collections.abc import Mapping
 
 from msgspec import UNSET
 
-from ..errors import FdNotFound, GenericError, InvalidParameterValue
-from ..fdsets import PERMANENT, FdSet, Lifetime, StoredFd
+from ..errors import FdExists, FdNotFound, GenericError, InvalidParameterValue
+from ..fdsets import PERMANENT, Lifetime, StoredFd
 from ..kernel.fdinfo import access_mode
 from ..limits import SCM_MAX_FD
 from ..protocol.encode import JSONStream, RawJSON
+from .changes import added, removed
 from .context import Context
 from .extension_types import (
     AddFds,
@@ -21,21 +23,18 @@ from .extension_types import (
     LimitsInfo,
     OpenedFd,
     OpenFdset,
-    QueryFds,
     StatsInfo,
     WatchFdsets,
 )
-from .fds import check_add, not_found
-from .listings import added, list_fds
+from .fds import check_add
+from .listings import list_fds
 from .peers import peers
+from .selectors import Selector, choose, denied, rights
 from .table import Table
 from .types import NOTHING, Arguments, FdsetInfo
 from .types import Result as Nothing
 
 table: Table[Context] = Table()
-
-#: Descriptors in a set that take a while to go through.
-_MANY = 100
 
 
 @table.command("open-fdset", OpenFdset, OpenedFd)
@@ -45,46 +44,68 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
     As QEMU does for ``/dev/fdset/N``, the access mode must be equal, and the newest file
     descriptor that matches is taken.
     """
-    number = None if arguments.fd is UNSET else arguments.fd
-    wanted = None if arguments.access is UNSET else arguments.access
-    access = context.access
-    access.require("open", arguments.fdset_id)
-    fdset = context.shared.store.get(arguments.fdset_id)
-    if fdset is None or not fdset.select(number):
-        raise not_found(arguments.fdset_id, number)
-    refused: StoredFd | None = None
-    there: set[str] = set()
-    for stored in reversed(fdset.fds.values()) if number is None else (fdset.fds[number],):
-        if not access.may("open", fdset.id, stored.opaque):
-            refused = stored
-            continue
-        if stored.access is None:
-            stored.access = access_mode(stored.fd.fileno())
-        if wanted is None or stored.access == wanted:
-            break
-        there.add(stored.access)
-    else:
-        # What the client may not open is no answer to what there is.
-        if refused is not None and not there:
-            access.require_for("open", fdset.id, refused.opaque)
-        raise FdNotFound(_no_such_access(fdset, number, wanted, there))
-    context.shared.quotas.check_waiting(context.peer.uid, 1)
-    if context.shared.in_flight_probe is not None and context.shared.in_flight_probe.exhausted():
+    access, shared = context.access, context.shared
+    access.require("open", None if arguments.fdset_id is UNSET else arguments.fdset_id)
+    arguments.check()
+    stored = _newest(context, arguments)
+    if arguments.remove is True:
+        access.require_for("remove", stored.fdset.id, stored.opaque)
+    shared.quotas.check_waiting(context.peer.uid, 1)
+    if shared.in_flight_probe is not None and shared.in_flight_probe.exhausted():
         raise GenericError(
             "The file descriptor cannot be handed out: too many that processes of "
             f"uid {os.geteuid()} have sent are not received yet"
         )
+    opened = OpenedFd(stored.fdset.id, stored.fd.fileno(), stored.opaque)
     try:
         context.reply_fds.append(stored.fd.dup())
     except OSError as exc:
         raise GenericError(f"The file descriptor cannot be handed out: {exc.strerror}") from None
-    return OpenedFd(fdset.id, stored.fd.fileno(), stored.opaque)
+    if arguments.remove is True:
+        shared.remove([stored], "removed", context.connection.fds_to_close)
+    return opened
 
 
-def _no_such_access(fdset: FdSet, number: int | None, wanted: str | None, there: set[str]) -> str:
-    where = f"fdset-id:{fdset.id}" + ("" if number is None else f", fd:{number}")
-    modes = ", ".join(f"'{mode}'" for mode in sorted(there))
-    return f"No file descriptor with access mode '{wanted}' in '{where}', only {modes}"
+def _newest(context: Context, arguments: OpenFdset) -> StoredFd:
+    """The newest descriptor that is selected and has the access mode.
+
+    Raises:
+        FdNotFound: there is none that the client can know of.
+        PermissionDenied: there are some, but the client may open none of them.
+    """
+    wanted = None if arguments.access is UNSET else arguments.access
+    by_number = arguments.by_number
+    newest: StoredFd | None = None
+    modes: set[str] = set()
+    refused = False
+    for fdset in arguments.sets(context.shared.store):
+        for stored in reversed(arguments.entries(fdset)):
+            if newest is not None and stored.added_at <= newest.added_at:
+                break
+            if not arguments.matches(stored):
+                continue
+            known, may_open = rights(context.access, stored, "open", by_number)
+            if not known:
+                continue
+            if stored.access is None:
+                stored.access = access_mode(stored.fd.fileno())
+            if wanted is not None and stored.access != wanted:
+                modes.add(stored.access)
+            elif may_open:
+                newest = stored
+                break
+            else:
+                refused = True
+    if newest is not None:
+        return newest
+    if refused:
+        raise denied("open", arguments)
+    if not modes:
+        raise arguments.not_found()
+    told = ", ".join(f"'{mode}'" for mode in sorted(modes))
+    raise FdNotFound(
+        f"No file descriptor with access mode '{wanted}' in '{arguments}', only {told}"
+    )
 
 
 @table.command("add-fds", AddFds, FdsetInfo, fds=SCM_MAX_FD)
@@ -94,8 +115,11 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
     shared = context.shared
     fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
     opaque = None if arguments.opaque is UNSET else arguments.opaque
+    older = _older(context, arguments)
+    if fdset_id is None:
+        fdset_id = _emptied(older, shared.store.next_id)
     lasting = arguments.lifetime != "connection"
-    check_add(context, fdset_id, opaque, len(context.fds), lasting=lasting)
+    check_add(context, fdset_id, opaque, len(context.fds), lasting=lasting, replaced=older)
     entries = shared.add(
         context.fds,
         fdset_id,
@@ -104,7 +128,54 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
         _lifetime(context, arguments, shared.clock()),
         create=shared.dialect == "qemu",
     )
+    shared.remove(older, "replaced", context.connection.fds_to_close)
     return added(entries)
+
+
+def _older(context: Context, arguments: AddFds) -> list[StoredFd]:
+    """The descriptors that are to be replaced.
+
+    Raises:
+        FdExists: there are some, and that is an error.
+        PermissionDenied: the client may not remove one of them.
+    """
+    if arguments.if_exists is UNSET or arguments.if_exists == "add":
+        return []
+    if arguments.opaque is UNSET:
+        raise GenericError("Parameter 'if-exists' expects an opaque text to look for")
+    selector = Selector(fdset_id=arguments.fdset_id, opaque=arguments.opaque)
+    found, refused = choose(context.shared.store, selector, context.access, "remove")
+    if arguments.if_exists == "fail" and (found or refused):
+        raise FdExists(f"File descriptor named '{selector}' exists already")
+    if refused:
+        raise denied("remove", selector)
+    return found
+
+
+def _emptied(older: list[StoredFd], next_id: int) -> int | None:
+    """The lowest id that is free once *older* is gone, if that is one of theirs: a descriptor that
+    replaces all of a set takes its place.
+    """
+    counts = Counter(stored.fdset for stored in older)
+    ids = [fdset.id for fdset, count in counts.items() if count == len(fdset.fds)]
+    lowest = min(ids, default=next_id)
+    return lowest if lowest < next_id else None
+
+
+@table.command("remove-fds", Selector, list[FdsetInfo])
+def remove_fds(context: Context, arguments: Selector) -> list[FdsetInfo] | JSONStream:
+    """Remove the file descriptors that are selected, all or none, and close them."""
+    fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
+    context.access.require("remove", fdset_id)
+    arguments.check()
+    found, refused = choose(context.shared.store, arguments, context.access, "remove")
+    if refused:
+        raise denied("remove", arguments)
+    if not found:
+        raise arguments.not_found()
+    reply = removed(found)
+    context.shared.remove(found, "removed", context.connection.fds_to_close)
+    return reply
 
 
 def _lifetime(context: Context, arguments: AddFds, now: float) -> Lifetime:
@@ -119,18 +190,20 @@ def _lifetime(context: Context, arguments: AddFds, now: float) -> Lifetime:
     return PERMANENT if lifetime == PERMANENT else lifetime
 
 
-@table.command("query-fds", QueryFds, list[FdInfo])
-def query_fds(context: Context, arguments: QueryFds) -> JSONStream | RawJSON:
-    """List the stored file descriptors, with what each is and where it came from.
+@table.command("query-fds", Selector, list[FdInfo])
+def query_fds(context: Context, arguments: Selector) -> JSONStream | RawJSON:
+    """List the stored file descriptors that are selected, or all, with what each is and where it
+    came from.
 
     A long listing is made bit by bit, and others are served meanwhile: what they remove before its
     turn comes is left out.
     """
-    store = context.shared.store
     fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
-    context.access.require("query", fdset_id)
-    if fdset_id is not None and store.get(fdset_id) is None:
-        raise not_found(fdset_id, None)
+    access = context.access
+    access.require("query", fdset_id)
+    # Who may not see everything is told of no set whether it is there.
+    if fdset_id is not None and access.unlimited and context.shared.store.get(fdset_id) is None:
+        raise Selector(fdset_id=fdset_id).not_found()
     return list_fds(context, arguments)
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from msgspec import UNSET
 
-from ..errors import FdNotFound, InvalidParameterValue
+from ..errors import FdNotFound, InvalidParameterValue, PermissionDenied
+from ..fdsets import FdSet, StoredFd
+from ..policy import Access
 from ..protocol.encode import JSONStream, RawJSON
 from .context import Context
 from .listings import list_fdsets
+from .selectors import Selector, denied, rights
+from .shared import Dialect
 from .table import Table
 from .types import NOTHING, AddFd, AddfdInfo, Arguments, FdName, FdsetInfo, RemoveFd
 from .types import Result as Nothing
@@ -34,7 +40,9 @@ def check_add(
     fdset_id: int | None,
     opaque: str | None,
     count: int,
+    *,
     lasting: bool = True,
+    replaced: Collection[StoredFd] = (),
 ) -> None:
     """Refuse to add *count* descriptors where the client may not, or where there is no room.
 
@@ -44,40 +52,66 @@ def check_add(
         opaque: the text of each.
         count: how many.
         lasting: they outlive the connection.
+        replaced: what goes in the same step.
 
     Raises:
-        PermissionDenied, GenericError: see :class:`Access` and :meth:`Quotas.check_quota`.
+        PermissionDenied: the client may not add to the set.
+        GenericError: there is no room; see :meth:`Quotas.check_quota`.
+        InvalidParameterValue: there is no such set that the client can know of.
     """
-    shared = context.shared
-    if not context.access.unlimited:
-        target = shared.store.next_id if fdset_id is None else fdset_id
-        context.access.require_for("add", target, opaque)
-    shared.quotas.check_quota(context.peer.uid, count, opaque)
+    shared, access = context.shared, context.access
+    if not access.unlimited:
+        _require_add(access, fdset_id, shared.store.next_id, opaque)
+    shared.quotas.check_quota(context.peer.uid, count, opaque, replaced)
     if lasting and shared.keeper is not None:
         shared.keeper.check_room(count, opaque)
+    fdset = None if fdset_id is None or access.unlimited else shared.store.get(fdset_id)
+    if fdset is not None:
+        _require_sight(access, fdset, opaque, shared.dialect)
+
+
+def _require_add(access: Access, fdset_id: int | None, next_id: int, opaque: str | None) -> None:
+    if fdset_id is not None:
+        access.require_for("add", fdset_id, opaque)
+    elif not access.may("add", next_id, opaque):  # which id that is, is not the client's business
+        raise PermissionDenied("The right 'add' is needed for such a file descriptor in a new set")
+
+
+def _require_sight(access: Access, fdset: FdSet, opaque: str | None, dialect: Dialect) -> None:
+    """Whoever opens the newest of a set gets what was added last: so nobody adds to a set of which
+    something is hidden from it, unless a rule names the set.
+    """
+    if access.names_set("add", fdset.id, opaque) or access.sees_set(fdset.id):
+        return
+    seen = {access.may("query", fdset.id, stored.opaque) for stored in fdset.fds.values()}
+    if False not in seen:
+        return
+    if True not in seen and dialect == "spec":  # as if it were not there
+        raise InvalidParameterValue("Parameter 'fdset-id' expects an existing fdset-id")
+    raise PermissionDenied(
+        f"The right 'query' is needed for all file descriptors in fdset-id:{fdset.id}, to add to it"
+    )
 
 
 @table.command("remove-fd", RemoveFd, Nothing)
 def remove_fd(context: Context, arguments: RemoveFd) -> RawJSON:
     """Remove one file descriptor, or all, from an fd set, and close what was removed."""
-    number = None if arguments.fd is UNSET else arguments.fd
+    fdset_id, number = arguments.fdset_id, arguments.fd
     shared, access = context.shared, context.access
-    fdset = shared.store.get(arguments.fdset_id)
-    selected = [] if fdset is None else fdset.select(number)
+    fdset = shared.store.get(fdset_id)
+    chosen = [] if fdset is None else fdset.select(None if number is UNSET else number)
     if not access.unlimited:
-        access.require("remove", arguments.fdset_id)
-        for stored in selected:
-            access.require_for("remove", arguments.fdset_id, stored.opaque)
-    if not selected:
-        raise not_found(arguments.fdset_id, number)
-    shared.remove(selected, "removed", context.connection.fds_to_close)
+        access.require("remove", fdset_id)
+        known = [rights(access, stored, "remove", by_number=True) for stored in chosen]
+        if (True, True) in known or (True, False) in known:
+            if any(not may_remove for _, may_remove in known):
+                raise denied("remove", Selector(fdset_id=fdset_id, fd=number))
+        else:  # as if it were not there
+            chosen = []
+    if not chosen:
+        raise Selector(fdset_id=fdset_id, fd=number).not_found()
+    shared.remove(chosen, "removed", context.connection.fds_to_close)
     return NOTHING
-
-
-def not_found(fdset_id: int, number: int | None) -> FdNotFound:
-    """The error of QEMU's ``remove-fd`` where there is no such set, or descriptor in it."""
-    which = "" if number is None else f", fd:{number}"
-    return FdNotFound(f"File descriptor named 'fdset-id:{fdset_id}{which}' not found")
 
 
 @table.command("query-fdsets", Arguments, list[FdsetInfo])

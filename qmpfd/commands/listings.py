@@ -13,17 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum
-from math import ceil, inf
+from math import inf
 from typing import Any
 
 from msgspec import UNSET, Struct, to_builtins
 
-from ..fdsets import FdSet, Progress, StoredFd
-from ..kernel.fdinfo import access_mode, kind, target
-from ..limits import INT64_MAX
+from ..fdsets import FdSet, Progress
 from ..protocol.encode import LONG_TEXT, JSONStream, RawJSON, encode, iter_encode
 from .context import Context
-from .extension_types import FdInfo, PeerInfo, QueryFds
+from .describe import describe
+from .selectors import Selector
 from .types import FdsetFdInfo, FdsetInfo
 
 # A step is over after so much work, about a millisecond.  The opaque texts count by the character.
@@ -42,7 +41,7 @@ def list_fdsets(context: Context) -> JSONStream | RawJSON:
     return _result(context, None)
 
 
-def list_fds(context: Context, query: QueryFds) -> JSONStream | RawJSON:
+def list_fds(context: Context, query: Selector) -> JSONStream | RawJSON:
     """What ``query-fds`` returns.
 
     Args:
@@ -52,25 +51,11 @@ def list_fds(context: Context, query: QueryFds) -> JSONStream | RawJSON:
     return _result(context, query)
 
 
-def _result(context: Context, query: QueryFds | None) -> JSONStream | RawJSON:
+def _result(context: Context, query: Selector | None) -> JSONStream | RawJSON:
     shared = context.shared
     listing = Listing(context, query, shared.clock())
     few = shared.store.fd_count <= _FEW_FDS and shared.quotas.opaque_total <= _FEW_CHARACTERS
     return RawJSON(b"".join(listing.bits)) if few else listing
-
-
-def added(entries: list[StoredFd]) -> FdsetInfo | JSONStream:
-    """What ``add-fds`` returns: the opaque text is said for each of the descriptors.
-
-    Args:
-        entries: what was added, to one set, with the same opaque text.
-    """
-    first = entries[0]
-    fds = [FdsetFdInfo(stored.fd.fileno(), stored.opaque) for stored in entries]
-    info = FdsetInfo(first.fdset.id, fds)
-    if len(fds) * len(first.opaque or "") <= _FEW_CHARACTERS:
-        return info
-    return JSONStream(to_builtins(info))
 
 
 class Stage(Enum):
@@ -100,7 +85,7 @@ class SavedListing(Struct, forbid_unknown_fields=True):
         written: how many bytes of it.
     """
 
-    query: QueryFds | None
+    query: Selector | None
     age: float
     stage: Stage
     below: int | None
@@ -119,7 +104,7 @@ class Listing(JSONStream):
         asked_at: when, by the daemon's clock.
     """
 
-    def __init__(self, context: Context, query: QueryFds | None, asked_at: float) -> None:
+    def __init__(self, context: Context, query: Selector | None, asked_at: float) -> None:
         super().__init__(None)
         self.bits = self._make_bits()
         self._context = context
@@ -199,7 +184,7 @@ class Listing(JSONStream):
                 for stored in fdset.iter_stable(asked_at, self._progress):
                     opaque = stored.opaque
                     work += _ENCODING + len(opaque or "")
-                    if (query is None or _matches(query, stored)) and (
+                    if (query is None or query.matches(stored)) and (
                         context.access.may("query", fdset.id, opaque)
                     ):
                         entry: Struct
@@ -210,7 +195,7 @@ class Listing(JSONStream):
                             out.append(self._separator())
                             self._stage = Stage.ENTRY
                             work += _LOOKING
-                            entry = _describe(fdset, stored, asked_at)
+                            entry = describe(stored, asked_at)
                         if opaque is not None and len(opaque) > LONG_TEXT:
                             self._entry, self._written = to_builtins(entry), 0
                             yield b"".join(out)
@@ -273,32 +258,3 @@ class Listing(JSONStream):
                 if len(whole) <= _KEPT_BYTES:
                     fdset.listing = whole
         return fdset.listing
-
-
-def _matches(query: QueryFds, stored: StoredFd) -> bool:
-    prefix = query.opaque
-    return prefix is UNSET or (stored.opaque is not None and stored.opaque.startswith(prefix))
-
-
-def _describe(fdset: FdSet, stored: StoredFd, now: float) -> FdInfo:
-    number = stored.fd.fileno()
-    link = target(number)
-    lifetime = stored.lifetime
-    return FdInfo(
-        fdset_id=fdset.id,
-        fd=number,
-        access=access_mode(number),
-        kind=kind(number, link),
-        target=link,
-        age=int(now - stored.added_at),
-        lifetime="daemon" if lifetime.owner is None else "connection",
-        watch_hangup=lifetime.watch_hangup,
-        opaque=stored.opaque,
-        expires=None if lifetime.expires_at is None else _seconds(lifetime.expires_at - now),
-        added_by=None if stored.added_by is None else PeerInfo(*stored.added_by),
-    )
-
-
-def _seconds(left: float) -> int:
-    """Time that is left, as an int64: a float comes near to its end, but may be beyond it."""
-    return min(max(0, ceil(left)), INT64_MAX)

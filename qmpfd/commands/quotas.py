@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from math import inf
 
 from ..errors import GenericError
-from ..fdsets import Peer
+from ..fdsets import Peer, StoredFd
 from ..kernel.close_pool import ClosePool
 from ..limits import FDS_AT_ONCE, LOOK_INTERVAL, MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, Limits
 from ..policy import is_owner
@@ -84,28 +84,41 @@ class Quotas:
         if peer is not None:
             _add(self.opaque_by_uid, peer.uid, size)
 
-    def check_quota(self, uid: int, count: int, opaque: str | None = None) -> None:
+    def check_quota(
+        self, uid: int, count: int, opaque: str | None = None, replaced: Collection[StoredFd] = ()
+    ) -> None:
         """Refuse to keep *count* more descriptors for a client of *uid*, each with that opaque
         text, when that is too much.
+
+        Args:
+            uid: the client's.
+            count: how many.
+            opaque: the text of each.
+            replaced: what is kept no more in the same step.
 
         Raises:
             GenericError: naming the limit.
         """
         limits = self.limits
+        gained = 0  # places of this user
+        for stored in replaced:
+            gained += stored.added_by is not None and stored.added_by.uid == uid
+        # What is replaced still takes a place until it is closed, so only its user gains.
         if self.fds_total + self.closer.pending + count > limits.max_fds:
             raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
         if opaque:
-            more = count * memory_size(opaque)
-            if self.opaque_total + more > MAX_OPAQUE_TOTAL:
+            size = memory_size(opaque)
+            if self.opaque_total + (count - len(replaced)) * size > MAX_OPAQUE_TOTAL:
                 raise GenericError(
                     f"Too much opaque text: the limit is {MAX_OPAQUE_TOTAL} bytes in all"
                 )
-            theirs = self.opaque_by_uid.get(uid, 0) + more
-            if theirs > MAX_OPAQUE_PER_UID and not is_owner(uid):
+            total = self.opaque_by_uid.get(uid, 0) + (count - gained) * size
+            if total > MAX_OPAQUE_PER_UID and not is_owner(uid):
                 raise GenericError(
                     f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
                 )
-        kept, most = self.fds_by_uid.get(uid, 0) + count, limits.max_fds_per_uid
+        kept = self.fds_by_uid.get(uid, 0) + count - gained
+        most = limits.max_fds_per_uid
         if kept > self.waiting_limit and not is_owner(uid):
             most = min(most, self.waiting_limit)  # others have to find room as well
         if kept > most:

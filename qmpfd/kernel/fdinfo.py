@@ -24,9 +24,50 @@ _ACCESS: dict[int, Access] = {os.O_RDONLY: "rdonly", os.O_WRONLY: "wronly", os.O
 
 
 def access_mode(fd: int) -> Access:
-    """How *fd* was opened (open(2), access modes); ``"path"`` with O_PATH."""
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    return "path" if flags & os.O_PATH else _ACCESS[flags & os.O_ACCMODE]
+    """How *fd* was opened (open(2), access modes).
+
+    ``"path"`` stands for what can be neither read nor written: a descriptor with O_PATH, and one
+    of Linux's access mode 3, which serves ioctl(2) alone.
+    """
+    status = fcntl.fcntl(fd, fcntl.F_GETFL)
+    return "path" if status & os.O_PATH else _ACCESS.get(status & os.O_ACCMODE, "path")
+
+
+#: What F_GETFL may return beside the access mode (fcntl(2), open(2)), in the order of O_ names.
+#: O_SYNC is O_DSYNC and a bit of its own; O_TMPFILE is O_DIRECTORY and one; the kernel sets
+#: O_LARGEFILE by itself, and so it says nothing.
+_FLAGS: dict[str, int] = {
+    "append": os.O_APPEND,
+    "async": os.O_ASYNC,
+    "direct": os.O_DIRECT,
+    "directory": os.O_DIRECTORY,
+    "dsync": os.O_DSYNC,
+    "noatime": os.O_NOATIME,
+    "nofollow": os.O_NOFOLLOW,
+    "nonblock": os.O_NONBLOCK,
+    "path": os.O_PATH,
+    "sync": os.O_SYNC,
+    "tmpfile": os.O_TMPFILE,
+}
+
+
+def flags(fd: int) -> list[str]:
+    """The file status flags of *fd* by name, in alphabetical order."""
+    status = fcntl.fcntl(fd, fcntl.F_GETFL)
+    found = {name for name, flag in _FLAGS.items() if status & flag == flag}
+    if "sync" in found:
+        found.discard("dsync")
+    if "tmpfile" in found:
+        found.discard("directory")
+    return sorted(found)
+
+
+def size(fd: int) -> int | None:
+    """How many bytes the file of *fd* has, as far as the kernel has it at hand; None where it does
+    not tell.
+    """
+    found = make_statx()(fd)
+    return None if found is None else found[2]
 
 
 def target(fd: int) -> str:
@@ -90,7 +131,7 @@ _STATX = struct.Struct("=16xI8xH10xQQ72xIIII112x")
 _AT_EMPTY_PATH, _AT_STATX_DONT_SYNC = 0x1000, 0x4000
 _STATX_TYPE, _STATX_MODE, _STATX_NLINK, _STATX_SIZE, _STATX_BLOCKS = 0x1, 0x2, 0x4, 0x200, 0x400
 _WANTED = _STATX_TYPE | _STATX_MODE | _STATX_NLINK | _STATX_SIZE | _STATX_BLOCKS
-_FLAGS = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
+_STATX_FLAGS = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
 
 
 #: The C library's, which Python has from 3.15 on and glibc since 2.28.
@@ -102,7 +143,7 @@ def make_statx() -> Callable[[int], Status | None]:
     tell.  Each thread needs its own: what is found has one place, as making room for it anew takes
     longer than the call.
     """
-    statx, unpack, flags, wanted = _statx, _STATX.unpack_from, _FLAGS, _WANTED
+    statx, unpack, flags, wanted = _statx, _STATX.unpack_from, _STATX_FLAGS, _WANTED
     path, room = ctypes.create_string_buffer(b""), ctypes.create_string_buffer(_STATX.size)
     the_path, the_room = ctypes.byref(path), ctypes.byref(room)
 

@@ -19,8 +19,8 @@ from trio.testing import MockClock
 
 import qmpfd
 from qmpfd.commands import DECODER, TABLE, Context, SharedState
-from qmpfd.commands.extension_types import QueryFds
 from qmpfd.commands.listings import Listing, SavedListing, list_fds, list_fdsets
+from qmpfd.commands.selectors import Selector
 from qmpfd.fdsets import Peer, StoredFd
 from qmpfd.kernel.close_pool import ClosePool
 from qmpfd.kernel.fd import Fd, close_all
@@ -72,7 +72,7 @@ def bits(context: Context, command: str) -> JSONStream | RawJSON:
     """What the command returns."""
     if command == "query-fdsets":
         return list_fdsets(context)
-    return list_fds(context, QueryFds())
+    return list_fds(context, Selector())
 
 
 def numbers(listing: Any) -> list[int]:

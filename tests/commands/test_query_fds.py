@@ -75,6 +75,8 @@ async def test_the_reply(path: Path, tmp_path: Path) -> None:
                 "access": "rdwr",
                 "kind": "file",
                 "target": str(tmp_path / "file"),
+                "flags": [],
+                "size": 0,
             }
             common |= {"age": 0, "watch-hangup": False, "added-by": me}
             newer, older = value(await wire.call("query-fds"))
@@ -152,27 +154,30 @@ async def test_by_set_and_prefix(path: Path) -> None:
 
             # Sets by descending id, the oldest of each first: the order of query-fdsets.
             assert await found() == ["Vm1:", "", "vm10:disk", "vm1:disk", None, "vm1:net"]
-            assert await found(opaque="vm1") == ["vm10:disk", "vm1:disk", "vm1:net"]
-            assert await found(opaque="vm1:") == ["vm1:disk", "vm1:net"]
-            assert await found(opaque="vm1:disk+") == []
-            assert await found(opaque="m1") == []
-            assert await found(opaque="*") == []
+            assert await found(opaque_prefix="vm1") == ["vm10:disk", "vm1:disk", "vm1:net"]
+            assert await found(opaque_prefix="vm1:") == ["vm1:disk", "vm1:net"]
+            assert await found(opaque_prefix="vm1:disk+") == []
+            assert await found(opaque_prefix="m1") == []
+            assert await found(opaque="vm1:") == []
+            assert await found(opaque="vm1:disk") == ["vm1:disk"]
+            assert await found(opaque="") == [""]
+            assert await found(opaque_prefix="*") == []
             # Whatever begins with nothing has a text, be it empty.
-            assert await found(opaque="") == ["Vm1:", "", "vm10:disk", "vm1:disk", "vm1:net"]
+            assert await found(opaque_prefix="") == ["Vm1:", "", "vm10:disk", "vm1:disk", "vm1:net"]
             assert await found(fdset_id=0) == ["vm1:disk", None, "vm1:net"]
-            assert await found(fdset_id=0, opaque="vm1:n") == ["vm1:net"]
-            assert await found(fdset_id=1, opaque="vm1:n") == []
+            assert await found(fdset_id=0, opaque_prefix="vm1:n") == ["vm1:net"]
+            assert await found(fdset_id=1, opaque_prefix="vm1:n") == []
             with pytest.raises(qmpfd.FdNotFound, match="'fdset-id:7' not found"):
                 await found(fdset_id=7)
             with pytest.raises(qmpfd.FdNotFound, match="'fdset-id:7' not found"):
-                await found(fdset_id=7, opaque="vm1")
+                await found(fdset_id=7, opaque_prefix="vm1")
 
 
 async def test_arguments(path: Path) -> None:
     async with daemon(path):
         with await Wire.session(path) as wire:
             assert value(await wire.call("query-fds")) == []
-            for arguments in ({"fdset-id": "0"}, {"opaque": 0}, {"fd": 0}):
+            for arguments in ({"fdset-id": "0"}, {"opaque": 0}, {"fd": "0"}, {"pid": 0}):
                 assert error(await wire.call("query-fds", arguments)) == "GenericError"
 
 

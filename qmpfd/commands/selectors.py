@@ -1,0 +1,142 @@
+"""Which stored descriptors a command is about: one type for all commands that choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from msgspec import UNSET, UnsetType
+
+from ..errors import FdNotFound, GenericError, PermissionDenied
+from ..fdsets import FdSet, FdSets, StoredFd
+from ..policy import Access, Right
+from ..protocol import Int64
+from .types import Arguments
+
+#: Characters of a text that an error quotes, which was in the request.
+_QUOTED = 64
+
+
+class Selector(Arguments):
+    """Chooses stored descriptors; what is given has to hold together.
+
+    Args:
+        fdset_id: the fd set.
+        fd: the number in the server.
+        opaque: the opaque text, the whole of it.
+        opaque_prefix: how the opaque text begins.
+        added_by_pid: the process that added it.
+        added_by_uid: the user who added it.
+    """
+
+    fdset_id: Int64 | UnsetType = UNSET
+    fd: Int64 | UnsetType = UNSET
+    opaque: str | UnsetType = UNSET
+    opaque_prefix: str | UnsetType = UNSET
+    added_by_pid: Int64 | UnsetType = UNSET
+    added_by_uid: Int64 | UnsetType = UNSET
+
+    def given(self) -> dict[str, int | str]:
+        """The members that are given, by their names on the wire."""
+        values = {name: getattr(self, name) for name in Selector.__struct_fields__}
+        return {
+            name.replace("_", "-"): value for name, value in values.items() if value is not UNSET
+        }
+
+    @property
+    def by_number(self) -> bool:
+        """Whether it only says which, and searches for nothing."""
+        return self.given().keys() <= {"fdset-id", "fd"}
+
+    def check(self) -> None:
+        """Refuse a selector without members.
+
+        Raises:
+            GenericError: it is one.
+        """
+        if not self.given():
+            raise GenericError("Parameter 'fdset-id' is missing, or another of the selector")
+
+    def matches(self, stored: StoredFd) -> bool:
+        """Whether it chooses *stored*."""
+        opaque, peer = stored.opaque, stored.added_by
+        return (
+            (self.opaque is UNSET or opaque == self.opaque)
+            and (self.fdset_id is UNSET or stored.fdset.id == self.fdset_id)
+            and (self.fd is UNSET or stored.fd.number == self.fd)
+            and (
+                self.opaque_prefix is UNSET
+                or (opaque is not None and opaque.startswith(self.opaque_prefix))
+            )
+            and (self.added_by_pid is UNSET or (peer is not None and peer.pid == self.added_by_pid))
+            and (self.added_by_uid is UNSET or (peer is not None and peer.uid == self.added_by_uid))
+        )
+
+    def sets(self, store: FdSets) -> Iterable[FdSet]:
+        """The sets that it can choose from, by descending id."""
+        if self.fdset_id is UNSET:
+            return store
+        fdset = store.get(self.fdset_id)
+        return () if fdset is None else (fdset,)
+
+    def entries(self, fdset: FdSet) -> list[StoredFd]:
+        """What it can choose of *fdset*, oldest first."""
+        return fdset.select(None if self.fd is UNSET else self.fd)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}:{str(value)[:_QUOTED]}" for name, value in self.given().items())
+
+    def not_found(self) -> FdNotFound:
+        """The error where it chooses nothing, in the words of QEMU's ``remove-fd``."""
+        return FdNotFound(f"File descriptor named '{self}' not found")
+
+
+class Choice(NamedTuple):
+    """What a selector finds for a client.
+
+    Args:
+        allowed: what the client has the right for, by descending set id, the oldest first.
+        refused: whether there is more, which the client may query only.
+    """
+
+    allowed: list[StoredFd]
+    refused: bool
+
+
+def choose(store: FdSets, selector: Selector, access: Access, right: Right) -> Choice:
+    """What *selector* chooses of what a client can know of.
+
+    That is what it may query.  Who says which descriptor it means, by set and number, needs the
+    right for it and no other.
+    """
+    allowed: list[StoredFd] = []
+    refused = False
+    for stored in _chosen(store, selector):
+        known, has_right = rights(access, stored, right, selector.by_number)
+        if has_right:
+            allowed.append(stored)
+        elif known:
+            refused = True
+    return Choice(allowed, refused)
+
+
+def _chosen(store: FdSets, selector: Selector) -> Iterator[StoredFd]:
+    for fdset in selector.sets(store):
+        for stored in selector.entries(fdset):
+            if selector.matches(stored):
+                yield stored
+
+
+def rights(access: Access, stored: StoredFd, right: Right, by_number: bool) -> tuple[bool, bool]:
+    """Whether a client can know of *stored*, and whether it may use *right* on it."""
+    if access.unlimited:
+        return True, True
+    fdset_id, opaque = stored.fdset.id, stored.opaque
+    has_right = access.may(right, fdset_id, opaque)
+    known = (has_right and by_number) or access.may("query", fdset_id, opaque)
+    return known, has_right and known
+
+
+def denied(right: Right, selector: Selector) -> PermissionDenied:
+    """The error where a client lacks *right* for something that is chosen."""
+    return PermissionDenied(f"The right '{right}' is needed for all of '{selector}'")
