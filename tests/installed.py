@@ -19,6 +19,7 @@ _PACKAGES = {
     "/lib/systemd/systemd": "systemd",
     "s6-svscan": "s6",
     "runsv": "runit",
+    "sv": "runit",
     "nsenter": "util-linux",
     "unshare": "util-linux",
 }

@@ -17,7 +17,13 @@ import trio
 
 from ..commands import Dialect
 from ..kernel.fd import Fd
-from ..kernel.systemd import InheritedFd, notify, notify_reloading, watchdog_interval
+from ..kernel.systemd import (
+    InheritedFd,
+    announce_ready,
+    notify,
+    notify_reloading,
+    watchdog_interval,
+)
 from ..limits import STATUS_INTERVAL, Limits
 from ..policy import BadPolicy, Policy, load_policy
 from ..server import Server, serve
@@ -46,8 +52,12 @@ def run(
     inheritance: ReceivedState | None,
     recovered: Recovered,
     keeping: FdStoreConfig | None,
+    ready_fd: Fd | None,
 ) -> None:
     """Serve until told to end.
+
+    Args:
+        ready_fd: told once clients can connect, and closed.
 
     Raises:
         OSError: one of *paths* cannot be used.
@@ -69,7 +79,7 @@ def run(
     )
     names = [str(path) for path in paths]
     names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
-    trio.run(_main, start, names, inheritance, recovered.state.listeners, policy_path)
+    trio.run(_main, start, names, inheritance, recovered.state.listeners, policy_path, ready_fd)
 
 
 async def _main(
@@ -78,6 +88,7 @@ async def _main(
     inheritance: ReceivedState | None,
     back_again: Sequence[str | None],
     policy_path: Path | None,
+    ready_fd: Fd | None,
 ) -> None:
     before = back_again if inheritance is None else inheritance.state.listeners
     again = [path or "an inherited socket" for path in before]
@@ -106,6 +117,8 @@ async def _main(
                 default = default_socket() in (*names, *again)
                 where = "" if default else " --socket PATH"
                 _log.info("Ctrl-C ends it; qmpfd status%s shows what it does", where)
+            if ready_fd is not None:
+                announce_ready(ready_fd)
             await _look_after(server, policy_path, signals, serving)
 
 

@@ -97,6 +97,13 @@ def add_parsers(verbs: Subparsers) -> None:
         help="start with the inherited descriptor N in the fd set ID; may be given more than once",
     )
     parser.add_argument(
+        "--ready-fd",
+        type=number("fd (0 to 2 are the standard streams)", 3, (1 << 31) - 1),
+        metavar="N",
+        help="write a newline to the inherited descriptor N, and close it, once clients can "
+        "connect: what s6 expects of a service with a file notification-fd",
+    )
+    parser.add_argument(
         "--max-connections",
         type=number("number of connections", 1),
         default=_DEFAULTS.max_connections,
@@ -280,6 +287,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     parent, store_size = take_parent(), take_store_size()
     if arguments.supervise and parent is None and not keeping.has_store(store_size):
         numbers = {option.fd for option in arguments.add_fd}
+        if arguments.ready_fd is not None:
+            numbers.add(arguments.ready_fd)
         keeping.become_supervisor(arguments.log_format, arguments.log_level, numbers)
     from . import logs, takeover
 
@@ -289,6 +298,15 @@ def _serve(arguments: argparse.Namespace) -> int:
     # All stored descriptors get their numbers before anything is imported that opens others.
     initial, missing = _take_inherited(arguments.add_fd)
     movable: list[Movable] = [fd for fd, _, _ in initial]
+    ready = None
+    if arguments.ready_fd is not None and _was_inherited(arguments.ready_fd):
+        ready = Fd(os.dup(arguments.ready_fd))
+        Fd(arguments.ready_fd).close()
+        movable.append(ready)
+    elif arguments.ready_fd is not None and parent is None:
+        raise UsageError(
+            f"--ready-fd: descriptor {arguments.ready_fd} was not passed to this process"
+        )
     if parent is not None:
         movable.append(parent)
     recovered = keeping.recover(inherited, movable)
@@ -343,6 +361,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             inheritance=inheritance,
             recovered=recovered,
             keeping=kept,
+            ready_fd=ready,
         )
     except* (OSError, NoDaemon, QMPError) as group:  # a nursery's: there is one cause, the first
         failures = list(leaf_exceptions(group))

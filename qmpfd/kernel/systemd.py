@@ -9,6 +9,7 @@ parent of ``serve --supervise`` speaks the same, over a socket that its worker i
 from __future__ import annotations
 
 import os
+import select
 import socket
 import stat
 import time
@@ -157,6 +158,21 @@ def notify(*assignments: str) -> bool:
         if notifier is not _parent:
             notifier.close()
     return True
+
+
+def announce_ready(fd: Fd) -> None:
+    """Write a newline to *fd* and close it: readiness as s6 has it (its page notifywhenup).
+
+    The reader may be gone, or so slow that the pipe is full: that is no reason to wait or to end.
+    """
+    poll = select.poll()
+    poll.register(fd.fileno(), select.POLLOUT)
+    with fd:
+        if poll.poll(0):
+            try:
+                os.write(fd.fileno(), b"\n")
+            except OSError:
+                pass
 
 
 def notify_reloading() -> None:
