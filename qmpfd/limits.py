@@ -39,6 +39,10 @@ NEGOTIATION_TIMEOUT = 60.0
 METRICS_INTERVAL = 10.0
 EVICTION_INTERVAL = 1.0
 
+#: Seconds until a background task of the daemon's own runs again after an exception: the first
+#: time, and at most.
+MIN_RESTART_DELAY, MAX_RESTART_DELAY = 0.1, 60.0
+
 #: Seconds between two looks at all clients for what they have taken of their replies.
 LOOK_INTERVAL = 0.1
 

@@ -11,6 +11,7 @@ import array
 import fcntl
 import select
 import termios
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from ..errors import GenericError, InvalidParameterValue
@@ -69,7 +70,8 @@ class Hangups(Generic[EntryT]):
         if number in self._draining:
             self._draining.discard(number)
         else:
-            self._epoll.unregister(number)
+            with suppress(OSError):  # an epoll that has lost it tells of it no more either
+                self._epoll.unregister(number)
 
     def look(self) -> None:
         """See whose other end is gone; :meth:`take` comes next, while anything is :attr:`due`."""
@@ -88,8 +90,11 @@ class Hangups(Generic[EntryT]):
                 continue
             events = _events(number)
             if not events:  # a FIFO that was opened anew, or an error that was told to somebody
+                try:
+                    self._epoll.register(number, 0)
+                except OSError:  # no memory, or no watches left: it is looked at again, as now
+                    continue
                 self._draining.discard(number)
-                self._epoll.register(number, 0)
             elif _hung_up(number, events) and not _unread(number):
                 over.append(self._watched[number])
         return over

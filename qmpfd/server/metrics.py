@@ -86,17 +86,18 @@ def _write(path: Path, text: str) -> None:
         raise
 
 
-async def write_metrics(daemon: SharedState, path: Path) -> None:
+async def write_metrics(shared: SharedState, path: Path) -> None:
     """Write the metrics to *path* now and then.  A disk that is full or hangs costs metrics only:
     it is written in a thread, and the next time is tried again.
     """
     failing = False
     while True:
         try:
-            await trio.to_thread.run_sync(_write, path, render(daemon), abandon_on_cancel=True)
-        except OSError as exc:
+            await trio.to_thread.run_sync(_write, path, render(shared), abandon_on_cancel=True)
+        # A RuntimeError is a link to itself (pathlib before Python 3.13), or no thread to be had.
+        except (OSError, RuntimeError, ValueError) as exc:
             if not failing:
-                _log.error("cannot write the metrics to %s: %s", path, exc.strerror)
+                _log.error("cannot write the metrics to %s: %s", path, exc)
             failing = True
         else:
             if failing:

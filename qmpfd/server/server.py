@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -15,25 +16,20 @@ from ..fdsets import Peer
 from ..kernel.close_pool import ClosePool
 from ..kernel.fd import Fd
 from ..kernel.hangups import Hangups
-from ..limits import (
-    EVICTION_INTERVAL,
-    MAX_INCOMPLETE_BYTES,
-    Limits,
-)
+from ..limits import MAX_INCOMPLETE_BYTES, Limits
 from ..policy import Policy
 from ..protocol import Budget
 from ..transport import FdStream
 from .connection.session import Session, SessionEnd
 from .connection.turns import Turns
 from .connection.unsent_budget import UnsentBudget
-from .herald import tell_watchers
 from .lifecycle import Event, Lifecycle, State
-from .listen.accept import SpareFd, accept_clients
+from .listen.accept import Acceptor
 from .listen.admission import Admission, groups_of, peer_of
 from .listen.listener import UnixListener
-from .listen.rejections import RejectionLog, refusal
+from .listen.rejections import RejectionLog, rejection_reply
+from .maintenance import Broadcaster, evict_idle, remove_expired, remove_hung_up, supervise
 from .metrics import write_metrics
-from .retire import retire_expired, retire_hung_up
 from .saved_state import SavedSession
 from .services import Durability, Services, Unmirrored
 from .takeover.sender import hand_over
@@ -85,22 +81,19 @@ class Server:
         )
         #: Guards the store, which all sessions share.
         self.lock = self.services.lock
-        self.reserve = SpareFd()
+        self._acceptor = Acceptor(self.lifecycle, self.handle_accepted, self.reject)
+        self._broadcaster = Broadcaster(self.services)
         #: The daemon ends for good: the second copy is dropped too.
         self.forget_on_exit = False
-        self._refusals = RejectionLog()
+        self._rejections = RejectionLog()
         self._admission = Admission(limits, policy or Policy())
         self._metrics_path = metrics_path
-        #: Set when an event waits for those who watch.
-        self.news = trio.Event()
-        self.daemon.on_event = self._tell_watchers
         self.daemon.quotas.refresh_in_flight = self._look
         #: Set when all is over.
         self.ended = trio.Event()
         self.sessions: set[Session] = set()
         #: Where clients connect.
         self.listeners: Sequence[UnixListener] = ()
-        self._accept_scopes: set[trio.CancelScope] = set()
         self._takeover_scope = trio.CancelScope()  # of the takeover under way
         self._nursery: trio.Nursery | None = None
 
@@ -130,21 +123,15 @@ class Server:
             self._nursery = sessions
             for session in self.sessions:
                 sessions.start_soon(self._serve, session)
-            async with trio.open_nursery() as accepting:
-                for listener in listeners:
-                    accepting.start_soon(accept_clients, self, listener)
-                accepting.start_soon(retire_expired, self)
-                accepting.start_soon(retire_hung_up, self)
-                accepting.start_soon(tell_watchers, self)
-                accepting.start_soon(self._evict)
-                if self._metrics_path is not None:
-                    accepting.start_soon(write_metrics, self.daemon, self._metrics_path)
+            async with trio.open_nursery() as background:
+                for name, task in self._background_tasks():
+                    background.start_soon(supervise, name, task)
                 if self.lifecycle.can(Event.START):
                     self.lifecycle.handle(Event.START)
                 task_status.started(self)
                 await self.lifecycle.wait_stopping()
                 deadline = trio.current_time() + self.daemon.limits.drain_timeout
-                accepting.cancel_scope.cancel()
+                background.cancel_scope.cancel()
             # A takeover that is under way comes to its end first.
             await self.lifecycle.wait_for(State.DRAINING, State.HANDED_OVER)
             if self.lifecycle.handed_over:
@@ -153,24 +140,34 @@ class Server:
                 sessions.cancel_scope.deadline = deadline
                 self._drain()
 
+    def _background_tasks(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
+        """What runs beside the sessions until the daemon is told to stop."""
+        for listener in self.listeners:
+            name = f"accepting clients at the socket {listener}"
+            yield name, partial(self._acceptor.accept_clients, listener)
+        services = self.services
+        yield "removing expired descriptors", partial(remove_expired, services)
+        yield "removing descriptors whose peer hung up", partial(remove_hung_up, services)
+        yield "sending events", self._broadcaster.broadcast_events
+        yield "disconnecting idle clients", partial(evict_idle, services, self.sessions)
+        if self._metrics_path is not None:
+            yield "writing metrics", partial(write_metrics, self.daemon, self._metrics_path)
+
     def _drain(self) -> None:
         """Have everything answered that was received."""
         # Whoever is in the backlog has connected in time: it is served as well.
         for listener in self.listeners:
-            self._accept_rest(listener)
+            self._acceptor.accept_backlog(listener, self.daemon.limits.max_connections)
             listener.close()
         for session in self.sessions:
             session.finish()
-
-    def _tell_watchers(self) -> None:
-        self.news.set()
 
     def close(self) -> None:
         """Close every stored descriptor."""
         self.daemon.closer.close(self._clear())
         self.daemon.closer.shut_down()
         self.daemon.hangups.close()
-        self.reserve.give_up()
+        self._acceptor.close()
 
     def _clear(self) -> list[Fd]:
         """Take everything out of the store, at the daemon's end: the caller closes it."""
@@ -199,8 +196,7 @@ class Server:
         if not self.lifecycle.can(Event.PAUSE):
             raise GenericError("The daemon is being taken over, or is ending")
         self.lifecycle.handle(Event.PAUSE)
-        for scope in self._accept_scopes:
-            scope.cancel()
+        self._acceptor.pause()
         for session in self.sessions:
             session.send_buffer.freeze()
         self._takeover_scope = scope
@@ -211,7 +207,7 @@ class Server:
                 self.lifecycle.handle(Event.RESUME)
                 for session in self.sessions:
                     session.thaw()
-                self.news.set()
+                self._broadcaster.notify()
 
     async def wait_quiescent(self, newcomer: Session) -> list[Session]:
         """Wait until nothing of any session is under way but of the newcomer's, and acquire the
@@ -219,7 +215,7 @@ class Server:
         """
         while True:
             others = [session for session in self.sessions if session is not newcomer]
-            if not self._accept_scopes and all(session.at_rest for session in others):
+            if self._acceptor.is_quiescent and all(session.at_rest for session in others):
                 with suppress(trio.WouldBlock):
                     self.lock.acquire_nowait()
                     return others
@@ -255,24 +251,7 @@ class Server:
         session.restore(saved, fds)
         return session
 
-    async def accept(self, listener: UnixListener) -> trio.socket.SocketType | None:
-        """The next client; None when the daemon is frozen meanwhile: it stays in the backlog."""
-        with trio.CancelScope() as scope:
-            self._accept_scopes.add(scope)
-            try:
-                sock, _ = await listener.socket.accept()
-            finally:
-                self._accept_scopes.discard(scope)
-            return sock
-        return None
-
     # -- connections ---------------------------------------------------------------------------
-
-    def _accept_rest(self, listener: UnixListener) -> None:
-        """Accept those who have connected already, without waiting for others."""
-        with suppress(OSError):
-            for _ in range(self.daemon.limits.max_connections):
-                self.handle_accepted(listener.accept_nowait())
 
     def handle_accepted(self, sock: trio.socket.SocketType) -> None:
         """Serve a new client, or tell it why not."""
@@ -306,19 +285,21 @@ class Server:
 
     def _reject(self, stream: FdStream, peer: Peer, reason: QMPError) -> None:
         self.daemon.stats.turned_away += 1
-        self._refusals.note(peer, reason)
-        with suppress(trio.BrokenResourceError):
-            stream.send_nowait(refusal(reason))
+        self._rejections.note(peer, reason)
+        with suppress(trio.BrokenResourceError, OSError):
+            stream.send_nowait(rejection_reply(reason))
         self.services.close_stream(stream)
 
     async def _serve(self, session: Session) -> None:
         try:
-            if await session.serve() is SessionEnd.TAKEOVER:
-                await self._hand_over(session)
+            try:
+                if await session.serve() is SessionEnd.TAKEOVER:
+                    await self._hand_over(session)
+            finally:
+                await session.aclose()
         except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
             _log.exception("a connection failed")
         finally:
-            await session.aclose()
             self.sessions.discard(session)
             self._admission.leave(session.peer)
             self.daemon.stats.connections -= 1
@@ -343,12 +324,3 @@ class Server:
         self._admission.policy = policy
         for session in self.sessions:
             session.change_access(policy.access(session.peer.uid, session.groups))
-
-    async def _evict(self) -> None:
-        """Cut off who never negotiates, and who is idle for too long."""
-        while True:
-            await trio.sleep(EVICTION_INTERVAL)
-            await self.lifecycle.wait_running()
-            now = trio.current_time()
-            for session in list(self.sessions):
-                session.evict_if_idle(now)

@@ -30,7 +30,7 @@ from trio.testing import MockClock
 
 import qmpfd
 import qmpfd.kernel.fd
-from qmpfd.server.listen.listener import SocketInUse
+from qmpfd.server.listen.binding import SocketInUse
 
 # -- the socket file ---------------------------------------------------------------------------
 

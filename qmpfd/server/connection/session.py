@@ -25,7 +25,7 @@ from ...limits import (
 from ...policy import Access
 from ...protocol import ServerConnection, State
 from ...transport import Arrival, FdStream
-from ..listen.rejections import refusal
+from ..listen.rejections import rejection_reply
 from ..saved_state import SavedSession
 from ..services import Services
 from .fd_accounting import CLOSES_A_STEP, FdAccounting
@@ -117,7 +117,7 @@ class Session:
             # Told to finish: carry out what the client has sent so far.
             return await self._serve_rest()
         with suppress(trio.BrokenResourceError):
-            self.stream.send_nowait(refusal(self._farewell))
+            self.stream.send_nowait(rejection_reply(self._farewell))
         return SessionEnd.CLOSED
 
     async def aclose(self) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 import trio
 
-from ...errors import GenericError
+from ...errors import GenericError, QMPError
 from ...kernel.fd import Fd
-
-if TYPE_CHECKING:
-    from ..server import Server
-    from .listener import UnixListener
+from ..lifecycle import Lifecycle
+from .listener import ListenerShutDown, UnixListener
 
 _log = logging.getLogger("qmpfd")
 
@@ -51,53 +51,113 @@ class SpareFd:
             self._fd = None
 
 
-async def accept_clients(server: Server, listener: UnixListener) -> None:
-    """Accept clients for as long as the daemon serves.
+class Acceptor:
+    """Accepts clients on all listeners.
 
-    With the descriptor table full, a client is accepted in place of the reserve, told why, and
-    closed again: it is not left to wait, and the loop does not spin on it.
+    Args:
+        lifecycle: while the daemon is paused, nobody is accepted.
+        handle: serves a client; it owns the connection.
+        reject: tells a client why it is not served; it owns the connection.
     """
-    full = False
-    while True:
-        await server.lifecycle.wait_running()
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        handle: Callable[[trio.socket.SocketType], None],
+        reject: Callable[[trio.socket.SocketType, QMPError], None],
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._handle = handle
+        self._reject = reject
+        self._spare = SpareFd()
+        self._scopes: set[trio.CancelScope] = set()
+
+    @property
+    def is_quiescent(self) -> bool:
+        """Whether no connection is being accepted."""
+        return not self._scopes
+
+    def pause(self) -> None:
+        """Accept nobody else while the daemon is paused: who connects waits in the backlog."""
+        for scope in self._scopes:
+            scope.cancel()
+
+    def close(self) -> None:
+        """Give up the spare descriptor."""
+        self._spare.give_up()
+
+    async def accept_clients(self, listener: UnixListener) -> None:
+        """Accept clients for as long as the daemon serves.
+
+        With the descriptor table full, a client is accepted in place of the spare descriptor, told
+        why, and closed again: it is not left to wait, and the loop does not spin on it.
+
+        Raises:
+            OSError: the listening socket cannot be used.
+        """
+        full = False
+        while True:
+            await self._lifecycle.wait_running()
+            try:
+                sock = await self._accept(listener)
+            except ListenerShutDown:
+                listener.bind_again()
+                _log.warning("somebody shut down the socket %s: it is made anew", listener)
+            except OSError as exc:
+                if exc.errno in _GONE:
+                    await trio.lowlevel.checkpoint()
+                    continue
+                if exc.errno not in _FULL:
+                    raise
+                if not full:
+                    _log.error("clients are turned away: %s", exc.strerror)
+                full = True
+                rejected = self._reject_on_emfile(listener, exc)
+                await trio.sleep(0 if rejected else _PAUSE)
+            else:
+                if sock is None:  # the daemon was paused meanwhile
+                    continue
+                if full:
+                    _log.warning("clients are served again")
+                full = False
+                self._spare.refill()  # it was lost if the table shrank meanwhile
+                self._isolated(partial(self._handle, sock))
+
+    def accept_backlog(self, listener: UnixListener, limit: int) -> None:
+        """Accept up to *limit* clients that have connected already."""
+        with suppress(OSError):
+            for _ in range(limit):
+                self._isolated(partial(self._handle, listener.accept_nowait()))
+
+    async def _accept(self, listener: UnixListener) -> trio.socket.SocketType | None:
+        """The next client; None if the daemon is paused first."""
+        with trio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                return await listener.accept()
+            finally:
+                self._scopes.discard(scope)
+        return None
+
+    def _reject_on_emfile(self, listener: UnixListener, reason: OSError) -> bool:
+        """Accept one client by means of the spare descriptor, and tell it why it cannot stay;
+        whether that was possible.
+        """
+        self._spare.give_up()
         try:
-            sock = await server.accept(listener)
-        except OSError as exc:
-            failure = exc
+            sock = listener.accept_nowait()
+        except OSError:
+            return False
         else:
-            if sock is None:  # the daemon was frozen meanwhile
-                continue
-            if full:
-                _log.warning("clients are served again")
-            full = False
-            server.reserve.refill()  # it was lost if the table shrank meanwhile
-            server.handle_accepted(sock)
-            continue
-        if failure.errno in _GONE:
-            await trio.lowlevel.checkpoint()
-            continue
-        if failure.errno not in _FULL:
-            raise failure
-        if not full:
-            _log.error("clients are turned away: %s", failure.strerror)
-        full = True
-        turned_away = turn_one_away(server, listener, failure)
-        await trio.sleep(0 if turned_away else _PAUSE)
+            error = GenericError(f"The daemon is out of file descriptors: {reason.strerror}")
+            self._isolated(partial(self._reject, sock, error))
+            return True
+        finally:
+            self._spare.refill()
 
-
-def turn_one_away(server: Server, listener: UnixListener, reason: OSError) -> bool:
-    """Accept one client by means of the reserve, and tell it why it cannot stay; whether that
-    was possible.
-    """
-    server.reserve.give_up()
-    try:
-        sock = listener.accept_nowait()
-    except OSError:
-        return False
-    else:
-        server.reject(
-            sock, GenericError(f"The daemon is out of file descriptors: {reason.strerror}")
-        )
-        return True
-    finally:
-        server.reserve.refill()
+    def _isolated(self, action: Callable[[], None]) -> None:
+        """What goes wrong with one client costs that client only."""
+        try:
+            action()
+        except Exception:  # noqa: BLE001
+            _log.exception("a client could not be served")

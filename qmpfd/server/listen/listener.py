@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
-import stat
 from contextlib import suppress
 from pathlib import Path
 
 import trio
 
 from ...kernel.fd import Fd
+from ...kernel.unix_address import is_abstract
+from .binding import LOCK_TIMEOUT, OWNER_ONLY, FileId, Permissions, identity, listen_at
 
-#: Connections that the kernel holds until they are accepted (listen(2)); it caps this itself.
-_BACKLOG = 4096
+#: Options that an accepted socket inherits from the listener, each with the value that it needs
+#: here (unix(7); the numbers are those of asm-generic/socket.h).  The first three add a control
+#: message to every read, SO_PASSPIDFD with a descriptor in it; without SO_PASSRIGHTS nobody could
+#: send us descriptors.
+_INHERITED_OPTIONS = {
+    socket.SO_PASSCRED: 0,
+    34: 0,  # SO_PASSSEC
+    76: 0,  # SO_PASSPIDFD, Linux 6.5
+    83: 1,  # SO_PASSRIGHTS, Linux 6.16
+}
 
 
-class SocketInUse(OSError):
-    """A live daemon listens on the path already."""
+class ListenerShutDown(OSError):
+    """Somebody else who has the listening socket has shut it down (shutdown(2))."""
 
 
 class UnixListener:
@@ -26,23 +36,48 @@ class UnixListener:
 
     Args:
         sock: the socket; owned from here on.
-        path: its file, which is removed when the listener is closed; None if it is not ours.
+        path: its file, or ``@NAME``; None if it is not ours.
+        file: which file that was when it was bound: only that one is ever removed.
+        permissions: of the file, where it has to be made anew.
     """
 
-    def __init__(self, sock: socket.socket, path: Path | None) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        path: Path | None,
+        file: FileId | None,
+        permissions: Permissions = OWNER_ONLY,
+    ) -> None:
         sock.setblocking(False)
         self.path = path
+        self.file = file
         self._sock = sock
+        self._permissions = permissions
+        self._options = [
+            (option, value)
+            for option, value in _INHERITED_OPTIONS.items()
+            if _option(sock, option) not in (value, None)
+        ]
         self.socket = trio.socket.from_stdlib_socket(sock)
-        self._file = None if path is None else _identity(path)
+
+    def __str__(self) -> str:
+        return "of the service manager" if self.path is None else str(self.path)
 
     @classmethod
-    def inherit(cls, fd: Fd, path: Path | None = None) -> UnixListener:
+    def inherit(
+        cls,
+        fd: Fd,
+        path: Path | None = None,
+        file: FileId | None = None,
+        permissions: Permissions = OWNER_ONLY,
+    ) -> UnixListener:
         """Listen on a socket that somebody else has set up.
 
         Args:
             fd: the socket; owned from here on.
             path: its file, if that is ours now.
+            file: which file was bound; None for that which is there.
+            permissions: of the file, where it has to be made anew.
 
         Raises:
             OSError: it is no listening Unix stream socket.
@@ -50,51 +85,75 @@ class UnixListener:
         with fd:
             sock = socket.socket(fileno=fd.fileno())
             fd.detach()
-        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM or not listens:
+        if not listens(sock):
             number = sock.fileno()
             sock.close()
             raise OSError(
                 errno.EINVAL, f"inherited descriptor {number} is no listening Unix stream socket"
             )
-        return cls(sock, path)
+        if path is not None and file is None:
+            file = identity(path)
+        return cls(sock, path, file, permissions)
 
     @classmethod
     def bind(
         cls, where: str | os.PathLike[str], *, mode: int = 0o600, group: int | None = None
     ) -> UnixListener:
-        """Listen at a path.
+        """Listen at a path, or under an abstract name.
 
         Args:
-            where: the path; a stale socket file there is replaced.
+            where: the path, where a stale socket file is replaced; or ``@NAME``.
             mode: the file's permission bits.
             group: the gid of its group; the process's own by default.
 
         Raises:
             SocketInUse: a daemon listens there.
-            OSError: the path cannot be used.
+            OSError: the path cannot be used; nothing is left there.
         """
-        path = Path(where)
-        _remove_stale(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            # Nobody else may connect before the group and the mode are right.
-            umask = os.umask(0o177)
-            try:
-                sock.bind(str(path))
-            except OSError as exc:
-                raise OSError(exc.errno, f"cannot bind: {exc.strerror or exc}", str(path)) from None
-            finally:
-                os.umask(umask)
-            if group is not None:
-                os.chown(path, -1, group)
-            path.chmod(mode)
-            sock.listen(_BACKLOG)
-        except BaseException:
-            sock.close()
-            raise
+        permissions = Permissions(mode, group)
         # A successor that takes it over may have another working directory.
-        return cls(sock, path.absolute())
+        path = Path(where) if is_abstract(where) else Path(where).absolute()
+        sock, file = listen_at(path, permissions, LOCK_TIMEOUT)
+        return cls(sock, path, file, permissions)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its file is gone, or another one is there."""
+        return self.file is not None and self.path is not None and identity(self.path) != self.file
+
+    def bind_again(self) -> None:
+        """Listen with a new socket at the same path, under the same number.  Connections in the
+        backlog of the old one are lost.
+
+        Raises:
+            SocketInUse: another program listens there.
+            OSError: the path cannot be used, or the file is not ours.
+        """
+        if self.path is None or is_abstract(self.path):
+            raise ListenerShutDown(errno.ESHUTDOWN, "the socket was shut down", str(self))
+        sock, self.file = listen_at(self.path, self._permissions, 0)
+        with sock:
+            sock.setblocking(False)
+            trio.lowlevel.notify_closing(self._sock)
+            os.dup2(sock.fileno(), self._sock.fileno(), inheritable=False)
+
+    async def accept(self) -> trio.socket.SocketType:
+        """The next client.
+
+        Raises:
+            ListenerShutDown: there will be none.
+            OSError: it cannot be accepted.
+        """
+        while True:
+            # Bound anew meanwhile, it wakes who waits.
+            with suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(self._sock)
+            with suppress(BlockingIOError):
+                return self.accept_nowait()
+            # Others may have the socket too, and have been faster; but one that was shut down is
+            # readable for ever.
+            if _is_shut_down(self._sock):
+                raise ListenerShutDown(errno.ESHUTDOWN, "the socket was shut down", str(self))
 
     def accept_nowait(self) -> trio.socket.SocketType:
         """A client that has connected already.
@@ -104,48 +163,45 @@ class UnixListener:
             OSError: it cannot be accepted.
         """
         sock, _ = self._sock.accept()
+        for option, value in self._options:
+            sock.setsockopt(socket.SOL_SOCKET, option, value)
         return trio.socket.from_stdlib_socket(sock)
 
     def abandon(self) -> None:
         """The socket file is somebody else's from here on."""
         self.path = None
 
-    def close(self) -> None:
-        """Stop listening, and remove the socket file if it is still ours."""
-        if self.socket.fileno() < 0:
-            return
-        self.socket.close()
-        if self.path is not None and self._file is not None and _identity(self.path) == self._file:
+    def unlink(self) -> None:
+        """Remove the socket file, if it is still the one that was bound."""
+        if self.path is not None and self.file is not None and identity(self.path) == self.file:
             with suppress(OSError):
                 self.path.unlink()
 
+    def close(self) -> None:
+        """Stop listening, and remove the socket file if it is still ours."""
+        if self.socket.fileno() >= 0:
+            self.unlink()  # first: as long as the socket listens, nobody else takes the path
+            self.socket.close()
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Which file *path* is, by device and inode."""
+
+def listens(sock: socket.socket) -> bool:
+    """Whether *sock* is a Unix stream socket that listens (SO_ACCEPTCONN, socket(7))."""
+    return (
+        sock.family == socket.AF_UNIX
+        and sock.type == socket.SOCK_STREAM
+        and bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    )
+
+
+def _is_shut_down(sock: socket.socket) -> bool:
+    """Whether nobody can connect to *sock* any more, which accept(2) does not tell."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
+def _option(sock: socket.socket, option: int) -> int | None:
     try:
-        found = path.lstat()
-    except OSError:
+        return sock.getsockopt(socket.SOL_SOCKET, option)
+    except OSError:  # an older kernel
         return None
-    return found.st_dev, found.st_ino
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove a socket file that nobody listens on; refuse anything else that is in the way."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise OSError(errno.EEXIST, "exists and is not a socket", str(path))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except FileNotFoundError:
-            return
-        except BlockingIOError:  # its backlog is full: very much alive
-            pass
-    raise SocketInUse(errno.EADDRINUSE, "a daemon is already listening", str(path))

@@ -15,7 +15,7 @@ from ...protocol.encode import encode
 _log = logging.getLogger("qmpfd")
 
 
-def refusal(reason: QMPError) -> bytes:
+def rejection_reply(reason: QMPError) -> bytes:
     """What a client is told that is not served, or no longer."""
     told = {"error": {"class": reason.error_class, "desc": reason.desc}}
     return encode(told) + b"\r\n"

@@ -1,0 +1,166 @@
+"""Binding Unix sockets: one process at a time, and nothing is left where it fails."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from ...kernel.fd import Fd
+from ...kernel.unix_address import bind, connectable, is_abstract
+
+#: Connections that the kernel holds until they are accepted (listen(2)); it caps this itself.
+_BACKLOG = 4096
+
+#: Seconds that binding waits for another process that binds the same path.
+LOCK_TIMEOUT = 2.0
+
+#: Which file: device and inode.
+FileId: TypeAlias = "tuple[int, int]"
+
+
+class SocketInUse(OSError):
+    """A live daemon listens on the path already."""
+
+
+class Permissions(NamedTuple):
+    """Those of a socket file.
+
+    Args:
+        mode: its permission bits.
+        group: the gid of its group; None for the process's own.
+    """
+
+    mode: int = 0o600
+    group: int | None = None
+
+
+OWNER_ONLY = Permissions()
+
+
+def listen_at(
+    path: Path, permissions: Permissions, timeout: float
+) -> tuple[socket.socket, FileId | None]:
+    """A socket that listens at *path*, and its file; either all of that, or an error and nothing.
+
+    Args:
+        path: where.
+        permissions: of the file.
+        timeout: seconds to wait for another process that binds the same path.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if is_abstract(path):
+            _bind(sock, path)
+            sock.listen(_BACKLOG)
+            return sock, None
+        with _exclusively(path, timeout):
+            _remove_stale(path)
+            _bind(sock, path)
+            try:
+                file = identity(path)
+                if permissions.group is not None:
+                    os.chown(path, -1, permissions.group)
+                path.chmod(permissions.mode)
+                sock.listen(_BACKLOG)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+        return sock, file
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _bind(sock: socket.socket, path: Path) -> None:
+    try:
+        bind(sock, path)
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            raise SocketInUse(exc.errno, "a daemon is already listening", str(path)) from None
+        raise OSError(exc.errno, f"cannot bind: {exc.strerror or exc}", str(path)) from None
+
+
+@contextmanager
+def _exclusively(path: Path, timeout: float) -> Iterator[None]:
+    """Be the only process that binds *path* while the block runs.
+
+    Between bind(2) and listen(2) a socket looks stale, and so does one that another process is
+    about to replace: two that start at once could remove each other's file.  Holding flock(2) on a
+    file beside it excludes that; the file is removed by whoever holds the lock, so that a lock
+    counts only while its file is still the one at that name.
+
+    Args:
+        path: the socket's.
+        timeout: seconds to wait for the other process.
+
+    Raises:
+        SocketInUse: another process is at it for longer.
+        OSError: no file can be made there.
+    """
+    lock = path.with_name(os.fsdecode(b"." + os.fsencode(path.name)[:240] + b".lock"))
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            number = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as exc:
+            raise OSError(exc.errno, f"cannot bind: {exc.strerror}", str(path)) from None
+        with Fd(number) as fd:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise SocketInUse(
+                        errno.EADDRINUSE, "another daemon is about to listen", str(path)
+                    ) from None
+                time.sleep(0.01)
+                continue
+            found = os.fstat(fd.fileno())
+            if identity(lock) != (found.st_dev, found.st_ino):
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket file that nobody listens on; refuse anything else that is in the way."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise OSError(exc.errno, f"cannot bind: {exc.strerror}", str(path)) from None
+    if not stat.S_ISSOCK(found.st_mode):
+        raise OSError(errno.EEXIST, "exists and is not a socket", str(path))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            with connectable(path) as address:
+                probe.connect(address)
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except FileNotFoundError:
+            return
+        except BlockingIOError:  # its backlog is full: very much alive
+            pass
+    raise SocketInUse(errno.EADDRINUSE, "a daemon is already listening", str(path))
+
+
+def identity(path: Path) -> FileId | None:
+    """Which file *path* is."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -1,0 +1,145 @@
+"""The background tasks of the daemon's own: expiry, hang-ups, events, eviction.
+
+None of them may end the daemon, which holds other people's descriptors: each runs under
+:func:`supervise`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from math import inf
+from time import monotonic
+
+import trio
+
+from ..fdsets import StoredFd
+from ..kernel.fd import Fd
+from ..limits import (
+    EVICTION_INTERVAL,
+    HANGUP_RECHECK,
+    HERALD_SECONDS,
+    MAX_RESTART_DELAY,
+    MIN_RESTART_DELAY,
+)
+from .connection.session import Session
+from .services import Services
+
+_log = logging.getLogger("qmpfd")
+
+#: Descriptors that are removed in a row, or looked at, before everybody else is served.
+_A_STEP = 128
+
+
+async def supervise(name: str, task: Callable[[], Awaitable[None]]) -> None:
+    """Run a background task, and run it again whenever it raises an exception: after a delay that
+    doubles with each failure, and begins anew once the task has run for the longest delay.
+
+    Args:
+        name: what the task does, for the log: "the expiry of descriptors".
+        task: what to run; supervision ends when it returns.
+    """
+    delay = MIN_RESTART_DELAY
+    while True:
+        started = trio.current_time()
+        try:
+            await task()
+        except Exception:  # noqa: BLE001 - whatever it is, the daemon goes on
+            if trio.current_time() - started > MAX_RESTART_DELAY:
+                delay = MIN_RESTART_DELAY
+            _log.exception("%s failed; the next try is in %g s", name, delay)
+        else:
+            return
+        await trio.sleep(delay)
+        delay = min(2 * delay, MAX_RESTART_DELAY)
+
+
+async def _remove_due(services: Services, due: Callable[[], list[StoredFd]], reason: str) -> bool:
+    """Remove some of what is due, and close it; whether there was any."""
+    fds: list[Fd] = []
+    try:
+        async with services.locked():
+            services.shared.remove(due(), reason, fds)
+    finally:
+        services.durability.close_after_sync(fds)
+    await trio.lowlevel.checkpoint()
+    return bool(fds)
+
+
+async def remove_expired(services: Services) -> None:
+    """Remove each descriptor whose lifetime is over."""
+    store = services.shared.store
+    while True:
+        with trio.CancelScope() as scope:
+
+            def reschedule(scope: trio.CancelScope = scope) -> None:
+                due = store.expiries.next()
+                scope.deadline = inf if due is None else due
+
+            reschedule()
+            services.shared.on_expiry = reschedule
+            await trio.sleep_forever()
+        while await _remove_due(
+            services, lambda: store.expired(trio.current_time(), _A_STEP), "expired"
+        ):
+            pass
+
+
+async def remove_hung_up(services: Services) -> None:
+    """Remove each watched socket and pipe whose other end is gone and that is read to the end."""
+    hangups = services.shared.hangups
+    while True:
+        with trio.move_on_after(HANGUP_RECHECK if hangups.draining else inf):
+            await trio.lowlevel.wait_readable(hangups.fileno())
+        hangups.look()
+        while hangups.due:
+            await _remove_due(services, lambda: hangups.take(_A_STEP), "hangup")
+
+
+class Broadcaster:
+    """Sends events to those who watch.
+
+    Args:
+        services: what the daemon gives.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self._watchers = services.shared.watchers
+        self._pending = trio.Event()
+        services.shared.on_event = self.notify
+
+    def notify(self) -> None:
+        """There are events that some watcher has not been sent."""
+        self._pending.set()
+
+    async def broadcast_events(self) -> None:
+        """Send events as they come, to one watcher after the other.  However many watch, everybody
+        else is served in between.
+        """
+        while True:
+            await self._pending.wait()
+            self._pending = trio.Event()
+            until = monotonic() + HERALD_SECONDS
+            for watcher in list(self._watchers):
+                while watcher.send():
+                    if monotonic() > until:
+                        await trio.lowlevel.checkpoint()
+                        until = monotonic() + HERALD_SECONDS
+                if monotonic() > until:
+                    await trio.lowlevel.checkpoint()
+                    until = monotonic() + HERALD_SECONDS
+
+
+async def evict_idle(services: Services, sessions: Iterable[Session]) -> None:
+    """Disconnect each client that does not negotiate in time, or is idle for too long.
+
+    Args:
+        services: what the daemon gives.
+        sessions: those that there are at any time.
+    """
+    while True:
+        await trio.sleep(EVICTION_INTERVAL)
+        await services.lifecycle.wait_running()
+        now = trio.current_time()
+        for session in list(sessions):
+            session.evict_if_idle(now)
