@@ -8,6 +8,7 @@ import os
 import socket
 
 from ..kernel.fd import Fd
+from ..kernel.unix_address import bind, connectable, is_abstract
 from .exit_codes import UsageError
 from .output import printable
 
@@ -15,6 +16,7 @@ from .output import printable
 _OPEN_ADVICE = {
     errno.EACCES: "run this as a user who may: the daemon need not be allowed to",
     errno.EISDIR: "a directory can be added with --mode r only",
+    errno.EWOULDBLOCK: "another process holds a lease on it, see fcntl(2), F_SETLEASE",
     errno.ENXIO: "a socket cannot be opened by its name, nor a FIFO to write that nobody reads",
 }
 
@@ -96,27 +98,28 @@ def _listening_unix(path: str) -> tuple[Fd, str]:
     if not path or path == "@":
         raise ValueError("a path comes behind unix:")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        bind_unix(sock, path)
+        _bind_unix(sock, path)
         sock.listen(socket.SOMAXCONN)
         return Fd(sock.detach()), f"unix:{path}"
 
 
-def bind_unix(sock: socket.socket, path: str) -> None:
+def _bind_unix(sock: socket.socket, path: str) -> None:
     """bind(2), which replaces a socket file on which nobody listens.
 
     Raises:
         OSError: the address is in use, or cannot be had.
     """
     try:
-        sock.bind(f"\0{path[1:]}" if path.startswith("@") else path)
+        bind(sock, path)
     except OSError as exc:
-        if exc.errno != errno.EADDRINUSE or path.startswith("@"):
+        if exc.errno != errno.EADDRINUSE or is_abstract(path):
             raise
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             try:
-                probe.connect(path)
+                with connectable(path) as address:
+                    probe.connect(address)
             except ConnectionRefusedError:
                 os.unlink(path)
-                sock.bind(path)
+                bind(sock, path)
             else:
                 raise exc from None

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..client.blocking import BlockingClient
+from ..client.blocking import BlockingClient, NoDaemon
 from ..limits import INT64_MAX
 
 if TYPE_CHECKING:
@@ -65,12 +65,29 @@ def default_socket() -> str:
         return named
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         return os.path.join(runtime, "qmpfd.sock")
-    return "/run/qmpfd.sock"
+    return _SYSTEM_SOCKET
+
+
+#: Where a daemon of the whole system serves.
+_SYSTEM_SOCKET = "/run/qmpfd.sock"
 
 
 def client_of(arguments: argparse.Namespace) -> BlockingClient:
-    """The daemon that a verb's options name."""
-    return BlockingClient(arguments.socket or default_socket(), arguments.timeout)
+    """The daemon that a verb's options name.
+
+    Raises:
+        NoDaemon: nobody answers there.
+        QMPError: the daemon turns this user away.
+    """
+    path = arguments.socket or default_socket()
+    try:
+        return BlockingClient(path, arguments.timeout)
+    except FileNotFoundError as exc:
+        # The user's own is looked for first, and a login session always has a folder for it.
+        if arguments.socket or path == _SYSTEM_SOCKET or not os.path.exists(_SYSTEM_SOCKET):
+            raise
+        why = f"no daemon at {path}, but one at {_SYSTEM_SOCKET} (--socket {_SYSTEM_SOCKET})"
+        raise NoDaemon(why) from exc
 
 
 def number(name: str, least: int = 0, most: int = INT64_MAX) -> Callable[[str], int]:

@@ -97,9 +97,16 @@ def _in_words(grant: Grant) -> str:
     return words
 
 
+#: (gid_t) -1.
+_NO_GID = (1 << 32) - 1
+
+
 def group_id(name: str) -> int:
     """The type of an option that names a group, or gives its number."""
     try:
-        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"no group '{name}'") from None
+        gid = int(name) if name.isascii() and name.isdecimal() else grp.getgrnam(name).gr_gid
+    except (KeyError, ValueError, OSError):  # a NUL; a text that is not UTF-8; a name service
+        raise argparse.ArgumentTypeError(f"no group {name!r}") from None
+    if not 0 <= gid < _NO_GID:  # chown(2) takes the last one for "leave it as it is"
+        raise argparse.ArgumentTypeError(f"{name!r} is no group: 0 to {_NO_GID - 1}, or a name")
+    return gid

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import trio
 
 from ..kernel.fd import Fd
+from ..kernel.unix_address import bind, connectable, is_abstract
 from ..limits import SCM_MAX_FD
 from .output import printable, terminal_width
 
@@ -96,7 +97,8 @@ async def _carry(
 async def _relay(client: trio.socket.SocketType, server: str, shown: Show) -> None:
     with client, trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as upstream:
         try:
-            await upstream.connect(server)
+            with connectable(server) as address:
+                await upstream.connect(address)
         except OSError as exc:
             print(f"qmpfd: cannot connect to {printable(server)}: {exc.strerror}", file=sys.stderr)
             return
@@ -113,21 +115,18 @@ async def tapped(
 
     Ends when its clients have gone, so that all their lines are shown.
     """
-    listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with listener:
-        umask = os.umask(0o177)  # the mode has to hold from the first moment on
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        bind(sock, listen)
+        sock.listen()
         try:
-            await listener.bind(os.fspath(listen))
-        finally:
-            os.umask(umask)
-        listener.listen()
-        try:
+            listener = trio.socket.from_stdlib_socket(sock)
             async with trio.open_nursery() as relays, trio.open_nursery() as accepting:
                 accepting.start_soon(_accept, listener, relays, os.fspath(server), shown)
                 yield
                 accepting.cancel_scope.cancel()
         finally:
-            os.unlink(listen)
+            if not is_abstract(listen):
+                os.unlink(listen)
 
 
 async def _accept(

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..kernel.fd import Fd, FileDescriptorLike, close_all, discard, peek, receive_planned, send
+from ..kernel.unix_address import connectable
 from ..protocol.client import ClientConnection, QMPEvent, Reply
 from ..protocol.connection import ProtocolError, State
 from .calls import members, one_fd, typed
@@ -96,7 +97,8 @@ class BlockingClient:
     def _connect(self) -> None:
         while True:
             try:
-                self._sock.connect(self._path)
+                with connectable(self._path) as address:
+                    self._sock.connect(address)
                 return
             except BlockingIOError:  # the backlog is full, and poll(2) does not tell when it is not
                 left = self._deadline - time.monotonic()
@@ -161,6 +163,7 @@ class BlockingClient:
         """
         with self._calling:
             self._deadline = time.monotonic() + self._timeout
+            self._check_open()
             self._last_id += 1
             self._send(self._connection.execute(command, arguments, self._last_id), fds)
             while True:
@@ -422,9 +425,12 @@ class BlockingClient:
             if reply.id is None and reply.error is not None:
                 raise reply.error
 
-    def _wait(self, event: int) -> None:
+    def _check_open(self) -> None:
         if self._connection.state is State.CLOSED:
             raise ClientClosed("this client is closed")
+
+    def _wait(self, event: int) -> None:
+        self._check_open()
         poll = select.poll()
         poll.register(self._sock, event)
         left = self._deadline - time.monotonic()

@@ -247,7 +247,8 @@ class QMPConnection:
         """Read what the server sent, for whoever waits for it; wait if there is nothing."""
         try:
             with trio.CancelScope() as self._reading:  # cancelled when the connection has failed
-                while not self._receive_nowait():
+                # Closed meanwhile, its descriptor may be another file's by now.
+                while self._failure is None and not self._receive_nowait():
                     await self._stream.wait_readable()
         except trio.ClosedResourceError:
             if self._failure is None:

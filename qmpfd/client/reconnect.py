@@ -16,6 +16,7 @@ import trio
 
 from ..errors import QMPError
 from ..kernel.fd import FileDescriptorLike, close_all
+from ..kernel.unix_address import connectable
 from ..protocol import ProtocolError, QMPEvent, Reply
 from ..transport import FdStream
 from .connection import Call, Closed, ConnectionLost, QMPConnection
@@ -72,7 +73,8 @@ async def _connect(sock: socket.socket, path: str | os.PathLike[str]) -> None:
     while True:
         await trio.lowlevel.checkpoint()
         try:
-            sock.connect(os.fspath(path))
+            with connectable(path) as address:
+                sock.connect(address)
             return
         except BlockingIOError:  # the backlog is full; nothing tells when it is not any more
             await trio.sleep(_RETRY)

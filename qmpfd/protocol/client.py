@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from math import isfinite, nan
 from typing import Any, NamedTuple
 
 from ..errors import FdNotSupplied, QMPError, error_of_class
@@ -148,5 +149,7 @@ def _event(value: dict[str, Any]) -> QMPEvent:
     try:
         seconds = float(stamp.get("seconds", 0)) + float(stamp.get("microseconds", 0)) / 1e6
     except (TypeError, ValueError, OverflowError):
-        raise ProtocolError("not a QMP server: an event's timestamp is no time") from None
+        seconds = nan
+    if not isfinite(seconds):
+        raise ProtocolError("not a QMP server: an event's timestamp is no time")
     return QMPEvent(name, data, seconds)

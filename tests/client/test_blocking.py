@@ -1,0 +1,117 @@
+"""``qmpfd.connect_blocking``: the client for programs without an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE, Pipe, daemon_thread
+
+import qmpfd
+
+
+@pytest.fixture
+def client(path: Path) -> Iterator[qmpfd.BlockingClient]:
+    with daemon_thread(path), qmpfd.connect_blocking(path) as made:
+        yield made
+
+
+def test_it_has_what_the_trio_client_has() -> None:
+    """The same names, and the same arguments in the same order."""
+    for name, method in inspect.getmembers(qmpfd.Client, inspect.isfunction):
+        if not name.startswith("_"):
+            ours = inspect.signature(getattr(qmpfd.BlockingClient, name))
+            theirs = inspect.signature(method)
+            assert list(ours.parameters) == list(theirs.parameters), name
+
+
+def test_a_round(client: qmpfd.BlockingClient) -> None:
+    with Pipe() as pipe:
+        info = client.add_fd(pipe, opaque="p")
+        assert isinstance(info, qmpfd.AddfdInfo)
+        [fdset] = client.query_fdsets()
+        assert (fdset.fdset_id, fdset.fds[0].opaque) == (info.fdset_id, "p")
+        with client.open_fdset(info.fdset_id, access="wronly") as fd:
+            assert os.fstat(fd.fileno()).st_ino == os.fstat(pipe.fileno()).st_ino
+        [described] = client.query_fds()
+        assert described.kind == "pipe"
+        added = client.add_fds([pipe, pipe], opaque="two", expires=60)
+        assert len(added.fds) == 2
+        client.remove_fd(info.fdset_id, info.fd)
+        assert client.execute("query-version")["package"].startswith("qmpfd ")
+        assert client.greeting["version"]
+
+
+def test_events(client: qmpfd.BlockingClient) -> None:
+    with client.watch_fdsets() as events, Pipe() as pipe:
+        info = client.add_fd(pipe)
+        event = next(events)
+        assert (event.name, event.data) == ("FD_ADDED", {"fdset-id": 0, "fd": info.fd})
+
+
+def test_errors_are_the_trio_clients(client: qmpfd.BlockingClient, path: Path) -> None:
+    with pytest.raises(qmpfd.FdNotFound):
+        client.open_fdset(7)
+    with pytest.raises(qmpfd.CommandNotFound):
+        client.execute("nonsense")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        client.add_fd(987_654)
+    with pytest.raises(TypeError):
+        client.query_fds(name="a", opaque="a")
+    client.close()
+    with pytest.raises(qmpfd.ClientClosed):
+        client.query_fdsets()
+    with pytest.raises(FileNotFoundError) as caught:
+        qmpfd.connect_blocking(path.with_name("none"))
+    assert isinstance(caught.value, qmpfd.NoDaemon)
+
+
+@pytest.mark.parametrize("text", ["\udc80", "a" * (2 << 20), "\uffff"])
+def test_what_json_cannot_carry(client: qmpfd.BlockingClient, text: str) -> None:
+    with pytest.raises(ValueError, match="cannot be sent"), Pipe() as pipe:
+        client.add_fd(pipe, opaque=text)
+    with pytest.raises(ValueError, match="cannot be sent"):
+        client.execute("query-fds", {"fdset-id": float("nan")})
+    assert client.query_fdsets() == []
+
+
+def test_many_threads(client: qmpfd.BlockingClient) -> None:
+    """As asyncio.to_thread has it: the calls wait for each other, and each gets its own reply."""
+    numbers: list[int] = []
+
+    def work() -> None:
+        with Pipe() as pipe:
+            numbers.extend(client.add_fd(pipe, opaque="x").fd for _ in range(20))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert len(set(numbers)) == 160
+
+
+def test_from_asyncio(path: Path) -> None:
+    async def main() -> int:
+        client = await asyncio.to_thread(qmpfd.connect_blocking, path)
+        with client, Pipe() as pipe:
+            return (await asyncio.to_thread(client.add_fd, pipe)).fdset_id
+
+    with daemon_thread(path):
+        assert asyncio.run(main()) == 0
+
+
+def test_silence(path: Path) -> None:
+    """A server that says nothing is given up; a call of another is, and the next one too."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        with pytest.raises(TimeoutError) as caught:
+            qmpfd.connect_blocking(path, timeout=0.05)
+        assert isinstance(caught.value, qmpfd.NoDaemon)

@@ -1,0 +1,224 @@
+"""What one call, or the server, does wrong stays that call's trouble."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import trio
+from fakes import ask, fake_server, negotiate
+from helpers import Wire, daemon, open_fds, pipes, settle
+
+import qmpfd
+
+
+async def test_connect_waits_while_the_backlog_is_full(path: Path) -> None:
+    """connect(2) of a Unix socket says EAGAIN then, and Trio takes that for success."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen(0)
+        clients = []
+        while True:
+            client = socket.socket(socket.AF_UNIX)
+            client.setblocking(False)
+            clients.append(client)
+            try:
+                client.connect(os.fspath(path))
+            except BlockingIOError:
+                break
+        connected = trio.Event()
+
+        async def connect() -> None:
+            async with qmpfd.connect(path):
+                connected.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connect)
+            await settle()
+            assert not connected.is_set()
+            for client in clients:
+                client.close()
+            while not connected.is_set():  # there is room again: it comes, and is answered
+                sock, _ = await trio.to_thread.run_sync(listener.accept)
+                with sock:
+                    await _answer(sock, connected)
+
+
+async def _answer(sock: socket.socket, connected: trio.Event) -> None:
+    """A server's part of the negotiation; nothing to one that has gone already."""
+    try:
+        sock.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')
+        data = await trio.to_thread.run_sync(sock.recv, 4096)
+        if data:
+            sock.sendall(b'{"return": {}, "id": %d}\r\n' % json.loads(data)["id"])
+            await connected.wait()
+    except OSError:
+        return
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"opaque": "\ud800"},
+        {"opaque": "a\udcff"},
+        {"opaque": "\ufffe"},
+        {"opaque": "\U0010ffff"},
+        {"opaque": "x" * (1 << 20)},
+        {"fdset-id": float("nan")},
+        {"fdset-id": float("inf")},
+        {"fdset-id": object()},
+        {"opaque": b"bytes"},
+    ],
+    ids=str,
+)
+async def test_what_json_cannot_carry(path: Path, arguments: dict[str, object]) -> None:
+    """It is that call's ValueError; a call that waits at the same time gets its reply."""
+
+    async def script(wire: Wire) -> None:
+        await negotiate(wire)
+        first = await ask(wire)
+        second = await ask(wire)
+        wire.send(b'{"return": "first", "id": %d}\r\n' % first)
+        wire.send(b'{"return": "second", "id": %d}\r\n' % second)
+        await wire.receive()
+
+    got: list[object] = []
+
+    async def call() -> None:
+        got.append(await client.execute("slow"))
+
+    async with (
+        fake_server(path, script),
+        qmpfd.connect(path) as client,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(call)
+        await settle()
+        with pytest.raises(ValueError, match="cannot be sent"):
+            await client.execute("add-fd", arguments)
+        got.append(await client.execute("other"))
+    assert sorted(map(str, got)) == ["first", "second"]
+
+
+async def test_an_error_without_an_id_is_the_oldest_requests(path: Path) -> None:
+    """The server could not read that one; the next one is answered."""
+
+    async def script(wire: Wire) -> None:
+        await negotiate(wire)
+        await ask(wire)
+        second = await ask(wire)
+        wire.send(b'{"error": {"class": "GenericError", "desc": "JSON parse error, x"}}\r\n')
+        wire.send(b'{"return": "second", "id": %d}\r\n' % second)
+        await wire.receive()
+
+    refused: list[str] = []
+
+    async def call() -> None:
+        with pytest.raises(qmpfd.GenericError) as caught:
+            await client.execute("unreadable")
+        refused.append(caught.value.desc)
+
+    async with (
+        fake_server(path, script),
+        qmpfd.connect(path) as client,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(call)
+        await settle()
+        assert await client.execute("other") == "second"
+    assert refused == ["JSON parse error, x"]
+
+
+async def test_what_breaks_the_connection_is_not_sent_for_ever(path: Path) -> None:
+    times = 0
+
+    async def script(wire: Wire) -> None:
+        nonlocal times
+        await negotiate(wire)
+        await ask(wire)
+        times += 1
+
+    async with fake_server(path, script), qmpfd.connect(path, reconnect=60) as client:
+        with pytest.raises(trio.BrokenResourceError):
+            await client.execute("query-fds", {"opaque": "poison"})
+    assert times == 10
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"no JSON\r\n",
+        b'{"event": "X", "timestamp": {"seconds": 1' + b"0" * 400 + b"}}\r\n",
+        b'{"event": "X", "timestamp": {"seconds": 1e999}}\r\n',
+        b'{"event": ["\\ud800"]}\r\n',
+        b"[" * 100_000 + b"\r\n",
+    ],
+    ids=["text", "huge", "inf", "name", "deep"],
+)
+async def test_no_call_hangs_after_a_protocol_error(path: Path, said: bytes) -> None:
+    """Those that wait, one of them to send, and those that are made later."""
+
+    async def script(wire: Wire) -> None:
+        await negotiate(wire)
+        await wire.receive()  # and leaves the rest: the client cannot send all of it
+        wire.send(said)
+        await trio.sleep_forever()
+
+    async def call(size: int) -> None:
+        with pytest.raises((qmpfd.ProtocolError, trio.BrokenResourceError)):
+            await client.execute("query-name", {"x": "y" * size})
+
+    async with fake_server(path, script), qmpfd.connect(path) as client:
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                for size in (1, 900_000, 1):
+                    nursery.start_soon(call, size)
+            await call(1)
+            with pytest.raises((qmpfd.ProtocolError, trio.BrokenResourceError)):
+                await anext(client.events())
+
+
+async def test_open_fdset_while_the_client_is_closed(path: Path) -> None:
+    """It raises, or gives an open descriptor: never one that close() has closed."""
+    given = 0
+
+    async def use(client: qmpfd.Client) -> None:
+        nonlocal given
+        try:
+            fd = await client.open_fdset(0)
+        except trio.ClosedResourceError:
+            return
+        with fd:
+            os.fstat(fd.fileno())
+            given += 1
+
+    async with daemon(path):
+        with pipes(1) as (pipe,):
+            async with qmpfd.connect(path) as client:
+                await client.add_fd(pipe)
+        before = open_fds()
+        for turn in range(60):
+            async with qmpfd.connect(path) as client, trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(use, client)
+                for _ in range(turn % 20):
+                    await trio.lowlevel.checkpoint()
+                client.close()
+        await settle()
+        assert open_fds() == before
+    assert 0 < given < 300
+
+
+async def test_odd_texts_come_as_they_are(path: Path) -> None:
+    async def script(wire: Wire) -> None:
+        await negotiate(wire)
+        request = await ask(wire)
+        wire.send(b'{"error": {"class": "\\ud800", "desc": "\\udfff"}, "id": %d}\r\n' % request)
+        await wire.receive()
+
+    async with fake_server(path, script), qmpfd.connect(path) as client:
+        with pytest.raises(qmpfd.QMPError):
+            await client.execute("x")
