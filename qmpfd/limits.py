@@ -76,6 +76,9 @@ MAX_UNSENT_BYTES = 16 << 20
 #: Seconds between two status lines for the service manager.
 STATUS_INTERVAL = 5.0
 
+#: Seconds until a notification that the service manager could not take is sent again.
+NOTIFY_RETRY = 0.5
+
 #: The format of the journal of what is kept safe.
 JOURNAL_FORMAT = 1
 

@@ -9,15 +9,19 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from supervised import DEADLINE, children
+from installed import need
+from supervised import DEADLINE, children, until
 
 import qmpfd.supervisor
-from qmpfd.supervisor import Log, good_name
+from qmpfd.supervisor.log import Log
+from qmpfd.supervisor.store import is_good_name
 
-PARENT = [sys.executable, "-I", "-S", "-W", "ignore", qmpfd.supervisor.__file__]
+PARENT = [sys.executable, "-I", "-S", "-W", "ignore", *qmpfd.supervisor.__path__]
 
 #: What each worker begins with: the socket to its parent, and what it was given.
 _PRELUDE = """
@@ -41,10 +45,12 @@ def note(text):
 """
 
 
-def supervise(work: str, **environment: str) -> tuple[int, list[str], str]:
+def supervise(
+    work: str, *, prefix: Sequence[str] = (), **environment: str
+) -> tuple[int, list[str], str]:
     """Run a parent whose workers do that; its status, what they note, and what it says."""
     program = _PRELUDE + textwrap.dedent(work)
-    command = [*PARENT, "text", "info", "", sys.executable, "-c", program]
+    command = [*prefix, *PARENT, "text", "info", "", sys.executable, "-c", program]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -244,7 +250,7 @@ def test_what_it_passes_on(tmp_path: Path) -> None:
     ],
 )
 def test_names(name: bytes, good: bool) -> None:
-    assert good_name(name) == good
+    assert is_good_name(name) == good
 
 
 def test_a_log_that_nobody_reads() -> None:
@@ -260,7 +266,7 @@ def test_a_log_that_nobody_reads() -> None:
             except BlockingIOError:
                 break
         os.set_blocking(writer, True)
-        Log("text", "info").say("error", "nobody hears this")
+        Log("text", "info").log("error", "nobody hears this")
     finally:
         os.dup2(saved, 2)
         for number in (reader, writer, saved):
@@ -269,6 +275,305 @@ def test_a_log_that_nobody_reads() -> None:
 
 def test_levels(capfd: pytest.CaptureFixture[str]) -> None:
     log = Log("text", "error")
-    log.say("warning", "one")
-    log.say("error", "other")
+    log.log("warning", "one")
+    log.log("error", "other")
     assert capfd.readouterr().err == "qmpfd: other\n"
+
+
+# -- a worker that does not answer -------------------------------------------------------------
+
+
+def test_a_worker_that_hangs_is_killed() -> None:
+    """Its heartbeats stay out: it is killed, and the next one has what was kept."""
+    status, notes, said = supervise(
+        """
+        if given:
+            note(",".join(names))
+            sys.exit(0)
+        assert os.environ["WATCHDOG_USEC"] == "500000"
+        tell(b"FDSTORE=1\\nFDNAME=qmpfd-journal-1", [0])
+        tell(b"READY=1")
+        for _ in range(4):
+            time.sleep(0.25)
+            tell(b"WATCHDOG=1")
+        note("hangs")
+        os.kill(os.getpid(), signal.SIGSTOP)
+        """,
+        WATCHDOG_USEC="500000",
+    )
+    assert (status, notes) == (0, ["hangs", "qmpfd-journal-1"]), said
+    assert "has not answered for 0.5 s: killing it" in said
+
+
+def test_a_worker_that_does_not_end_is_killed() -> None:
+    """Within the drain timeout, if it does not even say that it ends."""
+    program = _PRELUDE + textwrap.dedent(
+        """
+        signal.signal(signal.SIGTERM, lambda *_: note("told"))
+        tell(b"READY=1")
+        note("ready")
+        while True: signal.pause()
+        """
+    )
+    with started(program, "--drain-timeout=0.4") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        (worker,) = children(process.pid)
+        begun = time.monotonic()
+        process.terminate()
+        assert process.wait(DEADLINE) == 0
+        assert time.monotonic() - begun >= 0.4
+        assert process.stdout.readline() == b"told\n"
+        assert not Path(f"/proc/{worker}").exists()
+        assert process.stderr is not None
+        assert b"has not ended 0.4 s after it was told to: killing it" in process.stderr.read()
+
+
+@contextmanager
+def started(program: str, *options: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A parent whose workers run that program; killed at the end if it has not ended."""
+    process = subprocess.Popen(
+        [*PARENT, *options, "text", "info", "", sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            for worker in children(process.pid):
+                os.kill(worker, signal.SIGKILL)
+            process.kill()
+
+
+# -- signals -----------------------------------------------------------------------------------
+
+
+def test_a_hangup_while_a_worker_starts() -> None:
+    """It is forwarded when the worker knows what to do with it."""
+    program = _PRELUDE + textwrap.dedent(
+        """
+        note("starts")
+        sys.stdin.readline()
+        signal.signal(signal.SIGHUP, lambda *_: (note("reloads"), sys.exit(0)))
+        tell(b"READY=1")
+        while True: signal.pause()
+        """
+    )
+    reader, writer = os.pipe()
+    saved = os.dup(0)
+    os.dup2(reader, 0)
+    try:
+        with started(program) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"starts\n"
+            process.send_signal(signal.SIGHUP)
+            # The signal is handled before the parent takes anything else.
+            until(lambda: not pending(process.pid, signal.SIGHUP))
+            os.write(writer, b"\n")
+            assert process.stdout.readline() == b"reloads\n"
+            assert process.wait(DEADLINE) == 0
+    finally:
+        os.dup2(saved, 0)
+        for number in (saved, reader, writer):
+            os.close(number)
+
+
+def pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal waits for a process (proc(5), ShdPnd)."""
+    (line,) = (
+        line
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("ShdPnd:")
+    )
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_signals_that_mean_nothing() -> None:
+    """None of them ends the parent, nor the worker; SIGQUIT is answered in the log."""
+    program = _PRELUDE + "tell(b'READY=1'); note('ready')\nwhile True: time.sleep(9)"
+    with started(program) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        (worker,) = children(process.pid)
+        numbers = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM]
+        numbers += [signal.SIGPROF, signal.SIGIO, signal.SIGPWR, signal.SIGTTOU, signal.SIGTTIN]
+        for number in (*numbers, signal.SIGRTMIN, signal.SIGRTMAX):
+            process.send_signal(number)
+            os.kill(worker, number)
+        process.send_signal(signal.SIGQUIT)
+        assert process.stderr is not None
+        assert b"SIGQUIT is ignored: SIGTERM ends the daemon" in process.stderr.readline()
+        assert children(process.pid) == [worker]
+        assert process.poll() is None
+
+
+def test_a_signal_to_both_is_counted_once() -> None:
+    """The worker learns how many of the signals came from the parent, before they come."""
+    status, notes, said = supervise(
+        """
+        def hear(*_):
+            note(parent.recv(100).decode())
+            if stop.append(1) or len(stop) == 2: sys.exit(0)
+        stop = []
+        signal.signal(signal.SIGTERM, hear)
+        tell(b"READY=1")
+        os.kill(os.getppid(), signal.SIGTERM)
+        while not stop: signal.pause()
+        os.kill(os.getppid(), signal.SIGTERM)
+        while True: signal.pause()
+        """
+    )
+    assert (status, notes) == (0, ["SIGNALS=1", "SIGNALS=2"]), said
+
+
+def test_as_process_1(tmp_path: Path) -> None:
+    """It reaps the orphans of others."""
+    program = _PRELUDE + textwrap.dedent(
+        """
+        assert os.getppid() == 1
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            orphan = os.fork()
+            if orphan: os.write(writer, b"%d" % orphan)
+            os._exit(0)
+        os.wait()
+        orphan = int(os.read(reader, 20))
+        while True:
+            try: os.kill(orphan, 0)
+            except ProcessLookupError: break
+            time.sleep(0.01)
+        note("reaped")
+        tell(b"READY=1")
+        sys.exit(0)
+        """
+    )
+    need("unshare")
+    command = [*PARENT, "text", "info", "", sys.executable, "-c", program]
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", *command],
+        capture_output=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    if b"unshare failed" in done.stderr:
+        pytest.skip("no namespaces here")
+    assert (done.returncode, done.stdout) == (0, b"reaped\n"), done.stderr
+
+
+def test_no_pidfd() -> None:
+    """Where pidfd_open(2) is forbidden, or fails once, nothing is different."""
+    for folder in qmpfd.supervisor.__path__:
+        for file in Path(folder).glob("*.py"):
+            assert "pidfd" not in file.read_text()
+
+
+# -- the service manager -----------------------------------------------------------------------
+
+
+def test_notifications_are_repeated(tmp_path: Path) -> None:
+    """The service manager is away for a moment: it is told when it is back."""
+    path = tmp_path / "manager"
+    program = _PRELUDE + textwrap.dedent(
+        """
+        tell(b"STATUS=old")
+        tell(b"READY=1")
+        tell(b"STATUS=new")
+        barrier()
+        note("told")
+        while True: time.sleep(9)
+        """
+    )
+    with started(program, NOTIFY_SOCKET=str(path)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"told\n"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(str(path))
+            manager.settimeout(DEADLINE)
+            assert [manager.recv(100) for _ in range(2)] == [b"READY=1", b"STATUS=new"]
+
+
+def test_the_parent_feeds_the_watchdog(tmp_path: Path) -> None:
+    """While no worker runs, too: the service manager is not to kill what is kept."""
+    path = tmp_path / "manager"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.settimeout(DEADLINE)
+        program = _PRELUDE + "os.kill(os.getpid(), signal.SIGKILL)"
+        with started(program, NOTIFY_SOCKET=str(path), WATCHDOG_USEC="200000") as process:
+            for _ in range(20):
+                assert manager.recv(100) == b"WATCHDOG=1"
+            assert process.poll() is None
+
+
+# -- room for descriptors ----------------------------------------------------------------------
+
+
+def test_a_full_table_is_answered() -> None:
+    """What cannot be kept is said, before anything that comes later is answered."""
+    status, notes, said = supervise(
+        """
+        import resource
+        room = int(os.environ["FDSTORE"])
+        assert 0 < room < 200
+        for number in range(room):
+            tell(b"FDSTORE=1\\nFDNAME=%d" % number, [0])
+        tell(b"QMPFD_SYNC=1")
+        assert parent.recv(100) == b"SYNCED=1"
+        for number in range(room, 300):
+            tell(b"FDSTORE=1\\nFDNAME=%d\\nQMPFD_SYNC=%d" % (number, number), [0])
+            answer = parent.recv(100)
+            if answer != b"SYNCED=%d" % number: break
+        assert answer == b"LOST=%d" % number, answer
+        assert parent.recv(100) == b"SYNCED=%d" % number
+        tell(b"FDSTOREREMOVE=1\\nFDNAME=0")
+        tell(b"FDSTORE=1\\nFDNAME=again\\nQMPFD_SYNC=x", [0])
+        assert parent.recv(100) == b"SYNCED=x"
+        note("fine")
+        """,
+        prefix=["sh", "-c", 'ulimit -n 200 && exec "$@"', "sh"],
+    )
+    assert (status, notes) == (0, ["fine"]), said
+    assert "one could not be kept" in said
+
+
+def test_slow_closes_are_answered() -> None:
+    status, notes, said = supervise(
+        """
+        r, w = os.pipe()
+        tell(b"FDSTORE=1\\nFDNAME=x", [w])
+        os.close(w)
+        tell(b"FDSTOREREMOVE=1\\nFDNAME=x\\nQMPFD_CLOSE=slow")
+        note(parent.recv(100).decode())
+        note(os.read(r, 1))
+        """
+    )
+    assert (status, notes) == (0, ["CLOSED=x", "b''"]), said
+
+
+def test_inherited_descriptors_keep_their_numbers(tmp_path: Path) -> None:
+    """For each worker, although what is kept for it comes from number 3 on."""
+    file = _file(tmp_path)
+    program = _PRELUDE + textwrap.dedent(
+        """
+        assert os.pread(5, 10, 0) == b"content"
+        if not given:
+            tell(b"FDSTORE=1\\nFDNAME=qmpfd-journal-1", [0])
+            for number in range(9):
+                fd = os.memfd_create(f"{number}")
+                tell(b"FDSTORE=1\\nFDNAME=%d" % number, [fd])
+            tell(b"READY=1")
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert names.count("qmpfd-inherited") == 1
+        assert given["qmpfd-inherited"] == 5
+        for number in range(9):
+            link = os.readlink(f"/proc/self/fd/{given[str(number)]}")
+            assert link == f"/memfd:{number} (deleted)", link
+        note("fine")
+        """
+    )
+    command = [*PARENT, "text", "info", "", sys.executable, "-c", program]
+    shell = ["sh", "-c", 'exec "$@" 5<"$0"', str(file)]
+    done = subprocess.run([*shell, *command], capture_output=True, timeout=DEADLINE, check=False)
+    assert (done.returncode, done.stdout) == (0, b"fine\n"), done.stderr

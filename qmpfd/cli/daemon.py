@@ -20,11 +20,13 @@ from ..kernel.fd import Fd
 from ..kernel.systemd import (
     InheritedFd,
     announce_ready,
+    forwarded_signals,
     notify,
     notify_reloading,
+    repeat_notifications,
     watchdog_interval,
 )
-from ..limits import STATUS_INTERVAL, Limits
+from ..limits import NOTIFY_RETRY, STATUS_INTERVAL, Limits
 from ..policy import BadPolicy, Policy, load_policy
 from ..server import Server, serve
 from ..server.fdstore.mirror import FdStoreConfig
@@ -139,17 +141,20 @@ async def _look_after(
 async def _obey(
     server: Server, policy_path: Path | None, signals: AsyncIterator[int], serving: trio.Nursery
 ) -> None:
-    told = False
+    stops = 0
     async for number in signals:
         name = signal.Signals(number).name
         if number == signal.SIGHUP:
             await _reload(server, policy_path)
-        elif told:
+            continue
+        stops += 1
+        forwarded = forwarded_signals()
+        # One that was sent to the parent and to us is not a second one.
+        if max(forwarded, stops - forwarded) > 1:
             _log.warning("%s again: ending at once", name)
             serving.cancel_scope.cancel()
-        else:
+        elif stops == 1:
             _log.info("%s: ending once all is answered", name)
-            told = True
             notify("STOPPING=1")
             server.stop()
 
@@ -169,7 +174,7 @@ async def _report(server: Server) -> None:
         if status != told:
             notify(status)
         told = status
-        await trio.sleep(STATUS_INTERVAL)
+        await trio.sleep(STATUS_INTERVAL if repeat_notifications() else NOTIFY_RETRY)
 
 
 async def _feed_watchdog(limit: float) -> None:

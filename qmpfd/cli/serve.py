@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -284,12 +285,16 @@ def raise_open_files_limit() -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     _fill_standard_streams()
+    # With ``stty tostop``, it would stop a background job that logs to its terminal.
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     parent, store_size = take_parent(), take_store_size()
     if arguments.supervise and parent is None and not keeping.has_store(store_size):
         numbers = {option.fd for option in arguments.add_fd}
         if arguments.ready_fd is not None:
             numbers.add(arguments.ready_fd)
-        keeping.become_supervisor(arguments.log_format, arguments.log_level, numbers)
+        keeping.become_supervisor(
+            arguments.log_format, arguments.log_level, numbers, arguments.drain_timeout
+        )
     from . import logs, takeover
 
     inherited = take_listen_fds()

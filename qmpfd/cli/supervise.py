@@ -30,24 +30,28 @@ def has_store(size: int) -> bool:
     return size > 0 and bool(os.environ.get("NOTIFY_SOCKET"))
 
 
-def become_supervisor(log_format: str, log_level: str, passed: Collection[int]) -> NoReturn:
+def become_supervisor(
+    log_format: str, log_level: str, passed: Collection[int], drain_timeout: float
+) -> NoReturn:
     """Become the small parent; it starts this command line again, as its worker.
 
     Args:
         log_format: as for this program.
         log_level: likewise.
         passed: the inherited descriptors that the command line names.
+        drain_timeout: seconds that the worker may take to end.
     """
     spec = find_spec("qmpfd.supervisor")
     assert spec is not None
-    assert spec.origin is not None
-    # Without the environment's and the site's modules: nothing but its own file and the library.
-    python = [sys.executable, "-I", "-S", "-W", "ignore", spec.origin]
+    assert spec.submodule_search_locations is not None
+    # Without the environment's and the site's modules: nothing but its own files and the library.
+    python = [sys.executable, "-I", "-S", "-W", "ignore", spec.submodule_search_locations[0]]
     for stream in range(3):  # one that had to be filled would be closed, and something else there
         os.set_inheritable(stream, True)
+    options = [f"--drain-timeout={drain_timeout}", log_format, log_level]
     numbers = ",".join(map(str, passed))
     command = [sys.executable, *sys.orig_argv[1:]]
-    os.execv(sys.executable, [*python, log_format, log_level, numbers, *command])
+    os.execv(sys.executable, [*python, *options, numbers, *command])
 
 
 def recover(inherited: Sequence[InheritedFd], others: Iterable[Movable]) -> Recovered:

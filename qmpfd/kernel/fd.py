@@ -11,6 +11,7 @@ import array
 import errno
 import fcntl
 import os
+import resource
 import socket
 import struct
 import termios
@@ -132,6 +133,11 @@ def is_in_memory(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def open_files_limit() -> int:
+    """How many descriptors this process may have open (RLIMIT_NOFILE, the soft limit)."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def unread_bytes(sock: socket.socket) -> int:

@@ -13,6 +13,7 @@ import select
 import socket
 import stat
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,10 @@ from .fd import Fd, FileDescriptorLike
 
 #: The first inherited descriptor (SD_LISTEN_FDS_START).
 _FIRST = 3
+
+#: What the parent of ``serve --supervise`` calls an inherited descriptor that has its number among
+#: those that are passed: it is none of them.
+_IN_PLACE = "qmpfd-inherited"
 
 
 class InheritedFd(NamedTuple):
@@ -46,10 +51,15 @@ def take_listen_fds() -> list[InheritedFd]:
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
     taken = []
-    for number in range(_FIRST, _FIRST + int(count)):
-        os.set_inheritable(number, False)
-        index = number - _FIRST
-        taken.append(InheritedFd(Fd(number), names[index] if index < len(names) else "unknown"))
+    for index in range(min(int(count[:9]), fds.open_files_limit())):
+        name = names[index] if index < len(names) else "unknown"
+        if name == _IN_PLACE:
+            continue
+        try:
+            os.set_inheritable(_FIRST + index, False)
+        except OSError:  # it was not passed after all
+            continue
+        taken.append(InheritedFd(Fd(_FIRST + index), name))
     return taken
 
 
@@ -66,6 +76,10 @@ class Notifier:
         sock.setblocking(False)
         self._sock = sock
         self.is_parent = is_parent
+        #: What the parent has said: see :mod:`qmpfd.supervisor`; whoever handles it takes it out.
+        self.received: deque[str] = deque()
+        #: How many signals that end this process it has forwarded so far.
+        self.signals = 0
 
     @classmethod
     def connect(cls) -> Notifier | None:
@@ -95,6 +109,22 @@ class Notifier:
     def fileno(self) -> int:
         """Of the socket: writable when there is room, readable when the parent is gone."""
         return self._sock.fileno()
+
+    def receive(self) -> bool:
+        """Receive what the parent has said; whether it is still there."""
+        while True:
+            try:
+                message = self._sock.recv(4096).decode("ascii", "replace")
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not message:
+                return False
+            if message.startswith("SIGNALS="):
+                self.signals = int(message.partition("=")[2])
+            else:
+                self.received.append(message)
 
     def move_to(self, number: int) -> None:
         """As :meth:`qmpfd.kernel.fd.Fd.move_to`."""
@@ -142,21 +172,50 @@ def take_store_size() -> int:
     return int(size) if size.isdecimal() else 0
 
 
+def forwarded_signals() -> int:
+    """How many of the signals that end this process have come from the parent, so far."""
+    if _parent is None:
+        return 0
+    _parent.receive()
+    return _parent.signals
+
+
+#: Notifications that could not be sent, by the name of their first variable, oldest first.
+_unsent: dict[str, str] = {}
+
+
 def notify(*assignments: str) -> bool:
     """Tell the service manager something, such as ``"READY=1"``; whether there is one.
 
-    That it cannot be reached is no reason to end: it is told again, or not.
+    What cannot be sent now is sent by :func:`repeat_notifications`, unless a newer one of its kind
+    replaces it.
     """
-    notifier = _parent or Notifier.connect()
-    if notifier is None:
+    if _parent is None and not os.environ.get("NOTIFY_SOCKET"):
         return False
+    kind = assignments[0].partition("=")[0]
+    _unsent.pop(kind, None)
+    _unsent[kind] = "\n".join(assignments)
+    repeat_notifications()
+    return True
+
+
+def repeat_notifications() -> bool:
+    """Send what could not be sent before; whether all of it could now."""
+    if not _unsent:
+        return True
     try:
-        notifier.send("\n".join(assignments))
+        notifier = _parent or Notifier.connect()
+        if notifier is None:
+            return False
+        try:
+            for kind in list(_unsent):
+                notifier.send(_unsent[kind])
+                del _unsent[kind]
+        finally:
+            if notifier is not _parent:
+                notifier.close()
     except OSError:
         return False
-    finally:
-        if notifier is not _parent:
-            notifier.close()
     return True
 
 

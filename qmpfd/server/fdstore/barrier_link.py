@@ -238,8 +238,9 @@ class BarrierLink:
                 self._idle = None
 
     async def _watch(self) -> None:
-        """The parent never says anything: it can be heard only when it is gone."""
-        await trio.lowlevel.wait_readable(self._notifier)
+        """Wait for the end of the parent.  What it says besides comes before a barrier's end."""
+        while self._notifier.receive():
+            await trio.lowlevel.wait_readable(self._notifier)
         self.end("the descriptors are no longer kept safe: the supervising process is gone")
 
     def end(self, reason: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -147,6 +148,93 @@ def test_a_second_sigterm_ends_at_once(path: Path) -> None:
             assert daemon.process.wait(DEADLINE) == 0
 
 
+def test_a_signal_to_both_cuts_no_reply(path: Path) -> None:
+    """As a service manager sends it, or a person who means all processes; whoever has it first."""
+    for parent_first in (True, False):
+        with supervised(path) as daemon, daemon.client() as client:
+            worker = daemon.worker()
+            client.execute("add-fd", fds=[0])
+            with client.detach() as sock:
+                count, received = 200, 0
+                sock.settimeout(DEADLINE)
+                sock.sendall(b'{"execute": "query-qmp-schema"}' * count)
+                assert sock.recv(1)
+                for pid in [daemon.pid, worker] if parent_first else [worker, daemon.pid]:
+                    os.kill(pid, signal.SIGTERM)
+                    until(lambda: "SIGTERM: ending" in daemon.log)
+                while chunk := sock.recv(1 << 20):
+                    received += chunk.count(b"\r\n")
+                assert received == count
+            assert daemon.process.wait(DEADLINE) == 0
+
+
+def test_a_worker_that_hangs(path: Path) -> None:
+    """It is killed and started again, with all that it had."""
+    with supervised(path, env={"WATCHDOG_USEC": "1500000"}) as daemon:
+        with daemon.client() as client:
+            client.execute("add-fd", {"opaque": "mine"}, [0])
+            there = fds(client)
+        os.kill(daemon.worker(), signal.SIGSTOP)
+        until(lambda: "killing it" in daemon.log)
+        with daemon.client() as client:
+            assert fds(client) == there
+        worker = daemon.worker()
+        time.sleep(2)  # it is watched as well, and lives
+        assert daemon.worker() == worker
+
+
+def test_a_worker_that_hangs_and_is_told_to_end(path: Path) -> None:
+    with supervised(path, "--drain-timeout", "0.5") as daemon:
+        os.kill(daemon.worker(), signal.SIGSTOP)
+        daemon.process.terminate()
+        begun = time.monotonic()
+        assert daemon.process.wait(DEADLINE) == 0
+        assert time.monotonic() - begun < 0.5 + 2
+        assert "has not ended 0.5 s after it was told to" in daemon.log
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_a_terminal_that_stops_those_who_write(path: Path, background: bool) -> None:
+    """stty tostop: the worker is in a process group of its own, and logs."""
+    program = f"""
+import fcntl, os, sys, termios
+os.setsid()
+terminal = os.open(os.ttyname({{slave}}), os.O_RDWR)
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+mode = termios.tcgetattr(terminal)
+mode[3] |= termios.TOSTOP
+termios.tcsetattr(terminal, termios.TCSANOW, mode)
+if {background} and os.fork() == 0:
+    os.setpgid(0, 0)
+    os.dup2(terminal, 2)
+    os.execv(sys.executable, sys.argv[1:])
+elif not {background}:
+    os.dup2(terminal, 2)
+    os.execv(sys.executable, sys.argv[1:])
+os.wait()
+"""
+    master, slave = os.openpty()
+    command = [*COMMAND, "--supervise", "--socket", str(path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program.format(slave=slave), *command], pass_fds=[slave]
+    )
+    os.close(slave)
+    try:
+        with connected(path) as client:
+            client.execute("add-fd", fds=[0])
+            (parent,) = children(process.pid) if background else [process.pid]
+            (worker,) = children(parent)
+            os.kill(worker, signal.SIGKILL)
+        with connected(path) as client:
+            assert len(fds(client)) == 1
+            client.execute("quit")
+        assert process.wait(DEADLINE) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
 def test_sighup_reads_the_policy(path: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.toml"
     policy.write_text("")
@@ -157,7 +245,7 @@ def test_sighup_reads_the_policy(path: Path, tmp_path: Path) -> None:
 
 
 def test_dying_at_every_start(path: Path, tmp_path: Path) -> None:
-    """It is given up, with all that it had kept; SIGHUP tries again."""
+    """It is tried again for ever, less and less often, with all that is kept; SIGHUP at once."""
     policy = tmp_path / "policy.toml"
     policy.write_text("")
     with supervised(path, "--policy", str(policy)) as daemon:
@@ -168,19 +256,22 @@ def test_dying_at_every_start(path: Path, tmp_path: Path) -> None:
         held = daemon.open_fds()
         begun = time.monotonic()
         daemon.kill_worker()
-        until(lambda: "given up" in daemon.log)
+        hint = f"kill -HUP {daemon.pid}"
+        until(lambda: hint in daemon.log)
         assert 4 < time.monotonic() - begun < 25
-        (line,) = (line for line in daemon.log.splitlines() if "given up" in line)
-        assert f"kill -HUP {daemon.pid}" in line
+        (line,) = (line for line in daemon.log.splitlines() if hint in line)
+        delays = re.findall(r"trying again in ([0-9.]+) s", daemon.log)
+        assert delays == ["0.1", "0.2", "0.4", "0.8", "1.6", "3.2", "6.4"]
+        assert "3 descriptors are kept" in line  # it, the listening socket and the journal
         assert daemon.process.poll() is None
-        assert daemon.open_fds() == held - 2  # the worker's socket and pidfd
+        assert daemon.open_fds() == held - 1  # the worker's socket
         policy.write_text("")
         daemon.process.send_signal(signal.SIGHUP)
         with daemon.client() as client:
             assert fds(client) == there
 
 
-def test_given_up_and_told_to_end(path: Path, tmp_path: Path) -> None:
+def test_told_to_end_between_two_tries(path: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.toml"
     policy.write_text("")
     with supervised(path, "--policy", str(policy)) as daemon:

@@ -1,0 +1,48 @@
+"""The parent's log: on standard error, in the worker's format."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+LEVELS = ("debug", "info", "warning", "error")
+_PRIORITIES = (7, 6, 4, 3)  # sd-daemon(3)
+
+
+class Log:
+    """Writes lines, and leaves out what nobody reads: the parent never waits for it.
+
+    Args:
+        form: ``text`` or ``json``.
+        level: the least that is logged: ``debug``, ``info``, ``warning`` or ``error``.
+    """
+
+    def __init__(self, form: str, level: str) -> None:
+        self._json = form == "json"
+        self._least = LEVELS.index(level)
+        self._journal = "JOURNAL_STREAM" in os.environ
+
+    def log(self, level: str, message: str) -> None:
+        """Write one line."""
+        rank = LEVELS.index(level)
+        if rank < self._least:
+            return
+        message = message.encode("ascii", "backslashreplace").decode()
+        if self._json:
+            now = time.time()
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+            stamp += f".{int(now * 1000) % 1000:03}Z"
+            message = message.replace("\\", "\\\\").replace('"', '\\"')
+            line = f'{{"time": "{stamp}", "level": "{level}", "message": "{message}"}}\n'
+        else:
+            line = f"qmpfd: {message}\n"
+            if self._journal:
+                line = f"<{_PRIORITIES[rank]}>{line}"
+        try:
+            poll = select.poll()
+            poll.register(2, select.POLLOUT)
+            if poll.poll(0):
+                os.write(2, line.encode())
+        except OSError:
+            pass

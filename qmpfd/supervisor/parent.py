@@ -1,0 +1,482 @@
+"""The parent: starts workers, keeps their descriptors, and ends with them."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from enum import Enum
+
+from .log import Log
+from .manager import Manager
+from .store import SlowCloser, Store, close, is_good_name
+from .worker import (
+    FORWARDED,
+    NamedFds,
+    Program,
+    Worker,
+    ignore_signals,
+    inherited_fds,
+    inherited_sockets,
+)
+
+#: Seconds until the next start of a worker that died before it served: doubled each time.
+FIRST_DELAY, LAST_DELAY = 0.1, 30.0
+
+#: Deaths in a row after which the log says what can be done.
+MANY_FAILURES = 7
+
+#: Seconds that a worker serves at least, or it waits for as long before it is started again.
+SHORT_LIFE, PAUSE = 1.0, 0.02
+
+#: Seconds within which a worker says that its loop turns, where the service manager has no wish.
+HEARTBEAT = 10.0
+
+#: Seconds within which a worker serves.  A takeover may take a while.
+START_TIMEOUT = 120.0
+
+#: Seconds that the end of a worker that drains takes beyond --drain-timeout.
+END_TIMEOUT = 2.0
+
+#: Seconds that a worker may take to end by default.
+DRAIN_TIMEOUT = 5.0
+
+#: Messages that are handled before signals have their turn.
+MESSAGES = 512
+
+#: Messages without bytes in a row that show that nobody is left at the other end: recvmsg(2) does
+#: not tell such a message from the end.
+EMPTY_MESSAGES = 8
+
+#: Variables of a message that are between the worker and us.
+OWN_FIELDS = {
+    b"FDSTORE",
+    b"FDSTOREREMOVE",
+    b"FDNAME",
+    b"FDPOLL",
+    b"BARRIER",
+    b"MAINPID",
+    b"QMPFD_CLOSE",
+    b"QMPFD_SYNC",
+    b"QMPFD_SOCKET",
+}
+
+HEARD = (*FORWARDED, signal.SIGQUIT, signal.SIGCHLD)
+
+
+class State(Enum):
+    """What there is of a worker."""
+
+    FIRST_WAIT = "none has served yet, and none runs"
+    FIRST_START = "none has served yet, and one starts"
+    WAITING = "none runs; the next one is started at some time"
+    STARTING = "one starts again"
+    SERVING = "it serves"
+    HUNG = "it did not answer in time and was killed"
+    STOPPING = "it was told to end"
+    DRAINING = "it was told to end, and has said that it does"
+    KILLED = "it was told to end, did not in time and was killed"
+    ENDED = "it has ended, and so does the parent"
+
+
+class Event(Enum):
+    """What happens to a worker."""
+
+    START = "it is started"
+    READY = "it says READY=1"
+    STOP = "it is to end: SIGTERM or SIGINT"
+    STOPS = "it says STOPPING=1"
+    TIMEOUT = "it does not answer in time"
+    DIED = "it is dead, and is to be started again"
+    END = "it is dead, and the parent ends too"
+
+
+_TO_THE_END = {Event.END: State.ENDED}
+_STARTING = {
+    Event.READY: State.SERVING,
+    Event.STOP: State.STOPPING,
+    Event.TIMEOUT: State.HUNG,
+} | _TO_THE_END
+
+#: What is not here changes nothing.
+TRANSITIONS = {
+    State.FIRST_WAIT: {Event.START: State.FIRST_START} | _TO_THE_END,
+    State.FIRST_START: {Event.DIED: State.FIRST_WAIT} | _STARTING,
+    State.WAITING: {Event.START: State.STARTING} | _TO_THE_END,
+    State.STARTING: {Event.DIED: State.WAITING} | _STARTING,
+    State.SERVING: {
+        Event.STOP: State.STOPPING,
+        Event.TIMEOUT: State.HUNG,
+        Event.DIED: State.WAITING,
+    }
+    | _TO_THE_END,
+    State.HUNG: {Event.STOP: State.KILLED, Event.DIED: State.WAITING} | _TO_THE_END,
+    State.STOPPING: {Event.STOPS: State.DRAINING, Event.TIMEOUT: State.KILLED} | _TO_THE_END,
+    State.DRAINING: {Event.TIMEOUT: State.KILLED} | _TO_THE_END,
+    State.KILLED: _TO_THE_END,
+    State.ENDED: {},
+}
+
+#: In these, the worker was told to end.
+_TOLD_TO_END = (State.STOPPING, State.DRAINING, State.KILLED)
+
+
+class Supervisor:
+    """The parent.
+
+    Args:
+        log: for what happens to the workers.
+        command: the worker's program, and its arguments.
+        passed: inherited descriptors that are for the first worker that serves only.
+        sockets: those of the service manager, with their names, for each worker.
+        drain_timeout: seconds that a worker may take to end.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        command: list[str],
+        passed: set[int],
+        sockets: NamedFds,
+        drain_timeout: float,
+    ) -> None:
+        self._log = log
+        self._drain_timeout = drain_timeout
+        self._manager = Manager()
+        self._heartbeat = self._manager.watchdog or HEARTBEAT
+        inherited = inherited_fds()
+        self._passed = passed & inherited
+        self._program = Program(command, sockets, inherited, self._heartbeat)
+        self._state = State.FIRST_WAIT
+        self._worker: Worker | None = None
+        self._start_at = 0.0
+        self._deadline: float | None = None  # of the worker, to do what its state waits for
+        self._failures = 0  # deaths in a row before READY=1
+        self._reload = False  # a SIGHUP is to be forwarded once the worker serves
+        self._status = 0
+        self._poll = select.poll()
+        self._wake, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._closer = SlowCloser(writer)
+        self._store = Store(self._closer)
+        self._poll.register(self._wake, select.POLLIN)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        ignore_signals(HEARD)
+        for number in HEARD:
+            signal.signal(number, lambda *_: None)
+
+    def run(self) -> int:
+        """Supervise until the worker ends, or we are told to; the exit status."""
+        while self._state is not State.ENDED:
+            try:
+                self._turn()
+            except Exception as exc:  # noqa: BLE001 - whoever keeps the descriptors goes on
+                self._log.log("error", f"the parent goes on after an error: {exc!r}")
+                time.sleep(FIRST_DELAY)
+        return self._status
+
+    def _turn(self) -> None:
+        """Do what is due, wait, and handle what has come."""
+        for number, events in self._poll.poll(self._work(time.monotonic())):
+            worker = self._worker
+            if number == self._wake:
+                self._wake_up()
+            elif worker is not None and number == worker.sock.fileno():
+                if events & select.POLLIN:
+                    self._receive(worker, MESSAGES)
+                if events & select.POLLHUP:  # it has closed its end, or is dead in a moment
+                    self._receive(worker)
+                    self._poll.unregister(worker.sock)
+                else:
+                    self._listen_to(worker)
+
+    def _work(self, now: float) -> float | None:
+        """Do what is due; milliseconds until there is more to do, None for no time."""
+        if self._state in (State.FIRST_WAIT, State.WAITING) and self._start_at <= now:
+            self._start(now)
+        if self._deadline is not None and self._deadline <= now:
+            self._time_out(now)
+        due = [self._manager.work(now), self._deadline]
+        if self._worker is None:
+            due.append(self._start_at)
+        times = [at for at in due if at is not None]
+        return max(min(times) - now, 0) * 1000 + 1 if times else None
+
+    def _wake_up(self) -> None:
+        """Signals have come, or slow closes are done."""
+        numbers = os.read(self._wake, 64)
+        for name in self._closer.take_closed():
+            if self._worker is not None:
+                self._worker.send(b"CLOSED=" + name)
+        for number in numbers:
+            if number:
+                self._handle_signal(number)
+        if self._worker is not None and self._state is not State.ENDED:
+            self._listen_to(self._worker)
+
+    def _listen_to(self, worker: Worker) -> None:
+        """Poll for what the worker's socket has to wait for.  As long as a close makes room that is
+        needed, nothing more is received.
+        """
+        full = self._closer.pending and (
+            len(self._store.fds) + self._closer.pending >= self._program.most_open
+        )
+        events = (0 if full else select.POLLIN) | (select.POLLOUT if worker.flush() else 0)
+        if events != worker.polled_for:
+            worker.polled_for = events
+            try:
+                self._poll.modify(worker.sock, events)
+            except OSError:  # nobody is at the other end any more
+                pass
+
+    def _happen(self, event: Event) -> None:
+        """Change the state, and the time until the worker has to do something."""
+        self._state = TRANSITIONS[self._state].get(event, self._state)
+        self._set_deadline()
+
+    def _set_deadline(self) -> None:
+        worker, state = self._worker, self._state
+        self._deadline = None
+        if worker is None:
+            return
+        if state in (State.FIRST_START, State.STARTING):
+            self._deadline = worker.started_at + START_TIMEOUT
+        elif state is State.SERVING:
+            self._deadline = worker.heard_at + self._heartbeat
+        elif state is State.STOPPING:
+            self._deadline = worker.stopped_at + self._drain_timeout
+        elif state is State.DRAINING:
+            self._deadline = worker.stopped_at + self._drain_timeout + END_TIMEOUT
+
+    # -- the worker's life ---------------------------------------------------------------------
+
+    def _start(self, now: float) -> None:
+        """Start a worker."""
+        try:
+            worker = self._program.start(self._store.fds, self._log_unrunnable)
+        except OSError as exc:
+            self._start_at = now + self._delay()
+            self._failures += 1
+            self._log.log("error", f"no worker can be started: {exc.strerror}: trying again")
+            return
+        self._worker = worker
+        self._poll.register(worker.sock, worker.polled_for)
+        self._happen(Event.START)
+
+    def _log_unrunnable(self, reason: str) -> None:
+        self._log.log("error", f"{self._program.command[0]} cannot be run: {reason}")
+
+    def _delay(self) -> float:
+        return float(min(FIRST_DELAY * 2 ** min(self._failures, 32), LAST_DELAY))
+
+    def _time_out(self, now: float) -> None:
+        """The worker has not done in time what it had to."""
+        worker = self._worker
+        assert worker is not None
+        self._receive(worker)  # perhaps it was us who were stopped
+        if self._deadline is None or self._deadline > now:
+            return
+        if self._state in _TOLD_TO_END:
+            what = f"has not ended {now - worker.stopped_at:.1f} s after it was told to"
+        else:
+            what = f"has not answered for {now - worker.heard_at:.1f} s"
+        self._log.log("error", f"the worker {what}: killing it")
+        worker.kill(signal.SIGKILL)
+        self._happen(Event.TIMEOUT)
+
+    def _reap(self) -> None:
+        """Wait for every child that is dead.  As process 1 we have those of others too."""
+        while True:
+            try:
+                pid, wait_status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if self._worker is not None and pid == self._worker.pid:
+                self._bury(self._worker, os.waitstatus_to_exitcode(wait_status))
+
+    def _bury(self, worker: Worker, status: int) -> None:
+        """The worker is dead: start another one in time, or end."""
+        # First of all, what it has said: others have been told that it is safe.
+        self._receive(worker)
+        try:
+            self._poll.unregister(worker.sock)
+        except KeyError:  # its end of the socket was closed before
+            pass
+        worker.sock.close()
+        self._worker = None
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        if self._state in _TOLD_TO_END:
+            if status != 0:
+                self._store.remove_files()
+            # A signal that we sent, before it could hear it, or because it did not.
+            ours = status in (-signal.SIGTERM, -signal.SIGINT) or self._state is State.KILLED
+            return self._end(0 if ours else status)
+        if status == 0 or (status > 0 and self._state is State.FIRST_START):
+            return self._end(status)  # it has said why itself
+        if not self._store.has_journal:
+            self._store.clear()
+            if worker.had_journal:  # a successor has it all, or nothing is to be left
+                self._log.log(
+                    "info", f"the worker {how}, after it had let go of everything: ending"
+                )
+                return self._end(0)
+        self._start_again(worker, how)
+        return self._happen(Event.DIED)
+
+    def _end(self, status: int) -> None:
+        self._status = status if status >= 0 else 128 - status
+        self._happen(Event.END)
+
+    def _start_again(self, worker: Worker, how: str) -> None:
+        now = time.monotonic()
+        if worker.ready_at is not None:
+            self._failures = 0
+            short = now - worker.ready_at < SHORT_LIFE
+            self._start_at = now + (PAUSE if short else 0)
+            self._log.log("warning", f"the worker {how}: starting it again")
+            return
+        delay = self._delay()
+        self._failures += 1
+        self._start_at = now + delay
+        message = f"the worker {how} before it could serve: trying again in {delay:g} s"
+        if self._failures < MANY_FAILURES:
+            self._log.log("warning", message)
+            return
+        pid = os.getpid()
+        self._log.log(
+            "error",
+            f"{message}. {len(self._store.fds)} descriptors are kept by pid {pid}: once the cause "
+            f"is gone, kill -HUP {pid} tries at once; kill {pid} closes them",
+        )
+
+    # -- signals -------------------------------------------------------------------------------
+
+    def _handle_signal(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            self._reap()
+        elif number == signal.SIGHUP:
+            self._handle_hangup()
+        elif number in (signal.SIGTERM, signal.SIGINT):
+            self._handle_stop(number)
+        elif number == signal.SIGQUIT:
+            self._log.log(
+                "warning", "SIGQUIT is ignored: SIGTERM ends the daemon, a second one at once"
+            )
+
+    def _handle_hangup(self) -> None:
+        """Have the policy read again: by a worker that is started now, or by the one that runs."""
+        if self._worker is None:
+            self._failures, self._start_at = 0, 0.0
+        elif self._state is State.SERVING:
+            self._worker.kill(signal.SIGHUP)
+        else:  # it would be killed by it
+            self._reload = True
+
+    def _handle_stop(self, number: int) -> None:
+        worker = self._worker
+        if worker is None:
+            self._store.remove_files()
+            self._end(0)
+            return
+        if not worker.stops:
+            worker.stopped_at = time.monotonic()
+        # The worker may have got the same signal from whoever sent us ours: that is no second one.
+        worker.stops += 1
+        worker.send(b"SIGNALS=%d" % worker.stops)
+        worker.kill(number)
+        self._happen(Event.STOP)
+
+    # -- what the worker says ------------------------------------------------------------------
+
+    def _receive(self, worker: Worker, most: int = -1) -> None:
+        """Handle what the worker has sent; *most* messages of it, all by default."""
+        heard, empty = False, 0
+        while most and empty < EMPTY_MESSAGES:
+            most -= 1
+            received = worker.receive()
+            if received is None:
+                break
+            data, fds, truncated = received
+            if not data and not fds:
+                empty += 1
+                continue
+            heard, empty = True, 0
+            if self._handle_message(worker, data, fds, truncated) and most > 0:
+                break  # it waits for that: nothing more has come most likely
+        if heard:
+            worker.heard_at = time.monotonic()
+            self._set_deadline()
+
+    def _handle_message(self, worker: Worker, data: bytes, fds: list[int], truncated: bool) -> bool:
+        """Do what one message says; what it came with and is not kept is closed.
+
+        Returns:
+            Whether the worker waits for an answer to it.
+        """
+        fields = {}
+        others = []
+        for line in data.split(b"\n"):
+            key, _, value = line.partition(b"=")
+            if key in OWN_FIELDS:
+                fields[key] = value
+            elif key:
+                others.append(line)
+        name = fields.get(b"FDNAME", b"")
+        slow = fields.get(b"QMPFD_CLOSE") == b"slow"
+        if is_good_name(name):
+            if fields.get(b"FDSTOREREMOVE") == b"1":
+                self._store.remove(name, slow)
+            if fields.get(b"FDSTORE") == b"1":
+                if fds:
+                    self._store.add(name, fds.pop(0))
+                    worker.had_journal |= self._store.is_journal(name)
+                elif truncated:
+                    self._log.log("error", "out of descriptors: one could not be kept")
+                    worker.send(b"LOST=" + name)
+        for number in fds:
+            close(number)
+        if b"QMPFD_SOCKET" in fields:
+            self._store.add_file(fields[b"QMPFD_SOCKET"])
+        if others:
+            self._handle_notification(worker, others)
+        if b"QMPFD_SYNC" in fields:
+            worker.send(b"SYNCED=" + fields[b"QMPFD_SYNC"])
+            return True
+        return b"BARRIER" in fields
+
+    def _handle_notification(self, worker: Worker, lines: list[bytes]) -> None:
+        """The worker has said something that is for the service manager too."""
+        if b"READY=1" in lines:
+            if worker.ready_at is None:
+                worker.ready_at = worker.heard_at = time.monotonic()
+            while self._passed:
+                number = self._passed.pop()
+                self._program.inherited.discard(number)
+                close(number)
+            self._happen(Event.READY)
+            if self._reload and self._state is State.SERVING:
+                self._reload = False
+                worker.kill(signal.SIGHUP)
+        if b"STOPPING=1" in lines:
+            self._happen(Event.STOPS)
+        self._manager.forward(b"\n".join(lines))
+
+
+def main(arguments: list[str]) -> int:
+    """Supervise.
+
+    Args:
+        arguments: ``--drain-timeout=SECONDS``, if it is not 5; format and level of the log, the
+            descriptors that are for the first worker only, with commas between, and the worker's
+            command line.
+    """
+    drain_timeout = DRAIN_TIMEOUT
+    if arguments[0].startswith("--drain-timeout="):
+        drain_timeout = float(arguments[0].partition("=")[2])
+        arguments = arguments[1:]
+    form, level, passed, *command = arguments
+    numbers = {int(number) for number in passed.split(",") if number}
+    log = Log(form, level)
+    return Supervisor(log, command, numbers, inherited_sockets(), drain_timeout).run()

@@ -1,0 +1,161 @@
+"""The descriptors that the parent keeps, and how they are closed."""
+
+from __future__ import annotations
+
+import _thread
+import os
+
+#: What the worker's journal is called: without it, the other descriptors mean nothing.
+_JOURNAL = b"qmpfd-journal-"
+
+#: Closes that may hang at a time; more wait for one of them.
+_MAX_THREADS = 32
+
+
+def close(number: int) -> None:
+    """Close a descriptor; whatever close reports, it is closed (close(2))."""
+    try:
+        os.close(number)
+    except OSError:
+        pass
+
+
+class SlowCloser:
+    """Closes in threads what may hang in its close.
+
+    Args:
+        wake: a descriptor that a byte is written to after each close.
+    """
+
+    def __init__(self, wake: int) -> None:
+        self._wake = wake
+        self._lock = _thread.allocate_lock()
+        self._waiting: list[tuple[bytes, int]] = []
+        self._threads = 0
+        self._closed: list[bytes] = []
+        #: Descriptors that are not closed yet.
+        self.pending = 0
+
+    def close(self, name: bytes, number: int) -> None:
+        """Close a descriptor, some time."""
+        with self._lock:
+            self.pending += 1
+            self._waiting.append((name, number))
+            if self._threads == _MAX_THREADS:
+                return
+            self._threads += 1
+        try:
+            _thread.start_new_thread(self._work, ())
+        except RuntimeError:  # no more threads: the next one does it
+            with self._lock:
+                self._threads -= 1
+
+    def take_closed(self) -> list[bytes]:
+        """The names of what has been closed since the last call."""
+        with self._lock:
+            closed, self._closed = self._closed, []
+        return closed
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                name, number = self._waiting.pop()
+            close(number)
+            with self._lock:
+                self.pending -= 1
+                self._closed.append(name)
+            try:
+                os.write(self._wake, b"\0")
+            except OSError:  # full: the parent wakes up anyway
+                pass
+
+
+class SocketFile:
+    """The file of a listening socket.
+
+    Args:
+        text: ``DEV:INODE:HEXPATH``.
+
+    Raises:
+        ValueError: it is something else.
+    """
+
+    def __init__(self, text: bytes) -> None:
+        device, inode, path = text.split(b":")
+        self._identity = int(device), int(inode)
+        self._path = bytes.fromhex(path.decode("ascii"))
+
+    def remove(self) -> None:
+        """Remove the file, unless there is another one at its path by now."""
+        try:
+            found = os.lstat(self._path)
+            if (found.st_dev, found.st_ino) == self._identity:
+                os.unlink(self._path)
+        except (OSError, ValueError):
+            pass
+
+
+class Store:
+    """The descriptors that are kept, by name.
+
+    Args:
+        closer: closes those that may hang.
+    """
+
+    def __init__(self, closer: SlowCloser) -> None:
+        self._closer = closer
+        self._files: list[SocketFile] = []
+        #: The descriptors by their names.
+        self.fds: dict[bytes, int] = {}
+
+    @property
+    def has_journal(self) -> bool:
+        """Whether a journal says what all the others are."""
+        return any(name.startswith(_JOURNAL) for name in self.fds)
+
+    @staticmethod
+    def is_journal(name: bytes) -> bool:
+        """Whether that is the name of a journal."""
+        return name.startswith(_JOURNAL)
+
+    def add(self, name: bytes, number: int) -> None:
+        """Keep a descriptor in place of the one of that name."""
+        self.remove(name, slow=False)
+        self.fds[name] = number
+
+    def remove(self, name: bytes, slow: bool) -> None:
+        """Close the descriptor of that name, if there is one."""
+        number = self.fds.pop(name, -1)
+        if number >= 0:
+            if slow:
+                self._closer.close(name, number)
+            else:
+                close(number)
+
+    def add_file(self, text: bytes) -> None:
+        """Remember the file of a listening socket, see SocketFile; without a text, forget all."""
+        if not text:
+            self._files.clear()
+            return
+        try:
+            self._files.append(SocketFile(text))
+        except ValueError:
+            pass
+
+    def clear(self) -> None:
+        """Close all of them."""
+        for name in list(self.fds):
+            self.remove(name, slow=True)
+
+    def remove_files(self) -> None:
+        """Remove the files of the worker's listening sockets."""
+        for file in self._files:
+            file.remove()
+
+
+def is_good_name(name: bytes) -> bool:
+    """Whether a descriptor may have that name (sd_pid_notify_with_fds(3), FDNAME)."""
+    return 0 < len(name) <= 255 and all(32 <= byte < 127 and byte != 58 for byte in name)
