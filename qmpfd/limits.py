@@ -98,6 +98,9 @@ LETTING_GO_TIMEOUT = 3.0
 #: Seconds that the daemon's end waits for the service manager to let go of what it kept.
 FORGET_TIMEOUT = 1.0
 
+#: Seconds that a reply waits at most for the close of what its command has removed.
+CLOSE_TIMEOUT = 1.0
+
 #: The format in which a daemon's state is handed over to its successor: the newest that it reads.
 TAKEOVER_FORMAT = 1
 

@@ -192,6 +192,8 @@ class SharedState:
             fds_to_close: where the descriptors go, whose owner this list is from then on.
         """
         for stored in entries:
+            if stored.added_by is not None:
+                stored.fd.uid = stored.added_by.uid
             if self.keeper is not None:
                 self.keeper.removed(stored)
             if stored.lifetime.watch_hangup:

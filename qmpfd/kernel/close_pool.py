@@ -3,9 +3,8 @@
 ``close`` can block: on a TCP socket with SO_LINGER and unsent data for all of the linger time, on
 a file of a FUSE or network file system for as long as its server does not answer, on a serial
 line until it has drained; and on a Unix socket in whose queue such a descriptor was left behind.
-Descriptors for which that cannot happen are closed at once; all others by threads.  Those that
-most likely cannot are waited for, for a moment: sockets are quick unless somebody who shares them
-makes them slow between our look and our close.
+Descriptors for which that cannot happen are closed at once; all others by threads, and whoever
+needs to know when that is done is told.
 """
 
 from __future__ import annotations
@@ -19,20 +18,19 @@ import socket
 import stat
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from enum import Enum, auto
-from time import monotonic
 
 from .fd import Fd, is_in_memory, unread_bytes
 from .fdinfo import make_statx
+from .mounts import LocalFileSystems
 
-#: Threads that may hang in a close at a time.  More wait in line, with their descriptors open.
+#: Threads that may hang in a close at a time, of each lane.  More descriptors wait, open.
 _MAX_THREADS = 32
 
-#: Seconds that is waited for a close that should be quick, and how long not again if it was not:
-#: who makes them slow on purpose holds up the others for a hundredth of the time.
-_GRACE = 0.005
-_NO_GRACE = 0.5
+#: Seconds that a descriptor stays open here at most because another process has not closed its own.
+_MAX_WAIT = 1.0
 
 #: Open files of the 64-bit kernel have it; sockets, pipes and anonymous inodes do not.
 _O_LARGEFILE = 0o100000
@@ -43,19 +41,6 @@ _F_GETFL, _O_PATH = fcntl.F_GETFL, os.O_PATH
 #: A file without a name gives its blocks back when it is closed, which takes time.
 _SLOW_BYTES = 64 << 20
 
-#: Seconds between two looks at whether mounts have changed: unmounting one file system and mounting
-#: another takes longer.
-_LOOK_SECONDS = 0.001
-
-# File systems on which close is over at once: local ones, and those in memory.
-_LOCAL = frozenset(
-    (
-        *("bpf", "btrfs", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "devtmpfs"),
-        *("efivarfs", "erofs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hugetlbfs", "iso9660"),
-        *("jfs", "mqueue", "overlay", "proc", "pstore", "ramfs", "reiserfs", "securityfs"),
-        *("squashfs", "sysfs", "tmpfs", "tracefs", "udf", "vfat", "xfs", "zfs"),
-    )
-)
 # Character devices: memory (null, zero, random), and pseudo-terminals.
 _QUICK_MAJORS = frozenset([1, *range(136, 144)])
 _PTMX = (5, 2)
@@ -75,6 +60,14 @@ class Risk(Enum):
 
 
 _NO_RISK = Risk.NONE  # finding a member of an enumeration takes as long as two calls
+
+
+def _await_hangup(reader: Fd) -> None:
+    """Wait, not for long, until the other end of a pipe is closed."""
+    with reader:
+        poll = select.poll()
+        poll.register(reader, 0)
+        poll.poll(_MAX_WAIT * 1000)
 
 
 def _risk_of_socket(number: int) -> Risk:
@@ -106,124 +99,64 @@ def _risk_of_unix_socket(sock: socket.socket) -> Risk:
     return Risk.SLIGHT
 
 
-class _FileSystems:
-    """The types of the mounted file systems, by device (/proc/PID/mountinfo, proc(5))."""
+class Closing:
+    """Descriptors that threads close for one caller."""
 
-    def __init__(self) -> None:
-        self._file = Fd(os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC))
-        self._changed = select.poll()
-        self._changed.register(self._file, select.POLLPRI)
-        self._looked_at = 0.0
-        self._local: set[tuple[int, int]] = set()
-        self._read()
+    __slots__ = ("_callback", "_left", "_lock")
 
-    def _read(self) -> None:
-        os.lseek(self._file.fileno(), 0, os.SEEK_SET)
-        parts = []
-        while part := os.read(self._file.fileno(), 1 << 16):
-            parts.append(part)
-        self._local.clear()
-        for line in b"".join(parts).decode("utf-8", "replace").splitlines():
-            fields, _, rest = line.partition(" - ")
-            major, minor = fields.split()[2].split(":")
-            if rest.split()[0] in _LOCAL:
-                self._local.add((int(major), int(minor)))
+    def __init__(self, count: int, lock: threading.Lock) -> None:
+        self._left = count
+        self._lock = lock
+        self._callback: Callable[[], object] | None = None
 
-    def local(self) -> set[tuple[int, int]]:
-        """The devices, by their major and minor numbers, of those on which close is quick."""
-        now = monotonic()
-        if now - self._looked_at > _LOOK_SECONDS:
-            self._looked_at = now
-            # They can come to mean another file system (proc(5), /proc/PID/mounts).
-            if self._changed.poll(0):
-                self._read()
-        return self._local
+    @property
+    def is_done(self) -> bool:
+        """Whether all of them are closed."""
+        return not self._left
 
-    def close(self) -> None:
-        """Look no more."""
-        self._file.close()
+    def when_done(self, callback: Callable[[], object]) -> None:
+        """Have *callback* called once all of them are closed: by a thread, or here if they are."""
+        with self._lock:
+            if self._left:
+                self._callback = callback
+                return
+        callback()
+
+    def _closed_one(self) -> list[Callable[[], object]]:
+        """One more is closed, and the lock is held: what is to be called now."""
+        self._left -= 1
+        return [] if self._left or self._callback is None else [self._callback]
 
 
-class _Batch:
-    """Descriptors that are closed together.
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """Descriptors that count for one user, are of one device, and wait for a thread.
 
     Args:
-        left: how many of them are open still.
+        uid: the user; None for the daemon itself.
     """
 
-    __slots__ = ("left",)
-
-    def __init__(self, left: int) -> None:
-        self.left = left
-
-
-class _Lane:
-    """Threads that close what waits in line for them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._progress = threading.Condition(self._lock)
-        self._waiting: deque[tuple[Fd, _Batch]] = deque()
-        self._threads = 0
-        #: How many closes are under way, or wait for a thread.
-        self.pending = 0
-
-    def add(self, fds: list[Fd]) -> _Batch:
-        """Close *fds*."""
-        batch = _Batch(len(fds))
-        with self._lock:
-            self._waiting += [(fd, batch) for fd in fds]
-            self.pending += len(fds)
-        self.start_thread()
-        return batch
-
-    def start_thread(self) -> None:
-        """Have one more, if there may be one and there is something for it to do."""
-        with self._lock:
-            if self._threads == _MAX_THREADS or not self._waiting:
-                return
-            self._threads += 1
-        try:
-            # Not threading.Thread: its start waits until the thread runs, which can take
-            # milliseconds.  The process may end while a close hangs.
-            _thread.start_new_thread(self._work, ())
-        except RuntimeError:  # no more threads: those there are, or the next one, will do it
-            with self._lock:
-                self._threads -= 1
-
-    def wait(self, batch: _Batch, seconds: float) -> bool:
-        """Wait for *batch*, for so long at most; whether it is closed."""
-        with self._progress:
-            return self._progress.wait_for(lambda: not batch.left, seconds)
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._threads -= 1
-                    return
-                fd, batch = self._waiting.popleft()
-                more = bool(self._waiting)
-            if more:  # this one may hang: not the rest behind it
-                self.start_thread()
-            fd.close()
-            with self._lock:
-                self.pending -= 1
-                batch.left -= 1
-                if not batch.left:
-                    self._progress.notify_all()
+    uid: int | None
+    waiting: deque[tuple[Fd, Fd | None, Closing]] = field(default_factory=deque)
+    threads: int = 0
 
 
 class ClosePool:
-    """Closes descriptors: at once those that cannot block, the others in threads."""
+    """Closes descriptors: at once those that cannot block, the others in threads.
+
+    Each user has threads of its own, and of these each device or file system: a close that hangs
+    holds up no other.
+    """
 
     def __init__(self) -> None:
-        self._slow, self._quick = _Lane(), _Lane()
-        self._grace_from = 0.0
+        self._lock = threading.Lock()
+        self._lanes: dict[Hashable, _Lane] = {}
+        self._pending: dict[int | None, int] = {}  # by user
+        self._when_idle: list[Callable[[], object]] = []
+        self._after: dict[Fd, Fd] = {}
         self._status = make_statx()
-        # From the start: later there may be no descriptor left for it.
         try:
-            self._file_systems: _FileSystems | None = _FileSystems()
+            self._file_systems: LocalFileSystems | None = LocalFileSystems()
         except OSError:  # no /proc
             self._file_systems = None
 
@@ -236,11 +169,32 @@ class ClosePool:
     @property
     def pending(self) -> int:
         """How many closes are under way, or wait for a thread."""
-        return self._slow.pending + self._quick.pending
+        return sum(list(self._pending.values()))
 
-    def close(self, fds: Iterable[Fd]) -> None:
-        """Close each of *fds*; returns at once, or nearly so."""
-        risky: list[tuple[Risk, Fd]] = []
+    def pending_of(self, uid: int | None) -> int:
+        """How many of these are of descriptors that count for that user."""
+        return self._pending.get(uid, 0)
+
+    def when_idle(self, callback: Callable[[], object]) -> None:
+        """Have *callback* called once no close is under way: by a thread, or here if none is."""
+        with self._lock:
+            if self._pending:
+                self._when_idle.append(callback)
+                return
+        callback()
+
+    def close(self, fds: Iterable[Fd], uid: int | None = None) -> Closing | None:
+        """Close each of *fds*; returns at once.
+
+        Args:
+            fds: the descriptors; owned from here on.
+            uid: the user whom those count for, until they are closed, that count for no other;
+                None for the daemon itself.
+
+        Returns:
+            What tells when all are closed; None where they are already.
+        """
+        deferred: list[tuple[Risk, Fd]] = []
         for fd in fds:
             number = fd.number
             if number < 0:
@@ -252,12 +206,17 @@ class ClosePool:
             if risk is _NO_RISK:
                 fd.close()
             else:
-                risky.append((risk, fd))
-        if risky:
-            if slow := [fd for risk, fd in risky if risk is Risk.HIGH]:
-                self._slow.add(slow)
-            if careful := [fd for risk, fd in risky if risk is Risk.SLIGHT]:
-                self._close_carefully(careful)
+                deferred.append((risk, fd))
+        return self._close_in_threads(deferred, uid) if deferred else None
+
+    def close_after(self, fd: Fd, reader: Fd) -> None:
+        """Close *fd*, once that is asked for, after another process has closed its duplicate.
+
+        Args:
+            fd: a descriptor whose close may block, so that a thread closes it.
+            reader: a pipe that hangs up when the other process has; owned from here on.
+        """
+        self._after[fd] = reader
 
     def close_duplicates(self, fds: Iterable[Fd]) -> None:
         """Close descriptors of files that another process has open as well: only a file system is
@@ -270,15 +229,66 @@ class ClosePool:
             else:
                 fd.close()
 
-    def _close_carefully(self, fds: list[Fd]) -> None:
-        """Close what should be quick.  It is waited for: who removes a descriptor may count on it
-        that it is closed when the answer is there.
-        """
-        batch = self._quick.add(fds)
-        if monotonic() >= self._grace_from:
-            if self._quick.wait(batch, _GRACE):
+    def _close_in_threads(self, fds: list[tuple[Risk, Fd]], uid: int | None) -> Closing:
+        closing = Closing(len(fds), self._lock)
+        status = self._status
+        to_start: dict[Hashable, _Lane] = {}
+        with self._lock:
+            for risk, fd in fds:
+                payer = uid if fd.uid is None else fd.uid
+                self._pending[payer] = self._pending.get(payer, 0) + 1
+                found = status(fd.number)
+                key: Hashable = (payer, risk, found and found[4:])
+                lane = self._lanes.get(key)
+                if lane is None:
+                    lane = self._lanes[key] = _Lane(payer)
+                lane.waiting.append((fd, self._after.pop(fd, None), closing))
+                to_start[key] = lane
+            # And those for which no thread could be started before.
+            to_start |= {key: lane for key, lane in self._lanes.items() if not lane.threads}
+        for key, lane in to_start.items():
+            self._start_thread(key, lane)
+        return closing
+
+    def _start_thread(self, key: Hashable, lane: _Lane) -> None:
+        """Have one more thread for *lane*, if there may be one and there is something to close."""
+        with self._lock:
+            if lane.threads == _MAX_THREADS or not lane.waiting:
                 return
-            self._grace_from = monotonic() + _NO_GRACE
+            lane.threads += 1
+        try:
+            # Not threading.Thread: its start waits until the thread runs, which can take
+            # milliseconds.  The process may end while a close hangs.
+            _thread.start_new_thread(self._work, (key, lane))
+        except RuntimeError:  # no more threads: those there are, or the next one, will do it
+            with self._lock:
+                lane.threads -= 1
+
+    def _work(self, key: Hashable, lane: _Lane) -> None:
+        while True:
+            with self._lock:
+                if not lane.waiting:
+                    lane.threads -= 1
+                    if not lane.threads:
+                        self._lanes.pop(key, None)
+                    return
+                fd, reader, closing = lane.waiting.popleft()
+                more = bool(lane.waiting)
+            if more:  # this one may hang: not the rest behind it
+                self._start_thread(key, lane)
+            if reader is not None:
+                _await_hangup(reader)
+            fd.close()
+            with self._lock:
+                self._pending[lane.uid] -= 1
+                if not self._pending[lane.uid]:
+                    del self._pending[lane.uid]
+                callbacks = closing._closed_one()
+                if not self._pending:
+                    callbacks += self._when_idle
+                    self._when_idle.clear()
+            for callback in callbacks:
+                callback()
 
     def risk(self, number: int) -> Risk:
         """Whether closing the descriptor may wait for somebody.  Finding out does not."""
@@ -307,7 +317,7 @@ class ClosePool:
             if not nlink and (size > _SLOW_BYTES or blocks * 512 > _SLOW_BYTES):
                 return Risk.HIGH
             file_systems = self._file_systems
-            if file_systems is not None and (dev_major, dev_minor) in file_systems.local():
+            if file_systems is not None and (dev_major, dev_minor) in file_systems.devices():
                 return _NO_RISK
             # Not mounted, or not here: the kernel's own tmpfs, if it is a memfd's.
             return _NO_RISK if is_in_memory(number) else Risk.HIGH

@@ -44,11 +44,13 @@ class Fd:
         number: an open descriptor that nobody else will close.
     """
 
-    __slots__ = ("number",)
+    __slots__ = ("number", "uid")
 
     def __init__(self, number: int) -> None:
         #: For reading only: the descriptor's number, -1 once it is closed or detached.
         self.number = number
+        #: The user that it counts for until its close is done; None if nobody has said.
+        self.uid: int | None = None
 
     def fileno(self) -> int:
         """The descriptor's number; ValueError once it is closed or detached."""

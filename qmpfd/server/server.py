@@ -198,7 +198,7 @@ class Server:
         self.lifecycle.handle(Event.PAUSE)
         self._acceptor.pause()
         for session in self.sessions:
-            session.send_buffer.freeze()
+            session.freeze()
         self._takeover_scope = scope
         try:
             yield
@@ -288,7 +288,7 @@ class Server:
         self._rejections.note(peer, reason)
         with suppress(trio.BrokenResourceError, OSError):
             stream.send_nowait(rejection_reply(reason))
-        self.services.close_stream(stream)
+        self.services.close_stream(stream, peer.uid)
 
     async def _serve(self, session: Session) -> None:
         try:

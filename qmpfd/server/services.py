@@ -32,9 +32,13 @@ class Durability(Protocol):
         Returns as well when the second copy is lost for good.
         """
 
-    def close_after_sync(self, fds: list[Fd]) -> None:
+    def close_after_sync(self, fds: list[Fd], uid: int | None = None) -> None:
         """Close descriptors that were taken out of the store, once the second copy has let go of
-        theirs; owned from here on.
+        theirs.
+
+        Args:
+            fds: the descriptors; owned from here on.
+            uid: the user whom they count for until they are closed.
         """
 
     @property
@@ -68,10 +72,13 @@ class Unmirrored:
     journal = store = None
 
     def __init__(self, closer: ClosePool) -> None:
-        self.close_after_sync = closer.close
+        self._closer = closer
 
     async def sync(self) -> None:
         pass
+
+    def close_after_sync(self, fds: list[Fd], uid: int | None = None) -> None:
+        self._closer.close(fds, uid)
 
     def confirm(self) -> None:
         pass
@@ -121,14 +128,14 @@ class Services:
         finally:
             self.lock.release()
 
-    def close_stream(self, stream: FdStream) -> None:
+    def close_stream(self, stream: FdStream, uid: int) -> None:
         """Close a connection.  Descriptors in its unread input are closed with it, which may block:
-        so that is done off the loop.  After a takeover the connection goes on in the successor: it
-        is closed without shutdown(2).
+        so that is done off the loop, and counts for the client's user.  After a takeover the
+        connection goes on in the successor: it is closed without shutdown(2).
         """
         if self.lifecycle.handed_over:
             stream.close()
             return
         fd = stream.shutdown()
         if fd is not None:
-            self.shared.closer.close([fd])
+            self.shared.closer.close([fd], uid)

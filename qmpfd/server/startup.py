@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ..commands import Dialect
 from ..kernel.fd import Fd, InFlightProbe, close_all
 from ..limits import TAKEOVER_TIMEOUT, Limits
 from ..policy import Policy
+from .closing import closes_awaited
 from .fdstore.lifespan import mirrored
 from .fdstore.mirror import FdStoreConfig, FdStoreMirror
 from .fdstore.recover import Recovered
@@ -76,7 +77,8 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     server = Server(dialect, limits, policy, metrics_path, durability)
     given, inherited = deque(initial_fds), deque(listen_fds)
     listeners: list[UnixListener] = []
-    with ExitStack() as stack:
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(closes_awaited(server.daemon.closer))
         stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
         stack.callback(server.close)
         if os.geteuid():

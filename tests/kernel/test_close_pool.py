@@ -9,6 +9,7 @@ import select
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +19,9 @@ import pytest
 from helpers import PATIENCE, Pipe, send_now
 from kinds import KINDS, open_kind
 
-from qmpfd.kernel import close_pool as closing
-from qmpfd.kernel import fdinfo
-from qmpfd.kernel.close_pool import ClosePool, Risk
-from qmpfd.kernel.fd import Fd, is_in_memory
+from qmpfd.kernel import close_pool, fdinfo, mounts
+from qmpfd.kernel.close_pool import ClosePool, Closing, Risk
+from qmpfd.kernel.fd import Fd, close_all, is_in_memory
 
 MEBIBYTE = 1 << 20
 
@@ -30,12 +30,34 @@ MEBIBYTE = 1 << 20
 def closer() -> Iterator[ClosePool]:
     """One that has nothing to do any more at the end."""
     closer = ClosePool()
+    knows_mounts(closer)
     yield closer
+    until(lambda: not closer.pending)
+    closer.shut_down()
+
+
+def until(happened: Callable[[], bool]) -> None:
+    """Wait for a thread."""
     deadline = time.monotonic() + PATIENCE
-    while closer.pending:
+    while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    closer.shut_down()
+
+
+def knows_mounts(closer: ClosePool) -> None:
+    """Wait until the mounted file systems are known."""
+    found = closer._file_systems
+    assert found is not None
+    until(lambda: bool(found.devices()) and found.is_current)
+
+
+def closed(closing: Closing | None) -> None:
+    """Wait until all that was to be closed is."""
+    if closing is not None:
+        done = threading.Event()
+        closing.when_done(done.set)
+        assert done.wait(PATIENCE)
+        assert closing.is_done
 
 
 # -- the risk ----------------------------------------------------------------------------------
@@ -168,9 +190,12 @@ def test_an_unknown_file_system(
 ) -> None:
     with open(tmp_path / "file", "w") as file:
         assert closer.risk(file.fileno()) is Risk.NONE
-        monkeypatch.setattr(closing, "_LOCAL", frozenset())
+        monkeypatch.setattr(mounts, "LOCAL", frozenset())
         other = ClosePool()
         try:
+            found = other._file_systems
+            assert found is not None
+            until(lambda: found.is_current)
             in_memory = is_in_memory(file.fileno())
             assert other.risk(file.fileno()) is (Risk.NONE if in_memory else Risk.HIGH)
         finally:
@@ -184,6 +209,9 @@ def test_mounts_come_and_go(closer: ClosePool, tmp_path: Path) -> None:
         subprocess.run(["mount", "-t", kind, "test", tmp_path], check=True)
         try:
             with open(tmp_path / "file", "w") as file:
+                # Not known to be local at first; a file that is in memory is anyway.
+                assert closer.risk(file.fileno()) is (Risk.NONE if kind == "tmpfs" else Risk.HIGH)
+                knows_mounts(closer)
                 assert closer.risk(file.fileno()) is risk
                 subprocess.run(["umount", "-l", tmp_path], check=True)
                 # No longer anywhere: in memory all the same, or not known to be.
@@ -207,16 +235,16 @@ def test_ordinary_ones_are_closed_without_a_thread(closer: ClosePool, tmp_path: 
     with Pipe() as pipe, open(tmp_path / "file", "w") as file:
         fds = [Fd(os.dup(pipe.fileno())), Fd(os.dup(file.fileno())), Fd(os.open("/dev/null", 0))]
         pipe.release()
-        closer.close(fds)
+        assert closer.close(fds) is None
         assert all(fd.closed for fd in fds)
         assert not pipe.held()
     assert closer.pending == 0
     assert _threads() == threads
 
 
-def test_sockets_are_closed_when_it_returns(closer: ClosePool) -> None:
+def test_sockets_are_closed_when_it_says_so(closer: ClosePool) -> None:
     pairs = [socket.socketpair() for _ in range(50)]
-    closer.close([Fd(its.detach()) for _, its in pairs])
+    closed(closer.close([Fd(its.detach()) for _, its in pairs]))
     for ours, _ in pairs:
         with ours:
             ours.setblocking(False)
@@ -242,30 +270,65 @@ def test_who_hangs_is_not_waited_for(closer: ClosePool) -> None:
         duplicate = Fd(os.dup(sock.fileno()))
         cloaked, left = _cloak(sock)
         sock.close()
-        start = time.monotonic()
-        closer.close([duplicate])  # not the last of it, so it does not hang
+        closed(closer.close([duplicate]))  # not the last of it, so it does not hang
         ours, its = socket.socketpair()
         with ours, left:
             left.close()
-            closer.close([cloaked, Fd(its.detach())])
-            assert time.monotonic() - start < 0.1
+            hanging = closer.close([cloaked, Fd(its.detach())])
+            assert hanging is not None
+            ours.settimeout(PATIENCE)
             assert ours.recv(1) == b""
-        assert closer.pending >= 1
-        start = time.monotonic()
-        for _ in range(20):  # there is no grace for a while: not 20 times as long
-            ours, its = socket.socketpair()
-            with ours:
-                closer.close([Fd(its.detach())])
-        assert time.monotonic() - start < 0.1
+            assert not hanging.is_done
+        until(lambda: closer.pending == 1)
+
+
+def test_who_hangs_holds_up_no_other_user(
+    closer: ClosePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has threads of its own, and what is not closed counts for whose it is."""
+    monkeypatch.setattr(close_pool, "_MAX_WAIT", PATIENCE)
+    writers = []
+    for _ in range(100):
+        reader, writer = map(Fd, os.pipe2(os.O_CLOEXEC))
+        writers.append(writer)
+        fd = Fd(socket.socket().detach())
+        closer.close_after(fd, reader)
+        closer.close([fd], uid=1)
+    assert closer.pending_of(1) == closer.pending == 100
+    mine = Fd(socket.socket().detach())
+    closed(closer.close([mine], uid=2))
+    assert mine.closed
+    assert closer.pending_of(2) == 0
+    assert closer.pending_of(1) == 100
+    # Nor one who removes what the other has sent: that counts for the other.
+    reader, writer = map(Fd, os.pipe2(os.O_CLOEXEC))
+    theirs = Fd(socket.socket().detach())
+    theirs.uid = 1
+    closer.close_after(theirs, reader)
+    closer.close([theirs], uid=2)
+    writers.append(writer)
+    assert [closer.pending_of(1), closer.pending_of(2)] == [101, 0]
+    close_all(writers)
+
+
+def test_closed_after_its_duplicate(closer: ClosePool) -> None:
+    """That of another process, which says so by closing a pipe."""
+    reader, writer = map(Fd, os.pipe2(os.O_CLOEXEC))
+    fd = Fd(socket.socket().detach())
+    closer.close_after(fd, reader)
+    closing = closer.close([fd])
+    assert closing is not None
+    assert not fd.closed
+    writer.close()
+    closed(closing)
+    assert [fd.number, reader.number] == [-1, -1]
 
 
 def test_more_than_there_are_threads(closer: ClosePool) -> None:
     epolls = [Fd(os.dup(epoll.fileno())) for epoll in [select.epoll() for _ in range(100)]]
     inotifies = [Fd(number) for number in (_inotify() for _ in range(100)) if number >= 0]
     closer.close(epolls + inotifies)
-    deadline = time.monotonic() + PATIENCE
-    while closer.pending:
-        assert time.monotonic() < deadline
+    until(lambda: not closer.pending)
     assert all(fd.closed for fd in epolls + inotifies)
 
 
@@ -281,9 +344,7 @@ def test_who_closes_starts_one_thread(closer: ClosePool, monkeypatch: pytest.Mon
     monkeypatch.setattr("_thread.start_new_thread", noting)
     inotifies = [Fd(number) for number in (_inotify() for _ in range(60)) if number >= 0]
     closer.close(inotifies)
-    deadline = time.monotonic() + PATIENCE
-    while closer.pending:
-        assert time.monotonic() < deadline
+    until(lambda: not closer.pending)
     assert starters.count(_thread.get_ident()) == 1
 
 
@@ -299,10 +360,8 @@ def test_no_thread_to_be_had(closer: ClosePool, monkeypatch: pytest.MonkeyPatch)
         closer.close([fd])
         assert not fd.closed
         assert closer.pending == 1
-    closer.close([Fd(_inotify())])
-    deadline = time.monotonic() + PATIENCE
-    while not fd.closed:
-        assert time.monotonic() < deadline
+    closer.close([Fd(_inotify())], uid=1000)  # of whomever it is
+    until(lambda: fd.closed)
 
 
 def test_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -311,7 +370,7 @@ def test_without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fails() -> None:
         raise FileNotFoundError
 
-    monkeypatch.setattr(closing, "_FileSystems", fails)
+    monkeypatch.setattr(close_pool, "LocalFileSystems", fails)
     closer = ClosePool()
     with open(tmp_path / "file", "w") as file:
         assert closer.risk(file.fileno()) is Risk.HIGH

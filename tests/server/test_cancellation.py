@@ -27,6 +27,7 @@ from helpers import (
 
 import qmpfd
 from qmpfd.server import Server
+from qmpfd.server.closing import all_closed
 from qmpfd.server.connection.session import Session
 from qmpfd.server.listen.listener import UnixListener
 
@@ -34,12 +35,6 @@ Live = Callable[[Path, Server, list[Pipe]], Awaitable[None]]
 
 EACH_WAY = pytest.mark.parametrize("before", [True, False], ids=["running", "waiting"])
 BIG = "x" * 600_000  # more than a socket holds
-
-
-@pytest.fixture(autouse=True)
-def _no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is closed in a thread is waited for, on a busy machine too: none of it hangs here."""
-    monkeypatch.setattr("qmpfd.kernel.close_pool._GRACE", 20.0)
 
 
 async def _empty(path: Path, held: list[Pipe]) -> None:
@@ -168,9 +163,11 @@ async def test_a_session_is_cancelled(path: Path, before: bool, live: Live) -> N
                     await settle()
                 for pipe in made:
                     pipe.release()
+                await all_closed(server.daemon.closer)  # what nobody has a reply about
                 await _empty(path, made)
                 server.stop()
             server.close()
+            await all_closed(server.daemon.closer)
         cancelled = cancelling.done
         assert open_fds() == open_before
     assert steps > 10

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import trio
+
 from ...errors import QMPError
+from ...kernel.close_pool import Closing
 from ...kernel.fd import Fd
+from ...limits import CLOSE_TIMEOUT
 from ...protocol import ServerConnection
+from ..closing import closed_by_threads
 from ..services import Services
 from .send_buffer import SendBuffer
 from .turns import Share
@@ -39,27 +44,47 @@ class FdAccounting:
         self._uid = uid
         #: The descriptors that wait for a command or for the client, as counted so far.
         self.waiting = 0
+        #: What threads close for this client, and what its replies wait for.
+        self.closings: list[Closing] = []
+        self._scope: trio.CancelScope | None = None  # of the last wait for that
 
     def close_some(self) -> None:
         """Close as many as can be closed in a row."""
         fds_to_close = self._connection.fds_to_close
         if len(fds_to_close) > CLOSES_A_STEP:
             fds_to_close = self._take(CLOSES_A_STEP)
-        self._services.shared.closer.close(fds_to_close)
+        self._close(fds_to_close)
         fds_to_close.clear()
 
     async def close_all(self, count: int) -> None:
-        """Close so many."""
+        """Close so many, and wait until they are closed, if that does not take too long."""
         for closed in range(0, count, CLOSES_A_STEP):
             if self._share.over:
                 self.count_waiting()
                 await self._share.next_turn()
-            self._services.shared.closer.close(self._take(min(count - closed, CLOSES_A_STEP)))
+            self._close(self._take(min(count - closed, CLOSES_A_STEP)))
+        closings, self.closings = self.closings, []
+        if closings and not self._services.lifecycle.paused:
+            self._share.pause()
+            with trio.move_on_after(CLOSE_TIMEOUT) as self._scope:
+                for closing in closings:
+                    await closed_by_threads(closing)
+            self._share.resume()
+
+    def freeze(self) -> None:
+        """Wait for no close any longer."""
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def _close(self, fds: list[Fd]) -> None:
+        closing = self._services.shared.closer.close(fds, self._uid)
+        if closing is not None:
+            self.closings.append(closing)
 
     def dispose(self, most: int | None = None) -> None:
         """Close them as soon as all that was removed is gone from the keeper."""
         if self._connection.fds_to_close:
-            self._services.durability.close_after_sync(self._take(most))
+            self._services.durability.close_after_sync(self._take(most), self._uid)
 
     def _take(self, most: int | None) -> list[Fd]:
         fds_to_close = self._connection.fds_to_close

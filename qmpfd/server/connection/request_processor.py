@@ -163,10 +163,10 @@ class RequestProcessor:
         if send_buffer.unsafe:
             if send_buffer.deaf:
                 return False
-        elif fds_to_close:
+        elif fds_to_close or self._leftovers.closings:
             # Before the replies: what is removed is closed once its client has read so.
             self._leftovers.close_some()
-            if fds_to_close:  # a whole set, perhaps
+            if fds_to_close or self._leftovers.closings:  # a whole set; what threads close
                 return False
         batches = self._batches
         if at_once and len(batches) == 1:  # nothing goes with it

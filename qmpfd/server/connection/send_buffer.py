@@ -242,4 +242,4 @@ class SendBuffer:
 
     def _discard(self, fds: list[Fd]) -> None:
         if fds:  # a file system can be asked for each close, not just the last
-            self._services.shared.closer.close(fds)
+            self._services.shared.closer.close(fds, self._peer.uid)

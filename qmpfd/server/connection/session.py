@@ -125,7 +125,7 @@ class Session:
         self.send_buffer.mute()
         if self._pump_scope is not None:
             self._pump_scope.cancel()
-        self._services.close_stream(self.stream)
+        self._services.close_stream(self.stream, self.peer.uid)
         self._answers.close()
         self._connection.close()
         self._leftovers.count_waiting()
@@ -201,6 +201,11 @@ class Session:
     def at_rest(self) -> bool:
         """Whether nothing of it is under way, while the daemon is frozen."""
         return self._waiting or self._parked
+
+    def freeze(self) -> None:
+        """A takeover has begun: wait neither for the client nor for a close."""
+        self.send_buffer.freeze()
+        self._leftovers.freeze()
 
     async def _park(self) -> None:
         """Wait until the daemon is no longer frozen."""

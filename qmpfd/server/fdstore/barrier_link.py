@@ -49,7 +49,9 @@ class BarrierLink:
         self._changes = 0  # so far
         self._synced = 0  # of these, how many are known to be there
         self._outgoing: deque[tuple[str, Fd | int | None]] = deque()
-        self._actions: deque[tuple[int, Callable[[], None]]] = deque()  # once that change is there
+        self._actions: deque[tuple[int, Callable[[], object]]] = (
+            deque()
+        )  # once that change is there
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
         self._barrier: tuple[int, Fd, Fd] | None = None  # stands for so many changes
         self._watched = False  # somebody waits for it
@@ -77,7 +79,7 @@ class BarrierLink:
         """There is something to be written."""
         self._changes += 1
 
-    def on_synced(self, action: Callable[[], None]) -> None:
+    def on_synced(self, action: Callable[[], object]) -> None:
         """Call *action* when all that was changed so far is safe, or this has ended."""
         self._actions.append((self._changes, action))
 

@@ -198,12 +198,17 @@ class FdStoreMirror:
         """Wait until all that was changed so far is safe; without a checkpoint if it is."""
         await self._link.sync()
 
-    def close_after_sync(self, fds: list[Fd]) -> None:
-        """Close what was removed, once it is gone from the fd store; owned from here on."""
+    def close_after_sync(self, fds: list[Fd], uid: int | None = None) -> None:
+        """Close what was removed, once it is gone from the fd store.
+
+        Args:
+            fds: the descriptors; owned from here on.
+            uid: the user whom they count for until they are closed.
+        """
         if self.is_synced:
-            self._closer.close(fds)
+            self._closer.close(fds, uid)
         else:
-            self._link.on_synced(partial(self._closer.close, fds))
+            self._link.on_synced(partial(self._closer.close, fds, uid))
             self._link.push()
 
     # -- the journal ---------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from ...kernel.fd import Fd
 from ...limits import FORGET_TIMEOUT, SCM_MAX_FD, TAKEOVER_TIMEOUT
 from ...transport import FdStream
 from .. import saved_state as saved
+from ..closing import all_closed
 from ..connection.session import Session
 from ..listen.listener import UnixListener
 from ..services import Durability, Services
@@ -76,6 +77,7 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
                         _log.info("pid %d has taken over", newcomer.peer.pid)
                         with trio.move_on_after(FORGET_TIMEOUT):
                             await services.durability.sync()  # what was kept of it is closed too
+                            await all_closed(services.shared.closer)
                         return
                 finally:
                     services.lock.release()

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -397,10 +398,15 @@ def test_a_lingering_socket_holds_up_nobody(path: Path) -> None:
             with sock:
                 client.execute("add-fd", {"opaque": "lingers"}, [sock])
             begun = time.monotonic()
-            client.execute("remove-fd", {"fdset-id": 0})
-            client.execute("add-fd", fds=[0])
-            client.execute("remove-fd", {"fdset-id": 0})
-            assert time.monotonic() - begun < 1
+            with ThreadPoolExecutor() as pool, daemon.client() as bystander:
+                # Who removes it waits for a while.
+                removed = pool.submit(client.execute, "remove-fd", {"fdset-id": 0})
+                until(lambda: not bystander.execute("query-fdsets"))
+                bystander.execute("add-fd", fds=[0])
+                bystander.execute("remove-fd", {"fdset-id": 0})
+                assert time.monotonic() - begun < 1
+                assert not removed.done()
+                assert removed.result() == {}
 
 
 def test_the_same_file_twice(path: Path, tmp_path: Path) -> None:

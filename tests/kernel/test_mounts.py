@@ -1,0 +1,96 @@
+"""Which file systems are local: the table is read by a thread, and again when it has changed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Set
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE
+
+from qmpfd.kernel.mounts import Device, LocalFileSystems
+
+
+def until(happened: Callable[[], bool]) -> None:
+    """Wait for the thread."""
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def local() -> Iterator[LocalFileSystems]:
+    with closing(LocalFileSystems()) as found:
+        until(lambda: bool(found.devices()) and found.is_current)
+        yield found
+        until(lambda: not found._thread_runs)
+
+
+def device(path: Path) -> Device:
+    number = path.stat().st_dev
+    return os.major(number), os.minor(number)
+
+
+def test_what_every_machine_has(local: LocalFileSystems) -> None:
+    assert device(Path("/proc/self")) in local.devices()
+
+
+class _Held(LocalFileSystems):
+    """Reads the table when it is told to."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.readers: list[int] = []
+        super().__init__()
+
+    def _read_table(self) -> Set[Device]:
+        self.readers.append(threading.get_ident())
+        assert self.go_on.wait(PATIENCE)
+        return super()._read_table()
+
+
+def test_who_asks_does_not_wait() -> None:
+    """A machine may have 15,000 mounts: until they are read, nothing counts as local."""
+    with closing(_Held()) as found:
+        assert found.devices() == set()
+        assert not found.is_current
+        found.go_on.set()
+        until(lambda: found.is_current)
+        assert device(Path("/proc/self")) in found.devices()
+        until(lambda: not found._thread_runs)
+        assert threading.get_ident() not in found.readers
+
+
+@pytest.mark.root
+def test_after_a_change_nothing_counts_until_it_is_read(
+    local: LocalFileSystems, tmp_path: Path
+) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "test", tmp_path], check=True)
+    try:
+        mounted = device(tmp_path)
+        until(lambda: mounted in local.devices())
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    until(lambda: not local.is_current or mounted not in local.devices())
+    until(lambda: local.is_current and mounted not in local.devices())
+
+
+def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later question tries again."""
+
+    def fails(function: Callable[[], None], arguments: tuple[()]) -> int:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("_thread.start_new_thread", fails)
+        found = LocalFileSystems()
+    with closing(found):
+        assert not found.is_current
+        until(lambda: bool(found.devices()))
+        until(lambda: not found._thread_runs)
