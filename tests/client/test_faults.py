@@ -72,7 +72,7 @@ async def _answer(sock: socket.socket, connected: trio.Event) -> None:
         {"fdset-id": object()},
         {"opaque": b"bytes"},
     ],
-    ids=str,
+    ids=range(9),
 )
 async def test_what_json_cannot_carry(path: Path, arguments: dict[str, object]) -> None:
     """It is that call's ValueError; a call that waits at the same time gets its reply."""

@@ -1,0 +1,368 @@
+"""Handles for people: names, several targets, listening sockets, and what exec sets up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE, ROOT, Pipe, daemon_thread
+
+import qmpfd
+from qmpfd.client.blocking import BlockingClient
+
+from .test_handout import ENV, SHOW, Cli, shown
+
+DONE, REFUSED, USAGE, NO_DAEMON = range(4)
+
+
+@pytest.fixture
+def cli(path: Path) -> Iterator[Cli]:
+    with daemon_thread(path):
+        yield Cli(path)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    made = [tmp_path / name for name in ("a", "b", "c")]
+    for file in made:
+        file.write_text(f"content of {file.name}\n")
+    return made
+
+
+def names(cli: Cli) -> list[tuple[int, str | None]]:
+    sets = json.loads(cli.done("ls", "--json"))
+    return [(fdset["fdset-id"], fd.get("opaque")) for fdset in sets for fd in fdset["fds"]]
+
+
+# -- add ---------------------------------------------------------------------------------------
+
+
+def test_several_files_go_into_one_set(cli: Cli, files: list[Path]) -> None:
+    out = cli.done("add", "-q", "--name", "x", *files).split()
+    assert len(out) == 4
+    assert out[0] == "0"
+    assert names(cli) == [(0, "x")] * 3
+
+
+def test_all_or_nothing(cli: Cli, files: list[Path]) -> None:
+    assert "no-such" in cli.fails(USAGE, "add", files[0], "no-such", files[1])
+    assert names(cli) == []
+
+
+def test_if_exists(cli: Cli, files: list[Path]) -> None:
+    for file in files[:2]:
+        cli.done("add", "--name", "x", file)
+    assert "FdExists" in cli.fails(REFUSED, "add", "--name", "x", "--if-exists", "fail", files[2])
+    assert len(names(cli)) == 2
+    cli.done("add", "--name", "x", "--if-exists", "replace", files[2])
+    assert [name for _, name in names(cli)] == ["x"]
+    assert cli.done("exec", "@x=0", "--", "cat") == "content of c\n"
+    assert "--name" in cli.fails(USAGE, "add", "--if-exists", "fail", files[0])
+
+
+def test_expires_and_watch_hangup(cli: Cli) -> None:
+    with Pipe() as pipe:
+        number = pipe.fileno()
+        words = ("--expires", 100, "--watch-hangup", "--fd", number)
+        cli.done("add", *words, pass_fds=[number])
+        [fd] = json.loads(cli.done("ls", "--long", "--json"))
+        assert 90 < fd["expires"] <= 100
+        assert fd["watch-hangup"] is True
+    cli.fails(USAGE, "add", "--expires", 0, "--fd", 0)
+
+
+def test_connection(cli: Cli, files: list[Path]) -> None:
+    """It is there while the command runs, and gone with it."""
+    process = subprocess.Popen(
+        cli.argv("add", "--connection", "--name", "mine", files[0]),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENV,
+    )
+    with process, BlockingClient(cli.path, PATIENCE) as client, client.watch_fdsets() as events:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("fd set 0")
+            assert names(cli) == [(0, "mine")]
+        finally:
+            process.terminate()
+        while next(events).name != "FD_REMOVED":
+            pass
+        assert names(cli) == []
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "[::1]:0", "localhost:0", "unix"])
+def test_listen(cli: Cli, address: str, tmp_path: Path) -> None:
+    at = tmp_path / "web.sock"
+    out = cli.done("add", "--listen", f"unix:{at}" if address == "unix" else address)
+    where = out.rpartition("listening on ")[2].strip()
+    if address == "unix":
+        assert where == f"unix:{at}"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(os.fspath(at))
+        assert "already in use" in cli.fails(USAGE, "add", "--listen", f"unix:{at}")
+        cli.done("rm", 0)
+        cli.done("add", "--listen", f"unix:{at}")  # nobody listens there any more
+    else:
+        host, _, port = where.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+        assert "in use" in cli.fails(USAGE, "add", "--listen", where)
+        [fd] = json.loads(cli.done("ls", "-l", "--json"))
+        assert fd["listening"] is True
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "x", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:65536", "[::1:80", "unix:", "unix:@"],
+)
+def test_listen_nowhere(cli: Cli, address: str) -> None:
+    cli.fails(USAGE, "add", "--listen", address)
+    cli.fails(USAGE, "add", "--listen", "127.0.0.1:0", "--mode", "r")
+    assert names(cli) == []
+
+
+# -- ls, rm ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(cli: Cli, files: list[Path]) -> Cli:
+    for number, name in enumerate(("vm1:a", "vm1:b", "vm2:a")):
+        cli.done("add", "--name", name, files[number])
+    return cli
+
+
+@pytest.mark.parametrize(
+    "words, left",
+    [
+        (["@vm1:a"], ["vm2:a", "vm1:b"]),
+        (["@vm1:*"], ["vm2:a"]),
+        (["@vm?:a", "1"], []),
+        (["0", "@vm2:a"], ["vm1:b"]),
+        (["--all"], []),
+        (["--pid", "self"], ["vm2:a", "vm1:b", "vm1:a"]),
+    ],
+)
+def test_rm(named: Cli, words: list[str], left: list[str]) -> None:
+    if "self" in words:
+        with Pipe() as pipe, BlockingClient(named.path, PATIENCE) as client:
+            client.add_fd(pipe)
+        words = ["--pid", str(os.getpid())]
+    removed = json.loads(named.done("rm", "--json", *words))
+    assert [name for _, name in names(named)] == left
+    assert all("fdset-id" in fdset for fdset in removed)
+
+
+def test_rm_tries_each(named: Cli) -> None:
+    ran = named("rm", "7", "@no", "@vm1:a")
+    assert ran.returncode == REFUSED
+    assert ran.stdout.startswith("removed fd set 0, fd ")
+    assert [line.split(":")[1].strip() for line in ran.stderr.splitlines()] == ["7", "@no"]
+    assert [name for _, name in names(named)] == ["vm2:a", "vm1:b"]
+
+
+def test_rm_what_is_not_there(cli: Cli) -> None:
+    for target in ("@x", "@x*", "0", "0/3"):
+        assert "FdNotFound" in cli.fails(REFUSED, "rm", target)
+    assert cli.done("rm", "--all") == "no fd sets\n"
+
+
+def test_ls_targets(named: Cli) -> None:
+    header, *rows = named.done("ls", "@vm1:*").splitlines()
+    assert [row.split()[2] for row in rows] == ["vm1:b", "vm1:a"]
+    [fdset] = json.loads(named.done("ls", "--json", "@vm2:a"))
+    assert [fd["opaque"] for fd in fdset["fds"]] == ["vm2:a"]
+    [fd] = json.loads(named.done("ls", "--long", "--json", "2"))
+    assert fd["opaque"] == "vm2:a"
+    ran = named("ls", "@vm1:a", "@none")
+    assert ran.returncode == REFUSED
+    assert "vm1:a" in ran.stdout
+    assert ran.stderr == "qmpfd: @none: there is no such descriptor\n"
+    assert header.split() == ["FDSET", "FD", "NAME"]
+
+
+# -- exec --------------------------------------------------------------------------------------
+
+ENVIRONMENT = """
+import json, os
+names = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+print(json.dumps([os.getpid(), *map(os.environ.get, names)]))
+"""
+
+
+def test_listen_fds(named: Cli) -> None:
+    program = [sys.executable, "-c", ENVIRONMENT]
+    ran = named.done("exec", "--listen-fds", "@vm2:a", "@vm1:a", "0=0", "--", *program)
+    pid, count, of, found = json.loads(ran)
+    assert (count, of, found) == ("2", str(pid), "vm2_a:vm1_a")
+    out = named.done("exec", "--listen-fds", "@vm2:a", "@vm1:a", "--", *SHOW)
+    assert {number: Path(link).name for number, link in shown(out).items()} == {3: "c", 4: "a"}
+    named.fails(USAGE, "exec", "--listen-fds", "@vm2:a=5", "--", "true")
+    # Those of another set of descriptors are not CMD's.
+    env = {**ENV, "LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "x"}
+    ran = named.done("exec", "0", "--", *program, env=env)
+    assert json.loads(ran)[1:] == [None, None, None]
+
+
+def test_systemd_sees_them(cli: Cli) -> None:
+    """What sd_listen_fds(3) checks, by systemd's own program if it is here."""
+    cli.done("add", "--listen", "127.0.0.1:0", "--name", "web")
+    check = (
+        "import os, socket; n = int(os.environ['LISTEN_FDS']); "
+        "assert os.environ['LISTEN_PID'] == str(os.getpid()); "
+        "s = socket.socket(fileno=3); "
+        "assert s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN); print(n)"
+    )
+    assert cli.done("exec", "--listen-fds", "@web", "--", sys.executable, "-c", check) == "1\n"
+
+
+def test_take(named: Cli) -> None:
+    assert named.done("exec", "--take", "@vm1:a=0", "--", "cat") == "content of a\n"
+    assert [name for _, name in names(named)] == ["vm2:a", "vm1:b"]
+    # All of them or none.
+    assert "FdNotFound" in named.fails(REFUSED, "exec", "--take", "@vm1:b", "@no", "--", "true")
+    assert [name for _, name in names(named)] == ["vm2:a", "vm1:b"]
+    named.done("exec", "--take", "@vm1:b", "@vm2:a", "--", "true")
+    assert names(named) == []
+
+
+def test_rewind(named: Cli) -> None:
+    """All who have the descriptor share its position."""
+    cat = ("@vm1:a=0", "--", "cat")
+    assert named.done("exec", *cat) == "content of a\n"
+    assert named.done("exec", *cat) == ""
+    assert named.done("exec", "--rewind", *cat) == "content of a\n"
+    with Pipe() as pipe:
+        number = pipe.fileno()
+        named.done("add", "--name", "pipe", "--fd", number, pass_fds=[number])
+        named.done("exec", "--rewind", "@pipe", "--", "true")  # has no position
+
+
+def test_one_of_a_set(cli: Cli, files: list[Path]) -> None:
+    _, *numbers = cli.done("add", "-q", *files).split()
+    assert cli.done("exec", f"0/{numbers[1]}=0", "--", "cat") == "content of b\n"
+    assert cli.done("exec", "0=0", "--", "cat") == "content of c\n"
+
+
+def test_a_name_with_a_number_at_its_end(cli: Cli, files: list[Path]) -> None:
+    cli.done("add", "--name", "/dev/vfio/12", files[0])
+    assert cli.done("exec", "@/dev/vfio/12=0", "--", "cat") == "content of a\n"
+    number = cli.done("add", "-q", "--name", "x", files[1]).split()[1]
+    cli.done("add", "--name", "x", files[2])
+    assert cli.done("exec", f"@x/{number}=0", "--", "cat") == "content of b\n"
+
+
+SERVER = """
+import http.server, socket
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"served")
+    def log_message(self, *_):
+        pass
+server = http.server.HTTPServer(("", 0), Handler, bind_and_activate=False)
+server.socket = socket.socket(fileno=3)
+server.serve_forever()
+"""
+
+
+def test_a_server_restarts_without_losing_a_connection(cli: Cli) -> None:
+    """Clients that come while no server runs wait in the backlog of the socket."""
+    out = cli.done("add", "--listen", "127.0.0.1:0", "--name", "web")
+    port = int(out.rpartition(":")[2])
+    served = 0
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:  # nobody serves
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            argv = cli.argv("exec", "--listen-fds", "@web", "--", sys.executable, "-c", SERVER)
+            with subprocess.Popen(argv, cwd=ROOT, env=ENV) as server:
+                try:
+                    answer = b""
+                    while data := client.recv(4096):
+                        answer += data
+                    served += answer.endswith(b"served")
+                finally:
+                    server.send_signal(signal.SIGKILL)
+    assert served == 3
+
+
+# -- push --------------------------------------------------------------------------------------
+
+
+def test_push_is_all_or_nothing(named: Cli, tmp_path: Path, files: list[Path]) -> None:
+    to = tmp_path / "other.sock"
+    for file in files:
+        named.done("add", "--fdset", 0, file)
+    with daemon_thread(to, limits=qmpfd.Limits(max_fds=2)):
+        other = Cli(to)
+        assert "limit" in named.fails(REFUSED, "push", 0, "--to", to)
+        assert names(other) == []
+        assert named.done("push", "@vm2:a", "--to", to).startswith("fd set 0 of ")
+        assert names(other) == [(0, "vm2:a")]
+    assert "=AT" in named.fails(USAGE, "push", "0=3", "--to", to)
+
+
+def test_hold_ends_with_the_server(named: Cli, tmp_path: Path) -> None:
+    to = tmp_path / "other.sock"
+    with daemon_thread(to):
+        argv = named.argv("push", "@vm1:a", "--to", to, "--hold")
+        with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, env=ENV) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith(b"fd set 0 of ")
+            assert process.poll() is None
+            with BlockingClient(to, PATIENCE) as client:
+                client.execute("quit")
+            assert process.wait(PATIENCE) == DONE
+
+
+# -- the words before and around the verb ------------------------------------------------------
+
+
+def test_options_before_the_verb(cli: Cli) -> None:
+    for words in (
+        ["--socket", str(cli.path), "--json", "ls"],
+        [f"--socket={cli.path}", "--timeout", "5", "ls", "--json"],
+    ):
+        ran = subprocess.run(
+            [sys.executable, "-m", "qmpfd", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (ran.returncode, ran.stdout) == (DONE, "[]\n"), ran
+
+
+def test_what_was_done_is_said_where_output_fails(cli: Cli, files: list[Path]) -> None:
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            cli.argv("add", files[0]),
+            cwd=ROOT,
+            env=ENV,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ran.returncode == REFUSED
+    assert "done all the same: fd set 0, fd " in ran.stderr
+    assert len(names(cli)) == 1
+
+
+def test_status_waits(path: Path) -> None:
+    argv = [sys.executable, "-m", "qmpfd", "status", "--socket", str(path), "--wait", "20"]
+    with (
+        subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, env=ENV) as process,
+        daemon_thread(path),
+    ):
+        assert process.wait(PATIENCE) == DONE
+    ran = Cli(path)("status", "--wait", "0.1")
+    assert ran.returncode == NO_DAEMON
