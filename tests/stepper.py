@@ -96,6 +96,8 @@ class Stepped:
         self._log = log
         self._status: int | None = None
         self.pid = pid
+        #: Once it has ended: how much memory it had at most, in MiB (ru_maxrss, getrusage(2)).
+        self.peak = 0
 
     @property
     def said(self) -> str:
@@ -115,7 +117,7 @@ class Stepped:
     def poll(self) -> int | None:
         """Its exit status, negative for a signal; None while it runs."""
         if self._status is None:
-            self._status = self._stepper.ask({"poll": self.pid})
+            self._status, self.peak = self._stepper.ask({"poll": self.pid})
         return self._status
 
     def wait(self, seconds: float = 20.0) -> int:
@@ -202,11 +204,13 @@ def _obey() -> None:
         importlib.import_module(f"qmpfd.{name}")
     for line in sys.stdin.buffer:
         order = json.loads(line)
-        answer: int | None = None
+        answer: Any
         if "poll" in order:
+            answer = None, 0
             with suppress(ChildProcessError):
-                pid, status = os.waitpid(order["poll"], os.WNOHANG)
-                answer = os.waitstatus_to_exitcode(status) if pid else None
+                pid, status, usage = os.wait4(order["poll"], os.WNOHANG)
+                if pid:
+                    answer = os.waitstatus_to_exitcode(status), usage.ru_maxrss >> 10
         else:
             answer = os.fork()
             if not answer:

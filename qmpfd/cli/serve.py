@@ -374,8 +374,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         if kept is not None and parent is None:
             kept.notifier.close()
     for failure in failures:
-        if not isinstance(failure, OSError):  # the old daemon has kept what was to be taken over
-            raise failure
+        if isinstance(failure, NoDaemon) or not isinstance(failure, OSError):
+            raise failure  # the old daemon has kept what was to be taken over
         where = f"{failure.filename}: " if failure.filename else ""
         advice = _ADVICE.get(failure.errno or 0, "")
         raise UsageError(

@@ -45,7 +45,7 @@ def fetch(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> fetchi
         "fetched %d descriptors of %d fd sets and %d connections in %.2f s",
         len(inheritance.state.stored_numbers),
         len(inheritance.state.sets),
-        len(inheritance.state.sessions),
+        inheritance.state.connections,
         time.monotonic() - started,
     )
     return inheritance

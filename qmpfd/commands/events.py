@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from typing import Annotated, Any
 
-from msgspec import Struct
+from msgspec import Meta, Struct, convert, to_builtins
 
 from ..fdsets import StoredFd
 from ..limits import EVENT_BYTES_A_TURN, MAX_EVENT_BYTES, MAX_EVENTS
@@ -31,6 +32,34 @@ EVENTS: dict[str, type[Struct]] = {
 _EVENT_BYTES = 256
 
 
+class SavedEvent(Struct, forbid_unknown_fields=True):
+    """An event that a successor may have to send.
+
+    Args:
+        name: its name.
+        time: when it happened, in nanoseconds since the epoch.
+        data: its data.
+    """
+
+    name: Annotated[str, Meta(pattern="^(FD_ADDED|FD_REMOVED)$")]
+    time: int
+    data: dict[str, Any]
+
+
+class SavedWatch(Struct, forbid_unknown_fields=True):
+    """How far a connection has read the events.
+
+    Args:
+        log: which of the saved logs it reads.
+        behind: how many events have happened since the last that it was sent.
+        lost: how many of those before it has missed, and was not told so yet.
+    """
+
+    log: int
+    behind: int
+    lost: int
+
+
 class Event:
     """Something that has happened.  It is encoded when somebody is told of it.
 
@@ -38,15 +67,16 @@ class Event:
         name: its name.
         data: what there is to tell.
         size: about how many bytes of memory it may take.
+        happened: when it happened, in nanoseconds since the epoch; None for now.
     """
 
     __slots__ = ("_data", "_encoded", "_name", "_time", "size")
 
-    def __init__(self, name: str, data: Struct, size: int) -> None:
+    def __init__(self, name: str, data: Struct, size: int, happened: int | None = None) -> None:
         self.size = size
         self._name = name
         self._data = data
-        self._time = time.time_ns()
+        self._time = time.time_ns() if happened is None else happened
         self._encoded: bytes | None = None
 
     @classmethod
@@ -60,6 +90,10 @@ class Event:
         """*stored* was removed, and why."""
         data = FdRemoved(stored.fdset.id, stored.fd.fileno(), reason, stored.opaque)
         return cls("FD_REMOVED", data, _EVENT_BYTES + 6 * len(stored.opaque or ""))
+
+    def save(self) -> SavedEvent:
+        """The event, for another process."""
+        return SavedEvent(self._name, self._time, to_builtins(self._data))
 
     def encode(self) -> bytes:
         """What watchers are sent."""
@@ -91,6 +125,10 @@ class EventLog:
         """The number of the oldest event that is still there."""
         return self.end - len(self._events)
 
+    def save(self) -> list[SavedEvent]:
+        """The events, for another process."""
+        return [event.save() for event in self._events]
+
     def put(self, event: Event, fdset_id: int, opaque: str | None) -> None:
         """Add *event*, about a descriptor of that fd set with that opaque text, if it may be seen;
         the oldest are given up for it.
@@ -103,6 +141,22 @@ class EventLog:
         self._size += event.size
         while len(events) > MAX_EVENTS or (self._size > MAX_EVENT_BYTES and len(events) > 1):
             self._size -= events.popleft().size
+
+    def may_see(self, saved: SavedEvent) -> bool:
+        """Whether the watchers may see the descriptor that the event is about."""
+        return self.access.may("query", saved.data["fdset-id"], saved.data.get("opaque"))
+
+    def restore(self, events: Iterable[SavedEvent]) -> None:
+        """Add the events of another process, those that may be seen.
+
+        Raises:
+            msgspec.ValidationError: one of them is no event.
+        """
+        for saved in events:
+            data: Any = convert(saved.data, EVENTS[saved.name])
+            size = _EVENT_BYTES + 6 * len(data.opaque or "")
+            event = Event(saved.name, data, size, saved.time)
+            self.put(event, data.fdset_id, data.opaque)
 
     def since(self, number: int, most: int) -> list[bytes]:
         """The events from *number* on, up to *most* bytes of them but at least one."""
@@ -142,6 +196,14 @@ class Watcher:
         events = log.since(self._next, EVENT_BYTES_A_TURN)
         self._next += len(events)
         return b"".join(events)
+
+    def save(self, logs: Sequence[EventLog]) -> SavedWatch:
+        """How far it is, for another process that is given *logs*."""
+        return SavedWatch(logs.index(self.log), self.log.end - self._next, self._lost)
+
+    def restore(self, behind: int, lost: int) -> None:
+        """Go on where another process was: so many events of the log were not sent."""
+        self._next, self._lost = self.log.end - behind, lost
 
     def move(self, log: EventLog) -> None:
         """Be told what is in *log* from now on; what waits of the other one is lost."""

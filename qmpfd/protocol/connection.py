@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
-    """Where a connection is."""
+    """Where a connection is; the values go over in a takeover."""
 
-    CONNECTED = auto()  #: the greeting has not gone over yet
-    NEGOTIATING = auto()  #: only ``qmp_capabilities`` is possible
-    COMMANDS = auto()
-    CLOSED = auto()
+    CONNECTED = "connected"  #: the greeting has not gone over yet
+    NEGOTIATING = "negotiating"  #: only ``qmp_capabilities`` is possible
+    COMMANDS = "commands"
+    CLOSED = "closed"
 
 
 class Event(Enum):

@@ -11,11 +11,12 @@ import sys
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import GenericError
 from ..limits import INT64_MIN, MAX_NESTING, MAX_TOKENS, TOKEN_BYTES
 from .lexer import Lexer, Token
+from .saved import ParserState
 from .strings import BadString, unquote
 
 _UINT64_MAX = (1 << 64) - 1
@@ -85,28 +86,6 @@ class Budget:
         while self.used > self.most:
             greediest = max(self._parsers, key=lambda owner: self._of[owner])
             next(iter(self._parsers[greediest])).give_up()
-
-
-class ParserState(NamedTuple):
-    """What a parser has of an incomplete value.
-
-    Args:
-        text: its tokens so far.
-        discarding: the rest of it is dropped.
-        braces: how many of them are open, if it is dropped.
-        brackets: the same of brackets.
-        lexer_state: where the lexer is.
-        begun: what it has of the token in progress.
-        given_up: it is dropped, and that is still to be told.
-    """
-
-    text: bytes
-    discarding: bool
-    braces: int
-    brackets: int
-    lexer_state: int
-    begun: bytes
-    given_up: bool
 
 
 class Parser:

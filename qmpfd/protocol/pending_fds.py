@@ -13,14 +13,14 @@ from ..kernel.fd import Fd
 
 
 class SegmentState(Enum):
-    """Where the segment is that the descriptors came with."""
+    """Where the segment is that the descriptors came with; the values go over in a takeover."""
 
-    SPENT = auto()  #: over, and a command has taken some: whatever else there was is given up
-    OPEN = auto()  #: more of its bytes are to come
-    OPEN_TAKEN = auto()  #: likewise, and a command in it has taken some
-    STRADDLED = auto()  #: over, but the message that it ended in is not
-    STRADDLED_TAKEN = auto()  #: likewise, and a command in it has taken some
-    OVER = auto()  #: the descriptors wait for the next command that takes some
+    SPENT = "spent"  #: over, and a command has taken some: whatever else there was is given up
+    OPEN = "open"  #: more of its bytes are to come
+    OPEN_TAKEN = "open taken"  #: likewise, and a command in it has taken some
+    STRADDLED = "straddled"  #: over, but the message that it ended in is not
+    STRADDLED_TAKEN = "straddled taken"  #: likewise, and a command in it has taken some
+    OVER = "over"  #: the descriptors wait for the next command that takes some
 
 
 class _Event(Enum):

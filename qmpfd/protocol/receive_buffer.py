@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import GenericError
 from ..kernel.fd import Fd
 from ..limits import SLOW_PATH_BYTES
-from .pending_fds import PendingFds, SegmentState
+from .pending_fds import PendingFds
+from .saved import ReceiveBufferState
 
 if TYPE_CHECKING:
-    from .parser import Budget, Parser, ParserState
+    from .parser import Budget, Parser
 
 #: Decodes a chunk of whole messages at once; None where only the slow path can tell.  A server's
 #: gives requests, whose ``takes`` says how many descriptors each takes at most.
@@ -44,24 +45,6 @@ class Received(tuple[Any, list[Fd], str]):
     """
 
     __slots__ = ()
-
-
-class ReceiveBufferState(NamedTuple):
-    """What has come over a connection and is not done with.
-
-    Args:
-        parser: the incomplete message, if there is one.
-        fds: the descriptors that wait for a command.
-        segment: the name of their :class:`SegmentState`.
-        lost: why descriptors of that segment are gone; empty if none are.
-        segment_left: bytes of it that are still to come.
-    """
-
-    parser: ParserState | None
-    fds: list[Fd]
-    segment: str
-    lost: str
-    segment_left: int
 
 
 class ReceiveBuffer:
@@ -267,19 +250,18 @@ class ReceiveBuffer:
 
     # -- over ----------------------------------------------------------------------------------
 
-    def snapshot(self) -> ReceiveBufferState:
-        """What has come and is not done with; for :meth:`restore`.  The descriptors stay here.
-
-        Only between two chunks: all complete messages have been taken.
+    def snapshot(self) -> tuple[ReceiveBufferState, list[Fd]]:
+        """What has come and is not done with, and the descriptors, which stay here; for
+        :meth:`restore`.  Complete messages are not in it.
         """
-        assert not self.ready
         pending = self.pending_fds
         parser = None if self._idle or self._parser is None else self._parser.snapshot()
-        return ReceiveBufferState(
-            parser, list(pending.fds), pending.state.name, pending.lost, self._segment_left
+        state = ReceiveBufferState(
+            parser, len(pending.fds), pending.state, pending.lost, self._segment_left
         )
+        return state, pending.fds
 
-    def restore(self, saved: ReceiveBufferState) -> None:
+    def restore(self, saved: ReceiveBufferState, fds: list[Fd]) -> None:
         """Go on where another was when it gave :meth:`snapshot`; the descriptors are owned here
         from now on.
         """
@@ -287,7 +269,7 @@ class ReceiveBuffer:
             self._feed(b"")  # have a parser
             assert self._parser is not None
             self._parser.restore(saved.parser)
-        self.pending_fds.restore(saved.fds, SegmentState[saved.segment], saved.lost)
+        self.pending_fds.restore(fds, saved.segment, saved.lost)
         self._segment_left = saved.segment_left
 
     def close(self) -> None:

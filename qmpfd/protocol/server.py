@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Hashable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from itertools import islice
+from typing import Any, TypeAlias
 
-from msgspec import UNSET, to_builtins
+import msgspec
+from msgspec import UNSET, Struct, to_builtins
 from outcome import Error, Outcome, Value
 
 from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError, QMPError
@@ -13,29 +16,53 @@ from ..kernel.fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import Connection, Event, State
 from .encode import LONG_TEXT, JSONStream, RawJSON, encode, encode_any
-from .parser import Budget
-from .receive_buffer import NO_FDS, ReceiveBufferState, Received
+from .parser import Budget, Parser
+from .receive_buffer import NO_FDS, Received
 from .request_decoder import Request, RequestDecoder
+from .saved import ReceiveBufferState
 from .streamed_reply import StreamedReply
 
 #: A request, or the error that it is refused with; its id; its descriptors.
 ReceivedRequest: TypeAlias = "tuple[Request | Error, Any, list[Fd]]"
 
 
-class ConnectionState(NamedTuple):
-    """Where a connection is.
+class MessageState(Struct, forbid_unknown_fields=True):
+    """A message that has come whole and was not carried out yet.
 
     Args:
-        state: the name of its :class:`State`.
-        oob_enabled: whether the client has enabled out-of-band execution.
-        errors_in_a_row: errors since the last valid request.
-        receive_buffer: what has come and is not done with.
+        text: its JSON; empty if it was broken.
+        error: what its client is to be told of it, if it was.
+        fds: the number of descriptors that it takes; None if it does not take any.
+        lost: why it has less of them than it should have; empty if it has not.
     """
 
-    state: str
+    text: bytes
+    error: str
+    fds: int | None
+    lost: str
+
+
+class ConnectionState(Struct, forbid_unknown_fields=True):
+    """Where a connection is, but for the descriptors themselves.
+
+    Args:
+        state: its state.
+        oob_enabled: whether the client has enabled out-of-band execution.
+        errors_in_a_row: errors since the last valid request.
+        receive_buffer: what has come and is not complete.
+        messages: what has come and is complete.
+    """
+
+    state: State
     oob_enabled: bool
     errors_in_a_row: int
     receive_buffer: ReceiveBufferState
+    messages: list[MessageState]
+
+    @property
+    def fd_count(self) -> int:
+        """How many descriptors it comes with."""
+        return self.receive_buffer.fds + sum(message.fds or 0 for message in self.messages)
 
 
 class ServerConnection(Connection):
@@ -78,21 +105,57 @@ class ServerConnection(Connection):
         self._move(Event.GREETING)
         return encode({"QMP": {"version": version, "capabilities": ["oob"]}}) + b"\r\n"
 
-    def snapshot(self) -> ConnectionState:
-        """Where it is; for :meth:`restore`.  Only between two chunks."""
-        return ConnectionState(
-            self.state.name,
-            self._oob_enabled,
-            self._errors_in_a_row,
-            self._receive_buffer.snapshot(),
+    def snapshot(self) -> tuple[ConnectionState, list[Fd]]:
+        """Where it is, and its descriptors, which stay here; for :meth:`restore`."""
+        receive_buffer, fds = self._receive_buffer.snapshot()
+        fds = list(fds)
+        messages = []
+        for message in self._ready:
+            received = type(message) is Received
+            value, its_fds, lost = message if received else (message, NO_FDS, "")
+            text, error = b"", ""
+            if isinstance(value, GenericError):
+                error = value.desc
+            elif isinstance(value, Request):
+                text = msgspec.json.encode(value)
+            else:
+                text = encode_any(value)
+            messages.append(MessageState(text, error, len(its_fds) if received else None, lost))
+            fds += its_fds
+        state = ConnectionState(
+            self.state, self._oob_enabled, self._errors_in_a_row, receive_buffer, messages
         )
+        return state, fds
 
-    def restore(self, saved: ConnectionState) -> None:
-        """Go on where another was when it gave :meth:`snapshot`."""
-        self._enter(State[saved.state])
+    def restore(self, saved: ConnectionState, fds: Iterator[Fd]) -> None:
+        """Go on where another was when it gave :meth:`snapshot`.
+
+        Args:
+            saved: the state.
+            fds: the descriptors, owned here from now on; as many as there are are taken.
+
+        Raises:
+            ValueError: the state makes no sense.
+        """
+        self._enter(saved.state)
         self._oob_enabled = saved.oob_enabled
         self._errors_in_a_row = saved.errors_in_a_row
-        self._receive_buffer.restore(saved.receive_buffer)
+        self._receive_buffer.restore(
+            saved.receive_buffer, list(islice(fds, saved.receive_buffer.fds))
+        )
+        for message in saved.messages:
+            value = GenericError(message.error) if message.error else self._decoded(message.text)
+            if message.fds is not None:
+                value = Received((value, list(islice(fds, message.fds)), message.lost))
+            self._ready.append(value)
+
+    def _decoded(self, text: bytes) -> Any:
+        """The message that *text* is."""
+        requests = self._decoder.decode_chunk(text)
+        if requests is not None and len(requests) == 1:
+            return requests[0]
+        (found,) = Parser(sys.maxsize).feed(text + b"\n")
+        return found[0]
 
     def negotiate(self, capabilities: list[str]) -> None:
         """Carry out ``qmp_capabilities``.

@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from ..client.blocking import NoDaemon
 from ..fdsets import PERMANENT, Lifetime, Peer
 from ..kernel.fd import Fd
 from ..transport import FdStream
+from .connection.saved import SavedConnections
+from .connection.snapshot import WatchRestorer
 from .fdstore.recover import Recovered
 from .listen.listener import UnixListener
 from .saved_state import SavedFd, SavedState
@@ -46,7 +49,7 @@ def taking_over(
     try:
         try:
             _restore(server, inheritance, listeners)
-        except (ValueError, LookupError) as exc:
+        except (ValueError, LookupError, msgspec.MsgspecError) as exc:
             raise NoDaemon(f"the old daemon's state cannot be used, it goes on: {exc}") from exc
         yield listeners
     finally:
@@ -70,13 +73,19 @@ def _restore(
         for path in state.listeners
     )
     sessions = []
-    for saved in state.sessions:
+    connections = SavedConnections([], [], [])
+    if state.connection_states:
+        connections = msgspec.msgpack.decode(state.connection_states, type=SavedConnections)
+    for saved in connections.sessions:
         sock = socket.socket(fileno=next(fds).detach())
         stream = FdStream(trio.socket.from_stdlib_socket(sock))
         sessions.append(server.restore_session(stream, saved, fds))
     _fill_store(server, state, inheritance.fds, sessions)
-    for session, saved in zip(sessions, state.sessions, strict=True):
-        session.context.watch(saved.watching)  # only now: none of that is news to anybody
+    # Only now, as what was stored before is news to nobody, and a listing is of what is stored.
+    watches = WatchRestorer(connections.logs)
+    for session, saved in zip(sessions, connections.sessions, strict=True):
+        session.restore_reply(saved, connections.texts)
+        watches.restore(saved, session.context)
     stats = server.daemon.stats
     stats.commands.update(state.commands)
     stats.errors.update(state.errors)

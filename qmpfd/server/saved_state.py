@@ -6,15 +6,13 @@ member that it does not know makes it give up, and so does a newer format.
 
 The descriptors follow in the order in which the fields here speak of them: those of the sets, then
 the listeners', then for each session its connection, what waits for a command, what has a name,
-what waits to be sent.
+what waits to be sent, what goes with the reply in progress.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from ..limits import TAKEOVER_FORMAT
 
@@ -55,60 +53,6 @@ class SavedSet(Struct, forbid_unknown_fields=True):
     fds: list[SavedFd]
 
 
-class SavedParser(Struct, forbid_unknown_fields=True):
-    """A half-read request; see :class:`qmpfd.protocol.parser.ParserState`."""
-
-    text: bytes
-    discarding: bool
-    braces: int
-    brackets: int
-    lexer_state: int
-    begun: bytes
-    given_up: bool
-
-
-class SavedSession(Struct, forbid_unknown_fields=True):
-    """A connection.
-
-    Args:
-        peer: pid, uid and gid of the client.
-        groups: all groups of the client.
-        idle: seconds since it connected, or last asked something.
-        state: the name of the connection's state.
-        oob_enabled: whether it has enabled out-of-band execution.
-        errors_in_a_row: errors since the last valid request.
-        parser: a half-read request.
-        unclaimed: how many descriptors wait for a command.
-        segment, lost, segment_left: of those; see
-            :class:`qmpfd.protocol.receive_buffer.ReceiveBufferState`.
-        names: what its ``getfd`` descriptors are called.
-        watching: whether it is told of changes.
-        unsent: what waits to be sent: bytes, and how many descriptors go with the first of them.
-    """
-
-    peer: tuple[int, int, int]
-    groups: list[int]
-    idle: float
-    state: Annotated[str, Meta(pattern="^(CONNECTED|NEGOTIATING|COMMANDS)$")]
-    oob_enabled: bool
-    errors_in_a_row: int
-    parser: SavedParser | None
-    unclaimed: int
-    segment: Annotated[
-        str, Meta(pattern="^(SPENT|OPEN|OPEN_TAKEN|STRADDLED|STRADDLED_TAKEN|OVER)$")
-    ]
-    lost: str
-    segment_left: int
-    names: list[str]
-    watching: bool
-    unsent: list[tuple[bytes, int]]
-
-    @property
-    def fd_count(self) -> int:
-        """How many descriptors it comes with."""
-        return 1 + self.unclaimed + len(self.names) + sum(count for _, count in self.unsent)
-
-
 class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """A daemon.
 
@@ -116,7 +60,10 @@ class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
         pid: its process; the listening sockets may be of another that was there before.
         sets: its fd sets.
         listeners: the paths of its sockets; None for one whose file is somebody else's.
-        sessions: its connections.
+        connections: how many connections it has.
+        connection_fds: how many descriptors they come with.
+        connection_states: what they are: a SavedConnections of :mod:`.connection.saved`, which is
+            decoded later than the rest, as it knows more of the program.
         commands: how often each command was carried out.
         errors: how many error replies there were, by class.
         accepted: clients ever served.
@@ -130,12 +77,14 @@ class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
     pid: int
     sets: list[SavedSet]
     listeners: list[str | None]
-    sessions: list[SavedSession]
+    connections: int
+    connection_fds: int
     commands: dict[str, int]
     errors: dict[str, int]
     accepted: int
     turned_away: int
     uptime: float
+    connection_states: bytes = b""
     journal: bool = False
     store: str | None = None
 
@@ -147,8 +96,7 @@ class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
     @property
     def fd_count(self) -> int:
         """How many descriptors go over in all."""
-        others = sum(session.fd_count for session in self.sessions)
-        return len(self.stored_numbers) + len(self.listeners) + others + self.journal
+        return len(self.stored_numbers) + len(self.listeners) + self.connection_fds + self.journal
 
 
 def encode(state: SavedState) -> bytes:

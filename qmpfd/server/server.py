@@ -20,6 +20,7 @@ from ..limits import MAX_INCOMPLETE_BYTES, Limits
 from ..policy import Policy
 from ..protocol import Budget
 from ..transport import FdStream
+from .connection.saved import SavedSession
 from .connection.session import Session, SessionEnd
 from .connection.turns import Turns
 from .connection.unsent_budget import UnsentBudget
@@ -30,7 +31,6 @@ from .listen.listener import UnixListener
 from .listen.rejections import RejectionLog, rejection_reply
 from .maintenance import Broadcaster, evict_idle, remove_expired, remove_hung_up, supervise
 from .metrics import write_metrics
-from .saved_state import SavedSession
 from .services import Durability, Services, Unmirrored
 from .takeover.sender import hand_over
 
@@ -198,7 +198,7 @@ class Server:
         self.lifecycle.handle(Event.PAUSE)
         self._acceptor.pause()
         for session in self.sessions:
-            session.freeze()
+            session.pause()
         self._takeover_scope = scope
         try:
             yield

@@ -42,6 +42,7 @@ class RequestProcessor:
         fd_accounting: what closes what was removed.
         share: the client's share of time.
         settle: waits until all that was changed is safe.
+        park: waits until the daemon is not paused any more.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class RequestProcessor:
         fd_accounting: FdAccounting,
         share: Share,
         settle: Callable[[], Awaitable[None]],
+        park: Callable[[], Awaitable[None]],
     ) -> None:
         self._services = services
         self._connection = connection
@@ -61,6 +63,7 @@ class RequestProcessor:
         self._leftovers = fd_accounting
         self._share = share
         self._settle = settle
+        self._park = park
         self._lock = services.lock
         #: Something was asked, since somebody last looked.
         self.asked = False
@@ -72,6 +75,13 @@ class RequestProcessor:
         # descriptors begins a batch: they arrive with its first byte, and so with that reply and no
         # other.
         self._batches: list[_Batch] = []
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is a reply in progress, or a request that has come and is not carried out:
+        where the daemon is paused, or was when a predecessor handed over.
+        """
+        return self.long_reply is not None or self._connection.has_pending_input
 
     def give_nowait(self, at_once: bool) -> bool:
         """Carry out the requests that are complete; the replies are to be sent.
@@ -102,6 +112,8 @@ class RequestProcessor:
             await send_buffer.send(share)
             if share.over or send_buffer.deaf:  # perhaps with a thousand others
                 await share.next_turn()
+            if self._services.lifecycle.paused:
+                await self._park()
             if self._lock.locked():
                 async with self._lock:
                     self._carry_out()
@@ -183,10 +195,12 @@ class RequestProcessor:
         """The same, however long it takes; and a reply that is sent bit by bit."""
         send_buffer = self._outbox
         while not self._tell_nowait():
-            if send_buffer.unsafe:
-                await self._settle()
-            else:
+            if not send_buffer.unsafe:
                 await self._leftovers.close_all(len(self._connection.fds_to_close))
+            elif self._services.lifecycle.paused:  # the client is sent nothing any more
+                await self._park()
+            else:
+                await self._settle()
         if self.long_reply is not None:
             await send_buffer.send(self._share)
             await self._send_bit_by_bit(iter(self.long_reply))
@@ -208,6 +222,9 @@ class RequestProcessor:
             made: list[bytes] = []
             size = 0
             await share.next_turn(much=True)
+            if services.lifecycle.paused:  # a successor goes on from here
+                await self._park()
+                continue
             async with services.locked():
                 more = False
                 for bit in bits:

@@ -26,12 +26,12 @@ from ...policy import Access
 from ...protocol import ServerConnection, State
 from ...transport import Arrival, FdStream
 from ..listen.rejections import rejection_reply
-from ..saved_state import SavedSession
 from ..services import Services
 from .fd_accounting import CLOSES_A_STEP, FdAccounting
 from .request_processor import RequestProcessor
+from .saved import SavedSession, SharedParts
 from .send_buffer import SendBuffer
-from .snapshot import describe, restore
+from .snapshot import describe, restore, restore_reply
 from .turns import Share
 
 _log = logging.getLogger("qmpfd")
@@ -93,6 +93,7 @@ class Session:
             services, self._connection, self.send_buffer, self._share, peer.uid
         )
         self._settling = trio.Lock()
+        self._sync_scope = trio.CancelScope()
         self._answers = RequestProcessor(
             services,
             self._connection,
@@ -101,6 +102,7 @@ class Session:
             self._leftovers,
             self._share,
             self._settle,
+            self._park,
         )
         self._pump_scope: trio.CancelScope | None = None  # while events are being sent
 
@@ -202,11 +204,6 @@ class Session:
         """Whether nothing of it is under way, while the daemon is frozen."""
         return self._waiting or self._parked
 
-    def freeze(self) -> None:
-        """A takeover has begun: wait neither for the client nor for a close."""
-        self.send_buffer.freeze()
-        self._leftovers.freeze()
-
     async def _park(self) -> None:
         """Wait until the daemon is no longer frozen."""
         self._parked = True
@@ -215,6 +212,14 @@ class Session:
         self._share.resume()
         self._parked = False
         await self.send_buffer.send(self._share)
+
+    def pause(self) -> None:
+        """The daemon is paused: wait neither for the client, nor for a close, nor for the second
+        copy of the store, which may take for ever.
+        """
+        self.send_buffer.freeze()
+        self._leftovers.freeze()
+        self._sync_scope.cancel()
 
     def thaw(self) -> None:
         """The daemon is no longer frozen: see to it that what is unsent is sent."""
@@ -235,10 +240,22 @@ class Session:
         reply = self._connection.reply(Value(NOTHING), self._answers.takeover_id)
         await self.stream.send_all(reply, [memory])
 
-    def describe(self, now: float) -> tuple[SavedSession, list[int]]:
-        """All that a successor needs to go on, and the numbers of the descriptors."""
-        idle = self._idle(now)
-        saved, fds = describe(self.peer, self.groups, idle, self._context, self.send_buffer)
+    def describe(self, now: float, parts: SharedParts) -> tuple[SavedSession, list[int]]:
+        """All that a successor needs to go on, and the numbers of the descriptors.
+
+        Args:
+            now: the time, by the daemon's clock.
+            parts: where that goes which sessions share.
+        """
+        saved, fds = describe(
+            self.peer,
+            self.groups,
+            self._idle(now),
+            self._context,
+            self.send_buffer,
+            self._answers.long_reply,
+            parts,
+        )
         return saved, [self.stream.socket.fileno(), *(fd.fileno() for fd in fds)]
 
     def restore(self, saved: SavedSession, fds: Iterator[Fd]) -> None:
@@ -252,6 +269,16 @@ class Session:
         self._since -= saved.idle
         self._connected_at = self._since
         self._leftovers.count_waiting()
+
+    def restore_reply(self, saved: SavedSession, texts: list[str]) -> None:
+        """Go on with the reply in progress, once the store is there.
+
+        Args:
+            saved: the state.
+            texts: what listings are in the middle of.
+        """
+        if saved.reply is not None:
+            self._answers.long_reply = restore_reply(saved.reply, self._context, texts)
 
     def leave(self) -> None:
         """Another daemon goes on: let go of all that is the client's, without a word to it."""
@@ -274,14 +301,18 @@ class Session:
         answers, context, share = self._answers, self._context, self._share
         daemon, lifecycle = self._services.shared, self._services.lifecycle
         share.resume()  # it was made before, perhaps long before, and with thousands of others
+        inherited = answers.unfinished
         while True:
             if monotonic() > share.ends:
                 await send_buffer.send(share)
                 await share.next_turn()
             if lifecycle.paused:
                 await self._park()
-            max_bytes = READ_BYTES if share.in_turn else FEW_BYTES
-            arrival = stream.receive_nowait(connection, max_bytes, daemon.quotas.fds_at_once)
+            if inherited:  # from a predecessor: what it has read, and not done
+                arrival = Arrival.ALL
+            else:
+                max_bytes = READ_BYTES if share.in_turn else FEW_BYTES
+                arrival = stream.receive_nowait(connection, max_bytes, daemon.quotas.fds_at_once)
             more = arrival is Arrival.SOME
             if more and not (connection.has_pending_input or connection.fds_to_close):
                 await send_buffer.send(share)
@@ -289,8 +320,9 @@ class Session:
                 continue
             if arrival not in (Arrival.NOTHING, Arrival.END):
                 # While more is there, replies wait: one write for all of them.
-                if not answers.give_nowait(not more):
+                if inherited or not answers.give_nowait(not more):
                     await answers.give()
+                inherited = False
                 if context.takes_over:
                     await send_buffer.send(share)
                     return SessionEnd.TAKEOVER
@@ -375,11 +407,16 @@ class Session:
 
     async def _settle(self) -> None:
         """Wait until all that is held may be told, and close what was removed; what is held
-        meanwhile is for whoever holds it.
+        meanwhile is for whoever holds it.  Nothing of that while the daemon is paused.
         """
         async with self._settling:
             holds, count = self.send_buffer.holds, len(self._connection.fds_to_close)
-            await self._services.durability.sync()
+            if self._services.lifecycle.paused:
+                return
+            with trio.CancelScope() as self._sync_scope:
+                await self._services.durability.sync()
+            if self._sync_scope.cancelled_caught:
+                return
             await self._leftovers.close_all(count)
             if holds == self.send_buffer.holds:
                 self.send_buffer.release()

@@ -17,6 +17,7 @@ from collections.abc import Collection, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Protocol
 
+import msgspec
 import trio
 
 from ...errors import GenericError
@@ -26,6 +27,7 @@ from ...limits import FORGET_TIMEOUT, SCM_MAX_FD, TAKEOVER_TIMEOUT
 from ...transport import FdStream
 from .. import saved_state as saved
 from ..closing import all_closed
+from ..connection.saved import SavedConnections, SharedParts
 from ..connection.session import Session
 from ..listen.listener import UnixListener
 from ..services import Durability, Services
@@ -157,8 +159,9 @@ def describe(
         sets.append(saved.SavedSet(fdset.id, entries))
     fds += [listener.socket.fileno() for listener in server.listeners]
     described = []
+    parts = SharedParts(list(daemon.logs.values()))
     for session in sessions:
-        entry, its_fds = session.describe(now)
+        entry, its_fds = session.describe(now, parts)
         described.append(entry)
         fds += its_fds
     journal = durability.journal
@@ -169,7 +172,11 @@ def describe(
         pid=os.getpid(),
         sets=sets,
         listeners=[None if ls.path is None else str(ls.path) for ls in server.listeners],
-        sessions=described,
+        connections=len(described),
+        connection_fds=sum(session.fd_count for session in described),
+        connection_states=msgspec.msgpack.encode(
+            SavedConnections(described, parts.texts, [log.save() for log in parts.logs])
+        ),
         commands=dict(stats.commands),
         errors=dict(stats.errors),
         accepted=stats.accepted,

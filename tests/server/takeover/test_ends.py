@@ -247,7 +247,8 @@ STATE = SavedState(
     pid=os.getpid(),
     sets=[],
     listeners=[],
-    sessions=[],
+    connections=0,
+    connection_fds=0,
     commands={},
     errors={},
     accepted=0,
@@ -260,12 +261,10 @@ def with_members(**members: object) -> dict[str, object]:
     return {**msgspec.to_builtins(STATE), **members}
 
 
-NO_SESSION = {"peer": (1, 1, 1), "groups": [], "idle": 0.0, "state": "ASLEEP"}
 UNREADABLE = {
     "newer format": (TAKEOVER_FORMAT + 1, with_members()),
     "no format": (0, with_members()),
     "unknown member": (TAKEOVER_FORMAT, with_members(colour="red")),
-    "unknown state": (TAKEOVER_FORMAT, with_members(sessions=[NO_SESSION])),
     "wrong type": (TAKEOVER_FORMAT, with_members(pid="one")),
     "no pair": with_members(),
 }

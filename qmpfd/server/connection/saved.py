@@ -1,0 +1,97 @@
+"""What a daemon hands over of its connections, but for the descriptors themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from ...commands.events import EventLog, SavedEvent, SavedWatch
+from ...commands.listings import SavedListing
+from ...protocol.server import ConnectionState
+
+
+class SavedReply(Struct, forbid_unknown_fields=True):
+    """A reply of which a part was sent; see :class:`qmpfd.protocol.streamed_reply.StreamedReply`.
+
+    Args:
+        members: its members, as MessagePack.
+        deep_id: its id as JSON, where that is nested too deep for MessagePack; else empty.
+        written: bytes that were sent, those of a listing not counted.
+        listing: the result, if that is made while it is sent.
+        opaque: which of the saved texts the listing is in the middle of.
+        fds: how many descriptors go with the next byte.
+    """
+
+    members: bytes
+    deep_id: bytes
+    written: int
+    listing: SavedListing | None
+    opaque: int | None
+    fds: int
+
+
+class SavedSession(Struct, forbid_unknown_fields=True):
+    """A connection.
+
+    Args:
+        peer: pid, uid and gid of the client.
+        groups: all groups of the client.
+        idle: seconds since it connected, or last asked something.
+        connection: what has come of it and is not done with.
+        names: what its ``getfd`` descriptors are called.
+        unsent: what waits to be sent: bytes, and how many descriptors go with the first of them.
+        reply: the reply that is to be sent behind that, of which a part was.
+        watch: how far it has read the events, if it watches.
+    """
+
+    peer: tuple[int, int, int]
+    groups: list[int]
+    idle: float
+    connection: ConnectionState
+    names: list[str]
+    unsent: list[tuple[bytes, int]]
+    reply: SavedReply | None
+    watch: SavedWatch | None
+
+    @property
+    def fd_count(self) -> int:
+        """How many descriptors it comes with."""
+        sent = sum(count for _, count in self.unsent)
+        reply = 0 if self.reply is None else self.reply.fds
+        return 1 + self.connection.fd_count + len(self.names) + sent + reply
+
+
+class SharedParts:
+    """What sessions refer to, and goes over once for all of them.
+
+    Args:
+        logs: the events, for each set of rights among those who watch.
+    """
+
+    def __init__(self, logs: Sequence[EventLog]) -> None:
+        self.logs = logs
+        #: Opaque texts that listings are in the middle of.
+        self.texts: list[str] = []
+        self._text_numbers: dict[int, int] = {}
+
+    def text(self, text: str) -> int:
+        """The number of *text*, which is the same object each time."""
+        number = self._text_numbers.setdefault(id(text), len(self.texts))
+        if number == len(self.texts):
+            self.texts.append(text)
+        return number
+
+
+class SavedConnections(Struct, forbid_unknown_fields=True):
+    """All connections.
+
+    Args:
+        sessions: the connections.
+        texts: opaque texts that their listings are in the middle of.
+        logs: the events that watchers among them read.
+    """
+
+    sessions: list[SavedSession]
+    texts: list[str]
+    logs: list[list[SavedEvent]]

@@ -1,0 +1,246 @@
+"""Takeovers while clients have long listings, events and pipelined requests under way.
+
+Whatever they have not read yet is not made for the takeover's sake: neither daemon needs memory for
+it, nobody waits for it, and all of it comes, whole, from the successor.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+from helpers import Pipe, request
+from stepper import Stepped, Stepper
+
+from qmpfd.client.blocking import BlockingClient
+from qmpfd.kernel.fd import close_all, receive
+from qmpfd.limits import TAKEOVER_FORMAT
+
+PATIENCE = 60.0
+
+
+@pytest.fixture(scope="module")
+def stepper() -> Iterator[Stepper]:
+    with Stepper() as stepper:
+        yield stepper
+
+
+@pytest.fixture
+def daemons(path: Path, stepper: Stepper) -> Iterator[Callable[..., Stepped]]:
+    """Starts a daemon; each but the first takes over from the one before."""
+    started: list[Stepped] = []
+
+    def start(*options: str) -> Stepped:
+        log = path.with_suffix(f".{len(started)}.log")
+        takeover = ["--takeover"] if started else []
+        made = stepper.start(["serve", "--socket", str(path), *takeover, *options], log)
+        started.append(made)
+        made.until("listening")
+        assert made.poll() is None, made.said
+        if len(started) > 1:
+            assert started[-2].wait() == 0
+        return made
+
+    yield start
+    for made in started:
+        made.end()
+        assert "Traceback" not in made.said, made.said
+
+
+class Reader:
+    """A client that asks, and reads when it is told to."""
+
+    def __init__(self, path: Path, *requests: bytes) -> None:
+        with BlockingClient(path, PATIENCE) as client:
+            self.sock = client.detach()
+        self.sock.setblocking(True)
+        self.sock.settimeout(PATIENCE)
+        self.sock.sendall(b"".join(requests))
+        self._lines = self.sock.makefile("rb")
+
+    def begin(self) -> None:
+        """Wait until something has come."""
+        assert self.sock.recv(1, socket.MSG_PEEK) == b"{"
+
+    def raw(self) -> bytes:
+        """The next reply or event, which is whole."""
+        line = self._lines.readline()
+        assert line.endswith(b"\r\n"), line[-100:]
+        return line
+
+    def line(self) -> Any:
+        """The same, as a value."""
+        return json.loads(self.raw())
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._lines.close()
+        self.sock.close()
+
+
+def end(daemon: Stepped) -> int:
+    """End it; how much memory it had at most, in MiB."""
+    daemon.end()
+    return daemon.peak
+
+
+LISTING = request("query-fds", id="listing")
+FDSETS = request("query-fdsets", id="listing")
+
+
+@pytest.mark.parametrize("asked", [LISTING, FDSETS])
+def test_long_listings(path: Path, daemons: Callable[..., Stepped], asked: bytes) -> None:
+    """Thirty of ten megabytes, of which nobody has read anything."""
+    first = daemons()
+    with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
+        for number in range(40):
+            client.execute("add-fds", {"opaque": f"{number}" * 1000}, [0] * 250)
+        expected = json.loads(
+            json.dumps(client.execute("query-fds" if asked is LISTING else "query-fdsets"))
+        )
+        readers = [stack.enter_context(Reader(path, asked)) for _ in range(30)]
+        for reader in readers:
+            reader.begin()
+        second = daemons()
+        third = daemons()
+        for reader in readers:
+            reply = reader.line()
+            assert reply["id"] == "listing"
+            found = reply["return"]
+            assert len(found) == len(expected)
+            for entry, known in zip(found, expected, strict=True):
+                entry.pop("age", None)
+                known.pop("age", None)
+                assert entry == known
+        assert client.execute("query-name", {}) == {}
+    assert max(first.peak, second.peak, end(third)) < 150
+
+
+def test_a_text_that_many_are_in_the_middle_of(path: Path, daemons: Callable[..., Stepped]) -> None:
+    """It goes over once."""
+    first = daemons()
+    text = "\N{SNOWMAN}" * 300_000
+    with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
+        for _ in range(3):
+            client.execute("add-fd", {"opaque": text}, [0])
+        readers = [stack.enter_context(Reader(path, FDSETS)) for _ in range(40)]
+        for reader in readers:
+            reader.begin()
+        second = daemons()
+        for reader in readers:
+            assert [fd["opaque"] for s in reader.line()["return"] for fd in s["fds"]] == [text] * 3
+    assert max(first.peak, end(second)) < 150
+
+
+def test_what_is_pipelined_behind_a_listing(path: Path, daemons: Callable[..., Stepped]) -> None:
+    """Requests, some with descriptors, broken ones and a text that is not complete."""
+    daemons()
+    deep = b'{"execute": "query-name", "id": ' + b"[" * 1000 + b"]" * 1000 + b"}"
+    with BlockingClient(path, PATIENCE) as client, Pipe() as pipe:
+        for number in range(20):
+            client.execute("add-fds", {"opaque": f"{number}" * 500}, [0] * 250)
+        first = [
+            FDSETS,
+            request("query-name", id={"a": ["\N{SNOWMAN}", 1.5, None, 1 << 70]}),
+            b'{"execute": 5}',
+            b'{"execute" "x"}',
+            request("add-fd", {"opaque": "\x7f"}, id=1),
+        ]
+        with Reader(path, *first) as reader:
+            reader.begin()
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, pipe.fileno().to_bytes(4, "little"))]
+            with_fd = request("add-fd", {"opaque": "piped"}, id=2) + FDSETS
+            reader.sock.sendmsg([with_fd], rights)
+            reader.sock.sendall(deep + FDSETS + b'{"execute": "quer')
+            pipe.release()
+            daemons()
+            daemons()
+            reader.sock.sendall(b'y-name", "id": "last"}')
+            assert len(reader.line()["return"]) == 20
+            assert reader.line()["id"]["a"][:3] == ["\N{SNOWMAN}", 1.5, None]
+            assert "execute" in reader.line()["error"]["desc"]
+            while "id" not in (reply := reader.line()):
+                assert "error" in reply
+            assert (reply["id"], reply["error"]["class"]) == (1, "FdNotSupplied")
+            reply = reader.line()
+            assert reply["id"] == 2
+            assert pipe.held()
+            assert reader.line()["return"][0]["fds"][0]["opaque"] == "piped"
+            assert reader.raw() == b'{"return": {}, "id": ' + b"[" * 1000 + b"]" * 1000 + b"}\r\n"
+            assert len(reader.line()["return"]) == 21
+            assert reader.line() == {"return": {}, "id": "last"}
+            client.execute("remove-fd", {"fdset-id": reply["return"]["fdset-id"]})
+            assert not pipe.held()
+
+
+def test_many_who_may_only_query(path: Path, daemons: Callable[..., Stepped]) -> None:
+    """Two hundred with a row of listings each: a takeover is possible, and nobody is held up."""
+    first = daemons()
+    with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
+        for number in range(20):
+            client.execute("add-fds", {"opaque": f"{number}" * 500}, [0] * 250)
+        readers = [stack.enter_context(Reader(path, *[LISTING] * 20)) for _ in range(200)]
+        for reader in readers:
+            reader.begin()
+        began = monotonic()
+        second = daemons()
+        assert monotonic() - began < 10
+        # The daemon has cut off some who take nothing, the first of them; of the others, each is
+        # sent whole replies.
+        for reader in readers[-20::5]:
+            for _ in range(20):
+                assert len(reader.line()["return"]) == 5000
+    assert max(first.peak, end(second)) < 200
+
+
+def test_silent_watchers(path: Path, daemons: Callable[..., Stepped]) -> None:
+    """Three hundred: of what waits for them there is one copy, and each reads all of it."""
+    first = daemons()
+    watch = request("watch-fdsets", {"enable": True})
+    with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
+        readers = [stack.enter_context(Reader(path, watch)) for _ in range(300)]
+        for reader in readers:
+            assert reader.line() == {"return": {}}
+        for number in range(8):
+            client.execute("add-fds", {"opaque": f"{number}" * 300}, [0] * 250)
+        second = daemons()
+        client.execute("add-fd", {"opaque": "new"}, [0])
+        third = daemons()
+        for reader in readers[::10]:
+            seen = [reader.line()["data"]["opaque"] for _ in range(2001)]
+            assert seen == [f"{number}" * 300 for number in range(8) for _ in range(250)] + ["new"]
+    assert max(first.peak, second.peak, end(third)) < 150
+
+
+def test_a_newcomer_that_gives_up(path: Path, daemons: Callable[..., Stepped]) -> None:
+    """Listings and events go on where they were, in the old daemon."""
+    old = daemons()
+    watch = request("watch-fdsets", {"enable": True})
+    with BlockingClient(path, PATIENCE) as client:
+        for number in range(20):
+            client.execute("add-fds", {"opaque": f"{number}" * 500}, [0] * 250)
+        with Reader(path, *[LISTING] * 3) as reader, Reader(path, watch) as watcher:
+            reader.begin()
+            watcher.line()
+            client.execute("add-fds", {"opaque": "x" * 3000}, [0] * 150)
+            with BlockingClient(path, PATIENCE) as newcomer:
+                _, passed = newcomer.request("takeover", {"format": TAKEOVER_FORMAT})
+                with newcomer.detach() as sock:
+                    sock.setblocking(True)
+                    sock.settimeout(PATIENCE)
+                    sock.sendall(b"n")
+                    _, fds, _ = receive(sock, 1)
+                    close_all([*passed, *fds])
+            counts = [len(reader.line()["return"]) for _ in range(3)]
+            assert counts[0] >= 5000
+            assert counts[1:] == [5150, 5150]
+            assert [watcher.line()["event"] for _ in range(150)] == ["FD_ADDED"] * 150
+        assert old.poll() is None
