@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,21 +18,15 @@ import trio
 
 from ..commands import Dialect
 from ..kernel.fd import Fd
-from ..kernel.systemd import (
-    InheritedFd,
-    announce_ready,
-    forwarded_signals,
-    notify,
-    notify_reloading,
-    repeat_notifications,
-    watchdog_interval,
-)
-from ..limits import NOTIFY_RETRY, STATUS_INTERVAL, Limits
-from ..policy import BadPolicy, Policy, load_policy
+from ..kernel.systemd import InheritedFd, Notifier, announce_ready, watchdog_interval
+from ..limits import STATUS_INTERVAL, Limits
+from ..policy import Policy, load_policy
 from ..server import Server, serve
 from ..server.fdstore.mirror import FdStoreConfig
 from ..server.fdstore.recover import Recovered
+from ..server.maintenance import supervise
 from ..server.takeover.receiver import ReceivedState
+from .notifications import Notifications
 from .options import default_socket
 
 _log = logging.getLogger("qmpfd")
@@ -55,11 +50,13 @@ def run(
     recovered: Recovered,
     keeping: FdStoreConfig | None,
     ready_fd: Fd | None,
+    parent: Notifier | None,
 ) -> None:
     """Serve until told to end.
 
     Args:
         ready_fd: told once clients can connect, and closed.
+        parent: the parent of ``serve --supervise``, if there is one.
 
     Raises:
         OSError: one of *paths* cannot be used.
@@ -81,7 +78,9 @@ def run(
     )
     names = [str(path) for path in paths]
     names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
-    trio.run(_main, start, names, inheritance, recovered.state.listeners, policy_path, ready_fd)
+    trio.run(
+        _main, start, names, inheritance, recovered.state.listeners, policy_path, ready_fd, parent
+    )
 
 
 async def _main(
@@ -91,6 +90,7 @@ async def _main(
     back_again: Sequence[str | None],
     policy_path: Path | None,
     ready_fd: Fd | None,
+    parent: Notifier | None,
 ) -> None:
     before = back_again if inheritance is None else inheritance.state.listeners
     again = [path or "an inherited socket" for path in before]
@@ -121,79 +121,168 @@ async def _main(
                 _log.info("Ctrl-C ends it; qmpfd status%s shows what it does", where)
             if ready_fd is not None:
                 announce_ready(ready_fd)
-            await _look_after(server, policy_path, signals, serving)
+            notifications = Notifications(parent)
+            stack.callback(notifications.close)
+            notifications.tell(*_ready())
+            await _look_after(server, notifications, parent, policy_path, signals, serving)
 
 
 async def _look_after(
-    server: Server, policy_path: Path | None, signals: AsyncIterator[int], serving: trio.Nursery
+    server: Server,
+    notifications: Notifications,
+    parent: Notifier | None,
+    policy_path: Path | None,
+    signals: AsyncIterator[int],
+    serving: trio.Nursery,
 ) -> None:
+    reloader = _Reloader(server, policy_path, notifications)
+    handler = _SignalHandler(server, parent, notifications, reloader, serving)
+    tasks: list[tuple[str, Callable[[], Awaitable[None]]]] = [
+        ("handling signals", partial(handler.run, signals)),
+        ("reloading", reloader.run),
+    ]
+    if notifications.wanted:
+        tasks.append(("notifying the service manager", notifications.resend))
+        tasks.append(("reporting the status", partial(_report_status, server, notifications)))
+        if limit := watchdog_interval():
+            tasks.append(("feeding the watchdog", partial(_feed_watchdog, notifications, limit)))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_obey, server, policy_path, signals, serving)
-        nursery.start_soon(_report, server)
-        limit = watchdog_interval()
-        if limit is not None:
-            nursery.start_soon(_feed_watchdog, limit)
+        for name, task in tasks:
+            nursery.start_soon(supervise, name, task)
         await server.ended.wait()
         nursery.cancel_scope.cancel()
     serving.cancel_scope.cancel()
 
 
-async def _obey(
-    server: Server, policy_path: Path | None, signals: AsyncIterator[int], serving: trio.Nursery
-) -> None:
-    stops = 0
-    async for number in signals:
-        name = signal.Signals(number).name
-        if number == signal.SIGHUP:
-            await _reload(server, policy_path)
-            continue
-        stops += 1
-        forwarded = forwarded_signals()
+class _SignalHandler:
+    """Carries out what signals ask for: the first SIGTERM or SIGINT ends the daemon gracefully, a
+    second one at once, SIGHUP reloads.
+
+    Args:
+        server: the daemon.
+        parent: the parent of ``serve --supervise``, which forwards signals too.
+        notifications: tells the service manager.
+        reloader: carries out SIGHUP.
+        serving: cancelled, it ends the daemon at once.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        parent: Notifier | None,
+        notifications: Notifications,
+        reloader: _Reloader,
+        serving: trio.Nursery,
+    ) -> None:
+        self._server = server
+        self._parent = parent
+        self._notifications = notifications
+        self._reloader = reloader
+        self._serving = serving
+        self._stops = 0
+
+    async def run(self, signals: AsyncIterator[int]) -> None:
+        """Handle signals as they come."""
+        async for number in signals:
+            if number == signal.SIGHUP:
+                self._reloader.request()
+            else:
+                self._stop(signal.Signals(number).name)
+
+    def _stop(self, name: str) -> None:
+        self._stops += 1
+        forwarded = 0
+        if self._parent is not None:
+            self._parent.receive()
+            forwarded = self._parent.signals
         # One that was sent to the parent and to us is not a second one.
-        if max(forwarded, stops - forwarded) > 1:
+        if max(forwarded, self._stops - forwarded) > 1:
             _log.warning("%s again: ending at once", name)
-            serving.cancel_scope.cancel()
-        elif stops == 1:
+            self._serving.cancel_scope.cancel()
+        elif self._stops == 1:
             _log.info("%s: ending once all is answered", name)
-            notify("STOPPING=1")
-            server.stop()
+            self._notifications.tell("STOPPING=1")
+            self._server.stop()
 
 
-async def _report(server: Server) -> None:
-    """Tell the service manager that we serve, and now and then how full we are."""
-    # After a takeover, the process that it started is no longer the one that serves.
-    if not notify("READY=1", f"MAINPID={os.getpid()}"):
-        return
-    told = ""
+class _Reloader:
+    """Carries out SIGHUP: reads the policy again, and makes lost socket files anew.
+
+    The newest request counts: one that hangs, on a FIFO in the file's place or a name service that
+    does not answer, is abandoned for the next one and at the daemon's end.
+
+    Args:
+        server: the daemon.
+        policy_path: the policy file, if there is one.
+        notifications: tells the service manager.
+    """
+
+    def __init__(
+        self, server: Server, policy_path: Path | None, notifications: Notifications
+    ) -> None:
+        self._server = server
+        self._policy_path = policy_path
+        self._notifications = notifications
+        self._requested = trio.Event()
+        self._scope = trio.CancelScope()
+
+    def request(self) -> None:
+        """Reload, and abandon a reload that is under way."""
+        self._requested.set()
+        self._scope.cancel()
+
+    async def run(self) -> None:
+        """Carry out requests as they come."""
+        while True:
+            await self._requested.wait()
+            self._requested = trio.Event()
+            with trio.CancelScope() as self._scope:
+                self._notifications.tell(
+                    "RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
+                )
+                self._server.bind_lost_sockets()
+                await self._reload_policy()
+                self._notifications.tell(*_ready())
+
+    async def _reload_policy(self) -> None:
+        path = self._policy_path
+        if path is None:
+            _log.warning("SIGHUP: there is no policy file to read again")
+            return
+        try:
+            # In a thread of its own, as the names in it may be looked up over the network.
+            policy = await trio.to_thread.run_sync(
+                load_policy, path, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+            )
+            self._server.change_policy(policy)
+        except Exception as exc:  # noqa: BLE001 - TOML, the file system and NSS raise what they like
+            _log.error("SIGHUP: the policy stays as it was: %s", str(exc) or repr(exc))
+        else:
+            _log.info("SIGHUP: the policy is read again from %s", path)
+
+
+def _ready() -> tuple[str, str]:
+    # After a takeover, the process that the service manager started no longer serves.
+    return "READY=1", f"MAINPID={os.getpid()}"
+
+
+async def _report_status(server: Server, notifications: Notifications) -> None:
+    """Tell the service manager now and then how full we are."""
+    reported = ""
     while True:
         stats = server.daemon.stats
         status = (
             f"STATUS={server.store.fd_count} descriptors in {len(server.store)} fd sets, "
             f"{stats.connections} connections"
         )
-        if status != told:
-            notify(status)
-        told = status
-        await trio.sleep(STATUS_INTERVAL if repeat_notifications() else NOTIFY_RETRY)
+        if status != reported:
+            notifications.tell(status)
+        reported = status
+        await trio.sleep(STATUS_INTERVAL)
 
 
-async def _feed_watchdog(limit: float) -> None:
+async def _feed_watchdog(notifications: Notifications, limit: float) -> None:
     """Tell the service manager that the loop still turns."""
     while True:
-        notify("WATCHDOG=1")
+        notifications.tell("WATCHDOG=1")
         await trio.sleep(limit / 2)
-
-
-async def _reload(server: Server, policy_path: Path | None) -> None:
-    if policy_path is None:
-        _log.warning("SIGHUP: there is no policy file to read again")
-        return
-    notify_reloading()
-    try:
-        # In a thread: the names in it may be looked up over the network.
-        server.change_policy(await trio.to_thread.run_sync(load_policy, policy_path))
-    except BadPolicy as exc:
-        _log.error("SIGHUP: the policy stays as it was: %s", exc)
-    else:
-        _log.info("SIGHUP: the policy is read again from %s", policy_path)
-    notify("READY=1")

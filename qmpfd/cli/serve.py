@@ -367,6 +367,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             recovered=recovered,
             keeping=kept,
             ready_fd=ready,
+            parent=parent,
         )
     except* (OSError, NoDaemon, QMPError) as group:  # a nursery's: there is one cause, the first
         failures = list(leaf_exceptions(group))

@@ -12,13 +12,14 @@ import os
 import select
 import socket
 import stat
-import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from . import fd as fds
 from .fd import Fd, FileDescriptorLike
+from .unix_address import connectable
 
 #: The first inherited descriptor (SD_LISTEN_FDS_START).
 _FIRST = 3
@@ -83,15 +84,16 @@ class Notifier:
 
     @classmethod
     def connect(cls) -> Notifier | None:
-        """The service manager at ``$NOTIFY_SOCKET``; None if there is none."""
+        """The service manager at ``$NOTIFY_SOCKET``; None if it cannot be reached."""
         path = os.environ.get("NOTIFY_SOCKET", "")
         if not path.startswith(("/", "@")):
             return None
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            sock.connect("\0" + path[1:] if path.startswith("@") else path)
-        except OSError:
-            sock.close()
+            with ExitStack() as stack:
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+                sock.connect(stack.enter_context(connectable(path)))
+                stack.pop_all()
+        except OSError:  # this process may be out of descriptors as well
             return None
         return cls(sock, is_parent=False)
 
@@ -151,72 +153,20 @@ class Notifier:
 
 
 _PARENT_VARIABLE = "QMPFD_NOTIFY_FD"
-_parent: Notifier | None = None
 
 
 def take_parent() -> Notifier | None:
-    """The parent of ``serve --supervise``, if this process is its worker.
-
-    From then on it is told what would be told to the service manager.
+    """The parent of ``serve --supervise``, if this process is its worker: it is told what would be
+    told to the service manager.
     """
-    global _parent  # noqa: PLW0603 - as the environment that it comes from, one for the process
     number = os.environ.pop(_PARENT_VARIABLE, "")
-    if number.isdecimal():
-        _parent = Notifier.inherit(int(number))
-    return _parent
+    return Notifier.inherit(int(number)) if number.isdecimal() else None
 
 
 def take_store_size() -> int:
     """How many descriptors whoever started this process keeps for it (``$FDSTORE``)."""
     size = os.environ.pop("FDSTORE", "")
     return int(size) if size.isdecimal() else 0
-
-
-def forwarded_signals() -> int:
-    """How many of the signals that end this process have come from the parent, so far."""
-    if _parent is None:
-        return 0
-    _parent.receive()
-    return _parent.signals
-
-
-#: Notifications that could not be sent, by the name of their first variable, oldest first.
-_unsent: dict[str, str] = {}
-
-
-def notify(*assignments: str) -> bool:
-    """Tell the service manager something, such as ``"READY=1"``; whether there is one.
-
-    What cannot be sent now is sent by :func:`repeat_notifications`, unless a newer one of its kind
-    replaces it.
-    """
-    if _parent is None and not os.environ.get("NOTIFY_SOCKET"):
-        return False
-    kind = assignments[0].partition("=")[0]
-    _unsent.pop(kind, None)
-    _unsent[kind] = "\n".join(assignments)
-    repeat_notifications()
-    return True
-
-
-def repeat_notifications() -> bool:
-    """Send what could not be sent before; whether all of it could now."""
-    if not _unsent:
-        return True
-    try:
-        notifier = _parent or Notifier.connect()
-        if notifier is None:
-            return False
-        try:
-            for kind in list(_unsent):
-                notifier.send(_unsent[kind])
-                del _unsent[kind]
-        finally:
-            if notifier is not _parent:
-                notifier.close()
-    except OSError:
-        return False
-    return True
 
 
 def announce_ready(fd: Fd) -> None:
@@ -232,11 +182,6 @@ def announce_ready(fd: Fd) -> None:
                 os.write(fd.fileno(), b"\n")
             except OSError:
                 pass
-
-
-def notify_reloading() -> None:
-    """Tell the service manager that a reload has begun; ``"READY=1"`` tells that it is over."""
-    notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
 
 def watchdog_interval() -> float | None:

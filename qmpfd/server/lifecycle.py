@@ -59,6 +59,8 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.state = State.STARTING
+        #: Set with :attr:`State.ENDED`.
+        self.ended = trio.Event()
         self._changed = trio.Event()
 
     def can(self, event: Event) -> bool:
@@ -74,6 +76,8 @@ class Lifecycle:
         self.state = TRANSITIONS[self.state, event]
         self._changed.set()
         self._changed = trio.Event()
+        if self.state is State.ENDED:
+            self.ended.set()
 
     @property
     def paused(self) -> bool:

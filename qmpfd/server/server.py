@@ -90,7 +90,7 @@ class Server:
         self._metrics_path = metrics_path
         self.daemon.quotas.refresh_in_flight = self._look
         #: Set when all is over.
-        self.ended = trio.Event()
+        self.ended = self.lifecycle.ended
         self.sessions: set[Session] = set()
         #: Where clients connect.
         self.listeners: Sequence[UnixListener] = ()
@@ -102,6 +102,10 @@ class Server:
         if not self.lifecycle.can(Event.STOP):
             return
         self.lifecycle.handle(Event.STOP)
+        if self.lifecycle.state is State.DRAINING:
+            # Who is told that the daemon ends may start another one on the same path.
+            for listener in self.listeners:
+                listener.unlink()
         if self.lifecycle.paused:  # a takeover is an end as well, if it does not take too long
             deadline = trio.current_time() + self.daemon.limits.drain_timeout / 2
             self._takeover_scope.deadline = min(self._takeover_scope.deadline, deadline)
@@ -309,6 +313,22 @@ class Server:
             await hand_over(self, newcomer)
         except QMPError as exc:
             newcomer.refuse_takeover(exc)
+
+    def bind_lost_sockets(self) -> None:
+        """Listen anew at each path whose socket file is gone; clients that had connected by the old
+        one are served.
+        """
+        if self.lifecycle.state is not State.RUNNING:
+            return
+        for listener in self.listeners:
+            if listener.is_lost:
+                self._acceptor.accept_backlog(listener, self.daemon.limits.max_connections)
+                try:
+                    listener.bind_again()
+                except OSError as exc:
+                    _log.error("cannot listen on %s again: %s", listener, exc.strerror or exc)
+                else:
+                    _log.warning("the socket file %s was gone: it is made anew", listener)
 
     def _look(self) -> None:
         for session in self.sessions:

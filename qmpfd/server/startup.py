@@ -19,6 +19,7 @@ from .closing import closes_awaited
 from .fdstore.lifespan import mirrored
 from .fdstore.mirror import FdStoreConfig, FdStoreMirror
 from .fdstore.recover import Recovered
+from .lifecycle import Event
 from .listen.listener import UnixListener
 from .restore import taking_over
 from .server import Server
@@ -107,4 +108,4 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             try:
                 await server.run(listeners, task_status=task_status)
             finally:
-                server.ended.set()
+                server.lifecycle.handle(Event.END)

@@ -176,6 +176,7 @@ class UnixListener:
         if self.path is not None and self.file is not None and identity(self.path) == self.file:
             with suppress(OSError):
                 self.path.unlink()
+        self.file = None
 
     def close(self) -> None:
         """Stop listening, and remove the socket file if it is still ours."""
