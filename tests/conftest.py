@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import signal
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 from helpers import open_fds
+from installed import EXPECTED_SKIPS, required, will_be_skipped
 from trio.abc import Clock, Instrument
 
 _DEADLINE = 30.0
@@ -61,7 +63,29 @@ def _run_with(deadline: float) -> Callable[..., None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A script's background job has them ignored (POSIX, sh, 2.11), and so would all that the tests
+    # start and send them to.  A handler is back to the default in another program (execve(2)).
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     config.addinivalue_line("markers", "root: needs to be root")
+
+
+def pytest_report_header() -> list[str]:
+    return [f"skipped here: {each}" for each in will_be_skipped()]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where nothing may be lacking, a test that is skipped without being expected is an error."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not required() or reporter is None:
+        return
+    reasons = [str(report.longrepr) for report in reporter.stats.get("skipped", [])]
+    for reason in reasons:
+        if not any(expected in reason for expected in EXPECTED_SKIPS):
+            reporter.write_line(f"skipped, and should not be: {reason}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 # Before the rest is sorted out pytest-trio marks the async tests; the first mark's runner is used.

@@ -1,28 +1,47 @@
-"""Other people's programs that the tests talk to."""
+"""Other people's programs that the tests talk to, and what is skipped where they are not there."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from typing import NoReturn
 
 import pytest
 
 QEMU = "qemu-system-x86_64"
 
-#: The Debian packages of those whose package has another name.
-_PACKAGES = {
+INIT = "/lib/systemd/systemd"
+
+#: All of them, each with the Debian package that has it.
+PACKAGES = {
     QEMU: "qemu-system-x86",
-    "systemd-socket-activate": "systemd",
-    "systemd-analyze": "systemd",
-    "/lib/systemd/systemd": "systemd",
-    "s6-svscan": "s6",
-    "runsv": "runit",
-    "sv": "runit",
+    "cc": "gcc libc6-dev",
+    "fish": "fish",
+    "bash": "bash",
     "nsenter": "util-linux",
+    "runsv": "runit",
+    "s6-fdholderd": "s6",
+    "s6-svscan": "s6",
+    "sv": "runit",
+    INIT: "systemd",
+    "systemd-analyze": "systemd",
+    "systemd-socket-activate": "systemd",
     "unshare": "util-linux",
+    "zsh": "zsh",
 }
+
+#: What is skipped on a machine that lacks nothing, by a part of the reason.
+EXPECTED_SKIPS = (
+    "QEMU races with itself",
+    "has no FileDescriptorStorePreserve=",  # of systemd, before 254
+)
+
+
+def required() -> bool:
+    """Whether a test fails, rather than being skipped, where it lacks something."""
+    return bool(os.environ.get("QMPFD_REQUIRE_PEERS"))
 
 
 def need(program: str) -> str:
@@ -31,7 +50,7 @@ def need(program: str) -> str:
     """
     found = shutil.which(program)
     if found is None:
-        _lacking(f"needs {program}: apt-get install {_PACKAGES.get(program, program)}")
+        _lacking(f"needs {program}: apt-get install {PACKAGES[program]}")
     return found
 
 
@@ -46,6 +65,20 @@ def need_namespaces(*kinds: str) -> None:
 
 
 def _lacking(message: str) -> NoReturn:
-    if os.environ.get("QMPFD_REQUIRE_PEERS"):
+    if required():
         pytest.fail(message)
     pytest.skip(message)
+
+
+def will_be_skipped() -> Iterator[str]:
+    """What the tests will lack, and how to get it."""
+    missing = [program for program in PACKAGES if shutil.which(program) is None]
+    if missing:
+        packages = sorted({PACKAGES[program] for program in missing})
+        yield f"those with {', '.join(missing)}: apt-get install {' '.join(packages)}"
+    if os.geteuid() != 0:
+        yield "those that change users, mounts and namespaces: they need root"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        yield "those with a file system that hangs: they need /dev/fuse"
+    if "QMPFD_SLOW" not in os.environ:
+        yield "one that takes 20 s: QMPFD_SLOW=1"

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from helpers import ROOT
-from installed import need, need_namespaces
+from installed import INIT, need, need_namespaces
 
 from qmpfd.client.blocking import BlockingClient, NoDaemon
 
 DEADLINE = 20.0
-INIT = "/lib/systemd/systemd"
 
 #: What is bound into the machine: folder there, folder here.  Not where they are here, because
 #: the units hide /root, /home and /tmp from the daemon.
