@@ -29,6 +29,9 @@ MAX_INCOMPLETE_BYTES = 32 << 20
 MAX_OPAQUE_TOTAL = 32 << 20
 MAX_OPAQUE_PER_UID = 8 << 20
 
+#: Bytes of a policy file: some thousand rules.
+MAX_POLICY_BYTES = 256 << 10
+
 #: Bytes that a token takes in memory on top of its text, at most: an empty array's.
 TOKEN_BYTES = 72
 

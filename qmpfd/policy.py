@@ -9,16 +9,19 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import msgspec
+from msgspec import Meta
 
 from .errors import PermissionDenied
+from .limits import INT64_MAX, MAX_POLICY_BYTES
+from .patterns import Patterns
 
 Right: TypeAlias = Literal["query", "open", "add", "remove", "admin"]
 
@@ -50,6 +53,10 @@ class BadPolicy(Exception):
     """The policy file cannot be used; the message says where and why."""
 
 
+#: The highest uid and gid that mean somebody: the next one, -1, is "no change" (chown(2)).
+_Id = Annotated[int, Meta(ge=0, le=(1 << 32) - 2)]
+
+
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A ``[[rule]]`` of the policy file; one that names no peer is for everybody.
 
@@ -65,10 +72,10 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     allow: list[Right]
     user: str | None = None
-    uid: int | None = None
+    uid: _Id | None = None
     group: str | None = None
-    gid: int | None = None
-    fdsets: list[int] | None = None
+    gid: _Id | None = None
+    fdsets: list[Annotated[int, Meta(ge=0, le=INT64_MAX)]] | None = None
     opaque: list[str] | None = None
 
 
@@ -89,6 +96,10 @@ class Grant:
     rights: frozenset[Right]
     fdsets: frozenset[int] | None = None
     opaque: tuple[str, ...] | None = None
+    _patterns: Patterns = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_patterns", Patterns(self.opaque or ()))
 
     def covers_set(self, fdset_id: int) -> bool:
         """Whether it is for that fd set."""
@@ -100,7 +111,7 @@ class Grant:
             return False
         if self.opaque is None:
             return True
-        return opaque is not None and any(fnmatchcase(opaque, p) for p in self.opaque)
+        return opaque is not None and self._patterns.match(opaque)
 
 
 class Access:
@@ -168,7 +179,7 @@ class Access:
             PermissionDenied: naming the right.
         """
         if not self.may(right, fdset_id, opaque):
-            what = "without opaque text" if opaque is None else f"with opaque text '{opaque}'"
+            what = "without opaque text" if opaque is None else "with that opaque text"
             raise PermissionDenied(
                 f"The right '{right}' is needed for a file descriptor {what} in fdset-id:{fdset_id}"
             )
@@ -177,21 +188,62 @@ class Access:
 EVERYTHING = Access([Grant(RIGHTS)])
 
 
+@dataclass(frozen=True, slots=True)
+class RuleInForce:
+    """A rule, with its names looked up.
+
+    Args:
+        number: its number in the file, from 1.
+        line: the line of the file where it begins; None where that is not known.
+        uid: the user that it is for; None for all.
+        gid: the group that it is for; None for all.
+        grant: what it gives.
+    """
+
+    number: int
+    line: int | None
+    uid: int | None
+    gid: int | None
+    grant: Grant
+
+    def is_for(self, uid: int, groups: frozenset[int]) -> bool:
+        """Whether it is for that user, who is in those groups."""
+        return self.uid in (None, uid) and (self.gid is None or self.gid in groups)
+
+
 class Policy:
-    """The rules that are in force.
+    """The rules that are in force; :func:`load_policy` reads them from a file.
 
     Args:
         rules: those of the policy file; without any, only the daemon's own user and root may
             connect.
+        lines: where each begins, if that is known.
 
     Raises:
-        BadPolicy: a rule names a user or group that does not exist.
+        BadPolicy: a rule names a user or group that does not exist, or makes no sense.
     """
 
-    def __init__(self, rules: Iterable[Rule] = ()) -> None:
-        self._rules = [
-            (rule, _uid(rule, number), _gid(rule, number)) for number, rule in enumerate(rules)
+    def __init__(self, rules: Iterable[Rule] = (), lines: Iterable[int] = ()) -> None:
+        rules = list(rules)
+        at: list[int | None] = list(lines)
+        if len(at) != len(rules):
+            at = [None] * len(rules)
+        self.rules = [
+            RuleInForce(
+                number + 1, at[number], _uid(rule, number), _gid(rule, number), _grant(rule, number)
+            )
+            for number, rule in enumerate(rules)
         ]
+
+    def rules_for(self, uid: int, gids: Iterable[int]) -> list[RuleInForce]:
+        """The rules that are for a peer.
+
+        Args:
+            uid: its user.
+            gids: its groups, supplementary ones included.
+        """
+        groups = frozenset(gids)
+        return [rule for rule in self.rules if rule.is_for(uid, groups)]
 
     def access(self, uid: int, gids: Iterable[int]) -> Access:
         """What a peer may do.
@@ -202,15 +254,15 @@ class Policy:
         """
         if is_owner(uid):
             return EVERYTHING
-        groups = frozenset(gids)
-        return Access(
-            _grant(rule)
-            for rule, rule_uid, rule_gid in self._rules
-            if rule_uid in (None, uid) and (rule_gid is None or rule_gid in groups)
+        return Access(rule.grant for rule in self.rules_for(uid, gids))
+
+
+def _grant(rule: Rule, number: int) -> Grant:
+    if "admin" in rule.allow and not (rule.fdsets is None and rule.opaque is None):
+        raise BadPolicy(
+            "admin is about the whole daemon, and a rule with fdsets or opaque cannot give it: "
+            f"make it a rule of its own - at `$.rule[{number}].allow`"
         )
-
-
-def _grant(rule: Rule) -> Grant:
     return Grant(
         frozenset(rule.allow),
         None if rule.fdsets is None else frozenset(rule.fdsets),
@@ -222,22 +274,22 @@ def _uid(rule: Rule, number: int) -> int | None:
     if rule.user is None:
         return rule.uid
     if rule.uid is not None:
-        raise BadPolicy(f"user and uid are the same thing: name one - at $.rule[{number}]")
+        raise BadPolicy(f"user and uid are the same thing: name one - at `$.rule[{number}].uid`")
     try:
         return pwd.getpwnam(rule.user).pw_uid
     except KeyError:
-        raise BadPolicy(f"no user '{rule.user}' - at $.rule[{number}].user") from None
+        raise BadPolicy(f"no user '{rule.user}' - at `$.rule[{number}].user`") from None
 
 
 def _gid(rule: Rule, number: int) -> int | None:
     if rule.group is None:
         return rule.gid
     if rule.gid is not None:
-        raise BadPolicy(f"group and gid are the same thing: name one - at $.rule[{number}]")
+        raise BadPolicy(f"group and gid are the same thing: name one - at `$.rule[{number}].gid`")
     try:
         return grp.getgrnam(rule.group).gr_gid
     except KeyError:
-        raise BadPolicy(f"no group '{rule.group}' - at $.rule[{number}].group") from None
+        raise BadPolicy(f"no group '{rule.group}' - at `$.rule[{number}].group`") from None
 
 
 def load_policy(path: Path) -> Policy:
@@ -246,11 +298,70 @@ def load_policy(path: Path) -> Policy:
     Raises:
         BadPolicy: it cannot be read, is no TOML, or says what cannot be done.
     """
+    text = ""
     try:
         with path.open("rb") as file:
-            content = tomllib.load(file)
-        return Policy(msgspec.convert(content, _File).rule)
+            content = file.read(MAX_POLICY_BYTES + 1)
+        if len(content) > MAX_POLICY_BYTES:
+            raise BadPolicy(f"it is longer than {MAX_POLICY_BYTES} bytes")
+        text = content.decode()
+        rules = msgspec.convert(tomllib.loads(text), _File).rule
+        return Policy(rules, _rule_lines(text))
     except OSError as exc:
-        raise BadPolicy(f"{path}: {exc.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError, BadPolicy) as exc:
-        raise BadPolicy(f"{path}: {exc}") from None
+        raise BadPolicy(f"{path}: {exc.strerror or exc}") from None
+    # TOML, paths, the name service and regular expressions are foreign code.  Beside errors of
+    # their own, nesting that is too deep is a RecursionError, and a number that is too long, or a
+    # NUL in a name, is a ValueError.
+    except Exception as exc:  # noqa: BLE001 - as said
+        raise BadPolicy(f"{path}: {_explained(exc, text)}") from None
+
+
+_RULE_HEADER = re.compile(r"^[ \t]*\[\[[ \t]*rule[ \t]*\]\]", re.MULTILINE)
+_PLACE = re.compile(r"\$\.rule\[(\d+)\](?:\.(\w+))?")
+_UNKNOWN = re.compile(r"unknown field `(.*?)`")
+
+#: Characters of an error's text, which may quote the file.
+_EXPLAINED = 500
+
+#: What an error that names a member adds.
+_VALID = {
+    "allow": f"valid rights: {', '.join(get_args(Right))}",
+    None: f"valid in a rule: {', '.join(Rule.__struct_fields__)}",
+}
+
+
+def _rule_lines(text: str) -> list[int]:
+    """The lines where the rules begin."""
+    return [text.count("\n", 0, found.start()) + 1 for found in _RULE_HEADER.finditer(text)]
+
+
+def _explained(exc: Exception, text: str) -> str:
+    """What is wrong, in one line, with the line of the file and what would be valid."""
+    if isinstance(exc, RecursionError):
+        return "it is nested too deeply"
+    told = " ".join(str(exc).split())[:_EXPLAINED] or type(exc).__name__
+    place = _PLACE.search(told)
+    if place is None:
+        return told
+    member = place[2]
+    unknown = _UNKNOWN.search(told)
+    valid = _VALID.get(member)
+    if valid is not None and (member is None) == (unknown is not None):
+        told += f" ({valid})"
+    line = _line_of(text, int(place[1]), unknown[1] if unknown is not None else member)
+    return told if line is None else f"line {line}: {told}"
+
+
+def _line_of(text: str, number: int, member: str | None) -> int | None:
+    """The line of a member of a rule, or of the rule; None where it is not written as usual."""
+    headers = [found.end() for found in _RULE_HEADER.finditer(text)]
+    if number >= len(headers):
+        return None
+    begin = headers[number]
+    end = headers[number + 1] if number + 1 < len(headers) else len(text)
+    if member is not None:
+        found = re.compile(rf"^[ \t]*[\"']?{re.escape(member)}[\"']?[ \t]*=", re.MULTILINE).search(
+            text, begin, end
+        )
+        begin = begin if found is None else found.start()
+    return text.count("\n", 0, begin) + 1

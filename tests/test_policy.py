@@ -22,7 +22,8 @@ from helpers import PATIENCE, Pipe, Wire, daemon, daemon_process, pipes, value
 
 from qmpfd.cli import main
 from qmpfd.errors import PermissionDenied
-from qmpfd.policy import RIGHTS, Access, BadPolicy, Grant, Policy, load_policy
+from qmpfd.limits import MAX_POLICY_BYTES
+from qmpfd.policy import RIGHTS, Access, BadPolicy, Grant, Policy, is_owner, load_policy
 
 NOBODY = 65534
 #: A group that nobody is a member of.
@@ -310,7 +311,90 @@ BAD = {
     "no such group": ('[[rule]]\nallow = []\ngroup = "no-such-group"', "$.rule[0].group"),
     "two users": ('[[rule]]\nallow = []\nuser = "root"\nuid = 0', "$.rule[0]"),
     "two groups": ('[[rule]]\nallow = []\ngroup = "root"\ngid = 0', "$.rule[0]"),
+    "admin for a set": ('[[rule]]\nallow = ["query", "admin"]\nfdsets = [1]', "admin is about"),
+    "admin for texts": ('[[rule]]\nallow = ["admin"]\nopaque = ["*"]', "admin is about"),
+    "admin for no set": ('[[rule]]\nallow = ["admin"]\nfdsets = []', "admin is about"),
+    "NUL in a user": ('[[rule]]\nallow = []\nuser = "a\\u0000b"', "null"),
+    "NUL in a group": ('[[rule]]\nallow = []\ngroup = "\\u0000"', "null"),
+    "nested brackets": ("rule = " + "[" * 20_000, "nested"),
+    "nested tables": ("rule = " + "{a=" * 20_000, ""),
+    "nested names": (".".join(["a"] * 2_000) + " = 1", ""),
+    "digits": ("[[rule]]\nallow = []\nuid = " + "1" * 5_000, "digits"),
+    "hexadecimal digits": ("[[rule]]\nallow = []\nuid = 0x" + "f" * 5_000, ""),
+    "a negative uid": ("[[rule]]\nallow = []\nuid = -1", "$.rule[0].uid"),
+    "uid -1 of chown": ("[[rule]]\nallow = []\nuid = 4294967295", "$.rule[0].uid"),
+    "a negative set": ("[[rule]]\nallow = []\nfdsets = [0, -1]", "$.rule[0].fdsets[1]"),
+    "a date": ("[[rule]]\nallow = []\nuid = 1979-05-27", "$.rule[0].uid"),
+    "infinity": ("[[rule]]\nallow = []\nuid = inf", "$.rule[0].uid"),
+    "an impossible date": ("a = 2026-02-31", ""),
+    "UTF-16": ("[[rule]]\n".encode("utf-16"), "utf-8"),
+    "control characters": ("a = \x01", ""),
+    "too long": ("#" * MAX_POLICY_BYTES + "\n", "longer than"),
+    "a carriage return": ("a = 1\rb = 2", ""),
 }
+
+#: What is wrong, the line, and what would be right.
+TOLD = {
+    "right": ("allow = ['query']\n[[rule]]\nuid = 1\nallow = ['opne']", 5, "query, open, add"),
+    "member": ("allow = []\nusr = 'x'", 3, "user, uid, group, gid, fdsets, opaque"),
+    "type": ("allow = []\n# a comment\n\nuid = 'x'", 5, ""),
+    "user": ("allow = []\n  user = 'no-such-user'", 3, "no user"),
+    "missing": ("uid = 1\n[[rule]]\nuid = 2", 1, "allow"),
+    "admin": ("uid = 1\nallow = ['admin']\nfdsets = [1]", 3, "a rule of its own"),
+    "syntax": ("allow = [query]", 2, ""),
+}
+
+
+@pytest.mark.parametrize("text, line, told", TOLD.values(), ids=TOLD)
+def test_where_it_is_and_what_would_do(text: str, line: int, told: str, tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text("[[rule]]\n" + text)
+    with pytest.raises(BadPolicy) as caught:
+        load_policy(file)
+    assert f"line {line}" in str(caught.value)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [b"a\0b", b"x" * 300, b"loop"])
+def test_a_path_that_cannot_be_opened(name: bytes, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(BadPolicy):
+        load_policy(tmp_path / os.fsdecode(name))
+
+
+@pytest.mark.parametrize(
+    "raised", [OSError(5, "EIO"), RuntimeError("x"), SystemError(), KeyError(1)]
+)
+def test_whatever_the_name_service_raises(
+    raised: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An NSS module is code of others: sssd, LDAP, systemd-userdb."""
+
+    def getpwnam(name: str) -> pwd.struct_passwd:
+        raise raised
+
+    monkeypatch.setattr(pwd, "getpwnam", getpwnam)
+    file = tmp_path / "policy.toml"
+    file.write_text("[[rule]]\nallow = []\nuser = 'x'\n")
+    with pytest.raises(BadPolicy) as caught:
+        load_policy(file)
+    assert str(caught.value).startswith(f"{file}: ")
+
+
+def test_the_overflow_uid_is_nobodys_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a user namespace where ids are not mapped, everybody has it, the daemon too."""
+    overflow = int(Path("/proc/sys/kernel/overflowuid").read_text())
+    for own, theirs, expected in [
+        (overflow, overflow, False),
+        (overflow, 0, True),
+        (1000, 1000, True),
+        (1000, overflow, False),
+        (0, overflow, False),
+    ]:
+        monkeypatch.setattr(os, "geteuid", lambda own=own: own)
+        assert is_owner(theirs) is expected
+        assert bool(Policy().access(theirs, [])) is expected
 
 
 @pytest.mark.parametrize("text, told", BAD.values(), ids=BAD)
@@ -415,30 +499,45 @@ def rules(tmp_path: Path) -> str:
 
 
 def test_check_policy(rules: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _check(capsys, rules)[:2] == (
-        0,
-        f"{rules} is a valid policy (--user NAME says what it gives to whom)\n",
+    """Which rule gives what to whom; and to one user."""
+    first = "open, query; in fd sets 0, 3; with opaque text like vm1:* or vm2:*"
+    whole = (
+        f"{rules} is a valid policy\n"
+        "root and the daemon's own user: everything, whatever the rules say\n"
+        f"rule 1, line 2: uid {NOBODY}: {first}\n"
+        "rule 2, line 7: everybody: add\n"
+        "rule 3, line 9: gid 0: admin\n"
     )
+    assert _check(capsys, rules) == (0, whole, "")
     expected = (
         f"uid {NOBODY} may\n"
-        "  open, query; in fd sets 0, 3; with opaque text like vm1:* or vm2:*\n"
-        "  add\n"
+        f"  {first} (rule 1, line 2: uid {NOBODY})\n"
+        "  add (rule 2, line 7: everybody)\n"
     )
     for name in ("nobody", str(NOBODY)):
         assert _check(capsys, "--user", name, rules) == (0, expected, "")
-    assert _check(capsys, "--user", "4711", rules)[1] == "uid 4711 may\n  add\n"
-    assert "admin, open, query" in _check(capsys, "--user", "root", rules)[1].replace("add, ", "")
+    assert _check(capsys, "--user", "4711", rules)[1] == (
+        "uid 4711 may\n  add (rule 2, line 7: everybody)\n"
+    )
+    assert "uid 0 may do everything" in _check(capsys, "--user", "root", rules)[1]
 
 
 def test_check_policy_as_json(rules: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert json.loads(_check(capsys, "--json", rules)[1]) == {"valid": True}
+    first = {
+        "rule": 1,
+        "line": 2,
+        "uid": NOBODY,
+        "allow": ["open", "query"],
+        "fdsets": [0, 3],
+        "opaque": ["vm1:*", "vm2:*"],
+    }
+    second = {"rule": 2, "line": 7, "allow": ["add"]}
+    told = json.loads(_check(capsys, "--json", rules)[1])
+    third = {"rule": 3, "line": 9, "gid": 0, "allow": ["admin"]}
+    assert told == {"valid": True, "rules": [first, second, third]}
     told = json.loads(_check(capsys, "--json", "--user", "nobody", rules)[1])
-    assert told["uid"] == NOBODY
-    assert NOBODY in told["gids"]
-    assert told["grants"] == [
-        {"allow": ["open", "query"], "fdsets": [0, 3], "opaque": ["vm1:*", "vm2:*"]},
-        {"allow": ["add"]},
-    ]
+    assert NOBODY in told.pop("gids")
+    assert told == {"uid": NOBODY, "everything": False, "rules": [first, second]}
 
 
 def test_check_policy_of_nobody_who_may(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

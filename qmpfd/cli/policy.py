@@ -9,7 +9,7 @@ import pwd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..policy import BadPolicy, Grant, Policy, load_policy
+from ..policy import BadPolicy, Grant, Policy, RuleInForce, is_owner, load_policy
 from .exit_codes import DONE, UsageError
 from .options import add_examples
 from .output import print_json
@@ -22,12 +22,13 @@ def add_parsers(verbs: Subparsers) -> None:
     """Add ``check-policy`` to the command line."""
     parser = verbs.add_parser(
         "check-policy",
-        help="check a policy file, and say what a user may do by it",
-        description="Check a policy file, and say what a user may do by it.",
+        help="check a policy file, and say which rule gives what to whom",
+        description="Check a policy file, and say which rule gives what to whom, or what one user "
+        "may do.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the policy, as serve takes it")
     parser.add_argument(
-        "--user", metavar="NAME|UID", help="the user, with all groups (default: just check)"
+        "--user", metavar="NAME|UID", help="only what this user may do, with all its groups"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
     add_examples(
@@ -51,20 +52,27 @@ def _check(arguments: argparse.Namespace) -> int:
     policy = read_policy(arguments.file)
     if arguments.user is None:
         if arguments.json:
-            print_json({"valid": True})
+            print_json({"valid": True, "rules": [_as_json(rule) for rule in policy.rules]})
         else:
-            print(f"{arguments.file} is a valid policy (--user NAME says what it gives to whom)")
+            print(f"{arguments.file} is a valid policy")
+            print("root and the daemon's own user: everything, whatever the rules say")
+            for rule in policy.rules:
+                print(f"{_place(rule)}: {_whom(rule)}: {_in_words(rule.grant)}")
         return DONE
     uid, gids = _user(arguments.user)
-    grants = policy.access(uid, gids).grants
+    rules = policy.rules_for(uid, gids)
+    owner = is_owner(uid)
     if arguments.json:
-        print_json({"uid": uid, "gids": sorted(gids), "grants": [_as_json(g) for g in grants]})
-    elif not any(grant.rights for grant in grants):
+        told = {"uid": uid, "gids": sorted(gids), "everything": owner}
+        print_json({**told, "rules": [_as_json(rule) for rule in rules]})
+    elif owner:
+        print(f"uid {uid} may do everything, as root and the daemon's own user always may")
+    elif not any(rule.grant.rights for rule in rules):
         print(f"uid {uid} may not connect")
     else:
         print(f"uid {uid} may")
-        for grant in grants:
-            print(f"  {_in_words(grant)}")
+        for rule in rules:
+            print(f"  {_in_words(rule.grant)} ({_place(rule)}: {_whom(rule)})")
     return DONE
 
 
@@ -79,13 +87,27 @@ def _user(name: str) -> tuple[int, set[int]]:
     return entry.pw_uid, {*os.getgrouplist(entry.pw_name, entry.pw_gid)}
 
 
-def _as_json(grant: Grant) -> dict[str, object]:
-    told: dict[str, object] = {"allow": sorted(grant.rights)}
+def _as_json(rule: RuleInForce) -> dict[str, object]:
+    grant = rule.grant
+    members = {"rule": rule.number, "line": rule.line, "uid": rule.uid, "gid": rule.gid}
+    told: dict[str, object] = {name: n for name, n in members.items() if n is not None}
+    told["allow"] = sorted(grant.rights)
     if grant.fdsets is not None:
         told["fdsets"] = sorted(grant.fdsets)
     if grant.opaque is not None:
         told["opaque"] = list(grant.opaque)
     return told
+
+
+def _place(rule: RuleInForce) -> str:
+    return f"rule {rule.number}" + ("" if rule.line is None else f", line {rule.line}")
+
+
+def _whom(rule: RuleInForce) -> str:
+    """Whom it is for."""
+    who = {"uid": rule.uid, "gid": rule.gid}
+    named = [f"{name} {value}" for name, value in who.items() if value is not None]
+    return " with ".join(named) or "everybody"
 
 
 def _in_words(grant: Grant) -> str:

@@ -1,0 +1,47 @@
+"""Shell patterns, tried all at once: what fnmatch says of each of them."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmpfd.patterns import Patterns
+
+TEXT = st.text("ab*?[]!-\\\n\N{EURO SIGN}", max_size=6)
+
+
+@given(st.lists(TEXT, max_size=5), st.lists(TEXT, min_size=1, max_size=5))
+def test_as_fnmatch(patterns: list[str], texts: list[str]) -> None:
+    made = Patterns(patterns)
+    for text in texts * 2:  # the second time from memory
+        assert made.match(text) == any(fnmatchcase(text, pattern) for pattern in patterns)
+
+
+@pytest.mark.parametrize("form", ["vm{}:*", "*:disk{}", "vm{}", "*x{}*", "v?{}:[ab]*", "*{}??-"])
+def test_each_text_is_matched_once(form: str) -> None:
+    """Three hundred patterns and fifteen thousand texts, as often as somebody asks."""
+
+    class Counting(Patterns):
+        __slots__ = ("matched",)
+        matched: int
+
+        def _match(self, text: str) -> bool:
+            self.matched += 1
+            return super()._match(text)
+
+    made = Counting(form.format(n) for n in range(300))
+    made.matched = 0
+    texts = [f"vm-{n}" for n in range(15_000)]
+    for _ in range(3):
+        assert not any(map(made.match, texts))
+    assert made.matched == 15_000
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    made = Patterns(["a*"])
+    for n in range(300):
+        assert made.match(f"a{n}" + "x" * 100_000)
+    assert sum(map(len, made._verdicts)) < 10 << 20
