@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .client import connect_blocking as connect_blocking
     from .client import fdset_opener as fdset_opener
     from .commands import AddfdInfo as AddfdInfo
+    from .commands import Dialect as Dialect
     from .commands import FdInfo as FdInfo
     from .commands import FdsetFdInfo as FdsetFdInfo
     from .commands import FdsetInfo as FdsetInfo
@@ -34,11 +35,17 @@ if TYPE_CHECKING:
     from .errors import InvalidParameterValue as InvalidParameterValue
     from .errors import PermissionDenied as PermissionDenied
     from .errors import QMPError as QMPError
+    from .kernel.fd import Fd as Fd
+    from .kernel.fd import FileDescriptorLike as FileDescriptorLike
     from .limits import Limits as Limits
+    from .policy import BadPolicy as BadPolicy
     from .policy import Policy as Policy
+    from .policy import Rule as Rule
+    from .policy import load_policy as load_policy
     from .protocol import ProtocolError as ProtocolError
     from .protocol import QMPEvent as QMPEvent
     from .server import Server as Server
+    from .server import SocketInUse as SocketInUse
     from .server import serve as serve
 
 _HOMES = {
@@ -56,6 +63,7 @@ _HOMES = {
     "FdsetFdInfo": ".commands",
     "FdsetInfo": ".commands",
     "PeerInfo": ".commands",
+    "Dialect": ".commands",
     "CommandNotFound": ".errors",
     "FdExists": ".errors",
     "FdNotFound": ".errors",
@@ -64,11 +72,17 @@ _HOMES = {
     "InvalidParameterValue": ".errors",
     "PermissionDenied": ".errors",
     "QMPError": ".errors",
+    "Fd": ".kernel.fd",
+    "FileDescriptorLike": ".kernel.fd",
     "Limits": ".limits",
+    "BadPolicy": ".policy",
     "Policy": ".policy",
+    "Rule": ".policy",
+    "load_policy": ".policy",
     "ProtocolError": ".protocol",
     "QMPEvent": ".protocol",
     "Server": ".server",
+    "SocketInUse": ".server",
     "serve": ".server",
 }
 

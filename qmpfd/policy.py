@@ -295,6 +295,9 @@ def _gid(rule: Rule, number: int) -> int | None:
 def load_policy(path: Path) -> Policy:
     """The policy in the file at *path*.
 
+    Args:
+        path: a TOML file, as the documentation's page "Policy file" has it.
+
     Raises:
         BadPolicy: it cannot be read, is no TOML, or says what cannot be done.
     """

@@ -115,3 +115,15 @@ def test_silence(path: Path) -> None:
         with pytest.raises(TimeoutError) as caught:
             qmpfd.connect_blocking(path, timeout=0.05)
         assert isinstance(caught.value, qmpfd.NoDaemon)
+
+
+@pytest.mark.parametrize("name", ["long" * 40, "@abstract"])
+def test_any_address(tmp_path: Path, name: str) -> None:
+    """Longer than sun_path, and without a file (unix(7))."""
+    if name.startswith("@"):
+        address: str | Path = f"{name}-{os.getpid()}"
+    else:
+        (tmp_path / name).mkdir()
+        address = tmp_path / name / "q.sock"
+    with daemon_thread(Path(address)), qmpfd.connect_blocking(address) as client:
+        assert client.query_fdsets() == []
