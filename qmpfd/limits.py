@@ -194,10 +194,16 @@ class Limits(NamedTuple):
     drain_timeout: float = 5.0
 
     def within(self, table: int) -> Limits:
-        """The same, but that room is left for connections and for descriptors that wait.
+        """The limits as they hold in this process: room is left for connections and for descriptors
+        that wait, and one user is allowed no more than all.
 
         Args:
             table: descriptors that the process may have open (RLIMIT_NOFILE).
         """
         room = max(1, table - min(TABLE_SPARE, table // 4))
-        return self._replace(max_fds=min(self.max_fds, room))
+        max_fds = min(self.max_fds, room)
+        return self._replace(
+            max_fds=max_fds,
+            max_fds_per_uid=min(self.max_fds_per_uid, max_fds),
+            max_connections_per_uid=min(self.max_connections_per_uid, self.max_connections),
+        )

@@ -118,11 +118,17 @@ class Quotas:
                     f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
                 )
         kept = self.fds_by_uid.get(uid, 0) + count - gained
-        most = limits.max_fds_per_uid
-        if kept > self.waiting_limit and not is_owner(uid):
-            most = min(most, self.waiting_limit)  # others have to find room as well
-        if kept > most:
-            raise GenericError(f"Too many file descriptors of uid {uid}: the limit is {most}")
+        if kept > limits.max_fds_per_uid or kept > self.waiting_limit:
+            most = self.fds_limit(uid)
+            if kept > most:
+                raise GenericError(f"Too many file descriptors of uid {uid}: the limit is {most}")
+
+    def fds_limit(self, uid: int) -> int:
+        """How many descriptors clients of *uid* may have kept: half of the process's table, but for
+        root and the daemon's own user, as others have to find room as well.
+        """
+        most = self.limits.max_fds_per_uid
+        return most if is_owner(uid) else min(most, self.waiting_limit)
 
     # -- what waits in connections ---------------------------------------------------------------
 
