@@ -52,20 +52,13 @@ LOOK_INTERVAL = 0.1
 #: Seconds between two lines of the log about clients that are turned away.
 REFUSAL_LOG_INTERVAL = 0.2
 
-#: Seconds that a client's requests are carried out in a row before the others get their turn; and
-#: how many if it has used little so far.
-TURN_SECONDS, FIRST_TURN_SECONDS = 0.002, 0.00025
+#: Seconds that a client's requests are carried out in a row before others have their turn: of one
+#: that asks for little, and of one that asks for much.
+LIGHT_SECONDS, TURN_SECONDS = 0.00025, 0.002
 
-#: Seconds within which each of those who wait has had a turn, as far as turns can be that short.
+#: Seconds within which each of those who ask for much has had a turn, as far as turns can be that
+#: short.
 LAP_SECONDS = 0.04
-
-#: Seconds that count as used at most, and which part of the time that a client has waited counts
-#: against what others have used: of two, one that came so much later does not go first.
-MOST_USED_SECONDS, PATIENCE = 0.01, 0.005
-
-#: The part of the loop's time that a client is served in without queueing for a turn, and how much
-#: of it at once: one that asks once a millisecond takes 0.03 to 0.15.  A thousand may come at once.
-SHARE, SHARE_SECONDS = 0.3, 0.00025
 
 #: Bytes that a client may have sent to be served without queueing: to decode more takes a while.
 FEW_BYTES = 4096
@@ -138,9 +131,6 @@ MAX_FDS_A_TURN = 64
 #: Descriptors that a client has sent one by one and that are taken before the first of the requests
 #: that they came with is carried out: what is done once for all of them is most of the work.
 FDS_AT_ONCE = 16
-
-#: Bytes of replies that wait for more of them while a client's next requests are there already.
-HELD_REPLY_BYTES = 16 << 10
 
 #: Seconds that cleaning up after a connection may wait for the store.
 CLEANUP_TIMEOUT = 5.0
