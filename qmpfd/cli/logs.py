@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import select
+import stat
 import sys
 import time
 from typing import Any, TextIO
 
+from ..kernel.streams import write_nowait
 from ..protocol.encode import encode
 
 #: syslog(3)'s priorities, as the journal reads them from the beginning of a line (sd-daemon(3)).
@@ -21,28 +22,56 @@ _PRIORITIES = {
 }
 
 #: What a record can say besides its message, see the server's log calls.
-_FIELDS = ("pid", "uid", "command", "fdset_id", "fd", "outcome")
+_FIELDS = ("pid", "uid", "command", "fdset_id", "fd", "opaque", "outcome")
+
+
+def _stamp(record: logging.LogRecord) -> str:
+    """When it was, in UTC."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{stamp}.{int(record.msecs):03}Z"
+
+
+def escape(text: str) -> str:
+    """*text* on one line: what is no printable character, in a client's text for example, would
+    begin lines of its own or give orders to a terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 class _TextFormatter(logging.Formatter):
-    """One line for people; with the priority in front where the journal reads along."""
+    """One line for people, and more only for a traceback.
 
-    def __init__(self, journal: bool) -> None:
-        super().__init__("qmpfd: %(message)s")
+    Args:
+        journal: the journal reads along: each line begins with its priority.
+        timed: nobody else adds the time.
+    """
+
+    def __init__(self, *, journal: bool, timed: bool) -> None:
+        super().__init__()
         self._journal = journal
+        self._timed = timed
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return f"<{_PRIORITIES.get(record.levelno, 6)}>{text}" if self._journal else text
+        start = f"<{_PRIORITIES.get(record.levelno, 6)}>" if self._journal else ""
+        if self._timed:
+            start += f"{_stamp(record)} "
+        lines = [f"{start}qmpfd: {escape(record.getMessage())}"]
+        if record.exc_info:
+            traceback = self.formatException(record.exc_info).split("\n")
+            lines += [f"{start}qmpfd: | {escape(line)}" for line in traceback]
+        return "\n".join(lines)
 
 
 class _JsonFormatter(logging.Formatter):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         told: dict[str, Any] = {
-            "time": f"{stamp}.{int(record.msecs):03}Z",
+            "time": _stamp(record),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
         }
@@ -61,33 +90,46 @@ class _Handler(logging.StreamHandler[TextIO]):
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._left_out = 0
-
-    def _ready(self) -> bool:
-        """Whether a line can be written without waiting.  A pipe that is ready has room for
-        PIPE_BUF bytes (pipe(7)).
-        """
-        try:  # not poll, which fails where no descriptors are allowed any more
-            return bool(select.select([], [self.stream], [], 0)[1])
-        except (OSError, ValueError):  # no descriptor behind it
-            return True
+        self._rest = b""  # of a long line, of which only the beginning was taken
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self._ready():
-            self._left_out += 1
+        try:
+            number = self.stream.fileno()
+        except (OSError, ValueError):  # no descriptor behind it
+            super().emit(record)
             return
+        try:
+            self._emit(number, record)
+        except OSError:  # nobody will read it
+            self._rest = b""
+
+    def _emit(self, number: int, record: logging.LogRecord) -> None:
+        if self._rest:
+            self._rest = self._rest[write_nowait(number, self._rest) :]
+        lines = self.format(record)
         if self._left_out:
-            lost = logging.LogRecord(
-                record.name,
-                logging.WARNING,
-                "",
-                0,
-                "%d lines were left out: nobody took them",
-                (self._left_out,),
-                None,
-            )
+            text = f"{self._left_out} lines were left out: nobody took them"
+            lost = logging.LogRecord(record.name, logging.WARNING, "", 0, text, None, None)
+            lines = f"{self.format(lost)}\n{lines}"
+        data = f"{lines}\n".encode("utf-8", "backslashreplace")
+        taken = 0 if self._rest else write_nowait(number, data)
+        if taken:
+            self._rest = data[taken:]
             self._left_out = 0
-            super().emit(lost)
-        super().emit(record)
+        else:
+            self._left_out += 1
+
+
+def _text_formatter(stream: TextIO) -> _TextFormatter:
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return _TextFormatter(journal=False, timed=False)
+    # The reader of a pipe or socket (s6-log, a container's engine, the journal) adds the time.
+    timed = stat.S_ISREG(found.st_mode) or stream.isatty()
+    # Whatever is started inherits the variable, also with its output elsewhere (systemd.exec(5)).
+    journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    return _TextFormatter(journal=journal, timed=timed)
 
 
 def set_up(form: str, level: str) -> None:
@@ -98,10 +140,7 @@ def set_up(form: str, level: str) -> None:
         level: ``debug``, ``info``, ``warning`` or ``error``.
     """
     handler = _Handler(sys.stderr)
-    if form == "json":
-        handler.setFormatter(_JsonFormatter())
-    else:
-        handler.setFormatter(_TextFormatter("JOURNAL_STREAM" in os.environ))
+    handler.setFormatter(_JsonFormatter() if form == "json" else _text_formatter(sys.stderr))
     log = logging.getLogger("qmpfd")
     log.handlers[:] = [handler]
     log.setLevel(level.upper())

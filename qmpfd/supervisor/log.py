@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import stat
 import time
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -21,7 +22,9 @@ class Log:
     def __init__(self, form: str, level: str) -> None:
         self._json = form == "json"
         self._least = LEVELS.index(level)
-        self._journal = "JOURNAL_STREAM" in os.environ
+        found = os.fstat(2)
+        self._journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+        self._timed = stat.S_ISREG(found.st_mode) or os.isatty(2)  # nobody else adds the time
 
     def log(self, level: str, message: str) -> None:
         """Write one line."""
@@ -29,14 +32,16 @@ class Log:
         if rank < self._least:
             return
         message = message.encode("ascii", "backslashreplace").decode()
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+        stamp += f".{int(now * 1000) % 1000:03}Z"
         if self._json:
-            now = time.time()
-            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-            stamp += f".{int(now * 1000) % 1000:03}Z"
             message = message.replace("\\", "\\\\").replace('"', '\\"')
             line = f'{{"time": "{stamp}", "level": "{level}", "message": "{message}"}}\n'
         else:
             line = f"qmpfd: {message}\n"
+            if self._timed:
+                line = f"{stamp} {line}"
             if self._journal:
                 line = f"<{_PRIORITIES[rank]}>{line}"
         try:

@@ -7,14 +7,19 @@ import logging
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
+import tty
 from collections.abc import Iterator
-from io import StringIO
+from io import FileIO, StringIO
 from pathlib import Path
 
 import pytest
-from helpers import Wire, daemon_process, open_fds, pipes, value
+from helpers import PATIENCE, ROOT, Wire, daemon_process, open_fds, pipes, request, value
 
 from qmpfd.cli import logs
+from qmpfd.client.blocking import BlockingClient
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
@@ -82,14 +87,66 @@ async def test_json(path: Path) -> None:
     assert "JSON parse error" in broken["outcome"]
 
 
-def test_the_journal_is_told_the_priority(path: Path) -> None:
-    env = {"JOURNAL_STREAM": "1:2"}
-    with daemon_process(path, env=env) as process:
-        process.signal(signal.SIGHUP)
-        process.await_line(lambda line: "no policy file" in line)
+@pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
+def test_the_journal_is_told_the_priority(path: Path, options: list[str]) -> None:
+    """Where it reads this very stream; its variable is inherited by whatever is started."""
+    for reads_along in (True, False):
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        with open(reader) as said, open(writer, "w") as stream:
+            found = os.fstat(writer)
+            inode = found.st_ino if reads_along else found.st_ino + 1
+            env = {**os.environ, "JOURNAL_STREAM": f"{found.st_dev}:{inode}"}
+            command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path), *options]
+            process = subprocess.Popen(command, cwd=ROOT, stderr=stream, env=env)
+            stream.close()
+            lines = [said.readline()]
+            process.send_signal(signal.SIGHUP)
+            lines.append(said.readline())
+            process.send_signal(signal.SIGTERM)
+            lines.append(said.readline())
+            assert process.wait(PATIENCE) == 0
+        starts = ["<6>qmpfd:", "<4>qmpfd:", "<6>qmpfd:"] if reads_along else ["qmpfd: "] * 3
+        assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+
+
+def test_a_file_has_times(path: Path, tmp_path: Path) -> None:
+    """Nobody else adds them there."""
+    file = tmp_path / "log"
+    command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path / "none")]
+    with file.open("w") as stream:
+        assert subprocess.run(command, cwd=ROOT, stderr=stream, check=False).returncode == 2
+    command[-1] = str(path)
+    with file.open("a") as stream, subprocess.Popen(command, cwd=ROOT, stderr=stream) as process:
+        try:
+            while not path.exists():
+                assert process.poll() is None
+                os.sched_yield()
+            BlockingClient(path, PATIENCE).__enter__().close()
+        finally:
+            process.terminate()
+    lines = file.read_text().splitlines()[1:]
+    assert [line.split(" ", 1)[1] for line in lines] == [
+        f"qmpfd: listening on {path}",
+        "qmpfd: SIGTERM: ending once all is answered",
+    ]
+    assert all(TIME.fullmatch(line.split()[0]) for line in lines)
+
+
+async def test_text_of_clients_is_escaped(path: Path) -> None:
+    """It begins no line of its own, and gives no orders to a terminal."""
+    names = ["a\nqmpfd: forged", "\x1b]0;title\x07", "\u202eright to left", "\u2028", "\x7f"]
+    with daemon_process(path, "--log-level", "debug") as process:
+        with await Wire.session(path) as wire:
+            for name in names:
+                await wire.call("closefd", {"fdname": name})
+                wire.send(request(name))
+                await wire.reply()
         process.signal(signal.SIGTERM)
         process.wait()
-    assert [line[:9] for line in process.log] == ["<6>qmpfd:", "<4>qmpfd:", "<6>qmpfd:"]
+    assert len(process.log) == 3 + 2 * len(names)
+    assert all(line.startswith("qmpfd: ") and line.isprintable() for line in process.log)
+    assert "a\\nqmpfd: forged" in process.log[2]
+    assert "\\x1b]0;title\\x07" in process.log[4]
 
 
 def test_less(path: Path) -> None:
@@ -143,6 +200,45 @@ def test_a_full_pipe(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> No
     assert before[-1].split()[1] == b"%d" % (len(before) - 1)
     assert left_out == b"qmpfd: %d lines were left out: nobody took them" % (2000 - len(before))
     assert after == b"qmpfd: after"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "stream", "terminal"])
+def test_a_long_line_for_a_reader_that_stalls(
+    kind: str, log: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line longer than there is room for is not waited for: its rest comes when there is room."""
+    if kind == "pipe":
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+    elif kind == "terminal":
+        reader, writer = os.openpty()
+        tty.setraw(writer)
+    else:
+        ours, theirs = socket.socketpair()
+        reader, writer = ours.detach(), theirs.detach()
+    with open(reader, "rb", buffering=0) as taken, open(writer, "w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        logs.set_up("text", "info")
+        long = "x" * (4 << 20)
+        log.info("%s", long)
+        log.info("left out")
+        log.info("left out too")
+        said = b""
+        os.set_blocking(reader, False)
+        while not said.endswith(b"after\n"):
+            while chunk := _read(taken):
+                said += chunk
+            log.info("after")
+    lines = [line[line.index(b"qmpfd") :] for line in said.decode().encode().splitlines()]
+    assert lines[0] == b"qmpfd: " + long.encode()
+    assert lines[1].endswith(b"lines were left out: nobody took them")
+    assert set(lines[2:]) == {b"qmpfd: after"}
+
+
+def _read(stream: FileIO) -> bytes:
+    try:
+        return stream.read(1 << 16) or b""
+    except BlockingIOError:
+        return b""
 
 
 def test_a_stream_without_a_descriptor(
