@@ -25,6 +25,7 @@ from ..server import Server, serve
 from ..server.fdstore.mirror import FdStoreConfig
 from ..server.fdstore.recover import Recovered
 from ..server.maintenance import supervise
+from ..server.saved_state import SavedListener
 from ..server.takeover.receiver import ReceivedState
 from .notifications import Notifications
 from .options import default_socket
@@ -87,13 +88,13 @@ async def _main(
     start: partial[Coroutine[Any, Any, None]],
     names: Sequence[str],
     inheritance: ReceivedState | None,
-    back_again: Sequence[str | None],
+    back_again: Sequence[SavedListener],
     policy_path: Path | None,
     ready_fd: Fd | None,
     parent: Notifier | None,
 ) -> None:
     before = back_again if inheritance is None else inheritance.state.listeners
-    again = [path or "an inherited socket" for path in before]
+    again = [listener.name for listener in before]
     async with trio.open_nursery() as serving:
         with ExitStack() as stack:
             if inheritance is None:

@@ -81,6 +81,9 @@ class _JsonFormatter(logging.Formatter):
                 told[field.replace("_", "-")] = value
         if record.exc_info:
             told["exception"] = self.formatException(record.exc_info)
+        for field, value in told.items():
+            if isinstance(value, str):  # a path, say, which need not be UTF-8
+                told[field] = value.encode("utf-8", "backslashreplace").decode()
         return encode(told).decode("ascii")
 
 

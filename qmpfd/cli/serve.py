@@ -19,6 +19,7 @@ from ..limits import MAX_REQUEST_BYTES, Limits
 from . import supervise as keeping
 from .exit_codes import DONE, UsageError
 from .options import add_examples, default_socket, number, seconds, socket_path
+from .options import text as json_text
 from .policy import group_id, read_policy
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def _inherited_fd(text: str) -> InheritedFd:
     return InheritedFd(
         number("fd (0 to 2 are the standard streams)", 3, (1 << 31) - 1)(values["fd"]),
         number("set", 0, (1 << 63) - 1)(values["set"]),
-        values.get("opaque"),
+        None if "opaque" not in values else json_text(values["opaque"]),
     )
 
 

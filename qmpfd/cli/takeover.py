@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..client.blocking import NoDaemon
+from ..kernel.systemd import invocation_id
 from ..limits import TAKEOVER_TIMEOUT
 from ..server.renumber import Movable
+from ..server.saved_state import SavedListener
 from ..server.takeover import receiver as fetching
 
 _log = logging.getLogger("qmpfd")
@@ -34,7 +36,7 @@ def fetch(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> fetchi
         inheritance = fetching.fetch(path, TAKEOVER_TIMEOUT, _progress, movable)
     except ValueError as exc:
         raise NoDaemon(f"the daemon at {path} cannot be taken over: {exc}") from None
-    service = os.environ.get("INVOCATION_ID")
+    service = invocation_id()
     if service is not None and not has_parent and inheritance.state.store == service:
         inheritance.close()
         raise NoDaemon(
@@ -51,20 +53,20 @@ def fetch(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> fetchi
     return inheritance
 
 
-def still_to_bind(paths: Iterable[Path], listeners: Iterable[str | None]) -> list[Path]:
+def still_to_bind(paths: Iterable[Path], listeners: Iterable[SavedListener]) -> list[Path]:
     """Those of *paths* on which the old daemon does not listen.
 
     Args:
         paths: where to listen.
         listeners: where it does.
     """
-    served = [Path(path) for path in listeners if path is not None]
+    served = [Path(os.fsdecode(each.path)) for each in listeners if each.path is not None]
     return [path for path in paths if not any(_is_same(path, old) for old in served)]
 
 
 def _is_same(path: Path, other: Path) -> bool:
     try:
-        return path.samefile(other)
+        return path.absolute() == other or path.samefile(other)
     except OSError:
         return False
 

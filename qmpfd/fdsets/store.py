@@ -115,8 +115,7 @@ class FdSets:
             now = max(now, fdset.newest_at)
         entries = []
         for fd in fds:
-            if fd.number < 0:
-                fd.fileno()  # raises ValueError
+            fd.fileno()  # it is open
             entries.append(StoredFd(fd, fdset, opaque, added_by, now, lifetime))
         return entries
 

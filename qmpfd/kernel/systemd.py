@@ -163,6 +163,12 @@ def take_parent() -> Notifier | None:
     return Notifier.inherit(int(number)) if number.isdecimal() else None
 
 
+def invocation_id() -> str | None:
+    """Which run of which service this process belongs to, if it does (systemd.exec(5))."""
+    found = os.environ.get("INVOCATION_ID", "")
+    return found if found.isascii() and found.isalnum() else None
+
+
 def take_store_size() -> int:
     """How many descriptors whoever started this process keeps for it (``$FDSTORE``)."""
     size = os.environ.pop("FDSTORE", "")

@@ -6,7 +6,6 @@ import socket
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -69,8 +68,7 @@ def _restore(
     # What is stored comes last: it may be kept until the end of one of the sessions.
     inheritance.fds.rotate(-len(state.stored_numbers))
     listeners.extend(  # each as soon as there is one: the next may fail
-        UnixListener.inherit(next(fds), None if path is None else Path(path))
-        for path in state.listeners
+        UnixListener.inherit(next(fds), saved) for saved in state.listeners
     )
     sessions = []
     connections = SavedConnections([], [], [])

@@ -11,6 +11,8 @@ what waits to be sent, what goes with the reply in progress.
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 from msgspec import Struct
 
@@ -53,13 +55,34 @@ class SavedSet(Struct, forbid_unknown_fields=True):
     fds: list[SavedFd]
 
 
+class SavedListener(Struct, forbid_unknown_fields=True):
+    """A listening socket.
+
+    Args:
+        path: of its file, which need not be UTF-8; None if that is somebody else's.
+        file: device and inode of the file that was bound; None if there was none.
+    """
+
+    path: bytes | None
+    file: tuple[int, int] | None
+
+    @property
+    def name(self) -> str:
+        """What people know it by."""
+        return "an inherited socket" if self.path is None else os.fsdecode(self.path)
+
+
+#: A socket of a service manager, which sees to the file.
+NOT_OURS = SavedListener(None, None)
+
+
 class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """A daemon.
 
     Args:
         pid: its process; the listening sockets may be of another that was there before.
         sets: its fd sets.
-        listeners: the paths of its sockets; None for one whose file is somebody else's.
+        listeners: its sockets.
         connections: how many connections it has.
         connection_fds: how many descriptors they come with.
         connection_states: what they are: a SavedConnections of :mod:`.connection.saved`, which is
@@ -76,7 +99,7 @@ class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
 
     pid: int
     sets: list[SavedSet]
-    listeners: list[str | None]
+    listeners: list[SavedListener]
     connections: int
     connection_fds: int
     commands: dict[str, int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable
@@ -18,13 +19,16 @@ from ..policy import Policy
 from .closing import closes_awaited
 from .fdstore.lifespan import mirrored
 from .fdstore.mirror import FdStoreConfig, FdStoreMirror
-from .fdstore.recover import Recovered
+from .fdstore.recover import Holdings, Recovered
 from .lifecycle import Event
+from .listen.binding import Permissions
 from .listen.listener import UnixListener
 from .restore import taking_over
 from .server import Server
 from .services import Unmirrored
 from .takeover.receiver import ReceivedState
+
+_log = logging.getLogger("qmpfd")
 
 
 async def serve(  # noqa: ASYNC128 - Server.run does that
@@ -89,6 +93,10 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             if before is not None:
                 stack.enter_context(before)
                 listeners += stack.enter_context(taking_over(server, before))
+        for listener in listeners:
+            listener.permissions = Permissions(socket_mode, socket_group)
+        if recovered is not None and inheritance is None:  # they are ours in any case
+            _bind_lost(listeners, recovered.holdings)
         while given:
             fd, fdset_id, opaque = given[0]
             server.daemon.add([fd], fdset_id, opaque, create=True)
@@ -101,11 +109,22 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             listeners.append(UnixListener.inherit(inherited.popleft()))
             stack.callback(listeners[-1].close)
         evidence = None if inheritance is None else inheritance.evidence
+        # Not before the mirror is done: it asks whether the daemon was handed over.
+        stack.callback(server.lifecycle.handle, Event.END)
         async with mirrored(server, ours, recovered, evidence):
             if inheritance is not None:
                 inheritance.confirm(TAKEOVER_TIMEOUT)
                 server.durability.confirm()
+            await server.run(listeners, task_status=task_status)
+
+
+def _bind_lost(listeners: Iterable[UnixListener], holdings: Holdings) -> None:
+    """Make the socket files anew that are gone, or are another program's by now."""
+    for listener in listeners:
+        if listener.is_lost:
             try:
-                await server.run(listeners, task_status=task_status)
-            finally:
-                server.lifecycle.handle(Event.END)
+                listener.bind_again()
+            except OSError as exc:
+                _log.error("%s cannot be made anew: %s", listener, exc.strerror or exc)
+            else:
+                holdings.replaced(listener.socket.fileno())

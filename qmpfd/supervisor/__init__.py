@@ -14,8 +14,8 @@ Beside systemd's protocol, a message may have these lines:
 ``QMPFD_SYNC=N``                    answer ``SYNCED=N`` once this message is carried out
 ``QMPFD_CLOSE=slow``                close in a thread what is removed, then send ``CLOSED=NAME``
 ``QMPFD_SOCKET=DEV:INODE:HEXPATH``  the file of a listening socket, to be removed if the parent ends
-                                    and the worker cannot; without a value: those so far are not
-                                    to be removed any more
+                                    and the worker cannot; there may be several in a message, in
+                                    place of all those before
 ==================================  ===============================================================
 
 The parent says by itself: ``LOST=NAME``, a descriptor could not be kept; ``SIGNALS=N``, so many

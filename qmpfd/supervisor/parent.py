@@ -59,7 +59,6 @@ OWN_FIELDS = {
     b"MAINPID",
     b"QMPFD_CLOSE",
     b"QMPFD_SYNC",
-    b"QMPFD_SOCKET",
 }
 
 HEARD = (*FORWARDED, signal.SIGQUIT, signal.SIGCHLD)
@@ -417,9 +416,12 @@ class Supervisor:
         """
         fields = {}
         others = []
+        files = []
         for line in data.split(b"\n"):
             key, _, value = line.partition(b"=")
-            if key in OWN_FIELDS:
+            if key == b"QMPFD_SOCKET":
+                files.append(value)
+            elif key in OWN_FIELDS:
                 fields[key] = value
             elif key:
                 others.append(line)
@@ -437,8 +439,8 @@ class Supervisor:
                     worker.send(b"LOST=" + name)
         for number in fds:
             close(number)
-        if b"QMPFD_SOCKET" in fields:
-            self._store.add_file(fields[b"QMPFD_SOCKET"])
+        if files:
+            self._store.set_files(files)
         if others:
             self._handle_notification(worker, others)
         if b"QMPFD_SYNC" in fields:

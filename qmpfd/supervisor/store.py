@@ -135,15 +135,14 @@ class Store:
             else:
                 close(number)
 
-    def add_file(self, text: bytes) -> None:
-        """Remember the file of a listening socket, see SocketFile; without a text, forget all."""
-        if not text:
-            self._files.clear()
-            return
-        try:
-            self._files.append(SocketFile(text))
-        except ValueError:
-            pass
+    def set_files(self, texts: list[bytes]) -> None:
+        """Remember the files of the listening sockets, each as a SocketFile takes it."""
+        self._files.clear()
+        for text in texts:
+            try:
+                self._files.append(SocketFile(text))
+            except ValueError:
+                pass
 
     def clear(self) -> None:
         """Close all of them."""

@@ -39,6 +39,9 @@ _BY_DEFAULT = {
     signal.SIGTRAP,
 }
 
+#: Bytes of a message: the longest names socket files.
+_MESSAGE = 32 << 10
+
 #: Room for one control message with as many descriptors as the kernel passes at a time.
 _CONTROL = socket.CMSG_SPACE(253 * 4)
 _FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
@@ -90,7 +93,7 @@ class Worker:
         None if there is none now; without bytes and descriptors if there will be none any more.
         """
         try:
-            data, control, flags, _ = self.sock.recvmsg(4096, _CONTROL, _FLAGS)
+            data, control, flags, _ = self.sock.recvmsg(_MESSAGE, _CONTROL, _FLAGS)
         except BlockingIOError:
             return None
         except OSError:

@@ -58,6 +58,7 @@ BAD = {
         "fd=0,set=1",
         "fd=2,set=1",
         "fd=-1,set=1",
+        "fd=3,set=1,opaque=caf\udce9",
         "fd=2147483648,set=1",
         "fd=3,set=-1",
         "fd=3,set=9223372036854775808",

@@ -75,6 +75,10 @@ class BarrierLink:
         self._outgoing.append((f"FDSTOREREMOVE=1\nFDNAME={name}{hint}", None))
         self._changes += 1
 
+    def tell(self, text: str) -> None:
+        """Send a message that is about no change."""
+        self._outgoing.append((text, None))
+
     def changed(self) -> None:
         """There is something to be written."""
         self._changes += 1

@@ -23,7 +23,7 @@ from msgspec import Struct
 
 from ...kernel.fd import Fd
 from ...limits import JOURNAL_FORMAT
-from ..saved_state import SavedFd, SavedSet, SavedState
+from ..saved_state import SavedFd, SavedListener, SavedSet, SavedState
 
 #: Length and checksum of what follows.
 _HEADER = Layout("<II")
@@ -56,11 +56,11 @@ class ListenerAdded(Struct, array_like=True, tag="l"):
 
     Args:
         name: of its descriptor in the fd store.
-        path: its file; None if that is somebody else's.
+        listener: what it is.
     """
 
     name: str
-    path: str | None
+    listener: SavedListener
 
 
 class ListenerRemoved(Struct, array_like=True, tag="e"):
@@ -131,7 +131,7 @@ class History:
     def __init__(self, begun: SnapshotHeader) -> None:
         self.begun = begun
         self.entries: dict[int, Added] = {}
-        self.listeners: dict[str, str | None] = {}
+        self.listeners: dict[str, SavedListener] = {}
         self.confirmed = begun.previous is None
         self.left = False
         self._together: list[list[Added]] = []  # what was added in one frame
@@ -162,7 +162,7 @@ class History:
             case Removed():
                 self.entries.pop(record.number, None)
             case ListenerAdded():
-                self.listeners[record.name] = record.path
+                self.listeners[record.name] = record.listener
             case ListenerRemoved():
                 self.listeners.pop(record.name, None)
             case Confirmed():
@@ -192,7 +192,7 @@ class History:
         return SavedState(
             pid=os.getpid(),
             sets=list(sets.values()),
-            listeners=[path for name, path in self.listeners.items() if kept(name)],
+            listeners=[each for name, each in self.listeners.items() if kept(name)],
             connections=0,
             connection_fds=0,
             commands={},

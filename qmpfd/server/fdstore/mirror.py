@@ -13,7 +13,6 @@ A removed descriptor is closed here after it was closed there.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, suppress
@@ -28,9 +27,10 @@ from ...fdsets import FdSet, FdSets, StoredFd
 from ...kernel.close_pool import ClosePool, Risk
 from ...kernel.fd import Fd
 from ...kernel.file_descriptions import Descriptions
-from ...kernel.systemd import Notifier
+from ...kernel.systemd import Notifier, invocation_id
 from ...limits import JOURNAL_FORMAT, KEEPER_SPARE
 from ..listen.listener import UnixListener
+from ..saved_state import SavedListener
 from .barrier_link import BarrierLink
 from .journal import (
     RECORD_BYTES,
@@ -94,7 +94,7 @@ class FdStoreMirror:
         self._descriptions = keeping.descriptions
         self._names = Names()
         self._mirrored: dict[int, _Mirrored] = {}
-        self._listeners: dict[int, str | None] = {}  # the paths, by number
+        self._listeners: dict[int, SavedListener] = {}  # by number
         self._store = FdSets()
         self._previous: str | None = None
 
@@ -215,8 +215,8 @@ class FdStoreMirror:
 
     def _snapshot(self, generation: int) -> Iterator[Record]:
         yield SnapshotHeader(JOURNAL_FORMAT, generation, self._previous)
-        for number, path in self._listeners.items():
-            yield ListenerAdded(self._mirrored[number].name, path)
+        for number, listener in self._listeners.items():
+            yield ListenerAdded(self._mirrored[number].name, listener)
         for fdset in self._store:
             for number, stored in fdset.fds.items():
                 if number in self._mirrored:
@@ -228,7 +228,7 @@ class FdStoreMirror:
     @property
     def store(self) -> str | None:
         """Which service's it is, where it is a service manager's store (systemd.exec(5))."""
-        return None if self._is_parent else os.environ.get("INVOCATION_ID")
+        return None if self._is_parent else invocation_id()
 
     @property
     def journal(self) -> Fd | None:
@@ -277,7 +277,7 @@ class FdStoreMirror:
             number = listener.socket.fileno()
             if number in holdings.names or len(self._names) < self._capacity:  # it can be made anew
                 self._keep(number, number, holdings.names.get(number))
-                self._listeners[number] = None if listener.path is None else str(listener.path)
+                self._listeners[number] = listener.saved
         if len(self._names) > self._capacity:
             raise GenericError(
                 f"{len(self._names)} descriptors are more than the {self._capacity} that can be "
@@ -288,6 +288,8 @@ class FdStoreMirror:
             self._link.store(PREVIOUS, previous)
         # The journal comes last: without it, the others count for nothing.
         self._journals.begin()
+        if previous is None:
+            self._name_files(self._listeners.values())
         self._link.open()
         await self.sync()
         if holdings.valid:
@@ -305,11 +307,20 @@ class FdStoreMirror:
         """A takeover is done: all this is ours."""
         self._previous = None
         self._capacity += 1
+        self._name_files(self._listeners.values())
         self._note(Confirmed(), PREVIOUS)
 
     def log_handover(self, handed_over: bool) -> None:
         """A successor is about to have it all, or will not: for whoever asks if we die now."""
+        self._name_files(() if handed_over else self._listeners.values())
         self._note(HandedOver(handed_over))
+
+    def _name_files(self, listeners: Iterable[SavedListener]) -> None:
+        """Tell the parent which socket files to remove where this process cannot do it any more."""
+        if self._is_parent and not self.is_over:
+            files = [(*each.file, each.path.hex()) for each in listeners if each.file and each.path]
+            lines = [f"QMPFD_SOCKET={device}:{inode}:{path}" for device, inode, path in files]
+            self._link.tell("\n".join(lines or ["QMPFD_SOCKET="]))
 
     def release_all(self) -> None:
         """What is kept is to be let go, also if we die this moment; note no more changes."""

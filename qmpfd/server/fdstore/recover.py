@@ -12,8 +12,6 @@ own journal, or its pidfd.
 from __future__ import annotations
 
 import logging
-import os
-import stat
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -44,10 +42,15 @@ class Holdings:
         valid: that journal counts, until there is another.
     """
 
-    names: Mapping[int, str] = field(default_factory=dict)
-    others: Sequence[str] = ()
+    names: dict[int, str] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
     generation: int = 0
     valid: bool = False
+
+    def replaced(self, number: int) -> None:
+        """Something else has that number now: what the store has for it is stale."""
+        if number in self.names:
+            self.others.append(self.names.pop(number))
 
 
 @dataclass(slots=True)
@@ -114,7 +117,6 @@ def _recover(inherited: Sequence[InheritedFd], others: Iterable[Movable]) -> Rec
     has_state = not handed_over and _is_ours(history, ours)
     if not has_state:
         history = _nothing()
-    history.listeners = {n: path for n, path in history.listeners.items() if _is_there(path)}
     history.forget_unfinished(ours.__contains__)
     returned = _Returned(ours)
     entries = {number: returned.take(each.name) for number, each in history.entries.items()}
@@ -190,13 +192,3 @@ def _is_ours(history: History, ours: Mapping[str, Fd]) -> bool:
         return history.begun.generation > 0
     evidence = ours.get(PREVIOUS)
     return evidence is not None and has_handed_over(evidence, LETTING_GO_TIMEOUT)
-
-
-def _is_there(path: str | None) -> bool:
-    """Whether a listening socket can still be reached."""
-    if path is None:
-        return True
-    try:
-        return stat.S_ISSOCK(os.lstat(path).st_mode)
-    except OSError:
-        return False

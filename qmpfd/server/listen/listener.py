@@ -13,6 +13,7 @@ import trio
 
 from ...kernel.fd import Fd
 from ...kernel.unix_address import is_abstract
+from ..saved_state import NOT_OURS, SavedListener
 from .binding import LOCK_TIMEOUT, OWNER_ONLY, FileId, Permissions, identity, listen_at
 
 #: Options that an accepted socket inherits from the listener, each with the value that it needs
@@ -52,7 +53,7 @@ class UnixListener:
         self.path = path
         self.file = file
         self._sock = sock
-        self._permissions = permissions
+        self.permissions = permissions
         self._options = [
             (option, value)
             for option, value in _INHERITED_OPTIONS.items()
@@ -67,16 +68,14 @@ class UnixListener:
     def inherit(
         cls,
         fd: Fd,
-        path: Path | None = None,
-        file: FileId | None = None,
+        saved: SavedListener = NOT_OURS,
         permissions: Permissions = OWNER_ONLY,
     ) -> UnixListener:
         """Listen on a socket that somebody else has set up.
 
         Args:
             fd: the socket; owned from here on.
-            path: its file, if that is ours now.
-            file: which file was bound; None for that which is there.
+            saved: its file, if that is ours now.
             permissions: of the file, where it has to be made anew.
 
         Raises:
@@ -91,9 +90,8 @@ class UnixListener:
             raise OSError(
                 errno.EINVAL, f"inherited descriptor {number} is no listening Unix stream socket"
             )
-        if path is not None and file is None:
-            file = identity(path)
-        return cls(sock, path, file, permissions)
+        path = None if saved.path is None else Path(os.fsdecode(saved.path))
+        return cls(sock, path, saved.file, permissions)
 
     @classmethod
     def bind(
@@ -117,6 +115,11 @@ class UnixListener:
         return cls(sock, path, file, permissions)
 
     @property
+    def saved(self) -> SavedListener:
+        """What it is, for a successor."""
+        return SavedListener(None if self.path is None else os.fsencode(self.path), self.file)
+
+    @property
     def is_lost(self) -> bool:
         """Whether its file is gone, or another one is there."""
         return self.file is not None and self.path is not None and identity(self.path) != self.file
@@ -131,7 +134,7 @@ class UnixListener:
         """
         if self.path is None or is_abstract(self.path):
             raise ListenerShutDown(errno.ESHUTDOWN, "the socket was shut down", str(self))
-        sock, self.file = listen_at(self.path, self._permissions, 0)
+        sock, self.file = listen_at(self.path, self.permissions, 0)
         with sock:
             sock.setblocking(False)
             trio.lowlevel.notify_closing(self._sock)

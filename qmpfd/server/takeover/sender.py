@@ -171,7 +171,7 @@ def describe(
     state = saved.SavedState(
         pid=os.getpid(),
         sets=sets,
-        listeners=[None if ls.path is None else str(ls.path) for ls in server.listeners],
+        listeners=[listener.saved for listener in server.listeners],
         connections=len(described),
         connection_fds=sum(session.fd_count for session in described),
         connection_states=msgspec.msgpack.encode(

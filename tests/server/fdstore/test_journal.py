@@ -28,7 +28,9 @@ from qmpfd.server.fdstore.journal import (
     read,
     replay,
 )
+from qmpfd.server.saved_state import NOT_OURS, SavedListener
 
+X = SavedListener(b"/x", (1, 2))
 BEGUN = SnapshotHeader(JOURNAL_FORMAT, 1, None)
 
 
@@ -132,7 +134,7 @@ def test_order_within_a_set() -> None:
 
 
 def test_what_did_not_come_back_is_left_out() -> None:
-    history = replay(frame([BEGUN, added(5), added(7, 2), added(6), ListenerAdded("~9", "/x")]))
+    history = replay(frame([BEGUN, added(5), added(7, 2), added(6), ListenerAdded("~9", X)]))
     state = history.state(lambda name: name == "~6")
     assert [[fd.number for fd in fdset.fds] for fdset in state.sets] == [[6]]
     assert state.listeners == []
@@ -151,10 +153,10 @@ def test_listeners_and_takeovers() -> None:
     previous = SnapshotHeader(JOURNAL_FORMAT, 4, "old")
     history = replay(
         frame(
-            [previous, ListenerAdded("~1", "/a"), ListenerAdded("~2", None), ListenerRemoved("~1")]
+            [previous, ListenerAdded("~1", X), ListenerAdded("~2", NOT_OURS), ListenerRemoved("~1")]
         )
     )
-    assert history.listeners == {"~2": None}
+    assert history.listeners == {"~2": NOT_OURS}
     assert not history.confirmed
     assert not history.left
     assert replay(frame([previous, Confirmed()])).confirmed

@@ -73,7 +73,7 @@ class Client:
     def check(self, client: BlockingClient) -> None:
         """Compare with what is there; whatever was not answered may be there or not."""
         self.checks += 1
-        listed: list[dict[str, Any]] = client.execute("query-fds", {"opaque": self.prefix})
+        listed: list[dict[str, Any]] = client.execute("query-fds", {"opaque-prefix": self.prefix})
         found = {(fd["fdset-id"], fd["fd"]): fd["opaque"] for fd in listed}
         for key in self.unsure:
             if key not in found:

@@ -1,0 +1,120 @@
+"""Socket files of a supervised daemon: back after a restart, removed at the end, and no others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from supervised import DEADLINE, connected, lasting, supervised, until
+
+from qmpfd.client.blocking import BlockingClient
+
+
+def opaques(client: BlockingClient) -> list[str]:
+    return [fd["opaque"] for fd in lasting(client.execute("query-fds"))]
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_path_that_is_not_utf8(path: Path, log_format: str) -> None:
+    """A path is bytes: it is listened on, comes back and goes over in a takeover."""
+    path = path.with_name(os.fsdecode(b"caf\xe9.sock"))
+    options = "--log-format", log_format
+    with supervised(path, *options) as old, old.client() as client:
+        client.execute("add-fd", {"opaque": "mine"}, [0])
+        old.kill_worker()
+        with old.client() as again:
+            assert opaques(again) == ["mine"]
+            with supervised(path, "--takeover", *options) as new:
+                assert old.process.wait(DEADLINE) == 0
+                new.kill_worker()
+                with new.client() as last:
+                    assert opaques(last) == ["mine"]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("takeover", [False, True], ids=["started", "took over"])
+def test_a_file_that_is_gone(path: Path, takeover: bool) -> None:
+    """The socket is bound anew where the worker comes back and its file is gone."""
+    with ExitStack() as stack:
+        daemon = stack.enter_context(supervised(path))
+        with daemon.client() as client:
+            client.execute("add-fd", {"opaque": "mine"}, [0])
+        if takeover:
+            daemon = stack.enter_context(supervised(path, "--takeover"))
+        daemon.worker()
+        path.unlink()
+        daemon.kill_worker()
+        with connected(path) as again:
+            assert opaques(again) == ["mine"]
+        before = path.stat().st_ino
+        daemon.kill_worker()  # the new one is kept too
+        with connected(path) as again:
+            assert opaques(again) == ["mine"]
+        assert path.stat().st_ino == before
+    assert not path.exists()
+
+
+def test_a_file_of_somebody_else(path: Path) -> None:
+    """Another program has the path by now: that is said, the daemon comes back, and the other
+    program's file stays.
+    """
+    other = path.with_name("other.sock")
+    with (
+        supervised(path, "--socket", str(other)) as daemon,
+        socket.socket(socket.AF_UNIX) as stranger,
+    ):
+        with daemon.client() as client:
+            client.execute("add-fd", {"opaque": "mine"}, [0])
+        path.unlink()
+        stranger.bind(str(path))
+        stranger.listen()
+        daemon.kill_worker()
+        with connected(other) as client:
+            assert opaques(client) == ["mine"]
+        assert f"{path} cannot be made anew: a daemon is already listening" in daemon.log
+        daemon.process.terminate()
+        assert daemon.process.wait(DEADLINE) == 0
+        assert path.exists()
+        assert not other.exists()
+
+
+def test_told_to_end_between_two_workers(path: Path, tmp_path: Path) -> None:
+    """No worker runs that could remove the files: the parent does, those of the daemon only."""
+    policy, other = tmp_path / "policy.toml", path.with_name("other.sock")
+    policy.write_text("")
+    with supervised(path, "--socket", str(other), "--policy", str(policy)) as daemon:
+        daemon.worker()
+        policy.write_text("bad")
+        daemon.kill_worker()
+        until(lambda: "trying again" in daemon.log)
+        other.unlink()
+        other.touch()
+        daemon.process.terminate()
+        assert daemon.process.wait(DEADLINE) == 0
+        assert not path.exists()
+        assert other.exists()
+
+
+def test_a_worker_killed_at_the_end(path: Path) -> None:
+    with supervised(path, "--drain-timeout", "0.2") as daemon:
+        os.kill(daemon.worker(), signal.SIGSTOP)
+        daemon.process.terminate()
+        assert daemon.process.wait(DEADLINE) == 0
+        assert not path.exists()
+
+
+def test_told_to_end_after_a_takeover(path: Path) -> None:
+    """The old parent has the file's name no more: its successor serves there."""
+    with supervised(path, status=None) as old:
+        old.worker()
+        with supervised(path, "--takeover") as new:
+            until(lambda: "took over" in new.log)
+            old.process.terminate()
+            old.process.wait(DEADLINE)
+            assert path.exists()
+            with new.client() as client:
+                assert opaques(client) == []
