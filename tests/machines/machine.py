@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,35 +19,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from helpers import ROOT
 from installed import INIT, need, need_namespaces
 
 from qmpfd.client.blocking import BlockingClient, NoDaemon
 
+from .containers import BOUND, ENVIRONMENT, PYTHON
+
 DEADLINE = 20.0
 
-#: What is bound into the machine: folder there, folder here.  Not where they are here, because
-#: the units hide /root, /home and /tmp from the daemon.
-_BOUND = {
-    "checkout": ROOT,
-    "python": Path(sys.base_prefix),
-    "site": Path(sysconfig.get_path("purelib")),
-}
 _TARGETS = "basic local-fs multi-user paths shutdown slices sockets sysinit timers umount"
 
 #: As pip writes it: a program of Python's, and no shell's, which may leave its file open.
-_QMPFD = f"""#!/run/test/python/bin/python{sys.version_info.major}.{sys.version_info.minor}
+_QMPFD = f"""#!{PYTHON}
 import sys
 from qmpfd.__main__ import program
 sys.exit(program())
 """
 
 #: For all services.  There is no journal.
-_SERVICES = """[Service]
-StandardError=append:/run/%N.log
-Environment=PYTHONPATH=/run/test/checkout:/run/test/site
-Environment=LD_LIBRARY_PATH=/run/test/python/lib
-"""
+_SERVICES = "\n".join(
+    [
+        "[Service]",
+        "StandardError=append:/run/%N.log",
+        *(f"Environment={name}={value}" for name, value in ENVIRONMENT.items()),
+        "",
+    ]
+)
 
 _BOOT = r"""
 set -eu
@@ -202,7 +198,7 @@ def booted() -> Iterator[Machine]:
     spaces = ["--mount", "--pid", "--ipc", "--uts", "--net", "--cgroup", "--fork", "--kill-child"]
     need_namespaces(*spaces)
     group = _own_cgroup()
-    bound = [str(word) for pair in _BOUND.items() for word in pair]
+    bound = [str(word) for pair in BOUND.items() for word in pair]
     start = 'echo $$ >"$1/cgroup.procs"; shift; exec "$@"'
     init = [INIT, "--system", "--unit=basic.target", "--log-target=console", "--show-status=no"]
     unshare = ["unshare", *spaces, "--propagation=private", "sh", "-c", _BOOT, "sh"]
