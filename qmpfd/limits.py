@@ -52,20 +52,13 @@ LOOK_INTERVAL = 0.1
 #: Seconds between two lines of the log about clients that are turned away.
 REFUSAL_LOG_INTERVAL = 0.2
 
-#: Seconds that a client's requests are carried out in a row before the others get their turn; and
-#: how many if it has used little so far.
-TURN_SECONDS, FIRST_TURN_SECONDS = 0.002, 0.00025
+#: Seconds that a client's requests are carried out in a row before others have their turn: of one
+#: that asks for little, and of one that asks for much.
+LIGHT_SECONDS, TURN_SECONDS = 0.00025, 0.002
 
-#: Seconds within which each of those who wait has had a turn, as far as turns can be that short.
+#: Seconds within which each of those who ask for much has had a turn, as far as turns can be that
+#: short.
 LAP_SECONDS = 0.04
-
-#: Seconds that count as used at most, and which part of the time that a client has waited counts
-#: against what others have used: of two, one that came so much later does not go first.
-MOST_USED_SECONDS, PATIENCE = 0.01, 0.005
-
-#: The part of the loop's time that a client is served in without queueing for a turn, and how much
-#: of it at once: one that asks once a millisecond takes 0.03 to 0.15.  A thousand may come at once.
-SHARE, SHARE_SECONDS = 0.3, 0.00025
 
 #: Bytes that a client may have sent to be served without queueing: to decode more takes a while.
 FEW_BYTES = 4096
@@ -139,9 +132,6 @@ MAX_FDS_A_TURN = 64
 #: that they came with is carried out: what is done once for all of them is most of the work.
 FDS_AT_ONCE = 16
 
-#: Bytes of replies that wait for more of them while a client's next requests are there already.
-HELD_REPLY_BYTES = 16 << 10
-
 #: Seconds that cleaning up after a connection may wait for the store.
 CLEANUP_TIMEOUT = 5.0
 
@@ -194,10 +184,16 @@ class Limits(NamedTuple):
     drain_timeout: float = 5.0
 
     def within(self, table: int) -> Limits:
-        """The same, but that room is left for connections and for descriptors that wait.
+        """The limits as they hold in this process: room is left for connections and for descriptors
+        that wait, and one user is allowed no more than all.
 
         Args:
             table: descriptors that the process may have open (RLIMIT_NOFILE).
         """
         room = max(1, table - min(TABLE_SPARE, table // 4))
-        return self._replace(max_fds=min(self.max_fds, room))
+        max_fds = min(self.max_fds, room)
+        return self._replace(
+            max_fds=max_fds,
+            max_fds_per_uid=min(self.max_fds_per_uid, max_fds),
+            max_connections_per_uid=min(self.max_connections_per_uid, self.max_connections),
+        )

@@ -151,6 +151,14 @@ class Access:
             for grant in self.grants
         )
 
+    @property
+    def sees_everything(self) -> bool:
+        """Whether the peer may query whatever is stored."""
+        return any(
+            "query" in grant.rights and grant.opaque is None and grant.fdsets is None
+            for grant in self.grants
+        )
+
     def sees_set(self, fdset_id: int) -> bool:
         """Whether the peer may query whatever is in the fd set."""
         return any(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum, auto
+from functools import partial
 from types import TracebackType
 
 import trio
@@ -50,9 +51,14 @@ class FdStream:
         #: The same descriptor, for its options and for calls that never wait.
         self.socket = socket.socket(socket.AF_UNIX, sock.type, 0, fileno=sock.fileno())
         self.socket.setblocking(False)
+        #: Wait until something is there, or the peer is gone.
+        self.wait_readable = partial(trio.lowlevel.wait_readable, sock)
 
     def receive_nowait(
-        self, connection: Connection, max_bytes: int = READ_BYTES, max_fds: int = 1
+        self,
+        connection: Connection,
+        max_bytes: int = READ_BYTES,
+        max_fds: Callable[[], int] = lambda: 1,
     ) -> Arrival:
         """Hand what is there to *connection*, bytes and descriptors.
 
@@ -61,11 +67,11 @@ class FdStream:
         Args:
             connection: who takes it.
             max_bytes: bytes to look at; where there are as many, or more, none are taken.
-            max_fds: descriptors after which no more of them are read; each read ends with some.
+            max_fds: tells after how many descriptors no more are read; each read ends with some.
         """
         sock = self.socket
         arrival = _NOTHING
-        left = max_bytes
+        left, count = max_bytes, 0
         while True:
             try:
                 data, fds_follow = fd.peek(sock, max_bytes)
@@ -88,11 +94,11 @@ class FdStream:
             if not more:
                 return _ALL
             arrival = _SOME
-            max_fds -= len(fds)
+            count += len(fds)
             left -= size
             # When this process is out of descriptors, the next may need the places of these; and
             # where some wait for a command, newer ones take their places only once that is known.
-            if max_fds <= 0 or left <= 0 or not fds or connection.has_unassigned_fds:
+            if count >= max_fds() or left <= 0 or not fds or connection.has_unassigned_fds:
                 return _SOME
 
     def max_unreceived_messages(self) -> int:
@@ -103,10 +109,6 @@ class FdStream:
     def closed(self) -> bool:
         """Whether this end is closed."""
         return self.socket.fileno() < 0
-
-    async def wait_readable(self) -> None:
-        """Wait until something is there, or the peer is gone."""
-        await trio.lowlevel.wait_readable(self._trio_sock)
 
     async def wait_writable(self) -> None:
         """Wait until the peer takes more, or is gone."""

@@ -14,6 +14,9 @@ from qmpfd.commands import TABLE
 PAGE = ROOT / "README.md"
 README = PAGE.read_text()
 
+#: The page that lists what there is.
+INDEX = (ROOT / "docs" / "index.md").read_text()
+
 
 def test_the_examples(tmp_path: Path) -> None:
     assert sorted(set(run_page(PAGE, tmp_path))) == ["console", "json"]
@@ -32,13 +35,13 @@ def test_every_make_target_is_there() -> None:
 
 
 def test_every_command_is_named_and_no_other() -> None:
-    section = README.partition("| QMP commands |")[2].partition("\n\n")[0]
+    section = INDEX.partition("| QMP commands |")[2].partition("\n\n")[0]
     named = re.findall(r"`([\w-]+)`", "".join(row.split("|")[1] for row in rows(section)))
     assert sorted(named) == sorted(TABLE.commands)
 
 
 def test_every_verb_is_named_and_no_other() -> None:
-    section = README.partition("| in the shell |")[2].partition("\n\n")[0]
+    section = INDEX.partition("| in the shell |")[2].partition("\n\n")[0]
     named = re.findall(r"`qmpfd ([\w-]+)`", "".join(row.split("|")[1] for row in rows(section)))
     listed = re.findall(r"^    ([\w-]+)(?= |$)", _parser("").format_help(), re.MULTILINE)
     assert sorted(named) == sorted(listed)

@@ -48,9 +48,9 @@ async def test_several_at_once() -> None:
         for pipe in made:
             send_now(client, QUERY + ADD, [pipe])
         for count, arrival in ((3, Arrival.SOME), (2, Arrival.ALL)):
-            assert stream.receive_nowait(connection, max_fds=3) is arrival
+            assert stream.receive_nowait(connection, max_fds=lambda: 3) is arrival
             assert taken(connection) == [("query-name", 0), ("add-fd", 1)] * count
-        assert stream.receive_nowait(connection, max_fds=3) is Arrival.NOTHING
+        assert stream.receive_nowait(connection, max_fds=lambda: 3) is Arrival.NOTHING
 
 
 async def test_no_more_than_a_few_bytes_at_once() -> None:
@@ -58,7 +58,7 @@ async def test_no_more_than_a_few_bytes_at_once() -> None:
     with connected() as (client, stream, connection), pipes(5) as made:
         for pipe in made:
             send_now(client, QUERY * 100 + ADD, [pipe])
-        assert stream.receive_nowait(connection, FEW_BYTES, max_fds=5) is Arrival.SOME
+        assert stream.receive_nowait(connection, FEW_BYTES, max_fds=lambda: 5) is Arrival.SOME
         assert len(taken(connection)) == 202
 
 
@@ -67,12 +67,12 @@ async def test_one_after_the_other() -> None:
     with connected() as (client, stream, connection), pipes(30) as made:
         for pipe in made:
             send_now(client, ADD, [pipe])
-            assert stream.receive_nowait(connection, max_fds=16) is Arrival.ALL
+            assert stream.receive_nowait(connection, max_fds=lambda: 16) is Arrival.ALL
             assert taken(connection) == [("add-fd", 1)]
         for pipe in made:
             send_now(client, ADD, [pipe])
         found = []
-        while stream.receive_nowait(connection, max_fds=16) is not Arrival.NOTHING:
+        while stream.receive_nowait(connection, max_fds=lambda: 16) is not Arrival.NOTHING:
             found += taken(connection)
         assert found == [("add-fd", 1)] * 30
 
@@ -95,9 +95,9 @@ async def test_the_peer_is_gone() -> None:
     with connected() as (client, stream, connection), pipes(1) as made:
         send_now(client, ADD, made)
         client.close()
-        assert stream.receive_nowait(connection, max_fds=16) is Arrival.ALL
+        assert stream.receive_nowait(connection, max_fds=lambda: 16) is Arrival.ALL
         assert taken(connection) == [("add-fd", 1)]
-        assert stream.receive_nowait(connection, max_fds=16) is Arrival.END
+        assert stream.receive_nowait(connection, max_fds=lambda: 16) is Arrival.END
 
 
 async def test_no_more_while_some_wait() -> None:
@@ -106,7 +106,7 @@ async def test_no_more_while_some_wait() -> None:
         for count in (SCM_MAX_FD, 1, 1, SCM_MAX_FD, SCM_MAX_FD):
             send_now(client, b" ", made * count)
         before = len(open_fds())
-        while stream.receive_nowait(connection, max_fds=16) is not Arrival.NOTHING:
+        while stream.receive_nowait(connection, max_fds=lambda: 16) is not Arrival.NOTHING:
             assert len(open_fds()) - before <= 2 * SCM_MAX_FD
             assert taken(connection) == []
             close_all(connection.fds_to_close)

@@ -98,10 +98,11 @@ _UNSAFE = "no: a crash of the daemon loses what is stored (see qmpfd serve --sup
 
 def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
     limits = stats["limits"]
-    commands = sum(each["count"] for each in stats["commands"])
-    errors = sum(each["count"] for each in stats["errors"])
+    # Who may not query everything is not told how much there is.
+    commands = sum(each["count"] for each in stats.get("commands", ()))
+    errors = sum(each["count"] for each in stats.get("errors", ()))
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() - stats["uptime"]))
-    fds = _gauge(stats["fds-kept"], limits, "max-fds")
+    fds = _gauge(stats["fds-kept"], limits, "max-fds") if "fds-kept" in stats else "not told"
     connections = _gauge(stats["connections"], limits, "max-connections")
     timeouts = [
         f"{name} {limits[f'{name}-timeout'] / 1000:g} s" if f"{name}-timeout" in limits else ""
@@ -111,7 +112,7 @@ def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
         ("process", str(stats["pid"])),
         ("since", f"{since}, for {duration(stats['uptime'])}"),
         ("dialect", stats["dialect"]),
-        ("fd sets", f"{stats['fdsets']}"),
+        ("fd sets", str(stats.get("fdsets", "not told"))),
         ("descriptors", fds),
         ("kept safe", _SAFE if stats["kept-safe"] else _UNSAFE),
         ("connections", connections),
@@ -121,7 +122,7 @@ def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
         ("served", f"{stats['connections-accepted']} connections, {commands} commands"),
         ("refused", f"{stats['connections-refused']} connections, {errors} commands"),
     ]
-    if stats["closes-pending"]:
+    if stats.get("closes-pending"):
         pairs.append(("hanging", f"{stats['closes-pending']} descriptors that do not close"))
     return pairs
 

@@ -199,7 +199,8 @@ class LimitsInfo(Result):
         max_connections: clients at a time.
         max_connections_per_uid: clients of one user at a time.
         max_fds: descriptors kept at a time.
-        max_fds_per_uid: descriptors that one user's clients may have kept at a time.
+        max_fds_per_uid: descriptors that clients of the asking client's user may have kept at a
+            time.
         max_request_bytes: bytes of one request.
         max_open_files: descriptors that the process may have open (RLIMIT_NOFILE).
         write_timeout: time that a client may take to accept a reply.
@@ -243,7 +244,8 @@ class PeerStats(Result):
 
 
 class StatsInfo(Result):
-    """Counters and gauges of the daemon.
+    """Counters and gauges of the daemon.  Those of what is stored, and of commands, are there only
+    for clients that may query everything.
 
     Args:
         pid: its process.
@@ -252,16 +254,16 @@ class StatsInfo(Result):
         connections: clients connected now.
         connections_accepted: clients ever served.
         connections_refused: clients turned away.
+        kept_safe: whether what is stored survives a crash of the daemon: somebody has a copy.
+        limits: what each client is allowed.
+        peers: the processes that are connected, at most 256, the first to connect first; without
+            the right ``admin``, only those of the asking client's user.
         fdsets: fd sets now.
         fds: descriptors stored now.
         fds_kept: descriptors kept for clients now: stored, or under a name of a connection.
         closes_pending: descriptors whose close takes its time.
-        kept_safe: whether what is stored survives a crash of the daemon: somebody has a copy.
         commands: commands carried out, by name, failed ones included.
         errors: error replies, by class.
-        limits: what each client is allowed.
-        peers: the processes that are connected, at most 256, the first to connect first; without
-            the right ``admin``, only those of the asking client's user.
     """
 
     pid: Int64
@@ -270,12 +272,12 @@ class StatsInfo(Result):
     connections: Int64
     connections_accepted: Int64
     connections_refused: Int64
-    fdsets: Int64
-    fds: Int64
-    fds_kept: Int64
-    closes_pending: Int64
     kept_safe: bool
-    commands: list[Count]
-    errors: list[Count]
     limits: LimitsInfo
     peers: list[PeerStats]
+    fdsets: Int64 | None = None
+    fds: Int64 | None = None
+    fds_kept: Int64 | None = None
+    closes_pending: Int64 | None = None
+    commands: list[Count] | None = None
+    errors: list[Count] | None = None

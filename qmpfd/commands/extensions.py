@@ -217,29 +217,26 @@ def watch_fdsets(context: Context, arguments: WatchFdsets) -> RawJSON:
 
 @table.command("query-stats", Arguments, StatsInfo)
 def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
-    """Return the daemon's counters and gauges, its limits, and who is connected."""
+    """Return the daemon's counters and gauges, its limits, and who is connected.
+
+    A client that may not query everything is not told how much there is.
+    """
     context.access.require("query")
-    shared = context.shared
+    shared, uid = context.shared, context.peer.uid
     stats, limits = shared.stats, shared.limits
-    return StatsInfo(
+    info = StatsInfo(
         pid=os.getpid(),
         uptime=int(shared.clock() - stats.started_at),
         dialect=shared.dialect,
         connections=stats.connections,
         connections_accepted=stats.accepted,
         connections_refused=stats.turned_away,
-        fdsets=len(shared.store),
-        fds=shared.store.fd_count,
-        fds_kept=shared.quotas.fds_total,
-        closes_pending=shared.closer.pending,
         kept_safe=shared.keeper is not None and not shared.keeper.is_over,
-        commands=_counts(stats.commands),
-        errors=_counts(stats.errors),
         limits=LimitsInfo(
             max_connections=limits.max_connections,
             max_connections_per_uid=limits.max_connections_per_uid,
             max_fds=limits.max_fds,
-            max_fds_per_uid=limits.max_fds_per_uid,
+            max_fds_per_uid=shared.quotas.fds_limit(uid),
             max_request_bytes=limits.max_request_bytes,
             max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             write_timeout=int(limits.write_timeout * 1000),
@@ -248,6 +245,14 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
         ),
         peers=peers(context),
     )
+    if context.access.sees_everything:
+        info.fdsets = len(shared.store)
+        info.fds = shared.store.fd_count
+        info.fds_kept = shared.quotas.fds_total
+        info.closes_pending = shared.closer.pending
+        info.commands = _counts(stats.commands)
+        info.errors = _counts(stats.errors)
+    return info
 
 
 def _counts(counter: Mapping[str, int]) -> list[Count]:

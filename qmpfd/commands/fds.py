@@ -24,8 +24,7 @@ table: Table[Context] = Table()
 @table.command("add-fd", AddFd, AddfdInfo, fds=1)
 def add_fd(context: Context, arguments: AddFd) -> AddfdInfo:
     """Add the file descriptor that was passed with the command to an fd set."""
-    fd = context.first_fd()
-    number = fd.number
+    number = context.fds[0].number if context.fds else context.first_fd().number
     fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
     opaque = None if arguments.opaque is UNSET else arguments.opaque
     check_add(context, fdset_id, opaque, 1)

@@ -104,7 +104,8 @@ class Quotas:
         for stored in replaced:
             gained += stored.added_by is not None and stored.added_by.uid == uid
         # What is replaced still takes a place until it is closed, so only its user gains.
-        if self.fds_total + self.closer.pending + count > limits.max_fds:
+        closing = self.closer.pending_by_uid.get(uid, 0)  # of nobody else: that is their affair
+        if self.fds_total + closing + count > limits.max_fds:
             raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
         if opaque:
             size = memory_size(opaque)
@@ -117,16 +118,21 @@ class Quotas:
                 raise GenericError(
                     f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
                 )
-        kept = self.fds_by_uid.get(uid, 0) + count - gained
-        most = limits.max_fds_per_uid
-        if kept > self.waiting_limit and not is_owner(uid):
-            most = min(most, self.waiting_limit)  # others have to find room as well
-        if kept > most:
-            raise GenericError(f"Too many file descriptors of uid {uid}: the limit is {most}")
+        kept = self.fds_by_uid.get(uid, 0) + closing + count - gained
+        if kept > limits.max_fds_per_uid or kept > self.waiting_limit:
+            most = self.fds_limit(uid)
+            if kept > most:
+                raise GenericError(f"Too many file descriptors of uid {uid}: the limit is {most}")
+
+    def fds_limit(self, uid: int) -> int:
+        """How many descriptors clients of *uid* may have kept: half of the process's table, but for
+        root and the daemon's own user, as others have to find room as well.
+        """
+        most = self.limits.max_fds_per_uid
+        return most if is_owner(uid) else min(most, self.waiting_limit)
 
     # -- what waits in connections ---------------------------------------------------------------
 
-    @property
     def fds_at_once(self) -> int:
         """How many descriptors a connection may take before the first of their commands is carried
         out: one, where the table may be full before that, and what is removed makes room.
@@ -159,7 +165,7 @@ class Quotas:
 
     def _refused_waiting(self, uid: int, more: int) -> str:
         free = self.waiting_limit - self.waiting - more
-        theirs = self.waiting_by_uid.get(uid, 0) + more
+        theirs = self.waiting_by_uid.get(uid, 0) + self.closer.pending_by_uid.get(uid, 0) + more
         if theirs > free and not is_owner(uid):
             return (
                 f"Too many file descriptors of uid {uid} wait in its connections: "

@@ -115,7 +115,8 @@ class FdSets:
             now = max(now, fdset.newest_at)
         entries = []
         for fd in fds:
-            fd.fileno()  # it is open
+            if fd.number < 0:
+                fd.fileno()  # raises ValueError
             entries.append(StoredFd(fd, fdset, opaque, added_by, now, lifetime))
         return entries
 

@@ -151,7 +151,8 @@ class ClosePool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lanes: dict[Hashable, _Lane] = {}
-        self._pending: dict[int | None, int] = {}  # by user
+        #: How many closes are under way, or wait for a thread, by the user whom they count for.
+        self.pending_by_uid: dict[int | None, int] = {}
         self._when_idle: list[Callable[[], object]] = []
         self._after: dict[Fd, Fd] = {}
         self._status = make_statx()
@@ -169,16 +170,16 @@ class ClosePool:
     @property
     def pending(self) -> int:
         """How many closes are under way, or wait for a thread."""
-        return sum(list(self._pending.values()))
+        return sum(list(self.pending_by_uid.values()))
 
     def pending_of(self, uid: int | None) -> int:
         """How many of these are of descriptors that count for that user."""
-        return self._pending.get(uid, 0)
+        return self.pending_by_uid.get(uid, 0)
 
     def when_idle(self, callback: Callable[[], object]) -> None:
         """Have *callback* called once no close is under way: by a thread, or here if none is."""
         with self._lock:
-            if self._pending:
+            if self.pending_by_uid:
                 self._when_idle.append(callback)
                 return
         callback()
@@ -236,7 +237,7 @@ class ClosePool:
         with self._lock:
             for risk, fd in fds:
                 payer = uid if fd.uid is None else fd.uid
-                self._pending[payer] = self._pending.get(payer, 0) + 1
+                self.pending_by_uid[payer] = self.pending_by_uid.get(payer, 0) + 1
                 found = status(fd.number)
                 key: Hashable = (payer, risk, found and found[4:])
                 lane = self._lanes.get(key)
@@ -280,11 +281,11 @@ class ClosePool:
                 _await_hangup(reader)
             fd.close()
             with self._lock:
-                self._pending[lane.uid] -= 1
-                if not self._pending[lane.uid]:
-                    del self._pending[lane.uid]
+                self.pending_by_uid[lane.uid] -= 1
+                if not self.pending_by_uid[lane.uid]:
+                    del self.pending_by_uid[lane.uid]
                 callbacks = closing._closed_one()
-                if not self._pending:
+                if not self.pending_by_uid:
                     callbacks += self._when_idle
                     self._when_idle.clear()
             for callback in callbacks:

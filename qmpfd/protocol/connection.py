@@ -70,8 +70,10 @@ class Connection:
             budget=budget,
             owner=owner,
         )
-        self._ready = self._receive_buffer.ready  # what has come, and was not asked for yet
-        self._pending_fds = self._receive_buffer.pending_fds
+        #: What has come, and was not asked for yet.
+        self.ready = self._receive_buffer.ready
+        #: The descriptors that wait for a command.
+        self.pending_fds = self._receive_buffer.pending_fds
         #: See :class:`ReceiveBuffer`.
         self.plan = self._receive_buffer.plan
         self.received = self._receive_buffer.received
@@ -88,18 +90,18 @@ class Connection:
     @property
     def has_pending_input(self) -> bool:
         """Whether something has come that was not asked for yet; not for blanks alone."""
-        return bool(self._ready)
+        return bool(self.ready)
 
     @property
     def has_unassigned_fds(self) -> bool:
         """Whether descriptors have come that none of the messages takes so far."""
-        return bool(self.fds_to_close or self._pending_fds.fds)
+        return bool(self.fds_to_close or self.pending_fds.fds)
 
     def _messages(self) -> Iterator[tuple[Any, list[Fd], str]]:
         """What has come, taken away one by one: each value with its descriptors, and why there are
         less of them than there should be, if so.
         """
-        ready = self._ready
+        ready = self.ready
         while ready:
             message = ready.popleft()
             yield message if type(message) is Received else (message, NO_FDS, "")
@@ -107,20 +109,20 @@ class Connection:
     @property
     def waiting_fds(self) -> int:
         """How many descriptors have come that no command has yet."""
-        count = len(self._pending_fds.fds)
-        if self._ready:
-            count += sum(len(each[1]) for each in self._ready if type(each) is Received)
+        count = len(self.pending_fds.fds)
+        if self.ready:
+            count += sum(len(each[1]) for each in self.ready if type(each) is Received)
         return count
 
     def refuse_fds(self, why: str) -> None:
         """Close those descriptors: the commands that should have had them are told why not."""
-        for number, message in enumerate(self._ready):
+        for number, message in enumerate(self.ready):
             if type(message) is Received:
                 value, fds, lost = message
                 if fds:
                     self.fds_to_close += fds
-                    self._ready[number] = Received((value, [], lost or why))
-        self._pending_fds.refuse(why)
+                    self.ready[number] = Received((value, [], lost or why))
+        self.pending_fds.refuse(why)
 
     def close(self) -> None:
         """The connection is over: close what waits for a command."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any, TypeAlias, cast
@@ -19,13 +20,22 @@ def _in_one_go(value: object) -> msgspec.Raw:
 _encode, _format = msgspec.json.Encoder(enc_hook=_in_one_go).encode, msgspec.json.format
 
 
+# An escape as msgspec writes it, a backslash's own included.
+_ESCAPE = re.compile(rb"\\(?:u00([0-9a-f]{2})|.)")
+
+
+def _capital(escape: re.Match[bytes]) -> bytes:
+    """The escape with its digits as QEMU writes them."""
+    return b"\\u00" + escape[1].upper() if escape[1] else escape[0]
+
+
 class _Escapes(dict[int, int | str]):
     """What stands for a character, as str.translate asks for it: a mebibyte takes 40 ms so, and
     six times that with a regular expression.
     """
 
     def __missing__(self, code: int) -> int | str:
-        if code < 0x80:
+        if code < 0x7F:
             escape: int | str = code
         elif code < 0x10000:
             escape = f"\\u{code:04X}"
@@ -85,7 +95,11 @@ def encode(value: object) -> bytes:
     if template is not None:
         return template[0] % template[1](value)
     data = _format(_encode(value), indent=0)
-    return data if data.isascii() else data.decode().translate(_Escapes()).encode("ascii")
+    if b"\\u00" in data:
+        data = _ESCAPE.sub(_capital, data)
+    if data.isascii() and b"\x7f" not in data:
+        return data
+    return data.decode().translate(_Escapes()).encode("ascii")
 
 
 class _Verbatim(str):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import GenericError
@@ -30,6 +31,7 @@ ChunkDecoder: TypeAlias = "Callable[[bytes], list[Any] | None]"
 #: A value, or its error, and where it ends in the bytes that were seen.
 _Found: TypeAlias = "tuple[Any, int]"
 
+_takes = attrgetter("takes")
 _WHITESPACE = b" \t\r\n"
 #: Where no descriptor came; never changed.
 NO_FDS: list[Fd] = []
@@ -108,8 +110,13 @@ class ReceiveBuffer:
             data, fds_follow = data[: self._segment_left], False
         elif not fds_follow and len(data) > _STEP and not self._lines:
             data = data[: data.rfind(b"\n", 0, _STEP) + 1 or None]
-        messages = self._decode_whole(data)
-        if messages is None or (fds_follow and any(each.takes for each in messages[:-1])):
+        messages: list[Any] | None = None
+        between = self._parser is None or self._parser.idle
+        if between and not self._lines and len(data) <= self._max_bytes:
+            messages = self._decode(data)
+            if fds_follow and messages and any(map(_takes, messages[:-1])):
+                messages = None  # it matters where each of them ends
+        if messages is None:
             found, size = self._messages(data, fds_follow)
             if fds_follow:
                 self._behind = len(data) - size
@@ -199,15 +206,6 @@ class ReceiveBuffer:
         """If that was all of the segment that descriptors came with, it is over."""
         if not self._segment_left:
             self.pending_fds.end_segment(inside_message=not self._idle or bool(self._line))
-
-    def _decode_whole(self, data: bytes) -> list[Any] | None:
-        """The messages that *data* is, the quick way; None where it matters where each ends, or
-        only the slow path can tell.
-        """
-        between = self._parser is None or self._parser.idle
-        if not between or self._lines or len(data) > self._max_bytes:
-            return None
-        return self._decode(data)
 
     def _messages(self, data: bytes, fds_follow: bool) -> tuple[list[_Found], int]:
         """The messages that *data* completes, and how far was read."""

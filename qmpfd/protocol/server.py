@@ -110,7 +110,7 @@ class ServerConnection(Connection):
         receive_buffer, fds = self._receive_buffer.snapshot()
         fds = list(fds)
         messages = []
-        for message in self._ready:
+        for message in self.ready:
             received = type(message) is Received
             value, its_fds, lost = message if received else (message, NO_FDS, "")
             text, error = b"", ""
@@ -147,7 +147,7 @@ class ServerConnection(Connection):
             value = GenericError(message.error) if message.error else self._decoded(message.text)
             if message.fds is not None:
                 value = Received((value, list(islice(fds, message.fds)), message.lost))
-            self._ready.append(value)
+            self.ready.append(value)
 
     def _decoded(self, text: bytes) -> Any:
         """The message that *text* is."""
@@ -179,7 +179,7 @@ class ServerConnection(Connection):
         What was not asked for is there the next time.
         """
         flooded = False
-        ready = self._ready
+        ready = self.ready
         while ready:  # as _messages does it, but for one generator less on each request's way
             message = ready.popleft()
             if type(message) in self._usual:

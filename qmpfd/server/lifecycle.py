@@ -58,7 +58,7 @@ class Lifecycle:
     """The state that the daemon is in, and tasks that wait for another one."""
 
     def __init__(self) -> None:
-        self.state = State.STARTING
+        self._enter(State.STARTING)
         #: Set with :attr:`State.ENDED`.
         self.ended = trio.Event()
         self._changed = trio.Event()
@@ -73,21 +73,19 @@ class Lifecycle:
         Raises:
             KeyError: *event* is impossible in the present state.
         """
-        self.state = TRANSITIONS[self.state, event]
+        self._enter(TRANSITIONS[self.state, event])
         self._changed.set()
         self._changed = trio.Event()
         if self.state is State.ENDED:
             self.ended.set()
 
-    @property
-    def paused(self) -> bool:
-        """Whether no connection may be read or written: a takeover is under way, or complete."""
-        return self.state in _PAUSED
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the daemon was told to end, or has handed over."""
-        return self.state in _STOPPING
+    def _enter(self, state: State) -> None:
+        self.state = state
+        # Kept, as each request asks for both.
+        #: Whether no connection may be read or written: a takeover is under way, or complete.
+        self.paused = state in _PAUSED
+        #: Whether the daemon was told to end, or has handed over.
+        self.stopping = state in _STOPPING
 
     @property
     def handed_over(self) -> bool:

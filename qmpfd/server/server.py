@@ -22,7 +22,6 @@ from ..protocol import Budget
 from ..transport import FdStream
 from .connection.saved import SavedSession
 from .connection.session import Session, SessionEnd
-from .connection.turns import Turns
 from .connection.unsent_budget import UnsentBudget
 from .lifecycle import Event, Lifecycle, State
 from .listen.accept import Acceptor
@@ -76,7 +75,7 @@ class Server:
             lock=trio.Lock(),
             input_budget=Budget(MAX_INCOMPLETE_BYTES),
             unsent_budget=UnsentBudget(),
-            turns=Turns(),
+            gate=trio.Lock(),
             spawn=self._spawn,
         )
         #: Guards the store, which all sessions share.
@@ -88,7 +87,7 @@ class Server:
         self._rejections = RejectionLog()
         self._admission = Admission(limits, policy or Policy())
         self._metrics_path = metrics_path
-        self.daemon.quotas.refresh_in_flight = self._look
+        self.daemon.quotas.refresh_in_flight = self._refresh_in_flight
         #: Set when all is over.
         self.ended = self.lifecycle.ended
         self.sessions: set[Session] = set()
@@ -210,7 +209,7 @@ class Server:
             if self.lifecycle.can(Event.RESUME):
                 self.lifecycle.handle(Event.RESUME)
                 for session in self.sessions:
-                    session.thaw()
+                    session.resume()
                 self._broadcaster.notify()
 
     async def wait_quiescent(self, newcomer: Session) -> list[Session]:
@@ -219,7 +218,7 @@ class Server:
         """
         while True:
             others = [session for session in self.sessions if session is not newcomer]
-            if self._acceptor.is_quiescent and all(session.at_rest for session in others):
+            if self._acceptor.is_quiescent and all(session.is_quiescent for session in others):
                 with suppress(trio.WouldBlock):
                     self.lock.acquire_nowait()
                     return others
@@ -237,7 +236,7 @@ class Server:
             listener.close()
         self.daemon.closer.close_duplicates(self._clear())
         for session in self.sessions:
-            session.leave()
+            session.release()
 
     def restore_session(self, stream: FdStream, saved: SavedSession, fds: Iterator[Fd]) -> Session:
         """Go on with a client of the predecessor, once :meth:`run` runs.
@@ -330,9 +329,9 @@ class Server:
                 else:
                     _log.warning("the socket file %s was gone: it is made anew", listener)
 
-    def _look(self) -> None:
+    def _refresh_in_flight(self) -> None:
         for session in self.sessions:
-            session.look()
+            session.refresh_in_flight()
 
     def _clients(self) -> list[Client]:
         """Who is connected."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from time import monotonic
 from typing import Protocol
 
 import trio
@@ -12,9 +13,9 @@ import trio
 from ..commands import SharedState
 from ..kernel.close_pool import ClosePool
 from ..kernel.fd import Fd
+from ..limits import LAP_SECONDS, TURN_SECONDS
 from ..protocol import Budget
 from ..transport import FdStream
-from .connection.turns import Turns
 from .connection.unsent_budget import UnsentBudget
 from .lifecycle import Lifecycle
 
@@ -101,7 +102,8 @@ class Services:
         lock: guards the store.
         input_budget: bytes of incomplete requests, of all connections together.
         unsent_budget: bytes of replies that clients have not taken, of all connections together.
-        turns: where clients queue who ask for much.
+        gate: lets in one client that has much to do in each pass of the loop, in the order in which
+            they come: ``async with gate`` has a checkpoint while it is held.
         spawn: runs a task of a session beside it; it is given the cancel scope that ends it.
     """
 
@@ -111,8 +113,15 @@ class Services:
     lock: trio.Lock
     input_budget: Budget
     unsent_budget: UnsentBudget
-    turns: Turns
+    gate: trio.Lock
     spawn: Callable[[Callable[[trio.CancelScope], Awaitable[None]], trio.CancelScope], None]
+
+    def turn_ends(self) -> float:
+        """When the turn of the client in the gate is to be over (time.monotonic()): the more others
+        wait for theirs, the sooner.
+        """
+        waiting = self.gate.statistics().tasks_waiting
+        return monotonic() + min(TURN_SECONDS, LAP_SECONDS / (waiting + 1))
 
     @asynccontextmanager
     async def locked(self) -> AsyncGenerator[None, None]:

@@ -95,7 +95,7 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
                 listeners += stack.enter_context(taking_over(server, before))
         for listener in listeners:
             listener.permissions = Permissions(socket_mode, socket_group)
-        if recovered is not None and inheritance is None:  # they are ours in any case
+        if recovered is not None:
             _bind_lost(listeners, recovered.holdings)
         while given:
             fd, fdset_id, opaque = given[0]

@@ -15,6 +15,7 @@ from helpers import Pipe, Wire, daemon, pipes, request, settle, value
 from trio.testing import MockClock
 
 import qmpfd
+from qmpfd.policy import Access, Grant
 
 
 async def stats(wire: Wire) -> dict[str, Any]:
@@ -267,3 +268,41 @@ async def test_other_processes(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
                 other.communicate()
             await settle()
             assert [peer["pid"] for peer in await peers(wire)] == [os.getpid()]
+
+
+# -- what is not told --------------------------------------------------------------------------
+
+#: How much there is, and has been.
+TOTALS = {"fdsets", "fds", "fds-kept", "closes-pending", "commands", "errors"}
+
+
+@pytest.mark.parametrize(
+    "fdsets, opaque, told",
+    [(None, None, True), (frozenset({0}), None, False), (None, ("*",), False)],
+)
+async def test_totals_are_for_those_who_see_all(
+    path: Path, fdsets: frozenset[int] | None, opaque: tuple[str, ...] | None, told: bool
+) -> None:
+    """A count tells that something is there as well as a list does."""
+    async with daemon(path) as server:
+        with await Wire.session(path) as wire:
+            [session] = server.sessions
+            session.change_access(Access([Grant(frozenset({"query"}), fdsets, opaque)]))
+            found = await stats(wire)
+            assert TOTALS & found.keys() == (TOTALS if told else set())
+            assert found["connections"] == 1
+
+
+async def test_no_limit_of_one_user_is_above_that_of_all(path: Path) -> None:
+    """As they hold, in a process whose table has no room for more."""
+    async with daemon(path) as server:
+        with await Wire.session(path) as wire:
+            table = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            limits = (await stats(wire))["limits"]
+            assert limits["max-fds-per-uid"] <= limits["max-fds"] < table
+            assert limits["max-connections-per-uid"] <= limits["max-connections"]
+            quotas = server.daemon.quotas
+            assert quotas.fds_limit(0) == limits["max-fds-per-uid"]
+            assert quotas.fds_limit(4711) <= table // 2
+    assert qmpfd.Limits(max_connections=3).within(100).max_connections_per_uid == 3
+    assert qmpfd.Limits().within(1000).max_fds_per_uid == 750

@@ -200,11 +200,11 @@ async def test_one_by_one_where_the_table_may_be_full() -> None:
     """What a request removes makes room for what comes with the next."""
     server = Server(limits=Limits(max_fds=100))
     counts = server.daemon.quotas
-    assert counts.fds_at_once == FDS_AT_ONCE
+    assert counts.fds_at_once() == FDS_AT_ONCE
     counts.fds_total = 100 - FDS_AT_ONCE
-    assert counts.fds_at_once == FDS_AT_ONCE
+    assert counts.fds_at_once() == FDS_AT_ONCE
     counts.waiting = 1
-    assert counts.fds_at_once == 1
+    assert counts.fds_at_once() == 1
     server.close()
 
 

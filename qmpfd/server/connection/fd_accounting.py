@@ -1,4 +1,4 @@
-"""A connection's descriptors that nobody takes, or has taken yet: closed in steps, and counted."""
+"""A connection's descriptors that no command or client has taken: counted, and closed in steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from ...protocol import ServerConnection
 from ..closing import closed_by_threads
 from ..services import Services
 from .send_buffer import SendBuffer
-from .turns import Share
 
 #: Descriptors that are closed in a row, at up to 5 us each.
 CLOSES_A_STEP = 256
@@ -24,54 +23,46 @@ class FdAccounting:
     Args:
         services: what the daemon gives.
         connection: whose ``fds_to_close`` are closed.
-        send_buffer: what its client has to take.
-        share: the client's share of time.
+        send_buffer: what its client has to receive.
         uid: the client's.
     """
 
     def __init__(
-        self,
-        services: Services,
-        connection: ServerConnection,
-        send_buffer: SendBuffer,
-        share: Share,
-        uid: int,
+        self, services: Services, connection: ServerConnection, send_buffer: SendBuffer, uid: int
     ) -> None:
         self._services = services
         self._connection = connection
-        self._outbox = send_buffer
-        self._share = share
+        self._send_buffer = send_buffer
         self._uid = uid
         #: The descriptors that wait for a command or for the client, as counted so far.
-        self.waiting = 0
+        self.undelivered = 0
         #: What threads close for this client, and what its replies wait for.
         self.closings: list[Closing] = []
         self._scope: trio.CancelScope | None = None  # of the last wait for that
 
     def close_some(self) -> None:
         """Close as many as can be closed in a row."""
-        fds_to_close = self._connection.fds_to_close
-        if len(fds_to_close) > CLOSES_A_STEP:
-            fds_to_close = self._take(CLOSES_A_STEP)
-        self._close(fds_to_close)
-        fds_to_close.clear()
+        self._close(self._take(CLOSES_A_STEP))
 
     async def close_all(self, count: int) -> None:
-        """Close so many, and wait until they are closed, if that does not take too long."""
-        for closed in range(0, count, CLOSES_A_STEP):
-            if self._share.over:
-                self.count_waiting()
-                await self._share.next_turn()
-            self._close(self._take(min(count - closed, CLOSES_A_STEP)))
+        """Close so many, and wait until they are closed, if that does not take too long; between
+        two steps, others have their turns.
+        """
+        while count > CLOSES_A_STEP:
+            self.close_some()
+            count -= CLOSES_A_STEP
+            self.update_undelivered()
+            async with self._services.gate:
+                pass
+        if count:
+            self._close(self._take(count))
         closings, self.closings = self.closings, []
         if closings and not self._services.lifecycle.paused:
-            self._share.pause()
             with trio.move_on_after(CLOSE_TIMEOUT) as self._scope:
                 for closing in closings:
                     await closed_by_threads(closing)
-            self._share.resume()
 
-    def freeze(self) -> None:
+    def cancel_wait(self) -> None:
         """Wait for no close any longer."""
         if self._scope is not None:
             self._scope.cancel()
@@ -81,8 +72,8 @@ class FdAccounting:
         if closing is not None:
             self.closings.append(closing)
 
-    def dispose(self, most: int | None = None) -> None:
-        """Close them as soon as all that was removed is gone from the keeper."""
+    def close_after_sync(self, most: int | None = None) -> None:
+        """Close them as soon as the fd store has let go of all that was removed."""
         if self._connection.fds_to_close:
             self._services.durability.close_after_sync(self._take(most), self._uid)
 
@@ -91,34 +82,27 @@ class FdAccounting:
         taken, fds_to_close[:most] = fds_to_close[:most], []
         return taken
 
-    @property
-    def some_wait(self) -> bool:
-        """Whether there is something to count."""
-        send_buffer = self._outbox
-        here = self.waiting or send_buffer.waiting_fds or send_buffer.in_flight
-        return bool(here or self._connection.waiting_fds)
-
-    def count_waiting(self) -> None:
+    def update_undelivered(self) -> None:
         """Count the descriptors that have come and that no command has, and those that wait to be
-        taken with their replies.  If they are too many, those that have come last go.
+        received with their replies.  If they are too many, those that have come last are closed.
         """
-        daemon, send_buffer = self._services.shared, self._outbox
-        send_buffer.look()
-        more = self._connection.waiting_fds + send_buffer.carried_fds - self.waiting
+        quotas, send_buffer = self._services.shared.quotas, self._send_buffer
+        send_buffer.update_in_flight()
+        more = self._connection.waiting_fds + send_buffer.undelivered_fds - self.undelivered
         if more > 0:
             try:
-                daemon.quotas.check_waiting(self._uid, more)
+                quotas.check_waiting(self._uid, more)
             except QMPError as exc:
                 self._connection.refuse_fds(exc.desc)
-                self.dispose()
-                more = send_buffer.carried_fds - self.waiting
+                self.close_after_sync()
+                more = send_buffer.undelivered_fds - self.undelivered
         if more:
-            daemon.quotas.charge_waiting(self._uid, more)
-            self.waiting += more
+            quotas.charge_waiting(self._uid, more)
+            self.undelivered += more
 
-    def look(self) -> None:
+    def refresh_in_flight(self) -> None:
         """Count no more what the client has received meanwhile."""
-        taken = min(self._outbox.look(), self.waiting)
-        if taken:
-            self._services.shared.quotas.charge_waiting(self._uid, -taken)
-            self.waiting -= taken
+        received = min(self._send_buffer.update_in_flight(), self.undelivered)
+        if received:
+            self._services.shared.quotas.charge_waiting(self._uid, -received)
+            self.undelivered -= received

@@ -1,48 +1,44 @@
-"""Carries out what one client asks for: requests in, replies to its send_buffer."""
+"""Carries out what one client asks for: requests in, replies to its send buffer."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
+from functools import partial
 from time import monotonic
-from typing import Any, TypeAlias
+from typing import Any
 
 from msgspec import UNSET
 from outcome import Error, Outcome
 
 from ...commands import Context, execute
-from ...kernel.fd import Fd
+from ...errors import GenericError
 from ...limits import MAX_FDS_A_TURN, REPLY_BYTES_A_TURN
 from ...protocol import ServerConnection
 from ...protocol.streamed_reply import StreamedReply
 from ..services import Services
 from .command_log import note
 from .fd_accounting import FdAccounting
-from .send_buffer import SendBuffer
-from .turns import Share
+from .send_buffer import DISCARDING, SendBuffer, SendState, Unsent
 
 _log = logging.getLogger("qmpfd")
 _VERBOSE = logging.DEBUG
-
-#: Bytes to send in one go, and the descriptors that go with the first of them.
-_Batch: TypeAlias = "tuple[bytes, list[Fd]]"
 
 
 class RequestProcessor:
     """One client's requests, and what they come to.
 
-    Each chunk of them is carried out in one critical section, without an await, then what it has
-    removed is closed, and only then the replies go to the send_buffer.
+    Each batch of them is carried out in one critical section, without an await, then what it has
+    removed is closed, and only then the replies go to the send buffer.
 
     Args:
         services: what the daemon gives.
         connection: where the requests are.
         context: the connection as its commands see it.
         send_buffer: where the replies go.
-        fd_accounting: what closes what was removed.
-        share: the client's share of time.
-        settle: waits until all that was changed is safe.
-        park: waits until the daemon is not paused any more.
+        fd_accounting: closes what was removed.
+        sync: waits until the fd store has acknowledged all changes.
+        park: waits while the daemon is paused.
     """
 
     def __init__(
@@ -52,102 +48,97 @@ class RequestProcessor:
         context: Context,
         send_buffer: SendBuffer,
         fd_accounting: FdAccounting,
-        share: Share,
-        settle: Callable[[], Awaitable[None]],
+        sync: Callable[[], Awaitable[None]],
         park: Callable[[], Awaitable[None]],
     ) -> None:
         self._services = services
         self._connection = connection
         self._context = context
-        self._outbox = send_buffer
-        self._leftovers = fd_accounting
-        self._share = share
-        self._settle = settle
+        self._send_buffer = send_buffer
+        self._fd_accounting = fd_accounting
+        self._sync = sync
         self._park = park
-        self._lock = services.lock
-        #: Something was asked, since somebody last looked.
-        self.asked = False
+        #: A request was carried out, since somebody last looked.
+        self.active_since_check = False
         #: Of the request that asked for a takeover.
         self.takeover_id: Any = UNSET
-        #: A reply that is sent bit by bit, until all of it is.
-        self.long_reply: StreamedReply | None = None
-        # Replies that go to the send_buffer once what was removed is closed.  One that carries
-        # descriptors begins a batch: they arrive with its first byte, and so with that reply and no
-        # other.
-        self._batches: list[_Batch] = []
+        #: A reply that is sent while it is made, until all of it is.
+        self.streamed_reply: StreamedReply | None = None
+        # Replies that go to the send buffer once what was removed is closed.  One that carries
+        # descriptors is by itself: they arrive with its first byte.
+        self._replies: list[Unsent] = []
 
     @property
     def unfinished(self) -> bool:
         """Whether there is a reply in progress, or a request that has come and is not carried out:
         where the daemon is paused, or was when a predecessor handed over.
         """
-        return self.long_reply is not None or self._connection.has_pending_input
+        return self.streamed_reply is not None or self._connection.has_pending_input
 
-    def give_nowait(self, at_once: bool) -> bool:
-        """Carry out the requests that are complete; the replies are to be sent.
+    def process_nowait(self, ends: float) -> bool:
+        """Carry out the requests that are complete, and send the replies.
 
         Args:
-            at_once: or are sent, as far as the client takes them.
+            ends: when the others are to have their turn (time.monotonic()).
 
         Returns:
-            Whether that was all; else :meth:`give` has to go on.
+            Whether that was all; else :meth:`process` has to go on.
         """
-        if self._lock.locked():  # by somebody who waits for something meanwhile
+        if self._services.lock.locked():  # by a task that waits for something meanwhile
             return False
-        # And nobody gets a turn before this is over: there is no await in it.
-        self._carry_out()
-        if not self._tell_nowait(at_once):
+        # And nobody else runs before this is over: there is no await in it.
+        self._execute_batch(ends)
+        if not self._flush_replies():
             return False
-        return self.long_reply is None and not self._connection.has_pending_input
+        more = self._connection.ready or self._send_buffer.size
+        return not more and self.streamed_reply is None
 
-    async def give(self) -> None:
+    async def process(self) -> None:
         """Go on with what is under way, and carry out all that is complete, however long it takes;
-        between two chunks, others have their turn.
+        between two batches, others have their turns.
         """
-        context, send_buffer, share = self._context, self._outbox, self._share
+        services, context = self._services, self._context
         while True:
-            await self._tell()
-            if context.quitting or context.takes_over or not self._connection.has_pending_input:
+            await self._finish_batch()
+            if context.quitting or context.takes_over or not self._connection.ready:
                 return
-            await send_buffer.send(share)
-            if share.over or send_buffer.deaf:  # perhaps with a thousand others
-                await share.next_turn()
-            if self._services.lifecycle.paused:
+            if services.lifecycle.paused:
                 await self._park()
-            if self._lock.locked():
-                async with self._lock:
-                    self._carry_out()
-            else:
-                self._carry_out()
+            async with services.gate:
+                if not services.lifecycle.paused:
+                    async with services.locked():
+                        self._execute_batch(services.turn_ends())
 
-    def _carry_out(self) -> None:
+    def _execute_batch(self, ends: float) -> None:
         """Carry out requests: all there are, or until it is time to send the replies."""
-        connection, context, ends = self._connection, self._context, self._share.ends
-        deaf, verbose = self._outbox.deaf, _log.isEnabledFor(_VERBOSE)
-        batches = self._batches
+        connection, context = self._connection, self._context
+        discarding = self._send_buffer.state in DISCARDING
+        verbose = _log.isEnabledFor(_VERBOSE)
         replies: list[bytes] = []
         size = passed = 0
-        asked = False
         result: Outcome[object]
         for request, request_id, fds in connection.requests():
             if type(request) is Error:
                 result = request
             else:
                 result = execute(context, request, fds)
-                asked = True
+                self.active_since_check = True
             if verbose or type(result) is Error:
                 note(context.shared.stats, context.peer, request, result)
             if context.takes_over:
                 self.takeover_id = request_id
                 break
-            # Nobody reads what a deaf client is told.
-            reply = b"" if deaf else connection.answer(result, request_id)
+            if discarding:  # nobody reads the reply
+                reply: bytes | StreamedReply = b""
+            else:
+                reply = connection.answer(result, request_id)
             if not isinstance(reply, bytes):
-                self.long_reply = reply
+                self.streamed_reply = reply
                 break
             size += len(reply)
             if context.reply_fds:
-                batches += (b"".join(replies), []), (reply, context.reply_fds)
+                refusal = partial(self._refusal, request_id)
+                self._replies += (b"".join(replies), [], None), (reply, context.reply_fds, refusal)
                 passed += len(context.reply_fds)
                 replies, context.reply_fds = [], []
                 if passed > MAX_FDS_A_TURN:
@@ -156,92 +147,107 @@ class RequestProcessor:
                 replies.append(reply)
             if monotonic() > ends or context.quitting or size > REPLY_BYTES_A_TURN:
                 break
-        batches.append((b"".join(replies), []))
-        if asked:
-            self.asked = True
+        self._replies.append((b"".join(replies), [], None))
 
-    def _tell_nowait(self, at_once: bool = False) -> bool:
-        """Close what was removed, and put the replies into the send buffer; whether that was
-        possible without waiting.
+    def _refusal(self, request_id: Any, exc: OSError) -> bytes:
+        """The reply where the kernel does not pass the descriptors that go with it."""
+        error = GenericError(f"The file descriptors cannot be sent: {exc.strerror}")
+        return self._connection.reply(Error(error), request_id)
 
-        Args:
-            at_once: send them, as far as the client takes them.
+    def _flush_replies(self) -> bool:
+        """Close what was removed, then send the replies; whether that was possible without
+        waiting.
         """
-        send_buffer, fds_to_close = self._outbox, self._connection.fds_to_close
+        send_buffer, connection = self._send_buffer, self._connection
         if self._context.touched_store:
             self._context.touched_store = False
             if not self._services.durability.is_synced:
-                send_buffer.hold()
-        if send_buffer.unsafe:
-            if send_buffer.deaf:
+                send_buffer.begin_uncommitted()
+        if send_buffer.state is not SendState.OPEN and send_buffer.uncommitted:
+            if send_buffer.discarding:
                 return False
-        elif fds_to_close or self._leftovers.closings:
+        elif connection.fds_to_close or self._fd_accounting.closings:
             # Before the replies: what is removed is closed once its client has read so.
-            self._leftovers.close_some()
-            if fds_to_close or self._leftovers.closings:  # a whole set; what threads close
-                return False
-        batches = self._batches
-        if at_once and len(batches) == 1:  # nothing goes with it
-            send_buffer.tell(batches[0][0])
+            self._fd_accounting.close_some()
+            if connection.fds_to_close or self._fd_accounting.closings:
+                return False  # a whole set; what threads close
+        replies = self._replies
+        if len(replies) == 1:  # without descriptors
+            send_buffer.write(replies[0][0])
         else:
-            for data, fds in batches:
-                send_buffer.put(data, fds)
-        batches.clear()
-        if self._leftovers.some_wait:
-            self._leftovers.count_waiting()
+            for reply in replies:
+                send_buffer.enqueue(*reply)
+            send_buffer.flush_nowait()
+        replies.clear()
+        if (
+            self._fd_accounting.undelivered
+            or send_buffer.unsent_fds
+            or send_buffer.in_flight
+            or connection.pending_fds.fds
+            or connection.ready
+        ):
+            self._fd_accounting.update_undelivered()
         return True
 
-    async def _tell(self) -> None:
-        """The same, however long it takes; and a reply that is sent bit by bit."""
-        send_buffer = self._outbox
-        while not self._tell_nowait():
-            if not send_buffer.unsafe:
-                await self._leftovers.close_all(len(self._connection.fds_to_close))
+    async def _finish_batch(self) -> None:
+        """Have all replies of a batch sent, however long it takes."""
+        send_buffer = self._send_buffer
+        while not self._flush_replies():
+            if not send_buffer.uncommitted:
+                await self._fd_accounting.close_all(len(self._connection.fds_to_close))
             elif self._services.lifecycle.paused:  # the client is sent nothing any more
                 await self._park()
             else:
-                await self._settle()
-        if self.long_reply is not None:
-            await send_buffer.send(self._share)
-            await self._send_bit_by_bit(iter(self.long_reply))
-            self.long_reply = None
-            send_buffer.emptied()
+                await self._sync()
+        await send_buffer.drain()
+        while self.streamed_reply is not None:
+            await self._stream_reply(self.streamed_reply)
+            send_buffer.on_drained()
 
-    async def _send_bit_by_bit(self, bits: Iterator[bytes]) -> None:
-        """Make a reply bit by bit and send it, while others are served and the store changes.  No
+    async def _stream_reply(self, reply: StreamedReply) -> None:
+        """Send a reply while it is made; meanwhile others are served, and the store changes.  No
         event comes in between.
         """
-        services, send_buffer, share, context = (
-            self._services,
-            self._outbox,
-            self._share,
-            self._context,
-        )
-        more = True
-        while more and not send_buffer.deaf:
-            made: list[bytes] = []
-            size = 0
-            await share.next_turn(much=True)
+        services, send_buffer, context = self._services, self._send_buffer, self._context
+        chunks = iter(reply)
+        while self.streamed_reply is reply:
             if services.lifecycle.paused:  # a successor goes on from here
                 await self._park()
-                continue
-            async with services.locked():
-                more = False
-                for bit in bits:
-                    made.append(bit)
-                    size += len(bit)
-                    if size > REPLY_BYTES_A_TURN or share.over:
-                        more = True
-                        break
+            made: list[bytes] = []
+            size = 0
+            async with services.gate:
+                if services.lifecycle.paused:
+                    continue
+                ends = services.turn_ends()
+                async with services.locked():
+                    for chunk in chunks:
+                        made.append(chunk)
+                        size += len(chunk)
+                        if size > REPLY_BYTES_A_TURN or monotonic() > ends:
+                            break
+                    else:
+                        self.streamed_reply = None
             if size:
-                passed, context.reply_fds = context.reply_fds, []
+                fds, context.reply_fds = context.reply_fds, []
                 if not services.durability.is_synced:
-                    send_buffer.hold()
-                send_buffer.put(b"".join(made), passed)
-            await send_buffer.send(share)
+                    send_buffer.begin_uncommitted()
+                refusal = partial(self._refuse_streamed, reply) if fds else None
+                send_buffer.enqueue(b"".join(made), fds, refusal)
+            await send_buffer.drain()
+            if send_buffer.discarding:
+                self.streamed_reply = None
+
+    def _refuse_streamed(self, reply: StreamedReply, exc: OSError) -> bytes:
+        """Likewise for a reply that was being sent while it was made: nothing of it has gone, and
+        its error is sent the same way.
+        """
+        error = GenericError(f"The file descriptors cannot be sent: {exc.strerror}")
+        request_id = reply.members.get("id", UNSET)
+        self.streamed_reply = self._connection.streamed_reply(Error(error), request_id)
+        return b""
 
     def close(self) -> None:
-        """The connection is over: what was still to be sent is closed."""
-        for _, fds in self._batches:
+        """The connection is over: descriptors of replies that were still to be sent are closed."""
+        for _, fds, _ in self._replies:
             self._connection.fds_to_close += fds
-        self._batches.clear()
+        self._replies.clear()

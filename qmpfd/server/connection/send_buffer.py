@@ -7,6 +7,8 @@ import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from enum import Enum, auto
+from typing import TypeAlias
 
 import trio
 
@@ -15,9 +17,48 @@ from ...kernel.fd import Fd
 from ...limits import MAX_UNSENT_BYTES
 from ...transport import FdStream
 from ..services import Services
-from .turns import Share
 
 _log = logging.getLogger("qmpfd")
+
+#: Makes the text to send instead of a reply whose descriptors the kernel does not pass.
+Refusal: TypeAlias = "Callable[[OSError], bytes]"
+
+#: Bytes that wait, the descriptors that go with the first of them, owned here, and what to send
+#: where those cannot be passed.
+Unsent: TypeAlias = "tuple[bytes | memoryview, list[Fd], Refusal | None]"
+
+
+class SendState(Enum):
+    """What becomes of what is enqueued."""
+
+    OPEN = auto()  #: it is sent
+    UNCOMMITTED = auto()  #: it is kept back: it tells of changes that a crash would take back
+    DISCARDING = auto()  #: it is dropped: the client is sent nothing any more
+    DISCARDING_UNCOMMITTED = auto()  #: likewise, with such changes
+
+    # As of any object: that of Enum is a Python function.
+    __hash__ = object.__hash__
+
+
+class _Event(Enum):
+    CHANGE = auto()  # the store has changes that the fd store has not acknowledged
+    COMMIT = auto()  # it has acknowledged them
+    DISCARD = auto()  # the client is gone, or does not read
+
+    __hash__ = object.__hash__
+
+
+#: What is not here leaves the state as it is.
+_TRANSITIONS = {
+    (SendState.OPEN, _Event.CHANGE): SendState.UNCOMMITTED,
+    (SendState.OPEN, _Event.DISCARD): SendState.DISCARDING,
+    (SendState.UNCOMMITTED, _Event.COMMIT): SendState.OPEN,
+    (SendState.UNCOMMITTED, _Event.DISCARD): SendState.DISCARDING_UNCOMMITTED,
+    (SendState.DISCARDING, _Event.CHANGE): SendState.DISCARDING_UNCOMMITTED,
+    (SendState.DISCARDING_UNCOMMITTED, _Event.COMMIT): SendState.DISCARDING,
+}
+DISCARDING = (SendState.DISCARDING, SendState.DISCARDING_UNCOMMITTED)
+_UNCOMMITTED = (SendState.UNCOMMITTED, SendState.DISCARDING_UNCOMMITTED)
 
 
 class SendBuffer:
@@ -28,8 +69,8 @@ class SendBuffer:
         stream: the connection.
         peer: who is at its other end.
         fds_to_close: where descriptors go that are never sent; its owner closes them.
-        emptied: called when the client has taken what had to wait for it.
-        settle: waits until what is held may be told, and calls :meth:`release`.
+        on_drained: called when the client has taken what had to wait for it.
+        sync: waits until the fd store has acknowledged all changes, and calls :meth:`commit`.
     """
 
     def __init__(
@@ -38,208 +79,243 @@ class SendBuffer:
         stream: FdStream,
         peer: Peer,
         fds_to_close: list[Fd],
-        emptied: Callable[[], None],
-        settle: Callable[[], Awaitable[None]],
+        on_drained: Callable[[], None],
+        sync: Callable[[], Awaitable[None]],
     ) -> None:
-        self._fds_to_close = fds_to_close
         self._services = services
-        #: To be called when the client has taken all there is.
-        self.emptied = emptied
-        self._settle = settle
         self._stream = stream
         self._peer = peer
-        #: The client is sent nothing any more; what it asks is still carried out.
-        self.deaf = False
-        #: What waits: bytes, and the descriptors that go with the first of them, owned here.
-        self.unsent: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
-        #: What is put here from now on tells of changes that a crash would take back.
-        self.unsafe = False
-        self.holds = 0  #: how often that was so
-        #: That: behind what is unsent, and not sent before :meth:`release`.
-        self.held: deque[tuple[bytes | memoryview, list[Fd]]] = deque()
-        #: Bytes of both, and descriptors.
-        self.size = self.waiting_fds = 0
-        #: Descriptors that were sent, and not seen to be taken by :meth:`look`.
+        self._fds_to_close = fds_to_close
+        #: To be called when the client has taken all there is.
+        self.on_drained = on_drained
+        self._sync = sync
+        self.state = SendState.OPEN
+        #: What waits for the client.
+        self.unsent: deque[Unsent] = deque()
+        #: What waits for :meth:`commit`, behind that.
+        self.uncommitted_queue: deque[Unsent] = deque()
+        self.changes = 0  #: how often there were changes to wait for
+        #: Bytes of both queues, and descriptors.
+        self.size = self.unsent_fds = 0
+        #: Descriptors that were sent, and not found to be received by :meth:`update_in_flight`.
         self.in_flight = 0
-        self._flushing = trio.Lock()
+        self._draining = trio.Lock()
         self._scope: trio.CancelScope | None = None  # while waiting for the client
 
-    def put(self, data: bytes, fds: list[Fd] | None = None) -> None:
-        """Have *data* sent with the next :meth:`send`, and duplicates of *fds* with its first byte.
+    @property
+    def discarding(self) -> bool:
+        """Whether the client is sent nothing any more; what it asks is still carried out."""
+        return self.state in DISCARDING
+
+    @property
+    def uncommitted(self) -> bool:
+        """Whether there are changes that the fd store has not acknowledged."""
+        return self.state in _UNCOMMITTED
+
+    def _move(self, event: _Event) -> None:
+        self.state = _TRANSITIONS.get((self.state, event), self.state)
+
+    def enqueue(
+        self, data: bytes | memoryview, fds: list[Fd] | None = None, refusal: Refusal | None = None
+    ) -> None:
+        """Have *data* sent with the next :meth:`drain`, and duplicates of *fds* with its first
+        byte.
 
         Args:
             data: what to send.
             fds: the descriptors; owned from here on.
+            refusal: makes what to send instead, where the kernel does not pass *fds*.
         """
         if fds is None:
             fds = []
-        if self.deaf:
-            self._discard(fds)
+        if self.discarding:
+            self._close(fds)
         elif data:
-            (self.held if self.unsafe else self.unsent).append((data, fds))
+            queue = self.uncommitted_queue if self.uncommitted else self.unsent
+            queue.append((data, fds, refusal))
             self.size += len(data)
-            self.waiting_fds += len(fds)
+            self.unsent_fds += len(fds)
 
-    def tell(self, data: bytes) -> None:
-        """As :meth:`put` and :meth:`push`; as nothing waits nearly always, without the detour."""
-        waits = self.unsent or self.unsafe or self.deaf or self._services.lifecycle.paused
-        if waits or self._flushing.locked() or not data:
-            self.put(data)
-            self.push()
+    def write(self, data: bytes | memoryview) -> None:
+        """As :meth:`enqueue` and :meth:`flush_nowait`; without the detour where nothing waits."""
+        waits = self.unsent or self._services.lifecycle.paused or self._draining.locked()
+        if waits or self.state is not SendState.OPEN or not data:
+            self.enqueue(data)
+            self.flush_nowait()
             return
         try:
             sent = self._stream.send_nowait(data)
         except trio.BrokenResourceError:
-            self.mute()
-            sent = len(data)
+            self.discard()
+            return
         if sent < len(data):
-            self.put(data[sent:])
-        else:
-            self.emptied()
+            self.enqueue(data[sent:])
 
     @property
-    def carried_fds(self) -> int:
-        """Descriptors in replies that the client has not taken: here, or on their way."""
-        return self.waiting_fds + self.in_flight
+    def undelivered_fds(self) -> int:
+        """Descriptors in replies that the client has not received: here, or on their way."""
+        return self.unsent_fds + self.in_flight
 
-    def look(self) -> int:
-        """See what the client has received; how many descriptors that was."""
+    def update_in_flight(self) -> int:
+        """Find out what the client has received; how many descriptors that was."""
         before = self.in_flight
         if before:  # each was sent with a message of its own
             self.in_flight = min(before, self._stream.max_unreceived_messages())
         return before - self.in_flight
 
-    def hold(self) -> None:
-        """What is put here next tells of changes that are not safe yet."""
-        self.unsafe = True
-        self.holds += 1
-
-    def release(self) -> None:
-        """All that was put here may be sent."""
-        self.unsafe = False
-        self.unsent += self.held
-        self.held.clear()
-
-    async def send(self, share: Share | None = None) -> None:
-        """Send all that was put here; a client that does not take it in time, or is gone, is sent
-        nothing any more.  Nothing goes out while the daemon is frozen.
-
-        Args:
-            share: the client's share of time, if that is being used.
+    def begin_uncommitted(self) -> None:
+        """The store has changes that the fd store has not acknowledged: what is enqueued from now
+        on is kept back until it has.
         """
-        while self.unsafe and not self._services.lifecycle.paused:
-            await self._settle()
-        if self.unsent and not self._services.lifecycle.paused:
-            if self._flushing.locked():  # somebody waits for the client already
-                await self._flush(share)
-            else:
-                self.push()
-                if self.unsent:
-                    await self._flush(share)
+        self._move(_Event.CHANGE)
+        self.changes += 1
 
-    def push(self) -> None:
+    def commit(self) -> None:
+        """The fd store has acknowledged all changes: what was kept back may be sent."""
+        self._move(_Event.COMMIT)
+        self.unsent += self.uncommitted_queue
+        self.uncommitted_queue.clear()
+
+    async def drain(self) -> None:
+        """Send all that was enqueued; a client that does not take it in time, or is gone, is sent
+        nothing any more.  Nothing is sent while the daemon is paused.
+        """
+        lifecycle = self._services.lifecycle
+        while self.uncommitted and not lifecycle.paused:
+            await self._sync()
+        if self.unsent and not lifecycle.paused:
+            if not self._draining.locked():  # else another task waits for the client already
+                self.flush_nowait()
+            if self.unsent:
+                await self._wait_drained()
+
+    def flush_nowait(self) -> None:
         """Send what the client takes at once."""
-        if self._services.lifecycle.paused or self._flushing.locked():
+        if self._services.lifecycle.paused or self._draining.locked():
             return
         unsent = self.unsent
         try:
             while unsent:
-                data, fds = self._next() if len(unsent) > 1 else unsent[0]
-                sent = self._stream.send_nowait(data, fds)
+                data, fds, _ = self._next()
+                try:
+                    sent = self._stream.send_nowait(data, fds)
+                except OSError as exc:
+                    self._refuse(exc)
+                    continue
+                self._sent(data, fds, sent)
                 if sent < len(data):
-                    self._sent(data, fds, sent)
                     break
-                unsent.popleft()
-                self.size -= sent
-                if fds:
-                    self._passed(fds)
         except trio.BrokenResourceError:
-            self.mute()
+            self.discard()
         if not unsent:
-            self.emptied()
+            self.on_drained()
         elif self.size > MAX_UNSENT_BYTES:
-            self.cut_off()
+            self.abort()
 
-    def _next(self) -> tuple[bytes | memoryview, list[Fd]]:
+    def _next(self) -> Unsent:
         """What to send next: the first of what waits, and what can go with it."""
         unsent = self.unsent
         if len(unsent) > 1:
-            first, fds = unsent.popleft()
-            together = [first]
+            first, fds, refusal = unsent.popleft()
+            others = []
             while unsent and not unsent[0][1]:
-                together.append(unsent.popleft()[0])
-            unsent.appendleft((b"".join(together), fds))
+                others.append(unsent.popleft()[0])
+            rest = b"".join(others)
+            if refusal is not None:
+                error = refusal
+
+                def refusal(exc: OSError) -> bytes:
+                    return error(exc) + rest
+
+            unsent.appendleft((b"".join((first, rest)), fds, refusal))
         return unsent[0]
+
+    def _refuse(self, exc: OSError) -> None:
+        """The kernel does not pass the descriptors of the first of what waits: its receiver refuses
+        them (SO_PASSRIGHTS), or they cannot be passed (io_uring).  So the command has failed.
+
+        Raises:
+            OSError: there is nothing to send instead.
+        """
+        data, fds, refusal = self.unsent[0]
+        if refusal is None:
+            raise exc
+        error = refusal(exc)
+        self.unsent.popleft()
+        if error:
+            self.unsent.appendleft((error, [], None))
+        self.size += len(error) - len(data)
+        self.unsent_fds -= len(fds)
+        self._close(fds)
 
     def _sent(self, data: bytes | memoryview, fds: list[Fd], count: int) -> None:
         """So many bytes of the first of what waits are gone."""
         unsent = self.unsent
-        if count and unsent:  # not muted meanwhile
+        if count and unsent:  # not discarded meanwhile
             self.size -= count
             if count < len(data):
-                unsent[0] = memoryview(data)[count:], []
+                unsent[0] = memoryview(data)[count:], [], None
             else:
                 unsent.popleft()
             if fds:
-                self._passed(fds)
+                self.unsent_fds -= len(fds)
+                self.in_flight += len(fds)
+                self._close(fds)
 
-    def _passed(self, fds: list[Fd]) -> None:
-        """Duplicates of *fds* are on their way."""
-        self.waiting_fds -= len(fds)
-        self.in_flight += len(fds)
-        self._discard(fds)
-
-    async def _flush(self, share: Share | None) -> None:
-        """Wait until the client has taken what waits; not if the daemon is frozen meanwhile."""
-        if share is not None:
-            share.pause()
-        token = self._services.unsent_budget.begin(self.size, self.cut_off)
+    async def _wait_drained(self) -> None:
+        """Wait until the client has taken what waits; not if the daemon is paused meanwhile."""
+        services = self._services
+        budget, uid = services.unsent_budget, self._peer.uid
+        token = budget.begin(uid, self.size, self.abort)
         try:
-            async with self._flushing:
-                while self.unsent and not self._services.lifecycle.paused:
-                    with trio.move_on_after(self._services.shared.limits.write_timeout) as scope:
+            async with self._draining:
+                while self.unsent and not services.lifecycle.paused:
+                    with trio.move_on_after(services.shared.limits.write_timeout) as scope:
                         self._scope = scope
-                        await self._wait_for_client()
-                    # Else the daemon was frozen meanwhile; it may go on by now.
+                        await self._send_all()
+                    # Else the daemon was paused meanwhile; it may go on by now.
                     if self.unsent and trio.current_time() >= scope.deadline:
-                        self.cut_off()
+                        self.abort()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self.mute()
+            self.discard()
         finally:
             self._scope = None
-            self._services.unsent_budget.end(token)
+            budget.end(uid, token)
             if not self.unsent:
-                self.emptied()
-            if share is not None:
-                share.resume()
+                self.on_drained()
 
-    async def _wait_for_client(self) -> None:
+    async def _send_all(self) -> None:
         while self.unsent:
-            data, fds = self._next()
-            self._sent(data, fds, await self._stream.send_some(data, fds))
+            data, fds, _ = self._next()
+            try:
+                sent = await self._stream.send_some(data, fds)
+            except OSError as exc:
+                self._refuse(exc)
+            else:
+                self._sent(data, fds, sent)
 
-    def freeze(self) -> None:
+    def cancel_drain(self) -> None:
         """Wait for the client no longer: what is unsent stays here."""
         if self._scope is not None:
             self._scope.cancel()
 
-    def mute(self) -> None:
+    def discard(self) -> None:
         """Send nothing any more."""
-        self.deaf = True
-        self.size = self.waiting_fds = self.in_flight = 0
-        for waiting in (self.unsent, self.held):
-            for _, fds in waiting:  # many may be cut off at once: they are closed in their turns
+        self._move(_Event.DISCARD)
+        self.size = self.unsent_fds = self.in_flight = 0
+        for queue in (self.unsent, self.uncommitted_queue):
+            for _, fds, _ in queue:  # many may be disconnected at once: these wait for their turns
                 self._fds_to_close += fds
-            waiting.clear()
+            queue.clear()
 
-    def cut_off(self) -> None:
-        """The client does not take its replies: send it nothing any more, hear nothing new."""
-        if not self.deaf:
-            self.mute()
+    def abort(self) -> None:
+        """The client does not take its replies: disconnect it."""
+        if not self.discarding:
+            self.discard()
             _log.warning("pid %d, uid %d does not take its replies: disconnected", *self._peer[:2])
             with suppress(OSError):
                 self._stream.socket.shutdown(socket.SHUT_RDWR)
 
-    def _discard(self, fds: list[Fd]) -> None:
+    def _close(self, fds: list[Fd]) -> None:
         if fds:  # a file system can be asked for each close, not just the last
             self._services.shared.closer.close(fds, self._peer.uid)

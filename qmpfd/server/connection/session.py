@@ -17,7 +17,7 @@ from ...fdsets import Peer
 from ...kernel.fd import Fd
 from ...limits import (
     FEW_BYTES,
-    HELD_REPLY_BYTES,
+    LIGHT_SECONDS,
     LOCK_TIMEOUT,
     NEGOTIATION_TIMEOUT,
     READ_BYTES,
@@ -32,9 +32,41 @@ from .request_processor import RequestProcessor
 from .saved import SavedSession, SharedParts
 from .send_buffer import SendBuffer
 from .snapshot import describe, restore, restore_reply
-from .turns import Share
 
 _log = logging.getLogger("qmpfd")
+
+
+class SessionState(Enum):
+    """What a session does."""
+
+    SERVING = auto()  #: it carries out what its client has sent, or sends the replies
+    WAITING = auto()  #: it waits for its client, of which nothing is unanswered
+    PAUSED = auto()  #: the daemon is paused, and nothing of it is under way
+    EVICTED = auto()  #: its client has been idle for too long, is told so and disconnected
+
+    # As of any object: that of Enum is a Python function.
+    __hash__ = object.__hash__
+
+
+class _Event(Enum):
+    WAIT = auto()
+    INPUT = auto()  # the client has sent something, or is gone
+    PAUSE = auto()
+    RESUME = auto()
+    EVICT = auto()
+
+    __hash__ = object.__hash__
+
+
+_TRANSITIONS = {
+    (SessionState.SERVING, _Event.WAIT): SessionState.WAITING,
+    (SessionState.WAITING, _Event.INPUT): SessionState.SERVING,
+    (SessionState.SERVING, _Event.PAUSE): SessionState.PAUSED,
+    (SessionState.PAUSED, _Event.RESUME): SessionState.SERVING,
+    **{(state, _Event.EVICT): SessionState.EVICTED for state in SessionState},
+}
+# A module's own names are found faster than the members of an enumeration.
+_WAIT, _INPUT = _Event.WAIT, _Event.INPUT
 
 
 class SessionEnd(Enum):
@@ -77,34 +109,29 @@ class Session:
             budget=services.input_budget,
             owner=peer.uid,
         )
-        self._context = Context(services.shared, self._connection, peer, access, self._tell)
-        self._share = Share(services.turns)
+        self._context = Context(services.shared, self._connection, peer, access, self._send_events)
         self._since = trio.current_time()  # when it connected, or was last seen to have asked
         self._connected_at = self._since
-        self._farewell: QMPError | None = None  # why it is evicted
+        self._state = SessionState.SERVING
+        self._farewell: QMPError | None = None  # what it is told when it is evicted
         self._scope = trio.CancelScope()
-        self._waiting = False  # for the client; nothing of it is unanswered
-        self._parked = False  # the daemon is frozen; nothing of the client is under way
         self._events_wait = False  # until the client has taken what it is being sent
         self.send_buffer = SendBuffer(
-            services, stream, peer, self._connection.fds_to_close, self._emptied, self._settle
+            services, stream, peer, self._connection.fds_to_close, self._on_drained, self._sync
         )
-        self._leftovers = FdAccounting(
-            services, self._connection, self.send_buffer, self._share, peer.uid
-        )
-        self._settling = trio.Lock()
+        self._fd_accounting = FdAccounting(services, self._connection, self.send_buffer, peer.uid)
+        self._syncing = trio.Lock()
         self._sync_scope = trio.CancelScope()
-        self._answers = RequestProcessor(
+        self._processor = RequestProcessor(
             services,
             self._connection,
             self._context,
             self.send_buffer,
-            self._leftovers,
-            self._share,
-            self._settle,
+            self._fd_accounting,
+            self._sync,
             self._park,
         )
-        self._pump_scope: trio.CancelScope | None = None  # while events are being sent
+        self._drain_scope: trio.CancelScope | None = None  # while a task of its own sends events
 
     async def serve(self) -> SessionEnd:
         """Serve the client until it is gone, asks for a takeover, or the daemon ends;
@@ -112,11 +139,12 @@ class Session:
         """
         with self._scope:
             if self._connection.state is State.CONNECTED:
-                self.send_buffer.put(self._connection.greeting(VERSION))
-            await self.send_buffer.send()
+                self.send_buffer.enqueue(self._connection.greeting(VERSION))
+            await self.send_buffer.drain()
             return await self._serve()
         if self._farewell is None:
             # Told to finish: carry out what the client has sent so far.
+            self._state = _TRANSITIONS[self._state, _INPUT]
             return await self._serve_rest()
         with suppress(trio.BrokenResourceError):
             self.stream.send_nowait(rejection_reply(self._farewell))
@@ -124,40 +152,40 @@ class Session:
 
     async def aclose(self) -> None:
         """Close the connection and all that is kept for its time only."""
-        self.send_buffer.mute()
-        if self._pump_scope is not None:
-            self._pump_scope.cancel()
+        self.send_buffer.discard()
+        if self._drain_scope is not None:
+            self._drain_scope.cancel()
         self._services.close_stream(self.stream, self.peer.uid)
-        self._answers.close()
+        self._processor.close()
         self._connection.close()
-        self._leftovers.count_waiting()
+        self._fd_accounting.update_undelivered()
         with trio.move_on_after(LOCK_TIMEOUT, shield=True):
-            await self._leave_nothing()
-        self._leftovers.dispose()
+            await self._remove_owned()
+        self._fd_accounting.close_after_sync()
 
-    async def _leave_nothing(self) -> None:
+    async def _remove_owned(self) -> None:
         """Take out what was kept for the time of the connection; all of it may be a lot."""
         more = True
         while more:
             async with self._services.locked():
                 more = self._context.close(CLOSES_A_STEP)
             while self._connection.fds_to_close:
-                self._leftovers.dispose(CLOSES_A_STEP)
+                self._fd_accounting.close_after_sync(CLOSES_A_STEP)
                 if more or self._connection.fds_to_close:
                     await trio.lowlevel.checkpoint()
 
     def finish(self) -> None:
         """End as soon as all that the client has sent is answered."""
-        if self._waiting:
+        if self._state is SessionState.WAITING:
             self._scope.cancel()
 
     def change_access(self, access: Access) -> None:
         """The policy has changed: what the client may do from now on."""
         self._context.change_access(access)
 
-    def look(self) -> None:
+    def refresh_in_flight(self) -> None:
         """Count no more what the client has received meanwhile."""
-        self._leftovers.look()
+        self._fd_accounting.refresh_in_flight()
 
     def about(self, now: float) -> Client:
         """What others may be told of the client."""
@@ -171,24 +199,25 @@ class Session:
 
     def _idle(self, now: float) -> float:
         """Seconds since it connected, or last asked something."""
-        return 0.0 if self._answers.asked else now - self._since
+        return 0.0 if self._processor.active_since_check else now - self._since
 
     def evict_if_idle(self, now: float) -> None:
         """End if the client has not negotiated in time, or has asked nothing for too long."""
         if self._farewell is not None:
             return
-        if self._answers.asked:
-            self._since, self._answers.asked = now, False
+        if self._processor.active_since_check:
+            self._since, self._processor.active_since_check = now, False
         if self._connection.state is not State.COMMANDS:
             limit: float | None = NEGOTIATION_TIMEOUT
             desc = f"No 'qmp_capabilities' within {NEGOTIATION_TIMEOUT:g} s"
         else:
-            if not self._waiting or self._context.events is not None:
+            if self._state is not SessionState.WAITING or self._context.events is not None:
                 return
             limit = self._services.shared.limits.idle_timeout
             desc = f"Idle for more than {limit} s"
         if limit is not None and now - self._since > limit:
             _log.info("evicted pid %d, uid %d: %s", self.peer.pid, self.peer.uid, desc)
+            self._state = _TRANSITIONS[self._state, _Event.EVICT]
             self._farewell = GenericError(desc)
             self._scope.cancel()
 
@@ -200,44 +229,42 @@ class Session:
         return self._context
 
     @property
-    def at_rest(self) -> bool:
-        """Whether nothing of it is under way, while the daemon is frozen."""
-        return self._waiting or self._parked
+    def is_quiescent(self) -> bool:
+        """Whether nothing of it is under way, while the daemon is paused."""
+        return self._state in (SessionState.WAITING, SessionState.PAUSED)
 
     async def _park(self) -> None:
-        """Wait until the daemon is no longer frozen."""
-        self._parked = True
-        self._share.pause()
+        """Wait while the daemon is paused."""
+        self._state = _TRANSITIONS[self._state, _Event.PAUSE]
         await self._services.lifecycle.wait_running()
-        self._share.resume()
-        self._parked = False
-        await self.send_buffer.send(self._share)
+        self._state = _TRANSITIONS[self._state, _Event.RESUME]
+        await self.send_buffer.drain()
 
     def pause(self) -> None:
-        """The daemon is paused: wait neither for the client, nor for a close, nor for the second
-        copy of the store, which may take for ever.
+        """The daemon is paused: wait neither for the client, nor for a close, nor for the fd
+        store, which may take for ever.
         """
-        self.send_buffer.freeze()
-        self._leftovers.freeze()
+        self.send_buffer.cancel_drain()
+        self._fd_accounting.cancel_wait()
         self._sync_scope.cancel()
 
-    def thaw(self) -> None:
-        """The daemon is no longer frozen: see to it that what is unsent is sent."""
+    def resume(self) -> None:
+        """The daemon is no longer paused: see to it that what is unsent is sent."""
         if self.send_buffer.size:
-            self._start_pump()
+            self._start_drain()
 
     def refuse_takeover(self, reason: QMPError) -> None:
         """Answer the request for a takeover with an error, without waiting: another takeover may be
         under way.  Who asks for one takes its replies.
         """
-        reply = self._connection.reply(Error(reason), self._answers.takeover_id)
+        reply = self._connection.reply(Error(reason), self._processor.takeover_id)
         if not self.send_buffer.size:
             with suppress(trio.BrokenResourceError):
                 self.stream.send_nowait(reply)
 
     async def reply_to_takeover(self, memory: Fd) -> None:
         """Answer the request for a takeover, with the daemon's state."""
-        reply = self._connection.reply(Value(NOTHING), self._answers.takeover_id)
+        reply = self._connection.reply(Value(NOTHING), self._processor.takeover_id)
         await self.stream.send_all(reply, [memory])
 
     def describe(self, now: float, parts: SharedParts) -> tuple[SavedSession, list[int]]:
@@ -253,7 +280,7 @@ class Session:
             self._idle(now),
             self._context,
             self.send_buffer,
-            self._answers.long_reply,
+            self._processor.streamed_reply,
             parts,
         )
         return saved, [self.stream.socket.fileno(), *(fd.fileno() for fd in fds)]
@@ -268,7 +295,7 @@ class Session:
         restore(saved, fds, self._context, self.send_buffer)
         self._since -= saved.idle
         self._connected_at = self._since
-        self._leftovers.count_waiting()
+        self._fd_accounting.update_undelivered()
 
     def restore_reply(self, saved: SavedSession, texts: list[str]) -> None:
         """Go on with the reply in progress, once the store is there.
@@ -278,11 +305,11 @@ class Session:
             texts: what listings are in the middle of.
         """
         if saved.reply is not None:
-            self._answers.long_reply = restore_reply(saved.reply, self._context, texts)
+            self._processor.streamed_reply = restore_reply(saved.reply, self._context, texts)
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Another daemon goes on: let go of all that is the client's, without a word to it."""
-        self.send_buffer.mute()
+        self.send_buffer.discard()
         self._context.close()
         self._connection.close()
         fds_to_close = self._connection.fds_to_close
@@ -290,133 +317,126 @@ class Session:
         fds_to_close.clear()
 
     def abandon(self) -> None:
-        """It never began: another daemon has kept it all."""
-        self.leave()
+        """Drop a restored session after an uncommitted takeover: close our duplicates without
+        shutdown(2); the old daemon still owns the connection.
+        """
+        self.release()
         self.stream.close()
 
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> SessionEnd:
-        stream, send_buffer, connection = self.stream, self.send_buffer, self._connection
-        answers, context, share = self._answers, self._context, self._share
-        daemon, lifecycle = self._services.shared, self._services.lifecycle
-        share.resume()  # it was made before, perhaps long before, and with thousands of others
-        inherited = answers.unfinished
+        """One bounded piece of work after the other; between two of them the loop goes round.
+
+        A client of which a piece leaves something over, or takes long, does the next one in the
+        gate: it lets in one client in each pass of the loop, in the order in which they come.
+        """
+        services, stream, connection = self._services, self.stream, self._connection
+        processor, context, lifecycle = self._processor, self._context, services.lifecycle
+        quotas = services.shared.quotas
+        if processor.unfinished:  # from a predecessor: what it has read, and not done
+            await processor.process()
+        arrival, heavy = Arrival.ALL, False
         while True:
-            if monotonic() > share.ends:
-                await send_buffer.send(share)
-                await share.next_turn()
+            if arrival is not Arrival.SOME:
+                if lifecycle.stopping:
+                    return await self._serve_rest()
+                self._state = _TRANSITIONS[self._state, _WAIT]
+                await stream.wait_readable()
+                self._state = _TRANSITIONS[self._state, _INPUT]
             if lifecycle.paused:
                 await self._park()
-            if inherited:  # from a predecessor: what it has read, and not done
-                arrival = Arrival.ALL
+            if heavy:
+                async with services.gate:
+                    ends = services.turn_ends()
+                    arrival = stream.receive_nowait(connection, READ_BYTES, quotas.fds_at_once)
+                    done = processor.process_nowait(ends)
             else:
-                max_bytes = READ_BYTES if share.in_turn else FEW_BYTES
-                arrival = stream.receive_nowait(connection, max_bytes, daemon.quotas.fds_at_once)
-            more = arrival is Arrival.SOME
-            if more and not (connection.has_pending_input or connection.fds_to_close):
-                await send_buffer.send(share)
-                await share.next_turn(much=True)
-                continue
-            if arrival not in (Arrival.NOTHING, Arrival.END):
-                # While more is there, replies wait: one write for all of them.
-                if inherited or not answers.give_nowait(not more):
-                    await answers.give()
-                inherited = False
-                if context.takes_over:
-                    await send_buffer.send(share)
-                    return SessionEnd.TAKEOVER
-                if send_buffer.size and (
-                    context.quitting or send_buffer.size > HELD_REPLY_BYTES or not more
-                ):
-                    send_buffer.push()
-                    if send_buffer.size:
-                        await send_buffer.send(share)
-                if not context.quitting:
-                    continue
-            if send_buffer.size:
-                await send_buffer.send(share)
-            if arrival is not Arrival.NOTHING or lifecycle.stopping:
+                ends = monotonic() + LIGHT_SECONDS
+                arrival = stream.receive_nowait(connection, FEW_BYTES, quotas.fds_at_once)
+                done = processor.process_nowait(ends)
+            heavy = not done or arrival is Arrival.SOME or monotonic() > ends
+            if not done:
+                await processor.process()
+            if context.takes_over:
+                return SessionEnd.TAKEOVER
+            if context.quitting or arrival is Arrival.END:
                 return SessionEnd.CLOSED
-            self._waiting = True
-            share.pause()
-            await stream.wait_readable()
-            share.resume()
-            self._waiting = False
 
     async def _serve_rest(self) -> SessionEnd:
-        while not self._context.quitting and self.stream.receive_nowait(self._connection) in (
-            Arrival.ALL,
-            Arrival.SOME,
-        ):
-            await self._answers.give()
+        """Carry out what has come so far."""
+        arrival = Arrival.SOME
+        while arrival not in (Arrival.NOTHING, Arrival.END) and not self._context.quitting:
+            arrival = self.stream.receive_nowait(self._connection)
+            if not self._processor.process_nowait(self._services.turn_ends()):
+                await self._processor.process()
             if self._context.takes_over:
                 return SessionEnd.TAKEOVER  # which is refused
-        await self.send_buffer.send()
         return SessionEnd.CLOSED
 
     # -- replies and events --------------------------------------------------------------------
 
-    def _tell(self) -> bool:
+    def _send_events(self) -> bool:
         """Send some of the events that wait; whether more of them can be sent at once."""
-        events = self._context.events
+        events, send_buffer = self._context.events, self.send_buffer
         if events is None or self._services.lifecycle.paused:
             return False
-        if self.send_buffer.size or self._answers.long_reply is not None:
+        if send_buffer.size or self._processor.streamed_reply is not None:
             self._events_wait = True
             return False
         if not (data := events.next_batch()):
             return False
         if not self._services.durability.is_synced:
-            self.send_buffer.hold()
-        self.send_buffer.put(data)
+            send_buffer.begin_uncommitted()
+        send_buffer.enqueue(data)
         try:
-            self.send_buffer.push()
+            send_buffer.flush_nowait()
         except OSError:
             _log.exception("events could not be sent")
-            self.send_buffer.cut_off()
-        if not (self.send_buffer.unsent or self.send_buffer.held):
+            send_buffer.abort()
+        if not (send_buffer.unsent or send_buffer.uncommitted_queue):
             return True
         self._events_wait = True
-        self._start_pump()
+        self._start_drain()
         return False
 
-    def _emptied(self) -> None:
+    def _on_drained(self) -> None:
         """The client has taken what it was sent."""
-        if self._leftovers.waiting:
-            self._leftovers.count_waiting()
+        if self._fd_accounting.undelivered:
+            self._fd_accounting.update_undelivered()
         if self._events_wait:
             self._events_wait = False
             self._services.shared.on_event()
 
-    def _start_pump(self) -> None:
-        if self._pump_scope is None:
-            self._pump_scope = trio.CancelScope()
-            self._services.spawn(self._pump, self._pump_scope)
+    def _start_drain(self) -> None:
+        if self._drain_scope is None:
+            self._drain_scope = trio.CancelScope()
+            self._services.spawn(self._drain, self._drain_scope)
 
-    async def _pump(self, scope: trio.CancelScope) -> None:
+    async def _drain(self, scope: trio.CancelScope) -> None:
         """Send what is unsent, then end: a connection that is told nothing has no task."""
         try:
             with scope:
-                await self.send_buffer.send()
-        except Exception:  # noqa: BLE001 - as in run
+                await self.send_buffer.drain()
+        except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
             _log.exception("events could not be sent")
-            self.send_buffer.cut_off()
+            self.send_buffer.abort()
         finally:
-            self._pump_scope = None
+            self._drain_scope = None
 
-    async def _settle(self) -> None:
-        """Wait until all that is held may be told, and close what was removed; what is held
-        meanwhile is for whoever holds it.  Nothing of that while the daemon is paused.
+    async def _sync(self) -> None:
+        """Wait until the fd store has acknowledged all changes so far, close what was removed, and
+        let the replies go that waited for it; those that came meanwhile wait for the next time.
+        Nothing of that while the daemon is paused.
         """
-        async with self._settling:
-            holds, count = self.send_buffer.holds, len(self._connection.fds_to_close)
+        async with self._syncing:
+            changes, count = self.send_buffer.changes, len(self._connection.fds_to_close)
             if self._services.lifecycle.paused:
                 return
             with trio.CancelScope() as self._sync_scope:
                 await self._services.durability.sync()
             if self._sync_scope.cancelled_caught:
                 return
-            await self._leftovers.close_all(count)
-            if holds == self.send_buffer.holds:
-                self.send_buffer.release()
+            await self._fd_accounting.close_all(count)
+            if changes == self.send_buffer.changes:
+                self.send_buffer.commit()

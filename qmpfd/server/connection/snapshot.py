@@ -42,19 +42,19 @@ def describe(
         parts: where that goes which sessions share.
     """
     connection, fds = context.connection.snapshot()
-    unsent = [*send_buffer.unsent, *send_buffer.held]
+    unsent = [*send_buffer.unsent, *send_buffer.uncommitted_queue]
     saved = SavedSession(
         peer=peer,
         groups=sorted(groups),
         idle=idle,
         connection=connection,
         names=list(context.names),
-        unsent=[(bytes(data), len(its_fds)) for data, its_fds in unsent],
+        unsent=[(bytes(data), len(its_fds)) for data, its_fds, _ in unsent],
         reply=None if reply is None else _describe_reply(reply, context, parts),
         watch=None if context.events is None else context.events.save(parts.logs),
     )
     fds += context.names.values()
-    fds += [fd for _, its_fds in unsent for fd in its_fds]
+    fds += [fd for _, its_fds, _ in unsent for fd in its_fds]
     fds += context.reply_fds
     return saved, fds
 
@@ -91,7 +91,7 @@ def restore(
     for name in saved.names:
         context.adopt_named(name, next(fds))
     for data, count in saved.unsent:
-        send_buffer.put(data, list(islice(fds, count)))
+        send_buffer.enqueue(data, list(islice(fds, count)))
     if saved.reply is not None:
         context.reply_fds += islice(fds, saved.reply.fds)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from ...limits import MAX_UNSENT_BYTES
@@ -10,26 +11,38 @@ from ...limits import MAX_UNSENT_BYTES
 class UnsentBudget:
     """What waits to be sent, of all connections together.
 
-    Each can wait for a long listing.  When it is too much in all, the one that has waited for its
-    client the longest is cut off: who reads at all is done in no time.
+    When it is too much in all, somebody is disconnected: of the user that has the most waiting, the
+    connection that has waited for its client the longest.  So neither do those who do not read use
+    it up for ever, nor the many of one user for another.
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[object, tuple[int, Callable[[], None]]] = {}  # oldest first
-        self._size = 0
+        # By user, for each connection that waits: bytes, and what disconnects it; oldest first.
+        self._waiting: dict[int, dict[object, tuple[int, Callable[[], None]]]] = {}
+        self._by_uid: Counter[int] = Counter()
 
-    def begin(self, size: int, cut_off: Callable[[], None]) -> object:
-        """So many bytes wait; the token is for :meth:`end`."""
+    def begin(self, uid: int, size: int, abort: Callable[[], None]) -> object:
+        """Count what a connection begins to wait with; the token is for :meth:`end`.
+
+        Args:
+            uid: the user of the connection.
+            size: the bytes that wait.
+            abort: disconnects it.
+        """
         token = object()
-        self._waiting[token] = size, cut_off
-        self._size += size
-        while self._size > MAX_UNSENT_BYTES and len(self._waiting) > 1:
-            oldest = next(iter(self._waiting))
-            victim = self._waiting[oldest][1]
-            self.end(oldest)
+        self._waiting.setdefault(uid, {})[token] = size, abort
+        self._by_uid[uid] += size
+        while self._by_uid.total() > MAX_UNSENT_BYTES and sum(map(len, self._waiting.values())) > 1:
+            (greediest, _), *_ = self._by_uid.most_common(1)
+            oldest, (_, victim) = next(iter(self._waiting[greediest].items()))
+            self.end(greediest, oldest)
             victim()
         return token
 
-    def end(self, token: object) -> None:
+    def end(self, uid: int, token: object) -> None:
         """They were sent, or never will be."""
-        self._size -= self._waiting.pop(token, (0, None))[0]
+        theirs = self._waiting.get(uid, {})
+        self._by_uid[uid] -= theirs.pop(token, (0, None))[0]
+        if not theirs:
+            self._waiting.pop(uid, None)
+            del self._by_uid[uid]

@@ -34,7 +34,7 @@ class _Stream(FdStream):
 
 
 class Harness:
-    """An send_buffer, and the stream that it sends to."""
+    """A send buffer, and the stream that it sends to."""
 
     def __init__(self, room: int = 1 << 30) -> None:
         self.server = Server()
@@ -45,19 +45,19 @@ class Harness:
         self.fds_to_close: list[Fd] = []
         self.send_buffer = SendBuffer(
             *(self.server.services, self.stream, Peer(1, 0, 0), self.fds_to_close),
-            emptied=lambda: None,
-            settle=self._settle,
+            on_drained=lambda: None,
+            sync=self._settle,
         )
 
     async def _settle(self) -> None:
         await self.settled.wait()
-        self.send_buffer.release()
+        self.send_buffer.commit()
 
     async def __aenter__(self) -> Harness:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        self.send_buffer.mute()
+        self.send_buffer.discard()
         close_all(self.fds_to_close)
         self.stream.close()
         self.its.close()
@@ -71,9 +71,9 @@ def _fd() -> Fd:
 async def test_together() -> None:
     async with Harness() as rig:
         for data in (b"a", b"b", b"c"):
-            rig.send_buffer.put(data)
+            rig.send_buffer.enqueue(data)
         assert rig.stream.sent == []
-        await rig.send_buffer.send()
+        await rig.send_buffer.drain()
         assert rig.stream.sent == [(b"abc", 0)]
         assert rig.send_buffer.size == 0
 
@@ -81,37 +81,37 @@ async def test_together() -> None:
 async def test_at_once() -> None:
     """What the client takes; the rest waits."""
     async with Harness(room=4) as rig:
-        rig.send_buffer.tell(b"abc")
-        rig.send_buffer.tell(b"")
+        rig.send_buffer.write(b"abc")
+        rig.send_buffer.write(b"")
         assert rig.stream.sent == [(b"abc", 0)]
         assert rig.send_buffer.size == 0
-        rig.send_buffer.tell(b"def")
+        rig.send_buffer.write(b"def")
         assert rig.stream.sent[1:] == [(b"d", 0)]
         assert rig.send_buffer.size == 2
         rig.stream.room = 10
-        rig.send_buffer.tell(b"ghi")
+        rig.send_buffer.write(b"ghi")
         assert rig.stream.sent[2:] == [(b"efghi", 0)]
         assert rig.send_buffer.size == 0
 
 
 async def test_not_at_once() -> None:
-    """Behind what waits; not before that is safe, while a takeover is under way, or to the deaf."""
+    """Behind what waits; not before that is safe, nor when paused or discarding."""
     async with Harness() as rig:
-        rig.send_buffer.put(b"a")
-        rig.send_buffer.tell(b"b")
+        rig.send_buffer.enqueue(b"a")
+        rig.send_buffer.write(b"b")
         assert rig.stream.sent == [(b"ab", 0)]
-        rig.send_buffer.hold()
-        rig.send_buffer.tell(b"c")
+        rig.send_buffer.begin_uncommitted()
+        rig.send_buffer.write(b"c")
         assert rig.stream.sent[1:] == []
-        rig.send_buffer.release()
+        rig.send_buffer.commit()
         rig.server.lifecycle.handle(Event.PAUSE)
-        rig.send_buffer.tell(b"d")
+        rig.send_buffer.write(b"d")
         assert rig.stream.sent[1:] == []
         rig.server.lifecycle.handle(Event.RESUME)
-        rig.send_buffer.push()
+        rig.send_buffer.flush_nowait()
         assert rig.stream.sent[1:] == [(b"cd", 0)]
-        rig.send_buffer.mute()
-        rig.send_buffer.tell(b"e")
+        rig.send_buffer.discard()
+        rig.send_buffer.write(b"e")
         assert rig.stream.sent[2:] == []
         assert rig.send_buffer.size == 0
 
@@ -121,8 +121,8 @@ async def test_descriptors_begin_anew() -> None:
     async with Harness() as rig:
         one, two = _fd(), _fd()
         for data, fds in ((b"a", []), (b"b", [one]), (b"c", []), (b"d", [two]), (b"e", [])):
-            rig.send_buffer.put(data, fds)
-        await rig.send_buffer.send()
+            rig.send_buffer.enqueue(data, fds)
+        await rig.send_buffer.drain()
         assert rig.stream.sent == [(b"a", 0), (b"bc", 1), (b"de", 1)]
         assert one.closed
         assert two.closed
@@ -131,25 +131,25 @@ async def test_descriptors_begin_anew() -> None:
 async def test_what_is_not_taken_waits() -> None:
     async with Harness(room=3) as rig:
         fd = _fd()
-        rig.send_buffer.put(b"abcd", [fd])
-        rig.send_buffer.put(b"ef")
-        rig.send_buffer.push()
+        rig.send_buffer.enqueue(b"abcd", [fd])
+        rig.send_buffer.enqueue(b"ef")
+        rig.send_buffer.flush_nowait()
         assert rig.stream.sent == [(b"abc", 1)]
         assert fd.closed  # it went with the first byte
         assert rig.send_buffer.size == 3
         rig.stream.room = 100
-        rig.send_buffer.push()
+        rig.send_buffer.flush_nowait()
         assert rig.stream.sent[1:] == [(b"def", 0)]
 
 
-async def test_nothing_goes_out_while_frozen() -> None:
+async def test_nothing_goes_out_while_paused() -> None:
     async with Harness() as rig:
-        rig.send_buffer.put(b"a")
+        rig.send_buffer.enqueue(b"a")
         async with rig.server.paused(trio.CancelScope()):
-            await rig.send_buffer.send()
-            rig.send_buffer.push()
+            await rig.send_buffer.drain()
+            rig.send_buffer.flush_nowait()
             assert rig.stream.sent == []
-        await rig.send_buffer.send()
+        await rig.send_buffer.drain()
         assert rig.stream.sent == [(b"a", 0)]
 
 
@@ -158,8 +158,8 @@ async def test_two_that_send(autojump_clock: trio.testing.MockClock) -> None:
     async with Harness(room=1) as rig:
 
         async def send(data: bytes) -> None:
-            rig.send_buffer.put(data)
-            await rig.send_buffer.send()
+            rig.send_buffer.enqueue(data)
+            await rig.send_buffer.drain()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send, b"abc")
@@ -173,37 +173,37 @@ async def test_two_that_send(autojump_clock: trio.testing.MockClock) -> None:
 async def test_too_much_waits(caplog: pytest.LogCaptureFixture) -> None:
     async with Harness(room=0) as rig:
         fd = _fd()
-        rig.send_buffer.put(bytes(MAX_UNSENT_BYTES + 1), [fd])
-        rig.send_buffer.push()
-        assert rig.send_buffer.deaf
+        rig.send_buffer.enqueue(bytes(MAX_UNSENT_BYTES + 1), [fd])
+        rig.send_buffer.flush_nowait()
+        assert rig.send_buffer.discarding
         assert rig.fds_to_close == [fd]
         assert "does not take its replies" in caplog.text
         other = _fd()
-        rig.send_buffer.put(b"a", [other])
+        rig.send_buffer.enqueue(b"a", [other])
         assert other.closed
 
 
 async def test_what_is_not_safe_waits_behind_what_is() -> None:
     async with Harness() as rig:
-        rig.send_buffer.put(b"a")
-        rig.send_buffer.unsafe = True
-        rig.send_buffer.put(b"b", [_fd()])
-        rig.send_buffer.push()
+        rig.send_buffer.enqueue(b"a")
+        rig.send_buffer.begin_uncommitted()
+        rig.send_buffer.enqueue(b"b", [_fd()])
+        rig.send_buffer.flush_nowait()
         assert rig.stream.sent == [(b"a", 0)]
-        assert (rig.send_buffer.size, rig.send_buffer.waiting_fds) == (1, 1)
+        assert (rig.send_buffer.size, rig.send_buffer.unsent_fds) == (1, 1)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(rig.send_buffer.send)
+            nursery.start_soon(rig.send_buffer.drain)
             await trio.testing.wait_all_tasks_blocked()
             assert len(rig.stream.sent) == 1
             rig.settled.set()
         assert rig.stream.sent == [(b"a", 0), (b"b", 1)]
-        assert (rig.send_buffer.size, rig.send_buffer.waiting_fds) == (0, 0)
+        assert (rig.send_buffer.size, rig.send_buffer.unsent_fds) == (0, 0)
 
 
-async def test_muted_while_something_is_held() -> None:
+async def test_discarded_while_something_is_kept_back() -> None:
     async with Harness() as rig:
-        rig.send_buffer.unsafe = True
-        rig.send_buffer.put(b"b", [_fd()])
-        rig.send_buffer.mute()
+        rig.send_buffer.begin_uncommitted()
+        rig.send_buffer.enqueue(b"b", [_fd()])
+        rig.send_buffer.discard()
         assert rig.send_buffer.size == 0
-        assert not rig.send_buffer.held
+        assert not rig.send_buffer.uncommitted_queue

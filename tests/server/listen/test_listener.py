@@ -1,0 +1,232 @@
+"""Socket files: bound by one, left by nobody, removed by whoever bound them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE, ROOT, Wire, daemon, daemon_process, pipes, request, value
+
+from qmpfd.client import connect_blocking
+from qmpfd.kernel.fd import Fd
+from qmpfd.server.listen.binding import SocketInUse
+from qmpfd.server.listen.listener import UnixListener
+
+
+def stale(path: Path) -> None:
+    """A socket file that nobody listens on."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.bind(os.fspath(path))
+
+
+def other_program(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(os.fspath(path))
+    sock.listen()
+    return sock
+
+
+# -- binding -----------------------------------------------------------------------------------
+
+#: For each path that it reads: binds it, says what became of it, and keeps it until the next.
+CONTENDER = """
+import sys
+from contextlib import closing, nullcontext
+import trio
+from qmpfd.server.listen.binding import SocketInUse
+from qmpfd.server.listen.listener import UnixListener
+
+async def main():
+    path = sys.stdin.readline().strip()
+    while path:
+        try:
+            held = closing(UnixListener.bind(path))
+        except SocketInUse:
+            held = nullcontext()
+        with held:
+            print("in use" if isinstance(held, nullcontext) else "bound", flush=True)
+            path = sys.stdin.readline().strip()
+
+trio.run(main)
+"""
+
+
+def test_several_that_start_over_a_stale_file(tmp_path: Path) -> None:
+    """One of them has it, and can be reached; the others say so."""
+    contenders = [
+        subprocess.Popen(
+            [sys.executable, "-c", CONTENDER],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        for _ in range(4)
+    ]
+    try:
+        for number in range(100):
+            path = tmp_path / str(number)
+            stale(path)
+            for contender in contenders:
+                assert contender.stdin is not None
+                contender.stdin.write(f"{path}\n")  # which closes what it has of the last one
+            said = [each.stdout.readline() for each in contenders if each.stdout is not None]
+            assert sorted(said) == ["bound\n", *["in use\n"] * 3]
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.connect(os.fspath(path))
+    finally:
+        for contender in contenders:
+            contender.communicate(timeout=PATIENCE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_bind_leaves_nothing(tmp_path: Path) -> None:
+    for path in (tmp_path / "new", tmp_path / "stale"):
+        if path.name == "stale":
+            stale(path)
+        with pytest.raises(OverflowError):
+            UnixListener.bind(path, group=1 << 32)  # chown(2) fails, after bind(2)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_lock_that_a_killed_process_left(tmp_path: Path) -> None:
+    (tmp_path / ".q.sock.lock").touch()
+    with closing(UnixListener.bind(tmp_path / "q.sock")):
+        assert [entry.name for entry in tmp_path.iterdir()] == ["q.sock"]
+
+
+async def test_a_live_one_stays(tmp_path: Path) -> None:
+    path = tmp_path / "q.sock"
+    with closing(UnixListener.bind(path)):
+        with pytest.raises(SocketInUse, match="already listening"):
+            UnixListener.bind(path)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["q.sock"]
+
+
+@pytest.mark.parametrize("kind", ["abstract", "long", "not UTF-8"])
+def test_sockets_of_every_kind(tmp_path: Path, kind: str) -> None:
+    path = {
+        "abstract": f"@qmpfd-test-{secrets.token_hex(8)}",
+        "long": os.fspath(tmp_path / ("d" * 200) / ("n" * 240)),
+        "not UTF-8": os.fspath(tmp_path / os.fsdecode(b"caf\xe9.sock")),
+    }[kind]
+    if kind == "long":
+        Path(path).parent.mkdir()
+    command = [sys.executable, "-m", "qmpfd", "serve", "--socket", path]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+        try:
+            assert process.stderr is not None
+            assert b"listening on" in process.stderr.readline()
+            with connect_blocking(path) as client:
+                assert client.query_fdsets() == []
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+        assert b"Traceback" not in process.stderr.read()
+        assert process.returncode == 0
+    assert not Path(path).exists()
+
+
+# -- whose file it is --------------------------------------------------------------------------
+
+
+async def test_another_programs_file_stays(path: Path) -> None:
+    with daemon_process(path) as process:
+        path.unlink()
+        with other_program(path):
+            process.signal(signal.SIGTERM)
+            assert process.wait() == 0
+            assert path.exists()
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.connect(os.fspath(path))
+    path.unlink()
+
+
+async def test_sighup_makes_a_lost_file_anew(path: Path) -> None:
+    """With its mode; who connected by the old one is served as well."""
+    with daemon_process(path, "--socket-mode", "640") as process, ExitStack() as stack:
+        old = stack.enter_context(await Wire.session(path))
+        path.unlink()
+        process.signal(signal.SIGHUP)
+        process.await_line(lambda line: "is made anew" in line)
+        assert path.stat().st_mode & 0o777 == 0o640
+        new = stack.enter_context(await Wire.session(path))
+        for wire in (old, new):
+            assert value(await wire.call("query-fdsets")) == []
+        process.signal(signal.SIGHUP)  # nothing is lost: nothing is made
+        process.await_line(lambda line: "there is no policy file" in line)
+        process.signal(signal.SIGHUP)
+        process.await_line(lambda line: "there is no policy file" in line)
+        assert not any("is made anew" in line for line in process.log[-2:])
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+        assert not path.exists()
+
+
+async def test_sighup_leaves_another_programs_file(path: Path) -> None:
+    with daemon_process(path) as process:
+        old = await Wire.session(path)
+        path.unlink()
+        with old, other_program(path) as other:
+            process.signal(signal.SIGHUP)
+            process.await_line(lambda line: "cannot listen on" in line)
+            assert "already listening" in process.log[-1]
+            assert value(await old.call("query-fdsets")) == []
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.connect(os.fspath(path))
+                other.accept()[0].close()
+    path.unlink()
+
+
+async def test_quit_removes_the_file_first(path: Path) -> None:
+    """Who has read that the daemon ends can start another one there."""
+    with pipes(1) as made:
+        async with daemon(path):
+            with await Wire.session(path) as wire:
+                await wire.call("add-fd", None, made)
+                wire.send(request("quit"))
+                assert await wire.reply() == {"return": {}}
+                assert not path.exists()
+                assert await wire.rest() == []
+
+
+# -- a service manager's -----------------------------------------------------------------------
+
+
+async def test_options_of_a_service_managers_socket() -> None:
+    """PassCredentials= and its like would add a control message to every read, with a descriptor
+    in it (SO_PASSPIDFD, since Linux 6.5).
+    """
+    options = {socket.SO_PASSCRED: 0, 34: 0, 76: 0, 83: 1}  # as in listener.py
+    name = f"\0qmpfd-test-{secrets.token_hex(8)}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as theirs:
+        theirs.bind(name)
+        known = {}
+        for option, wanted in options.items():
+            try:
+                theirs.setsockopt(socket.SOL_SOCKET, option, 1 - wanted)
+            except OSError:  # an older kernel
+                continue
+            known[option] = wanted
+        theirs.listen()
+        with (
+            closing(UnixListener.inherit(Fd(os.dup(theirs.fileno())))) as listener,
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client,
+        ):
+            client.connect(name)
+            with await listener.accept() as accepted:
+                found = {o: accepted.getsockopt(socket.SOL_SOCKET, o) for o in known}
+                assert found == known
+                client.sendall(b"x")
+                data, control, flags, _ = await accepted.recvmsg(1, 4096)
+                assert (data, control, flags) == (b"x", [], 0)
+        for option, wanted in known.items():  # theirs, others use it too
+            assert theirs.getsockopt(socket.SOL_SOCKET, option) == 1 - wanted
