@@ -32,6 +32,9 @@ MAX_OPAQUE_PER_UID = 8 << 20
 #: Bytes of a policy file: some thousand rules.
 MAX_POLICY_BYTES = 256 << 10
 
+#: Bytes of lines that wait to be written to the audit trail.
+MAX_AUDIT_BYTES = 4 << 20
+
 #: Bytes that a token takes in memory on top of its text, at most: an empty array's.
 TOKEN_BYTES = 72
 

@@ -172,6 +172,13 @@ def add_parsers(verbs: Subparsers) -> None:
         "ordinary file stays as it is (default: do not)",
     )
     parser.add_argument(
+        "--audit",
+        type=Path,
+        metavar="PATH|-",
+        help="append a line of JSON to this file, or write it to standard output, for each "
+        "descriptor that is added, removed or handed out, and for each refusal (default: do not)",
+    )
+    parser.add_argument(
         "--log-format",
         choices=("text", "json"),
         default="text",
@@ -350,6 +357,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     paths = takeover.still_to_bind(paths, there)
     from . import daemon
 
+    audit = None if arguments.audit is None else _open_audit(arguments.audit)
     kept = keeping.connect(parent, store_size)
     failures: list[BaseException] = []
     try:
@@ -360,6 +368,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             policy_path=arguments.policy,
             policy=policy,
             metrics_path=arguments.metrics,
+            audit=audit,
             socket_group=arguments.socket_group,
             socket_mode=arguments.socket_mode,
             initial_fds=initial,
@@ -373,6 +382,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     except* (OSError, NoDaemon, QMPError) as group:  # a nursery's: there is one cause, the first
         failures = list(leaf_exceptions(group))
     finally:
+        if audit is not None:
+            audit.close()
         if kept is not None and parent is None:
             kept.notifier.close()
     for failure in failures:
@@ -384,3 +395,12 @@ def _serve(arguments: argparse.Namespace) -> int:
             f"{where}{failure.strerror or failure} ({advice}--socket listens elsewhere)"
         )
     return DONE
+
+
+def _open_audit(path: Path) -> Fd:
+    from ..server.audit import open_audit
+
+    try:
+        return open_audit(path)
+    except (OSError, ValueError) as exc:
+        raise UsageError(f"--audit: {path}: {getattr(exc, 'strerror', None) or exc}") from None

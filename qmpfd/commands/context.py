@@ -66,7 +66,10 @@ class Context:
     def store_named(self, name: str) -> None:
         """Keep the descriptor that came with the command under *name*."""
         self.close_named(name)
-        self.adopt_named(name, self.fds.pop(0))
+        fd = self.fds.pop(0)
+        self.adopt_named(name, fd)
+        if self.shared.audit is not None:
+            self.shared.audit.record_named("added", name, fd.number)
 
     def adopt_named(self, name: str, fd: Fd) -> None:
         """Keep *fd* under *name*, which no other has."""
@@ -79,6 +82,8 @@ class Context:
         if fd is None:
             return False
         self.shared.quotas.refund(self.peer, name)
+        if self.shared.audit is not None:
+            self.shared.audit.record_named("removed", name, fd.number)
         self.connection.fds_to_close.append(fd)
         return True
 
@@ -107,10 +112,15 @@ class Context:
             most: how many descriptors are taken out; None for all.
         """
         self.watch(False)
+        audit = self.shared.audit
+        if audit is not None:
+            audit.begin(self.peer, None)
         removed = self.shared.store.owned(self, most)
         self.shared.remove(removed, "connection", self.connection.fds_to_close)
         for name in list(islice(self.names, most)):
             self.close_named(name)
+        if audit is not None:
+            audit.end()
         self.connection.fds_to_close += self.reply_fds
         self.reply_fds.clear()
         return bool(self.names) or len(removed) == most

@@ -46,6 +46,9 @@ def execute(context: Context, request: Request, received: list[Fd]) -> Outcome[o
     context.fds = received
     if command.touches_store:
         context.touched_store = True
+    audit = context.shared.audit
+    if audit is not None:
+        audit.begin(context.peer, command.name)
     result: Outcome[object]
     try:
         returned = command.run(context, arguments)
@@ -57,6 +60,10 @@ def execute(context: Context, request: Request, received: list[Fd]) -> Outcome[o
         result = Error(GenericError(f"internal error in '{command.name}'"))
     else:
         result = _DONE if returned is NOTHING else Value(returned)
+    if audit is not None:
+        if isinstance(result, Error) and isinstance(result.error, QMPError):
+            audit.refuse(result.error, arguments)
+        audit.end()
     context.shared.stats.commands[command.name] += 1
     if received:
         context.connection.fds_to_close += received

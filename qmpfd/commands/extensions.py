@@ -61,6 +61,8 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
         context.reply_fds.append(stored.fd.dup())
     except OSError as exc:
         raise GenericError(f"The file descriptor cannot be handed out: {exc.strerror}") from None
+    if shared.audit is not None:
+        shared.audit.record("opened", stored)
     if arguments.remove is True:
         shared.remove([stored], "removed", context.connection.fds_to_close)
     return opened

@@ -13,6 +13,7 @@ from ..kernel.fd import Fd, InFlightProbe
 from ..kernel.hangups import Hangups
 from ..limits import Limits
 from ..policy import Access
+from .audit import Audit
 from .events import Event, EventLog, Watcher
 from .quotas import Quotas
 from .table import Table
@@ -89,6 +90,7 @@ class SharedState:
         closer: closes what was removed.
         hangups: watches sockets and pipes for their other end's close.
         clients: tells who is connected.
+        audit: records what comes, goes, is handed out or refused; None where nobody wants that.
         on_event: called when an event waits for those who watch.
         on_expiry: called when a descriptor was stored that expires.
         in_flight_probe: tells whether descriptors can be handed out, where that is not sure.
@@ -104,6 +106,7 @@ class SharedState:
     clients: Callable[[], Iterable[Client]] = tuple
     store: FdSets = field(default_factory=FdSets)
     keeper: FdStoreMirror | None = None  #: where there is one
+    audit: Audit | None = None
     on_event: Callable[[], None] = lambda: None
     on_expiry: Callable[[], None] = lambda: None
     in_flight_probe: InFlightProbe | None = None
@@ -155,6 +158,8 @@ class SharedState:
         fds.clear()
         for stored in entries:
             self.quotas.charge(added_by, opaque)
+            if self.audit is not None:
+                self.audit.record("added", stored)
             if self.logs:
                 self._log_event(Event.added(stored), stored)
         if lifetime.expires_at is not None:
@@ -200,6 +205,8 @@ class SharedState:
                 self.hangups.unwatch(stored.fd)
             event = Event.removed(stored, reason) if self.logs else None
             self.store.pop(stored)
+            if self.audit is not None:
+                self.audit.record(reason, stored)
             fds_to_close.append(stored.fd)
             self.quotas.refund(stored.added_by, stored.opaque)
             if event is not None:

@@ -175,7 +175,7 @@ class Server:
     def _clear(self) -> list[Fd]:
         """Take everything out of the store, at the daemon's end: the caller closes it."""
         fds: list[Fd] = []
-        self.daemon.remove(self.store.everything(), "removed", fds)
+        self.daemon.remove(self.store.everything(), "ended", fds)
         return fds
 
     def _spawn(
@@ -231,6 +231,7 @@ class Server:
         self.durability.release_all()
         self.daemon.watchers.clear()
         self.daemon.logs.clear()
+        self.daemon.audit = None  # nothing goes: the successor has it
         for listener in self.listeners:
             listener.abandon()
             listener.close()
@@ -289,6 +290,10 @@ class Server:
     def _reject(self, stream: FdStream, peer: Peer, reason: QMPError) -> None:
         self.daemon.stats.turned_away += 1
         self._rejections.note(peer, reason)
+        if self.daemon.audit is not None:
+            self.daemon.audit.begin(peer, None)
+            self.daemon.audit.refuse(reason)
+            self.daemon.audit.end()
         with suppress(trio.BrokenResourceError, OSError):
             stream.send_nowait(rejection_reply(reason))
         self.services.close_stream(stream, peer.uid)

@@ -13,9 +13,12 @@ from pathlib import Path
 import trio
 
 from ..commands import Dialect
-from ..kernel.fd import Fd, InFlightProbe, close_all
+from ..commands.audit import Audit
+from ..fdsets import StoredFd
+from ..kernel.fd import Fd, FileDescriptorLike, InFlightProbe, close_all
 from ..limits import TAKEOVER_TIMEOUT, Limits
 from ..policy import Policy
+from .audit import AuditWriter
 from .closing import closes_awaited
 from .fdstore.lifespan import mirrored
 from .fdstore.mirror import FdStoreConfig, FdStoreMirror
@@ -40,6 +43,7 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     socket_mode: int = 0o600,
     socket_group: int | None = None,
     metrics_path: Path | None = None,
+    audit: FileDescriptorLike | None = None,
     initial_fds: Iterable[tuple[Fd, int, str | None]] = (),
     listen_fds: Iterable[Fd] = (),
     inheritance: ReceivedState | None = None,
@@ -64,6 +68,8 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
         socket_mode: permission bits of the socket files.
         socket_group: the gid of their group; the process's own by default.
         metrics_path: a file to write OpenMetrics text to, every 10 seconds.
+        audit: where to write a line of JSON for each descriptor that comes, goes or is handed out,
+            and for each refusal; it stays the caller's.
         initial_fds: descriptors to start with: each with the id of its fd set, which is created
             if need be, and its opaque text or None; owned by the daemon from here on.
         listen_fds: Unix sockets that listen already, of a service manager; owned by the daemon
@@ -85,6 +91,9 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(closes_awaited(server.daemon.closer))
         stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
+        writer = None if audit is None else AuditWriter(audit)
+        if writer is not None:
+            stack.callback(writer.close)
         stack.callback(server.close)
         if os.geteuid():
             server.daemon.in_flight_probe = InFlightProbe()
@@ -97,9 +106,10 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             listener.permissions = Permissions(socket_mode, socket_group)
         if recovered is not None:
             _bind_lost(listeners, recovered.holdings)
+        initial: list[StoredFd] = []
         while given:
             fd, fdset_id, opaque = given[0]
-            server.daemon.add([fd], fdset_id, opaque, create=True)
+            initial += server.daemon.add([fd], fdset_id, opaque, create=True)
             given.popleft()
         for path in paths:
             listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))
@@ -115,6 +125,10 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             if inheritance is not None:
                 inheritance.confirm(TAKEOVER_TIMEOUT)
                 server.durability.confirm()
+            if writer is not None:  # from here on, what is stored is ours
+                server.daemon.audit = Audit(writer.write)
+                for stored in initial:
+                    server.daemon.audit.record("added", stored)
             await server.run(listeners, task_status=task_status)
 
 

@@ -6,12 +6,15 @@ import logging
 
 from outcome import Error, Outcome, Value
 
-from ...commands import DECODER, Stats
+from ...commands import DECODER, OpenedFd, Stats
 from ...errors import QMPError
 from ...fdsets import Peer
 from ...protocol import Request
 
 _log = logging.getLogger("qmpfd")
+
+#: Characters of an opaque text that a line shows.
+_QUOTED = 64
 
 
 def note(stats: Stats, peer: Peer, request: Request | Error, result: Outcome[object]) -> None:
@@ -32,15 +35,25 @@ def note(stats: Stats, peer: Peer, request: Request | Error, result: Outcome[obj
     arguments = None if isinstance(request, Error) else request.arguments
     told = result.error if isinstance(result, Error) else "done"
     value = result.value if isinstance(result, Value) else None
+    handed_out = value if isinstance(value, OpenedFd) else None
     extra = {
         "pid": peer.pid,
         "uid": peer.uid,
         "command": name,
         "fdset_id": _first_int("fdset_id", value, arguments),
         "fd": _first_int("fd", value, arguments),
+        "opaque": None if handed_out is None else handed_out.opaque,
         "outcome": str(told),
     }
-    _log.debug("pid %d, uid %d: %s: %s", *peer[:2], name or "bad request", told, extra=extra)
+    which = "" if handed_out is None else _which(handed_out)
+    line = "pid %d, uid %d: %s%s: %s"
+    _log.debug(line, *peer[:2], name or "bad request", which, told, extra=extra)
+
+
+def _which(opened: OpenedFd) -> str:
+    """The descriptor that was handed out; its text cannot look like another line."""
+    text = "" if opened.opaque is None else f" opaque={opened.opaque[:_QUOTED]!a}"
+    return f" fdset-id={opened.fdset_id} fd={opened.fd}{text}"
 
 
 def _first_int(member: str, *structs: object) -> int | None:

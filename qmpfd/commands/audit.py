@@ -1,0 +1,105 @@
+"""The audit trail: a JSON line for each descriptor that comes, goes or is handed out, and for each
+refusal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from msgspec import UNSET, Struct
+
+from ..errors import QMPError
+from ..fdsets import Peer, StoredFd
+from ..protocol.encode import encode
+
+#: Characters of an opaque text, or of an error's, that a line repeats.
+_QUOTED = 1024
+
+
+class AuditLine(Struct, omit_defaults=True, gc=False):
+    """A line.
+
+    Args:
+        time: when, in UTC.
+        pid: the process that asked for it; absent if the daemon did it by itself.
+        uid: the user of that process.
+        command: the command; absent where there was none: a time was over, a connection ended.
+        set: the fd set.
+        fd: the number in the daemon.
+        opaque: the opaque text, its first 1,024 characters.
+        name: the name, of a descriptor of ``getfd``.
+        outcome: ``added``, ``opened``, ``removed``, ``replaced``, ``expired``, ``hangup``,
+            ``connection`` (removed with its end), ``ended`` (with the daemon), or the class and
+            text of the error.
+    """
+
+    time: str
+    outcome: str
+    pid: int | None = None
+    uid: int | None = None
+    command: str | None = None
+    set: int | None = None
+    fd: int | None = None
+    opaque: str | None = None
+    name: str | None = None
+
+
+class Audit:
+    """Makes the lines.
+
+    Args:
+        write: takes a line; it neither waits nor fails.
+    """
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
+        self._peer: Peer | None = None
+        self._command: str | None = None
+
+    def begin(self, peer: Peer, command: str | None) -> None:
+        """What is recorded until :meth:`end` is done for *peer*, by that command or none."""
+        self._peer, self._command = peer, command
+
+    def end(self) -> None:
+        """What is recorded from here on, the daemon does by itself."""
+        self._peer = self._command = None
+
+    def record(self, outcome: str, stored: StoredFd) -> None:
+        """A descriptor has come, has gone or was handed out."""
+        self._put(outcome, stored.fdset.id, stored.fd.number, stored.opaque)
+
+    def record_named(self, outcome: str, name: str, fd: int) -> None:
+        """A descriptor of ``getfd`` has come or gone."""
+        self._put(outcome, fd=fd, name=name)
+
+    def refuse(self, error: QMPError, arguments: Struct | None = None) -> None:
+        """A command was refused, or a connection."""
+        fdset_id, fd, opaque, name = (
+            None if (value := getattr(arguments, member, None)) is UNSET else value
+            for member in ("fdset_id", "fd", "opaque", "fdname")
+        )
+        self._put(f"{error.error_class}: {error.desc}", fdset_id, fd, opaque, name)
+
+    def _put(
+        self,
+        outcome: str,
+        fdset_id: int | None = None,
+        fd: int | None = None,
+        opaque: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+        line = AuditLine(
+            time=f"{stamp}.{nanoseconds // 1000:06}Z",
+            outcome=outcome[:_QUOTED],
+            pid=None if self._peer is None else self._peer.pid,
+            uid=None if self._peer is None else self._peer.uid,
+            command=self._command,
+            set=fdset_id,
+            fd=fd,
+            opaque=None if opaque is None else opaque[:_QUOTED],
+            name=None if name is None else name[:_QUOTED],
+        )
+        self._write(encode(line) + b"\n")

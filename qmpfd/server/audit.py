@@ -1,0 +1,136 @@
+"""Writes the audit trail: the disk, or whoever reads the pipe, may be slow, full or gone."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import sys
+from collections import deque
+from pathlib import Path
+from threading import Condition, Thread
+
+from ..kernel.fd import Fd, FileDescriptorLike, fileno
+from ..limits import MAX_AUDIT_BYTES
+
+_log = logging.getLogger("qmpfd")
+
+#: Seconds that the daemon's end waits for lines to be written.
+_CLOSE_TIMEOUT = 1.0
+
+#: Bytes that are written at a time.
+_CHUNK = 64 << 10
+
+
+def open_audit(path: Path) -> Fd:
+    """Open the file at *path* to append to it; a new one is its owner's only.  ``-`` is standard
+    output.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    if str(path) == "-":
+        return Fd(fcntl.fcntl(sys.__stdout__ or 1, fcntl.F_DUPFD_CLOEXEC, 3))
+    # A FIFO that nobody reads would hold up the start.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    fd = Fd(os.open(path, flags, 0o600))
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
+    return fd
+
+
+class _NotWrittenError(Exception):
+    """So many lines were not written, for that reason."""
+
+    def __init__(self, lines: int, reason: str) -> None:
+        super().__init__(reason)
+        self.lines = lines
+        self.reason = reason
+
+
+class AuditWriter:
+    """Writes lines in a thread of its own.  What cannot be written is left out, counted and said in
+    the log: a full disk costs lines of the audit trail, and nothing else.
+
+    Args:
+        fd: where to; it stays the caller's.
+
+    Raises:
+        OSError: this process may not have another descriptor, or thread.
+    """
+
+    def __init__(self, fd: FileDescriptorLike) -> None:
+        self._fd = Fd(os.dup(fileno(fd)))
+        self._lines: deque[bytes] = deque()
+        self._size = 0
+        self._changed = Condition()
+        self._closing = False
+        self._lost = 0  # since the last line that was written
+        self._torn = False  # the last line was written in part
+        self._thread = Thread(target=self._run, name="audit", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as exc:
+            self._fd.close()
+            raise OSError(errno.EAGAIN, f"no thread for the audit trail: {exc}") from None
+
+    def write(self, line: bytes) -> None:
+        """Have *line* written."""
+        with self._changed:
+            if self._size + len(line) > MAX_AUDIT_BYTES:
+                self._lose(1, "it is not written fast enough")
+                return
+            self._lines.append(line)
+            self._size += len(line)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Have what waits written, if that does not take long."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(_CLOSE_TIMEOUT)
+
+    def _run(self) -> None:
+        with self._fd:  # it may be written to when nobody waits for the thread any more
+            while (lines := self._next()) is not None:
+                try:
+                    self._write_all(b"".join(lines))
+                except _NotWrittenError as exc:
+                    with self._changed:
+                        self._lose(exc.lines, exc.reason)
+                else:
+                    with self._changed:
+                        if self._lost:
+                            _log.warning("audit trail: %d lines were left out", self._lost)
+                            self._lost = 0
+
+    def _next(self) -> list[bytes] | None:
+        """Some of what waits, once there is something; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self._closing)
+            taken: list[bytes] = []
+            size = 0
+            while self._lines and size < _CHUNK:
+                taken.append(self._lines.popleft())
+                size += len(taken[-1])
+            self._size -= size
+            return taken or None
+
+    def _write_all(self, data: bytes) -> None:
+        # What is torn is ended: the file may be another's by now too, and is never cut.
+        rest = memoryview(b"\n" + data if self._torn else data)
+        size = len(rest)
+        try:
+            while rest:
+                rest = rest[os.write(self._fd.fileno(), rest) :]
+        except OSError as exc:
+            if len(rest) < size:
+                self._torn = True
+            raise _NotWrittenError(bytes(rest).count(b"\n"), exc.strerror or str(exc)) from None
+        self._torn = False
+
+    def _lose(self, count: int, reason: str) -> None:
+        if not self._lost:
+            _log.error("audit trail: lines are left out: %s", reason)
+        self._lost += count

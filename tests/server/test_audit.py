@@ -1,0 +1,276 @@
+"""``--audit``: who has added, removed, got or was refused what; and that it costs nobody else."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from helpers import Pipe, Wire, daemon, daemon_process, error, pipes, settle, value
+from trio.testing import MockClock
+
+import qmpfd
+from qmpfd.policy import Access, Grant
+from qmpfd.server.audit import AuditWriter
+
+ME = {"pid": os.getpid(), "uid": os.geteuid()}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """What is written, without the times, which have to rise."""
+    told = [json.loads(line) for line in path.read_text("ascii").splitlines()]
+    times = [line.pop("time") for line in told]
+    assert times == sorted(times)
+    for stamp in times:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", stamp)
+    return told
+
+
+async def test_what_comes_goes_and_is_handed_out(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "audit"
+    with file.open("w") as out, pipes(2) as made:
+        async with daemon(path, audit=out):
+            with await Wire.session(path) as wire:
+                fd = value(await wire.call("add-fd", {"opaque": "caf\u00e9\n"}, made[:1]))["fd"]
+                value(await wire.call("query-fdsets"))
+                value(await wire.call("open-fdset", {"fdset-id": 0}))
+                value(await wire.call("getfd", {"fdname": "n"}, made[:1]))
+                value(await wire.call("closefd", {"fdname": "n"}))
+                value(await wire.call("remove-fd", {"fdset-id": 0, "fd": fd}))
+                assert error(await wire.call("remove-fd", {"fdset-id": 0})) == "FdNotFound"
+                assert error(await wire.call("add-fd", {"opaque": "x"})) == "FdNotSupplied"
+                added = value(await wire.call("add-fds", {"opaque": "web"}, made))["fds"]
+                replaced = {"opaque": "web", "if-exists": "replace"}
+                last = value(await wire.call("add-fds", replaced, made[:1]))["fds"][0]["fd"]
+    named = lines(file)
+    number = named[2].pop("fd")
+    assert named.pop(3).pop("fd") == number
+    first = {"set": 0, "fd": fd, "opaque": "caf\u00e9\n"}
+    desc = "File descriptor named 'fdset-id:0' not found"
+    assert named == [
+        {**ME, "command": "add-fd", **first, "outcome": "added"},
+        {**ME, "command": "open-fdset", **first, "outcome": "opened"},
+        {**ME, "command": "getfd", "name": "n", "outcome": "added"},
+        {**ME, "command": "remove-fd", **first, "outcome": "removed"},
+        {**ME, "command": "remove-fd", "set": 0, "outcome": f"FdNotFound: {desc}"},
+        {
+            **ME,
+            "command": "add-fd",
+            "opaque": "x",
+            "outcome": "FdNotSupplied: No file descriptor supplied via SCM_RIGHTS",
+        },
+        *(
+            {**ME, "command": "add-fds", "set": 0, **each, "outcome": "added"}
+            for each in (*added, {"fd": last, "opaque": "web"})
+        ),
+        *({**ME, "command": "add-fds", "set": 0, **each, "outcome": "replaced"} for each in added),
+        {"set": 0, "fd": last, "opaque": "web", "outcome": "ended"},
+    ]
+
+
+async def test_what_the_daemon_does_by_itself(
+    path: Path, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """A time that is over, another end that is gone, a connection that has ended."""
+    file = tmp_path / "audit"
+    with file.open("w") as out:
+        async with daemon(path, audit=out):
+            with await Wire.session(path) as wire, Pipe() as pipe:
+                value(await wire.call("add-fds", {"expires": 5}, [pipe]))
+                value(await wire.call("add-fds", {"lifetime": "connection"}, [pipe]))
+                value(await wire.call("getfd", {"fdname": "n"}, [pipe]))
+                ours, theirs = socket.socketpair()
+                with ours:
+                    value(await wire.call("add-fds", {"watch-hangup": True}, [ours]))
+                theirs.close()
+                await trio.sleep(6)
+            await settle()
+    told = [(line.get("pid"), line.get("command"), line["outcome"]) for line in lines(file)[4:]]
+    assert sorted(told, key=str) == sorted(
+        [
+            (None, None, "expired"),
+            (None, None, "hangup"),
+            (os.getpid(), None, "connection"),
+            (os.getpid(), None, "removed"),
+        ],
+        key=str,
+    )
+
+
+async def test_refusals(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "audit"
+    with file.open("w") as out, Pipe() as pipe:
+        async with daemon(path, audit=out) as server:
+            with await Wire.session(path) as wire:
+                [session] = server.sessions
+                session.change_access(Access([Grant(frozenset({"query"}))]))
+                assert error(await wire.call("add-fd", {"opaque": "a"}, [pipe]))
+                assert error(await wire.call("quit"))
+                assert error(await wire.call("open-fdset", {"fdset-id": 3, "fd": 4}))
+    told = lines(file)
+    assert [line["outcome"].partition(":")[0] for line in told] == ["PermissionDenied"] * 3
+    assert [line["command"] for line in told] == ["add-fd", "quit", "open-fdset"]
+    assert (told[2]["set"], told[2]["fd"]) == (3, 4)
+
+
+async def test_a_client_that_is_turned_away(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "audit"
+    with file.open("w") as out:
+        async with daemon(path, audit=out, limits=qmpfd.Limits(max_connections=1)):
+            with await Wire.session(path), await Wire.connect(path) as other:
+                assert "error" in await other.reply()
+    [told] = lines(file)
+    assert told.pop("outcome").startswith("GenericError: ")
+    assert told == ME
+
+
+async def test_long_texts_are_cut(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "audit"
+    with file.open("w") as out, Pipe() as pipe:
+        async with daemon(path, audit=out):
+            with await Wire.session(path) as wire:
+                value(await wire.call("add-fd", {"opaque": "\u20ac" * 3000}, [pipe]))
+    assert lines(file)[0]["opaque"] == "\u20ac" * 1024
+
+
+# -- where it cannot be written ----------------------------------------------------------------
+
+
+async def test_nobody_reads_the_pipe(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The clients are served all the same; once it is read, the log says how much was left out."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    with Pipe() as pipe, open(reader, "rb", buffering=0) as end:
+        with open(writer, "wb", buffering=0) as out:
+            fcntl.fcntl(out, fcntl.F_SETPIPE_SZ, 4096)
+            async with daemon(path, audit=out):
+                with await Wire.session(path) as wire:
+                    text = "x" * 1024
+                    while "lines are left out" not in caplog.text:
+                        value(await wire.call("add-fd", {"opaque": text}, [pipe]))
+                        value(await wire.call("remove-fd", {"fdset-id": 0}))
+                    out.close()
+                    seen = b""
+                    while "lines were left out" not in caplog.text:
+                        # The line that says so comes after one that was written.
+                        seen += await trio.to_thread.run_sync(end.read, 1 << 20)
+                        value(await wire.call("query-name"))
+                        await wire.call("closefd", {"fdname": "none"})
+                # Its end waits for a second; then the thread goes on by itself.
+        while more := end.read(1 << 20):
+            seen += more
+    for line in seen.splitlines():
+        json.loads(line)
+
+
+def test_a_full_disk(path: Path) -> None:
+    """/dev/full: each write fails with ENOSPC."""
+    with daemon_process(path, "--audit", "/dev/full") as process:
+
+        async def use() -> None:
+            with await Wire.session(path) as wire, Pipe() as pipe:
+                value(await wire.call("add-fd", None, [pipe]))
+                await trio.to_thread.run_sync(
+                    process.await_line, lambda line: "No space left" in line
+                )
+                for _ in range(20):
+                    value(await wire.call("add-fd", None, [pipe]))
+                assert len(value(await wire.call("query-fdsets"))) == 21
+
+        trio.run(use)
+        process.signal(signal.SIGTERM)
+        process.wait()
+        said = [line for line in process.log if "audit trail" in line]
+    assert len(said) == 1
+
+
+def test_a_torn_line_is_ended(tmp_path: Path) -> None:
+    """What a full disk took half of is not taken together with the next."""
+    limit = 100
+
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(reader, "rb", buffering=0) as end, open(writer, "wb", buffering=0) as out:
+        size = fcntl.fcntl(out, fcntl.F_SETPIPE_SZ, 4096)
+        made = AuditWriter(out)
+        line = b'"' + b"x" * (size + limit) + b'"\n'
+        made.write(line)  # more than fits: EAGAIN after a part of it
+        while not made._torn:
+            os.sched_yield()
+        assert len(end.read(1 << 20)) == size
+        made.write(b'"whole"\n')
+        made.close()
+        assert end.read(1 << 20) == b'\n"whole"\n'
+
+
+@pytest.mark.parametrize("where", ["none/audit", ".", "fifo"])
+def test_a_path_that_cannot_be_opened(path: Path, tmp_path: Path, where: str) -> None:
+    """One line, and status 2; a FIFO that nobody reads does not hold up the start."""
+    os.mkfifo(tmp_path / "fifo")
+    words = ["serve", "--socket", str(path), "--audit", str(tmp_path / where)]
+    ran = subprocess.run(
+        [sys.executable, "-m", "qmpfd", *words], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2
+    assert ran.stderr.count("\n") == 1
+    assert "--audit" in ran.stderr
+
+
+def test_appended_to_by_each_start(path: Path, tmp_path: Path) -> None:
+    """A file of its owner's only; standard output too."""
+    file = tmp_path / "audit"
+
+    async def add() -> None:
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            value(await wire.call("add-fd", None, [pipe]))
+
+    for _ in range(2):
+        with daemon_process(path, "--audit", str(file)) as process:
+            trio.run(add)
+            process.signal(signal.SIGTERM)
+            process.wait()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [line["outcome"] for line in lines(file)] == ["added", "ended"] * 2
+
+
+def test_a_takeover_is_no_removal(path: Path, tmp_path: Path) -> None:
+    """What goes over to a successor stays: neither daemon says that it has come or gone."""
+    file = tmp_path / "audit"
+
+    async def add() -> None:
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            value(await wire.call("add-fd", None, [pipe]))
+
+    with daemon_process(path, "--audit", str(file)) as old:
+        trio.run(add)
+        with daemon_process(path, "--audit", str(file), "--takeover") as new:
+            assert old.wait() == 0
+            trio.run(add)
+            new.signal(signal.SIGTERM)
+            new.wait()
+    outcomes = [(line["outcome"], line["set"]) for line in lines(file)]
+    assert outcomes == [("added", 0), ("added", 1), ("ended", 1), ("ended", 0)]
+
+
+def test_the_log_at_level_debug_says_what_was_handed_out(path: Path) -> None:
+    """Set, number and opaque text, in one line whatever the text."""
+    with daemon_process(path, "--log-level", "debug") as process:
+
+        async def use() -> int:
+            with await Wire.session(path) as wire, Pipe() as pipe:
+                text = "a\nb" + "x" * 100
+                number = value(await wire.call("add-fd", {"opaque": text}, [pipe]))["fd"]
+                value(await wire.call("open-fdset", {"fdset-id": 0}))
+                return int(number)
+
+        number = trio.run(use)
+        shown = "'a\\nb" + "x" * 61 + "'"
+        expected = f"open-fdset fdset-id=0 fd={number} opaque={shown}: done"
+        process.await_line(lambda line: expected in line)
