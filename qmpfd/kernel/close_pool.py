@@ -62,14 +62,6 @@ class Risk(Enum):
 _NO_RISK = Risk.NONE  # finding a member of an enumeration takes as long as two calls
 
 
-def _await_hangup(reader: Fd) -> None:
-    """Wait, not for long, until the other end of a pipe is closed."""
-    with reader:
-        poll = select.poll()
-        poll.register(reader, 0)
-        poll.poll(_MAX_WAIT * 1000)
-
-
 def _risk_of_socket(number: int) -> Risk:
     sock = socket.socket(fileno=number)
     try:
@@ -137,7 +129,7 @@ class _Lane:
     """
 
     uid: int | None
-    waiting: deque[tuple[Fd, Fd | None, Closing]] = field(default_factory=deque)
+    waiting: deque[tuple[Fd, threading.Event | None, Closing]] = field(default_factory=deque)
     threads: int = 0
 
 
@@ -154,7 +146,7 @@ class ClosePool:
         #: How many closes are under way, or wait for a thread, by the user whom they count for.
         self.pending_by_uid: dict[int | None, int] = {}
         self._when_idle: list[Callable[[], object]] = []
-        self._after: dict[Fd, Fd] = {}
+        self._after: dict[Fd, threading.Event] = {}
         self._status = make_statx()
         try:
             self._file_systems: LocalFileSystems | None = LocalFileSystems()
@@ -204,20 +196,20 @@ class ClosePool:
                 risk = self.risk(number)
             except OSError:  # out of descriptors, or a name that is too long
                 risk = Risk.HIGH
-            if risk is _NO_RISK:
+            if risk is _NO_RISK and fd not in self._after:
                 fd.close()
             else:
                 deferred.append((risk, fd))
         return self._close_in_threads(deferred, uid) if deferred else None
 
-    def close_after(self, fd: Fd, reader: Fd) -> None:
+    def close_after(self, fd: Fd, closed: threading.Event) -> None:
         """Close *fd*, once that is asked for, after another process has closed its duplicate.
 
         Args:
             fd: a descriptor whose close may block, so that a thread closes it.
-            reader: a pipe that hangs up when the other process has; owned from here on.
+            closed: is set when the other process has.
         """
-        self._after[fd] = reader
+        self._after[fd] = closed
 
     def close_duplicates(self, fds: Iterable[Fd]) -> None:
         """Close descriptors of files that another process has open as well: only a file system is
@@ -273,12 +265,12 @@ class ClosePool:
                     if not lane.threads:
                         self._lanes.pop(key, None)
                     return
-                fd, reader, closing = lane.waiting.popleft()
+                fd, elsewhere, closing = lane.waiting.popleft()
                 more = bool(lane.waiting)
             if more:  # this one may hang: not the rest behind it
                 self._start_thread(key, lane)
-            if reader is not None:
-                _await_hangup(reader)
+            if elsewhere is not None:
+                elsewhere.wait(_MAX_WAIT)
             fd.close()
             with self._lock:
                 self.pending_by_uid[lane.uid] -= 1

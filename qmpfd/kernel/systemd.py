@@ -12,8 +12,7 @@ import os
 import select
 import socket
 import stat
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -77,8 +76,9 @@ class Notifier:
         sock.setblocking(False)
         self._sock = sock
         self.is_parent = is_parent
-        #: What the parent has said: see :mod:`qmpfd.supervisor`; whoever handles it takes it out.
-        self.received: deque[str] = deque()
+        #: Called with each message of the parent, see :mod:`qmpfd.supervisor`, that is not about
+        #: signals.
+        self.on_message: Callable[[str], object] = lambda _: None
         #: How many signals that end this process it has forwarded so far.
         self.signals = 0
 
@@ -113,7 +113,7 @@ class Notifier:
         return self._sock.fileno()
 
     def receive(self) -> bool:
-        """Receive what the parent has said; whether it is still there."""
+        """Receive what the parent has said, and handle it; whether the parent is still there."""
         while True:
             try:
                 message = self._sock.recv(4096).decode("ascii", "replace")
@@ -126,7 +126,7 @@ class Notifier:
             if message.startswith("SIGNALS="):
                 self.signals = int(message.partition("=")[2])
             else:
-                self.received.append(message)
+                self.on_message(message)
 
     def move_to(self, number: int) -> None:
         """As :meth:`qmpfd.kernel.fd.Fd.move_to`."""

@@ -8,7 +8,8 @@ readiness, heartbeats and descriptors to be kept (sd_notify(3), sd_pid_notify_wi
 socket that the worker inherits and nobody else can reach.  Everything else that the worker says is
 forwarded to the parent's own service manager.
 
-Beside systemd's protocol, a message may have these lines:
+Beside systemd's protocol, ``FDNAME=`` may have several names with colons between, one for each
+descriptor that is to be kept or removed, and a message may have these lines:
 
 ==================================  ===============================================================
 ``QMPFD_SYNC=N``                    answer ``SYNCED=N`` once this message is carried out

@@ -425,9 +425,13 @@ class Supervisor:
                 fields[key] = value
             elif key:
                 others.append(line)
-        name = fields.get(b"FDNAME", b"")
         slow = fields.get(b"QMPFD_CLOSE") == b"slow"
-        if is_good_name(name):
+        names = fields.get(b"FDNAME", b"").split(b":")
+        if len(names) > 1 and b"FDSTORE" in fields and len(names) != len(fds) and not truncated:
+            names = []  # which is which?
+        for name in names:
+            if not is_good_name(name):
+                continue
             if fields.get(b"FDSTOREREMOVE") == b"1":
                 self._store.remove(name, slow)
             if fields.get(b"FDSTORE") == b"1":

@@ -21,7 +21,7 @@ from kinds import KINDS, open_kind
 
 from qmpfd.kernel import close_pool, fdinfo, mounts
 from qmpfd.kernel.close_pool import ClosePool, Closing, Risk
-from qmpfd.kernel.fd import Fd, close_all, is_in_memory
+from qmpfd.kernel.fd import Fd, is_in_memory
 
 MEBIBYTE = 1 << 20
 
@@ -287,12 +287,10 @@ def test_who_hangs_holds_up_no_other_user(
 ) -> None:
     """Each has threads of its own, and what is not closed counts for whose it is."""
     monkeypatch.setattr(close_pool, "_MAX_WAIT", PATIENCE)
-    writers = []
+    closed_there = threading.Event()
     for _ in range(100):
-        reader, writer = map(Fd, os.pipe2(os.O_CLOEXEC))
-        writers.append(writer)
         fd = Fd(socket.socket().detach())
-        closer.close_after(fd, reader)
+        closer.close_after(fd, closed_there)
         closer.close([fd], uid=1)
     assert closer.pending_of(1) == closer.pending == 100
     mine = Fd(socket.socket().detach())
@@ -301,27 +299,25 @@ def test_who_hangs_holds_up_no_other_user(
     assert closer.pending_of(2) == 0
     assert closer.pending_of(1) == 100
     # Nor one who removes what the other has sent: that counts for the other.
-    reader, writer = map(Fd, os.pipe2(os.O_CLOEXEC))
     theirs = Fd(socket.socket().detach())
     theirs.uid = 1
-    closer.close_after(theirs, reader)
+    closer.close_after(theirs, closed_there)
     closer.close([theirs], uid=2)
-    writers.append(writer)
     assert [closer.pending_of(1), closer.pending_of(2)] == [101, 0]
-    close_all(writers)
+    closed_there.set()
 
 
-def test_closed_after_its_duplicate(closer: ClosePool) -> None:
-    """That of another process, which says so by closing a pipe."""
-    reader, writer = map(Fd, os.pipe2(os.O_CLOEXEC))
-    fd = Fd(socket.socket().detach())
-    closer.close_after(fd, reader)
+def test_closed_after_its_duplicate(closer: ClosePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of another process, which says so."""
+    monkeypatch.setattr(close_pool, "_MAX_WAIT", PATIENCE)
+    fd, closed_there = Fd(socket.socket().detach()), threading.Event()
+    closer.close_after(fd, closed_there)
     closing = closer.close([fd])
     assert closing is not None
     assert not fd.closed
-    writer.close()
+    closed_there.set()
     closed(closing)
-    assert [fd.number, reader.number] == [-1, -1]
+    assert fd.number == -1
 
 
 def test_more_than_there_are_threads(closer: ClosePool) -> None:

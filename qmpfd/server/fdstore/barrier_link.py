@@ -1,10 +1,13 @@
 """What goes to the fd store, and how it is known to have arrived.
 
-Nothing is acknowledged there but a barrier, which stands for all that was sent before it: one is
-under way at a time, and whatever comes meanwhile shares the next.  Messages are sent off without
-waiting; whoever has something to say waits in :meth:`BarrierLink.sync`.
+Changes are collected, and sent together by one task, with one barrier behind them: an
+acknowledgement stands for all that was sent before it.  One barrier is under way at a time; all
+clients whose changes come meanwhile share the next one (group commit).
 
-What they are about is not known here.
+systemd acknowledges by closing a pipe (sd_notify_barrier(3)); the parent of ``serve --supervise``
+by a message, and takes several descriptors at a time, see :mod:`qmpfd.supervisor`.
+
+What the changes are about is not known here.
 """
 
 from __future__ import annotations
@@ -12,14 +15,18 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from enum import Enum, auto
+from typing import NamedTuple
 
 import trio
 
 from ...kernel.fd import Fd, close_all
 from ...kernel.systemd import Notifier
+from ...limits import SCM_MAX_FD
 
 _log = logging.getLogger("qmpfd")
 
@@ -27,7 +34,61 @@ _log = logging.getLogger("qmpfd")
 _RETRY = 0.01
 
 #: sendmsg(2), unix(7): no room now, for the message or the descriptor with it.
-_NO_ROOM = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM}
+_NO_ROOM = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+
+
+class State(Enum):
+    """What the link is doing."""
+
+    IDLE = auto()  #: every change is acknowledged
+    CHANGED = auto()  #: there are changes, and no barrier is under way
+    BLOCKED = auto()  #: the same, and the kernel had no room for a message
+    SENT = auto()  #: a barrier is under way
+    OVER = auto()  #: nothing is kept any more
+
+
+class Event(Enum):
+    """What changes the state."""
+
+    CHANGE = auto()
+    NO_ROOM = auto()
+    BARRIER = auto()
+    LOST = auto()
+    ALL_SAFE = auto()
+    SOME_SAFE = auto()
+    END = auto()
+
+
+#: An event that is not here changes nothing.
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.IDLE, Event.CHANGE): State.CHANGED,
+    (State.CHANGED, Event.NO_ROOM): State.BLOCKED,
+    (State.CHANGED, Event.BARRIER): State.SENT,
+    (State.BLOCKED, Event.BARRIER): State.SENT,
+    (State.SENT, Event.LOST): State.BLOCKED,
+    (State.SENT, Event.ALL_SAFE): State.IDLE,
+    (State.SENT, Event.SOME_SAFE): State.CHANGED,
+    **{(state, Event.END): State.OVER for state in State},
+}
+
+
+class Message(NamedTuple):
+    """What the fd store is to do with one descriptor.
+
+    Args:
+        command: the lines of the message, but for the name.
+        name: what the descriptor is called there; empty if this is about none.
+        fd: the descriptor, where one is to be kept.
+    """
+
+    command: str
+    name: str
+    fd: Fd | int | None
+
+
+# What hangs up stays: whether it may go is for its client to say.
+_STORE = "FDSTORE=1\nFDPOLL=0"
+_REMOVE = "FDSTOREREMOVE=1"
 
 
 class BarrierLink:
@@ -46,46 +107,64 @@ class BarrierLink:
         self._notifier = notifier
         self._write = write
         self._ended = ended
+        self._state = State.IDLE
         self._changes = 0  # so far
         self._synced = 0  # of these, how many are known to be there
-        self._outgoing: deque[tuple[str, Fd | int | None]] = deque()
-        self._actions: deque[tuple[int, Callable[[], object]]] = (
-            deque()
-        )  # once that change is there
+        self._barrier = 0  # of these, how many the barrier under way stands for
+        self._outgoing: deque[Message] = deque()
+        self._sent: dict[str, Message] = {}  # what is to be kept, before the barrier
+        self._actions: deque[tuple[int, Callable[[], object]]] = deque()  # after so many changes
+        self._closes: dict[str, threading.Event] = {}  # under way in the parent, by name
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
-        self._barrier: tuple[int, Fd, Fd] | None = None  # stands for so many changes
-        self._watched = False  # somebody waits for it
-        self._blocked: float | None = None  # no room: seconds until the next try, 0 for a signal
+        self._reader: tuple[Fd, Fd] | None = None  # of the barrier under way
         self._waiting = trio.lowlevel.ParkingLot()
-        self._idle: trio.Event | None = None
+        self._work = trio.Event()  # set when there is something to send
         self._scope = trio.CancelScope()
-        #: Nothing is kept any more.
-        self.is_over = False
+        #: Barriers so far.
+        self.barriers = 0
 
     # -- what is to be there -------------------------------------------------------------------
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is kept any more."""
+        return self._state is State.OVER
+
     def store(self, name: str, fd: Fd | int) -> None:
         """Have a descriptor kept under *name*."""
-        # What hangs up stays: whether it may go is for its client to say.
-        self._outgoing.append((f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", fd))
-        self._changes += 1
+        self._outgoing.append(Message(_STORE, name, fd))
+        self.changed()
 
-    def remove(self, name: str, hint: str = "") -> None:
-        """Have what is kept under *name* closed there; *hint* goes with the message."""
-        self._outgoing.append((f"FDSTOREREMOVE=1\nFDNAME={name}{hint}", None))
-        self._changes += 1
+    def remove(self, name: str) -> None:
+        """Have what is kept under *name* closed there."""
+        self._outgoing.append(Message(_REMOVE, name, None))
+        self.changed()
+
+    def remove_slowly(self, name: str) -> threading.Event:
+        """The same for a descriptor whose close may block there; what is set when it is closed, and
+        was not closed by a service manager, which does not say so.
+        """
+        closed = self._closes[name] = threading.Event()
+        self._outgoing.append(Message(f"{_REMOVE}\nQMPFD_CLOSE=slow", name, None))
+        self.changed()
+        return closed
 
     def tell(self, text: str) -> None:
-        """Send a message that is about no change."""
-        self._outgoing.append((text, None))
+        """Have the other side told something that is not about a descriptor."""
+        self._outgoing.append(Message(text, "", None))
+        self.changed()
 
     def changed(self) -> None:
         """There is something to be written."""
         self._changes += 1
+        self._handle(Event.CHANGE)
 
     def on_synced(self, action: Callable[[], object]) -> None:
         """Call *action* when all that was changed so far is safe, or this has ended."""
         self._actions.append((self._changes, action))
+
+    def _handle(self, event: Event) -> None:
+        self._state = TRANSITIONS.get((self._state, event), self._state)
 
     # -- waiting until it is safe --------------------------------------------------------------
 
@@ -97,99 +176,97 @@ class BarrierLink:
     async def sync(self) -> None:
         """Wait until all that was changed so far is safe; without a checkpoint if it is."""
         wanted = self._changes
-        if self._synced >= wanted:
-            return
-        self.push(wake=False)
         while self._synced < wanted:
-            if self._barrier is not None and not self._watched:
-                await self._await_barrier()
-            else:
-                self._wake()
-                await self._waiting.park()
+            self._work.set()
+            await self._waiting.park()
 
-    def push(self, *, wake: bool = True) -> None:
-        """Do all that can be done without waiting, and see to the rest, unless the caller does."""
+    def push(self) -> None:
+        """Send what is to be sent, without waiting, and see to the rest."""
         try:
             if not self.is_over:
                 self._write()
             self._send()
         except OSError as exc:
             self.end(f"the descriptors are no longer kept safe: {exc.strerror or exc}")
-        if wake:
-            self._wake()
-
-    def _wake(self) -> None:
-        """Have the link's own task look whether there is something for it to wait for."""
-        if self._idle is not None:
-            self._idle.set()
-
-    async def _await_barrier(self) -> None:
-        """Wait for the barrier that is under way.  One of those who need it does, so that no task
-        has to be woken for it; if that is cancelled, the link's own goes on.
-        """
-        assert self._barrier is not None
-        changes, reader, _ = self._barrier
-        self._watched = True
-        try:
-            await trio.lowlevel.wait_readable(reader)
-        except trio.ClosedResourceError:  # all is over
-            return
-        except trio.Cancelled:
-            self._wake()
-            raise
-        finally:
-            self._watched = False
-        self._end_barrier()
-        self._advance(changes)
-        if not self.is_synced:
-            self.push()
+        self._work.set()
 
     def _send(self) -> None:
-        self._blocked = None
-        outgoing = self._outgoing
-        while outgoing:
-            text, fd = outgoing[0]
-            # One that was closed already is to be removed anyway, by a message further on.
-            gone = isinstance(fd, Fd) and fd.closed
-            if not gone and not self._sent(text, () if fd is None else (fd,)):
-                return
-            outgoing.popleft()
-        if self._barrier is None and not self.is_synced:
-            try:
-                reader, writer = self._pipe or _pipe()
-            except OSError:  # out of descriptors
-                self._blocked = _RETRY
-                return
-            self._pipe = reader, writer
-            if self._sent("BARRIER=1", (writer,)):
-                writer.close()
-                # For its place in the table: the next pipe may find none.
-                self._barrier = self._changes, reader, reader.dup()
-                self._pipe = None
+        """Send what there is, and a barrier behind it if none is under way.
 
-    def _sent(self, text: str, passed: Sequence[Fd | int]) -> bool:
+        Raises:
+            OSError: nobody receives it.
+        """
         try:
-            self._notifier.send(text, passed)
+            self._drop_passing()
+            while self._outgoing:
+                self._send_batch(self._next_batch())
+            if self._state in (State.CHANGED, State.BLOCKED):
+                self._send_barrier()
         except BlockingIOError:
-            self._blocked = 0
+            self._handle(Event.NO_ROOM)
         except OSError as exc:
             if exc.errno not in _NO_ROOM:
                 raise
-            self._blocked = _RETRY
-        else:
-            return True
-        return False
+            self._handle(Event.NO_ROOM)
 
-    def _end_barrier(self) -> None:
-        if self._barrier is not None:
-            if self._watched:
-                trio.lowlevel.notify_closing(self._barrier[1])
-            close_all(self._barrier[1:])
-            self._barrier = None
-            try:
-                self._pipe = _pipe()
-            except OSError:  # out of descriptors: it is tried again when it is needed
-                self._pipe = None
+    def _drop_passing(self) -> None:
+        """Drop what is to be stored, and is to be removed further on."""
+        stored: dict[str, Message] = {}
+        dropped = set()
+        for message in self._outgoing:
+            if isinstance(message.fd, Fd) and message.fd.closed:
+                dropped.add(id(message))
+            elif message.fd is not None:
+                stored[message.name] = message
+            elif message.name in stored:
+                dropped |= {id(message), id(stored.pop(message.name))}
+                self._closed_there(message.name)
+        if dropped:
+            self._outgoing = deque(it for it in self._outgoing if id(it) not in dropped)
+
+    def _next_batch(self) -> list[Message]:
+        """The messages that come next and can go as one."""
+        outgoing = self._outgoing
+        command = outgoing[0].command
+        most = SCM_MAX_FD if self._notifier.is_parent else 1
+        batch: list[Message] = []
+        for message in outgoing:
+            if message.command != command or len(batch) == most or (batch and not message.name):
+                break
+            batch.append(message)
+        return batch
+
+    def _send_batch(self, batch: list[Message]) -> None:
+        names = ":".join(message.name for message in batch)
+        fds = [message.fd for message in batch if message.fd is not None]
+        about = f"\nFDNAME={names}" if names else ""
+        self._notifier.send(batch[0].command + about, fds)
+        for message in batch:
+            self._outgoing.popleft()
+            if message.fd is not None:
+                self._sent[message.name] = message
+
+    def _send_barrier(self) -> None:
+        if self._notifier.is_parent:
+            self._notifier.send(f"QMPFD_SYNC={self.barriers + 1}")
+        else:
+            reader, writer = self._pipe = self._pipe or _pipe()
+            self._notifier.send("BARRIER=1", (writer,))
+            writer.close()
+            # The second one for its place in the table: the next pipe may find none.
+            self._reader = reader, reader.dup()
+            self._pipe = None
+        self._barrier = self._changes
+        self.barriers += 1
+        self._handle(Event.BARRIER)
+
+    def _acknowledged(self) -> None:
+        """All that was sent before the barrier is there."""
+        self._sent.clear()
+        self._handle(Event.ALL_SAFE if self._barrier == self._changes else Event.SOME_SAFE)
+        self._advance(self._barrier)
+        if self._state is State.CHANGED:
+            self._work.set()
 
     def _advance(self, changes: int) -> None:
         """So many changes are safe."""
@@ -206,7 +283,8 @@ class BarrierLink:
         Raises:
             OSError: there is no descriptor for it.
         """
-        self._pipe = _pipe()
+        if not self._notifier.is_parent:
+            self._pipe = _pipe()
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
@@ -224,44 +302,73 @@ class BarrierLink:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     if self._notifier.is_parent:
-                        nursery.start_soon(self._watch)
+                        nursery.start_soon(self._listen)
                     await self._talk()
         finally:
-            self._end_barrier()
-            self._close_pipe()
+            self._close_pipes()
 
     async def _talk(self) -> None:
+        """Send, whenever there is something to send."""
         while True:
-            self.push()
-            if self._blocked is not None:
-                await trio.sleep(self._blocked)
+            if self._state is State.BLOCKED:
+                await trio.sleep(_RETRY)
                 await trio.lowlevel.wait_writable(self._notifier)
-            elif self._barrier is not None and not self._watched:
-                await self._await_barrier()
+            elif self._reader is not None:
+                with suppress(trio.ClosedResourceError):  # all is over
+                    await trio.lowlevel.wait_readable(self._reader[0])
+                    close_all(self._reader)
+                    self._reader = None
+                    self._acknowledged()
             else:
-                self._idle = trio.Event()
-                await self._idle.wait()
-                self._idle = None
+                await self._work.wait()
+                self._work = trio.Event()
+            self.push()
+            self._work = trio.Event()
 
-    async def _watch(self) -> None:
-        """Wait for the end of the parent.  What it says besides comes before a barrier's end."""
+    async def _listen(self) -> None:
+        """Hear what the parent says, and when it has ended."""
+        self._notifier.on_message = self._hear
         while self._notifier.receive():
             await trio.lowlevel.wait_readable(self._notifier)
         self.end("the descriptors are no longer kept safe: the supervising process is gone")
 
+    def _hear(self, message: str) -> None:
+        key, _, value = message.partition("=")
+        if key == "SYNCED":
+            if value == str(self.barriers) and self._state is State.SENT:
+                self._acknowledged()
+        elif key == "CLOSED":
+            self._closed_there(value)
+        elif key == "LOST" and (lost := self._sent.pop(value, None)):
+            # The parent had no place for it: nobody is told that it is safe, until it is.
+            self._outgoing.append(lost)
+            self._handle(Event.LOST)
+            self._work.set()
+
+    def _closed_there(self, name: str) -> None:
+        if closed := self._closes.pop(name, None):
+            closed.set()
+
     def end(self, reason: str | None) -> None:
         """Nothing is kept from here on; *reason* says why, where that is a misfortune."""
-        if not self.is_over:
-            self.is_over = True
-            if reason is not None:
-                _log.error("%s; no more can be added", reason)
+        if not self.is_over and reason is not None:
+            _log.error("%s; no more can be added", reason)
+        self._handle(Event.END)
         self._outgoing.clear()
+        self._sent.clear()
+        for closed in self._closes.values():
+            closed.set()
+        self._closes.clear()
         self._advance(self._changes)
-        self._close_pipe()
+        self._close_pipes()
         self._scope.cancel()
         self._ended()
 
-    def _close_pipe(self) -> None:
+    def _close_pipes(self) -> None:
+        if self._reader is not None:
+            trio.lowlevel.notify_closing(self._reader[0])
+            close_all(self._reader)
+            self._reader = None
         if self._pipe is not None:
             close_all(self._pipe)
             self._pipe = None

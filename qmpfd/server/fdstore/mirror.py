@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -147,8 +147,24 @@ class FdStoreMirror:
         if self._descriptions is not None:
             self._descriptions.replace(number, others)
         if others is None:
-            self._link.remove(kept.name, self._hint(number))
+            self._remove(kept.name, stored.fd)
             self._link.on_synced(partial(self._names.free, kept.name))
+
+    def _remove(self, name: str, fd: Fd) -> None:
+        """Have what is kept under *name* closed there.  A service manager closes in a thread
+        anyway; the parent has to be told if the close may block, and *fd* is closed after it.
+        """
+        if self._may_block(fd.fileno()):
+            self._closer.close_after(fd, self._link.remove_slowly(name))
+        else:
+            self._link.remove(name)
+
+    def _may_block(self, number: int) -> bool:
+        """Whether the parent's close may block."""
+        try:
+            return self._is_parent and self._closer.risk(number) is Risk.HIGH
+        except OSError:
+            return True
 
     def _keep(self, number: int, fd: Fd | int, name: str | None = None) -> None:
         """Have a descriptor kept: under *name*, where it is already, or a new one."""
@@ -164,13 +180,6 @@ class FdStoreMirror:
             name = self._names.take()
             self._link.store(name, fd)
         self._mirrored[number] = _Mirrored(name, {number: None})
-
-    def _hint(self, number: int) -> str:
-        """Tell the parent if the close may block.  A service manager closes in a thread anyway."""
-        if self._is_parent:
-            with suppress(OSError):
-                return "\nQMPFD_CLOSE=slow" if self._closer.risk(number) is Risk.HIGH else ""
-        return ""
 
     def _record(self, fdset_id: int, stored: StoredFd) -> Added:
         number, lifetime = stored.fd.fileno(), stored.lifetime
@@ -351,7 +360,10 @@ class FdStoreMirror:
         if not self.is_over:
             self._journals.forget()
             for kept in set(self._mirrored.values()):
-                self._link.remove(kept.name, self._hint(next(iter(kept.numbers))))
+                if self._may_block(next(iter(kept.numbers))):
+                    self._link.remove_slowly(kept.name)
+                else:
+                    self._link.remove(kept.name)
             self._link.push()
 
     def _ended(self) -> None:

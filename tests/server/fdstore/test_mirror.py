@@ -46,16 +46,22 @@ class Parent:
                     break
                 count += 1
                 lines = dict(line.split("=", 1) for line in data.decode().split("\n"))
-                name = lines.get("FDNAME", "")
+                names = lines.get("FDNAME", "").split(":")
                 if "FDSTOREREMOVE" in lines:
-                    self.kept.pop(name).close()
+                    for name in names:
+                        self.kept.pop(name).close()
+                        if "QMPFD_CLOSE" in lines:
+                            self._sock.send(f"CLOSED={name}".encode())
                 elif "FDSTORE" in lines:
-                    assert name not in self.kept
                     assert lines["FDPOLL"] == "0"
-                    self.kept[name] = fds.pop()
+                    assert len(names) == len(fds)
+                    for name in names:
+                        assert name not in self.kept
+                        self.kept[name] = fds.pop(0)
                 elif "QMPFD_SOCKET" not in lines:
-                    assert lines == {"BARRIER": "1"}
+                    assert lines.keys() == {"QMPFD_SYNC"}
                     self.barriers += 1
+                    self._sock.send(f"SYNCED={lines['QMPFD_SYNC']}".encode())
                 close_all(fds)
         return count
 
