@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -277,7 +278,9 @@ def test_levels(capfd: pytest.CaptureFixture[str]) -> None:
     log = Log("text", "error")
     log.log("warning", "one")
     log.log("error", "other")
-    assert capfd.readouterr().err == "qmpfd: other\n"
+    time_, line = capfd.readouterr().err.split(" ", 1)  # pytest has a file there
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", time_)
+    assert line == "qmpfd: other\n"
 
 
 # -- a worker that does not answer -------------------------------------------------------------
