@@ -46,7 +46,7 @@ def run(
     audit: Fd | None,
     socket_mode: int,
     socket_group: int | None,
-    initial_fds: Sequence[tuple[Fd, int, str | None]],
+    initial_fds: Sequence[tuple[Fd, int | None, str | None]],
     listen_fds: Sequence[InheritedFd],
     inheritance: ReceivedState | None,
     recovered: Recovered,

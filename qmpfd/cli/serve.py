@@ -9,12 +9,14 @@ import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ..client.blocking import NoDaemon
 from ..errors import QMPError
 from ..kernel.fd import Fd, close_all
+from ..kernel.systemd import InheritedFd as Passed
 from ..kernel.systemd import take_listen_fds, take_parent, take_store_size
+from ..kernel.unix_address import listens
 from ..limits import MAX_REQUEST_BYTES, Limits
 from . import supervise as keeping
 from .exit_codes import DONE, UsageError
@@ -202,6 +204,10 @@ def add_parsers(verbs: Subparsers) -> None:
     parser.set_defaults(run=_serve)
 
 
+#: A descriptor to start with, the fd set that it goes into (None: a new one), and its opaque text.
+_Initial: TypeAlias = "tuple[Fd, int | None, str | None]"
+
+
 class InheritedFd(NamedTuple):
     """One ``--add-fd``."""
 
@@ -240,11 +246,11 @@ def _octal(text: str) -> int:
 
 def _take_inherited(
     options: list[InheritedFd],
-) -> tuple[list[tuple[Fd, int, str | None]], list[int]]:
+) -> tuple[list[_Initial], list[int]]:
     """Duplicates of the descriptors that the options name, whose originals are closed; and the
     numbers that were not passed to this process.
     """
-    taken: list[tuple[Fd, int, str | None]] = []
+    taken: list[_Initial] = []
     missing = []
     for option in options:
         if _was_inherited(option.fd):
@@ -254,6 +260,15 @@ def _take_inherited(
     for number_ in {option.fd for option in options} - set(missing):
         Fd(number_).close()
     return taken, missing
+
+
+def _sort_passed(passed: list[Passed]) -> tuple[list[Passed], list[_Initial]]:
+    """What a service manager has passed: sockets to listen on; and what goes into fd sets of its
+    own, each under its name (``OpenFile=``, or a ``.socket`` unit of another kind).
+    """
+    listeners = [given for given in passed if listens(given.fd)]
+    others = [(given.fd, None, given.name) for given in passed if not listens(given.fd)]
+    return listeners, [*others]
 
 
 def _was_inherited(number_: int) -> bool:
@@ -305,8 +320,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         )
     from . import logs, takeover
 
-    inherited = take_listen_fds()
     logs.set_up(arguments.log_format, arguments.log_level)
+    inherited = take_listen_fds()
     raise_open_files_limit()
     # All stored descriptors get their numbers before anything is imported that opens others.
     initial, missing = _take_inherited(arguments.add_fd)
@@ -332,7 +347,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         initial = []
     elif missing:
         raise UsageError(f"--add-fd: descriptor {missing[0]} was not passed to this process")
-    listen_fds = recovered.sockets
+    listen_fds, passed = _sort_passed(recovered.sockets)
+    if recovered.has_state:
+        close_all(fd for fd, _, _ in passed)  # likewise
+    else:
+        initial += passed
     limits = Limits(
         max_connections=arguments.max_connections,
         max_connections_per_uid=arguments.max_connections_per_uid,
@@ -352,6 +371,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     if arguments.takeover and not recovered.has_state:
         reached, *paths = paths
         movable += [*recovered.stale_fds, *(given.fd for given in listen_fds)]
+        movable += [fd for fd, _, _ in initial if fd not in movable]
         inheritance = takeover.fetch(reached, movable, has_parent=parent is not None)
         there = inheritance.state.listeners
     paths = takeover.still_to_bind(paths, there)

@@ -8,6 +8,7 @@ parent of ``serve --supervise`` speaks the same, over a socket that its worker i
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import socket
@@ -19,6 +20,8 @@ from typing import NamedTuple
 from . import fd as fds
 from .fd import Fd, FileDescriptorLike
 from .unix_address import connectable
+
+_log = logging.getLogger("qmpfd")
 
 #: The first inherited descriptor (SD_LISTEN_FDS_START).
 _FIRST = 3
@@ -46,9 +49,18 @@ def take_listen_fds() -> list[InheritedFd]:
     The variables that tell of them are removed: children are not to take them for theirs.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
-    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    # A name becomes an opaque text, which is UTF-8.
+    told = os.environ.pop("LISTEN_FDNAMES", "").encode("utf-8", "backslashreplace").decode()
+    names = told.split(":") if told else []
     os.environ.pop("LISTEN_PIDFDID", None)
+    if not pid and not count:
+        return []
     if pid != str(os.getpid()) or not count.isdecimal():
+        # A shell or another program between the service manager and us, which is to exec(2).
+        _log.warning(
+            "LISTEN_PID=%s LISTEN_FDS=%s are not for this process, %d: no descriptor is taken",
+            *(pid, count, os.getpid()),
+        )
         return []
     taken = []
     for index in range(min(int(count[:9]), fds.open_files_limit())):

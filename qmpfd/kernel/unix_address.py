@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .fd import Fd
+from .fd import Fd, FileDescriptorLike, fileno
 
 #: Bytes of a path that ``sun_path`` holds beside the final NUL.
 _MAX_PATH = 107
@@ -68,6 +68,22 @@ def bind(sock: socket.socket, path: str | os.PathLike[str]) -> None:
             _bind_in_folder(sock, *os.path.split(name))
     finally:
         os.umask(umask)
+
+
+def listens(fd: FileDescriptorLike) -> bool:
+    """Whether *fd* is a Unix stream socket that listens (SO_ACCEPTCONN, socket(7))."""
+    try:
+        sock = socket.socket(fileno=fileno(fd))
+    except OSError:  # no socket
+        return False
+    try:
+        return (
+            sock.family == socket.AF_UNIX
+            and sock.type == socket.SOCK_STREAM
+            and bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        )
+    finally:
+        sock.detach()
 
 
 def _bind_in_folder(sock: socket.socket, folder: bytes, name: bytes) -> None:

@@ -44,7 +44,7 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     socket_group: int | None = None,
     metrics_path: Path | None = None,
     audit: FileDescriptorLike | None = None,
-    initial_fds: Iterable[tuple[Fd, int, str | None]] = (),
+    initial_fds: Iterable[tuple[Fd, int | None, str | None]] = (),
     listen_fds: Iterable[Fd] = (),
     inheritance: ReceivedState | None = None,
     recovered: Recovered | None = None,
@@ -71,7 +71,8 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
         audit: where to write a line of JSON for each descriptor that comes, goes or is handed out,
             and for each refusal; it stays the caller's.
         initial_fds: descriptors to start with: each with the id of its fd set, which is created
-            if need be, and its opaque text or None; owned by the daemon from here on.
+            if need be, or None for a new one, and its opaque text or None; owned by the daemon
+            from here on.
         listen_fds: Unix sockets that listen already, of a service manager; owned by the daemon
             from here on.
         inheritance: what was fetched from the daemon that is to be taken over, see

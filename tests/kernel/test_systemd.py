@@ -8,14 +8,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
+from helpers import Pipe
 from installed import need
 from supervised import children
 
 from qmpfd.client.blocking import BlockingClient
+from qmpfd.kernel.fd import FileDescriptorLike, fileno
 
 SERVE = [sys.executable, "-m", "qmpfd", "serve"]
 DEADLINE = 20.0
@@ -55,6 +57,37 @@ def daemon(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[byt
         process.terminate()
         _, errors = process.communicate(timeout=DEADLINE)
         assert b"Traceback" not in errors
+
+
+#: Becomes a daemon that has so many descriptors from number 3 on: it is given their numbers here.
+PASS = """
+import fcntl, os, sys
+numbers = [fcntl.fcntl(int(n), fcntl.F_DUPFD, 100) for n in sys.argv[1].split(",")]
+for index, number in enumerate(numbers):
+    os.dup2(number, 3 + index)
+    os.close(number)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@contextmanager
+def passing(
+    passed: list[tuple[str, int]], *arguments: str, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`serve` with such descriptors, each with its name (sd_listen_fds_with_names(3))."""
+    told = {"LISTEN_FDS": str(len(passed)), "LISTEN_FDNAMES": ":".join(name for name, _ in passed)}
+    numbers = [number for _, number in passed]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PASS, ",".join(map(str, numbers)), *SERVE, *arguments],
+        env={**os.environ, **told, **environment},
+        pass_fds=numbers,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(DEADLINE)
 
 
 @pytest.fixture
@@ -135,31 +168,65 @@ def test_an_inherited_socket(manager: Manager, tmp_path: Path) -> None:
     assert path.exists(), "the file belongs to whoever has made it"
 
 
-def test_an_inherited_descriptor_of_another_kind(tmp_path: Path) -> None:
-    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock, at_number_three(sock):
-        process = subprocess.run(
-            ["sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *SERVE],
-            env={**os.environ, "LISTEN_FDS": "1", "QMPFD_SOCKET": str(tmp_path / "s")},
-            close_fds=False,
-            capture_output=True,
-            timeout=DEADLINE,
-            check=False,
-        )
-    assert process.returncode == 2
-    assert process.stderr.count(b"\n") == 1
-    assert b"no listening Unix stream socket" in process.stderr
+@pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
+def test_inherited_descriptors_of_every_kind(
+    manager: Manager, tmp_path: Path, options: list[str]
+) -> None:
+    """Unix sockets that listen serve; each other one is in a set of its own, under its name, and
+    not twice after a crash.
+    """
+    path = tmp_path / "activated"
+    with ExitStack() as stack:
+        tcp = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        datagram = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        unix = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        unix.bind(str(path))
+        unix.listen()
+        peers = [stack.enter_context(sock) for sock in socket.socketpair()]
+        pipe, file = stack.enter_context(Pipe()), stack.enter_context(open(os.devnull))
+        kinds: dict[str, FileDescriptorLike] = {"web": tcp, "log": datagram, "qmp": unix}
+        kinds |= {"peer": peers[0], "pipe": pipe, "file": file}
+        passed = [(name, fileno(kind)) for name, kind in kinds.items()]
+        others = sorted(name for name in kinds if name != "qmp")
+        with passing(passed, *options, NOTIFY_SOCKET=str(manager.path)) as process:
+            for again in range(2 if options else 1):
+                if again:
+                    (worker,) = children(process.pid)
+                    os.kill(worker, signal.SIGKILL)
+                with BlockingClient(path, DEADLINE) as client:
+                    sets = client.execute("query-fdsets")
+                assert sorted(fd["opaque"] for each in sets for fd in each["fds"]) == others
+                assert len(sets) == len(others)
+
+
+def test_nothing_that_listens_is_passed(manager: Manager, tmp_path: Path) -> None:
+    """Then the daemon listens where it does without a service manager."""
+    path = tmp_path / "s"
+    environment = {"QMPFD_SOCKET": str(path), "NOTIFY_SOCKET": str(manager.path)}
+    with Pipe() as pipe, passing([("p", fileno(pipe))], LISTEN_FDNAMES="", **environment):
+        manager.until("READY=1")
+        with BlockingClient(path, DEADLINE) as client:
+            (fdset,) = client.execute("query-fdsets")
+            assert fdset["fds"][0]["opaque"] == "unknown"
 
 
 def test_sockets_for_somebody_else(manager: Manager, tmp_path: Path) -> None:
+    """They are not touched, and the log says why."""
     path = tmp_path / "s"
     environment = {"NOTIFY_SOCKET": str(manager.path), "LISTEN_FDS": "1", "LISTEN_PID": "1"}
-    process = subprocess.Popen([*SERVE, "--socket", str(path)], env={**os.environ, **environment})
+    process = subprocess.Popen(
+        [*SERVE, "--socket", str(path)],
+        env={**os.environ, **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         manager.until("READY=1")
         assert path.exists()
     finally:
         process.terminate()
-        process.wait(DEADLINE)
+        _, said = process.communicate(timeout=DEADLINE)
+    assert f"LISTEN_PID=1 LISTEN_FDS=1 are not for this process, {process.pid}" in said
 
 
 @pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])

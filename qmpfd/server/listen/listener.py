@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 from ...kernel.fd import Fd
-from ...kernel.unix_address import is_abstract
+from ...kernel.unix_address import is_abstract, listens
 from ..saved_state import NOT_OURS, SavedListener
 from .binding import LOCK_TIMEOUT, OWNER_ONLY, FileId, Permissions, identity, listen_at
 
@@ -186,15 +186,6 @@ class UnixListener:
         if self.socket.fileno() >= 0:
             self.unlink()  # first: as long as the socket listens, nobody else takes the path
             self.socket.close()
-
-
-def listens(sock: socket.socket) -> bool:
-    """Whether *sock* is a Unix stream socket that listens (SO_ACCEPTCONN, socket(7))."""
-    return (
-        sock.family == socket.AF_UNIX
-        and sock.type == socket.SOCK_STREAM
-        and bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    )
 
 
 def _is_shut_down(sock: socket.socket) -> bool:
