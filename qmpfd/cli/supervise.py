@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger("qmpfd")
 
 
+#: What starts the parent where the package is in a zipapp, whose folders cannot be run.
+_IN_A_ZIP = """\
+import sys
+sys.path.append(sys.argv.pop(1))
+from supervisor.parent import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def has_store(size: int) -> bool:
     """Whether the service manager keeps descriptors for us.
 
@@ -44,8 +53,12 @@ def become_supervisor(
     spec = find_spec("qmpfd.supervisor")
     assert spec is not None
     assert spec.submodule_search_locations is not None
+    folder = spec.submodule_search_locations[0]
+    program = [folder] if os.path.isdir(folder) else ["-c", _IN_A_ZIP, os.path.dirname(folder)]
     # Without the environment's and the site's modules: nothing but its own files and the library.
-    python = [sys.executable, "-I", "-S", "-W", "ignore", spec.submodule_search_locations[0]]
+    python = [sys.executable, "-I", "-S", "-W", "ignore", *program]
+    if sys.dont_write_bytecode:  # -I does not look at the environment, which says so as a rule
+        python.insert(1, "-B")
     for stream in range(3):  # one that had to be filled would be closed, and something else there
         os.set_inheritable(stream, True)
     options = [f"--drain-timeout={drain_timeout}", log_format, log_level]

@@ -1,0 +1,177 @@
+"""Out of cron, a script's background, a zip file; by a user without a home, a name or a locale."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import zipapp
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, daemon_process
+from supervised import children, connected, until
+
+from .containers import DEADLINE, container, run
+
+SUPERVISED = pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
+QMPFD = [sys.executable, "-m", "qmpfd"]
+
+#: What cron sets (crontab(5)), less HOME; and nothing at all.
+CRON = ("PATH=/usr/bin:/bin", "SHELL=/bin/sh", "LOGNAME=cron")
+NO_ENV: dict[str, str] = {}
+
+#: For a program that has the package from elsewhere, and the libraries from here.
+WITH_LIBRARIES = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "PYTHONSAFEPATH": "1"}
+
+NAMELESS = 4242
+
+
+@contextmanager
+def script(
+    text: str, *words: str, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A shell script with arguments; ended afterwards."""
+    process = subprocess.Popen(
+        ["sh", "-euc", text, "sh", *words],
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=DEADLINE)
+
+
+def verb(path: Path, *words: str, env: Mapping[str, str] | None = None, text: str = "") -> str:
+    """What a verb prints, on both streams, when all goes well."""
+    name, *rest = words
+    done = subprocess.run(
+        [*QMPFD, name, "--socket", str(path), *rest],
+        cwd=ROOT,
+        env=env,
+        input=text,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@SUPERVISED
+def test_the_background_of_a_script(path: Path, options: Sequence[str]) -> None:
+    """SIGINT and SIGQUIT are ignored there (POSIX, sh, 2.11); SIGTERM ends the daemon as ever."""
+    serve = [*QMPFD, "serve", "--socket", str(path), *options]
+    text = 'trap "" INT QUIT; "$@" & daemon=$!; echo $daemon; wait $daemon; echo status $?'
+    with script(text, *serve) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        with connected(path) as client:
+            client.execute("add-fd", fds=[0])
+        os.kill(pid, signal.SIGTERM)
+        assert "status 0" in process.communicate(timeout=DEADLINE)[0]
+    assert not path.exists()
+
+
+def test_cron(path: Path) -> None:
+    """Nothing is in the environment, HOME least of all."""
+    with daemon_process(path, prefix=["env", "-i", *CRON]):
+        (path.parent / "file").touch()
+        assert "fd set 0" in verb(path, "add", "--name", "a", str(path.parent / "file"), env=NO_ENV)
+        assert json.loads(verb(path, "ls", "--json", env=NO_ENV))[0]["fds"][0]["opaque"] == "a"
+        assert '"a"' in verb(path, "shell", env=NO_ENV, text="query-fdsets\n")
+        assert "a" in verb(path, "exec", "@a=0", "--", "echo", "a", env=NO_ENV)
+
+
+@pytest.mark.parametrize(
+    "locale",
+    [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["C", "ASCII"],
+)
+def test_a_locale_without_the_signs(path: Path, locale: Mapping[str, str]) -> None:
+    name = "d\u00e9j\u00e0 \u20ac"
+    with daemon_process(path, env=locale):
+        with connected(path) as client:
+            client.execute("add-fd", {"opaque": name}, [0])
+        told = verb(path, "ls", "--json", env={**os.environ, **locale})
+        assert json.loads(told)[0]["fds"][0]["opaque"] == name
+        shown = verb(path, "ls", env={**os.environ, **locale})
+        assert name in shown.encode().decode("unicode_escape") or name in shown
+        assert "qmpfd" in verb(path, "status", env={**os.environ, **locale})
+
+
+@SUPERVISED
+def test_no_bytecode_is_written(path: Path, tmp_path: Path, options: Sequence[str]) -> None:
+    package = tmp_path / "package"
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "qmpfd", package / "qmpfd", ignore=skip)
+    env = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"}
+    with daemon_process(path, *options, env=env):
+        assert json.loads(verb(path, "ls", "--json")) == []
+    assert not list(package.rglob("__pycache__"))
+
+
+@SUPERVISED
+def test_a_zipapp(path: Path, tmp_path: Path, options: Sequence[str]) -> None:
+    """Of the package alone: msgspec's shared library cannot be loaded out of a zip file."""
+    package, program = tmp_path / "package", tmp_path / "qmpfd.pyz"
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "qmpfd", package / "qmpfd", ignore=skip)
+    zipapp.create_archive(package, program, sys.executable, "qmpfd.__main__:program")
+    serve = [str(program), "serve", "--socket", str(path), *options]
+    process = subprocess.Popen(serve, cwd=tmp_path, env=WITH_LIBRARIES, stderr=subprocess.PIPE)
+    try:
+        with connected(path) as client:
+            client.execute("add-fd", {"opaque": "kept"}, [0])
+        if options:
+            (worker,) = children(process.pid)
+            os.kill(worker, signal.SIGKILL)
+        listed = [str(program), "ls", "--json", "--socket", str(path)]
+        told = subprocess.check_output(listed, cwd=tmp_path, env=WITH_LIBRARIES)
+        assert json.loads(told)[0]["fds"][0]["opaque"] == "kept"
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0
+    assert b"Traceback" not in said
+
+
+@pytest.mark.root
+@SUPERVISED
+def test_a_user_without_a_name(tmp_path: Path, options: Sequence[str]) -> None:
+    """Who is not in passwd(5), and has no home; root may connect as well, others may not."""
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    os.chown(folder, NAMELESS, NAMELESS)
+    path = folder / "q.sock"
+    become = f"exec setpriv --reuid={NAMELESS} --regid={NAMELESS} --clear-groups"
+    at = "--socket /run/qmpfd/q.sock"
+    serve = f"{become} $QMPFD serve {at} --socket-mode 666 {' '.join(options)}"
+    with container(folder, serve) as process:
+        until(path.exists, "a socket")
+        with connected(path) as client:
+            client.execute("add-fd", {"opaque": "kept"}, [0])
+        if options:
+            (worker,) = children(process.pid)
+            os.kill(worker, signal.SIGKILL)
+        mine = run(folder, f"{become} $QMPFD ls --json {at}")
+        assert json.loads(mine.stdout)[0]["fds"][0]["opaque"] == "kept"
+        somebody = become.replace(str(NAMELESS), str(NAMELESS + 1))
+        other = run(folder, f"{somebody} $QMPFD ls {at}")
+        assert (other.returncode, "PermissionDenied" in other.stderr) == (1, True)
+        process.terminate()
+        assert process.wait(DEADLINE) == 0
