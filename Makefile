@@ -11,7 +11,7 @@ BIN  := $(VENV)/bin
 # One set of versions for everybody: the pinned ones, also where only the runtime is needed.
 PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint requirements-dev.txt
 
-.PHONY: help demo run test elsewhere lint format types docs package bench figures stress fuzz clean
+.PHONY: help demo run test elsewhere lint format types docs reference package bench figures stress fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -40,8 +40,13 @@ format: $(VENV)/.dev  ## write the formatting, and what ruff can mend by itself
 types: $(VENV)/.dev  ## mypy, strict
 	$(BIN)/mypy
 
-docs: $(VENV)/.docs  ## the documentation and the manual pages, into build/docs
-	for kind in html man; do $(BIN)/sphinx-build -q -W --keep-going -E -b $$kind docs build/docs/$$kind || exit; done
+docs: $(VENV)/.docs  ## the documentation, into build/docs
+	$(BIN)/sphinx-build -q -W --keep-going -E -b html docs build/docs/html
+
+reference: $(VENV)/.docs  ## write what the program knows of itself into docs/, and the manual pages
+	$(BIN)/python docs/generate.py
+	$(BIN)/sphinx-build -q -W --keep-going -E -b man docs packaging/man
+	rm -rf packaging/man/.doctrees
 
 package: $(VENV)/.package  ## build sdist and wheel, and try them in an empty environment
 	$(BIN)/python scripts/check_package.py $(ARGS)

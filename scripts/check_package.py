@@ -114,8 +114,7 @@ def check_content(folder: Path) -> Path:
     names = zipfile.ZipFile(wheel).namelist()
     units = ["qmpfd.service", "qmpfd.socket", "qmpfd@.service"]
     wanted = ["qmpfd/py.typed", "/LICENSE", *(f"system/{unit}" for unit in units)]
-    if (ROOT / "build/docs/man/qmpfd.1").exists():
-        wanted += ["share/man/man1/qmpfd.1", "share/man/man5/qmpfd.toml.5"]
+    wanted += ["share/man/man1/qmpfd.1", "share/man/man5/qmpfd.toml.5"]
     with tarfile.open(sdist) as archive:
         packed = archive.getnames()
     sources = [

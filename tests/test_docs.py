@@ -34,10 +34,13 @@ DOCS = ROOT / "docs"
 
 if TYPE_CHECKING:
     import command_line
+    import generate
     import wire
 else:
     sys.path.append(str(DOCS))
-    command_line, wire = map(importlib.import_module, ("command_line", "wire"))
+    command_line, generate, wire = map(
+        importlib.import_module, ("command_line", "generate", "wire")
+    )
 
 #: Pages whose examples another test runs.
 _ELSEWHERE = {"howto/testing.md"}
@@ -83,12 +86,15 @@ def test_links_lead_somewhere() -> None:
 # -- what is generated -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_what_is_generated_is_not_stale(name: str) -> None:
+    text = PAGES[name].read_text()
+    assert generate.filled(text) == text, "make reference"
+
+
 def test_every_generated_part_has_its_place() -> None:
-    text = "".join(page.read_text() for page in PAGES.values())
-    asked = set(re.findall(r"^% generated: (\w+)$", text, re.MULTILINE))
-    conf = (DOCS / "conf.py").read_text()
-    there = set(re.findall(r'^    "(\w+)": ', conf.partition("GENERATED")[2], re.MULTILINE))
-    assert asked == there
+    text = "\n".join(page.read_text() for page in PAGES.values())
+    assert generate.asked_for(text) == set(generate.GENERATED)
 
 
 def test_every_command_event_and_class_is_there() -> None:
