@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import PATIENCE, Pipe, Wire, daemon, daemon_process, pipes, value
+from helpers import PATIENCE, Pipe, Wire, daemon, daemon_process, pipes, request, value
 
 from qmpfd.cli import main
 from qmpfd.errors import PermissionDenied
@@ -204,6 +204,19 @@ async def test_each_command_needs_its_right(call: Call, right: str, open_path: P
                     assert _denied(reply, right), reply
                     [fdset] = value(await root.call("query-fdsets"))
                     assert len(fdset["fds"]) == 1
+
+
+async def test_a_refused_quit_ends_nothing(path: Path) -> None:
+    """What is pipelined behind it is carried out, and so is what comes later."""
+    async with daemon(path) as server:
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            [session] = server.sessions
+            session.change_access(Access([Grant(frozenset({"query", "add"}))]))
+            wire.send(request("quit") + request("add-fd") + request("query-fdsets"), [pipe])
+            refused, added, listed = await wire.replies(3)
+            assert _denied(refused, "admin")
+            assert value(listed)[0]["fds"] == [{"fd": value(added)["fd"]}]
+            assert value(await wire.call("query-name")) == {}
 
 
 @pytest.mark.root

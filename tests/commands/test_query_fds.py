@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,89 @@ async def test_kind_and_access(kind: str, path: Path, tmp_path: Path) -> None:
             await client.add_fd(number)
             [found] = await client.query_fds()
             assert (found.kind, found.access) == EXPECTED[kind]
+
+
+#: Whatever fcntl(2) may return for F_GETFL, by the flags of open(2).
+FLAGS = {
+    os.O_RDWR | os.O_WRONLY: ("path", []),  # mode 3: only for ioctl(2)
+    os.O_RDWR | os.O_WRONLY | os.O_NONBLOCK: ("path", ["nonblock"]),
+    os.O_RDWR | os.O_APPEND: ("rdwr", ["append"]),
+    os.O_RDONLY | os.O_NONBLOCK | os.O_NOATIME: ("rdonly", ["noatime", "nonblock"]),
+    os.O_WRONLY | os.O_SYNC: ("wronly", ["sync"]),
+    os.O_WRONLY | os.O_DSYNC: ("wronly", ["dsync"]),
+    os.O_RDONLY | os.O_NOFOLLOW: ("rdonly", ["nofollow"]),
+    os.O_PATH: ("path", ["path"]),
+}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("flags", FLAGS)
+async def test_any_flags(path: Path, tmp_path: Path, flags: int) -> None:
+    """It is listed, opened and removed, in a short list and in a long one."""
+    (tmp_path / "file").write_bytes(b"12345")
+    number = os.open(tmp_path / "file", flags | os.O_CLOEXEC)
+    try:
+        async with daemon(path):
+            with await Wire.session(path) as wire, pipes(1) as made:
+                value(await wire.call("add-fd", {"opaque": "odd"}, [number]))
+                for _ in range(2):
+                    [found] = value(await wire.call("query-fds", {"opaque": "odd"}))
+                    assert (found["access"], found["flags"]) == FLAGS[flags]
+                    value(await wire.call("open-fdset", {"fdset-id": 0}))
+                    for mode in {"rdonly", "wronly", "rdwr"} - {found["access"]}:
+                        told = await wire.call("open-fdset", {"fdset-id": 0, "access": mode})
+                        assert f"only '{found['access']}'" in told["error"]["desc"]
+                    for _ in range(2):
+                        value(await wire.call("add-fds", None, made * 200))
+                    assert len(value(await wire.call("query-fds"))) > 400
+                value(await wire.call("remove-fd", {"fdset-id": 0}))
+    finally:
+        os.close(number)
+
+
+def listening(family: int, address: Any) -> socket.socket:
+    sock = socket.socket(family)
+    sock.bind(address)
+    sock.listen()
+    return sock
+
+
+async def test_sizes_and_addresses(path: Path, tmp_path: Path) -> None:
+    async with daemon(path), qmpfd.connect(path) as client:
+        with ExitStack() as stack:
+            (tmp_path / "file").write_bytes(b"12345")
+            file = stack.enter_context((tmp_path / "file").open("rb"))
+            memory = stack.enter_context(open(os.memfd_create("m"), "wb"))
+            memory.write(b"x" * 5000)
+            memory.flush()
+            v4 = stack.enter_context(listening(socket.AF_INET, ("127.0.0.1", 0)))
+            v6 = stack.enter_context(listening(socket.AF_INET6, ("::1", 0)))
+            unix = stack.enter_context(listening(socket.AF_UNIX, str(tmp_path / "s")))
+            abstract = stack.enter_context(listening(socket.AF_UNIX, f"\0qmpfd-{os.getpid()}"))
+            udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            netlink = stack.enter_context(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW))
+            visitor = stack.enter_context(socket.create_connection(v4.getsockname()))
+            pair = socket.socketpair()
+            for sock in pair:
+                stack.enter_context(sock)
+            port, port6 = v4.getsockname()[1], v6.getsockname()[1]
+            own = f"127.0.0.1:{visitor.getsockname()[1]}"
+            expected: list[tuple[Any, tuple[int | None, str | None, str | None, bool | None]]] = [
+                (file, (5, None, None, None)),
+                (memory, (5000, None, None, None)),
+                (v4, (None, f"127.0.0.1:{port}", None, True)),
+                (v6, (None, f"[::1]:{port6}", None, True)),
+                (unix, (None, f"unix:{tmp_path}/s", None, True)),
+                (abstract, (None, f"unix:@qmpfd-{os.getpid()}", None, True)),
+                (udp, (None, "0.0.0.0:0", None, False)),
+                (netlink, (None, None, None, False)),
+                (visitor, (None, own, f"127.0.0.1:{port}", False)),
+                (pair[0], (None, None, None, False)),
+            ]
+            for each, members in expected:
+                info = await client.add_fd(each)
+                [found] = await client.query_fds(fd=info.fd)
+                assert (found.size, found.address, found.peer, found.listening) == members
 
 
 async def test_the_reply(path: Path, tmp_path: Path) -> None:

@@ -134,25 +134,53 @@ class History:
         self.listeners: dict[str, SavedListener] = {}
         self.confirmed = begun.previous is None
         self.left = False
-        self._together: list[list[Added]] = []  # what was added in one frame
+        #: What each frame added or removed, where that is all or nothing.
+        self._together: list[list[tuple[bool, Added]]] = []
 
     def apply_frame(self, records: Sequence[Record]) -> None:
         """Follow one more frame."""
+        changes: list[tuple[bool, Added]] = []
+        fresh = set()  # the numbers of what the frame has added so far
         for record in records:
+            if isinstance(record, Added):
+                changes.append((True, record))
+                fresh.add(record.number)
+            elif (
+                isinstance(record, Removed)
+                and record.number in self.entries
+                and (record.number not in fresh)
+            ):
+                changes.append((False, self.entries[record.number]))
             self.apply(record)
-        added = [record for record in records if isinstance(record, Added)]
-        if len(added) > 1 and not isinstance(records[0], SnapshotHeader):
-            self._together.append(added)
+        adds = any(added for added, _ in changes)
+        if adds and len(changes) > 1 and not isinstance(records[0], SnapshotHeader):
+            self._together.append(changes)
 
     def forget_unfinished(self, kept: Callable[[str], bool]) -> None:
-        """Forget what was added together with something that is not *kept* under its name: nobody
+        """Undo each frame of which a descriptor that was added is not *kept* under its name: nobody
         was told of any of it, and a command adds all or none.
+
+        The fd store gets its messages in the order of the records.  So what was removed behind a
+        descriptor that is missing, as what a replacement takes the place of, was not removed there.
         """
-        for added in self._together:
-            there = [entry for entry in added if self.entries.get(entry.number) is entry]
-            if not all(kept(entry.name) for entry in there):
-                for entry in there:
-                    del self.entries[entry.number]
+        for changes in reversed(self._together):
+            there = {
+                entry.number: entry
+                for _, entry in changes
+                if self.entries.get(entry.number) is entry
+            }
+            if all(kept(entry.name) for entry in there.values()):
+                continue
+            missing = False
+            for added, entry in changes:
+                if added:
+                    if there.get(entry.number) is entry:
+                        missing = missing or not kept(entry.name)
+                        del self.entries[entry.number]
+                elif missing or kept(entry.name):
+                    self.entries.setdefault(entry.number, entry)
+        oldest_first = sorted(self.entries.values(), key=lambda entry: entry.added_at)
+        self.entries = {entry.number: entry for entry in oldest_first}
 
     def apply(self, record: Record) -> None:
         """Follow one more record."""

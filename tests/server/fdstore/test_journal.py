@@ -237,3 +237,28 @@ def test_added_together_or_not_at_all() -> None:
     assert numbers(set("abdef")) == [10, 11, 13, 14, 15]
     assert numbers(set("abde")) == [10, 11, 13]
     assert numbers(set("bef")) == [11, 14, 15]  # what it began with was there before
+
+
+def test_what_was_to_be_replaced_is_there_until_its_replacement_is() -> None:
+    """Killed between the frame and the descriptor that it speaks of: the older one comes back, in
+    its place.
+    """
+
+    def entry(name: str, number: int, added_at: float) -> Added:
+        return Added(name, 0, number, "web", None, added_at, None, False)
+
+    begun: list[Record] = [BEGUN, entry("a", 10, 1.0), entry("b", 11, 2.0)]
+    replaced: list[Record] = [entry("c", 12, 3.0), Removed(10)]
+    again: list[Record] = [entry("d", 13, 4.0), Removed(12)]
+    data = frame(begun) + frame(replaced) + frame(again)
+
+    def numbers(kept: set[str]) -> list[int]:
+        history = replay(data)
+        history.forget_unfinished(kept.__contains__)
+        return history.state(kept.__contains__).stored_numbers
+
+    assert numbers(set("abcd")) == [11, 13]
+    assert numbers(set("bd")) == [11, 13]
+    assert numbers(set("abc")) == [11, 12]  # the second replacement did not arrive
+    assert numbers(set("ab")) == [10, 11]  # nor did the first
+    assert numbers(set("b")) == [11]

@@ -620,3 +620,32 @@ def test_status_says_whether_it_is_safe(path: Path) -> None:
         os.kill(daemon.pid, signal.SIGKILL)
         until(lambda: client.execute("query-stats")["kept-safe"] is False)
         client.execute("quit")
+
+
+def test_killed_while_descriptors_are_replaced(path: Path) -> None:
+    """At any moment there is one of them: the old one, or the new one."""
+    with supervised(path) as daemon:
+        with daemon.client() as client:
+            client.execute("add-fds", {"opaque": "web"}, [0])
+            client.execute("add-fds", {"opaque": "other"}, [0])
+        replace = {"opaque": "web", "if-exists": "replace"}
+        for attempt in range(12):
+            worker = daemon.worker()
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(path))
+                sock.sendall(b'{"execute": "qmp_capabilities"}')
+                wanted = json.dumps({"execute": "add-fds", "arguments": replace}).encode()
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", 0))]
+                for _ in range(1 + 3 * attempt):
+                    sock.sendmsg([wanted], rights)
+                os.kill(worker, signal.SIGKILL)
+            with daemon.client() as client:
+                daemon.worker()
+                found = [fd["opaque"] for fd in client.execute("query-fds")]
+                assert sorted(found) == ["other", "web"]
+        with daemon.client() as client:
+            assert client.execute("remove-fds", {"opaque-prefix": ""})
+            assert client.execute("query-fds") == []
+        daemon.kill_worker()
+        with daemon.client() as client:
+            assert client.execute("query-fds") == []
