@@ -54,7 +54,6 @@ mount -o remount,bind,ro /proc/sys
 mount -t sysfs -o ro sys /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t tmpfs -o mode=755 tmpfs /run
-mount -t tmpfs -o mode=1777 tmpfs /tmp
 mkdir -p /run/test/units/service.d
 while [ "$1" != -- ]; do
     mkdir "/run/test/$1"
@@ -62,6 +61,7 @@ while [ "$1" != -- ]; do
     shift 2
 done
 shift
+mount -t tmpfs -o mode=1777 tmpfs /tmp  # which may have had what is bound
 for folder in usr/bin etc; do  # what is written there stays in the machine
     mkdir -p "/run/test/upper/$folder" "/run/test/work/$folder"
     mount -t overlay -o "lowerdir=/$folder,upperdir=/run/test/upper/$folder" \
