@@ -51,6 +51,9 @@ class FdStream:
         #: The same descriptor, for its options and for calls that never wait.
         self.socket = socket.socket(socket.AF_UNIX, sock.type, 0, fileno=sock.fileno())
         self.socket.setblocking(False)
+        # A byte sent with MSG_OOB (unix(7)) stays one of the stream: else the socket is readable
+        # for ever, and bytes are told apart wrongly.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         #: Wait until something is there, or the peer is gone.
         self.wait_readable = partial(trio.lowlevel.wait_readable, sock)
 

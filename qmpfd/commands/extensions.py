@@ -121,6 +121,8 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
     if fdset_id is None:
         fdset_id = _emptied(older, shared.store.next_id)
     lasting = arguments.lifetime != "connection"
+    if not lasting:
+        shared.check_no_client_end(context.fds)
     check_add(context, fdset_id, opaque, len(context.fds), lasting=lasting, replaced=older)
     entries = shared.add(
         context.fds,

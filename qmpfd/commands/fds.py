@@ -127,6 +127,7 @@ def getfd(context: Context, arguments: FdName) -> RawJSON:
     context.access.require("add")
     if "0" <= arguments.fdname[:1] <= "9":
         raise InvalidParameterValue("Parameter 'fdname' expects a name not starting with a digit")
+    context.shared.check_no_client_end(context.fds[:1])
     if arguments.fdname not in context.names:
         context.shared.quotas.check_quota(context.peer.uid, 1, arguments.fdname)
     context.store_named(arguments.fdname)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
+from ..errors import GenericError
 from ..fdsets import PERMANENT, FdSet, FdSets, Lifetime, Peer, StoredFd
 from ..kernel.close_pool import ClosePool
-from ..kernel.fd import Fd, InFlightProbe
+from ..kernel.fd import Fd, InFlightProbe, peer_address
 from ..kernel.hangups import Hangups
 from ..limits import Limits
 from ..policy import Access
@@ -94,6 +95,7 @@ class SharedState:
         on_event: called when an event waits for those who watch.
         on_expiry: called when a descriptor was stored that expires.
         in_flight_probe: tells whether descriptors can be handed out, where that is not sure.
+        addresses: of this daemon's own sockets.
     """
 
     dialect: Dialect
@@ -110,6 +112,7 @@ class SharedState:
     on_event: Callable[[], None] = lambda: None
     on_expiry: Callable[[], None] = lambda: None
     in_flight_probe: InFlightProbe | None = None
+    addresses: set[str | bytes] = field(default_factory=set)
     watchers: set[Watcher] = field(default_factory=set)
     logs: dict[Access, EventLog] = field(default_factory=dict)  #: of the events, by who may see
     quotas: Quotas = field(init=False)
@@ -119,6 +122,20 @@ class SharedState:
         self.quotas = Quotas(self.limits, self.clock, self.closer)
         self.limits = self.quotas.limits
         self.stats = Stats(self.clock())
+
+    def check_no_client_end(self, fds: Iterable[Fd]) -> None:
+        """Refuse to keep a client's end of a connection to this daemon until a connection ends.
+
+        It would keep that connection up by itself, also when all clients are gone.
+
+        Raises:
+            GenericError: one of *fds* is one.
+        """
+        for fd in fds:
+            if peer_address(fd) in self.addresses:
+                raise GenericError(
+                    "A connection to this daemon cannot be kept until a connection ends"
+                )
 
     # -- changes of the store --------------------------------------------------------------------
 

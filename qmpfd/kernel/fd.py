@@ -267,6 +267,36 @@ def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescri
     return sock.sendmsg([data], [(_SOCKET_LEVEL, _RIGHTS, rights)], _NOSIGNAL)
 
 
+def peer_address(fd: FileDescriptorLike) -> str | bytes:
+    """The address that the Unix socket *fd* is connected to; empty where there is none."""
+    try:
+        sock = socket.socket(fileno=fileno(fd))
+    except OSError:  # no socket
+        return ""
+    try:
+        address: str | bytes = sock.getpeername() if sock.family == socket.AF_UNIX else ""
+    except OSError:  # not connected
+        address = ""
+    sock.detach()
+    return address
+
+
+# capabilities(7): CAP_SYS_ADMIN and CAP_SYS_RESOURCE.
+_UNLIMITED_IN_FLIGHT = 1 << 21 | 1 << 24
+
+
+def in_flight_is_limited() -> bool:
+    """Whether this process meets the limit that :class:`InFlightProbe` is about: root does as well,
+    where a service manager has taken both capabilities from it.
+    """
+    try:
+        with open("/proc/self/status", "rb") as status:
+            held = next(line for line in status if line.startswith(b"CapEff:"))
+    except (OSError, StopIteration):
+        return True
+    return not int(held.split()[1], 16) & _UNLIMITED_IN_FLIGHT
+
+
 class InFlightProbe:
     """Tells whether descriptors can be passed at all: of an unprivileged user, all processes
     together may have only so many on their way that nobody has received yet (ETOOMANYREFS,

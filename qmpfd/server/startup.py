@@ -15,7 +15,7 @@ import trio
 from ..commands import Dialect
 from ..commands.audit import Audit
 from ..fdsets import StoredFd
-from ..kernel.fd import Fd, FileDescriptorLike, InFlightProbe, close_all
+from ..kernel.fd import Fd, FileDescriptorLike, InFlightProbe, close_all, in_flight_is_limited
 from ..limits import TAKEOVER_TIMEOUT, Limits
 from ..policy import Policy
 from .audit import AuditWriter
@@ -96,7 +96,7 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
         if writer is not None:
             stack.callback(writer.close)
         stack.callback(server.close)
-        if os.geteuid():
+        if in_flight_is_limited():
             server.daemon.in_flight_probe = InFlightProbe()
             stack.callback(server.daemon.in_flight_probe.close)
         for before in (inheritance, recovered):

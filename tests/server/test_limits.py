@@ -196,6 +196,23 @@ async def test_a_user_leaves_room_for_others() -> None:
     server.close()
 
 
+async def test_closes_that_hang_count_for_their_user_alone() -> None:
+    """One who may not even store anything takes no room from others so."""
+    server = Server(limits=Limits(max_fds=100, max_fds_per_uid=50))
+    quotas, stranger = server.daemon.quotas, os.geteuid() + 1
+    server.daemon.closer.pending_by_uid[stranger] = 50
+    quotas.check_quota(os.geteuid(), 50)
+    quotas.check_quota(stranger + 1, 50)
+    with pytest.raises(GenericError, match=f"uid {stranger}: the limit is 50"):
+        quotas.check_quota(stranger, 1)
+    quotas.waiting_limit = 60
+    quotas.check_waiting(stranger + 1, 30)
+    with pytest.raises(GenericError, match=f"of uid {stranger} wait in its connections"):
+        quotas.check_waiting(stranger, 10)
+    server.daemon.closer.pending_by_uid.clear()
+    server.close()
+
+
 async def test_one_by_one_where_the_table_may_be_full() -> None:
     """What a request removes makes room for what comes with the next."""
     server = Server(limits=Limits(max_fds=100))

@@ -92,6 +92,7 @@ class FdAccounting:
         if more > 0:
             try:
                 quotas.check_waiting(self._uid, more)
+                self._services.shared.check_no_client_end(self._connection.pending_fds.fds)
             except QMPError as exc:
                 self._connection.refuse_fds(exc.desc)
                 self.close_after_sync()

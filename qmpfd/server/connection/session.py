@@ -110,6 +110,8 @@ class Session:
             owner=peer.uid,
         )
         self._context = Context(services.shared, self._connection, peer, access, self._send_events)
+        if address := stream.socket.getsockname():
+            services.shared.addresses.add(address)
         self._since = trio.current_time()  # when it connected, or was last seen to have asked
         self._connected_at = self._since
         self._state = SessionState.SERVING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 
@@ -207,3 +208,32 @@ async def test_discarded_while_something_is_kept_back() -> None:
         rig.send_buffer.discard()
         assert rig.send_buffer.size == 0
         assert not rig.send_buffer.uncommitted_queue
+
+
+async def test_a_reply_whose_descriptors_cannot_be_passed() -> None:
+    """Its command's error goes instead, what was to go behind it with it."""
+
+    class Refusing(_Stream):
+        def send_nowait(
+            self, data: bytes | memoryview, fds: Sequence[FileDescriptorLike] = ()
+        ) -> int:
+            if fds:
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+            return super().send_nowait(data, fds)
+
+    async with Harness() as rig:
+        rig.stream.__class__ = Refusing
+        one, two = _fd(), _fd()
+        for wait in (False, True):
+            rig.send_buffer.enqueue(b"a")
+            rig.send_buffer.enqueue(b"bb", [one], lambda exc: b"<%b>" % str(exc.errno).encode())
+            rig.send_buffer.enqueue(b"c")
+            if wait:
+                await rig.send_buffer.drain()
+            else:
+                rig.send_buffer.flush_nowait()
+            assert b"".join(data for data, _ in rig.stream.sent) == b"a<1>c"
+            assert rig.send_buffer.size == rig.send_buffer.undelivered_fds == 0
+            assert one.closed
+            rig.stream.sent.clear()
+            one, two = two, one

@@ -1,0 +1,152 @@
+"""What clients do with the socket itself, and what their sockets are: each costs one command."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from helpers import (
+    ADD,
+    PATIENCE,
+    QUERY,
+    Pipe,
+    Wire,
+    daemon,
+    error,
+    open_fds,
+    pipes,
+    request,
+    settle,
+    value,
+)
+
+import qmpfd
+from qmpfd.kernel.fd import Fd
+from qmpfd.limits import SCM_MAX_FD
+
+#: Linux 6.16; not in Python's socket module.
+SO_PASSRIGHTS = 83
+
+
+async def test_out_of_band_bytes_stay_in_the_stream(path: Path) -> None:
+    """One sent with MSG_OOB is a byte like any other, and the loop does not spin on it."""
+    async with daemon(path):
+        with await Wire.session(path) as wire, pipes(2) as made:
+            for at in range(1, len(ADD)):
+                wire.send(ADD[:at], made[:1])
+                assert wire.sock.send(ADD[at : at + 1], socket.MSG_OOB) == 1
+                wire.send(ADD[at + 1 :])
+                assert value(await wire.reply())["fdset-id"] == at - 1
+            wire.sock.send(b" ", socket.MSG_OOB)
+            with trio.fail_after(10):
+                await settle()  # nothing is left to be done
+            value(await wire.call("query-name"))
+
+
+async def test_out_of_band_bytes_that_were_there_first(path: Path) -> None:
+    async with daemon(path):
+        wire = await Wire.connect(path)
+        with wire:
+            wire.sock.send(b" ", socket.MSG_OOB)
+            assert await wire.reply()
+            with trio.fail_after(10):
+                await settle()
+            value(await wire.call("qmp_capabilities"))
+
+
+async def test_a_client_that_refuses_descriptors(path: Path) -> None:
+    """It is told so, and everything else works."""
+    async with daemon(path):
+        with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
+            value(await wire.call("add-fd", None, [pipe]))
+            try:
+                wire.sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+            except OSError:
+                pytest.skip("this kernel has no SO_PASSRIGHTS")
+            opening = request("open-fdset", {"fdset-id": 0})
+            long = [[n] for n in range(5000)]
+            await wire.send_all(
+                request("query-name", id=1)
+                + opening
+                + request("query-name", id=2)
+                + request("open-fdset", {"fdset-id": 0}, id=long)
+                + request("query-name", id=3)
+            )
+            assert await wire.reply() == {"return": {}, "id": 1}
+            refused = await wire.reply()
+            assert error(refused) == "GenericError"
+            assert "Operation not permitted" in refused["error"]["desc"]
+            assert (await wire.reply())["id"] == 2
+            refused = await wire.reply()
+            assert (error(refused), refused["id"]) == ("GenericError", long)
+            assert (await wire.reply())["id"] == 3
+            await other.send_all(opening)
+            assert "fd" in value(await other.reply())
+
+
+def io_uring() -> Fd:
+    """A descriptor that the kernel passes to nobody."""
+    parameters = ctypes.create_string_buffer(120)  # struct io_uring_params
+    number = ctypes.CDLL(None, use_errno=True).syscall(425, 1, parameters)
+    if number < 0:
+        pytest.skip(f"no io_uring: {os.strerror(ctypes.get_errno())}")
+    return Fd(number)
+
+
+async def test_what_cannot_be_passed(path: Path) -> None:
+    async with daemon(path, initial_fds=[(io_uring(), 0, None)]):
+        with await Wire.session(path) as wire:
+            refused = await wire.call("open-fdset", {"fdset-id": 0})
+            assert error(refused) == "GenericError"
+            assert "Invalid argument" in refused["error"]["desc"]
+            value(await wire.call("query-name"))
+
+
+OWN_END: dict[str, tuple[bytes, int]] = {
+    "getfd": (request("getfd", {"fdname": "me"}), 1),
+    "add-fds": (request("add-fds", {"lifetime": "connection"}), 3),
+    "unclaimed": (b" ", 1),
+    "unclaimed, many": (b" ", SCM_MAX_FD),
+}
+
+
+async def _one_is_left(server: qmpfd.Server) -> None:
+    """A thread may have to close what was passed before a connection is over."""
+    with trio.fail_after(PATIENCE):
+        while len(server.sessions) > 1 or server.daemon.closer.pending:
+            await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("kind", OWN_END)
+async def test_a_client_that_passes_its_own_end(kind: str, path: Path) -> None:
+    """The connection is over when the client is, whatever it has left behind."""
+    data, count = OWN_END[kind]
+    async with daemon(path) as server:
+        with await Wire.session(path) as other:
+            before = open_fds()
+            for across in (False, True):
+                with await Wire.session(path) as one, await Wire.session(path) as two:
+                    one.send(data, [two.sock if across else one.sock] * count)
+                    two.send(data, [one.sock if across else two.sock] * count)
+                    await settle()
+                await _one_is_left(server)
+                assert open_fds() == before
+            value(await other.call("query-name"))
+
+
+async def test_an_own_end_may_be_stored(path: Path) -> None:
+    """Until somebody removes it, as any descriptor."""
+    async with daemon(path) as server:
+        with await Wire.session(path) as wire:
+            with await Wire.session(path) as one:
+                info: Any = value(await wire.call("add-fd", None, [one.sock]))
+            await settle()
+            assert len(server.sessions) == 2
+            wire.send(request("remove-fd", {"fdset-id": info["fdset-id"]}) + QUERY)
+            await wire.replies(2)
+            await _one_is_left(server)
