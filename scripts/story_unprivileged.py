@@ -56,7 +56,7 @@ async def worker(connect: Connect, socket: Path, image: Path) -> None:
     else:
         check(False, "it may not open the image itself")
     async with connect(socket) as client:
-        found = await client.query_fds(opaque="vm1:disk")
+        found = await client.query_fds(opaque_prefix="vm1:disk")
         modes = {fd.opaque: fd.access for fd in found}
         check(
             modes == {"vm1:disk,ro": "rdonly", "vm1:disk,rw": "rdwr"},
