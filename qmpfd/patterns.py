@@ -23,21 +23,36 @@ class Patterns:
         patterns: the patterns.
     """
 
-    __slots__ = ("_anywhere", "_by_prefix", "_lengths", "_remembered", "_suffixes", "_verdicts")
+    __slots__ = (
+        "_anywhere",
+        "_by_prefix",
+        "_lengths",
+        "_remembered",
+        "_substrings",
+        "_suffixes",
+        "_verdicts",
+    )
 
     def __init__(self, patterns: Iterable[str]) -> None:
         suffixes: list[str] = []
+        substrings: list[str] = []
         anywhere: list[str] = []
         rests: dict[str, list[str]] = {}
         for pattern in patterns:
             prefix = _WILDCARD.split(pattern, maxsplit=1)[0]
             rest = pattern[len(prefix) :]
-            if not prefix and rest.startswith("*"):
-                rest = rest.lstrip("*")
-                (anywhere if _WILDCARD.search(rest) else suffixes).append(rest)
-            else:
+            if prefix or not rest.startswith("*"):
                 rests.setdefault(prefix, []).append(rest)
+                continue
+            rest = rest.lstrip("*")
+            if not _WILDCARD.search(rest):
+                suffixes.append(rest)
+            elif not _WILDCARD.search(literal := rest.rstrip("*")):
+                substrings.append(re.escape(literal))
+            else:
+                anywhere.append(rest)
         self._suffixes = tuple(suffixes)
+        self._substrings = re.compile("|".join(substrings)) if substrings else None
         self._anywhere = re.compile(f"(?s:.*)(?:{_any_of(anywhere)})") if anywhere else None
         self._by_prefix = {prefix: re.compile(_any_of(each)) for prefix, each in rests.items()}
         self._lengths = sorted({len(prefix) for prefix in rests})
@@ -58,6 +73,8 @@ class Patterns:
 
     def _match(self, text: str) -> bool:
         if text.endswith(self._suffixes):
+            return True
+        if self._substrings is not None and self._substrings.search(text):
             return True
         if self._anywhere is not None and self._anywhere.match(text):
             return True

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..policy import BadPolicy, Grant, Policy, RuleInForce, is_owner, load_policy
 from .exit_codes import DONE, UsageError
 from .options import add_examples
-from .output import print_json
+from .output import print_json, printable
 
 if TYPE_CHECKING:
     from .options import Subparsers
@@ -54,7 +54,7 @@ def _check(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print_json({"valid": True, "rules": [_as_json(rule) for rule in policy.rules]})
         else:
-            print(f"{arguments.file} is a valid policy")
+            print(f"{printable(str(arguments.file))} is a valid policy")
             print("root and the daemon's own user: everything, whatever the rules say")
             for rule in policy.rules:
                 print(f"{_place(rule)}: {_whom(rule)}: {_in_words(rule.grant)}")
@@ -115,7 +115,7 @@ def _in_words(grant: Grant) -> str:
     if grant.fdsets is not None:
         words += f"; in fd sets {', '.join(map(str, sorted(grant.fdsets))) or 'none'}"
     if grant.opaque is not None:
-        words += f"; with opaque text like {' or '.join(grant.opaque) or 'none'}"
+        words += f"; with opaque text like {printable(' or '.join(grant.opaque)) or 'none'}"
     return words
 
 

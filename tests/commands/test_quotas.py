@@ -1,0 +1,63 @@
+"""Quotas: what one user can take, and what is left for the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+import qmpfd
+from qmpfd.commands.quotas import Quotas
+from qmpfd.errors import GenericError
+from qmpfd.kernel.close_pool import ClosePool
+
+
+@pytest.fixture
+def quotas() -> Iterator[Quotas]:
+    """With room for 100 descriptors that wait."""
+    closer = ClosePool()
+    made = Quotas(qmpfd.Limits(), lambda: 0.0, closer)
+    made.waiting_limit = 100
+    yield made
+    closer.shut_down()
+
+
+def hoard(quotas: Quotas, uid: int) -> int:
+    """How many descriptors *uid* can let wait, one by one."""
+    count = 0
+    while True:
+        try:
+            quotas.check_waiting(uid, 1)
+        except GenericError:
+            return count
+        quotas.charge_waiting(uid, 1)
+        count += 1
+
+
+def test_however_many_hoard_something_is_left(quotas: Quotas) -> None:
+    """For the next user, and for root and the daemon's own, who have all that is left."""
+    assert hoard(quotas, 1001) == 50
+    assert hoard(quotas, 1002) == 25
+    assert hoard(quotas, 1003) == 12
+    quotas.check_waiting(1004, 1)
+    assert hoard(quotas, 0) == 13
+    with pytest.raises(GenericError, match="the limit is 100"):
+        quotas.check_waiting(os.geteuid(), 1)
+
+
+def test_what_is_taken_again_counts_no_more(quotas: Quotas) -> None:
+    assert hoard(quotas, 1001) == 50
+    quotas.charge_waiting(1001, -50)
+    assert (quotas.waiting, quotas.waiting_by_uid) == (0, {})
+    assert hoard(quotas, 1002) == 50
+
+
+def test_many_at_once(quotas: Quotas) -> None:
+    """All of a message, or the message is refused."""
+    quotas.check_waiting(1001, 50)
+    with pytest.raises(GenericError, match="uid 1001"):
+        quotas.check_waiting(1001, 51)
+    quotas.check_waiting(0, 100)
+    with pytest.raises(GenericError):
+        quotas.check_waiting(0, 101)
