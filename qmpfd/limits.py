@@ -103,8 +103,12 @@ CLOSE_TIMEOUT = 1.0
 #: The format in which a daemon's state is handed over to its successor: the newest that it reads.
 TAKEOVER_FORMAT = 1
 
-#: Seconds that a takeover may take; while it does, nobody is served.  65,536 descriptors take 2.
+#: Seconds that a takeover may take.
 TAKEOVER_TIMEOUT = 10.0
+
+#: Seconds of those in which nobody is served: 10,000 descriptors take 0.05, and where they go to a
+#: new parent or fd store as well, 0.3.
+MAX_PAUSE = 6.0
 
 #: Seconds that the end of a connection waits for the store: longer than a takeover has it.
 LOCK_TIMEOUT = TAKEOVER_TIMEOUT + 5

@@ -26,7 +26,7 @@ from ..server.fdstore.mirror import FdStoreConfig
 from ..server.fdstore.recover import Recovered
 from ..server.maintenance import supervise
 from ..server.saved_state import SavedListener
-from ..server.takeover.receiver import ReceivedState
+from ..server.takeover.receiver import Takeover
 from .notifications import Notifications
 from .options import default_socket
 
@@ -48,7 +48,7 @@ def run(
     socket_group: int | None,
     initial_fds: Sequence[tuple[Fd, int | None, str | None]],
     listen_fds: Sequence[InheritedFd],
-    inheritance: ReceivedState | None,
+    takeover: Takeover | None,
     recovered: Recovered,
     keeping: FdStoreConfig | None,
     ready_fd: Fd | None,
@@ -75,46 +75,52 @@ def run(
         socket_group=socket_group,
         initial_fds=initial_fds,
         listen_fds=[inherited.fd for inherited in listen_fds],
-        inheritance=inheritance,
+        takeover=takeover,
         recovered=recovered,
         keeping=keeping,
     )
     names = [str(path) for path in paths]
     names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
     trio.run(
-        _main, start, names, inheritance, recovered.state.listeners, policy_path, ready_fd, parent
+        _main, start, names, takeover, recovered.state.listeners, policy_path, ready_fd, parent
     )
+
+
+def _exempt_from_collection() -> None:
+    """What is there by now stays: the collector need not look through it again, for 20 ms."""
+    gc.collect()
+    gc.freeze()
 
 
 async def _main(
     start: partial[Coroutine[Any, Any, None]],
     names: Sequence[str],
-    inheritance: ReceivedState | None,
+    takeover: Takeover | None,
     back_again: Sequence[SavedListener],
     policy_path: Path | None,
     ready_fd: Fd | None,
     parent: Notifier | None,
 ) -> None:
-    before = back_again if inheritance is None else inheritance.state.listeners
+    before = back_again if takeover is None else takeover.state.listeners
     again = [listener.name for listener in before]
     async with trio.open_nursery() as serving:
         with ExitStack() as stack:
-            if inheritance is None:
+            if takeover is None:
                 signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
                 server: Server = await serving.start(start)
             else:
+                takeover.before_pausing = _exempt_from_collection
                 # Until then a signal ends us at once, and the old daemon goes on with everything.
-                inheritance.before_confirming = partial(
+                takeover.before_confirming = partial(
                     signal.pthread_sigmask, signal.SIG_BLOCK, _SIGNALS
                 )
                 server = await serving.start(start)
                 signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            # What is there by now stays: the collector need not look through it again, for 20 ms.
-            gc.collect()
-            gc.freeze()
+            if takeover is None:
+                _exempt_from_collection()
             if again:
-                how = "back again" if inheritance is None else "took over"
+                how = "back again" if takeover is None else "took over"
                 _log.info("%s: listening on %s", how, ", ".join(again))
             for name in names:
                 _log.info("listening on %s", name)

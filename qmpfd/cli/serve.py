@@ -364,7 +364,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     )
     paths = arguments.socket or ([] if listen_fds else [Path(default_socket())])
     policy = None if arguments.policy is None else read_policy(arguments.policy)
-    inheritance = None
+    predecessor = None
     there = recovered.state.listeners
     if arguments.takeover and not paths:
         raise UsageError("--takeover needs --socket: which daemon is to be taken over")
@@ -372,8 +372,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         reached, *paths = paths
         movable += [*recovered.stale_fds, *(given.fd for given in listen_fds)]
         movable += [fd for fd, _, _ in initial if fd not in movable]
-        inheritance = takeover.fetch(reached, movable, has_parent=parent is not None)
-        there = inheritance.state.listeners
+        predecessor = takeover.prepare(reached, movable, has_parent=parent is not None)
+        there = predecessor.state.listeners
     paths = takeover.still_to_bind(paths, there)
     from . import daemon
 
@@ -393,7 +393,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             socket_mode=arguments.socket_mode,
             initial_fds=initial,
             listen_fds=listen_fds,
-            inheritance=inheritance,
+            takeover=predecessor,
             recovered=recovered,
             keeping=kept,
             ready_fd=ready,

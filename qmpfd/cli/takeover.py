@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,13 +12,11 @@ from ..kernel.systemd import invocation_id
 from ..limits import TAKEOVER_TIMEOUT
 from ..server.renumber import Movable
 from ..server.saved_state import SavedListener
-from ..server.takeover import receiver as fetching
-
-_log = logging.getLogger("qmpfd")
+from ..server.takeover import receiver
 
 
-def fetch(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> fetching.ReceivedState:
-    """Fetch all that the daemon at *path* has.
+def prepare(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> receiver.Takeover:
+    """Begin to take over from the daemon at *path*, which goes on serving.
 
     Args:
         path: its socket.
@@ -28,29 +24,24 @@ def fetch(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> fetchi
         has_parent: what is kept of it is not with the service manager.
 
     Raises:
-        NoDaemon: nobody serves there, or it does not let go.
+        NoDaemon: nobody serves there, or it cannot be taken over from here.
         QMPError: it refuses.
     """
-    started = time.monotonic()
     try:
-        inheritance = fetching.fetch(path, TAKEOVER_TIMEOUT, _progress, movable)
+        takeover = receiver.prepare(path, TAKEOVER_TIMEOUT, _progress, movable)
     except ValueError as exc:
         raise NoDaemon(f"the daemon at {path} cannot be taken over: {exc}") from None
-    service = invocation_id()
-    if service is not None and not has_parent and inheritance.state.store == service:
-        inheritance.close()
-        raise NoDaemon(
-            f"the daemon at {path} is of this very service, and so is what is kept of it: "
-            "restart the service instead, and nothing is lost"
-        )
-    _log.info(
-        "fetched %d descriptors of %d fd sets and %d connections in %.2f s",
-        len(inheritance.state.stored_numbers),
-        len(inheritance.state.sets),
-        inheritance.state.connections,
-        time.monotonic() - started,
-    )
-    return inheritance
+    state, service = takeover.state, invocation_id()
+    why = ""
+    if service is not None and not has_parent and state.store == service:
+        why = "is of this very service, and so is what is kept of it: restart the service instead"
+    elif state.service not in (None, service) and any(ls.path is None for ls in state.listeners):
+        # The service manager would start another one in its place, with the same socket.
+        why = "has its socket from a service manager: restart the service instead"
+    if why:
+        takeover.close()
+        raise NoDaemon(f"the daemon at {path} {why}, and nothing is lost")
+    return takeover
 
 
 def still_to_bind(paths: Iterable[Path], listeners: Iterable[SavedListener]) -> list[Path]:

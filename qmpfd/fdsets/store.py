@@ -169,6 +169,14 @@ class FdSets:
         """
         return list(islice(self.expiries.until(now), limit))
 
+    def drop_all(self) -> list[Fd]:
+        """All descriptors, in no time: the caller owns them.  Nothing is to be stored any more."""
+        fds = [stored.fd for stored in self.everything()]
+        self._sets.clear()
+        self._owned.clear()
+        self._count = 0
+        return fds
+
     def everything(self) -> list[StoredFd]:
         """All that is stored."""
         return [stored for fdset in self for stored in fdset.fds.values()]

@@ -86,6 +86,11 @@ class Fd:
         self.close()
         self.number = moved
 
+    def adopt(self, other: Fd) -> None:
+        """Own what *other* owns, in place of what is closed here."""
+        assert self.number < 0
+        self.number = other.detach()
+
     def close(self) -> None:
         """Close the descriptor; harmless when that was done before."""
         number, self.number = self.number, -1

@@ -14,7 +14,11 @@ class State(Enum):
     STARTING = auto()
     #: Accepting clients and carrying out their requests.
     RUNNING = auto()
-    #: A takeover is under way: nobody is accepted, no session reads or writes.
+    #: The same, while a successor gets ready to take over.
+    OFFERED = auto()
+    #: The same, and the daemon was told to stop: it ends whether or not the takeover succeeds.
+    OFFERED_STOPPING = auto()
+    #: The successor is ready: nobody is accepted, no session reads or writes.
     PAUSED = auto()
     #: The same, and the daemon was told to stop: it ends whether or not the takeover succeeds.
     PAUSED_STOPPING = auto()
@@ -30,6 +34,8 @@ class Event(Enum):
     """What changes the state."""
 
     START = auto()
+    OFFER = auto()
+    WITHDRAW = auto()
     PAUSE = auto()
     RESUME = auto()
     STOP = auto()
@@ -40,12 +46,17 @@ class Event(Enum):
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.STARTING, Event.START): State.RUNNING,
     (State.STARTING, Event.STOP): State.DRAINING,
-    (State.RUNNING, Event.PAUSE): State.PAUSED,
     (State.RUNNING, Event.STOP): State.DRAINING,
-    (State.PAUSED, Event.RESUME): State.RUNNING,
+    (State.RUNNING, Event.OFFER): State.OFFERED,
+    (State.OFFERED, Event.WITHDRAW): State.RUNNING,
+    (State.OFFERED, Event.STOP): State.OFFERED_STOPPING,
+    (State.OFFERED, Event.PAUSE): State.PAUSED,
+    (State.OFFERED_STOPPING, Event.WITHDRAW): State.DRAINING,
+    (State.OFFERED_STOPPING, Event.PAUSE): State.PAUSED_STOPPING,
+    (State.PAUSED, Event.RESUME): State.OFFERED,
     (State.PAUSED, Event.STOP): State.PAUSED_STOPPING,
     (State.PAUSED, Event.HAND_OVER): State.HANDED_OVER,
-    (State.PAUSED_STOPPING, Event.RESUME): State.DRAINING,
+    (State.PAUSED_STOPPING, Event.RESUME): State.OFFERED_STOPPING,
     (State.PAUSED_STOPPING, Event.HAND_OVER): State.HANDED_OVER,
     **{(state, Event.END): State.ENDED for state in State},
 }

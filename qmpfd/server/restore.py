@@ -1,10 +1,10 @@
-"""The new daemon's side of a takeover: a server made of what was fetched."""
+"""Saved state and descriptors become store, listeners and sessions: in a restart, in a takeover."""
 
 from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -13,32 +13,25 @@ import trio
 
 from ..client.blocking import NoDaemon
 from ..fdsets import PERMANENT, Lifetime, Peer
-from ..kernel.fd import Fd
+from ..kernel.fd import Fd, close_all
+from ..limits import TAKEOVER_TIMEOUT
 from ..transport import FdStream
-from .connection.saved import SavedConnections
 from .connection.snapshot import WatchRestorer
 from .fdstore.recover import Recovered
 from .listen.listener import UnixListener
-from .saved_state import SavedFd, SavedState
-from .takeover.receiver import ReceivedState
+from .saved_state import SavedFd, SavedListener, SavedSet
 
 if TYPE_CHECKING:
+    from .connection.saved import SavedCounters
     from .connection.session import Session
     from .server import Server
+    from .takeover.receiver import Received, Takeover
 
 
 @contextmanager
-def taking_over(
-    server: Server, inheritance: ReceivedState | Recovered
-) -> Iterator[list[UnixListener]]:
-    """Put everything in its place, and give the listeners.
-
-    If the takeover is not confirmed in the block, all of it is let go at the block's end, as the
-    old daemon's: no connection is shut down, and no socket file removed.
-
-    Args:
-        server: a daemon that does not run yet.
-        inheritance: what was fetched, or has come back.
+def restored(server: Server, recovered: Recovered) -> Iterator[list[UnixListener]]:
+    """Put what has come back after a crash in its place, and give the listeners, which are closed
+    at the block's end.
 
     Raises:
         NoDaemon: it makes no sense.
@@ -46,49 +39,102 @@ def taking_over(
     """
     listeners: list[UnixListener] = []
     try:
-        try:
-            _restore(server, inheritance, listeners)
-        except (ValueError, LookupError, msgspec.MsgspecError) as exc:
-            raise NoDaemon(f"the old daemon's state cannot be used, it goes on: {exc}") from exc
+        fds = recovered.fds
+        with _usable():
+            _fill_store(server, recovered.state.sets, lambda number: fds[0], [], fds.popleft)
+            _inherit_listeners(recovered.state.listeners, fds, listeners)
         yield listeners
     finally:
-        if not inheritance.confirmed:
+        for listener in listeners:
+            listener.close()
+
+
+@contextmanager
+def taking_over(server: Server, takeover: Takeover) -> Iterator[Callable[[], list[UnixListener]]]:
+    """Store what the old daemon has, while it goes on serving; and give what fetches the rest, once
+    everything else is ready: the old daemon pauses then.  That gives its listeners.
+
+    If the takeover is not confirmed in the block, all of it is let go at the block's end, as the
+    old daemon's: no connection is shut down, and no socket file removed.
+
+    Args:
+        server: a daemon that does not run yet.
+        takeover: the takeover.
+
+    Raises:
+        NoDaemon: it makes no sense.
+        OSError: this process is out of descriptors.
+    """
+    listeners: list[UnixListener] = []
+
+    def drop(removed: list[tuple[int, int]]) -> None:
+        for fdset_id, number in removed:
+            fdset, fd = server.store.get(fdset_id), takeover.stored[number]
+            entries = [] if fdset is None else fdset.select(fd.fileno())
+            placeholders: list[Fd] = []
+            server.daemon.remove(entries, "removed", placeholders)
+            close_all(placeholders)
+
+    def finish() -> list[UnixListener]:
+        with _usable():
+            received = takeover.receive_rest(TAKEOVER_TIMEOUT, drop)
+            _inherit_listeners(takeover.state.listeners, received.others, listeners)
+            _restore_sessions(server, received)
+        return listeners
+
+    try:
+        with _usable():
+            _fill_store(server, takeover.state.sets, takeover.stored.__getitem__, [])
+        yield finish
+    finally:
+        if not takeover.confirmed:
+            server.drop_duplicates()
             for session in server.sessions:
-                session.abandon()
+                session.stream.close()
             for listener in listeners:
                 listener.abandon()
         for listener in listeners:
             listener.close()
 
 
-def _restore(
-    server: Server, inheritance: ReceivedState | Recovered, listeners: list[UnixListener]
+@contextmanager
+def _usable() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, LookupError, msgspec.MsgspecError) as exc:
+        raise NoDaemon(f"the old daemon's state cannot be used, it goes on: {exc}") from exc
+
+
+def _inherit_listeners(
+    saved: list[SavedListener], fds: deque[Fd], listeners: list[UnixListener]
 ) -> None:
-    state, fds = inheritance.state, _take_out(inheritance.fds)
-    # What is stored comes last: it may be kept until the end of one of the sessions.
-    inheritance.fds.rotate(-len(state.stored_numbers))
     listeners.extend(  # each as soon as there is one: the next may fail
-        UnixListener.inherit(next(fds), saved) for saved in state.listeners
+        UnixListener.inherit(fds.popleft(), each) for each in saved
     )
+
+
+def _restore_sessions(server: Server, received: Received) -> None:
+    rest, fds = received.rest, _take_out(received.others)
     sessions = []
-    connections = SavedConnections([], [], [])
-    if state.connection_states:
-        connections = msgspec.msgpack.decode(state.connection_states, type=SavedConnections)
-    for saved in connections.sessions:
+    for saved in rest.sessions:
         sock = socket.socket(fileno=next(fds).detach())
         stream = FdStream(trio.socket.from_stdlib_socket(sock))
         sessions.append(server.restore_session(stream, saved, fds))
-    _fill_store(server, state, inheritance.fds, sessions)
+    _fill_store(server, rest.added, received.stored.__getitem__, sessions)
     # Only now, as what was stored before is news to nobody, and a listing is of what is stored.
-    watches = WatchRestorer(connections.logs)
-    for session, saved in zip(sessions, connections.sessions, strict=True):
-        session.restore_reply(saved, connections.texts)
+    watches = WatchRestorer(rest.logs)
+    for session, saved in zip(sessions, rest.sessions, strict=True):
+        session.restore_reply(saved, rest.texts)
         watches.restore(saved, session.context)
+    _restore_counters(server, rest.counters)
+
+
+def _restore_counters(server: Server, saved: SavedCounters) -> None:
     stats = server.daemon.stats
-    stats.commands.update(state.commands)
-    stats.errors.update(state.errors)
-    stats.accepted, stats.turned_away = state.accepted, state.turned_away
-    stats.started_at -= state.uptime
+    stats.commands.update(saved.commands)
+    stats.errors.update(saved.errors)
+    stats.accepted, stats.turned_away = saved.accepted, saved.turned_away
+    stats.started_at = server.daemon.clock() - saved.uptime
 
 
 def _take_out(fds: deque[Fd]) -> Iterator[Fd]:
@@ -97,25 +143,40 @@ def _take_out(fds: deque[Fd]) -> Iterator[Fd]:
         yield fds.popleft()
 
 
-def _fill_store(server: Server, state: SavedState, fds: deque[Fd], sessions: list[Session]) -> None:
+def _fill_store(
+    server: Server,
+    sets: list[SavedSet],
+    descriptor: Callable[[int], Fd],
+    sessions: list[Session],
+    stored: Callable[[], object] = lambda: None,
+) -> None:
+    """Store descriptors.
+
+    Args:
+        server: the daemon.
+        sets: what they are.
+        descriptor: gives the descriptor that had a number; the store's once it is stored.
+        sessions: those that some of them are kept until the end of.
+        stored: called after each.
+    """
     now = server.daemon.clock()
-    for fdset in state.sets:
+    for fdset in sets:
         for saved in fdset.fds:
-            fd = fds[0]
+            fd = descriptor(saved.number)
             lifetime = _lifetime(saved, sessions, now)
             if lifetime is None:  # kept until the end of a connection that is over
-                fds.popleft().close()
-                continue
-            server.daemon.add(
-                [fd],
-                fdset.id,
-                saved.opaque,
-                None if saved.added_by is None else Peer(*saved.added_by),
-                lifetime,
-                create=True,
-                now=now - saved.age,
-            )
-            fds.popleft()
+                fd.close()
+            else:
+                server.daemon.add(
+                    [fd],
+                    fdset.id,
+                    saved.opaque,
+                    None if saved.added_by is None else Peer(*saved.added_by),
+                    lifetime,
+                    create=True,
+                    now=now - saved.age,
+                )
+            stored()
 
 
 def _lifetime(saved: SavedFd, sessions: list[Session], now: float) -> Lifetime | None:

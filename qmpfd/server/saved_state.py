@@ -1,12 +1,12 @@
-"""All that a daemon hands over to its successor, but for the descriptors themselves.
+"""What a daemon stores, as its successor gets it: in a takeover, or after a crash.
 
-It goes over as MessagePack with a format number.  Whoever takes over says the newest format that it
-can read, and reads all older ones too: a member that comes in with a new format has a default.  A
-member that it does not know makes it give up, and so does a newer format.
+A takeover has two steps.  While it goes on serving, the old daemon says what is stored, as
+:class:`SavedState`: MessagePack, with a format number.  Whoever takes over says the newest format
+that it can read, and reads all older ones too: a member that comes in with a new format has a
+default.  A member that it does not know makes it give up, and so does a newer format.
 
-The descriptors follow in the order in which the fields here speak of them: those of the sets, then
-the listeners', then for each session its connection, what waits for a command, what has a name,
-what waits to be sent, what goes with the reply in progress.
+When the newcomer is ready, the old daemon pauses, and hands over what is left: what has changed
+since, its connections, and all descriptors; see :class:`.connection.saved.SavedRest`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from msgspec import Struct
 
 from ..limits import TAKEOVER_FORMAT
 
-#: What is said once the state has gone over, one byte each.  The newcomer asks for more descriptors
-#: and, with all of it in its place, confirms.  The old daemon sends some, then says that all of it
-#: is the newcomer's, and closes the connection once it has closed everything else; or it has given
-#: up and goes on.
+#: What is said once the state has gone over, one byte each.  The newcomer asks for more, first for
+#: the rest of the state and then for descriptors; with all of it in its place, it confirms.  The
+#: old daemon sends some, then says that all of it is the newcomer's, and closes the connection once
+#: it has closed everything else; or it has given up and goes on.
 NEXT, CONFIRM = b"n", b"c"
 MORE, DONE, REFUSED = b"f", b"d", b"x"
 
@@ -77,49 +77,24 @@ NOT_OURS = SavedListener(None, None)
 
 
 class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """A daemon.
+    """What a daemon stores.
 
     Args:
-        pid: its process; the listening sockets may be of another that was there before.
         sets: its fd sets.
         listeners: its sockets.
-        connections: how many connections it has.
-        connection_fds: how many descriptors they come with.
-        connection_states: what they are: a SavedConnections of :mod:`.connection.saved`, which is
-            decoded later than the rest, as it knows more of the program.
-        commands: how often each command was carried out.
-        errors: how many error replies there were, by class.
-        accepted: clients ever served.
-        turned_away: clients refused.
-        uptime: seconds since the first start.
-        journal: whether the daemon's journal comes last: it is kept safe by somebody, who would
-            start it again.
         store: which service of the service manager keeps it safe, if that does.
+        service: which service the daemon is, if a service manager has started it.
     """
 
-    pid: int
     sets: list[SavedSet]
     listeners: list[SavedListener]
-    connections: int
-    connection_fds: int
-    commands: dict[str, int]
-    errors: dict[str, int]
-    accepted: int
-    turned_away: int
-    uptime: float
-    connection_states: bytes = b""
-    journal: bool = False
     store: str | None = None
+    service: str | None = None
 
     @property
     def stored_numbers(self) -> list[int]:
-        """The numbers of the stored descriptors, in the order in which they go over."""
+        """The numbers of the stored descriptors, set by set."""
         return [fd.number for fdset in self.sets for fd in fdset.fds]
-
-    @property
-    def fd_count(self) -> int:
-        """How many descriptors go over in all."""
-        return len(self.stored_numbers) + len(self.listeners) + self.connection_fds + self.journal
 
 
 def encode(state: SavedState) -> bytes:

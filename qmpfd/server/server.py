@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import trio
@@ -93,7 +94,9 @@ class Server:
         self.sessions: set[Session] = set()
         #: Where clients connect.
         self.listeners: Sequence[UnixListener] = ()
-        self._takeover_scope = trio.CancelScope()  # of the takeover under way
+        #: Of the takeover under way.
+        self.takeover_scope = trio.CancelScope()
+        self._drained_by = inf
         self._nursery: trio.Nursery | None = None
 
     def stop(self) -> None:
@@ -101,13 +104,10 @@ class Server:
         if not self.lifecycle.can(Event.STOP):
             return
         self.lifecycle.handle(Event.STOP)
-        if self.lifecycle.state is State.DRAINING:
-            # Who is told that the daemon ends may start another one on the same path.
-            for listener in self.listeners:
-                listener.unlink()
-        if self.lifecycle.paused:  # a takeover is an end as well, if it does not take too long
-            deadline = trio.current_time() + self.daemon.limits.drain_timeout / 2
-            self._takeover_scope.deadline = min(self._takeover_scope.deadline, deadline)
+        # A takeover that is under way is an end as well, if it does not take too long.
+        now, timeout = trio.current_time(), self.daemon.limits.drain_timeout
+        self._drained_by = now + timeout
+        self.takeover_scope.deadline = min(self.takeover_scope.deadline, now + timeout / 2)
 
     def quit(self) -> None:
         """As :meth:`stop`, and nothing is left for another daemon to come back to."""
@@ -133,14 +133,13 @@ class Server:
                     self.lifecycle.handle(Event.START)
                 task_status.started(self)
                 await self.lifecycle.wait_stopping()
-                deadline = trio.current_time() + self.daemon.limits.drain_timeout
                 background.cancel_scope.cancel()
             # A takeover that is under way comes to its end first.
             await self.lifecycle.wait_for(State.DRAINING, State.HANDED_OVER)
             if self.lifecycle.handed_over:
                 sessions.cancel_scope.cancel()
             else:
-                sessions.cancel_scope.deadline = deadline
+                sessions.cancel_scope.deadline = self._drained_by
                 self._drain()
 
     def _background_tasks(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
@@ -186,23 +185,34 @@ class Server:
 
     # -- takeover ------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def paused(self, scope: trio.CancelScope) -> AsyncGenerator[None, None]:
-        """Begin nothing while the block runs; then go on, unless a successor has taken over.
-
-        Args:
-            scope: what the block runs in; :meth:`stop` brings its deadline forward.
+    @contextmanager
+    def offered(self, timeout: float) -> Iterator[None]:
+        """Offer everything to a successor while the block runs, which may take so many seconds.
 
         Raises:
-            GenericError: a takeover is under way already, or the daemon is ending.
+            GenericError: that is done already, or the daemon is ending.
         """
-        if not self.lifecycle.can(Event.PAUSE):
+        if not self.lifecycle.can(Event.OFFER):
             raise GenericError("The daemon is being taken over, or is ending")
+        self.lifecycle.handle(Event.OFFER)
+        try:
+            with trio.move_on_after(timeout) as self.takeover_scope:
+                yield
+        finally:
+            if self.lifecycle.can(Event.WITHDRAW):
+                self.lifecycle.handle(Event.WITHDRAW)
+
+    @contextmanager
+    def paused(self, timeout: float) -> Iterator[None]:
+        """Begin nothing while the block runs, for so many seconds at most; then go on, unless a
+        successor has taken over.
+        """
         self.lifecycle.handle(Event.PAUSE)
+        scope = self.takeover_scope
+        scope.deadline = min(scope.deadline, trio.current_time() + timeout)
         self._acceptor.pause()
         for session in self.sessions:
             session.pause()
-        self._takeover_scope = scope
         try:
             yield
         finally:
@@ -229,13 +239,20 @@ class Server:
         """A successor has taken over: let go of everything, without a word to anybody, and end."""
         self.lifecycle.handle(Event.HAND_OVER)
         self.durability.release_all()
-        self.daemon.watchers.clear()
-        self.daemon.logs.clear()
         self.daemon.audit = None  # nothing goes: the successor has it
+        self.drop_duplicates()
         for listener in self.listeners:
             listener.abandon()
             listener.close()
-        self.daemon.closer.close_duplicates(self._clear())
+
+    def drop_duplicates(self) -> None:
+        """Close what another daemon goes on with: no connection is shut down, nobody is told."""
+        self.daemon.watchers.clear()
+        self.daemon.logs.clear()
+        # The successor serves nobody before all of it is closed: so all at once.  Some may be
+        # closed: the places of descriptors of a takeover that has failed.
+        fds = [fd for fd in self.store.drop_all() if not fd.closed]
+        self.daemon.closer.close_duplicates(fds)
         for session in self.sessions:
             session.release()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,10 @@ from .fdstore.recover import Holdings, Recovered
 from .lifecycle import Event
 from .listen.binding import Permissions
 from .listen.listener import UnixListener
-from .restore import taking_over
+from .restore import restored, taking_over
 from .server import Server
 from .services import Unmirrored
-from .takeover.receiver import ReceivedState
+from .takeover.receiver import Takeover
 
 _log = logging.getLogger("qmpfd")
 
@@ -46,7 +46,7 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     audit: FileDescriptorLike | None = None,
     initial_fds: Iterable[tuple[Fd, int | None, str | None]] = (),
     listen_fds: Iterable[Fd] = (),
-    inheritance: ReceivedState | None = None,
+    takeover: Takeover | None = None,
     recovered: Recovered | None = None,
     keeping: FdStoreConfig | None = None,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
@@ -75,8 +75,8 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             from here on.
         listen_fds: Unix sockets that listen already, of a service manager; owned by the daemon
             from here on.
-        inheritance: what was fetched from the daemon that is to be taken over, see
-            :func:`qmpfd.server.takeover.receiver.fetch`; owned by the daemon from here on.
+        takeover: of a daemon that serves now, see
+            :func:`qmpfd.server.takeover.receiver.prepare`; owned by the daemon from here on.
         recovered: what has come back of a daemon that was here before, see
             :func:`qmpfd.server.fdstore.recover.recover`; owned by the daemon from here on.
         keeping: whoever keeps a second copy of what is stored, and starts the daemon again.
@@ -99,12 +99,16 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
         if in_flight_is_limited():
             server.daemon.in_flight_probe = InFlightProbe()
             stack.callback(server.daemon.in_flight_probe.close)
-        for before in (inheritance, recovered):
-            if before is not None:
-                stack.enter_context(before)
-                listeners += stack.enter_context(taking_over(server, before))
+        if recovered is not None:
+            stack.enter_context(recovered)
+            listeners += stack.enter_context(restored(server, recovered))
+        finish: Callable[[], list[UnixListener]] = list
+        if takeover is not None:
+            stack.enter_context(takeover)
+            finish = stack.enter_context(taking_over(server, takeover))
+        permissions = Permissions(socket_mode, socket_group)
         for listener in listeners:
-            listener.permissions = Permissions(socket_mode, socket_group)
+            listener.permissions = permissions
         if recovered is not None:
             _bind_lost(listeners, recovered.holdings)
         initial: list[StoredFd] = []
@@ -115,17 +119,21 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
         for path in paths:
             listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))
             stack.callback(listeners[-1].close)
+        taken_over = finish()  # the last: while that takes, nobody is served
+        listeners[:0] = taken_over
         ours = list(listeners)  # the others are passed to every daemon that is started here
         while inherited:
             listeners.append(UnixListener.inherit(inherited.popleft()))
             stack.callback(listeners[-1].close)
-        evidence = None if inheritance is None else inheritance.evidence
+        evidence = None if takeover is None else takeover.evidence
         # Not before the mirror is done: it asks whether the daemon was handed over.
         stack.callback(server.lifecycle.handle, Event.END)
         async with mirrored(server, ours, recovered, evidence):
-            if inheritance is not None:
-                inheritance.confirm(TAKEOVER_TIMEOUT)
+            if takeover is not None:
+                takeover.confirm(TAKEOVER_TIMEOUT)
                 server.durability.confirm()
+                for listener in taken_over:
+                    listener.change_permissions(permissions)
             if writer is not None:  # from here on, what is stored is ours
                 server.daemon.audit = Audit(writer.write)
                 for stored in initial:

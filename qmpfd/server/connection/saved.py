@@ -1,4 +1,4 @@
-"""What a daemon hands over of its connections, but for the descriptors themselves."""
+"""What a daemon hands over once it is paused, but for the descriptors themselves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from msgspec import Struct
 from ...commands.events import EventLog, SavedEvent, SavedWatch
 from ...commands.listings import SavedListing
 from ...protocol.server import ConnectionState
+from ..saved_state import SavedSet
 
 
 class SavedReply(Struct, forbid_unknown_fields=True):
@@ -83,15 +84,51 @@ class SharedParts:
         return number
 
 
-class SavedConnections(Struct, forbid_unknown_fields=True):
-    """All connections.
+class SavedCounters(Struct, forbid_unknown_fields=True):
+    """What has happened since the first start.
 
     Args:
+        commands: how often each command was carried out.
+        errors: how many error replies there were, by class.
+        accepted: clients ever served.
+        turned_away: clients refused.
+        uptime: seconds since then.
+    """
+
+    commands: dict[str, int]
+    errors: dict[str, int]
+    accepted: int
+    turned_away: int
+    uptime: float
+
+
+class SavedRest(Struct, forbid_unknown_fields=True):
+    """What a daemon hands over once it is paused.
+
+    The descriptors follow: all that are stored, by ascending numbers; the listeners'; for each
+    session its connection, what waits for a command, what has a name, what waits to be sent, what
+    goes with the reply in progress; the journal.
+
+    Args:
+        removed: fd set and number of each descriptor that was stored and is no more.
+        added: what was stored meanwhile, or is kept until the end of a session, or watched.
         sessions: the connections.
         texts: opaque texts that their listings are in the middle of.
         logs: the events that watchers among them read.
+        counters: what has happened so far.
+        journal: whether the daemon's journal comes last: it is kept safe by somebody, who would
+            start it again.
     """
 
+    removed: list[tuple[int, int]]
+    added: list[SavedSet]
     sessions: list[SavedSession]
     texts: list[str]
     logs: list[list[SavedEvent]]
+    counters: SavedCounters
+    journal: bool
+
+    @property
+    def session_fds(self) -> int:
+        """How many descriptors the connections come with."""
+        return sum(session.fd_count for session in self.sessions)

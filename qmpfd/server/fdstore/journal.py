@@ -218,16 +218,8 @@ class History:
                 )
                 sets.setdefault(entry.fdset_id, SavedSet(entry.fdset_id, [])).fds.append(saved)
         return SavedState(
-            pid=os.getpid(),
             sets=list(sets.values()),
             listeners=[each for name, each in self.listeners.items() if kept(name)],
-            connections=0,
-            connection_fds=0,
-            commands={},
-            errors={},
-            accepted=0,
-            turned_away=0,
-            uptime=0.0,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import select
 import socket
@@ -30,6 +31,9 @@ _INHERITED_OPTIONS = {
 
 class ListenerShutDown(OSError):
     """Somebody else who has the listening socket has shut it down (shutdown(2))."""
+
+
+_log = logging.getLogger("qmpfd")
 
 
 class UnixListener:
@@ -123,6 +127,19 @@ class UnixListener:
     def is_lost(self) -> bool:
         """Whether its file is gone, or another one is there."""
         return self.file is not None and self.path is not None and identity(self.path) != self.file
+
+    def change_permissions(self, permissions: Permissions) -> None:
+        """Give the socket file other permissions, if there is one and it is ours."""
+        self.permissions = permissions
+        if self.path is None or self.file is None or self.is_lost:
+            return
+        group = os.getegid() if permissions.group is None else permissions.group
+        try:
+            if os.stat(self.path).st_gid != group:
+                os.chown(self.path, -1, group)
+            self.path.chmod(permissions.mode)
+        except OSError as exc:
+            _log.error("the permissions of %s stay as they are: %s", self, exc.strerror or exc)
 
     def bind_again(self) -> None:
         """Listen with a new socket at the same path, under the same number.  Connections in the

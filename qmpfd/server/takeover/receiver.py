@@ -1,22 +1,29 @@
-"""The newcomer's side of a takeover: fetch everything from the daemon that serves a socket.
+"""The newcomer's side of a takeover.
 
-It runs before Trio does, so that each stored descriptor can have the number that it had in the
-old daemon: nothing else is open yet that could be in the way.
+:func:`prepare` runs before anything is imported that opens descriptors: it learns what is stored,
+and has something open under each number that a stored descriptor will have, and under those that
+may be added to them.  While the old daemon goes on serving, the newcomer gets ready; then
+:meth:`Takeover.receive_rest` has the old daemon pause, and fetches all descriptors.
 
-The old daemon owns everything until it has said DONE, see :mod:`.handover`.  Whatever happens
-before, the duplicates here are closed and it goes on as if nothing had been.
+The old daemon owns everything until it has said DONE, see :mod:`.sender`.  Whatever happens before,
+the duplicates here are closed and it goes on as if nothing had been.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from ...client.blocking import BlockingClient, NoDaemon
 from ...kernel.fd import Fd, close_all, receive
@@ -25,26 +32,182 @@ from ..fdstore.evidence import has_handed_over, is_dead
 from ..renumber import Movable, renumber
 from ..saved_state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode
 
+if TYPE_CHECKING:
+    from ..connection.saved import SavedRest
 
-class ReceivedState:
-    """What was fetched, and the connection that it came over.
+_log = logging.getLogger("qmpfd")
+
+
+#: Numbers above the stored ones that are kept free for what is stored before the old daemon pauses;
+#: and how many more this process has to have then, or else it does without.
+_AHEAD, _ROOM = 256, 1024
+
+
+class Received:
+    """What came once the old daemon was paused.
 
     Args:
-        state: what the descriptors are.
-        old: the old daemon.
+        rest: what it is.
+        stored: the stored descriptors, by the numbers that they had.
+        others: all other descriptors, in the order of *rest*; owned here until they are taken out.
     """
 
-    def __init__(self, state: SavedState, old: _Predecessor) -> None:
+    def __init__(self, rest: SavedRest, stored: dict[int, Fd], others: deque[Fd]) -> None:
+        self.rest = rest
+        self.stored = stored
+        self.others = others
+
+
+class Takeover:
+    """A takeover that is under way, as the newcomer sees it.
+
+    Args:
+        state: what is stored, and may change.
+        old: the old daemon.
+        progress: told how many descriptors have come, of how many.
+    """
+
+    def __init__(
+        self, state: SavedState, old: _Predecessor, progress: Callable[[int, int], None]
+    ) -> None:
         self.state = state
-        #: The descriptors, in the order of *state*; owned here until they are taken out.
-        self.fds: deque[Fd] = deque()
+        #: What is open in place of each stored descriptor, by its number there; owned by whoever
+        #: stores it, in the end.
+        self.stored: dict[int, Fd] = {}
         #: The old daemon's journal, if it is one that is started again when it dies.
         self.journal: Fd | None = None
         #: All of it is ours.
         self.confirmed = False
+        #: Called when everything is ready for the old daemon to be paused.
+        self.before_pausing: Callable[[], object] = lambda: None
         #: Called when there is no way back any more, or will not be in a moment.
         self.before_confirming: Callable[[], object] = lambda: None
         self._old = old
+        self._progress = progress
+        self._fillers: dict[int, Fd] = {}  # what keeps other numbers free
+        self._others: deque[Fd] = deque()
+
+    def reserve(self, movable: Iterable[Movable]) -> None:
+        """Have something open under each number that is needed, and may be.
+
+        Args:
+            movable: descriptors that are open here and may get other numbers.
+
+        Raises:
+            OSError: this process may not have so many.
+        """
+        numbers = self.state.stored_numbers
+        with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as null:
+            for number in numbers:
+                self.stored[number] = null.dup()
+            places = [self.stored[number] for number in numbers]
+            renumber(places, numbers, [*movable, self._old, null])
+            end = max(numbers, default=0) + _AHEAD
+            most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            while end + _ROOM < most:
+                filler = null.dup()
+                self._fillers[filler.fileno()] = filler
+                if filler.fileno() >= end:
+                    break
+
+    def receive_rest(
+        self, timeout: float, drop: Callable[[list[tuple[int, int]]], None]
+    ) -> Received:
+        """Have the old daemon pause, and fetch what is left: all descriptors, above all.
+
+        Args:
+            timeout: seconds that any step of it may take.
+            drop: called with what is stored no more, as fd set and number, to give it up.
+
+        Raises:
+            NoDaemon: it gives up, or does not answer.
+            ValueError: what it sends cannot be used here.
+        """
+        self.before_pausing()
+        began = time.monotonic()
+        try:
+            rest = self._receive_state(timeout)
+            drop(rest.removed)
+            for _, number in rest.removed:
+                del self.stored[number]
+            self._reserve_added([fd.number for fdset in rest.added for fd in fdset.fds])
+            others = len(self.state.listeners) + rest.session_fds + rest.journal
+            self._receive_fds(len(self.stored) + others, timeout)
+        except TimeoutError:
+            raise NoDaemon("the old daemon does not answer") from None
+        except NoDaemon:
+            raise
+        except OSError as exc:
+            raise unusable(exc) from None
+        if rest.journal:
+            self.journal = self._others.pop()
+        _log.info(
+            "fetched %d descriptors and %d connections in %.2f s",
+            len(self.stored),
+            len(rest.sessions),
+            time.monotonic() - began,
+        )
+        return Received(rest, self.stored, self._others)
+
+    def _receive_state(self, timeout: float) -> SavedRest:
+        from ..connection.saved import SavedRest  # noqa: PLC0415 - Trio is there by now
+
+        said, passed, _ = self._old.ask(NEXT, timeout)
+        try:
+            if said != MORE or len(passed) != 2:
+                raise NoDaemon("the old daemon has ended before everything was here")
+            memory, process = passed
+            self._old.process = process
+            passed = [memory]
+            try:
+                return msgspec.msgpack.decode(read_all(memory), type=SavedRest)
+            except msgspec.MsgspecError as exc:
+                raise ValueError(f"its state cannot be read: {exc}") from None
+        finally:
+            close_all(passed)
+
+    def _reserve_added(self, numbers: list[int]) -> None:
+        """The same as :meth:`reserve`, for what was stored since."""
+        if not numbers:
+            return
+        with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as null:
+            for number in numbers:
+                filler = self._fillers.pop(number, None)
+                self.stored[number] = null.dup() if filler is None else filler
+        renumber([self.stored[number] for number in numbers], numbers, self._fillers.values())
+
+    def _receive_fds(self, total: int, timeout: float) -> None:
+        """Receive all descriptors, those that are stored in their places.
+
+        They come by ascending numbers, and the kernel gives each the lowest number that is free: so
+        with all others taken, each comes where it belongs.
+        """
+        numbers = sorted(self.stored)
+        places = [self.stored[number] for number in numbers]
+        targets: list[int | None] = [place.fileno() for place in places]
+        close_all(places)
+        fds = self._others
+        while len(fds) < total:
+            said, chunk, dropped = self._old.ask(NEXT, timeout)
+            fds += chunk
+            if dropped:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            if said != MORE or not chunk or len(fds) > total:
+                raise NoDaemon("the old daemon has ended before everything was here")
+            self._progress(len(fds), total)
+        stored = [fds.popleft() for _ in places]
+        try:
+            if [fd.number for fd in stored] != targets:
+                unplaced: list[int | None] = [None] * len(fds)
+                renumber([*stored, *fds], targets + unplaced, [*self._fillers.values(), self._old])
+            for fd, place, target in zip(stored, places, targets, strict=True):
+                if fd.number != target:
+                    raise ValueError(f"descriptor {target} is in use in this process already")
+                place.adopt(fd)
+        finally:
+            close_all(stored)
+        close_all(self._fillers.values())
+        self._fillers.clear()
 
     def confirm(self, timeout: float) -> None:
         """Everything is in its place: take over.
@@ -62,16 +225,20 @@ class ReceivedState:
     @property
     def evidence(self) -> Fd:
         """What tells whether the old daemon has let go; see :func:`has_handed_over`."""
-        return self._old.process if self.journal is None else self.journal
+        process = self._old.process
+        assert process is not None
+        return process if self.journal is None else self.journal
 
     def close(self) -> None:
-        """Give up what was not taken out."""
-        close_all(self.fds)
+        """Give up what was not taken out: the connection last, by which the old daemon knows."""
+        close_all(self.stored.values() if not self.confirmed else ())
+        close_all(self._fillers.values())
+        close_all(self._others)
         if self.journal is not None:
             self.journal.close()
         self._old.close()
 
-    def __enter__(self) -> ReceivedState:
+    def __enter__(self) -> Takeover:
         return self
 
     def __exit__(
@@ -88,15 +255,12 @@ class _Predecessor:
 
     Args:
         sock: the connection to it; owned from here on.
-        pid: its process.
-
-    Raises:
-        OSError: there is no such process here.
     """
 
-    def __init__(self, sock: socket.socket, pid: int) -> None:
-        self.process = Fd(os.pidfd_open(pid))
-        self._sock = socket.socket(fileno=sock.detach())
+    def __init__(self, sock: socket.socket) -> None:
+        #: Its process, as a pidfd, once it was paused.
+        self.process: Fd | None = None
+        self._sock = sock
 
     def fileno(self) -> int:
         """Of the connection."""
@@ -156,100 +320,68 @@ class _Predecessor:
                 self._hear()
             except TimeoutError:
                 pass
-        elif not is_dead(self.process, timeout):
+        elif self.process is None or not is_dead(self.process, timeout):
             raise NoDaemon("the old daemon has not let go: it goes on")
         elif journal is not None and not has_handed_over(journal, 0):
             raise NoDaemon("the old daemon has died, and is started again with everything")
 
     def close(self) -> None:
         """Close the connection."""
+        if self.process is not None:
+            self.process.close()
         self._sock.close()
-        self.process.close()
 
 
-def fetch(
+def prepare(
     path: str | os.PathLike[str],
     timeout: float,
     progress: Callable[[int, int], None],
     movable: Iterable[Movable] = (),
-) -> ReceivedState:
-    """Fetch everything from the daemon that serves *path*.
+) -> Takeover:
+    """Begin to take over from the daemon that serves *path*, which goes on serving.
 
     Args:
         path: its socket.
-        timeout: seconds that any step of it may take.
-        progress: told how many descriptors have come, of how many.
+        timeout: seconds that it may take to answer.
+        progress: told how many descriptors have come, of how many, once they come.
         movable: descriptors that are open here and may get other numbers.
 
     Raises:
-        NoDaemon: nobody serves there, or it does not let go.
+        NoDaemon: nobody serves there.
         QMPError: it refuses: this user may not, or it is a newer version.
         ValueError: what it sends cannot be used here.
     """
     with BlockingClient(path, timeout) as client:
         _, passed = client.request("takeover", {"format": TAKEOVER_FORMAT})
-        sock = client.detach()
-    try:
-        with sock:
+        old = _Predecessor(client.detach())
+    with ExitStack() as stack:
+        stack.callback(old.close)
+        stack.callback(close_all, passed)
+        try:
             if len(passed) != 1:
                 raise ValueError("it sends no state")
-            size = os.lseek(passed[0].fileno(), 0, os.SEEK_END)
-            state = decode(os.pread(passed[0].fileno(), size, 0))
+            state = decode(read_all(passed[0]))
             close_all(passed)
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             if len(state.stored_numbers) > Limits(max_fds=most).within(most).max_fds:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            old = _Predecessor(sock, state.pid)
-    except OSError as exc:
-        raise _unusable(exc) from None
-    finally:
-        close_all(passed)
-    with ExitStack() as stack:
-        inheritance = stack.enter_context(ReceivedState(state, old))
-        try:
-            _receive_all(old, state, inheritance.fds, timeout, progress)
-        except TimeoutError:
-            raise NoDaemon("the old daemon does not answer") from None
+            takeover = stack.enter_context(Takeover(state, old, progress))
+            takeover.reserve(movable)
         except OSError as exc:
-            raise _unusable(exc) from None
-        if state.journal:
-            inheritance.journal = inheritance.fds.pop()
-        stored = len(state.stored_numbers)
-        fds = list(inheritance.fds)
-        renumber(
-            fds,
-            [*state.stored_numbers, *[None] * (len(fds) - stored)],
-            [*movable, old, old.process, *([inheritance.journal] if inheritance.journal else [])],
-        )
+            raise unusable(exc) from None
         stack.pop_all()
-    return inheritance
+    return takeover
 
 
-def _unusable(error: OSError) -> ValueError:
+def read_all(memory: Fd) -> bytes:
+    """All that is in the file behind *memory*."""
+    size = os.lseek(memory.fileno(), 0, os.SEEK_END)
+    return os.pread(memory.fileno(), size, 0)
+
+
+def unusable(error: OSError) -> ValueError:
     """Why what the old daemon has cannot be had here."""
     if error.errno in (errno.EMFILE, errno.EINVAL, errno.EBADF):  # fcntl(2), dup(2)
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return ValueError(f"this process may have {most} open files only (ulimit -n)")
-    if error.errno == errno.ESRCH:
-        return ValueError("its process cannot be seen from here")
     return ValueError(error.strerror or str(error))
-
-
-def _receive_all(
-    old: _Predecessor,
-    state: SavedState,
-    fds: deque[Fd],
-    timeout: float,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Receive the descriptors, in the order of *state*, at whatever numbers."""
-    total, come = state.fd_count, 0
-    while come < total:
-        said, chunk, dropped = old.ask(NEXT, timeout)
-        come += len(chunk)
-        fds += chunk
-        if dropped:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        if said != MORE or not chunk or come > total:
-            raise NoDaemon("the old daemon has ended before everything was here")
-        progress(come, total)

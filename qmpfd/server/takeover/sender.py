@@ -1,7 +1,9 @@
-"""The old daemon's side of a takeover: one transaction, under the store's lock.
+"""The old daemon's side of a takeover.
 
-Nobody is accepted, no session reads, and all that is under way comes to rest; then everything is
-described, and its descriptors are sent.  The newcomer confirms once all of it is in its place.
+First, everybody is served as ever, and the newcomer is told what is stored: it gets ready.  Then it
+asks for the rest, and the daemon is paused: nobody is accepted, no session reads, all that is under
+way comes to rest.  What has changed and what the connections are is described, and all descriptors
+are sent.  The newcomer confirms once all of it is in its place.
 
 Who owns it is decided by one system call, that which says DONE.  Before, all of it is ours, and
 everybody goes on when the newcomer dies, hangs or gives up: then DONE cannot be sent any more.
@@ -13,8 +15,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Protocol
 
 import msgspec
@@ -23,16 +25,20 @@ import trio
 from ...errors import GenericError
 from ...fdsets import StoredFd
 from ...kernel.fd import Fd
-from ...limits import FORGET_TIMEOUT, SCM_MAX_FD, TAKEOVER_TIMEOUT
+from ...kernel.systemd import invocation_id
+from ...limits import FORGET_TIMEOUT, MAX_PAUSE, SCM_MAX_FD, TAKEOVER_TIMEOUT
 from ...transport import FdStream
 from .. import saved_state as saved
 from ..closing import all_closed
-from ..connection.saved import SavedConnections, SharedParts
+from ..connection.saved import SavedCounters, SavedRest, SharedParts
 from ..connection.session import Session
 from ..listen.listener import UnixListener
 from ..services import Durability, Services
 
 _log = logging.getLogger("qmpfd")
+
+#: Descriptors that are described in a row, at 2 us each, before others are served.
+_DESCRIBED_AT_ONCE = 256
 
 
 class Predecessor(Protocol):
@@ -41,8 +47,11 @@ class Predecessor(Protocol):
     services: Services
     listeners: Sequence[UnixListener]
 
-    def paused(self, scope: trio.CancelScope) -> AbstractAsyncContextManager[None]:
-        """Begin nothing while the block runs, in *scope*."""
+    def offered(self, timeout: float) -> AbstractContextManager[None]:
+        """Offer everything to a successor while the block runs, which may take so long."""
+
+    def paused(self, timeout: float) -> AbstractContextManager[None]:
+        """Begin nothing while the block runs, which may take so long."""
 
     async def wait_quiescent(self, newcomer: Session) -> list[Session]:
         """Wait until no other session has anything under way, and acquire the lock."""
@@ -59,49 +68,70 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
         newcomer: the session that asked for it.
 
     Raises:
-        GenericError: it cannot even begin: one is under way already, or the daemon is ending, out
-            of descriptors or too busy.
+        GenericError: it cannot even begin: one is under way already, or the daemon is ending, or
+            out of descriptors or memory.
     """
-    services, stream = server.services, newcomer.stream
-    begun = False
-    with trio.move_on_after(TAKEOVER_TIMEOUT) as scope:
-        async with server.paused(scope):
+    lifecycle, stream, pid = server.services.lifecycle, newcomer.stream, newcomer.peer.pid
+    with server.offered(TAKEOVER_TIMEOUT):
+        described: dict[int, StoredFd] = {}
+        state = await _describe_store(server, described)
+        with _in_memory(saved.encode(state)) as memory:
             try:
-                others = await server.wait_quiescent(newcomer)
-                try:
-                    state, fds = describe(server, others)
-                    with _in_memory(saved.encode(state)) as memory:
-                        begun = True
-                        _log.info("pid %d takes over", newcomer.peer.pid)
-                        await newcomer.reply_to_takeover(memory)
-                    if await _send_all(stream, fds) and _let_go(services.durability, stream):
-                        server.release_all()
-                        _log.info("pid %d has taken over", newcomer.peer.pid)
-                        with trio.move_on_after(FORGET_TIMEOUT):
-                            await services.durability.sync()  # what was kept of it is closed too
-                            await all_closed(services.shared.closer)
-                        return
-                finally:
-                    services.lock.release()
+                await newcomer.reply_to_takeover(memory)
+                if await _hear(stream) == saved.NEXT:
+                    _log.info("pid %d takes over", pid)
+                    with server.paused(min(TAKEOVER_TIMEOUT, MAX_PAUSE)):
+                        await _hand_over_paused(server, newcomer, described)
             except trio.BrokenResourceError:
                 pass  # the newcomer is gone
+            except GenericError as exc:  # it has its reply already: REFUSED has to do
+                _log.error("%s", exc)
             finally:
-                if begun and not services.lifecycle.handed_over:
-                    _log.warning("pid %d has not taken over: going on", newcomer.peer.pid)
-                    with suppress(trio.BrokenResourceError):
+                if not lifecycle.handed_over:
+                    _log.warning("pid %d has not taken over: going on", pid)
+                    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                         stream.send_nowait(saved.REFUSED)
-    if not begun:
-        raise GenericError("The daemon did not come to rest in time: it goes on")
+
+
+async def _hand_over_paused(
+    server: Predecessor, newcomer: Session, described: Mapping[int, StoredFd]
+) -> None:
+    services, stream = server.services, newcomer.stream
+    others = await server.wait_quiescent(newcomer)
+    try:
+        rest, fds = _describe_rest(server, others, described)
+        with _in_memory(msgspec.msgpack.encode(rest)) as memory, _own_process() as process:
+            await stream.send_all(saved.MORE, [memory, process])
+        if await _send_all(stream, fds) and _let_go(services.durability, stream):
+            server.release_all()
+            _log.info("pid %d has taken over", newcomer.peer.pid)
+            with trio.move_on_after(FORGET_TIMEOUT):
+                await services.durability.sync()  # what was kept of it is closed too
+                await all_closed(services.shared.closer)
+    finally:
+        services.lock.release()
+
+
+def _own_process() -> Fd:
+    """This process, as a pidfd: a number would mean another one in another namespace."""
+    try:
+        return Fd(os.pidfd_open(os.getpid()))
+    except OSError as exc:
+        raise GenericError(f"The daemon cannot hand over: {exc.strerror}") from None
 
 
 def _in_memory(data: bytes) -> Fd:
     try:
         memory = Fd(os.memfd_create("qmpfd-state", os.MFD_CLOEXEC))
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(memory.fileno(), view) :]
+        except BaseException:
+            memory.close()
+            raise
     except OSError as exc:
         raise GenericError(f"The daemon cannot hand over: {exc.strerror}") from None
-    written = 0
-    while written < len(data):
-        written += os.write(memory.fileno(), data[written:])
     return memory
 
 
@@ -142,50 +172,78 @@ async def _hear(stream: FdStream) -> bytes:
             return b""
 
 
-def describe(
-    server: Predecessor, sessions: Collection[Session]
-) -> tuple[saved.SavedState, list[int]]:
-    """The daemon's state, and the numbers of all descriptors that belong to it, in its order."""
+async def _describe_store(server: Predecessor, described: dict[int, StoredFd]) -> saved.SavedState:
+    """What is stored, while it may change.
+
+    Args:
+        server: the daemon.
+        described: where each stored descriptor goes that is in it, by its number.
+    """
+    daemon = server.services.shared
+    now = daemon.clock()
+    sets: list[saved.SavedSet] = []
+    for fdset in daemon.store.iter_stable():
+        entries = []
+        for stored in fdset.iter_stable(now):
+            lifetime = stored.lifetime
+            # What depends on a connection, or on the descriptor itself, goes over with that.
+            if lifetime.owner is None and not lifetime.watch_hangup:
+                number = stored.fd.fileno()
+                described[number] = stored
+                entries.append(_describe_fd(number, stored, now, {}))
+                if not len(described) % _DESCRIBED_AT_ONCE:
+                    await trio.lowlevel.checkpoint()
+        if entries:
+            sets.append(saved.SavedSet(fdset.id, entries))
+    listeners = [listener.saved for listener in server.listeners]
+    return saved.SavedState(sets, listeners, server.services.durability.store, invocation_id())
+
+
+def _describe_rest(
+    server: Predecessor, sessions: Sequence[Session], described: Mapping[int, StoredFd]
+) -> tuple[SavedRest, list[int]]:
+    """The rest of the daemon's state, and the numbers of all descriptors that belong to it."""
     daemon, durability = server.services.shared, server.services.durability
     now = daemon.clock()
     owners = {id(session.context): number for number, session in enumerate(sessions)}
-    fds: list[int] = []
-    sets = []
+    numbers: list[int] = []
+    added = []
     for fdset in daemon.store:
         entries = []
         for number, stored in fdset.fds.items():
-            fds.append(number)
-            entries.append(_describe_fd(number, stored, now, owners))
-        sets.append(saved.SavedSet(fdset.id, entries))
+            numbers.append(number)
+            if described.get(number) is not stored:
+                entries.append(_describe_fd(number, stored, now, owners))
+        if entries:
+            added.append(saved.SavedSet(fdset.id, entries))
+    fds = sorted(numbers)
     fds += [listener.socket.fileno() for listener in server.listeners]
-    described = []
+    saved_sessions = []
     parts = SharedParts(list(daemon.logs.values()))
     for session in sessions:
         entry, its_fds = session.describe(now, parts)
-        described.append(entry)
+        saved_sessions.append(entry)
         fds += its_fds
     journal = durability.journal
     if journal is not None:
         fds.append(journal.fileno())
     stats = daemon.stats
-    state = saved.SavedState(
-        pid=os.getpid(),
-        sets=sets,
-        listeners=[listener.saved for listener in server.listeners],
-        connections=len(described),
-        connection_fds=sum(session.fd_count for session in described),
-        connection_states=msgspec.msgpack.encode(
-            SavedConnections(described, parts.texts, [log.save() for log in parts.logs])
+    rest = SavedRest(
+        removed=[(s.fdset.id, number) for number, s in described.items() if s.removed],
+        added=added,
+        sessions=saved_sessions,
+        texts=parts.texts,
+        logs=[log.save() for log in parts.logs],
+        counters=SavedCounters(
+            dict(stats.commands),
+            dict(stats.errors),
+            stats.accepted,
+            stats.turned_away,
+            now - stats.started_at,
         ),
-        commands=dict(stats.commands),
-        errors=dict(stats.errors),
-        accepted=stats.accepted,
-        turned_away=stats.turned_away,
-        uptime=now - stats.started_at,
         journal=journal is not None,
-        store=durability.store,
     )
-    return state, fds
+    return rest, fds
 
 
 def _describe_fd(

@@ -105,6 +105,7 @@ async def test_not_at_once() -> None:
         rig.send_buffer.write(b"c")
         assert rig.stream.sent[1:] == []
         rig.send_buffer.commit()
+        rig.server.lifecycle.handle(Event.OFFER)
         rig.server.lifecycle.handle(Event.PAUSE)
         rig.send_buffer.write(b"d")
         assert rig.stream.sent[1:] == []
@@ -146,7 +147,7 @@ async def test_what_is_not_taken_waits() -> None:
 async def test_nothing_goes_out_while_paused() -> None:
     async with Harness() as rig:
         rig.send_buffer.enqueue(b"a")
-        async with rig.server.paused(trio.CancelScope()):
+        with rig.server.offered(10), rig.server.paused(10):
             await rig.send_buffer.drain()
             rig.send_buffer.flush_nowait()
             assert rig.stream.sent == []

@@ -122,7 +122,7 @@ def test_a_newcomer_finishes_though_the_old_one_is_told_to_end(
             newcomer = stepper.start(
                 command,
                 path.with_suffix(".new.log"),
-                where={"restore.py": ["_restore"]},
+                where={"restore.py": ["_restore_sessions"]},
                 step=3,
                 number=signal.SIGSTOP,
             )
@@ -159,8 +159,8 @@ def test_the_newcomer_is_told_to_end(
             path,
             "--takeover",
             where={
-                "takeover/receiver.py": ["fetch", "_reserve", "_receive_all"],
-                "restore.py": ["_restore", "_fill_store"],
+                "takeover/receiver.py": ["prepare", "reserve", "receive_rest", "_receive_fds"],
+                "restore.py": ["_restore_sessions", "_fill_store"],
             },
             step=step,
             number=number,
@@ -243,18 +243,7 @@ def test_a_client_that_floods(path: Path, stepper: Stepper) -> None:
 
 # -- versions ----------------------------------------------------------------------------------
 
-STATE = SavedState(
-    pid=os.getpid(),
-    sets=[],
-    listeners=[],
-    connections=0,
-    connection_fds=0,
-    commands={},
-    errors={},
-    accepted=0,
-    turned_away=0,
-    uptime=0.0,
-)
+STATE = SavedState(sets=[], listeners=[])
 
 
 def with_members(**members: object) -> dict[str, object]:
@@ -265,7 +254,7 @@ UNREADABLE = {
     "newer format": (TAKEOVER_FORMAT + 1, with_members()),
     "no format": (0, with_members()),
     "unknown member": (TAKEOVER_FORMAT, with_members(colour="red")),
-    "wrong type": (TAKEOVER_FORMAT, with_members(pid="one")),
+    "wrong type": (TAKEOVER_FORMAT, with_members(listeners="one")),
     "no pair": with_members(),
 }
 

@@ -25,19 +25,21 @@ ALL_STEPS = os.environ.get("QMPFD_ALL_STEPS") == "1"
 #: What a newcomer does, and what the old daemon does.
 NEWCOMER = {
     "takeover/receiver.py": (
-        "fetch",
+        "prepare",
         "__init__",
-        "_reserve",
-        "_receive_all",
+        "reserve",
+        "receive_rest",
+        "_receive_state",
+        "_receive_fds",
         "ask",
         "_hear",
         "let_go",
     ),
-    "restore.py": ("_restore", "_fill_store"),
+    "restore.py": ("finish", "_inherit_listeners", "_restore_sessions", "_fill_store"),
 }
 OLD = {
     "takeover/sender.py": (),
-    "server.py": ("paused", "wait_quiescent", "release_all"),
+    "server.py": ("offered", "paused", "wait_quiescent", "release_all", "drop_duplicates"),
     "connection/session.py": ("describe", "leave", "reply_to_takeover"),
 }
 #: Several messages for a few descriptors.
@@ -189,7 +191,7 @@ def test_the_old_one_is_killed(tmp_path: Path, stepper: Stepper) -> None:
                 assert "fetched" not in newcomer.said  # which it says once everything is here
                 assert here.old.wait() == -signal.SIGKILL
                 assert here.old.place.rpartition(" ")[2] != "leave"
-                assert newcomer.poll() == 3
+                assert newcomer.poll() == 3, newcomer.said
                 assert newcomer.said.count("\n") == 1
                 assert here.is_lost()
                 here.path.unlink()

@@ -77,7 +77,7 @@ class Load:
                 with BlockingClient(self._path, PATIENCE) as passing:
                     (seen,) = passing.execute("query-fds", {"opaque": name})
                     assert (seen["fdset-id"], seen["fd"]) == (info["fdset-id"], info["fd"])
-                    with passing.open_fdset(info) as copy:
+                    with passing.open_fdset(info["fdset-id"], fd=info["fd"]) as copy:
                         assert os.fstat(copy.fileno()).st_ino == os.fstat(file.fileno()).st_ino
                         assert os.pread(copy.fileno(), 100, 0) == name.encode()
                 assert pipe.held()
@@ -136,8 +136,8 @@ def kill_one(stepper: Stepper, path: Path, step: int) -> None:
         ["serve", "--socket", str(path), "--takeover"],
         path.with_suffix(".killed.log"),
         where={
-            "takeover/receiver.py": ("fetch", "_reserve", "_receive_all"),
-            "restore.py": ("_restore",),
+            "takeover/receiver.py": ("prepare", "receive_rest", "_receive_fds"),
+            "restore.py": ("_restore_sessions",),
         },
         step=step,
     )
