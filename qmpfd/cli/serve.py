@@ -32,7 +32,7 @@ _DEFAULTS = Limits()
 
 #: What to do where a socket cannot be made.
 _ADVICE = {
-    errno.EADDRINUSE: "qmpfd status shows it; --takeover replaces it; ",
+    errno.EADDRINUSE: "qmpfd status shows it; --replace takes over from it; ",
     errno.ENOENT: "make its folder first; ",
 }
 
@@ -53,11 +53,17 @@ def add_parsers(verbs: Subparsers) -> None:
         help="listen here; may be given more than once (default: $QMPFD_SOCKET, else "
         "$XDG_RUNTIME_DIR/qmpfd.sock, else /run/qmpfd.sock)",
     )
-    parser.add_argument(
+    taking_over = parser.add_mutually_exclusive_group()
+    taking_over.add_argument(
         "--takeover",
         action="store_true",
         help="take over from the daemon that serves the (first) socket: all it holds, under the "
-        "same numbers, and its connections; nobody notices",
+        "same numbers, and its connections; nobody notices, and this command line is in force",
+    )
+    taking_over.add_argument(
+        "--replace",
+        action="store_true",
+        help="start; where a daemon serves the (first) socket already, take over from it",
     )
     parser.add_argument(
         "--supervise",
@@ -368,7 +374,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     there = recovered.state.listeners
     if arguments.takeover and not paths:
         raise UsageError("--takeover needs --socket: which daemon is to be taken over")
-    if arguments.takeover and not recovered.has_state:
+    takes_over = arguments.takeover or (arguments.replace and takeover.is_served(paths[:1]))
+    if takes_over and not recovered.has_state:
         reached, *paths = paths
         movable += [*recovered.stale_fds, *(given.fd for given in listen_fds)]
         movable += [fd for fd, _, _ in initial if fd not in movable]

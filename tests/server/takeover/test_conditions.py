@@ -1,0 +1,431 @@
+"""Takeovers where something is different: the command line, the namespace, a name, what is full."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from helpers import Pipe, send_now
+from installed import need_namespaces
+from stepper import Stepped, Stepper
+from supervised import until
+
+from qmpfd.client.blocking import BlockingClient
+from qmpfd.kernel.fd import Fd
+from qmpfd.limits import TAKEOVER_FORMAT
+from qmpfd.server.connection.saved import SavedRest
+from qmpfd.server.saved_state import SavedState, decode
+
+PATIENCE = 30.0
+
+
+@pytest.fixture(scope="module")
+def stepper() -> Iterator[Stepper]:
+    with Stepper() as stepper:
+        yield stepper
+
+
+@pytest.fixture
+def start(path: Path, stepper: Stepper) -> Iterator[Callable[..., Stepped]]:
+    """Starts a daemon at *path*."""
+    started: list[Stepped] = []
+
+    def start(*arguments: str, **options: Any) -> Stepped:
+        log = path.with_suffix(f".{len(started)}.log")
+        made = stepper.start(["serve", "--socket", str(path), *arguments], log, **options)
+        started.append(made)
+        made.until("listening", "STEP")
+        return made
+
+    yield start
+    for made in started:
+        made.end()
+        assert "Traceback" not in made.said, made.said
+
+
+@contextmanager
+def served(command: list[str], log: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A daemon as a process of its own, which ends with status 0."""
+    with log.open("wb") as file, subprocess.Popen(command, stderr=file, **options) as process:
+        try:
+            until(lambda: b"listening" in log.read_bytes() or process.poll() is not None)
+            assert process.poll() is None, log.read_text()
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            assert process.wait(PATIENCE) == 0, log.read_text()
+
+
+SERVE = [sys.executable, "-m", "qmpfd", "serve"]
+
+
+# -- the command line --------------------------------------------------------------------------
+
+
+def test_replace(path: Path, start: Callable[..., Stepped]) -> None:
+    """One command line for the first start, and for each that comes."""
+    first = start("--replace")
+    with BlockingClient(path, PATIENCE) as client, Pipe() as pipe:
+        client.execute("add-fd", {"opaque": "kept"}, [pipe])
+        pipe.release()
+        second = start("--replace")
+        assert first.wait() == 0
+        assert len(client.execute("query-fdsets")) == 1
+        second.signal(signal.SIGKILL)
+        second.wait()
+        assert path.exists()
+        assert not pipe.held()
+    start("--replace")  # over a stale socket file
+    with BlockingClient(path, PATIENCE) as client:
+        assert client.execute("query-fdsets") == []
+
+
+def test_replace_and_supervise(path: Path, tmp_path: Path) -> None:
+    command = [*SERVE, "--replace", "--supervise", "--socket", str(path)]
+    with (
+        served(command, tmp_path / "first") as first,
+        Pipe() as pipe,
+        BlockingClient(path, PATIENCE) as client,
+    ):
+        info = client.execute("add-fd", {"opaque": "kept"}, [pipe])
+        pipe.release()
+        with served(command, tmp_path / "second"):
+            assert first.wait(PATIENCE) == 0
+            assert client.execute("query-fdsets")[0]["fds"][0]["fd"] == info["fd"]
+            assert client.execute("query-stats")["kept-safe"]
+            client.execute("remove-fd", {"fdset-id": 0})
+            assert not pipe.held()
+
+
+@pytest.mark.parametrize("options,mode", [(("--socket-mode", "666"), 0o666), ((), 0o600)])
+def test_the_permissions_of_the_socket(
+    path: Path, start: Callable[..., Stepped], options: tuple[str, ...], mode: int
+) -> None:
+    """Those of the new command line, once it has taken over; a takeover that fails leaves them."""
+    old = start("--socket-mode", "640")
+    inode = path.stat().st_ino
+    where = {"restore.py": ["_restore_sessions"]}
+    killed = start("--takeover", *options, where=where, step=2)
+    assert killed.wait() == -signal.SIGKILL
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    start("--takeover", *options)
+    assert old.wait() == 0
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert path.stat().st_ino == inode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to any group")
+def test_the_group_of_the_socket(path: Path, start: Callable[..., Stepped]) -> None:
+    old = start("--socket-group", "4242")
+    assert path.stat().st_gid == 4242
+    second = start("--takeover", "--socket-group", "4243")
+    assert old.wait() == 0
+    assert path.stat().st_gid == 4243
+    start("--takeover")
+    assert second.wait() == 0
+    assert path.stat().st_gid == os.getegid()
+
+
+# -- who it is ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a namespace of processes takes root")
+@pytest.mark.parametrize("inside", ["old", "new"])
+def test_another_pid_namespace(path: Path, tmp_path: Path, inside: str) -> None:
+    """No number of a process means anything to the other."""
+    need_namespaces("--pid", "--fork")
+    prefix = ["unshare", "--pid", "--fork", "--kill-child"]
+    first, second = [*SERVE, "--socket", str(path)], [*SERVE, "--takeover", "--socket", str(path)]
+    if inside == "old":
+        first = [*prefix, *first]
+    else:
+        second = [*prefix, *second]
+    with ExitStack() as stack, Pipe() as pipe:
+        old = stack.enter_context(subprocess.Popen(first, stderr=subprocess.DEVNULL))
+        stack.callback(old.kill)
+        until(lambda: path.exists() and _answers(path))
+        with BlockingClient(path, PATIENCE) as client:
+            client.execute("add-fd", {"opaque": "kept"}, [pipe])
+            pipe.release()
+            log = tmp_path / "new.log"
+            file = stack.enter_context(log.open("wb"))
+            new = stack.enter_context(subprocess.Popen(second, stderr=file))
+            stack.callback(new.kill)
+            assert old.wait(PATIENCE) == 0
+            until(lambda: b"took over" in log.read_bytes())
+            assert client.execute("query-fdsets")[0]["fds"][0]["opaque"] == "kept"
+            client.execute("quit")
+            assert new.wait(PATIENCE) == 0
+            assert not pipe.held()
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(os.fspath(path)) == 0
+
+
+def test_a_socket_of_a_service_manager(path: Path, tmp_path: Path) -> None:
+    """It would start another daemon in the old one's place: so not by hand."""
+    with socket.socket(socket.AF_UNIX) as listener, Fd(os.memfd_create("x")) as file:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        shell = f'exec 3<&{listener.fileno()}; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
+        activated = ["bash", "-c", shell, "bash", *SERVE]
+        service = {**os.environ, "INVOCATION_ID": "0123456789abcdef"}
+        log = tmp_path / "old.log"
+        with (
+            served(activated, log, pass_fds=[listener.fileno()], env=service),
+            BlockingClient(path, PATIENCE) as client,
+        ):
+            client.execute("add-fd", {"opaque": "kept"}, [file])
+            command = [*SERVE, "--takeover", "--socket", str(path)]
+            for environment in (os.environ, {**os.environ, "INVOCATION_ID": "fedcba"}):
+                done = subprocess.run(
+                    command, stderr=subprocess.PIPE, env=environment, timeout=PATIENCE, check=False
+                )
+                assert done.returncode == 3
+                assert done.stderr.count(b"\n") == 1
+                assert b"service manager" in done.stderr
+            assert len(client.execute("query-fdsets")) == 1
+
+
+@pytest.mark.parametrize("supervised", [[], ["--supervise"]])
+def test_a_path_that_is_not_utf8(tmp_path: Path, supervised: list[str]) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.sock")
+    command = [*SERVE, *supervised, "--socket", os.fspath(path)]
+    with (
+        served(command, tmp_path / "old.log") as old,
+        Fd(os.memfd_create("x")) as file,
+        BlockingClient(path, PATIENCE) as client,
+    ):
+        client.execute("add-fd", {"opaque": "kept"}, [file])
+        with served([*command, "--takeover"], tmp_path / "new.log"):
+            assert old.wait(PATIENCE) == 0
+            assert len(client.execute("query-fdsets")) == 1
+    assert not path.exists()
+
+
+# -- what is full, in the way, or does not answer ----------------------------------------------
+
+
+def test_the_same_limit_is_enough(path: Path, start: Callable[..., Stepped]) -> None:
+    """With the table as full as it gets."""
+    most = 400
+    old = start(most_files=most)
+    with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
+        client.execute("add-fds", {"opaque": "x"}, [0] * 250)
+        client.execute("add-fds", {"opaque": "y"}, [0] * 50)
+        others = [stack.enter_context(BlockingClient(path, PATIENCE)) for _ in range(60)]
+        before = client.execute("query-fdsets")
+        second = start("--takeover", most_files=most)
+        assert old.wait() == 0
+        assert client.execute("query-fdsets") == before
+        start("--takeover", most_files=most)
+        assert second.wait() == 0
+        assert client.execute("query-fdsets") == before
+        for other in others:
+            assert other.execute("query-name") == {}
+
+
+def test_a_number_that_is_taken(path: Path, tmp_path: Path) -> None:
+    """It costs that descriptor its number, and nothing else."""
+    command = [*SERVE, "--socket", str(path)]
+    with (
+        served(command, tmp_path / "old.log") as old,
+        ExitStack() as stack,
+        BlockingClient(path, PATIENCE) as client,
+    ):
+        files = [stack.enter_context(Fd(os.memfd_create(f"{n}"))) for n in range(20)]
+        numbers = [client.execute("add-fd", {"opaque": repr(f)}, [f])["fd"] for f in files]
+        names = [repr(file) for file in files]
+        taken = numbers[7]
+        stack.enter_context(Fd(os.dup2(files[0].fileno(), 900)))
+        shell = f'exec {taken}<&900 900<&-; exec "$@"'
+        bash = ["bash", "-c", shell, "bash", *command, "--takeover"]
+        with served(bash, tmp_path / "new.log", pass_fds=[900]):
+            assert old.wait(PATIENCE) == 0
+            found = {fd["opaque"]: fd for fd in client.execute("query-fds")}
+            assert len(found) == 20
+            for n, number in enumerate(numbers):
+                assert f"memfd:{n}" in found[names[n]]["target"]
+                assert (found[names[n]]["fd"] == number) == (n != 7)
+        assert f"{taken}" in (tmp_path / "new.log").read_text()
+
+
+def test_what_is_stored_and_removed_meanwhile(path: Path, start: Callable[..., Stepped]) -> None:
+    """While the newcomer gets ready: all of it is there, under its own number."""
+    old = start()
+    with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
+        made = [stack.enter_context(Pipe()) for _ in range(40)]
+        infos = [client.execute("add-fd", {"opaque": f"{n}"}, [p]) for n, p in enumerate(made[:20])]
+        where = {"takeover/receiver.py": ["receive_rest"]}
+        newcomer = start("--takeover", where=where, step=1, number=signal.SIGSTOP)
+        assert newcomer.place
+        for info in infos[::2]:
+            client.execute("remove-fd", info)
+        for pipe in made[:20]:
+            pipe.release()
+        assert [pipe.held() for pipe in made[:20]] == [False, True] * 10  # closed at once, too
+        for number, pipe in enumerate(made[20:], 20):
+            client.execute("add-fds", {"opaque": f"{number}", "watch-hangup": number > 30}, [pipe])
+            pipe.release()
+        added = client.execute("add-fds", {"lifetime": "connection"}, [0, 0])
+        before = client.execute("query-fdsets")
+        newcomer.signal(signal.SIGCONT)
+        newcomer.until("took over")
+        assert old.wait() == 0
+        assert client.execute("query-fdsets") == before
+        assert [pipe.held() for pipe in made] == [False, True] * 10 + [True] * 20
+        client.execute("remove-fd", {"fdset-id": added["fdset-id"]})
+        for fdset in client.execute("query-fdsets"):
+            client.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
+        assert not any(pipe.held() for pipe in made)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_no_memory_for_the_state(path: Path, start: Callable[..., Stepped], which: int) -> None:
+    """The old daemon says so and goes on: RLIMIT_FSIZE is about a memfd too."""
+    old = start()
+    with BlockingClient(path, PATIENCE) as client:
+        for number in range(20):
+            client.execute("add-fd", {"opaque": f"{number}" * 100}, [0])
+        _, hard = resource.prlimit(old.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(old.pid, resource.RLIMIT_FSIZE, (500 if which == 1 else 6000, hard))
+        if which == 2:  # what is added then goes over in the second part, and is too much for it
+            where = {"takeover/receiver.py": ["receive_rest"]}
+            newcomer = start("--takeover", where=where, step=1, number=signal.SIGSTOP)
+            assert newcomer.place or newcomer.poll() is not None
+            for number in range(100):
+                client.execute("add-fd", {"opaque": f"{number}" * 100}, [0])
+            newcomer.signal(signal.SIGCONT)
+        else:
+            newcomer = start("--takeover")
+        assert newcomer.wait() in (1, 3), newcomer.said
+        assert newcomer.said.replace("STEP", "\n").count("qmpfd:") == 1
+        assert old.poll() is None
+        assert client.execute("query-name") == {}
+        resource.prlimit(old.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        assert start("--takeover").poll() is None
+        assert old.wait() == 0
+
+
+def test_a_parent_that_is_stopped(path: Path, tmp_path: Path) -> None:
+    """A change that it has not acknowledged does not hold the takeover up; its reply comes."""
+    command = [*SERVE, "--supervise", "--socket", str(path)]
+    with ExitStack() as stack:
+        old = stack.enter_context(served(command, tmp_path / "old.log"))
+        file = stack.enter_context(Fd(os.memfd_create("x")))
+        client, other = (stack.enter_context(BlockingClient(path, PATIENCE)) for _ in range(2))
+        client.execute("add-fd", {"opaque": "kept"}, [file])
+        sock = stack.enter_context(client.detach())
+        sock.setblocking(True)
+        sock.settimeout(PATIENCE)
+        old.send_signal(signal.SIGSTOP)
+        stack.callback(old.send_signal, signal.SIGCONT)
+        send_now(sock, b'{"execute": "add-fd", "id": 1}', [file])
+        assert other.execute("query-name") == {}
+        with served([*SERVE, "--takeover", "--socket", str(path)], tmp_path / "new.log"):
+            assert b'"id": 1' in sock.recv(1000)
+            assert len(other.execute("query-fdsets")) == 2
+            old.send_signal(signal.SIGCONT)
+            assert old.wait(PATIENCE) == 0
+
+
+def test_one_that_is_interrupted(path: Path, tmp_path: Path, start: Callable[..., Stepped]) -> None:
+    """SIGINT, at whatever line: one line at most, and the old daemon goes on."""
+    old = start()
+    with BlockingClient(path, PATIENCE) as client:
+        client.execute("add-fd", {}, [0])
+        for step in range(1, 60, 7):
+            where = {"takeover/receiver.py": (), "restore.py": ()}
+            newcomer = start("--takeover", where=where, step=step, number=signal.SIGINT)
+            assert newcomer.wait() != 0
+            told = [line for line in newcomer.said.splitlines() if not line.startswith("STEP")]
+            assert len(told) <= 2, newcomer.said
+        assert old.poll() is None
+        assert len(client.execute("query-fdsets")) == 1
+
+
+# -- formats -----------------------------------------------------------------------------------
+
+#: What format 1 is: from here on, every version reads it.
+FORMAT_1 = (
+    1,
+    {
+        "sets": [
+            {
+                "id": 0,
+                "fds": [
+                    {
+                        "number": 9, "opaque": "x", "added_by": [1, 2, 3], "age": 1.5,
+                        "owner": None, "expires_in": 10.0, "watch_hangup": False,
+                    }
+                ],
+            }
+        ],
+        "listeners": [{"path": b"/run/q.sock", "file": [1, 2]}],
+        "store": "s",
+        "service": "t",
+    },
+)  # fmt: skip
+REST_1 = {
+    "removed": [[0, 9]],
+    "added": [],
+    "sessions": [
+        {
+            "peer": [1, 2, 3], "groups": [4], "idle": 0.5,
+            "connection": {
+                "state": "commands", "oob_enabled": False, "errors_in_a_row": 0,
+                "receive_buffer": {
+                    "parser": None, "fds": 0, "segment": "spent", "lost": "", "segment_left": 0,
+                },
+                "messages": [{"text": b"{}", "error": "", "fds": None, "lost": ""}],
+            },
+            "names": ["n"], "unsent": [[b"x", 0]],
+            "reply": {
+                "members": b"\x80", "deep_id": b"", "written": 3, "opaque": None, "fds": 0,
+                "listing": {
+                    "query": {"fdset-id": 3}, "age": 1.0, "stage": "in set", "below": 4,
+                    "fdset_id": 4, "next_fd": 17, "entry": None, "written": 0,
+                },
+            },
+            "watch": {"log": 0, "behind": 1, "lost": 2},
+        }
+    ],
+    "texts": ["t"],
+    "logs": [[{"name": "FD_ADDED", "time": 1, "data": {"fdset-id": 0, "fd": 9}}]],
+    "counters": {
+        "commands": {"add-fd": 1}, "errors": {}, "accepted": 1, "turned_away": 0, "uptime": 1.0,
+    },
+    "journal": True,
+}  # fmt: skip
+
+
+def test_format_1_is_read() -> None:
+    assert TAKEOVER_FORMAT >= 1
+    state = decode(msgspec.msgpack.encode(FORMAT_1))
+    assert isinstance(state, SavedState)
+    assert state.stored_numbers == [9]
+    rest = msgspec.msgpack.decode(msgspec.msgpack.encode(REST_1), type=SavedRest)
+    assert rest.session_fds == 2
+    # And is what is written: a member that came in would have to have a default.
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(rest)) == REST_1
+
+
+def test_a_session_in_an_unknown_state() -> None:
+    broken = msgspec.to_builtins(REST_1)
+    broken["sessions"][0]["connection"]["state"] = "asleep"
+    with pytest.raises(msgspec.ValidationError, match="asleep"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(broken), type=SavedRest)
