@@ -1,0 +1,290 @@
+"""A connection to a QMP server whose calls block: one request at a time, and its reply."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import stat
+import time
+from _thread import allocate_lock  # threading's own, without the rest of it
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf
+from types import TracebackType
+from typing import Any, Self
+
+from ..kernel.fd import Fd, FileDescriptorLike, close_all, discard, peek, receive_planned, send
+from ..kernel.unix_address import connectable
+from ..protocol.client import ClientConnection, QMPEvent, Reply
+from ..protocol.connection import ProtocolError, State
+from .errors import ClientClosed, NoAnswer, NoDaemon, cannot_connect
+
+_RETRY = 0.01
+
+
+def _no_connection(path: str, error: OSError) -> str:
+    """Why there is no connection, and what to do about it."""
+    start = f"name another, or start one: qmpfd serve --socket {path}"
+    if isinstance(error, FileNotFoundError):
+        return f"no daemon at {path}: {error.strerror} ({start})"
+    if isinstance(error, ConnectionRefusedError):
+        # Of any other file, too (unix(7)).
+        if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
+            return f"no daemon at {path}: that is no socket (name another)"
+        return f"no daemon at {path}: the one that made it has ended ({start})"
+    if isinstance(error, PermissionError):
+        advice = "its owner can let you in: qmpfd serve --socket-mode, --policy"
+    else:
+        advice = "name another"
+    return f"cannot connect to {path}: {error.strerror or error} ({advice})"
+
+
+class BlockingConnection:
+    """What :class:`qmpfd.BlockingClient` stands on.
+
+    Args:
+        path: the server's Unix socket; ``@NAME`` is one in the abstract namespace (unix(7)).
+        timeout: seconds that connecting, and then each call, may take; None for no limit.
+
+    Raises:
+        NoDaemon: nobody answers there, or not QMP.
+        QMPError: the server turns us away.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], timeout: float | None = 10.0) -> None:
+        self._path = os.fspath(path)
+        self._timeout = inf if timeout is None else timeout
+        self._deadline = time.monotonic() + self._timeout
+        self._connection = ClientConnection()
+        self._calling = allocate_lock()
+        self._last_id = 0
+        self._replies: list[Reply] = []
+        self._events: list[QMPEvent] = []
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # A byte sent with MSG_OOB stays one of the stream, where it belongs (unix(7)).
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            self._sock.setblocking(False)
+            self._connect()
+            while self._connection.state is State.CONNECTED:
+                self._receive()
+                self._raise_refusal()
+            self.execute("qmp_capabilities")
+            self._connection.negotiated()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self) -> None:
+        while True:
+            try:
+                with connectable(self._path) as address:
+                    self._sock.connect(address)
+                return
+            except BlockingIOError:  # the backlog is full, and poll(2) does not tell when it is not
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    raise self._silent() from None
+                time.sleep(min(left, _RETRY))
+            except (OSError, ValueError) as exc:
+                error = exc if isinstance(exc, OSError) else OSError(errno.EINVAL, str(exc))
+                why = _no_connection(os.fsdecode(self._path), error)
+                raise cannot_connect(why, error) from exc
+
+    @property
+    def greeting(self) -> Mapping[str, Any]:
+        """What the server said of itself: its ``version`` and ``capabilities``."""
+        return self._connection.greeting or {}
+
+    # -- commands ------------------------------------------------------------------------------
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        fds: Sequence[FileDescriptorLike] = (),
+    ) -> Any:
+        """Carry out any QMP command.
+
+        Args:
+            command: its name.
+            arguments: its arguments, as they go over the wire.
+            fds: descriptors to pass with it (SCM_RIGHTS); they stay the caller's.
+
+        Returns:
+            The ``return`` member of the reply.
+
+        Raises:
+            QMPError: the server refused it; the exception is named after the error's class.
+            NoDaemon: the server does not answer, or the connection is lost.
+            ClientClosed: this client is closed.
+            ProtocolError: the server's answer is not QMP.
+            ValueError: JSON cannot carry the arguments.
+            OSError: *fds* cannot be passed.
+        """
+        value, passed = self.request(command, arguments, fds)
+        close_all(passed)
+        return value
+
+    def request(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        fds: Sequence[FileDescriptorLike] = (),
+    ) -> tuple[Any, list[Fd]]:
+        """As :meth:`execute`; with the descriptors that came with the reply.
+
+        Args:
+            command: its name.
+            arguments: its arguments, as they go over the wire.
+            fds: descriptors to pass with it (SCM_RIGHTS); they stay the caller's.
+
+        Raises:
+            Exception: what :meth:`execute` raises.
+        """
+        with self._calling:
+            self._deadline = time.monotonic() + self._timeout
+            self._check_open()
+            self._last_id += 1
+            self._send(self._connection.execute(command, arguments, self._last_id), fds)
+            while True:
+                while self._replies:
+                    reply = self._replies.pop(0)
+                    if reply.id == self._last_id and reply.error is None:
+                        return reply.value, reply.fds
+                    close_all(reply.fds)
+                    # Without an id: the server could not read the request.
+                    if reply.id in (self._last_id, None):
+                        reply.unwrap()
+                self._receive()
+
+    def events(self) -> Iterator[QMPEvent]:
+        """The server's events, as they come, without a time limit.
+
+        Raises:
+            NoDaemon: the connection is lost.
+            ClientClosed: this client is closed.
+        """
+        while True:
+            with self._calling:
+                self._deadline = inf
+                while not self._events:
+                    self._receive()
+                event = self._events.pop(0)
+            yield event
+
+    def take_events(self) -> list[QMPEvent]:
+        """The events that have come so far, without waiting for any.
+
+        Raises:
+            NoDaemon: the connection is lost.
+        """
+        with self._calling:
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            self._deadline = time.monotonic() + self._timeout
+            while poll.poll(0):
+                self._receive()
+            events, self._events = self._events, []
+        return events
+
+    # -- the connection ------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """The socket: readable once the server has said something."""
+        return self._sock.fileno()
+
+    def _send(self, request: bytes, fds: Sequence[FileDescriptorLike]) -> None:
+        begun = False
+        try:
+            while request:
+                try:
+                    request = request[send(self._sock, request, fds) :]
+                    fds, begun = (), True
+                except BlockingIOError:
+                    self._wait(select.POLLOUT)
+                except ConnectionError:
+                    # It may have said why before it closed the connection.
+                    self._receive()
+                    self._raise_refusal()
+        except BaseException:
+            if begun and request:  # the next one would go into the middle of this one
+                self.close()
+            raise
+
+    def _receive(self) -> None:
+        self._wait(select.POLLIN)
+        try:
+            data, fds_follow = peek(self._sock)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data, fds_follow = b"", False
+        if not data:
+            raise NoDaemon(f"the daemon at {self._path} has closed the connection")
+        lengths = self._connection.plan(data, fds_follow)
+        if fds_follow:
+            self._connection.received(*receive_planned(self._sock, lengths))
+        else:
+            discard(self._sock, lengths[0])
+        try:
+            for message in self._connection.messages():
+                if isinstance(message, QMPEvent):
+                    self._events.append(message)
+                else:
+                    self._replies.append(message)
+        except ProtocolError as exc:
+            raise NoDaemon(f"at {self._path}: {exc}") from None
+        finally:
+            close_all(self._connection.fds_to_close)
+            self._connection.fds_to_close.clear()
+
+    def _raise_refusal(self) -> None:
+        """Raise what the server said before it was asked anything."""
+        for reply in self._replies:
+            if reply.id is None and reply.error is not None:
+                raise reply.error
+
+    def _check_open(self) -> None:
+        if self._connection.state is State.CLOSED:
+            raise ClientClosed("this client is closed")
+
+    def _wait(self, event: int) -> None:
+        self._check_open()
+        poll = select.poll()
+        poll.register(self._sock, event)
+        left = self._deadline - time.monotonic()
+        if left <= 0 or not poll.poll(None if left == inf else left * 1000):
+            raise self._silent()
+
+    def _silent(self) -> NoDaemon:
+        why = "stopped, or busy"
+        if self._connection.state is State.CONNECTED:  # no greeting
+            why += ", or no QMP server, or a QEMU with another client"
+        return NoAnswer(f"the daemon at {self._path} does not answer ({why})")
+
+    def detach(self) -> socket.socket:
+        """Give the connection up: the caller owns the socket that is returned."""
+        return socket.socket(fileno=self._sock.detach())
+
+    def close(self) -> None:
+        """Close the connection; further calls raise ClientClosed."""
+        if self._connection.state is not State.CLOSED:
+            self._connection.close()
+        close_all(self._connection.fds_to_close)
+        for reply in self._replies:
+            close_all(reply.fds)
+        self._replies.clear()
+        self._sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
