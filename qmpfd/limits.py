@@ -84,9 +84,13 @@ JOURNAL_FORMAT = 1
 #: Bytes that a journal has before another one is begun: 20,000 changes, so that it is seldom done.
 MIN_JOURNAL_BYTES = 1 << 20
 
-#: Descriptors at whoever keeps them that are none of those stored: two journals, one of which
-#: replaces the other.  Who keeps no more than that keeps nothing.
-KEEPER_SPARE = 2
+#: Places of the fd store that are reserved: for a journal, the one that replaces it, and two pipes
+#: that show whether anything is kept at all.  A store of no more places is unusable.
+KEEPER_SPARE = 4
+
+#: Places of the service manager's fd store that are tried out at the start.  It compares each
+#: descriptor with all others, so that twice as many take four times as long.
+MAX_PROBES = 1024
 
 #: Bytes of one string of a process's environment (MAX_ARG_STRLEN, execve(2)).
 MAX_ARGUMENT_BYTES = 128 << 10

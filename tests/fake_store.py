@@ -88,6 +88,13 @@ class Store:
         self._paused = pause
         until(lambda: self._stands == pause)
 
+    def lower(self, size: int) -> None:
+        """Have FileDescriptorStoreMax= lowered, and the configuration read again: the oldest go."""
+        with self._lock:
+            self.size = size
+            dropped, self._kept = self._kept[:-size], self._kept[-size:]
+            close_all(fd for _, fd, _ in dropped)
+
     # -- the protocol --------------------------------------------------------------------------
 
     def _work(self) -> None:

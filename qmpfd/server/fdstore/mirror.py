@@ -13,9 +13,10 @@ A removed descriptor is closed here after it was closed there.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from ...kernel.close_pool import ClosePool, Risk
 from ...kernel.fd import Fd
 from ...kernel.file_descriptions import Descriptions
 from ...kernel.systemd import Notifier, invocation_id
-from ...limits import JOURNAL_FORMAT, KEEPER_SPARE
+from ...limits import JOURNAL_FORMAT, KEEPER_SPARE, MAX_PROBES
 from ..listen.listener import UnixListener
 from ..saved_state import SavedListener
 from .barrier_link import BarrierLink
@@ -45,8 +46,17 @@ from .journal import (
     SnapshotHeader,
 )
 from .journal_writer import JournalWriter
-from .names import PREVIOUS, Names
+from .names import PREVIOUS, Names, is_pipe, probe_name, sentinel_name
 from .recover import Holdings
+from .sentinel import Sentinel
+
+_log = logging.getLogger("qmpfd")
+
+_DROPPED = (
+    "the descriptors are no longer kept safe: the service manager has dropped what it was sent "
+    "(NotifyAccess= allows main only and this is not the main process of the service, or "
+    "FileDescriptorStoreMax= is less than $FDSTORE, or was lowered)"
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -90,7 +100,10 @@ class FdStoreMirror:
         self._journals = JournalWriter(self._link, self._snapshot)
         self._is_parent = keeping.notifier.is_parent
         self._closer = closer
+        self._size = keeping.size
         self._capacity = min(keeping.size - KEEPER_SPARE, Names.MOST)
+        self._sentinel: Sentinel | None = None
+        self._sentinel_name = ""
         self._descriptions = keeping.descriptions
         self._names = Names()
         self._mirrored: dict[int, _Mirrored] = {}
@@ -116,6 +129,8 @@ class FdStoreMirror:
             raise GenericError(
                 "The file descriptor cannot be kept safe: whoever supervised this daemon is gone "
                 "(qmpfd serve --takeover --supervise starts one in its place)"
+                if self._is_parent
+                else "The file descriptor cannot be kept safe: the service manager does not keep it"
             )
         if len(self._names) + count > self._capacity:
             raise GenericError(
@@ -246,9 +261,67 @@ class FdStoreMirror:
 
     # -- its life ------------------------------------------------------------------------------
 
-    def running(self) -> AbstractAsyncContextManager[None]:
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None, None]:
         """Talk to the fd store while the block runs."""
-        return self._link.running()
+        async with trio.open_nursery() as nursery, self._link.running():
+            self._nursery = nursery
+            yield
+            self._close_sentinel()
+            nursery.cancel_scope.cancel()
+
+    async def _watch(self, sentinel: Sentinel) -> None:
+        """Find out when the service manager drops what it was sent: the oldest first."""
+        with suppress(trio.ClosedResourceError):
+            await sentinel.wait_dropped()
+            self._link.end(_DROPPED)
+
+    def _close_sentinel(self) -> None:
+        if self._sentinel is not None:
+            self._sentinel.close()
+
+    async def _is_stored(self) -> bool:
+        """Whether the service manager has stored all that it was sent: the last of it, and the
+        first.
+        """
+        assert self._sentinel is not None
+        last = Sentinel()
+        self._link.store(probe_name(0), last.writer)
+        await self.sync()
+        self._sentinel.sent()
+        last.sent()
+        stored = last.is_stored and self._sentinel.is_stored
+        self._link.remove(probe_name(0))
+        last.close()
+        return stored
+
+    async def _probe(self, taken: int) -> None:
+        """Find out whether the service manager takes as many descriptors as $FDSTORE says.
+
+        Args:
+            taken: how many it has.
+        """
+        probes: list[Sentinel] = []
+        with suppress(OSError):  # out of descriptors: fewer are tried
+            for number in range(min(self._size - taken, MAX_PROBES)):
+                probes.append(Sentinel())
+                self._link.store(probe_name(number), probes[-1].writer)
+        await self.sync()
+        for probe in probes:
+            probe.sent()
+        stored = sum(probe.is_stored for probe in probes)
+        for number, probe in enumerate(probes):
+            self._link.remove(probe_name(number))
+            probe.close()
+        await self.sync()
+        if stored < len(probes):
+            self._size = taken + stored
+            self._capacity = min(self._capacity, self._size - KEEPER_SPARE)
+            _log.warning(
+                "the service manager keeps %d descriptors, fewer than $FDSTORE says: more cannot "
+                "be added (FileDescriptorStoreMax=)",
+                self._size,
+            )
 
     async def start(
         self,
@@ -276,8 +349,10 @@ class FdStoreMirror:
             self._names.claim(name)
         if not holdings.valid:  # before anything new could have the same names
             self._remove_names(holdings.others)
-        if previous is not None:
+        if previous is not None:  # before all that it is about
             self._capacity -= 1
+            self._previous = PREVIOUS
+            self._link.store(PREVIOUS, previous)
         for fdset in store:
             for number, stored in fdset.fds.items():
                 if stored.lifetime.owner is None:
@@ -288,24 +363,37 @@ class FdStoreMirror:
                 self._keep(number, number, holdings.names.get(number))
                 self._listeners[number] = listener.saved
         if len(self._names) > self._capacity:
-            raise GenericError(
+            too_many = (
                 f"{len(self._names)} descriptors are more than the {self._capacity} that can be "
                 "kept safe"
             )
-        if previous is not None:
-            self._previous = PREVIOUS
-            self._link.store(PREVIOUS, previous)
+            if previous is not None:  # whose the descriptors are goes on
+                raise GenericError(too_many)
+            # What came back stays where it is, and here, until there are fewer, or more room.
+            self._link.end(too_many)
+            return
+        self._remove_names(filter(is_pipe, holdings.others))  # the journal needs the place
+        if not self._is_parent:
+            self._sentinel = Sentinel()
+            self._sentinel_name = sentinel_name(holdings.generation + 1)
+            self._link.store(self._sentinel_name, self._sentinel.writer)
         # The journal comes last: without it, the others count for nothing.
         self._journals.begin()
         if previous is None:
             self._name_files(self._listeners.values())
         self._link.open()
+        if not (self._is_parent or await self._is_stored()):
+            self._link.end(_DROPPED)  # and remove nothing: what is there may be all there is
+            return
         await self.sync()
         if holdings.valid:
-            self._remove_names(holdings.others)
+            self._remove_names(name for name in holdings.others if not is_pipe(name))
         used = {kept.name for kept in self._mirrored.values()}
         self._remove_names(set(holdings.names.values()) - used)
         await self.sync()
+        if self._sentinel is not None:
+            self._nursery.start_soon(self._watch, self._sentinel)
+            await self._probe(len(self._names) + 2 + (previous is not None))
 
     def _remove_names(self, names: Iterable[str]) -> None:
         for name in names:
@@ -356,16 +444,20 @@ class FdStoreMirror:
             self._link.push()
 
     def _forget(self) -> None:
-        """Have all of it closed there, the journal first: without it the rest means nothing."""
+        """Have all of it closed there, the journal last: it says that the rest is nobody's."""
         if not self.is_over:
-            self._journals.forget()
+            self._close_sentinel()
+            if self._sentinel_name:
+                self._link.remove(self._sentinel_name)
             for kept in set(self._mirrored.values()):
                 if self._may_block(next(iter(kept.numbers))):
                     self._link.remove_slowly(kept.name)
                 else:
                     self._link.remove(kept.name)
+            self._journals.forget()
             self._link.push()
 
     def _ended(self) -> None:
+        self._close_sentinel()
         self._mirrored.clear()
         self._journals.close()

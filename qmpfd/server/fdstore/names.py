@@ -25,12 +25,22 @@ PREVIOUS = "qmpfd-previous"
 #: Bytes of $LISTEN_FDNAMES that are none of those: for two journals, and sockets of others.
 _OTHER_BYTES = 4096
 
-_OURS = re.compile(rf"{_MARK}[0-9a-zA-Z]{{1,5}}|{_JOURNAL}[0-9]{{1,18}}|{PREVIOUS}")
+#: The names of what shows whether anything is kept, see :mod:`.sentinel`.
+_SENTINEL, _PROBE = "qmpfd-sentinel-", "qmpfd-probe-"
+
+_OURS = re.compile(
+    rf"{_MARK}[0-9a-zA-Z]{{1,5}}|({_JOURNAL}|{_SENTINEL}|{_PROBE})[0-9]{{1,18}}|{PREVIOUS}"
+)
 
 
 def is_ours(name: str) -> bool:
     """Whether a descriptor of that name is one that this module has named."""
     return _OURS.fullmatch(name) is not None
+
+
+def is_numbered(name: str) -> bool:
+    """Whether it is a stored descriptor's, or a listening socket's."""
+    return name.startswith(_MARK)
 
 
 def is_journal(name: str) -> bool:
@@ -41,6 +51,21 @@ def is_journal(name: str) -> bool:
 def journal_name(generation: int) -> str:
     """A journal's."""
     return f"{_JOURNAL}{generation}"
+
+
+def sentinel_name(generation: int) -> str:
+    """A sentinel's, by the generation of the first journal beside it."""
+    return f"{_SENTINEL}{generation}"
+
+
+def probe_name(number: int) -> str:
+    """One of those that are stored to find out how many can be."""
+    return f"{_PROBE}{number}"
+
+
+def is_pipe(name: str) -> bool:
+    """Whether it is one of these two: what another process has stored there tells nothing now."""
+    return name.startswith((_SENTINEL, _PROBE))
 
 
 def _text(serial: int) -> str:

@@ -12,6 +12,7 @@ own journal, or its pidfd.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -21,12 +22,12 @@ from typing import ClassVar
 
 from ...kernel.fd import Fd, close_all
 from ...kernel.systemd import InheritedFd
-from ...limits import LETTING_GO_TIMEOUT
+from ...limits import JOURNAL_FORMAT, LETTING_GO_TIMEOUT
 from ..renumber import Movable, renumber
 from ..saved_state import SavedState
 from .evidence import has_handed_over
-from .journal import History, SnapshotHeader, read, replay
-from .names import PREVIOUS, is_journal, is_ours
+from .journal import Added, History, SnapshotHeader, read, replay
+from .names import PREVIOUS, is_journal, is_numbered, is_ours
 
 _log = logging.getLogger("qmpfd")
 
@@ -112,6 +113,9 @@ def _recover(inherited: Sequence[InheritedFd], others: Iterable[Movable]) -> Rec
     sockets = [given for given in inherited if not is_ours(given.name)]
     again = [given.fd for given in inherited if ours.get(given.name, given.fd) is not given.fd]
     history = _newest([fd for name, fd in ours.items() if is_journal(name)])
+    # With that evidence, they are of a takeover that had not come far: the old daemon has all.
+    if PREVIOUS not in ours and not any(map(is_journal, ours)) and any(map(is_numbered, ours)):
+        history = _without_journal(ours)
     generation = history.begun.generation
     handed_over = history.left
     has_state = not handed_over and _is_ours(history, ours)
@@ -174,6 +178,26 @@ class _Returned:
         with suppress(KeyError, OSError):
             return self.untaken.pop(name, None) or self._ours[name].dup()
         return None
+
+
+def _without_journal(ours: Mapping[str, Fd]) -> History:
+    """What is left where the fd store has dropped the journal: each descriptor in a set of its own.
+
+    A daemon that lets go of everything removes the journal last, so this is none of its leavings.
+    """
+    found = [(name, fd.fileno()) for name, fd in ours.items() if is_numbered(name)]
+    _log.error(
+        "the fd store has lost the journal: %d descriptors come back in fd sets of their own, "
+        "without their opaque texts",
+        len(found),
+    )
+    history = History(SnapshotHeader(JOURNAL_FORMAT, 1, None))
+    now = time.monotonic()
+    history.apply_frame(
+        [history.begun]
+        + [Added(name, number, number, None, None, now, None, False) for name, number in found]
+    )
+    return history
 
 
 def _nothing() -> History:

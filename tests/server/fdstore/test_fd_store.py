@@ -150,7 +150,7 @@ def test_a_full_store(tmp_path: Path, path: Path, file: Path) -> None:
         assert not store.traps
 
 
-@pytest.mark.parametrize("size, room", [(1, None), (2, None), (3, 0), (4, 1)])
+@pytest.mark.parametrize("size, room", [(1, None), (4, None), (5, 0), (6, 1)])
 def test_a_small_store(tmp_path: Path, path: Path, size: int, room: int | None) -> None:
     """The journal and the socket have their places; what keeps nothing is not used, and says so."""
     with fake_store(tmp_path, size=size) as store:
@@ -227,8 +227,8 @@ def test_what_has_no_record(store: Store, path: Path, file: Path, how: signal.Si
             BlockingClient(path, DEADLINE) as client,
         ):
             assert fds(client) == before
-            # The socket, the descriptor and the journal.
-            until(lambda: len(store.names) == 3)
+            # The socket, the descriptor, the journal and the sentinel.
+            until(lambda: len(store.names) == 4)
             again.kill()
             again.wait()
 
@@ -315,7 +315,7 @@ def test_a_journal_that_cannot_be_read(store: Store, path: Path, file: Path) -> 
 def test_a_new_journal_when_it_has_grown(store: Store, path: Path, file: Path) -> None:
     options = ["--socket", str(path)]
     with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
-        (journal,) = (name for name in store.names if name.startswith("qmpfd-"))
+        (journal,) = (name for name in store.names if name.startswith("qmpfd-journal"))
         with file.open() as opened:
             client.execute("add-fd", {"opaque": "before"}, [opened])
             for _ in range(12):
@@ -323,7 +323,7 @@ def test_a_new_journal_when_it_has_grown(store: Store, path: Path, file: Path) -
                 client.execute("remove-fd", info)
             client.execute("add-fd", {"opaque": "after"}, [opened])
         until(lambda: journal not in store.names, "another journal")
-        assert sum(name.startswith("qmpfd-") for name in store.names) == 1
+        assert sum(name.startswith("qmpfd-journal") for name in store.names) == 1
         before = fds(client)
         first.kill()
         first.wait()
@@ -373,3 +373,82 @@ def test_supervise_needs_no_parent_there(store: Store, path: Path) -> None:
         assert b"supervisor" not in command
         with connected(path) as client:
             assert client.execute("query-fds") == []
+
+
+def kept_safe(client: BlockingClient) -> bool:
+    return bool(client.execute("query-stats")["kept-safe"])
+
+
+def refused(client: BlockingClient) -> str:
+    """What an add-fd is refused with."""
+    with open("/dev/null") as null, pytest.raises(QMPError) as caught:
+        client.execute("add-fd", fds=[null])
+    return str(caught.value)
+
+
+def test_a_manager_that_keeps_nothing(
+    tmp_path: Path, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """NotifyAccess=, or a wrapper: it answers each barrier, and drops what it is sent."""
+    with fake_store(tmp_path) as store:
+        store.size = 0
+        env = {"FDSTORE": "512"}
+        with (
+            store.service("--socket", str(path), env=env),
+            BlockingClient(path, DEADLINE) as client,
+        ):
+            assert not kept_safe(client)
+            assert "cannot be kept safe" in refused(client)
+        assert "NotifyAccess=" in capfd.readouterr().err
+
+
+def test_a_manager_that_keeps_fewer_than_it_says(tmp_path: Path, path: Path) -> None:
+    """What it has no place for is refused: all that was answered comes back."""
+    options = ["--socket", str(path)]
+    with fake_store(tmp_path, size=20) as store:
+        env = {"FDSTORE": "512"}
+        with (
+            store.service(*options, env=env, expected=None) as first,
+            BlockingClient(path, DEADLINE) as client,
+        ):
+            added = 0
+            with suppress(QMPError):
+                for _ in range(30):
+                    with Fd(os.memfd_create("x")) as memory:
+                        client.execute("add-fd", fds=[memory])
+                    added += 1
+            assert 10 < added < 20
+            assert kept_safe(client)
+            before = fds(client)
+            first.kill()
+            first.wait()
+        with store.service(*options, env=env), BlockingClient(path, DEADLINE) as client:
+            assert fds(client) == before
+            assert kept_safe(client)
+
+
+@pytest.mark.parametrize("left", [3, 30, 48])
+def test_a_maximum_that_is_lowered(tmp_path: Path, path: Path, left: int) -> None:
+    """The oldest go, and the journal may be one of them.  It is found out at once; and whatever is
+    left comes back, and stays where it is.
+    """
+    options = ["--socket", str(path)]
+    with fake_store(tmp_path) as store:
+        with (
+            store.service(*options, expected=None) as first,
+            BlockingClient(path, DEADLINE) as client,
+        ):
+            for _ in range(50):
+                with Fd(os.memfd_create("x")) as memory:
+                    client.execute("add-fd", fds=[memory])
+            assert kept_safe(client)
+            store.lower(left)
+            until(lambda: not kept_safe(client))
+            assert "cannot be kept safe" in refused(client)
+            first.kill()
+            first.wait()
+        there = [name for name in store.names if name.startswith("~")]
+        env = {"FDSTORE": str(left)}
+        with store.service(*options, env=env), BlockingClient(path, DEADLINE) as client:
+            assert len(fds(client)) == len(there)
+            assert set(there) <= set(store.names)
