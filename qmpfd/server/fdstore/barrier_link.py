@@ -176,6 +176,8 @@ class BarrierLink:
     async def sync(self) -> None:
         """Wait until all that was changed so far is safe; without a checkpoint if it is."""
         wanted = self._changes
+        if self._state is State.CHANGED and not self._waiting:
+            self.push()  # nobody is there to share a barrier with: save a pass of the loop
         while self._synced < wanted:
             self._work.set()
             await self._waiting.park()
@@ -198,9 +200,15 @@ class BarrierLink:
         """
         try:
             self._drop_passing()
+            barrier = self._state in (State.CHANGED, State.BLOCKED)
             while self._outgoing:
-                self._send_batch(self._next_batch())
-            if self._state in (State.CHANGED, State.BLOCKED):
+                batch = self._next_batch()
+                last = barrier and self._notifier.is_parent and len(batch) == len(self._outgoing)
+                self._send_batch(batch, self._sync_line if last else "")
+                if last:
+                    self._barrier_sent()
+                    return
+            if barrier:
                 self._send_barrier()
         except BlockingIOError:
             self._handle(Event.NO_ROOM)
@@ -236,11 +244,16 @@ class BarrierLink:
             batch.append(message)
         return batch
 
-    def _send_batch(self, batch: list[Message]) -> None:
+    @property
+    def _sync_line(self) -> str:
+        """What the parent answers, see :mod:`qmpfd.supervisor`."""
+        return f"\nQMPFD_SYNC={self.barriers + 1}"
+
+    def _send_batch(self, batch: list[Message], sync_line: str) -> None:
         names = ":".join(message.name for message in batch)
         fds = [message.fd for message in batch if message.fd is not None]
         about = f"\nFDNAME={names}" if names else ""
-        self._notifier.send(batch[0].command + about, fds)
+        self._notifier.send(batch[0].command + about + sync_line, fds)
         for message in batch:
             self._outgoing.popleft()
             if message.fd is not None:
@@ -248,7 +261,7 @@ class BarrierLink:
 
     def _send_barrier(self) -> None:
         if self._notifier.is_parent:
-            self._notifier.send(f"QMPFD_SYNC={self.barriers + 1}")
+            self._notifier.send(self._sync_line.lstrip())
         else:
             reader, writer = self._pipe = self._pipe or _pipe()
             self._notifier.send("BARRIER=1", (writer,))
@@ -256,6 +269,9 @@ class BarrierLink:
             # The second one for its place in the table: the next pipe may find none.
             self._reader = reader, reader.dup()
             self._pipe = None
+        self._barrier_sent()
+
+    def _barrier_sent(self) -> None:
         self._barrier = self._changes
         self.barriers += 1
         self._handle(Event.BARRIER)
@@ -321,9 +337,16 @@ class BarrierLink:
                     self._acknowledged()
             else:
                 await self._work.wait()
-                self._work = trio.Event()
+                await self._gather()
             self.push()
             self._work = trio.Event()
+
+    async def _gather(self) -> None:
+        """Let all clients that have sent something have their turn: they share the barrier."""
+        changes = -1
+        while len(self._waiting) > 1 and changes != self._changes:
+            changes = self._changes
+            await trio.lowlevel.checkpoint()
 
     async def _listen(self) -> None:
         """Hear what the parent says, and when it has ended."""
