@@ -1,4 +1,4 @@
-"""The path of one add-fd through the daemon: how many Python calls it takes, over how many files.
+"""The path of one add-fd through the daemon: its Python calls, their files, and their bytecodes.
 
     python scripts/benchmark/path.py [--list]
 
@@ -6,7 +6,8 @@ The daemon runs in this process, inside a Trio program, and a client in another 
 ``add-fd`` with a descriptor.  Counted is what all tasks but the client's do, from the arrival of
 the request until the connection waits for the next one: each Python function of the package that
 is entered or, as a coroutine, resumed.  A change of file is a call from one file of the package to
-another one after it.  Builtins, Trio and the standard library do not count.
+another one after it.  Builtins, Trio and the standard library do not count.  Bytecodes are those
+that the interpreter executes, Trio's too: about what the command costs in Python, without a clock.
 """
 
 from __future__ import annotations
@@ -54,10 +55,12 @@ class Walk:
     Args:
         calls: in their order.
         steps: how often the event loop ran a task of the daemon.
+        bytecodes: by folder of the package, and under ``Trio`` those of everything else.
     """
 
     calls: tuple[Call, ...]
     steps: int
+    bytecodes: tuple[tuple[str, int], ...] = ()
 
     @property
     def changes(self) -> int:
@@ -66,27 +69,44 @@ class Walk:
 
 
 class _Recorder(trio.abc.Instrument):
-    """Profiles each step of each task but *client*."""
+    """Traces each step of each task but *client*."""
 
     def __init__(self, client: trio.lowlevel.Task) -> None:
         self._client = client
-        self.calls: list[Call] = []
-        self.steps = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new walk."""
+        self._calls: list[Call] = []
+        self._steps = 0
+        self._bytecodes: Counter[str] = Counter()
+
+    def walk(self) -> Walk:
+        """What was recorded since."""
+        return Walk(tuple(self._calls), self._steps, tuple(sorted(self._bytecodes.items())))
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
         if task is not self._client:
-            self.steps += 1
-            sys.setprofile(self._profile)
+            self._steps += 1
+            sys.settrace(self._trace)
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        sys.setprofile(None)
+        sys.settrace(None)
 
-    def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
+    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(_PACKAGE):
-            file = str(Path(code.co_filename).relative_to(_PACKAGE))
-            name = getattr(code, "co_qualname", code.co_name)  # Python 3.11
-            self.calls.append(Call(file, name))
+        if code.co_filename == __file__:
+            return None
+        ours = code.co_filename.startswith(_PACKAGE)
+        file = code.co_filename[len(_PACKAGE) + 1 :] if ours else "Trio"
+        if event == "opcode":
+            self._bytecodes[file.partition("/")[0]] += 1
+        elif event == "call":
+            frame.f_trace_opcodes = True
+            if ours:
+                name = getattr(code, "co_qualname", code.co_name)  # Python 3.11
+                self._calls.append(Call(file, name))
+        return self._trace
 
 
 async def _ask(sock: trio.socket.SocketType, text: bytes, fds: Sequence[int] = ()) -> None:
@@ -113,13 +133,13 @@ async def _record(path: Path) -> list[Walk]:
             recorder = _Recorder(trio.lowlevel.current_task())
             for number in range(2 * _REQUESTS):
                 await trio.testing.wait_all_tasks_blocked()
-                recorder.calls, recorder.steps = [], 0
+                recorder.clear()
                 trio.lowlevel.add_instrument(recorder)
                 await _ask(sock, b'{"execute": "add-fd"}\n', [file.fileno()])
                 await trio.testing.wait_all_tasks_blocked()
                 trio.lowlevel.remove_instrument(recorder)
                 if number >= _REQUESTS:
-                    walks.append(Walk(tuple(recorder.calls), recorder.steps))
+                    walks.append(recorder.walk())
                 await _ask(sock, b'{"execute": "remove-fd", "arguments": {"fdset-id": 0}}\n')
         nursery.cancel_scope.cancel()
     return walks
@@ -141,6 +161,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.list:
         for call in found.calls:
             print(f"{call.file:32} {call.function}")
+    for part, count in found.bytecodes:
+        print(f"{count:6} bytecodes of {part}")
     print(f"{len(found.calls)} calls, {found.changes} changes of file, {found.steps} task steps")
 
 

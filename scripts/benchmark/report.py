@@ -124,8 +124,10 @@ def _path(results: Results) -> list[str]:
     found = results.walk
     if found is None:
         return []
-    rows = [["", str(len(found.calls)), str(found.changes)]]
-    return [table("One add-fd in Python", ["", "calls", "changes of file"], rows)]
+    total = sum(count for _, count in found.bytecodes)
+    rows = [[part, str(count), f"{100 * count / total:.0f} %"] for part, count in found.bytecodes]
+    title = f"One add-fd in Python: {len(found.calls)} calls, {found.changes} changes of file"
+    return [table(title, ["", "bytecodes", "of all"], rows)]
 
 
 def _judged(goal: Goal) -> tuple[str, str, str, str]:
@@ -224,7 +226,7 @@ def as_json(results: Results, scale: Scale, found: list[Goal]) -> bytes:
         "starts": results.starts,
         "outages": results.outages,
         "attacks": results.attacks,
-        "path": results.walk and {"calls": results.walk.calls, "changes": results.walk.changes},
+        "path": results.walk,
         "goals": [
             {"what": g.what, "wanted": g.wanted, "unit": g.unit}
             | {"measured": g.measured, "met": g.met}
