@@ -57,7 +57,7 @@ REFUSAL_LOG_INTERVAL = 0.2
 
 #: Seconds that a client's requests are carried out in a row before others have their turn: of one
 #: that asks for little, and of one that asks for much.
-LIGHT_SECONDS, TURN_SECONDS = 0.00025, 0.002
+LIGHT_SECONDS, TURN_SECONDS = 0.0005, 0.002
 
 #: Seconds within which each of those who ask for much has had a turn, as far as turns can be that
 #: short.

@@ -351,11 +351,13 @@ class Session:
             if heavy:
                 async with services.gate:
                     ends = services.turn_ends()
-                    arrival = stream.receive_nowait(connection, READ_BYTES, quotas.fds_at_once)
-                    done = processor.process_nowait(ends)
+                    arrival, done = Arrival.SOME, True
+                    while arrival is Arrival.SOME and done and monotonic() < ends:
+                        arrival = stream.receive_nowait(connection, READ_BYTES, quotas.fds_at_once)
+                        done = processor.process_nowait(ends)
             else:
                 ends = monotonic() + LIGHT_SECONDS
-                arrival = stream.receive_nowait(connection, FEW_BYTES, quotas.fds_at_once)
+                arrival = stream.receive_nowait(connection, FEW_BYTES)
                 done = processor.process_nowait(ends)
             heavy = not done or arrival is Arrival.SOME or monotonic() > ends
             if not done:
