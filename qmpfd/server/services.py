@@ -13,7 +13,7 @@ import trio
 from ..commands import SharedState
 from ..kernel.close_pool import ClosePool
 from ..kernel.fd import Fd
-from ..limits import LAP_SECONDS, TURN_SECONDS
+from ..limits import LAP_SECONDS, LIGHT_SECONDS, TURN_SECONDS
 from ..protocol import Budget
 from ..transport import FdStream
 from .connection.unsent_budget import UnsentBudget
@@ -121,7 +121,8 @@ class Services:
         wait for theirs, the sooner.
         """
         waiting = self.gate.statistics().tasks_waiting
-        return monotonic() + min(TURN_SECONDS, LAP_SECONDS / (waiting + 1))
+        length = min(TURN_SECONDS, LAP_SECONDS / (waiting + 1))
+        return monotonic() + max(LIGHT_SECONDS / 2, length)
 
     @asynccontextmanager
     async def locked(self) -> AsyncGenerator[None, None]:

@@ -330,15 +330,16 @@ class Session:
     async def _serve(self) -> SessionEnd:
         """One bounded piece of work after the other; between two of them the loop goes round.
 
-        A client of which a piece leaves something over, or takes long, does the next one in the
-        gate: it lets in one client in each pass of the loop, in the order in which they come.
+        A client of which a piece leaves something over, or two in a row take long, does the next
+        one in the gate: it lets in one client in each pass of the loop, in the order in which they
+        come.  One piece alone may have taken long because the machine did something else.
         """
         services, stream, connection = self._services, self.stream, self._connection
         processor, context, lifecycle = self._processor, self._context, services.lifecycle
         quotas = services.shared.quotas
         if processor.unfinished:  # from a predecessor: what it has read, and not done
             await processor.process()
-        arrival, heavy = Arrival.ALL, False
+        arrival, heavy, slow = Arrival.ALL, False, False
         while True:
             if arrival is not Arrival.SOME:
                 if lifecycle.stopping:
@@ -359,7 +360,8 @@ class Session:
                 ends = monotonic() + LIGHT_SECONDS
                 arrival = stream.receive_nowait(connection, FEW_BYTES)
                 done = processor.process_nowait(ends)
-            heavy = not done or arrival is Arrival.SOME or monotonic() > ends
+            was_slow, slow = slow, monotonic() > ends
+            heavy = not done or arrival is Arrival.SOME or (slow and was_slow)
             if not done:
                 await processor.process()
             if context.takes_over:
