@@ -25,6 +25,8 @@ import trio.testing
 
 import qmpfd
 from qmpfd.kernel.fd import FileDescriptorLike, fileno
+from qmpfd.server.server import DaemonServer
+from qmpfd.server.startup import run_daemon
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 20.0
@@ -263,10 +265,10 @@ async def remove(wire: Wire, info: Mapping[str, Any]) -> None:
 
 
 @asynccontextmanager
-async def daemon(*paths: Path, **options: Any) -> AsyncIterator[qmpfd.Server]:
+async def daemon(*paths: Path, **options: Any) -> AsyncIterator[DaemonServer]:
     """A daemon in the test's own event loop; told to end, and waited for, afterwards."""
     async with trio.open_nursery() as nursery:
-        server: qmpfd.Server = await nursery.start(partial(qmpfd.serve, paths, **options))
+        server: DaemonServer = await nursery.start(partial(run_daemon, paths, **options))
         yield server
         server.stop()
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,11 @@ def test_every_fixture_is_in_the_documentation() -> None:
 
 
 async def test_the_server_is_in_this_loop(qmpfd_server: qmpfd.Server, qmpfd_path: Path) -> None:
+    assert not qmpfd_server.ended.is_set()
     async with qmpfd.connect(qmpfd_path) as client:
-        info = await client.add_fd(sys.__stdout__ or 1)
-        fdset = qmpfd_server.store.get(info.fdset_id)
-        assert fdset is not None
-        assert info.fd in fdset.fds
+        with tempfile.TemporaryFile() as file:
+            info = await client.add_fd(file)
+            assert os.path.sameopenfile(info.fd, file.fileno())  # it is a number of this process
 
 
 async def test_the_server_may_end_before_the_test(

@@ -21,11 +21,12 @@ from ..kernel.fd import Fd
 from ..kernel.systemd import InheritedFd, Notifier, announce_ready, watchdog_interval
 from ..limits import STATUS_INTERVAL, Limits
 from ..policy import Policy, load_policy
-from ..server import Server, serve
 from ..server.fdstore.mirror import FdStoreConfig
 from ..server.fdstore.recover import Recovered
 from ..server.maintenance import supervise
 from ..server.saved_state import SavedListener
+from ..server.server import DaemonServer
+from ..server.startup import run_daemon
 from ..server.takeover.receiver import Takeover
 from .notifications import Notifications
 from .options import default_socket
@@ -64,7 +65,7 @@ def run(
         OSError: one of *paths* cannot be used.
     """
     start = partial(
-        serve,
+        run_daemon,
         paths,
         dialect=dialect,
         limits=limits,
@@ -107,7 +108,7 @@ async def _main(
         with ExitStack() as stack:
             if takeover is None:
                 signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
-                server: Server = await serving.start(start)
+                server: DaemonServer = await serving.start(start)
             else:
                 takeover.before_pausing = _exempt_from_collection
                 # Until then a signal ends us at once, and the old daemon goes on with everything.
@@ -137,7 +138,7 @@ async def _main(
 
 
 async def _look_after(
-    server: Server,
+    server: DaemonServer,
     notifications: Notifications,
     parent: Notifier | None,
     policy_path: Path | None,
@@ -177,7 +178,7 @@ class _SignalHandler:
 
     def __init__(
         self,
-        server: Server,
+        server: DaemonServer,
         parent: Notifier | None,
         notifications: Notifications,
         reloader: _Reloader,
@@ -227,7 +228,7 @@ class _Reloader:
     """
 
     def __init__(
-        self, server: Server, policy_path: Path | None, notifications: Notifications
+        self, server: DaemonServer, policy_path: Path | None, notifications: Notifications
     ) -> None:
         self._server = server
         self._policy_path = policy_path
@@ -275,7 +276,7 @@ def _ready() -> tuple[str, str]:
     return "READY=1", f"MAINPID={os.getpid()}"
 
 
-async def _report_status(server: Server, notifications: Notifications) -> None:
+async def _report_status(server: DaemonServer, notifications: Notifications) -> None:
     """Tell the service manager now and then how full we are."""
     reported = ""
     while True:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from .._facade import lazily
 
 if TYPE_CHECKING:
+    from .handle import Server as Server
     from .listen.binding import SocketInUse as SocketInUse
-    from .server import Server as Server
     from .startup import serve as serve
 
-_HOMES = {"SocketInUse": ".listen.binding", "Server": ".server", "serve": ".startup"}
+_HOMES = {"SocketInUse": ".listen.binding", "Server": ".handle", "serve": ".startup"}
 
 __all__ = [*_HOMES]  # noqa: PLE0604 - a test compares it with the imports above
 

@@ -24,12 +24,12 @@ from .saved_state import SavedFd, SavedListener, SavedSet
 if TYPE_CHECKING:
     from .connection.saved import SavedCounters
     from .connection.session import Session
-    from .server import Server
+    from .server import DaemonServer
     from .takeover.receiver import Received, Takeover
 
 
 @contextmanager
-def restored(server: Server, recovered: Recovered) -> Iterator[list[UnixListener]]:
+def restored(server: DaemonServer, recovered: Recovered) -> Iterator[list[UnixListener]]:
     """Put what has come back after a crash in its place, and give the listeners, which are closed
     at the block's end.
 
@@ -50,7 +50,9 @@ def restored(server: Server, recovered: Recovered) -> Iterator[list[UnixListener
 
 
 @contextmanager
-def taking_over(server: Server, takeover: Takeover) -> Iterator[Callable[[], list[UnixListener]]]:
+def taking_over(
+    server: DaemonServer, takeover: Takeover
+) -> Iterator[Callable[[], list[UnixListener]]]:
     """Store what the old daemon has, while it goes on serving; and give what fetches the rest, once
     everything else is ready: the old daemon pauses then.  That gives its listeners.
 
@@ -113,7 +115,7 @@ def _inherit_listeners(
     )
 
 
-def _restore_sessions(server: Server, received: Received) -> None:
+def _restore_sessions(server: DaemonServer, received: Received) -> None:
     rest, fds = received.rest, _take_out(received.others)
     sessions = []
     for saved in rest.sessions:
@@ -129,7 +131,7 @@ def _restore_sessions(server: Server, received: Received) -> None:
     _restore_counters(server, rest.counters)
 
 
-def _restore_counters(server: Server, saved: SavedCounters) -> None:
+def _restore_counters(server: DaemonServer, saved: SavedCounters) -> None:
     stats = server.daemon.stats
     stats.commands.update(saved.commands)
     stats.errors.update(saved.errors)
@@ -144,7 +146,7 @@ def _take_out(fds: deque[Fd]) -> Iterator[Fd]:
 
 
 def _fill_store(
-    server: Server,
+    server: DaemonServer,
     sets: list[SavedSet],
     descriptor: Callable[[int], Fd],
     sessions: list[Session],

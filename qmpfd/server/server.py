@@ -24,6 +24,7 @@ from ..transport import FdStream
 from .connection.saved import SavedSession
 from .connection.session import Session, SessionEnd
 from .connection.unsent_budget import UnsentBudget
+from .handle import Server
 from .lifecycle import Event, Lifecycle, State
 from .listen.accept import Acceptor
 from .listen.admission import Admission, groups_of, peer_of
@@ -40,7 +41,7 @@ _log = logging.getLogger("qmpfd")
 _REST_POLL = 0.001
 
 
-class Server:
+class DaemonServer(Server):
     """A running daemon.
 
     Args:
@@ -89,8 +90,6 @@ class Server:
         self._admission = Admission(limits, policy or Policy())
         self._metrics_path = metrics_path
         self.daemon.quotas.refresh_in_flight = self._refresh_in_flight
-        #: Set when all is over.
-        self.ended = self.lifecycle.ended
         self.sessions: set[Session] = set()
         #: Where clients connect.
         self.listeners: Sequence[UnixListener] = ()
@@ -99,8 +98,11 @@ class Server:
         self._drained_by = inf
         self._nursery: trio.Nursery | None = None
 
+    @property
+    def ended(self) -> trio.Event:
+        return self.lifecycle.ended
+
     def stop(self) -> None:
-        """End gracefully: accept nobody else, carry out what was received, then return."""
         if not self.lifecycle.can(Event.STOP):
             return
         self.lifecycle.handle(Event.STOP)
@@ -118,7 +120,7 @@ class Server:
         self,
         listeners: Sequence[UnixListener],
         *,
-        task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
+        task_status: trio.TaskStatus[DaemonServer] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve until :meth:`stop`, then drain and close the listeners."""
         self.listeners = listeners
@@ -361,7 +363,6 @@ class Server:
         return [session.about(now) for session in self.sessions]
 
     def change_policy(self, policy: Policy) -> None:
-        """Put other rules in force, for those who are connected as well."""
         self._admission.policy = policy
         for session in self.sessions:
             session.change_access(policy.access(session.peer.uid, session.groups))

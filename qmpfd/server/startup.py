@@ -1,4 +1,4 @@
-"""``qmpfd.serve``: all that a daemon begins with, in its place, and then a :class:`Server`."""
+"""``qmpfd.serve``: all that a daemon begins with, in its place, and then a server."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from .closing import closes_awaited
 from .fdstore.lifespan import mirrored
 from .fdstore.mirror import FdStoreConfig, FdStoreMirror
 from .fdstore.recover import Holdings, Recovered
+from .handle import Server
 from .lifecycle import Event
 from .listen.binding import Permissions
 from .listen.listener import UnixListener
 from .restore import restored, taking_over
-from .server import Server
+from .server import DaemonServer
 from .services import Unmirrored
 from .takeover.receiver import Takeover
 
 _log = logging.getLogger("qmpfd")
 
 
-async def serve(  # noqa: ASYNC128 - Server.run does that
+async def serve(  # noqa: ASYNC128 - run_daemon does that
     paths: Iterable[str | os.PathLike[str]],
     *,
     dialect: Dialect = "spec",
@@ -46,9 +47,6 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     audit: FileDescriptorLike | None = None,
     initial_fds: Iterable[tuple[Fd, int | None, str | None]] = (),
     listen_fds: Iterable[Fd] = (),
-    takeover: Takeover | None = None,
-    recovered: Recovered | None = None,
-    keeping: FdStoreConfig | None = None,
     task_status: trio.TaskStatus[Server] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Hold file descriptors for the clients that connect to *paths*.
@@ -59,7 +57,8 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
     the :class:`Server`.
 
     Args:
-        paths: the Unix sockets to listen on; a stale socket file is replaced.
+        paths: the Unix sockets to listen on, or ``@NAME`` for abstract ones; a stale socket file is
+            replaced.
         dialect: ``"spec"``, the published specification of the commands, or ``"qemu"``, today's
             QEMU.
         limits: what each client is allowed.
@@ -75,18 +74,65 @@ async def serve(  # noqa: ASYNC128 - Server.run does that
             from here on.
         listen_fds: Unix sockets that listen already, of a service manager; owned by the daemon
             from here on.
-        takeover: of a daemon that serves now, see
-            :func:`qmpfd.server.takeover.receiver.prepare`; owned by the daemon from here on.
-        recovered: what has come back of a daemon that was here before, see
-            :func:`qmpfd.server.fdstore.recover.recover`; owned by the daemon from here on.
-        keeping: whoever keeps a second copy of what is stored, and starts the daemon again.
 
     Raises:
         SocketInUse: another daemon listens on one of *paths*.
         OSError: one of *paths* cannot be used.
     """
+    await run_daemon(
+        paths,
+        dialect=dialect,
+        limits=limits,
+        policy=policy,
+        socket_mode=socket_mode,
+        socket_group=socket_group,
+        metrics_path=metrics_path,
+        audit=audit,
+        initial_fds=initial_fds,
+        listen_fds=listen_fds,
+        task_status=task_status,
+    )
+
+
+async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
+    paths: Iterable[str | os.PathLike[str]],
+    *,
+    dialect: Dialect = "spec",
+    limits: Limits | None = None,
+    policy: Policy | None = None,
+    socket_mode: int = 0o600,
+    socket_group: int | None = None,
+    metrics_path: Path | None = None,
+    audit: FileDescriptorLike | None = None,
+    initial_fds: Iterable[tuple[Fd, int | None, str | None]] = (),
+    listen_fds: Iterable[Fd] = (),
+    takeover: Takeover | None = None,
+    recovered: Recovered | None = None,
+    keeping: FdStoreConfig | None = None,
+    task_status: trio.TaskStatus[DaemonServer] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """As :func:`serve`, for a daemon that is a process: with what was there before it.
+
+    Args:
+        paths: as for :func:`serve`, and so are the others that are not named here.
+        dialect: likewise.
+        limits: likewise.
+        policy: likewise.
+        socket_mode: likewise.
+        socket_group: likewise.
+        metrics_path: likewise.
+        audit: likewise.
+        initial_fds: likewise.
+        listen_fds: likewise.
+        takeover: of a daemon that serves now, see
+            :func:`qmpfd.server.takeover.receiver.prepare`; owned by the daemon from here on.
+        recovered: what has come back of a daemon that was here before, see
+            :func:`qmpfd.server.fdstore.recover.recover`; owned by the daemon from here on.
+        keeping: whoever keeps a second copy of what is stored, and starts the daemon again.
+        task_status: told once clients can connect.
+    """
     durability = Unmirrored if keeping is None else partial(FdStoreMirror, keeping)
-    server = Server(dialect, limits, policy, metrics_path, durability)
+    server = DaemonServer(dialect, limits, policy, metrics_path, durability)
     given, inherited = deque(initial_fds), deque(listen_fds)
     listeners: list[UnixListener] = []
     async with AsyncExitStack() as stack:

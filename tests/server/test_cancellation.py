@@ -26,12 +26,12 @@ from helpers import (
 )
 
 import qmpfd
-from qmpfd.server import Server
 from qmpfd.server.closing import all_closed
 from qmpfd.server.connection.session import Session
 from qmpfd.server.listen.listener import UnixListener
+from qmpfd.server.server import DaemonServer
 
-Live = Callable[[Path, Server, list[Pipe]], Awaitable[None]]
+Live = Callable[[Path, DaemonServer, list[Pipe]], Awaitable[None]]
 
 EACH_WAY = pytest.mark.parametrize("before", [True, False], ids=["running", "waiting"])
 BIG = "x" * 600_000  # more than a socket holds
@@ -57,7 +57,7 @@ async def _empty(path: Path, held: list[Pipe]) -> None:
 # -- the server's session ----------------------------------------------------------------------
 
 
-class _FirstCancelled(Server):
+class _FirstCancelled(DaemonServer):
     """A daemon in which one thing goes wrong: its first session is cancelled."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class _FirstCancelled(Server):
             await super()._serve(session)
 
 
-async def _live(path: Path, server: Server, made: list[Pipe]) -> None:
+async def _live(path: Path, server: DaemonServer, made: list[Pipe]) -> None:
     """A client's whole life, with everything in it that makes a session wait."""
     with await Wire.connect(path) as wire:
         await wire.reply()
@@ -109,7 +109,7 @@ async def _answers(wire: Wire, count: int) -> None:
         count -= "event" not in await wire.reply()
 
 
-async def _live_with_our_own(path: Path, server: Server, made: list[Pipe]) -> None:
+async def _live_with_our_own(path: Path, server: DaemonServer, made: list[Pipe]) -> None:
     """As :func:`_live`, with the commands that QEMU does not have."""
     with await Wire.session(path) as wire, await Wire.session(path) as other:
         wire.send(request("watch-fdsets", {"enable": True}))

@@ -13,7 +13,7 @@ from trio.testing import MockClock
 import qmpfd
 from qmpfd.errors import GenericError
 from qmpfd.limits import FDS_AT_ONCE, MAX_OPAQUE_TOTAL, NEGOTIATION_TIMEOUT, Limits
-from qmpfd.server import Server
+from qmpfd.server.server import DaemonServer
 
 TOO_MANY_FDS = "Too many file descriptors: the limit is 3"
 
@@ -187,7 +187,7 @@ async def test_no_more_than_the_process_may_have(path: Path) -> None:
 
 
 async def test_a_user_leaves_room_for_others() -> None:
-    server = Server()
+    server = DaemonServer()
     server.daemon.quotas.waiting_limit = 10
     server.daemon.quotas.check_quota(os.geteuid(), 11)
     server.daemon.quotas.check_quota(os.geteuid() + 1, 10)
@@ -198,7 +198,7 @@ async def test_a_user_leaves_room_for_others() -> None:
 
 async def test_closes_that_hang_count_for_their_user_alone() -> None:
     """One who may not even store anything takes no room from others so."""
-    server = Server(limits=Limits(max_fds=100, max_fds_per_uid=50))
+    server = DaemonServer(limits=Limits(max_fds=100, max_fds_per_uid=50))
     quotas, stranger = server.daemon.quotas, os.geteuid() + 1
     server.daemon.closer.pending_by_uid[stranger] = 50
     quotas.check_quota(os.geteuid(), 50)
@@ -215,7 +215,7 @@ async def test_closes_that_hang_count_for_their_user_alone() -> None:
 
 async def test_one_by_one_where_the_table_may_be_full() -> None:
     """What a request removes makes room for what comes with the next."""
-    server = Server(limits=Limits(max_fds=100))
+    server = DaemonServer(limits=Limits(max_fds=100))
     counts = server.daemon.quotas
     assert counts.fds_at_once() == FDS_AT_ONCE
     counts.fds_total = 100 - FDS_AT_ONCE

@@ -15,12 +15,12 @@ from .mirror import FdStoreMirror
 from .recover import Holdings, Recovered
 
 if TYPE_CHECKING:
-    from ..server import Server
+    from ..server import DaemonServer
 
 
 @asynccontextmanager
 async def mirrored(
-    server: Server,
+    server: DaemonServer,
     listeners: Sequence[UnixListener],
     recovered: Recovered | None,
     evidence: Fd | None,

@@ -12,9 +12,9 @@ import trio
 from qmpfd.fdsets import Peer
 from qmpfd.kernel.fd import Fd, FileDescriptorLike, close_all
 from qmpfd.limits import MAX_UNSENT_BYTES
-from qmpfd.server import Server
 from qmpfd.server.connection.send_buffer import SendBuffer
 from qmpfd.server.lifecycle import Event
+from qmpfd.server.server import DaemonServer
 from qmpfd.transport import FdStream
 
 
@@ -38,7 +38,7 @@ class Harness:
     """A send buffer, and the stream that it sends to."""
 
     def __init__(self, room: int = 1 << 30) -> None:
-        self.server = Server()
+        self.server = DaemonServer()
         self.server.lifecycle.handle(Event.START)
         ours, self.its = trio.socket.socketpair()
         self.stream = _Stream(ours, room)

@@ -25,9 +25,9 @@ from helpers import (
     value,
 )
 
-import qmpfd
 from qmpfd.kernel.fd import Fd
 from qmpfd.limits import SCM_MAX_FD
+from qmpfd.server.server import DaemonServer
 
 #: Linux 6.16; not in Python's socket module.
 SO_PASSRIGHTS = 83
@@ -115,7 +115,7 @@ OWN_END: dict[str, tuple[bytes, int]] = {
 }
 
 
-async def _one_is_left(server: qmpfd.Server) -> None:
+async def _one_is_left(server: DaemonServer) -> None:
     """A thread may have to close what was passed before a connection is over."""
     with trio.fail_after(PATIENCE):
         while len(server.sessions) > 1 or server.daemon.closer.pending:

@@ -16,9 +16,9 @@ from helpers import ADD, Pipe, Wire, daemon, open_fds, pipes, request, settle, v
 
 from qmpfd.kernel.fd import Fd, close_all, receive
 from qmpfd.kernel.systemd import Notifier
-from qmpfd.server import Server
 from qmpfd.server.connection.session import Session
 from qmpfd.server.fdstore.mirror import FdStoreConfig
+from qmpfd.server.server import DaemonServer
 
 REMOVE = request("remove-fd", {"fdset-id": 0})
 
@@ -94,7 +94,7 @@ class Parent:
 
 
 @asynccontextmanager
-async def kept_daemon(path: Path, size: int = 1000) -> AsyncIterator[tuple[Server, Parent]]:
+async def kept_daemon(path: Path, size: int = 1000) -> AsyncIterator[tuple[DaemonServer, Parent]]:
     """A daemon that has started, and its parent."""
     with closing(Parent()) as parent, closing(Notifier(parent.theirs, is_parent=True)) as notifier:
         async with trio.open_nursery() as nursery:
@@ -258,7 +258,7 @@ async def test_the_parent_dies(path: Path) -> None:
             assert not pipe.held()
 
 
-class _FirstCancelled(Server):
+class _FirstCancelled(DaemonServer):
     """A daemon whose first session is cancelled at some step."""
 
     scope: trio.CancelScope
@@ -298,7 +298,7 @@ async def test_cancelled_at_each_step(
     path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing leaks on either side, and others go on."""
-    monkeypatch.setattr("qmpfd.server.startup.Server", _FirstCancelled)
+    monkeypatch.setattr("qmpfd.server.startup.DaemonServer", _FirstCancelled)
     at_first = open_fds()
     for step in range(1, 200):
         _FirstCancelled.scope, _FirstCancelled.victim = trio.CancelScope(), None

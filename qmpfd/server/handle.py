@@ -1,0 +1,30 @@
+"""What a program that has a daemon inside it holds in its hands."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import trio
+
+from ..policy import Policy
+
+
+class Server(ABC):
+    """A running daemon, as ``await nursery.start(qmpfd.serve, [path])`` gives it."""
+
+    @property
+    @abstractmethod
+    def ended(self) -> trio.Event:
+        """Set when the daemon has ended: every stored descriptor is closed."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End gracefully: accept nobody else, carry out what was received, then end."""
+
+    @abstractmethod
+    def change_policy(self, policy: Policy) -> None:
+        """Put other rules in force, for those who are connected as well.
+
+        Args:
+            policy: who may connect, and do what.
+        """
