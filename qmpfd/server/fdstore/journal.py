@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from mmap import mmap
 from struct import Struct as Layout
 from typing import TypeAlias
 from zlib import crc32
@@ -28,12 +28,18 @@ from ..saved_state import SavedFd, SavedListener, SavedSet, SavedState
 #: Length and checksum of what follows.
 _HEADER = Layout("<II")
 
+#: The head of a list of records: ``array 32`` of MessagePack's specification.
+_ARRAY = Layout(">BI")
+
+#: Bytes that a frame takes beside its records.
+FRAME_BYTES = _HEADER.size + _ARRAY.size
+
 #: Bytes that are allocated at a time: writing into what is allocated cannot fail.
 _CHUNK = 64 << 10
 
 #: Bytes of a record at most, but for its text; and of a removal, if it has a frame of its own.
 RECORD_BYTES = 128
-REMOVAL_BYTES = 24
+REMOVAL_BYTES = 32
 
 
 class SnapshotHeader(Struct, array_like=True, tag="b"):
@@ -223,9 +229,19 @@ class History:
         )
 
 
-def frame(records: Sequence[Record]) -> bytes:
+def encoded(record: Record) -> bytes:
+    """*record*, as it stands in a frame."""
+    return _encoder.encode(record)
+
+
+def frame(records: Iterable[Record]) -> bytes:
     """*records*, to be there together or not at all."""
-    data = _encoder.encode(records)
+    return frame_encoded([encoded(record) for record in records])
+
+
+def frame_encoded(records: Sequence[bytes]) -> bytes:
+    """The same of records that are :func:`encoded`."""
+    data = b"".join([_ARRAY.pack(0xDD, len(records)), *records])
     return _HEADER.pack(len(data), crc32(data)) + data
 
 
@@ -252,7 +268,7 @@ def replay(data: bytes) -> History:
         for records in frames(data):
             if history is None:
                 begun = records[0]
-                if not isinstance(begun, SnapshotHeader) or begun.format != JOURNAL_FORMAT:
+                if not isinstance(begun, SnapshotHeader) or not 1 <= begun.format <= JOURNAL_FORMAT:
                     raise ValueError("the journal of the stored descriptors has another format")
                 history = History(begun)
             history.apply_frame(records)
@@ -277,12 +293,14 @@ class Journal:
         self.fd = Fd(os.memfd_create("qmpfd-journal", os.MFD_CLOEXEC))
         self.size = 0
         self._allocated = 0
+        # Written to as memory: pwrite(2) meets RLIMIT_FSIZE also where room was made before.
+        self._memory: mmap | None = None
         try:
-            first = frame(list(records))
+            first = frame(records)
             self.reserve(len(first))
             self.append(first)
         except BaseException:
-            self.fd.close()
+            self.close()
             raise
 
     def reserve(self, count: int) -> None:
@@ -295,6 +313,9 @@ class Journal:
         if wanted > 0:
             wanted += -wanted % _CHUNK
             os.posix_fallocate(self.fd.fileno(), self._allocated, wanted)
+            larger = mmap(self.fd.fileno(), self._allocated + wanted)
+            self._unmap()
+            self._memory = larger
             self._allocated += wanted
 
     def append(self, data: bytes) -> None:
@@ -303,17 +324,21 @@ class Journal:
         Raises:
             OSError: more than was reserved, and no memory for it.
         """
-        at = self.size
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self.fd.fileno(), view, at)
-            at, view = at + written, view[written:]
-        self.size = at  # not before: half a frame is written over
+        self.reserve(len(data))
+        assert self._memory is not None
+        end = self.size + len(data)
+        self._memory[self.size : end] = data
+        self.size = end
 
     def close(self) -> None:
         """Write no more to it."""
-        with suppress(ValueError):
-            self.fd.close()
+        self._unmap()
+        self.fd.close()
+
+    def _unmap(self) -> None:
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
 
 
 def read(fd: Fd) -> bytes:

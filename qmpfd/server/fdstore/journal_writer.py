@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterable
 from ...kernel.fd import Fd
 from ...limits import MIN_JOURNAL_BYTES
 from .barrier_link import BarrierLink
-from .journal import Journal, Record, frame
+from .journal import FRAME_BYTES, Journal, Record, encoded, frame_encoded
 from .names import journal_name
+
+#: Bytes that are reserved for what is neither added nor removed: listeners, a takeover.
+_OTHER_BYTES = 4096
 
 
 class JournalWriter:
@@ -27,7 +30,8 @@ class JournalWriter:
         self._link = link
         self._snapshot = snapshot
         self._journals: list[Journal] = []  # the last one counts
-        self._records: list[Record] = []  # not written yet
+        self._records: list[bytes] = []  # not written yet
+        self._removals = 0  # bytes to be reserved in each journal, for removals
         self._limit = MIN_JOURNAL_BYTES
         self._turning = False  # the last journal is not known to be there yet
         #: Of the last journal.
@@ -38,18 +42,20 @@ class JournalWriter:
         """The journal that counts."""
         return self._journals[-1].fd
 
-    def reserve(self, count: int) -> None:
-        """See to it that the next *count* bytes can be written.
+    def reserve(self, count: int, removals: int) -> None:
+        """See to it that the next *count* bytes can be written, and so many bytes of removals.
 
         Raises:
             OSError: there is no memory for them.
         """
+        self._removals = removals + _OTHER_BYTES
+        wanted = sum(map(len, self._records)) + FRAME_BYTES + count + self._removals
         for journal in self._journals:
-            journal.reserve(count)
+            journal.reserve(wanted)
 
     def note(self, record: Record) -> None:
         """Have *record* written, in one frame with the others since the last :meth:`write`."""
-        self._records.append(record)
+        self._records.append(encoded(record))
         self._link.changed()
 
     def write(self) -> None:
@@ -60,7 +66,7 @@ class JournalWriter:
         """
         if not self._records:
             return
-        data = frame(self._records)
+        data = frame_encoded(self._records)
         self._records.clear()
         for journal in self._journals:
             journal.append(data)
@@ -77,6 +83,11 @@ class JournalWriter:
             OSError: there is no descriptor or no memory for it.
         """
         journal = Journal(self._snapshot(self.generation + 1))
+        try:
+            journal.reserve(self._removals + _OTHER_BYTES)
+        except OSError:
+            journal.close()
+            raise
         self.generation += 1
         self._journals.append(journal)
         self._limit = max(MIN_JOURNAL_BYTES, 4 * journal.size)

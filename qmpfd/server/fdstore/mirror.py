@@ -104,6 +104,7 @@ class FdStoreMirror:
         self._capacity = min(keeping.size - KEEPER_SPARE, Names.MOST)
         self._sentinel: Sentinel | None = None
         self._sentinel_name = ""
+        self._distrusted = False  # the service manager does not keep what it is sent
         self._descriptions = keeping.descriptions
         self._names = Names()
         self._mirrored: dict[int, _Mirrored] = {}
@@ -113,8 +114,16 @@ class FdStoreMirror:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is kept any more."""
-        return self._link.is_over
+        """Whether nothing more is kept, and what was kept may be lost."""
+        return self._link.is_over or self._distrusted
+
+    def _distrust(self, reason: str) -> None:
+        """Say that what is sent is not kept.  What is removed is still removed there as well: it
+        may be there after all.
+        """
+        if not self._distrusted:
+            self._distrusted = True
+            _log.error("%s; no more can be added", reason)
 
     # -- what the commands see -----------------------------------------------------------------
 
@@ -137,9 +146,9 @@ class FdStoreMirror:
                 f"Too many file descriptors: the limit of those kept safe is {self._capacity}"
             )
         # Of each that is there, the removal can be written too.
-        size = count * (4 * len(opaque or "") + RECORD_BYTES) + len(self._mirrored) * REMOVAL_BYTES
+        size = count * (4 * len(opaque or "") + RECORD_BYTES)
         try:
-            self._journals.reserve(size)
+            self._journals.reserve(size, (len(self._mirrored) + count) * REMOVAL_BYTES)
         except OSError as exc:
             raise GenericError(f"The file descriptor cannot be kept safe: {exc.strerror}") from None
 
@@ -154,7 +163,7 @@ class FdStoreMirror:
         """A descriptor was taken out of the store; it is still open."""
         number = stored.fd.fileno()
         kept = self._mirrored.pop(number, None)
-        if kept is None or self.is_over:
+        if kept is None or self._link.is_over:
             return
         self._journals.note(Removed(number))
         del kept.numbers[number]
@@ -257,7 +266,7 @@ class FdStoreMirror:
     @property
     def journal(self) -> Fd | None:
         """The journal, for a successor: it tells whether the takeover was done."""
-        return None if self.is_over else self._journals.fd
+        return None if self._link.is_over else self._journals.fd
 
     # -- its life ------------------------------------------------------------------------------
 
@@ -274,7 +283,7 @@ class FdStoreMirror:
         """Find out when the service manager drops what it was sent: the oldest first."""
         with suppress(trio.ClosedResourceError):
             await sentinel.wait_dropped()
-            self._link.end(_DROPPED)
+            self._distrust(_DROPPED)
 
     def _close_sentinel(self) -> None:
         if self._sentinel is not None:
@@ -370,8 +379,7 @@ class FdStoreMirror:
             if previous is not None:  # whose the descriptors are goes on
                 raise GenericError(too_many)
             # What came back stays where it is, and here, until there are fewer, or more room.
-            self._link.end(too_many)
-            return
+            self._distrust(too_many)
         self._remove_names(filter(is_pipe, holdings.others))  # the journal needs the place
         if not self._is_parent:
             self._sentinel = Sentinel()
@@ -383,9 +391,10 @@ class FdStoreMirror:
             self._name_files(self._listeners.values())
         self._link.open()
         if not (self._is_parent or await self._is_stored()):
-            self._link.end(_DROPPED)  # and remove nothing: what is there may be all there is
-            return
+            self._distrust(_DROPPED)
         await self.sync()
+        if self.is_over:  # remove nothing: what is there may be all there is
+            return
         if holdings.valid:
             self._remove_names(name for name in holdings.others if not is_pipe(name))
         used = {kept.name for kept in self._mirrored.values()}
@@ -414,7 +423,7 @@ class FdStoreMirror:
 
     def _name_files(self, listeners: Iterable[SavedListener]) -> None:
         """Tell the parent which socket files to remove where this process cannot do it any more."""
-        if self._is_parent and not self.is_over:
+        if self._is_parent and not self._link.is_over:
             files = [(*each.file, each.path.hex()) for each in listeners if each.file and each.path]
             lines = [f"QMPFD_SOCKET={device}:{inode}:{path}" for device, inode, path in files]
             self._link.tell("\n".join(lines or ["QMPFD_SOCKET="]))
@@ -430,14 +439,14 @@ class FdStoreMirror:
         daemon; the listening sockets do not.
         """
         for number in self._listeners:
-            if not self.is_over:
+            if not self._link.is_over:
                 kept = self._mirrored[number]
                 del kept.numbers[number]
                 self._note(ListenerRemoved(kept.name), None if kept.numbers else kept.name)
         self._listeners.clear()
 
     def _note(self, record: Record, removed: str | None = None) -> None:
-        if not self.is_over:
+        if not self._link.is_over:
             self._journals.note(record)
             if removed is not None:
                 self._link.remove(removed)
@@ -445,7 +454,7 @@ class FdStoreMirror:
 
     def _forget(self) -> None:
         """Have all of it closed there, the journal last: it says that the rest is nobody's."""
-        if not self.is_over:
+        if not self._link.is_over:
             self._close_sentinel()
             if self._sentinel_name:
                 self._link.remove(self._sentinel_name)

@@ -81,7 +81,7 @@ def sensible(done: list[Record]) -> list[Record]:
 
 
 @given(st.lists(records, max_size=6))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_any_history_cut_anywhere(sections: list[list[Record]]) -> None:
     """Cut off within a critical section, it is as if that had not been begun."""
     flat = sensible([record for section in sections for record in section])
@@ -103,7 +103,7 @@ def test_any_history_cut_anywhere(sections: list[list[Record]]) -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_a_byte_that_is_wrong(at: int, change: int) -> None:
     """It ends the journal there, at the latest: nothing is made up."""
     first = frame([BEGUN])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import struct
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import open_fds
+from helpers import open_fds, request, send_now
 from supervised import (
     COMMAND,
     DEADLINE,
@@ -649,3 +650,41 @@ def test_killed_while_descriptors_are_replaced(path: Path) -> None:
         daemon.kill_worker()
         with daemon.client() as client:
             assert client.execute("query-fds") == []
+
+
+@pytest.mark.parametrize("size", [40 << 10, 256 << 10])
+def test_the_journal_cannot_grow(path: Path, size: int) -> None:
+    """RLIMIT_FSIZE is for a memfd too: what cannot be written down is refused, all that was
+    answered comes back, and what was removed does not.
+    """
+    with supervised(path) as daemon, daemon.client() as client:
+        resource.prlimit(daemon.worker(), resource.RLIMIT_FSIZE, (size, size))
+        answered = refused = 0
+        with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as replies:
+            sock.connect(str(path))
+            sock.sendall(request("qmp_capabilities"))
+            assert b"QMP" in replies.readline()
+            assert b"return" in replies.readline()
+            # Many in one go: each has its room before the next one is carried out.
+            for _ in range(12):
+                os.kill(daemon.worker(), signal.SIGSTOP)
+                for _ in range(16):
+                    send_now(sock, request("add-fd", {"opaque": "x" * 2000}), [0])
+                os.kill(daemon.worker(), signal.SIGCONT)
+                for _ in range(16):
+                    if b"error" in replies.readline():
+                        refused += 1
+                    else:
+                        answered += 1
+        assert refused
+        assert answered > 20
+        there = fds(client)
+        assert len(there) == answered
+        for fd in there[::2]:
+            client.execute("remove-fd", {"fdset-id": fd["fdset-id"]})
+        assert client.execute("query-stats")["kept-safe"]
+        before = fds(client)
+        assert len(before) == answered // 2
+        daemon.kill_worker()
+        with daemon.client() as again:
+            assert lasting(fds(again)) == lasting(before)
