@@ -6,14 +6,28 @@ import errno
 import fcntl
 import os
 import resource
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from qmpfd.kernel.fd import OUT_OF_FDS, Fd, close_all, discard, fileno, peek, receive, send
+from qmpfd.kernel.fd import (
+    DENIED,
+    OUT_OF_FDS,
+    Fd,
+    close_all,
+    discard,
+    fileno,
+    in_flight_is_limited,
+    peek,
+    receive,
+    send,
+)
 from qmpfd.limits import READ_BYTES, SCM_MAX_FD, SEGMENT_BYTES
 
 
@@ -313,3 +327,25 @@ def test_peeking_from_many_threads() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_what_is_lost_with_room_for_it_was_denied(
+    pair: Pair, fd: Fd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A security module of the kernel makes it drop descriptors as well.  There is none to be had
+    here: without room for the control message they are dropped in the same way.
+    """
+    monkeypatch.setattr("qmpfd.kernel.fd._CONTROL_BYTES", 0)
+    send(pair[1], b"x", [fd])
+    assert receive(pair[0], 1) == (b"x", [], DENIED)
+
+
+def test_the_limit_of_descriptors_in_flight() -> None:
+    """Root meets it where both capabilities were taken from it."""
+    setpriv = shutil.which("setpriv")
+    if in_flight_is_limited() or setpriv is None:
+        pytest.skip("needs root with one of both capabilities, and setpriv")
+    code = "from qmpfd.kernel.fd import in_flight_is_limited as limited; print(limited())"
+    command = [setpriv, "--bounding-set=-sys_admin,-sys_resource", sys.executable, "-c", code]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert told.stdout == "True\n"
