@@ -93,13 +93,18 @@ class Audit:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
         line = AuditLine(
             time=f"{stamp}.{nanoseconds // 1000:06}Z",
-            outcome=outcome[:_QUOTED],
+            outcome=_quoted(outcome),
             pid=None if self._peer is None else self._peer.pid,
             uid=None if self._peer is None else self._peer.uid,
             command=self._command,
             set=fdset_id,
             fd=fd,
-            opaque=None if opaque is None else opaque[:_QUOTED],
-            name=None if name is None else name[:_QUOTED],
+            opaque=None if opaque is None else _quoted(opaque),
+            name=None if name is None else _quoted(name),
         )
         self._write(encode(line) + b"\n")
+
+
+def _quoted(text: str) -> str:
+    """The beginning of *text*; a surrogate, which JSON cannot carry, is escaped."""
+    return text[:_QUOTED].encode("utf-8", "backslashreplace").decode()

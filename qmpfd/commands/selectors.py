@@ -46,7 +46,12 @@ class Selector(Arguments):
     @property
     def by_number(self) -> bool:
         """Whether it only says which, and searches for nothing."""
-        return self.given().keys() <= {"fdset-id", "fd"}
+        return (
+            self.opaque is UNSET
+            and self.opaque_prefix is UNSET
+            and self.added_by_pid is UNSET
+            and self.added_by_uid is UNSET
+        )
 
     def check(self) -> None:
         """Refuse a selector without members.
@@ -54,7 +59,7 @@ class Selector(Arguments):
         Raises:
             GenericError: it is one.
         """
-        if not self.given():
+        if self.fdset_id is UNSET and not self.given():
             raise GenericError("Parameter 'fdset-id' is missing, or another of the selector")
 
     def matches(self, stored: StoredFd) -> bool:

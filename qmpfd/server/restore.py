@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
 import trio
 
 from ..client.blocking import NoDaemon
+from ..errors import QMPError
 from ..fdsets import PERMANENT, Lifetime, Peer
 from ..kernel.fd import Fd, close_all
 from ..limits import TAKEOVER_TIMEOUT
@@ -20,6 +24,8 @@ from .connection.snapshot import WatchRestorer
 from .fdstore.recover import Recovered
 from .listen.listener import UnixListener
 from .saved_state import SavedFd, SavedListener, SavedSet
+
+_log = logging.getLogger("qmpfd")
 
 if TYPE_CHECKING:
     from .connection.saved import SavedCounters
@@ -169,16 +175,35 @@ def _fill_store(
             if lifetime is None:  # kept until the end of a connection that is over
                 fd.close()
             else:
-                server.daemon.add(
-                    [fd],
-                    fdset.id,
-                    saved.opaque,
-                    None if saved.added_by is None else Peer(*saved.added_by),
-                    lifetime,
-                    create=True,
-                    now=now - saved.age,
-                )
+                _store(server, fdset.id, saved, fd, lifetime, now)
             stored()
+
+
+def _store(
+    server: DaemonServer, fdset_id: int, saved: SavedFd, fd: Fd, lifetime: Lifetime, now: float
+) -> None:
+    add = partial(
+        server.daemon.add,
+        [fd],
+        fdset_id,
+        saved.opaque,
+        None if saved.added_by is None else Peer(*saved.added_by),
+        create=True,
+        now=now - saved.age,
+    )
+    try:
+        add(lifetime=lifetime)
+    except QMPError as exc:
+        if not lifetime.watch_hangup:
+            raise
+        # The kernel has no more watches, or no memory: the descriptor itself is all right.
+        _log.error(
+            "descriptor %d of fd set %d stays when its peer hangs up: %s",
+            saved.number,
+            fdset_id,
+            exc,
+        )
+        add(lifetime=replace(lifetime, watch_hangup=False))
 
 
 def _lifetime(saved: SavedFd, sessions: list[Session], now: float) -> Lifetime | None:

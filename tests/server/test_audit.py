@@ -19,6 +19,9 @@ from helpers import Pipe, Wire, daemon, daemon_process, error, pipes, settle, va
 from trio.testing import MockClock
 
 import qmpfd
+from qmpfd.commands.audit import Audit
+from qmpfd.fdsets import PERMANENT, FdSet, StoredFd
+from qmpfd.kernel.fd import Fd
 from qmpfd.policy import Access, Grant
 from qmpfd.server.audit import AuditWriter
 
@@ -140,6 +143,18 @@ async def test_long_texts_are_cut(path: Path, tmp_path: Path) -> None:
             with await Wire.session(path) as wire:
                 value(await wire.call("add-fd", {"opaque": "\u20ac" * 3000}, [pipe]))
     assert lines(file)[0]["opaque"] == "\u20ac" * 1024
+
+
+def test_a_text_that_json_cannot_carry() -> None:
+    """An option of the command line may have bytes that are no UTF-8."""
+    written: list[bytes] = []
+    with Pipe() as pipe:
+        fd = Fd(os.dup(pipe.fileno()))
+        stored = StoredFd(fd, FdSet(7), "caf\udce9", None, 0.0, PERMANENT)
+        Audit(written.append).record("added", stored)
+        fd.close()
+    [line] = written
+    assert json.loads(line)["opaque"] == "caf\\udce9"
 
 
 # -- where it cannot be written ----------------------------------------------------------------
