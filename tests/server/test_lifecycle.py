@@ -1,0 +1,101 @@
+"""The table of the daemon's states says all that can happen."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from helpers import settle
+
+from qmpfd.server.lifecycle import TRANSITIONS, Event, Lifecycle, State
+
+
+def reachable(start: State) -> set[State]:
+    found = {start}
+    while True:
+        more = {after for (before, _), after in TRANSITIONS.items() if before in found} - found
+        if not more:
+            return found
+        found |= more
+
+
+def test_every_state_is_reached_and_left() -> None:
+    assert reachable(State.STARTING) == set(State)
+    for state in State:
+        assert State.ENDED in reachable(state)
+
+
+def test_what_has_ended_stays_so() -> None:
+    for state in (State.DRAINING, State.HANDED_OVER, State.ENDED):
+        assert State.RUNNING not in reachable(state)
+    assert reachable(State.ENDED) == {State.ENDED}
+    assert reachable(State.HANDED_OVER) == {State.HANDED_OVER, State.ENDED}
+
+
+async def test_an_event_that_is_impossible_changes_nothing() -> None:
+    for state in State:
+        for event in Event:
+            lifecycle = _in(state)
+            if (state, event) in TRANSITIONS:
+                assert lifecycle.can(event)
+                lifecycle.handle(event)
+                assert lifecycle.state is TRANSITIONS[state, event]
+            else:
+                assert not lifecycle.can(event)
+                with pytest.raises(KeyError):
+                    lifecycle.handle(event)
+                assert lifecycle.state is state
+
+
+async def test_a_stop_is_never_lost() -> None:
+    """Whatever becomes of the takeover that is under way."""
+    for state in State:
+        lifecycle = _in(state)
+        if lifecycle.can(Event.STOP):
+            lifecycle.handle(Event.STOP)
+            assert State.RUNNING not in reachable(lifecycle.state)
+
+
+def _in(state: State) -> Lifecycle:
+    """One that has come to that state by the table."""
+    ways: dict[State, list[Event]] = {State.STARTING: []}
+    while state not in ways:
+        for (before, event), after in TRANSITIONS.items():
+            if before in ways and after not in ways:
+                ways[after] = [*ways[before], event]
+    lifecycle = Lifecycle()
+    for event in ways[state]:
+        lifecycle.handle(event)
+    assert lifecycle.state is state
+    return lifecycle
+
+
+async def test_waiting() -> None:
+    """Who waits for the end of a pause waits on once a successor owns everything."""
+    lifecycle = _in(State.PAUSED)
+    seen: list[str] = []
+
+    async def wait_running() -> None:
+        await lifecycle.wait_running()
+        seen.append("running")
+
+    async def wait_stopping() -> None:
+        await lifecycle.wait_stopping()
+        seen.append("stopping")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait_running)
+        await settle()
+        assert seen == []
+        lifecycle.handle(Event.RESUME)
+        await settle()
+        assert seen == ["running"]
+        lifecycle.handle(Event.PAUSE)
+        nursery.start_soon(wait_running)
+        nursery.start_soon(wait_stopping)
+        lifecycle.handle(Event.HAND_OVER)
+        await settle()
+        assert seen == ["running", "stopping"]
+        assert not lifecycle.ended.is_set()
+        lifecycle.handle(Event.END)
+        assert lifecycle.ended.is_set()
+        nursery.cancel_scope.cancel()
