@@ -6,7 +6,7 @@ import select
 import time
 
 from ...kernel.fd import Fd, is_in_memory
-from .journal import read, replay
+from .replay import replay
 
 #: Seconds between two reads of a journal.
 _POLL = 0.02
@@ -35,7 +35,7 @@ def has_handed_over(evidence: Fd, timeout: float) -> bool:
     if not is_in_memory(evidence.fileno()):
         return is_dead(evidence, timeout)
     deadline = time.monotonic() + timeout
-    while not replay(read(evidence)).left:
+    while not replay(evidence).left:
         if time.monotonic() >= deadline:
             return False
         time.sleep(_POLL)

@@ -26,8 +26,9 @@ from ...limits import JOURNAL_FORMAT, LETTING_GO_TIMEOUT
 from ..renumber import Movable, renumber
 from ..saved_state import SavedState
 from .evidence import has_handed_over
-from .journal import Added, History, SnapshotHeader, read, replay
+from .journal import Added, SnapshotHeader
 from .names import PREVIOUS, is_journal, is_numbered, is_ours
+from .replay import History, replay
 
 _log = logging.getLogger("qmpfd")
 
@@ -206,7 +207,16 @@ def _nothing() -> History:
 
 def _newest(journals: Sequence[Fd]) -> History:
     """What the newest journal says; nothing if there is none."""
-    histories = [replay(read(journal)) for journal in journals]
+    histories, problems = [], []
+    for journal in journals:
+        try:
+            histories.append(replay(journal))
+        except ValueError as exc:
+            problems.append(exc)
+    if problems and not histories:
+        raise problems[0]
+    for problem in problems:
+        _log.error("%s: the other one counts", problem)
     return max(histories, key=lambda history: history.begun.generation, default=_nothing())
 
 

@@ -291,6 +291,27 @@ def test_a_record_without_its_descriptor(store: Store, path: Path, file: Path) -
         assert [fd["opaque"] for fd in fds(client)] == ["kept"]
 
 
+def test_one_of_a_command_that_was_lost(store: Store, path: Path) -> None:
+    """The others that were added with it come back, and the log says which did not."""
+    options = ["--socket", str(path)]
+    with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
+        for count in (5, 1):
+            memory = [Fd(os.memfd_create("x")) for _ in range(count)]
+            client.execute("add-fds", fds=memory)
+            close_all(memory)
+        before = fds(client)
+        first.kill()
+        first.wait()
+    with store._lock:
+        lost = next(entry for entry in store._kept if entry[0] == "~1")
+        store._kept.remove(lost)
+        lost[1].close()
+    with store.service(*options), BlockingClient(path, DEADLINE) as client:
+        back = fds(client)
+        assert len(back) == 5
+        assert all(fd in before for fd in back)
+
+
 def test_a_journal_that_cannot_be_read(store: Store, path: Path, file: Path) -> None:
     """Better not to start than to lose what it tells of."""
     options = ["--socket", str(path)]
