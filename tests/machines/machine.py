@@ -70,7 +70,7 @@ done
 printf '%s' "$QMPFD" >/usr/bin/qmpfd
 chmod 755 /usr/bin/qmpfd
 for target in $TARGETS; do cp "/lib/systemd/system/$target.target" /run/test/units/; done
-cp /run/test/checkout/packaging/* /run/test/units/
+cp /run/test/checkout/packaging/*.service /run/test/checkout/packaging/*.socket /run/test/units/
 printf '%s' "$SERVICES" >/run/test/units/service.d/all.conf
 exec env -i PATH="$PATH" container=qmpfd-test SYSTEMD_UNIT_PATH=/run/test/units "$@"
 """
