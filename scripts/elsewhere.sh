@@ -105,9 +105,10 @@ done
 root=$(realpath -m "${ELSEWHERE:-$checkout/build/elsewhere}")/$system
 [[ -e $root/.python ]] || make_system
 python=${python:-$(<"$root/.python")}
-[[ -x $root/usr/bin/$python ]] || apt install --yes --no-install-recommends "$python" "$python"-{venv,dev}
+chroot "$root" dpkg --status "$python-venv" >/dev/null 2>&1 ||
+    apt install --yes --no-install-recommends "$python" "$python"-{venv,dev}
 (($#)) || set -- make test
-exec env -u MAKEFLAGS -u MAKELEVEL -u MFLAGS HOME=/root PYTHON="$python" \
+exec env -u MAKEFLAGS -u MAKELEVEL -u MFLAGS -u PIP_FIND_LINKS HOME=/root PYTHON="$python" \
     PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     unshare --mount --pid --ipc --uts --fork --kill-child --propagation private \
     bash -euo pipefail -c "$(declare -f copy_checkout enter); enter \"\$@\"" enter \
