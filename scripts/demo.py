@@ -337,10 +337,13 @@ STEPS = (park, share, remove, number, refuse, shell, leave)
 
 
 async def _other_user(folder: Path) -> str | None:
-    """``nobody``, if this is root and may become so, and nobody can reach *folder*, which is
-    theirs then; else None: stay who we are.
+    """A user without rights, if this is root, may become that user, and the user can reach
+    *folder*, which is theirs then; else None: stay who we are.
+
+    It is not ``nobody``: that is the kernel's name for users whom it cannot map too
+    (/proc/sys/kernel/overflowuid), and so never the daemon's own user.
     """
-    user = "nobody"
+    user = "daemon"
     if os.geteuid() != 0:
         return None
     try:
