@@ -235,7 +235,7 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
         connections=stats.connections,
         connections_accepted=stats.accepted,
         connections_refused=stats.turned_away,
-        kept_safe=shared.keeper is not None and not shared.keeper.is_over,
+        kept_safe=shared.mirror is not None and not shared.mirror.is_over,
         limits=LimitsInfo(
             max_connections=limits.max_connections,
             max_connections_per_uid=limits.max_connections_per_uid,

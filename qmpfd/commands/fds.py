@@ -62,8 +62,8 @@ def check_add(
     if not access.unlimited:
         _require_add(access, fdset_id, shared.store.next_id, opaque)
     shared.quotas.check_quota(context.peer.uid, count, opaque, replaced)
-    if lasting and shared.keeper is not None:
-        shared.keeper.check_room(count, opaque)
+    if lasting and shared.mirror is not None:
+        shared.mirror.check_quota(count, opaque)
     fdset = None if fdset_id is None or access.unlimited else shared.store.get(fdset_id)
     if fdset is not None:
         _require_sight(access, fdset, opaque, shared.dialect)

@@ -50,7 +50,7 @@ class FdStoreMirror(Protocol):
     def is_over(self) -> bool:
         """Whether nothing is kept any more."""
 
-    def check_room(self, count: int, opaque: str | None) -> None:
+    def check_quota(self, count: int, opaque: str | None) -> None:
         """Refuse to add so many, with a GenericError."""
 
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
@@ -107,7 +107,7 @@ class SharedState:
     hangups: Hangups[StoredFd]
     clients: Callable[[], Iterable[Client]] = tuple
     store: FdSets = field(default_factory=FdSets)
-    keeper: FdStoreMirror | None = None  #: where there is one
+    mirror: FdStoreMirror | None = None  #: where there is one
     audit: Audit | None = None
     on_event: Callable[[], None] = lambda: None
     on_expiry: Callable[[], None] = lambda: None
@@ -169,7 +169,7 @@ class SharedState:
         if now is None:
             now = self.clock()
         entries = self.store.prepare(fds, fdset_id, opaque, added_by, now, create, lifetime)
-        if self.keeper is not None or lifetime.watch_hangup:
+        if self.mirror is not None or lifetime.watch_hangup:
             self._announce(entries)
         self.store.commit(entries)
         fds.clear()
@@ -185,7 +185,7 @@ class SharedState:
 
     def _announce(self, entries: list[StoredFd]) -> None:
         """Have *entries* watched and mirrored before they are stored: all of them, or none."""
-        keeper = self.keeper
+        mirror = self.mirror
         watched: list[StoredFd] = []
         mirrored: list[StoredFd] = []
         try:
@@ -194,15 +194,15 @@ class SharedState:
                     self.hangups.watch(stored.fd, stored)
                     watched.append(stored)
             for stored in entries:
-                if keeper is not None:
-                    keeper.added(stored.fdset, stored)
+                if mirror is not None:
+                    mirror.added(stored.fdset, stored)
                     mirrored.append(stored)
         except BaseException:
             for stored in watched:
                 self.hangups.unwatch(stored.fd)
             for stored in mirrored:
-                assert keeper is not None
-                keeper.removed(stored)
+                assert mirror is not None
+                mirror.removed(stored)
             raise
 
     def remove(self, entries: Iterable[StoredFd], reason: str, fds_to_close: list[Fd]) -> None:
@@ -216,8 +216,8 @@ class SharedState:
         for stored in entries:
             if stored.added_by is not None:
                 stored.fd.uid = stored.added_by.uid
-            if self.keeper is not None:
-                self.keeper.removed(stored)
+            if self.mirror is not None:
+                self.mirror.removed(stored)
             if stored.lifetime.watch_hangup:
                 self.hangups.unwatch(stored.fd)
             event = Event.removed(stored, reason) if self.logs else None

@@ -31,7 +31,7 @@ class FullMirror:
     is_over: bool = False
     entries: list[StoredFd] = field(default_factory=list)
 
-    def check_room(self, count: int, opaque: str | None) -> None:
+    def check_quota(self, count: int, opaque: str | None) -> None:
         """Nobody knows before it is tried."""
 
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
@@ -64,7 +64,7 @@ def shared_state() -> Iterator[SharedState]:
 def test_all_or_none(room: int, watch_hangup: bool) -> None:
     """A mirror that fails at any of them leaves everything as it was."""
     with shared_state() as shared, pipes(3) as made:
-        mirror = shared.keeper = FullMirror(room)
+        mirror = shared.mirror = FullMirror(room)
         fds = [Fd(os.dup(pipe.fileno())) for pipe in made]
         with pytest.raises(OSError, match="no room"):
             shared.add(fds, None, "x", PEER, Lifetime(watch_hangup=watch_hangup))
@@ -86,7 +86,7 @@ def test_all_or_none(room: int, watch_hangup: bool) -> None:
 async def test_no_closed_descriptor_is_listed(path: Path, command: str) -> None:
     """Where the second copy fails, the command fails, and the descriptor is in no set."""
     async with daemon(path) as server:
-        server.daemon.keeper = FullMirror(1)
+        server.daemon.mirror = FullMirror(1)
         with Pipe() as pipe, await Wire.session(path) as wire:
             value(await wire.call(command, {"opaque": "a"}, [pipe]))
             assert error(await wire.call(command, {"opaque": "b"}, [pipe])) == "GenericError"
@@ -96,7 +96,7 @@ async def test_no_closed_descriptor_is_listed(path: Path, command: str) -> None:
             pipe.release()
             value(await wire.call("remove-fd", {"fdset-id": 0}))
             assert not pipe.held()
-        server.daemon.keeper = None
+        server.daemon.mirror = None
 
 
 @pytest.mark.parametrize("text", ["", "vm", "é", "\N{LATIN SMALL LETTER A WITH MACRON}x", "😀" * 9])

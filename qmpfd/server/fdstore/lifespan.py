@@ -46,7 +46,7 @@ async def mirrored(
     async with mirror.running():
         await mirror.start(server.store, listeners, holdings, evidence)
         server.daemon.closer.close(stale_fds)
-        server.daemon.keeper = mirror
+        server.daemon.mirror = mirror
         try:
             yield
         except Exception:

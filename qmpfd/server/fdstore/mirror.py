@@ -127,7 +127,7 @@ class FdStoreMirror:
 
     # -- what the commands see -----------------------------------------------------------------
 
-    def check_room(self, count: int, opaque: str | None) -> None:
+    def check_quota(self, count: int, opaque: str | None) -> None:
         """Refuse to add *count* more descriptors, each with that opaque text, if they cannot be
         kept.
 
