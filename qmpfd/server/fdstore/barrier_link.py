@@ -33,6 +33,9 @@ _log = logging.getLogger("qmpfd")
 #: Seconds until the next try where the kernel has no room for a message, and does not tell when.
 _RETRY = 0.01
 
+#: Seconds that a change waits at most for those of other clients, to share the barrier.
+_GATHER_SECONDS = 0.001
+
 #: sendmsg(2), unix(7): no room now, for the message or the descriptor with it.
 _NO_ROOM = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
@@ -118,6 +121,7 @@ class BarrierLink:
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
         self._reader: tuple[Fd, Fd] | None = None  # of the barrier under way
         self._waiting = trio.lowlevel.ParkingLot()
+        self._clients = 0  # that waited for the last acknowledgement, or meanwhile
         self._work = trio.Event()  # set when there is something to send
         self._scope = trio.CancelScope()
         #: Barriers so far.
@@ -176,10 +180,12 @@ class BarrierLink:
     async def sync(self) -> None:
         """Wait until all that was changed so far is safe; without a checkpoint if it is."""
         wanted = self._changes
-        if self._state is State.CHANGED and not self._waiting:
+        if self._state is State.CHANGED and self._clients <= 1:
             self.push()  # nobody is there to share a barrier with: save a pass of the loop
         while self._synced < wanted:
-            self._work.set()
+            waiting = len(self._waiting)
+            if not waiting or waiting + 1 >= self._clients:
+                self._work.set()
             await self._waiting.park()
 
     def push(self) -> None:
@@ -280,6 +286,7 @@ class BarrierLink:
         """All that was sent before the barrier is there."""
         self._sent.clear()
         self._handle(Event.ALL_SAFE if self._barrier == self._changes else Event.SOME_SAFE)
+        self._clients = len(self._waiting)
         self._advance(self._barrier)
         if self._state is State.CHANGED:
             self._work.set()
@@ -342,11 +349,11 @@ class BarrierLink:
             self._work = trio.Event()
 
     async def _gather(self) -> None:
-        """Let all clients that have sent something have their turn: they share the barrier."""
-        changes = -1
-        while len(self._waiting) > 1 and changes != self._changes:
-            changes = self._changes
-            await trio.lowlevel.checkpoint()
+        """Wait, not for long, for as many clients as waited lately: they share the barrier."""
+        with trio.move_on_after(_GATHER_SECONDS):
+            while self._state is State.CHANGED and len(self._waiting) < self._clients:
+                self._work = trio.Event()
+                await self._work.wait()
 
     async def _listen(self) -> None:
         """Hear what the parent says, and when it has ended."""
