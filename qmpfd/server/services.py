@@ -55,8 +55,10 @@ class Durability(Protocol):
     def confirm(self) -> None:
         """The takeover that this daemon began with is complete: the predecessor has let go."""
 
-    def log_handover(self, handed_over: bool) -> None:
-        """Write into the journal that a successor owns everything, or does not after all."""
+    def log_handover(self, handed_over: bool | None) -> None:
+        """Write into the journal that a successor owns everything, or does not after all; None
+        while that is undecided.
+        """
 
     def release_all(self) -> None:
         """A successor owns everything: drop the second copy, and record no more changes."""
@@ -84,7 +86,7 @@ class Unmirrored:
     def confirm(self) -> None:
         pass
 
-    def log_handover(self, handed_over: bool) -> None:
+    def log_handover(self, handed_over: bool | None) -> None:
         pass
 
     def release_all(self) -> None:

@@ -30,13 +30,13 @@ def has_handed_over(evidence: Fd, timeout: float) -> bool:
     Args:
         evidence: the old daemon's journal, whose last record says so, or a pidfd of the old daemon,
             which has given up everything once it has ended.
-        timeout: seconds to wait for it.
+        timeout: seconds to wait for it, where the journal says neither.
     """
     if not is_in_memory(evidence.fileno()):
         return is_dead(evidence, timeout)
     deadline = time.monotonic() + timeout
-    while not replay(evidence).left:
+    while (left := replay(evidence).left) is None:
         if time.monotonic() >= deadline:
             return False
         time.sleep(_POLL)
-    return True
+    return left

@@ -113,9 +113,13 @@ class Confirmed(Struct, array_like=True, tag="c"):
 
 
 class HandedOver(Struct, array_like=True, tag="x"):
-    """Whether a successor has taken over: nothing of this is ours any more, or it still is."""
+    """Whether a successor has taken over: nothing of this is ours any more, or it still is.
 
-    left: bool
+    Args:
+        left: None while the takeover may still go either way.
+    """
+
+    left: bool | None
 
 
 Record: TypeAlias = (

@@ -416,7 +416,7 @@ class FdStoreMirror:
         self._name_files(self._listeners.values())
         self._note(Confirmed(), PREVIOUS)
 
-    def log_handover(self, handed_over: bool) -> None:
+    def log_handover(self, handed_over: bool | None) -> None:
         """A successor is about to have it all, or will not: for whoever asks if we die now."""
         self._name_files(() if handed_over else self._listeners.values())
         self._note(HandedOver(handed_over))

@@ -118,7 +118,7 @@ def _recover(inherited: Sequence[InheritedFd], others: Iterable[Movable]) -> Rec
     if PREVIOUS not in ours and not any(map(is_journal, ours)) and any(map(is_numbered, ours)):
         history = _without_journal(ours)
     generation = history.begun.generation
-    handed_over = history.left
+    handed_over = history.left is True
     has_state = not handed_over and _is_ours(history, ours)
     if not has_state:
         history = _nothing()

@@ -59,7 +59,7 @@ class History:
 
     The members are: *entries*, the stored descriptors by number, oldest first; *listeners*, the
     paths of the listening sockets by name; *confirmed*, a takeover is done; *left*, a successor
-    has taken over.
+    has taken over, None where nothing says so or the contrary.
     """
 
     def __init__(self, begun: SnapshotHeader) -> None:
@@ -67,7 +67,7 @@ class History:
         self.entries: dict[int, Added] = {}
         self.listeners: dict[str, SavedListener] = {}
         self.confirmed = begun.previous is None
-        self.left = False
+        self.left: bool | None = None
         self._names: Counter[str] = Counter()  # of the entries
         # What each of the last frames added or removed, with the names that were new in it.
         self._changes: deque[tuple[list[tuple[bool, Added]], set[str]]] = deque(

@@ -88,6 +88,7 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
                 _log.error("%s", exc)
             finally:
                 if not lifecycle.handed_over:
+                    server.services.durability.log_handover(False)
                     _log.warning("pid %d has not taken over: going on", pid)
                     with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                         stream.send_nowait(saved.REFUSED)
@@ -99,6 +100,8 @@ async def _hand_over_paused(
     services, stream = server.services, newcomer.stream
     others = await server.wait_quiescent(newcomer)
     try:
+        # Before the newcomer has anything: its own second copy waits for the outcome.
+        services.durability.log_handover(None)
         rest, fds = _describe_rest(server, others, described)
         with _in_memory(msgspec.msgpack.encode(rest)) as memory, _own_process() as process:
             await stream.send_all(saved.MORE, [memory, process])

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpfd.limits import JOURNAL_FORMAT
+from qmpfd.server.fdstore.evidence import has_handed_over
 from qmpfd.server.fdstore.journal import (
     Added,
     Confirmed,
@@ -165,6 +166,21 @@ def test_listeners_and_takeovers() -> None:
     assert not history.left
     assert replay(frame([previous, Confirmed()])).confirmed
     assert replay(frame([BEGUN]) + frame([HandedOver(True)])).left
+    undecided = frame([HandedOver(False)]) + frame([HandedOver(None)])
+    assert replay(frame([BEGUN]) + undecided).left is None
+
+
+@pytest.mark.parametrize("outcome", [True, False])
+def test_the_outcome_of_a_takeover_is_known_at_once(outcome: bool) -> None:
+    """A newcomer's parent keeps what it has only as long as it may be the newcomer's."""
+    journal = Journal([BEGUN])
+    with journal.fd:
+        for each in (None, outcome):
+            journal.append(frame([HandedOver(each)]))
+        assert has_handed_over(journal.fd, timeout=1000) is outcome
+        journal.append(frame([HandedOver(None)]))
+        assert not has_handed_over(journal.fd, timeout=0)
+        journal.close()
 
 
 @pytest.mark.parametrize(

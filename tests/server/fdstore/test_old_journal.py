@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from qmpfd.server.fdstore.journal import replay
+from qmpfd.kernel.fd import Fd
+from qmpfd.server.fdstore.replay import replay
 
 
 def test_format_1() -> None:
-    history = replay(Path(__file__).with_name("journal-1").read_bytes())
+    with Fd(os.open(Path(__file__).with_name("journal-1"), os.O_RDONLY)) as journal:
+        history = replay(journal)
     assert (history.begun.format, history.begun.generation) == (1, 7)
     assert history.confirmed
     assert not history.left
