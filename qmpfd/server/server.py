@@ -106,6 +106,10 @@ class DaemonServer(Server):
         if not self.lifecycle.can(Event.STOP):
             return
         self.lifecycle.handle(Event.STOP)
+        if self.lifecycle.state is State.DRAINING:
+            # Who is told that the daemon ends may start another one on the same path.
+            for listener in self.listeners:
+                listener.unlink()
         # A takeover that is under way is an end as well, if it does not take too long.
         now, timeout = trio.current_time(), self.daemon.limits.drain_timeout
         self._drained_by = now + timeout
@@ -303,8 +307,8 @@ class DaemonServer(Server):
             sock: its connection; owned from here on.
             reason: what it is told.
         """
-        stream = FdStream(sock)
-        self._reject(stream, peer_of(stream.socket), reason)
+        with FdStream(sock) as stream:
+            self._reject(stream, peer_of(stream.socket), reason)
 
     def _reject(self, stream: FdStream, peer: Peer, reason: QMPError) -> None:
         self.daemon.stats.turned_away += 1
