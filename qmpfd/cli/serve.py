@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -306,6 +307,19 @@ def _fill_standard_streams() -> None:
             fd.close()
 
 
+def _inherited_strays() -> list[Fd]:
+    """Inherited descriptors that nothing here knows, such as a shell's of the script that started
+    us: they may get other numbers.  Not if the command line has a path like /dev/fd/9.
+    """
+    if any("/fd/" in word for word in sys.argv):
+        return []
+    try:
+        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        return []
+    return [Fd(number_) for number_ in numbers if number_ > 2 and _was_inherited(number_)]
+
+
 def raise_open_files_limit() -> None:
     """Allow ourselves as many descriptors as we may: they are what this process is for."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -343,6 +357,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         )
     if parent is not None:
         movable.append(parent)
+    strays = _inherited_strays()
+    movable += strays
     recovered = keeping.recover(inherited, movable)
     if recovered.handed_over and parent is not None:
         with recovered:
@@ -381,6 +397,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         movable += [fd for fd, _, _ in initial if fd not in movable]
         predecessor = takeover.prepare(reached, movable, has_parent=parent is not None)
         there = predecessor.state.listeners
+    for stray in strays:
+        stray.detach()
     paths = takeover.still_to_bind(paths, there)
     from . import daemon
 

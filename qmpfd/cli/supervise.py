@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
+from ..kernel.fd import open_files_limit
 from ..kernel.systemd import InheritedFd, Notifier
 from ..limits import KEEPER_SPARE
 from .exit_codes import UsageError
@@ -103,6 +104,11 @@ def connect(parent: Notifier | None, size: int) -> FdStoreConfig | None:
     from ..server.fdstore.mirror import FdStoreConfig
 
     if parent is not None:
+        if size <= KEEPER_SPARE:
+            raise UsageError(
+                f"--supervise: this process may have {open_files_limit()} open files only "
+                "(ulimit -n): 128 are needed at least"
+            )
         return FdStoreConfig(parent, size, None)
     if not has_store(size):
         return None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from supervised import Supervised, lasting, supervised, until
+from helpers import open_fds
+from supervised import DEADLINE, Supervised, lasting, supervised, until
 
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.errors import QMPError
@@ -127,6 +129,30 @@ def test_takeover(path: Path, opener: tuple[str, dict[str, str]]) -> None:
             with new.client() as again:
                 log = new.log[new.log.index("killed by") :]
                 assert_same_but_for(3 if what == "at start" else 0, before, by_opaque(again), log)
+
+
+def test_takeover_with_an_inherited_descriptor_in_the_way(path: Path) -> None:
+    """A shell leaves its script open: it makes way, and stays open."""
+    with supervised(path) as old, old.client() as client, open("/dev/zero") as stray:
+        fill(client, 100)
+        before = by_opaque(client)
+        number = before["n50"]["fd"]
+        os.dup2(stray.fileno(), number)
+        try:
+            new = supervised(path, "--takeover", pass_fds=[number])
+            with new as newcomer:
+                _took_over(newcomer)
+                assert_same_but_for(0, before, by_opaque(client), newcomer.log)
+                assert "/dev/zero" in open_fds(newcomer.worker()).values()
+        finally:
+            os.close(number)
+
+
+def test_too_few_open_files(path: Path) -> None:
+    with supervised(path, open_files=64, status=2) as daemon:
+        assert daemon.process.wait(DEADLINE) == 2
+        assert daemon.log.count("\n") == 1
+        assert "64 open files only (ulimit -n)" in daemon.log
 
 
 def _took_over(newcomer: Supervised) -> None:

@@ -468,6 +468,29 @@ def test_inherited_descriptors(path: Path, tmp_path: Path) -> None:
         os.close(number)
 
 
+def test_inherited_descriptors_of_a_newcomer_that_is_killed(path: Path, tmp_path: Path) -> None:
+    """The next one of its workers has them too, whatever it is given besides."""
+    file = tmp_path / "file"
+    file.write_text("content")
+    for step in range(4):
+        number = os.open(file, os.O_RDONLY)
+        try:
+            option = f"fd={number},set=70,opaque=mine"
+            with supervised(path, status=None) as old, old.client() as client:
+                client.execute("add-fds", {"opaque": "old"}, [0] * 250)
+                with supervised(path, "--takeover", "--add-fd", option, pass_fds=[number]) as new:
+                    until(lambda: children(new.pid))
+                    time.sleep(0.1 * step)
+                    for worker in children(new.pid):
+                        os.kill(worker, signal.SIGKILL)
+                    assert old.process.wait(DEADLINE) == 0, old.log + new.log
+                    with new.client() as again:
+                        opaques = [fd["opaque"] for fd in fds(again)]
+                        assert sorted(opaques) == ["mine"] + ["old"] * 250, new.log
+        finally:
+            os.close(number)
+
+
 def test_without_standard_streams(path: Path) -> None:
     """Nothing of the parent's or the worker's takes their place."""
     shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
