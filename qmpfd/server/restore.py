@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from .server import DaemonServer
     from .takeover.receiver import Received, Takeover
 
+#: Seconds that can have gone by since an old daemon has described what it stores.
+_MAX_ELAPSED = 10 * TAKEOVER_TIMEOUT
+
 
 @contextmanager
 def restored(server: DaemonServer, recovered: Recovered) -> Iterator[list[UnixListener]]:
@@ -47,7 +51,14 @@ def restored(server: DaemonServer, recovered: Recovered) -> Iterator[list[UnixLi
     try:
         fds = recovered.fds
         with _usable():
-            _fill_store(server, recovered.state.sets, lambda number: fds[0], [], fds.popleft)
+            _fill_store(
+                server,
+                recovered.state.at,
+                recovered.state.sets,
+                lambda number: fds[0],
+                [],
+                fds.popleft,
+            )
             _inherit_listeners(recovered.state.listeners, fds, listeners)
         yield listeners
     finally:
@@ -92,7 +103,9 @@ def taking_over(
 
     try:
         with _usable():
-            _fill_store(server, takeover.state.sets, takeover.stored.__getitem__, [])
+            _fill_store(
+                server, takeover.state.at, takeover.state.sets, takeover.stored.__getitem__, []
+            )
         yield finish
     finally:
         if not takeover.confirmed:
@@ -128,7 +141,7 @@ def _restore_sessions(server: DaemonServer, received: Received) -> None:
         sock = socket.socket(fileno=next(fds).detach())
         stream = FdStream(trio.socket.from_stdlib_socket(sock))
         sessions.append(server.restore_session(stream, saved, fds))
-    _fill_store(server, rest.added, received.stored.__getitem__, sessions)
+    _fill_store(server, rest.at, rest.added, received.stored.__getitem__, sessions)
     # Only now, as what was stored before is news to nobody, and a listing is of what is stored.
     watches = WatchRestorer(rest.logs)
     for session, saved in zip(sessions, rest.sessions, strict=True):
@@ -153,6 +166,7 @@ def _take_out(fds: deque[Fd]) -> Iterator[Fd]:
 
 def _fill_store(
     server: DaemonServer,
+    at: float,
     sets: list[SavedSet],
     descriptor: Callable[[int], Fd],
     sessions: list[Session],
@@ -162,12 +176,16 @@ def _fill_store(
 
     Args:
         server: the daemon.
+        at: when *sets* was so, by CLOCK_MONOTONIC.
         sets: what they are.
         descriptor: gives the descriptor that had a number; the store's once it is stored.
         sessions: those that some of them are kept until the end of.
         stored: called after each.
     """
     now = server.daemon.clock()
+    elapsed = time.monotonic() - at
+    if 0 < elapsed < _MAX_ELAPSED:  # else the old daemon is in another time namespace
+        now -= elapsed
     for fdset in sets:
         for saved in fdset.fds:
             fd = descriptor(saved.number)

@@ -80,12 +80,14 @@ class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """What a daemon stores.
 
     Args:
+        at: when it was so, by CLOCK_MONOTONIC: ages and times that are left count from then.
         sets: its fd sets.
         listeners: its sockets.
         store: which service of the service manager keeps it safe, if that does.
         service: which service the daemon is, if a service manager has started it.
     """
 
+    at: float
     sets: list[SavedSet]
     listeners: list[SavedListener]
     store: str | None = None

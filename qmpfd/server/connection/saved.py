@@ -110,6 +110,7 @@ class SavedRest(Struct, forbid_unknown_fields=True):
     goes with the reply in progress; the journal.
 
     Args:
+        at: when it was so, by CLOCK_MONOTONIC: ages and times that are left count from then.
         removed: fd set and number of each descriptor that was stored and is no more.
         added: what was stored meanwhile, or is kept until the end of a session, or watched.
         sessions: the connections.
@@ -120,6 +121,7 @@ class SavedRest(Struct, forbid_unknown_fields=True):
             start it again.
     """
 
+    at: float
     removed: list[tuple[int, int]]
     added: list[SavedSet]
     sessions: list[SavedSession]

@@ -318,13 +318,6 @@ class Session:
         self._services.shared.closer.close_duplicates(fds_to_close)
         fds_to_close.clear()
 
-    def abandon(self) -> None:
-        """Drop a restored session after an uncommitted takeover: close our duplicates without
-        shutdown(2); the old daemon still owns the connection.
-        """
-        self.release()
-        self.stream.close()
-
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> SessionEnd:

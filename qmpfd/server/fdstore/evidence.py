@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import select
 import time
+from collections.abc import Iterable
 
+from ...client.blocking import BlockingClient, NoDaemon
+from ...errors import QMPError
 from ...kernel.fd import Fd, is_in_memory
+from ...limits import ANSWER_TIMEOUT
+from ..saved_state import SavedListener
 from .replay import replay
 
 #: Seconds between two reads of a journal.
@@ -22,6 +28,22 @@ def is_dead(process: Fd, timeout: float) -> bool:
     poll = select.poll()
     poll.register(process, select.POLLIN)
     return bool(poll.poll(timeout * 1000))
+
+
+def serves(listeners: Iterable[SavedListener]) -> bool:
+    """Whether somebody answers at one of the sockets: the old daemon of a takeover, which has given
+    up nothing then.
+    """
+    for listener in listeners:
+        if listener.path is not None:
+            try:
+                BlockingClient(os.fsdecode(listener.path), ANSWER_TIMEOUT).close()
+            except NoDaemon:
+                continue
+            except QMPError:  # it turns us away
+                pass
+            return True
+    return False
 
 
 def has_handed_over(evidence: Fd, timeout: float) -> bool:

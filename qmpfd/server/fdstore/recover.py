@@ -25,7 +25,7 @@ from ...kernel.systemd import InheritedFd
 from ...limits import JOURNAL_FORMAT, LETTING_GO_TIMEOUT
 from ..renumber import Movable, renumber
 from ..saved_state import SavedState
-from .evidence import has_handed_over
+from .evidence import has_handed_over, serves
 from .journal import Added, SnapshotHeader
 from .names import PREVIOUS, is_journal, is_numbered, is_ours
 from .replay import History, replay
@@ -225,4 +225,8 @@ def _is_ours(history: History, ours: Mapping[str, Fd]) -> bool:
     if history.confirmed:
         return history.begun.generation > 0
     evidence = ours.get(PREVIOUS)
-    return evidence is not None and has_handed_over(evidence, LETTING_GO_TIMEOUT)
+    if evidence is None:
+        return False
+    if not has_handed_over(evidence, 0) and serves(history.listeners.values()):
+        return False  # and so nothing here keeps open what the old daemon closes
+    return has_handed_over(evidence, LETTING_GO_TIMEOUT)

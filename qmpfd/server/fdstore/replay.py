@@ -169,6 +169,7 @@ class History:
                 )
                 sets.setdefault(entry.fdset_id, SavedSet(entry.fdset_id, [])).fds.append(saved)
         return SavedState(
+            at=now,
             sets=list(sets.values()),
             listeners=[each for name, each in self.listeners.items() if kept(name)],
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Protocol
@@ -183,7 +184,7 @@ async def _describe_store(server: Predecessor, described: dict[int, StoredFd]) -
         described: where each stored descriptor goes that is in it, by its number.
     """
     daemon = server.services.shared
-    now = daemon.clock()
+    at, now = time.monotonic(), daemon.clock()
     sets: list[saved.SavedSet] = []
     for fdset in daemon.store.iter_stable():
         entries = []
@@ -199,7 +200,7 @@ async def _describe_store(server: Predecessor, described: dict[int, StoredFd]) -
         if entries:
             sets.append(saved.SavedSet(fdset.id, entries))
     listeners = [listener.saved for listener in server.listeners]
-    return saved.SavedState(sets, listeners, server.services.durability.store, invocation_id())
+    return saved.SavedState(at, sets, listeners, server.services.durability.store, invocation_id())
 
 
 def _describe_rest(
@@ -207,7 +208,7 @@ def _describe_rest(
 ) -> tuple[SavedRest, list[int]]:
     """The rest of the daemon's state, and the numbers of all descriptors that belong to it."""
     daemon, durability = server.services.shared, server.services.durability
-    now = daemon.clock()
+    at, now = time.monotonic(), daemon.clock()
     owners = {id(session.context): number for number, session in enumerate(sessions)}
     numbers: list[int] = []
     added = []
@@ -232,6 +233,7 @@ def _describe_rest(
         fds.append(journal.fileno())
     stats = daemon.stats
     rest = SavedRest(
+        at=at,
         removed=[(s.fdset.id, number) for number, s in described.items() if s.removed],
         added=added,
         sessions=saved_sessions,

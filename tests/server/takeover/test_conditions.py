@@ -19,7 +19,7 @@ import pytest
 from helpers import Pipe, send_now
 from installed import need_namespaces
 from stepper import Stepped, Stepper
-from supervised import until
+from supervised import children, until
 
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd
@@ -343,6 +343,46 @@ def test_a_parent_that_is_stopped(path: Path, tmp_path: Path) -> None:
             assert old.wait(PATIENCE) == 0
 
 
+def test_a_supervised_newcomer_whose_worker_is_killed(
+    path: Path, tmp_path: Path, start: Callable[..., Stepped]
+) -> None:
+    """Before the old daemon has let go: that goes on, the newcomer's parent closes what it has, and
+    its next worker takes over, with the descriptor of its own command line.
+    """
+    old = start(where={"takeover/sender.py": ["_let_go"]}, step=1, number=signal.SIGSTOP)
+    with ExitStack() as stack:
+        client = stack.enter_context(BlockingClient(path, PATIENCE))
+        pipe = stack.enter_context(Pipe())
+        client.execute("add-fd", {"opaque": "kept"}, [pipe])
+        file = stack.enter_context(Fd(os.memfd_create("x")))
+        added = ["--add-fd", f"fd={file.fileno()},set=7,opaque=mine"]
+        command = [*SERVE, "--takeover", "--supervise", *added, "--socket", str(path)]
+        log = tmp_path / "new.log"
+        output = stack.enter_context(log.open("wb"))
+        new = stack.enter_context(
+            subprocess.Popen(command, stderr=output, pass_fds=[file.fileno()])
+        )
+        stack.callback(new.terminate)
+        until(lambda: old.place, "the newcomer's confirmation")
+        pipe.release()
+        (worker,) = children(new.pid)
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: b"was killed" in log.read_bytes())
+        old.signal(signal.SIGCONT)
+        until(lambda: "going on" in old.said)
+        until(lambda: b"took over" in log.read_bytes())
+        assert old.wait() == 0
+        found = {fd["opaque"]: fd for fd in client.execute("query-fds")}
+        assert found.keys() == {"kept", "mine"}
+        assert found["mine"]["fdset-id"] == 7
+        for fdset in client.execute("query-fdsets"):
+            client.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
+        assert not pipe.held()
+        client.execute("quit")
+        assert new.wait(PATIENCE) == 0
+        assert b"Traceback" not in log.read_bytes()
+
+
 def test_one_that_is_interrupted(path: Path, tmp_path: Path, start: Callable[..., Stepped]) -> None:
     """SIGINT, at whatever line: one line at most, and the old daemon goes on."""
     old = start()
@@ -364,6 +404,7 @@ def test_one_that_is_interrupted(path: Path, tmp_path: Path, start: Callable[...
 FORMAT_1 = (
     1,
     {
+        "at": 5.0,
         "sets": [
             {
                 "id": 0,
@@ -381,6 +422,7 @@ FORMAT_1 = (
     },
 )  # fmt: skip
 REST_1 = {
+    "at": 6.0,
     "removed": [[0, 9]],
     "added": [],
     "sessions": [

@@ -243,7 +243,7 @@ def test_a_client_that_floods(path: Path, stepper: Stepper) -> None:
 
 # -- versions ----------------------------------------------------------------------------------
 
-STATE = SavedState(sets=[], listeners=[])
+STATE = SavedState(at=0.0, sets=[], listeners=[])
 
 
 def with_members(**members: object) -> dict[str, object]:

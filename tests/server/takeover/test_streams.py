@@ -7,6 +7,7 @@ it, nobody waits for it, and all of it comes, whole, from the successor.
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -218,6 +219,41 @@ def test_silent_watchers(path: Path, daemons: Callable[..., Stepped]) -> None:
             seen = [reader.line()["data"]["opaque"] for _ in range(2001)]
             assert seen == [f"{number}" * 300 for number in range(8) for _ in range(250)] + ["new"]
     assert max(first.peak, second.peak, end(third)) < 150
+
+
+def test_a_newcomer_that_takes_its_time(path: Path, stepper: Stepper) -> None:
+    """What was stored before a listing was asked for is in it: ages count from when they were told,
+    not from when the newcomer comes to them.
+    """
+    old = stepper.start(["serve", "--socket", str(path)], path.with_suffix(".old.log"))
+    old.until("listening")
+    newcomer = None
+    try:
+        with BlockingClient(path, PATIENCE) as client:
+            began = monotonic()
+            for number in range(20):
+                client.execute("add-fds", {"opaque": f"{number}" * 500}, [0] * 250)
+            newcomer = stepper.start(
+                ["serve", "--socket", str(path), "--takeover"],
+                path.with_suffix(".new.log"),
+                where={"takeover/receiver.py": ["reserve"]},
+                step=1,
+                number=signal.SIGSTOP,
+            )
+            newcomer.until("STEP")
+            with Reader(path, LISTING) as reader:
+                reader.begin()
+                asked = monotonic()
+                while monotonic() - asked < 2 * (asked - began):
+                    client.execute("query-name")
+                newcomer.signal(signal.SIGCONT)
+                newcomer.until("took over")
+                assert len(reader.line()["return"]) == 5000
+    finally:
+        for daemon in (old, newcomer):
+            if daemon is not None:
+                daemon.end()
+                assert "Traceback" not in daemon.said
 
 
 def test_a_newcomer_that_gives_up(path: Path, daemons: Callable[..., Stepped]) -> None:
