@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from time import monotonic
 
 import pytest
 from helpers import pipes
@@ -34,7 +35,8 @@ async def test_no_watch_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
             SavedFd(fd.fileno(), None, (1, 2, 3), 1.0, None, 60.0, watch_hangup=watch)
             for fd, watch in zip(fds, (False, True, False), strict=True)
         ]
-        _fill_store(server, [SavedSet(5, saved)], lambda number: fds[0], [], fds.popleft)
+        sets = [SavedSet(5, saved)]
+        _fill_store(server, monotonic(), sets, lambda number: fds[0], [], fds.popleft)
         assert not fds
         fdset = server.store.get(5)
         assert fdset is not None
