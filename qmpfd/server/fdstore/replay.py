@@ -69,6 +69,9 @@ class History:
         self.confirmed = begun.previous is None
         self.left: bool | None = None
         self._names: Counter[str] = Counter()  # of the entries
+        #: By identity, of each entry that is, or may come to be, among the entries.
+        self._positions: dict[int, int] = {}
+        self._count = 0
         # What each of the last frames added or removed, with the names that were new in it.
         self._changes: deque[tuple[list[tuple[bool, Added]], set[str]]] = deque(
             maxlen=_MOST_UNFINISHED
@@ -121,8 +124,10 @@ class History:
                         self.entries.setdefault(entry.number, entry)
             if any(kept(entry.name) for entry in there.values() if entry.name in names):
                 break
-        oldest_first = sorted(self.entries.values(), key=lambda entry: entry.added_at)
-        self.entries = {entry.number: entry for entry in oldest_first}
+        # What is there again goes back to its place.  The times do not tell: each is converted from
+        # another clock, and differs by what that took.
+        in_order = sorted(self.entries.values(), key=lambda entry: self._positions[id(entry)])
+        self.entries = {entry.number: entry for entry in in_order}
 
     def apply(self, record: Record) -> None:
         """Follow one more record."""
@@ -131,6 +136,8 @@ class History:
                 self._forget(record.number)
                 self.entries[record.number] = record
                 self._names[record.name] += 1
+                self._positions[id(record)] = self._count
+                self._count += 1
             case Removed():
                 self._forget(record.number)
             case ListenerAdded():
