@@ -360,7 +360,10 @@ class BarrierLink:
         self._notifier.on_message = self._hear
         while self._notifier.receive():
             await trio.lowlevel.wait_readable(self._notifier)
-        self.end("the descriptors are no longer kept safe: the supervising process is gone")
+        self.end(
+            "the descriptors are no longer kept safe: the supervising process is gone "
+            "(qmpfd serve --takeover --supervise starts another one, and nothing is lost)"
+        )
 
     def _hear(self, message: str) -> None:
         key, _, value = message.partition("=")
