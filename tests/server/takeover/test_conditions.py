@@ -239,29 +239,45 @@ def test_the_same_limit_is_enough(path: Path, start: Callable[..., Stepped]) -> 
             assert other.execute("query-name") == {}
 
 
-def test_a_number_that_is_taken(path: Path, tmp_path: Path) -> None:
-    """It costs that descriptor its number, and nothing else."""
+def test_a_number_that_cannot_be_had(path: Path, start: Callable[..., Stepped]) -> None:
+    """It is beyond the newcomer's limit: that costs the descriptor its number, and nothing else."""
+    old = start()
+    with BlockingClient(path, PATIENCE) as client:
+        for number in range(20):
+            client.execute("add-fd", {"opaque": f"{number}"}, [0])
+        with ExitStack() as stack:
+            for _ in range(400):
+                stack.enter_context(BlockingClient(path, PATIENCE))
+            high = client.execute("add-fd", {"opaque": "high"}, [1])["fd"]
+        assert high > 300
+        before = client.execute("query-fds")
+        newcomer = start("--takeover", most_files=300)
+        assert old.wait() == 0
+        assert f"descriptor {high} has number" in newcomer.said
+        after = client.execute("query-fds")
+        assert [fd["opaque"] for fd in after] == [fd["opaque"] for fd in before]
+        for fd, known in zip(after, before, strict=True):
+            assert fd["target"] == known["target"]
+            assert (fd["fd"] == known["fd"]) == (fd["opaque"] != "high")
+
+
+def test_a_number_that_an_inherited_descriptor_has(path: Path, tmp_path: Path) -> None:
+    """That goes elsewhere."""
     command = [*SERVE, "--socket", str(path)]
-    with (
-        served(command, tmp_path / "old.log") as old,
-        ExitStack() as stack,
-        BlockingClient(path, PATIENCE) as client,
-    ):
+    with ExitStack() as stack:
+        old = stack.enter_context(served(command, tmp_path / "old.log"))
+        client = stack.enter_context(BlockingClient(path, PATIENCE))
         files = [stack.enter_context(Fd(os.memfd_create(f"{n}"))) for n in range(20)]
         numbers = [client.execute("add-fd", {"opaque": repr(f)}, [f])["fd"] for f in files]
-        names = [repr(file) for file in files]
-        taken = numbers[7]
         stack.enter_context(Fd(os.dup2(files[0].fileno(), 900)))
-        shell = f'exec {taken}<&900 900<&-; exec "$@"'
+        shell = f'exec {numbers[7]}<&900 900<&-; exec "$@"'
         bash = ["bash", "-c", shell, "bash", *command, "--takeover"]
         with served(bash, tmp_path / "new.log", pass_fds=[900]):
             assert old.wait(PATIENCE) == 0
             found = {fd["opaque"]: fd for fd in client.execute("query-fds")}
-            assert len(found) == 20
-            for n, number in enumerate(numbers):
-                assert f"memfd:{n}" in found[names[n]]["target"]
-                assert (found[names[n]]["fd"] == number) == (n != 7)
-        assert f"{taken}" in (tmp_path / "new.log").read_text()
+            for n, (file, number) in enumerate(zip(files, numbers, strict=True)):
+                assert f"memfd:{n}" in found[repr(file)]["target"]
+                assert found[repr(file)]["fd"] == number
 
 
 def test_what_is_stored_and_removed_meanwhile(path: Path, start: Callable[..., Stepped]) -> None:
