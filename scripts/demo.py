@@ -291,7 +291,7 @@ async def shell(tour: Tour) -> None:
     claim("notes" in output, "listed")
     output = await _qmpfd(tour, "exec", "0:r=0", "--", "cat")
     claim(output == "remember the milk\n", "cat had that descriptor as its standard input")
-    await _qmpfd(tour, "rm", f"0:{number}")
+    await _qmpfd(tour, "rm", f"0/{number}")
     output = await _qmpfd(tour, "ls", "--json")
     claim("notes" not in output, "removed; and --json is for programs")
 
