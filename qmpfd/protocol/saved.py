@@ -1,13 +1,16 @@
-"""What a peer has sent and is not done with, as it goes over to another process."""
+"""What a peer has sent and is not done with, as it goes over to another process.
+
+Named tuples, which msgspec encodes too: a short verb has a receive buffer, and imports no msgspec.
+"""
 
 from __future__ import annotations
 
-from msgspec import Struct
+from typing import NamedTuple
 
 from .pending_fds import SegmentState
 
 
-class ParserState(Struct, forbid_unknown_fields=True):
+class ParserState(NamedTuple):
     """What a parser has of an incomplete value.
 
     Args:
@@ -29,7 +32,7 @@ class ParserState(Struct, forbid_unknown_fields=True):
     given_up: bool
 
 
-class ReceiveBufferState(Struct, forbid_unknown_fields=True):
+class ReceiveBufferState(NamedTuple):
     """What has come over a connection and is not done with, but for the descriptors themselves.
 
     Args:
