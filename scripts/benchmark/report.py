@@ -130,10 +130,14 @@ def _path(results: Results) -> list[str]:
     return [table(title, ["", "bytecodes", "of all"], rows)]
 
 
+def _few_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _judged(goal: Goal) -> tuple[str, str, str, str]:
     """What a goal is about, its bound, the figure, and whether it is met."""
     unit = f" {goal.unit}" if goal.unit else ""
-    measured = _NOTHING if goal.measured is None else f"{goal.measured:.3g}{unit}"
+    measured = _NOTHING if goal.measured is None else _few_digits(goal.measured) + unit
     met = {True: "yes", False: "NO", None: "not known"}[goal.met]
     return goal.what, f"{goal.wanted:g}{unit}", measured, met
 
