@@ -109,6 +109,18 @@ def test_s6_and_a_worker_that_is_killed(path: Path) -> None:
         assert only_child(pid) != worker
 
 
+def test_s6_and_a_parent_that_is_killed(path: Path) -> None:
+    """The worker serves on without it; with --replace, what s6 starts then takes over from it."""
+    with s6_service(path, "--supervise", "--replace") as service:
+        before = store(path)
+        pid = s6_pid(service)
+        worker = only_child(pid)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{worker}").exists(), "a takeover")
+        assert s6_pid(service) not in (0, pid)
+        assert sets(path) == before
+
+
 def test_runit(path: Path) -> None:
     service = path.with_name("qmpfd")
     write_service(service, "--socket", str(path), "--supervise")
