@@ -85,9 +85,14 @@ def test_links_lead_somewhere() -> None:
 
 # -- what is generated -------------------------------------------------------------------------
 
+OLDEST = (3, 11)
+"""The Python that `make reference` is run with: the oldest that is supported."""
+
 
 @pytest.mark.parametrize("name", PAGES)
 def test_what_is_generated_is_not_stale(name: str) -> None:
+    if name == "reference/command-line.md" and sys.version_info[:2] != OLDEST:
+        pytest.skip("argparse writes usage as each Python has it: compared on the oldest")
     text = PAGES[name].read_text()
     assert generate.filled(text) == text, "make reference"
 

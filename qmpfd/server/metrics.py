@@ -72,8 +72,8 @@ def _write(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written, or is no file: a device would be gone for everybody.
     """
-    path = path.resolve()
-    if path.exists() and not path.is_file():
+    path = path.resolve()  # what is a link still is one to itself (from Python 3.13 on)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
         raise FileExistsError(errno.EEXIST, "this is no ordinary file", os.fspath(path))
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
