@@ -199,6 +199,7 @@ async def test_open_fdset_while_the_client_is_closed(path: Path) -> None:
         with pipes(1) as (pipe,):
             async with qmpfd.connect(path) as client:
                 await client.add_fd(pipe)
+        await settle()
         before = open_fds()
         for turn in range(60):
             async with qmpfd.connect(path) as client, trio.open_nursery() as nursery:
