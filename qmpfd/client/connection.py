@@ -246,7 +246,8 @@ class QMPConnection:
     async def _read(self) -> None:
         """Read what the server sent, for whoever waits for it; wait if there is nothing."""
         try:
-            with trio.CancelScope() as self._reading:  # cancelled when the connection has failed
+            # Cancelled when the connection has failed.
+            with trio.CancelScope() as self._reading:  # noqa: ASYNC912 - something may be there already
                 # Closed meanwhile, its descriptor may be another file's by now.
                 while self._failure is None and not self._receive_nowait():
                     await self._stream.wait_readable()

@@ -94,17 +94,19 @@ class ClientConnection(Connection):
             request["arguments"] = arguments
         request["id"] = request_id
         try:
-            text = json.dumps(request, allow_nan=False, ensure_ascii=False)
-            data = text.encode() + b"\n"  # a lone surrogate raises UnicodeEncodeError here
+            text = json.dumps(request, allow_nan=False)
+            if "\\u" in text:
+                # A lone surrogate raises UnicodeEncodeError here.
+                plain = json.dumps(request, ensure_ascii=False).encode().decode()
+                if _NONCHARACTER.search(plain):
+                    raise ValueError("QEMU's JSON has no noncharacters")
         except (TypeError, ValueError, RecursionError) as exc:
             raise ValueError(f"{command!r} cannot be sent as JSON: {exc}") from None
-        if len(data) > MAX_REQUEST_BYTES:
+        if len(text) >= MAX_REQUEST_BYTES:
             raise ValueError(
-                f"{command!r} cannot be sent: {len(data)} bytes, at most {MAX_REQUEST_BYTES}"
+                f"{command!r} cannot be sent: {len(text)} bytes, at most {MAX_REQUEST_BYTES}"
             )
-        if not text.isascii() and _NONCHARACTER.search(text):
-            raise ValueError(f"{command!r} cannot be sent: QEMU's JSON has no noncharacters")
-        return data
+        return text.encode("ascii") + b"\n"
 
     def negotiated(self) -> None:
         """The server has accepted ``qmp_capabilities``."""

@@ -13,6 +13,7 @@ from fakes import ask, fake_server, negotiate
 from helpers import Wire, daemon, open_fds, pipes, settle
 
 import qmpfd
+from qmpfd.server.server import DaemonServer
 
 
 async def test_connect_waits_while_the_backlog_is_full(path: Path) -> None:
@@ -181,6 +182,14 @@ async def test_no_call_hangs_after_a_protocol_error(path: Path, said: bytes) -> 
                 await anext(client.events())
 
 
+async def _at_rest(server: qmpfd.Server) -> dict[int, str]:
+    """What is open here once the daemon has seen that its clients are gone."""
+    assert isinstance(server, DaemonServer)
+    while server.sessions or server.daemon.closer.pending:  # noqa: ASYNC110 - no one event tells
+        await trio.lowlevel.checkpoint()
+    return open_fds()
+
+
 async def test_open_fdset_while_the_client_is_closed(path: Path) -> None:
     """It raises, or gives an open descriptor: never one that close() has closed."""
     given = 0
@@ -195,12 +204,11 @@ async def test_open_fdset_while_the_client_is_closed(path: Path) -> None:
             os.fstat(fd.fileno())
             given += 1
 
-    async with daemon(path):
+    async with daemon(path) as server:
         with pipes(1) as (pipe,):
             async with qmpfd.connect(path) as client:
                 await client.add_fd(pipe)
-        await settle()
-        before = open_fds()
+        before = await _at_rest(server)
         for turn in range(60):
             async with qmpfd.connect(path) as client, trio.open_nursery() as nursery:
                 for _ in range(5):
@@ -208,8 +216,7 @@ async def test_open_fdset_while_the_client_is_closed(path: Path) -> None:
                 for _ in range(turn % 20):
                     await trio.lowlevel.checkpoint()
                 client.close()
-        await settle()
-        assert open_fds() == before
+        assert await _at_rest(server) == before
     assert 0 < given < 300
 
 

@@ -58,7 +58,7 @@ class FdAccounting:
             self._close(self._take(count))
         closings, self.closings = self.closings, []
         if closings and not self._services.lifecycle.paused:
-            with trio.move_on_after(CLOSE_TIMEOUT) as self._scope:
+            with trio.move_on_after(CLOSE_TIMEOUT) as self._scope:  # noqa: ASYNC912 - there is at least one
                 for closing in closings:
                     await closed_by_threads(closing)
 

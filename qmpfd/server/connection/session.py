@@ -333,7 +333,7 @@ class Session:
         if processor.unfinished:  # from a predecessor: what it has read, and not done
             await processor.process()
         arrival, heavy, slow = Arrival.ALL, False, False
-        while True:
+        while True:  # noqa: ASYNC913 - each way round has a checkpoint
             if arrival is not Arrival.SOME:
                 if lifecycle.stopping:
                     return await self._serve_rest()

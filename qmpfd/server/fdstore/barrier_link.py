@@ -332,7 +332,7 @@ class BarrierLink:
 
     async def _talk(self) -> None:
         """Send, whenever there is something to send."""
-        while True:
+        while True:  # noqa: ASYNC913 - each way round waits
             if self._state is State.BLOCKED:
                 await trio.sleep(_RETRY)
                 await trio.lowlevel.wait_writable(self._notifier)
@@ -350,7 +350,7 @@ class BarrierLink:
 
     async def _gather(self) -> None:
         """Wait, not for long, for as many clients as waited lately: they share the barrier."""
-        with trio.move_on_after(_GATHER_SECONDS):
+        with trio.move_on_after(_GATHER_SECONDS):  # noqa: ASYNC912 - all may be here already
             while self._state is State.CHANGED and len(self._waiting) < self._clients:
                 self._work = trio.Event()
                 await self._work.wait()

@@ -105,7 +105,7 @@ class Acceptor:
                 _log.warning("somebody shut down the socket %s: it is made anew", listener)
             except OSError as exc:
                 if exc.errno in _GONE:
-                    await trio.lowlevel.checkpoint()
+                    await trio.lowlevel.checkpoint()  # noqa: ASYNC120 - the client of that error is gone
                     continue
                 if exc.errno not in _FULL:
                     raise

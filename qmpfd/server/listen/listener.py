@@ -164,7 +164,7 @@ class UnixListener:
             ListenerShutDown: there will be none.
             OSError: it cannot be accepted.
         """
-        while True:
+        while True:  # noqa: ASYNC913 - wait_readable has one
             # Bound anew meanwhile, it wakes who waits.
             with suppress(trio.ClosedResourceError):
                 await trio.lowlevel.wait_readable(self._sock)

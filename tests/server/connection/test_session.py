@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
 from helpers import (
     ADD,
     PATIENCE,
@@ -117,9 +118,11 @@ OWN_END: dict[str, tuple[bytes, int]] = {
 
 
 async def _one_is_left(server: DaemonServer) -> None:
-    """A thread may have to close what was passed before a connection is over."""
-    with trio.fail_after(PATIENCE):
-        while len(server.sessions) > 1 or server.daemon.closer.pending:
+    """A thread may have to close what was passed before a connection is over: no one event tells
+    that all is done.
+    """
+    with trio.fail_after(PATIENCE):  # noqa: ASYNC912 - it may be so already
+        while len(server.sessions) > 1 or server.daemon.closer.pending:  # noqa: ASYNC110 - as said
             await trio.lowlevel.checkpoint()
 
 
