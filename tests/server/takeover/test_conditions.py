@@ -446,9 +446,8 @@ REST_1 = {
             "peer": [1, 2, 3], "groups": [4], "idle": 0.5,
             "connection": {
                 "state": "commands", "oob_enabled": False, "errors_in_a_row": 0,
-                "receive_buffer": {
-                    "parser": None, "fds": 0, "segment": "spent", "lost": "", "segment_left": 0,
-                },
+                # parser, fds, segment, lost, segment_left
+                "receive_buffer": [None, 0, "spent", "", 0],
                 "messages": [{"text": b"{}", "error": "", "fds": None, "lost": ""}],
             },
             "names": ["n"], "unsent": [[b"x", 0]],
