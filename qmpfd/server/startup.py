@@ -145,6 +145,8 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
         if in_flight_is_limited():
             server.daemon.in_flight_probe = InFlightProbe()
             stack.callback(server.daemon.in_flight_probe.close)
+            if isinstance(server.durability, FdStoreMirror):
+                server.durability.in_flight_probe = server.daemon.in_flight_probe
         if recovered is not None:
             stack.enter_context(recovered)
             listeners += stack.enter_context(restored(server, recovered))

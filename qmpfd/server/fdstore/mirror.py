@@ -14,6 +14,7 @@ A removed descriptor is closed here after it was closed there.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -26,7 +27,7 @@ import trio
 from ...errors import GenericError
 from ...fdsets import FdSet, FdSets, StoredFd
 from ...kernel.close_pool import ClosePool, Risk
-from ...kernel.fd import Fd
+from ...kernel.fd import Fd, InFlightProbe
 from ...kernel.file_descriptions import Descriptions
 from ...kernel.systemd import Notifier, invocation_id
 from ...limits import JOURNAL_FORMAT, KEEPER_SPARE, MAX_PROBES
@@ -111,6 +112,8 @@ class FdStoreMirror:
         self._listeners: dict[int, SavedListener] = {}  # by number
         self._store = FdSets()
         self._previous: str | None = None
+        #: Tells whether descriptors can be sent at all, where that is not sure.
+        self.in_flight_probe: InFlightProbe | None = None
 
     @property
     def is_over(self) -> bool:
@@ -144,6 +147,12 @@ class FdStoreMirror:
         if len(self._names) + count > self._capacity:
             raise GenericError(
                 f"Too many file descriptors: the limit of those kept safe is {self._capacity}"
+            )
+        if self.in_flight_probe is not None and self.in_flight_probe.exhausted():
+            # It would wait for whoever hoards them, and every later change would wait behind it.
+            raise GenericError(
+                "The file descriptor cannot be kept safe: too many that processes of "
+                f"uid {os.geteuid()} have sent are not received yet"
             )
         # Of each that is there, the removal can be written too.
         size = count * (4 * len(opaque or "") + RECORD_BYTES)
