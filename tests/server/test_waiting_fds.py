@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -51,13 +51,13 @@ def _user(uid: int) -> Iterator[None]:
 
 
 @contextmanager
-def _daemon(*prefix: str) -> Iterator[DaemonProcess]:
+def _daemon(*prefix: str, options: Sequence[str] = ()) -> Iterator[DaemonProcess]:
     """A daemon with a small table, for everybody."""
     folder = Path(tempfile.mkdtemp(prefix="qmpfd-"))
     folder.chmod(0o777)
     policy = folder / "policy.toml"
     policy.write_text('[[rule]]\nallow = ["query", "open", "add", "remove"]\n')
-    options = ("--policy", os.fspath(policy), "--socket-mode", "666")
+    options = ["--policy", os.fspath(policy), "--socket-mode", "666", *options]
     try:
         with daemon_process(
             folder / "q.sock", *options, prefix=[*prefix, "prlimit", f"--nofile={TABLE}:{TABLE}"]
@@ -129,11 +129,12 @@ async def test_in_replies_that_are_never_read() -> None:
 
 
 @contextmanager
-def _unprivileged() -> Iterator[DaemonProcess]:
+def _unprivileged(*options: str) -> Iterator[DaemonProcess]:
     """A daemon that may have only so many descriptors on their way, see unix(7)."""
     # The capability is for where the interpreter is; the others would lift the limit.
     caps = ["--inh-caps=-all,+dac_override", "--ambient-caps=+dac_override"]
-    with _daemon("setpriv", f"--reuid={DAEMON}", "--clear-groups", *caps) as process:
+    prefix = ["setpriv", f"--reuid={DAEMON}", "--clear-groups", *caps]
+    with _daemon(*prefix, options=options) as process:
         yield process
 
 
@@ -200,6 +201,22 @@ async def test_too_many_on_their_way_by_others() -> None:
             value(await wire.call("query-fdsets"))
         far.close()
         value(await wire.call("open-fdset", {"fdset-id": 0}))
+
+
+@pytest.mark.root
+async def test_too_many_on_their_way_to_the_parent() -> None:
+    """What cannot be sent to the parent now is refused; listings and removals go on."""
+    near, far = socket.socketpair()
+    with _unprivileged("--supervise") as process, near, far, Pipe() as pipe, ExitStack() as stack:
+        wire = stack.enter_context(await _session(process, OTHER))
+        kept = value(await wire.call("add-fd", None, [pipe]))
+        with _hoarded(near, pipe), trio.fail_after(3):
+            refused = await wire.call("add-fd", None, [pipe])
+            assert f"uid {DAEMON} have sent are not received" in refused["error"]["desc"]
+            assert len(value(await wire.call("query-fdsets"))) == 1
+            value(await wire.call("remove-fd", {"fdset-id": kept["fdset-id"]}))
+        far.close()
+        value(await wire.call("add-fd", None, [pipe]))
 
 
 async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> None:
