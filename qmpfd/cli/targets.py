@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from ..client.blocking import BlockingClient
 
 _ACCESS = {"r": "rdonly", "w": "wronly", "rw": "rdwr"}
-_AT = re.compile(r"(.*)=([^=/:]*)", re.DOTALL)
-_MODE = re.compile(r"(.*):(r|w|rw|rdonly|wronly|rdwr)", re.DOTALL)
-_FD = re.compile(r"(.+)/([0-9]{1,10})", re.DOTALL)
+# Compiled where there is a target: most short verbs have none.
+_AT = r"(?s)(.*)=([^=/:]*)"
+_MODE = r"(?s)(.*):(r|w|rw|rdonly|wronly|rdwr)"
+_FD = r"(?s)(.+)/([0-9]{1,10})"
 
 
 class Target(NamedTuple):
@@ -64,7 +65,7 @@ class Target(NamedTuple):
         where there is none of that name, descriptor 3 of the name "disk".
         """
         yield self
-        if self.name is not None and (match := _FD.fullmatch(self.name)):
+        if self.name is not None and (match := re.fullmatch(_FD, self.name)):
             yield self._replace(name=match[1], fd=int(match[2]))
 
     def matches(self, fdset_id: int, fd: dict[str, Any]) -> bool:
@@ -98,12 +99,12 @@ def target(word: str) -> Target:
         word: as it was typed.
     """
     rest, at, access, fd = word, None, None, None
-    if match := _AT.fullmatch(rest):
+    if match := re.fullmatch(_AT, rest):
         if match[2].isdecimal():
             rest, at = match[1], number("descriptor", most=(1 << 31) - 1)(match[2])
         elif not rest.startswith("@"):
             raise argparse.ArgumentTypeError(f"{word!r}: behind = comes a descriptor's number")
-    if match := _MODE.fullmatch(rest):
+    if match := re.fullmatch(_MODE, rest):
         rest, access = match[1], _ACCESS.get(match[2], match[2])
     if rest.startswith("@"):
         if rest == "@":
