@@ -210,7 +210,7 @@ def type_words(annotation: Any) -> str:
         return " or ".join(f'`"{value}"`' for value in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"array of {type_words(typing.get_args(kind)[0])}"
-    return {int: "integer", str: "string", bool: "boolean"}.get(kind, "object")
+    return {int: "integer", str: "string", bool: "boolean", float: "number"}.get(kind, "object")
 
 
 def member_docs(struct: type[Struct]) -> dict[str, str]:

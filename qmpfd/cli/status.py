@@ -105,7 +105,7 @@ def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
     fds = _gauge(stats["fds-kept"], limits, "max-fds") if "fds-kept" in stats else "not told"
     connections = _gauge(stats["connections"], limits, "max-connections")
     timeouts = [
-        f"{name} {limits[f'{name}-timeout'] / 1000:g} s" if f"{name}-timeout" in limits else ""
+        f"{name} {limits[f'{name}-timeout']:g} s" if f"{name}-timeout" in limits else ""
         for name in ("idle", "write", "drain")
     ]
     pairs = [

@@ -193,7 +193,7 @@ class Count(Result):
 
 
 class LimitsInfo(Result):
-    """What each client is allowed; the times in milliseconds.
+    """What each client is allowed; the times in seconds.
 
     Args:
         max_connections: clients at a time.
@@ -214,9 +214,9 @@ class LimitsInfo(Result):
     max_fds_per_uid: Int64
     max_request_bytes: Int64
     max_open_files: Int64
-    write_timeout: Int64
-    drain_timeout: Int64
-    idle_timeout: Int64 | None = None
+    write_timeout: float
+    drain_timeout: float
+    idle_timeout: float | None = None
 
 
 class PeerStats(Result):

@@ -243,9 +243,9 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
             max_fds_per_uid=shared.quotas.fds_limit(uid),
             max_request_bytes=limits.max_request_bytes,
             max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-            write_timeout=int(limits.write_timeout * 1000),
-            drain_timeout=int(limits.drain_timeout * 1000),
-            idle_timeout=None if limits.idle_timeout is None else int(limits.idle_timeout * 1000),
+            write_timeout=limits.write_timeout,
+            drain_timeout=limits.drain_timeout,
+            idle_timeout=limits.idle_timeout,
         ),
         peers=peers(context),
     )

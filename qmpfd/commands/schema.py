@@ -17,7 +17,12 @@ from ..protocol import bare_type
 from .events import EVENTS
 from .table import Table
 
-_BUILTINS = {int: ("int", "int"), str: ("str", "string"), bool: ("bool", "boolean")}
+_BUILTINS = {
+    int: ("int", "int"),
+    str: ("str", "string"),
+    bool: ("bool", "boolean"),
+    float: ("number", "number"),
+}
 
 #: What QEMU calls the object without members.
 _EMPTY = "q_empty"

@@ -23,7 +23,7 @@ MEMBERS = {
     "command": {"arg-type", "ret-type"},
     "event": {"arg-type"},
 }
-JSON_TYPES = {"string": str, "int": int, "boolean": bool}
+JSON_TYPES = {"string": str, "int": int, "boolean": bool, "number": float}
 
 OURS = ["open-fdset", "add-fds", "query-fds", "watch-fdsets", "query-stats"]
 
@@ -194,8 +194,8 @@ async def test_what_is_said_is_as_described(path: Path) -> None:
 @pytest.mark.parametrize("command", sorted(TABLE.commands.keys() - {"qmp_capabilities", "quit"}))
 async def test_what_is_taken_is_as_described(path: Path, command: str) -> None:
     """A member of the wrong type, a missing one and an unknown one are refused by name."""
-    wrong: dict[str, Any] = {"int": "x", "str": 0, "bool": 0}
-    right: dict[str, Any] = {"int": 0, "str": "", "bool": True}
+    wrong: dict[str, Any] = {"int": "x", "str": 0, "bool": 0, "number": "x"}
+    right: dict[str, Any] = {"int": 0, "str": "", "bool": True, "number": 0.5}
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe:
             found = await entries(wire)

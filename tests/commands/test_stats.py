@@ -64,7 +64,7 @@ async def test_at_the_start(path: Path) -> None:
 
 
 async def test_limits(path: Path) -> None:
-    """Those that are in force, times in milliseconds."""
+    """Those that are in force, times in seconds."""
     limits = qmpfd.Limits(
         max_connections=9,
         max_connections_per_uid=8,
@@ -86,9 +86,9 @@ async def test_limits(path: Path) -> None:
                 "max-fds": 7,
                 "max-fds-per-uid": 6,
                 "max-request-bytes": 5000,
-                "idle-timeout": 4500,
-                "write-timeout": 3250,
-                "drain-timeout": 2000,
+                "idle-timeout": 4.5,
+                "write-timeout": 3.25,
+                "drain-timeout": 2.0,
             }
 
 
