@@ -93,19 +93,21 @@ class ClientConnection(Connection):
             request["arguments"] = arguments
         request["id"] = request_id
         try:
-            text = json.dumps(request, allow_nan=False)
-            if "\\u" in text:
+            data = json.dumps(request, allow_nan=False).encode("ascii")
+            if b"\\u" in data:
                 # A lone surrogate raises UnicodeEncodeError here.
-                plain = json.dumps(request, ensure_ascii=False).encode().decode()
-                if _has_noncharacter(plain):
+                plain = json.dumps(request, ensure_ascii=False).encode()
+                if _has_noncharacter(plain.decode()):
                     raise ValueError("QEMU's JSON has no noncharacters")
+                if len(data) >= MAX_REQUEST_BYTES:
+                    data = plain  # UTF-8 is a third as long
         except (TypeError, ValueError, RecursionError) as exc:
             raise ValueError(f"{command!r} cannot be sent as JSON: {exc}") from None
-        if len(text) >= MAX_REQUEST_BYTES:
+        if len(data) >= MAX_REQUEST_BYTES:
             raise ValueError(
-                f"{command!r} cannot be sent: {len(text)} bytes, at most {MAX_REQUEST_BYTES}"
+                f"{command!r} cannot be sent: {len(data)} bytes, at most {MAX_REQUEST_BYTES}"
             )
-        return text.encode("ascii") + b"\n"
+        return data + b"\n"
 
     def negotiated(self) -> None:
         """The server has accepted ``qmp_capabilities``."""
