@@ -12,7 +12,7 @@ from ..errors import FdNotFound, QMPError
 from .exit_codes import DONE, REFUSED, UsageError
 from .options import add_client_options, add_examples, client_of, number
 from .output import print_json, print_result, printable
-from .targets import Target, described, listed, stored_target
+from .targets import Target, described, first_found, listed, stored_target
 
 if TYPE_CHECKING:
     from .options import Subparsers
@@ -86,16 +86,10 @@ def _remove_target(client: BlockingClient, target: Target) -> list[Removed]:
         return [
             _remove(client, {"fdset-id": fdset_id, "fd": fd["fd"]}, fd) for fdset_id, fd in found
         ]
-    refused: FdNotFound | None = None
-    for reading in target.alternatives():
-        try:
-            removed: list[Removed] = client.execute("remove-fds", reading.selector)
-        except FdNotFound as exc:
-            refused = refused or exc
-        else:
-            return removed
-    assert refused is not None
-    raise refused
+    removed: list[Removed] = first_found(
+        target, lambda reading: client.execute("remove-fds", reading.selector)
+    )
+    return removed
 
 
 def _remove(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..errors import FdNotFound
 from .options import number, text
@@ -17,6 +17,8 @@ from .output import printable
 
 if TYPE_CHECKING:
     from ..client.blocking import BlockingClient
+
+ResultT = TypeVar("ResultT")
 
 _ACCESS = {"r": "rdonly", "w": "wronly", "rw": "rdwr"}
 # Compiled where there is a target: most short verbs have none.
@@ -131,6 +133,26 @@ def stored_target(word: str) -> Target:
     return found
 
 
+def first_found(wanted: Target, ask: Callable[[Target], ResultT]) -> ResultT:
+    """The result for the first reading of a target that names something.
+
+    Args:
+        wanted: the target.
+        ask: asks the daemon for one reading.
+
+    Raises:
+        FdNotFound: there is nothing by any reading; what the likeliest was answered.
+    """
+    refused: FdNotFound | None = None
+    for reading in wanted.alternatives():
+        try:
+            return ask(reading)
+        except FdNotFound as exc:
+            refused = refused or exc
+    assert refused is not None
+    raise refused
+
+
 def open_target(
     client: BlockingClient, wanted: Target, **more: Any
 ) -> tuple[dict[str, Any], list[Any]]:
@@ -145,14 +167,9 @@ def open_target(
         QMPError: the daemon refuses, or has no such descriptor.
         NoDaemon: the daemon does not answer.
     """
-    refused: FdNotFound | None = None
-    for reading in wanted.alternatives():
-        try:
-            return client.request("open-fdset", {**reading.selector, **more})
-        except FdNotFound as exc:
-            refused = refused or exc
-    assert refused is not None
-    raise refused
+    return first_found(
+        wanted, lambda reading: client.request("open-fdset", {**reading.selector, **more})
+    )
 
 
 def select(
