@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..client.blocking import NoDaemon
 from ..errors import QMPError
@@ -18,18 +18,16 @@ from ..kernel.fd import Fd, close_all
 from ..kernel.systemd import InheritedFd as Passed
 from ..kernel.systemd import take_listen_fds, take_parent, take_store_size
 from ..kernel.unix_address import listens
-from ..limits import MAX_REQUEST_BYTES, Limits
+from ..limits import Limits
 from . import supervise as keeping
 from .exit_codes import DONE, UsageError
-from .options import add_examples, default_socket, number, seconds, socket_path
-from .options import text as json_text
-from .policy import group_id, read_policy
+from .options import add_examples, default_socket
+from .policy import read_policy
+from .serve_options import InheritedFd, add_options
 
 if TYPE_CHECKING:
     from ..server.renumber import Movable
     from .options import Subparsers
-
-_DEFAULTS = Limits()
 
 #: What to do where a socket cannot be made.
 _ADVICE = {
@@ -46,159 +44,7 @@ def add_parsers(verbs: Subparsers) -> None:
         description="Hold file descriptors for the clients of a Unix socket, over QMP. "
         "SIGTERM and SIGINT end it once what was asked is answered; a second one at once.",
     )
-    parser.add_argument(
-        "--socket",
-        type=lambda text: Path(socket_path(text)),
-        action="append",
-        metavar="PATH",
-        help="listen here; may be given more than once (default: $QMPFD_SOCKET, else "
-        "$XDG_RUNTIME_DIR/qmpfd.sock, else /run/qmpfd.sock)",
-    )
-    taking_over = parser.add_mutually_exclusive_group()
-    taking_over.add_argument(
-        "--takeover",
-        action="store_true",
-        help="take over from the daemon that serves the (first) socket: all it holds, under the "
-        "same numbers, and its connections; nobody notices, and this command line is in force",
-    )
-    taking_over.add_argument(
-        "--replace",
-        action="store_true",
-        help="start; where a daemon serves the (first) socket already, take over from it",
-    )
-    parser.add_argument(
-        "--supervise",
-        action="store_true",
-        help="have a small parent that keeps a duplicate of every descriptor and starts the daemon "
-        "again when it dies, with all it had; not needed under systemd with "
-        "FileDescriptorStoreMax=, which does the same",
-    )
-    parser.add_argument(
-        "--socket-mode",
-        type=_octal,
-        default=0o600,
-        metavar="OCTAL",
-        help="permissions of the socket files (default: 600)",
-    )
-    parser.add_argument(
-        "--socket-group",
-        type=group_id,
-        metavar="NAME",
-        help="group of the socket files (default: the daemon's own)",
-    )
-    parser.add_argument(
-        "--policy",
-        type=Path,
-        metavar="FILE",
-        help="who else may connect, and do what; read again on SIGHUP (default: root and the "
-        "daemon's own user alone, with all rights)",
-    )
-    parser.add_argument(
-        "--dialect",
-        choices=("spec", "qemu"),
-        default="spec",
-        help="answer as the commands' specification has it, or as today's QEMU (default: spec)",
-    )
-    parser.add_argument(
-        "--add-fd",
-        type=_inherited_fd,
-        action="append",
-        default=[],
-        metavar="fd=N,set=ID[,opaque=S]",
-        help="start with the inherited descriptor N in the fd set ID; may be given more than once",
-    )
-    parser.add_argument(
-        "--ready-fd",
-        type=number("fd (0 to 2 are the standard streams)", 3, (1 << 31) - 1),
-        metavar="N",
-        help="write a newline to the inherited descriptor N, and close it, once clients can "
-        "connect: what s6 expects of a service with a file notification-fd",
-    )
-    parser.add_argument(
-        "--max-connections",
-        type=number("number of connections", 1),
-        default=_DEFAULTS.max_connections,
-        metavar="N",
-        help=f"clients at a time (default: {_DEFAULTS.max_connections})",
-    )
-    parser.add_argument(
-        "--max-connections-per-uid",
-        type=number("number of connections", 1),
-        default=_DEFAULTS.max_connections_per_uid,
-        metavar="N",
-        help=f"clients of one user at a time (default: {_DEFAULTS.max_connections_per_uid})",
-    )
-    parser.add_argument(
-        "--max-fds",
-        type=number("number of descriptors", 1),
-        default=_DEFAULTS.max_fds,
-        metavar="N",
-        help="descriptors kept at a time; some of the open files that the process may have, its "
-        f"hard limit, are never taken (default: {_DEFAULTS.max_fds})",
-    )
-    parser.add_argument(
-        "--max-fds-per-uid",
-        type=number("number of descriptors", 1),
-        default=_DEFAULTS.max_fds_per_uid,
-        metavar="N",
-        help="descriptors that clients of one user may have kept at a time; for others than root "
-        "and the daemon's own user never more than half of those open files "
-        f"(default: {_DEFAULTS.max_fds_per_uid})",
-    )
-    parser.add_argument(
-        "--max-request-bytes",
-        type=number("number of bytes", 1024, 64 << 20),
-        default=MAX_REQUEST_BYTES,
-        metavar="N",
-        help=f"bytes of one request (default: {MAX_REQUEST_BYTES})",
-    )
-    parser.add_argument(
-        "--idle-timeout",
-        type=seconds,
-        metavar="S",
-        help="cut off a client that asks nothing for S seconds, unless it watches (default: never)",
-    )
-    parser.add_argument(
-        "--write-timeout",
-        type=seconds,
-        default=_DEFAULTS.write_timeout,
-        metavar="S",
-        help="cut off a client that takes no replies for S seconds "
-        f"(default: {_DEFAULTS.write_timeout:g})",
-    )
-    parser.add_argument(
-        "--drain-timeout",
-        type=seconds,
-        default=_DEFAULTS.drain_timeout,
-        metavar="S",
-        help=f"end within S seconds when told to (default: {_DEFAULTS.drain_timeout:g})",
-    )
-    parser.add_argument(
-        "--metrics",
-        type=Path,
-        metavar="PATH",
-        help="write counters to this file as OpenMetrics text, every 10 s; what is there and no "
-        "ordinary file stays as it is (default: do not)",
-    )
-    parser.add_argument(
-        "--audit",
-        type=Path,
-        metavar="PATH|-",
-        help="append a line of JSON to this file, or write it to standard output, for each "
-        "descriptor that is added, removed or handed out, and for each refusal (default: do not)",
-    )
-    parser.add_argument(
-        "--log-format",
-        choices=("text", "json"),
-        default="text",
-        help="how to say it on standard error (default: text)",
-    )
-    parser.add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-        help="how much to say there; debug names every command (default: info)",
-    )
+    add_options(parser)
     add_examples(
         parser,
         "qmpfd serve",
@@ -213,42 +59,6 @@ def add_parsers(verbs: Subparsers) -> None:
 
 #: A descriptor to start with, the fd set that it goes into (None: a new one), and its opaque text.
 _Initial: TypeAlias = "tuple[Fd, int | None, str | None]"
-
-
-class InheritedFd(NamedTuple):
-    """One ``--add-fd``."""
-
-    fd: int
-    fdset_id: int
-    opaque: str | None
-
-
-def _inherited_fd(text: str) -> InheritedFd:
-    """QEMU's ``-add-fd``: ``fd=N,set=ID[,opaque=S]``, where ``,,`` in S is a comma."""
-    values: dict[str, str] = {}
-    for part in text.replace(",,", "\0").split(","):
-        key, equals, value = part.replace("\0", ",").partition("=")
-        if not equals or key not in ("fd", "set", "opaque") or key in values:
-            raise argparse.ArgumentTypeError(f"{text!r} is not fd=N,set=ID[,opaque=S]")
-        values[key] = value
-    for key in ("fd", "set"):
-        if key not in values:
-            raise argparse.ArgumentTypeError(f"{text!r} lacks {key}=")
-    return InheritedFd(
-        number("fd (0 to 2 are the standard streams)", 3, (1 << 31) - 1)(values["fd"]),
-        number("set", 0, (1 << 63) - 1)(values["set"]),
-        None if "opaque" not in values else json_text(values["opaque"]),
-    )
-
-
-def _octal(text: str) -> int:
-    try:
-        mode = int(text, 8)
-    except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o777:
-        raise argparse.ArgumentTypeError(f"{text!r} is no mode: octal, 0 to 777")
-    return mode
 
 
 def _take_inherited(
