@@ -139,7 +139,7 @@ def _open_all(client: BlockingClient, targets: list[Target]) -> list[tuple[dict[
     try:
         for each in targets:
             info, passed = open_target(client, each)
-            opened.append((info, one_fd(passed)))
+            opened.append((info, one_fd(info, passed)))
     except BaseException:
         close_all(fd for _, fd in opened)
         raise
@@ -154,7 +154,7 @@ def _take(client: BlockingClient, infos: list[dict[str, Any]]) -> None:
         for where in {(info["fdset-id"], info["fd"]) for info in infos}:
             members = {"fdset-id": where[0], "fd": where[1], "remove": True}
             info, passed = client.request("open-fdset", members)
-            taken.append((info, one_fd(passed)))
+            taken.append((info, one_fd(info, passed)))
     except BaseException:
         for info, fd in taken:
             members = {key: info[key] for key in ("fdset-id", "opaque") if key in info}

@@ -11,7 +11,6 @@ import time
 from _thread import allocate_lock  # threading's own, without the rest of it
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf
-from types import TracebackType
 from typing import Any, Self
 
 from ..kernel.fd import Fd, FileDescriptorLike, close_all, discard, peek, receive_planned, send
@@ -70,7 +69,7 @@ class BlockingConnection:
             while self._connection.state is State.CONNECTED:
                 self._receive()
                 self._raise_refusal()
-            self.execute("qmp_capabilities")
+            close_all(self.request("qmp_capabilities")[1])
             self._connection.negotiated()
         except BaseException:
             self.close()
@@ -97,43 +96,13 @@ class BlockingConnection:
         """What the server said of itself: its ``version`` and ``capabilities``."""
         return self._connection.greeting or {}
 
-    # -- commands ------------------------------------------------------------------------------
-
-    def execute(
-        self,
-        command: str,
-        arguments: Mapping[str, Any] | None = None,
-        fds: Sequence[FileDescriptorLike] = (),
-    ) -> Any:
-        """Carry out any QMP command.
-
-        Args:
-            command: its name.
-            arguments: its arguments, as they go over the wire.
-            fds: descriptors to pass with it (SCM_RIGHTS); they stay the caller's.
-
-        Returns:
-            The ``return`` member of the reply.
-
-        Raises:
-            QMPError: the server refused it; the exception is named after the error's class.
-            NoDaemon: the server does not answer, or the connection is lost.
-            ClientClosed: this client is closed.
-            ProtocolError: the server's answer is not QMP.
-            ValueError: JSON cannot carry the arguments.
-            OSError: *fds* cannot be passed.
-        """
-        value, passed = self.request(command, arguments, fds)
-        close_all(passed)
-        return value
-
     def request(
         self,
         command: str,
         arguments: Mapping[str, Any] | None = None,
         fds: Sequence[FileDescriptorLike] = (),
     ) -> tuple[Any, list[Fd]]:
-        """As :meth:`execute`; with the descriptors that came with the reply.
+        """Carry out a command; the ``return`` member of its reply, and the descriptors with it.
 
         Args:
             command: its name.
@@ -141,7 +110,7 @@ class BlockingConnection:
             fds: descriptors to pass with it (SCM_RIGHTS); they stay the caller's.
 
         Raises:
-            Exception: what :meth:`execute` raises.
+            Exception: what :meth:`qmpfd.BlockingClient.execute` raises.
         """
         with self._calling:
             self._deadline = time.monotonic() + self._timeout
@@ -281,10 +250,5 @@ class BlockingConnection:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()

@@ -1,12 +1,33 @@
-"""What the methods of both clients send, and what they make of the replies."""
+"""The methods that both clients have: what each sends, and what it makes of the reply.
+
+Each is described once, by a function with the method's name and arguments that returns a
+:class:`Call`.  :func:`as_method` makes a method of it, which differs by how a client waits.
+"""
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import update_wrapper
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypedDict,
+    TypeVar,
+)
 
-from ..kernel.fd import Fd, close_all
+from ..kernel.fd import Fd, FileDescriptorLike, close_all
 from ..protocol.connection import ProtocolError
 
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from ..commands import AddfdInfo, FdInfo, FdsetInfo
+
+ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
 
 
@@ -28,6 +49,38 @@ class Selector(TypedDict, total=False):
     added_by_uid: int
 
 
+class Call(NamedTuple, Generic[ResultT]):
+    """One command to the server.
+
+    Args:
+        command: its name.
+        arguments: its arguments, as they go over the wire.
+        result: given the ``return`` member of the reply, and the descriptors that came with it,
+            what the method returns; it owns the descriptors.
+        fds: descriptors to pass with it; they stay the caller's.
+    """
+
+    command: str
+    arguments: Mapping[str, Any] | None
+    result: Callable[[Any, list[Fd]], ResultT]
+    fds: Sequence[FileDescriptorLike] = ()
+
+
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+
+
+def as_method(method: MethodT, description: Callable[..., Call[Any]]) -> MethodT:
+    """*method* with the name, docstring and signature of *description*.
+
+    The signature shows what the method's caller gets: ``X`` for a ``Call[X]``.
+    """
+    annotations = description.__annotations__
+    if annotations["return"].startswith("Call["):
+        annotations["return"] = annotations["return"][len("Call[") : -1]
+    update_wrapper(method, description)
+    return method
+
+
 def members(**arguments: Any) -> dict[str, Any]:
     """The arguments that are not None, under their names on the wire.
 
@@ -41,21 +94,33 @@ def members(**arguments: Any) -> dict[str, Any]:
     return {k.replace("_", "-"): v for k, v in arguments.items() if v is not None}
 
 
-def typed(value: Any, kind: type[ResultT]) -> ResultT:
-    """A reply's ``return`` member as what the command is documented to return.
+def typed(kind: type[ResultT]) -> Callable[[Any, list[Fd]], ResultT]:
+    """What makes *kind* of a ``return`` member; descriptors are closed, where none are expected.
 
-    Raises:
-        ProtocolError: it is something else.
+    The function raises ProtocolError if it is something else.
     """
-    import msgspec  # noqa: PLC0415 - twice as long to load as a short verb runs
 
-    try:
-        return msgspec.convert(value, kind)
-    except (msgspec.MsgspecError, UnicodeError, OverflowError) as exc:
-        raise ProtocolError(f"the server's reply is not what the command returns: {exc}") from exc
+    def convert(value: Any, fds: list[Fd]) -> ResultT:
+        import msgspec
+
+        close_all(fds)
+        try:
+            return msgspec.convert(value, kind)
+        except (msgspec.MsgspecError, UnicodeError, OverflowError) as exc:
+            raise ProtocolError(
+                f"the server's reply is not what the command returns: {exc}"
+            ) from exc
+
+    return convert
 
 
-def one_fd(fds: list[Fd]) -> Fd:
+def any_value(value: Any, fds: list[Fd]) -> Any:
+    """The ``return`` member as it is."""
+    close_all(fds)
+    return value
+
+
+def one_fd(_: Any, fds: list[Fd]) -> Fd:
     """The one descriptor that came with a reply.
 
     Raises:
@@ -65,3 +130,206 @@ def one_fd(fds: list[Fd]) -> Fd:
         close_all(fds)
         raise ProtocolError("the server has answered without a descriptor")
     return fds[0]
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def execute(
+    self: object,
+    command: str,
+    arguments: Mapping[str, Any] | None = None,
+    fds: Sequence[FileDescriptorLike] = (),
+) -> Call[Any]:
+    """Carry out any QMP command.
+
+    Args:
+        command: its name.
+        arguments: its arguments, as they go over the wire.
+        fds: descriptors to pass with it (SCM_RIGHTS); they stay the caller's.
+
+    Returns:
+        The ``return`` member of the reply.
+
+    Raises:
+        QMPError: the server refused it; the exception is named after the error's class.
+        ReplyLost: the connection was lost before the reply, and is made anew: the command may have
+            been carried out, or not.
+        NoDaemon: the server does not answer in time, or the connection is lost; from a Trio client
+            it is a trio.BrokenResourceError too.
+        ClientClosed: this client is closed; from a Trio client it is a trio.ClosedResourceError
+            too.
+        ProtocolError: the server's answer is not QMP.
+        ValueError: JSON cannot carry the arguments.
+        OSError: *fds* cannot be passed.
+    """
+    return Call(command, arguments, any_value, fds)
+
+
+def add_fd(
+    self: object,
+    fd: FileDescriptorLike,
+    fdset_id: int | None = None,
+    opaque: str | None = None,
+) -> Call[AddfdInfo]:
+    """Add a duplicate of *fd* to an fd set (``add-fd``).
+
+    Args:
+        fd: an int or anything with ``fileno()``; it stays the caller's.
+        fdset_id: the set; a new one if None.
+        opaque: a free-form text to find the descriptor by.
+
+    Returns:
+        The set's id, and the descriptor's number in the server.
+
+    Raises:
+        InvalidParameterValue: the server wants an existing set.
+        Exception: what :meth:`execute` raises.
+    """
+    from ..commands import AddfdInfo
+
+    arguments = members(fdset_id=fdset_id, opaque=opaque)
+    return Call("add-fd", arguments, typed(AddfdInfo), [fd])
+
+
+def remove_fd(self: object, fdset_id: int, fd: int | None = None) -> Call[None]:
+    """Remove a descriptor from an fd set (``remove-fd``).
+
+    Args:
+        fdset_id: the set.
+        fd: the descriptor's number in the server; all of the set if None.
+
+    Raises:
+        FdNotFound: there is no such set, or no such descriptor in it.
+        Exception: what :meth:`execute` raises.
+    """
+    return Call("remove-fd", members(fdset_id=fdset_id, fd=fd), lambda _, fds: close_all(fds))
+
+
+def query_fdsets(self: object) -> Call[list[FdsetInfo]]:
+    """The fd sets, by descending id (``query-fdsets``)."""
+    from ..commands import FdsetInfo
+
+    return Call("query-fdsets", {}, typed(list[FdsetInfo]))
+
+
+# -- commands that only qmpfd has ------------------------------------------------------------------
+
+
+def open_fdset(
+    self: object,
+    fdset_id: int | None = None,
+    access: Literal["rdonly", "wronly", "rdwr"] | None = None,
+    fd: int | None = None,
+    *,
+    remove: bool = False,
+    **selector: Unpack[Selector],
+) -> Call[Fd]:
+    """Get a duplicate of the newest stored descriptor that is selected (``open-fdset``).
+
+    Use it as ``with await client.open_fdset(...) as fd`` (with a blocking client without
+    ``await``) and, for a call that wants a number, ``fd.fileno()``: it is closed at the end of the
+    block, unless it was given on with ``fd.detach()``.
+
+    Args:
+        fdset_id: the fd set.
+        access: the access mode that it must have; any if None.
+        fd: its number in the server; the newest that matches if None.
+        remove: take it out of the store in the same step.
+        selector: what else it is chosen by: *opaque* (or *name*), *opaque_prefix*,
+            *added_by_pid*, *added_by_uid*.
+
+    Raises:
+        FdNotFound: there is no such descriptor.
+        Exception: what :meth:`execute` raises.
+    """
+    arguments = members(fdset_id=fdset_id, access=access, fd=fd, remove=remove or None, **selector)
+    return Call("open-fdset", arguments, one_fd)
+
+
+def add_fds(
+    self: object,
+    fds: Sequence[FileDescriptorLike],
+    fdset_id: int | None = None,
+    opaque: str | None = None,
+    *,
+    lifetime: Literal["daemon", "connection"] = "daemon",
+    expires: int | None = None,
+    watch_hangup: bool = False,
+    if_exists: Literal["add", "fail", "replace"] = "add",
+) -> Call[FdsetInfo]:
+    """Add duplicates of up to 253 descriptors to an fd set, or none of them (``add-fds``).
+
+    Args:
+        fds: ints or anything with ``fileno()``; they stay the caller's.
+        fdset_id: the set; a new one if None.
+        opaque: a free-form text to find the descriptors by.
+        lifetime: ``"connection"``: they are removed when this connection ends.
+        expires: seconds after which they are removed.
+        watch_hangup: remove each when the other end of the socket or pipe is gone.
+        if_exists: what to do where there are descriptors of the same opaque text already (in
+            the fd set that is named, or anywhere): add these beside them, refuse, or take the
+            older ones out in the same step.
+
+    Returns:
+        The set's id, and what was added, in the order of *fds*.
+
+    Raises:
+        InvalidParameterValue: the server wants an existing set, or sockets and pipes.
+        FdExists: there are such descriptors already, and *if_exists* is ``"fail"``.
+        Exception: what :meth:`execute` raises.
+    """
+    from ..commands import FdsetInfo
+
+    arguments = members(
+        fdset_id=fdset_id,
+        opaque=opaque,
+        lifetime=None if lifetime == "daemon" else lifetime,
+        expires=expires,
+        watch_hangup=watch_hangup or None,
+        if_exists=None if if_exists == "add" else if_exists,
+    )
+    return Call("add-fds", arguments, typed(FdsetInfo), fds)
+
+
+def query_fds(
+    self: object, fdset_id: int | None = None, fd: int | None = None, **selector: Unpack[Selector]
+) -> Call[list[FdInfo]]:
+    """What is stored, in detail (``query-fds``).
+
+    Args:
+        fdset_id: only this fd set.
+        fd: only the descriptor with this number in the server.
+        selector: what else they are chosen by: *opaque* (or *name*), *opaque_prefix*,
+            *added_by_pid*, *added_by_uid*.
+
+    Raises:
+        Exception: what :meth:`execute` raises.
+    """
+    from ..commands import FdInfo
+
+    arguments = members(fdset_id=fdset_id, fd=fd, **selector)
+    return Call("query-fds", arguments, typed(list[FdInfo]))
+
+
+def remove_fds(
+    self: object, fdset_id: int | None = None, fd: int | None = None, **selector: Unpack[Selector]
+) -> Call[list[FdsetInfo]]:
+    """Remove all stored descriptors that are selected (``remove-fds``).
+
+    Args:
+        fdset_id: only of this fd set.
+        fd: only the descriptor with this number in the server.
+        selector: what else they are chosen by, as for :meth:`query_fds`.
+
+    Returns:
+        What was removed, by fd set.
+
+    Raises:
+        FdNotFound: there are none.
+        Exception: what :meth:`execute` raises.
+    """
+    from ..commands import FdsetInfo
+
+    arguments = members(fdset_id=fdset_id, fd=fd, **selector)
+    return Call("remove-fds", arguments, typed(list[FdsetInfo]))

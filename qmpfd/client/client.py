@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+)
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Concatenate
 
 import trio
 
-from ..commands import AddfdInfo, FdInfo, FdsetInfo
 from ..commands.events import EVENTS
-from ..kernel.fd import Fd, FileDescriptorLike, close_all
+from ..kernel.fd import close_all
 from ..limits import CLEANUP_TIMEOUT
 from ..protocol import QMPEvent
-from .calls import members, one_fd, typed
+from . import calls
+from .calls import Call, ParamsT, ResultT, as_method
 from .reconnect import ReconnectingConnection, open_connection
-
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from .calls import Selector
 
 
 class _Events(AsyncIterator[QMPEvent]):
@@ -35,6 +37,21 @@ class _Events(AsyncIterator[QMPEvent]):
 
     async def __anext__(self) -> QMPEvent:
         return await self._next()
+
+
+def _awaited(
+    description: Callable[Concatenate[Any, ParamsT], Call[ResultT]],
+) -> Callable[Concatenate[Client, ParamsT], Coroutine[Any, Any, ResultT]]:
+    """The method that awaits the reply to a described call."""
+
+    async def method(self: Client, /, *args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
+        call = description(self, *args, **kwargs)
+        reply = await self._link.request(call.command, call.arguments, call.fds)
+        if reply.error is not None:
+            close_all(reply.fds)
+        return call.result(reply.unwrap(), reply.fds)
+
+    return as_method(method, description)
 
 
 class Client:
@@ -60,194 +77,14 @@ class Client:
         """Close the connection; calls that wait raise ClientClosed."""
         self._link.close()
 
-    # -- commands ------------------------------------------------------------------------------
-
-    async def execute(
-        self,
-        command: str,
-        arguments: Mapping[str, Any] | None = None,
-        *,
-        fds: Sequence[FileDescriptorLike] = (),
-    ) -> Any:
-        """Carry out any QMP command.
-
-        Args:
-            command: its name.
-            arguments: its arguments, as they go over the wire.
-            fds: descriptors to pass with it (SCM_RIGHTS); they stay the caller's.
-
-        Returns:
-            The ``return`` member of the reply.
-
-        Raises:
-            QMPError: the server refused it; the exception is named after the error's class.
-            ReplyLost: the connection was lost before the reply, and is made anew: the command may
-                have been carried out, or not.
-            NoDaemon: the connection is lost; it is a trio.BrokenResourceError too.
-            ClientClosed: this client is closed; it is a trio.ClosedResourceError too.
-            ProtocolError: the server's answer is not QMP.
-            ValueError: JSON cannot carry the arguments.
-            OSError: *fds* cannot be passed.
-        """
-        reply = await self._link.request(command, arguments, fds)
-        close_all(reply.fds)
-        return reply.unwrap()
-
-    async def add_fd(
-        self,
-        fd: FileDescriptorLike,
-        fdset_id: int | None = None,
-        opaque: str | None = None,
-    ) -> AddfdInfo:
-        """Add a duplicate of *fd* to an fd set (``add-fd``).
-
-        Args:
-            fd: an int or anything with ``fileno()``; it stays the caller's.
-            fdset_id: the set; a new one if None.
-            opaque: a free-form text to find the descriptor by.
-
-        Returns:
-            The set's id, and the descriptor's number in the server.
-
-        Raises:
-            InvalidParameterValue: the server wants an existing set.
-            Exception: what :meth:`execute` raises.
-        """
-        arguments = members(fdset_id=fdset_id, opaque=opaque)
-        return typed(await self.execute("add-fd", arguments, fds=[fd]), AddfdInfo)
-
-    async def remove_fd(self, fdset_id: int, fd: int | None = None) -> None:
-        """Remove a descriptor from an fd set (``remove-fd``).
-
-        Args:
-            fdset_id: the set.
-            fd: the descriptor's number in the server; all of the set if None.
-
-        Raises:
-            FdNotFound: there is no such set, or no such descriptor in it.
-            Exception: what :meth:`execute` raises.
-        """
-        arguments = members(fdset_id=fdset_id, fd=fd)
-        await self.execute("remove-fd", arguments)
-
-    async def query_fdsets(self) -> list[FdsetInfo]:
-        """The fd sets, by descending id (``query-fdsets``)."""
-        return typed(await self.execute("query-fdsets"), list[FdsetInfo])
-
-    # -- commands that only qmpfd has ----------------------------------------------------------
-
-    async def open_fdset(
-        self,
-        fdset_id: int | None = None,
-        access: Literal["rdonly", "wronly", "rdwr"] | None = None,
-        fd: int | None = None,
-        *,
-        remove: bool = False,
-        **selector: Unpack[Selector],
-    ) -> Fd:
-        """Get a duplicate of the newest stored descriptor that is selected (``open-fdset``).
-
-        Use it as ``with await client.open_fdset(...) as fd`` and, for a call that wants a number,
-        ``fd.fileno()``: it is closed at the end of the block, unless it was given on with
-        ``fd.detach()``.
-
-        Args:
-            fdset_id: the fd set.
-            access: the access mode that it must have; any if None.
-            fd: its number in the server; the newest that matches if None.
-            remove: take it out of the store in the same step.
-            selector: what else it is chosen by: *opaque* (or *name*), *opaque_prefix*,
-                *added_by_pid*, *added_by_uid*.
-
-        Raises:
-            FdNotFound: there is no such descriptor.
-            Exception: what :meth:`execute` raises.
-        """
-        arguments = members(
-            fdset_id=fdset_id, access=access, fd=fd, remove=remove or None, **selector
-        )
-        reply = await self._link.request("open-fdset", arguments)
-        reply.unwrap()
-        return one_fd(reply.fds)
-
-    async def add_fds(
-        self,
-        fds: Sequence[FileDescriptorLike],
-        fdset_id: int | None = None,
-        opaque: str | None = None,
-        *,
-        lifetime: Literal["daemon", "connection"] = "daemon",
-        expires: int | None = None,
-        watch_hangup: bool = False,
-        if_exists: Literal["add", "fail", "replace"] = "add",
-    ) -> FdsetInfo:
-        """Add duplicates of up to 253 descriptors to an fd set, or none of them (``add-fds``).
-
-        Args:
-            fds: ints or anything with ``fileno()``; they stay the caller's.
-            fdset_id: the set; a new one if None.
-            opaque: a free-form text to find the descriptors by.
-            lifetime: ``"connection"``: they are removed when this connection ends.
-            expires: seconds after which they are removed.
-            watch_hangup: remove each when the other end of the socket or pipe is gone.
-            if_exists: what to do where there are descriptors of the same opaque text already (in
-                the fd set that is named, or anywhere): add these beside them, refuse, or take the
-                older ones out in the same step.
-
-        Returns:
-            The set's id, and what was added, in the order of *fds*.
-
-        Raises:
-            InvalidParameterValue: the server wants an existing set, or sockets and pipes.
-            FdExists: there are such descriptors already, and *if_exists* is ``"fail"``.
-            Exception: what :meth:`execute` raises.
-        """
-        arguments = members(
-            fdset_id=fdset_id,
-            opaque=opaque,
-            lifetime=None if lifetime == "daemon" else lifetime,
-            expires=expires,
-            watch_hangup=watch_hangup or None,
-            if_exists=None if if_exists == "add" else if_exists,
-        )
-        return typed(await self.execute("add-fds", arguments, fds=fds), FdsetInfo)
-
-    async def query_fds(
-        self, fdset_id: int | None = None, fd: int | None = None, **selector: Unpack[Selector]
-    ) -> list[FdInfo]:
-        """What is stored, in detail (``query-fds``).
-
-        Args:
-            fdset_id: only this fd set.
-            fd: only the descriptor with this number in the server.
-            selector: what else they are chosen by: *opaque* (or *name*), *opaque_prefix*,
-                *added_by_pid*, *added_by_uid*.
-
-        Raises:
-            Exception: what :meth:`execute` raises.
-        """
-        arguments = members(fdset_id=fdset_id, fd=fd, **selector)
-        return typed(await self.execute("query-fds", arguments), list[FdInfo])
-
-    async def remove_fds(
-        self, fdset_id: int | None = None, fd: int | None = None, **selector: Unpack[Selector]
-    ) -> list[FdsetInfo]:
-        """Remove all stored descriptors that are selected (``remove-fds``).
-
-        Args:
-            fdset_id: only of this fd set.
-            fd: only the descriptor with this number in the server.
-            selector: what else they are chosen by, as for :meth:`query_fds`.
-
-        Returns:
-            What was removed, by fd set.
-
-        Raises:
-            FdNotFound: there are none.
-            Exception: what :meth:`execute` raises.
-        """
-        arguments = members(fdset_id=fdset_id, fd=fd, **selector)
-        return typed(await self.execute("remove-fds", arguments), list[FdsetInfo])
+    execute = _awaited(calls.execute)
+    add_fd = _awaited(calls.add_fd)
+    remove_fd = _awaited(calls.remove_fd)
+    query_fdsets = _awaited(calls.query_fdsets)
+    open_fdset = _awaited(calls.open_fdset)
+    add_fds = _awaited(calls.add_fds)
+    query_fds = _awaited(calls.query_fds)
+    remove_fds = _awaited(calls.remove_fds)
 
     @asynccontextmanager
     async def watch_fdsets(self) -> AsyncGenerator[AsyncIterator[QMPEvent], None]:

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import ClassVar
 
 from ...kernel.fd import Fd, close_all
@@ -83,12 +82,7 @@ class Recovered:
     def __enter__(self) -> Recovered:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         close_all([*self.fds, *self.stale_fds, *(given.fd for given in self.sockets)])
 
 
