@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..client.blocking import BlockingClient
 from ..kernel.fd import FileDescriptorLike
 from .exit_codes import DONE, UsageError
 from .forgetful import stay_connected, warn_of_forgetting
 from .opening import check_open, listening_socket, open_file
-from .options import add_client_options, add_examples, client_of, number, text
+from .options import Subparsers, add_client_options, add_examples, client_of, number, text
 from .output import print_json, print_result
-
-if TYPE_CHECKING:
-    from .options import Subparsers
 
 _MODES = {"r": os.O_RDONLY, "w": os.O_WRONLY, "rw": os.O_RDWR}
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from .exit_codes import DONE
-from .options import add_examples
-
-if TYPE_CHECKING:
-    from .options import Subparsers
+from .options import Subparsers, add_examples
 
 #: Values of these are files.
 _FILES = ("PATH", "FILE", "QMP_SOCKET")

@@ -16,12 +16,10 @@ from typing import Any
 
 import trio
 
-from ..commands import Dialect
 from ..kernel.fd import Fd
 from ..kernel.systemd import InheritedFd, Notifier, announce_ready, watchdog_interval
-from ..limits import STATUS_INTERVAL, Limits
-from ..policy import Policy, load_policy
-from ..server.fdstore.mirror import FdStoreConfig
+from ..limits import STATUS_INTERVAL
+from ..policy import load_policy
 from ..server.fdstore.recover import Recovered
 from ..server.maintenance import supervise
 from ..server.saved_state import SavedListener
@@ -39,27 +37,20 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def run(
     paths: Sequence[Path],
     *,
-    dialect: Dialect,
-    limits: Limits,
-    policy: Policy | None,
     policy_path: Path | None,
-    metrics_path: Path | None,
-    audit: Fd | None,
-    socket_mode: int,
-    socket_group: int | None,
-    initial_fds: Sequence[tuple[Fd, int | None, str | None]],
     listen_fds: Sequence[InheritedFd],
     takeover: Takeover | None,
     recovered: Recovered,
-    keeping: FdStoreConfig | None,
     ready_fd: Fd | None,
     parent: Notifier | None,
+    **options: Any,
 ) -> None:
     """Serve until told to end.
 
     Args:
         ready_fd: told once clients can connect, and closed.
         parent: the parent of ``serve --supervise``, if there is one.
+        options: further arguments of :func:`run_daemon`.
 
     Raises:
         OSError: one of *paths* cannot be used.
@@ -67,18 +58,10 @@ def run(
     start = partial(
         run_daemon,
         paths,
-        dialect=dialect,
-        limits=limits,
-        policy=policy,
-        metrics_path=metrics_path,
-        audit=audit,
-        socket_mode=socket_mode,
-        socket_group=socket_group,
-        initial_fds=initial_fds,
         listen_fds=[inherited.fd for inherited in listen_fds],
         takeover=takeover,
         recovered=recovered,
-        keeping=keeping,
+        **options,
     )
     names = [str(path) for path in paths]
     names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]

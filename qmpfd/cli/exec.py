@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..client.blocking import BlockingClient
 from ..client.calls import one_fd
@@ -17,12 +17,9 @@ from ..client.errors import NoDaemon
 from ..errors import QMPError
 from ..kernel.fd import Fd, close_all
 from .exit_codes import UsageError
-from .options import add_client_options, add_examples, client_of
+from .options import Subparsers, add_client_options, add_examples, client_of
 from .output import printable
 from .targets import Target, open_target, target
-
-if TYPE_CHECKING:
-    from .options import Subparsers
 
 #: What a shell answers for a program that is not there, or cannot be run (POSIX, sh, 2.8.2).
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126

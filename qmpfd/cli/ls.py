@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .exit_codes import DONE, REFUSED
-from .options import add_client_options, add_examples, client_of
+from .options import Subparsers, add_client_options, add_examples, client_of
 from .output import duration, print_json, print_table, printable, size
-from .targets import Target, listed, select, stored_target
-
-if TYPE_CHECKING:
-    from .options import Subparsers
+from .targets import Target, add_targets, listed, select
 
 #: A row of a listing: the fd set, and the descriptor's entry.
 Row = tuple[int, dict[str, Any]]
@@ -36,13 +33,7 @@ def add_parsers(verbs: Subparsers) -> None:
     parser.add_argument(
         "--long", "-l", action="store_true", help="show what each descriptor is, and whose"
     )
-    parser.add_argument(
-        "targets",
-        nargs="*",
-        type=stored_target,
-        metavar="TARGET",
-        help="SET, SET/FD, @NAME or @PATTERN with the shell's wildcards",
-    )
+    add_targets(parser)
     add_examples(
         parser,
         "qmpfd ls",
@@ -67,20 +58,7 @@ def _ls(arguments: argparse.Namespace) -> int:
         if not targets:
             print("no fd sets")
     elif arguments.long:
-        header = [
-            "FDSET",
-            "FD",
-            "ACCESS",
-            "KIND",
-            "SIZE",
-            "AGE",
-            "KEPT",
-            "PID",
-            "UID",
-            "NAME",
-            "TARGET",
-        ]
-        print_table(header, [_long_row(fd) for _, fd in rows])
+        print_table(_COLUMNS, [_long_row(fd) for _, fd in rows])
     else:
         print_table(
             ("FDSET", "FD", "NAME"),

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 from ..client.blocking import BlockingClient, NoDaemon
 from ..limits import INT64_MAX
+from .output import terminal_width
 
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
-
-def _columns() -> int:
-    """How wide the terminal is; as shutil has it, which takes longer to load than it to run."""
-    try:
-        return int(os.environ["COLUMNS"])
-    except (KeyError, ValueError):
-        pass
-    try:
-        return os.get_terminal_size(1).columns or 80
-    except OSError:
-        return 80
+#: Where a verb adds its parser.
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class Formatter(argparse.HelpFormatter):
@@ -34,7 +24,7 @@ class Formatter(argparse.HelpFormatter):
     """
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=_columns() - 2)
+        super().__init__(prog, width=terminal_width() - 2)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
@@ -88,6 +78,22 @@ def client_of(arguments: argparse.Namespace) -> BlockingClient:
             raise
         why = f"no daemon at {path}, but one at {_SYSTEM_SOCKET} (--socket {_SYSTEM_SOCKET})"
         raise NoDaemon(why) from exc
+
+
+#: Seconds between two tries to reach a daemon that does not serve yet.
+_RETRY = 0.05
+
+
+def client_within(arguments: argparse.Namespace, patience: float) -> BlockingClient:
+    """As :func:`client_of`; where nobody answers, tried again for *patience* seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return client_of(arguments)
+        except NoDaemon:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_RETRY)
 
 
 def number(name: str, least: int = 0, most: int = INT64_MAX) -> Callable[[str], int]:

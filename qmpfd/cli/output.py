@@ -100,7 +100,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if rich is not None:
         rich.print_table(header, rows, terminal_width())
         return
-    bold, plain = ("\x1b[1m", "\x1b[0m") if _styled() else ("", "")
+    bold, plain = ("\x1b[1m", "\x1b[0m") if styled() else ("", "")
     print(f"{bold}{_line(header, widths)}{plain}")
     for row in rows:
         print(_line(row, widths))
@@ -135,7 +135,7 @@ def _print_pairs(pairs: Sequence[tuple[str, str]], rich: ModuleType | None) -> N
         print(f"{name:<{width}}  {value}".rstrip())
 
 
-def _styled() -> bool:
+def styled() -> bool:
     """Whether colours are wanted (https://no-color.org), and understood."""
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return wanted and sys.stdout.isatty()
@@ -143,7 +143,7 @@ def _styled() -> bool:
 
 def _rich(rows: int = 1) -> ModuleType | None:
     """What prints that many rows in colours: if colours are wanted, and it is installed."""
-    if rows > _MANY or not _styled():
+    if rows > _MANY or not styled():
         return None
     try:
         from . import output_rich

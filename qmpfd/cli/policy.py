@@ -7,15 +7,11 @@ import grp
 import os
 import pwd
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..policy import BadPolicy, Grant, Policy, RuleInForce, is_owner, load_policy
 from .exit_codes import DONE, UsageError
-from .options import add_examples
+from .options import Subparsers, add_examples
 from .output import print_json, printable
-
-if TYPE_CHECKING:
-    from .options import Subparsers
 
 
 def add_parsers(verbs: Subparsers) -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..client.blocking import BlockingClient
 from ..errors import FdNotFound, QMPError
 from ..kernel.fd import close_all
 from .exit_codes import DONE, UsageError
 from .forgetful import stay_connected, warn_of_forgetting
-from .options import add_client_options, add_examples, client_of, number, socket_path
+from .options import Subparsers, add_client_options, add_examples, client_of, number, socket_path
 from .output import print_json, print_result
 from .targets import Target, listed, open_target, select, target
-
-if TYPE_CHECKING:
-    from .options import Subparsers
 
 
 def add_parsers(verbs: Subparsers) -> None:

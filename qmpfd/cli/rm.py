@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..client.blocking import BlockingClient
 from ..errors import FdNotFound, QMPError
 from .exit_codes import DONE, REFUSED, UsageError
-from .options import add_client_options, add_examples, client_of, number
+from .options import Subparsers, add_client_options, add_examples, client_of, number
 from .output import print_json, print_result, printable
-from .targets import Target, described, first_found, listed, stored_target
-
-if TYPE_CHECKING:
-    from .options import Subparsers
+from .targets import Target, add_targets, described, first_found, listed
 
 #: What was removed: the fd set, and the descriptors, if they are known.
 Removed = dict[str, Any]
@@ -30,13 +27,7 @@ def add_parsers(verbs: Subparsers) -> None:
         "also where another is refused.",
     )
     add_client_options(parser)
-    parser.add_argument(
-        "targets",
-        nargs="*",
-        type=stored_target,
-        metavar="TARGET",
-        help="SET, SET/FD, @NAME or @PATTERN with the shell's wildcards",
-    )
+    add_targets(parser)
     parser.add_argument(
         "--pid",
         type=number("process", 1),

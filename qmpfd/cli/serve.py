@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -18,16 +17,14 @@ from ..kernel.fd import Fd, close_all
 from ..kernel.systemd import InheritedFd as Passed
 from ..kernel.systemd import take_listen_fds, take_parent, take_store_size
 from ..kernel.unix_address import listens
-from ..limits import Limits
 from . import supervise as keeping
 from .exit_codes import DONE, UsageError
-from .options import add_examples, default_socket
+from .options import Subparsers, add_examples, default_socket
 from .policy import read_policy
-from .serve_options import InheritedFd, add_options
+from .serve_options import InheritedFd, add_options, limits
 
 if TYPE_CHECKING:
     from ..server.renumber import Movable
-    from .options import Subparsers
 
 #: What to do where a socket cannot be made.
 _ADVICE = {
@@ -96,25 +93,11 @@ def _was_inherited(number_: int) -> bool:
         return False
 
 
-def leaf_exceptions(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    """The exceptions in *group*, and in the groups in it."""
-    for exc in group.exceptions:
-        if isinstance(exc, BaseExceptionGroup):
-            yield from leaf_exceptions(exc)
-        else:
-            yield exc
-
-
 def _fill_standard_streams() -> None:
     """Have something at 0 to 2, so that no socket is there, and what is said goes into it."""
-    filling = True
-    while filling:
-        fd = Fd(os.open(os.devnull, os.O_RDWR))
-        filling = fd.fileno() <= 2
-        if filling:
-            fd.detach()
-        else:
-            fd.close()
+    while (fd := Fd(os.open(os.devnull, os.O_RDWR))).fileno() <= 2:
+        fd.detach()
+    fd.close()
 
 
 def _inherited_strays() -> list[Fd]:
@@ -128,12 +111,6 @@ def _inherited_strays() -> list[Fd]:
     except OSError:
         return []
     return [Fd(number_) for number_ in numbers if number_ > 2 and _was_inherited(number_)]
-
-
-def raise_open_files_limit() -> None:
-    """Allow ourselves as many descriptors as we may: they are what this process is for."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -152,7 +129,9 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     logs.set_up(arguments.log_format, arguments.log_level)
     inherited = take_listen_fds()
-    raise_open_files_limit()
+    # As many descriptors as we may have: they are what this process is for.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # All stored descriptors get their numbers before anything is imported that opens others.
     initial, missing = _take_inherited(arguments.add_fd)
     movable: list[Movable] = [fd for fd, _, _ in initial]
@@ -184,16 +163,6 @@ def _serve(arguments: argparse.Namespace) -> int:
         close_all(fd for fd, _, _ in passed)  # likewise
     else:
         initial += passed
-    limits = Limits(
-        max_connections=arguments.max_connections,
-        max_connections_per_uid=arguments.max_connections_per_uid,
-        max_fds=arguments.max_fds,
-        max_fds_per_uid=arguments.max_fds_per_uid,
-        idle_timeout=arguments.idle_timeout,
-        max_request_bytes=arguments.max_request_bytes,
-        write_timeout=arguments.write_timeout,
-        drain_timeout=arguments.drain_timeout,
-    )
     paths = arguments.socket or ([] if listen_fds else [Path(default_socket())])
     policy = None if arguments.policy is None else read_policy(arguments.policy)
     predecessor = None
@@ -214,12 +183,12 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     audit = None if arguments.audit is None else _open_audit(arguments.audit)
     kept = keeping.connect(parent, store_size)
-    failures: list[BaseException] = []
+    failure: BaseException | None = None
     try:
         daemon.run(
             paths,
             dialect=arguments.dialect,
-            limits=limits,
+            limits=limits(arguments),
             policy_path=arguments.policy,
             policy=policy,
             metrics_path=arguments.metrics,
@@ -235,20 +204,22 @@ def _serve(arguments: argparse.Namespace) -> int:
             parent=parent,
         )
     except* (OSError, NoDaemon, QMPError) as group:  # a nursery's: there is one cause, the first
-        failures = list(leaf_exceptions(group))
+        failure = group
+        while isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
     finally:
         if audit is not None:
             audit.close()
         if kept is not None and parent is None:
             kept.notifier.close()
-    for failure in failures:
-        if isinstance(failure, NoDaemon) or not isinstance(failure, OSError):
-            raise failure  # the old daemon has kept what was to be taken over
+    if isinstance(failure, OSError) and not isinstance(failure, NoDaemon):
         where = f"{failure.filename}: " if failure.filename else ""
         advice = _ADVICE.get(failure.errno or 0, "")
         raise UsageError(
             f"{where}{failure.strerror or failure} ({advice}--socket listens elsewhere)"
         )
+    if failure is not None:
+        raise failure  # the old daemon has kept what was to be taken over
     return DONE
 
 

@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..limits import MAX_REQUEST_BYTES, Limits
+from ..limits import Limits
 from .options import number, seconds, socket_path
 from .options import text as json_text
 from .policy import group_id
 
 _DEFAULTS = Limits()
+_connections, _descriptors = number("number of connections", 1), number("number of descriptors", 1)
+
+#: The fields of :class:`Limits`: the type of the option's value, and its help.
+_LIMITS: dict[str, tuple[Callable[[str], float], str]] = {
+    "max_connections": (_connections, "clients at a time"),
+    "max_connections_per_uid": (_connections, "clients of one user at a time"),
+    "max_fds": (
+        _descriptors,
+        (
+            "descriptors kept at a time; some of the open files that the process may have, its "
+            "hard limit, are never taken"
+        ),
+    ),
+    "max_fds_per_uid": (
+        _descriptors,
+        (
+            "descriptors that clients of one user may have kept at a time; for others than root "
+            "and the daemon's own user never more than half of those open files"
+        ),
+    ),
+    "max_request_bytes": (number("number of bytes", 1024, 64 << 20), "bytes of one request"),
+    "idle_timeout": (
+        seconds,
+        "cut off a client that asks nothing for S seconds, unless it watches",
+    ),
+    "write_timeout": (seconds, "cut off a client that takes no replies for S seconds"),
+    "drain_timeout": (seconds, "end within S seconds when told to"),
+}
+_inherited = number("fd (0 to 2 are the standard streams)", 3, (1 << 31) - 1)
 
 
 class InheritedFd(NamedTuple):
@@ -34,7 +64,7 @@ def _inherited_fd(text: str) -> InheritedFd:
         if key not in values:
             raise argparse.ArgumentTypeError(f"{text!r} lacks {key}=")
     return InheritedFd(
-        number("fd (0 to 2 are the standard streams)", 3, (1 << 31) - 1)(values["fd"]),
+        _inherited(values["fd"]),
         number("set", 0, (1 << 63) - 1)(values["set"]),
         None if "opaque" not in values else json_text(values["opaque"]),
     )
@@ -115,70 +145,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ready-fd",
-        type=number("fd (0 to 2 are the standard streams)", 3, (1 << 31) - 1),
+        type=_inherited,
         metavar="N",
         help="write a newline to the inherited descriptor N, and close it, once clients can "
         "connect: what s6 expects of a service with a file notification-fd",
     )
-    parser.add_argument(
-        "--max-connections",
-        type=number("number of connections", 1),
-        default=_DEFAULTS.max_connections,
-        metavar="N",
-        help=f"clients at a time (default: {_DEFAULTS.max_connections})",
-    )
-    parser.add_argument(
-        "--max-connections-per-uid",
-        type=number("number of connections", 1),
-        default=_DEFAULTS.max_connections_per_uid,
-        metavar="N",
-        help=f"clients of one user at a time (default: {_DEFAULTS.max_connections_per_uid})",
-    )
-    parser.add_argument(
-        "--max-fds",
-        type=number("number of descriptors", 1),
-        default=_DEFAULTS.max_fds,
-        metavar="N",
-        help="descriptors kept at a time; some of the open files that the process may have, its "
-        f"hard limit, are never taken (default: {_DEFAULTS.max_fds})",
-    )
-    parser.add_argument(
-        "--max-fds-per-uid",
-        type=number("number of descriptors", 1),
-        default=_DEFAULTS.max_fds_per_uid,
-        metavar="N",
-        help="descriptors that clients of one user may have kept at a time; for others than root "
-        "and the daemon's own user never more than half of those open files "
-        f"(default: {_DEFAULTS.max_fds_per_uid})",
-    )
-    parser.add_argument(
-        "--max-request-bytes",
-        type=number("number of bytes", 1024, 64 << 20),
-        default=MAX_REQUEST_BYTES,
-        metavar="N",
-        help=f"bytes of one request (default: {MAX_REQUEST_BYTES})",
-    )
-    parser.add_argument(
-        "--idle-timeout",
-        type=seconds,
-        metavar="S",
-        help="cut off a client that asks nothing for S seconds, unless it watches (default: never)",
-    )
-    parser.add_argument(
-        "--write-timeout",
-        type=seconds,
-        default=_DEFAULTS.write_timeout,
-        metavar="S",
-        help="cut off a client that takes no replies for S seconds "
-        f"(default: {_DEFAULTS.write_timeout:g})",
-    )
-    parser.add_argument(
-        "--drain-timeout",
-        type=seconds,
-        default=_DEFAULTS.drain_timeout,
-        metavar="S",
-        help=f"end within S seconds when told to (default: {_DEFAULTS.drain_timeout:g})",
-    )
+    for name, (kind, told) in _LIMITS.items():
+        default = getattr(_DEFAULTS, name)
+        shown = "never" if default is None else f"{default:.16g}"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=default,
+            metavar="S" if kind is seconds else "N",
+            help=f"{told} (default: {shown})",
+        )
     parser.add_argument(
         "--metrics",
         type=Path,
@@ -205,3 +186,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="info",
         help="how much to say there; debug names every command (default: info)",
     )
+
+
+def limits(arguments: argparse.Namespace) -> Limits:
+    """The limits that a command line sets."""
+    return Limits(**{name: getattr(arguments, name) for name in _LIMITS})

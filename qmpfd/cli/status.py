@@ -6,21 +6,19 @@ import argparse
 import os
 import pwd
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..client.blocking import BlockingClient
-from ..client.errors import NoDaemon
 from ..errors import QMPError
 from .exit_codes import DONE
-from .options import add_client_options, add_examples, client_of, default_socket, seconds
+from .options import (
+    Subparsers,
+    add_client_options,
+    add_examples,
+    client_within,
+    default_socket,
+    seconds,
+)
 from .output import duration, print_json, print_pairs, print_table, printable
-
-if TYPE_CHECKING:
-    from .options import Subparsers
-
-
-#: Seconds between two tries to reach a daemon that does not serve yet.
-_RETRY = 0.05
 
 
 def add_parsers(verbs: Subparsers) -> None:
@@ -35,6 +33,7 @@ def add_parsers(verbs: Subparsers) -> None:
     parser.add_argument(
         "--wait",
         type=seconds,
+        default=0.0,
         metavar="S",
         help="where no daemon serves yet, wait for one for up to S seconds",
     )
@@ -50,7 +49,7 @@ def add_parsers(verbs: Subparsers) -> None:
 
 def _status(arguments: argparse.Namespace) -> int:
     path = str(arguments.socket or default_socket())
-    with _connect(arguments) as client:
+    with client_within(arguments, arguments.wait) as client:
         version = client.execute("query-version")
         stats, untold = None, "this is not qmpfd"
         if server_name(version).startswith("qmpfd "):  # QEMU's query-stats is about something else
@@ -68,17 +67,6 @@ def _status(arguments: argparse.Namespace) -> int:
         print_pairs([*pairs, *_rows(stats)])
         _print_peers(stats)
     return DONE
-
-
-def _connect(arguments: argparse.Namespace) -> BlockingClient:
-    deadline = time.monotonic() + (arguments.wait or 0.0)
-    while True:
-        try:
-            return client_of(arguments)
-        except NoDaemon:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(_RETRY)
 
 
 def server_name(version: Any) -> str:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from .exit_codes import DONE
-from .options import add_examples, socket_path
-
-if TYPE_CHECKING:
-    from .options import Subparsers
+from .options import Subparsers, add_examples, socket_path
 
 
 def add_parsers(verbs: Subparsers) -> None:

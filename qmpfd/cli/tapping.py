@@ -17,16 +17,14 @@ import trio
 from ..kernel.fd import Fd
 from ..kernel.unix_address import bind, connectable, is_abstract
 from ..limits import SCM_MAX_FD
-from .output import printable, terminal_width
+from .output import printable, styled, terminal_width
 
 #: Told of each line: whether the client sent it, the line, how many descriptors went with it.
 Show: TypeAlias = Callable[[bool, str, int], None]
 
 _ROOM = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 
-_COLOUR = (
-    sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-)
+_COLOUR = styled()
 WIDTH = max(40, min(80, terminal_width()))
 
 

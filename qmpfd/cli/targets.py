@@ -133,6 +133,17 @@ def stored_target(word: str) -> Target:
     return found
 
 
+def add_targets(parser: argparse.ArgumentParser) -> None:
+    """The targets of ``ls`` and ``rm``."""
+    parser.add_argument(
+        "targets",
+        nargs="*",
+        type=stored_target,
+        metavar="TARGET",
+        help="SET, SET/FD, @NAME or @PATTERN with the shell's wildcards",
+    )
+
+
 def first_found(wanted: Target, ask: Callable[[Target], ResultT]) -> ResultT:
     """The result for the first reading of a target that names something.
 

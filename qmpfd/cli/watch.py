@@ -5,20 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..client.blocking import BlockingClient
 from ..client.errors import NoDaemon
 from ..protocol.client import QMPEvent
-from .options import add_client_options, add_examples, client_of
+from .options import Subparsers, add_client_options, add_examples, client_of, client_within
 from .output import print_json, printable
 from .targets import described
-
-if TYPE_CHECKING:
-    from .options import Subparsers
-
-#: Seconds between two tries to connect again.
-_RETRY = 0.2
 
 _WORDS = {"FD_ADDED": "added", "FD_REMOVED": "removed"}
 
@@ -53,19 +46,8 @@ def _watch(arguments: argparse.Namespace) -> int:
                     _show(event, arguments.json)
             except NoDaemon as exc:
                 print(f"qmpfd: {printable(str(exc))}: connecting again", file=sys.stderr)
-        client = _connect_again(arguments)
+        client = client_within(arguments, arguments.timeout)
         print("qmpfd: connected again; events meanwhile are lost", file=sys.stderr)
-
-
-def _connect_again(arguments: argparse.Namespace) -> BlockingClient:
-    deadline = time.monotonic() + arguments.timeout
-    while True:
-        try:
-            return client_of(arguments)
-        except NoDaemon:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(_RETRY)
 
 
 def _show(event: QMPEvent, as_json: bool) -> None:

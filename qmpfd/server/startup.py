@@ -113,17 +113,9 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
 ) -> None:
     """As :func:`serve`, for a daemon that is a process: with what was there before it.
 
+    The arguments that are not named here are those of :func:`serve`.
+
     Args:
-        paths: as for :func:`serve`, and so are the others that are not named here.
-        dialect: likewise.
-        limits: likewise.
-        policy: likewise.
-        socket_mode: likewise.
-        socket_group: likewise.
-        metrics_path: likewise.
-        audit: likewise.
-        initial_fds: likewise.
-        listen_fds: likewise.
         takeover: of a daemon that serves now, see
             :func:`qmpfd.server.takeover.receiver.prepare`; owned by the daemon from here on.
         recovered: what has come back of a daemon that was here before, see

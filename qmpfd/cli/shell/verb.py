@@ -7,18 +7,14 @@ import io
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 from ...client.blocking import NoDaemon
 from ..exit_codes import DONE, REFUSED
-from ..options import add_client_options, add_examples, client_of, default_socket
+from ..options import Subparsers, add_client_options, add_examples, client_of, default_socket
 from ..status import server_name
 from .prompt import lines
 from .session import ERRORS, Session, message
 from .syntax import Scanner
-
-if TYPE_CHECKING:
-    from ..options import Subparsers
 
 
 def add_parsers(verbs: Subparsers) -> None:
