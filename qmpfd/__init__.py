@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._facade import lazily
+from ._facade import homes, lazily
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .client import BlockingClient as BlockingClient
-    from .client import Client as Client
-    from .client import ClientClosed as ClientClosed
-    from .client import NoDaemon as NoDaemon
-    from .client import ReplyLost as ReplyLost
-    from .client import Selector as Selector
-    from .client import connect as connect
-    from .client import connect_blocking as connect_blocking
-    from .client import fdset_opener as fdset_opener
+    from .client.blocking import BlockingClient as BlockingClient
+    from .client.blocking import connect_blocking as connect_blocking
+    from .client.calls import Selector as Selector
+    from .client.client import Client as Client
+    from .client.client import connect as connect
+    from .client.errors import ClientClosed as ClientClosed
+    from .client.errors import NoDaemon as NoDaemon
+    from .client.opener import fdset_opener as fdset_opener
+    from .client.reconnect import ReplyLost as ReplyLost
     from .commands import AddfdInfo as AddfdInfo
     from .commands import Dialect as Dialect
     from .commands import FdInfo as FdInfo
@@ -44,50 +44,32 @@ if TYPE_CHECKING:
     from .policy import load_policy as load_policy
     from .protocol import ProtocolError as ProtocolError
     from .protocol import QMPEvent as QMPEvent
-    from .server import Server as Server
-    from .server import SocketInUse as SocketInUse
-    from .server import serve as serve
+    from .server.handle import Server as Server
+    from .server.listen.binding import SocketInUse as SocketInUse
+    from .server.startup import serve as serve
 
-_HOMES = {
-    "BlockingClient": ".client",
-    "Client": ".client",
-    "ClientClosed": ".client",
-    "NoDaemon": ".client",
-    "ReplyLost": ".client",
-    "Selector": ".client",
-    "connect": ".client",
-    "connect_blocking": ".client",
-    "fdset_opener": ".client",
-    "AddfdInfo": ".commands",
-    "FdInfo": ".commands",
-    "FdsetFdInfo": ".commands",
-    "FdsetInfo": ".commands",
-    "PeerInfo": ".commands",
-    "Dialect": ".commands",
-    "CommandNotFound": ".errors",
-    "FdExists": ".errors",
-    "FdNotFound": ".errors",
-    "FdNotSupplied": ".errors",
-    "GenericError": ".errors",
-    "InvalidParameterValue": ".errors",
-    "PermissionDenied": ".errors",
-    "QMPError": ".errors",
-    "Fd": ".kernel.fd",
-    "FileDescriptorLike": ".kernel.fd",
-    "Limits": ".limits",
-    "BadPolicy": ".policy",
-    "Policy": ".policy",
-    "Rule": ".policy",
-    "load_policy": ".policy",
-    "ProtocolError": ".protocol",
-    "QMPEvent": ".protocol",
-    "Server": ".server",
-    "SocketInUse": ".server",
-    "serve": ".server",
-}
+_HOMES = homes(
+    {
+        ".client.blocking": "BlockingClient connect_blocking",
+        ".client.calls": "Selector",
+        ".client.client": "Client connect",
+        ".client.errors": "ClientClosed NoDaemon",
+        ".client.opener": "fdset_opener",
+        ".client.reconnect": "ReplyLost",
+        ".commands": "AddfdInfo Dialect FdInfo FdsetFdInfo FdsetInfo PeerInfo",
+        ".errors": "CommandNotFound FdExists FdNotFound FdNotSupplied GenericError "
+        "InvalidParameterValue PermissionDenied QMPError",
+        ".kernel.fd": "Fd FileDescriptorLike",
+        ".limits": "Limits",
+        ".policy": "BadPolicy Policy Rule load_policy",
+        ".protocol": "ProtocolError QMPEvent",
+        ".server.handle": "Server",
+        ".server.listen.binding": "SocketInUse",
+        ".server.startup": "serve",
+    }
+)
 
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - a test compares it with the imports above
-
 
 __getattr__ = lazily(__name__, _HOMES)
 

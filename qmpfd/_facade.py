@@ -10,6 +10,15 @@ import sys
 from collections.abc import Callable, Mapping
 
 
+def homes(modules: Mapping[str, str]) -> dict[str, str]:
+    """The module of each name.
+
+    Args:
+        modules: the names that each module has, with blanks between them.
+    """
+    return {name: module for module, names in modules.items() for name in names.split()}
+
+
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
     """The ``__getattr__`` of *package* (PEP 562).
 

@@ -34,7 +34,7 @@ import pytest
 if TYPE_CHECKING:
     import trio
 
-    from .server import Server
+    from .server.handle import Server
 
 __all__ = ["DaemonProcess", "daemon", "daemon_process"]
 
@@ -61,7 +61,8 @@ async def daemon(*paths: str | os.PathLike[str], **options: Any) -> AsyncIterato
 async def _start(
     nursery: trio.Nursery, paths: Sequence[str | os.PathLike[str]], options: dict[str, Any]
 ) -> Server:
-    from .server import Server, serve
+    from .server.handle import Server
+    from .server.startup import serve
 
     server = await nursery.start(partial(serve, paths, **options))
     assert isinstance(server, Server)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._facade import lazily
+from .._facade import homes, lazily
 
 if TYPE_CHECKING:
     from .arguments import Int64 as Int64
@@ -22,22 +22,16 @@ if TYPE_CHECKING:
     from .server import ReceivedRequest as ReceivedRequest
     from .server import ServerConnection as ServerConnection
 
-_HOMES = {
-    "Int64": ".arguments",
-    "bare_type": ".arguments",
-    "ClientConnection": ".client",
-    "QMPEvent": ".client",
-    "Reply": ".client",
-    "Connection": ".connection",
-    "ProtocolError": ".connection",
-    "State": ".connection",
-    "Budget": ".parser",
-    "ReceivedRequest": ".server",
-    "ServerConnection": ".server",
-    "Request": ".request_decoder",
-    "Spec": ".request_decoder",
-    "RequestDecoder": ".request_decoder",
-}
+_HOMES = homes(
+    {
+        ".arguments": "Int64 bare_type",
+        ".client": "ClientConnection QMPEvent Reply",
+        ".connection": "Connection ProtocolError State",
+        ".parser": "Budget",
+        ".request_decoder": "Request RequestDecoder Spec",
+        ".server": "ReceivedRequest ServerConnection",
+    }
+)
 
 __all__ = [*_HOMES]  # noqa: PLE0604 - a test compares it with the imports above
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import PATIENCE, ROOT, Wire, daemon, daemon_process, pipes, request, value
 
-from qmpfd.client import connect_blocking
+from qmpfd.client.blocking import connect_blocking
 from qmpfd.kernel.fd import Fd
 from qmpfd.server.listen.binding import SocketInUse
 from qmpfd.server.listen.listener import UnixListener
