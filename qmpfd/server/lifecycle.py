@@ -24,6 +24,10 @@ class State(Enum):
     PAUSED_STOPPING = auto()
     #: Accepting nobody; what was received is carried out and answered.
     DRAINING = auto()
+    #: As the three above, told by ``quit``: at the end the second copy of the store goes as well.
+    OFFERED_QUITTING = auto()
+    PAUSED_QUITTING = auto()
+    QUITTING = auto()
     #: A successor owns the sockets, the store and the connections.
     HANDED_OVER = auto()
     #: Every session is over and every stored descriptor is closed.
@@ -39,6 +43,7 @@ class Event(Enum):
     PAUSE = auto()
     RESUME = auto()
     STOP = auto()
+    QUIT = auto()
     HAND_OVER = auto()
     END = auto()
 
@@ -58,11 +63,24 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.PAUSED, Event.HAND_OVER): State.HANDED_OVER,
     (State.PAUSED_STOPPING, Event.RESUME): State.OFFERED_STOPPING,
     (State.PAUSED_STOPPING, Event.HAND_OVER): State.HANDED_OVER,
+    (State.OFFERED_QUITTING, Event.WITHDRAW): State.QUITTING,
+    (State.OFFERED_QUITTING, Event.PAUSE): State.PAUSED_QUITTING,
+    (State.PAUSED_QUITTING, Event.RESUME): State.OFFERED_QUITTING,
+    (State.PAUSED_QUITTING, Event.HAND_OVER): State.HANDED_OVER,
+    # A client may say quit to a daemon that was told to stop already.
+    (State.RUNNING, Event.QUIT): State.QUITTING,
+    (State.OFFERED, Event.QUIT): State.OFFERED_QUITTING,
+    (State.OFFERED_STOPPING, Event.QUIT): State.OFFERED_QUITTING,
+    (State.PAUSED, Event.QUIT): State.PAUSED_QUITTING,
+    (State.PAUSED_STOPPING, Event.QUIT): State.PAUSED_QUITTING,
+    (State.DRAINING, Event.QUIT): State.QUITTING,
     **{(state, Event.END): State.ENDED for state in State},
 }
 
-_PAUSED = frozenset({State.PAUSED, State.PAUSED_STOPPING, State.HANDED_OVER})
-_STOPPING = frozenset({State.PAUSED_STOPPING, State.DRAINING, State.HANDED_OVER, State.ENDED})
+_PAUSED = frozenset({State.PAUSED, State.PAUSED_STOPPING, State.PAUSED_QUITTING, State.HANDED_OVER})
+#: No client is accepted any more, no takeover is under way.
+DRAINING = frozenset({State.DRAINING, State.QUITTING})
+_STOPPING = DRAINING | _PAUSED - {State.PAUSED} | {State.ENDED}
 
 
 class Lifecycle:

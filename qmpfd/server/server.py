@@ -25,7 +25,7 @@ from .connection.saved import SavedSession
 from .connection.session import Session, SessionEnd
 from .connection.unsent_budget import UnsentBudget
 from .handle import Server
-from .lifecycle import Event, Lifecycle, State
+from .lifecycle import DRAINING, Event, Lifecycle, State
 from .listen.accept import Acceptor
 from .listen.admission import Admission, groups_of, peer_of
 from .listen.listener import UnixListener
@@ -84,8 +84,6 @@ class DaemonServer(Server):
         self.lock = self.services.lock
         self._acceptor = Acceptor(self.lifecycle, self.handle_accepted, self.reject)
         self._broadcaster = Broadcaster(self.services)
-        #: The daemon ends for good: the second copy is dropped too.
-        self.forget_on_exit = False
         self._rejections = RejectionLog()
         self._admission = Admission(limits, policy or Policy())
         self._metrics_path = metrics_path
@@ -103,10 +101,19 @@ class DaemonServer(Server):
         return self.lifecycle.ended
 
     def stop(self) -> None:
-        if not self.lifecycle.can(Event.STOP):
+        self._end(Event.STOP)
+
+    def quit(self) -> None:
+        """As :meth:`stop`, and nothing is left for another daemon to come back to."""
+        self._end(Event.QUIT)
+
+    def _end(self, event: Event) -> None:
+        is_first = self.lifecycle.can(Event.STOP)
+        if self.lifecycle.can(event):
+            self.lifecycle.handle(event)
+        if not is_first:
             return
-        self.lifecycle.handle(Event.STOP)
-        if self.lifecycle.state is State.DRAINING:
+        if self.lifecycle.state in DRAINING:
             # Who is told that the daemon ends may start another one on the same path.
             for listener in self.listeners:
                 listener.unlink()
@@ -114,11 +121,6 @@ class DaemonServer(Server):
         now, timeout = trio.current_time(), self.daemon.limits.drain_timeout
         self._drained_by = now + timeout
         self.takeover_scope.deadline = min(self.takeover_scope.deadline, now + timeout / 2)
-
-    def quit(self) -> None:
-        """As :meth:`stop`, and nothing is left for another daemon to come back to."""
-        self.forget_on_exit = True
-        self.stop()
 
     async def run(
         self,
@@ -141,7 +143,7 @@ class DaemonServer(Server):
                 await self.lifecycle.wait_stopping()
                 background.cancel_scope.cancel()
             # A takeover that is under way comes to its end first.
-            await self.lifecycle.wait_for(State.DRAINING, State.HANDED_OVER)
+            await self.lifecycle.wait_for(*DRAINING, State.HANDED_OVER)
             if self.lifecycle.handed_over:
                 sessions.cancel_scope.cancel()
             else:

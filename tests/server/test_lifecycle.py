@@ -25,7 +25,7 @@ def test_every_state_is_reached_and_left() -> None:
 
 
 def test_what_has_ended_stays_so() -> None:
-    for state in (State.DRAINING, State.HANDED_OVER, State.ENDED):
+    for state in (State.DRAINING, State.QUITTING, State.HANDED_OVER, State.ENDED):
         assert State.RUNNING not in reachable(state)
     assert reachable(State.ENDED) == {State.ENDED}
     assert reachable(State.HANDED_OVER) == {State.HANDED_OVER, State.ENDED}
@@ -53,6 +53,18 @@ async def test_a_stop_is_never_lost() -> None:
         if lifecycle.can(Event.STOP):
             lifecycle.handle(Event.STOP)
             assert State.RUNNING not in reachable(lifecycle.state)
+
+
+async def test_a_quit_is_never_lost() -> None:
+    """Only a successor keeps what a client has told the daemon to give up."""
+    for state in State:
+        lifecycle = _in(state)
+        if lifecycle.can(Event.STOP) and state is not State.STARTING:
+            assert lifecycle.can(Event.QUIT)
+        if lifecycle.can(Event.QUIT):
+            lifecycle.handle(Event.QUIT)
+            after = reachable(lifecycle.state)
+            assert not after & {State.RUNNING, State.DRAINING}
 
 
 def _in(state: State) -> Lifecycle:

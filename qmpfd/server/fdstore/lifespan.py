@@ -10,6 +10,7 @@ import trio
 
 from ...kernel.fd import Fd
 from ...limits import FORGET_TIMEOUT
+from ..lifecycle import State
 from ..listen.listener import UnixListener
 from .mirror import FdStoreMirror
 from .recover import Holdings, Recovered
@@ -55,7 +56,7 @@ async def mirrored(
                 listener.abandon()
             raise
         answers = mirror.is_synced  # or else the end has waited for it long enough
-        if server.forget_on_exit:
+        if server.lifecycle.state is State.QUITTING:
             mirror.release_all()
         elif not server.lifecycle.handed_over:
             mirror.finish()
