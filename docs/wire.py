@@ -214,12 +214,13 @@ def type_words(annotation: Any) -> str:
 
 
 def member_docs(struct: type[Struct]) -> dict[str, str]:
-    """What the docstring of *struct* says of each member, by its name in Python."""
-    section = inspect.getdoc(struct) or ""
-    found = re.findall(
-        r"^    (\w+): ((?:.|\n {8})*)", section.partition("Args:\n")[2], re.MULTILINE
-    )
-    return {name: " ".join(text.split()).replace("``", "`") for name, text in found}
+    """What the docstring of *struct*, or of a base, says of each member, by its name in Python."""
+    found: dict[str, str] = {}
+    for each in reversed(struct.__mro__):
+        section = inspect.cleandoc(each.__dict__.get("__doc__") or "").partition("Args:\n")[2]
+        for name, text in re.findall(r"^    (\w+): ((?:.|\n {8})*)", section, re.MULTILINE):
+            found[name] = " ".join(text.split()).replace("``", "`")
+    return found
 
 
 def _inner(annotation: Any) -> type[Struct] | None:

@@ -8,19 +8,13 @@ from msgspec import UNSET, UnsetType
 
 from ..protocol import Int64
 from .selectors import Selector
-from .types import Arguments, Result
+from .types import AddFd, AddfdInfo, Arguments, Result
 
 
 class OpenFdset(Selector):
     """Arguments of ``open-fdset``.
 
     Args:
-        fdset_id: the fd set.
-        fd: the number in the server.
-        opaque: the opaque text, the whole of it.
-        opaque_prefix: how the opaque text begins.
-        added_by_pid: the process that added it.
-        added_by_uid: the user who added it.
         access: the access mode that the descriptor must have; any if absent.
         remove: take it out of the store in the same step.
     """
@@ -29,26 +23,20 @@ class OpenFdset(Selector):
     remove: bool | UnsetType = UNSET
 
 
-class OpenedFd(Result):
+class OpenedFd(AddfdInfo):
     """Which descriptor was handed out.
 
     Args:
-        fdset_id: the fd set it is in.
-        fd: its number in the server.
         opaque: the text it was added with, if any.
     """
 
-    fdset_id: Int64
-    fd: Int64
     opaque: str | None = None
 
 
-class AddFds(Arguments):
+class AddFds(AddFd):
     """Arguments of ``add-fds``.
 
     Args:
-        fdset_id: the fd set to add to; a new one if absent.
-        opaque: a free-form text to find the descriptors by.
         lifetime: kept until removed, or until the connection that adds them ends.
         expires: seconds after which they are removed.
         watch_hangup: remove each when the other end of the socket or pipe is gone.
@@ -56,8 +44,6 @@ class AddFds(Arguments):
             is named or anywhere: add these beside them, fail, or replace the older ones.
     """
 
-    fdset_id: Int64 | UnsetType = UNSET
-    opaque: str | UnsetType = UNSET
     lifetime: Literal["daemon", "connection"] | UnsetType = UNSET
     expires: Int64 | UnsetType = UNSET
     watch_hangup: bool | UnsetType = UNSET
@@ -128,21 +114,11 @@ class WatchFdsets(Arguments):
     enable: bool
 
 
-class FdAdded(Result):
-    """A descriptor was added.
-
-    Args:
-        fdset_id: the fd set it is in.
-        fd: its number in the server.
-        opaque: the text it was added with, if any.
-    """
-
-    fdset_id: Int64
-    fd: Int64
-    opaque: str | None = None
+class FdAdded(OpenedFd):
+    """A descriptor was added."""
 
 
-class FdRemoved(Result):
+class FdRemoved(AddfdInfo):
     """A descriptor was removed.
 
     Args:
@@ -153,8 +129,6 @@ class FdRemoved(Result):
         opaque: the text it was added with, if any.
     """
 
-    fdset_id: Int64
-    fd: Int64
     reason: str
     opaque: str | None = None
 

@@ -27,7 +27,7 @@ from .extension_types import (
     WatchFdsets,
 )
 from .fds import check_add
-from .listings import list_fds
+from .listings import listing
 from .peers import peers
 from .selectors import Selector, choose, denied, rights
 from .table import Table
@@ -208,7 +208,7 @@ def query_fds(context: Context, arguments: Selector) -> JSONStream | RawJSON:
     # Who may not see everything is told of no set whether it is there.
     if fdset_id is not None and access.unlimited and context.shared.store.get(fdset_id) is None:
         raise Selector(fdset_id=fdset_id).not_found()
-    return list_fds(context, arguments)
+    return listing(context, arguments)
 
 
 @table.command("watch-fdsets", WatchFdsets, Nothing)

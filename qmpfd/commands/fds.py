@@ -11,7 +11,7 @@ from ..fdsets import FdSet, StoredFd
 from ..policy import Access
 from ..protocol.encode import JSONStream, RawJSON
 from .context import Context
-from .listings import list_fdsets
+from .listings import listing
 from .selectors import Selector, denied, rights
 from .shared import Dialect
 from .table import Table
@@ -117,7 +117,7 @@ def remove_fd(context: Context, arguments: RemoveFd) -> RawJSON:
 def query_fdsets(context: Context, arguments: Arguments) -> JSONStream | RawJSON:
     """List the fd sets, by descending id, and the file descriptors in each, oldest first."""
     context.access.require("query")
-    return list_fdsets(context)
+    return listing(context, None)
 
 
 @table.command("getfd", FdName, Nothing, fds=1)

@@ -36,26 +36,12 @@ _FEW_FDS, _FEW_CHARACTERS = 256, 16384
 _KEPT_BYTES = 512
 
 
-def list_fdsets(context: Context) -> JSONStream | RawJSON:
-    """What ``query-fdsets`` returns."""
-    return _result(context, None)
-
-
-def list_fds(context: Context, query: Selector) -> JSONStream | RawJSON:
-    """What ``query-fds`` returns.
-
-    Args:
-        context: the connection that asks.
-        query: which descriptors it asks for.
-    """
-    return _result(context, query)
-
-
-def _result(context: Context, query: Selector | None) -> JSONStream | RawJSON:
+def listing(context: Context, query: Selector | None) -> JSONStream | RawJSON:
+    """What ``query-fds`` returns for a selector, and ``query-fdsets`` for None."""
     shared = context.shared
-    listing = Listing(context, query, shared.clock())
+    listed = Listing(context, query, shared.clock())
     few = shared.store.fd_count <= _FEW_FDS and shared.quotas.opaque_total <= _FEW_CHARACTERS
-    return RawJSON(b"".join(listing.bits)) if few else listing
+    return RawJSON(b"".join(listed.bits)) if few else listed
 
 
 class Stage(Enum):

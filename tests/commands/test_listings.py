@@ -19,7 +19,7 @@ from trio.testing import MockClock
 
 import qmpfd
 from qmpfd.commands import DECODER, TABLE, Context, SharedState
-from qmpfd.commands.listings import Listing, SavedListing, list_fds, list_fdsets
+from qmpfd.commands.listings import Listing, SavedListing, listing
 from qmpfd.commands.selectors import Selector
 from qmpfd.fdsets import Peer, StoredFd
 from qmpfd.kernel.close_pool import ClosePool
@@ -70,9 +70,7 @@ def fill(shared: SharedState, count: int, *, each: int = 1, opaque: str | None =
 
 def bits(context: Context, command: str) -> JSONStream | RawJSON:
     """What the command returns."""
-    if command == "query-fdsets":
-        return list_fdsets(context)
-    return list_fds(context, Selector())
+    return listing(context, None if command == "query-fdsets" else Selector())
 
 
 def numbers(listing: Any) -> list[int]:
