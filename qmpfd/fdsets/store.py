@@ -171,7 +171,7 @@ class FdSets:
 
     def drop_all(self) -> list[Fd]:
         """All descriptors, in no time: the caller owns them.  Nothing is to be stored any more."""
-        fds = [stored.fd for stored in self.everything()]
+        fds = [stored.fd for fdset in self._sets.values() for stored in fdset.fds.values()]
         self._sets.clear()
         self._owned.clear()
         self._count = 0

@@ -18,7 +18,7 @@ import socket
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -211,16 +211,29 @@ class ClosePool:
         """
         self._after[fd] = closed
 
-    def close_duplicates(self, fds: Iterable[Fd]) -> None:
-        """Close descriptors of files that another process has open as well: only a file system is
-        asked at each close (``flush``, Linux's vfs.rst), everything else waits for the last.
+    def close_duplicates(self, fds: Iterable[Fd], quick: Container[Fd] = ()) -> None:
+        """Close descriptors of files that another process has open as well.
+
+        Args:
+            fds: the descriptors; owned from here on.
+            quick: those of which :meth:`is_quick_duplicate` is known to be true.
         """
         for fd in fds:
-            flags = fcntl.fcntl(fd.fileno(), fcntl.F_GETFL)
-            if flags & _O_LARGEFILE and not flags & os.O_PATH:
-                self.close([fd])
-            else:
+            if fd in quick or self.is_quick_duplicate(fd.fileno()):
                 fd.close()
+            else:
+                self.close([fd])
+
+    def is_quick_duplicate(self, number: int) -> bool:
+        """Whether closing the descriptor waits for nobody while another process has its file open
+        as well: only a file system is asked at each close (``flush``, Linux's vfs.rst), everything
+        else waits for the last.
+        """
+        try:
+            flags = fcntl.fcntl(number, _F_GETFL)
+            return not flags & _O_LARGEFILE or self.risk(number) is _NO_RISK
+        except OSError:
+            return False
 
     def _close_in_threads(self, fds: list[tuple[Risk, Fd]], uid: int | None) -> Closing:
         closing = Closing(len(fds), self._lock)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from math import inf
@@ -243,24 +243,32 @@ class DaemonServer(Server):
             # They come to rest within a few passes of the loop, and there is nothing else to do.
             await trio.sleep(_REST_POLL)
 
-    def release_all(self) -> None:
-        """A successor has taken over: let go of everything, without a word to anybody, and end."""
+    def release_all(self, quick: Container[Fd]) -> None:
+        """A successor has taken over: let go of everything, without a word to anybody, and end.
+
+        Args:
+            quick: stored descriptors whose duplicates are closed without waiting for anybody.
+        """
         self.lifecycle.handle(Event.HAND_OVER)
         self.durability.release_all()
         self.daemon.audit = None  # nothing goes: the successor has it
-        self.drop_duplicates()
+        self.drop_duplicates(quick)
         for listener in self.listeners:
             listener.abandon()
             listener.close()
 
-    def drop_duplicates(self) -> None:
-        """Close what another daemon goes on with: no connection is shut down, nobody is told."""
+    def drop_duplicates(self, quick: Container[Fd] = ()) -> None:
+        """Close what another daemon goes on with: no connection is shut down, nobody is told.
+
+        Args:
+            quick: as for :meth:`release_all`.
+        """
         self.daemon.watchers.clear()
         self.daemon.logs.clear()
         # The successor serves nobody before all of it is closed: so all at once.  Some may be
         # closed: the places of descriptors of a takeover that has failed.
         fds = [fd for fd in self.store.drop_all() if not fd.closed]
-        self.daemon.closer.close_duplicates(fds)
+        self.daemon.closer.close_duplicates(fds, quick)
         for session in self.sessions:
             session.release()
 

@@ -242,6 +242,25 @@ def test_ordinary_ones_are_closed_without_a_thread(closer: ClosePool, tmp_path: 
     assert _threads() == threads
 
 
+def test_duplicates(closer: ClosePool, tmp_path: Path) -> None:
+    """What may wait at its last close only is closed on the spot."""
+    threads = _threads()
+    with _lingering() as sock, open(tmp_path / "file", "w") as file:
+        fds = [Fd(os.dup(sock.fileno())), Fd(os.dup(file.fileno()))]
+        assert all(closer.is_quick_duplicate(fd.fileno()) for fd in fds)
+        closer.close_duplicates(fds)
+        assert all(fd.closed for fd in fds)
+        closer.shut_down()  # no file system is known to be a local one
+        unknown, quick = Fd(os.dup(file.fileno())), Fd(os.dup(file.fileno()))
+        assert not closer.is_quick_duplicate(unknown.fileno())
+        closer.close_duplicates([quick], {quick})
+        assert closer.pending == 0
+        assert _threads() == threads
+        closer.close_duplicates([unknown])
+        until(lambda: not closer.pending)
+        assert unknown.closed
+
+
 def test_sockets_are_closed_when_it_says_so(closer: ClosePool) -> None:
     pairs = [socket.socketpair() for _ in range(50)]
     closed(closer.close([Fd(its.detach()) for _, its in pairs]))

@@ -111,8 +111,10 @@ class SavedRest(Struct, forbid_unknown_fields=True):
 
     Args:
         at: when it was so, by CLOCK_MONOTONIC: ages and times that are left count from then.
-        removed: fd set and number of each descriptor that was stored and is no more.
-        added: what was stored meanwhile, or is kept until the end of a session, or watched.
+        removed: fd set and number of each descriptor that was stored and is no more, or is told of
+            again.
+        added: what was stored meanwhile, or is kept until the end of a session, or watched; and all
+            that is behind such a one in its set.
         sessions: the connections.
         texts: opaque texts that their listings are in the middle of.
         logs: the events that watchers among them read.

@@ -26,7 +26,7 @@ import msgspec
 
 from ...client.blocking import BlockingClient, NoDaemon
 from ...kernel.fd import Fd, close_all, receive
-from ...limits import TAKEOVER_FORMAT, Limits
+from ...limits import SCM_MAX_FD, TAKEOVER_FORMAT, Limits
 from ..fdstore.evidence import has_handed_over, is_dead
 from ..renumber import Movable, renumber
 from ..saved_state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("qmpfd")
 
+
+#: Messages with descriptors that are asked for before the first of them has come, so that the old
+#: daemon sends one while this process takes another in.  Not more: what is on its way counts for
+#: the user of the old daemon (ETOOMANYREFS, unix(7)).
+_ASKED_AHEAD = 4
 
 #: Numbers above the stored ones that are kept free for what is stored before the old daemon pauses;
 #: and how many more this process has to have then, or else it does without.
@@ -186,8 +191,13 @@ class Takeover:
         targets: list[int | None] = [place.fileno() for place in places]
         close_all(places)
         fds = self._others
+        asked = 0
         while len(fds) < total:
-            said, chunk, dropped = self._old.ask(NEXT, timeout)
+            # No more than have to come: the old daemon expects CONFIRM after the last.
+            more = min(_ASKED_AHEAD, -(-(total - len(fds)) // SCM_MAX_FD)) - asked
+            self._old.say(NEXT * more, timeout)
+            said, chunk, dropped = self._old.hear()
+            asked += more - 1
             fds += chunk
             if dropped:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -266,28 +276,37 @@ class _Predecessor:
             fd.move_to(number)
             self._sock = socket.socket(fileno=fd.detach())
 
-    def ask(self, request: bytes, timeout: float) -> tuple[bytes, list[Fd], str]:
-        """Say something; what it answers, see :func:`qmpfd.kernel.fd.receive`.
+    def say(self, requests: bytes, timeout: float) -> None:
+        """Say something.
+
+        Raises:
+            TimeoutError: it does not read.
+        """
+        self._sock.settimeout(timeout)
+        try:
+            self._sock.sendall(requests)
+        except ConnectionError:
+            pass  # it has closed the connection; what it said before that is still here
+
+    def hear(self) -> tuple[bytes, list[Fd], str]:
+        """What it says next, see :func:`qmpfd.kernel.fd.receive`; empty once it is gone.
 
         Raises:
             NoDaemon: it has given up the takeover.
             TimeoutError: it does not answer.
         """
-        self._sock.settimeout(timeout)
         try:
-            self._sock.sendall(request)
+            answer = receive(self._sock, 1)
         except ConnectionError:
-            pass  # it has closed the connection; what it said before that is still here
-        answer = self._hear()
+            return b"", [], ""
         if answer[0] == REFUSED:
             raise NoDaemon("the old daemon has given up the takeover: it goes on")
         return answer
 
-    def _hear(self) -> tuple[bytes, list[Fd], str]:
-        try:
-            return receive(self._sock, 1)
-        except ConnectionError:
-            return b"", [], ""
+    def ask(self, request: bytes, timeout: float) -> tuple[bytes, list[Fd], str]:
+        """:meth:`say` and :meth:`hear`."""
+        self.say(request, timeout)
+        return self.hear()
 
     def let_go(self, timeout: float, journal: Fd | None) -> None:
         """Have it leave everything to us, and wait until it has.
@@ -304,14 +323,14 @@ class _Predecessor:
         except TimeoutError:
             # From here on it cannot say so any more; or it has at the last moment.
             self._sock.shutdown(socket.SHUT_RDWR)
-            answer, _, _ = self._hear()
+            answer, _, _ = self.hear()
             if answer != DONE:
                 raise NoDaemon("the old daemon does not answer: it keeps everything") from None
         if answer == DONE:
             # It closes all that it has, and the connection last.  Whatever keeps it from that, it
             # serves nobody any more.
             try:
-                self._hear()
+                self.hear()
             except TimeoutError:
                 pass
         elif self.process is None or not is_dead(self.process, timeout):

@@ -32,7 +32,8 @@ NEWCOMER = {
         "_receive_state",
         "_receive_fds",
         "ask",
-        "_hear",
+        "say",
+        "hear",
         "let_go",
     ),
     "restore.py": ("finish", "_inherit_listeners", "_restore_sessions", "_fill_store"),
@@ -166,7 +167,7 @@ def test_the_newcomer_is_killed(tmp_path: Path, stepper: Stepper) -> None:
                 survived += 1
             except NoDaemon:
                 # The window: DONE is said, and it was not heard yet or not acted on.
-                assert re.search(r" (let_go|_hear|ask)$", newcomer.place)
+                assert re.search(r" (let_go|say|hear|ask)$", newcomer.place)
                 assert here.old.wait() == 0
                 assert here.is_lost()
                 here.path.unlink()  # nobody is left to do so

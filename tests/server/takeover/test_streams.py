@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -100,7 +101,8 @@ FDSETS = request("query-fdsets", id="listing")
 @pytest.mark.parametrize("asked", [LISTING, FDSETS])
 def test_long_listings(path: Path, daemons: Callable[..., Stepped], asked: bytes) -> None:
     """Thirty of ten megabytes, of which nobody has read anything."""
-    first = daemons()
+    patient = partial(daemons, "--write-timeout", "600")  # on a busy machine, all this takes long
+    first = patient()
     with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
         for number in range(40):
             client.execute("add-fds", {"opaque": f"{number}" * 1000}, [0] * 250)
@@ -110,8 +112,8 @@ def test_long_listings(path: Path, daemons: Callable[..., Stepped], asked: bytes
         readers = [stack.enter_context(Reader(path, asked)) for _ in range(30)]
         for reader in readers:
             reader.begin()
-        second = daemons()
-        third = daemons()
+        second = patient()
+        third = patient()
         for reader in readers:
             reply = reader.line()
             assert reply["id"] == "listing"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import pipes, send_now
+from helpers import Pipe, pipes, send_now
 
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.errors import QMPError
@@ -111,6 +111,23 @@ def test_everything_goes_over(path: Path, tmp_path: Path) -> None:
                 other.execute("watch-fdsets", {"enable": True})
                 client.close()
                 assert {next(other.events()).data["reason"] for _ in range(2)} == {"connection"}
+
+
+def test_the_order_in_a_set(path: Path) -> None:
+    """What is described before the pause and what is described in it stay in one order."""
+    kinds = [{}, {"lifetime": "connection"}, {}, {"watch-hangup": True}, {}]
+    with served(path) as old, BlockingClient(path, DEADLINE) as client, Pipe() as pipe:
+        client.execute("add-fd", fds=[pipe])
+        for kind in kinds:
+            client.execute("add-fds", {"fdset-id": 0, **kind}, [pipe])
+        before = client.execute("query-fdsets")
+        with taken_over(path, old) as successor:
+            assert client.execute("query-fdsets") == before
+            with taken_over(path, successor):
+                assert client.execute("query-fdsets") == before
+                info, (newest,) = client.request("open-fdset", {"fdset-id": 0})
+                newest.close()
+                assert info["fd"] == before[0]["fds"][-1]["fd"]
 
 
 def test_a_half_sent_request_and_its_descriptor(path: Path) -> None:
