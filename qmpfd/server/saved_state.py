@@ -12,11 +12,14 @@ since, its connections, and all descriptors; see :class:`.connection.saved.Saved
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from ..limits import TAKEOVER_FORMAT
+
+T = TypeVar("T")
 
 #: What is said once the state has gone over, one byte each.  The newcomer asks for more, first for
 #: the rest of the state and then for descriptors; with all of it in its place, it confirms.  The
@@ -110,10 +113,19 @@ def decode(data: bytes) -> SavedState:
     Raises:
         ValueError: it is of another format, or broken.
     """
+    number, raw = unpack(data, tuple[int, msgspec.Raw])
+    if not 1 <= number <= TAKEOVER_FORMAT:
+        raise ValueError(f"its state has format {number}, this version reads {TAKEOVER_FORMAT}")
+    return unpack(raw, SavedState)
+
+
+def unpack(data: bytes | msgspec.Raw, what: type[T]) -> T:
+    """MessagePack of another process as an object of that type.
+
+    Raises:
+        ValueError: it is something else, or broken.
+    """
     try:
-        number, raw = msgspec.msgpack.decode(data, type=tuple[int, msgspec.Raw])
-        if not 1 <= number <= TAKEOVER_FORMAT:
-            raise ValueError(f"its state has format {number}, this version reads {TAKEOVER_FORMAT}")
-        return msgspec.msgpack.decode(raw, type=SavedState)
-    except msgspec.MsgspecError as exc:
+        return msgspec.msgpack.decode(data, type=what)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError) as exc:
         raise ValueError(f"its state cannot be read: {exc}") from None

@@ -17,6 +17,7 @@ from ...kernel.fd import Fd
 from ...protocol.encode import RawJSON, encode_any
 from ...protocol.parser import Parser
 from ...protocol.streamed_reply import StreamedReply
+from ..saved_state import unpack
 from .saved import SavedReply, SavedSession, SharedParts
 from .send_buffer import SendBuffer
 
@@ -107,7 +108,7 @@ def restore_reply(saved: SavedReply, context: Context, texts: list[str]) -> Stre
     Raises:
         ValueError: it makes no sense.
     """
-    members = msgspec.msgpack.decode(saved.members, type=dict[str, object])
+    members = unpack(saved.members, dict[str, object])
     if saved.deep_id:
         (found,) = Parser(sys.maxsize).feed(saved.deep_id + b"\n")
         members["id"] = found[0]

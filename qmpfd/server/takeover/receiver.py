@@ -22,14 +22,12 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from ...client.blocking import BlockingClient, NoDaemon
 from ...kernel.fd import Fd, close_all, receive
 from ...limits import SCM_MAX_FD, TAKEOVER_FORMAT, Limits
 from ..fdstore.evidence import has_handed_over, is_dead
 from ..renumber import Movable, renumber
-from ..saved_state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode
+from ..saved_state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode, unpack
 
 if TYPE_CHECKING:
     from ..connection.saved import SavedRest
@@ -163,10 +161,7 @@ class Takeover:
             memory, process = passed
             self._old.process = process
             passed = [memory]
-            try:
-                return msgspec.msgpack.decode(read_all(memory), type=SavedRest)
-            except msgspec.MsgspecError as exc:
-                raise ValueError(f"its state cannot be read: {exc}") from None
+            return unpack(read_all(memory), SavedRest)
         finally:
             close_all(passed)
 

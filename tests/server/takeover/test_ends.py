@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import signal
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +24,14 @@ from stepper import Stepped, Stepper
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd, close_all, receive
 from qmpfd.limits import TAKEOVER_FORMAT
-from qmpfd.server.saved_state import SavedState, decode, encode
+from qmpfd.server.saved_state import (
+    SavedFd,
+    SavedListener,
+    SavedSet,
+    SavedState,
+    decode,
+    encode,
+)
 
 PATIENCE = 20.0
 
@@ -293,6 +303,33 @@ def test_a_state_that_is_not_understood(path: Path, stepper: Stepper, state: obj
 
 def test_what_is_encoded_can_be_decoded() -> None:
     assert decode(encode(STATE)) == STATE
+
+
+def test_broken_bytes() -> None:
+    """Whatever has become of the bytes, they are a state or a ValueError."""
+    saved = SavedFd(7, "\N{SNOWMAN}", (1, 2, 3), 0.5, 2, 3.0, watch_hangup=True)
+    whole = encode(
+        SavedState(
+            1.5, [SavedSet(0, [saved] * 2)], [SavedListener(b"/run/q\xff", (1, 2))], "a", "b"
+        )
+    )
+    rng = random.Random(1)
+    refused = Counter[str]()
+    for _ in range(5000):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randrange(3)] = rng.choice(
+                [rng.randbytes(1), b"\x91" * 3000, b"\xdd\xff\xff\xff\xff", b"\xc1", b""]
+            )
+        try:
+            decode(bytes(data))
+        except ValueError as exc:
+            refused[str(exc).partition(":")[0]] += 1
+    assert refused.keys() <= {"its state cannot be read"} | {
+        kind for kind in refused if re.match(r"its state has format \d+, this version", kind)
+    }
+    assert refused["its state cannot be read"] > 1000
 
 
 NEWER = dict.fromkeys(

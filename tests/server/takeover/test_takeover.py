@@ -115,7 +115,7 @@ def test_everything_goes_over(path: Path, tmp_path: Path) -> None:
 
 def test_the_order_in_a_set(path: Path) -> None:
     """What is described before the pause and what is described in it stay in one order."""
-    kinds = [{}, {"lifetime": "connection"}, {}, {"watch-hangup": True}, {}]
+    kinds: list[dict[str, Any]] = [{}, {"lifetime": "connection"}, {}, {"watch-hangup": True}, {}]
     with served(path) as old, BlockingClient(path, DEADLINE) as client, Pipe() as pipe:
         client.execute("add-fd", fds=[pipe])
         for kind in kinds:
