@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,9 @@ class _SignalHandler:
         self._stops += 1
         forwarded = 0
         if self._parent is not None:
-            self._parent.receive()
+            with suppress(EOFError):
+                while self._parent.receive():
+                    pass
             forwarded = self._parent.signals
         # One that was sent to the parent and to us is not a second one.
         if max(forwarded, self._stops - forwarded) > 1:

@@ -125,20 +125,24 @@ class Notifier:
         return self._sock.fileno()
 
     def receive(self) -> bool:
-        """Receive what the parent has said, and handle it; whether the parent is still there."""
-        while True:
-            try:
-                message = self._sock.recv(4096).decode("ascii", "replace")
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-            if not message:
-                return False
-            if message.startswith("SIGNALS="):
-                self.signals = int(message.partition("=")[2])
-            else:
-                self.on_message(message)
+        """Receive one message of the parent, and handle it; whether there was one.
+
+        Raises:
+            EOFError: the parent is gone.
+        """
+        try:
+            message = self._sock.recv(4096).decode("ascii", "replace")
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            raise EOFError from exc
+        if not message:
+            raise EOFError
+        if message.startswith("SIGNALS="):
+            self.signals = int(message.partition("=")[2])
+        else:
+            self.on_message(message)
+        return True
 
     def move_to(self, number: int) -> None:
         """As :meth:`qmpfd.kernel.fd.Fd.move_to`."""

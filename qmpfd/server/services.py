@@ -33,6 +33,9 @@ class Durability(Protocol):
         Returns as well when the second copy is lost for good.
         """
 
+    def on_synced(self, action: Callable[[], object]) -> None:
+        """Call *action* once the second copy has every change made so far, or is lost for good."""
+
     def close_after_sync(self, fds: list[Fd], uid: int | None = None) -> None:
         """Close descriptors that were taken out of the store, once the second copy has let go of
         theirs.
@@ -79,6 +82,9 @@ class Unmirrored:
 
     async def sync(self) -> None:
         pass
+
+    def on_synced(self, action: Callable[[], object]) -> None:
+        action()
 
     def close_after_sync(self, fds: list[Fd], uid: int | None = None) -> None:
         self._closer.close(fds, uid)

@@ -38,6 +38,7 @@ class RequestProcessor:
         send_buffer: where the replies go.
         fd_accounting: closes what was removed.
         sync: waits until the fd store has acknowledged all changes.
+        on_synced: called when it has, with the send buffer's count of them.
         park: waits while the daemon is paused.
     """
 
@@ -49,6 +50,7 @@ class RequestProcessor:
         send_buffer: SendBuffer,
         fd_accounting: FdAccounting,
         sync: Callable[[], Awaitable[None]],
+        on_synced: Callable[[int], object],
         park: Callable[[], Awaitable[None]],
     ) -> None:
         self._services = services
@@ -57,6 +59,7 @@ class RequestProcessor:
         self._send_buffer = send_buffer
         self._fd_accounting = fd_accounting
         self._sync = sync
+        self._on_synced = on_synced
         self._park = park
         #: A request was carried out, since somebody last looked.
         self.active_since_check = False
@@ -84,14 +87,21 @@ class RequestProcessor:
         Returns:
             Whether that was all; else :meth:`process` has to go on.
         """
-        if self._services.lock.locked():  # by a task that waits for something meanwhile
+        services, send_buffer, context = self._services, self._send_buffer, self._context
+        # The lock is held by a task that waits for something meanwhile.
+        if services.lock.locked() or send_buffer.uncommitted:
             return False
         # And nobody else runs before this is over: there is no await in it.
         self._execute_batch(ends)
-        if not self._flush_replies():
+        if not self._flush_replies() or self._connection.ready or self.streamed_reply is not None:
             return False
-        more = self._connection.ready or self._send_buffer.size
-        return not more and self.streamed_reply is None
+        if send_buffer.state is not SendState.UNCOMMITTED:
+            return not send_buffer.size
+        if context.quitting or context.takes_over or send_buffer.unsent:
+            return False
+        # No task waits for that: it would cost passes of the loop with each command.
+        services.durability.on_synced(partial(self._on_synced, send_buffer.changes))
+        return True
 
     async def process(self) -> None:
         """Go on with what is under way, and carry out all that is complete, however long it takes;

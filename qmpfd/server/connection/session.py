@@ -131,6 +131,7 @@ class Session:
             self.send_buffer,
             self._fd_accounting,
             self._sync,
+            self._on_synced,
             self._park,
         )
         self._drain_scope: trio.CancelScope | None = None  # while a task of its own sends events
@@ -213,7 +214,8 @@ class Session:
             limit: float | None = NEGOTIATION_TIMEOUT
             desc = f"No 'qmp_capabilities' within {NEGOTIATION_TIMEOUT:g} s"
         else:
-            if self._state is not SessionState.WAITING or self._context.events is not None:
+            waits = self._state is SessionState.WAITING and not self.send_buffer.uncommitted
+            if not waits or self._context.events is not None:
                 return
             limit = self._services.shared.limits.idle_timeout
             desc = f"Idle for more than {limit} s"
@@ -439,3 +441,22 @@ class Session:
             await self._fd_accounting.close_all(count)
             if changes == self.send_buffer.changes:
                 self.send_buffer.commit()
+
+    def _on_synced(self, changes: int) -> None:
+        """The fd store has acknowledged so many changes.  If that is all of them, close what was
+        removed, and let the replies go; what takes longer than that is done by a task.
+        """
+        fd_accounting, send_buffer = self._fd_accounting, self.send_buffer
+        if self._services.lifecycle.paused or changes != send_buffer.changes:
+            return
+        try:
+            fd_accounting.close_some()
+            waits = self._connection.fds_to_close or fd_accounting.closings
+            if not waits:
+                send_buffer.commit()
+                send_buffer.flush_nowait()
+            if waits or send_buffer.size:
+                self._start_drain()
+        except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
+            _log.exception("replies could not be sent")
+            send_buffer.abort()

@@ -33,9 +33,6 @@ _log = logging.getLogger("qmpfd")
 #: Seconds until the next try where the kernel has no room for a message, and does not tell when.
 _RETRY = 0.01
 
-#: Seconds that a change waits at most for those of other clients, to share the barrier.
-_GATHER_SECONDS = 0.001
-
 #: sendmsg(2), unix(7): no room now, for the message or the descriptor with it.
 _NO_ROOM = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
@@ -121,8 +118,8 @@ class BarrierLink:
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
         self._reader: tuple[Fd, Fd] | None = None  # of the barrier under way
         self._waiting = trio.lowlevel.ParkingLot()
-        self._clients = 0  # that waited for the last acknowledgement, or meanwhile
-        self._work = trio.Event()  # set when there is something to send
+        self._sharers = 0  # that waited for the last acknowledgement
+        self._work = trio.Event()  # set when the link's task has something to do
         self._scope = trio.CancelScope()
         #: Barriers so far.
         self.barriers = 0
@@ -180,13 +177,20 @@ class BarrierLink:
     async def sync(self) -> None:
         """Wait until all that was changed so far is safe; without a checkpoint if it is."""
         wanted = self._changes
-        if self._state is State.CHANGED and self._clients <= 1:
-            self.push()  # nobody is there to share a barrier with: save a pass of the loop
+        if self._synced < wanted:
+            self.start()
         while self._synced < wanted:
-            waiting = len(self._waiting)
-            if not waiting or waiting + 1 >= self._clients:
-                self._work.set()
             await self._waiting.park()
+
+    def start(self) -> None:
+        """Somebody waits: see to it that all that was changed so far gets safe.  While a barrier is
+        under way that is done already: its acknowledgement begins the next one.
+        """
+        if self._state is State.CHANGED:
+            if self._sharers <= 1:
+                self.push()
+            else:  # in the next pass of the loop: others share the barrier
+                self._work.set()
 
     def push(self) -> None:
         """Send what is to be sent, without waiting, and see to the rest."""
@@ -196,7 +200,8 @@ class BarrierLink:
             self._send()
         except OSError as exc:
             self.end(f"the descriptors are no longer kept safe: {exc.strerror or exc}")
-        self._work.set()
+        if self._state is State.BLOCKED or self._reader is not None:
+            self._work.set()
 
     def _send(self) -> None:
         """Send what there is, and a barrier behind it if none is under way.
@@ -286,15 +291,15 @@ class BarrierLink:
         """All that was sent before the barrier is there."""
         self._sent.clear()
         self._handle(Event.ALL_SAFE if self._barrier == self._changes else Event.SOME_SAFE)
-        self._clients = len(self._waiting)
         self._advance(self._barrier)
-        if self._state is State.CHANGED:
-            self._work.set()
+        self.start()
 
     def _advance(self, changes: int) -> None:
         """So many changes are safe."""
         self._synced = changes
+        self._sharers = len(self._waiting)
         while self._actions and self._actions[0][0] <= changes:
+            self._sharers += 1
             self._actions.popleft()[1]()
         self._waiting.unpark_all()
 
@@ -344,22 +349,16 @@ class BarrierLink:
                     self._acknowledged()
             else:
                 await self._work.wait()
-                await self._gather()
             self.push()
             self._work = trio.Event()
-
-    async def _gather(self) -> None:
-        """Wait, not for long, for as many clients as waited lately: they share the barrier."""
-        with trio.move_on_after(_GATHER_SECONDS):  # noqa: ASYNC912 - all may be here already
-            while self._state is State.CHANGED and len(self._waiting) < self._clients:
-                self._work = trio.Event()
-                await self._work.wait()
 
     async def _listen(self) -> None:
         """Hear what the parent says, and when it has ended."""
         self._notifier.on_message = self._hear
-        while self._notifier.receive():
-            await trio.lowlevel.wait_readable(self._notifier)
+        with suppress(EOFError):
+            while True:
+                await trio.lowlevel.wait_readable(self._notifier)
+                self._notifier.receive()
         self.end(
             "the descriptors are no longer kept safe: the supervising process is gone "
             "(qmpfd serve --takeover --supervise starts another one, and nothing is lost)"

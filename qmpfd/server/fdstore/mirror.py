@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -239,6 +239,11 @@ class FdStoreMirror:
     async def sync(self) -> None:
         """Wait until all that was changed so far is safe; without a checkpoint if it is."""
         await self._link.sync()
+
+    def on_synced(self, action: Callable[[], object]) -> None:
+        """Call *action* once all that was changed so far is safe, or this has ended."""
+        self._link.on_synced(action)
+        self._link.start()
 
     def close_after_sync(self, fds: list[Fd], uid: int | None = None) -> None:
         """Close what was removed, once it is gone from the fd store.
