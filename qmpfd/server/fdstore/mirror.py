@@ -385,6 +385,7 @@ class FdStoreMirror:
             if number in holdings.names or len(self._names) < self._capacity:  # it can be made anew
                 self._keep(number, number, holdings.names.get(number))
                 self._listeners[number] = listener.saved
+                listener.on_replaced = partial(self._listener_replaced, listener)
         if len(self._names) > self._capacity:
             too_many = (
                 f"{len(self._names)} descriptors are more than the {self._capacity} that can be "
@@ -417,6 +418,23 @@ class FdStoreMirror:
         if self._sentinel is not None:
             self._nursery.start_soon(self._watch, self._sentinel)
             await self._probe(len(self._names) + 2 + (previous is not None))
+
+    def _listener_replaced(self, listener: UnixListener) -> None:
+        """There is another socket behind the listener's number, and another file at its path."""
+        number = listener.socket.fileno()
+        if self._link.is_over or number not in self._listeners:
+            return
+        former = self._mirrored.pop(number)
+        del former.numbers[number]
+        if self._descriptions is not None:
+            self._descriptions.forget_number(number, next(iter(former.numbers), None))
+        self._keep(number, number)
+        self._listeners[number] = listener.saved
+        self._journals.note(ListenerRemoved(former.name))
+        if not former.numbers:
+            self._remove_names([former.name])
+        self._name_files(self._listeners.values())
+        self._note(ListenerAdded(self._mirrored[number].name, listener.saved))
 
     def _remove_names(self, names: Iterable[str]) -> None:
         for name in names:
