@@ -9,12 +9,14 @@ import socket
 import stat
 import time
 from _thread import allocate_lock  # threading's own, without the rest of it
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from typing import Any, Self
 
 from ..kernel.fd import Fd, FileDescriptorLike, close_all, discard, peek, receive_planned, send
 from ..kernel.unix_address import connectable
+from ..limits import MAX_EVENTS
 from ..protocol.client import ClientConnection, QMPEvent, Reply
 from ..protocol.connection import ProtocolError, State
 from .errors import ClientClosed, NoAnswer, NoDaemon, cannot_connect
@@ -59,7 +61,7 @@ class BlockingConnection:
         self._calling = allocate_lock()
         self._last_id = 0
         self._replies: list[Reply] = []
-        self._events: list[QMPEvent] = []
+        self._events: deque[QMPEvent] = deque(maxlen=MAX_EVENTS)
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # A byte sent with MSG_OOB stays one of the stream, where it belongs (unix(7)).
@@ -131,31 +133,40 @@ class BlockingConnection:
     def events(self) -> Iterator[QMPEvent]:
         """The server's events, as they come, without a time limit.
 
+        At most 4096 wait here to be asked for; the oldest are dropped then.
+
         Raises:
+            QMPError: the server turns us away.
             NoDaemon: the connection is lost.
             ClientClosed: this client is closed.
         """
         while True:
             with self._calling:
                 self._deadline = inf
+                self._forget_replies()
                 while not self._events:
                     self._receive()
-                event = self._events.pop(0)
+                    self._forget_replies()
+                event = self._events.popleft()
             yield event
 
     def take_events(self) -> list[QMPEvent]:
         """The events that have come so far, without waiting for any.
 
         Raises:
+            QMPError: the server turns us away.
             NoDaemon: the connection is lost.
         """
         with self._calling:
             poll = select.poll()
             poll.register(self._sock, select.POLLIN)
             self._deadline = time.monotonic() + self._timeout
+            self._forget_replies()
             while poll.poll(0):
                 self._receive()
-            events, self._events = self._events, []
+                self._forget_replies()
+            events = list(self._events)
+            self._events.clear()
         return events
 
     # -- the connection ------------------------------------------------------------------------
@@ -209,6 +220,20 @@ class BlockingConnection:
             close_all(self._connection.fds_to_close)
             self._connection.fds_to_close.clear()
 
+    def _forget_replies(self) -> None:
+        """Drop the replies that no request waits for.
+
+        Raises:
+            QMPError: one tells why the server turns us away.
+        """
+        self._raise_refusal()
+        self._drop_replies()
+
+    def _drop_replies(self) -> None:
+        for reply in self._replies:
+            close_all(reply.fds)
+        self._replies.clear()
+
     def _raise_refusal(self) -> None:
         """Raise what the server said before it was asked anything."""
         for reply in self._replies:
@@ -242,9 +267,7 @@ class BlockingConnection:
         if self._connection.state is not State.CLOSED:
             self._connection.close()
         close_all(self._connection.fds_to_close)
-        for reply in self._replies:
-            close_all(reply.fds)
-        self._replies.clear()
+        self._drop_replies()
         self._sock.close()
 
     def __enter__(self) -> Self:

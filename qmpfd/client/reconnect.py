@@ -25,7 +25,8 @@ from .errors import cannot_connect
 #: Seconds between two tries to connect.
 _RETRY = 0.05
 
-#: How often a request is sent: a server that closes the connection each time cannot read it.
+#: Over how many connections a request is tried: a server that closes each of them cannot read it,
+#: or reads nothing.
 _MOST_TRIES = 10
 
 #: Why there may be no connection; what is in it for the next try.
@@ -142,7 +143,7 @@ class ReconnectingConnection:
                         f"the connection was lost before the reply to {command!r} came: "
                         "it may have been carried out"
                     ) from exc
-                tries += call.sent
+                tries += 1
                 if tries == _MOST_TRIES:
                     raise
 

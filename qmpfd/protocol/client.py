@@ -90,7 +90,7 @@ class ClientConnection(Connection):
         """
         request: dict[str, Any] = {"execute": command}
         if arguments:
-            request["arguments"] = arguments
+            request["arguments"] = dict(arguments)
         request["id"] = request_id
         try:
             data = json.dumps(request, allow_nan=False).encode("ascii")

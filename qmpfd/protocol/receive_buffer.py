@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import GenericError
 from ..kernel.fd import Fd
-from ..limits import SLOW_PATH_BYTES
+from ..limits import READ_BYTES, SLOW_PATH_BYTES
 from .pending_fds import PendingFds
 from .saved import ReceiveBufferState
 
@@ -35,6 +35,9 @@ _takes = attrgetter("takes")
 _WHITESPACE = b" \t\r\n"
 #: Where no descriptor came; never changed.
 NO_FDS: list[Fd] = []
+
+#: Bytes of lines that are no message each, and are looked at more closely, at 4 us a byte.
+_MOST_UNREADABLE = 2 * READ_BYTES
 
 #: Bytes that are decoded in one go where it does not matter with which of them descriptors come.
 _STEP = 8 << 10
@@ -221,13 +224,21 @@ class ReceiveBuffer:
         self._line += data
         if not cut and len(self._line) <= self._max_bytes:
             return []
-        values = self._decode(bytes(self._line[: kept + cut]))
+        values = self._decode(bytes(self._line[: kept + cut])) if cut else None
         if values is not None and (len(values) <= 1 or not fds_follow):
             del self._line[: kept + cut]
             return [(value, cut) for value in values]
         line = bytes(self._line)
         self._line.clear()
-        return [(value, max(end - kept, 0)) for value, end in self._feed(line)]
+        if values is None and len(line) > _MOST_UNREADABLE:
+            # A message that is written over several lines begins with a short one.
+            return [(GenericError("JSON parse error, no whole message in a long line"), len(data))]
+        found: list[_Found] = []
+        for value, end in self._feed(line):
+            found.append((value, max(end - kept, 0)))
+            if type(value) is GenericError:  # that is no server: whatever else it says
+                break
+        return found
 
     @property
     def _idle(self) -> bool:

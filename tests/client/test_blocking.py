@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from fakes import GREETING
 from helpers import PATIENCE, Pipe, daemon_thread
 
 import qmpfd
+from qmpfd.limits import MAX_EVENTS
 
 
 @pytest.fixture
@@ -53,6 +57,67 @@ def test_events(client: qmpfd.BlockingClient) -> None:
         info = client.add_fd(pipe)
         event = next(events)
         assert (event.name, event.data) == ("FD_ADDED", {"fdset-id": 0, "fd": info.fd})
+
+
+@contextmanager
+def _scripted(path: Path, said: bytes, fds: Sequence[int] = ()) -> Iterator[None]:
+    """A server that says something once it is negotiated with, and nothing else."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+
+        def serve() -> None:
+            sock, _ = listener.accept()
+            with sock, sock.makefile("rb") as lines:
+                sock.sendall(GREETING)
+                request = json.loads(lines.readline())
+                sock.sendall(b'{"return": {}, "id": %d}\r\n' % request["id"])
+                sock.sendall(said[socket.send_fds(sock, [said], fds) :])
+                lines.read()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
+
+
+def test_the_newest_events_are_kept(path: Path) -> None:
+    """A client that asks for none of them does not grow for ever."""
+    said = [b'{"event": "X", "data": {"n": %d}}\r\n' % n for n in range(MAX_EVENTS + 5)]
+    last = b'{"return": {}, "id": 2}\r\n'
+    with (
+        _scripted(path, b"".join(said) + last),
+        qmpfd.connect_blocking(path) as client,
+    ):
+        client.execute("query-name")
+        events = client.events()
+        found = [next(events).data["n"] for _ in range(MAX_EVENTS)]
+        assert found == list(range(5, MAX_EVENTS + 5))
+
+
+def test_it_is_told_why_it_is_turned_away_while_it_waits_for_events(path: Path) -> None:
+    told = b'{"error": {"class": "GenericError", "desc": "go"}}\r\n'
+    with (
+        _scripted(path, told),
+        qmpfd.connect_blocking(path) as client,
+        pytest.raises(qmpfd.GenericError, match="go"),
+    ):
+        next(client.events())
+
+
+def test_replies_that_nobody_asked_for(path: Path) -> None:
+    """They are dropped by who waits for events, and their descriptors are closed."""
+    said = b'{"return": {}, "id": 1}\r\n{"event": "X"}\r\n'
+    with (
+        Pipe() as pipe,
+        _scripted(path, said, [pipe.fileno()]),
+        qmpfd.connect_blocking(path) as client,
+    ):
+        assert next(client.events()).name == "X"
+        pipe.release()
+        assert not pipe.held()
 
 
 def test_errors_are_the_trio_clients(client: qmpfd.BlockingClient, path: Path) -> None:

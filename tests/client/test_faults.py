@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import ChainMap
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import trio
@@ -58,6 +60,13 @@ async def _answer(sock: socket.socket, connected: trio.Event) -> None:
             await connected.wait()
     except OSError:
         return
+
+
+async def test_any_mapping_is_an_object(path: Path) -> None:
+    async with daemon(path), qmpfd.connect(path) as client, qmpfd.connect(path) as other:
+        await client.execute("getfd", MappingProxyType({"fdname": "n"}), fds=[0])
+        await client.execute("closefd", ChainMap({"fdname": "n"}))
+        assert await other.query_fdsets() == []
 
 
 @pytest.mark.parametrize(
@@ -145,6 +154,21 @@ async def test_what_breaks_the_connection_is_not_sent_for_ever(path: Path) -> No
     async with fake_server(path, script), qmpfd.connect(path, reconnect=60) as client:
         with pytest.raises(trio.BrokenResourceError):
             await client.execute("query-fds", {"opaque": "poison"})
+    assert times == 10
+
+
+async def test_a_server_that_reads_nothing_is_not_tried_for_ever(path: Path) -> None:
+    """No byte of the request is ever sent, so that it could be tried again each time."""
+    times = 0
+
+    async def script(wire: Wire) -> None:
+        nonlocal times
+        times += 1
+        await negotiate(wire)  # and closes the connection
+
+    async with fake_server(path, script), qmpfd.connect(path, reconnect=60) as client:
+        with pytest.raises(trio.BrokenResourceError), trio.fail_after(20):
+            await client.execute("add-fd")
     assert times == 10
 
 

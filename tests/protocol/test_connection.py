@@ -432,6 +432,23 @@ def test_a_reply_that_never_ends() -> None:
         told(client, b"[1, 2, " * 150)
 
 
+@pytest.mark.parametrize("said", [b"x", b"[", b'{"a":', b'"text" ', b"{}"])
+@pytest.mark.parametrize("end", [b"", b"\n"], ids=["endless", "line"])
+def test_a_long_line_that_is_no_message(said: bytes, end: bytes) -> None:
+    """It is not taken apart token by token, which takes 40 s a mebibyte for some."""
+    client = ClientConnection(max_reply_bytes=1 << 20)
+    with pytest.raises(ProtocolError, match="no whole message in a long line"):
+        told(client, said * (1 << 20) + said + end)
+
+
+@pytest.mark.parametrize("said", [b"[", b"]", b"x "])
+def test_nothing_is_read_behind_an_error(said: bytes) -> None:
+    client = ClientConnection()
+    with pytest.raises(ProtocolError, match="not a QMP server"):
+        told(client, said * 4096 + b"\n")
+    assert not client.ready
+
+
 @pytest.mark.parametrize("name", errors.__all__)
 def test_errors_by_class(name: str) -> None:
     thing = getattr(errors, name)
