@@ -11,7 +11,7 @@ BIN  := $(VENV)/bin
 # One set of versions for everybody: the pinned ones, also where only the runtime is needed.
 PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint requirements-dev.txt
 
-.PHONY: help demo run test elsewhere lint format types docs reference package bench figures stress fuzz clean
+.PHONY: help demo run test elsewhere lint format types docs links reference package bench figures stress fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -40,8 +40,12 @@ format: $(VENV)/.dev  ## write the formatting, and what ruff can mend by itself
 types: $(VENV)/.dev  ## mypy, strict
 	$(BIN)/mypy
 
-docs: $(VENV)/.docs  ## the documentation, into build/docs
+docs: $(VENV)/.docs  ## the documentation, into build/docs, and its links among its pages
 	$(BIN)/sphinx-build -q -W --keep-going -E -b html docs build/docs/html
+	$(BIN)/python docs/check_links.py build/docs/html
+
+links: $(VENV)/.docs  ## the documentation's links to other sites; needs the network
+	$(BIN)/sphinx-build -q -W --keep-going -E -b linkcheck docs build/docs/links
 
 reference: $(VENV)/.docs  ## write what the program knows of itself into docs/, and the manual pages
 	$(BIN)/python docs/generate.py

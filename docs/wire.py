@@ -156,7 +156,7 @@ CASES = [
         0,
         "InvalidParameterValue",
         f"Parameter 'format' expects {TAKEOVER_FORMAT}, this daemon's, or a newer one",
-        "the newcomer is an older version, which cannot read this one's state",
+        "the new daemon is an older version, and cannot read the state of this one",
     ),
 ]
 

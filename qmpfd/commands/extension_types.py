@@ -147,8 +147,8 @@ class Takeover(Arguments):
     """Arguments of ``takeover``.
 
     Args:
-        format: the newest format of a daemon's state that the newcomer can read; it has to be able
-            to read all older ones as well.
+        format: the newest format of a daemon's state that the new daemon can read; it has to be
+            able to read all older ones as well.
     """
 
     format: Int64
