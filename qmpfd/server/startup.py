@@ -128,6 +128,8 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
     given, inherited = deque(initial_fds), deque(listen_fds)
     listeners: list[UnixListener] = []
     async with AsyncExitStack() as stack:
+        if takeover is not None:  # the last to end: by that the old daemon knows that all is closed
+            stack.enter_context(takeover)
         await stack.enter_async_context(closes_awaited(server.daemon.closer))
         stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
         writer = None if audit is None else AuditWriter(audit)
@@ -144,7 +146,6 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
             listeners += stack.enter_context(restored(server, recovered))
         finish: Callable[[], list[UnixListener]] = list
         if takeover is not None:
-            stack.enter_context(takeover)
             finish = stack.enter_context(taking_over(server, takeover))
         permissions = Permissions(socket_mode, socket_group)
         for listener in listeners:

@@ -45,15 +45,19 @@ async def mirrored(
         return
     holdings = Holdings() if recovered is None else recovered.holdings
     async with mirror.running():
-        await mirror.start(server.store, listeners, holdings, evidence)
-        server.daemon.closer.close(stale_fds)
-        server.daemon.mirror = mirror
         try:
+            await mirror.start(server.store, listeners, holdings, evidence)
+            server.daemon.closer.close(stale_fds)
+            server.daemon.mirror = mirror
             yield
         except Exception:
             # Whoever starts us again expects them where they are.
             for listener in listeners:
                 listener.abandon()
+            if not mirror.is_ours:  # the old daemon goes on, and closes what it is told to
+                mirror.release_all()
+                with trio.move_on_after(FORGET_TIMEOUT):
+                    await mirror.sync()
             raise
         answers = mirror.is_synced  # or else the end has waited for it long enough
         if server.lifecycle.state is State.QUITTING:

@@ -441,6 +441,11 @@ class FdStoreMirror:
             self._link.remove(name)
             self._link.on_synced(partial(self._names.free, name))
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether what is kept is not that of an old daemon which may go on."""
+        return self._previous is None
+
     def confirm(self) -> None:
         """A takeover is done: all this is ours."""
         self._previous = None

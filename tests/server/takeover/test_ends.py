@@ -8,6 +8,8 @@ import re
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -18,13 +20,18 @@ from typing import Any
 
 import msgspec
 import pytest
-from helpers import Pipe, pipes
+from helpers import Pipe, pipes, send_now
 from stepper import Stepped, Stepper
 
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd, close_all, receive
 from qmpfd.limits import TAKEOVER_FORMAT
+from qmpfd.server.connection.saved import SavedCounters, SavedRest
 from qmpfd.server.saved_state import (
+    CONFIRM,
+    MORE,
+    NEXT,
+    REFUSED,
     SavedFd,
     SavedListener,
     SavedSet,
@@ -249,6 +256,64 @@ def test_a_client_that_floods(path: Path, stepper: Stepper) -> None:
             for thread in threads:
                 thread.join(PATIENCE)
     assert not path.exists()
+
+
+# -- giving up ---------------------------------------------------------------------------------
+
+
+def old_to_the_end(listener: socket.socket, path: Path, pipe: Pipe) -> bytes:
+    """Play an old daemon that has stored *pipe*, up to the newcomer's last word; then give up, and
+    wait until it has gone: that word.
+    """
+    at = path.stat()
+    file = SavedListener(os.fsencode(path), (at.st_dev, at.st_ino))
+    stored = SavedFd(30, None, None, 0.0, None, None, watch_hangup=False)
+    state = SavedState(0.0, [SavedSet(0, [stored])], [file])
+    counters = SavedCounters({}, {}, 0, 0, 0.0)
+    rest = SavedRest(0.0, [], [], [], [], [], counters, journal=False)
+    sock, _ = listener.accept()
+    with sock, sock.makefile("rb") as heard:
+        sock.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')
+        heard.readline()
+        sock.sendall(b'{"return": {}, "id": 1}\r\n')
+        heard.readline()
+        with (
+            Fd(os.memfd_create("state")) as first,
+            Fd(os.memfd_create("rest")) as second,
+            Fd(os.pidfd_open(os.getpid())) as process,
+        ):
+            os.write(first.fileno(), encode(state))
+            os.write(second.fileno(), msgspec.msgpack.encode(rest))
+            send_now(sock, b'{"return": {}, "id": 2}\r\n', [first])
+            assert heard.read(1) == NEXT
+            send_now(sock, MORE, [second, process])
+            assert heard.read(1) == NEXT
+            send_now(sock, MORE, [pipe, listener])
+        pipe.release()
+        last = heard.read(1)
+        sock.sendall(REFUSED)
+        assert heard.read() == b""
+        assert not pipe.held()
+        return last
+
+
+@pytest.mark.parametrize("options", [(), ("--supervise",)], ids=["alone", "supervised"])
+def test_a_newcomer_that_is_refused_at_last(path: Path, options: tuple[str, ...]) -> None:
+    """Once it has closed the connection nobody has a duplicate, its parent neither."""
+    with socket.socket(socket.AF_UNIX) as listener, Pipe() as pipe:
+        listener.bind(str(path))
+        listener.listen()
+        command = [sys.executable, "-m", "qmpfd", "serve", "--takeover", "--socket", str(path)]
+        newcomer = subprocess.Popen([*command, *options], stderr=subprocess.PIPE)
+        try:
+            assert old_to_the_end(listener, path, pipe) == CONFIRM
+            _, said = newcomer.communicate(timeout=PATIENCE)
+            assert newcomer.returncode == 3
+            assert b"has given up the takeover" in said
+            assert path.exists()
+        finally:
+            newcomer.kill()
+            newcomer.communicate()
 
 
 # -- versions ----------------------------------------------------------------------------------
