@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from enum import Enum, auto
-from typing import NamedTuple
 
 import trio
 
@@ -46,6 +45,9 @@ class State(Enum):
     SENT = auto()  #: a barrier is under way
     OVER = auto()  #: nothing is kept any more
 
+    # As of any object: that of Enum is a Python function.
+    __hash__ = object.__hash__
+
 
 class Event(Enum):
     """What changes the state."""
@@ -57,6 +59,8 @@ class Event(Enum):
     ALL_SAFE = auto()
     SOME_SAFE = auto()
     END = auto()
+
+    __hash__ = object.__hash__
 
 
 #: An event that is not here changes nothing.
@@ -72,23 +76,11 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 }
 
 
-class Message(NamedTuple):
-    """What the fd store is to do with one descriptor.
-
-    Args:
-        command: the lines of the message, but for the name.
-        name: what the descriptor is called there; empty if this is about none.
-        fd: the descriptor, where one is to be kept.
-    """
-
-    command: str
-    name: str
-    fd: Fd | int | None
-
-
-# What hangs up stays: whether it may go is for its client to say.
+# The lines of a message, but for the names of the descriptors that it is about.  What hangs up
+# stays: whether it may go is for its client to say.
 _STORE = "FDSTORE=1\nFDPOLL=0"
 _REMOVE = "FDSTOREREMOVE=1"
+_REMOVE_SLOWLY = f"{_REMOVE}\nQMPFD_CLOSE=slow"
 
 
 class BarrierLink:
@@ -111,14 +103,16 @@ class BarrierLink:
         self._changes = 0  # so far
         self._synced = 0  # of these, how many are known to be there
         self._barrier = 0  # of these, how many the barrier under way stands for
-        self._outgoing: deque[Message] = deque()
-        self._sent: dict[str, Message] = {}  # what is to be kept, before the barrier
+        # What is to be sent: the lines, the name that they are about or "", and a descriptor.
+        self._outgoing: dict[tuple[str, str], Fd | int | None] = {}
+        self._sent: dict[str, Fd | int] = {}  # what is to be kept, before the barrier
         self._actions: deque[tuple[int, Callable[[], object]]] = deque()  # after so many changes
         self._closes: dict[str, threading.Event] = {}  # under way in the parent, by name
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
         self._reader: tuple[Fd, Fd] | None = None  # of the barrier under way
         self._waiting = trio.lowlevel.ParkingLot()
-        self._sharers = 0  # that waited for the last acknowledgement
+        self._askers = 0  # who wait for the next acknowledgement
+        self._sharers = 0  # who waited for the last one
         self._work = trio.Event()  # set when the link's task has something to do
         self._scope = trio.CancelScope()
         #: Barriers so far.
@@ -133,26 +127,31 @@ class BarrierLink:
 
     def store(self, name: str, fd: Fd | int) -> None:
         """Have a descriptor kept under *name*."""
-        self._outgoing.append(Message(_STORE, name, fd))
+        self._outgoing[_STORE, name] = fd
         self.changed()
 
     def remove(self, name: str) -> None:
         """Have what is kept under *name* closed there."""
-        self._outgoing.append(Message(_REMOVE, name, None))
-        self.changed()
+        self._remove(_REMOVE, name)
 
     def remove_slowly(self, name: str) -> threading.Event:
         """The same for a descriptor whose close may block there; what is set when it is closed, and
         was not closed by a service manager, which does not say so.
         """
         closed = self._closes[name] = threading.Event()
-        self._outgoing.append(Message(f"{_REMOVE}\nQMPFD_CLOSE=slow", name, None))
-        self.changed()
+        self._remove(_REMOVE_SLOWLY, name)
         return closed
+
+    def _remove(self, command: str, name: str) -> None:
+        if self._outgoing.pop((_STORE, name), None) is None:
+            self._outgoing[command, name] = None
+        else:  # it has not gone yet, and may be closed here before it would
+            self._closed_there(name)
+        self.changed()
 
     def tell(self, text: str) -> None:
         """Have the other side told something that is not about a descriptor."""
-        self._outgoing.append(Message(text, "", None))
+        self._outgoing[text, ""] = None
         self.changed()
 
     def changed(self) -> None:
@@ -186,6 +185,10 @@ class BarrierLink:
         """Somebody waits: see to it that all that was changed so far gets safe.  While a barrier is
         under way that is done already: its acknowledgement begins the next one.
         """
+        self._askers += 1
+        self._begin()
+
+    def _begin(self) -> None:
         if self._state is State.CHANGED:
             if self._sharers <= 1:
                 self.push()
@@ -210,12 +213,11 @@ class BarrierLink:
             OSError: nobody receives it.
         """
         try:
-            self._drop_passing()
             barrier = self._state in (State.CHANGED, State.BLOCKED)
             while self._outgoing:
-                batch = self._next_batch()
-                last = barrier and self._notifier.is_parent and len(batch) == len(self._outgoing)
-                self._send_batch(batch, self._sync_line if last else "")
+                command, names = self._next_batch()
+                last = barrier and self._notifier.is_parent and len(names) == len(self._outgoing)
+                self._send_batch(command, names, self._sync_line if last else "")
                 if last:
                     self._barrier_sent()
                     return
@@ -228,47 +230,34 @@ class BarrierLink:
                 raise
             self._handle(Event.NO_ROOM)
 
-    def _drop_passing(self) -> None:
-        """Drop what is to be stored, and is to be removed further on."""
-        stored: dict[str, Message] = {}
-        dropped = set()
-        for message in self._outgoing:
-            if isinstance(message.fd, Fd) and message.fd.closed:
-                dropped.add(id(message))
-            elif message.fd is not None:
-                stored[message.name] = message
-            elif message.name in stored:
-                dropped |= {id(message), id(stored.pop(message.name))}
-                self._closed_there(message.name)
-        if dropped:
-            self._outgoing = deque(it for it in self._outgoing if id(it) not in dropped)
-
-    def _next_batch(self) -> list[Message]:
-        """The messages that come next and can go as one."""
-        outgoing = self._outgoing
-        command = outgoing[0].command
+    def _next_batch(self) -> tuple[str, list[str]]:
+        """What comes next and can go as one message: its lines, and the names."""
+        command = ""
+        names: list[str] = []
         most = SCM_MAX_FD if self._notifier.is_parent else 1
-        batch: list[Message] = []
-        for message in outgoing:
-            if message.command != command or len(batch) == most or (batch and not message.name):
+        for lines, name in self._outgoing:
+            if names and (lines != command or not name or len(names) == most):
                 break
-            batch.append(message)
-        return batch
+            command = lines
+            names.append(name)
+        return command, names
 
     @property
     def _sync_line(self) -> str:
         """What the parent answers, see :mod:`qmpfd.supervisor`."""
         return f"\nQMPFD_SYNC={self.barriers + 1}"
 
-    def _send_batch(self, batch: list[Message], sync_line: str) -> None:
-        names = ":".join(message.name for message in batch)
-        fds = [message.fd for message in batch if message.fd is not None]
-        about = f"\nFDNAME={names}" if names else ""
-        self._notifier.send(batch[0].command + about + sync_line, fds)
-        for message in batch:
-            self._outgoing.popleft()
-            if message.fd is not None:
-                self._sent[message.name] = message
+    def _send_batch(self, command: str, names: list[str], sync_line: str) -> None:
+        outgoing, sent = self._outgoing, self._sent
+        fds = [fd for name in names if (fd := outgoing[command, name]) is not None]
+        about = f"\nFDNAME={':'.join(names)}" if names[0] else ""
+        self._notifier.send(command + about + sync_line, fds)
+        for name in names:
+            fd = outgoing.pop((command, name))
+            if fd is None:
+                sent.pop(name, None)
+            else:
+                sent[name] = fd
 
     def _send_barrier(self) -> None:
         if self._notifier.is_parent:
@@ -292,15 +281,15 @@ class BarrierLink:
         self._sent.clear()
         self._handle(Event.ALL_SAFE if self._barrier == self._changes else Event.SOME_SAFE)
         self._advance(self._barrier)
-        self.start()
+        self._begin()
 
     def _advance(self, changes: int) -> None:
         """So many changes are safe."""
         self._synced = changes
-        self._sharers = len(self._waiting)
-        while self._actions and self._actions[0][0] <= changes:
-            self._sharers += 1
-            self._actions.popleft()[1]()
+        self._sharers, self._askers = self._askers, 0
+        actions = self._actions
+        while actions and actions[0][0] <= changes:
+            actions.popleft()[1]()
         self._waiting.unpark_all()
 
     # -- its life ------------------------------------------------------------------------------
@@ -371,11 +360,16 @@ class BarrierLink:
                 self._acknowledged()
         elif key == "CLOSED":
             self._closed_there(value)
-        elif key == "LOST" and (lost := self._sent.pop(value, None)):
+        elif key == "LOST" and (lost := self._sent.pop(value, None)) is not None:
             # The parent had no place for it: nobody is told that it is safe, until it is.
-            self._outgoing.append(lost)
-            self._handle(Event.LOST)
-            self._work.set()
+            self._lost(value, lost)
+
+    def _lost(self, name: str, fd: Fd | int) -> None:
+        if (_REMOVE, name) in self._outgoing or (_REMOVE_SLOWLY, name) in self._outgoing:
+            return
+        self._outgoing[_STORE, name] = fd
+        self._handle(Event.LOST)
+        self._work.set()
 
     def _closed_there(self, name: str) -> None:
         if closed := self._closes.pop(name, None):
@@ -386,6 +380,7 @@ class BarrierLink:
         if not self.is_over and reason is not None:
             _log.error("%s; no more can be added", reason)
         self._handle(Event.END)
+        self._ended()
         self._outgoing.clear()
         self._sent.clear()
         for closed in self._closes.values():
@@ -394,7 +389,6 @@ class BarrierLink:
         self._advance(self._changes)
         self._close_pipes()
         self._scope.cancel()
-        self._ended()
 
     def _close_pipes(self) -> None:
         if self._reader is not None:

@@ -4,115 +4,20 @@ the test.
 
 from __future__ import annotations
 
-import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
 from cancelling import CancelAt
-from helpers import ADD, Pipe, Wire, daemon, open_fds, pipes, request, settle, value
+from fake_parent import Parent, kept_daemon, silent
+from helpers import ADD, Pipe, Wire, open_fds, pipes, request, settle, value
 
-from qmpfd.kernel.fd import Fd, close_all, receive
-from qmpfd.kernel.systemd import Notifier
+from qmpfd.kernel.fd import close_all
 from qmpfd.server.connection.session import Session
-from qmpfd.server.fdstore.mirror import FdStoreConfig
 from qmpfd.server.server import DaemonServer
 
 REMOVE = request("remove-fd", {"fdset-id": 0})
-
-
-class Parent:
-    """The other side."""
-
-    def __init__(self) -> None:
-        self._sock, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._sock.setblocking(False)
-        self.kept: dict[str, Fd] = {}
-        self.barriers = 0
-        self._going = trio.Event()
-        self._going.set()
-
-    def turn(self, most: int = 1 << 30) -> int:
-        """Do what has come, so many messages of it; how many that were."""
-        count = 0
-        with suppress(BlockingIOError):
-            while count < most:
-                if self._sock.fileno() < 0:
-                    break
-                data, fds, _ = receive(self._sock, 65536)
-                if not data:  # the daemon has ended
-                    break
-                count += 1
-                lines = dict(line.split("=", 1) for line in data.decode().split("\n"))
-                names = lines.get("FDNAME", "").split(":")
-                if "FDSTOREREMOVE" in lines:
-                    for name in names:
-                        self.kept.pop(name).close()
-                        if "QMPFD_CLOSE" in lines:
-                            self._sock.send(f"CLOSED={name}".encode())
-                elif "FDSTORE" in lines:
-                    assert lines["FDPOLL"] == "0"
-                    assert len(names) == len(fds)
-                    for name in names:
-                        assert name not in self.kept
-                        self.kept[name] = fds.pop(0)
-                if "QMPFD_SYNC" in lines:
-                    self.barriers += 1
-                    self._sock.send(f"SYNCED={lines['QMPFD_SYNC']}".encode())
-                close_all(fds)
-        return count
-
-    async def serve(self) -> None:
-        """Do everything at once, but while :meth:`stop` holds."""
-        with suppress(trio.ClosedResourceError):
-            while self._sock.fileno() >= 0:
-                await trio.lowlevel.wait_readable(self._sock)
-                await self._going.wait()
-                self.turn()
-
-    def stop(self) -> None:
-        """Do nothing more by itself."""
-        self._going = trio.Event()
-
-    def go_on(self) -> None:
-        """Do everything at once again."""
-        self._going.set()
-
-    def die(self) -> None:
-        """Be gone."""
-        trio.lowlevel.notify_closing(self._sock)
-        self._sock.close()
-
-    def close(self) -> None:
-        """Let go of everything."""
-        self._sock.close()
-        close_all(self.kept.values())
-        if self.theirs.fileno() >= 0:
-            self.theirs.close()
-
-
-@asynccontextmanager
-async def kept_daemon(path: Path, size: int = 1000) -> AsyncIterator[tuple[DaemonServer, Parent]]:
-    """A daemon that has started, and its parent."""
-    with closing(Parent()) as parent, closing(Notifier(parent.theirs, is_parent=True)) as notifier:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(parent.serve)  # noqa: ASYNC113 - it need not have begun
-            async with daemon(path, keeping=FdStoreConfig(notifier, size, None)) as server:
-                yield server, parent
-                parent.go_on()
-                server.stop()
-                await server.ended.wait()
-            nursery.cancel_scope.cancel()
-
-
-async def silent(wire: Wire) -> bool:
-    """Whether nothing is told for now."""
-    await settle()
-    with suppress(BlockingIOError):
-        return wire.sock.recv(1, socket.MSG_PEEK) == b""
-    return True
 
 
 async def test_nothing_is_told_before_it_is_safe(path: Path) -> None:

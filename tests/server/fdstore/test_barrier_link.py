@@ -1,0 +1,163 @@
+"""How a change gets safe at the parent of ``serve --supervise``, and how its reply goes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import trio
+from fake_parent import kept_daemon, silent
+from helpers import ADD, Pipe, Wire, pipes, request, settle, value
+
+from qmpfd import Limits
+
+REMOVE = request("remove-fd", {"fdset-id": 0})
+
+
+class _Steps(trio.abc.Instrument):
+    """Records which tasks run.
+
+    Args:
+        own: the test's task, which does not count.
+    """
+
+    def __init__(self, own: trio.lowlevel.Task) -> None:
+        self._own = own
+        self.names: list[str] = []
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if task is not self._own and "Parent" not in task.name:
+            self.names.append(task.name)
+
+
+async def test_no_task_waits_for_the_answer(path: Path) -> None:
+    """One step carries out the command, and one receives the answer and sends the reply."""
+    async with kept_daemon(path) as (_, _):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            for _ in range(3):
+                value(await wire.call("add-fd", None, [pipe]))
+            await settle()
+            steps = _Steps(trio.lowlevel.current_task())
+            trio.lowlevel.add_instrument(steps)
+            value(await wire.call("add-fd", None, [pipe]))
+            trio.lowlevel.remove_instrument(steps)
+            assert 0 < len(steps.names) <= 2, steps.names
+
+
+async def test_a_client_that_ends_its_input(path: Path) -> None:
+    """It gets the reply that waits, and then the end."""
+    async with kept_daemon(path) as (_, parent):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            parent.stop()
+            wire.send(ADD, [pipe])
+            await settle()
+            wire.shut_write()
+            assert await silent(wire)
+            parent.go_on()
+            (reply,) = await wire.rest()
+            assert value(reply)["fdset-id"] == 0
+
+
+async def test_a_client_that_asks_more(path: Path) -> None:
+    """What it asks meanwhile is carried out once its first reply is out, in order."""
+    async with kept_daemon(path) as (_, parent):
+        with await Wire.session(path) as wire, pipes(2) as made:
+            parent.stop()
+            wire.send(ADD, [made[0]])
+            await settle()
+            wire.send(ADD, [made[1]])
+            wire.send(request("query-fdsets") + REMOVE + request("query-fdsets"))
+            assert await silent(wire)
+            parent.go_on()
+            replies = [value(each) for each in await wire.replies(5)]
+            assert [each["fdset-id"] for each in replies[:2]] == [0, 1]
+            assert [each["fdset-id"] for each in replies[2]] == [1, 0]
+            assert replies[3] == {}
+            assert [each["fdset-id"] for each in replies[4]] == [1]
+
+
+async def test_quit_behind_a_change(path: Path) -> None:
+    async with kept_daemon(path) as (_, parent):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            parent.stop()
+            wire.send(ADD + request("quit"), [pipe])
+            assert await silent(wire)
+            parent.go_on()
+            first, second = map(value, await wire.rest())
+            assert first["fdset-id"] == 0
+            assert second == {}
+
+
+async def test_the_daemon_ends_meanwhile(path: Path) -> None:
+    """Whoever waits for a reply gets it."""
+    async with kept_daemon(path) as (server, parent):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            parent.stop()
+            wire.send(ADD, [pipe])
+            await settle()
+            server.stop()
+            assert await silent(wire)
+            parent.go_on()
+            (reply,) = await wire.rest()
+            assert value(reply)["fdset-id"] == 0
+
+
+async def test_nobody_is_idle_who_waits_for_a_reply(path: Path) -> None:
+    async with kept_daemon(path, limits=Limits(idle_timeout=1)) as (server, parent):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            parent.stop()
+            wire.send(ADD, [pipe])
+            await settle()
+            (session,) = server.sessions
+            for seconds in (10, 20):  # the first time, it has just asked something
+                session.evict_if_idle(trio.current_time() + seconds)
+            assert await silent(wire)
+            parent.go_on()
+            value(await wire.reply())
+            await settle()
+            session.evict_if_idle(trio.current_time() + 30)
+            (farewell,) = await wire.rest()
+            assert "Idle" in farewell["error"]["desc"]
+
+
+async def test_what_the_parent_had_no_room_for(path: Path) -> None:
+    """It is sent again until the parent has it, and only then is it told to be safe."""
+    async with kept_daemon(path) as (_, parent):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            before = len(parent.kept)
+            parent.stop()
+            parent.lose = 2
+            wire.send(ADD, [pipe])
+            pipe.release()
+            await settle()
+            parent.turn()  # it says that it has lost it
+            assert not parent.lost & parent.kept.keys()
+            assert await silent(wire)
+            parent.go_on()
+            info = value(await wire.reply())
+            assert parent.lose == 0
+            assert parent.lost <= parent.kept.keys()
+            assert len(parent.kept) == before + 1
+            assert pipe.held()
+            value(await wire.call("remove-fd", {"fdset-id": info["fdset-id"]}))
+            assert len(parent.kept) == before
+            assert not pipe.held()
+
+
+async def test_removed_before_the_parent_says_that_it_is_lost(path: Path) -> None:
+    """It is not sent again."""
+    async with kept_daemon(path) as (_, parent):
+        with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
+            before = set(parent.kept)
+            parent.stop()
+            parent.lose = 1
+            wire.send(ADD, [pipe])
+            pipe.release()
+            await settle()
+            other.send(REMOVE)
+            await settle()
+            parent.go_on()
+            assert value(await wire.reply())["fdset-id"] == 0
+            assert value(await other.reply()) == {}
+            assert parent.lost
+            assert set(parent.kept) == before
+            assert not pipe.held()
