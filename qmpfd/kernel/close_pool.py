@@ -22,7 +22,7 @@ from collections.abc import Callable, Container, Hashable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from .fd import Fd, is_in_memory, unread_bytes
+from .fd import Fd, FileDescriptorLike, fileno, is_in_memory, unread_bytes
 from .fdinfo import make_statx
 from .mounts import LocalFileSystems
 
@@ -147,6 +147,7 @@ class ClosePool:
         self.pending_by_uid: dict[int | None, int] = {}
         self._when_idle: list[Callable[[], object]] = []
         self._after: dict[Fd, threading.Event] = {}
+        self._quick: set[Fd] = set()  # known not to block; their close comes next
         self._status = make_statx()
         try:
             self._file_systems: LocalFileSystems | None = LocalFileSystems()
@@ -192,6 +193,10 @@ class ClosePool:
             number = fd.number
             if number < 0:
                 continue
+            if fd in self._quick:
+                self._quick.discard(fd)
+                fd.close()
+                continue
             try:
                 risk = self.risk(number)
             except OSError:  # out of descriptors, or a name that is too long
@@ -201,6 +206,18 @@ class ClosePool:
             else:
                 deferred.append((risk, fd))
         return self._close_in_threads(deferred, uid) if deferred else None
+
+    def may_block(self, fd: FileDescriptorLike) -> bool:
+        """Whether the close of a descriptor may take long, of this one or of a duplicate.  Where it
+        cannot, the next :meth:`close` does not find out once more.
+        """
+        try:
+            risk = self.risk(fileno(fd))
+        except OSError:
+            return True
+        if risk is _NO_RISK and isinstance(fd, Fd):
+            self._quick.add(fd)
+        return risk is Risk.HIGH
 
     def close_after(self, fd: Fd, closed: threading.Event) -> None:
         """Close *fd*, once that is asked for, after another process has closed its duplicate.

@@ -236,18 +236,12 @@ class DaemonServer(Server):
         """
         while True:
             others = [session for session in self.sessions if session is not newcomer]
-            if self._is_accepting_nobody and all(session.is_quiescent for session in others):
+            if self._acceptor.is_quiescent and all(session.is_quiescent for session in others):
                 with suppress(trio.WouldBlock):
                     self.lock.acquire_nowait()
                     return others
             # They come to rest within a few passes of the loop, and there is nothing else to do.
             await trio.sleep(_REST_POLL)
-
-    @property
-    def _is_accepting_nobody(self) -> bool:
-        """Whether no client is accepted and not served yet."""
-        waiting = any(listener.has_accepted for listener in self.listeners)
-        return self._acceptor.is_quiescent and not waiting
 
     def release_all(self, quick: Container[Fd]) -> None:
         """A successor has taken over: let go of everything, without a word to anybody, and end.
@@ -357,14 +351,15 @@ class DaemonServer(Server):
         except QMPError as exc:
             newcomer.refuse_takeover(exc)
 
-    async def bind_lost_sockets(self) -> None:
+    def bind_lost_sockets(self) -> None:
         """Listen anew at each path whose socket file is gone; clients that had connected by the old
-        one are served.  While a takeover is under way, wait until it has failed: the successor is
-        told of the sockets as they are.
+        one are served.
         """
-        await self.lifecycle.wait_for(State.RUNNING)
+        if self.lifecycle.state is not State.RUNNING:
+            return
         for listener in self.listeners:
             if listener.is_lost:
+                self._acceptor.accept_backlog(listener, self.daemon.limits.max_connections)
                 try:
                     listener.bind_again()
                 except OSError as exc:

@@ -6,12 +6,16 @@ until that is in the fd store, both are written, so either is right.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 
+import trio
+
+from ...fdsets import StoredFd
 from ...kernel.fd import Fd
 from ...limits import MIN_JOURNAL_BYTES
 from .barrier_link import BarrierLink
-from .journal import FRAME_BYTES, Journal, Record, encoded, frame_encoded
+from .journal import FRAME_BYTES, Added, Journal, Record, encoded, frame_encoded
 from .names import journal_name
 
 #: Bytes that are reserved for what is neither added nor removed: listeners, a takeover.
@@ -121,3 +125,20 @@ class JournalWriter:
         """What they are called in the fd store."""
         first = self.generation - len(self._journals) + 1
         return [journal_name(number) for number in range(first, self.generation + 1)]
+
+
+def added_record(name: str, fdset_id: int, stored: StoredFd) -> Added:
+    """The record of a stored descriptor that is kept as *name*."""
+    lifetime = stored.lifetime
+    offset = time.monotonic() - trio.current_time()
+    expires = lifetime.expires_at
+    return Added(
+        name,
+        fdset_id,
+        stored.fd.fileno(),
+        stored.opaque,
+        stored.added_by,
+        stored.added_at + offset,
+        None if expires is None else expires + offset,
+        lifetime.watch_hangup,
+    )

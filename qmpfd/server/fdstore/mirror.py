@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from enum import Enum, auto
 from functools import partial
 from typing import NamedTuple
 
@@ -26,18 +25,17 @@ import trio
 
 from ...errors import GenericError
 from ...fdsets import FdSet, FdSets, StoredFd
-from ...kernel.close_pool import ClosePool, Risk
+from ...kernel.close_pool import ClosePool
 from ...kernel.fd import Fd, InFlightProbe
 from ...kernel.file_descriptions import Descriptions
 from ...kernel.systemd import Notifier, invocation_id
-from ...limits import JOURNAL_FORMAT, KEEPER_SPARE, MAX_PROBES
+from ...limits import JOURNAL_FORMAT, KEEPER_SPARE
 from ..listen.listener import UnixListener
 from ..saved_state import SavedListener
 from .barrier_link import BarrierLink
 from .journal import (
     RECORD_BYTES,
     REMOVAL_BYTES,
-    Added,
     Confirmed,
     HandedOver,
     ListenerAdded,
@@ -46,10 +44,11 @@ from .journal import (
     Removed,
     SnapshotHeader,
 )
-from .journal_writer import JournalWriter
-from .names import PREVIOUS, Names, is_pipe, probe_name, sentinel_name
+from .journal_writer import JournalWriter, added_record
+from .kept import KeptFds
+from .names import PREVIOUS, Names, is_pipe
 from .recover import Holdings
-from .sentinel import Sentinel
+from .sentinel import Evidence
 
 _log = logging.getLogger("qmpfd")
 
@@ -60,17 +59,25 @@ _DROPPED = (
 )
 
 
-@dataclass(slots=True, eq=False)
-class _Mirrored:
-    """A descriptor in the fd store.
+class State(Enum):
+    """What becomes of what is stored."""
 
-    Args:
-        name: what it is called there.
-        numbers: the stored descriptors here that rest on it: all of one open file description.
-    """
+    KEPT = auto()  #: it is kept
+    DISTRUSTED = auto()  #: it may not be: no more is sent, but what is removed is removed there too
+    OVER = auto()  #: nobody is there to keep it
 
-    name: str
-    numbers: dict[int, None]
+
+class _Event(Enum):
+    DROPPED = auto()  # the service manager does not keep what it is sent
+    END = auto()  # the link has ended
+
+
+#: An event that is not here changes nothing.
+_TRANSITIONS = {
+    (State.KEPT, _Event.DROPPED): State.DISTRUSTED,
+    (State.KEPT, _Event.END): State.OVER,
+    (State.DISTRUSTED, _Event.END): State.OVER,
+}
 
 
 class FdStoreConfig(NamedTuple):
@@ -103,12 +110,9 @@ class FdStoreMirror:
         self._closer = closer
         self._size = keeping.size
         self._capacity = min(keeping.size - KEEPER_SPARE, Names.MOST)
-        self._sentinel: Sentinel | None = None
-        self._sentinel_name = ""
-        self._distrusted = False  # the service manager does not keep what it is sent
-        self._descriptions = keeping.descriptions
-        self._names = Names()
-        self._mirrored: dict[int, _Mirrored] = {}
+        self._state = State.KEPT
+        self._evidence: Evidence | None = None  # where it is a service manager
+        self._kept = KeptFds(keeping.descriptions)
         self._listeners: dict[int, SavedListener] = {}  # by number
         self._store = FdSets()
         self._previous: str | None = None
@@ -118,15 +122,16 @@ class FdStoreMirror:
     @property
     def is_over(self) -> bool:
         """Whether nothing more is kept, and what was kept may be lost."""
-        return self._link.is_over or self._distrusted
+        return self._state is not State.KEPT
+
+    def _handle(self, event: _Event) -> None:
+        self._state = _TRANSITIONS.get((self._state, event), self._state)
 
     def _distrust(self, reason: str) -> None:
-        """Say that what is sent is not kept.  What is removed is still removed there as well: it
-        may be there after all.
-        """
-        if not self._distrusted:
-            self._distrusted = True
+        """Say that what is sent is not kept."""
+        if self._state is State.KEPT:
             _log.error("%s; no more can be added", reason)
+        self._handle(_Event.DROPPED)
 
     # -- what the commands see -----------------------------------------------------------------
 
@@ -144,7 +149,7 @@ class FdStoreMirror:
                 if self._is_parent
                 else "The file descriptor cannot be kept safe: the service manager does not keep it"
             )
-        if len(self._names) + count > self._capacity:
+        if self._kept.names + count > self._capacity:
             raise GenericError(
                 f"Too many file descriptors: the limit of those kept safe is {self._capacity}"
             )
@@ -157,7 +162,7 @@ class FdStoreMirror:
         # Of each that is there, the removal can be written too.
         size = count * (4 * len(opaque or "") + RECORD_BYTES)
         try:
-            self._journals.reserve(size, (len(self._mirrored) + count) * REMOVAL_BYTES)
+            self._journals.reserve(size, (len(self._kept) + count) * REMOVAL_BYTES)
         except OSError as exc:
             raise GenericError(f"The file descriptor cannot be kept safe: {exc.strerror}") from None
 
@@ -166,68 +171,29 @@ class FdStoreMirror:
         if self.is_over or stored.lifetime.owner is not None:
             return
         self._keep(stored.fd.fileno(), stored.fd)
-        self._journals.note(self._record(fdset.id, stored))
+        self._journals.note(added_record(self._kept.name(stored.fd.fileno()), fdset.id, stored))
 
     def removed(self, stored: StoredFd) -> None:
         """A descriptor was taken out of the store; it is still open."""
         number = stored.fd.fileno()
-        kept = self._mirrored.pop(number, None)
-        if kept is None or self._link.is_over:
+        if self._state is State.OVER or number not in self._kept:
             return
         self._journals.note(Removed(number))
-        del kept.numbers[number]
-        others = next(iter(kept.numbers), None)
-        if self._descriptions is not None:
-            self._descriptions.replace(number, others)
-        if others is None:
-            self._remove(kept.name, stored.fd)
-            self._link.on_synced(partial(self._names.free, kept.name))
-
-    def _remove(self, name: str, fd: Fd) -> None:
-        """Have what is kept under *name* closed there.  A service manager closes in a thread
-        anyway; the parent has to be told if the close may block, and *fd* is closed after it.
-        """
-        if self._may_block(fd.fileno()):
-            self._closer.close_after(fd, self._link.remove_slowly(name))
-        else:
-            self._link.remove(name)
-
-    def _may_block(self, number: int) -> bool:
-        """Whether the parent's close may block."""
-        try:
-            return self._is_parent and self._closer.risk(number) is Risk.HIGH
-        except OSError:
-            return True
+        name = self._kept.discard(number)
+        if name is not None:
+            # A service manager closes in a thread anyway; the parent has to be told if the close
+            # may block, and the descriptor is closed here after it was closed there.
+            if self._is_parent and self._closer.may_block(stored.fd):
+                self._closer.close_after(stored.fd, self._link.remove_slowly(name))
+            else:
+                self._link.remove(name)
+            self._link.on_synced(partial(self._kept.free, name))
 
     def _keep(self, number: int, fd: Fd | int, name: str | None = None) -> None:
         """Have a descriptor kept: under *name*, where it is already, or a new one."""
-        descriptions = self._descriptions
-        if descriptions is not None:
-            same = descriptions.find(number)
-            if same is not None:
-                kept = self._mirrored[number] = self._mirrored[same]
-                kept.numbers[number] = None
-                return
-            descriptions.add(number)
-        if name is None:
-            name = self._names.take()
+        name = self._kept.add(number, name)
+        if name is not None:
             self._link.store(name, fd)
-        self._mirrored[number] = _Mirrored(name, {number: None})
-
-    def _record(self, fdset_id: int, stored: StoredFd) -> Added:
-        number, lifetime = stored.fd.fileno(), stored.lifetime
-        offset = time.monotonic() - trio.current_time()
-        expires = lifetime.expires_at
-        return Added(
-            self._mirrored[number].name,
-            fdset_id,
-            number,
-            stored.opaque,
-            stored.added_by,
-            stored.added_at + offset,
-            None if expires is None else expires + offset,
-            lifetime.watch_hangup,
-        )
 
     # -- waiting until it is safe --------------------------------------------------------------
 
@@ -263,11 +229,11 @@ class FdStoreMirror:
     def _snapshot(self, generation: int) -> Iterator[Record]:
         yield SnapshotHeader(JOURNAL_FORMAT, generation, self._previous)
         for number, listener in self._listeners.items():
-            yield ListenerAdded(self._mirrored[number].name, listener)
+            yield ListenerAdded(self._kept.name(number), listener)
         for fdset in self._store:
             for number, stored in fdset.fds.items():
-                if number in self._mirrored:
-                    yield self._record(fdset.id, stored)
+                if number in self._kept:
+                    yield added_record(self._kept.name(number), fdset.id, stored)
 
     def _write(self) -> None:
         self._journals.write()
@@ -280,7 +246,7 @@ class FdStoreMirror:
     @property
     def journal(self) -> Fd | None:
         """The journal, for a successor: it tells whether the takeover was done."""
-        return None if self._link.is_over else self._journals.fd
+        return None if self._state is State.OVER else self._journals.fd
 
     # -- its life ------------------------------------------------------------------------------
 
@@ -290,55 +256,18 @@ class FdStoreMirror:
         async with trio.open_nursery() as nursery, self._link.running():
             self._nursery = nursery
             yield
-            self._close_sentinel()
             nursery.cancel_scope.cancel()
 
-    async def _watch(self, sentinel: Sentinel) -> None:
-        """Find out when the service manager drops what it was sent: the oldest first."""
-        with suppress(trio.ClosedResourceError):
-            await sentinel.wait_dropped()
-            self._distrust(_DROPPED)
-
-    def _close_sentinel(self) -> None:
-        if self._sentinel is not None:
-            self._sentinel.close()
-
-    async def _is_stored(self) -> bool:
-        """Whether the service manager has stored all that it was sent: the last of it, and the
-        first.
-        """
-        assert self._sentinel is not None
-        last = Sentinel()
-        self._link.store(probe_name(0), last.writer)
-        await self.sync()
-        self._sentinel.sent()
-        last.sent()
-        stored = last.is_stored and self._sentinel.is_stored
-        self._link.remove(probe_name(0))
-        last.close()
-        return stored
-
-    async def _probe(self, taken: int) -> None:
+    async def _find_size(self, evidence: Evidence, taken: int) -> None:
         """Find out whether the service manager takes as many descriptors as $FDSTORE says.
 
         Args:
+            evidence: tells.
             taken: how many it has.
         """
-        probes: list[Sentinel] = []
-        with suppress(OSError):  # out of descriptors: fewer are tried
-            for number in range(min(self._size - taken, MAX_PROBES)):
-                probes.append(Sentinel())
-                self._link.store(probe_name(number), probes[-1].writer)
-        await self.sync()
-        for probe in probes:
-            probe.sent()
-        stored = sum(probe.is_stored for probe in probes)
-        for number, probe in enumerate(probes):
-            self._link.remove(probe_name(number))
-            probe.close()
-        await self.sync()
-        if stored < len(probes):
-            self._size = taken + stored
+        room = await evidence.count_room(self._size - taken)
+        if room is not None:
+            self._size = taken + room
             self._capacity = min(self._capacity, self._size - KEEPER_SPARE)
             _log.warning(
                 "the service manager keeps %d descriptors, fewer than $FDSTORE says: more cannot "
@@ -368,8 +297,7 @@ class FdStoreMirror:
         """
         self._store = store
         self._journals.generation = holdings.generation
-        for name in {*holdings.names.values(), *holdings.others}:
-            self._names.claim(name)
+        self._kept.claim({*holdings.names.values(), *holdings.others})
         if not holdings.valid:  # before anything new could have the same names
             self._remove_names(holdings.others)
         if previous is not None:  # before all that it is about
@@ -382,13 +310,12 @@ class FdStoreMirror:
                     self._keep(number, stored.fd, holdings.names.get(number))
         for listener in listeners:
             number = listener.socket.fileno()
-            if number in holdings.names or len(self._names) < self._capacity:  # it can be made anew
+            if number in holdings.names or self._kept.names < self._capacity:  # it can be made anew
                 self._keep(number, number, holdings.names.get(number))
                 self._listeners[number] = listener.saved
-                listener.on_replaced = partial(self._listener_replaced, listener)
-        if len(self._names) > self._capacity:
+        if self._kept.names > self._capacity:
             too_many = (
-                f"{len(self._names)} descriptors are more than the {self._capacity} that can be "
+                f"{self._kept.names} descriptors are more than the {self._capacity} that can be "
                 "kept safe"
             )
             if previous is not None:  # whose the descriptors are goes on
@@ -397,49 +324,30 @@ class FdStoreMirror:
             self._distrust(too_many)
         self._remove_names(filter(is_pipe, holdings.others))  # the journal needs the place
         if not self._is_parent:
-            self._sentinel = Sentinel()
-            self._sentinel_name = sentinel_name(holdings.generation + 1)
-            self._link.store(self._sentinel_name, self._sentinel.writer)
+            self._evidence = Evidence(self._link, holdings.generation + 1)
         # The journal comes last: without it, the others count for nothing.
         self._journals.begin()
         if previous is None:
             self._name_files(self._listeners.values())
         self._link.open()
-        if not (self._is_parent or await self._is_stored()):
+        if self._evidence is not None and not await self._evidence.is_stored():
             self._distrust(_DROPPED)
         await self.sync()
         if self.is_over:  # remove nothing: what is there may be all there is
             return
         if holdings.valid:
             self._remove_names(name for name in holdings.others if not is_pipe(name))
-        used = {kept.name for kept in self._mirrored.values()}
-        self._remove_names(set(holdings.names.values()) - used)
+        self._remove_names(set(holdings.names.values()) - self._kept.by_name().keys())
         await self.sync()
-        if self._sentinel is not None:
-            self._nursery.start_soon(self._watch, self._sentinel)
-            await self._probe(len(self._names) + 2 + (previous is not None))
-
-    def _listener_replaced(self, listener: UnixListener) -> None:
-        """There is another socket behind the listener's number, and another file at its path."""
-        number = listener.socket.fileno()
-        if self._link.is_over or number not in self._listeners:
-            return
-        former = self._mirrored.pop(number)
-        del former.numbers[number]
-        if self._descriptions is not None:
-            self._descriptions.forget_number(number, next(iter(former.numbers), None))
-        self._keep(number, number)
-        self._listeners[number] = listener.saved
-        self._journals.note(ListenerRemoved(former.name))
-        if not former.numbers:
-            self._remove_names([former.name])
-        self._name_files(self._listeners.values())
-        self._note(ListenerAdded(self._mirrored[number].name, listener.saved))
+        if self._evidence is not None:
+            self._nursery.start_soon(self._evidence.watch, partial(self._distrust, _DROPPED))
+            taken = self._kept.names + 2 + (previous is not None)
+            await self._find_size(self._evidence, taken)
 
     def _remove_names(self, names: Iterable[str]) -> None:
         for name in names:
             self._link.remove(name)
-            self._link.on_synced(partial(self._names.free, name))
+            self._link.on_synced(partial(self._kept.free, name))
 
     @property
     def is_ours(self) -> bool:
@@ -460,50 +368,49 @@ class FdStoreMirror:
 
     def _name_files(self, listeners: Iterable[SavedListener]) -> None:
         """Tell the parent which socket files to remove where this process cannot do it any more."""
-        if self._is_parent and not self._link.is_over:
+        if self._is_parent and self._state is not State.OVER:
             files = [(*each.file, each.path.hex()) for each in listeners if each.file and each.path]
             lines = [f"QMPFD_SOCKET={device}:{inode}:{path}" for device, inode, path in files]
             self._link.tell("\n".join(lines or ["QMPFD_SOCKET="]))
 
     def release_all(self) -> None:
-        """What is kept is to be let go, also if we die this moment; note no more changes."""
-        self._note(HandedOver(True))
-        self._forget()
-        self._mirrored.clear()
+        """What is kept is to be let go, also if we die this moment; note no more changes.  The
+        journal is closed last: it says that the rest is nobody's.
+        """
+        if self._state is State.OVER:
+            return
+        self._journals.note(HandedOver(True))
+        if self._evidence is not None:
+            self._evidence.forget()
+        for name, number in self._kept.by_name().items():
+            if self._is_parent and self._closer.may_block(number):
+                self._link.remove_slowly(name)
+            else:
+                self._link.remove(name)
+        self._kept.clear()
+        self._journals.forget()
+        self._link.push()
 
     def finish(self) -> None:
         """The daemon ends.  What is stored stays with a service manager, which may start another
         daemon; the listening sockets do not.
         """
         for number in self._listeners:
-            if not self._link.is_over:
-                kept = self._mirrored[number]
-                del kept.numbers[number]
-                self._note(ListenerRemoved(kept.name), None if kept.numbers else kept.name)
+            if number in self._kept:
+                name = self._kept.name(number)
+                self._note(ListenerRemoved(name), None if self._kept.is_shared(number) else name)
         self._listeners.clear()
 
     def _note(self, record: Record, removed: str | None = None) -> None:
-        if not self._link.is_over:
+        if self._state is not State.OVER:
             self._journals.note(record)
             if removed is not None:
                 self._link.remove(removed)
             self._link.push()
 
-    def _forget(self) -> None:
-        """Have all of it closed there, the journal last: it says that the rest is nobody's."""
-        if not self._link.is_over:
-            self._close_sentinel()
-            if self._sentinel_name:
-                self._link.remove(self._sentinel_name)
-            for kept in set(self._mirrored.values()):
-                if self._may_block(next(iter(kept.numbers))):
-                    self._link.remove_slowly(kept.name)
-                else:
-                    self._link.remove(kept.name)
-            self._journals.forget()
-            self._link.push()
-
     def _ended(self) -> None:
-        self._close_sentinel()
-        self._mirrored.clear()
+        self._handle(_Event.END)
+        if self._evidence is not None:
+            self._evidence.close()
+        self._kept.clear()
         self._journals.close()

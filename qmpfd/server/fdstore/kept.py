@@ -1,0 +1,103 @@
+"""Which descriptors are kept under which names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ...kernel.file_descriptions import Descriptions
+from .names import Names
+
+
+class KeptFds:
+    """The descriptors in the fd store, by their numbers here, and the names that are in use there.
+
+    Args:
+        descriptions: where the fd store keeps one descriptor of each open file description only,
+            what tells which are of the same; None where it keeps all.
+    """
+
+    def __init__(self, descriptions: Descriptions | None) -> None:
+        self._descriptions = descriptions
+        self._names = Names()
+        self._by_number: dict[int, str] = {}
+        # The numbers that rest on a name: all of one open file description.
+        self._resting: dict[str, dict[int, None]] = {}
+
+    @property
+    def names(self) -> int:
+        """How many names are in use, those included that are being removed."""
+        return len(self._names)
+
+    def __len__(self) -> int:
+        """How many descriptors are kept."""
+        return len(self._by_number)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._by_number
+
+    def name(self, number: int) -> str:
+        """What the descriptor of that number is kept as."""
+        return self._by_number[number]
+
+    def is_shared(self, number: int) -> bool:
+        """Whether others rest on the same name."""
+        return len(self._resting.get(self._by_number[number], ())) > 1
+
+    def by_name(self) -> dict[str, int]:
+        """One number of each name that something rests on."""
+        return {name: number for number, name in self._by_number.items()}
+
+    def claim(self, names: Iterable[str]) -> None:
+        """These names are in use: something of a predecessor is kept under them."""
+        for name in names:
+            self._names.claim(name)
+
+    def add(self, number: int, name: str | None = None) -> str | None:
+        """A descriptor is kept from here on.
+
+        Args:
+            number: of the descriptor.
+            name: what it is kept as already, if it is.
+
+        Returns:
+            The name to send it under; None where it is there.
+        """
+        descriptions = self._descriptions
+        if descriptions is not None:
+            same = descriptions.find(number)
+            if same is not None:
+                shared = self._by_number[number] = self._by_number[same]
+                self._resting[shared][number] = None
+                return None
+            descriptions.add(number)
+        new = None
+        if name is None:
+            name = new = self._names.take()
+        self._by_number[number] = name
+        if descriptions is not None:
+            self._resting[name] = {number: None}
+        return new
+
+    def discard(self, number: int) -> str | None:
+        """A descriptor is kept no longer: the name to remove, in use until :meth:`free`; None where
+        others rest on it.
+        """
+        name = self._by_number.pop(number)
+        if self._descriptions is not None:
+            resting = self._resting[name]
+            del resting[number]
+            other = next(iter(resting), None)
+            self._descriptions.replace(number, other)
+            if other is not None:
+                return None
+            del self._resting[name]
+        return name
+
+    def free(self, name: str) -> None:
+        """Nothing is kept under *name* any more."""
+        self._names.free(name)
+
+    def clear(self) -> None:
+        """Nothing is kept any more."""
+        self._by_number.clear()
+        self._resting.clear()
