@@ -19,7 +19,7 @@ from qmpfd.cli.main import _VERBS, _parser
 from qmpfd.cli.output import print_table
 from qmpfd.client.blocking import BlockingClient
 
-DONE, REFUSED, USAGE, NO_DAEMON = range(4)
+from .command import NO_DAEMON, REFUSED, USAGE, run
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -101,18 +101,16 @@ def test_without_a_verb(capfd: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_refusal_says_what_to_do(words: list[str], advice: str, path: Path) -> None:
-    command = [sys.executable, "-m", "qmpfd", words[0], "--socket", str(path), *words[1:]]
     with daemon_process(path):
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        ran = run(words[0], "--socket", str(path), *words[1:])
     assert ran.returncode in (REFUSED, USAGE, NO_DAEMON)
     assert advice in ran.stderr
     assert ran.stderr.count("\n") == 1
 
 
 def test_two_daemons_on_one_socket(path: Path) -> None:
-    command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path)]
     with daemon_process(path):
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        ran = run("serve", "--socket", str(path))
     assert ran.returncode == USAGE
     assert "already listening (qmpfd status shows it" in ran.stderr
 

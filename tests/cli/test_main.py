@@ -21,7 +21,8 @@ from helpers import PATIENCE, ROOT, Pipe, daemon_process, daemon_thread
 
 from qmpfd.cli import main
 
-DONE, REFUSED, USAGE, NO_DAEMON = range(4)
+from .command import DONE, NO_DAEMON, REFUSED, USAGE, run
+
 SHORT = ("--timeout", "0.2")
 
 
@@ -69,12 +70,6 @@ class Cli:
 @pytest.fixture
 def cli(path: Path, capfd: pytest.CaptureFixture[str]) -> Cli:
     return Cli(path, capfd)
-
-
-@pytest.fixture
-def running(path: Path) -> Iterator[None]:
-    with daemon_thread(path):
-        yield
 
 
 @pytest.fixture
@@ -347,15 +342,7 @@ def test_default_socket(path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -
 def _run(
     path: Path, *words: str, status: int = DONE, pass_fds: Sequence[int] = ()
 ) -> tuple[str, str]:
-    ran = subprocess.run(
-        [sys.executable, "-m", "qmpfd", *words, "--socket", os.fspath(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-        pass_fds=pass_fds,
-    )
+    ran = run(*words, "--socket", os.fspath(path), pass_fds=pass_fds)
     assert ran.returncode == status, ran
     return ran.stdout, ran.stderr
 

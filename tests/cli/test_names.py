@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,7 @@ from helpers import PATIENCE, ROOT, Pipe, daemon_thread
 import qmpfd
 from qmpfd.client.blocking import BlockingClient
 
-from .test_handout import ENV, SHOW, Cli, shown
-
-DONE, REFUSED, USAGE, NO_DAEMON = range(4)
-
-
-@pytest.fixture
-def cli(path: Path) -> Iterator[Cli]:
-    with daemon_thread(path):
-        yield Cli(path)
+from .command import DONE, ENV, NO_DAEMON, REFUSED, SHOW, USAGE, Cli, run, shown
 
 
 @pytest.fixture
@@ -331,13 +322,7 @@ def test_options_before_the_verb(cli: Cli) -> None:
         ["--socket", str(cli.path), "--json", "ls"],
         [f"--socket={cli.path}", "--timeout", "5", "ls", "--json"],
     ):
-        ran = subprocess.run(
-            [sys.executable, "-m", "qmpfd", *words],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        ran = run(*words)
         assert (ran.returncode, ran.stdout) == (DONE, "[]\n"), ran
 
 

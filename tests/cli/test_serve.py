@@ -16,21 +16,12 @@ from helpers import PATIENCE, ROOT, Pipe, Wire, daemon_process, pipes, value
 
 from qmpfd.cli import main
 
-USAGE = 2
+from .command import USAGE, run
 
 
 def _fails(*words: str, pass_fds: Sequence[int] = (), env: dict[str, str] | None = None) -> str:
     """What a daemon says that does not start: one line."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "qmpfd", "serve", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-        pass_fds=pass_fds,
-        env={**os.environ, **(env or {})},
-    )
+    ran = run("serve", *words, pass_fds=pass_fds, env={**os.environ, **(env or {})})
     assert (ran.returncode, ran.stdout) == (USAGE, ""), ran
     assert re.fullmatch(r"qmpfd[^\n]*: [^\n]+\n", ran.stderr), ran.stderr
     return ran.stderr

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PATIENCE, ROOT, daemon_thread
+from helpers import PATIENCE, ROOT
 from installed import QEMU, need
 
 from qmpfd.cli import main
@@ -26,7 +26,8 @@ from qmpfd.commands import TABLE
 from qmpfd.commands.schema import schema
 from qmpfd.errors import GenericError
 
-DONE, REFUSED, USAGE, NO_DAEMON = range(4)
+from .command import DONE, NO_DAEMON, REFUSED, run
+
 SCHEMA = Schema(schema(TABLE))
 
 
@@ -161,26 +162,12 @@ def test_completion_of_files(tmp_path: Path) -> None:
 # -- as a script -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def running(path: Path) -> Iterator[None]:
-    with daemon_thread(path):
-        yield
-
-
 def shell(path: Path, *words_: str) -> list[str]:
     return [sys.executable, "-m", "qmpfd", "shell", "--socket", os.fspath(path), *words_]
 
 
 def script(path: Path, text: str, *words_: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        shell(path, *words_),
-        cwd=ROOT,
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    return run("shell", "--socket", os.fspath(path), *words_, input=text)
 
 
 @pytest.mark.usefixtures("running")

@@ -23,19 +23,12 @@ import qmpfd
 from qmpfd.cli.status import _peer_row, _print_peers
 from qmpfd.client.blocking import BlockingClient
 
-DONE, REFUSED, USAGE, NO_DAEMON = range(4)
+from .command import DONE, NO_DAEMON, REFUSED, run
 
 
 def status(path: Path, *words: str) -> tuple[int, str, str]:
     """Its exit status, standard output, standard error."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "qmpfd", "status", "--socket", os.fspath(path), *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    ran = run("status", "--socket", os.fspath(path), *words)
     assert ran.stderr.count("\n") == (ran.returncode != DONE), ran.stderr
     return ran.returncode, ran.stdout, ran.stderr
 

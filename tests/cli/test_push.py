@@ -1,0 +1,107 @@
+"""``qmpfd push``: stored descriptors go into another server, a real QEMU too."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conformance.peers import Wire as QemuWire
+from conformance.peers import start_qemu
+from helpers import PATIENCE, daemon_thread
+
+from qmpfd.client.blocking import BlockingClient
+
+from .command import NO_DAEMON, REFUSED, USAGE, Cli
+
+
+def test_push(cli: Cli, file: Path, tmp_path: Path) -> None:
+    """All of a set, the oldest first, with their texts, and nothing is removed here."""
+    cli.add(file, os.O_WRONLY, 0, opaque="o\u20ac")
+    to = tmp_path / "other.sock"
+    with daemon_thread(to):
+        there = Cli(to)
+        out = cli.done("push", 0, "--to", to)
+        assert re.fullmatch(rf"fd set 0 of {to}: fd \d+, \d+, \d+\n", out)
+        described = json.loads(there.done("ls", "--long", "--json"))
+        assert [fd["access"] for fd in described] == ["rdonly", "rdwr", "wronly"]
+        assert {fd["target"] for fd in described} == {str(file)}
+        assert [fd.get("opaque") for fd in described] == [None, None, "o\u20ac"]
+        again = json.loads(cli.done("push", 0, "--to", to, "--fdset", 0, "--json"))
+        assert again["fdset-id"] == 0
+        assert [fd.get("opaque") for fd in again["fds"]] == [None, None, "o\u20ac"]
+        assert all(isinstance(fd["fd"], int) for fd in again["fds"])
+        [fdset] = json.loads(there.done("ls", "--json"))
+        assert fdset["fds"][3:] == [dict(sorted(fd.items())) for fd in again["fds"]]
+        assert len(json.loads(cli.done("ls", "--json"))[0]["fds"]) == 3
+
+
+def test_push_what_cannot_be(cli: Cli, file: Path, tmp_path: Path) -> None:
+    to = tmp_path / "other.sock"
+    with daemon_thread(to):
+        assert "'fdset-id:7' not found" in cli.fails(REFUSED, "push", 7, "--to", to)
+        assert "existing" in cli.fails(REFUSED, "push", 0, "--to", to, "--fdset", 7)
+        assert Cli(to).done("ls", "--json") == "[]\n"
+    assert str(to) in cli.fails(NO_DAEMON, "push", 0, "--to", to)
+    cli.fails(NO_DAEMON, "push", 0, "--to", file)
+    cli.fails(USAGE, "push", 0)
+    cli.fails(USAGE, "push", "x", "--to", to)
+    cli.fails(USAGE, "push", 0, "--to", to, "--fdset", "x")
+
+
+def qmp(wire: QemuWire, command: str, arguments: Any = None) -> Any:
+    """Carry out a command of a QEMU; what it returns."""
+    request = {"execute": command, **({"arguments": arguments} if arguments else {})}
+    [line] = wire.call(json.dumps(request).encode())
+    reply = json.loads(line)
+    assert "return" in reply, reply
+    return reply["return"]
+
+
+@pytest.mark.qemu
+def test_push_to_qemu(cli: Cli, tmp_path: Path) -> None:
+    """QEMU opens the image that it could not have named, to read and to write, and closes it."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(b"boot sector".ljust(1 << 20, b"\0"))
+    cli.add(image, os.O_RDONLY, opaque="rdonly:disk")
+    cli.add(image, os.O_RDWR, 0, opaque="rdwr:disk")
+    image.unlink()
+    # Who watches over the machine is connected all the time: QEMU up to 9.0 drops what nobody has
+    # opened when its last monitor connection ends.
+    with start_qemu(2) as qemu, qemu.session(1) as wire:
+        ran = cli("push", 0, "--to", qemu.paths[0], "--fdset", 5, "--json")
+        assert json.loads(ran.stdout)["fdset-id"] == 5
+        with BlockingClient(qemu.paths[0], PATIENCE) as sink:
+            version = sink.greeting["version"]["qemu"]
+        forgets = (version["major"], version["minor"]) <= (9, 0)
+        assert ("--hold stays connected" in ran.stderr) == forgets
+        [fdset] = qmp(wire, "query-fdsets")
+        assert fdset["fdset-id"] == 5
+        assert [fd["opaque"] for fd in fdset["fds"]] == ["rdonly:disk", "rdwr:disk"]
+        for read_only in (True, False):
+            node = {"driver": "file", "node-name": "disk", "filename": "/dev/fdset/5"}
+            qmp(wire, "blockdev-add", {**node, "read-only": read_only})
+            [block] = qmp(wire, "query-named-block-nodes")
+            assert (block["node-name"], block["ro"]) == ("disk", read_only)
+            assert block["image"]["virtual-size"] == 1 << 20
+            qmp(wire, "blockdev-del", {"node-name": "disk"})
+
+
+@pytest.mark.qemu
+def test_qemu_has_none_of_ours() -> None:
+    """What only qmpfd can do fails on a QEMU with its own words, and no traceback."""
+    with start_qemu(2) as qemu:
+        other = Cli(Path(qemu.paths[0]))
+        text = "CommandNotFound: The command open-fdset has not been found"
+        assert text in other.fails(REFUSED, "exec", "0", "--", "true")
+        assert text in other.fails(REFUSED, "push", 0, "--to", qemu.paths[1])
+        assert "watch-fdsets" in other.fails(REFUSED, "watch")
+        assert "query-fds" in other.fails(REFUSED, "ls", "--long")
+        assert "open-fdset" in other.fails(REFUSED, "exec", "@web", "--", "true")
+
+
+def test_nobody_there(path: Path) -> None:
+    Cli(path).fails(NO_DAEMON, "push", "0", "--to", "/nowhere")
