@@ -10,7 +10,7 @@ from typing import Any
 _HERE = Path(__file__).parent
 sys.path[:0] = [str(_HERE), str(_HERE.parent)]
 
-from qmpfd import __version__  # noqa: E402
+from qmpfd import __version__  # noqa: E402 - the line above finds it
 
 project = "qmpfd"
 author = "The qmpfd authors"

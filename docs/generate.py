@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
 import command_line  # noqa: E402 - it is in this folder
-import wire  # noqa: E402
+import wire  # noqa: E402 - likewise
 
 #: What a page can ask for.
 GENERATED = {

@@ -28,7 +28,7 @@ def lines(session: Session) -> Iterator[str]:
     An interrupt drops the line that is being typed.
     """
     try:
-        import prompt_toolkit  # noqa: F401
+        import prompt_toolkit  # noqa: F401 - whether it is installed
     except ImportError:
         return _with_readline(session)
     return _with_prompt_toolkit(session)

@@ -159,5 +159,5 @@ class Acceptor:
         """What goes wrong with one client costs that client only."""
         try:
             action()
-        except Exception:  # noqa: BLE001
+        except Exception:  # noqa: BLE001 - whatever it is, the others are served
             _log.exception("a client could not be served")
