@@ -112,12 +112,7 @@ def _exec(arguments: argparse.Namespace) -> int:
 
 
 def _places(targets: list[Target], listen_fds: bool) -> list[int]:
-    """The number at which CMD gets each descriptor.
-
-    Args:
-        targets: what it gets.
-        listen_fds: those without a number are to be in a row, from 3 on.
-    """
+    """The number at which CMD gets each descriptor; for LISTEN_FDS, in a row from 3 on."""
     taken = [each.at for each in targets if each.at is not None]
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if len(set(taken)) < len(taken):

@@ -14,11 +14,7 @@ _LAST = (9, 0)
 
 
 def forgets(client: BlockingClient) -> str | None:
-    """The version of a QEMU that forgets at disconnect, by its greeting; None for others.
-
-    Args:
-        client: the connection to the server.
-    """
+    """The version of a QEMU that forgets at disconnect, by its greeting; None for others."""
     version: Any = client.greeting.get("version")
     if not isinstance(version, dict) or str(version.get("package", "")).startswith("qmpfd "):
         return None
@@ -32,13 +28,7 @@ def forgets(client: BlockingClient) -> str | None:
 
 
 def warn_of_forgetting(client: BlockingClient, stays: bool, advice: str = "") -> None:
-    """Say on standard error that what was just added will be gone.
-
-    Args:
-        client: the connection to the server.
-        stays: whether this command stays connected.
-        advice: what to do about it.
-    """
+    """Say on standard error that what was just added will be gone."""
     version = forgets(client)
     if version is not None and not stays:
         advice = advice or "keep another QMP client connected until it is in use"
@@ -50,11 +40,7 @@ def warn_of_forgetting(client: BlockingClient, stays: bool, advice: str = "") ->
 
 
 def stay_connected(client: BlockingClient) -> None:
-    """Return when the server has closed the connection.
-
-    Args:
-        client: the connection to the server.
-    """
+    """Return when the server has closed the connection."""
     poll = select.poll()
     poll.register(client, select.POLLIN)
     try:

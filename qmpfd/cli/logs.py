@@ -136,12 +136,7 @@ def _text_formatter(stream: TextIO) -> _TextFormatter:
 
 
 def set_up(form: str, level: str) -> None:
-    """Log to standard error.
-
-    Args:
-        form: ``text`` or ``json``.
-        level: ``debug``, ``info``, ``warning`` or ``error``.
-    """
+    """Log to standard error, as ``text`` or ``json``."""
     handler = _Handler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if form == "json" else _text_formatter(sys.stderr))
     log = logging.getLogger("qmpfd")

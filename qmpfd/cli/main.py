@@ -83,9 +83,6 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Args:
-        argv: the arguments; the process's own by default.
-
     Returns:
         The exit status: 0 done, 1 the daemon refused, 2 usage, 3 no daemon.
     """

@@ -24,10 +24,6 @@ _OPEN_ADVICE = {
 def open_file(path: str, flags: int) -> Fd:
     """Open *path* without waiting for anybody, as a FIFO would for its other end.
 
-    Args:
-        path: the file.
-        flags: those of open(2).
-
     Raises:
         UsageError: it cannot be opened.
     """

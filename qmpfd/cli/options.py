@@ -17,11 +17,7 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class Formatter(argparse.HelpFormatter):
-    """Leaves text of several lines as it is: the examples at the end of a help.
-
-    Args:
-        prog: what the program is called.
-    """
+    """Leaves text of several lines as it is: the examples at the end of a help."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=terminal_width() - 2)
@@ -147,12 +143,7 @@ def seconds(text: str) -> float:
 
 
 def add_client_options(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
-    """``--socket``, ``--timeout`` and ``--json``, which the verbs that ask a daemon have.
-
-    Args:
-        parser: the verb's.
-        json: whether it prints anything that could be JSON.
-    """
+    """``--socket``, ``--timeout`` and, for a verb that prints what could be JSON, ``--json``."""
     parser.add_argument(
         "--socket",
         type=socket_path,

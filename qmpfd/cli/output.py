@@ -21,9 +21,6 @@ def print_json(value: Any) -> None:
 def print_result(text: str) -> None:
     """Print what a verb has done.  Where that fails, it was done all the same: see
     :data:`unprinted`.
-
-    Args:
-        text: what it has done.
     """
     global unprinted  # noqa: PLW0603 - for the one place that reports a failed print
     unprinted = text

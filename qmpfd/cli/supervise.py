@@ -32,11 +32,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def has_store(size: int) -> bool:
-    """Whether the service manager keeps descriptors for us.
-
-    Args:
-        size: how many, as it says.
-    """
+    """Whether the service manager keeps descriptors for us."""
     return size > 0 and bool(os.environ.get("NOTIFY_SOCKET"))
 
 

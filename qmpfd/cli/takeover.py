@@ -65,12 +65,7 @@ def is_served(paths: Sequence[Path]) -> bool:
 
 
 def still_to_bind(paths: Iterable[Path], listeners: Iterable[SavedListener]) -> list[Path]:
-    """Those of *paths* on which the old daemon does not listen.
-
-    Args:
-        paths: where to listen.
-        listeners: where it does.
-    """
+    """Those of *paths* that are not among the old daemon's *listeners*."""
     served = [Path(os.fsdecode(each.path)) for each in listeners if each.path is not None]
     return [path for path in paths if not any(_is_same(path, old) for old in served)]
 

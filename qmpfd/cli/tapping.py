@@ -34,13 +34,7 @@ def paint(style: str, text: str) -> str:
 
 
 def show(from_client: bool, line: str, fds: int) -> None:
-    """Print a line of the wire, folded to the terminal's width.
-
-    Args:
-        from_client: who sent it.
-        line: what was sent.
-        fds: how many descriptors went with it.
-    """
+    """Print a line of the wire, folded to the terminal's width."""
     arrow, style = ("->", "36") if from_client else ("<-", "32")
     for part in textwrap.wrap(printable(line), WIDTH - 5, break_on_hyphens=False) or [""]:
         print(f"  {paint(style, f'{arrow} {part}')}")
@@ -137,10 +131,6 @@ async def _accept(
 
 def run(listen: str, server: str) -> None:
     """Tap until interrupted.
-
-    Args:
-        listen: the socket to make.
-        server: the server's socket.
 
     Raises:
         OSError: *listen* cannot be made.

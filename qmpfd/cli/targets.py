@@ -71,12 +71,7 @@ class Target(NamedTuple):
             yield self._replace(name=match[1], fd=int(match[2]))
 
     def matches(self, fdset_id: int, fd: dict[str, Any]) -> bool:
-        """Whether a descriptor of a listing is meant.
-
-        Args:
-            fdset_id: the fd set that it is in.
-            fd: its entry in ``query-fdsets`` or ``query-fds``.
-        """
+        """Whether a descriptor of a listing is meant."""
         return any(each._matches(fdset_id, fd) for each in self.alternatives())
 
     def _matches(self, fdset_id: int, fd: dict[str, Any]) -> bool:
@@ -95,11 +90,7 @@ class Target(NamedTuple):
 
 
 def target(word: str) -> Target:
-    """The type of an argument that names stored descriptors.
-
-    Args:
-        word: as it was typed.
-    """
+    """The type of an argument that names stored descriptors."""
     rest, at, access, fd = word, None, None, None
     if match := re.fullmatch(_AT, rest):
         if match[2].isdecimal():
@@ -147,10 +138,6 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
 def first_found(wanted: Target, ask: Callable[[Target], ResultT]) -> ResultT:
     """The result for the first reading of a target that names something.
 
-    Args:
-        wanted: the target.
-        ask: asks the daemon for one reading.
-
     Raises:
         FdNotFound: there is nothing by any reading; what the likeliest was answered.
     """
@@ -169,11 +156,6 @@ def open_target(
 ) -> tuple[dict[str, Any], list[Any]]:
     """``open-fdset`` for a target; its reply, and the descriptor.
 
-    Args:
-        client: the daemon.
-        wanted: what to open.
-        more: further members of the command.
-
     Raises:
         QMPError: the daemon refuses, or has no such descriptor.
         NoDaemon: the daemon does not answer.
@@ -186,11 +168,8 @@ def open_target(
 def select(
     targets: Iterable[Target], rows: list[tuple[int, dict[str, Any]]]
 ) -> tuple[list[tuple[int, dict[str, Any]]], list[Target]]:
-    """The rows of a listing that one of the targets names, and the targets that name none.
-
-    Args:
-        targets: all of the listing if there are none.
-        rows: the fd set and the entry of each descriptor.
+    """The rows of a listing that one of the targets names, all if there are no targets; and the
+    targets that name none.
     """
     wanted = list(targets)
     if not wanted:

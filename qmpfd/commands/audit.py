@@ -46,11 +46,7 @@ class AuditLine(Struct, omit_defaults=True, gc=False):
 
 
 class Audit:
-    """Makes the lines.
-
-    Args:
-        write: takes a line; it neither waits nor fails.
-    """
+    """Makes the lines, and gives each to *write*, which neither waits nor fails."""
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self._write = write

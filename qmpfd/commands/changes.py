@@ -18,21 +18,13 @@ _FEW_CHARACTERS, _FEW_FDS = 16384, 256
 
 
 def added(entries: list[StoredFd]) -> FdsetInfo | JSONStream:
-    """What ``add-fds`` returns.
-
-    Args:
-        entries: what was added, to one set.
-    """
+    """What ``add-fds`` returns."""
     (info,) = _infos(entries)
     return JSONStream(to_builtins(info)) if _is_long(entries) else info
 
 
 def removed(entries: list[StoredFd]) -> list[FdsetInfo] | JSONStream:
-    """What ``remove-fds`` returns.
-
-    Args:
-        entries: what was removed, set by set.
-    """
+    """What ``remove-fds`` returns."""
     infos = _infos(entries)
     return JSONStream(to_builtins(infos)) if _is_long(entries) else infos
 

@@ -12,12 +12,7 @@ from .extension_types import FdInfo, PeerInfo
 
 
 def describe(stored: StoredFd, now: float) -> FdInfo:
-    """All there is to know of *stored*.
-
-    Args:
-        stored: what is stored.
-        now: the time, by the daemon's clock.
-    """
+    """All there is to know of *stored*."""
     number = stored.fd.fileno()
     link = target(number)
     what = kind(number, link)

@@ -106,11 +106,7 @@ class Event:
 
 
 class EventLog:
-    """The newest events, for all watchers who may see the same: each is kept and encoded once.
-
-    Args:
-        access: what they may do.
-    """
+    """The newest events, for all watchers who may see the same: each is kept and encoded once."""
 
     def __init__(self, access: Access) -> None:
         self.access = access

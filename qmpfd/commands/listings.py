@@ -82,13 +82,7 @@ class SavedListing(Struct, forbid_unknown_fields=True):
 
 
 class Listing(JSONStream):
-    """A listing in progress.
-
-    Args:
-        context: the connection that asks.
-        query: what ``query-fds`` was asked; None for ``query-fdsets``.
-        asked_at: when, by the daemon's clock.
-    """
+    """A listing in progress."""
 
     def __init__(self, context: Context, query: Selector | None, asked_at: float) -> None:
         super().__init__(None)

@@ -52,14 +52,7 @@ class Table(Generic[ContextT]):
     def command(
         self, name: str, arguments: type[ArgumentsT], returns: Any, *, fds: int = 0
     ) -> Callable[[Callable[[ContextT, ArgumentsT], Any]], Callable[[ContextT, ArgumentsT], Any]]:
-        """Enter the decorated function as the command *name*.
-
-        Args:
-            name: the command's name.
-            arguments: the struct of its arguments.
-            returns: the type of its result.
-            fds: how many descriptors it takes at most.
-        """
+        """Enter the decorated function as the command *name*."""
 
         def enter(
             run: Callable[[ContextT, ArgumentsT], Any],

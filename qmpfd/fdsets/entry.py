@@ -86,11 +86,7 @@ class Progress:
 
 
 class FdSet:
-    """An fd set.
-
-    Args:
-        fdset_id: its id.
-    """
+    """An fd set."""
 
     # Most sets hold a single descriptor, and a dict of one takes 232 bytes.
     __slots__ = ("_several", "_single", "id", "listing")

@@ -32,11 +32,8 @@ _IN_PLACE = "qmpfd-inherited"
 
 
 class InheritedFd(NamedTuple):
-    """A descriptor that the service manager has passed to us.
-
-    Args:
-        fd: the descriptor, close-on-exec from here on.
-        name: what it is called there.
+    """A descriptor that the service manager has passed to us, close-on-exec from here on; and its
+    name there.
     """
 
     fd: Fd

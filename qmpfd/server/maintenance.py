@@ -97,11 +97,7 @@ async def remove_hung_up(services: Services) -> None:
 
 
 class Broadcaster:
-    """Sends events to those who watch.
-
-    Args:
-        services: what the daemon gives.
-    """
+    """Sends events to those who watch."""
 
     def __init__(self, services: Services) -> None:
         self._watchers = services.shared.watchers
@@ -133,9 +129,7 @@ class Broadcaster:
 async def evict_idle(services: Services, sessions: Iterable[Session]) -> None:
     """Disconnect each client that does not negotiate in time, or is idle for too long.
 
-    Args:
-        services: what the daemon gives.
-        sessions: those that there are at any time.
+    Clients come to and go from *sessions* meanwhile.
     """
     while True:
         await trio.sleep(EVICTION_INTERVAL)
