@@ -165,10 +165,6 @@ class ClosePool:
         """How many closes are under way, or wait for a thread."""
         return sum(list(self.pending_by_uid.values()))
 
-    def pending_of(self, uid: int | None) -> int:
-        """How many of these are of descriptors that count for that user."""
-        return self.pending_by_uid.get(uid, 0)
-
     def when_idle(self, callback: Callable[[], object]) -> None:
         """Have *callback* called once no close is under way: by a thread, or here if none is."""
         with self._lock:

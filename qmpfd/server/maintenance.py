@@ -117,13 +117,12 @@ class Broadcaster:
             self._pending = trio.Event()
             until = monotonic() + HERALD_SECONDS
             for watcher in list(self._watchers):
-                while watcher.send():
+                more = True
+                while more:
+                    more = watcher.send()
                     if monotonic() > until:
                         await trio.lowlevel.checkpoint()
                         until = monotonic() + HERALD_SECONDS
-                if monotonic() > until:
-                    await trio.lowlevel.checkpoint()
-                    until = monotonic() + HERALD_SECONDS
 
 
 async def evict_idle(services: Services, sessions: Iterable[Session]) -> None:

@@ -311,18 +311,18 @@ def test_who_hangs_holds_up_no_other_user(
         fd = Fd(socket.socket().detach())
         closer.close_after(fd, closed_there)
         closer.close([fd], uid=1)
-    assert closer.pending_of(1) == closer.pending == 100
+    assert closer.pending_by_uid.get(1, 0) == closer.pending == 100
     mine = Fd(socket.socket().detach())
     closed(closer.close([mine], uid=2))
     assert mine.closed
-    assert closer.pending_of(2) == 0
-    assert closer.pending_of(1) == 100
+    assert closer.pending_by_uid.get(2, 0) == 0
+    assert closer.pending_by_uid.get(1, 0) == 100
     # Nor one who removes what the other has sent: that counts for the other.
     theirs = Fd(socket.socket().detach())
     theirs.uid = 1
     closer.close_after(theirs, closed_there)
     closer.close([theirs], uid=2)
-    assert [closer.pending_of(1), closer.pending_of(2)] == [101, 0]
+    assert [closer.pending_by_uid.get(1, 0), closer.pending_by_uid.get(2, 0)] == [101, 0]
     closed_there.set()
 
 
