@@ -67,6 +67,11 @@ def test_links_lead_to_a_page_and_a_heading(name: str) -> None:
             assert anchor in anchors(page.read_text()), target
 
 
+def test_each_page_is_listed() -> None:
+    listed = {f"docs/{target}" for target in links("docs/index.md")}
+    assert listed >= {name for name in PAGES if name.startswith("docs/")} - {"docs/index.md"}
+
+
 def test_a_heading_that_is_not_there_is_seen() -> None:
     assert anchors("# Fd set\n## The `spec` dialect, 2012\n```\n# no\n```\n") == {
         "fd-set",
