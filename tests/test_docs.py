@@ -77,12 +77,6 @@ def test_every_program_is_used(name: str) -> None:
     assert unused_files(PAGES[name]) == []
 
 
-def test_links_lead_somewhere() -> None:
-    for page in PAGES.values():
-        for target in re.findall(r"\]\((?!https:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
 # -- what is generated -------------------------------------------------------------------------
 
 OLDEST = (3, 11)

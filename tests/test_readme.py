@@ -12,7 +12,6 @@ from qmpfd.cli.main import _parser
 from qmpfd.commands import TABLE
 
 PAGE = ROOT / "README.md"
-README = PAGE.read_text()
 
 #: The page that lists what there is.
 INDEX = (ROOT / "docs" / "index.md").read_text()
@@ -24,14 +23,6 @@ def test_the_examples(tmp_path: Path) -> None:
 
 def test_every_program_is_run() -> None:
     assert unused_files(PAGE) == []
-
-
-def test_every_make_target_is_there() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
-    assert targets
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_every_command_is_named_and_no_other() -> None:
@@ -50,8 +41,3 @@ def test_every_verb_is_named_and_no_other() -> None:
 def rows(table: str) -> list[str]:
     """The rows of a Markdown table, below its head."""
     return [line for line in table.splitlines() if line.startswith("| ")]
-
-
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https:)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
