@@ -235,8 +235,9 @@ class _Reloader:
                 self._notifications.tell(
                     "RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
                 )
-                self._server.bind_lost_sockets()
-                await self._reload_policy()
+                async with trio.open_nursery() as nursery:  # either may have to wait
+                    nursery.start_soon(self._server.bind_lost_sockets)
+                    nursery.start_soon(self._reload_policy)
                 self._notifications.tell(*_ready())
 
     async def _reload_policy(self) -> None:

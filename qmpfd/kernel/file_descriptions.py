@@ -84,6 +84,14 @@ class Descriptions:
         at = self._search(number)[0]
         self._known[at : at + 1] = [] if by is None else [by]
 
+    def forget_number(self, number: int, by: int | None) -> None:
+        """*number* is of another description by now: know the one that it was of by *by*; None to
+        forget that.
+        """
+        if number in self._known:
+            at = self._known.index(number)
+            self._known[at : at + 1] = [] if by is None else [by]
+
     def _search(self, number: int) -> tuple[int, bool]:
         """Where in the list it is, or belongs; whether it is there."""
         known = self._known

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from math import inf
@@ -236,28 +236,34 @@ class DaemonServer(Server):
         """
         while True:
             others = [session for session in self.sessions if session is not newcomer]
-            if self._acceptor.is_quiescent and all(session.is_quiescent for session in others):
+            if self._is_accepting_nobody and all(session.is_quiescent for session in others):
                 with suppress(trio.WouldBlock):
                     self.lock.acquire_nowait()
                     return others
             # They come to rest within a few passes of the loop, and there is nothing else to do.
             await trio.sleep(_REST_POLL)
 
-    def release_all(self, quick: Container[Fd]) -> None:
+    @property
+    def _is_accepting_nobody(self) -> bool:
+        """Whether no client is accepted and not served yet."""
+        waiting = any(listener.has_accepted for listener in self.listeners)
+        return self._acceptor.is_quiescent and not waiting
+
+    def release_all(self, quick: Set[Fd]) -> None:
         """A successor has taken over: let go of everything, without a word to anybody, and end.
 
         Args:
             quick: stored descriptors whose duplicates are closed without waiting for anybody.
         """
         self.lifecycle.handle(Event.HAND_OVER)
-        self.durability.release_all()
+        self.durability.release_all(quick)
         self.daemon.audit = None  # nothing goes: the successor has it
         self.drop_duplicates(quick)
         for listener in self.listeners:
             listener.abandon()
             listener.close()
 
-    def drop_duplicates(self, quick: Container[Fd] = ()) -> None:
+    def drop_duplicates(self, quick: Set[Fd] = frozenset()) -> None:
         """Close what another daemon goes on with: no connection is shut down, nobody is told.
 
         Args:
@@ -351,15 +357,14 @@ class DaemonServer(Server):
         except QMPError as exc:
             newcomer.refuse_takeover(exc)
 
-    def bind_lost_sockets(self) -> None:
+    async def bind_lost_sockets(self) -> None:
         """Listen anew at each path whose socket file is gone; clients that had connected by the old
-        one are served.
+        one are served.  While a takeover is under way, wait until it has failed: the successor is
+        told of the sockets as they are.
         """
-        if self.lifecycle.state is not State.RUNNING:
-            return
+        await self.lifecycle.wait_for(State.RUNNING)
         for listener in self.listeners:
             if listener.is_lost:
-                self._acceptor.accept_backlog(listener, self.daemon.limits.max_connections)
                 try:
                     listener.bind_again()
                 except OSError as exc:

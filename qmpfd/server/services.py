@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -63,8 +63,12 @@ class Durability(Protocol):
         while that is undecided.
         """
 
-    def release_all(self) -> None:
-        """A successor owns everything: drop the second copy, and record no more changes."""
+    def release_all(self, quick: Iterable[Fd] = ()) -> None:
+        """A successor owns everything: drop the second copy, and record no more changes.
+
+        Args:
+            quick: descriptors that are closed without waiting for anybody.
+        """
 
 
 class Unmirrored:
@@ -95,7 +99,7 @@ class Unmirrored:
     def log_handover(self, handed_over: bool | None) -> None:
         pass
 
-    def release_all(self) -> None:
+    def release_all(self, quick: Iterable[Fd] = ()) -> None:
         pass
 
 

@@ -78,16 +78,23 @@ class KeptFds:
             self._resting[name] = {number: None}
         return new
 
-    def discard(self, number: int) -> str | None:
+    def discard(self, number: int, *, replaced: bool = False) -> str | None:
         """A descriptor is kept no longer: the name to remove, in use until :meth:`free`; None where
         others rest on it.
+
+        Args:
+            number: of the descriptor.
+            replaced: whether it is of another open file description by now.
         """
         name = self._by_number.pop(number)
         if self._descriptions is not None:
             resting = self._resting[name]
             del resting[number]
             other = next(iter(resting), None)
-            self._descriptions.replace(number, other)
+            if replaced:
+                self._descriptions.forget_number(number, other)
+            else:
+                self._descriptions.replace(number, other)
             if other is not None:
                 return None
             del self._resting[name]

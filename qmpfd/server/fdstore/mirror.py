@@ -313,6 +313,7 @@ class FdStoreMirror:
             if number in holdings.names or self._kept.names < self._capacity:  # it can be made anew
                 self._keep(number, number, holdings.names.get(number))
                 self._listeners[number] = listener.saved
+                listener.on_replaced = partial(self._listener_replaced, listener)
         if self._kept.names > self._capacity:
             too_many = (
                 f"{self._kept.names} descriptors are more than the {self._capacity} that can be "
@@ -344,6 +345,21 @@ class FdStoreMirror:
             taken = self._kept.names + 2 + (previous is not None)
             await self._find_size(self._evidence, taken)
 
+    def _listener_replaced(self, listener: UnixListener) -> None:
+        """There is another socket behind the listener's number, and another file at its path."""
+        number = listener.socket.fileno()
+        if self._state is State.OVER or number not in self._listeners:
+            return
+        former = self._kept.name(number)
+        to_remove = self._kept.discard(number, replaced=True)
+        self._keep(number, number)
+        self._listeners[number] = listener.saved
+        self._journals.note(ListenerRemoved(former))
+        if to_remove is not None:
+            self._remove_names([to_remove])
+        self._name_files(self._listeners.values())
+        self._note(ListenerAdded(self._kept.name(number), listener.saved))
+
     def _remove_names(self, names: Iterable[str]) -> None:
         for name in names:
             self._link.remove(name)
@@ -373,17 +389,21 @@ class FdStoreMirror:
             lines = [f"QMPFD_SOCKET={device}:{inode}:{path}" for device, inode, path in files]
             self._link.tell("\n".join(lines or ["QMPFD_SOCKET="]))
 
-    def release_all(self) -> None:
+    def release_all(self, quick: Iterable[Fd] = ()) -> None:
         """What is kept is to be let go, also if we die this moment; note no more changes.  The
         journal is closed last: it says that the rest is nobody's.
+
+        Args:
+            quick: descriptors that are closed without waiting for anybody.
         """
         if self._state is State.OVER:
             return
         self._journals.note(HandedOver(True))
         if self._evidence is not None:
             self._evidence.forget()
+        known = {fd.number for fd in quick}
         for name, number in self._kept.by_name().items():
-            if self._is_parent and self._closer.may_block(number):
+            if self._is_parent and number not in known and self._closer.may_block(number):
                 self._link.remove_slowly(name)
             else:
                 self._link.remove(name)

@@ -7,6 +7,8 @@ import logging
 import os
 import select
 import socket
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,7 +59,10 @@ class UnixListener:
         self.path = path
         self.file = file
         self._sock = sock
+        self._accepted: deque[trio.socket.SocketType] = deque()  # before the socket was replaced
         self.permissions = permissions
+        #: Called when the socket and the file have been replaced.
+        self.on_replaced: Callable[[], object] = lambda: None
         self._options = [
             (option, value)
             for option, value in _INHERITED_OPTIONS.items()
@@ -142,8 +147,8 @@ class UnixListener:
             _log.error("the permissions of %s stay as they are: %s", self, exc.strerror or exc)
 
     def bind_again(self) -> None:
-        """Listen with a new socket at the same path, under the same number.  Connections in the
-        backlog of the old one are lost.
+        """Listen with a new socket at the same path, under the same number.  Clients in the backlog
+        of the old one are accepted by :meth:`accept` as all others.
 
         Raises:
             SocketInUse: another program listens there.
@@ -154,8 +159,17 @@ class UnixListener:
         sock, self.file = listen_at(self.path, self.permissions, 0)
         with sock:
             sock.setblocking(False)
+            with suppress(OSError):  # BlockingIOError once the backlog is empty
+                while True:
+                    self._accepted.append(self._accept_nowait())
             trio.lowlevel.notify_closing(self._sock)
             os.dup2(sock.fileno(), self._sock.fileno(), inheritable=False)
+        self.on_replaced()
+
+    @property
+    def has_accepted(self) -> bool:
+        """Whether there are clients from before the socket was replaced."""
+        return bool(self._accepted)
 
     async def accept(self) -> trio.socket.SocketType:
         """The next client.
@@ -164,6 +178,9 @@ class UnixListener:
             ListenerShutDown: there will be none.
             OSError: it cannot be accepted.
         """
+        if self._accepted:
+            await trio.lowlevel.checkpoint()
+            return self._accepted.popleft()
         while True:  # noqa: ASYNC913 - wait_readable has one
             # Bound anew meanwhile, it wakes who waits.
             with suppress(trio.ClosedResourceError):
@@ -182,6 +199,9 @@ class UnixListener:
             BlockingIOError: there is none.
             OSError: it cannot be accepted.
         """
+        return self._accepted.popleft() if self._accepted else self._accept_nowait()
+
+    def _accept_nowait(self) -> trio.socket.SocketType:
         sock, _ = self._sock.accept()
         for option, value in self._options:
             sock.setsockopt(socket.SOL_SOCKET, option, value)
@@ -203,6 +223,8 @@ class UnixListener:
         if self.socket.fileno() >= 0:
             self.unlink()  # first: as long as the socket listens, nobody else takes the path
             self.socket.close()
+        while self._accepted:
+            self._accepted.popleft().close()
 
 
 def _is_shut_down(sock: socket.socket) -> bool:

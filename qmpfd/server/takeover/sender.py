@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, suppress
 from typing import NamedTuple, Protocol
 
@@ -69,7 +69,7 @@ class Predecessor(Protocol):
     async def wait_quiescent(self, newcomer: Session) -> list[Session]:
         """Wait until no other session has anything under way, and acquire the lock."""
 
-    def release_all(self, quick: Container[Fd]) -> None:
+    def release_all(self, quick: Set[Fd]) -> None:
         """A successor has taken over: let go of everything."""
 
 

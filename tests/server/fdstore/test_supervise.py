@@ -246,6 +246,35 @@ def test_sighup_reads_the_policy(path: Path, tmp_path: Path) -> None:
         until(lambda: "is read again" in daemon.log)
 
 
+def test_a_socket_that_sighup_has_replaced(path: Path) -> None:
+    """The parent has the new one: who connects while no worker is there waits, and is served."""
+    with supervised(path) as daemon:
+        with daemon.client() as client:
+            client.execute("add-fd", fds=[0])
+        path.unlink()
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: "is made anew" in daemon.log)
+        with daemon.client() as client:  # by now the parent has what came before
+            client.execute("add-fd", fds=[0])
+        held = daemon.open_fds()
+        found = path.stat().st_ino
+        worker = daemon.worker()
+        daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            os.kill(worker, signal.SIGKILL)
+            with socket.socket(socket.AF_UNIX) as waiting:
+                waiting.connect(str(path))
+                daemon.process.send_signal(signal.SIGCONT)
+                waiting.settimeout(DEADLINE)
+                assert waiting.recv(1) == b"{"
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)
+        with daemon.client() as client:
+            assert len(fds(client)) == 2
+        assert path.stat().st_ino == found
+        assert daemon.open_fds() == held
+
+
 def test_dying_at_every_start(path: Path, tmp_path: Path) -> None:
     """It is tried again for ever, less and less often, with all that is kept; SIGHUP at once."""
     policy = tmp_path / "policy.toml"

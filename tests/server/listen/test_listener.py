@@ -16,6 +16,7 @@ from helpers import PATIENCE, ROOT, Wire, daemon, daemon_process, pipes, request
 
 from qmpfd.client.blocking import connect_blocking
 from qmpfd.kernel.fd import Fd
+from qmpfd.limits import TAKEOVER_FORMAT
 from qmpfd.server.listen.binding import SocketInUse
 from qmpfd.server.listen.listener import UnixListener
 
@@ -169,6 +170,39 @@ async def test_sighup_makes_a_lost_file_anew(path: Path) -> None:
         process.signal(signal.SIGTERM)
         assert process.wait() == 0
         assert not path.exists()
+
+
+async def test_who_waits_at_a_replaced_socket_is_served(path: Path) -> None:
+    """Whoever has connected, and is not accepted yet, before the socket is replaced."""
+    with closing(UnixListener.bind(path)) as listener, ExitStack() as stack:
+        number = listener.socket.fileno()
+        before, after = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2))
+        before.connect(os.fspath(path))
+        path.unlink()
+        listener.bind_again()
+        assert listener.has_accepted
+        after.connect(os.fspath(path))
+        assert listener.socket.fileno() == number
+        for client in (before, after):
+            with await listener.accept() as sock:
+                await sock.send(b"x")
+            assert client.recv(2) == b"x"
+        assert not listener.has_accepted
+
+
+async def test_sighup_while_a_takeover_is_under_way(path: Path) -> None:
+    """The newcomer is told of the socket as it is; where it gives up, the file is made anew."""
+    with daemon_process(path) as process:
+        with connect_blocking(path) as newcomer:
+            _, (state,) = newcomer.request("takeover", {"format": TAKEOVER_FORMAT})
+            state.close()
+            path.unlink()
+            process.signal(signal.SIGHUP)
+            process.await_line(lambda line: "there is no policy file" in line)
+            assert not path.exists()
+        process.await_line(lambda line: "is made anew" in line)
+        with connect_blocking(path) as client:
+            assert client.query_fdsets() == []
 
 
 async def test_sighup_leaves_another_programs_file(path: Path) -> None:
