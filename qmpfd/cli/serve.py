@@ -213,11 +213,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         if kept is not None and parent is None:
             kept.notifier.close()
     if isinstance(failure, OSError) and not isinstance(failure, NoDaemon):
-        where = f"{failure.filename}: " if failure.filename else ""
+        reason = failure.strerror or failure
+        if failure.filename is None:  # no socket
+            raise UsageError(f"the daemon cannot start: {reason}")
         advice = _ADVICE.get(failure.errno or 0, "")
-        raise UsageError(
-            f"{where}{failure.strerror or failure} ({advice}--socket listens elsewhere)"
-        )
+        raise UsageError(f"{failure.filename}: {reason} ({advice}--socket listens elsewhere)")
     if failure is not None:
         raise failure  # the old daemon has kept what was to be taken over
     return DONE

@@ -167,7 +167,11 @@ class Journal:
     """
 
     def __init__(self, records: Iterable[Record]) -> None:
-        self.fd = Fd(os.memfd_create("qmpfd-journal", os.MFD_CLOEXEC))
+        try:
+            self.fd = Fd(os.memfd_create("qmpfd-journal", os.MFD_CLOEXEC))
+        except OSError as exc:  # a container's seccomp filter may forbid it
+            reason = f"{exc.strerror} (memfd_create(2), for the journal of --supervise)"
+            raise OSError(exc.errno, reason) from None
         self.size = 0
         self._allocated = 0
         # Written to as memory: pwrite(2) meets RLIMIT_FSIZE also where room was made before.

@@ -1,0 +1,66 @@
+"""In a container whose seccomp filter forbids system calls: older ones know no new calls, and
+answer EPERM as well as ENOSYS.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from helpers import daemon_process
+from supervised import COMMAND, DEADLINE, connected, until
+
+from . import forbid
+
+SUPERVISED = pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
+ERRORS = pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS], ids=["EPERM", "ENOSYS"])
+
+
+def forbidding(error: int, call: str) -> list[str]:
+    """The beginning of a command to which the kernel refuses *call*."""
+    return [sys.executable, forbid.__file__, str(error), call]
+
+
+def worker(path: Path) -> int:
+    """The process that serves."""
+    with connected(path) as client:
+        return int(client.execute("query-stats")["pid"])
+
+
+@pytest.mark.parametrize("call", ["close_range", "kcmp", "statx"])
+@ERRORS
+@SUPERVISED
+def test_what_can_be_done_without(
+    path: Path, options: Sequence[str], error: int, call: str
+) -> None:
+    """Nothing stored is lost: by a crash where there is a parent, by a takeover, by a removal."""
+    prefix = forbidding(error, call)
+    with daemon_process(path, *options, prefix=prefix) as old:
+        with connected(path) as client:
+            stored = client.execute("add-fd", {"opaque": "kept"}, [0])
+        if options:
+            before = worker(path)
+            os.kill(before, signal.SIGKILL)
+            until(lambda: worker(path) != before, "a new worker")
+        with daemon_process(path, *options, "--takeover", prefix=prefix):
+            assert old.process.wait(DEADLINE) == 0
+            with connected(path) as client:
+                [found] = client.execute("query-fdsets")[0]["fds"]
+                assert found == {"fd": stored["fd"], "opaque": "kept"}
+                client.execute("remove-fd", {"fdset-id": stored["fdset-id"]})
+                assert client.execute("query-fdsets") == []
+
+
+@ERRORS
+def test_no_memory_for_the_journal(path: Path, error: int) -> None:
+    command = [*forbidding(error, "memfd_create"), *COMMAND, "--supervise", "--socket", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    reason = f"{os.strerror(error)} (memfd_create(2), for the journal of --supervise)"
+    assert done.stderr == f"qmpfd: the daemon cannot start: {reason}\n"
+    assert done.returncode == 2
