@@ -300,6 +300,9 @@ class FdStoreMirror:
         self._kept.claim({*holdings.names.values(), *holdings.others})
         if not holdings.valid:  # before anything new could have the same names
             self._remove_names(holdings.others)
+        self._remove_names(filter(is_pipe, holdings.others))  # the journal needs the place
+        if not self._is_parent:  # the oldest, which is dropped first
+            self._evidence = Evidence(self._link, holdings.generation + 1, holdings.sentinel)
         if previous is not None:  # before all that it is about
             self._capacity -= 1
             self._previous = PREVIOUS
@@ -323,9 +326,6 @@ class FdStoreMirror:
                 raise GenericError(too_many)
             # What came back stays where it is, and here, until there are fewer, or more room.
             self._distrust(too_many)
-        self._remove_names(filter(is_pipe, holdings.others))  # the journal needs the place
-        if not self._is_parent:
-            self._evidence = Evidence(self._link, holdings.generation + 1)
         # The journal comes last: without it, the others count for nothing.
         self._journals.begin()
         if previous is None:

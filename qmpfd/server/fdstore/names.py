@@ -63,6 +63,11 @@ def probe_name(number: int) -> str:
     return f"{_PROBE}{number}"
 
 
+def is_sentinel(name: str) -> bool:
+    """Whether it is a sentinel's."""
+    return name.startswith(_SENTINEL)
+
+
 def is_pipe(name: str) -> bool:
     """Whether it is one of these two: what another process has stored there tells nothing now."""
     return name.startswith((_SENTINEL, _PROBE))

@@ -26,7 +26,7 @@ from ..renumber import Movable, renumber
 from ..saved_state import SavedState
 from .evidence import has_handed_over, serves
 from .journal import Added, SnapshotHeader
-from .names import PREVIOUS, is_journal, is_numbered, is_ours
+from .names import PREVIOUS, is_journal, is_numbered, is_ours, is_sentinel
 from .replay import History, replay
 
 _log = logging.getLogger("qmpfd")
@@ -41,12 +41,15 @@ class Holdings:
         others: names of stale descriptors.
         generation: of the last journal.
         valid: that journal counts, until there is another.
+        sentinel: name and write end of the sentinel there, if it counts too; owned by whoever owns
+            what is stale.
     """
 
     names: dict[int, str] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     generation: int = 0
     valid: bool = False
+    sentinel: tuple[str, Fd] | None = None
 
     def replaced(self, number: int) -> None:
         """Something else has that number now: what the store has for it is stale."""
@@ -136,6 +139,8 @@ def _recover(inherited: Sequence[InheritedFd], others: Iterable[Movable]) -> Rec
     found = [entries[number] for number in stored] + list(listeners.values())
     fds = [fd for fd in found if fd is not None]
     stale_fds = [*returned.untaken.values(), *again]
+    sentinels = sorted(filter(is_sentinel, returned.untaken)) if has_state else []
+    stale = [name for name in returned.untaken if name not in sentinels[:1]]
     targets = [*stored, *[None] * (len(fds) - len(stored))]
     renumber(fds, targets, [*stale_fds, *(given.fd for given in sockets), *others])
     return Recovered(
@@ -143,9 +148,10 @@ def _recover(inherited: Sequence[InheritedFd], others: Iterable[Movable]) -> Rec
         deque(fds),
         Holdings(
             {fd.fileno(): name for fd, name in zip(fds, names, strict=True)},
-            list(returned.untaken),
+            stale,
             generation,
             has_state,
+            (sentinels[0], returned.untaken[sentinels[0]]) if sentinels else None,
         ),
         stale_fds,
         sockets,

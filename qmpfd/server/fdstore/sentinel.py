@@ -23,15 +23,40 @@ from .names import probe_name, sentinel_name
 
 
 class Sentinel:
-    """A pipe whose write end is to be stored.
+    """A pipe whose write end is to be stored, or is.
 
-    Raises:
-        OSError: this process is out of descriptors.
+    Args:
+        reader: the read end; owned from here on.
+        writer: the write end, likewise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reader: Fd, writer: Fd) -> None:
+        self._reader, self.writer = reader, writer
+
+    @classmethod
+    def create(cls) -> Sentinel:
+        """A new one.
+
+        Raises:
+            OSError: this process is out of descriptors.
+        """
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._reader, self.writer = Fd(reader), Fd(writer)
+        return cls(Fd(reader), Fd(writer))
+
+    @classmethod
+    def reopen(cls, writer: Fd) -> Sentinel:
+        """The one whose write end has come back from the fd store: its read end went with the
+        process that had it, and is opened anew (proc(5), /proc/pid/fd).
+
+        Args:
+            writer: the write end; owned from here on.
+
+        Raises:
+            OSError: there is no /proc, or this process is out of descriptors.
+        """
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        reader = os.open(f"/proc/self/fd/{writer.fileno()}", flags)
+        return cls(Fd(reader), writer)
 
     def sent(self) -> None:
         """The write end is on its way, or dropped: only the store has it from here on."""
@@ -66,20 +91,29 @@ class Evidence:
     Args:
         link: the connection to it.
         generation: of the first journal that comes with it.
+        returned: name and write end of the first sentinel of the daemon before, which has come back
+            and is older than all that is sent now; None if there is none.
 
     Raises:
         OSError: this process is out of descriptors.
     """
 
-    def __init__(self, link: BarrierLink, generation: int) -> None:
+    def __init__(self, link: BarrierLink, generation: int, returned: tuple[str, Fd] | None) -> None:
         self._link = link
-        self._first = Sentinel()
+        if returned is not None:
+            self._name, writer = returned
+            try:
+                self._first = Sentinel.reopen(writer)
+                return
+            except OSError:  # there is no /proc
+                link.remove(self._name)
         self._name = sentinel_name(generation)
+        self._first = Sentinel.create()
         link.store(self._name, self._first.writer)
 
     async def is_stored(self) -> bool:
         """Whether all is stored that was sent so far: the first of it, and the last."""
-        last = Sentinel()
+        last = Sentinel.create()
         self._link.store(probe_name(0), last.writer)
         await self._link.sync()
         self._first.sent()
@@ -94,7 +128,7 @@ class Evidence:
         probes: list[Sentinel] = []
         with suppress(OSError):  # out of descriptors: fewer are tried
             for number in range(min(most, MAX_PROBES)):
-                probes.append(Sentinel())
+                probes.append(Sentinel.create())
                 self._link.store(probe_name(number), probes[-1].writer)
         await self._link.sync()
         for probe in probes:

@@ -473,3 +473,25 @@ def test_a_maximum_that_is_lowered(tmp_path: Path, path: Path, left: int) -> Non
         with store.service(*options, env=env), BlockingClient(path, DEADLINE) as client:
             assert len(fds(client)) == len(there)
             assert set(there) <= set(store.names)
+
+
+def test_a_maximum_that_is_lowered_again_after_a_restart(tmp_path: Path, path: Path) -> None:
+    """It is found out as soon as the first goes."""
+    options = ["--socket", str(path)]
+    with fake_store(tmp_path) as store:
+        with (
+            store.service(*options, expected=None) as first,
+            BlockingClient(path, DEADLINE) as client,
+        ):
+            for _ in range(20):
+                with Fd(os.memfd_create("x")) as memory:
+                    client.execute("add-fd", fds=[memory])
+            first.kill()
+            first.wait()
+        with store.service(*options), BlockingClient(path, DEADLINE) as client:
+            assert len(fds(client)) == 20
+            assert kept_safe(client)
+            store.lower(len(store.names) - 1)
+            until(lambda: not kept_safe(client))
+            assert "cannot be kept safe" in refused(client)
+        assert not store.traps
