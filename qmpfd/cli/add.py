@@ -13,7 +13,7 @@ from .exit_codes import DONE, UsageError
 from .forgetful import stay_connected, warn_of_forgetting
 from .opening import check_open, listening_socket, open_file
 from .options import Subparsers, add_client_options, add_examples, client_of, number, text
-from .output import print_json, print_result
+from .output import print_result
 
 _MODES = {"r": os.O_RDONLY, "w": os.O_WRONLY, "rw": os.O_RDWR}
 
@@ -144,7 +144,7 @@ def _report(arguments: argparse.Namespace, added: dict[str, Any], note: str) -> 
     fdset_id, numbers = added["fdset-id"], [fd["fd"] for fd in added["fds"]]
     if arguments.json:
         # Of one descriptor, what add-fd returns; of several, what add-fds does.
-        print_json({"fdset-id": fdset_id, "fd": numbers[0]} if len(numbers) == 1 else added)
+        print_result({"fdset-id": fdset_id, "fd": numbers[0]} if len(numbers) == 1 else added)
     elif arguments.quiet:
         print_result(" ".join(map(str, [fdset_id, *numbers])))
     else:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import select
-import sys
 from typing import Any
 
 from ..client.blocking import BlockingClient
 from ..client.errors import NoDaemon
+from .output import print_error
 
 #: The last version that does so: 9.1 dropped the clean-up of unused descriptors.
 _LAST = (9, 0)
@@ -32,10 +32,9 @@ def warn_of_forgetting(client: BlockingClient, stays: bool, advice: str = "") ->
     version = forgets(client)
     if version is not None and not stays:
         advice = advice or "keep another QMP client connected until it is in use"
-        print(
+        print_error(
             f"qmpfd: QEMU {version} closes a descriptor that it does not use when its last QMP "
-            f"client disconnects: {advice}",
-            file=sys.stderr,
+            f"client disconnects: {advice}"
         )
 
 

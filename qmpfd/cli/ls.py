@@ -8,7 +8,7 @@ from typing import Any
 
 from .exit_codes import DONE, REFUSED
 from .options import Subparsers, add_client_options, add_examples, client_of
-from .output import duration, print_json, print_table, printable, size
+from .output import duration, print_error, print_json, print_table, printable, size
 from .targets import Target, add_targets, listed, select
 
 #: A row of a listing: the fd set, and the descriptor's entry.
@@ -66,7 +66,7 @@ def _ls(arguments: argparse.Namespace) -> int:
         )
     sys.stdout.flush()
     for target in missing:
-        print(f"qmpfd: {printable(target.word)}: there is no such descriptor", file=sys.stderr)
+        print_error(f"qmpfd: {printable(target.word)}: there is no such descriptor")
     return REFUSED if missing else DONE
 
 

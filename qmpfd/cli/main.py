@@ -6,7 +6,6 @@ import argparse
 import gc
 import importlib
 import io
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from ..errors import QMPError
 from . import output
 from .exit_codes import NO_DAEMON, REFUSED, USAGE, UsageError
 from .options import Formatter
-from .output import printable
+from .output import Nowhere, drop, print_error, printable
 
 #: The module of each verb, in the order of the help.  Just one is imported to run a verb.
 _VERBS = {
@@ -58,12 +57,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
-
-class _Nowhere(io.TextIOBase):
-    """What stands for a closed stream.  Not /dev/null, which would take its number."""
-
-    def write(self, text: str) -> int:
-        return len(text)
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is sys.stdout:  # argparse would not tell whether it can be written
+            print(message, end="", flush=True)
+        else:
+            print_error(message.removesuffix("\n"))
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
@@ -88,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Where one is closed, Python has None, and says on the one what was meant for the other.
     sys.stdin = sys.stdin or io.StringIO()
-    sys.stdout = sys.stdout or _Nowhere()
-    sys.stderr = sys.stderr or _Nowhere()
+    sys.stdout = sys.stdout or Nowhere()
+    sys.stderr = sys.stderr or Nowhere()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what this locale has no sign for
     words = _verb_first(list(sys.argv[1:] if argv is None else argv))
@@ -98,10 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whatever is behind it is the command's, options and further dashes too.
         cut = words.index("--")
         words, command = words[:cut], words[cut + 1 :]
-    arguments = _parser(words[0] if words else "").parse_args(words)
-    if command:
-        arguments.command = command
     try:
+        arguments = _parser(words[0] if words else "").parse_args(words)
+        if command:
+            arguments.command = command
         status: int = arguments.run(arguments)
         sys.stdout.flush()
     except UsageError as exc:
@@ -112,17 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QMPError as exc:
         return _fail(f"{exc.error_class}: {exc.desc}{_advice(exc)}", REFUSED)
     except OSError as exc:
-        # Most likely of standard output.  What is still buffered for it has nowhere to go, and
-        # the interpreter must not try again at exit.
-        if not isinstance(sys.stdout, _Nowhere):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop(sys.stdout)  # most likely it was that
         if isinstance(exc, BrokenPipeError):  # as if SIGPIPE had ended us: the reader is gone
             return 128 + signal.SIGPIPE
         done = f" (done all the same: {output.unprinted})" if output.unprinted else ""
         return _fail(f"{exc.strerror or exc}{done}", REFUSED)
     except KeyboardInterrupt:
         if sys.stderr.isatty():
-            print(file=sys.stderr)  # behind the ^C
+            print_error("")  # behind the ^C
         return 130
     return status
 
@@ -166,5 +161,5 @@ def _advice(error: QMPError) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"qmpfd: {printable(message)}", file=sys.stderr)
+    print_error(f"qmpfd: {printable(message)}")
     return status

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 #: The result of a verb that has changed something, while it is being printed.
 unprinted = ""
@@ -15,17 +16,45 @@ unprinted = ""
 
 def print_json(value: Any) -> None:
     """*value* as one line of JSON."""
-    print_result(json.dumps(value))  # at once: an event is to be seen when it happens
+    print(json.dumps(value), flush=True)  # at once: an event is to be seen when it happens
 
 
-def print_result(text: str) -> None:
+def print_result(result: Any) -> None:
     """Print what a verb has done.  Where that fails, it was done all the same: see
     :data:`unprinted`.
+
+    Args:
+        result: what it has done: a text, or what is to be JSON.
     """
     global unprinted  # noqa: PLW0603 - for the one place that reports a failed print
-    unprinted = text
-    print(text, flush=True)
+    unprinted = result if isinstance(result, str) else json.dumps(result)
+    print(unprinted, flush=True)
     unprinted = ""
+
+
+class Nowhere(io.TextIOBase):
+    """What stands for a closed stream.  Not /dev/null, which would take its number."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def print_error(text: str) -> None:
+    """Print a line to standard error, where that is possible: what is to be done goes on, and the
+    exit status tells how it ended.
+    """
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        drop(sys.stderr)
+
+
+def drop(stream: TextIO | Nowhere) -> None:
+    """Print nothing more there.  What is still buffered has nowhere to go, and the interpreter must
+    not try again at exit.
+    """
+    if not isinstance(stream, Nowhere):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text: str) -> str:

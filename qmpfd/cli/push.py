@@ -11,7 +11,7 @@ from ..kernel.fd import close_all
 from .exit_codes import DONE, UsageError
 from .forgetful import stay_connected, warn_of_forgetting
 from .options import Subparsers, add_client_options, add_examples, client_of, number, socket_path
-from .output import print_json, print_result
+from .output import print_result
 from .targets import Target, listed, open_target, select, target
 
 
@@ -73,7 +73,7 @@ def _push(arguments: argparse.Namespace) -> int:
         fdset_id = added[0]["fdset-id"]
         if arguments.json:
             fds = [{k: v for k, v in each.items() if k != "fdset-id"} for each in added]
-            print_json({"fdset-id": fdset_id, "fds": fds})
+            print_result({"fdset-id": fdset_id, "fds": fds})
         else:
             numbers = ", ".join(str(each["fd"]) for each in added)
             print_result(f"fd set {fdset_id} of {arguments.to}: fd {numbers}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from ..client.blocking import BlockingClient
 from ..errors import FdNotFound, QMPError
 from .exit_codes import DONE, REFUSED, UsageError
 from .options import Subparsers, add_client_options, add_examples, client_of, number
-from .output import print_json, print_result, printable
+from .output import print_error, print_result, printable
 from .targets import Target, add_targets, described, first_found, listed
 
 #: What was removed: the fd set, and the descriptors, if they are known.
@@ -58,10 +57,10 @@ def _rm(arguments: argparse.Namespace) -> int:
                 if len(targets) == 1:
                     raise
                 why = printable(f"{exc.error_class}: {exc.desc}")
-                print(f"qmpfd: {printable(target.word)}: {why}", file=sys.stderr)
+                print_error(f"qmpfd: {printable(target.word)}: {why}")
                 refused = True
     if arguments.json:
-        print_json(removed)
+        print_result(removed)
     else:
         print_result("\n".join(f"removed {line}" for line in _lines(removed)) or "no fd sets")
     return REFUSED if refused else DONE

@@ -17,7 +17,7 @@ import trio
 from ..kernel.fd import Fd
 from ..kernel.unix_address import bind, connectable, is_abstract
 from ..limits import SCM_MAX_FD
-from .output import printable, styled, terminal_width
+from .output import print_error, printable, styled, terminal_width
 
 #: Told of each line: whether the client sent it, the line, how many descriptors went with it.
 Show: TypeAlias = Callable[[bool, str, int], None]
@@ -92,7 +92,7 @@ async def _relay(client: trio.socket.SocketType, server: str, shown: Show) -> No
             with connectable(server) as address:
                 await upstream.connect(address)
         except OSError as exc:
-            print(f"qmpfd: cannot connect to {printable(server)}: {exc.strerror}", file=sys.stderr)
+            print_error(f"qmpfd: cannot connect to {printable(server)}: {exc.strerror}")
             return
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_carry, client, upstream, partial(shown, True))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from typing import Any
 
 from ..client.errors import NoDaemon
 from ..protocol.client import QMPEvent
 from .options import Subparsers, add_client_options, add_examples, client_of, client_within
-from .output import print_json, printable
+from .output import print_error, print_json, printable
 from .targets import described
 
 _WORDS = {"FD_ADDED": "added", "FD_REMOVED": "removed"}
@@ -45,9 +44,9 @@ def _watch(arguments: argparse.Namespace) -> int:
                 for event in client.events():
                     _show(event, arguments.json)
             except NoDaemon as exc:
-                print(f"qmpfd: {printable(str(exc))}: connecting again", file=sys.stderr)
+                print_error(f"qmpfd: {printable(str(exc))}: connecting again")
         client = client_within(arguments, arguments.timeout)
-        print("qmpfd: connected again; events meanwhile are lost", file=sys.stderr)
+        print_error("qmpfd: connected again; events meanwhile are lost")
 
 
 def _show(event: QMPEvent, as_json: bool) -> None:

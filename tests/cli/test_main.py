@@ -395,6 +395,54 @@ def test_nobody_reads_the_output(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("running")
+@pytest.mark.parametrize(
+    "words", ["help", "--help", "--version", "add --help", "ls --json", "status", "status --json"]
+)
+def test_the_disk_is_full(path: Path, words: str) -> None:
+    """One line says so, and not that anything was done."""
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "qmpfd", *words.split()],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+            env={**os.environ, "QMPFD_SOCKET": str(path)},
+        )
+    assert (ran.returncode, ran.stderr) == (REFUSED, "qmpfd: No space left on device\n")
+
+
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize(
+    "words, status",
+    [
+        ("ls --socket /nowhere", NO_DAEMON),
+        ("check-policy /nowhere", USAGE),
+        ("rm 7", REFUSED),
+        ("ls --nothing", USAGE),
+        ("exec 0 -- true", REFUSED),
+        ("ls 7 8", REFUSED),
+        ("rm 7 8", REFUSED),
+        ("ls", DONE),
+    ],
+)
+def test_the_status_does_not_depend_on_standard_error(path: Path, words: str, status: int) -> None:
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-m", "qmpfd", *words.split()],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=full,
+            timeout=PATIENCE,
+            check=False,
+            env={**os.environ, "QMPFD_SOCKET": str(path)},
+        )
+    assert ran.returncode == status
+
+
+@pytest.mark.usefixtures("running")
 @pytest.mark.parametrize("closed", ["0", "1", "2", "1 2", "0 1 2"])
 def test_closed_streams(path: Path, closed: str) -> None:
     """What is said goes nowhere, and not into what has got the number meanwhile."""

@@ -17,7 +17,7 @@ from ...kernel.fd import Fd
 from ...protocol.client import QMPEvent
 from ..exit_codes import UsageError
 from ..opening import check_open, open_file
-from ..output import print_json, printable, terminal_width
+from ..output import print_result, printable, terminal_width
 from .schema import Schema
 from .syntax import BadInput, Typed, parse
 
@@ -196,7 +196,7 @@ class Session:
         numbers = [fd.fileno() for fd in passed]
         if self._as_json:
             reply = {"return": value, **({"id": typed.id} if typed.has_id else {})}
-            print_json({**reply, "fds": numbers} if numbers else reply)
+            print_result({**reply, "fds": numbers} if numbers else reply)
             return
         _print(readable(value))
         for number in numbers:
@@ -205,7 +205,7 @@ class Session:
     def _show_error(self, error: QMPError, typed: Typed) -> None:
         if self._as_json:
             reply = {"error": {"class": error.error_class, "desc": error.desc}}
-            print_json({**reply, **({"id": typed.id} if typed.has_id else {})})
+            print_result({**reply, **({"id": typed.id} if typed.has_id else {})})
 
     def _event_line(self, event: QMPEvent) -> str:
         if self._as_json:

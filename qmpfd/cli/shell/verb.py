@@ -11,6 +11,7 @@ from functools import partial
 from ...client.blocking import NoDaemon
 from ..exit_codes import DONE, REFUSED
 from ..options import Subparsers, add_client_options, add_examples, client_of, default_socket
+from ..output import print_error
 from ..status import server_name
 from .prompt import lines
 from .session import ERRORS, Session, message
@@ -75,7 +76,7 @@ def _script(session: Session, commands: Iterable[tuple[int, str]], unit: str) ->
             if not session.run(text):
                 break
         except ERRORS as exc:
-            print(f"qmpfd: {unit} {number}: {message(exc)}", file=sys.stderr, flush=True)
+            print_error(f"qmpfd: {unit} {number}: {message(exc)}")
             status = REFUSED
     return status
 
