@@ -64,12 +64,14 @@ class FdStream:
     ) -> Arrival:
         """Hand what is there to *connection*, bytes and descriptors.
 
-        Nothing in here waits or can be cancelled, so no descriptor is ever without an owner.
+        Each read ends with descriptors, if some come; what is done once for all that is read is
+        most of the work.  Nothing in here waits or can be cancelled, so no descriptor is ever
+        without an owner.
 
         Args:
             connection: who takes it.
             max_bytes: bytes to look at; where there are as many, or more, none are taken.
-            max_fds: tells after how many descriptors no more are read; each read ends with some.
+            max_fds: tells after how many descriptors no more are read.
         """
         sock = self.socket
         arrival = _NOTHING

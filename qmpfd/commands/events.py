@@ -180,6 +180,11 @@ class Watcher:
         self._next = log.end
         self._lost = 0
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether something waits."""
+        return self._next < self.log.end or self._lost > 0
+
     def next_batch(self) -> bytes:
         """Some of what waits, ready to be sent; empty if nothing does."""
         log = self.log

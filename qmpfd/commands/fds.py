@@ -64,9 +64,10 @@ def check_add(
     shared.quotas.check_quota(context.peer.uid, count, opaque, replaced)
     if lasting and shared.mirror is not None:
         shared.mirror.check_quota(count, opaque)
-    fdset = None if fdset_id is None or access.unlimited else shared.store.get(fdset_id)
-    if fdset is not None:
-        _require_sight(access, fdset, opaque, shared.dialect)
+    if not access.unlimited and fdset_id is not None:
+        fdset = shared.store.get(fdset_id)
+        if fdset is not None:
+            _require_sight(access, fdset, opaque, shared.dialect)
 
 
 def _require_add(access: Access, fdset_id: int | None, next_id: int, opaque: str | None) -> None:

@@ -63,13 +63,13 @@ class Quotas:
 
     # -- what is kept ----------------------------------------------------------------------------
 
-    def charge(self, peer: Peer | None, text: str | None) -> None:
-        """A descriptor is kept for *peer*, under that opaque text or name."""
+    def charge(self, peer: Peer | None, text: str | None, count: int = 1) -> None:
+        """So many descriptors are kept for *peer*, each under that opaque text or name."""
         if peer is not None:
-            self.fds_total += 1
-            _add(self.fds_by_uid, peer.uid, 1)
+            self.fds_total += count
+            _add(self.fds_by_uid, peer.uid, count)
         if text:
-            self._count_text(peer, memory_size(text))
+            self._count_text(peer, count * memory_size(text))
 
     def refund(self, peer: Peer | None, text: str | None) -> None:
         """What :meth:`charge` has counted is kept no more."""
@@ -100,6 +100,13 @@ class Quotas:
             GenericError: naming the limit.
         """
         limits = self.limits
+        total = self.fds_total + count
+        if (
+            total <= self.waiting_limit
+            and total <= limits.max_fds_per_uid
+            and not (opaque or self.closer.pending_by_uid)
+        ):
+            return  # as nearly always: nobody has more than there are in all
         gained = 0  # places of this user
         for stored in replaced:
             gained += stored.added_by is not None and stored.added_by.uid == uid

@@ -173,15 +173,20 @@ class SharedState:
             self._announce(entries)
         self.store.commit(entries)
         fds.clear()
+        self.quotas.charge(added_by, opaque, len(entries))
+        if self.audit is not None or self.logs:
+            self._note_added(entries)
+        if lifetime.expires_at is not None:
+            self.on_expiry()
+        return entries
+
+    def _note_added(self, entries: list[StoredFd]) -> None:
+        """Tell the audit trail and those who watch."""
         for stored in entries:
-            self.quotas.charge(added_by, opaque)
             if self.audit is not None:
                 self.audit.record("added", stored)
             if self.logs:
                 self._log_event(Event.added(stored), stored)
-        if lifetime.expires_at is not None:
-            self.on_expiry()
-        return entries
 
     def _announce(self, entries: list[StoredFd]) -> None:
         """Have *entries* watched and mirrored before they are stored: all of them, or none."""

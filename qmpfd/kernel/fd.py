@@ -218,7 +218,7 @@ def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], str]:
     data, control, flags, _ = sock.recvmsg(count, _CONTROL_BYTES, _CLOEXEC)
     fds: list[Fd] = []
     for level, kind, payload in control:
-        if level == _SOCKET_LEVEL and kind == _RIGHTS:
+        if kind == _RIGHTS and level == _SOCKET_LEVEL:
             if len(payload) == _INT_BYTES:  # as nearly always
                 fds.append(Fd(_one.unpack(payload)[0]))
             else:
@@ -242,15 +242,12 @@ def receive_planned(sock: socket.socket, lengths: Sequence[int]) -> tuple[int, l
     """Make reads of these *lengths*, one after the other until one of them brings descriptors, and
     discard what the others would read; as :func:`receive`, with the number of that read first.
     """
-    left = sum(lengths)
-    number = -1
-    fds: list[Fd] = []
-    lost = ""
-    while left and not (fds or lost):
+    number = 0
+    _, fds, lost = receive(sock, lengths[0])
+    while not (fds or lost) and number + 1 < len(lengths):
         number += 1
         _, fds, lost = receive(sock, lengths[number])
-        left -= lengths[number]
-    if left:
+    if left := sum(lengths[number + 1 :]):
         discard(sock, left)
     return number, fds, lost
 

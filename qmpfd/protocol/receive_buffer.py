@@ -90,6 +90,8 @@ class ReceiveBuffer:
         #: are :class:`Received`.
         self.ready: deque[Any] = deque()
         self._reads: list[list[Any]] = []  # planned: the messages that each read completes
+        # Likewise, where the first of up to two reads completes all: the other is of blanks only.
+        self._whole: list[Any] | None = None
         self._behind = 0  # bytes of the segment that are behind the reads planned
         self._segment_left = 0  # of the segment that descriptors came with, the bytes still to see
         self._lines = lines
@@ -117,7 +119,7 @@ class ReceiveBuffer:
         between = self._parser is None or self._parser.idle
         if between and not self._lines and len(data) <= self._max_bytes:
             messages = self._decode(data)
-            if fds_follow and messages and any(map(_takes, messages[:-1])):
+            if fds_follow and messages and len(messages) > 1 and any(map(_takes, messages[:-1])):
                 messages = None  # it matters where each of them ends
         if messages is None:
             found, size = self._messages(data, fds_follow)
@@ -129,8 +131,8 @@ class ReceiveBuffer:
             # Cut behind the last, the only one that may take descriptors: they may have come with
             # the blank behind it.
             size = len(data.rstrip(_WHITESPACE)) or len(data)
-            self._reads, self._behind = [messages, []], 0
-            return size, len(data) - size
+            self._whole, self._behind = messages, 0
+            return (size, len(data) - size) if size < len(data) else (size,)
         else:
             size = len(data)
         self._assign_fds(messages)
@@ -147,15 +149,17 @@ class ReceiveBuffer:
             fds: the descriptors, owned from here on.
             lost: why the kernel dropped some of them; empty if it did not.
         """
-        reads, self._reads = self._reads, []
         pending = self.pending_fds
-        if len(reads) == 2 and not (number or lost or self._behind or pending.fds or pending.lost):
-            messages, rest = reads
-            if not rest and messages and 0 < len(fds) <= getattr(messages[-1], "takes", 0):
-                # As nearly always: no descriptor waits, and none will.
-                messages[-1] = Received((messages[-1], fds, ""))
-                self.ready += messages
-                return
+        whole, self._whole = self._whole, None
+        if whole is not None:
+            if whole and not (number or lost or pending.fds or pending.lost):
+                last = whole[-1]
+                if 0 < len(fds) <= last.takes:  # as nearly always: none waits, and none will
+                    whole[-1] = Received((last, fds, ""))
+                    self.ready += whole
+                    return
+            self._reads = [whole, []]
+        reads, self._reads = self._reads, []
         for index, messages in enumerate(reads):
             if index == number and (fds or lost):
                 pending.begin_segment(fds, lost)

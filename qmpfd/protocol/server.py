@@ -178,14 +178,21 @@ class ServerConnection(Connection):
         Carry out each before asking for the next: whether that is possible may depend on it.
         What was not asked for is there the next time.
         """
+        ready = self.ready
+        if len(ready) == 1:  # as nearly always: no generator for it
+            message = ready[0]
+            request, fds, lost = message if type(message) is Received else (message, NO_FDS, "")
+            if type(request) in self._usual and not lost:
+                ready.clear()
+                self._errors_in_a_row = 0
+                return iter(((request, request.id, fds),))
+        return self._requests()
+
+    def _requests(self) -> Iterator[ReceivedRequest]:
         flooded = False
         ready = self.ready
         while ready:  # as _messages does it, but for one generator less on each request's way
             message = ready.popleft()
-            if type(message) in self._usual:
-                self._errors_in_a_row = 0
-                yield message, message.id, NO_FDS
-                continue
             value, fds, lost = message if type(message) is Received else (message, NO_FDS, "")
             if type(value) in self._usual and not lost:
                 self._errors_in_a_row = 0
@@ -237,8 +244,6 @@ class ServerConnection(Connection):
         """The reply to a request: its result, or its QMPError; bit by bit, where it may be long."""
         if request_id is UNSET and type(result) is Value:  # as nearly always
             value = result.value
-            if type(value) is RawJSON:
-                return b'{"return": %b}\r\n' % value
             if not isinstance(value, JSONStream):
                 return b'{"return": %b}\r\n' % encode(value)
         if self._may_be_long(result, request_id):

@@ -21,6 +21,7 @@ from ..limits import MAX_INCOMPLETE_BYTES, Limits
 from ..policy import Policy
 from ..protocol import Budget
 from ..transport import FdStream
+from .connection.reader import Reader
 from .connection.saved import SavedSession
 from .connection.session import Session, SessionEnd
 from .connection.unsent_budget import UnsentBudget
@@ -69,14 +70,16 @@ class DaemonServer(Server):
         self.store = self.daemon.store
         self.lifecycle = Lifecycle()
         self.durability = durability(self.daemon.closer)
+        lock = trio.Lock()
         #: What each session is given.
         self.services = Services(
             shared=self.daemon,
             lifecycle=self.lifecycle,
             durability=self.durability,
-            lock=trio.Lock(),
+            lock=lock,
             input_budget=Budget(MAX_INCOMPLETE_BYTES),
             unsent_budget=UnsentBudget(),
+            reader=Reader(self.lifecycle, lock),
             gate=trio.Lock(),
             spawn=self._spawn,
         )
@@ -156,6 +159,7 @@ class DaemonServer(Server):
             name = f"accepting clients at the socket {listener}"
             yield name, partial(self._acceptor.accept_clients, listener)
         services = self.services
+        yield "serving clients", services.reader.run
         yield "removing expired descriptors", partial(remove_expired, services)
         yield "removing descriptors whose peer hung up", partial(remove_hung_up, services)
         yield "sending events", self._broadcaster.broadcast_events
@@ -177,6 +181,7 @@ class DaemonServer(Server):
         self.daemon.closer.close(self._clear())
         self.daemon.closer.shut_down()
         self.daemon.hangups.close()
+        self.services.reader.close()
         self._acceptor.close()
 
     def _clear(self) -> list[Fd]:

@@ -16,6 +16,7 @@ from ..kernel.fd import Fd
 from ..limits import LAP_SECONDS, LIGHT_SECONDS, TURN_SECONDS
 from ..protocol import Budget
 from ..transport import FdStream
+from .connection.reader import Reader
 from .connection.unsent_budget import UnsentBudget
 from .lifecycle import Lifecycle
 
@@ -114,6 +115,7 @@ class Services:
         lock: guards the store.
         input_budget: bytes of incomplete requests, of all connections together.
         unsent_budget: bytes of replies that clients have not taken, of all connections together.
+        reader: serves clients that ask for little.
         gate: lets in one client that has much to do in each pass of the loop, in the order in which
             they come: ``async with gate`` has a checkpoint while it is held.
         spawn: runs a task of a session beside it; it is given the cancel scope that ends it.
@@ -125,6 +127,7 @@ class Services:
     lock: trio.Lock
     input_budget: Budget
     unsent_budget: UnsentBudget
+    reader: Reader
     gate: trio.Lock
     spawn: Callable[[Callable[[trio.CancelScope], Awaitable[None]], trio.CancelScope], None]
 

@@ -19,7 +19,7 @@ from ...protocol.streamed_reply import StreamedReply
 from ..services import Services
 from .command_log import note
 from .fd_accounting import FdAccounting
-from .send_buffer import DISCARDING, SendBuffer, SendState, Unsent
+from .send_buffer import DISCARDING, OPEN, SendBuffer, SendState, Unsent
 
 _log = logging.getLogger("qmpfd")
 _VERBOSE = logging.DEBUG
@@ -67,9 +67,11 @@ class RequestProcessor:
         self.takeover_id: Any = UNSET
         #: A reply that is sent while it is made, until all of it is.
         self.streamed_reply: StreamedReply | None = None
-        # Replies that go to the send buffer once what was removed is closed.  One that carries
-        # descriptors is by itself: they arrive with its first byte.
+        # What goes to the send buffer once what was removed is closed: up to the last reply that
+        # carries descriptors, each of these by itself, as they arrive with its first byte; and all
+        # replies behind that.
         self._replies: list[Unsent] = []
+        self._text = b""
 
     @property
     def unfinished(self) -> bool:
@@ -79,7 +81,8 @@ class RequestProcessor:
         return self.streamed_reply is not None or self._connection.has_pending_input
 
     def process_nowait(self, ends: float) -> bool:
-        """Carry out the requests that are complete, and send the replies.
+        """Carry out the requests that are complete, and send the replies.  The caller holds the
+        store's lock.
 
         Args:
             ends: when the others are to have their turn (time.monotonic()).
@@ -88,16 +91,20 @@ class RequestProcessor:
             Whether that was all; else :meth:`process` has to go on.
         """
         services, send_buffer, context = self._services, self._send_buffer, self._context
-        # The lock is held by a task that waits for something meanwhile.
-        if services.lock.locked() or send_buffer.uncommitted:
+        if send_buffer.state is not OPEN and send_buffer.uncommitted:
             return False
-        # And nobody else runs before this is over: there is no await in it.
         self._execute_batch(ends)
-        if not self._flush_replies() or self._connection.ready or self.streamed_reply is not None:
+        if (
+            not self._flush_replies()
+            or self._connection.ready
+            or self.streamed_reply is not None
+            or context.quitting
+            or context.takes_over
+        ):
             return False
         if send_buffer.state is not SendState.UNCOMMITTED:
             return not send_buffer.size
-        if context.quitting or context.takes_over or send_buffer.unsent:
+        if send_buffer.unsent:
             return False
         # No task waits for that: it would cost passes of the loop with each command.
         services.durability.on_synced(partial(self._on_synced, send_buffer.changes))
@@ -125,7 +132,7 @@ class RequestProcessor:
         discarding = self._send_buffer.state in DISCARDING
         verbose = _log.isEnabledFor(_VERBOSE)
         replies: list[bytes] = []
-        size = passed = 0
+        size = 0
         result: Outcome[object]
         for request, request_id, fds in connection.requests():
             if type(request) is Error:
@@ -149,15 +156,13 @@ class RequestProcessor:
             if context.reply_fds:
                 refusal = partial(self._refusal, request_id)
                 self._replies += (b"".join(replies), [], None), (reply, context.reply_fds, refusal)
-                passed += len(context.reply_fds)
+                size += REPLY_BYTES_A_TURN // MAX_FDS_A_TURN * len(context.reply_fds)
                 replies, context.reply_fds = [], []
-                if passed > MAX_FDS_A_TURN:
-                    break
             else:
                 replies.append(reply)
-            if monotonic() > ends or context.quitting or size > REPLY_BYTES_A_TURN:
+            if size > REPLY_BYTES_A_TURN or context.quitting or monotonic() > ends:
                 break
-        self._replies.append((b"".join(replies), [], None))
+        self._text = replies[0] if len(replies) == 1 else b"".join(replies)
 
     def _refusal(self, request_id: Any, exc: OSError) -> bytes:
         """The reply where the kernel does not pass the descriptors that go with it."""
@@ -168,12 +173,12 @@ class RequestProcessor:
         """Close what was removed, then send the replies; whether that was possible without
         waiting.
         """
-        send_buffer, connection = self._send_buffer, self._connection
-        if self._context.touched_store:
-            self._context.touched_store = False
+        send_buffer, connection, context = self._send_buffer, self._connection, self._context
+        if context.touched_store:
+            context.touched_store = False
             if not self._services.durability.is_synced:
                 send_buffer.begin_uncommitted()
-        if send_buffer.state is not SendState.OPEN and send_buffer.uncommitted:
+        if send_buffer.state is not OPEN and send_buffer.uncommitted:
             if send_buffer.discarding:
                 return False
         elif connection.fds_to_close or self._fd_accounting.closings:
@@ -181,14 +186,12 @@ class RequestProcessor:
             self._fd_accounting.close_some()
             if connection.fds_to_close or self._fd_accounting.closings:
                 return False  # a whole set; what threads close
-        replies = self._replies
-        if len(replies) == 1:  # without descriptors
-            send_buffer.write(replies[0][0])
-        else:
-            for reply in replies:
+        if self._replies:
+            for reply in self._replies:
                 send_buffer.enqueue(*reply)
-            send_buffer.flush_nowait()
-        replies.clear()
+            self._replies.clear()
+        send_buffer.write(self._text)
+        self._text = b""
         if (
             self._fd_accounting.undelivered
             or send_buffer.unsent_fds

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from enum import Enum, auto
 from time import monotonic
+from typing import NamedTuple
 
 import trio
 from outcome import Error, Value
@@ -64,9 +65,25 @@ _TRANSITIONS = {
     (SessionState.SERVING, _Event.PAUSE): SessionState.PAUSED,
     (SessionState.PAUSED, _Event.RESUME): SessionState.SERVING,
     **{(state, _Event.EVICT): SessionState.EVICTED for state in SessionState},
+    **{(SessionState.EVICTED, event): SessionState.EVICTED for event in _Event},
 }
-# A module's own names are found faster than the members of an enumeration.
-_WAIT, _INPUT = _Event.WAIT, _Event.INPUT
+
+
+class _Piece(NamedTuple):
+    """What a piece of work leaves over.
+
+    Args:
+        arrival: whether more of the client's input waits to be read.
+        done: whether all that was read is carried out and the replies are sent.
+        heavy: whether the next piece is done in the gate.
+    """
+
+    arrival: Arrival = Arrival.ALL
+    done: bool = True
+    heavy: bool = False
+
+
+_ALL = Arrival.ALL  # a module's own names are found faster than the members of an enumeration
 
 
 class SessionEnd(Enum):
@@ -115,9 +132,8 @@ class Session:
         self._since = trio.current_time()  # when it connected, or was last seen to have asked
         self._connected_at = self._since
         self._state = SessionState.SERVING
-        self._farewell: QMPError | None = None  # what it is told when it is evicted
+        self._slow = False  # the last piece took long
         self._scope = trio.CancelScope()
-        self._events_wait = False  # until the client has taken what it is being sent
         self.send_buffer = SendBuffer(
             services, stream, peer, self._connection.fds_to_close, self._on_drained, self._sync
         )
@@ -145,16 +161,15 @@ class Session:
                 self.send_buffer.enqueue(self._connection.greeting(VERSION))
             await self.send_buffer.drain()
             return await self._serve()
-        if self._farewell is None:
-            # Told to finish: carry out what the client has sent so far.
-            self._state = _TRANSITIONS[self._state, _INPUT]
-            return await self._serve_rest()
-        with suppress(trio.BrokenResourceError):
-            self.stream.send_nowait(rejection_reply(self._farewell))
-        return SessionEnd.CLOSED
+        if self._state is SessionState.EVICTED:
+            return SessionEnd.CLOSED
+        # Told to finish: carry out what the client has sent so far.
+        self._move(_Event.INPUT)
+        return await self._serve_rest()
 
     async def aclose(self) -> None:
         """Close the connection and all that is kept for its time only."""
+        self._services.reader.forget(self.stream.socket.fileno())
         self.send_buffer.discard()
         if self._drain_scope is not None:
             self._drain_scope.cancel()
@@ -182,6 +197,9 @@ class Session:
         if self._state is SessionState.WAITING:
             self._scope.cancel()
 
+    def _move(self, event: _Event) -> None:
+        self._state = _TRANSITIONS[self._state, event]
+
     def change_access(self, access: Access) -> None:
         """The policy has changed: what the client may do from now on."""
         self._context.change_access(access)
@@ -206,7 +224,7 @@ class Session:
 
     def evict_if_idle(self, now: float) -> None:
         """End if the client has not negotiated in time, or has asked nothing for too long."""
-        if self._farewell is not None:
+        if self._state is SessionState.EVICTED:
             return
         if self._processor.active_since_check:
             self._since, self._processor.active_since_check = now, False
@@ -221,8 +239,9 @@ class Session:
             desc = f"Idle for more than {limit} s"
         if limit is not None and now - self._since > limit:
             _log.info("evicted pid %d, uid %d: %s", self.peer.pid, self.peer.uid, desc)
-            self._state = _TRANSITIONS[self._state, _Event.EVICT]
-            self._farewell = GenericError(desc)
+            self._move(_Event.EVICT)
+            with suppress(trio.BrokenResourceError):
+                self.stream.send_nowait(rejection_reply(GenericError(desc)))
             self._scope.cancel()
 
     # -- takeover ------------------------------------------------------------------------------
@@ -239,9 +258,9 @@ class Session:
 
     async def _park(self) -> None:
         """Wait while the daemon is paused."""
-        self._state = _TRANSITIONS[self._state, _Event.PAUSE]
+        self._move(_Event.PAUSE)
         await self._services.lifecycle.wait_running()
-        self._state = _TRANSITIONS[self._state, _Event.RESUME]
+        self._move(_Event.RESUME)
         await self.send_buffer.drain()
 
     def pause(self) -> None:
@@ -325,51 +344,73 @@ class Session:
     async def _serve(self) -> SessionEnd:
         """One bounded piece of work after the other; between two of them the loop goes round.
 
-        A client of which a piece leaves something over, or two in a row take long, does the next
-        one in the gate: it lets in one client in each pass of the loop, in the order in which they
-        come.  One piece alone may have taken long because the machine did something else.
+        The reader does them.  A client of which a piece leaves something over, or two in a row take
+        long, does the next one in the gate: it lets in one client in each pass of the loop, in the
+        order in which they come.  One piece alone may have taken long because the machine did
+        something else.
         """
-        services, stream, connection = self._services, self.stream, self._connection
-        processor, context, lifecycle = self._processor, self._context, services.lifecycle
-        quotas = services.shared.quotas
-        if processor.unfinished:  # from a predecessor: what it has read, and not done
-            await processor.process()
-        arrival, heavy, slow = Arrival.ALL, False, False
+        services, stream, context = self._services, self.stream, self._context
+        if self._processor.unfinished:  # from a predecessor: what it has read, and not done
+            await self._processor.process()
+        piece = _Piece()
         while True:  # noqa: ASYNC913 - each way round has a checkpoint
-            if arrival is not Arrival.SOME:
-                if lifecycle.stopping:
-                    return await self._serve_rest()
-                self._state = _TRANSITIONS[self._state, _WAIT]
-                await stream.wait_readable()
-                self._state = _TRANSITIONS[self._state, _INPUT]
-            if lifecycle.paused:
-                await self._park()
-            if heavy:
-                async with services.gate:
-                    ends = services.turn_ends()
-                    arrival, done = Arrival.SOME, True
-                    while arrival is Arrival.SOME and done and monotonic() < ends:
-                        arrival = stream.receive_nowait(connection, READ_BYTES, quotas.fds_at_once)
-                        done = processor.process_nowait(ends)
+            if piece.arrival is not Arrival.SOME and services.lifecycle.stopping:
+                return await self._serve_rest()
+            if not piece.heavy:
+                self._move(_Event.WAIT)
+                piece = await services.reader.serve(stream.socket.fileno(), self._serve_chunk)
             else:
-                ends = monotonic() + LIGHT_SECONDS
-                arrival = stream.receive_nowait(connection, FEW_BYTES)
-                done = processor.process_nowait(ends)
-            was_slow, slow = slow, monotonic() > ends
-            heavy = not done or arrival is Arrival.SOME or (slow and was_slow)
-            if not done:
-                await processor.process()
+                if piece.arrival is not Arrival.SOME:
+                    self._move(_Event.WAIT)
+                    await stream.wait_readable()
+                    self._move(_Event.INPUT)
+                if services.lifecycle.paused:
+                    await self._park()
+                async with services.gate, services.locked():
+                    if not services.lifecycle.paused:
+                        piece = self._serve_chunks(services.turn_ends())
+            if not piece.done:
+                await self._processor.process()
             if context.takes_over:
                 return SessionEnd.TAKEOVER
-            if context.quitting or arrival is Arrival.END:
+            if context.quitting or piece.arrival is Arrival.END:
                 return SessionEnd.CLOSED
+
+    def _serve_chunk(self, now: float) -> _Piece | None:
+        """Carry out a little of what the client has sent; None if that is all there is to do."""
+        ends = now + LIGHT_SECONDS
+        max_fds = self._services.shared.quotas.fds_at_once
+        arrival = self.stream.receive_nowait(self._connection, FEW_BYTES, max_fds)
+        done = self._processor.process_nowait(ends)
+        was_slow, self._slow = self._slow, monotonic() > ends
+        slow = self._slow and was_slow
+        if done and not slow and (arrival is _ALL or arrival is Arrival.NOTHING):
+            return None
+        self._move(_Event.INPUT)
+        heavy = slow or arrival is Arrival.SOME or self._processor.unfinished
+        return _Piece(arrival, done, heavy)
+
+    def _serve_chunks(self, ends: float) -> _Piece:
+        """Carry out what the client has sent, as much as there is time for in its turn."""
+        arrival, done = Arrival.SOME, True
+        while arrival is Arrival.SOME and done and monotonic() < ends:
+            arrival = self.stream.receive_nowait(
+                self._connection, READ_BYTES, self._services.shared.quotas.fds_at_once
+            )
+            done = self._processor.process_nowait(ends)
+        was_slow, self._slow = self._slow, monotonic() > ends
+        slow = self._slow and was_slow
+        heavy = slow or arrival is Arrival.SOME or self._processor.unfinished
+        return _Piece(arrival, done, heavy)
 
     async def _serve_rest(self) -> SessionEnd:
         """Carry out what has come so far."""
         arrival = Arrival.SOME
         while arrival not in (Arrival.NOTHING, Arrival.END) and not self._context.quitting:
             arrival = self.stream.receive_nowait(self._connection)
-            if not self._processor.process_nowait(self._services.turn_ends()):
+            async with self._services.locked():
+                done = self._processor.process_nowait(self._services.turn_ends())
+            if not done:
                 await self._processor.process()
             if self._context.takes_over:
                 return SessionEnd.TAKEOVER  # which is refused
@@ -383,8 +424,7 @@ class Session:
         if events is None or self._services.lifecycle.paused:
             return False
         if send_buffer.size or self._processor.streamed_reply is not None:
-            self._events_wait = True
-            return False
+            return False  # until the client has taken that
         if not (data := events.next_batch()):
             return False
         if not self._services.durability.is_synced:
@@ -397,7 +437,6 @@ class Session:
             send_buffer.abort()
         if not (send_buffer.unsent or send_buffer.uncommitted_queue):
             return True
-        self._events_wait = True
         self._start_drain()
         return False
 
@@ -405,8 +444,7 @@ class Session:
         """The client has taken what it was sent."""
         if self._fd_accounting.undelivered:
             self._fd_accounting.update_undelivered()
-        if self._events_wait:
-            self._events_wait = False
+        if self._context.events is not None and self._context.events.is_behind:
             self._services.shared.on_event()
 
     def _start_drain(self) -> None:

@@ -159,7 +159,7 @@ async def test_an_own_end_may_be_stored(path: Path) -> None:
 async def test_who_asks_for_much_does_not_hold_up_who_asks_for_little(path: Path) -> None:
     """It is answered long before the others are done, who have sent all of it before."""
     clients, each = 20, 2000
-    async with daemon(path) as server, trio.open_nursery() as nursery:
+    async with daemon(path) as server:
         with ExitStack() as stack:
             wires = [stack.enter_context(await Wire.session(path)) for _ in range(clients)]
             light = stack.enter_context(await Wire.session(path))
@@ -167,7 +167,8 @@ async def test_who_asks_for_much_does_not_hold_up_who_asks_for_little(path: Path
                 await wire.send_all(request("query-name") * each)
             value(await light.call("query-version"))
             assert server.daemon.stats.commands["query-name"] < clients * each / 2
-            for wire in wires:
-                nursery.start_soon(wire.replies, each)
-            while server.daemon.stats.commands["query-name"] < clients * each:
-                value(await light.call("query-version"))
+            async with trio.open_nursery() as nursery:
+                for wire in wires:
+                    nursery.start_soon(wire.replies, each)
+                while server.daemon.stats.commands["query-name"] < clients * each:
+                    value(await light.call("query-version"))

@@ -180,21 +180,25 @@ class _FirstCancelled(DaemonServer):
 
 async def _live(path: Path, parent: Parent) -> None:
     """A client that waits for the parent again and again."""
-    with await Wire.session(path) as wire, pipes(3) as made:
+    opening = request("open-fdset", {"fdset-id": 0})
+    with await Wire.session(path) as wire, pipes(4) as made:
         wire.send(ADD, [made[0]])
         await wire.reply()
-        parent.stop()
-        wire.send(ADD, [made[1]])
-        wire.send(request("open-fdset", {"fdset-id": 0}))
-        await settle()
-        parent.turn()
-        await settle()
-        wire.send(REMOVE)
-        await settle()
-        parent.go_on()
-        for _ in range(3):
-            await wire.reply()
-        wire.send(ADD, [made[2]])
+        for pipe in made[1:3]:
+            parent.stop()
+            wire.send(ADD, [pipe])
+            wire.send(opening)
+            for data in (opening, REMOVE, request("query-fds")):  # each behind a change that waits
+                await settle()
+                wire.send(data)
+            await settle()
+            parent.turn()
+            await settle()
+            wire.send(request("query-name"))
+            await settle()
+            parent.go_on()
+            await wire.replies(6)
+        wire.send(ADD, [made[3]])
         await settle()
 
 
