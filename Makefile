@@ -41,6 +41,7 @@ types: $(VENV)/.dev  ## mypy, strict
 	$(BIN)/mypy
 
 docs: $(VENV)/.docs  ## the documentation, into build/docs, and its links among its pages
+	rm -rf build/docs/html
 	$(BIN)/sphinx-build -q -W --keep-going -E -b html docs build/docs/html
 	$(BIN)/python docs/check_links.py build/docs/html
 

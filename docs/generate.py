@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
 import command_line  # noqa: E402 - it is in this folder
+import python_api  # noqa: E402
 import wire  # noqa: E402 - likewise
 
 #: What a page can ask for.
-GENERATED = {
+GENERATED: dict[str, Callable[[], str]] = {
     "commands": wire.commands,
     "events": wire.events,
     "errors": wire.errors,
@@ -26,6 +29,7 @@ GENERATED = {
     "rule": wire.rule,
     "options": command_line.options,
     "verbs": command_line.verbs,
+    **{name: partial(python_api.section, name) for name in python_api.SECTIONS},
 }
 
 _PART = re.compile(r"^<!-- generated: (\w+) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)

@@ -17,6 +17,8 @@ from examples import blocks, run_page, unused_files
 from helpers import ROOT, daemon_process, open_fds
 from installed import QEMU, need
 
+import qmpfd
+import qmpfd.testing
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.commands import TABLE
 from qmpfd.commands.context import Context
@@ -101,6 +103,13 @@ def test_every_command_event_and_class_is_there() -> None:
     assert headings == [*TABLE.commands, *EVENTS]
     classes = set(re.findall(r"^\| `(\w+)` \| `\w+` \|", wire.errors(), re.MULTILINE))
     assert classes == {cls.__name__ for cls in QMPError.__subclasses__()}
+
+
+def test_every_public_name_is_there() -> None:
+    text = PAGES["reference/python.md"].read_text()
+    headings = set(re.findall(r"^### (\w+)$", text, re.MULTILINE))
+    types = {"Dialect", "FileDescriptorLike"}  # of arguments, which say what they take
+    assert headings == {*qmpfd.__all__, *qmpfd.testing.__all__} - types - {"__version__"}
 
 
 def test_every_argument_is_explained() -> None:

@@ -132,7 +132,7 @@ PRIVATE = {
     r"whoever|whomever": "a client that, a user who",
     r"(?:those|he|they|one) who": "clients that, users who",
     r"gates?": "a queue",
-    r"laps?|turns": "a bounded piece of work",
+    r"laps?|in turns|(?:its|their) turns?": "a bounded piece of work",
     r"mirror(?:s|ed)?": "the second copy",
     r"lets? go of|(?:has|have) let go": "hand over, close",
     r"says? goodbye": "close",

@@ -129,12 +129,12 @@ async def connect(
 
     Use it as ``async with qmpfd.connect(path) as client``; the connection is closed at the end.
 
-    With *reconnect*, a connection that breaks later is made anew by the next call, or by whoever
-    waits for events, and negotiated.  What can be repeated without harm is: the ``query-`` commands
-    and ``open-fdset``.  A call of another command whose reply was lost raises :exc:`ReplyLost`.
-    Watching goes on; the event ``FD_EVENTS_LOST``, its ``count`` 0, tells where others may be
-    missing.  What belongs to a connection is gone with it: the names of ``getfd``, and
-    descriptors that were added with ``lifetime="connection"``.
+    With *reconnect*, the next call makes a broken connection again, and negotiates; so does waiting
+    for events.  Requests that are harmless to repeat are sent again: the ``query-`` commands and
+    ``open-fdset``.  A call of another command whose reply was lost raises :exc:`ReplyLost`.
+    Watching continues with the event ``FD_EVENTS_LOST``, its ``count`` 0: other events may be
+    missing.  What belonged to the old connection is gone: the names of ``getfd``, and descriptors
+    that were added with ``lifetime="connection"``.
 
     Args:
         path: the server's Unix socket; ``@NAME`` is one in the abstract namespace (unix(7)).
