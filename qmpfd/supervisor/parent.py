@@ -6,20 +6,14 @@ import os
 import select
 import signal
 import time
-from enum import Enum
 
 from .log import Log
 from .manager import Manager
-from .store import SlowCloser, Store, close, is_good_name
-from .worker import (
-    FORWARDED,
-    NamedFds,
-    Program,
-    Worker,
-    ignore_signals,
-    inherited_fds,
-    inherited_sockets,
-)
+from .message import Message
+from .program import NamedFds, Program, inherited_fds, inherited_sockets
+from .states import TOLD_TO_END, TRANSITIONS, Event, State
+from .store import SlowCloser, Store, close
+from .worker import FORWARDED, Worker, ignore_signals
 
 #: Seconds until the next start of a worker that died before it served: doubled each time.
 FIRST_DELAY, LAST_DELAY = 0.1, 30.0
@@ -49,76 +43,7 @@ MESSAGES = 512
 #: not tell such a message from the end.
 EMPTY_MESSAGES = 8
 
-#: Variables of a message that are between the worker and us.
-OWN_FIELDS = {
-    b"FDSTORE",
-    b"FDSTOREREMOVE",
-    b"FDNAME",
-    b"FDPOLL",
-    b"BARRIER",
-    b"MAINPID",
-    b"QMPFD_CLOSE",
-    b"QMPFD_SYNC",
-}
-
 HEARD = (*FORWARDED, signal.SIGQUIT, signal.SIGCHLD)
-
-
-class State(Enum):
-    """What there is of a worker."""
-
-    FIRST_WAIT = "none has served yet, and none runs"
-    FIRST_START = "none has served yet, and one starts"
-    WAITING = "none runs; the next one is started at some time"
-    STARTING = "one starts again"
-    SERVING = "it serves"
-    HUNG = "it did not answer in time and was killed"
-    STOPPING = "it was told to end"
-    DRAINING = "it was told to end, and has said that it does"
-    KILLED = "it was told to end, did not in time and was killed"
-    ENDED = "it has ended, and so does the parent"
-
-
-class Event(Enum):
-    """What happens to a worker."""
-
-    START = "it is started"
-    READY = "it says READY=1"
-    STOP = "it is to end: SIGTERM or SIGINT"
-    STOPS = "it says STOPPING=1"
-    TIMEOUT = "it does not answer in time"
-    DIED = "it is dead, and is to be started again"
-    END = "it is dead, and the parent ends too"
-
-
-_TO_THE_END = {Event.END: State.ENDED}
-_STARTING = {
-    Event.READY: State.SERVING,
-    Event.STOP: State.STOPPING,
-    Event.TIMEOUT: State.HUNG,
-} | _TO_THE_END
-
-#: What is not here changes nothing.
-TRANSITIONS = {
-    State.FIRST_WAIT: {Event.START: State.FIRST_START} | _TO_THE_END,
-    State.FIRST_START: {Event.DIED: State.FIRST_WAIT} | _STARTING,
-    State.WAITING: {Event.START: State.STARTING} | _TO_THE_END,
-    State.STARTING: {Event.DIED: State.WAITING} | _STARTING,
-    State.SERVING: {
-        Event.STOP: State.STOPPING,
-        Event.TIMEOUT: State.HUNG,
-        Event.DIED: State.WAITING,
-    }
-    | _TO_THE_END,
-    State.HUNG: {Event.STOP: State.KILLED, Event.DIED: State.WAITING} | _TO_THE_END,
-    State.STOPPING: {Event.STOPS: State.DRAINING, Event.TIMEOUT: State.KILLED} | _TO_THE_END,
-    State.DRAINING: {Event.TIMEOUT: State.KILLED} | _TO_THE_END,
-    State.KILLED: _TO_THE_END,
-    State.ENDED: {},
-}
-
-#: In these, the worker was told to end.
-_TOLD_TO_END = (State.STOPPING, State.DRAINING, State.KILLED)
 
 
 class Supervisor:
@@ -275,7 +200,7 @@ class Supervisor:
         self._receive(worker)  # perhaps it was us who were stopped
         if self._deadline is None or self._deadline > now:
             return
-        if self._state in _TOLD_TO_END:
+        if self._state in TOLD_TO_END:
             what = f"has not ended {now - worker.stopped_at:.1f} s after it was told to"
         else:
             what = f"has not answered for {now - worker.heard_at:.1f} s"
@@ -306,7 +231,7 @@ class Supervisor:
         worker.sock.close()
         self._worker = None
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        if self._state in _TOLD_TO_END:
+        if self._state in TOLD_TO_END:
             if status != 0:
                 self._store.remove_files()
             # A signal that we sent, before it could hear it, or because it did not.
@@ -414,43 +339,30 @@ class Supervisor:
         Returns:
             Whether the worker waits for an answer to it.
         """
-        fields = {}
-        others = []
-        files = []
-        for line in data.split(b"\n"):
-            key, _, value = line.partition(b"=")
-            if key == b"QMPFD_SOCKET":
-                files.append(value)
-            elif key in OWN_FIELDS:
-                fields[key] = value
-            elif key:
-                others.append(line)
-        slow = fields.get(b"QMPFD_CLOSE") == b"slow"
-        names = fields.get(b"FDNAME", b"").split(b":")
-        if len(names) > 1 and b"FDSTORE" in fields and len(names) != len(fds) and not truncated:
+        message = Message(data)
+        names = message.names
+        if message.stores and len(names) > 1 and len(names) != len(fds) and not truncated:
             names = []  # which is which?
         for name in names:
-            if not is_good_name(name):
+            if message.removes:
+                self._store.remove(name, message.closes_slowly)
+            if not message.stores:
                 continue
-            if fields.get(b"FDSTOREREMOVE") == b"1":
-                self._store.remove(name, slow)
-            if fields.get(b"FDSTORE") == b"1":
-                if fds:
-                    self._store.add(name, fds.pop(0))
-                    worker.had_journal |= self._store.is_journal(name)
-                elif truncated:
-                    self._log.log("error", "out of descriptors: one could not be kept")
-                    worker.send(b"LOST=" + name)
+            if fds:
+                self._store.add(name, fds.pop(0))
+                worker.had_journal |= self._store.is_journal(name)
+            elif truncated:
+                self._log.log("error", "out of descriptors: one could not be kept")
+                worker.send(b"LOST=" + name)
         for number in fds:
             close(number)
-        if files:
-            self._store.set_files(files)
-        if others:
-            self._handle_notification(worker, others)
-        if b"QMPFD_SYNC" in fields:
-            worker.send(b"SYNCED=" + fields[b"QMPFD_SYNC"])
-            return True
-        return b"BARRIER" in fields
+        if message.files:
+            self._store.set_files(message.files)
+        if message.others:
+            self._handle_notification(worker, message.others)
+        if message.sync is not None:
+            worker.send(b"SYNCED=" + message.sync)
+        return message.is_answered
 
     def _handle_notification(self, worker: Worker, lines: list[bytes]) -> None:
         """The worker has said something that is for the service manager too."""

@@ -1,0 +1,62 @@
+"""The states of a worker, as its parent sees it, and what changes them."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class State(Enum):
+    """What there is of a worker."""
+
+    FIRST_WAIT = "none has served yet, and none runs"
+    FIRST_START = "none has served yet, and one starts"
+    WAITING = "none runs; the next one is started at some time"
+    STARTING = "one starts again"
+    SERVING = "it serves"
+    HUNG = "it did not answer in time and was killed"
+    STOPPING = "it was told to end"
+    DRAINING = "it was told to end, and has said that it does"
+    KILLED = "it was told to end, did not in time and was killed"
+    ENDED = "it has ended, and so does the parent"
+
+
+class Event(Enum):
+    """What happens to a worker."""
+
+    START = "it is started"
+    READY = "it says READY=1"
+    STOP = "it is to end: SIGTERM or SIGINT"
+    STOPS = "it says STOPPING=1"
+    TIMEOUT = "it does not answer in time"
+    DIED = "it is dead, and is to be started again"
+    END = "it is dead, and the parent ends too"
+
+
+_TO_THE_END = {Event.END: State.ENDED}
+_STARTING = {
+    Event.READY: State.SERVING,
+    Event.STOP: State.STOPPING,
+    Event.TIMEOUT: State.HUNG,
+} | _TO_THE_END
+
+#: What is not here changes nothing.
+TRANSITIONS = {
+    State.FIRST_WAIT: {Event.START: State.FIRST_START} | _TO_THE_END,
+    State.FIRST_START: {Event.DIED: State.FIRST_WAIT} | _STARTING,
+    State.WAITING: {Event.START: State.STARTING} | _TO_THE_END,
+    State.STARTING: {Event.DIED: State.WAITING} | _STARTING,
+    State.SERVING: {
+        Event.STOP: State.STOPPING,
+        Event.TIMEOUT: State.HUNG,
+        Event.DIED: State.WAITING,
+    }
+    | _TO_THE_END,
+    State.HUNG: {Event.STOP: State.KILLED, Event.DIED: State.WAITING} | _TO_THE_END,
+    State.STOPPING: {Event.STOPS: State.DRAINING, Event.TIMEOUT: State.KILLED} | _TO_THE_END,
+    State.DRAINING: {Event.TIMEOUT: State.KILLED} | _TO_THE_END,
+    State.KILLED: _TO_THE_END,
+    State.ENDED: {},
+}
+
+#: In these, the worker was told to end.
+TOLD_TO_END = (State.STOPPING, State.DRAINING, State.KILLED)
