@@ -30,7 +30,7 @@ FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floo
 
 #: Where Trio is known.
 #: Those that import it in cli/: no verb that has to start fast.
-TRIO_IN_CLI = {"cli.daemon", "cli.notifications", "cli.tapping"}
+TRIO_IN_CLI = {"cli.daemon", "cli.notifications", "cli.spare_keeper", "cli.tapping"}
 TRIO = {"transport", "client", "server", "testing", *TRIO_IN_CLI}
 
 MODULES = sorted(
@@ -99,6 +99,7 @@ def test_a_restart_opens_nothing_before_the_numbers_are_given() -> None:
     program = """
 import sys
 import qmpfd.cli.serve, qmpfd.cli.logs, qmpfd.cli.supervise, qmpfd.cli.takeover
+import qmpfd.cli.spare, qmpfd.server.fdstore.fetch
 import qmpfd.server.fdstore.recover, qmpfd.server.renumber
 assert not {"ctypes", "trio"} & sys.modules.keys()
 import qmpfd.cli.daemon

@@ -350,6 +350,79 @@ def started(program: str, *options: str, **environment: str) -> Iterator[subproc
             process.kill()
 
 
+# -- a spare worker ----------------------------------------------------------------------------
+
+#: Runs a parent that orphans of its workers become children of.
+_SUBREAPER = [
+    sys.executable,
+    "-c",
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(36, 1); os.execv(sys.argv[1], sys.argv[1:])",
+]
+
+#: A worker that leaves a spare one behind and dies; *spare* is what that does.
+_SPARE = r"""
+if given: note("another"); sys.exit(0)
+tell(b"FDSTORE=1\nFDNAME=qmpfd-journal-1", [os.memfd_create("journal")])
+tell(b"FDSTORE=1\nFDNAME=x", [os.memfd_create("x")])
+tell(b"READY=1")
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+pid = os.fork()
+if pid == 0:
+    parent.close()
+    ours.close()
+    parent = theirs
+    SPARE
+    sys.exit(0)
+tell(b"QMPFD_SPARE=%d" % pid, [ours.fileno()])
+barrier()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _with_spare(work: str) -> str:
+    return _SPARE.replace("    SPARE\n", textwrap.indent(textwrap.dedent(work), "    "))
+
+
+def test_a_spare_worker() -> None:
+    """It is told what there is, and fetches it; then it is the worker, and its end is heard of."""
+    work = """
+        def hear(): return socket.recv_fds(parent, 4096, 9)[:2]
+        for expected in (b"WAIT", b"NAMES=qmpfd-journal-1:x", b"START"):
+            assert hear() == (expected, []), expected
+        tell(b"QMPFD_FETCH=x:none:qmpfd-journal-1")
+        said, fds = hear()
+        assert said == b"FETCHED=x:qmpfd-journal-1", said
+        for fd, name in zip(fds, ("x", "journal"), strict=True):
+            assert os.readlink(f"/proc/self/fd/{fd}") == f"/memfd:{name} (deleted)"
+        tell(b"QMPFD_FETCH=none")
+        assert hear() == (b"FETCHED=", [])
+        tell(b"READY=1")
+        barrier()
+        note("spare")
+        sys.exit(5)
+    """
+    status, notes, said = supervise(_with_spare(work), prefix=_SUBREAPER)
+    assert (status, notes) == (0, ["spare", "another"]), said
+    assert "the worker ended with status 5: starting it again" in said
+
+
+@pytest.mark.parametrize("work", ["os.kill(os.getpid(), 9)", "assert parent.recv(99) and 0"])
+def test_a_spare_worker_that_dies(work: str) -> None:
+    """Before it is needed, or then: another one is started, which inherits what is kept."""
+    status, notes, said = supervise(_with_spare(f"\n{work}\n"), prefix=_SUBREAPER)
+    assert (status, notes) == (0, ["another"]), said
+
+
+def test_a_spare_worker_that_is_not_adopted() -> None:
+    """It is some other process's child: it hears that nobody needs it."""
+    work = """
+        while parent.recv(4096): pass
+        note("over")
+    """
+    status, notes, said = supervise(_with_spare(work))
+    assert (status, sorted(notes)) == (0, ["another", "over"]), said
+
+
 # -- signals -----------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from ..kernel.fd import Fd
 from ..kernel.systemd import InheritedFd, Notifier, announce_ready, watchdog_interval
 from ..limits import STATUS_INTERVAL
 from ..policy import load_policy
+from ..server.fdstore.mirror import FdStoreConfig
 from ..server.fdstore.recover import Recovered
 from ..server.maintenance import supervise
 from ..server.saved_state import SavedListener
@@ -28,6 +29,8 @@ from ..server.startup import run_daemon
 from ..server.takeover.receiver import Takeover
 from .notifications import Notifications
 from .options import default_socket
+from .spare import Spare
+from .spare_keeper import SpareKeeper
 
 _log = logging.getLogger("qmpfd")
 
@@ -42,7 +45,9 @@ def run(
     takeover: Takeover | None,
     recovered: Recovered,
     ready_fd: Fd | None,
+    keeping: FdStoreConfig | None,
     parent: Notifier | None,
+    successor: Spare | None,
     **options: Any,
 ) -> None:
     """Serve until told to end.
@@ -50,6 +55,7 @@ def run(
     Args:
         ready_fd: told once clients can connect, and closed.
         parent: the parent of ``serve --supervise``, if there is one.
+        successor: the spare worker that this process has left behind; owned from here on.
         options: further arguments of :func:`run_daemon`.
 
     Raises:
@@ -61,13 +67,16 @@ def run(
         listen_fds=[inherited.fd for inherited in listen_fds],
         takeover=takeover,
         recovered=recovered,
+        keeping=keeping,
         **options,
     )
     names = [str(path) for path in paths]
     names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
-    trio.run(
-        _main, start, names, takeover, recovered.state.listeners, policy_path, ready_fd, parent
-    )
+    spares = None
+    if parent is not None and keeping is not None:
+        spares = SpareKeeper(parent, keeping.size, successor)
+    before = (takeover or recovered).state.listeners
+    trio.run(_main, start, names, takeover, before, policy_path, ready_fd, parent, spares)
 
 
 def _exempt_from_collection() -> None:
@@ -80,12 +89,12 @@ async def _main(
     start: partial[Coroutine[Any, Any, None]],
     names: Sequence[str],
     takeover: Takeover | None,
-    back_again: Sequence[SavedListener],
+    before: Sequence[SavedListener],
     policy_path: Path | None,
     ready_fd: Fd | None,
     parent: Notifier | None,
+    spares: SpareKeeper | None,
 ) -> None:
-    before = back_again if takeover is None else takeover.state.listeners
     again = [listener.name for listener in before]
     async with trio.open_nursery() as serving:
         with ExitStack() as stack:
@@ -102,7 +111,8 @@ async def _main(
                 signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             if takeover is None:
-                _exempt_from_collection()
+                gc.freeze()  # as _exempt_from_collection, without the time that it takes
+                gc.enable()
             if again:
                 how = "back again" if takeover is None else "took over"
                 _log.info("%s: listening on %s", how, ", ".join(again))
@@ -117,7 +127,7 @@ async def _main(
             notifications = Notifications(parent)
             stack.callback(notifications.close)
             notifications.tell(*_ready())
-            await _look_after(server, notifications, parent, policy_path, signals, serving)
+            await _look_after(server, notifications, parent, policy_path, signals, serving, spares)
 
 
 async def _look_after(
@@ -127,6 +137,7 @@ async def _look_after(
     policy_path: Path | None,
     signals: AsyncIterator[int],
     serving: trio.Nursery,
+    spares: SpareKeeper | None,
 ) -> None:
     reloader = _Reloader(server, policy_path, notifications)
     handler = _SignalHandler(server, parent, notifications, reloader, serving)
@@ -134,6 +145,8 @@ async def _look_after(
         ("handling signals", partial(handler.run, signals)),
         ("reloading", reloader.run),
     ]
+    if spares is not None:
+        tasks.append(("keeping a spare worker", spares.run))
     if notifications.wanted:
         tasks.append(("notifying the service manager", notifications.resend))
         tasks.append(("reporting the status", partial(_report_status, server, notifications)))

@@ -20,8 +20,9 @@ from ..kernel.unix_address import listens
 from . import supervise as keeping
 from .exit_codes import DONE, UsageError
 from .options import Subparsers, add_examples, default_socket
-from .policy import read_policy
+from .policy import group_id, read_policy
 from .serve_options import InheritedFd, add_options, limits
+from .spare import take_alive, wait
 
 if TYPE_CHECKING:
     from ..server.renumber import Movable
@@ -56,6 +57,14 @@ def add_parsers(verbs: Subparsers) -> None:
 
 #: A descriptor to start with, the fd set that it goes into (None: a new one), and its opaque text.
 _Initial: TypeAlias = "tuple[Fd, int | None, str | None]"
+
+
+def _socket_group(name: str | None) -> int | None:
+    """The gid: a spare worker has parsed its arguments long before it needs that."""
+    try:
+        return None if name is None else group_id(name)
+    except argparse.ArgumentTypeError as exc:
+        raise UsageError(f"--socket-group: {exc}") from None
 
 
 def _take_inherited(
@@ -113,6 +122,13 @@ def _inherited_strays() -> list[Fd]:
     return [Fd(number_) for number_ in numbers if number_ > 2 and _was_inherited(number_)]
 
 
+def _import_all() -> None:
+    """Import what a worker needs that starts again."""
+    from ..commands import schema  # noqa: F401
+    from ..server.fdstore import fetch  # noqa: F401
+    from . import daemon, takeover  # noqa: F401
+
+
 def _serve(arguments: argparse.Namespace) -> int:
     _fill_standard_streams()
     # With ``stty tostop``, it would stop a background job that logs to its terminal.
@@ -128,10 +144,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     from . import logs, takeover
 
     logs.set_up(arguments.log_format, arguments.log_level)
-    inherited = take_listen_fds()
     # As many descriptors as we may have: they are what this process is for.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    alive, start = take_alive(), None
+    if parent is not None and alive is not None:
+        start = wait(parent, alive, _import_all)
+        parent = start.parent
+    inherited = take_listen_fds() if start is None else start.sockets
     # All stored descriptors get their numbers before anything is imported that opens others.
     initial, missing = _take_inherited(arguments.add_fd)
     movable: list[Movable] = [fd for fd, _, _ in initial]
@@ -148,7 +168,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         movable.append(parent)
     strays = _inherited_strays()
     movable += strays
-    recovered = keeping.recover(inherited, movable)
+    recovered = keeping.recover(inherited, movable, start)
     if recovered.handed_over and parent is not None:
         with recovered:
             close_all(fd for fd, _, _ in initial)
@@ -193,7 +213,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             policy=policy,
             metrics_path=arguments.metrics,
             audit=audit,
-            socket_group=arguments.socket_group,
+            socket_group=_socket_group(arguments.socket_group),
             socket_mode=arguments.socket_mode,
             initial_fds=initial,
             listen_fds=listen_fds,
@@ -202,6 +222,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             keeping=kept,
             ready_fd=ready,
             parent=parent,
+            successor=None if start is None else start.successor,
         )
     except* (OSError, NoDaemon, QMPError) as group:  # a nursery's: there is one cause, the first
         failure = group

@@ -80,6 +80,11 @@ def _octal(text: str) -> int:
     return mode
 
 
+def _group_name(text: str) -> str:
+    group_id(text)
+    return text
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``serve``."""
     parser.add_argument(
@@ -118,7 +123,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--socket-group",
-        type=group_id,
+        type=_group_name,
         metavar="NAME",
         help="group of the socket files (default: the daemon's own)",
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
     from ..server.fdstore.mirror import FdStoreConfig
     from ..server.fdstore.recover import Recovered
     from ..server.renumber import Movable
+    from .spare import Start
 
 _log = logging.getLogger("qmpfd")
 
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 #: What starts the parent where the package is in a zipapp, whose folders cannot be run.
 _IN_A_ZIP = """\
@@ -58,18 +61,32 @@ def become_supervisor(
         python.insert(1, "-B")
     for stream in range(3):  # one that had to be filled would be closed, and something else there
         os.set_inheritable(stream, True)
+    _adopt_orphans()
     options = [f"--drain-timeout={drain_timeout}", log_format, log_level]
     numbers = ",".join(map(str, passed))
     command = [sys.executable, *sys.orig_argv[1:]]
     os.execv(sys.executable, [*python, *options, numbers, *command])
 
 
-def recover(inherited: Sequence[InheritedFd], others: Iterable[Movable]) -> Recovered:
+def _adopt_orphans() -> None:
+    """Have the spare worker become a child of this process when the worker dies that has started
+    it.  Without that, no spare worker can be used.  This outlasts an execve(2).
+    """
+    with suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def recover(
+    inherited: Sequence[InheritedFd], others: Sequence[Movable], start: Start | None
+) -> Recovered:
     """Sort out what this process was started with.
 
     Args:
         inherited: what came with $LISTEN_FDS; owned from here on.
         others: more descriptors that may get other numbers.
+        start: what a spare worker was told.
 
     Raises:
         UsageError: what has come back cannot be used.
@@ -77,9 +94,19 @@ def recover(inherited: Sequence[InheritedFd], others: Iterable[Movable]) -> Reco
     from ..server.fdstore import recover as recovering
 
     try:
-        recovered = recovering.recover(inherited, others)
+        if start is None:
+            recovered = recovering.recover(inherited, others)
+        else:
+            from ..server.fdstore.fetch import fetch
+
+            own = [] if start.successor is None else [start.successor.sock, start.successor.alive]
+            movable = [*others, *own, *(each.fd for each in inherited)]
+            fetched, history = fetch(start.parent, start.names, movable)
+            recovered = recovering.recover([*inherited, *fetched], [*others, *own], history)
     except ValueError as exc:
         raise UsageError(str(exc)) from None
+    except OSError as exc:  # the parent starts another one, which inherits what it keeps
+        raise UsageError(f"the parent's descriptors cannot be had: {exc.strerror or exc}") from None
     if recovered.has_state:
         _log.info(
             "restored %d descriptors of %d fd sets",

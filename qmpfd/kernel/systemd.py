@@ -8,6 +8,7 @@ parent of ``serve --supervise`` speaks the same, over a socket that its worker i
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import select
@@ -25,6 +26,9 @@ _log = logging.getLogger("qmpfd")
 
 #: The first inherited descriptor (SD_LISTEN_FDS_START).
 _FIRST = 3
+
+#: Bytes of a message of the parent at most: the names of as many descriptors as can come with one.
+_MESSAGE_BYTES = 128 << 10
 
 #: What the parent of ``serve --supervise`` calls an inherited descriptor that has its number among
 #: those that are passed: it is none of them.
@@ -120,6 +124,40 @@ class Notifier:
     def fileno(self) -> int:
         """Of the socket: writable when there is room, readable when the parent is gone."""
         return self._sock.fileno()
+
+    @staticmethod
+    def environment(number: int, store_size: int) -> dict[str, str]:
+        """What tells another process that it is a worker, as :func:`take_parent` and
+        :func:`take_store_size` understand it.
+
+        Args:
+            number: of its inherited socket to the parent.
+            store_size: how many descriptors the parent keeps.
+        """
+        return {_PARENT_VARIABLE: str(number), "FDSTORE": str(store_size)}
+
+    def receive_fds(self, timeout: float | None) -> tuple[str, list[Fd]]:
+        """Wait for the parent's next message, and the descriptors with it; an empty one if the
+        parent is gone.
+
+        Args:
+            timeout: seconds to wait, None for any time.
+
+        Raises:
+            OSError: not all of the descriptors can be had here, or it does not answer in time.
+        """
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        if not poll.poll(None if timeout is None else timeout * 1000):
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        try:
+            data, received, lost = fds.receive(self._sock, _MESSAGE_BYTES)
+        except ConnectionError:
+            return "", []
+        if lost:
+            fds.close_all(received)
+            raise OSError(errno.EMFILE, lost)
+        return data.decode("utf-8", "backslashreplace"), received
 
     def receive(self) -> bool:
         """Receive one message of the parent, and handle it; whether there was one.

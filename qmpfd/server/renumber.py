@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import resource
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -41,6 +42,8 @@ def renumber(
         targets: the number that each of them is to have; None if it does not matter.
         others: more descriptors that may get other numbers.
     """
+    if all(target in (None, fd.number) for fd, target in zip(fds, targets, strict=True)):
+        return
     table = _Table([*fds, *others], targets)
     for _ in range(2):  # where the table is full, the first pass makes room for the second
         for index in range(len(fds)):
@@ -53,6 +56,56 @@ def renumber(
                 fd.fileno(),
                 target,
             )
+
+
+#: Numbers at most that :func:`keep_free` has something open at.
+_MOST_FILLERS = 1 << 16
+
+
+def keep_free(numbers: Iterable[int], movable: Iterable[Movable]) -> tuple[list[int], list[Fd]]:
+    """See to it that these numbers are the lowest that are free: the next descriptors that this
+    process gets, have them.
+
+    Args:
+        numbers: the numbers.
+        movable: descriptors that are open here and may get other numbers.
+
+    Returns:
+        The numbers, ascending, without those that cannot be had; and what is open at all others
+        up to there, which the caller owns.
+
+    Raises:
+        OSError: this process may not have so many descriptors.
+    """
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = sorted(number for number in numbers if 0 <= number < most)
+    end = wanted[-1] + 1 if wanted else 0
+    if end - len(wanted) > _MOST_FILLERS:
+        return [], []
+    targets = set(wanted)
+    for each in movable:
+        if each.fileno() in targets:
+            aside = fcntl.fcntl(each.fileno(), fcntl.F_DUPFD_CLOEXEC, end)
+            each.move_to(aside)
+    open_ = _open_numbers(end)
+    fillers: list[Fd] = []
+    with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as null:
+        null.move_to(fcntl.fcntl(null.fileno(), fcntl.F_DUPFD_CLOEXEC, end))
+        fillers += (
+            Fd(os.dup2(null.fileno(), number, inheritable=False))
+            for number in range(end)
+            if number not in targets and number not in open_
+        )
+    return [number for number in wanted if number not in open_], fillers
+
+
+def _open_numbers(end: int) -> set[int]:
+    """The numbers below *end* that are open."""
+    try:
+        # The one that the folder is listed with is closed again.
+        return {n for n in map(int, os.listdir("/proc/self/fd")) if n < end and _is_open(n)}
+    except OSError:  # there is no /proc
+        return {number for number in range(end) if _is_open(number)}
 
 
 class _Table:

@@ -17,7 +17,14 @@ descriptor that is to be kept or removed, and a message may have these lines:
 ``QMPFD_SOCKET=DEV:INODE:HEXPATH``  the file of a listening socket, to be removed if the parent ends
                                     and the worker cannot; there may be several in a message, in
                                     place of all those before
+``QMPFD_SPARE=PID``                 a spare worker waits at the other end of the socket that comes
+                                    with the message (:mod:`qmpfd.cli.spare`)
+``QMPFD_FETCH=NAME:NAME...``        answer ``FETCHED=NAME:NAME...`` with the descriptors of these
+                                    names: what a worker that was a spare one asks for
 ==================================  ===============================================================
+
+To a spare worker the parent says ``WAIT``, and when it is needed: ``SOCKETS=NAME:NAME...`` with the
+service manager's sockets, ``NAMES=NAME:NAME...`` of what it may fetch, and ``START``.
 
 The parent says by itself: ``LOST=NAME``, a descriptor could not be kept; ``SIGNALS=N``, so many
 signals that end the worker have been forwarded, the next one included.

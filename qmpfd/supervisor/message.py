@@ -13,6 +13,8 @@ _OWN = {
     b"BARRIER",
     b"MAINPID",
     b"QMPFD_CLOSE",
+    b"QMPFD_FETCH",
+    b"QMPFD_SPARE",
     b"QMPFD_SYNC",
 }
 
@@ -47,5 +49,11 @@ class Message:
         self.closes_slowly = fields.get(b"QMPFD_CLOSE") == b"slow"
         #: What is to be answered once it is carried out; None for nothing.
         self.sync = fields.get(b"QMPFD_SYNC")
+        #: The names of descriptors that a worker that was a spare one asks for.
+        self.fetches = (
+            fields.get(b"QMPFD_FETCH", b"").split(b":") if b"QMPFD_FETCH" in fields else []
+        )
+        #: The process of a spare worker, whose socket comes with the message.
+        self.spare = fields.get(b"QMPFD_SPARE", b"")
         #: The worker waits until it is carried out.
         self.is_answered = self.sync is not None or b"BARRIER" in fields

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import time
 
 from .log import Log
@@ -13,7 +14,7 @@ from .message import Message
 from .program import NamedFds, Program, inherited_fds, inherited_sockets
 from .states import TOLD_TO_END, TRANSITIONS, Event, State
 from .store import SlowCloser, Store, close
-from .worker import FORWARDED, Worker, ignore_signals
+from .worker import FORWARDED, START_TIMEOUT, Spare, Worker, ignore_signals
 
 #: Seconds until the next start of a worker that died before it served: doubled each time.
 FIRST_DELAY, LAST_DELAY = 0.1, 30.0
@@ -26,9 +27,6 @@ SHORT_LIFE, PAUSE = 1.0, 0.02
 
 #: Seconds within which a worker says that its loop turns, where the service manager has no wish.
 HEARTBEAT = 10.0
-
-#: Seconds within which a worker serves.  A takeover may take a while.
-START_TIMEOUT = 120.0
 
 #: Seconds that the end of a worker that drains takes beyond --drain-timeout.
 END_TIMEOUT = 2.0
@@ -74,6 +72,7 @@ class Supervisor:
         self._program = Program(command, sockets, inherited, self._heartbeat)
         self._state = State.FIRST_WAIT
         self._worker: Worker | None = None
+        self._spare: Spare | None = None
         self._start_at = 0.0
         self._deadline: float | None = None  # of the worker, to do what its state waits for
         self._failures = 0  # deaths in a row before READY=1
@@ -97,6 +96,7 @@ class Supervisor:
             except Exception as exc:  # noqa: BLE001 - whoever keeps the descriptors goes on
                 self._log.log("error", f"the parent goes on after an error: {exc!r}")
                 time.sleep(FIRST_DELAY)
+        self._end_spare()
         return self._status
 
     def _turn(self) -> None:
@@ -164,7 +164,7 @@ class Supervisor:
         if worker is None:
             return
         if state in (State.FIRST_START, State.STARTING):
-            self._deadline = worker.started_at + START_TIMEOUT
+            self._deadline = worker.started_at + worker.start_timeout
         elif state is State.SERVING:
             self._deadline = worker.heard_at + self._heartbeat
         elif state is State.STOPPING:
@@ -177,7 +177,9 @@ class Supervisor:
     def _start(self, now: float) -> None:
         """Start a worker."""
         try:
-            worker = self._program.start(self._store.fds, self._log_unrunnable)
+            worker = self._start_spare() or self._program.start(
+                self._store.fds, self._log_unrunnable
+            )
         except OSError as exc:
             self._start_at = now + self._delay()
             self._failures += 1
@@ -186,6 +188,23 @@ class Supervisor:
         self._worker = worker
         self._poll.register(worker.sock, worker.polled_for)
         self._happen(Event.START)
+
+    def _start_spare(self) -> Worker | None:
+        """Start the spare worker, if there is one, and no start has failed: then something may be
+        wrong with it.
+        """
+        spare = self._spare
+        if spare is None or self._failures or not spare.is_child:
+            self._end_spare()
+            return None
+        self._spare = None
+        spare.start(self._program.sockets, list(self._store.fds))
+        return spare
+
+    def _end_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.end()
+            self._spare = None
 
     def _log_unrunnable(self, reason: str) -> None:
         self._log.log("error", f"{self._program.command[0]} cannot be run: {reason}")
@@ -331,6 +350,7 @@ class Supervisor:
                 break  # it waits for that: nothing more has come most likely
         if heard:
             worker.heard_at = time.monotonic()
+            worker.start_timeout = START_TIMEOUT
             self._set_deadline()
 
     def _handle_message(self, worker: Worker, data: bytes, fds: list[int], truncated: bool) -> bool:
@@ -354,8 +374,15 @@ class Supervisor:
             elif truncated:
                 self._log.log("error", "out of descriptors: one could not be kept")
                 worker.send(b"LOST=" + name)
+        if message.spare.isdigit() and len(fds) == 1:
+            self._end_spare()
+            self._spare = Spare(int(message.spare), socket.socket(fileno=fds.pop()))
+            self._spare.send(b"WAIT")
         for number in fds:
             close(number)
+        if message.fetches:
+            names, numbers = self._store.find(message.fetches)
+            worker.send(b"FETCHED=" + b":".join(names), numbers)
         if message.files:
             self._store.set_files(message.files)
         if message.others:

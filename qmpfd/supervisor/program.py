@@ -39,7 +39,8 @@ class Program:
     ) -> None:
         self.command = command
         self.inherited = inherited
-        self._sockets = sockets
+        #: Those of the service manager, with their names.
+        self.sockets = sockets
         self._heartbeat = heartbeat
         # Of our table, this is the worker's: the rest is for what is open now, sockets, and
         # descriptors that are on their way or being closed.
@@ -95,7 +96,7 @@ class Program:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         # A group of its own: a terminal's Ctrl-C is for us, and we forward it.
         os.setpgid(0, 0)
-        given = [*self._sockets, *((name.decode("ascii"), fd) for name, fd in kept.items())]
+        given = [*self.sockets, *((name.decode("ascii"), fd) for name, fd in kept.items())]
         given.sort(key=lambda each: each[1])
         names, places = [], []
         target = FIRST

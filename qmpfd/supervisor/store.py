@@ -126,6 +126,11 @@ class Store:
         self.remove(name, slow=False)
         self.fds[name] = number
 
+    def find(self, names: list[bytes]) -> tuple[list[bytes], list[int]]:
+        """Those of *names* that are there, and their descriptors."""
+        found = [name for name in names if name in self.fds]
+        return found, [self.fds[name] for name in found]
+
     def remove(self, name: bytes, slow: bool) -> None:
         """Close the descriptor of that name, if there is one."""
         number = self.fds.pop(name, -1)

@@ -7,6 +7,17 @@ import select
 import signal
 import socket
 import time
+from array import array
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing takes a mebibyte
+    from collections.abc import Sequence
+
+#: Seconds within which a worker serves.  A takeover may take a while.
+START_TIMEOUT = 120.0
+
+#: Seconds within which a spare worker asks for what is kept: it has nothing else to do.
+SPARE_TIMEOUT = 5.0
 
 #: Signals that end the worker or have it read its policy again: those are forwarded.
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -30,7 +41,8 @@ _BY_DEFAULT = {
 _MESSAGE = 32 << 10
 
 #: Room for one control message with as many descriptors as the kernel passes at a time.
-_CONTROL = socket.CMSG_SPACE(253 * 4)
+_MOST_FDS = 253
+_CONTROL = socket.CMSG_SPACE(_MOST_FDS * 4)
 _FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
 _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 _TRUNCATED = int(socket.MSG_CTRUNC)
@@ -51,11 +63,14 @@ class Worker:
     Args:
         pid: its process, a child of ours.
         sock: our end of the socket to it.
+        timeout: seconds until it has to say something for the first time.
     """
 
-    def __init__(self, pid: int, sock: socket.socket) -> None:
+    def __init__(self, pid: int, sock: socket.socket, timeout: float = START_TIMEOUT) -> None:
         self.pid = pid
         self.sock = sock
+        #: Seconds until it has to serve, or to say something.
+        self.start_timeout = timeout
         self.started_at = self.heard_at = time.monotonic()
         self.ready_at: float | None = None
         #: Signals forwarded that end it, and when the first one was.
@@ -64,7 +79,7 @@ class Worker:
         self.had_journal = False
         #: What its socket is polled for.
         self.polled_for: int = select.POLLIN
-        self._unsent: list[bytes] = []
+        self._unsent: list[tuple[bytes, Sequence[int]]] = []
 
     def kill(self, number: int) -> None:
         """Send a signal.  Until we wait for it, no other process can have its pid."""
@@ -89,20 +104,62 @@ class Worker:
                 fds += memoryview(payload[: len(payload) & ~3]).cast("i").tolist()
         return data, fds, flags & _TRUNCATED != 0
 
-    def send(self, message: bytes) -> None:
-        """Send a message, now or with :meth:`flush`."""
-        self._unsent.append(message)
+    def send(self, message: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a message and descriptors, now or with :meth:`flush`."""
+        self._unsent.append((message, fds))
         self.flush()
 
     def flush(self) -> bool:
         """Send what could not be sent before; whether something is still left."""
         while self._unsent:
+            message, fds = self._unsent[0]
+            rights = [(*_RIGHTS, array("i", fds))] if fds else []
             try:
-                self.sock.send(self._unsent[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self.sock.sendmsg([message], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 break
-            except OSError:  # it is dead
-                self._unsent.clear()
+            except OSError:
+                if fds:  # this user has too many on their way (ETOOMANYREFS): it asks no more
+                    self._unsent[0] = message, ()
+                    continue
+                self._unsent.clear()  # it is dead
                 break
             del self._unsent[0]
         return bool(self._unsent)
+
+
+class Spare(Worker):
+    """A worker that waits until it is needed."""
+
+    def __init__(self, pid: int, sock: socket.socket) -> None:
+        super().__init__(pid, sock, SPARE_TIMEOUT)
+
+    @property
+    def is_child(self) -> bool:
+        """Whether it lives, and is a child of ours: it was another's before that died."""
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:
+            return False
+
+    def start(self, sockets: Sequence[tuple[str, int]], names: Sequence[bytes]) -> None:
+        """Have it take over.
+
+        Args:
+            sockets: those of the service manager, with their names.
+            names: those of the descriptors that it may fetch.
+        """
+        self.started_at = self.heard_at = time.monotonic()
+        for at in range(0, len(sockets), _MOST_FDS):
+            some = sockets[at : at + _MOST_FDS]
+            text = ":".join(name for name, _ in some)
+            self.send(b"SOCKETS=" + os.fsencode(text), [number for _, number in some])
+        for at in range(0, len(names), _MOST_FDS):
+            self.send(b"NAMES=" + b":".join(names[at : at + _MOST_FDS]))
+        self.send(b"START")
+
+    def end(self) -> None:
+        """It is not needed any more."""
+        if self.is_child:
+            self.kill(signal.SIGKILL)
+        self.sock.close()

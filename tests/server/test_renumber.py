@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpfd.kernel.fd import Fd, close_all
-from qmpfd.server.renumber import renumber
+from qmpfd.server.renumber import keep_free, renumber
 
 BASE = 300  # above whatever the tests have open
 
@@ -75,7 +75,7 @@ def test_a_table_that_is_full() -> None:
     program = """
 import os, resource, sys
 from qmpfd.kernel.fd import Fd
-from qmpfd.server.renumber import renumber
+from qmpfd.server.renumber import keep_free, renumber
 os.closerange(3, 1000)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 fds = [Fd(os.memfd_create(f"{number}")) for number in range(30)]
@@ -95,3 +95,43 @@ names = [os.readlink(f"/proc/self/fd/{fd.fileno()}").split(":")[1].split()[0] fo
 assert names == [str(number) for number in range(30)], names
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+
+
+@given(
+    wanted=st.sets(st.integers(BASE, BASE + 40), min_size=1),
+    mine=st.sets(st.integers(BASE, BASE + 40), max_size=8),
+    strangers=st.sets(st.integers(BASE, BASE + 40), max_size=8),
+)
+@settings(max_examples=50, deadline=None)
+def test_numbers_that_are_kept_free(wanted: set[int], mine: set[int], strangers: set[int]) -> None:
+    """What is opened next has them, in order; ours make way, what is not ours keeps its number."""
+    strangers -= mine
+    with ExitStack() as stack:
+        null = stack.enter_context(Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
+        memory = {number: os.memfd_create(f"{number}") for number in mine | strangers}
+        for number, fd in memory.items():
+            os.dup2(fd, number, inheritable=False)
+            os.close(fd)
+        movable = {number: stack.enter_context(Fd(number)) for number in mine}
+        others = [stack.enter_context(Fd(number)) for number in strangers]
+        targets, fillers = keep_free(wanted, movable.values())
+        stack.callback(close_all, fillers)
+        assert targets == sorted(wanted - strangers)
+        for target in targets:
+            assert stack.enter_context(null.dup()).fileno() == target
+        for number, fd in movable.items():
+            assert os.readlink(f"/proc/self/fd/{fd.fileno()}").startswith(f"/memfd:{number} ")
+        assert {fd.fileno() for fd in others} == strangers
+
+
+def test_numbers_far_apart() -> None:
+    """Nothing is opened at a million numbers for the sake of one."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert keep_free([most, most + 1, -1], []) == ([], [])
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard > 100_000:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        try:
+            assert keep_free([90_000], []) == ([], [])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

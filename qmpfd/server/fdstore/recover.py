@@ -89,28 +89,36 @@ class Recovered:
         close_all([*self.fds, *self.stale_fds, *(given.fd for given in self.sockets)])
 
 
-def recover(inherited: Sequence[InheritedFd], others: Iterable[Movable] = ()) -> Recovered:
+def recover(
+    inherited: Sequence[InheritedFd],
+    others: Iterable[Movable] = (),
+    history: History | None = None,
+) -> Recovered:
     """Sort out what this process was started with.
 
     Args:
         inherited: the descriptors and their names; owned from here on.
         others: more descriptors that may get other numbers.
+        history: what the newest journal says, where that is known already.
 
     Raises:
         ValueError: there is a journal that cannot be read.
     """
     try:
-        return _recover(inherited, others)
+        return _recover(inherited, others, history)
     except BaseException:
         close_all(given.fd for given in inherited)
         raise
 
 
-def _recover(inherited: Sequence[InheritedFd], others: Iterable[Movable]) -> Recovered:
+def _recover(
+    inherited: Sequence[InheritedFd], others: Iterable[Movable], history: History | None
+) -> Recovered:
     ours = {given.name: given.fd for given in inherited if is_ours(given.name)}
     sockets = [given for given in inherited if not is_ours(given.name)]
     again = [given.fd for given in inherited if ours.get(given.name, given.fd) is not given.fd]
-    history = _newest([fd for name, fd in ours.items() if is_journal(name)])
+    if history is None:
+        history = newest([fd for name, fd in ours.items() if is_journal(name)])
     # With that evidence, they are of a takeover that had not come far: the old daemon has all.
     if PREVIOUS not in ours and not any(map(is_journal, ours)) and any(map(is_numbered, ours)):
         history = _without_journal(ours)
@@ -205,8 +213,12 @@ def _nothing() -> History:
     return History(SnapshotHeader(0, 0, None))
 
 
-def _newest(journals: Sequence[Fd]) -> History:
-    """What the newest journal says; nothing if there is none."""
+def newest(journals: Sequence[Fd]) -> History:
+    """What the newest journal says; nothing if there is none.
+
+    Raises:
+        ValueError: there are some, and none of them can be read.
+    """
     histories, problems = [], []
     for journal in journals:
         try:

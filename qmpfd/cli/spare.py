@@ -1,0 +1,198 @@
+"""A spare worker: a process that has imported all that a worker needs, and waits.
+
+When the worker dies, the parent of ``serve --supervise`` has the spare worker take its place: that
+saves the start of an interpreter and its imports, most of the time of a restart.  Until then the
+spare worker has no stored descriptor and no client's connection, but a socket to the parent and a
+pipe by which the worker sees it end.  The policy is read, and paths are looked at, after that.
+
+The worker starts the first spare worker.  Each forks another one (fork(2)) when it is needed, which
+becomes the parent's child when the worker dies (prctl(2), PR_SET_CHILD_SUBREAPER).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import NamedTuple, NoReturn
+
+from ..kernel.fd import Fd, close_all
+from ..kernel.systemd import InheritedFd, Notifier
+
+#: The variable with the number of the pipe by which the worker sees a spare worker end.
+_ALIVE_VARIABLE = "QMPFD_SPARE_FD"
+
+#: What ps(1) calls it (proc(5), comm).
+_NAME = "qmpfd-spare"
+
+#: What a spare worker says when it has imported everything.
+READY = b"SPARE"
+
+
+class Spare(NamedTuple):
+    """A spare worker, as the process sees it that has started it.
+
+    Args:
+        pid: its process.
+        sock: the parent's end of the socket to it.
+        alive: readable once it has ended.
+    """
+
+    pid: int
+    sock: Fd
+    alive: Fd
+
+
+class Start(NamedTuple):
+    """What a spare worker is told when it is needed.
+
+    Args:
+        parent: the connection to the parent.
+        sockets: the service manager's, with their names.
+        names: those of the descriptors that the parent keeps.
+        successor: the next spare worker, if there is one.
+    """
+
+    parent: Notifier
+    sockets: list[InheritedFd]
+    names: list[str]
+    successor: Spare | None
+
+
+def take_alive() -> Fd | None:
+    """The pipe that shows that this process lives, if it is a spare worker."""
+    number = os.environ.pop(_ALIVE_VARIABLE, "")
+    if not number.isdecimal():
+        return None
+    os.set_inheritable(int(number), False)
+    return Fd(int(number))
+
+
+def spawn(store_size: int) -> Spare:
+    """Start a spare worker: this program once more.  It says READY at *sock* when it is one.
+
+    Args:
+        store_size: how many descriptors the parent keeps.
+
+    Raises:
+        OSError: that is not possible now.
+    """
+    with ExitStack() as stack:
+        sock, alive, theirs = _connections(stack)
+        numbers = [fd.fileno() for fd in theirs]
+        environment = {
+            **os.environ,
+            **Notifier.environment(numbers[0], store_size),
+            _ALIVE_VARIABLE: str(numbers[1]),
+        }
+        # A dup2(2) of a number to itself has the new process inherit it.  No fork(2) in a process
+        # with other people's descriptors: posix_spawn(3) does not wait until they are closed there.
+        actions = [(os.POSIX_SPAWN_DUP2, number, number) for number in numbers]
+        command = [sys.executable, *sys.orig_argv[1:]]
+        pid = os.posix_spawn(
+            sys.executable, command, environment, file_actions=actions, setpgroup=0
+        )
+        close_all(theirs)
+        stack.pop_all()
+    return Spare(pid, sock, alive)
+
+
+def _connections(stack: ExitStack) -> tuple[Fd, Fd, list[Fd]]:
+    """The parent's end of a socket, a pipe's read end; and both other ends, for a spare worker."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock, theirs = stack.enter_context(Fd(one.detach())), stack.enter_context(Fd(other.detach()))
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    alive, pipe = stack.enter_context(Fd(reader)), stack.enter_context(Fd(writer))
+    return sock, alive, [theirs, pipe]
+
+
+def wait(parent: Notifier, alive: Fd, prepare: Callable[[], object]) -> Start:
+    """Be a spare worker until it is needed.
+
+    Args:
+        parent: the connection to the parent.
+        alive: what shows the worker that this process lives; owned from here on.
+        prepare: imports what a worker needs.
+    """
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):  # a worker lives through them
+        signal.signal(number, signal.SIG_IGN)
+    prepare()
+    gc.collect()
+    gc.freeze()  # so that nothing of it is copied when it is forked
+    try:
+        parent.send(READY.decode())
+    except OSError:  # the worker has died meanwhile
+        _end()
+    while True:
+        sockets, names = _wait_for_start(parent)
+        successor, theirs = _fork()
+        if not theirs:
+            break
+        close_all([alive, *(each.fd for each in sockets)])
+        parent.close()
+        parent, alive = Notifier(socket.socket(fileno=theirs[0].detach()), True), theirs[1]
+    gc.disable()  # until it serves: what is restored stays
+    alive.close()
+    os.environ["WATCHDOG_PID"] = str(os.getpid())
+    return Start(parent, sockets, names, successor)
+
+
+def _fork() -> tuple[Spare | None, list[Fd]]:
+    """Leave a spare worker behind: that, None if it cannot be done now.  There, its connections."""
+    with ExitStack() as stack:
+        try:
+            sock, alive, theirs = _connections(stack)
+            pid = os.fork()
+        except OSError:  # another one is started later
+            return None, []
+        stack.pop_all()
+    if pid:
+        close_all(theirs)
+        return Spare(pid, sock, alive), []
+    close_all([sock, alive])
+    os.setpgid(0, 0)
+    return None, theirs
+
+
+def _wait_for_start(parent: Notifier) -> tuple[list[InheritedFd], list[str]]:
+    """Wait until the parent says START: the sockets and names that it told before that."""
+    sockets: list[InheritedFd] = []
+    names: list[str] = []
+    own_name = ""
+    while True:
+        text, fds = parent.receive_fds(None)
+        kind, _, value = text.partition("=")
+        if kind == "SOCKETS":
+            sockets += map(InheritedFd, fds, value.split(":"))
+            continue
+        close_all(fds)
+        if kind == "NAMES":
+            names += value.split(":")
+        elif kind == "WAIT":
+            own_name = _name_process(_NAME)
+        elif kind == "START":
+            if own_name:
+                _name_process(own_name)
+            return sockets, names
+        elif not text:
+            _end()
+
+
+def _end() -> NoReturn:
+    """End: the parent does not need this process any more.  Nothing here is to be cleaned up."""
+    os._exit(0)
+
+
+def _name_process(name: str) -> str:
+    """Change what ps(1) calls this process; what it was called, empty if it is called so still."""
+    try:
+        with open("/proc/self/comm", "r+", encoding="utf-8") as comm:
+            previous = comm.read().strip()
+            comm.write(name)
+    except OSError:
+        return ""
+    return previous

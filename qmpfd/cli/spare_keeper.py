@@ -1,0 +1,93 @@
+"""Sees to it that there is a spare worker while a worker serves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from contextlib import suppress
+
+import trio
+
+from ..kernel.systemd import Notifier
+from . import spare
+from .spare import Spare
+
+_log = logging.getLogger("qmpfd")
+
+#: Seconds from when a worker serves to the start of a spare one: it has better things to do then.
+#: Doubled whenever a spare worker dies.
+FIRST_DELAY, LAST_DELAY = 1.0, 60.0
+
+#: Seconds that a spare worker has for its imports.
+_IMPORT_TIMEOUT = 60.0
+
+#: Seconds until a message to the parent is sent again that it had no room for.
+_RETRY = 0.1
+
+
+class SpareKeeper:
+    """Starts a spare worker whenever there is none, and has the parent know of it.
+
+    Args:
+        parent: the connection to the parent.
+        store_size: how many descriptors it keeps.
+        successor: the spare worker that this one has left behind; owned from here on.
+    """
+
+    def __init__(self, parent: Notifier, store_size: int, successor: Spare | None) -> None:
+        self._parent = parent
+        self._store_size = store_size
+        self._spare = successor
+
+    async def run(self) -> None:
+        """Do so until cancelled, or until the parent is gone; then there is none any more."""
+        delay = FIRST_DELAY
+        try:
+            while True:
+                if self._spare is None:
+                    await trio.sleep(delay)
+                    delay = min(2 * delay, LAST_DELAY)
+                    self._spare = spare.spawn(self._store_size)
+                    if not await self._is_ready(self._spare):
+                        _log.warning("a spare worker did not start: trying again in %g s", delay)
+                        await self._end_spare()
+                        continue
+                if not await self._offer(self._spare):
+                    return
+                await trio.lowlevel.wait_readable(self._spare.alive.fileno())
+                _log.warning("the spare worker has ended: starting another in %g s", delay)
+                await self._end_spare()
+        finally:
+            await self._end_spare()
+
+    async def _is_ready(self, started: Spare) -> bool:
+        with trio.move_on_after(_IMPORT_TIMEOUT):
+            await trio.lowlevel.wait_readable(started.sock.fileno())
+            return os.read(started.sock.fileno(), len(spare.READY)) == spare.READY
+        return False
+
+    async def _offer(self, started: Spare) -> bool:
+        """Give the parent the socket to it; whether there is a parent."""
+        while True:
+            try:
+                self._parent.send(f"QMPFD_SPARE={started.pid}", [started.sock])
+            except BlockingIOError:
+                await trio.sleep(_RETRY)
+            except OSError:
+                return False
+            else:
+                # From here on the parent's is the only one: with it, the spare worker ends.
+                started.sock.close()
+                return True
+
+    async def _end_spare(self) -> None:
+        """End it and wait for it, but not for long: its end may hang as its start did."""
+        ended, self._spare = self._spare, None
+        if ended is None:
+            return
+        ended.sock.close()
+        ended.alive.close()
+        os.kill(ended.pid, signal.SIGKILL)  # until we wait for it, no other process has its pid
+        with trio.move_on_after(1, shield=True), suppress(RuntimeError):  # no more threads
+            await trio.to_thread.run_sync(os.waitpid, ended.pid, 0, abandon_on_cancel=True)

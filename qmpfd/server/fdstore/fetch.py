@@ -1,0 +1,87 @@
+"""What a spare worker fetches from its parent when it is needed: descriptors, at their numbers.
+
+A descriptor that comes over a socket gets the lowest free number.  So the spare worker has
+something else open at all other numbers, and asks by ascending numbers: nothing has to be moved,
+and no duplicate closed, which could hang (close(2) of a file on a FUSE mount that does not answer).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Sequence
+
+from ...kernel.fd import close_all
+from ...kernel.systemd import InheritedFd, Notifier
+from ...limits import SCM_MAX_FD
+from ..renumber import Movable, keep_free
+from .names import is_journal, is_numbered
+from .recover import newest
+from .replay import History
+
+#: Seconds within which the parent answers.
+_TIMEOUT = 60.0
+
+
+def fetch(
+    parent: Notifier, names: Iterable[str], movable: Sequence[Movable]
+) -> tuple[list[InheritedFd], History]:
+    """Fetch the descriptors of these names; and what the journal says that they are.
+
+    Args:
+        parent: the connection to the parent.
+        names: those that it keeps.
+        movable: descriptors of this process that may get other numbers.
+
+    Raises:
+        OSError: the parent cannot pass them.
+        ValueError: there is a journal that cannot be read.
+    """
+    names = list(names)
+    fetched = _fetch(parent, [name for name in names if not is_numbered(name)])
+    try:
+        history = newest([given.fd for given in fetched if is_journal(given.name)])
+        numbers = {entry.name: number for number, entry in history.entries.items()}
+        at = {numbers[name]: name for name in names if name in numbers}
+        own = [given.fd for given in fetched]
+        targets, fillers = keep_free(at, [*movable, *own])
+        try:
+            placed = [at[number] for number in targets]
+            fetched += _fetch(parent, placed)
+            there = {given.name for given in fetched}
+            fetched += _fetch(parent, [name for name in names if name not in there])
+        finally:
+            close_all(fillers)
+    except BaseException:
+        close_all(given.fd for given in fetched)
+        raise
+    return fetched, history
+
+
+def _fetch(parent: Notifier, names: Sequence[str]) -> list[InheritedFd]:
+    """Fetch some, in that order.  The next ones are asked for while some are on their way."""
+    chunks = [names[at : at + SCM_MAX_FD] for at in range(0, len(names), SCM_MAX_FD)]
+    fetched: list[InheritedFd] = []
+    asked = 0
+    try:
+        for number in range(len(chunks)):
+            while asked < min(number + 2, len(chunks)):
+                parent.send("QMPFD_FETCH=" + ":".join(chunks[asked]))
+                asked += 1
+            fetched += _receive(parent)
+    except BaseException:
+        close_all(given.fd for given in fetched)
+        raise
+    return fetched
+
+
+def _receive(parent: Notifier) -> list[InheritedFd]:
+    while True:
+        text, fds = parent.receive_fds(_TIMEOUT)
+        kind, _, value = text.partition("=")
+        names = value.split(":") if value else []
+        if kind == "FETCHED" and len(names) == len(fds):
+            return list(map(InheritedFd, fds, names))
+        close_all(fds)
+        if kind == "FETCHED" or not text:
+            raise OSError(errno.EIO, os.strerror(errno.EIO) if text else "it is gone")

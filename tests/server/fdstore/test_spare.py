@@ -1,0 +1,263 @@
+"""The spare worker of ``serve --supervise``: it takes the worker's place, and costs nobody anything
+before that.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.rig import hung_files, needs_fuse
+from helpers import ROOT, open_fds
+from supervised import DEADLINE, Supervised, children, connected, lasting, supervised, until
+
+import qmpfd.supervisor
+from qmpfd.client.blocking import BlockingClient
+from qmpfd.kernel.fd import Fd
+
+
+def spare_of(daemon: Supervised) -> int:
+    """The spare worker, once it waits."""
+    worker = daemon.worker()
+    return int(until(lambda: [pid for pid in children(worker) if is_spare(pid)], "a spare")[0])
+
+
+def is_spare(pid: int) -> bool:
+    """Whether a process is a spare worker that waits."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text() == "qmpfd-spare\n"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def is_gone(pid: int) -> bool:
+    """Whether there is no such process any more, not even a dead one."""
+    return not Path(f"/proc/{pid}").exists()
+
+
+def fds(client: BlockingClient) -> list[dict[str, Any]]:
+    return lasting(client.execute("query-fds"))
+
+
+def fill(client: BlockingClient, count: int) -> None:
+    """Store some, with gaps in their numbers."""
+    with open("/dev/null") as null:
+        for number in range(count):
+            client.execute("add-fd", {"opaque": f"n{number}"}, [null])
+    for number in range(0, count, 3):
+        client.execute("remove-fd", {"fdset-id": number})
+
+
+def test_it_takes_the_place_of_the_worker(path: Path) -> None:
+    """Again and again: each leaves another one behind."""
+    with supervised(path) as daemon:
+        with daemon.client() as client:
+            fill(client, 600)
+            before = fds(client)
+        for _ in range(4):
+            spare = spare_of(daemon)
+            daemon.kill_worker()
+            with daemon.client() as client:
+                assert fds(client) == before
+            assert daemon.worker() == spare
+            assert children(daemon.pid) == [spare]
+            assert Path(f"/proc/{spare}/comm").read_text() != "qmpfd-spare\n"
+        assert "has number" not in daemon.log
+        spare = spare_of(daemon)
+    assert is_gone(spare)
+
+
+def test_it_holds_nothing(path: Path) -> None:
+    """No stored descriptor and no connection, be it the first or one that another left behind."""
+    with supervised(path) as daemon:
+        for _ in range(2):
+            with daemon.client() as client, open("/dev/zero") as zero:
+                client.execute("add-fd", fds=[zero])
+                spare = spare_of(daemon)
+                kinds = sorted(
+                    target.partition(":")[0]
+                    for number, target in open_fds(spare).items()
+                    if number > 2
+                )
+                assert kinds == ["pipe", "socket"], open_fds(spare)
+            daemon.kill_worker()
+            daemon.worker()
+
+
+def test_removed_is_closed(path: Path) -> None:
+    """Also what came back by way of a spare worker."""
+    reader, writer = os.pipe()
+    with supervised(path) as daemon:
+        with daemon.client() as client:
+            client.execute("add-fd", fds=[writer])
+        os.close(writer)
+        spare_of(daemon)
+        daemon.kill_worker()
+        with daemon.client() as client:
+            client.execute("remove-fd", {"fdset-id": 0})
+            os.set_blocking(reader, False)
+            assert os.read(reader, 1) == b""
+    os.close(reader)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+def test_another_one_is_started(path: Path, number: signal.Signals) -> None:
+    with supervised(path) as daemon:
+        first = spare_of(daemon)
+        os.kill(first, number)
+        until(lambda: is_gone(first), "its end")
+        second = spare_of(daemon)
+        assert second != first
+        daemon.kill_worker()
+        assert daemon.worker() == second
+
+
+def test_killed_together_with_its_worker(path: Path) -> None:
+    """The parent starts a worker as it would without a spare one."""
+    with supervised(path) as daemon:
+        with daemon.client() as client:
+            fill(client, 30)
+            before = fds(client)
+        spare = spare_of(daemon)
+        os.kill(daemon.worker(), signal.SIGSTOP)  # it starts no other one meanwhile
+        os.kill(spare, signal.SIGKILL)
+        daemon.kill_worker()
+        with daemon.client() as client:
+            assert fds(client) == before
+        assert daemon.worker() != spare
+
+
+def test_one_that_hangs(path: Path) -> None:
+    with supervised(path) as daemon:
+        with daemon.client() as client:
+            fill(client, 30)
+            before = fds(client)
+        spare = spare_of(daemon)
+        os.kill(spare, signal.SIGSTOP)
+        daemon.kill_worker()
+        with daemon.client() as client:
+            assert fds(client) == before
+        assert daemon.worker() != spare
+        assert "has not answered for 5.0 s: killing it" in daemon.log
+
+
+def test_signals(path: Path) -> None:
+    """It lives through those that a worker lives through."""
+    with supervised(path) as daemon:
+        spare = spare_of(daemon)
+        for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGALRM):
+            os.kill(spare, number)
+        daemon.kill_worker()
+        assert daemon.worker() == spare
+
+
+def test_the_policy_is_read_when_it_is_needed(path: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("")
+    with supervised(path, "--policy", os.fspath(policy)) as daemon:
+        spare = spare_of(daemon)
+        policy.write_text("[[rule]\n")
+        daemon.kill_worker()
+        until(lambda: daemon.log.count("policy.toml") >= 2, "two tries")
+        policy.write_text('[[rule]]\nuid = 65534\nallow = ["query"]\n')
+        daemon.process.send_signal(signal.SIGHUP)
+        assert daemon.worker() != spare
+
+
+def test_the_parent_is_killed(path: Path) -> None:
+    """Then nobody will need it."""
+    with supervised(path, status=-signal.SIGKILL) as daemon:
+        spare, worker = spare_of(daemon), daemon.worker()
+        daemon.process.kill()
+        try:
+            until(lambda: is_gone(spare), "its end")
+            with connected(path) as client:
+                assert client.execute("query-fdsets") == []
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("order", ["worker first", "parent first", "spare first"])
+def test_all_are_killed(path: Path, order: str) -> None:
+    with supervised(path, status=-signal.SIGKILL) as daemon:
+        spare, worker = spare_of(daemon), daemon.worker()
+        pids = {"worker first": (worker, daemon.pid, spare), "parent first": (daemon.pid, worker)}
+        for pid in pids.get(order, (spare, worker, daemon.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        daemon.process.wait(DEADLINE)
+        until(lambda: not is_spare(spare), "its end")
+        for pid in children(daemon.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_told_to_end_while_it_starts(path: Path) -> None:
+    """SIGTERM right behind the worker's death: whatever has begun ends.  The status tells of that
+    death where the parent was told to end before it had seen it.
+    """
+    with supervised(path, status=None) as daemon:
+        spare = spare_of(daemon)
+        os.kill(daemon.worker(), signal.SIGKILL)
+        daemon.process.terminate()
+        assert daemon.process.wait(DEADLINE) in (0, 128 + signal.SIGKILL)
+        until(lambda: not is_spare(spare), "its end")
+        assert not path.exists()
+
+
+def test_where_orphans_are_not_adopted(path: Path) -> None:
+    """Without PR_SET_CHILD_SUBREAPER the parent starts a worker as if there was no spare one."""
+    parent = [sys.executable, "-I", "-S", "-W", "ignore", *qmpfd.supervisor.__path__]
+    command = [sys.executable, "-m", "qmpfd", "serve", "--supervise", "--socket", os.fspath(path)]
+    log = path.with_suffix(".log")
+    with log.open("wb") as file, ExitStack() as stack:
+        process = stack.enter_context(
+            subprocess.Popen([*parent, "text", "info", "", *command], stderr=file, cwd=ROOT)
+        )
+        stack.callback(process.kill)
+        daemon = Supervised(process, path, log)
+        with daemon.client() as client:
+            fill(client, 30)
+            before = fds(client)
+        spare = spare_of(daemon)
+        daemon.kill_worker()
+        with daemon.client() as client:
+            assert fds(client) == before
+        assert daemon.worker() != spare
+        until(lambda: not is_spare(spare), "its end")
+        process.terminate()
+        assert process.wait(DEADLINE) == 0
+
+
+@needs_fuse
+def test_a_file_that_hangs(path: Path, tmp_path: Path) -> None:
+    """Two crashes while a stored file's mount does not answer: all else is there again."""
+    with ExitStack() as stack:
+        daemon = stack.enter_context(supervised(path))
+        fd = stack.enter_context(Fd(os.dup(0)))  # closed when the mount is gone: it would hang
+        files = stack.enter_context(hung_files(tmp_path / "mnt"))
+        with Fd(os.open(files.folder / "file", os.O_RDWR | os.O_CLOEXEC)) as file:
+            os.dup2(file.fileno(), fd.fileno(), inheritable=False)
+        with daemon.client() as client:
+            fill(client, 30)
+            client.execute("add-fd", {"opaque": "hangs"}, [fd])
+            fill(client, 30)
+            before = client.execute("query-fdsets")
+            spare_of(daemon)
+            files.hang("FLUSH", "RELEASE", "GETATTR", "POLL", "IOCTL", "FSYNC")
+            daemon.kill_worker()
+        for _ in range(2):
+            with daemon.client() as client:
+                assert client.execute("query-fdsets") == before
+                client.execute(
+                    "remove-fd", {"fdset-id": client.execute("add-fd", fds=[0])["fdset-id"]}
+                )
+            spare_of(daemon)
+            daemon.kill_worker()
+        with daemon.client() as client:
+            assert client.execute("query-fdsets") == before
