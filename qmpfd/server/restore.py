@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -186,31 +185,35 @@ def _fill_store(
     elapsed = time.monotonic() - at
     if 0 < elapsed < _MAX_ELAPSED:  # else the old daemon is in another time namespace
         now -= elapsed
+    peers: dict[tuple[int, int, int], Peer] = {}  # there are many descriptors, of few clients
     for fdset in sets:
         for saved in fdset.fds:
             fd = descriptor(saved.number)
             lifetime = _lifetime(saved, sessions, now)
+            peer = None
+            if saved.added_by is not None:
+                peer = peers.get(saved.added_by) or peers.setdefault(
+                    saved.added_by, Peer(*saved.added_by)
+                )
             if lifetime is None:  # kept until the end of a connection that is over
                 fd.close()
             else:
-                _store(server, fdset.id, saved, fd, lifetime, now)
+                _store(server, fdset.id, saved, fd, peer, lifetime, now - saved.age)
             stored()
 
 
 def _store(
-    server: DaemonServer, fdset_id: int, saved: SavedFd, fd: Fd, lifetime: Lifetime, now: float
+    server: DaemonServer,
+    fdset_id: int,
+    saved: SavedFd,
+    fd: Fd,
+    peer: Peer | None,
+    lifetime: Lifetime,
+    added_at: float,
 ) -> None:
-    add = partial(
-        server.daemon.add,
-        [fd],
-        fdset_id,
-        saved.opaque,
-        None if saved.added_by is None else Peer(*saved.added_by),
-        create=True,
-        now=now - saved.age,
-    )
+    add = server.daemon.add
     try:
-        add(lifetime=lifetime)
+        add([fd], fdset_id, saved.opaque, peer, lifetime, create=True, now=added_at)
     except QMPError as exc:
         if not lifetime.watch_hangup:
             raise
@@ -221,15 +224,17 @@ def _store(
             fdset_id,
             exc,
         )
-        add(lifetime=replace(lifetime, watch_hangup=False))
+        lifetime = replace(lifetime, watch_hangup=False)
+        add([fd], fdset_id, saved.opaque, peer, lifetime, create=True, now=added_at)
 
 
 def _lifetime(saved: SavedFd, sessions: list[Session], now: float) -> Lifetime | None:
     if saved.owner == -1:
         return None
-    lifetime = Lifetime(
+    if saved.owner is saved.expires_in is None and not saved.watch_hangup:
+        return PERMANENT
+    return Lifetime(
         owner=None if saved.owner is None else sessions[saved.owner].context,
         expires_at=None if saved.expires_in is None else now + saved.expires_in,
         watch_hangup=saved.watch_hangup,
     )
-    return PERMANENT if lifetime == PERMANENT else lifetime

@@ -114,8 +114,13 @@ def recover(
 def _recover(
     inherited: Sequence[InheritedFd], others: Iterable[Movable], history: History | None
 ) -> Recovered:
-    ours = {given.name: given.fd for given in inherited if is_ours(given.name)}
-    sockets = [given for given in inherited if not is_ours(given.name)]
+    ours: dict[str, Fd] = {}
+    sockets = []
+    for given in inherited:
+        if is_ours(given.name):
+            ours[given.name] = given.fd
+        else:
+            sockets.append(given)
     again = [given.fd for given in inherited if ours.get(given.name, given.fd) is not given.fd]
     if history is None:
         history = newest([fd for name, fd in ours.items() if is_journal(name)])
@@ -184,9 +189,11 @@ class _Returned:
         """What came under that name, a duplicate of it if it is taken already; None if nothing did,
         or there is no descriptor for the duplicate.
         """
-        with suppress(KeyError, OSError):
-            return self.untaken.pop(name, None) or self._ours[name].dup()
-        return None
+        fd = self.untaken.pop(name, None)
+        if fd is None and name in self._ours:
+            with suppress(OSError):
+                return self._ours[name].dup()
+        return fd
 
 
 def _without_journal(ours: Mapping[str, Fd]) -> History:
