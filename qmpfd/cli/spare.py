@@ -46,6 +46,10 @@ class Spare(NamedTuple):
     sock: Fd
     alive: Fd
 
+    def close(self) -> None:
+        """Close what belongs to it here."""
+        close_all([self.sock, self.alive])
+
 
 class Start(NamedTuple):
     """What a spare worker is told when it is needed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -21,6 +22,9 @@ FIRST_DELAY, LAST_DELAY = 1.0, 60.0
 
 #: Seconds that a spare worker has for its imports.
 _IMPORT_TIMEOUT = 60.0
+
+#: Seconds that it is waited for when it was killed.
+_END_TIMEOUT = 1.0
 
 #: Seconds until a message to the parent is sent again that it had no room for.
 _RETRY = 0.1
@@ -48,46 +52,56 @@ class SpareKeeper:
                 if self._spare is None:
                     await trio.sleep(delay)
                     delay = min(2 * delay, LAST_DELAY)
-                    self._spare = spare.spawn(self._store_size)
-                    if not await self._is_ready(self._spare):
-                        _log.warning("a spare worker did not start: trying again in %g s", delay)
+                    if not await self._started():
+                        _log.warning("no spare worker has started: trying again in %g s", delay)
                         await self._end_spare()
-                        continue
-                if not await self._offer(self._spare):
-                    return
-                await trio.lowlevel.wait_readable(self._spare.alive.fileno())
-                _log.warning("the spare worker has ended: starting another in %g s", delay)
-                await self._end_spare()
+                elif not self._offer(self._spare):
+                    await trio.sleep(_RETRY)
+                else:
+                    await trio.lowlevel.wait_readable(self._spare.alive.fileno())
+                    _log.warning("the spare worker has ended: starting another in %g s", delay)
+                    await self._end_spare()
+        except ConnectionError:  # the parent is gone
+            _log.info("there is no spare worker any more: nobody could start it")
         finally:
-            await self._end_spare()
+            with trio.move_on_after(_END_TIMEOUT, shield=True):
+                await self._end_spare()
 
-    async def _is_ready(self, started: Spare) -> bool:
+    async def _started(self) -> bool:
+        """Start a spare worker; whether it is one by now."""
+        try:
+            started = self._spare = spare.spawn(self._store_size)
+        except OSError:  # out of processes, memory or descriptors
+            return False
         with trio.move_on_after(_IMPORT_TIMEOUT):
             await trio.lowlevel.wait_readable(started.sock.fileno())
-            return os.read(started.sock.fileno(), len(spare.READY)) == spare.READY
+            with suppress(ConnectionError):
+                return os.read(started.sock.fileno(), len(spare.READY)) == spare.READY
         return False
 
-    async def _offer(self, started: Spare) -> bool:
-        """Give the parent the socket to it; whether there is a parent."""
-        while True:
-            try:
-                self._parent.send(f"QMPFD_SPARE={started.pid}", [started.sock])
-            except BlockingIOError:
-                await trio.sleep(_RETRY)
-            except OSError:
+    def _offer(self, started: Spare) -> bool:
+        """Give the parent the socket to it; whether it has been taken.
+
+        Raises:
+            ConnectionError: there is no parent any more.
+        """
+        try:
+            self._parent.send(f"QMPFD_SPARE={started.pid}", [started.sock])
+        except OSError as exc:
+            # It has no room now, or other processes of this user have too much on its way.
+            if exc.errno in (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM):
                 return False
-            else:
-                # From here on the parent's is the only one: with it, the spare worker ends.
-                started.sock.close()
-                return True
+            raise
+        # From here on the parent's is the only one: with it, the spare worker ends.
+        started.sock.close()
+        return True
 
     async def _end_spare(self) -> None:
         """End it and wait for it, but not for long: its end may hang as its start did."""
         ended, self._spare = self._spare, None
         if ended is None:
             return
-        ended.sock.close()
-        ended.alive.close()
+        ended.close()
         os.kill(ended.pid, signal.SIGKILL)  # until we wait for it, no other process has its pid
-        with trio.move_on_after(1, shield=True), suppress(RuntimeError):  # no more threads
+        with trio.move_on_after(_END_TIMEOUT, shield=True), suppress(RuntimeError):  # no threads
             await trio.to_thread.run_sync(os.waitpid, ended.pid, 0, abandon_on_cancel=True)

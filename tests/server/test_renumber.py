@@ -119,8 +119,8 @@ def test_numbers_that_are_kept_free(wanted: set[int], mine: set[int], strangers:
         assert targets == sorted(wanted - strangers)
         for target in targets:
             assert stack.enter_context(null.dup()).fileno() == target
-        for number, fd in movable.items():
-            assert os.readlink(f"/proc/self/fd/{fd.fileno()}").startswith(f"/memfd:{number} ")
+        for number, moved in movable.items():
+            assert os.readlink(f"/proc/self/fd/{moved.fileno()}").startswith(f"/memfd:{number} ")
         assert {fd.fileno() for fd in others} == strangers
 
 
