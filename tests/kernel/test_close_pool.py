@@ -196,8 +196,7 @@ def test_an_unknown_file_system(
             found = other._file_systems
             assert found is not None
             until(lambda: found.is_current)
-            in_memory = is_in_memory(file.fileno())
-            assert other.risk(file.fileno()) is (Risk.NONE if in_memory else Risk.HIGH)
+            assert other.risk(file.fileno()) is Risk.HIGH
         finally:
             other.shut_down()
 
@@ -209,17 +208,34 @@ def test_mounts_come_and_go(closer: ClosePool, tmp_path: Path) -> None:
         subprocess.run(["mount", "-t", kind, "test", tmp_path], check=True)
         try:
             with open(tmp_path / "file", "w") as file:
-                # Not known to be local at first; a file that is in memory is anyway.
-                assert closer.risk(file.fileno()) is (Risk.NONE if kind == "tmpfs" else Risk.HIGH)
+                # Not known to be local at first.
+                assert closer.risk(file.fileno()) is Risk.HIGH
                 knows_mounts(closer)
                 assert closer.risk(file.fileno()) is risk
                 subprocess.run(["umount", "-l", tmp_path], check=True)
-                # No longer anywhere: in memory all the same, or not known to be.
-                expected = Risk.NONE if kind == "tmpfs" else Risk.HIGH
-                assert closer.risk(file.fileno()) is expected
+                # The last descriptor closes the file system, with all that is in it.
+                assert closer.risk(file.fileno()) is Risk.HIGH
         except BaseException:
             subprocess.run(["umount", "-l", tmp_path], check=False)
             raise
+
+
+@pytest.mark.root
+def test_a_place_on_a_file_system_that_nobody_mounts_any_more(
+    closer: ClosePool, tmp_path: Path
+) -> None:
+    """Its last descriptor unmounts it, one with O_PATH too: that takes as long as it takes."""
+    subprocess.run(["mount", "-t", "tmpfs", "test", tmp_path], check=True)
+    with Fd(os.open(tmp_path, os.O_PATH)) as fd:
+        knows_mounts(closer)
+        assert closer.risk(fd.fileno()) is Risk.NONE
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+        assert closer.risk(fd.fileno()) is Risk.HIGH
+
+
+def test_a_place_that_is_no_file_of_a_mount(closer: ClosePool) -> None:
+    with Pipe() as pipe, Fd(os.open(f"/proc/self/fd/{pipe.fileno()}", os.O_PATH)) as fd:
+        assert closer.risk(fd.fileno()) is Risk.HIGH
 
 
 # -- closing -----------------------------------------------------------------------------------
