@@ -1,9 +1,10 @@
 """File descriptors with exactly one owner each, and the system calls that carry them.
 
 Nothing else in this package closes a descriptor, and nothing else reads or writes control
-messages, but for :mod:`qmpfd.supervisor`: a program of its own, which loads no more than it needs of
-the standard library.  All calls here are synchronous and never wait: the sockets are non-blocking, and who
-waits for them (Trio, or a poll in the command line) is the business of the floors above.
+messages, but for :mod:`qmpfd.supervisor`: a program of its own, which loads no more than it needs
+of the standard library.  All calls here are synchronous and never wait: the sockets are
+non-blocking, and who waits for them (Trio, or a poll in the command line) is the business of the
+floors above.
 """
 
 from __future__ import annotations

@@ -2,98 +2,43 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import signal
 import socket
-import struct
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from helpers import PATIENCE, daemon_process
+from exclusive_kinds import KINDS, ROOT_KINDS, Kind
+from helpers import CAPABILITIES, PATIENCE, daemon_process, request
 from supervised import connected, supervised
 
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd
 
-#: Opens something that can be opened once at a time: OSError while it is open.
-Opener = Callable[[], Fd]
-
-_ROUNDS = 40
+#: How often each kind is tried, and each way to be closed.
+_ROUNDS = 15
 
 
-@contextmanager
-def _listening(_: Path) -> Iterator[Opener]:
-    with socket.socket() as first:
-        first.bind(("127.0.0.1", 0))
-        address = first.getsockname()
-
-    def opened() -> Fd:
-        with socket.socket() as sock:
-            sock.bind(address)
-            sock.listen()
-            return Fd(sock.detach())
-
-    yield opened
+class _Daemon(NamedTuple):
+    path: Path
+    pid: int
 
 
-@contextmanager
-def _netlink(_: Path) -> Iterator[Opener]:
-    def opened() -> Fd:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as sock:
-            sock.bind((123_456, 0))
-            return Fd(sock.detach())
-
-    yield opened
-
-
-@contextmanager
-def _tap(_: Path) -> Iterator[Opener]:
-    def opened() -> Fd:
-        with Fd(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)) as fd:
-            # TUNSETIFF, IFF_TAP | IFF_NO_PI
-            fcntl.ioctl(fd.fileno(), 0x400454CA, struct.pack("16sH22x", b"qmpfd-test", 0x1002))
-            return Fd(fd.detach())
-
-    try:
-        opened().close()
-    except OSError as exc:
-        pytest.skip(f"no TAP device: {exc}")
-    yield opened
-
-
-@contextmanager
-def _block_device(folder: Path) -> Iterator[Opener]:
-    with open(folder / "disk", "wb") as file:
-        file.truncate(1 << 20)
-    made = subprocess.run(
-        ["losetup", "--find", "--show", folder / "disk"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if made.returncode:
-        pytest.skip(f"no loop device: {made.stderr}")
-    device = made.stdout.strip()
-
-    def opened() -> Fd:
-        fd = Fd(os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
-        os.pwrite(fd.fileno(), os.urandom(1 << 18), 0)  # to be written back
-        return fd
-
-    try:
-        yield opened
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
-
-
-@contextmanager
-def _served(path: Path, how: str) -> Iterator[None]:
-    with supervised(path) if how == "supervised" else daemon_process(path):
-        yield
+@pytest.fixture(scope="module", params=["alone", "supervised"])
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[_Daemon]:
+    path = tmp_path_factory.mktemp("closed") / "s"
+    if request.param == "supervised":
+        with supervised(path) as parent:
+            yield _Daemon(path, parent.worker())
+    else:
+        with daemon_process(path) as daemon:
+            yield _Daemon(path, daemon.pid)
 
 
 @contextmanager
@@ -118,28 +63,125 @@ def _others(path: Path) -> Iterator[None]:
             thread.join()
 
 
-@pytest.mark.parametrize("how", ["alone", "supervised"])
+# -- ways in which a client has a descriptor closed --------------------------------------------
+
+
+def _add(client: BlockingClient, fd: Fd, count: int = 1) -> int:
+    """Add duplicates under the name "n", and close *fd* itself: the fd set."""
+    with fd:
+        return client.add_fds([fd] * count, opaque="n").fdset_id
+
+
+def _removed(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
+    fdset_id = _add(client, fd)
+    [stored] = client.query_fds(fdset_id)
+    client.remove_fd(fdset_id, stored.fd)
+
+
+def _removed_with_its_set(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
+    client.remove_fd(_add(client, fd, 5))
+
+
+def _removed_by_selector(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
+    _add(client, Fd(os.dup(fd.fileno())), 2)
+    _add(client, fd)
+    client.remove_fds(opaque="n")
+
+
+def _replaced(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
+    _add(client, fd, 2)
+    client.remove_fd(client.add_fds([0], opaque="n", if_exists="replace").fdset_id)
+
+
+def _closed_by_name(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
+    with fd:
+        client.execute("getfd", {"fdname": "n"}, fds=[fd])
+    client.execute("closefd", {"fdname": "n"})
+
+
+def _name_given_again(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
+    with fd:
+        client.execute("getfd", {"fdname": "n"}, fds=[fd])
+    client.execute("getfd", {"fdname": "n"}, fds=[0])
+
+
+def _sent(daemon: _Daemon, *parts: tuple[bytes, list[Fd]]) -> None:
+    """Send something, and close it here before the daemon can see it; wait for one reply."""
+    with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as lines:
+        sock.settimeout(PATIENCE)
+        sock.connect(os.fspath(daemon.path))
+        sock.sendall(CAPABILITIES)
+        assert lines.readline()
+        assert lines.readline()
+        os.kill(daemon.pid, signal.SIGSTOP)
+        try:
+            for data, fds in parts:
+                socket.send_fds(sock, [data], [fd.fileno() for fd in fds])
+            for _, fds in parts:
+                for fd in fds:
+                    fd.close()
+        finally:
+            os.kill(daemon.pid, signal.SIGCONT)
+        assert lines.readline()
+
+
+def _refused(_: BlockingClient, fd: Fd, daemon: _Daemon) -> None:
+    _sent(daemon, (request("add-fd", {"fdset-id": 999_999}), [fd]))
+
+
+def _broken(_: BlockingClient, fd: Fd, daemon: _Daemon) -> None:
+    _sent(daemon, (b'{"execute": ]\r\n', [fd]))
+
+
+def _too_many(_: BlockingClient, fd: Fd, daemon: _Daemon) -> None:
+    _sent(daemon, (request("getfd", {"fdname": "n"}), [Fd(os.dup(0)), fd]))
+
+
+def _superseded(_: BlockingClient, fd: Fd, daemon: _Daemon) -> None:
+    _sent(daemon, (b" ", [fd]), (request("getfd", {"fdname": "n"}), [Fd(os.dup(0))]))
+
+
+_Way = Callable[[BlockingClient, Fd, _Daemon], None]
+_WAYS: list[_Way] = [
+    *(_removed, _removed_with_its_set, _removed_by_selector, _replaced, _closed_by_name),
+    *(_name_given_again, _refused, _broken, _too_many, _superseded),
+]
+
+
+def _next(opened: Callable[[], Fd]) -> tuple[Fd, int]:
+    """What is opened in the end, and how often it was busy before."""
+    busy = 0
+    while True:
+        try:
+            return opened(), busy
+        except OSError:
+            busy += 1
+
+
+def _never_busy(kind: Kind, way: _Way, daemon: _Daemon, folder: Path) -> None:
+    with kind(folder) as opened, connected(daemon.path) as client, _others(daemon.path):
+        fd = opened()
+        for _ in range(_ROUNDS):
+            way(client, fd, daemon)
+            fd, busy = _next(opened)
+            assert busy == 0
+        fd.close()
+
+
 @pytest.mark.parametrize(
     "kind",
     [
-        _listening,
-        _netlink,
-        pytest.param(_tap, marks=pytest.mark.root),
-        pytest.param(_block_device, marks=pytest.mark.root),
+        *(pytest.param(kind, id=name) for name, kind in KINDS.items()),
+        *(pytest.param(k, id=name, marks=pytest.mark.root) for name, k in ROOT_KINDS.items()),
     ],
 )
-def test_it_is_free_when_the_reply_is_read(
-    path: Path, tmp_path: Path, kind: Callable[[Path], AbstractContextManager[Opener]], how: str
+def test_it_is_free_when_the_reply_is_read(served: _Daemon, tmp_path: Path, kind: Kind) -> None:
+    _never_busy(kind, _removed, served, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["netlink", "TCP, linger"])
+@pytest.mark.parametrize("way", _WAYS, ids=lambda way: way.__name__.strip("_").replace("_", " "))
+def test_it_is_free_however_it_was_closed(
+    served: _Daemon, tmp_path: Path, way: _Way, kind: str
 ) -> None:
-    with kind(tmp_path) as opened, _served(path, how), connected(path) as client:
-        busy = 0
-        with _others(path):
-            for _ in range(_ROUNDS):
-                with opened() as fd:
-                    info = client.execute("add-fd", fds=[fd])
-                client.execute("remove-fd", {"fdset-id": info["fdset-id"], "fd": info["fd"]})
-                try:
-                    opened().close()
-                except OSError:
-                    busy += 1
-        assert busy == 0
+    _never_busy(KINDS[kind], way, served, tmp_path)
