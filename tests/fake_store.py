@@ -172,6 +172,13 @@ class Store:
         with self._lock:
             return next(fd.dup() for each, fd, _ in self._kept if each == name)
 
+    def lose(self, name: str) -> None:
+        """Drop one without a word."""
+        with self._lock:
+            lost = next(entry for entry in self._kept if entry[0] == name)
+            self._kept.remove(lost)
+            lost[1].close()
+
     def until(self, line: str, count: int = 1) -> None:
         """Wait until it was told so, so many times."""
         until(lambda: sum(each.startswith(line) for each in list(self.told)) >= count, line)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import termios
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conformance.peers import qemu_at
 from helpers import PATIENCE, ROOT
-from installed import QEMU, need
 
 from qmpfd.cli import main
 from qmpfd.cli.shell.schema import Schema
@@ -280,23 +279,11 @@ def test_events_are_shown_as_they_come(path: Path) -> None:
 
 @pytest.mark.qemu
 def test_a_real_qemu(path: Path) -> None:
-    need(QEMU)
-    # A socket that listens already, as in test_client: nobody has to try until QEMU's is there,
-    # and whoever tries is QEMU's one client for a moment.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(os.fspath(path))
-        listener.listen()
-        command = [QEMU, "-nodefaults", "-machine", "none", "-display", "none"]
-        command += ["-chardev", f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off"]
-        command += ["-mon", "chardev=qmp,mode=control"]
-        process = subprocess.Popen(command, pass_fds=[listener.fileno()])
-    with process:
-        try:
-            ran = script(path, "add-fd opaque=x --fd 2\nquery-fdsets\nhelp blockdev-add\nquit\n")
-            assert (ran.returncode, ran.stderr) == (DONE, "")
-            assert process.wait(PATIENCE) == 0
-        finally:
-            process.kill()
+    with qemu_at(path) as start:
+        process = start()
+        ran = script(path, "add-fd opaque=x --fd 2\nquery-fdsets\nhelp blockdev-add\nquit\n")
+        assert (ran.returncode, ran.stderr) == (DONE, "")
+        assert process.wait(PATIENCE) == 0
     assert '"opaque": "x"' in ran.stdout
     assert "\n  node-name " in ran.stdout
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import trio
+from conformance.peers import qemu_at
 from fakes import ask, fake_server, negotiate
 from helpers import PATIENCE, ROOT, Pipe, Wire, daemon, open_fds, pipes, settle
-from installed import QEMU, need
 
 import qmpfd
 
@@ -286,37 +285,26 @@ async def test_turned_away(path: Path) -> None:
 
 @pytest.mark.qemu
 async def test_against_qemu(path: Path) -> None:
-    need(QEMU)
-    # Handing over a socket that listens already is what saves us from waiting for QEMU's.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(os.fspath(path))
-        listener.listen()
-        command = [QEMU, "-nodefaults", "-machine", "none", "-display", "none"]
-        command += ["-chardev", f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off"]
-        command += ["-mon", "chardev=qmp,mode=control"]
-        process = subprocess.Popen(command, pass_fds=[listener.fileno()])
-    with process:
-        try:
-            async with qmpfd.connect(path) as client:
-                assert "qemu" in client.greeting["version"]
-                with pipes(3) as made:
-                    infos = [await client.add_fd(pipe, 5, f"n:{pipe}") for pipe in made]
-                    for pipe in made:
-                        pipe.release()
-                    assert [info.fdset_id for info in infos] == [5, 5, 5]
-                    [fdset] = await client.query_fdsets()
-                    assert [fd.fd for fd in fdset.fds] == [info.fd for info in infos]
-                    await client.remove_fd(5, infos[1].fd)
-                    assert [pipe.held() for pipe in made] == [True, False, True]
-                    await client.remove_fd(5)
-                    assert not any(pipe.held() for pipe in made)
-                with pytest.raises(qmpfd.GenericError, match="'fdset-id:5' not found"):
-                    await client.remove_fd(5)
-                with pytest.raises(qmpfd.CommandNotFound):
-                    await client.execute("no-such-command")
-                with Pipe() as pipe, pytest.raises(qmpfd.GenericError, match="non-negative"):
-                    await client.add_fd(pipe, -1)
-                await client.execute("quit")
-            assert process.wait(PATIENCE) == 0
-        finally:
-            process.kill()
+    with qemu_at(path) as start:
+        process = start()
+        async with qmpfd.connect(path) as client:
+            assert "qemu" in client.greeting["version"]
+            with pipes(3) as made:
+                infos = [await client.add_fd(pipe, 5, f"n:{pipe}") for pipe in made]
+                for pipe in made:
+                    pipe.release()
+                assert [info.fdset_id for info in infos] == [5, 5, 5]
+                [fdset] = await client.query_fdsets()
+                assert [fd.fd for fd in fdset.fds] == [info.fd for info in infos]
+                await client.remove_fd(5, infos[1].fd)
+                assert [pipe.held() for pipe in made] == [True, False, True]
+                await client.remove_fd(5)
+                assert not any(pipe.held() for pipe in made)
+            with pytest.raises(qmpfd.GenericError, match="'fdset-id:5' not found"):
+                await client.remove_fd(5)
+            with pytest.raises(qmpfd.CommandNotFound):
+                await client.execute("no-such-command")
+            with Pipe() as pipe, pytest.raises(qmpfd.GenericError, match="non-negative"):
+                await client.add_fd(pipe, -1)
+            await client.execute("quit")
+        assert process.wait(PATIENCE) == 0

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import socket
-import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,9 +12,9 @@ from typing import Any
 import pytest
 import trio
 from cancelling import CancelAt
+from conformance.peers import qemu_at
 from fakes import ask, fake_server, negotiate
 from helpers import PATIENCE, Pipe, Wire, open_fds, pipes, settle
-from installed import QEMU, need
 from trio.testing import MockClock
 
 import qmpfd
@@ -302,31 +299,17 @@ async def _cancelled(path: Path, step: int, *, before: bool, watching: bool) -> 
 
 @pytest.mark.qemu
 async def test_a_qemu_that_is_started_again(path: Path) -> None:
-    need(QEMU)
-    # A socket that listens already saves us from waiting for QEMU's; the second gets it as well.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(os.fspath(path))
-        listener.listen()
-        command = [QEMU, "-nodefaults", "-machine", "none", "-display", "none"]
-        command += ["-chardev", f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off"]
-        command += ["-mon", "chardev=qmp,mode=control"]
-
-        def start() -> subprocess.Popen[bytes]:
-            return subprocess.Popen(command, pass_fds=[listener.fileno()])
-
+    """The second one gets the same listening socket."""
+    with qemu_at(path) as start:
         process = start()
-        try:
-            async with qmpfd.connect(path, reconnect=PATIENCE) as client:
-                for _ in range(2):
-                    with Pipe() as pipe:
-                        await client.add_fd(pipe, 5)
-                        pipe.release()
-                        process.kill()
-                        process.wait()
-                        assert not pipe.held()
-                        process = start()
-                        assert await client.query_fdsets() == []
-                assert (await anext(client.events())).name == "FD_EVENTS_LOST"
-        finally:
-            process.kill()
-            process.wait()
+        async with qmpfd.connect(path, reconnect=PATIENCE) as client:
+            for _ in range(2):
+                with Pipe() as pipe:
+                    await client.add_fd(pipe, 5)
+                    pipe.release()
+                    process.kill()
+                    process.wait()
+                    assert not pipe.held()
+                    process = start()
+                    assert await client.query_fdsets() == []
+            assert (await anext(client.events())).name == "FD_EVENTS_LOST"

@@ -195,6 +195,29 @@ def start_daemon(dialect: str = "qemu") -> Iterator[Peer]:
 
 
 @contextmanager
+def qemu_at(path: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """What starts a QEMU that serves *path*; each is killed at the end, where it has not ended.
+
+    The socket listens from the start and is handed over: so nobody has to try until QEMU's own is
+    there, and whoever tries would be its one client for a moment.
+    """
+    need(QEMU)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, ExitStack() as started:
+        listener.bind(str(path))
+        listener.listen()
+        command = [QEMU, "-nodefaults", "-machine", "none", "-display", "none"]
+        command += ["-chardev", f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off"]
+        command += ["-mon", "chardev=qmp,mode=control"]
+
+        def start() -> subprocess.Popen[bytes]:
+            process = started.enter_context(subprocess.Popen(command, pass_fds=[listener.fileno()]))
+            started.callback(process.kill)
+            return process
+
+        yield start
+
+
+@contextmanager
 def _folder() -> Iterator[Path]:
     """A folder with a short name: the path of a Unix socket has room for 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="qmpfd-") as name:

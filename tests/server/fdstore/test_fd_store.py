@@ -283,10 +283,7 @@ def test_a_record_without_its_descriptor(store: Store, path: Path, file: Path) -
                 client.execute("add-fd", {"opaque": text}, [opened])
         first.kill()
         first.wait()
-    with store._lock:
-        lost = next(entry for entry in store._kept if entry[0] == "~1")
-        store._kept.remove(lost)
-        lost[1].close()
+    store.lose("~1")
     with store.service(*options), BlockingClient(path, DEADLINE) as client:
         assert [fd["opaque"] for fd in fds(client)] == ["kept"]
 
@@ -302,10 +299,7 @@ def test_one_of_a_command_that_was_lost(store: Store, path: Path) -> None:
         before = fds(client)
         first.kill()
         first.wait()
-    with store._lock:
-        lost = next(entry for entry in store._kept if entry[0] == "~1")
-        store._kept.remove(lost)
-        lost[1].close()
+    store.lose("~1")
     with store.service(*options), BlockingClient(path, DEADLINE) as client:
         back = fds(client)
         assert len(back) == 5
