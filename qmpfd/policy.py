@@ -1,4 +1,4 @@
-"""Who may do what: the rules of ``--policy``, and what they come to for one peer.
+"""The rules of ``--policy``, and the rights that they give to one peer.
 
 A rule names peers and gives them rights, all over or for some fd sets and opaque texts only; what
 several rules give adds up.  The daemon's own user and root always have all rights.
@@ -115,7 +115,7 @@ class Grant:
 
 
 class Access:
-    """What one peer may do.
+    """The rights of one peer.
 
     Args:
         grants: all that it was given.
@@ -334,7 +334,7 @@ _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 #: Characters of an error's text, which may quote the file.
 _EXPLAINED = 500
 
-#: What an error that names a member adds.
+#: The valid values that an error about a member adds.
 _VALID = {
     "allow": f"valid rights: {', '.join(get_args(Right))}",
     None: f"valid in a rule: {', '.join(Rule.__struct_fields__)}",
@@ -347,7 +347,7 @@ def _rule_lines(text: str) -> list[int]:
 
 
 def _explained(exc: Exception, text: str) -> str:
-    """What is wrong, in one line, with the line of the file and what would be valid."""
+    """The error in one line, with the line of the file and the valid values."""
     if isinstance(exc, RecursionError):
         return "it is nested too deeply"
     told = " ".join(str(exc).split())[:_EXPLAINED] or type(exc).__name__

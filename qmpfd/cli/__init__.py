@@ -1,4 +1,4 @@
-"""What a person types.  Trio is imported by ``serve`` alone: the short verbs must start fast."""
+"""The command line.  Only ``serve`` and ``tap`` import Trio: the short verbs must start fast."""
 
 from .main import main, program
 

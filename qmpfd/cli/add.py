@@ -117,7 +117,7 @@ def _opened(
 def _execute(
     client: BlockingClient, arguments: argparse.Namespace, fds: list[FileDescriptorLike]
 ) -> dict[str, Any]:
-    """What was added, as ``add-fds`` returns it."""
+    """Add the descriptors; the result, in the form of ``add-fds``."""
     members: dict[str, Any] = {}
     if arguments.fdset is not None:
         members["fdset-id"] = arguments.fdset

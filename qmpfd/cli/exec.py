@@ -21,7 +21,7 @@ from .options import Subparsers, add_client_options, add_examples, client_of
 from .output import printable
 from .targets import Target, open_target, target
 
-#: What a shell answers for a program that is not there, or cannot be run (POSIX, sh, 2.8.2).
+#: A shell's exit statuses for a program that does not exist, or cannot be run (POSIX, sh, 2.8.2).
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
 #: The first of the descriptors that sd_listen_fds(3) counts.
@@ -176,7 +176,7 @@ def _fd_name(opaque: str | None) -> str:
 
 
 def _replace_by(command: list[str]) -> int:
-    """Become the command; the exit status where that is not possible."""
+    """Replace this process by the command (execvp(3)); the exit status where that fails."""
     try:
         if not command[0]:  # a ValueError to Python
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))

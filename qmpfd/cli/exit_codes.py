@@ -6,4 +6,4 @@ DONE, REFUSED, USAGE, NO_DAEMON = range(4)
 
 
 class UsageError(Exception):
-    """What was typed cannot be done."""
+    """The command line cannot be carried out: exit status 2."""

@@ -28,7 +28,7 @@ def forgets(client: BlockingClient) -> str | None:
 
 
 def warn_of_forgetting(client: BlockingClient, stays: bool, advice: str = "") -> None:
-    """Say on standard error that what was just added will be gone."""
+    """Warn on standard error that QEMU will close the added descriptors at disconnect."""
     version = forgets(client)
     if version is not None and not stays:
         advice = advice or "keep another QMP client connected until it is in use"

@@ -1,4 +1,4 @@
-"""What the daemon says on standard error: for people, for the journal, or for programs."""
+"""The daemon's log on standard error: for people, for the journal, or as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PRIORITIES = {
     logging.CRITICAL: 2,
 }
 
-#: What a record can say besides its message, see the server's log calls.
+#: Further fields of a log record (the ``extra`` of the server's log calls).
 _FIELDS = ("pid", "uid", "command", "fdset_id", "fd", "opaque", "outcome")
 
 
@@ -88,7 +88,7 @@ class _JsonFormatter(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes where nobody may be reading: rather than wait, it leaves lines out, and says so."""
+    """Writes without waiting for the reader: lines that do not fit are dropped and counted."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)

@@ -101,7 +101,7 @@ def _long_row(fd: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _what(fd: dict[str, Any]) -> str:
-    """What a descriptor refers to: of a socket, its addresses."""
+    """The target of a descriptor; for a socket, its addresses."""
     if "address" not in fd:
         return str(fd["target"])
     if fd.get("listening"):

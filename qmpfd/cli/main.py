@@ -153,7 +153,7 @@ def program() -> int:
 
 
 def _advice(error: QMPError) -> str:
-    """What to do about it, where the error does not say that itself."""
+    """Advice for an error whose text has none."""
     for error_class, text, advice in _ADVICE:
         if error.error_class == error_class and text in error.desc:
             return f" ({advice})"

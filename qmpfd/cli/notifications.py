@@ -1,4 +1,4 @@
-"""What the service manager is told: readiness, status, reloads, the watchdog (sd_notify(3))."""
+"""Messages to the service manager: readiness, status, reloads, watchdog (sd_notify(3))."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ _RETRY = 0.05
 
 
 def client_within(arguments: argparse.Namespace, patience: float) -> BlockingClient:
-    """As :func:`client_of`; where nobody answers, tried again for *patience* seconds."""
+    """As :func:`client_of`; retries for *patience* seconds while no daemon answers."""
     deadline = time.monotonic() + patience
     while True:
         try:

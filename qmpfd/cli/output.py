@@ -168,7 +168,7 @@ def styled() -> bool:
 
 
 def _rich(rows: int = 1) -> ModuleType | None:
-    """What prints that many rows in colours: if colours are wanted, and it is installed."""
+    """The module that prints with rich: None without colours, without rich, or for many rows."""
     if rows > _MANY or not styled():
         return None
     try:
@@ -197,7 +197,7 @@ def _width(text: str) -> int:
 
 
 def _shortened(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """The beginning of each cell, and the end of the last, which tells most of a path."""
+    """The start of each cell, and the end of the last: the end of a path says most."""
     cells = [_beginning(cell, width) for cell, width in zip(row[:-1], widths, strict=False)]
     return [*cells, _beginning(row[-1][::-1], widths[-1])[::-1]]
 

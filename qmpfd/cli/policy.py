@@ -1,4 +1,4 @@
-"""``qmpfd check-policy``: what a policy file comes to."""
+"""``qmpfd check-policy``: check a policy file, and show the rights that it gives."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from .options import Subparsers, add_client_options, add_examples, client_of, nu
 from .output import print_error, print_result, printable
 from .targets import Target, add_targets, described, first_found, listed
 
-#: What was removed: the fd set, and the descriptors, if they are known.
+#: A removed fd set, with its removed descriptors if they are known.
 Removed = dict[str, Any]
 
 

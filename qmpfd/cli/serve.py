@@ -27,7 +27,7 @@ from .spare import take_alive, wait
 if TYPE_CHECKING:
     from ..server.renumber import Movable
 
-#: What to do where a socket cannot be made.
+#: Advice where a socket cannot be made.
 _ADVICE = {
     errno.EADDRINUSE: "qmpfd status shows it; --replace takes over from it; ",
     errno.ENOENT: "make its folder first; ",
@@ -86,8 +86,8 @@ def _take_inherited(
 
 
 def _sort_passed(passed: list[Passed]) -> tuple[list[Passed], list[_Initial]]:
-    """What a service manager has passed: sockets to listen on; and what goes into fd sets of its
-    own, each under its name (``OpenFile=``, or a ``.socket`` unit of another kind).
+    """Split the service manager's descriptors: Unix sockets that listen, and others, which go into
+    an fd set each under their names (``OpenFile=``, or a ``.socket`` unit of another kind).
     """
     listeners = [given for given in passed if listens(given.fd)]
     others = [(given.fd, None, given.name) for given in passed if not listens(given.fd)]
@@ -103,7 +103,7 @@ def _was_inherited(number_: int) -> bool:
 
 
 def _fill_standard_streams() -> None:
-    """Have something at 0 to 2, so that no socket is there, and what is said goes into it."""
+    """Open /dev/null where 0, 1 or 2 is closed: no socket may get a standard stream's number."""
     while (fd := Fd(os.open(os.devnull, os.O_RDWR))).fileno() <= 2:
         fd.detach()
     fd.close()

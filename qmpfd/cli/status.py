@@ -70,7 +70,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def server_name(version: Any) -> str:
-    """What a server is, by its ``query-version``, in which there may be anything."""
+    """The server's name and version, by its ``query-version`` reply, which may hold anything."""
     told = version if isinstance(version, dict) else {}
     package = printable(str(told.get("package", "")))
     if package.startswith("qmpfd "):

@@ -25,7 +25,7 @@ _log = logging.getLogger("qmpfd")
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
-#: What starts the parent where the package is in a zipapp, whose folders cannot be run.
+#: The program that starts the parent where the package is in a zipapp, whose folders cannot be run.
 _IN_A_ZIP = """\
 import sys
 sys.path.append(sys.argv.pop(1))
@@ -117,7 +117,7 @@ def recover(
 
 
 def connect(parent: Notifier | None, size: int) -> FdStoreConfig | None:
-    """Whoever keeps a second copy of what is stored; None if there is nobody.
+    """The keeper of the second copy of the store: our parent or systemd; None if there is none.
 
     Args:
         parent: our own, if there is one.

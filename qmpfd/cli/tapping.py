@@ -1,4 +1,4 @@
-"""What ``qmpfd tap`` does, in Trio."""
+"""The relay of ``qmpfd tap``, in Trio."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ async def _relay(client: trio.socket.SocketType, server: str, shown: Show) -> No
 async def tapped(
     server: str | os.PathLike[str], listen: str | os.PathLike[str], shown: Show = show
 ) -> AsyncGenerator[None, None]:
-    """Listen at *listen*, connect whoever comes there on to *server*, and show what they say.
+    """Listen at *listen*, relay each client to *server*, and show the lines of both.
 
     Ends when its clients have gone, so that all their lines are shown.
     """

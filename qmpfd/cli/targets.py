@@ -28,7 +28,7 @@ _FD = r"(?s)(.+)/([0-9]{1,10})"
 
 
 class Target(NamedTuple):
-    """What a word of the command line names.
+    """The stored descriptors that a word of the command line names.
 
     Args:
         word: as it was typed.

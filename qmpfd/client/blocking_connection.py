@@ -42,7 +42,7 @@ def _no_connection(path: str, error: OSError) -> str:
 
 
 class BlockingConnection:
-    """What :class:`qmpfd.BlockingClient` stands on.
+    """The connection of a :class:`qmpfd.BlockingClient`.
 
     Args:
         path: the server's Unix socket; ``@NAME`` is one in the abstract namespace (unix(7)).

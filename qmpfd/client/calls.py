@@ -95,7 +95,7 @@ def members(**arguments: Any) -> dict[str, Any]:
 
 
 def typed(kind: type[ResultT]) -> Callable[[Any, list[Fd]], ResultT]:
-    """What makes *kind* of a ``return`` member; descriptors are closed, where none are expected.
+    """A function that converts a ``return`` member to *kind*, and closes unexpected descriptors.
 
     The function raises ProtocolError if it is something else.
     """

@@ -47,7 +47,7 @@ class Call:
 
 
 class QMPConnection:
-    """What is said over a connection, and who waits for what.
+    """The requests, replies and events of one connection, and the calls that wait for them.
 
     A call that is cancelled breaks no other: if its request was sent already, the server carries
     it out, and the reply is thrown away.
@@ -81,11 +81,11 @@ class QMPConnection:
         return self._failure is not None
 
     def prepend_events(self, events: Iterable[QMPEvent]) -> None:
-        """Have these asked for before all others."""
+        """Put these before all events that wait."""
         self._events = deque([*events, *self._events], maxlen=MAX_EVENTS)
 
     def drop_events(self, names: Container[str]) -> None:
-        """Forget the events of these names that nobody has asked for."""
+        """Drop the waiting events of these names."""
         others = [event for event in self._events if event.name not in names]
         self._events = deque(others, maxlen=MAX_EVENTS)
 

@@ -1,4 +1,4 @@
-"""What goes wrong between a client and its server, the same for both clients."""
+"""Errors between a client and its server, the same for both clients."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class ReconnectingConnection:
         return self._connection.greeting
 
     def drop_events(self, names: Container[str]) -> None:
-        """Forget the events of these names that nobody has asked for."""
+        """Drop the waiting events of these names."""
         self._connection.drop_events(names)
 
     async def request(

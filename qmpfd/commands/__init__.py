@@ -1,4 +1,4 @@
-"""What each QMP command does."""
+"""The QMP commands."""
 
 from .context import Context
 from .control import VERSION

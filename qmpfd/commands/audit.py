@@ -54,23 +54,23 @@ class Audit:
         self._command: str | None = None
 
     def begin(self, peer: Peer, command: str | None) -> None:
-        """What is recorded until :meth:`end` is done for *peer*, by that command or none."""
+        """Attribute the following lines to *peer* and the command, until :meth:`end`."""
         self._peer, self._command = peer, command
 
     def end(self) -> None:
-        """What is recorded from here on, the daemon does by itself."""
+        """Attribute the following lines to the daemon itself."""
         self._peer = self._command = None
 
     def record(self, outcome: str, stored: StoredFd) -> None:
-        """A descriptor has come, has gone or was handed out."""
+        """Record that a descriptor was added, removed or handed out."""
         self._put(outcome, stored.fdset.id, stored.fd.number, stored.opaque)
 
     def record_named(self, outcome: str, name: str, fd: int) -> None:
-        """A descriptor of ``getfd`` has come or gone."""
+        """Record that a descriptor of ``getfd`` was added or removed."""
         self._put(outcome, fd=fd, name=name)
 
     def refuse(self, error: QMPError, arguments: Struct | None = None) -> None:
-        """A command was refused, or a connection."""
+        """Record that a command or a connection was refused."""
         fdset_id, fd, opaque, name = (
             None if (value := getattr(arguments, member, None)) is UNSET else value
             for member in ("fdset_id", "fd", "opaque", "fdname")

@@ -28,7 +28,7 @@ from .types import Result as Nothing
 
 table: Table[Context] = Table(touches_store=False)
 
-#: What this daemon is; also in the greeting.
+#: This daemon's version, for query-version and the greeting.
 VERSION = version_info(__version__)
 
 

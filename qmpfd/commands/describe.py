@@ -1,4 +1,4 @@
-"""What ``query-fds`` says of one stored descriptor."""
+"""The entry of one stored descriptor in ``query-fds``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .extension_types import FdInfo, PeerInfo
 
 
 def describe(stored: StoredFd, now: float) -> FdInfo:
-    """All there is to know of *stored*."""
+    """The ``query-fds`` entry of *stored*, at the time *now*."""
     number = stored.fd.fileno()
     link = target(number)
     what = kind(number, link)
@@ -39,5 +39,5 @@ def describe(stored: StoredFd, now: float) -> FdInfo:
 
 
 def _seconds(left: float) -> int:
-    """Time that is left, as an int64: a float comes near to its end, but may be beyond it."""
+    """Remaining seconds as an int64: a float near its end may round up beyond it."""
     return min(max(0, ceil(left)), INT64_MAX)

@@ -27,7 +27,7 @@ _COMMANDS: dict[type[Request], Command[Context]] = {
 }
 
 
-#: What most commands come to.  It is for reading, as it is shared: an outcome is unwrapped once.
+#: The outcome of most commands.  Shared, and so only read: an Outcome can be unwrapped once.
 _DONE: Outcome[object] = Value(NOTHING)
 
 

@@ -1,4 +1,4 @@
-"""What watching connections are told, and how much of it waits for one that does not read.
+"""Events for watching connections, and a bounded queue of them for those that do not read.
 
 A change costs the same however many watch: it is put into a log, of which each watcher has read
 up to somewhere.  There is a log for each set of rights among the watchers.
@@ -61,7 +61,7 @@ class SavedWatch(Struct, forbid_unknown_fields=True):
 
 
 class Event:
-    """Something that has happened.  It is encoded when somebody is told of it.
+    """An event.  The first watcher that is sent it has it encoded.
 
     Args:
         name: its name.
@@ -96,7 +96,7 @@ class Event:
         return SavedEvent(self._name, self._time, to_builtins(self._data))
 
     def encode(self) -> bytes:
-        """What watchers are sent."""
+        """The event as bytes, encoded once."""
         if self._encoded is None:
             seconds, nanoseconds = divmod(self._time, 1_000_000_000)
             stamp = {"seconds": seconds, "microseconds": nanoseconds // 1000}
@@ -167,7 +167,7 @@ class EventLog:
 
 
 class Watcher:
-    """One connection that is told of events.
+    """One connection that watches.
 
     Args:
         log: where they are; what happened before is not told.
@@ -207,6 +207,6 @@ class Watcher:
         self._next, self._lost = self.log.end - behind, lost
 
     def move(self, log: EventLog) -> None:
-        """Be told what is in *log* from now on; what waits of the other one is lost."""
+        """Read *log* from its end on; unsent events of the former log count as lost."""
         self._lost += self.log.end - self._next
         self.log, self._next = log, log.end

@@ -29,7 +29,7 @@ from .types import FdsetFdInfo, FdsetInfo
 _STEP = 4096
 _COPYING, _ENCODING, _LOOKING = 4, 16, 64
 
-#: What is listed in one go, if it is no more.
+#: A listing up to this size is made in one go.
 _FEW_FDS, _FEW_CHARACTERS = 256, 16384
 
 #: Bytes of what is said of a set, up to which they are kept for the next time.
@@ -145,7 +145,7 @@ class Listing(JSONStream):
         self._fdset = None
 
     def _make_bits(self) -> Iterator[bytes]:
-        """The text.  At each yield the members tell what comes behind it."""
+        """The text in pieces.  At each yield, the attributes say where the next piece begins."""
         context, query, asked_at = self._context, self._query, self._asked_at
         out: list[bytes] = []
         work = 0
@@ -199,11 +199,11 @@ class Listing(JSONStream):
             yield b"".join(out)
 
     def _separator(self) -> bytes:
-        """What stands before an entry."""
+        """The separator before an entry."""
         return b"[" if self._stage is Stage.EMPTY else b", "
 
     def _begin_fd(self, fdset_id: int) -> bytes:
-        """What stands before a descriptor of a set of ``query-fdsets``."""
+        """The text before a descriptor of a set of ``query-fdsets``."""
         if self._stage is Stage.IN_SET:
             return b", "
         begin = self._separator() + b'{"fdset-id": %d, "fds": [' % fdset_id

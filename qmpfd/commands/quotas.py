@@ -34,7 +34,7 @@ def _add(counts: dict[int, int], uid: int, more: int) -> None:
 
 @dataclass(slots=True)
 class Quotas:
-    """What is kept for clients, in all and by user, and how much that may be.
+    """Counts of what the daemon keeps for clients, in all and by user, and their limits.
 
     Args:
         limits: what each client is allowed.
@@ -64,7 +64,7 @@ class Quotas:
     # -- what is kept ----------------------------------------------------------------------------
 
     def charge(self, peer: Peer | None, text: str | None, count: int = 1) -> None:
-        """So many descriptors are kept for *peer*, each under that opaque text or name."""
+        """Count *count* more descriptors of *peer*, each with that opaque text or name."""
         if peer is not None:
             self.fds_total += count
             _add(self.fds_by_uid, peer.uid, count)
@@ -72,7 +72,7 @@ class Quotas:
             self._count_text(peer, count * memory_size(text))
 
     def refund(self, peer: Peer | None, text: str | None) -> None:
-        """What :meth:`charge` has counted is kept no more."""
+        """Undo :meth:`charge`."""
         if peer is not None:
             self.fds_total -= 1
             _add(self.fds_by_uid, peer.uid, -1)

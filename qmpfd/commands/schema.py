@@ -24,7 +24,7 @@ _BUILTINS = {
     float: ("number", "number"),
 }
 
-#: What QEMU calls the object without members.
+#: QEMU's name for the object without members.
 _EMPTY = "q_empty"
 
 

@@ -85,7 +85,7 @@ class Selector(Arguments):
         return () if fdset is None else (fdset,)
 
     def entries(self, fdset: FdSet) -> list[StoredFd]:
-        """What it can choose of *fdset*, oldest first."""
+        """The descriptors of *fdset* that it can choose, oldest first."""
         return fdset.select(None if self.fd is UNSET else self.fd)
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class Selector(Arguments):
 
 
 class Choice(NamedTuple):
-    """What a selector finds for a client.
+    """The descriptors that a selector finds for a client.
 
     Args:
         allowed: what the client has the right for, by descending set id, the oldest first.
@@ -109,10 +109,10 @@ class Choice(NamedTuple):
 
 
 def choose(store: FdSets, selector: Selector, access: Access, right: Right) -> Choice:
-    """What *selector* chooses of what a client can know of.
+    """The descriptors that *selector* chooses among those that the client can know of.
 
-    That is what it may query.  Who says which descriptor it means, by set and number, needs the
-    right for it and no other.
+    A client can know of a descriptor that it may query.  A client that names a descriptor by set
+    and number searches nothing: there, *right* alone is enough.
     """
     allowed: list[StoredFd] = []
     refused = False

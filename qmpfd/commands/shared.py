@@ -1,4 +1,4 @@
-"""What all connections share: the store, and everything that has to follow a change of it."""
+"""The state that all connections share: the store, and what follows each change of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _zeros() -> dict[str, int]:
 
 @dataclass(slots=True)
 class Stats:
-    """What has happened since the start.
+    """Counters since the start.
 
     Args:
         started_at: when that was, by the daemon's clock.
@@ -48,7 +48,7 @@ class FdStoreMirror(Protocol):
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is kept any more."""
+        """Whether mirroring has ended for good."""
 
     def check_quota(self, count: int, opaque: str | None) -> None:
         """Refuse to add so many, with a GenericError."""
@@ -80,7 +80,7 @@ class Client(NamedTuple):
 
 @dataclass(slots=True)
 class SharedState:
-    """What all connections share.
+    """The state that all connections share.
 
     Args:
         dialect: ``"spec"`` or ``"qemu"``.

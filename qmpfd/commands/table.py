@@ -38,7 +38,7 @@ class Command(Generic[ContextT]):
 
     @property
     def doc(self) -> str:
-        """What it does, for people."""
+        """The description for people: the docstring of *run*."""
         return self.run.__doc__ or ""
 
 
@@ -67,5 +67,5 @@ class Table(Generic[ContextT]):
         return enter
 
     def specs(self) -> dict[str, Spec]:
-        """What the protocol needs to know."""
+        """The argument types and descriptor counts, for the protocol."""
         return {name: Spec(c.arguments, c.fds) for name, c in self.commands.items()}

@@ -151,5 +151,5 @@ def version_info(version: str) -> VersionInfo:
     return VersionInfo(VersionTriple(micro, minor, major), f"qmpfd {version}")
 
 
-#: What a command returns that returns nothing.
+#: The result of a command without a result: an empty object.
 NOTHING = RawJSON(b"{}")

@@ -1,4 +1,4 @@
-"""What is stored: a descriptor, and the fd set that it is in."""
+"""The entries of the store: a descriptor, and the fd set that it is in."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class FdSet:
 
     def __init__(self, fdset_id: int) -> None:
         self.id = fdset_id
-        #: What a listing says of it, once somebody has asked; None after a change.
+        #: The set's part of a query-fdsets reply, cached; None after a change.
         self.listing: bytes | None = None
         self._single: StoredFd | None = None
         self._several: dict[int, StoredFd] | None = None  # then there is no single one

@@ -1,4 +1,4 @@
-"""Which descriptor's time is over, and when the next one's is."""
+"""The descriptors that expire, in the order of their times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .entry import StoredFd
 
 
 class Expiries:
-    """The descriptors that are kept for a time, by the end of it.
+    """A heap of the descriptors that expire, by their times.
 
     One that is removed earlier stays in the heap until its time comes or the heap is half waste,
     so that removing costs nothing and adding and removing for ever costs no memory.

@@ -48,8 +48,8 @@ class FdSets:
             yield self._sets[fdset_id]
 
     def iter_stable(self, below: float = inf) -> Iterator[FdSet]:
-        """As iteration, but there may be changes between two steps: a set that goes before it is
-        its turn is left out, and one that comes is given if its turn is still to come.
+        """As iteration, but the store may change between two steps: a set that is removed before
+        its turn is skipped, and a new one is included where its turn is still to come.
         """
         while True:
             if self._ascending is None:
@@ -160,12 +160,12 @@ class FdSets:
         return len(self._owned.get(owner, ()))
 
     def owned(self, owner: Hashable, limit: int | None = None) -> list[StoredFd]:
-        """What is kept until the end of *owner*, up to *limit* descriptors."""
+        """The descriptors that are kept until the end of *owner*, up to *limit* of them."""
         return list(islice(self._owned.get(owner, ()), limit))
 
     def expired(self, now: float, limit: int | None = None) -> list[StoredFd]:
-        """What is kept until *now* or less, the first to expire first, up to *limit* descriptors:
-        the caller takes them out.
+        """The descriptors that have expired by *now*, in order, up to *limit* of them: the caller
+        removes them.
         """
         return list(islice(self.expiries.until(now), limit))
 

@@ -1,1 +1,1 @@
-"""What touches the kernel: descriptors and their owner, closes that may block, service managers."""
+"""System calls: descriptors and their owner, closes that may block, service managers."""

@@ -80,7 +80,7 @@ def _risk_of_socket(number: int) -> Risk:
 
 
 def _risk_of_unix_socket(sock: socket.socket) -> Risk:
-    """What is queued in it is closed with it, descriptors of any kind included."""
+    """The socket's queue is closed with it, and with that all descriptors in the queue."""
     if sock.type == socket.SOCK_STREAM:
         poll = select.poll()
         poll.register(sock, select.POLLRDHUP)
@@ -168,7 +168,7 @@ class ClosePool:
         return found and found[6:]
 
     def shut_down(self) -> None:
-        """The daemon is ending: what is being closed goes on, nothing else will come."""
+        """The daemon ends: closes under way go on, and no more are asked for."""
         if self._file_systems is not None:
             self._file_systems.close()
             self._file_systems = None

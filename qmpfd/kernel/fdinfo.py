@@ -1,4 +1,4 @@
-"""What a descriptor is, found out without waiting for any file system.
+"""Descriptions of a descriptor, made without waiting for any file system.
 
 ``fstat`` asks the file system, and one that hangs would hang us (a FUSE server that does not
 answer).  These do not: fcntl F_GETFL, the link in /proc/self/fd, and statx(2) with
@@ -97,7 +97,7 @@ _MODES = {
 
 
 def kind(fd: int, link: str) -> str:
-    """What sort of thing *fd* is.
+    """The kind of file that *fd* refers to.
 
     Args:
         fd: the descriptor.
@@ -121,7 +121,7 @@ def kind(fd: int, link: str) -> str:
     return "unknown" if found is None else _MODES.get(stat.S_IFMT(found[1]), "unknown")
 
 
-#: What the kernel has at hand of a descriptor's file (compare stat(2)): how many names it has, its
+#: The result of statx(2) with AT_STATX_DONT_SYNC (compare stat(2)): how many names it has, its
 #: type and permissions, its bytes, its blocks of 512 bytes; of the device that it is, if it is one,
 #: and of its file system, each the major and the minor number.
 Status: TypeAlias = tuple[int, int, int, int, int, int, int, int]
@@ -139,9 +139,9 @@ _statx: Callable[..., int] | None = getattr(ctypes.CDLL(None), "statx", None)
 
 
 def make_statx() -> Callable[[int], Status | None]:
-    """Give what tells what the kernel has at hand of a descriptor's file; None where it does not
-    tell.  Each thread needs its own: what is found has one place, as making room for it anew takes
-    longer than the call.
+    """Make a function that calls statx(2) on a descriptor without asking the file system; None
+    where the call fails.  Each thread needs its own function, because each function has one result
+    buffer: allocating one takes longer than the call.
     """
     statx, unpack, flags, wanted = _statx, _STATX.unpack_from, _STATX_FLAGS, _WANTED
     path, room = ctypes.create_string_buffer(b""), ctypes.create_string_buffer(_STATX.size)

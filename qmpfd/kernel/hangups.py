@@ -74,7 +74,7 @@ class Hangups(Generic[EntryT]):
                 self._epoll.unregister(number)
 
     def look(self) -> None:
-        """See whose other end is gone; :meth:`take` comes next, while anything is :attr:`due`."""
+        """Poll for hang-ups; call :meth:`take` next, as long as anything is :attr:`due`."""
         for number, _ in self._epoll.poll(0):
             # Level-triggered, it would be told of again and again while data is left.
             self._epoll.unregister(number)
@@ -105,7 +105,7 @@ class Hangups(Generic[EntryT]):
 
 
 def _events(number: int) -> int:
-    """What poll(2) says of the descriptor unasked: POLLHUP, POLLERR, both or nothing."""
+    """The events that poll(2) always reports: POLLHUP, POLLERR, both or none."""
     poll = select.poll()
     poll.register(number, 0)
     return next((events for _, events in poll.poll(0)), 0)

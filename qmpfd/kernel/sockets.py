@@ -1,4 +1,4 @@
-"""What a stored socket is: its addresses, and whether it listens.
+"""The addresses of a socket, and whether it listens.
 
 Nothing here waits: getsockname(2), getpeername(2) and getsockopt(2) ask no file system and no peer.
 """
@@ -26,7 +26,7 @@ class SocketInfo(NamedTuple):
 
 
 def describe_socket(fd: int) -> SocketInfo:
-    """What the socket *fd* is.
+    """Describe the socket *fd*.
 
     Addresses are written as ``HOST:PORT``, ``[V6]:PORT``, ``unix:PATH``, ``unix:@NAME`` for an
     abstract one, and ``vsock:CID:PORT``.

@@ -207,8 +207,8 @@ _PARENT_VARIABLE = "QMPFD_NOTIFY_FD"
 
 
 def take_parent() -> Notifier | None:
-    """The parent of ``serve --supervise``, if this process is its worker: it is told what would be
-    told to the service manager.
+    """The parent of ``serve --supervise``, if this process is its worker: the parent gets the
+    messages that the service manager would get.
     """
     number = os.environ.pop(_PARENT_VARIABLE, "")
     return Notifier.inherit(int(number)) if number.isdecimal() else None

@@ -75,7 +75,7 @@ class AuditWriter:
             raise OSError(errno.EAGAIN, f"no thread for the audit trail: {exc}") from None
 
     def write(self, line: bytes) -> None:
-        """Have *line* written."""
+        """Queue *line* for the thread."""
         with self._changed:
             if self._size + len(line) > MAX_AUDIT_BYTES:
                 self._lose(1, "it is not written fast enough")
@@ -85,7 +85,7 @@ class AuditWriter:
             self._changed.notify()
 
     def close(self) -> None:
-        """Have what waits written, if that does not take long."""
+        """Write the lines that wait, for :data:`_CLOSE_TIMEOUT` at most."""
         with self._changed:
             self._closing = True
             self._changed.notify()

@@ -1,4 +1,4 @@
-"""What a program that has a daemon inside it holds in its hands."""
+"""The handle that ``qmpfd.serve`` gives to the program that runs it."""
 
 from __future__ import annotations
 

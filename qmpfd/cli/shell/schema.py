@@ -20,7 +20,7 @@ _MANY = 8
 
 
 class Argument(NamedTuple):
-    """What a command takes.
+    """An argument of a command.
 
     Args:
         name: what it is called.
@@ -101,7 +101,7 @@ class Schema:
                 return "{...}"
 
     def convert(self, command: str, name: str, text: str) -> Any:
-        """The value that *text* is for that argument; by its looks where the type is not known."""
+        """*text* as a value of the argument's type; where that is unknown, as JSON or else text."""
         argument = self.arguments(command).get(name)
         json_type = argument.json_type if argument is not None else ""
         if json_type == "string":
@@ -130,7 +130,7 @@ class Schema:
         return " ".join(words)
 
     def help(self, command: str) -> str:
-        """What there is to say of *command*, in lines."""
+        """The help text of *command*."""
         arguments = self.arguments(command).values()
         width = max((len(argument.name) for argument in arguments), default=0)
         lines = [self.signature(command)]
@@ -144,7 +144,7 @@ class Schema:
         return "\n".join(lines)
 
     def complete(self, before: str) -> list[tuple[str, str]]:
-        """What may stand where *before* ends, in place of its last word, each with its type."""
+        """Completions for the last word of *before*, each with its type."""
         if in_json := _EXECUTE.search(before):
             return [(f'"{name}"', "") for name in self.commands() if name.startswith(in_json[1])]
         done, blank, last = before.rpartition(" ")

@@ -238,13 +238,13 @@ def readable(value: Any) -> str:
 
 
 def message(error: Exception) -> str:
-    """What is said of an error, on one line."""
+    """The text of an error, on one line."""
     if isinstance(error, QMPError):
         return printable(f"{error.error_class}: {error.desc}")
     return printable(str(error))
 
 
-#: What a command may end with, other than a reply.
+#: Errors of one command, after which the shell goes on.
 ERRORS = (BadInput, UsageError, QMPError)
 
 

@@ -1,4 +1,4 @@
-"""What is typed into ``qmpfd shell``: JSON, or a short form of it.
+"""The input of ``qmpfd shell``: JSON, or a short form of it.
 
 The short form is a command's name, then its arguments as ``name=value``.  A value is read as its
 type in the server's schema has it; in quotes, brackets or braces it is JSON.  Descriptors are
@@ -29,7 +29,7 @@ _PAIRS = {"{": "}", "[": "]"}
 
 
 class BadInput(Exception):
-    """What was typed is no command."""
+    """The input is no command."""
 
 
 class Passed(NamedTuple):
@@ -61,7 +61,7 @@ class Scanner:
         self._escaped = False
 
     def feed(self, text: str) -> None:
-        """What comes next."""
+        """Continue with more text."""
         for char in text:
             if self._quote:
                 self._in_quotes(char)
