@@ -33,6 +33,8 @@ def prepare(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> rece
         takeover = receiver.prepare(path, TAKEOVER_TIMEOUT, _progress, movable)
     except ValueError as exc:
         raise NoDaemon(f"the daemon at {path} cannot be taken over: {exc}") from None
+    except TimeoutError as exc:  # for which the other verbs advise --timeout
+        raise NoDaemon(str(exc)) from None
     state, service = takeover.state, invocation_id()
     why = ""
     if service is not None and not has_parent and state.store == service:

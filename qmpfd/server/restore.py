@@ -121,8 +121,9 @@ def taking_over(
 def _usable() -> Iterator[None]:
     try:
         yield
-    except (ValueError, LookupError, msgspec.MsgspecError) as exc:
-        raise NoDaemon(f"the old daemon's state cannot be used, it goes on: {exc}") from exc
+    except (ValueError, LookupError, msgspec.MsgspecError, MemoryError) as exc:
+        reason = str(exc) or "this process is out of memory"  # a MemoryError says nothing
+        raise NoDaemon(f"the old daemon's state cannot be used, it goes on: {reason}") from exc
 
 
 def _inherit_listeners(

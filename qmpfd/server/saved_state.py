@@ -127,5 +127,5 @@ def unpack(data: bytes | msgspec.Raw, what: type[T]) -> T:
     """
     try:
         return msgspec.msgpack.decode(data, type=what)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError) as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise ValueError(f"its state cannot be read: {exc}") from None

@@ -377,6 +377,8 @@ def prepare(
             takeover.reserve(movable)
         except OSError as exc:
             raise unusable(exc) from None
+        except MemoryError:
+            raise ValueError("this process is out of memory") from None
         stack.pop_all()
     return takeover
 

@@ -13,11 +13,12 @@ so that what it removes for a client has really gone by the time of its reply.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence, Set
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -87,14 +88,16 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
     lifecycle, stream, pid = server.services.lifecycle, newcomer.stream, newcomer.peer.pid
     with server.offered(TAKEOVER_TIMEOUT):
         described = _Described({}, set())
-        state = await _describe_store(server, described)
-        with _in_memory(saved.encode(state)) as memory:
+        with _able():
+            memory = _in_memory(saved.encode(await _describe_store(server, described)))
+        with memory:
             try:
-                await newcomer.reply_to_takeover(memory)
-                if await _hear(stream) == saved.NEXT:
-                    _log.info("pid %d takes over", pid)
-                    with server.paused(min(TAKEOVER_TIMEOUT, MAX_PAUSE)):
-                        await _hand_over_paused(server, newcomer, described)
+                with _able():
+                    await newcomer.reply_to_takeover(memory)
+                    if await _hear(stream) == saved.NEXT:
+                        _log.info("pid %d takes over", pid)
+                        with server.paused(min(TAKEOVER_TIMEOUT, MAX_PAUSE)):
+                            await _hand_over_paused(server, newcomer, described)
             except trio.BrokenResourceError:
                 pass  # the newcomer is gone
             except GenericError as exc:  # it has its reply already: REFUSED has to do
@@ -126,26 +129,34 @@ async def _hand_over_paused(server: Predecessor, newcomer: Session, described: _
         services.lock.release()
 
 
+@contextmanager
+def _able() -> Iterator[None]:
+    """Being out of descriptors or memory in the block is a reason to refuse.
+
+    Raises:
+        GenericError: saying why.
+    """
+    try:
+        yield
+    except (OSError, MemoryError) as exc:
+        reason = getattr(exc, "strerror", None) or os.strerror(errno.ENOMEM)
+        raise GenericError(f"The daemon cannot hand over: {reason}") from None
+
+
 def _own_process() -> Fd:
     """This process, as a pidfd: a number would mean another one in another namespace."""
-    try:
-        return Fd(os.pidfd_open(os.getpid()))
-    except OSError as exc:
-        raise GenericError(f"The daemon cannot hand over: {exc.strerror}") from None
+    return Fd(os.pidfd_open(os.getpid()))
 
 
 def _in_memory(data: bytes) -> Fd:
+    memory = Fd(os.memfd_create("qmpfd-state", os.MFD_CLOEXEC))
     try:
-        memory = Fd(os.memfd_create("qmpfd-state", os.MFD_CLOEXEC))
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(memory.fileno(), view) :]
-        except BaseException:
-            memory.close()
-            raise
-    except OSError as exc:
-        raise GenericError(f"The daemon cannot hand over: {exc.strerror}") from None
+        view = memoryview(data)
+        while view:
+            view = view[os.write(memory.fileno(), view) :]
+    except BaseException:
+        memory.close()
+        raise
     return memory
 
 

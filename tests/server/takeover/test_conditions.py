@@ -337,6 +337,47 @@ def test_no_memory_for_the_state(path: Path, start: Callable[..., Stepped], whic
         assert old.wait() == 0
 
 
+def test_no_memory_at_all(path: Path, start: Callable[..., Stepped]) -> None:
+    """Either side that has none says so in one line, and the old daemon goes on."""
+    old = start()
+    with BlockingClient(path, PATIENCE) as client:
+        for number in range(20):
+            client.execute("add-fds", {"opaque": f"{number:05}" * 800}, [0] * 250)
+        _, hard = resource.prlimit(old.pid, resource.RLIMIT_DATA)
+        resource.prlimit(old.pid, resource.RLIMIT_DATA, (1 << 20, hard))
+        newcomer = start("--takeover")
+        assert newcomer.wait() == 1
+        assert newcomer.said == (
+            "qmpfd: GenericError: The daemon cannot hand over: Cannot allocate memory\n"
+        )
+        assert client.execute("query-name") == {}
+        resource.prlimit(old.pid, resource.RLIMIT_DATA, (hard, hard))
+        where = {"takeover/receiver.py": ["prepare"]}
+        newcomer = start("--takeover", where=where, step=1, number=signal.SIGSTOP)
+        resource.prlimit(newcomer.pid, resource.RLIMIT_DATA, (1 << 20, hard))
+        newcomer.signal(signal.SIGCONT)
+        assert newcomer.wait() == 3
+        assert "cannot be taken over: this process is out of memory\n" in newcomer.said
+        assert old.poll() is None
+        assert len(client.execute("query-fdsets")) == 20
+    assert "Traceback" not in old.said
+
+
+def test_an_old_daemon_that_is_stopped(path: Path, start: Callable[..., Stepped]) -> None:
+    """The newcomer gives up in one line, and the old daemon serves once it goes on."""
+    old = start()
+    with BlockingClient(path, PATIENCE) as client:
+        client.execute("add-fd", fds=[0])
+        old.signal(signal.SIGSTOP)
+        newcomer = start("--takeover", patches={"qmpfd.cli.takeover.TAKEOVER_TIMEOUT": 0.3})
+        assert newcomer.wait() == 3
+        old.signal(signal.SIGCONT)
+        assert newcomer.said.endswith(
+            "does not answer (stopped, or busy, or no QMP server, or a QEMU with another client)\n"
+        )
+        assert len(client.execute("query-fdsets")) == 1
+
+
 def test_a_parent_that_is_stopped(path: Path, tmp_path: Path) -> None:
     """A change that it has not acknowledged does not hold the takeover up; its reply comes."""
     command = [*SERVE, "--supervise", "--socket", str(path)]
