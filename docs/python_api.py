@@ -30,11 +30,11 @@ SECTIONS: dict[str, dict[str, str]] = {
         "Fd": "fileno closed detach dup close",
         "fdset_opener": "",
     },
-    "blocking": {"connect_blocking": "", "BlockingClient": _CALLS},
+    "blocking": {"connect_blocking": "", "BlockingClient": "watch_fdsets events close"},
     "results": {"AddfdInfo": "", "FdsetInfo": "", "FdsetFdInfo": "", "FdInfo": "", "PeerInfo": ""},
     "server": {
         "serve": "",
-        "Server": "stop ended",
+        "Server": "stop ended change_policy",
         "Limits": "",
         "Policy": "",
         "Rule": "",

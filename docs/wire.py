@@ -63,14 +63,23 @@ class Case(NamedTuple):
     full: bool = False
 
 
-_NO_FD = ("FdNotSupplied", "No file descriptor supplied via SCM_RIGHTS", "none came with it")
-_NO_SET = ("FdNotFound", "File descriptor named 'fdset-id:7' not found", "no such fd set")
+_NO_FD = (
+    "FdNotSupplied",
+    "No file descriptor supplied via SCM_RIGHTS",
+    "no descriptor was sent with the command",
+)
+_NO_SET = ("FdNotFound", "File descriptor named 'fdset-id:7' not found", "there is no such fd set")
 _NEW_SET = (
     "InvalidParameterValue",
     "Parameter 'fdset-id' expects an existing fdset-id",
-    "no such fd set (in the dialect `qemu` it is created)",
+    "there is no such fd set (in the dialect `qemu`, it is created)",
 )
-_FULL = ("GenericError", "Too many file descriptors: the limit is 1", "the daemon is full", True)
+_FULL = (
+    "GenericError",
+    "Too many file descriptors: the limit is 1",
+    "the daemon holds as many descriptors as `--max-fds` permits",
+    True,
+)
 
 #: Refused by a daemon whose fd set 0 has one descriptor, of a file open for reading.
 CASES = [
@@ -80,7 +89,7 @@ CASES = [
         0,
         "CommandNotFound",
         "Capabilities negotiation is already complete, command ignored",
-        "it was said before",
+        "the connection has sent this command before",
     ),
     Case("add-fd", {}, 0, *_NO_FD),
     Case("add-fd", {"fdset-id": 7}, 1, *_NEW_SET),
@@ -93,7 +102,7 @@ CASES = [
         1,
         "InvalidParameterValue",
         "Parameter 'expires' expects a positive number of seconds",
-        "a time that is over",
+        "0 or a negative number",
     ),
     Case(
         "add-fds",
@@ -101,7 +110,7 @@ CASES = [
         1,
         "InvalidParameterValue",
         "Parameter 'watch-hangup' expects sockets or pipes only",
-        "a file has no other end",
+        "the descriptor is neither a socket nor a pipe",
     ),
     Case("add-fds", {}, 2, *_FULL),
     Case("remove-fd", {"fdset-id": 7}, 0, *_NO_SET),
@@ -111,7 +120,7 @@ CASES = [
         0,
         "FdNotFound",
         "File descriptor named 'fdset-id:0, fd:999' not found",
-        "not in that fd set",
+        "the fd set has no descriptor of this number",
     ),
     Case("getfd", {"fdname": "disk"}, 0, *_NO_FD),
     Case(
@@ -120,7 +129,7 @@ CASES = [
         1,
         "InvalidParameterValue",
         "Parameter 'fdname' expects a name not starting with a digit",
-        "QEMU takes such a name for a number",
+        "the name begins with a digit",
     ),
     Case("getfd", {"fdname": "disk"}, 1, *_FULL),
     Case(
@@ -129,7 +138,7 @@ CASES = [
         0,
         "FdNotFound",
         "File descriptor named 'disk' not found",
-        "this connection has no such name",
+        "this connection has stored no descriptor under this name",
     ),
     Case("open-fdset", {"fdset-id": 7}, 0, *_NO_SET),
     Case(
@@ -138,7 +147,7 @@ CASES = [
         0,
         "FdNotFound",
         "No file descriptor with access mode 'wronly' in 'fdset-id:0', only 'rdonly'",
-        "none in the fd set was opened so",
+        "no descriptor of the fd set has this access mode",
     ),
     Case("query-fds", {"fdset-id": 7}, 0, *_NO_SET),
     Case("remove-fds", {"fdset-id": 7}, 0, *_NO_SET),
@@ -171,7 +180,12 @@ COMMON_CASES = [
         "no such command",
     ),
     Case(
-        "remove-fd", {}, 0, "GenericError", "Parameter 'fdset-id' is missing", "an argument lacks"
+        "remove-fd",
+        {},
+        0,
+        "GenericError",
+        "Parameter 'fdset-id' is missing",
+        "a required argument is missing",
     ),
     Case(
         "remove-fd",
@@ -179,7 +193,7 @@ COMMON_CASES = [
         0,
         "GenericError",
         "Invalid parameter type for 'fdset-id', expected: integer",
-        "an argument of another type",
+        "an argument has the wrong type",
     ),
     Case(
         "open-fdset",
@@ -187,7 +201,7 @@ COMMON_CASES = [
         0,
         "GenericError",
         "Parameter 'access' does not accept value 'any'",
-        "none of the values there are",
+        "an argument has a value that is not in its list",
     ),
     Case(
         "query-fdsets",
@@ -195,7 +209,7 @@ COMMON_CASES = [
         0,
         "GenericError",
         "Parameter 'all' is unexpected",
-        "an argument that the command does not have",
+        "the command does not have this argument",
     ),
 ]
 

@@ -44,11 +44,11 @@ _PATIENCE = 20.0
 
 @asynccontextmanager
 async def daemon(*paths: str | os.PathLike[str], **options: Any) -> AsyncIterator[Server]:
-    """A daemon in a nursery of its own, in this event loop; told to end and waited for afterwards.
+    """A daemon in a nursery of its own, in this event loop; it is stopped after the block.
 
     Args:
         paths: the sockets to listen on.
-        options: what else :func:`qmpfd.serve` takes.
+        options: further arguments of :func:`qmpfd.serve`.
     """
     import trio
 
@@ -97,7 +97,7 @@ class DaemonProcess:
     def open_fds(self) -> dict[int, str]:
         """Its open descriptors, and what each of them is.
 
-        Compare two of these to see that a program has removed all that it added.
+        Compare two results to see whether a program has removed everything that it added.
         """
         folder = f"/proc/{self.pid}/fd"
         found = {}
@@ -109,7 +109,7 @@ class DaemonProcess:
         return found
 
     def kill(self) -> None:
-        """End it at once, as by a fault: to see what a program does without its daemon."""
+        """Kill it (SIGKILL), to see what a program does without its daemon."""
         self.process.kill()
         self._join()
 
@@ -149,14 +149,14 @@ class DaemonProcess:
 
 @contextmanager
 def daemon_process(path: str | os.PathLike[str], *options: str) -> Iterator[DaemonProcess]:
-    """A daemon as a process of its own, which listens; ended afterwards.
+    """A daemon as a process of its own, which serves clients; it is stopped after the block.
 
     Args:
         path: the socket to listen on.
-        options: what else ``qmpfd serve`` takes, such as ``--dialect=qemu``.
+        options: options of ``qmpfd serve``, such as ``--dialect=qemu``.
 
     Raises:
-        RuntimeError: it does not start; the text says what it said.
+        RuntimeError: it does not start; the text has its output.
     """
     command = [sys.executable, "-m", "qmpfd", "serve", "--socket", os.fspath(path), *options]
     started = DaemonProcess(
