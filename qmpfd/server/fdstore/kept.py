@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
+from functools import partial
 
+from ...kernel.fd import Fd
 from ...kernel.file_descriptions import Descriptions
+from .barrier_link import BarrierLink
 from .names import Names
 
 
@@ -12,11 +16,13 @@ class KeptFds:
     """The descriptors in the fd store, by their numbers here, and the names that are in use there.
 
     Args:
+        link: the connection to it.
         descriptions: where the fd store keeps one descriptor of each open file description only,
             what tells which are of the same; None where it keeps all.
     """
 
-    def __init__(self, descriptions: Descriptions | None) -> None:
+    def __init__(self, link: BarrierLink, descriptions: Descriptions | None) -> None:
+        self._link = link
         self._descriptions = descriptions
         self._names = Names()
         self._by_number: dict[int, str] = {}
@@ -52,15 +58,13 @@ class KeptFds:
         for name in names:
             self._names.claim(name)
 
-    def add(self, number: int, name: str | None = None) -> str | None:
-        """A descriptor is kept from here on.
+    def keep(self, number: int, fd: Fd | int, name: str | None = None) -> None:
+        """Have a descriptor kept.
 
         Args:
             number: of the descriptor.
+            fd: the descriptor.
             name: what it is kept as already, if it is.
-
-        Returns:
-            The name to send it under; None where it is there.
         """
         descriptions = self._descriptions
         if descriptions is not None:
@@ -68,19 +72,17 @@ class KeptFds:
             if same is not None:
                 shared = self._by_number[number] = self._by_number[same]
                 self._resting[shared][number] = None
-                return None
+                return
             descriptions.add(number)
-        new = None
         if name is None:
-            name = new = self._names.take()
+            name = self._names.take()
+            self._link.store(name, fd)
         self._by_number[number] = name
         if descriptions is not None:
             self._resting[name] = {number: None}
-        return new
 
     def discard(self, number: int, *, replaced: bool = False) -> str | None:
-        """A descriptor is kept no longer: the name to remove, in use until :meth:`free`; None where
-        others rest on it.
+        """A descriptor is kept no longer: the name to remove; None where others rest on it.
 
         Args:
             number: of the descriptor.
@@ -100,9 +102,16 @@ class KeptFds:
             del self._resting[name]
         return name
 
-    def free(self, name: str) -> None:
-        """Nothing is kept under *name* any more."""
-        self._names.free(name)
+    def remove(self, name: str) -> None:
+        """Have what nothing rests on closed there; its name is free after that."""
+        self._link.remove(name)
+        self._link.on_synced(partial(self._names.free, name))
+
+    def remove_slowly(self, name: str) -> threading.Event:
+        """As :meth:`remove` and :meth:`.BarrierLink.remove_slowly`."""
+        closed = self._link.remove_slowly(name)
+        self._link.on_synced(partial(self._names.free, name))
+        return closed
 
     def clear(self) -> None:
         """Nothing is kept any more."""

@@ -31,21 +31,19 @@ from ...kernel.file_descriptions import Descriptions
 from ...kernel.systemd import Notifier, invocation_id
 from ...limits import JOURNAL_FORMAT, KEEPER_SPARE
 from ..listen.listener import UnixListener
-from ..saved_state import SavedListener
 from .barrier_link import BarrierLink
 from .journal import (
     RECORD_BYTES,
     REMOVAL_BYTES,
     Confirmed,
     HandedOver,
-    ListenerAdded,
-    ListenerRemoved,
     Record,
     Removed,
     SnapshotHeader,
 )
 from .journal_writer import JournalWriter, added_record
 from .kept import KeptFds
+from .listeners import KeptListeners
 from .names import PREVIOUS, Names, is_pipe
 from .recover import Holdings
 from .sentinel import Evidence
@@ -112,8 +110,8 @@ class FdStoreMirror:
         self._capacity = min(keeping.size - KEEPER_SPARE, Names.MOST)
         self._state = State.KEPT
         self._evidence: Evidence | None = None  # where it is a service manager
-        self._kept = KeptFds(keeping.descriptions)
-        self._listeners: dict[int, SavedListener] = {}  # by number
+        self._kept = KeptFds(self._link, keeping.descriptions)
+        self._listeners = KeptListeners(self._link, self._kept, self._journals, self._is_parent)
         self._store = FdSets()
         self._previous: str | None = None
         #: Tells whether descriptors can be sent at all, where that is not sure.
@@ -170,8 +168,9 @@ class FdStoreMirror:
         """A descriptor was stored: keep it too, unless it ends with its connection anyway."""
         if self.is_over or stored.lifetime.owner is not None:
             return
-        self._keep(stored.fd.fileno(), stored.fd)
-        self._journals.note(added_record(self._kept.name(stored.fd.fileno()), fdset.id, stored))
+        number = stored.fd.fileno()
+        self._kept.keep(number, stored.fd)
+        self._journals.note(added_record(self._kept.name(number), fdset.id, stored))
 
     def removed(self, stored: StoredFd) -> None:
         """A descriptor was taken out of the store; it is still open."""
@@ -184,16 +183,9 @@ class FdStoreMirror:
             # A service manager closes in a thread anyway; the parent has to be told if the close
             # may block, and the descriptor is closed here after it was closed there.
             if self._is_parent and self._closer.may_block(stored.fd):
-                self._closer.close_after(stored.fd, self._link.remove_slowly(name))
+                self._closer.close_after(stored.fd, self._kept.remove_slowly(name))
             else:
-                self._link.remove(name)
-            self._link.on_synced(partial(self._kept.free, name))
-
-    def _keep(self, number: int, fd: Fd | int, name: str | None = None) -> None:
-        """Have a descriptor kept: under *name*, where it is already, or a new one."""
-        name = self._kept.add(number, name)
-        if name is not None:
-            self._link.store(name, fd)
+                self._kept.remove(name)
 
     # -- waiting until it is safe --------------------------------------------------------------
 
@@ -228,8 +220,7 @@ class FdStoreMirror:
 
     def _snapshot(self, generation: int) -> Iterator[Record]:
         yield SnapshotHeader(JOURNAL_FORMAT, generation, self._previous)
-        for number, listener in self._listeners.items():
-            yield ListenerAdded(self._kept.name(number), listener)
+        yield from self._listeners.records()
         for fdset in self._store:
             for number, stored in fdset.fds.items():
                 if number in self._kept:
@@ -310,13 +301,11 @@ class FdStoreMirror:
         for fdset in store:
             for number, stored in fdset.fds.items():
                 if stored.lifetime.owner is None:
-                    self._keep(number, stored.fd, holdings.names.get(number))
+                    self._kept.keep(number, stored.fd, holdings.names.get(number))
         for listener in listeners:
             number = listener.socket.fileno()
             if number in holdings.names or self._kept.names < self._capacity:  # it can be made anew
-                self._keep(number, number, holdings.names.get(number))
-                self._listeners[number] = listener.saved
-                listener.on_replaced = partial(self._listener_replaced, listener)
+                self._listeners.add(listener, holdings.names.get(number))
         if self._kept.names > self._capacity:
             too_many = (
                 f"{self._kept.names} descriptors are more than the {self._capacity} that can be "
@@ -329,7 +318,7 @@ class FdStoreMirror:
         # The journal comes last: without it, the others count for nothing.
         self._journals.begin()
         if previous is None:
-            self._name_files(self._listeners.values())
+            self._listeners.tell_files()
         self._link.open()
         if self._evidence is not None and not await self._evidence.is_stored():
             self._distrust(_DROPPED)
@@ -345,25 +334,9 @@ class FdStoreMirror:
             taken = self._kept.names + 2 + (previous is not None)
             await self._find_size(self._evidence, taken)
 
-    def _listener_replaced(self, listener: UnixListener) -> None:
-        """There is another socket behind the listener's number, and another file at its path."""
-        number = listener.socket.fileno()
-        if self._state is State.OVER or number not in self._listeners:
-            return
-        former = self._kept.name(number)
-        to_remove = self._kept.discard(number, replaced=True)
-        self._keep(number, number)
-        self._listeners[number] = listener.saved
-        self._journals.note(ListenerRemoved(former))
-        if to_remove is not None:
-            self._remove_names([to_remove])
-        self._name_files(self._listeners.values())
-        self._note(ListenerAdded(self._kept.name(number), listener.saved))
-
     def _remove_names(self, names: Iterable[str]) -> None:
         for name in names:
-            self._link.remove(name)
-            self._link.on_synced(partial(self._kept.free, name))
+            self._kept.remove(name)
 
     @property
     def is_ours(self) -> bool:
@@ -374,20 +347,13 @@ class FdStoreMirror:
         """A takeover is done: all this is ours."""
         self._previous = None
         self._capacity += 1
-        self._name_files(self._listeners.values())
+        self._listeners.tell_files()
         self._note(Confirmed(), PREVIOUS)
 
     def log_handover(self, handed_over: bool | None) -> None:
         """A successor is about to have it all, or will not: for whoever asks if we die now."""
-        self._name_files(() if handed_over else self._listeners.values())
+        self._listeners.tell_files(ours=not handed_over)
         self._note(HandedOver(handed_over))
-
-    def _name_files(self, listeners: Iterable[SavedListener]) -> None:
-        """Tell the parent which socket files to remove where this process cannot do it any more."""
-        if self._is_parent and self._state is not State.OVER:
-            files = [(*each.file, each.path.hex()) for each in listeners if each.file and each.path]
-            lines = [f"QMPFD_SOCKET={device}:{inode}:{path}" for device, inode, path in files]
-            self._link.tell("\n".join(lines or ["QMPFD_SOCKET="]))
 
     def release_all(self, quick: Iterable[Fd] = ()) -> None:
         """What is kept is to be let go, also if we die this moment; note no more changes.  The
@@ -415,11 +381,8 @@ class FdStoreMirror:
         """The daemon ends.  What is stored stays with a service manager, which may start another
         daemon; the listening sockets do not.
         """
-        for number in self._listeners:
-            if number in self._kept:
-                name = self._kept.name(number)
-                self._note(ListenerRemoved(name), None if self._kept.is_shared(number) else name)
-        self._listeners.clear()
+        if self._state is not State.OVER:
+            self._listeners.finish()
 
     def _note(self, record: Record, removed: str | None = None) -> None:
         if self._state is not State.OVER:
