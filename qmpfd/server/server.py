@@ -25,6 +25,7 @@ from .connection.reader import Reader
 from .connection.saved import SavedSession
 from .connection.session import Session, SessionEnd
 from .connection.unsent_budget import UnsentBudget
+from .durability import Durability, Unmirrored
 from .handle import Server
 from .lifecycle import DRAINING, Event, Lifecycle, State
 from .listen.accept import Acceptor
@@ -33,7 +34,7 @@ from .listen.listener import UnixListener
 from .listen.rejections import RejectionLog, rejection_reply
 from .maintenance import Broadcaster, evict_idle, remove_expired, remove_hung_up, supervise
 from .metrics import write_metrics
-from .services import Durability, Services, Unmirrored
+from .services import Services
 from .takeover.sender import hand_over
 
 _log = logging.getLogger("qmpfd")

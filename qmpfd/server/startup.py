@@ -20,6 +20,7 @@ from ..limits import TAKEOVER_TIMEOUT, Limits
 from ..policy import Policy
 from .audit import AuditWriter
 from .closing import closes_awaited
+from .durability import Unmirrored
 from .fdstore.lifespan import mirrored
 from .fdstore.mirror import FdStoreConfig, FdStoreMirror
 from .fdstore.recover import Holdings, Recovered
@@ -29,7 +30,6 @@ from .listen.binding import Permissions
 from .listen.listener import UnixListener
 from .restore import restored, taking_over
 from .server import DaemonServer
-from .services import Unmirrored
 from .takeover.receiver import Takeover
 
 _log = logging.getLogger("qmpfd")

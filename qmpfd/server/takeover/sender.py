@@ -34,8 +34,9 @@ from .. import saved_state as saved
 from ..closing import all_closed
 from ..connection.saved import SavedCounters, SavedRest, SharedParts
 from ..connection.session import Session
+from ..durability import Durability
 from ..listen.listener import UnixListener
-from ..services import Durability, Services
+from ..services import Services
 
 _log = logging.getLogger("qmpfd")
 
