@@ -23,7 +23,12 @@ class Durability(Protocol):
         """
 
     def on_synced(self, action: Callable[[], object]) -> None:
-        """Call *action* once the second copy has every change made so far, or is lost for good."""
+        """Call *action* once the second copy has every change made so far, or is lost for good;
+        :meth:`push` is due.
+        """
+
+    def push(self) -> None:
+        """See to it that the second copy gets every change made so far, all in one go."""
 
     def close_after_sync(self, fds: list[Fd], uid: int | None = None) -> None:
         """Close descriptors that were taken out of the store, once the second copy has let go of
@@ -78,6 +83,9 @@ class Unmirrored:
 
     def on_synced(self, action: Callable[[], object]) -> None:
         action()
+
+    def push(self) -> None:
+        pass
 
     def close_after_sync(self, fds: list[Fd], uid: int | None = None) -> None:
         self._closer.close(fds, uid)

@@ -80,7 +80,7 @@ class DaemonServer(Server):
             lock=lock,
             input_budget=Budget(MAX_INCOMPLETE_BYTES),
             unsent_budget=UnsentBudget(),
-            reader=Reader(self.lifecycle, lock),
+            reader=Reader(self.lifecycle, lock, self.durability),
             gate=trio.Lock(),
             spawn=self._spawn,
         )

@@ -18,6 +18,7 @@ import trio
 from outcome import Error, Outcome, Value
 
 from ...limits import LIGHT_SECONDS
+from ..durability import Durability
 from ..lifecycle import Lifecycle
 
 T = TypeVar("T")
@@ -29,11 +30,13 @@ class Reader:
     Args:
         lifecycle: while the daemon is paused, nobody is served.
         lock: guards the store.
+        durability: of what is changed.
     """
 
-    def __init__(self, lifecycle: Lifecycle, lock: trio.Lock) -> None:
+    def __init__(self, lifecycle: Lifecycle, lock: trio.Lock, durability: Durability) -> None:
         self._lifecycle = lifecycle
         self._lock = lock
+        self._durability = durability
         self._epoll = select.epoll()  # level-triggered: what a piece leaves unread is told again
         self._registered: set[int] = set()
         self._readable: list[tuple[int, int]] = []  # found so, and not served yet; the last is next
@@ -99,12 +102,15 @@ class Reader:
         ends = now + LIGHT_SECONDS
         while now < ends:
             if not readable:
+                if not self._durability.is_synced:  # the changes of all of them go together
+                    self._durability.push()
                 readable += self._epoll.poll(0)
                 if not readable:
                     return
                 readable.reverse()
             self._serve(readable.pop()[0], now)
             now = monotonic()
+        self._durability.push()
 
     def _serve(self, sock: int, now: float) -> None:
         """Do one piece; the client's task wakes up if that leaves something over."""

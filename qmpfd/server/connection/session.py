@@ -369,6 +369,7 @@ class Session:
                 async with services.gate, services.locked():
                     if not services.lifecycle.paused:
                         piece = self._serve_chunks(services.turn_ends())
+                        services.durability.push()
             if not piece.done:
                 await self._processor.process()
             if context.takes_over:
@@ -488,7 +489,8 @@ class Session:
         if self._services.lifecycle.paused or changes != send_buffer.changes:
             return
         try:
-            fd_accounting.close_some()
+            if self._connection.fds_to_close:
+                fd_accounting.close_some()
             waits = self._connection.fds_to_close or fd_accounting.closings
             if not waits:
                 send_buffer.commit()

@@ -6,8 +6,6 @@ clients whose changes come meanwhile share the next one (group commit).
 
 systemd acknowledges by closing a pipe (sd_notify_barrier(3)); the parent of ``serve --supervise``
 by a message, and takes several descriptors at a time, see :mod:`qmpfd.supervisor`.
-
-What the changes are about is not known here.
 """
 
 from __future__ import annotations
@@ -111,10 +109,9 @@ class BarrierLink:
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
         self._reader: tuple[Fd, Fd] | None = None  # of the barrier under way
         self._waiting = trio.lowlevel.ParkingLot()
-        self._askers = 0  # who wait for the next acknowledgement
-        self._sharers = 0  # who waited for the last one
         self._work = trio.Event()  # set when the link's task has something to do
         self._scope = trio.CancelScope()
+        notifier.on_message = self._hear
         #: Barriers so far.
         self.barriers = 0
 
@@ -185,15 +182,8 @@ class BarrierLink:
         """Somebody waits: see to it that all that was changed so far gets safe.  While a barrier is
         under way that is done already: its acknowledgement begins the next one.
         """
-        self._askers += 1
-        self._begin()
-
-    def _begin(self) -> None:
         if self._state is State.CHANGED:
-            if self._sharers <= 1:
-                self.push()
-            else:  # in the next pass of the loop: others share the barrier
-                self._work.set()
+            self.push()
 
     def push(self) -> None:
         """Send what is to be sent, without waiting, and see to the rest."""
@@ -203,6 +193,8 @@ class BarrierLink:
             self._send()
         except OSError as exc:
             self.end(f"the descriptors are no longer kept safe: {exc.strerror or exc}")
+        if self._state is State.SENT and self._notifier.is_parent:
+            self._receive()  # on the same CPU, it has answered by now most likely
         if self._state is State.BLOCKED or self._reader is not None:
             self._work.set()
 
@@ -281,12 +273,11 @@ class BarrierLink:
         self._sent.clear()
         self._handle(Event.ALL_SAFE if self._barrier == self._changes else Event.SOME_SAFE)
         self._advance(self._barrier)
-        self._begin()
+        self.start()
 
     def _advance(self, changes: int) -> None:
         """So many changes are safe."""
         self._synced = changes
-        self._sharers, self._askers = self._askers, 0
         actions = self._actions
         while actions and actions[0][0] <= changes:
             actions.popleft()[1]()
@@ -343,15 +334,18 @@ class BarrierLink:
 
     async def _listen(self) -> None:
         """Hear what the parent says, and when it has ended."""
-        self._notifier.on_message = self._hear
-        with suppress(EOFError):
-            while True:
-                await trio.lowlevel.wait_readable(self._notifier)
-                self._notifier.receive()
-        self.end(
-            "the descriptors are no longer kept safe: the supervising process is gone "
-            "(qmpfd serve --takeover --supervise starts another one, and nothing is lost)"
-        )
+        while not self.is_over:
+            await trio.lowlevel.wait_readable(self._notifier)
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            self._notifier.receive()
+        except EOFError:
+            self.end(
+                "the descriptors are no longer kept safe: the supervising process is gone "
+                "(qmpfd serve --takeover --supervise starts another one, and nothing is lost)"
+            )
 
     def _hear(self, message: str) -> None:
         key, _, value = message.partition("=")

@@ -201,6 +201,9 @@ class FdStoreMirror:
     def on_synced(self, action: Callable[[], object]) -> None:
         """Call *action* once all that was changed so far is safe, or this has ended."""
         self._link.on_synced(action)
+
+    def push(self) -> None:
+        """See to it that all that was changed so far gets safe."""
         self._link.start()
 
     def close_after_sync(self, fds: list[Fd], uid: int | None = None) -> None:
