@@ -102,6 +102,24 @@ def _was_inherited(number_: int) -> bool:
         return False
 
 
+def _take_ready_fd(number_: int | None, *, required: bool) -> Fd | None:
+    """A duplicate of the descriptor that ``--ready-fd`` names, whose original is closed; a worker
+    that was started again has none.
+
+    Raises:
+        UsageError: it was not passed to this process, and is required.
+    """
+    if number_ is None:
+        return None
+    if _was_inherited(number_):
+        ready = Fd(os.dup(number_))
+        Fd(number_).close()
+        return ready
+    if required:
+        raise UsageError(f"--ready-fd: descriptor {number_} was not passed to this process")
+    return None
+
+
 def _fill_standard_streams() -> None:
     """Open /dev/null where 0, 1 or 2 is closed: no socket may get a standard stream's number."""
     while (fd := Fd(os.open(os.devnull, os.O_RDWR))).fileno() <= 2:
@@ -155,17 +173,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     # All stored descriptors get their numbers before anything is imported that opens others.
     initial, missing = _take_inherited(arguments.add_fd)
     movable: list[Movable] = [fd for fd, _, _ in initial]
-    ready = None
-    if arguments.ready_fd is not None and _was_inherited(arguments.ready_fd):
-        ready = Fd(os.dup(arguments.ready_fd))
-        Fd(arguments.ready_fd).close()
-        movable.append(ready)
-    elif arguments.ready_fd is not None and parent is None:
-        raise UsageError(
-            f"--ready-fd: descriptor {arguments.ready_fd} was not passed to this process"
-        )
-    if parent is not None:
-        movable.append(parent)
+    ready = _take_ready_fd(arguments.ready_fd, required=parent is None)
+    movable += [given for given in (ready, parent) if given is not None]
     strays = _inherited_strays()
     movable += strays
     recovered = keeping.recover(inherited, movable, start)
@@ -233,15 +242,20 @@ def _serve(arguments: argparse.Namespace) -> int:
             audit.close()
         if kept is not None and parent is None:
             kept.notifier.close()
-    if isinstance(failure, OSError) and not isinstance(failure, NoDaemon):
-        reason = failure.strerror or failure
-        if failure.filename is None:  # no socket
-            raise UsageError(f"the daemon cannot start: {reason}")
-        advice = _ADVICE.get(failure.errno or 0, "")
-        raise UsageError(f"{failure.filename}: {reason} ({advice}--socket listens elsewhere)")
     if failure is not None:
-        raise failure  # the old daemon has kept what was to be taken over
+        raise _as_usage_error(failure)
     return DONE
+
+
+def _as_usage_error(failure: BaseException) -> BaseException:
+    """A failed start as a UsageError; as it is, where the old daemon has kept everything."""
+    if not isinstance(failure, OSError) or isinstance(failure, NoDaemon):
+        return failure
+    reason = failure.strerror or failure
+    if failure.filename is None:  # no socket
+        return UsageError(f"the daemon cannot start: {reason}")
+    advice = _ADVICE.get(failure.errno or 0, "")
+    return UsageError(f"{failure.filename}: {reason} ({advice}--socket listens elsewhere)")
 
 
 def _open_audit(path: Path) -> Fd:

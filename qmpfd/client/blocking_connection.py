@@ -42,16 +42,7 @@ def _no_connection(path: str, error: OSError) -> str:
 
 
 class BlockingConnection:
-    """The connection of a :class:`qmpfd.BlockingClient`.
-
-    Args:
-        path: the server's Unix socket; ``@NAME`` is one in the abstract namespace (unix(7)).
-        timeout: seconds that connecting, and then each call, may take; None for no limit.
-
-    Raises:
-        NoDaemon: nobody answers there, or not QMP.
-        QMPError: the server turns us away.
-    """
+    """The connection of a :class:`qmpfd.BlockingClient`, which see for the arguments."""
 
     def __init__(self, path: str | os.PathLike[str], timeout: float | None = 10.0) -> None:
         self._path = os.fspath(path)
