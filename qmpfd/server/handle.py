@@ -23,7 +23,7 @@ class Server(ABC):
 
     @abstractmethod
     def change_policy(self, policy: Policy) -> None:
-        """Put other rules in force, for those who are connected as well.
+        """Apply another policy, to connected clients too.
 
         Args:
             policy: who may connect, and do what.
