@@ -16,7 +16,7 @@ PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check install --const
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.runtime  ## a guided tour against a daemon of its own
+demo: $(VENV)/.runtime  ## a tour on real descriptors, with a daemon of its own
 	$(BIN)/python scripts/demo.py $(ARGS)
 
 run: $(VENV)/.runtime  ## the daemon, in the foreground (ARGS="--socket /tmp/q.sock")
@@ -25,30 +25,30 @@ run: $(VENV)/.runtime  ## the daemon, in the foreground (ARGS="--socket /tmp/q.s
 test: $(VENV)/.dev  ## the tests (ARGS="-n auto -k fdsets")
 	$(BIN)/python -m pytest $(ARGS)
 
-elsewhere:  ## the tests in another Debian, its newest Python, as root (SYSTEM=trixie ARGS="-n auto")
+elsewhere:  ## the tests in another Debian, with its newest Python; as root (SYSTEM=trixie ARGS="-n auto")
 	scripts/elsewhere.sh --system $(SYSTEM) make test ARGS='$(ARGS)'
 
-lint: $(VENV)/.dev  ## ruff's and flake8-async's rules, and the formatting
+lint: $(VENV)/.dev  ## check the rules of ruff and flake8-async, and the formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/flake8
 
-format: $(VENV)/.dev  ## write the formatting, and what ruff can mend by itself
+format: $(VENV)/.dev  ## format the code, and apply the fixes of ruff
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 types: $(VENV)/.dev  ## mypy, strict
 	$(BIN)/mypy
 
-docs: $(VENV)/.docs  ## the documentation, into build/docs, and its links among its pages
+docs: $(VENV)/.docs  ## the documentation, into build/docs; checks the links between its pages
 	rm -rf build/docs/html
 	$(BIN)/sphinx-build -q -W --keep-going -E -b html docs build/docs/html
 	$(BIN)/python docs/check_links.py build/docs/html
 
-links: $(VENV)/.docs  ## the documentation's links to other sites; needs the network
+links: $(VENV)/.docs  ## check the documentation's links to other sites; needs the network
 	$(BIN)/sphinx-build -q -W --keep-going -E -b linkcheck docs build/docs/links
 
-reference: $(VENV)/.docs  ## write what the program knows of itself into docs/, and the manual pages
+reference: $(VENV)/.docs  ## write the generated parts of docs/reference, and the manual pages
 	$(BIN)/python docs/generate.py
 	$(BIN)/sphinx-build -q -W --keep-going -E -b man docs packaging/man
 	rm -rf packaging/man/.doctrees
@@ -56,13 +56,13 @@ reference: $(VENV)/.docs  ## write what the program knows of itself into docs/, 
 package: $(VENV)/.package  ## build sdist and wheel, and try them in an empty environment
 	$(BIN)/python scripts/check_package.py $(ARGS)
 
-bench: $(VENV)/.dev  ## CPU per command, beside the peers that are installed
+bench: $(VENV)/.dev  ## measure the CPU time of a command, beside other servers
 	$(BIN)/python scripts/bench.py $(ARGS)
 
-figures: $(VENV)/.dev  ## the same, into docs/bench and docs/performance.md: numbers and plots
+figures: $(VENV)/.dev  ## the same, and write the numbers and plots of docs/performance.md
 	$(BIN)/python scripts/bench.py --report docs/bench --page docs/performance.md $(ARGS)
 
-stress: $(VENV)/.dev  ## hostile clients and kill -9, for as long as you like
+stress: $(VENV)/.dev  ## hostile clients and kill -9 (ARGS="--clients 50 --seconds 5")
 	$(BIN)/python scripts/stress.py $(ARGS)
 
 fuzz: $(VENV)/.fuzz  ## coverage-guided fuzzing of the protocol, for a minute (SECONDS=600)
@@ -70,7 +70,7 @@ fuzz: $(VENV)/.fuzz  ## coverage-guided fuzzing of the protocol, for a minute (S
 	cd tests && ../$(BIN)/python fuzz/fuzz.py -max_total_time=$(SECONDS) -max_len=500 \
 		-dict=fuzz/qmp.dict -artifact_prefix=../$(VENV)/ ../$(VENV)/corpus fuzz/corpus
 
-clean:  ## remove what the above leaves behind, the environment too
+clean:  ## remove everything that these targets made, the environment too
 	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find qmpfd tests scripts docs -name __pycache__ -prune -exec rm -rf {} +
 

@@ -111,10 +111,10 @@ class Tour:
 
 
 async def park(tour: Tour) -> None:
-    """One process opens a file and leaves it with the daemon"""
-    say("""This process makes a disk image where nobody else can reach it, opens it twice, and
-        passes both descriptors to the daemon, into one fd set. What says which is which is the
-        opaque text: it belongs to the client, the daemon only keeps it.""")
+    """One process opens a file and stores its descriptors"""
+    say("""This process makes a disk image in a folder that other users cannot enter. It opens the
+        image twice, and adds both descriptors to one fd set of the daemon. Each descriptor has
+        an opaque text, by which clients can find it; the daemon gives the text no meaning.""")
     tour.image.write_bytes(b"boot sector".ljust(1 << 20, b"\0"))
     async with tour.client(handshake=True) as client:
         with tour.image.open("rb") as file:
@@ -125,24 +125,27 @@ async def park(tour: Tour) -> None:
     claim(first.fdset_id == second.fdset_id, f"both are in fd set {first.fdset_id}")
     claim(
         tour.holds(first.fd, image) and tour.holds(second.fd, image),
-        f"the daemon's descriptors {first.fd} and {second.fd} are that very file (by inode)",
+        f"the daemon's descriptors {first.fd} and {second.fd} refer to the image (same inode)",
     )
     modes = tour.daemon.access_of(first.fd), tour.daemon.access_of(second.fd)
-    claim(modes == (os.O_RDONLY, os.O_RDWR), "the first is open to read, the second to write too")
+    claim(
+        modes == (os.O_RDONLY, os.O_RDWR),
+        "the first one is open for reading, the second one for reading and writing",
+    )
 
 
 async def share(tour: Tour) -> None:
-    """Another process, which could not have opened the file, works on it"""
+    """Another process, which may not open the file, uses the descriptors"""
     image = tour.image.open("rb")
     if tour.user is None:
         tour.image.unlink()
-        say("""The file is unlinked now: no path leads to it any more. (Run by root, the tour
-            shows a process without permission instead.) A second process connects. The first
-            connection is closed by now; fd sets stay.""")
+        say("""The image is unlinked now, so that no process can open it. (If root runs the tour,
+            it shows a process without permission instead.) The first connection is closed; the
+            fd set stays. A second process connects.""")
     else:
-        say(f"""The daemon runs as {tour.user} and lets in its own user and root, nobody else.
-            A second process, {tour.user} too, tries the path, then asks the daemon. The first
-            connection is closed by now; fd sets stay.""")
+        say(f"""The daemon runs as the user {tour.user}, and serves this user and root. The first
+            connection is closed; the fd set stays. A second process, of the user {tour.user} too,
+            tries to open the image, and then asks the daemon.""")
     who = [] if tour.user is None else [tour.user]
     command = [
         sys.executable,
@@ -155,7 +158,10 @@ async def share(tour: Tour) -> None:
         worker = await trio.run_process(command, check=False)
         if worker.returncode != 0:
             raise Broken("the second process could not do its work")
-        claim(image.read(16) == b"written by other", "back in the first process: it is there")
+        claim(
+            image.read(16) == b"written by other",
+            "the first process finds in the image what the second one wrote",
+        )
 
 
 async def work(
@@ -176,46 +182,58 @@ async def work(
         by_opaque = {fd.opaque: fd.fd for fd in fdset.fds}
         claim(
             list(by_opaque) == ["rdonly:disk.img", "rdwr:disk.img"],
-            "it sees the set, oldest descriptor first",
+            "it sees the fd set, oldest descriptor first",
         )
         with await client.open_fdset(fdset.fdset_id, access="rdonly") as fd:
-            claim(os.pread(fd.fileno(), 11, 0) == b"boot sector", "what it gets can be read")
+            claim(
+                os.pread(fd.fileno(), 11, 0) == b"boot sector",
+                "it can read through the duplicate that it received",
+            )
             try:
                 os.pwrite(fd.fileno(), b"?", 0)
             except OSError as exc:
-                claim(exc.errno == errno.EBADF, "but not written to: EBADF")
+                claim(exc.errno == errno.EBADF, "it cannot write through it (EBADF)")
             else:
                 raise Broken("a descriptor opened read-only can be written to")
         with await client.open_fdset(fdset.fdset_id, access="rdwr") as fd:
             os.pwrite(fd.fileno(), b"written by other", 0)
-        claim(True, "written through the other one")
+        claim(True, "it can write through a duplicate of the other descriptor")
         await _expect(qmpfd.FdNotFound, lambda: client.open_fdset(fdset.fdset_id, "wronly"))
         await client.remove_fd(fdset.fdset_id, by_opaque["rdonly:disk.img"])
         [fdset] = await client.query_fdsets()
-        claim([fd.opaque for fd in fdset.fds] == ["rdwr:disk.img"], "it can remove from the set")
+        claim(
+            [fd.opaque for fd in fdset.fds] == ["rdwr:disk.img"],
+            "it can remove a descriptor from the set",
+        )
 
 
 async def remove(tour: Tour) -> None:
-    """Removed is closed"""
-    say("""A pipe shows it best. The daemon gets the only descriptor of the writing end, so as
-        long as it holds that, a reader of the other end waits; once it is closed, the reader
-        sees the end of the file.""")
+    """A removed descriptor is closed before the reply"""
+    say("""The daemon gets the only descriptor of the write end of a pipe. While it is open, the
+        read end has nothing to read. When the daemon closes it, the read end reports the end
+        of the file.""")
     reader, writer = os.pipe()
     with open(reader, "rb", buffering=0) as pipe:
         os.set_blocking(reader, False)
         async with tour.client() as client:
             with open(writer, "wb", buffering=0) as end:
                 info = await client.add_fd(end, opaque="log")
-            claim(pipe.read() is None, "nothing to read, but no end either: the daemon holds on")
+            claim(
+                pipe.read() is None,
+                "the read end has no data and no end of file: the daemon holds the write end",
+            )
             await client.remove_fd(info.fdset_id, info.fd)
-            claim(pipe.read() == b"", "end of file, without waiting: closed before the reply came")
+            claim(
+                pipe.read() == b"",
+                "the read end reports the end of the file: the daemon closed it before it replied",
+            )
 
 
 async def number(tour: Tour) -> None:
-    """Many at once, and how sets are numbered"""
-    say("""Three tasks of one client add a file each, at the same time and over one connection.
-        Each descriptor has to go to the command it was sent with. A new set gets the lowest
-        free id; sets are listed by descending id.""")
+    """Several requests at the same time, and the ids of fd sets"""
+    say("""Three tasks of one client add a file each, at the same time over one connection.
+        Each descriptor goes to the command that it was sent with. A new set gets the lowest
+        free id. Sets are listed by descending id.""")
     infos: dict[str, qmpfd.AddfdInfo] = {}
     files: dict[str, os.stat_result] = {}
 
@@ -230,22 +248,26 @@ async def number(tour: Tour) -> None:
                 nursery.start_soon(add, name)
         claim(
             all(tour.holds(infos[name].fd, files[name]) for name in files),
-            "each of the three is the file that its task sent (by inode, unlinked as they are)",
+            "each of the three descriptors refers to the file that its task sent (same inode)",
         )
         ids = sorted(info.fdset_id for info in infos.values())
-        claim(ids == [1, 2, 3], "set 0 is the disk image's, so they got 1, 2 and 3")
+        claim(ids == [1, 2, 3], "set 0 has the disk image, so the new sets have the ids 1, 2 and 3")
         await client.remove_fd(2)
         with open(os.devnull, "rb") as null:
             info = await client.add_fd(null, opaque="null")
-        claim(info.fdset_id == 2, "2 was the lowest free id")
+        claim(info.fdset_id == 2, "the set 2 was removed, and the next new set got its id")
         sets = await client.query_fdsets()
-        claim([fdset.fdset_id for fdset in sets] == [3, 2, 1, 0], "listed by descending id")
+        claim(
+            [fdset.fdset_id for fdset in sets] == [3, 2, 1, 0],
+            "the sets are listed by descending id",
+        )
 
 
 async def refuse(tour: Tour) -> None:
-    """What happens on errors"""
-    say("""A refusal is one reply, and in Python one exception, named after the error's class.
-        A descriptor that came with a refused command is closed.""")
+    """Errors"""
+    say("""A command that fails gets one error reply. The Python client raises an exception that is
+        named after the class of the error. A descriptor that was sent with the command is
+        closed.""")
     async with tour.client() as client:
         before = tour.daemon.fd_count()
         with open(os.devnull, "rb") as null:
@@ -253,9 +275,9 @@ async def refuse(tour: Tour) -> None:
             await _expect(qmpfd.InvalidParameterValue, lambda: client.add_fd(null, fdset_id=99))
             await _expect(qmpfd.FdNotFound, lambda: client.remove_fd(99))
             await _expect(qmpfd.CommandNotFound, lambda: client.execute("open-sesame"))
-        claim(tour.daemon.fd_count() == before, "the daemon kept nothing of all this")
-    say("""Broken JSON is answered as well, and the connection goes on. No library would send
-        it, so this is a plain socket.""")
+        claim(tour.daemon.fd_count() == before, "the daemon has as many descriptors open as before")
+    say("""Text that is not JSON gets an error reply too, and the connection continues. This
+        part uses a plain socket, because the client library sends JSON only.""")
     tap = tour.run_folder / "tap.sock"
     async with (
         tapped(tour.daemon.socket, tap, BriefWire(1)),
@@ -263,11 +285,11 @@ async def refuse(tour: Tour) -> None:
     ):
         await client.read()  # the greeting
         await client.send(b'{"execute": "qmp_capabilities",}\n')
-        claim("error" in await client.read(), "the comma before the brace is one too many")
+        claim("error" in await client.read(), "the comma before the brace is a syntax error")
         await client.send(b"{'execute': 'qmp_capabilities', 'id': 'it\\'s me'}\n")
         claim(
             await client.read() == {"return": {}, "id": "it's me"},
-            "the next one is fine, single quotes and all (that is QEMU's JSON)",
+            "the next request is valid; QEMU's dialect of JSON permits single quotes",
         )
 
 
@@ -285,15 +307,17 @@ async def shell(tour: Tour) -> None:
     notes = tour.folder / "notes"
     notes.write_text("remember the milk\n")
     output = await _qmpfd(tour, "add", "--fdset", "0", "--opaque", "notes", str(notes))
-    claim(output.startswith("fd set 0, fd "), "added to the set of the disk image")
+    claim(
+        output.startswith("fd set 0, fd "), "add stored the descriptor in the set of the disk image"
+    )
     number = output.split()[-1]
     output = await _qmpfd(tour, "ls")
-    claim("notes" in output, "listed")
+    claim("notes" in output, "ls lists it")
     output = await _qmpfd(tour, "exec", "0:r=0", "--", "cat")
-    claim(output == "remember the milk\n", "cat had that descriptor as its standard input")
+    claim(output == "remember the milk\n", "exec ran cat with the descriptor as its standard input")
     await _qmpfd(tour, "rm", f"0/{number}")
     output = await _qmpfd(tour, "ls", "--json")
-    claim("notes" not in output, "removed; and --json is for programs")
+    claim("notes" not in output, "rm removed it; --json prints JSON for programs")
 
 
 async def _qmpfd(tour: Tour, *arguments: str) -> str:
@@ -317,15 +341,15 @@ async def _qmpfd(tour: Tour, *arguments: str) -> str:
 
 
 async def leave(tour: Tour) -> None:
-    """Nothing stays behind"""
-    say("""With all sets removed and all clients gone, the daemon holds what it started with.
-        On SIGTERM it ends, and its socket file goes with it.""")
+    """The daemon stops, and leaves nothing behind"""
+    say("""When all sets are removed and all clients are gone, the daemon has the descriptors with
+        which it started. On SIGTERM it exits, and removes its socket file.""")
     async with tour.client() as client:
         for fdset in await client.query_fdsets():
             await client.remove_fd(fdset.fdset_id)
     claim(
         await tour.daemon.settles_at(tour.fds_at_start),
-        f"{tour.fds_at_start} descriptors open at the start, {tour.daemon.fd_count()} now",
+        f"{tour.fds_at_start} descriptors were open at its start, {tour.daemon.fd_count()} are now",
     )
 
 
@@ -370,13 +394,13 @@ async def tour(folder: Path) -> None:
         mode = stat.filemode(socket.stat().st_mode)
         who = socket.owner()
         say(f"""qmpfd {qmpfd.__version__} runs as pid {daemon.pid}, user {who}; its socket is
-            {mode} {who}. Clients say what is marked ->, and it answers <-.""")
+            {mode} {who}. Lines of clients are marked ->, and lines of the daemon <-.""")
         shared = Tour(daemon, private, run_folder, user)
         for count, step in enumerate(STEPS, 1):
             title = (step.__doc__ or "").splitlines()[0]
             print("\n" + paint("1", f"{count}. {title}"))
             await step(shared)
-    claim(True, "the daemon ended with exit status 0, and its socket file is gone")
+    claim(True, "the daemon exited with status 0, and its socket file is gone")
 
 
 async def main() -> int:
@@ -394,7 +418,7 @@ async def main() -> int:
                 with tempfile.TemporaryDirectory(prefix="qmpfd-demo-") as name:
                     await tour(Path(name))
         if patience.cancelled_caught:
-            raise Broken(f"the tour is not over after {_PATIENCE:g} seconds: something hangs")
+            raise Broken(f"the tour did not end within {_PATIENCE:g} seconds")
         status = 0
         nursery.cancel_scope.cancel()
     return status

@@ -83,12 +83,12 @@ async def story(folder: Path) -> None:
         await shell("add", "--opaque", "rdonly:disk", str(image))
         await shell("add", "--fdset", "0", "--mode", "rw", "--opaque", "rdwr:disk", str(image))
         image.chmod(0)
-        say("The image is closed to everybody now, but open in fd set 0. QEMU starts.")
+        say("The image has mode 0 now, and is open in fd set 0. QEMU starts.")
         manager, another = folder / "vm.sock", folder / "vm-fds.sock"
         async with running_qemu(manager, another), qmpfd.connect(manager) as qemu:
             await use(qemu, image, another)
             await qemu.execute("quit")
-        say("QEMU is gone; the daemon has kept the set for the next one.")
+        say("QEMU has exited; the daemon still holds the fd set.")
         await shell("ls", "--long")
     image.chmod(0o600)
     with image.open("rb") as file:
@@ -109,18 +109,18 @@ async def use(qemu: qmpfd.Client, image: Path, another: Path) -> None:
     # and not in use, when its last client leaves.
     await shell("push", "0", "--to", str(another), "--fdset", "5")
     [fdset] = await qemu.query_fdsets()
-    check([fd.opaque for fd in fdset.fds] == ["rdonly:disk", "rdwr:disk"], f"it has {fdset}")
+    check([fd.opaque for fd in fdset.fds] == ["rdonly:disk", "rdwr:disk"], f"QEMU has {fdset}")
     await qemu.execute("blockdev-add", {**disk, "filename": "/dev/fdset/5"})
     [node] = await qemu.execute("query-named-block-nodes")
-    check(not node["ro"], f"it has opened {node['file']} to read and write")
+    check(not node["ro"], f"QEMU has opened {node['file']} for reading and writing")
     size = node["image"]["virtual-size"]
-    check(size == 1 << 20, f"and sees a disk of {size} bytes")
+    check(size == 1 << 20, f"QEMU sees a disk of {size} bytes")
     line = f'qemu-io disk "write -P {ord("Q")} 512 512"'
     await qemu.execute("human-monitor-command", {"command-line": line})
     # What it has opened is its own: neither set is needed any more.
     await qemu.remove_fd(5)
     await qemu.execute("blockdev-del", {"node-name": "disk"})
-    check(await qemu.query_fdsets() == [], "it has closed the disk, and holds nothing any more")
+    check(await qemu.query_fdsets() == [], "QEMU has closed the disk, and has no fd sets any more")
 
 
 if __name__ == "__main__":

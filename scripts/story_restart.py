@@ -97,7 +97,7 @@ async def start_server(nursery: trio.Nursery, qmp: Path, generation: str) -> tri
     server: trio.Process = await nursery.start(start)
     assert server.stdout is not None
     async with server.stdout:
-        check(await server.stdout.receive_some() == READY, f"server {generation} is there")
+        check(await server.stdout.receive_some() == READY, f"server {generation} has started")
     return server
 
 
@@ -109,7 +109,7 @@ async def story(folder: Path) -> None:
             host, port = listener.getsockname()
             async with qmpfd.connect(qmp) as client:
                 await client.add_fd(listener, opaque="listen:web")
-        say(f"{host}:{port} is in fd set 0 now, and nowhere else; nobody serves it yet.")
+        say(f"The listening socket {host}:{port} is in fd set 0. No server runs yet.")
         visits = Visits()
         async with trio.open_nursery() as nursery:
             for _ in range(VISITORS):
@@ -118,13 +118,19 @@ async def story(folder: Path) -> None:
                 server = await start_server(nursery, qmp, generation)
                 await visits.enough[generation].wait()
                 server.terminate()
-                check(await server.wait() == 0, "it was told to go, and has answered everybody")
+                check(
+                    await server.wait() == 0,
+                    "it received SIGTERM, answered its clients, and exited",
+                )
                 await trio.sleep(GAP)
             nursery.cancel_scope.cancel()
         total = sum(visits.of.values())
-        check(len(visits.of) == RESTARTS + 1, f"{total} visits to {len(visits.of)} servers")
-        check(True, "and not one was refused, cut off, or got another's answer")
-        check(visits.longest >= GAP, f"the longest took {visits.longest:.1f} s: it had to wait")
+        check(len(visits.of) == RESTARTS + 1, f"{total} connections to {len(visits.of)} servers")
+        check(True, "no connection was refused or cut off, and each got its own answer")
+        check(
+            visits.longest >= GAP,
+            f"the longest took {visits.longest:.1f} s: it waited for the next server",
+        )
 
 
 if __name__ == "__main__":

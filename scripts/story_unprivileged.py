@@ -43,7 +43,7 @@ async def privileged(socket: Path, image: Path, secret: Path) -> None:
             disk = await client.add_fd(to_read, opaque="vm1:disk,ro")
             await client.add_fd(to_write, disk.fdset_id, opaque="vm1:disk,rw")
             await client.add_fd(other, opaque="secret")
-    say(f"The privileged process has left the image in fd set {disk.fdset_id}, and is gone.")
+    say(f"The privileged process has stored the image in fd set {disk.fdset_id}, and has exited.")
 
 
 async def worker(connect: Connect, socket: Path, image: Path) -> None:
@@ -65,13 +65,13 @@ async def worker(connect: Connect, socket: Path, image: Path) -> None:
         fdset_id = found[0].fdset_id
         with await client.open_fdset(fdset_id, access="rdonly") as fd:
             sector = os.pread(fd.fileno(), 11, 0)
-            check(sector == b"boot sector", f"it reads {sector!r} through the read-only one")
+            check(sector == b"boot sector", f"it reads {sector!r} through the read-only descriptor")
             try:
                 os.pwrite(fd.fileno(), b"x", 0)
             except OSError as exc:
-                check(True, f"which cannot be written through: {exc.strerror}")
+                check(True, f"it cannot write through that descriptor: {exc.strerror}")
             else:
-                check(False, "which cannot be written through")
+                check(False, "it cannot write through that descriptor")
         with await client.open_fdset(fdset_id, access="rdwr") as fd:
             os.pwrite(fd.fileno(), SECTOR, 512)
         if os.geteuid() != socket.stat().st_uid:
@@ -81,7 +81,7 @@ async def worker(connect: Connect, socket: Path, image: Path) -> None:
 async def refused(client: qmpfd.Client, fdset_id: int) -> None:
     """What the policy does not give; whoever the daemon runs as may do all of it."""
     shown = [fdset.fdset_id for fdset in await client.query_fdsets()]
-    check(shown == [fdset_id], f"it is shown fd set {fdset_id} and no other")
+    check(shown == [fdset_id], f"it sees fd set {fdset_id} and no other")
     for what, command, arguments in (
         ("remove the image", "remove-fd", {"fdset-id": fdset_id}),
         ("end the daemon", "quit", None),
