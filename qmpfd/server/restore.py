@@ -57,6 +57,7 @@ def restored(server: DaemonServer, recovered: Recovered) -> Iterator[list[UnixLi
                 lambda number: fds[0],
                 [],
                 fds.popleft,
+                _drop,
             )
             _inherit_listeners(recovered.state.listeners, fds, listeners)
         yield listeners
@@ -121,7 +122,7 @@ def taking_over(
 def _usable() -> Iterator[None]:
     try:
         yield
-    except (ValueError, LookupError, msgspec.MsgspecError, MemoryError) as exc:
+    except (ValueError, LookupError, msgspec.MsgspecError, MemoryError, QMPError) as exc:
         reason = str(exc) or "this process is out of memory"  # a MemoryError says nothing
         raise NoDaemon(f"the old daemon's state cannot be used, it goes on: {reason}") from exc
 
@@ -171,6 +172,7 @@ def _fill_store(
     descriptor: Callable[[int], Fd],
     sessions: list[Session],
     stored: Callable[[], object] = lambda: None,
+    refused: Callable[[int, int, Fd, QMPError], None] | None = None,
 ) -> None:
     """Store descriptors.
 
@@ -181,6 +183,11 @@ def _fill_store(
         descriptor: gives the descriptor that had a number; the store's once it is stored.
         sessions: those that some of them are kept until the end of.
         stored: called after each.
+        refused: called with the fd set, the number and the descriptor of one that cannot be stored,
+            and why; None where that ends it all.
+
+    Raises:
+        QMPError: a descriptor cannot be stored.
     """
     now = server.daemon.clock()
     elapsed = time.monotonic() - at
@@ -199,8 +206,19 @@ def _fill_store(
             if lifetime is None:  # kept until the end of a connection that is over
                 fd.close()
             else:
-                _store(server, fdset.id, saved, fd, peer, lifetime, now - saved.age)
+                try:
+                    _store(server, fdset.id, saved, fd, peer, lifetime, now - saved.age)
+                except QMPError as exc:
+                    if refused is None:
+                        raise
+                    refused(fdset.id, saved.number, fd, exc)
             stored()
+
+
+def _drop(fdset_id: int, number: int, fd: Fd, reason: QMPError) -> None:
+    """What has come back after a crash and cannot be stored costs itself: all others are there."""
+    _log.error("descriptor %d of fd set %d is lost: %s", number, fdset_id, reason)
+    fd.close()
 
 
 def _store(

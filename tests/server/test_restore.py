@@ -13,7 +13,7 @@ from qmpfd.errors import GenericError
 from qmpfd.fdsets import StoredFd
 from qmpfd.kernel.fd import Fd
 from qmpfd.kernel.hangups import Hangups
-from qmpfd.server.restore import _fill_store
+from qmpfd.server.restore import _drop, _fill_store
 from qmpfd.server.saved_state import SavedFd, SavedSet
 from qmpfd.server.server import DaemonServer
 
@@ -44,4 +44,22 @@ async def test_no_watch_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
         assert [stored.lifetime.watch_hangup for stored in fdset.fds.values()] == [False] * 3
         assert all(stored.lifetime.expires_at is not None for stored in fdset.fds.values())
         assert "stays when its peer hangs up" in caplog.text
+        server.close()
+
+
+async def test_one_that_cannot_be_stored(caplog: pytest.LogCaptureFixture) -> None:
+    """An fd set of that id cannot be: after a crash, the others are there."""
+    server = DaemonServer()
+    with pipes(3) as made:
+        fds = deque(Fd(os.dup(pipe.fileno())) for pipe in made)
+        sets = [
+            SavedSet(id_, [SavedFd(fd.fileno(), None, None, 1.0, None, None, watch_hangup=False)])
+            for fd, id_ in zip(fds, (0, -3, 7), strict=True)
+        ]
+        _fill_store(server, monotonic(), sets, lambda number: fds[0], [], fds.popleft, _drop)
+        for pipe in made:
+            pipe.release()
+        assert [pipe.held() for pipe in made] == [True, False, True]
+        assert [fdset.id for fdset in server.store] == [7, 0]
+        assert "of fd set -3 is lost" in caplog.text
         server.close()
