@@ -131,8 +131,8 @@ class ReceiveBuffer:
             # Cut behind the last, the only one that may take descriptors: they may have come with
             # the blank behind it.
             size = len(data.rstrip(_WHITESPACE)) or len(data)
-            self._whole, self._behind = messages, 0
-            return (size, len(data) - size) if size < len(data) else (size,)
+            self._whole = messages
+            return size, len(data) - size
         else:
             size = len(data)
         self._assign_fds(messages)
@@ -158,7 +158,7 @@ class ReceiveBuffer:
                     whole[-1] = Received((last, fds, ""))
                     self.ready += whole
                     return
-            self._reads = [whole, []]
+            self._reads, self._behind = [whole, []], 0
         reads, self._reads = self._reads, []
         for index, messages in enumerate(reads):
             if index == number and (fds or lost):
@@ -252,8 +252,7 @@ class ReceiveBuffer:
     def _feed(self, data: bytes) -> Iterator[_Found]:
         """Give *data* to the parser."""
         if self._parser is None:
-            # Loaded when first needed: the short verbs never need it.
-            from .parser import Parser  # noqa: PLC0415
+            from .parser import Parser  # noqa: PLC0415 - the short verbs never need it
 
             self._parser = Parser(self._max_bytes, self._budget, self._owner)
         return (

@@ -23,7 +23,8 @@ from ..protocol import Budget
 from ..transport import FdStream
 from .connection.reader import Reader
 from .connection.saved import SavedSession
-from .connection.session import Session, SessionEnd
+from .connection.session import Session
+from .connection.session_state import SessionEnd
 from .connection.unsent_budget import UnsentBudget
 from .durability import Durability, Unmirrored
 from .handle import Server

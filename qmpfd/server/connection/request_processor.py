@@ -18,8 +18,8 @@ from ...protocol import ServerConnection
 from ...protocol.streamed_reply import StreamedReply
 from ..services import Services
 from .command_log import note
-from .fd_accounting import FdAccounting
-from .send_buffer import DISCARDING, OPEN, SendBuffer, SendState, Unsent
+from .delivery import Delivery
+from .send_buffer import DISCARDING, OPEN, SendState, Unsent
 
 _log = logging.getLogger("qmpfd")
 _VERBOSE = logging.DEBUG
@@ -35,10 +35,7 @@ class RequestProcessor:
         services: what the daemon gives.
         connection: where the requests are.
         context: the connection as its commands see it.
-        send_buffer: where the replies go.
-        fd_accounting: closes what was removed.
-        sync: waits until the fd store has acknowledged all changes.
-        on_synced: called when it has, with the send buffer's count of them.
+        delivery: closes what was removed, and sends the replies.
         park: waits while the daemon is paused.
     """
 
@@ -47,19 +44,15 @@ class RequestProcessor:
         services: Services,
         connection: ServerConnection,
         context: Context,
-        send_buffer: SendBuffer,
-        fd_accounting: FdAccounting,
-        sync: Callable[[], Awaitable[None]],
-        on_synced: Callable[[int], object],
+        delivery: Delivery,
         park: Callable[[], Awaitable[None]],
     ) -> None:
         self._services = services
         self._connection = connection
         self._context = context
-        self._send_buffer = send_buffer
-        self._fd_accounting = fd_accounting
-        self._sync = sync
-        self._on_synced = on_synced
+        self._delivery = delivery
+        self._send_buffer = delivery.send_buffer
+        self._fd_accounting = delivery.fd_accounting
         self._park = park
         #: A request was carried out, since somebody last looked.
         self.active_since_check = False
@@ -107,7 +100,7 @@ class RequestProcessor:
         if send_buffer.unsent:
             return False
         # No task waits for that: it would cost passes of the loop with each command.
-        services.durability.on_synced(partial(self._on_synced, send_buffer.changes))
+        services.durability.on_synced(partial(self._delivery.on_synced, send_buffer.changes))
         return True
 
     async def process(self) -> None:
@@ -129,7 +122,8 @@ class RequestProcessor:
     def _execute_batch(self, ends: float) -> None:
         """Carry out requests: all there are, or until it is time to send the replies."""
         connection, context = self._connection, self._context
-        discarding = self._send_buffer.state in DISCARDING
+        state = self._send_buffer.state
+        discarding = state is not OPEN and state in DISCARDING
         verbose = _log.isEnabledFor(_VERBOSE)
         replies: list[bytes] = []
         size = 0
@@ -149,7 +143,7 @@ class RequestProcessor:
                 reply: bytes | StreamedReply = b""
             else:
                 reply = connection.answer(result, request_id)
-            if not isinstance(reply, bytes):
+            if isinstance(reply, StreamedReply):
                 self.streamed_reply = reply
                 break
             size += len(reply)
@@ -162,7 +156,7 @@ class RequestProcessor:
                 replies.append(reply)
             if size > REPLY_BYTES_A_TURN or context.quitting or monotonic() > ends:
                 break
-        self._text = replies[0] if len(replies) == 1 else b"".join(replies)
+        self._text = b"".join(replies)
 
     def _refusal(self, request_id: Any, exc: OSError) -> bytes:
         """The reply where the kernel does not pass the descriptors that go with it."""
@@ -211,7 +205,7 @@ class RequestProcessor:
             elif self._services.lifecycle.paused:  # the client is sent nothing any more
                 await self._park()
             else:
-                await self._sync()
+                await self._delivery.sync()
         await send_buffer.drain()
         while self.streamed_reply is not None:
             await self._stream_reply(self.streamed_reply)

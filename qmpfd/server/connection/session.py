@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
-from enum import Enum, auto
 from time import monotonic
 from typing import NamedTuple
 
@@ -28,45 +27,14 @@ from ...protocol import ServerConnection, State
 from ...transport import Arrival, FdStream
 from ..listen.rejections import rejection_reply
 from ..services import Services
-from .fd_accounting import CLOSES_A_STEP, FdAccounting
+from .delivery import Delivery
+from .fd_accounting import CLOSES_A_STEP
 from .request_processor import RequestProcessor
 from .saved import SavedSession, SharedParts
-from .send_buffer import SendBuffer
+from .session_state import TRANSITIONS, Event, SessionEnd, SessionState
 from .snapshot import describe, restore, restore_reply
 
 _log = logging.getLogger("qmpfd")
-
-
-class SessionState(Enum):
-    """What a session does."""
-
-    SERVING = auto()  #: it carries out what its client has sent, or sends the replies
-    WAITING = auto()  #: it waits for its client, of which nothing is unanswered
-    PAUSED = auto()  #: the daemon is paused, and nothing of it is under way
-    EVICTED = auto()  #: its client has been idle for too long, is told so and disconnected
-
-    # As of any object: that of Enum is a Python function.
-    __hash__ = object.__hash__
-
-
-class _Event(Enum):
-    WAIT = auto()
-    INPUT = auto()  # the client has sent something, or is gone
-    PAUSE = auto()
-    RESUME = auto()
-    EVICT = auto()
-
-    __hash__ = object.__hash__
-
-
-_TRANSITIONS = {
-    (SessionState.SERVING, _Event.WAIT): SessionState.WAITING,
-    (SessionState.WAITING, _Event.INPUT): SessionState.SERVING,
-    (SessionState.SERVING, _Event.PAUSE): SessionState.PAUSED,
-    (SessionState.PAUSED, _Event.RESUME): SessionState.SERVING,
-    **{(state, _Event.EVICT): SessionState.EVICTED for state in SessionState},
-    **{(SessionState.EVICTED, event): SessionState.EVICTED for event in _Event},
-}
 
 
 class _Piece(NamedTuple):
@@ -84,15 +52,6 @@ class _Piece(NamedTuple):
 
 
 _ALL = Arrival.ALL  # a module's own names are found faster than the members of an enumeration
-
-
-class SessionEnd(Enum):
-    """Why a session serves its client no more."""
-
-    #: The client is gone, was told to go, or the daemon ends.
-    CLOSED = auto()
-    #: The client asked for a takeover: its connection is for that from here on.
-    TAKEOVER = auto()
 
 
 class Session:
@@ -134,23 +93,12 @@ class Session:
         self._state = SessionState.SERVING
         self._slow = False  # the last piece took long
         self._scope = trio.CancelScope()
-        self.send_buffer = SendBuffer(
-            services, stream, peer, self._connection.fds_to_close, self._on_drained, self._sync
-        )
-        self._fd_accounting = FdAccounting(services, self._connection, self.send_buffer, peer.uid)
-        self._syncing = trio.Lock()
-        self._sync_scope = trio.CancelScope()
+        self._delivery = Delivery(services, stream, peer, self._connection, self._on_drained)
+        self._send_buffer = self._delivery.send_buffer
+        self._fd_accounting = self._delivery.fd_accounting
         self._processor = RequestProcessor(
-            services,
-            self._connection,
-            self._context,
-            self.send_buffer,
-            self._fd_accounting,
-            self._sync,
-            self._on_synced,
-            self._park,
+            services, self._connection, self._context, self._delivery, self._park
         )
-        self._drain_scope: trio.CancelScope | None = None  # while a task of its own sends events
 
     async def serve(self) -> SessionEnd:
         """Serve the client until it is gone, asks for a takeover, or the daemon ends;
@@ -158,21 +106,19 @@ class Session:
         """
         with self._scope:
             if self._connection.state is State.CONNECTED:
-                self.send_buffer.enqueue(self._connection.greeting(VERSION))
-            await self.send_buffer.drain()
+                self._send_buffer.enqueue(self._connection.greeting(VERSION))
+            await self._send_buffer.drain()
             return await self._serve()
         if self._state is SessionState.EVICTED:
             return SessionEnd.CLOSED
         # Told to finish: carry out what the client has sent so far.
-        self._move(_Event.INPUT)
+        self._move(Event.INPUT)
         return await self._serve_rest()
 
     async def aclose(self) -> None:
         """Close the connection and all that is kept for its time only."""
         self._services.reader.forget(self.stream.socket.fileno())
-        self.send_buffer.discard()
-        if self._drain_scope is not None:
-            self._drain_scope.cancel()
+        self._delivery.close()
         self._services.close_stream(self.stream, self.peer.uid)
         self._processor.close()
         self._connection.close()
@@ -197,8 +143,8 @@ class Session:
         if self._state is SessionState.WAITING:
             self._scope.cancel()
 
-    def _move(self, event: _Event) -> None:
-        self._state = _TRANSITIONS[self._state, event]
+    def _move(self, event: Event) -> None:
+        self._state = TRANSITIONS[self._state, event]
 
     def change_access(self, access: Access) -> None:
         """The policy has changed: what the client may do from now on."""
@@ -232,14 +178,14 @@ class Session:
             limit: float | None = NEGOTIATION_TIMEOUT
             desc = f"No 'qmp_capabilities' within {NEGOTIATION_TIMEOUT:g} s"
         else:
-            waits = self._state is SessionState.WAITING and not self.send_buffer.uncommitted
+            waits = self._state is SessionState.WAITING and not self._send_buffer.uncommitted
             if not waits or self._context.events is not None:
                 return
             limit = self._services.shared.limits.idle_timeout
             desc = f"Idle for more than {limit} s"
         if limit is not None and now - self._since > limit:
             _log.info("evicted pid %d, uid %d: %s", self.peer.pid, self.peer.uid, desc)
-            self._move(_Event.EVICT)
+            self._move(Event.EVICT)
             with suppress(trio.BrokenResourceError):
                 self.stream.send_nowait(rejection_reply(GenericError(desc)))
             self._scope.cancel()
@@ -258,30 +204,25 @@ class Session:
 
     async def _park(self) -> None:
         """Wait while the daemon is paused."""
-        self._move(_Event.PAUSE)
+        self._move(Event.PAUSE)
         await self._services.lifecycle.wait_running()
-        self._move(_Event.RESUME)
-        await self.send_buffer.drain()
+        self._move(Event.RESUME)
+        await self._send_buffer.drain()
 
     def pause(self) -> None:
-        """The daemon is paused: wait neither for the client, nor for a close, nor for the fd
-        store, which may take for ever.
-        """
-        self.send_buffer.cancel_drain()
-        self._fd_accounting.cancel_wait()
-        self._sync_scope.cancel()
+        """The daemon is paused: wait for nothing that may take for ever."""
+        self._delivery.pause()
 
     def resume(self) -> None:
         """The daemon is no longer paused: see to it that what is unsent is sent."""
-        if self.send_buffer.size:
-            self._start_drain()
+        self._delivery.resume()
 
     def refuse_takeover(self, reason: QMPError) -> None:
         """Answer the request for a takeover with an error, without waiting: another takeover may be
         under way.  Who asks for one takes its replies.
         """
         reply = self._connection.reply(Error(reason), self._processor.takeover_id)
-        if not self.send_buffer.size:
+        if not self._send_buffer.size:
             with suppress(trio.BrokenResourceError):
                 self.stream.send_nowait(reply)
 
@@ -302,7 +243,7 @@ class Session:
             self.groups,
             self._idle(now),
             self._context,
-            self.send_buffer,
+            self._send_buffer,
             self._processor.streamed_reply,
             parts,
         )
@@ -315,7 +256,7 @@ class Session:
             saved: its state.
             fds: its descriptors but for the connection; as many as there are are taken.
         """
-        restore(saved, fds, self._context, self.send_buffer)
+        restore(saved, fds, self._context, self._send_buffer)
         self._since -= saved.idle
         self._connected_at = self._since
         self._fd_accounting.update_undelivered()
@@ -332,7 +273,7 @@ class Session:
 
     def release(self) -> None:
         """Another daemon goes on: let go of all that is the client's, without a word to it."""
-        self.send_buffer.discard()
+        self._send_buffer.discard()
         self._context.close()
         self._connection.close()
         fds_to_close = self._connection.fds_to_close
@@ -357,13 +298,13 @@ class Session:
             if piece.arrival is not Arrival.SOME and services.lifecycle.stopping:
                 return await self._serve_rest()
             if not piece.heavy:
-                self._move(_Event.WAIT)
+                self._move(Event.WAIT)
                 piece = await services.reader.serve(stream.socket.fileno(), self._serve_chunk)
             else:
                 if piece.arrival is not Arrival.SOME:
-                    self._move(_Event.WAIT)
+                    self._move(Event.WAIT)
                     await stream.wait_readable()
-                    self._move(_Event.INPUT)
+                    self._move(Event.INPUT)
                 if services.lifecycle.paused:
                     await self._park()
                 async with services.gate, services.locked():
@@ -387,7 +328,7 @@ class Session:
         slow = self._slow and was_slow
         if done and not slow and (arrival is _ALL or arrival is Arrival.NOTHING):
             return None
-        self._move(_Event.INPUT)
+        self._move(Event.INPUT)
         heavy = slow or arrival is Arrival.SOME or self._processor.unfinished
         return _Piece(arrival, done, heavy)
 
@@ -417,11 +358,11 @@ class Session:
                 return SessionEnd.TAKEOVER  # which is refused
         return SessionEnd.CLOSED
 
-    # -- replies and events --------------------------------------------------------------------
+    # -- events --------------------------------------------------------------------------------
 
     def _send_events(self) -> bool:
         """Send some of the events that wait; whether more of them can be sent at once."""
-        events, send_buffer = self._context.events, self.send_buffer
+        events, send_buffer = self._context.events, self._send_buffer
         if events is None or self._services.lifecycle.paused:
             return False
         if send_buffer.size or self._processor.streamed_reply is not None:
@@ -438,7 +379,7 @@ class Session:
             send_buffer.abort()
         if not (send_buffer.unsent or send_buffer.uncommitted_queue):
             return True
-        self._start_drain()
+        self._delivery.start_drain()
         return False
 
     def _on_drained(self) -> None:
@@ -447,56 +388,3 @@ class Session:
             self._fd_accounting.update_undelivered()
         if self._context.events is not None and self._context.events.is_behind:
             self._services.shared.on_event()
-
-    def _start_drain(self) -> None:
-        if self._drain_scope is None:
-            self._drain_scope = trio.CancelScope()
-            self._services.spawn(self._drain, self._drain_scope)
-
-    async def _drain(self, scope: trio.CancelScope) -> None:
-        """Send what is unsent, then end: a connection that is told nothing has no task."""
-        try:
-            with scope:
-                await self.send_buffer.drain()
-        except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
-            _log.exception("events could not be sent")
-            self.send_buffer.abort()
-        finally:
-            self._drain_scope = None
-
-    async def _sync(self) -> None:
-        """Wait until the fd store has acknowledged all changes so far, close what was removed, and
-        let the replies go that waited for it; those that came meanwhile wait for the next time.
-        Nothing of that while the daemon is paused.
-        """
-        async with self._syncing:
-            changes, count = self.send_buffer.changes, len(self._connection.fds_to_close)
-            if self._services.lifecycle.paused:
-                return
-            with trio.CancelScope() as self._sync_scope:
-                await self._services.durability.sync()
-            if self._sync_scope.cancelled_caught:
-                return
-            await self._fd_accounting.close_all(count)
-            if changes == self.send_buffer.changes:
-                self.send_buffer.commit()
-
-    def _on_synced(self, changes: int) -> None:
-        """The fd store has acknowledged so many changes.  If that is all of them, close what was
-        removed, and let the replies go; what takes longer than that is done by a task.
-        """
-        fd_accounting, send_buffer = self._fd_accounting, self.send_buffer
-        if self._services.lifecycle.paused or changes != send_buffer.changes:
-            return
-        try:
-            if self._connection.fds_to_close:
-                fd_accounting.close_some()
-            waits = self._connection.fds_to_close or fd_accounting.closings
-            if not waits:
-                send_buffer.commit()
-                send_buffer.flush_nowait()
-            if waits or send_buffer.size:
-                self._start_drain()
-        except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
-            _log.exception("replies could not be sent")
-            send_buffer.abort()
