@@ -174,7 +174,7 @@ async def test_odd_descriptors(path: Path, fds: Sequence[int], expected: type[Ex
 async def test_no_descriptor_at_all(path: Path) -> None:
     async with daemon(path), qmpfd.connect(path) as client:
         with pytest.raises((TypeError, AttributeError)):
-            await client.add_fd("file")  # type: ignore[arg-type]
+            await client.add_fd("file")  # type: ignore[arg-type]  # as the test says
         assert await client.query_fdsets() == []
 
 
