@@ -83,7 +83,7 @@ def test_it_holds_nothing(path: Path) -> None:
                 kinds = sorted(
                     target.partition(":")[0]
                     for number, target in open_fds(spare).items()
-                    if number > 2
+                    if number > 2 and "libffi" not in target  # importing ctypes leaves it open
                 )
                 assert kinds == ["pipe", "socket"], open_fds(spare)
             daemon.kill_worker()
