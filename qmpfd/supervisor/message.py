@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from .store import is_good_name
 
-#: Variables that are between the worker and its parent; all others are for the service manager.
-_OWN = {
-    b"FDSTORE",
-    b"FDSTOREREMOVE",
-    b"FDNAME",
-    b"FDPOLL",
-    b"BARRIER",
-    b"MAINPID",
-    b"QMPFD_CLOSE",
-    b"QMPFD_FETCH",
-    b"QMPFD_SPARE",
-    b"QMPFD_SYNC",
-}
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing takes a mebibyte
+    from collections.abc import Sequence
+
+#: Variables that mean nothing here, and nothing to the service manager.
+_LEFT_OUT = (b"FDPOLL", b"MAINPID")
 
 
 class Message:
@@ -26,34 +19,43 @@ class Message:
         data: its lines.
     """
 
+    #: The names of the descriptors that it is about: those of them that are well-formed.
+    names: Sequence[bytes] = ()
+    #: Its descriptors are to be kept; those that are kept are to be closed, perhaps in a thread.
+    stores = removes = closes_slowly = False
+    #: What is to be answered once it is carried out; None for nothing.
+    sync: bytes | None = None
+    #: The worker waits until it is carried out.
+    is_answered = False
+    #: The files of the listening sockets, each as a SocketFile takes it.
+    files: Sequence[bytes] = ()
+    #: The names of descriptors that a worker that was a spare one asks for.
+    fetches: Sequence[bytes] = ()
+    #: The process of a spare worker, whose socket comes with the message.
+    spare = b""
+    #: Lines that are for the service manager.
+    others: Sequence[bytes] = ()
+
     def __init__(self, data: bytes) -> None:
-        fields = {}
-        #: Lines that are for the service manager.
-        self.others: list[bytes] = []
-        #: The files of the listening sockets, each as a SocketFile takes it.
-        self.files: list[bytes] = []
         for line in data.split(b"\n"):
             key, _, value = line.partition(b"=")
-            if key == b"QMPFD_SOCKET":
-                self.files.append(value)
-            elif key in _OWN:
-                fields[key] = value
-            elif key:
-                self.others.append(line)
-        #: The names of the descriptors that it is about, as many as there are well-formed ones.
-        self.names = [name for name in fields.get(b"FDNAME", b"").split(b":") if is_good_name(name)]
-        #: Its descriptors are to be kept; those that are kept are to be closed.
-        self.stores = fields.get(b"FDSTORE") == b"1"
-        self.removes = fields.get(b"FDSTOREREMOVE") == b"1"
-        #: They are to be closed in a thread.
-        self.closes_slowly = fields.get(b"QMPFD_CLOSE") == b"slow"
-        #: What is to be answered once it is carried out; None for nothing.
-        self.sync = fields.get(b"QMPFD_SYNC")
-        #: The names of descriptors that a worker that was a spare one asks for.
-        self.fetches = (
-            fields.get(b"QMPFD_FETCH", b"").split(b":") if b"QMPFD_FETCH" in fields else []
-        )
-        #: The process of a spare worker, whose socket comes with the message.
-        self.spare = fields.get(b"QMPFD_SPARE", b"")
-        #: The worker waits until it is carried out.
-        self.is_answered = self.sync is not None or b"BARRIER" in fields
+            if key == b"FDNAME":
+                self.names = [name for name in value.split(b":") if is_good_name(name)]
+            elif key == b"FDSTORE":
+                self.stores = value == b"1"
+            elif key == b"FDSTOREREMOVE":
+                self.removes = value == b"1"
+            elif key == b"QMPFD_SYNC":
+                self.sync, self.is_answered = value, True
+            elif key == b"BARRIER":
+                self.is_answered = True
+            elif key == b"QMPFD_CLOSE":
+                self.closes_slowly = value == b"slow"
+            elif key == b"QMPFD_SOCKET":
+                self.files = [*self.files, value]
+            elif key == b"QMPFD_FETCH":
+                self.fetches = value.split(b":")
+            elif key == b"QMPFD_SPARE":
+                self.spare = value
+            elif key and key not in _LEFT_OUT:
+                self.others = [*self.others, line]

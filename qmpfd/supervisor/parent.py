@@ -16,6 +16,10 @@ from .states import TOLD_TO_END, TRANSITIONS, Event, State
 from .store import SlowCloser, Store, close
 from .worker import FORWARDED, START_TIMEOUT, Spare, Worker, ignore_signals
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing takes a mebibyte
+    from collections.abc import Sequence
+
 #: Seconds until the next start of a worker that died before it served: doubled each time.
 FIRST_DELAY, LAST_DELAY = 0.1, 30.0
 
@@ -111,7 +115,7 @@ class Supervisor:
                 if events & select.POLLHUP:  # it has closed its end, or is dead in a moment
                     self._receive(worker)
                     self._poll.unregister(worker.sock)
-                else:
+                elif worker.unsent or self._closer.pending or worker.polled_for != select.POLLIN:
                     self._listen_to(worker)
 
     def _work(self, now: float) -> float | None:
@@ -360,9 +364,9 @@ class Supervisor:
             Whether the worker waits for an answer to it.
         """
         message = Message(data)
-        names = message.names
+        names: Sequence[bytes] = message.names
         if message.stores and len(names) > 1 and len(names) != len(fds) and not truncated:
-            names = []  # which is which?
+            names = ()  # which is which?
         for name in names:
             if message.removes:
                 self._store.remove(name, message.closes_slowly)
@@ -391,7 +395,7 @@ class Supervisor:
             worker.send(b"SYNCED=" + message.sync)
         return message.is_answered
 
-    def _handle_notification(self, worker: Worker, lines: list[bytes]) -> None:
+    def _handle_notification(self, worker: Worker, lines: Sequence[bytes]) -> None:
         """The worker has said something that is for the service manager too."""
         if b"READY=1" in lines:
             if worker.ready_at is None:

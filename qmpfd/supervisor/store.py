@@ -5,6 +5,10 @@ from __future__ import annotations
 import _thread
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing takes a mebibyte
+    from collections.abc import Sequence
+
 #: What the worker's journal is called: without it, the other descriptors mean nothing.
 _JOURNAL = b"qmpfd-journal-"
 
@@ -126,7 +130,7 @@ class Store:
         self.remove(name, slow=False)
         self.fds[name] = number
 
-    def find(self, names: list[bytes]) -> tuple[list[bytes], list[int]]:
+    def find(self, names: Sequence[bytes]) -> tuple[list[bytes], list[int]]:
         """Those of *names* that are there, and their descriptors."""
         found = [name for name in names if name in self.fds]
         return found, [self.fds[name] for name in found]
@@ -140,7 +144,7 @@ class Store:
             else:
                 close(number)
 
-    def set_files(self, texts: list[bytes]) -> None:
+    def set_files(self, texts: Sequence[bytes]) -> None:
         """Remember the files of the listening sockets, each as a SocketFile takes it."""
         self._files.clear()
         for text in texts:
@@ -162,4 +166,9 @@ class Store:
 
 def is_good_name(name: bytes) -> bool:
     """Whether a descriptor may have that name (sd_pid_notify_with_fds(3), FDNAME)."""
-    return 0 < len(name) <= 255 and all(32 <= byte < 127 and byte != 58 for byte in name)
+    return (
+        0 < len(name) <= 255
+        and name.isascii()
+        and b":" not in name
+        and name.decode("ascii").isprintable()
+    )

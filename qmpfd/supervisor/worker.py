@@ -45,6 +45,7 @@ _MOST_FDS = 253
 _CONTROL = socket.CMSG_SPACE(_MOST_FDS * 4)
 _FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
 _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
+_SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _TRUNCATED = int(socket.MSG_CTRUNC)
 
 
@@ -79,7 +80,8 @@ class Worker:
         self.had_journal = False
         #: What its socket is polled for.
         self.polled_for: int = select.POLLIN
-        self._unsent: list[tuple[bytes, Sequence[int]]] = []
+        #: What there was no room for yet.
+        self.unsent: list[tuple[bytes, Sequence[int]]] = []
 
     def kill(self, number: int) -> None:
         """Send a signal.  Until we wait for it, no other process can have its pid."""
@@ -106,26 +108,30 @@ class Worker:
 
     def send(self, message: bytes, fds: Sequence[int] = ()) -> None:
         """Send a message and descriptors, now or with :meth:`flush`."""
-        self._unsent.append((message, fds))
-        self.flush()
+        if self.unsent or not self._send_nowait(message, fds):
+            self.unsent.append((message, fds))
 
     def flush(self) -> bool:
         """Send what could not be sent before; whether something is still left."""
-        while self._unsent:
-            message, fds = self._unsent[0]
-            rights = [(*_RIGHTS, array("i", fds))] if fds else []
-            try:
-                self.sock.sendmsg([message], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                break
-            except OSError:
-                if fds:  # this user has too many on their way (ETOOMANYREFS): it asks no more
-                    self._unsent[0] = message, ()
-                    continue
-                self._unsent.clear()  # it is dead
-                break
-            del self._unsent[0]
-        return bool(self._unsent)
+        while self.unsent and self._send_nowait(*self.unsent[0]):
+            del self.unsent[0]
+        return bool(self.unsent)
+
+    def _send_nowait(self, message: bytes, fds: Sequence[int]) -> bool:
+        """Send a message; whether it needs not be sent again."""
+        try:
+            if fds:
+                rights = [(*_RIGHTS, array("i", fds))]
+                self.sock.sendmsg([message], rights, _SEND_FLAGS)
+            else:
+                self.sock.send(message, _SEND_FLAGS)
+        except BlockingIOError:
+            return False
+        except OSError:
+            # The worker is dead; or this user has too many descriptors on their way
+            # (ETOOMANYREFS), and it asks for no more where these do not come.
+            return not fds or self._send_nowait(message, ())
+        return True
 
 
 class Spare(Worker):
