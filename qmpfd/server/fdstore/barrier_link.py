@@ -86,13 +86,13 @@ class BarrierLink:
 
     Args:
         notifier: the connection to it; the caller's, until the daemon has ended.
-        write: writes down what was changed, before anything is sent that stands for it; not called
-            any more once this has ended.  If it raises an OSError, this ends.
+        write: writes down what was changed before that is sent, and is told whether a barrier is
+            behind it; not called once this has ended.  If it raises an OSError, this ends.
         ended: called whenever this has ended.
     """
 
     def __init__(
-        self, notifier: Notifier, write: Callable[[], None], ended: Callable[[], None]
+        self, notifier: Notifier, write: Callable[[bool], None], ended: Callable[[], None]
     ) -> None:
         self._notifier = notifier
         self._write = write
@@ -156,9 +156,11 @@ class BarrierLink:
         self._changes += 1
         self._handle(Event.CHANGE)
 
-    def on_synced(self, action: Callable[[], object]) -> None:
-        """Call *action* when all that was changed so far is safe, or this has ended."""
-        self._actions.append((self._changes, action))
+    def on_synced(self, action: Callable[[], object], *, first: bool = False) -> None:
+        """Call *action* when all that was changed so far is safe, or this has ended; before all
+        others if it is *first*: only while no barrier is under way.
+        """
+        (self._actions.appendleft if first else self._actions.append)((self._changes, action))
 
     def _handle(self, event: Event) -> None:
         self._state = TRANSITIONS.get((self._state, event), self._state)
@@ -179,18 +181,17 @@ class BarrierLink:
             await self._waiting.park()
 
     def start(self) -> None:
-        """Somebody waits: see to it that all that was changed so far gets safe.  While a barrier is
-        under way that is done already: its acknowledgement begins the next one.
-        """
-        if self._state is State.CHANGED:
+        """See to it that all that was changed so far gets safe."""
+        if self._state is State.CHANGED:  # the answer to a barrier under way begins the next one
             self.push()
 
     def push(self) -> None:
         """Send what is to be sent, without waiting, and see to the rest."""
+        barrier = self._state in (State.CHANGED, State.BLOCKED)
         try:
             if not self.is_over:
-                self._write()
-            self._send()
+                self._write(barrier)
+            self._send(barrier)
         except OSError as exc:
             self.end(f"the descriptors are no longer kept safe: {exc.strerror or exc}")
         if self._state is State.SENT and self._notifier.is_parent:
@@ -198,14 +199,13 @@ class BarrierLink:
         if self._state is State.BLOCKED or self._reader is not None:
             self._work.set()
 
-    def _send(self) -> None:
-        """Send what there is, and a barrier behind it if none is under way.
+    def _send(self, barrier: bool) -> None:
+        """Send what there is, and a *barrier* behind it if none is under way.
 
         Raises:
             OSError: nobody receives it.
         """
         try:
-            barrier = self._state in (State.CHANGED, State.BLOCKED)
             while self._outgoing:
                 command, names = self._next_batch()
                 last = barrier and self._notifier.is_parent and len(names) == len(self._outgoing)

@@ -229,8 +229,10 @@ class FdStoreMirror:
                 if number in self._kept:
                     yield added_record(self._kept.name(number), fdset.id, stored)
 
-    def _write(self) -> None:
+    def _write(self, barrier: bool) -> None:
         self._journals.write()
+        if barrier and self._evidence is not None:
+            self._evidence.show_room(self._kept.names)
 
     @property
     def store(self) -> str | None:
@@ -253,13 +255,8 @@ class FdStoreMirror:
             nursery.cancel_scope.cancel()
 
     async def _find_size(self, evidence: Evidence, taken: int) -> None:
-        """Find out whether the service manager takes as many descriptors as $FDSTORE says.
-
-        Args:
-            evidence: tells.
-            taken: how many it has.
-        """
-        room = await evidence.count_room(self._size - taken)
+        """Find out whether it takes as many descriptors as $FDSTORE says, beside those *taken*."""
+        room = await evidence.count_room(self._size - taken, self._kept.names)
         if room is not None:
             self._size = taken + room
             self._capacity = min(self._capacity, self._size - KEEPER_SPARE)
@@ -296,7 +293,8 @@ class FdStoreMirror:
             self._remove_names(holdings.others)
         self._remove_names(filter(is_pipe, holdings.others))  # the journal needs the place
         if not self._is_parent:  # the oldest, which is dropped first
-            self._evidence = Evidence(self._link, holdings.generation + 1, holdings.sentinel)
+            drop, generation = partial(self._distrust, _DROPPED), holdings.generation + 1
+            self._evidence = Evidence(self._link, generation, holdings.sentinel, drop)
         if previous is not None:  # before all that it is about
             self._capacity -= 1
             self._previous = PREVIOUS
@@ -333,7 +331,7 @@ class FdStoreMirror:
         self._remove_names(set(holdings.names.values()) - self._kept.by_name().keys())
         await self.sync()
         if self._evidence is not None:
-            self._nursery.start_soon(self._evidence.watch, partial(self._distrust, _DROPPED))
+            self._nursery.start_soon(self._evidence.watch)
             taken = self._kept.names + 2 + (previous is not None)
             await self._find_size(self._evidence, taken)
 

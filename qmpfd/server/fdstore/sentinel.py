@@ -13,6 +13,8 @@ import os
 import select
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from math import inf
 
 import trio
 
@@ -93,13 +95,23 @@ class Evidence:
         generation: of the first journal that comes with it.
         returned: name and write end of the first sentinel of the daemon before, which has come back
             and is older than all that is sent now; None if there is none.
+        dropped: called when something that was sent is found not to be kept.
 
     Raises:
         OSError: this process is out of descriptors.
     """
 
-    def __init__(self, link: BarrierLink, generation: int, returned: tuple[str, Fd] | None) -> None:
+    def __init__(
+        self,
+        link: BarrierLink,
+        generation: int,
+        returned: tuple[str, Fd] | None,
+        dropped: Callable[[], object],
+    ) -> None:
         self._link = link
+        self._dropped = dropped
+        self._probe: Sentinel | None = None  # under way
+        self._shown: float = inf  # descriptors that there is room for
         if returned is not None:
             self._name, writer = returned
             try:
@@ -123,8 +135,13 @@ class Evidence:
         last.close()
         return stored
 
-    async def count_room(self, most: int) -> int | None:
-        """How many more are stored; None if it is as many as were tried, *most* at most."""
+    async def count_room(self, most: int, names: int) -> int | None:
+        """How many more are stored; None if it is as many as were tried, *most* at most.
+
+        Args:
+            most: how many are to be tried.
+            names: how many descriptors are kept.
+        """
         probes: list[Sentinel] = []
         with suppress(OSError):  # out of descriptors: fewer are tried
             for number in range(min(most, MAX_PROBES)):
@@ -134,17 +151,43 @@ class Evidence:
         for probe in probes:
             probe.sent()
         stored = sum(probe.is_stored for probe in probes)
+        self._shown = names + stored
         for number, probe in enumerate(probes):
             self._link.remove(probe_name(number))
             probe.close()
         await self._link.sync()
         return stored if stored < len(probes) else None
 
-    async def watch(self, dropped: Callable[[], object]) -> None:
-        """Call *dropped* when the first is dropped: what is sent later is dropped later."""
+    def show_room(self, names: int) -> None:
+        """A barrier is sent next: have it show whether there was room for all before it, where more
+        than was shown so far may be kept; before anybody is told that the barrier has passed.
+
+        Args:
+            names: how many descriptors are kept.
+        """
+        if names > self._shown and self._probe is None:
+            with suppress(OSError):  # out of descriptors: another barrier shows it
+                self._probe = Sentinel.create()
+                self._link.store(probe_name(0), self._probe.writer)
+                self._link.on_synced(partial(self._find_probe, self._probe), first=True)
+                self._shown = names
+
+    def _find_probe(self, probe: Sentinel) -> None:
+        if self._probe is not probe:  # all is over
+            return
+        self._probe = None
+        probe.sent()
+        stored = probe.is_stored
+        self._link.remove(probe_name(0))
+        probe.close()
+        if not stored:
+            self._dropped()
+
+    async def watch(self) -> None:
+        """Find out when the first is dropped: what is sent later is dropped later."""
         with suppress(trio.ClosedResourceError):
             await self._first.wait_dropped()
-            dropped()
+            self._dropped()
 
     def forget(self) -> None:
         """Have the first one closed there as well."""
@@ -154,3 +197,6 @@ class Evidence:
     def close(self) -> None:
         """Take no more notice."""
         self._first.close()
+        if self._probe is not None:
+            self._probe.close()
+            self._probe = None

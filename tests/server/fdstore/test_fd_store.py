@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 from fake_store import INVOCATION, Store, fake_store
-from helpers import ROOT
+from helpers import ROOT, Wire, daemon, value
 from supervised import COMMAND, DEADLINE, connected, lasting, supervised, until
 
 from qmpfd.client.blocking import BlockingClient, NoDaemon
 from qmpfd.errors import QMPError
 from qmpfd.kernel.fd import Fd, close_all
+from qmpfd.kernel.file_descriptions import Descriptions
+from qmpfd.kernel.systemd import Notifier
+from qmpfd.server.fdstore.mirror import FdStoreConfig
 
 
 @pytest.fixture
@@ -489,3 +492,27 @@ def test_a_maximum_that_is_lowered_again_after_a_restart(tmp_path: Path, path: P
             until(lambda: not kept_safe(client))
             assert "cannot be kept safe" in refused(client)
         assert not store.traps
+
+
+async def test_more_places_than_are_tried_out(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are fewer than $FDSTORE says, that is found out before the reply."""
+    monkeypatch.setattr("qmpfd.server.fdstore.sentinel.MAX_PROBES", 8)
+    with fake_store(tmp_path, size=40) as store:
+        monkeypatch.setenv("NOTIFY_SOCKET", str(store.path))
+        notifier = Notifier.connect()
+        assert notifier is not None
+        with closing(notifier):
+            keeping = FdStoreConfig(notifier, 512, Descriptions())
+            async with daemon(path, keeping=keeping):
+                with await Wire.session(path) as wire:
+                    added, reply = 0, dict[str, Any]()
+                    while "error" not in reply:
+                        with Fd(os.memfd_create("x")) as memory:
+                            reply = await wire.call("add-fd", None, [memory])
+                        if value(await wire.call("query-stats"))["kept-safe"]:
+                            added += 1
+                            assert len(entries(store)) == added + 1  # and the socket
+                    assert "cannot be kept safe" in reply["error"]["desc"]
+                    assert 20 < added < 40
