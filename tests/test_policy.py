@@ -245,6 +245,23 @@ async def test_what_may_not_be_queried_is_not_shown(open_path: Path) -> None:
     assert value(other) == []
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("command, right", [("open-fdset", "open"), ("remove-fds", "remove")])
+@pytest.mark.parametrize("query", [False, True])
+async def test_an_opaque_text_is_not_shown_either(
+    command: str, right: str, query: bool, open_path: Path
+) -> None:
+    """By a command that names the descriptor by its set, for which its own right is enough."""
+    allow = json.dumps([right, *(["query"] if query else [])])
+    policy = _policy(open_path.parent, f"[[rule]]\nallow = {allow}\n")
+    async with daemon(open_path, socket_mode=0o666, policy=policy):
+        with pipes(1) as made, await Wire.session(open_path) as root:
+            value(await root.call("add-fd", {"opaque": "secret"}, made))
+            reply = (await _ask(open_path, CAPABILITIES, (command, {"fdset-id": 0}, 0)))[2]
+    assert isinstance(value(reply), dict | list)
+    assert ("secret" in json.dumps(reply)) == query
+
+
 async def test_what_several_rules_give_adds_up(path: Path, tmp_path: Path) -> None:
     policy = _policy(
         tmp_path,

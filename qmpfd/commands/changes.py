@@ -10,7 +10,9 @@ from itertools import groupby
 from msgspec import to_builtins
 
 from ..fdsets import StoredFd
+from ..policy import Access
 from ..protocol.encode import JSONStream
+from .selectors import visible_opaque
 from .types import FdsetFdInfo, FdsetInfo
 
 #: Characters and descriptors of a reply that is made in one go.
@@ -23,15 +25,19 @@ def added(entries: list[StoredFd]) -> FdsetInfo | JSONStream:
     return JSONStream(to_builtins(info)) if _is_long(entries) else info
 
 
-def removed(entries: list[StoredFd]) -> list[FdsetInfo] | JSONStream:
-    """What ``remove-fds`` returns."""
-    infos = _infos(entries)
+def removed(entries: list[StoredFd], access: Access) -> list[FdsetInfo] | JSONStream:
+    """What ``remove-fds`` returns: of the opaque texts, those that the client may query."""
+    infos = _infos(entries, access)
     return JSONStream(to_builtins(infos)) if _is_long(entries) else infos
 
 
-def _infos(entries: list[StoredFd]) -> list[FdsetInfo]:
+def _infos(entries: list[StoredFd], access: Access | None = None) -> list[FdsetInfo]:
+    def info(stored: StoredFd) -> FdsetFdInfo:
+        opaque = stored.opaque if access is None else visible_opaque(access, stored)
+        return FdsetFdInfo(stored.fd.fileno(), opaque)
+
     return [
-        FdsetInfo(fdset_id, [FdsetFdInfo(stored.fd.fileno(), stored.opaque) for stored in together])
+        FdsetInfo(fdset_id, [info(stored) for stored in together])
         for fdset_id, together in groupby(entries, key=lambda stored: stored.fdset.id)
     ]
 

@@ -29,7 +29,7 @@ from .extension_types import (
 from .fds import check_add
 from .listings import listing
 from .peers import peers
-from .selectors import Selector, choose, denied, rights
+from .selectors import Selector, choose, denied, rights, visible_opaque
 from .table import Table
 from .types import NOTHING, Arguments, FdsetInfo
 from .types import Result as Nothing
@@ -56,7 +56,8 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
             "The file descriptor cannot be handed out: too many that processes of "
             f"uid {os.geteuid()} have sent are not received yet"
         )
-    opened = OpenedFd(stored.fdset.id, stored.fd.fileno(), stored.opaque)
+    opaque = visible_opaque(access, stored)
+    opened = OpenedFd(stored.fdset.id, stored.fd.fileno(), opaque)
     try:
         context.reply_fds.append(stored.fd.dup())
     except OSError as exc:
@@ -177,7 +178,7 @@ def remove_fds(context: Context, arguments: Selector) -> list[FdsetInfo] | JSONS
         raise denied("remove", arguments)
     if not found:
         raise arguments.not_found()
-    reply = removed(found)
+    reply = removed(found, context.access)
     context.shared.remove(found, "removed", context.connection.fds_to_close)
     return reply
 

@@ -142,6 +142,12 @@ def rights(access: Access, stored: StoredFd, right: Right, by_number: bool) -> t
     return known, has_right and known
 
 
+def visible_opaque(access: Access, stored: StoredFd) -> str | None:
+    """The opaque text of *stored*, which a client that may not query it is not told."""
+    may_query = access.may("query", stored.fdset.id, stored.opaque)
+    return stored.opaque if may_query else None
+
+
 def denied(right: Right, selector: Selector) -> PermissionDenied:
     """The error where a client lacks *right* for something that is chosen."""
     return PermissionDenied(f"The right '{right}' is needed for all of '{selector}'")
