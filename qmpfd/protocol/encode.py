@@ -11,27 +11,27 @@ from typing import Any, TypeAlias, cast
 import msgspec
 
 
-def _in_one_go(value: object) -> msgspec.Raw:
+def _encode_stream(value: object) -> msgspec.Raw:
     if isinstance(value, JSONStream):
         return msgspec.Raw(b"".join(value.bits))
     raise TypeError(f"no JSON: {value!r}")
 
 
-_encode, _format = msgspec.json.Encoder(enc_hook=_in_one_go).encode, msgspec.json.format
+_encode, _format = msgspec.json.Encoder(enc_hook=_encode_stream).encode, msgspec.json.format
 
 
-# An escape as msgspec writes it, a backslash's own included.
+# An escape sequence as msgspec writes it; that of a backslash matches too, and is left alone.
 _ESCAPE = re.compile(rb"\\(?:u00([0-9a-f]{2})|.)")
 
 
-def _capital(escape: re.Match[bytes]) -> bytes:
-    """The escape with its digits as QEMU writes them."""
+def _upper_case(escape: re.Match[bytes]) -> bytes:
+    """The escape sequence with upper-case hexadecimal digits, as QEMU writes them."""
     return b"\\u00" + escape[1].upper() if escape[1] else escape[0]
 
 
 class _Escapes(dict[int, int | str]):
-    """What stands for a character, as str.translate asks for it: a mebibyte takes 40 ms so, and
-    six times that with a regular expression.
+    """The escape sequence of each character that needs one, made when str.translate asks for it:
+    a mebibyte of text takes 40 ms so, and six times as long with a regular expression.
     """
 
     def __missing__(self, code: int) -> int | str:
@@ -47,29 +47,29 @@ class _Escapes(dict[int, int | str]):
 
 
 class RawJSON(bytes):
-    """A result that is JSON already."""
+    """A result that is encoded already."""
 
 
 class JSONStream:
-    """A result that is made bit by bit, because it may be long.
+    """A result that is encoded in small steps, because its text may be long.
 
     Args:
-        value: the result, built of JSON's types; a subclass may make the text in another way.
+        value: the result, built of JSON's types; a subclass may produce the text in another way.
     """
 
     def __init__(self, value: Any) -> None:
         self.value = value
-        #: Its JSON; each step of the iteration makes some more.
+        #: The text of the result; each step of the iteration encodes a part of it.
         self.bits = iter_encode(value)
 
 
-#: What stands around the numbers of a struct, and what takes these out of it.
+#: The text of a struct of numbers as a format for ``%``, and what gets these numbers.
 _Template: TypeAlias = tuple[bytes, Callable[[object], object]]
 
 
 class _Templates(dict[type, _Template | None]):
-    """For structs of numbers only, by their type: written like that, the reply to ``add-fd`` costs
-    half as much.
+    """The templates of structs that have numbers only, by type; None for all other types.  The
+    reply to ``add-fd`` takes half the time of msgspec's encoder and formatter.
     """
 
     def __missing__(self, kind: type) -> _Template | None:
@@ -78,8 +78,8 @@ class _Templates(dict[type, _Template | None]):
             kinds = {type(msgspec.inspect.type_info(field.type)) for field in fields}
             if kinds == {msgspec.inspect.IntType}:
                 members = ", ".join(f'"{field.encode_name}": %d' for field in fields)
-                take_out = attrgetter(*(field.name for field in fields))
-                self[kind] = f"{{{members}}}".encode(), take_out
+                get_numbers = attrgetter(*(field.name for field in fields))
+                self[kind] = f"{{{members}}}".encode(), get_numbers
         return self[kind]
 
 
@@ -96,40 +96,41 @@ def encode(value: object) -> bytes:
         return template[0] % template[1](value)
     data = _format(_encode(value), indent=0)
     if b"\\u00" in data:
-        data = _ESCAPE.sub(_capital, data)
+        data = _ESCAPE.sub(_upper_case, data)
     if data.isascii() and b"\x7f" not in data:
         return data
     return data.decode().translate(_Escapes()).encode("ascii")
 
 
 class _Verbatim(str):
-    """Text that goes out as it is."""
+    """A piece of JSON text, which is not encoded again."""
 
     __slots__ = ()
 
 
 def encode_any(value: Any) -> bytes:
-    """As :func:`encode`, for a value that came from outside; see :func:`iter_encode`."""
+    """As :func:`encode`, for a value that a client has sent; see :func:`iter_encode`."""
     kind = type(value)
     if kind is not dict and kind is not list and kind is not float:
         return encode(value)
     return b"".join(iter_encode(value))
 
 
-#: Pieces of text that make a bit of an encoded value, and characters of one: 0.2 ms of work.
+#: Pieces of text that one step of :func:`iter_encode` yields, and characters of a long piece: a
+#: step takes 0.2 ms.
 _PIECES = 256
 LONG_TEXT = 4096
 
 
 def iter_encode(value: Any) -> Iterator[bytes]:
-    """As :func:`encode`, for a value that came from outside: nested to any depth, of any size, and
+    """As :func:`encode`, for a value that a client has sent: nested to any depth, of any size, and
     with floats that are out of range.
 
-    Those are written as ``1e999``: still a JSON number, and the one that was asked for.  (QEMU
-    answers ``inf``, which no JSON parser takes.)
+    A float out of range is written as ``1e999``, which is a JSON number, and the one that the
+    client sent.  (QEMU writes ``inf``, which no JSON parser accepts.)
     """
     out: list[str] = []
-    todo = [_steps(value)]  # a stack, not recursion: values nest deeper than Python likes
+    todo = [_steps(value)]  # a stack instead of recursion: values nest deeper than Python allows
     while todo:
         for item in todo[-1]:
             if isinstance(item, _Verbatim):
@@ -150,13 +151,13 @@ def iter_encode(value: Any) -> Iterator[bytes]:
 def _scalar(item: Any) -> str:
     if isinstance(item, float):
         if math.isfinite(item):
-            return f"{item:.17g}"  # as QEMU writes it: exact, and 1 for 1.0
+            return f"{item:.17g}"  # QEMU's format: no digit is lost, and 1.0 is written as 1
         return "1e999" if item > 0 else "-1e999"
     return encode(item).decode("ascii")
 
 
 def _steps(value: Any) -> Iterator[Any]:
-    """What *value* is made of, in order: its values, and the text between them."""
+    """The parts of *value* in their order: the values in it, and the text between them."""
     if isinstance(value, dict):
         separator = "{"
         for key, item in value.items():

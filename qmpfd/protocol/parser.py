@@ -1,8 +1,9 @@
 """JSON values out of tokens, with QEMU's errors and its way to recover from them.
 
 A value is complete when its braces and brackets balance, or when either count goes below zero
-(QEMU 7.2's ``json-streamer.c``).  It is built while its tokens come, so that no step costs more
-than the bytes that were just read; of several syntax errors the first is told, at the value's end.
+(QEMU 7.2's ``json-streamer.c``).  The parser builds the value token by token, so that the cost of
+each call is proportional to the bytes of that call.  Of several syntax errors in a value, the first
+one is reported, at the end of the value.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ class _Want(Enum):
     """What the grammar allows next."""
 
     VALUE = auto()
-    VALUE_OR_END = auto()  # behind [
-    KEY_OR_END = auto()  # behind {
-    KEY = auto()  # behind the comma of an object
+    VALUE_OR_END = auto()  # after [
+    KEY_OR_END = auto()  # after {
+    KEY = auto()  # after the comma of an object
     COLON = auto()
     COMMA_OR_END = auto()
 
 
 class _Level:
-    """An object or array that is not closed yet."""
+    """An object or array whose closing brace or bracket has not come yet."""
 
     __slots__ = ("is_key", "key", "value")
 
     def __init__(self, value: dict[str, Any] | list[Any], is_key: bool) -> None:
         self.value = value
-        self.is_key = is_key  # it stands where a key should; told once it is complete
+        self.is_key = is_key  # in the place of a key: an error when it is complete
         self.key = ""
 
 
 def _number(token: Token, text: bytes) -> int | float:
-    """A number as QEMU keeps it: int64, else uint64, else double."""
+    """A number with the type that QEMU gives it: int64, else uint64, else double."""
     if token is Token.INTEGER and len(text) <= 20:
         value = int(text)
         if INT64_MIN <= value <= _UINT64_MAX:
@@ -56,11 +57,11 @@ def _number(token: Token, text: bytes) -> int | float:
 
 
 class Budget:
-    """Memory that the incomplete values of several parsers share.
+    """The memory that the incomplete values of several parsers may take together.
 
-    When it is used up, somebody has to give up what it has: whoever of the owner that has the most
-    has made no progress for the longest time.  So neither do the silent keep it for ever, nor the
-    many of one owner from another.
+    When it is used up, a parser gives up its incomplete value: of the owner with the most memory,
+    the parser that has made no progress for the longest time.  So neither can clients that send no
+    more hold the memory for ever, nor many connections of one user take it from another user.
 
     Args:
         most: bytes.
@@ -69,11 +70,13 @@ class Budget:
     def __init__(self, most: int) -> None:
         self.most = most
         self.used = 0
-        self._parsers: dict[Hashable, dict[Parser, int]] = {}  # by owner; oldest progress first
+        self._parsers: dict[
+            Hashable, dict[Parser, int]
+        ] = {}  # by owner; first the one whose last progress is the oldest
         self._of: Counter[Hashable] = Counter()
 
     def charge(self, parser: Parser, before: int, now: int) -> None:
-        """*parser*, which has used *before* bytes, now uses *now*."""
+        """Account for *parser*, which used *before* bytes, and uses *now* bytes from here on."""
         owner = parser.owner
         theirs = self._parsers.setdefault(owner, {})
         theirs.pop(parser, None)
@@ -89,12 +92,12 @@ class Budget:
 
 
 class Parser:
-    """Turns bytes into JSON values and errors; keeps what is incomplete for the next call.
+    """Turns bytes into JSON values and errors; an incomplete value goes on with the next call.
 
     Args:
         max_bytes: bytes of all tokens of one value.
-        budget: what all that is kept is taken from; none if None.
-        owner: for whom.
+        budget: what incomplete values are charged to; None for no limit.
+        owner: whose memory that is.
     """
 
     def __init__(
@@ -105,8 +108,8 @@ class Parser:
         self._charged = 0
         self._lexer = Lexer(max_bytes)
         self._max_bytes = max_bytes
-        self._discarding = False  # past a limit: everything is dropped until the value ends
-        self._given_up = False  # so it is, and that is still to be told
+        self._discarding = False  # the value is beyond a limit: its tokens are dropped
+        self._given_up = False  # likewise, because of the budget; its error is not reported yet
         self._reset()
 
     def _reset(self) -> None:
@@ -120,14 +123,14 @@ class Parser:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is in progress: what comes next begins a value."""
+        """Whether no value is incomplete: the next token begins one."""
         return self._tokens == 0 and not self._discarding and self._lexer.idle
 
     def feed(self, data: bytes) -> Iterator[tuple[Any, GenericError | None, int]]:
-        """The values that *data* completes: each with its error instead, if it has one, and with
-        the offset in *data* behind it.
+        """The values that *data* completes: for each the value, or None and its error, and the
+        offset in *data* of its end.
         """
-        yield from self._tell_given_up(0)
+        yield from self._report_given_up(0)
         self._lexer.max_token = 0 if self._discarding else self._max_bytes
         for token, text, end in self._lexer.feed(data):
             if token is Token.ERROR:
@@ -142,7 +145,7 @@ class Parser:
             if limit is not None:
                 yield None, GenericError(f"JSON {limit} limit exceeded"), end
                 if limit == "nesting depth":
-                    self._reset()  # as QEMU: each surplus closer is an error of its own
+                    self._reset()  # as in QEMU, each closer that is left over is an error
                     continue
                 self._discarding = True
                 self._stack.clear()
@@ -157,10 +160,10 @@ class Parser:
                 if not discarded:
                     yield value, error, end
         self._charge()
-        yield from self._tell_given_up(len(data))
+        yield from self._report_given_up(len(data))
 
     def give_up(self) -> None:
-        """Drop what is incomplete, and all of the value that is still to come."""
+        """Drop the incomplete value, and all of it that is still to come."""
         if not self._discarding:
             self._discarding = self._given_up = True
             self._stack.clear()
@@ -168,13 +171,13 @@ class Parser:
         self._lexer.drop()
         self._charge()
 
-    def _tell_given_up(self, end: int) -> Iterator[tuple[Any, GenericError | None, int]]:
+    def _report_given_up(self, end: int) -> Iterator[tuple[Any, GenericError | None, int]]:
         if self._given_up:
             self._given_up = False
             yield None, GenericError("JSON token size limit exceeded"), end
 
     def snapshot(self) -> ParserState:
-        """What is incomplete; for :meth:`restore`."""
+        """The incomplete value, for :meth:`restore`."""
         state, begun = self._lexer.snapshot()
         return ParserState(
             b"" if self._discarding else bytes(self._text),
@@ -187,12 +190,13 @@ class Parser:
         )
 
     def restore(self, saved: ParserState) -> None:
-        """Go on where another parser was when it gave :meth:`snapshot`.
+        """Go on with the value of which another parser gave the :meth:`snapshot`.
 
-        It may have had higher limits: what is beyond ours is refused when more of it comes.
+        The other parser may have had higher limits: a value beyond ours is refused when more of it
+        comes.
 
         Raises:
-            ValueError: that was none.
+            ValueError: *saved* is no state of a parser.
         """
         limits = self._max_bytes, self._budget
         self._max_bytes, self._budget = sys.maxsize, Budget(sys.maxsize)
@@ -252,7 +256,7 @@ class Parser:
     # -- the grammar ---------------------------------------------------------------------------
 
     def _accept(self, token: Token, text: bytes) -> GenericError | None:
-        """Take one token; the error, if the grammar does not allow it here."""
+        """Add one token to the value; the error, if the grammar does not allow the token here."""
         want = self._want
         if want is _Want.COLON:
             if token is not Token.COLON:
@@ -308,7 +312,7 @@ class Parser:
         return self._complete(value, is_key)
 
     def _complete(self, value: Any, is_key: bool) -> GenericError | None:
-        """Put a complete value where it belongs."""
+        """Put a complete value into the object or array around it, or make it the result."""
         if not self._stack:
             self._result = value
             return None
