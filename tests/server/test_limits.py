@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -130,6 +133,34 @@ async def test_who_never_negotiates(path: Path, autojump_clock: MockClock) -> No
             assert NEGOTIATION_TIMEOUT <= trio.current_time() - start <= NEGOTIATION_TIMEOUT + 2
             assert "No 'qmp_capabilities' within 60 s" in told["error"]["desc"]
             assert value(await other.call("query-name")) == {}
+
+
+def received(sock: socket.socket) -> bytes:
+    """All that is there now."""
+    found = b""
+    with suppress(BlockingIOError):
+        while True:
+            found += sock.recv(1 << 20)
+    return found
+
+
+async def test_nothing_is_said_in_the_middle_of_a_reply(path: Path) -> None:
+    """A reply that is cut off, as its client was disconnected, has nothing behind it."""
+    async with daemon(path) as server:
+        with await Wire.connect(path) as wire:
+            await wire.reply()
+            (session,) = server.sessions
+            await wire.send_all(request("query-name", id="x" * 100_000) * 4)
+            await settle()
+            found = received(wire.sock)  # in one pass of the loop: nothing else is sent
+            session.evict_if_idle(trio.current_time() + NEGOTIATION_TIMEOUT + 1)
+            found += await wire.drain()
+    *whole, rest = found.split(b"\r\n")
+    assert [json.loads(line)["error"]["class"] for line in whole] == ["CommandNotFound"] * len(
+        whole
+    )
+    assert rest
+    assert b"No 'qmp" not in rest
 
 
 @pytest.mark.parametrize("said", [b" ", b"7 ", request("query-name")], ids=["blank", "7", "early"])

@@ -186,8 +186,9 @@ class Session:
         if limit is not None and now - self._since > limit:
             _log.info("evicted pid %d, uid %d: %s", self.peer.pid, self.peer.uid, desc)
             self._move(Event.EVICT)
-            with suppress(trio.BrokenResourceError):
-                self.stream.send_nowait(rejection_reply(GenericError(desc)))
+            if not self._send_buffer.size:  # else it would stand in the middle of another reply
+                with suppress(trio.BrokenResourceError):
+                    self.stream.send_nowait(rejection_reply(GenericError(desc)))
             self._scope.cancel()
 
     # -- takeover ------------------------------------------------------------------------------
