@@ -308,6 +308,24 @@ def test_a_worker_that_hangs_is_killed() -> None:
     assert "has not answered for 0.5 s: killing it" in said
 
 
+def test_a_worker_that_closes_its_socket() -> None:
+    """It is dead in a moment, or is killed: nobody could hear of what it does."""
+    status, notes, said = supervise(
+        """
+        if given:
+            note("another")
+            sys.exit(0)
+        tell(b"FDSTORE=1\\nFDNAME=qmpfd-journal-1", [0])
+        tell(b"READY=1")
+        barrier()
+        parent.close()
+        while True: signal.pause()
+        """
+    )
+    assert (status, notes) == (0, ["another"]), said
+    assert "the worker has closed its socket and does not end: killing it" in said
+
+
 def test_a_worker_that_does_not_end_is_killed() -> None:
     """Within the drain timeout, if it does not even say that it ends."""
     program = _PRELUDE + textwrap.dedent(

@@ -124,6 +124,9 @@ def wait(parent: Notifier, alive: Fd, prepare: Callable[[], object]) -> Start:
     """
     for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):  # a worker lives through them
         signal.signal(number, signal.SIG_IGN)
+    # A low number: this end is closed early then when this process dies, and the parent hears of it
+    # even where another close hangs.
+    parent.move_to(os.dup(parent.fileno()))
     prepare()
     gc.collect()
     gc.freeze()  # so that nothing of it is copied when it is forked

@@ -97,11 +97,13 @@ class SpareKeeper:
         return True
 
     async def _end_spare(self) -> None:
-        """End it and wait for it, but not for long: its end may hang as its start did."""
+        """End it and wait for it.  Its end may hang, as that of a process does that has inherited a
+        file of a FUSE mount that does not answer: there is no other one until then.
+        """
         ended, self._spare = self._spare, None
         if ended is None:
             return
         ended.close()
         os.kill(ended.pid, signal.SIGKILL)  # until we wait for it, no other process has its pid
-        with trio.move_on_after(_END_TIMEOUT, shield=True), suppress(RuntimeError):  # no threads
+        with suppress(RuntimeError):  # out of threads
             await trio.to_thread.run_sync(os.waitpid, ended.pid, 0, abandon_on_cancel=True)

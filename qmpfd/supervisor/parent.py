@@ -35,6 +35,10 @@ HEARTBEAT = 10.0
 #: Seconds that the end of a worker that drains takes beyond --drain-timeout.
 END_TIMEOUT = 2.0
 
+#: Seconds until the parent does not wait any more for the end of a worker that was killed: the
+#: close of a descriptor hangs (a FUSE mount that does not answer).  No code of it runs any more.
+DEATH_TIMEOUT = 1.0
+
 #: Seconds that a worker may take to end by default.
 DRAIN_TIMEOUT = 5.0
 
@@ -77,6 +81,7 @@ class Supervisor:
         self._state = State.FIRST_WAIT
         self._worker: Worker | None = None
         self._spare: Spare | None = None
+        self._stuck: set[int] = set()  # workers whose end is not waited for
         self._start_at = 0.0
         self._deadline: float | None = None  # of the worker, to do what its state waits for
         self._failures = 0  # deaths in a row before READY=1
@@ -115,6 +120,8 @@ class Supervisor:
                 if events & select.POLLHUP:  # it has closed its end, or is dead in a moment
                     self._receive(worker)
                     self._poll.unregister(worker.sock)
+                    worker.gone_at = time.monotonic()
+                    self._happen(Event.HANGUP)
                 elif worker.unsent or self._closer.pending or worker.polled_for != select.POLLIN:
                     self._listen_to(worker)
 
@@ -175,6 +182,8 @@ class Supervisor:
             self._deadline = worker.stopped_at + self._drain_timeout
         elif state is State.DRAINING:
             self._deadline = worker.stopped_at + self._drain_timeout + END_TIMEOUT
+        elif state in (State.GONE, State.HUNG, State.KILLED):
+            self._deadline = worker.gone_at + DEATH_TIMEOUT
 
     # -- the worker's life ---------------------------------------------------------------------
 
@@ -198,7 +207,7 @@ class Supervisor:
         wrong with it.
         """
         spare = self._spare
-        if spare is None or self._failures or not spare.is_child:
+        if spare is None or self._failures or not spare.is_usable(bool(self._stuck)):
             self._end_spare()
             return None
         self._spare = None
@@ -223,12 +232,20 @@ class Supervisor:
         self._receive(worker)  # perhaps it was us who were stopped
         if self._deadline is None or self._deadline > now:
             return
+        if self._state in (State.HUNG, State.KILLED):
+            self._log.log("error", "the worker was killed and does not end: not waiting for it")
+            self._stuck.add(worker.pid)
+            self._bury(worker, -signal.SIGKILL)
+            return
         if self._state in TOLD_TO_END:
             what = f"has not ended {now - worker.stopped_at:.1f} s after it was told to"
+        elif self._state is State.GONE:
+            what = "has closed its socket and does not end"
         else:
             what = f"has not answered for {now - worker.heard_at:.1f} s"
         self._log.log("error", f"the worker {what}: killing it")
         worker.kill(signal.SIGKILL)
+        worker.gone_at = now
         self._happen(Event.TIMEOUT)
 
     def _reap(self) -> None:
@@ -240,6 +257,7 @@ class Supervisor:
                 return
             if pid == 0:
                 return
+            self._stuck.discard(pid)
             if self._worker is not None and pid == self._worker.pid:
                 self._bury(self._worker, os.waitstatus_to_exitcode(wait_status))
 

@@ -13,6 +13,7 @@ class State(Enum):
     WAITING = "none runs; the next one is started at some time"
     STARTING = "one starts again"
     SERVING = "it serves"
+    GONE = "it has closed its socket to the parent: it is dead in a moment"
     HUNG = "it did not answer in time and was killed"
     STOPPING = "it was told to end"
     DRAINING = "it was told to end, and has said that it does"
@@ -28,6 +29,7 @@ class Event(Enum):
     STOP = "it is to end: SIGTERM or SIGINT"
     STOPS = "it says STOPPING=1"
     TIMEOUT = "it does not answer in time"
+    HANGUP = "it has closed its socket"
     DIED = "it is dead, and is to be started again"
     END = "it is dead, and the parent ends too"
 
@@ -44,8 +46,15 @@ TRANSITIONS = {
     State.FIRST_WAIT: {Event.START: State.FIRST_START} | _TO_THE_END,
     State.FIRST_START: {Event.DIED: State.FIRST_WAIT} | _STARTING,
     State.WAITING: {Event.START: State.STARTING} | _TO_THE_END,
-    State.STARTING: {Event.DIED: State.WAITING} | _STARTING,
+    State.STARTING: {Event.HANGUP: State.GONE, Event.DIED: State.WAITING} | _STARTING,
     State.SERVING: {
+        Event.HANGUP: State.GONE,
+        Event.STOP: State.STOPPING,
+        Event.TIMEOUT: State.HUNG,
+        Event.DIED: State.WAITING,
+    }
+    | _TO_THE_END,
+    State.GONE: {
         Event.STOP: State.STOPPING,
         Event.TIMEOUT: State.HUNG,
         Event.DIED: State.WAITING,

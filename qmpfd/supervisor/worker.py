@@ -76,6 +76,8 @@ class Worker:
         self.ready_at: float | None = None
         #: Signals forwarded that end it, and when the first one was.
         self.stops, self.stopped_at = 0, 0.0
+        #: When it has closed its socket, or was killed.
+        self.gone_at = 0.0
         #: It has had a journal kept.
         self.had_journal = False
         #: What its socket is polled for.
@@ -147,6 +149,15 @@ class Spare(Worker):
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         except ChildProcessError:
             return False
+
+    def is_usable(self, may_be_others: bool) -> bool:
+        """Whether it lives and can be started.
+
+        Args:
+            may_be_others: the worker that has started it hangs in its end, and so it is not a child
+                of ours yet: its end is heard of from its socket meanwhile.
+        """
+        return self.is_child or (may_be_others and self.receive() is None)
 
     def start(self, sockets: Sequence[tuple[str, int]], names: Sequence[bytes]) -> None:
         """Have it take over.
