@@ -25,18 +25,15 @@ def _plain(text: str) -> str:
 
 
 def _paragraphs(text: str | None) -> list[str]:
-    """Text of a parser: what is indented is shown as it is, the rest as paragraphs."""
+    """Text of a parser, as paragraphs; but its examples as they are typed."""
     lines: list[str] = []
     for part in re.split(r"\n\s*\n", (text or "").strip("\n")):
-        part_lines = part.splitlines()
-        shown = [line for line in part_lines if line.startswith(" ")]
-        told = [line for line in part_lines if not line.startswith(" ")]
-        if told:
-            words = " ".join(told)
+        head, _, rest = part.partition(":\n")
+        if head == "examples":
+            lines += ["Examples:", "", "```sh"]
+            lines += [*(line.strip() for line in rest.splitlines()), "```", ""]
+        elif words := " ".join(part.split()):
             lines += [_plain(words[0].upper() + words[1:]), ""]
-        if shown:
-            least = min(len(line) - len(line.lstrip()) for line in shown)
-            lines += ["```text", *(line[least:] for line in shown), "```", ""]
     return lines
 
 

@@ -15,7 +15,7 @@ author = "The qmpfd authors"
 project_copyright = author
 version = release = __version__
 
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx_copybutton"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["*.txt"]
@@ -25,6 +25,9 @@ html_title = f"qmpfd {release}"
 html_show_sphinx = False
 html_copy_source = False
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["qmpfd.css"]
+copybutton_prompt_text = "$ "  # of an example with prompts, the button copies what is typed only
 
 man_pages = [
     ("reference/command-line", "qmpfd", "keeps file descriptors in fd sets, over QMP", [author], 1),

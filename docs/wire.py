@@ -156,7 +156,7 @@ CASES = [
         {},
         0,
         "GenericError",
-        "Parameter 'fdset-id' is missing, or another of the selector",
+        "Parameter 'fdset-id' is missing, or another member of the selector",
         "it would remove everything",
     ),
     Case(
@@ -345,8 +345,8 @@ def rights() -> str:
     told = []
     for right in typing.get_args(Right):
         needing = ", ".join(f"`{name}`" for name, needed in RIGHTS.items() if needed == right)
-        told.append(f"| `{right}` | {needing} |")
-    return "\n".join(_table("| right | commands |", told))
+        told += [f"`{right}`", f": {needing}", ""]
+    return "\n".join(told)
 
 
 def rule() -> str:

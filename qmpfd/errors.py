@@ -1,4 +1,4 @@
-"""What a QMP peer can be told, and what our client raises when it is told so.
+"""The errors of QMP: the daemon sends them as replies, and the clients raise them.
 
 One exception per QMP error class, used by both roles: the server raises it and sends it, the
 client reads it and raises it.  The texts are QEMU's (``qapi/qmp/qerror.h`` and the commands'
@@ -38,15 +38,15 @@ class QMPError(Exception):
 
 
 class GenericError(QMPError):
-    """Whatever has no class of its own (QMP specification, "Error", class ``GenericError``)."""
+    """Any other error (QMP specification, "Error", class ``GenericError``)."""
 
 
 class CommandNotFound(QMPError):
-    """No such command, or not in this state of the connection."""
+    """The command does not exist, or not in this state of the connection."""
 
 
 class FdNotSupplied(QMPError):
-    """The command needs a descriptor and none came with it over SCM_RIGHTS."""
+    """The command needs a descriptor, and none was passed with it (SCM_RIGHTS)."""
 
 
 class FdNotFound(QMPError):

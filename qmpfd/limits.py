@@ -175,17 +175,18 @@ TABLE_SPARE = 1024
 
 
 class Limits(NamedTuple):
-    """What one daemon allows its clients.
+    """The limits of a daemon.
 
     Args:
-        max_connections: clients at a time.
-        max_connections_per_uid: clients of one user at a time.
-        max_fds: descriptors kept at a time, those of ``getfd`` included.
-        max_fds_per_uid: descriptors that clients of one user may have kept at a time.
+        max_connections: connections at a time.
+        max_connections_per_uid: connections of one user at a time.
+        max_fds: stored descriptors at a time, those of ``getfd`` included.
+        max_fds_per_uid: stored descriptors of one user at a time.
         max_request_bytes: bytes of one request.
-        idle_timeout: seconds that a client may ask nothing, unless it watches; None for ever.
-        write_timeout: seconds that a client may take to accept a reply.
-        drain_timeout: seconds that finishing takes at most once the daemon is told to end.
+        idle_timeout: seconds without a request after which a client that does not watch is
+            disconnected; None: never.
+        write_timeout: seconds after which a client that reads no reply is disconnected.
+        drain_timeout: seconds within which the daemon stops when it is told to.
     """
 
     max_connections: int = 4096

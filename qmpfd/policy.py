@@ -58,16 +58,16 @@ _Id = Annotated[int, Meta(ge=0, le=(1 << 32) - 2)]
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A ``[[rule]]`` of the policy file; one that names no peer is for everybody.
+    """A ``[[rule]]`` of the policy file; a rule that names no user and no group is for everybody.
 
     Args:
         allow: the rights it gives.
         user: the name of a user.
         uid: the number of a user.
-        group: the name of a group, the peer's own or a supplementary one.
+        group: the name of a group; the user's primary or a supplementary one.
         gid: the number of such a group.
-        fdsets: the fd sets that the rights are for; all if absent.
-        opaque: shell patterns, of which the descriptors' opaque text has to match one.
+        fdsets: the fd sets that the rights are for; all of them if absent.
+        opaque: shell patterns; the rights are for descriptors whose opaque text matches one.
     """
 
     allow: list[Right]
@@ -220,15 +220,14 @@ class RuleInForce:
 
 
 class Policy:
-    """The rules that are in force; :func:`load_policy` reads them from a file.
+    """The rules of a policy; :func:`load_policy` reads them from a file.
 
     Args:
-        rules: those of the policy file; without any, only the daemon's own user and root may
-            connect.
-        lines: where each begins, if that is known.
+        rules: the rules; without rules, only root and the daemon's own user may connect.
+        lines: the number of the line on which each rule begins, if known.
 
     Raises:
-        BadPolicy: a rule names a user or group that does not exist, or makes no sense.
+        BadPolicy: a rule names a user or group that does not exist, or contradicts itself.
     """
 
     def __init__(self, rules: Iterable[Rule] = (), lines: Iterable[int] = ()) -> None:
@@ -307,7 +306,7 @@ def load_policy(path: Path) -> Policy:
         path: a TOML file, as the documentation's page "Policy file" has it.
 
     Raises:
-        BadPolicy: it cannot be read, is no TOML, or says what cannot be done.
+        BadPolicy: the file cannot be read, is not TOML, or has a rule that cannot be used.
     """
     text = ""
     try:

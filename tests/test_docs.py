@@ -93,6 +93,30 @@ def test_what_is_generated_is_not_stale(name: str) -> None:
     assert generate.filled(text) == text, "make reference"
 
 
+def words_of_a_page(text: str) -> list[str]:
+    """The words of a page in Markdown, without its title and where its links lead."""
+    for markup in (r"(?s)\A#.*?\n|<!--.*?-->", r"(?m)^```.*$", r"\]\([^)]*\)", r"\\"):
+        text = re.sub(markup, "", text)
+    return re.findall(r"\w+", text.casefold())
+
+
+def words_of_a_manual_page(text: str) -> list[str]:
+    """The words between its name and those of its authors."""
+    text = text.partition("\n.SH NAME\n")[2].partition("\n")[2].partition("\n.SH Author\n")[0]
+    assert "\n.TS\n" not in text, "a definition list fits a terminal better than a table"
+    text = re.sub(r"(?m)^\.(SH|SS|B) |^\..*$", "", text)
+    text = re.sub(r"\\(\(..|f.|.)", lambda m: "" if m[1][0] in "f&" else "-", text)
+    return re.findall(r"\w+", text.casefold())
+
+
+@pytest.mark.parametrize(
+    "page, manual", [("command-line.md", "qmpfd.1"), ("policy-file.md", "qmpfd.toml.5")]
+)
+def test_the_manual_pages_are_not_stale(page: str, manual: str) -> None:
+    written = words_of_a_manual_page((ROOT / "packaging/man" / manual).read_text())
+    assert written == words_of_a_page((DOCS / "reference" / page).read_text()), "make reference"
+
+
 def test_every_generated_part_has_its_place() -> None:
     text = "\n".join(page.read_text() for page in PAGES.values())
     assert generate.asked_for(text) == set(generate.GENERATED)

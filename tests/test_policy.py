@@ -533,7 +533,7 @@ def test_check_policy(rules: str, capsys: pytest.CaptureFixture[str]) -> None:
     first = "open, query; in fd sets 0, 3; with opaque text like vm1:* or vm2:*"
     whole = (
         f"{rules} is a valid policy\n"
-        "root and the daemon's own user: everything, whatever the rules say\n"
+        "root and the daemon's own user: all rights, whatever the rules say\n"
         f"rule 1, line 2: uid {NOBODY}: {first}\n"
         "rule 2, line 7: everybody: add\n"
         "rule 3, line 9: gid 0: admin\n"
@@ -549,7 +549,7 @@ def test_check_policy(rules: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _check(capsys, "--user", "4711", rules)[1] == (
         "uid 4711 may\n  add (rule 2, line 7: everybody)\n"
     )
-    assert "uid 0 may do everything" in _check(capsys, "--user", "root", rules)[1]
+    assert "uid 0 has all rights" in _check(capsys, "--user", "root", rules)[1]
 
 
 def test_check_policy_as_json(rules: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""``qmpfd add``: files, inherited descriptors and listening sockets go into a fd set."""
+"""``qmpfd add``: adds files, inherited descriptors and listening sockets to an fd set."""
 
 from __future__ import annotations
 
@@ -22,57 +22,62 @@ def add_parsers(verbs: Subparsers) -> None:
     """Add ``add`` to the command line."""
     parser = verbs.add_parser(
         "add",
-        help="add files, an inherited descriptor or a listening socket to a fd set",
-        description="Open each PATH, take the inherited descriptor K, or listen on ADDRESS, and "
-        "add what that gives to a fd set: all of it, or nothing.",
+        help="add files, an inherited descriptor or a listening socket to an fd set",
+        description="Open each PATH and add it to an fd set; or add a new socket that listens on "
+        "ADDRESS, or the inherited descriptor K. Either all PATHs are added or none.",
     )
     add_client_options(parser)
     parser.add_argument(
         "--fdset", type=number("fd set id"), metavar="N", help="the fd set (default: a new one)"
     )
     parser.add_argument(
-        "--name", "--opaque", type=text, metavar="S", help="the name (opaque text) to find it by"
+        "--name",
+        "--opaque",
+        type=text,
+        metavar="S",
+        help="the descriptors' name (opaque text); targets find them by @S",
     )
     parser.add_argument(
-        "--mode", choices=_MODES, help="open PATH to read, write or both (default: r)"
+        "--mode", choices=_MODES, help="open PATH for reading, writing or both (default: r)"
     )
     parser.add_argument(
         "--if-exists",
         choices=("add", "fail", "replace"),
-        help="where there are descriptors of this name already (in fd set N, or anywhere): add "
-        "beside them, refuse, or remove the older ones in the same step (default: add)",
+        help="if fd set N (without --fdset: any fd set) has descriptors of this name already: "
+        "add beside them, refuse, or remove the older ones in the same step (default: add)",
     )
     parser.add_argument(
         "--expires",
         type=number("number of seconds", 1),
         metavar="S",
-        help="remove it after S seconds",
+        help="the daemon removes the descriptors after S seconds",
     )
     parser.add_argument(
         "--connection",
         action="store_true",
-        help="remove it when this command ends; it stays connected until it is interrupted",
+        help="stay connected until interrupted; the daemon removes the descriptors when the "
+        "connection ends",
     )
     parser.add_argument(
         "--watch-hangup",
         action="store_true",
-        help="remove it when the other end of the socket or pipe is gone",
+        help="the daemon removes the socket or pipe when its other end is closed",
     )
     parser.add_argument(
-        "-q", "--quiet", action="store_true", help="print the numbers alone: the fd set, the fds"
+        "-q", "--quiet", action="store_true", help="print numbers only: the fd set, then the fds"
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("paths", nargs="*", default=[], metavar="PATH", help="the files to open")
+    what.add_argument("paths", nargs="*", default=[], metavar="PATH", help="a file to open and add")
     what.add_argument(
         "--fd",
         type=number("descriptor", most=(1 << 31) - 1),
         metavar="K",
-        help="an inherited descriptor",
+        help="add the inherited descriptor K",
     )
     what.add_argument(
         "--listen",
         metavar="ADDRESS",
-        help="make a socket that listens on HOST:PORT, [V6]:PORT or unix:PATH",
+        help="add a new socket that listens on HOST:PORT, [V6]:PORT or unix:PATH",
     )
     add_examples(
         parser,
@@ -86,9 +91,9 @@ def add_parsers(verbs: Subparsers) -> None:
 
 def _add(arguments: argparse.Namespace) -> int:
     if arguments.mode is not None and not arguments.paths:
-        raise UsageError("--mode goes with PATH: what --fd and --listen add is open already")
+        raise UsageError("--mode needs PATH: the descriptors of --fd and --listen are open already")
     if arguments.if_exists in ("fail", "replace") and arguments.name is None:
-        raise UsageError("--if-exists goes with --name: it is about descriptors of the same name")
+        raise UsageError("--if-exists needs --name: it compares names")
     with ExitStack() as stack:
         fds, note = _opened(arguments, stack)
         client = stack.enter_context(client_of(arguments))
@@ -105,7 +110,7 @@ def _opened(
 ) -> tuple[list[FileDescriptorLike], str]:
     """The descriptors to add, and what is said of them besides."""
     if arguments.fd is not None:
-        check_open(arguments.fd, f" (as in: qmpfd add --fd {arguments.fd} {arguments.fd}< FILE)")
+        check_open(arguments.fd, f" (example: qmpfd add --fd {arguments.fd} {arguments.fd}< FILE)")
         return [arguments.fd], ""
     if arguments.listen is not None:
         fd, address = listening_socket(arguments.listen)

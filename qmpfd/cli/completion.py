@@ -1,4 +1,4 @@
-"""``qmpfd completion``: what a shell needs to complete verbs, options and ids."""
+"""``qmpfd completion``: scripts with which a shell completes verbs, options and targets."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def add_parsers(verbs: Subparsers) -> None:
     """Add ``completion`` to the command line."""
     parser = verbs.add_parser(
         "completion",
-        help="print what makes a shell complete qmpfd's verbs and options",
-        description="Print a script that makes a shell complete qmpfd's verbs and options.",
+        help="print a completion script for bash, zsh or fish",
+        description="Print a script with which a shell completes qmpfd's verbs, options and "
+        "targets.",
     )
-    parser.add_argument("shell", choices=_SCRIPTS, help="which shell")
+    parser.add_argument("shell", choices=_SCRIPTS, help="the shell")
     add_examples(
         parser,
         "source <(qmpfd completion bash)     # in ~/.bashrc",

@@ -114,14 +114,14 @@ async def _main(
                 gc.freeze()  # as _exempt_from_collection, without the time that it takes
                 gc.enable()
             if again:
-                how = "back again" if takeover is None else "took over"
+                how = "restarted" if takeover is None else "took over"
                 _log.info("%s: listening on %s", how, ", ".join(again))
             for name in names:
                 _log.info("listening on %s", name)
             if sys.stderr.isatty():
                 default = default_socket() in (*names, *again)
                 where = "" if default else " --socket PATH"
-                _log.info("Ctrl-C ends it; qmpfd status%s shows what it does", where)
+                _log.info("Ctrl-C stops the daemon; qmpfd status%s shows its state", where)
             if ready_fd is not None:
                 announce_ready(ready_fd)
             notifications = Notifications(parent)
@@ -205,10 +205,10 @@ class _SignalHandler:
             forwarded = self._parent.signals
         # One that was sent to the parent and to us is not a second one.
         if max(forwarded, self._stops - forwarded) > 1:
-            _log.warning("%s again: ending at once", name)
+            _log.warning("%s again: stopping at once", name)
             self._serving.cancel_scope.cancel()
         elif self._stops == 1:
-            _log.info("%s: ending once all is answered", name)
+            _log.info("%s: stopping after the received requests", name)
             self._notifications.tell("STOPPING=1")
             self._server.stop()
 
@@ -265,7 +265,10 @@ class _Reloader:
             )
             self._server.change_policy(policy)
         except Exception as exc:  # noqa: BLE001 - TOML, the file system and NSS raise what they like
-            _log.error("SIGHUP: the policy stays as it was: %s", str(exc) or repr(exc))
+            _log.error(
+                "SIGHUP: the policy stays as it was, because the file cannot be used: %s",
+                str(exc) or repr(exc),
+            )
         else:
             _log.info("SIGHUP: the policy is read again from %s", path)
 

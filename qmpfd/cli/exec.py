@@ -1,4 +1,4 @@
-"""``qmpfd exec``: a command is run with descriptors out of the fd sets."""
+"""``qmpfd exec``: runs a command with stored descriptors."""
 
 from __future__ import annotations
 
@@ -36,35 +36,39 @@ def add_parsers(verbs: Subparsers) -> None:
     """Add ``exec`` to the command line."""
     parser = verbs.add_parser(
         "exec",
-        help="run a command with descriptors out of the fd sets",
+        help="run a command with stored descriptors",
         usage="qmpfd exec [-h] [--socket PATH] [--timeout S] [--listen-fds] [--take] [--rewind]\n"
         "                  SET[/FD][:ACCESS][=AT]... -- CMD...",
-        description="Run CMD with the newest descriptor that each target names: of fd set SET, or "
-        "with the name @NAME, or descriptor FD of the set, or with that access mode (r, w or rw). "
-        "CMD gets it at the number AT: from 3 on, in order, where none is given; =0 makes it CMD's "
-        "standard input. CMD gets no other descriptors than these and the standard streams; its "
-        "exit status is the command's.",
+        description="Run CMD with a duplicate of the newest descriptor that each target names. "
+        "SET is the number of an fd set, or @NAME, a descriptor's name. FD is one descriptor of "
+        "the set. ACCESS is r, w or rw. AT is the number at which CMD gets the descriptor: =0 is "
+        "CMD's standard input; targets without =AT get the numbers from 3 on, in order. CMD gets "
+        "these descriptors and the standard streams, and no others.",
     )
     add_client_options(parser, json=False)
     parser.add_argument(
         "--listen-fds",
         action="store_true",
-        help="set LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES, as a service manager does for a "
-        "program with socket activation (sd_listen_fds(3))",
+        help="set LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES for CMD, as systemd does for socket "
+        "activation (sd_listen_fds(3))",
     )
     parser.add_argument(
         "--take",
         action="store_true",
-        help="remove what is handed out from the daemon in the same step",
+        help="remove these descriptors from the daemon in the same step",
     )
     parser.add_argument(
         "--rewind",
         action="store_true",
-        help="begin files at their start: all who have a stored file share one position in it, so "
-        "a second reader goes on where the first one has stopped, mostly at the end",
+        help="set the position of files to their start; all duplicates of a descriptor share "
+        "one position, so without this a second reader begins where the first one stopped",
     )
     parser.add_argument(
-        "targets", nargs="*", type=target, metavar="TARGET", help="what to hand out"
+        "targets",
+        nargs="*",
+        type=target,
+        metavar="TARGET",
+        help="SET[/FD][:ACCESS][=AT] or @NAME[:ACCESS][=AT]",
     )
     add_examples(
         parser,
@@ -72,8 +76,8 @@ def add_parsers(verbs: Subparsers) -> None:
         "qmpfd exec 0:r=0 @out:w=1 -- gzip",
         "qmpfd exec --listen-fds @web -- gunicorn app",
         "qmpfd exec @disk:rw=9 -- ./server --fd 9",
-        status="  CMD's own; else 1 the daemon refused, 2 usage, 3 no daemon,\n"
-        "  126 CMD cannot be run, 127 there is no CMD",
+        status="  that of CMD; if CMD does not run: 1 the daemon refused, 2 usage, 3 no daemon,\n"
+        "  126 CMD cannot be executed, 127 CMD is not found",
     )
     parser.set_defaults(run=_exec, command=[])
 
@@ -116,11 +120,15 @@ def _places(targets: list[Target], listen_fds: bool) -> list[int]:
     taken = [each.at for each in targets if each.at is not None]
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if len(set(taken)) < len(taken):
-        raise UsageError("two descriptors cannot have the same number")
+        raise UsageError("two targets have the same number =AT")
     if any(at >= most for at in taken):
-        raise UsageError(f"{max(taken)} is no number for a descriptor: 0 to {most - 1}")
+        raise UsageError(
+            f"={max(taken)}: a descriptor's number is from 0 to {most - 1} here (ulimit -n)"
+        )
     if listen_fds and any(at >= _LISTEN_FDS_START for at in taken):
-        raise UsageError("--listen-fds gives the numbers from 3 on: no =AT above 2 beside it")
+        raise UsageError(
+            "--listen-fds numbers the descriptors from 3 on: =AT may be 0, 1 or 2 only"
+        )
     free = (number for number in range(_LISTEN_FDS_START, most) if number not in taken)
     return [next(free) if each.at is None else each.at for each in targets]
 
@@ -158,7 +166,7 @@ def _take(client: BlockingClient, infos: list[dict[str, Any]]) -> None:
 
 
 def _announce(infos: list[dict[str, Any]], places: list[int]) -> None:
-    """Tell CMD of its descriptors as sd_listen_fds(3) expects it."""
+    """Set the variables of sd_listen_fds(3) for CMD."""
     names = [
         _fd_name(info.get("opaque"))
         for info, place in zip(infos, places, strict=True)

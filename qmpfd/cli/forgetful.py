@@ -31,9 +31,9 @@ def warn_of_forgetting(client: BlockingClient, stays: bool, advice: str = "") ->
     """Warn on standard error that QEMU will close the added descriptors at disconnect."""
     version = forgets(client)
     if version is not None and not stays:
-        advice = advice or "keep another QMP client connected until it is in use"
+        advice = advice or "keep another QMP client connected until QEMU uses it"
         print_error(
-            f"qmpfd: QEMU {version} closes a descriptor that it does not use when its last QMP "
+            f"qmpfd: QEMU {version} closes descriptors that it does not use when its last QMP "
             f"client disconnects: {advice}"
         )
 

@@ -111,7 +111,7 @@ class _Handler(logging.StreamHandler[TextIO]):
             self._rest = self._rest[write_nowait(number, self._rest) :]
         lines = self.format(record)
         if self._left_out:
-            text = f"{self._left_out} lines were left out: nobody took them"
+            text = f"{self._left_out} log lines are missing here: standard error was full"
             lost = logging.LogRecord(record.name, logging.WARNING, "", 0, text, None, None)
             lines = f"{self.format(lost)}\n{lines}"
         data = f"{lines}\n".encode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""``qmpfd ls``: what is stored."""
+"""``qmpfd ls``: lists stored descriptors."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ def add_parsers(verbs: Subparsers) -> None:
     """Add ``ls`` to the command line."""
     parser = verbs.add_parser(
         "ls",
-        help="list the fd sets",
-        description="List the fd sets; with targets, those descriptors only.",
+        help="list the stored descriptors",
+        description="List the stored descriptors, or those only that a TARGET names.",
     )
     add_client_options(parser)
     parser.add_argument(
-        "--long", "-l", action="store_true", help="show what each descriptor is, and whose"
+        "--long",
+        "-l",
+        action="store_true",
+        help="show also what each descriptor is, and who added it",
     )
     add_targets(parser)
     add_examples(
@@ -66,7 +69,7 @@ def _ls(arguments: argparse.Namespace) -> int:
         )
     sys.stdout.flush()
     for target in missing:
-        print_error(f"qmpfd: {printable(target.word)}: there is no such descriptor")
+        print_error(f"qmpfd: {printable(target.word)}: no such descriptor")
     return REFUSED if missing else DONE
 
 

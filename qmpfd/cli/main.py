@@ -40,11 +40,19 @@ _SHARED = {"--socket": True, "--timeout": True, "--json": False}
 
 #: What to do next, by an error's class and a part of its text.
 _ADVICE = [
-    ("FdNotFound", "' not found", "qmpfd ls shows those there are"),
-    ("InvalidParameterValue", "existing fdset-id", "without --fdset, a new set is made"),
-    ("PermissionDenied", "", "the daemon's policy decides that: see qmpfd check-policy --help"),
-    ("GenericError", "the limit is", "qmpfd status shows how full it is"),
-    ("CommandNotFound", "", "qmpfd status shows what server this is"),
+    ("FdNotFound", "' not found", "qmpfd ls lists the stored descriptors"),
+    (
+        "InvalidParameterValue",
+        "existing fdset-id",
+        "without --fdset, the daemon makes a new fd set",
+    ),
+    (
+        "PermissionDenied",
+        "",
+        "the daemon's policy file gives rights; see qmpfd check-policy --help",
+    ),
+    ("GenericError", "the limit is", "qmpfd status shows the limits and their use"),
+    ("CommandNotFound", "", "qmpfd status names the server and its version"),
 ]
 
 
@@ -68,7 +76,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     """The parser for *verb*; for all verbs if there is no such."""
     parser: argparse.ArgumentParser = _Parser(
         prog="qmpfd",
-        description="Hold open file descriptors for other programs, over QEMU's QMP.",
+        description="Store open file descriptors for other programs. The daemon speaks QMP, the "
+        "protocol of QEMU's monitor.",
         epilog="Exit status: 0 done, 1 the daemon refused, 2 usage, 3 no daemon.",
     )
     parser.add_argument("--version", action="version", version=f"qmpfd {__version__}")
@@ -105,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as exc:
         return _fail(str(exc), USAGE)
     except NoDaemon as exc:
-        advice = " (--timeout gives it longer)" if isinstance(exc, TimeoutError) else ""
+        advice = " (--timeout S waits longer)" if isinstance(exc, TimeoutError) else ""
         return _fail(f"{exc}{advice}", NO_DAEMON)
     except QMPError as exc:
         return _fail(f"{exc.error_class}: {exc.desc}{_advice(exc)}", REFUSED)
@@ -113,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         drop(sys.stdout)  # most likely it was that
         if isinstance(exc, BrokenPipeError):  # as if SIGPIPE had ended us: the reader is gone
             return 128 + signal.SIGPIPE
-        done = f" (done all the same: {output.unprinted})" if output.unprinted else ""
+        done = (
+            f" (the output failed; this was done: {output.unprinted})" if output.unprinted else ""
+        )
         return _fail(f"{exc.strerror or exc}{done}", REFUSED)
     except KeyboardInterrupt:
         if sys.stderr.isatty():
@@ -139,7 +150,9 @@ def _verb_first(words: list[str]) -> list[str]:
 
         near = difflib.get_close_matches(verb, _VERBS, 1)
         meant = f": did you mean {near[0]}?" if near else ""
-        _parser("").exit(USAGE, f"qmpfd: no verb {printable(verb)}{meant} (see qmpfd --help)\n")
+        _parser("").exit(
+            USAGE, f"qmpfd: unknown verb {printable(verb)}{meant} (see qmpfd --help)\n"
+        )
     return words
 
 

@@ -14,10 +14,10 @@ from .output import printable
 
 #: What to do about a file that cannot be opened.
 _OPEN_ADVICE = {
-    errno.EACCES: "run this as a user who may: the daemon need not be allowed to",
-    errno.EISDIR: "a directory can be added with --mode r only",
-    errno.EWOULDBLOCK: "another process holds a lease on it, see fcntl(2), F_SETLEASE",
-    errno.ENXIO: "a socket cannot be opened by its name, nor a FIFO to write that nobody reads",
+    errno.EACCES: "run qmpfd add as a user who may open it: the daemon needs no permission",
+    errno.EISDIR: "a directory needs --mode r",
+    errno.EWOULDBLOCK: "another process holds a lease on it: fcntl(2), F_SETLEASE",
+    errno.ENXIO: "open(2) opens no socket, and no FIFO for writing that has no reader",
 }
 
 
@@ -73,7 +73,7 @@ def listening_socket(address: str) -> tuple[Fd, str]:
 def _listening_tcp(address: str) -> tuple[Fd, str]:
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 0xFFFF or ("]" in host) != ("[" in host):
-        raise UsageError(f"{address!r} is no address: HOST:PORT, [V6]:PORT or unix:PATH")
+        raise UsageError(f"{address!r} is not an address: HOST:PORT, [V6]:PORT or unix:PATH")
     family, kind, protocol, _, where = socket.getaddrinfo(
         host.removeprefix("[").removesuffix("]") or None,
         int(port),
@@ -92,7 +92,7 @@ def _listening_tcp(address: str) -> tuple[Fd, str]:
 
 def _listening_unix(path: str) -> tuple[Fd, str]:
     if not path or path == "@":
-        raise ValueError("a path comes behind unix:")
+        raise ValueError("unix: needs a path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         _bind_unix(sock, path)
         sock.listen(socket.SOMAXCONN)

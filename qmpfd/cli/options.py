@@ -63,7 +63,7 @@ def client_of(arguments: argparse.Namespace) -> BlockingClient:
 
     Raises:
         NoDaemon: nobody answers there.
-        QMPError: the daemon turns this user away.
+        QMPError: the daemon refuses this user's connection.
     """
     path = arguments.socket or default_socket()
     try:
@@ -72,7 +72,7 @@ def client_of(arguments: argparse.Namespace) -> BlockingClient:
         # The user's own is looked for first, and a login session always has a folder for it.
         if arguments.socket or path == _SYSTEM_SOCKET or not os.path.exists(_SYSTEM_SOCKET):
             raise
-        why = f"no daemon at {path}, but one at {_SYSTEM_SOCKET} (--socket {_SYSTEM_SOCKET})"
+        why = f"no daemon at {path}; there is one at {_SYSTEM_SOCKET} (--socket {_SYSTEM_SOCKET})"
         raise NoDaemon(why) from exc
 
 
@@ -102,7 +102,7 @@ def number(name: str, least: int = 0, most: int = INT64_MAX) -> Callable[[str], 
             value = least - 1
         if not least <= value <= most:
             bounds = f"{least} or more" if most == INT64_MAX else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r} is no {name}: a whole number, {bounds}")
+            raise argparse.ArgumentTypeError(f"{text!r}: the {name} is a whole number, {bounds}")
         return value
 
     return parse
@@ -125,7 +125,7 @@ def text(value: str) -> str:
 def socket_path(text: str) -> str:
     """The type of an option that names a socket: an empty one is a shell's unset variable."""
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no path of a socket")
+        raise argparse.ArgumentTypeError(f"{text!r} is not the path of a socket")
     return text
 
 
@@ -137,7 +137,7 @@ def seconds(text: str) -> float:
         value = 0.0
     if not 0 < value <= _LONGEST:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no time: a number of seconds above 0, up to {_LONGEST}"
+            f"{text!r} is not a time: a number of seconds above 0, up to {_LONGEST}"
         )
     return value
 
@@ -156,9 +156,9 @@ def add_client_options(parser: argparse.ArgumentParser, *, json: bool = True) ->
         type=seconds,
         default=10.0,
         metavar="S",
-        help="give up on a silent daemon after S seconds (default: 10)",
+        help="wait for the daemon for at most S seconds (default: 10)",
     )
     if json:
         parser.add_argument(
-            "--json", action="store_true", help="print one JSON value instead of text for people"
+            "--json", action="store_true", help="print one JSON value instead of text"
         )

@@ -18,20 +18,24 @@ def add_parsers(verbs: Subparsers) -> None:
     """Add ``check-policy`` to the command line."""
     parser = verbs.add_parser(
         "check-policy",
-        help="check a policy file, and say which rule gives what to whom",
-        description="Check a policy file, and say which rule gives what to whom, or what one user "
-        "may do.",
+        help="check a policy file, and show which rule gives which rights to whom",
+        description="Check a policy file, and show which rule gives which rights to whom; with "
+        "--user, the rights of one user.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the policy, as serve takes it")
     parser.add_argument(
-        "--user", metavar="NAME|UID", help="only what this user may do, with all its groups"
+        "file", type=Path, metavar="FILE", help="the policy file, as for qmpfd serve --policy"
+    )
+    parser.add_argument(
+        "--user",
+        metavar="NAME|UID",
+        help="show the rights of this user only, those of its groups included",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
     add_examples(
         parser,
         "qmpfd check-policy /etc/qmpfd.toml",
         "qmpfd check-policy --user nobody /etc/qmpfd.toml",
-        status="  0 the policy is valid, 2 it is not, or usage",
+        status="  0 the policy is valid, 2 the policy is not valid, or usage",
     )
     parser.set_defaults(run=_check)
 
@@ -51,7 +55,7 @@ def _check(arguments: argparse.Namespace) -> int:
             print_json({"valid": True, "rules": [_as_json(rule) for rule in policy.rules]})
         else:
             print(f"{printable(str(arguments.file))} is a valid policy")
-            print("root and the daemon's own user: everything, whatever the rules say")
+            print("root and the daemon's own user: all rights, whatever the rules say")
             for rule in policy.rules:
                 print(f"{_place(rule)}: {_whom(rule)}: {_in_words(rule.grant)}")
         return DONE
@@ -62,7 +66,7 @@ def _check(arguments: argparse.Namespace) -> int:
         told = {"uid": uid, "gids": sorted(gids), "everything": owner}
         print_json({**told, "rules": [_as_json(rule) for rule in rules]})
     elif owner:
-        print(f"uid {uid} may do everything, as root and the daemon's own user always may")
+        print(f"uid {uid} has all rights, as root and the daemon's own user always have")
     elif not any(rule.grant.rights for rule in rules):
         print(f"uid {uid} may not connect")
     else:
@@ -126,5 +130,5 @@ def group_id(name: str) -> int:
     except (KeyError, ValueError, OSError):  # a NUL; a text that is not UTF-8; a name service
         raise argparse.ArgumentTypeError(f"no group {name!r}") from None
     if not 0 <= gid < _NO_GID:  # chown(2) takes the last one for "leave it as it is"
-        raise argparse.ArgumentTypeError(f"{name!r} is no group: 0 to {_NO_GID - 1}, or a name")
+        raise argparse.ArgumentTypeError(f"{name!r} is not a group: a name, or 0 to {_NO_GID - 1}")
     return gid

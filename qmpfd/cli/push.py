@@ -1,4 +1,4 @@
-"""``qmpfd push``: stored descriptors are copied into another QMP server."""
+"""``qmpfd push``: copies stored descriptors to another QMP server."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def add_parsers(verbs: Subparsers) -> None:
     """Add ``push`` to the command line."""
     parser = verbs.add_parser(
         "push",
-        help="copy descriptors into another QMP server, such as a QEMU",
-        description="Copy all that TARGET names into one fd set of another QMP server, a qmpfd or "
-        "a real QEMU: all of it, or nothing.",
+        help="copy stored descriptors to another QMP server, such as a QEMU",
+        description="Copy all descriptors that TARGET names to one fd set of another QMP "
+        "server, a qmpfd or a QEMU. Either all of them are copied or none.",
     )
     add_client_options(parser)
     parser.add_argument(
@@ -39,19 +39,19 @@ def add_parsers(verbs: Subparsers) -> None:
         dest="to_fdset",
         type=number("fd set id"),
         metavar="M",
-        help="the fd set there (default: a new one)",
+        help="the fd set of the other server (default: a new one)",
     )
     parser.add_argument(
         "--hold",
         action="store_true",
-        help="stay connected to it until interrupted: QEMU up to 9.0 closes what it does not use "
-        "when its last QMP client disconnects",
+        help="stay connected to the other server until interrupted; QEMU up to 9.0 closes "
+        "descriptors that it does not use when its last QMP client disconnects",
     )
     add_examples(
         parser,
         "qmpfd push 0 --to /run/vm1/qmp.sock",
         "qmpfd push @vm1:disk:rw --to /run/vm1/qmp.sock --fdset 3",
-        status="  0 done, 1 one of the two refused, 2 usage, 3 one of the two is not there",
+        status="  0 done, 1 one of the two servers refused, 2 usage, 3 one of the two does not run",
     )
     parser.set_defaults(run=_push)
 
@@ -59,7 +59,9 @@ def add_parsers(verbs: Subparsers) -> None:
 def _push(arguments: argparse.Namespace) -> int:
     wanted: Target = arguments.target
     if wanted.at is not None:
-        raise UsageError(f"{wanted.word!r}: push takes no =AT (--fdset names the fd set there)")
+        raise UsageError(
+            f"{wanted.word!r}: push takes no =AT (--fdset names the fd set of the other server)"
+        )
     with (
         client_of(arguments) as source,
         BlockingClient(arguments.to, arguments.timeout) as sink,
@@ -68,7 +70,7 @@ def _push(arguments: argparse.Namespace) -> int:
         if missing:
             _, fds = open_target(source, wanted)  # is refused, in the daemon's words
             close_all(fds)
-            raise FdNotFound(f"there was no {wanted.word}")
+            raise FdNotFound(f"no such descriptor: {wanted.word}")
         added = _copy(source, sink, rows, arguments.to_fdset)
         fdset_id = added[0]["fdset-id"]
         if arguments.json:

@@ -1,4 +1,4 @@
-"""``qmpfd rm``: descriptors are removed, and closed by the daemon."""
+"""``qmpfd rm``: removes stored descriptors; the daemon closes them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def add_parsers(verbs: Subparsers) -> None:
     parser = verbs.add_parser(
         "rm",
         help="remove fd sets or descriptors",
-        description="Remove descriptors from the daemon, which closes them. Each target is tried, "
-        "also where another is refused.",
+        description="Remove stored descriptors; the daemon closes them. If the daemon refuses "
+        "one target, the others are removed all the same.",
     )
     add_client_options(parser)
     add_targets(parser)
@@ -31,9 +31,9 @@ def add_parsers(verbs: Subparsers) -> None:
         "--pid",
         type=number("process", 1),
         metavar="N",
-        help="remove all that process N has added, also after it has ended",
+        help="remove all descriptors that process N has added, even if it has ended",
     )
-    parser.add_argument("--all", action="store_true", help="remove everything")
+    parser.add_argument("--all", action="store_true", help="remove all descriptors")
     add_examples(parser, "qmpfd rm 0", "qmpfd rm 0/12 @web", "qmpfd rm '@vm1:*'", "qmpfd rm --all")
     parser.set_defaults(run=_rm)
 
@@ -41,7 +41,7 @@ def add_parsers(verbs: Subparsers) -> None:
 def _rm(arguments: argparse.Namespace) -> int:
     targets: list[Target] = arguments.targets
     if (bool(targets), arguments.pid is not None, arguments.all).count(True) != 1:
-        raise UsageError("rm takes either TARGET..., --pid N or --all (see qmpfd rm --help)")
+        raise UsageError("rm needs one of TARGET..., --pid N and --all (see qmpfd rm --help)")
     removed: list[Removed] = []
     refused = False
     with client_of(arguments) as client:

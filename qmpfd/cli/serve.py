@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 #: Advice where a socket cannot be made.
 _ADVICE = {
-    errno.EADDRINUSE: "qmpfd status shows it; --replace takes over from it; ",
-    errno.ENOENT: "make its folder first; ",
+    errno.EADDRINUSE: "qmpfd status shows the daemon; --replace takes over from it; ",
+    errno.ENOENT: "make the directory first; ",
 }
 
 
@@ -39,8 +39,9 @@ def add_parsers(verbs: Subparsers) -> None:
     parser = verbs.add_parser(
         "serve",
         help="run the daemon",
-        description="Hold file descriptors for the clients of a Unix socket, over QMP. "
-        "SIGTERM and SIGINT end it once what was asked is answered; a second one at once.",
+        description="Run the daemon: store file descriptors for the clients of a Unix socket, "
+        "which speak QMP. SIGTERM and SIGINT stop the daemon after it has answered the requests "
+        "that it has received; a second one stops it at once.",
     )
     add_options(parser)
     add_examples(
@@ -49,8 +50,8 @@ def add_parsers(verbs: Subparsers) -> None:
         "qmpfd serve --socket /run/qmpfd.sock --policy /etc/qmpfd.toml",
         "qmpfd serve --supervise",
         "qmpfd serve --dialect qemu --add-fd fd=3,set=0,opaque=disk 3<>disk.img",
-        status="  0 ended as told, 2 it cannot start; with --takeover: 1 the old daemon refused,\n"
-        "  3 there is none to take over from",
+        status="  0 stopped by a signal or by quit, 2 the daemon cannot start; with --takeover:\n"
+        "  1 the old daemon refused, 3 there is no daemon to take over from",
     )
     parser.set_defaults(run=_serve)
 
@@ -186,7 +187,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         close_all(fd for fd, _, _ in initial)
         initial = []
     elif missing:
-        raise UsageError(f"--add-fd: descriptor {missing[0]} was not passed to this process")
+        raise UsageError(f"--add-fd: this process has not inherited descriptor {missing[0]}")
     listen_fds, passed = _sort_passed(recovered.sockets)
     if recovered.has_state:
         close_all(fd for fd, _, _ in passed)  # likewise
@@ -197,7 +198,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     predecessor = None
     there = recovered.state.listeners
     if arguments.takeover and not paths:
-        raise UsageError("--takeover needs --socket: which daemon is to be taken over")
+        raise UsageError(
+            "--takeover needs --socket PATH: the socket of the daemon to take over from"
+        )
     takes_over = arguments.takeover or (arguments.replace and takeover.is_served(paths[:1]))
     if takes_over and not recovered.has_state:
         reached, *paths = paths
@@ -255,7 +258,7 @@ def _as_usage_error(failure: BaseException) -> BaseException:
     if failure.filename is None:  # no socket
         return UsageError(f"the daemon cannot start: {reason}")
     advice = _ADVICE.get(failure.errno or 0, "")
-    return UsageError(f"{failure.filename}: {reason} ({advice}--socket listens elsewhere)")
+    return UsageError(f"{failure.filename}: {reason} ({advice}--socket PATH names another one)")
 
 
 def _open_audit(path: Path) -> Fd:

@@ -17,29 +17,32 @@ _connections, _descriptors = number("number of connections", 1), number("number 
 
 #: The fields of :class:`Limits`: the type of the option's value, and its help.
 _LIMITS: dict[str, tuple[Callable[[str], float], str]] = {
-    "max_connections": (_connections, "clients at a time"),
-    "max_connections_per_uid": (_connections, "clients of one user at a time"),
+    "max_connections": (_connections, "connections at a time"),
+    "max_connections_per_uid": (_connections, "connections of one user at a time"),
     "max_fds": (
         _descriptors,
         (
-            "descriptors kept at a time; some of the open files that the process may have, its "
-            "hard limit, are never taken"
+            "stored descriptors at a time; some of the process's open files (the hard limit of "
+            "ulimit -n) stay free for connections"
         ),
     ),
     "max_fds_per_uid": (
         _descriptors,
         (
-            "descriptors that clients of one user may have kept at a time; for others than root "
-            "and the daemon's own user never more than half of those open files"
+            "stored descriptors of one user at a time; for users other than root and the daemon's "
+            "own, never more than half of these open files"
         ),
     ),
-    "max_request_bytes": (number("number of bytes", 1024, 64 << 20), "bytes of one request"),
+    "max_request_bytes": (
+        number("number of bytes", 1024, 64 << 20),
+        "the size of one request at most, in bytes",
+    ),
     "idle_timeout": (
         seconds,
-        "cut off a client that asks nothing for S seconds, unless it watches",
+        "disconnect a client that sends no request for S seconds, unless it watches fd sets",
     ),
-    "write_timeout": (seconds, "cut off a client that takes no replies for S seconds"),
-    "drain_timeout": (seconds, "end within S seconds when told to"),
+    "write_timeout": (seconds, "disconnect a client that reads no reply for S seconds"),
+    "drain_timeout": (seconds, "after SIGTERM, stop within S seconds"),
 }
 _inherited = number("fd (0 to 2 are the standard streams)", 3, (1 << 31) - 1)
 
@@ -76,7 +79,7 @@ def _octal(text: str) -> int:
     except ValueError:
         mode = -1
     if not 0 <= mode <= 0o777:
-        raise argparse.ArgumentTypeError(f"{text!r} is no mode: octal, 0 to 777")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mode: octal, 0 to 777")
     return mode
 
 
@@ -92,27 +95,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=lambda text: Path(socket_path(text)),
         action="append",
         metavar="PATH",
-        help="listen here; may be given more than once (default: $QMPFD_SOCKET, else "
+        help="listen on this socket; may be given more than once (default: $QMPFD_SOCKET, else "
         "$XDG_RUNTIME_DIR/qmpfd.sock, else /run/qmpfd.sock)",
     )
     taking_over = parser.add_mutually_exclusive_group()
     taking_over.add_argument(
         "--takeover",
         action="store_true",
-        help="take over from the daemon that serves the (first) socket: all it holds, under the "
-        "same numbers, and its connections; nobody notices, and this command line is in force",
+        help="take over from the daemon that serves the (first) socket: its fd sets, with the "
+        "same numbers, its sockets and its connections; no client loses a request or a reply; "
+        "this command line replaces the old one",
     )
     taking_over.add_argument(
         "--replace",
         action="store_true",
-        help="start; where a daemon serves the (first) socket already, take over from it",
+        help="as --takeover if a daemon serves the (first) socket; otherwise, start",
     )
     parser.add_argument(
         "--supervise",
         action="store_true",
-        help="have a small parent that keeps a duplicate of every descriptor and starts the daemon "
-        "again when it dies, with all it had; not needed under systemd with "
-        "FileDescriptorStoreMax=, which does the same",
+        help="run the daemon under a small parent process, which has a duplicate of each stored "
+        "descriptor and restarts the daemon with all of them after a crash; not needed under "
+        "systemd with FileDescriptorStoreMax=, which does the same",
     )
     parser.add_argument(
         "--socket-mode",
@@ -131,14 +135,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--policy",
         type=Path,
         metavar="FILE",
-        help="who else may connect, and do what; read again on SIGHUP (default: root and the "
-        "daemon's own user alone, with all rights)",
+        help="the policy file: which other users may connect, and their rights; SIGHUP reads it "
+        "again (default: only root and the daemon's own user may connect)",
     )
     parser.add_argument(
         "--dialect",
         choices=("spec", "qemu"),
         default="spec",
-        help="answer as the commands' specification has it, or as today's QEMU (default: spec)",
+        help="what the daemon follows where they differ: the published specification of QEMU's "
+        "commands, or today's QEMU (default: spec)",
     )
     parser.add_argument(
         "--add-fd",
@@ -146,14 +151,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="fd=N,set=ID[,opaque=S]",
-        help="start with the inherited descriptor N in the fd set ID; may be given more than once",
+        help="add the inherited descriptor N to fd set ID before the first client is served; "
+        "may be given more than once",
     )
     parser.add_argument(
         "--ready-fd",
         type=_inherited,
         metavar="N",
-        help="write a newline to the inherited descriptor N, and close it, once clients can "
-        "connect: what s6 expects of a service with a file notification-fd",
+        help="when clients can connect, write a newline to the inherited descriptor N and close "
+        "it; s6 waits for this if the service has a file notification-fd",
     )
     for name, (kind, told) in _LIMITS.items():
         default = getattr(_DEFAULTS, name)
@@ -169,27 +175,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         type=Path,
         metavar="PATH",
-        help="write counters to this file as OpenMetrics text, every 10 s; what is there and no "
-        "ordinary file stays as it is (default: do not)",
+        help="write metrics to PATH every 10 s, as OpenMetrics text; PATH must be new or a "
+        "regular file (default: no metrics)",
     )
     parser.add_argument(
         "--audit",
         type=Path,
         metavar="PATH|-",
-        help="append a line of JSON to this file, or write it to standard output, for each "
-        "descriptor that is added, removed or handed out, and for each refusal (default: do not)",
+        help="append a JSON line to PATH (-: standard output) for each descriptor that is "
+        "added, removed or sent to a client, and for each refusal (default: no audit trail)",
     )
     parser.add_argument(
         "--log-format",
         choices=("text", "json"),
         default="text",
-        help="how to say it on standard error (default: text)",
+        help="format of the log on standard error (default: text)",
     )
     parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",
-        help="how much to say there; debug names every command (default: info)",
+        help="log level; debug logs every command (default: info)",
     )
 
 

@@ -1,4 +1,4 @@
-"""``qmpfd status``: what to type first when something is wrong."""
+"""``qmpfd status``: whether the daemon runs, its limits, and who is connected."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def add_parsers(verbs: Subparsers) -> None:
     """Add ``status`` to the command line."""
     parser = verbs.add_parser(
         "status",
-        help="show whether the daemon is up, how full, and who is connected",
-        description="Show whether the daemon is up, since when, how full it is, which limits it "
-        "has, and who is connected.",
+        help="show whether the daemon runs, its limits, and who is connected",
+        description="Show whether the daemon runs and since when, its limits and what is used "
+        "of them, and who is connected.",
     )
     add_client_options(parser)
     parser.add_argument(
@@ -35,7 +35,7 @@ def add_parsers(verbs: Subparsers) -> None:
         type=seconds,
         default=0.0,
         metavar="S",
-        help="where no daemon serves yet, wait for one for up to S seconds",
+        help="if no daemon runs yet, wait for one for at most S seconds",
     )
     add_examples(
         parser,
@@ -80,8 +80,8 @@ def server_name(version: Any) -> str:
     return f"QEMU {printable(number)} {package}".rstrip()
 
 
-_SAFE = "yes: what is stored survives a crash of the daemon"
-_UNSAFE = "no: a crash of the daemon loses what is stored (see qmpfd serve --supervise)"
+_SAFE = "yes: stored descriptors survive a crash of the daemon"
+_UNSAFE = "no: a crash of the daemon loses the stored descriptors (see serve --supervise)"
 
 
 def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
@@ -107,12 +107,25 @@ def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
         ("open files", f"at most {limits['max-open-files']}"),
         ("requests", f"at most {limits['max-request-bytes']} bytes each"),
         ("timeouts", ", ".join(filter(None, timeouts))),
-        ("served", f"{stats['connections-accepted']} connections, {commands} commands"),
-        ("refused", f"{stats['connections-refused']} connections, {errors} commands"),
+        ("served", _counted(stats["connections-accepted"], commands)),
+        ("refused", _counted(stats["connections-refused"], errors)),
     ]
     if stats.get("closes-pending"):
-        pairs.append(("hanging", f"{stats['closes-pending']} descriptors that do not close"))
+        pairs.append(
+            (
+                "closing",
+                f"{stats['closes-pending']} of the removed descriptors: close(2) takes long",
+            )
+        )
     return pairs
+
+
+def _counted(connections: int, commands: int) -> str:
+    return f"{_plural(connections, 'connection')}, {_plural(commands, 'command')}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _gauge(used: int, limits: dict[str, Any], name: str) -> str:

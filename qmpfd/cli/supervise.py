@@ -129,8 +129,8 @@ def connect(parent: Notifier | None, size: int) -> FdStoreConfig | None:
     if parent is not None:
         if size <= KEEPER_SPARE:
             raise UsageError(
-                f"--supervise: this process may have {open_files_limit()} open files only "
-                "(ulimit -n): 128 are needed at least"
+                f"--supervise needs a limit of 128 open files at least, not {open_files_limit()} "
+                "(ulimit -n)"
             )
         return FdStoreConfig(parent, size, None)
     if not has_store(size):
@@ -138,13 +138,19 @@ def connect(parent: Notifier | None, size: int) -> FdStoreConfig | None:
     try:
         descriptions = Descriptions()
     except OSError as exc:
-        _log.warning("nothing is kept by the service manager: kcmp: %s", exc.strerror)
+        _log.warning("the fd store of the service manager is not used: kcmp(2): %s", exc.strerror)
         return None
     if size <= KEEPER_SPARE:
-        _log.warning("nothing is kept by the service manager: %d descriptors are too few", size)
+        _log.warning(
+            "the fd store of the service manager is not used: "
+            "FileDescriptorStoreMax=%d is too small",
+            size,
+        )
         return None
     notifier = Notifier.connect()
     if notifier is None:
-        _log.warning("nothing is kept by the service manager: it cannot be reached")
+        _log.warning(
+            "the fd store of the service manager is not used: $NOTIFY_SOCKET cannot be reached"
+        )
         return None
     return FdStoreConfig(notifier, size, descriptions)

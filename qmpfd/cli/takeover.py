@@ -1,4 +1,4 @@
-"""``serve --takeover``: what a person sees of it."""
+"""``serve --takeover``: its conditions, errors and progress."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prepare(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> rece
     state, service = takeover.state, invocation_id()
     why = ""
     if service is not None and not has_parent and state.store == service:
-        why = "is of this very service, and so is what is kept of it: restart the service instead"
+        why = "and its fd store belong to this service: restart the service instead"
     elif state.service not in (None, service) and any(ls.path is None for ls in state.listeners):
         # The service manager would start another one in its place, with the same socket.
         why = "has its socket from a service manager: restart the service instead"

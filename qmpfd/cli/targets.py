@@ -96,12 +96,12 @@ def target(word: str) -> Target:
         if match[2].isdecimal():
             rest, at = match[1], number("descriptor", most=(1 << 31) - 1)(match[2])
         elif not rest.startswith("@"):
-            raise argparse.ArgumentTypeError(f"{word!r}: behind = comes a descriptor's number")
+            raise argparse.ArgumentTypeError(f"{word!r}: = needs a descriptor's number")
     if match := re.fullmatch(_MODE, rest):
         rest, access = match[1], _ACCESS.get(match[2], match[2])
     if rest.startswith("@"):
         if rest == "@":
-            raise argparse.ArgumentTypeError(f"{word!r}: behind @ comes a name")
+            raise argparse.ArgumentTypeError(f"{word!r}: @ needs a name")
         return Target(word, None, text(rest[1:]), None, access, at)
     which, colon, _ = rest.partition(":")
     if colon:
@@ -120,7 +120,7 @@ def stored_target(word: str) -> Target:
     """As :func:`target`, for verbs that hand nothing out: without ``:ACCESS`` and ``=AT``."""
     found = target(word)
     if found.at is not None or found.access is not None:
-        raise argparse.ArgumentTypeError(f"{word!r}: this takes SET, SET/FD or @NAME")
+        raise argparse.ArgumentTypeError(f"{word!r}: the target must be SET, SET/FD or @NAME")
     return found
 
 
@@ -131,7 +131,7 @@ def add_targets(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=stored_target,
         metavar="TARGET",
-        help="SET, SET/FD, @NAME or @PATTERN with the shell's wildcards",
+        help="SET, SET/FD, @NAME or @PATTERN (shell wildcards)",
     )
 
 

@@ -1,4 +1,4 @@
-"""``qmpfd watch``: events as they come."""
+"""``qmpfd watch``: prints events when they arrive."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def add_parsers(verbs: Subparsers) -> None:
     """Add ``watch`` to the command line."""
     parser = verbs.add_parser(
         "watch",
-        help="show descriptors as they come and go",
-        description="Show what is added and removed, as it happens, until interrupted. Where the "
-        "connection is lost, connect again for --timeout seconds. With --json, each event is one "
-        "line.",
+        help="show each descriptor that is added or removed",
+        description="Show each descriptor that is added or removed, when it happens, until "
+        "interrupted. If the connection is lost, try for --timeout seconds to connect again. "
+        "With --json, each event is one line.",
     )
     add_client_options(parser)
     add_examples(
         parser,
         "qmpfd watch",
         "qmpfd watch --json | jq --unbuffered .data",
-        status="  1 the daemon refused, 2 usage, 3 no daemon, or it has ended and does not come\n"
-        "  back, 130 interrupted",
+        status="  1 the daemon refused, 2 usage, 3 no daemon, or no new connection in time,\n"
+        "  130 interrupted",
     )
     parser.set_defaults(run=_watch)
 
@@ -46,7 +46,7 @@ def _watch(arguments: argparse.Namespace) -> int:
             except NoDaemon as exc:
                 print_error(f"qmpfd: {printable(str(exc))}: connecting again")
         client = client_within(arguments, arguments.timeout)
-        print_error("qmpfd: connected again; events meanwhile are lost")
+        print_error("qmpfd: connected again; events of the meantime are lost")
 
 
 def _show(event: QMPEvent, as_json: bool) -> None:

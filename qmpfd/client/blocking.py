@@ -36,15 +36,15 @@ def _blocking(
 class BlockingClient(BlockingConnection):
     """A connection to a QMP server whose calls block; made by :func:`connect_blocking`.
 
-    The calls may come from several threads: one is carried out at a time.
+    Calls may come from several threads; one is executed at a time.
 
     Args:
         path: the server's Unix socket; ``@NAME`` is one in the abstract namespace (unix(7)).
         timeout: seconds that connecting, and then each call, may take; None for no limit.
 
     Raises:
-        NoDaemon: nobody answers there, or not QMP.
-        QMPError: the server turns us away.
+        NoDaemon: no QMP server answers at *path* in time.
+        QMPError: the server refuses the connection.
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float | None = 10.0) -> None:
@@ -90,7 +90,7 @@ def connect_blocking(
         timeout: seconds that connecting, and then each call, may take; None for no limit.
 
     Raises:
-        NoDaemon: nobody answers there in time, or not QMP.
-        QMPError: the server turns us away.
+        NoDaemon: no QMP server answers at *path* in time.
+        QMPError: the server refuses the connection.
     """
     return BlockingClient(path, timeout)

@@ -26,18 +26,18 @@ _RETRY = 0.01
 
 def _no_connection(path: str, error: OSError) -> str:
     """Why there is no connection, and what to do about it."""
-    start = f"name another, or start one: qmpfd serve --socket {path}"
+    start = f"start one: qmpfd serve --socket {path}; or name another socket"
     if isinstance(error, FileNotFoundError):
         return f"no daemon at {path}: {error.strerror} ({start})"
     if isinstance(error, ConnectionRefusedError):
         # Of any other file, too (unix(7)).
         if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
-            return f"no daemon at {path}: that is no socket (name another)"
-        return f"no daemon at {path}: the one that made it has ended ({start})"
+            return f"no daemon at {path}: not a socket (name another path)"
+        return f"no daemon at {path}: the daemon of this socket has ended ({start})"
     if isinstance(error, PermissionError):
-        advice = "its owner can let you in: qmpfd serve --socket-mode, --policy"
+        advice = "its owner can let you in, with qmpfd serve --socket-mode and --policy"
     else:
-        advice = "name another"
+        advice = "name another socket"
     return f"cannot connect to {path}: {error.strerror or error} ({advice})"
 
 
@@ -86,7 +86,7 @@ class BlockingConnection:
 
     @property
     def greeting(self) -> Mapping[str, Any]:
-        """What the server said of itself: its ``version`` and ``capabilities``."""
+        """The server's greeting: its ``version`` and ``capabilities``."""
         return self._connection.greeting or {}
 
     def request(
@@ -124,10 +124,10 @@ class BlockingConnection:
     def events(self) -> Iterator[QMPEvent]:
         """The server's events, as they come, without a time limit.
 
-        At most 4096 wait here to be asked for; the oldest are dropped then.
+        At most 4096 unread events are kept; beyond that, the oldest is dropped.
 
         Raises:
-            QMPError: the server turns us away.
+            QMPError: the server refuses the connection.
             NoDaemon: the connection is lost.
             ClientClosed: this client is closed.
         """
@@ -145,7 +145,7 @@ class BlockingConnection:
         """The events that have come so far, without waiting for any.
 
         Raises:
-            QMPError: the server turns us away.
+            QMPError: the server refuses the connection.
             NoDaemon: the connection is lost.
         """
         with self._calling:
@@ -244,9 +244,9 @@ class BlockingConnection:
             raise self._silent()
 
     def _silent(self) -> NoDaemon:
-        why = "stopped, or busy"
+        why = "it is stopped or busy"
         if self._connection.state is State.CONNECTED:  # no greeting
-            why += ", or no QMP server, or a QEMU with another client"
+            why += ", or not a QMP server, or a QEMU that serves another client"
         return NoAnswer(f"the daemon at {self._path} does not answer ({why})")
 
     def detach(self) -> socket.socket:

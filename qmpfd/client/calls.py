@@ -32,14 +32,14 @@ ResultT = TypeVar("ResultT")
 
 
 class Selector(TypedDict, total=False):
-    """Which stored descriptors a call is about; what is given has to hold together.
+    """Conditions that select stored descriptors; all that are given must be met.
 
     Args:
-        opaque: its opaque text, the whole of it.
-        name: the same, by the word that the command line has for it.
-        opaque_prefix: how its opaque text begins.
-        added_by_pid: the process that added it.
-        added_by_uid: the user who added it.
+        opaque: the opaque text is equal to this.
+        name: the same as *opaque*; the command line calls it so.
+        opaque_prefix: the opaque text begins with this.
+        added_by_pid: the process with this number added the descriptor.
+        added_by_uid: the user with this uid added the descriptor.
     """
 
     opaque: str
@@ -89,7 +89,7 @@ def members(**arguments: Any) -> dict[str, Any]:
     """
     if (name := arguments.pop("name", None)) is not None:
         if arguments.get("opaque") is not None:
-            raise TypeError("name and opaque are the same: give one of them")
+            raise TypeError("name and opaque mean the same: give one of them")
         arguments["opaque"] = name
     return {k.replace("_", "-"): v for k, v in arguments.items() if v is not None}
 
@@ -108,7 +108,7 @@ def typed(kind: type[ResultT]) -> Callable[[Any, list[Fd]], ResultT]:
             return msgspec.convert(value, kind)
         except (msgspec.MsgspecError, UnicodeError, OverflowError) as exc:
             raise ProtocolError(
-                f"the server's reply is not what the command returns: {exc}"
+                f"the server's reply has another type than the command returns: {exc}"
             ) from exc
 
     return convert
@@ -128,7 +128,7 @@ def one_fd(_: Any, fds: list[Fd]) -> Fd:
     """
     if len(fds) != 1:
         close_all(fds)
-        raise ProtocolError("the server has answered without a descriptor")
+        raise ProtocolError("the server sent no descriptor with its reply")
     return fds[0]
 
 
@@ -141,7 +141,7 @@ def execute(
     arguments: Mapping[str, Any] | None = None,
     fds: Sequence[FileDescriptorLike] = (),
 ) -> Call[Any]:
-    """Carry out any QMP command.
+    """Execute any QMP command.
 
     Args:
         command: its name.
@@ -152,9 +152,9 @@ def execute(
         The ``return`` member of the reply.
 
     Raises:
-        QMPError: the server refused it; the exception is named after the error's class.
-        ReplyLost: the connection was lost before the reply, and is made anew: the command may have
-            been carried out, or not.
+        QMPError: the server's error reply; the exception is named after the error's class.
+        ReplyLost: the connection was lost before the reply; the server may have executed the
+            command or not.  The next call makes a new connection.
         NoDaemon: the server does not answer in time, or the connection is lost; from a Trio client
             it is a trio.BrokenResourceError too.
         ClientClosed: this client is closed; from a Trio client it is a trio.ClosedResourceError
@@ -176,14 +176,14 @@ def add_fd(
 
     Args:
         fd: an int or anything with ``fileno()``; it stays the caller's.
-        fdset_id: the set; a new one if None.
-        opaque: a free-form text to find the descriptor by.
+        fdset_id: the fd set; a new one if None.
+        opaque: the opaque text, a name to find the descriptor by.
 
     Returns:
-        The set's id, and the descriptor's number in the server.
+        The fd set's id, and the descriptor's number in the server.
 
     Raises:
-        InvalidParameterValue: the server wants an existing set.
+        InvalidParameterValue: the fd set does not exist (dialect ``spec``).
         Exception: what :meth:`execute` raises.
     """
     from ..commands import AddfdInfo
@@ -196,18 +196,18 @@ def remove_fd(self: object, fdset_id: int, fd: int | None = None) -> Call[None]:
     """Remove a descriptor from an fd set (``remove-fd``).
 
     Args:
-        fdset_id: the set.
+        fdset_id: the fd set.
         fd: the descriptor's number in the server; all of the set if None.
 
     Raises:
-        FdNotFound: there is no such set, or no such descriptor in it.
+        FdNotFound: no such fd set, or no such descriptor in it.
         Exception: what :meth:`execute` raises.
     """
     return Call("remove-fd", members(fdset_id=fdset_id, fd=fd), lambda _, fds: close_all(fds))
 
 
 def query_fdsets(self: object) -> Call[list[FdsetInfo]]:
-    """The fd sets, by descending id (``query-fdsets``)."""
+    """List the fd sets, by descending id (``query-fdsets``)."""
     from ..commands import FdsetInfo
 
     return Call("query-fdsets", {}, typed(list[FdsetInfo]))
@@ -229,18 +229,18 @@ def open_fdset(
 
     Use it as ``with await client.open_fdset(...) as fd`` (with a blocking client without
     ``await``) and, for a call that wants a number, ``fd.fileno()``: it is closed at the end of the
-    block, unless it was given on with ``fd.detach()``.
+    block, unless ``fd.detach()`` has given it to another owner.
 
     Args:
         fdset_id: the fd set.
         access: the access mode that it must have; any if None.
         fd: its number in the server; the newest that matches if None.
-        remove: take it out of the store in the same step.
-        selector: what else it is chosen by: *opaque* (or *name*), *opaque_prefix*,
+        remove: remove it from its fd set in the same step.
+        selector: further conditions: *opaque* (or *name*), *opaque_prefix*,
             *added_by_pid*, *added_by_uid*.
 
     Raises:
-        FdNotFound: there is no such descriptor.
+        FdNotFound: no stored descriptor is selected, or none of this access mode.
         Exception: what :meth:`execute` raises.
     """
     arguments = members(fdset_id=fdset_id, access=access, fd=fd, remove=remove or None, **selector)
@@ -262,21 +262,22 @@ def add_fds(
 
     Args:
         fds: ints or anything with ``fileno()``; they stay the caller's.
-        fdset_id: the set; a new one if None.
-        opaque: a free-form text to find the descriptors by.
+        fdset_id: the fd set; a new one if None.
+        opaque: the opaque text, a name to find the descriptors by.
         lifetime: ``"connection"``: they are removed when this connection ends.
         expires: seconds after which they are removed.
-        watch_hangup: remove each when the other end of the socket or pipe is gone.
-        if_exists: what to do where there are descriptors of the same opaque text already (in
-            the fd set that is named, or anywhere): add these beside them, refuse, or take the
-            older ones out in the same step.
+        watch_hangup: remove each when the other end of the socket or pipe is closed.
+        if_exists: what to do if descriptors with this opaque text are stored already (in the fd set
+            *fdset_id*, or in any if that is None): add these beside them, refuse, or remove the
+            older ones in the same step.
 
     Returns:
-        The set's id, and what was added, in the order of *fds*.
+        The fd set's id, and what was added, in the order of *fds*.
 
     Raises:
-        InvalidParameterValue: the server wants an existing set, or sockets and pipes.
-        FdExists: there are such descriptors already, and *if_exists* is ``"fail"``.
+        InvalidParameterValue: the fd set does not exist, or *watch_hangup* is set for a
+            descriptor that is neither a socket nor a pipe.
+        FdExists: *if_exists* is ``"fail"``, and such descriptors are stored already.
         Exception: what :meth:`execute` raises.
     """
     from ..commands import FdsetInfo
@@ -295,12 +296,12 @@ def add_fds(
 def query_fds(
     self: object, fdset_id: int | None = None, fd: int | None = None, **selector: Unpack[Selector]
 ) -> Call[list[FdInfo]]:
-    """What is stored, in detail (``query-fds``).
+    """Describe the stored descriptors (``query-fds``).
 
     Args:
         fdset_id: only this fd set.
         fd: only the descriptor with this number in the server.
-        selector: what else they are chosen by: *opaque* (or *name*), *opaque_prefix*,
+        selector: further conditions: *opaque* (or *name*), *opaque_prefix*,
             *added_by_pid*, *added_by_uid*.
 
     Raises:
@@ -320,13 +321,13 @@ def remove_fds(
     Args:
         fdset_id: only of this fd set.
         fd: only the descriptor with this number in the server.
-        selector: what else they are chosen by, as for :meth:`query_fds`.
+        selector: further conditions, as for :meth:`query_fds`.
 
     Returns:
         What was removed, by fd set.
 
     Raises:
-        FdNotFound: there are none.
+        FdNotFound: no stored descriptor is selected.
         Exception: what :meth:`execute` raises.
     """
     from ..commands import FdsetInfo

@@ -58,7 +58,7 @@ class Client:
     """A connection to a QMP server; made by :func:`connect`.
 
     Calls may be made from many tasks at once.  A call that is cancelled breaks no other: if its
-    request was sent already, the server carries it out, and the reply is thrown away.
+    request was sent already, the server executes it, and the reply is dropped.
 
     Args:
         link: the connection; owned from here on.
@@ -70,11 +70,11 @@ class Client:
 
     @property
     def greeting(self) -> Mapping[str, Any]:
-        """What the server said of itself: its ``version`` and ``capabilities``."""
+        """The server's greeting: its ``version`` and ``capabilities``."""
         return self._link.greeting
 
     def close(self) -> None:
-        """Close the connection; calls that wait raise ClientClosed."""
+        """Close the connection; calls that wait for a reply raise ClientClosed."""
         self._link.close()
 
     execute = _awaited(calls.execute)
@@ -88,11 +88,11 @@ class Client:
 
     @asynccontextmanager
     async def watch_fdsets(self) -> AsyncGenerator[AsyncIterator[QMPEvent], None]:
-        """Be told what is added and removed, while the block runs (``watch-fdsets``).
+        """Receive an event for each descriptor added or removed in the block (``watch-fdsets``).
 
         Use it as ``async with client.watch_fdsets() as events`` and ``async for event in events``;
-        the events are those from the beginning of the block on.  Of several blocks at a time,
-        each event goes to one.
+        the events are those since the beginning of the block.  If several blocks run at a
+        time, each event goes to one of them.
 
         Raises:
             Exception: what :meth:`execute` raises.
@@ -110,13 +110,13 @@ class Client:
                     await self._link.cease("watch-fdsets", {"enable": False})
 
     def events(self) -> AsyncIterator[QMPEvent]:
-        """The server's events, as they come; a QEMU sends some unasked.
+        """The server's events, as they arrive; a QEMU sends some without a request.
 
-        At most 4096 wait here to be asked for; the oldest are dropped then.
+        At most 4096 unread events are kept; beyond that, the oldest is dropped.
 
         Raises:
-            NoDaemon: the connection is lost; it is a trio.BrokenResourceError too.
-            ClientClosed: this client is closed; it is a trio.ClosedResourceError too.
+            NoDaemon: the connection is lost; also a trio.BrokenResourceError.
+            ClientClosed: this client is closed; also a trio.ClosedResourceError.
         """
         return _Events(self._link.next_event)
 
@@ -138,11 +138,11 @@ async def connect(
 
     Args:
         path: the server's Unix socket; ``@NAME`` is one in the abstract namespace (unix(7)).
-        reconnect: seconds that a call may wait for a new connection; None if there shall be none.
+        reconnect: seconds that a call may wait for a new connection; None: never connect again.
 
     Raises:
-        NoDaemon: nobody can be reached at *path*, or it closed the connection at once.
-        QMPError: the server turns us away.
+        NoDaemon: no server listens at *path*, or it closed the connection at once.
+        QMPError: the server refuses the connection.
         ProtocolError: the peer does not speak QMP.
     """
     client = Client(ReconnectingConnection(path, await open_connection(path), reconnect))

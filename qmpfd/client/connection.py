@@ -72,7 +72,7 @@ class QMPConnection:
 
     @property
     def greeting(self) -> Mapping[str, Any]:
-        """What the server said of itself: its ``version`` and ``capabilities``."""
+        """The server's greeting: its ``version`` and ``capabilities``."""
         return self._connection.greeting or {}
 
     @property
@@ -322,7 +322,7 @@ class QMPConnection:
         return list(self._events)
 
     def close(self) -> None:
-        """Close the connection; calls that wait raise ClientClosed."""
+        """Close the connection; calls that wait for a reply raise ClientClosed."""
         if self._connection.state is State.CLOSED:
             return
         self._connection.close()

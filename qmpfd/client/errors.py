@@ -16,7 +16,7 @@ class NoAnswer(NoDaemon, TimeoutError):
 
 
 class ClientClosed(Exception):
-    """A call of a client that is closed already, or that was closed while the call waited."""
+    """The client was closed before the call, or while the call waited."""
 
 
 class _NoSocket(NoDaemon, FileNotFoundError):

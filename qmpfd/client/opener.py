@@ -25,18 +25,18 @@ def fdset_opener(
 
     ``open("/dev/fdset/0", "rb", opener=qmpfd.fdset_opener(path))`` reads from the newest
     descriptor of set 0 that was opened for reading only: as in QEMU, the access mode must be
-    equal.  Nothing is truncated or created, whatever the mode says, and the position is shared
-    with all who have the descriptor.  Any other name is opened as usual.  It waits for the daemon:
-    in a Trio program that cannot wait, call it in a thread.
+    equal.  The file is neither truncated nor created, whatever the mode says.  All duplicates
+    of the descriptor share one position.  Any other name is opened as usual.  The call blocks until
+    the daemon replies: a Trio program calls it in a thread.
 
     Args:
         path: the daemon's socket.
-        timeout: seconds after which a silent daemon is given up.
+        timeout: seconds to wait for the daemon.
 
     Raises:
         FileNotFoundError: there is no such fd set, or no descriptor of that access mode in it.
-        NoDaemon: nobody answers at *path*.
-        QMPError: the daemon refuses for another reason.
+        NoDaemon: no server answers at *path*.
+        QMPError: the daemon refuses the request for another reason.
     """
 
     def opener(name: str, flags: int) -> int:

@@ -34,8 +34,8 @@ _TRANSIENT = (OSError, QMPError, ProtocolError, trio.BrokenResourceError)
 
 
 class ReplyLost(ConnectionLost):
-    """The connection was lost between a request and its reply: it may have been carried out, or
-    not.  Calls made from now on go over a new connection.
+    """The connection was lost between a request and its reply: the server may have executed the
+    request or not.  The next call makes a new connection.
     """
 
 
@@ -48,8 +48,8 @@ async def open_connection(path: str | os.PathLike[str]) -> QMPConnection:
     """Connect to the server at *path*, and negotiate.
 
     Raises:
-        NoDaemon: nobody can be reached at *path*, or it closed the connection at once.
-        QMPError: the server turns us away.
+        NoDaemon: no server listens at *path*, or it closed the connection at once.
+        QMPError: the server refuses the connection.
         ProtocolError: the peer does not speak QMP.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -236,7 +236,7 @@ class ReconnectingConnection:
         return connection
 
     def close(self) -> None:
-        """Close the connection; calls that wait raise ClientClosed."""
+        """Close the connection; calls that wait for a reply raise ClientClosed."""
         self._closed = True
         for scope in self._waiting:
             scope.cancel()

@@ -46,7 +46,7 @@ class AuditLine(Struct, omit_defaults=True, gc=False):
 
 
 class Audit:
-    """Makes the lines, and gives each to *write*, which neither waits nor fails."""
+    """Makes the lines of the audit trail, and passes them to *write*, which never blocks."""
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self._write = write

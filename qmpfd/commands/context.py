@@ -60,7 +60,7 @@ class Context:
 
     @property
     def fd_count(self) -> int:
-        """How many descriptors are kept until the connection is over."""
+        """The number of stored descriptors that are closed when this connection ends."""
         return len(self.names) + self.shared.store.owned_count(self)
 
     def store_named(self, name: str) -> None:
@@ -88,7 +88,7 @@ class Context:
         return True
 
     def watch(self, enable: bool) -> None:
-        """Tell this connection of changes to the store, or do not."""
+        """Begin or stop to send events to this connection."""
         if enable and self.events is None:
             self.events = Watcher(self.shared.log_for(self.access), self.send_events)
             self.shared.watchers.add(self.events)
@@ -98,7 +98,7 @@ class Context:
             self.events = None
 
     def change_access(self, access: Access) -> None:
-        """The policy has changed: what the client may do from now on."""
+        """Replace the client's rights: the policy has changed."""
         if self.events is not None and access != self.access:
             self.shared.leave_log(self.events.log)
             self.events.move(self.shared.log_for(access))

@@ -1,4 +1,4 @@
-"""Carries out requests: from the table to an outcome, the result or the error of a command."""
+"""Executes requests: finds the command in the table, and returns its result or its error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DONE: Outcome[object] = Value(NOTHING)
 
 
 def execute(context: Context, request: Request, received: list[Fd]) -> Outcome[object]:
-    """Carry out *request*; its result or its QMPError.
+    """Execute *request*, and return its result or its QMPError.
 
     Args:
         context: the connection that it came from.

@@ -16,7 +16,7 @@ class OpenFdset(Selector):
 
     Args:
         access: the access mode that the descriptor must have; any if absent.
-        remove: take it out of the store in the same step.
+        remove: remove it from its fd set in the same step.
     """
 
     access: Literal["rdonly", "wronly", "rdwr"] | UnsetType = UNSET
@@ -27,7 +27,7 @@ class OpenedFd(AddfdInfo):
     """Which descriptor was handed out.
 
     Args:
-        opaque: the text it was added with, if any.
+        opaque: its opaque text, if any.
     """
 
     opaque: str | None = None
@@ -37,11 +37,13 @@ class AddFds(AddFd):
     """Arguments of ``add-fds``.
 
     Args:
-        lifetime: kept until removed, or until the connection that adds them ends.
-        expires: seconds after which they are removed.
-        watch_hangup: remove each when the other end of the socket or pipe is gone.
-        if_exists: where there are descriptors of the same opaque text already, in the fd set that
-            is named or anywhere: add these beside them, fail, or replace the older ones.
+        lifetime: ``daemon`` (until removed, the default) or ``connection`` (until this connection
+            ends).
+        expires: the descriptors are removed after so many seconds.
+        watch_hangup: remove each socket or pipe when its other end is closed.
+        if_exists: if descriptors with this opaque text are stored already (in the fd set of
+            ``fdset-id``, or in any if that is absent): ``add`` these beside them (the default),
+            ``fail``, or ``replace`` the older ones.
     """
 
     lifetime: Literal["daemon", "connection"] | UnsetType = UNSET
@@ -51,10 +53,10 @@ class AddFds(AddFd):
 
 
 class PeerInfo(Result):
-    """Who added a descriptor, as the kernel vouches (SO_PEERCRED).
+    """The client that added a descriptor, as the kernel reports it (SO_PEERCRED, unix(7)).
 
     Args:
-        pid: its process, at the time of its connection.
+        pid: its process when it connected.
         uid: its user.
         gid: its group.
     """
@@ -65,25 +67,25 @@ class PeerInfo(Result):
 
 
 class FdInfo(Result):
-    """All there is to know of a stored descriptor.
+    """What the daemon knows about a stored descriptor.
 
     Args:
         fdset_id: the fd set it is in.
         fd: its number in the server.
-        access: how it was opened; ``path`` for what can be neither read nor written.
-        kind: what it is: file, dir, chr, blk, pipe, socket, memfd, eventfd, epoll and others.
+        access: its access mode; ``path`` for a descriptor opened with O_PATH (open(2)).
+        kind: the kind of file: file, dir, chr, blk, pipe, socket, memfd, eventfd, epoll and others.
         target: what it refers to, as /proc/PID/fd shows it.
         flags: its file status flags (open(2)): append, direct, nonblock and others.
         age: seconds since it was added.
-        lifetime: whether it is kept until removed, or until its connection ends.
-        watch_hangup: whether it is removed when the other end is gone.
-        opaque: the text it was added with, if any.
-        size: the bytes of a regular file, or of one in memory.
+        lifetime: ``daemon`` (until removed) or ``connection`` (until its connection ends).
+        watch_hangup: whether it is removed when its other end is closed.
+        opaque: its opaque text, if any.
+        size: the size in bytes of a regular file or a memfd.
         address: the address of a socket: HOST:PORT, [V6]:PORT, unix:PATH, unix:@NAME.
         peer: the address of a socket's other end.
         listening: whether a socket accepts connections.
         expires: seconds until it is removed, if it expires.
-        added_by: who added it; absent if it was there from the start.
+        added_by: the client that added it; absent if the daemon inherited it.
     """
 
     fdset_id: Int64
@@ -126,7 +128,7 @@ class FdRemoved(AddfdInfo):
         fd: the number it had in the server.
         reason: ``removed`` or ``replaced`` by a command, ``connection`` ended, ``expired`` or
             ``hangup``.
-        opaque: the text it was added with, if any.
+        opaque: its opaque text, if any.
     """
 
     reason: str
@@ -134,10 +136,10 @@ class FdRemoved(AddfdInfo):
 
 
 class FdEventsLost(Result):
-    """Events were not sent, because too many waited for a client that did not read.
+    """Events are missing here: the client did not read them in time.
 
     Args:
-        count: how many.
+        count: the number of lost events.
     """
 
     count: Int64
@@ -147,8 +149,8 @@ class Takeover(Arguments):
     """Arguments of ``takeover``.
 
     Args:
-        format: the newest format of a daemon's state that the new daemon can read; it has to be
-            able to read all older ones as well.
+        format: the newest format of a daemon's state that the new daemon can read; the new daemon
+            must be able to read all older formats too.
     """
 
     format: Int64
@@ -158,8 +160,8 @@ class Count(Result):
     """How often something happened.
 
     Args:
-        name: what.
-        count: how often.
+        name: its name.
+        count: how often it happened.
     """
 
     name: str
@@ -167,19 +169,19 @@ class Count(Result):
 
 
 class LimitsInfo(Result):
-    """What each client is allowed; the times in seconds.
+    """The limits of the daemon; times are in seconds.
 
     Args:
-        max_connections: clients at a time.
-        max_connections_per_uid: clients of one user at a time.
-        max_fds: descriptors kept at a time.
-        max_fds_per_uid: descriptors that clients of the asking client's user may have kept at a
-            time.
-        max_request_bytes: bytes of one request.
+        max_connections: connections at a time.
+        max_connections_per_uid: connections of one user at a time.
+        max_fds: stored descriptors at a time, those of ``getfd`` included.
+        max_fds_per_uid: stored descriptors at a time of the user who asks.
+        max_request_bytes: the size of one request, in bytes.
         max_open_files: descriptors that the process may have open (RLIMIT_NOFILE).
-        write_timeout: time that a client may take to accept a reply.
-        drain_timeout: time that ending takes at most.
-        idle_timeout: time that a client may ask nothing, if that is limited.
+        write_timeout: the time after which a client that reads no reply is disconnected.
+        drain_timeout: the time within which the daemon stops when it is told to.
+        idle_timeout: the time without a request after which a client is disconnected; absent:
+            never.
     """
 
     max_connections: Int64
@@ -194,17 +196,17 @@ class LimitsInfo(Result):
 
 
 class PeerStats(Result):
-    """A process that is connected, as the kernel vouches (SO_PEERCRED).
+    """A connected process, as the kernel reports it (SO_PEERCRED, unix(7)).
 
     Args:
-        pid: its number, when it connected; 0 for one in a pid namespace that is not ours.
+        pid: its number when it connected; 0 if the daemon's pid namespace has none for it.
         uid: its user.
         gid: its group.
-        connections: how many it has.
+        connections: its connections.
         age: seconds since it connected, or since this daemon took over.
-        idle: seconds since it asked something, or connected; one less at times.
-        fds: descriptors that are kept until its connections end.
-        watching: whether it is told of changes.
+        idle: seconds since its last request, or since it connected; at times one less.
+        fds: its descriptors that are closed when its connections end.
+        watching: whether it receives events (``watch-fdsets``).
     """
 
     pid: Int64
@@ -218,26 +220,27 @@ class PeerStats(Result):
 
 
 class StatsInfo(Result):
-    """Counters and gauges of the daemon.  Those of what is stored, and of commands, are there only
-    for clients that may query everything.
+    """Counters and gauges of the daemon.  Those about stored descriptors and about commands are
+    only there for clients with the right ``query`` for everything.
 
     Args:
         pid: its process.
         uptime: seconds since the start.
-        dialect: which the daemon speaks.
-        connections: clients connected now.
-        connections_accepted: clients ever served.
-        connections_refused: clients turned away.
-        kept_safe: whether what is stored survives a crash of the daemon: somebody has a copy.
-        limits: what each client is allowed.
-        peers: the processes that are connected, at most 256, the first to connect first; without
-            the right ``admin``, only those of the asking client's user.
-        fdsets: fd sets now.
-        fds: descriptors stored now.
-        fds_kept: descriptors kept for clients now: stored, or under a name of a connection.
-        closes_pending: descriptors whose close takes its time.
-        commands: commands carried out, by name, failed ones included.
-        errors: error replies, by class.
+        dialect: the dialect that the daemon follows.
+        connections: connections open now.
+        connections_accepted: connections accepted since the start.
+        connections_refused: connections turned away since the start.
+        kept_safe: whether stored descriptors survive a crash of the daemon: the fd store has
+            duplicates of them.
+        limits: the limits of the daemon.
+        peers: the connected processes, at most 256, the first to connect first; without the right
+            ``admin``, only those of the user who asks.
+        fdsets: the number of fd sets.
+        fds: descriptors in fd sets.
+        fds_kept: descriptors in fd sets, and those of ``getfd``.
+        closes_pending: removed descriptors whose close(2) has not returned yet.
+        commands: commands executed since the start, by name; failed ones are counted too.
+        errors: error replies since the start, by class.
     """
 
     pid: Int64

@@ -54,7 +54,7 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
     if shared.in_flight_probe is not None and shared.in_flight_probe.exhausted():
         raise GenericError(
             "The file descriptor cannot be handed out: too many that processes of "
-            f"uid {os.geteuid()} have sent are not received yet"
+            f"uid {os.geteuid()} have sent wait to be received"
         )
     opaque = visible_opaque(access, stored)
     opened = OpenedFd(stored.fdset.id, stored.fd.fileno(), opaque)
@@ -147,7 +147,7 @@ def _older(context: Context, arguments: AddFds) -> list[StoredFd]:
     if arguments.if_exists is UNSET or arguments.if_exists == "add":
         return []
     if arguments.opaque is UNSET:
-        raise GenericError("Parameter 'if-exists' expects an opaque text to look for")
+        raise GenericError("Parameter 'if-exists' expects 'opaque' as well")
     selector = Selector(fdset_id=arguments.fdset_id, opaque=arguments.opaque)
     found, refused = choose(context.shared.store, selector, context.access, "remove")
     if arguments.if_exists == "fail" and (found or refused):

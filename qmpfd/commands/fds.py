@@ -74,7 +74,9 @@ def _require_add(access: Access, fdset_id: int | None, next_id: int, opaque: str
     if fdset_id is not None:
         access.require_for("add", fdset_id, opaque)
     elif not access.may("add", next_id, opaque):  # which id that is, is not the client's business
-        raise PermissionDenied("The right 'add' is needed for such a file descriptor in a new set")
+        raise PermissionDenied(
+            "The right 'add' is needed for a file descriptor of this name in a new set"
+        )
 
 
 def _require_sight(access: Access, fdset: FdSet, opaque: str | None, dialect: Dialect) -> None:

@@ -1,4 +1,4 @@
-"""How much clients may make the daemon keep: descriptors, texts, and what waits in connections."""
+"""Limits on what the daemon holds for clients: descriptors, opaque texts, passed descriptors."""
 
 from __future__ import annotations
 

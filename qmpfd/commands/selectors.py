@@ -1,4 +1,4 @@
-"""Which stored descriptors a command is about: one type for all commands that choose."""
+"""Selectors of stored descriptors: one type for all commands that select."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _QUOTED = 64
 
 
 class Selector(Arguments):
-    """Chooses stored descriptors; what is given has to hold together.
+    """Selects stored descriptors: those that meet all conditions that are given.
 
     Args:
         fdset_id: the fd set.
         fd: the number in the server.
         opaque: the opaque text, the whole of it.
         opaque_prefix: how the opaque text begins.
-        added_by_pid: the process that added it.
-        added_by_uid: the user who added it.
+        added_by_pid: the process with this number added the descriptor.
+        added_by_uid: the user with this uid added the descriptor.
     """
 
     fdset_id: Int64 | UnsetType = UNSET
@@ -45,7 +45,7 @@ class Selector(Arguments):
 
     @property
     def by_number(self) -> bool:
-        """Whether it only says which, and searches for nothing."""
+        """Whether it names descriptors by number only, so that nothing is searched."""
         return (
             self.opaque is UNSET
             and self.opaque_prefix is UNSET
@@ -60,7 +60,7 @@ class Selector(Arguments):
             GenericError: it is one.
         """
         if self.fdset_id is UNSET and not self.given():
-            raise GenericError("Parameter 'fdset-id' is missing, or another of the selector")
+            raise GenericError("Parameter 'fdset-id' is missing, or another member of the selector")
 
     def matches(self, stored: StoredFd) -> bool:
         """Whether it chooses *stored*."""

@@ -61,7 +61,7 @@ class FdStoreMirror(Protocol):
 
 
 class Client(NamedTuple):
-    """One that is connected.
+    """A connected client.
 
     Args:
         peer: who it is.
@@ -134,7 +134,8 @@ class SharedState:
         for fd in fds:
             if peer_address(fd) in self.addresses:
                 raise GenericError(
-                    "A connection to this daemon cannot be kept until a connection ends"
+                    "The client's end of a connection to this daemon cannot have lifetime "
+                    "'connection'"
                 )
 
     # -- changes of the store --------------------------------------------------------------------

@@ -16,7 +16,7 @@ ContextT = TypeVar("ContextT")
 
 @dataclass(frozen=True, slots=True)
 class Command(Generic[ContextT]):
-    """A command, carried out in a context: a connection, for the daemon's.
+    """A command; a context (for the daemon's commands, a connection) executes it.
 
     Args:
         name: what clients call it.

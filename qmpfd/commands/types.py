@@ -36,7 +36,7 @@ class AddFd(Arguments):
 
     Args:
         fdset_id: the fd set to add to; a new one if absent.
-        opaque: a free-form text to find the descriptor by.
+        opaque: the opaque text, a name to find the descriptor by.
     """
 
     fdset_id: Int64 | UnsetType = UNSET
@@ -48,7 +48,7 @@ class RemoveFd(Arguments):
 
     Args:
         fdset_id: the fd set.
-        fd: the descriptor; all of the set if absent.
+        fd: the descriptor's number in the server; all of the set if absent.
     """
 
     fdset_id: Int64
@@ -59,7 +59,7 @@ class FdName(Arguments, rename=None):
     """Arguments of ``getfd`` and ``closefd``.
 
     Args:
-        fdname: what the descriptor is called.
+        fdname: the descriptor's name on this connection.
     """
 
     fdname: str
@@ -82,7 +82,7 @@ class FdsetFdInfo(Result):
 
     Args:
         fd: its number in the server.
-        opaque: the text it was added with, if any.
+        opaque: its opaque text, if any.
     """
 
     fd: Int64
@@ -102,7 +102,7 @@ class FdsetInfo(Result):
 
 
 class VersionTriple(Result):
-    """A version's three numbers."""
+    """A version number."""
 
     micro: Int64
     minor: Int64
@@ -113,8 +113,8 @@ class VersionInfo(Result):
     """The server's version; the member is called ``qemu`` in every QMP server.
 
     Args:
-        qemu: the three numbers.
-        package: the version as its packager writes it.
+        qemu: the three numbers of the version.
+        package: the program's name and version.
     """
 
     qemu: VersionTriple
@@ -122,23 +122,23 @@ class VersionInfo(Result):
 
 
 class NameInfo(Result):
-    """The guest's name: a file-descriptor holder has none."""
+    """The guest's name; this daemon has no guest."""
 
     name: str | None = None
 
 
 class CommandInfo(Result):
-    """A command there is."""
+    """A command of the server."""
 
     name: str
 
 
 class SchemaInfo(Result):
-    """A command, an event or a type; which further members there are depends on ``meta_type``.
+    """A command, an event or a type; ``meta_type`` decides which other members follow.
 
     Args:
-        name: what it is called.
-        meta_type: what it is.
+        name: its name.
+        meta_type: its kind.
     """
 
     name: str

@@ -67,7 +67,7 @@ class StoredFd:
 
 @dataclass(slots=True)
 class Progress:
-    """How far an iteration over the descriptors of a set has come.
+    """The position of an iteration over the descriptors of a set.
 
     Args:
         at: when the newest descriptor that it has visited was added.
@@ -107,7 +107,7 @@ class FdSet:
 
     @property
     def newest_at(self) -> float:
-        """When its newest descriptor was added; minus infinity where it has none."""
+        """When its newest descriptor was added; minus infinity if it has none."""
         if self._several is not None:
             return next(reversed(self._several.values())).added_at
         return -inf if self._single is None else self._single.added_at

@@ -22,11 +22,11 @@ class Expiries:
         self._waste = 0
 
     def __len__(self) -> int:
-        """How many descriptors are kept for a time."""
+        """The number of descriptors that expire."""
         return len(self._heap) - self._waste
 
     def add(self, time: float, stored: StoredFd) -> None:
-        """Keep *stored* until *time*."""
+        """Have *stored* expire at *time*."""
         heappush(self._heap, (time, next(self._ties), stored))
 
     def discard(self) -> None:
@@ -38,7 +38,7 @@ class Expiries:
             self._waste = 0
 
     def next(self) -> float | None:
-        """When the next descriptor's time is over; None if there is none."""
+        """When the next descriptor expires; None if none does."""
         heap = self._heap
         while heap and heap[0][2].removed:
             heappop(heap)

@@ -88,7 +88,7 @@ class FdSets:
         Args:
             fds: the descriptors.
             fdset_id: the set to join; None for a new set under the lowest free id.
-            opaque: a free-form text to find the descriptors by.
+            opaque: the opaque text, a name to find the descriptors by.
             added_by: whose they are.
             now: the time, by the daemon's clock.
             create: create the set of that id where there is none, as QEMU has done since 1.3;
@@ -156,7 +156,7 @@ class FdSets:
                 self.expiries.discard()
 
     def owned_count(self, owner: Hashable) -> int:
-        """How many descriptors are kept until the end of *owner*."""
+        """The number of descriptors that are removed when *owner* ends."""
         return len(self._owned.get(owner, ()))
 
     def owned(self, owner: Hashable, limit: int | None = None) -> list[StoredFd]:
@@ -170,7 +170,7 @@ class FdSets:
         return list(islice(self.expiries.until(now), limit))
 
     def drop_all(self) -> list[Fd]:
-        """All descriptors, in no time: the caller owns them.  Nothing is to be stored any more."""
+        """Give up all descriptors, in O(1): the caller owns them.  The store is not used again."""
         fds = [stored.fd for fdset in self._sets.values() for stored in fdset.fds.values()]
         self._sets.clear()
         self._owned.clear()

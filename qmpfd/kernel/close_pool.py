@@ -1,4 +1,4 @@
-"""Closing descriptors without waiting for anybody.
+"""Closes descriptors without blocking the event loop.
 
 ``close`` can block: on a TCP socket with SO_LINGER and unsent data for all of the linger time, on
 a file of a FUSE or network file system for as long as its server does not answer, on a serial
@@ -175,7 +175,7 @@ class ClosePool:
 
     @property
     def pending(self) -> int:
-        """How many closes are under way, or wait for a thread."""
+        """The number of closes that run, or wait for a thread."""
         return sum(list(self.pending_by_uid.values()))
 
     def when_idle(self, callback: Callable[[], object]) -> None:

@@ -65,11 +65,11 @@ class Fd:
 
     @property
     def closed(self) -> bool:
-        """Whether this object owns nothing any more."""
+        """Whether the descriptor is closed or detached."""
         return self.number < 0
 
     def detach(self) -> int:
-        """Give the descriptor up: the caller owns the number that is returned."""
+        """Stop owning the descriptor: the caller owns the number that is returned."""
         number = self.fileno()
         self.number = -1
         return number
@@ -79,7 +79,7 @@ class Fd:
         return Fd(os.dup(self.fileno()))
 
     def move_to(self, number: int) -> None:
-        """Give it another number, and close whatever has that (dup2(2)).
+        """Give the descriptor another number, and close what has that number (dup2(2)).
 
         Raises:
             OSError: the number is beyond RLIMIT_NOFILE.
@@ -89,12 +89,12 @@ class Fd:
         self.number = moved
 
     def adopt(self, other: Fd) -> None:
-        """Own what *other* owns, in place of what is closed here."""
+        """Own the descriptor of *other* instead of this one, which is closed."""
         assert self.number < 0
         self.number = other.detach()
 
     def close(self) -> None:
-        """Close the descriptor; harmless when that was done before."""
+        """Close the descriptor; a second call does nothing."""
         number, self.number = self.number, -1
         if number >= 0:
             try:

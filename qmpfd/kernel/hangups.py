@@ -1,4 +1,4 @@
-"""Sockets and pipes whose other end is watched.
+"""Reports stored sockets and pipes whose other end was closed.
 
 An epoll of our own, because Trio's waits for data as well, which may lie there unread for as long
 as its owner likes.  A hang-up does not count while data can still be read: whoever takes the
@@ -100,7 +100,7 @@ class Hangups(Generic[EntryT]):
         return over
 
     def close(self) -> None:
-        """Watch nothing any more."""
+        """Stop watching everything."""
         self._epoll.close()
 
 

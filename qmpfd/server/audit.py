@@ -78,7 +78,7 @@ class AuditWriter:
         """Queue *line* for the thread."""
         with self._changed:
             if self._size + len(line) > MAX_AUDIT_BYTES:
-                self._lose(1, "it is not written fast enough")
+                self._lose(1, "its reader is too slow")
                 return
             self._lines.append(line)
             self._size += len(line)

@@ -28,16 +28,19 @@ def render(daemon: SharedState) -> str:
 def _lines(daemon: SharedState) -> Iterator[str]:
     stats, limits = daemon.stats, daemon.limits
     gauges = {
-        "connections": ("Clients connected.", stats.connections),
-        "fdsets": ("fd sets.", len(daemon.store)),
-        "fds": ("Descriptors stored.", daemon.store.fd_count),
+        "connections": ("Connections open now.", stats.connections),
+        "fdsets": ("Number of fd sets.", len(daemon.store)),
+        "fds": ("Descriptors stored in fd sets.", daemon.store.fd_count),
         "fds_kept": (
-            "Descriptors kept for clients, those of getfd included.",
+            "Descriptors stored in fd sets or by getfd.",
             daemon.quotas.fds_total,
         ),
-        "closes_pending": ("Descriptors whose close takes its time.", daemon.closer.pending),
-        "connections_limit": ("Clients allowed at a time.", limits.max_connections),
-        "fds_limit": ("Descriptors allowed to be kept.", limits.max_fds),
+        "closes_pending": (
+            "Descriptors whose close(2) has not returned yet.",
+            daemon.closer.pending,
+        ),
+        "connections_limit": ("Limit of connections at a time.", limits.max_connections),
+        "fds_limit": ("Limit of stored descriptors.", limits.max_fds),
     }
     for name, (text, value) in gauges.items():
         yield f"# TYPE qmpfd_{name} gauge"
@@ -47,10 +50,16 @@ def _lines(daemon: SharedState) -> Iterator[str]:
     yield "# UNIT qmpfd_uptime_seconds seconds"
     yield "# HELP qmpfd_uptime_seconds Time since the start."
     yield f"qmpfd_uptime_seconds {daemon.clock() - stats.started_at:.3f}"
-    yield from _counter("accepted", "Clients ever served.", {"": stats.accepted})
-    yield from _counter("refused", "Clients turned away.", {"": stats.turned_away})
-    yield from _counter("commands", "Commands carried out.", _labelled("command", stats.commands))
-    yield from _counter("errors", "Error replies.", _labelled("class", stats.errors))
+    yield from _counter("accepted", "Connections accepted since the start.", {"": stats.accepted})
+    yield from _counter(
+        "refused", "Connections turned away since the start.", {"": stats.turned_away}
+    )
+    yield from _counter(
+        "commands", "Commands executed since the start.", _labelled("command", stats.commands)
+    )
+    yield from _counter(
+        "errors", "Error replies sent since the start.", _labelled("class", stats.errors)
+    )
     yield "# EOF"
 
 
@@ -74,7 +83,7 @@ def _write(path: Path, text: str) -> None:
     """
     path = path.resolve()  # what is a link still is one to itself (from Python 3.13 on)
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise FileExistsError(errno.EEXIST, "this is no ordinary file", os.fspath(path))
+        raise FileExistsError(errno.EEXIST, "not a regular file", os.fspath(path))
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         new.unlink(missing_ok=True)

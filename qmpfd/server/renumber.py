@@ -51,7 +51,7 @@ def renumber(
     for fd, target in zip(fds, targets, strict=True):
         if target is not None and fd.fileno() != target:
             _log.warning(
-                "descriptor %d has number %d from now on: %d cannot be had in this process",
+                "descriptor %d now has the number %d: number %d is in use in this process",
                 target,
                 fd.fileno(),
                 target,

@@ -238,7 +238,7 @@ def _store(
             raise
         # The kernel has no more watches, or no memory: the descriptor itself is all right.
         _log.error(
-            "descriptor %d of fd set %d stays when its peer hangs up: %s",
+            "descriptor %d of fd set %d is not removed when its peer hangs up: %s",
             saved.number,
             fdset_id,
             exc,

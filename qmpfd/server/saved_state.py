@@ -39,7 +39,7 @@ class SavedFd(Struct, forbid_unknown_fields=True):
         age: seconds since.
         owner: which session's end it is kept until.
         expires_in: seconds until it expires.
-        watch_hangup: whether it is removed when the other end is gone.
+        watch_hangup: whether it is removed when its other end is closed.
     """
 
     number: int
@@ -115,7 +115,9 @@ def decode(data: bytes) -> SavedState:
     """
     number, raw = unpack(data, tuple[int, msgspec.Raw])
     if not 1 <= number <= TAKEOVER_FORMAT:
-        raise ValueError(f"its state has format {number}, this version reads {TAKEOVER_FORMAT}")
+        raise ValueError(
+            f"its state has format {number}, this version reads 1 to {TAKEOVER_FORMAT}"
+        )
     return unpack(raw, SavedState)
 
 

@@ -377,7 +377,7 @@ class DaemonServer(Server):
                 except OSError as exc:
                     _log.error("cannot listen on %s again: %s", listener, exc.strerror or exc)
                 else:
-                    _log.warning("the socket file %s was gone: it is made anew", listener)
+                    _log.warning("the socket file %s was missing: made it again", listener)
 
     def _refresh_in_flight(self) -> None:
         for session in self.sessions:

@@ -189,6 +189,6 @@ def _bind_lost(listeners: Iterable[UnixListener], holdings: Holdings) -> None:
             try:
                 listener.bind_again()
             except OSError as exc:
-                _log.error("%s cannot be made anew: %s", listener, exc.strerror or exc)
+                _log.error("cannot make %s again: %s", listener, exc.strerror or exc)
             else:
                 holdings.replaced(listener.socket.fileno())

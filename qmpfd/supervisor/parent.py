@@ -196,7 +196,7 @@ class Supervisor:
         except OSError as exc:
             self._start_at = now + self._delay()
             self._failures += 1
-            self._log.log("error", f"no worker can be started: {exc.strerror}: trying again")
+            self._log.log("error", f"cannot start a worker: {exc.strerror}: trying again")
             return
         self._worker = worker
         self._poll.register(worker.sock, worker.polled_for)
@@ -283,9 +283,7 @@ class Supervisor:
         if not self._store.has_journal:
             self._store.clear()
             if worker.had_journal:  # a successor has it all, or nothing is to be left
-                self._log.log(
-                    "info", f"the worker {how}, after it had let go of everything: ending"
-                )
+                self._log.log("info", f"the worker {how}, after another daemon took over: ending")
                 return self._end(0)
         self._start_again(worker, how)
         return self._happen(Event.DIED)
@@ -312,8 +310,8 @@ class Supervisor:
         pid = os.getpid()
         self._log.log(
             "error",
-            f"{message}. {len(self._store.fds)} descriptors are kept by pid {pid}: once the cause "
-            f"is gone, kill -HUP {pid} tries at once; kill {pid} closes them",
+            f"{message}. pid {pid} keeps {len(self._store.fds)} descriptors: once the cause is "
+            f"gone, kill -HUP {pid} tries at once; kill {pid} closes them",
         )
 
     # -- signals -------------------------------------------------------------------------------
@@ -394,7 +392,9 @@ class Supervisor:
                 self._store.add(name, fds.pop(0))
                 worker.had_journal |= self._store.is_journal(name)
             elif truncated:
-                self._log.log("error", "out of descriptors: one could not be kept")
+                self._log.log(
+                    "error", "out of file descriptors: a stored descriptor was not kept safe"
+                )
                 worker.send(b"LOST=" + name)
         if message.spare.isdigit() and len(fds) == 1:
             self._end_spare()

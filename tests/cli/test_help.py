@@ -90,14 +90,14 @@ def test_without_a_verb(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "words, advice",
     [
-        (["rm", "7"], "qmpfd ls shows"),
+        (["rm", "7"], "qmpfd ls lists"),
         (["add", "--fdset", "7", "/dev/null"], "without --fdset"),
         (["shell", "-c", "rm"], ""),
-        (["open"], "no verb open (see qmpfd --help)"),
+        (["open"], "unknown verb open (see qmpfd --help)"),
         (["lss"], "did you mean ls?"),
-        (["add", "--mode", "w", "/"], "--mode r only"),
+        (["add", "--mode", "w", "/"], "a directory needs --mode r"),
         (["add", "--fd", "99"], "qmpfd add --fd 99 99< FILE"),
-        (["push", "0", "--to", "/etc/passwd"], "no socket (name another)"),
+        (["push", "0", "--to", "/etc/passwd"], "not a socket (name another path)"),
     ],
 )
 def test_a_refusal_says_what_to_do(words: list[str], advice: str, path: Path) -> None:
@@ -112,7 +112,7 @@ def test_two_daemons_on_one_socket(path: Path) -> None:
     with daemon_process(path):
         ran = run("serve", "--socket", str(path))
     assert ran.returncode == USAGE
-    assert "already listening (qmpfd status shows it" in ran.stderr
+    assert "already listening (qmpfd status shows the daemon" in ran.stderr
 
 
 # -- tables ------------------------------------------------------------------------------------

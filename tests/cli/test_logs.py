@@ -42,7 +42,7 @@ async def test_nothing_for_each_command_by_default(path: Path) -> None:
         process.wait()
     assert process.log == [
         f"qmpfd: listening on {path}",
-        "qmpfd: SIGTERM: ending once all is answered",
+        "qmpfd: SIGTERM: stopping after the received requests",
     ]
 
 
@@ -127,7 +127,7 @@ def test_a_file_has_times(path: Path, tmp_path: Path) -> None:
     lines = file.read_text().splitlines()[1:]
     assert [line.split(" ", 1)[1] for line in lines] == [
         f"qmpfd: listening on {path}",
-        "qmpfd: SIGTERM: ending once all is answered",
+        "qmpfd: SIGTERM: stopping after the received requests",
     ]
     assert all(TIME.fullmatch(line.split()[0]) for line in lines)
 
@@ -198,7 +198,9 @@ def test_a_full_pipe(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> No
         left_out, after = taken.read(1 << 20).splitlines()
     assert len(before) < 2000
     assert before[-1].split()[1] == b"%d" % (len(before) - 1)
-    assert left_out == b"qmpfd: %d lines were left out: nobody took them" % (2000 - len(before))
+    assert left_out == b"qmpfd: %d log lines are missing here: standard error was full" % (
+        2000 - len(before)
+    )
     assert after == b"qmpfd: after"
 
 
@@ -230,7 +232,7 @@ def test_a_long_line_for_a_reader_that_stalls(
             log.info("after")
     lines = [line[line.index(b"qmpfd") :] for line in said.decode().encode().splitlines()]
     assert lines[0] == b"qmpfd: " + long.encode()
-    assert lines[1].endswith(b"lines were left out: nobody took them")
+    assert lines[1].endswith(b"log lines are missing here: standard error was full")
     assert set(lines[2:]) == {b"qmpfd: after"}
 
 

@@ -140,7 +140,7 @@ def test_refused(cli: Cli, file: Path) -> None:
     said = cli.fails(REFUSED, "rm", "7")
     assert said == (
         "qmpfd: FdNotFound: File descriptor named 'fdset-id:7' not found "
-        "(qmpfd ls shows those there are)\n"
+        "(qmpfd ls lists the stored descriptors)\n"
     )
     assert "fdset-id:7, fd:3" in cli.fails(REFUSED, "rm", "7/3")
     assert "existing fdset-id" in cli.fails(REFUSED, "add", "--fdset", "7", file)

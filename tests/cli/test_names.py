@@ -175,7 +175,7 @@ def test_ls_targets(named: Cli) -> None:
     ran = named("ls", "@vm1:a", "@none")
     assert ran.returncode == REFUSED
     assert "vm1:a" in ran.stdout
-    assert ran.stderr == "qmpfd: @none: there is no such descriptor\n"
+    assert ran.stderr == "qmpfd: @none: no such descriptor\n"
     assert header.split() == ["FDSET", "FD", "NAME"]
 
 
@@ -338,7 +338,7 @@ def test_what_was_done_is_said_where_output_fails(cli: Cli, files: list[Path]) -
             check=False,
         )
     assert ran.returncode == REFUSED
-    assert "done all the same: fd set 0, fd " in ran.stderr
+    assert "this was done: fd set 0, fd " in ran.stderr
     assert len(names(cli)) == 1
 
 

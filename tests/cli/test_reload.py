@@ -83,6 +83,6 @@ async def test_a_reload_that_hangs(path: Path, tmp_path: Path) -> None:
         os.mkfifo(file)
         process.signal(signal.SIGHUP)
         process.signal(signal.SIGTERM)
-        process.await_line(lambda line: "ending once all is answered" in line)
+        process.await_line(lambda line: "stopping after the received requests" in line)
         assert process.wait() == 0
         assert not path.exists()

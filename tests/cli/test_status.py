@@ -165,12 +165,12 @@ def test_nobody(path: Path) -> None:
         stale.bind(os.fspath(path))
     found, _, said = status(path)
     assert found == NO_DAEMON
-    assert f"has ended (name another, or start one: qmpfd serve --socket {path})" in said
+    assert f"has ended (start one: qmpfd serve --socket {path}; or name another socket)" in said
     path.unlink()
     path.write_text("a file")
     found, _, said = status(path)
     assert found == NO_DAEMON
-    assert "that is no socket" in said
+    assert "not a socket (name another path)" in said
 
 
 @contextmanager

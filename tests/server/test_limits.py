@@ -109,9 +109,9 @@ async def test_time_to_take_a_reply(path: Path) -> None:
         await Wire.session(path) as wire,
     ):
         wire.send(request("query-qmp-schema") * 200)
-        process.await_line(lambda line: "does not take its replies" in line)
+        process.await_line(lambda line: "does not read its replies" in line)
         await wire.drain()
-    assert " uid 0 does not take its replies" in process.log[-1]
+    assert " uid 0 does not read its replies" in process.log[-1]
 
 
 async def test_idle_time(path: Path) -> None:

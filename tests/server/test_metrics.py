@@ -100,7 +100,7 @@ def test_what_is_no_file_stays(path: Path, tmp_path: Path, through_a_link: bool)
         file = tmp_path / "link"
         file.symlink_to(fifo)
     with daemon_process(path, "--metrics", os.fspath(file)) as process:
-        process.await_line(lambda line: "this is no ordinary file" in line)
+        process.await_line(lambda line: "not a regular file" in line)
     assert fifo.is_fifo()
     assert file.is_symlink() == through_a_link
 

@@ -43,7 +43,7 @@ async def test_no_watch_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
         assert list(fdset.fds) == [each.number for each in saved]
         assert [stored.lifetime.watch_hangup for stored in fdset.fds.values()] == [False] * 3
         assert all(stored.lifetime.expires_at is not None for stored in fdset.fds.values())
-        assert "stays when its peer hangs up" in caplog.text
+        assert "is not removed when its peer hangs up" in caplog.text
         server.close()
 
 

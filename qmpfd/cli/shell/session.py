@@ -64,7 +64,7 @@ class Session:
 
         Raises:
             NoDaemon: nobody answers.
-            QMPError: the server turns us away.
+            QMPError: the server refuses the connection.
         """
         if self._listener is not None and not self._listener.is_alive() and self._for_a_person:
             self._disconnect()
@@ -155,7 +155,7 @@ class Session:
             self._help(words[1:])
             return True
         typed = parse(text, self._convert)
-        if typed.command == "quit" and not self.confirm("This ends the server. Go on?"):
+        if typed.command == "quit" and not self.confirm("This stops the server. Continue?"):
             return True
         try:
             self._ask(typed)
@@ -224,7 +224,7 @@ class Session:
             return
         for name in names:
             if name not in known:
-                raise BadInput(f"no command {name!r} here (help lists them)")
+                raise BadInput(f"the server has no command {name!r} (help lists its commands)")
             _print(self.schema.help(name))
 
 
@@ -255,7 +255,7 @@ def _print(text: str) -> None:
 def _columns(names: list[str], width: int) -> list[str]:
     """Names in columns, as ls has them."""
     if not names:
-        return ["this server does not tell its commands"]
+        return ["this server has no query-qmp-schema: it does not describe its commands"]
     step = max(map(len, names)) + 2
     per_line = max(1, width // step)
     count = -(-len(names) // per_line)

@@ -145,16 +145,16 @@ def _check_sendable(value: list[Any]) -> None:
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
-        raise BadInput("this is not UTF-8") from None
+        raise BadInput("the command is not UTF-8") from None
     except (ValueError, RecursionError) as exc:
-        raise BadInput(f"this cannot be sent: {exc}") from None
+        raise BadInput(f"the command cannot be sent: {exc}") from None
 
 
 def _request(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     command, arguments = request.get("execute"), request.get("arguments", {})
     unknown = request.keys() - {"execute", "arguments", "id"}
     if unknown:
-        raise BadInput(f"a request has no member {min(unknown)!r}: execute, arguments and id")
+        raise BadInput(f"a request has no member {min(unknown)!r}, only execute, arguments and id")
     if not isinstance(command, str) or not isinstance(arguments, dict):
         raise BadInput('a request looks like this: {"execute": "NAME", "arguments": {...}}')
     return command, arguments
@@ -171,12 +171,12 @@ def _passed(found: list[str]) -> tuple[list[Passed], list[str]]:
         if sign is not None:
             path = word.removeprefix(sign) or next(waiting, "")
             if not path:
-                raise BadInput(f"what file is behind {sign}?")
+                raise BadInput(f"{sign} needs a file name")
             passed.append(Passed(os.path.expanduser(_unquoted(path)), _REDIRECTIONS[sign]))
         elif option == "--fd":
             number = number if equals else next(waiting, "")
             if not number.isdecimal() or len(number) > _DIGITS:
-                raise BadInput("--fd takes the number of an open descriptor")
+                raise BadInput("--fd needs the number of an open descriptor")
             passed.append(Passed(number=int(number)))
         else:
             rest.append(word)
@@ -189,9 +189,9 @@ def _put(arguments: dict[str, Any], name: str, value: Any) -> None:
     for parent in parents:
         arguments = arguments.setdefault(parent, {})
         if not isinstance(arguments, dict):
-            raise BadInput(f"{parent!r} has a value already")
+            raise BadInput(f"{parent!r} is given twice")
     if last in arguments:
-        raise BadInput(f"{name!r} is there twice")
+        raise BadInput(f"{name!r} is given twice")
     arguments[last] = value
 
 
@@ -213,4 +213,4 @@ def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as exc:
-        raise BadInput(f"this is not JSON: {exc}") from None
+        raise BadInput(f"not JSON: {exc}") from None

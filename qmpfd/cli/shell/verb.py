@@ -22,11 +22,11 @@ def add_parsers(verbs: Subparsers) -> None:
     """Add ``shell`` to the command line."""
     parser = verbs.add_parser(
         "shell",
-        help="speak QMP by hand, or from a script",
-        description="Speak QMP with the daemon, or with a QEMU. A command is its name and "
-        "name=value, or a JSON object, also over several lines; < FILE or --fd N passes a "
-        "descriptor. On a terminal there are history, help and completion; else commands are "
-        "read from standard input, one a line, and # begins a comment.",
+        help="send QMP commands, typed or from a script",
+        description="Send QMP commands to the daemon, or to a QEMU. A command is its name and "
+        "arguments as name=value, or a JSON object, which may have several lines. < FILE or --fd "
+        "N passes a descriptor. On a terminal, the shell has history, help and completion. "
+        "Otherwise it reads commands from standard input, one a line; # begins a comment.",
     )
     add_client_options(parser)
     parser.add_argument(
@@ -34,7 +34,7 @@ def add_parsers(verbs: Subparsers) -> None:
         dest="commands",
         action="append",
         metavar="COMMAND",
-        help="run this command, and then leave; may be given more than once",
+        help="run this command and exit; may be given more than once",
     )
     add_examples(
         parser,
@@ -42,8 +42,8 @@ def add_parsers(verbs: Subparsers) -> None:
         "qmpfd shell --socket /run/vm1/qmp.sock",
         "qmpfd shell -c 'add-fd opaque=log >> /var/log/vm1.log' -c query-fdsets",
         "qmpfd shell --json < commands",
-        status="  0 done, 1 a command was refused (the others are still run), 2 usage,\n"
-        "  3 no daemon, or it has closed the connection",
+        status="  0 done, 1 the server refused a command (the others are run all the same),\n"
+        "  2 usage, 3 no daemon, or the daemon closed the connection",
     )
     parser.set_defaults(run=_shell)
 

@@ -312,7 +312,7 @@ class SendBuffer:
         """The client does not take its replies: disconnect it."""
         if not self.discarding:
             self.discard()
-            _log.warning("pid %d, uid %d does not take its replies: disconnected", *self._peer[:2])
+            _log.warning("pid %d, uid %d does not read its replies: disconnected", *self._peer[:2])
             with suppress(OSError):
                 self._stream.socket.shutdown(socket.SHUT_RDWR)
 

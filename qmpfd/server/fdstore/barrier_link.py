@@ -343,8 +343,8 @@ class BarrierLink:
             self._notifier.receive()
         except EOFError:
             self.end(
-                "the descriptors are no longer kept safe: the supervising process is gone "
-                "(qmpfd serve --takeover --supervise starts another one, and nothing is lost)"
+                "the descriptors are no longer kept safe: the parent process is gone "
+                "(qmpfd serve --takeover --supervise starts a new one, and nothing is lost)"
             )
 
     def _hear(self, message: str) -> None:
@@ -372,7 +372,7 @@ class BarrierLink:
     def end(self, reason: str | None) -> None:
         """Nothing is kept from here on; *reason* says why, where that is a misfortune."""
         if not self.is_over and reason is not None:
-            _log.error("%s; no more can be added", reason)
+            _log.error("%s; more are refused", reason)
         self._handle(Event.END)
         self._ended()
         self._outgoing.clear()

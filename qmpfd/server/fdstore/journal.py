@@ -89,7 +89,7 @@ class Added(Struct, array_like=True, tag="a"):
         added_by: pid, uid and gid of who added it.
         added_at: when, by CLOCK_MONOTONIC.
         expires_at: when it expires, likewise.
-        watch_hangup: whether it is removed when the other end is gone.
+        watch_hangup: whether it is removed when its other end is closed.
     """
 
     name: str

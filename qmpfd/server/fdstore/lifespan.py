@@ -57,7 +57,7 @@ async def mirrored(
             if not mirror.is_ours:  # the old daemon goes on, and closes what it is told to
                 mirror.release_all()
                 with trio.move_on_after(FORGET_TIMEOUT):
-                    await mirror.sync()
+                    await mirror.sync()  # noqa: ASYNC120 - a cancellation ends the start as well
             raise
         answers = mirror.is_synced  # or else the end has waited for it long enough
         if server.lifecycle.state is State.QUITTING:

@@ -51,9 +51,9 @@ from .sentinel import Evidence
 _log = logging.getLogger("qmpfd")
 
 _DROPPED = (
-    "the descriptors are no longer kept safe: the service manager has dropped what it was sent "
-    "(NotifyAccess= allows main only and this is not the main process of the service, or "
-    "FileDescriptorStoreMax= is less than $FDSTORE, or was lowered)"
+    "the descriptors are no longer kept safe: the service manager dropped one (either "
+    "NotifyAccess= allows main only and this is not the main process of the service, or "
+    "FileDescriptorStoreMax= is less than $FDSTORE)"
 )
 
 
@@ -128,7 +128,7 @@ class FdStoreMirror:
     def _distrust(self, reason: str) -> None:
         """Say that what is sent is not kept."""
         if self._state is State.KEPT:
-            _log.error("%s; no more can be added", reason)
+            _log.error("%s; more are refused", reason)
         self._handle(_Event.DROPPED)
 
     # -- what the commands see -----------------------------------------------------------------
@@ -142,10 +142,10 @@ class FdStoreMirror:
         """
         if self.is_over:
             raise GenericError(
-                "The file descriptor cannot be kept safe: whoever supervised this daemon is gone "
-                "(qmpfd serve --takeover --supervise starts one in its place)"
+                "The file descriptor cannot be kept safe: the parent of this daemon is gone "
+                "(qmpfd serve --takeover --supervise starts a new one)"
                 if self._is_parent
-                else "The file descriptor cannot be kept safe: the service manager does not keep it"
+                else "The file descriptor cannot be kept safe: the service manager drops it"
             )
         if self._kept.names + count > self._capacity:
             raise GenericError(
@@ -155,7 +155,7 @@ class FdStoreMirror:
             # It would wait for whoever hoards them, and every later change would wait behind it.
             raise GenericError(
                 "The file descriptor cannot be kept safe: too many that processes of "
-                f"uid {os.geteuid()} have sent are not received yet"
+                f"uid {os.geteuid()} have sent wait to be received"
             )
         # Of each that is there, the removal can be written too.
         size = count * (4 * len(opaque or "") + RECORD_BYTES)
@@ -261,8 +261,8 @@ class FdStoreMirror:
             self._size = taken + room
             self._capacity = min(self._capacity, self._size - KEEPER_SPARE)
             _log.warning(
-                "the service manager keeps %d descriptors, fewer than $FDSTORE says: more cannot "
-                "be added (FileDescriptorStoreMax=)",
+                "the service manager stores %d descriptors, fewer than $FDSTORE: more are "
+                "refused (FileDescriptorStoreMax=)",
                 self._size,
             )
 

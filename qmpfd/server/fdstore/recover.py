@@ -138,8 +138,8 @@ def _recover(
     lost = {number for number, fd in entries.items() if fd is None}
     for number in lost:
         _log.warning(
-            "descriptor %d of fd set %d has not come back: it was being added, or the fd store has "
-            "dropped it",
+            "descriptor %d of fd set %d is lost: the crash interrupted its add-fd, or the fd "
+            "store dropped it",
             number,
             history.entries.pop(number).fdset_id,
         )
@@ -235,7 +235,7 @@ def newest(journals: Sequence[Fd]) -> History:
     if problems and not histories:
         raise problems[0]
     for problem in problems:
-        _log.error("%s: the other one counts", problem)
+        _log.error("%s: the other journal is used", problem)
     return max(histories, key=lambda history: history.begun.generation, default=_nothing())
 
 

@@ -102,7 +102,9 @@ class Acceptor:
                 sock = await self._accept(listener)
             except ListenerShutDown:
                 listener.bind_again()
-                _log.warning("somebody shut down the socket %s: it is made anew", listener)
+                _log.warning(
+                    "the listening socket %s was shut down from outside: made it again", listener
+                )
             except OSError as exc:
                 if exc.errno in _GONE:
                     await trio.lowlevel.checkpoint()  # noqa: ASYNC120 - the client of that error is gone

@@ -82,8 +82,8 @@ class Admission:
         access = self.policy.access(peer.uid, groups)
         if not access:
             raise PermissionDenied(
-                f"uid {peer.uid} may not connect: uid {os.geteuid()} and root may, "
-                "and whom a policy lets in"
+                f"uid {peer.uid} may not connect: only uid {os.geteuid()}, root "
+                "and those to whom a policy rule gives a right"
             )
         limits = self._limits
         if self._count >= limits.max_connections:

@@ -88,7 +88,7 @@ class UnixListener:
             permissions: of the file, where it has to be made anew.
 
         Raises:
-            OSError: it is no listening Unix stream socket.
+            OSError: it is not a listening Unix stream socket.
         """
         with fd:
             sock = socket.socket(fileno=fd.fileno())
@@ -97,7 +97,7 @@ class UnixListener:
             number = sock.fileno()
             sock.close()
             raise OSError(
-                errno.EINVAL, f"inherited descriptor {number} is no listening Unix stream socket"
+                errno.EINVAL, f"inherited descriptor {number} is not a listening Unix stream socket"
             )
         path = None if saved.path is None else Path(os.fsdecode(saved.path))
         return cls(sock, path, saved.file, permissions)
@@ -144,7 +144,7 @@ class UnixListener:
                 os.chown(self.path, -1, group)
             self.path.chmod(permissions.mode)
         except OSError as exc:
-            _log.error("the permissions of %s stay as they are: %s", self, exc.strerror or exc)
+            _log.error("cannot set the permissions of %s: %s", self, exc.strerror or exc)
 
     def bind_again(self) -> None:
         """Listen with a new socket at the same path, under the same number.  Clients in the backlog

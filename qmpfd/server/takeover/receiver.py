@@ -144,7 +144,7 @@ class Takeover:
         if rest.journal:
             self.journal = self._others.pop()
         _log.info(
-            "fetched %d descriptors and %d connections in %.2f s",
+            "received %d descriptors and %d connections in %.2f s",
             len(self.stored),
             len(rest.sessions),
             time.monotonic() - began,
@@ -157,7 +157,7 @@ class Takeover:
         said, passed, _ = self._old.ask(NEXT, timeout)
         try:
             if said != MORE or len(passed) != 2:
-                raise NoDaemon("the old daemon has ended before everything was here")
+                raise NoDaemon("the old daemon exited before it had sent everything")
             memory, process = passed
             self._old.process = process
             passed = [memory]
@@ -197,7 +197,7 @@ class Takeover:
             if dropped:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             if said != MORE or not chunk or len(fds) > total:
-                raise NoDaemon("the old daemon has ended before everything was here")
+                raise NoDaemon("the old daemon exited before it had sent everything")
             self._progress(len(fds), total)
         stored = [fds.popleft() for _ in places]
         try:
@@ -295,7 +295,7 @@ class _Predecessor:
         except ConnectionError:
             return b"", [], ""
         if answer[0] == REFUSED:
-            raise NoDaemon("the old daemon has given up the takeover: it goes on")
+            raise NoDaemon("the old daemon cancelled the takeover and goes on")
         return answer
 
     def ask(self, request: bytes, timeout: float) -> tuple[bytes, list[Fd], str]:
@@ -320,7 +320,9 @@ class _Predecessor:
             self._sock.shutdown(socket.SHUT_RDWR)
             answer, _, _ = self.hear()
             if answer != DONE:
-                raise NoDaemon("the old daemon does not answer: it keeps everything") from None
+                raise NoDaemon(
+                    "the old daemon does not answer: it keeps its fd sets and connections"
+                ) from None
         if answer == DONE:
             # It closes all that it has, and the connection last.  Whatever keeps it from that, it
             # serves nobody any more.
@@ -329,9 +331,9 @@ class _Predecessor:
             except TimeoutError:
                 pass
         elif self.process is None or not is_dead(self.process, timeout):
-            raise NoDaemon("the old daemon has not let go: it goes on")
+            raise NoDaemon("the old daemon did not confirm the takeover: it goes on")
         elif journal is not None and not has_handed_over(journal, 0):
-            raise NoDaemon("the old daemon has died, and is started again with everything")
+            raise NoDaemon("the old daemon died: its parent starts it again with all it had")
 
     def close(self) -> None:
         """Close the connection."""
@@ -367,7 +369,7 @@ def prepare(
         stack.callback(close_all, passed)
         try:
             if len(passed) != 1:
-                raise ValueError("it sends no state")
+                raise ValueError("the daemon sends no state")
             state = decode(read_all(passed[0]))
             close_all(passed)
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -393,5 +395,5 @@ def unusable(error: OSError) -> ValueError:
     """Why what the old daemon has cannot be had here."""
     if error.errno in (errno.EMFILE, errno.EINVAL, errno.EBADF):  # fcntl(2), dup(2)
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return ValueError(f"this process may have {most} open files only (ulimit -n)")
+        return ValueError(f"the limit of {most} open files is too low (ulimit -n)")
     return ValueError(error.strerror or str(error))

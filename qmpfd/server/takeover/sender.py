@@ -96,7 +96,7 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
                 with _able():
                     await newcomer.reply_to_takeover(memory)
                     if await _hear(stream) == saved.NEXT:
-                        _log.info("pid %d takes over", pid)
+                        _log.info("pid %d begins a takeover", pid)
                         with server.paused(min(TAKEOVER_TIMEOUT, MAX_PAUSE)):
                             await _hand_over_paused(server, newcomer, described)
             except trio.BrokenResourceError:
@@ -106,7 +106,7 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
             finally:
                 if not lifecycle.handed_over:
                     server.services.durability.log_handover(False)
-                    _log.warning("pid %d has not taken over: going on", pid)
+                    _log.warning("the takeover by pid %d failed: this daemon goes on", pid)
                     with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                         stream.send_nowait(saved.REFUSED)
 

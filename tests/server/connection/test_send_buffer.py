@@ -179,7 +179,7 @@ async def test_too_much_waits(caplog: pytest.LogCaptureFixture) -> None:
         rig.send_buffer.flush_nowait()
         assert rig.send_buffer.discarding
         assert rig.fds_to_close == [fd]
-        assert "does not take its replies" in caplog.text
+        assert "does not read its replies" in caplog.text
         other = _fd()
         rig.send_buffer.enqueue(b"a", [other])
         assert other.closed

@@ -63,7 +63,7 @@ def assert_same_but_for(
         if before[name]["fd"] != after[name]["fd"]
     }
     assert len(moved) <= lost
-    said = re.findall(r"descriptor (\d+) has number (\d+) from now on", log)
+    said = re.findall(r"descriptor (\d+) now has the number (\d+):", log)
     assert {(int(old), int(new)) for old, new in said} == moved
     for each in (*before.values(), *after.values()):
         del each["fd"]
@@ -152,7 +152,7 @@ def test_too_few_open_files(path: Path) -> None:
     with supervised(path, open_files=64, status=2) as daemon:
         assert daemon.process.wait(DEADLINE) == 2
         assert daemon.log.count("\n") == 1
-        assert "64 open files only (ulimit -n)" in daemon.log
+        assert "128 open files at least, not 64 (ulimit -n)" in daemon.log
 
 
 def _took_over(newcomer: Supervised) -> None:

@@ -68,7 +68,7 @@ def test_it_takes_the_place_of_the_worker(path: Path) -> None:
             assert daemon.worker() == spare
             assert children(daemon.pid) == [spare]
             assert Path(f"/proc/{spare}/comm").read_text() != "qmpfd-spare\n"
-        assert "has number" not in daemon.log
+        assert "now has the number" not in daemon.log
         spare = spare_of(daemon)
     assert is_gone(spare)
 

@@ -253,7 +253,7 @@ def test_a_socket_that_sighup_has_replaced(path: Path) -> None:
             client.execute("add-fd", fds=[0])
         path.unlink()
         daemon.process.send_signal(signal.SIGHUP)
-        until(lambda: "is made anew" in daemon.log)
+        until(lambda: "made it again" in daemon.log)
         with daemon.client() as client:  # by now the parent has what came before
             client.execute("add-fd", fds=[0])
         held = daemon.open_fds()

@@ -157,7 +157,7 @@ async def test_sighup_makes_a_lost_file_anew(path: Path) -> None:
         old = stack.enter_context(await Wire.session(path))
         path.unlink()
         process.signal(signal.SIGHUP)
-        process.await_line(lambda line: "is made anew" in line)
+        process.await_line(lambda line: "was missing: made it again" in line)
         assert path.stat().st_mode & 0o777 == 0o640
         new = stack.enter_context(await Wire.session(path))
         for wire in (old, new):
@@ -166,7 +166,7 @@ async def test_sighup_makes_a_lost_file_anew(path: Path) -> None:
         process.await_line(lambda line: "there is no policy file" in line)
         process.signal(signal.SIGHUP)
         process.await_line(lambda line: "there is no policy file" in line)
-        assert not any("is made anew" in line for line in process.log[-2:])
+        assert not any("was missing: made it again" in line for line in process.log[-2:])
         process.signal(signal.SIGTERM)
         assert process.wait() == 0
         assert not path.exists()
@@ -200,7 +200,7 @@ async def test_sighup_while_a_takeover_is_under_way(path: Path) -> None:
             process.signal(signal.SIGHUP)
             process.await_line(lambda line: "there is no policy file" in line)
             assert not path.exists()
-        process.await_line(lambda line: "is made anew" in line)
+        process.await_line(lambda line: "made it again" in line)
         with connect_blocking(path) as client:
             assert client.query_fdsets() == []
 

@@ -253,7 +253,7 @@ def test_a_number_that_cannot_be_had(path: Path, start: Callable[..., Stepped]) 
         before = client.execute("query-fds")
         newcomer = start("--takeover", most_files=300)
         assert old.wait() == 0
-        assert f"descriptor {high} has number" in newcomer.said
+        assert f"descriptor {high} now has the number" in newcomer.said
         after = client.execute("query-fds")
         assert [fd["opaque"] for fd in after] == [fd["opaque"] for fd in before]
         for fd, known in zip(after, before, strict=True):

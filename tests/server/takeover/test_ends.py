@@ -145,7 +145,7 @@ def test_a_newcomer_finishes_though_the_old_one_is_told_to_end(
             )
             newcomer.until("STEP")
             old.signal(signal.SIGTERM)
-            old.until("ending once all is answered")
+            old.until("stopping after the received requests")
             if told_twice:
                 old.signal(signal.SIGTERM)
                 assert old.wait() == 0
@@ -309,7 +309,7 @@ def test_a_newcomer_that_is_refused_at_last(path: Path, options: tuple[str, ...]
             assert old_to_the_end(listener, path, pipe) == CONFIRM
             _, said = newcomer.communicate(timeout=PATIENCE)
             assert newcomer.returncode == 3
-            assert b"has given up the takeover" in said
+            assert b"cancelled the takeover" in said
             assert path.exists()
         finally:
             newcomer.kill()
@@ -419,7 +419,7 @@ def test_a_newer_daemon_takes_over_from_an_older_one(path: Path, stepper: Steppe
             assert "'format'" in older.said
             assert older.said.count("\n") == 1
             assert newer.poll() is None
-            assert "takes over" not in newer.said
+            assert "begins a takeover" not in newer.said
             assert len(client.execute("query-fdsets")) == 1
 
 
