@@ -163,13 +163,42 @@ def test_a_close_that_may_hang_is_done_beside() -> None:
         r, w = os.pipe()
         tell(b"FDSTORE=1\\nFDNAME=x", [w])
         os.close(w)
-        tell(b"FDSTOREREMOVE=1\\nFDNAME=x\\nQMPFD_CLOSE=slow")
+        tell(b"FDSTOREREMOVE=1\\nFDNAME=x\\nQMPFD_CLOSE=lane")
         barrier()
         note(os.read(r, 1))
         sys.exit(0)
         """
     )
     assert (status, notes) == (0, ["b''"])
+
+
+def test_closes_that_hang_hold_up_nothing_of_another_lane() -> None:
+    status, notes, said = supervise(
+        """
+        import struct
+        listener = socket.create_server(("127.0.0.1", 0))
+        peers = []
+        for number in range(40):
+            sock = socket.create_connection(listener.getsockname())
+            peers.append(listener.accept())
+            sock.setblocking(False)
+            try:
+                while True: sock.send(bytes(1 << 16))
+            except BlockingIOError: pass
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+            tell(b"FDSTORE=1\\nFDNAME=%d" % number, [sock.fileno()])
+            barrier()
+            sock.close()
+            tell(b"FDSTOREREMOVE=1\\nFDNAME=%d\\nQMPFD_CLOSE=a" % number)
+        r, w = os.pipe()
+        tell(b"FDSTORE=1\\nFDNAME=x", [w])
+        os.close(w)
+        tell(b"FDSTOREREMOVE=1\\nFDNAME=x\\nQMPFD_CLOSE=b")
+        note(parent.recv(100).decode())
+        note(os.read(r, 1))
+        """
+    )
+    assert (status, notes) == (0, ["CLOSED=x", "b''"]), said
 
 
 def test_signals_reach_the_worker() -> None:
@@ -638,7 +667,7 @@ def test_slow_closes_are_answered() -> None:
         r, w = os.pipe()
         tell(b"FDSTORE=1\\nFDNAME=x", [w])
         os.close(w)
-        tell(b"FDSTOREREMOVE=1\\nFDNAME=x\\nQMPFD_CLOSE=slow")
+        tell(b"FDSTOREREMOVE=1\\nFDNAME=x\\nQMPFD_CLOSE=lane")
         note(parent.recv(100).decode())
         note(os.read(r, 1))
         """

@@ -228,6 +228,13 @@ class ClosePool:
             self._quick.add(fd)
         return risk is Risk.HIGH
 
+    def lane(self, fd: FileDescriptorLike, uid: int | None = None) -> str:
+        """What may hang together with a descriptor: those of the same device that count for the
+        same user; for another process that closes a duplicate of it.
+        """
+        found = self._status(fileno(fd))
+        return f"{uid}:{found and found[4:]}"
+
     def close_after(self, fd: Fd, closed: threading.Event) -> None:
         """Close *fd*, once that is asked for, after another process has closed its duplicate.
 

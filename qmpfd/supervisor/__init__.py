@@ -13,7 +13,8 @@ descriptor that is to be kept or removed, and a message may have these lines:
 
 ==================================  ===============================================================
 ``QMPFD_SYNC=N``                    answer ``SYNCED=N`` once this message is carried out
-``QMPFD_CLOSE=slow``                close in a thread what is removed, then send ``CLOSED=NAME``
+``QMPFD_CLOSE=LANE``                close in a thread what is removed, then send ``CLOSED=NAME``;
+                                    what hangs holds up nothing of another lane
 ``QMPFD_SOCKET=DEV:INODE:HEXPATH``  the file of a listening socket, to be removed if the parent ends
                                     and the worker cannot; there may be several in a message, in
                                     place of all those before

@@ -21,8 +21,10 @@ class Message:
 
     #: The names of the descriptors that it is about: those of them that are well-formed.
     names: Sequence[bytes] = ()
-    #: Its descriptors are to be kept; those that are kept are to be closed, perhaps in a thread.
-    stores = removes = closes_slowly = False
+    #: Its descriptors are to be kept; those that are kept are to be closed.
+    stores = removes = False
+    #: Whose threads are to close them; None where that may be done at once.
+    lane: bytes | None = None
     #: What is to be answered once it is carried out; None for nothing.
     sync: bytes | None = None
     #: The worker waits until it is carried out.
@@ -50,7 +52,7 @@ class Message:
             elif key == b"BARRIER":
                 self.is_answered = True
             elif key == b"QMPFD_CLOSE":
-                self.closes_slowly = value == b"slow"
+                self.lane = value
             elif key == b"QMPFD_SOCKET":
                 self.files = [*self.files, value]
             elif key == b"QMPFD_FETCH":

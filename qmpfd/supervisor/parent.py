@@ -385,7 +385,7 @@ class Supervisor:
             names = ()  # which is which?
         for name in names:
             if message.removes:
-                self._store.remove(name, message.closes_slowly)
+                self._store.remove(name, message.lane)
             if not message.stores:
                 continue
             if fds:

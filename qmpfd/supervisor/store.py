@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # typing takes a mebibyte
 #: What the worker's journal is called: without it, the other descriptors mean nothing.
 _JOURNAL = b"qmpfd-journal-"
 
-#: Closes that may hang at a time; more wait for one of them.
+#: Closes of a lane that may hang at a time; more wait for one of them.
 _MAX_THREADS = 32
 
 
@@ -22,6 +22,14 @@ def close(number: int) -> None:
         os.close(number)
     except OSError:
         pass
+
+
+class Lane:
+    """Descriptors of one user and one device, which may hang together."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[bytes, int]] = []
+        self.threads = 0
 
 
 class SlowCloser:
@@ -34,25 +42,27 @@ class SlowCloser:
     def __init__(self, wake: int) -> None:
         self._wake = wake
         self._lock = _thread.allocate_lock()
-        self._waiting: list[tuple[bytes, int]] = []
-        self._threads = 0
+        self._lanes: dict[bytes, Lane] = {}
         self._closed: list[bytes] = []
         #: Descriptors that are not closed yet.
         self.pending = 0
 
-    def close(self, name: bytes, number: int) -> None:
-        """Close a descriptor, some time."""
+    def close(self, name: bytes, number: int, lane_name: bytes) -> None:
+        """Close a descriptor, some time: whatever hangs in another lane."""
         with self._lock:
             self.pending += 1
-            self._waiting.append((name, number))
-            if self._threads == _MAX_THREADS:
+            lane = self._lanes.get(lane_name)
+            if lane is None:
+                lane = self._lanes[lane_name] = Lane()
+            lane.waiting.append((name, number))
+            if lane.threads == _MAX_THREADS:
                 return
-            self._threads += 1
+            lane.threads += 1
         try:
-            _thread.start_new_thread(self._work, ())
-        except RuntimeError:  # no more threads: the next one does it
+            _thread.start_new_thread(self._work, (lane_name, lane))
+        except RuntimeError:  # no more threads: the next one of the lane does it
             with self._lock:
-                self._threads -= 1
+                lane.threads -= 1
 
     def take_closed(self) -> list[bytes]:
         """The names of what has been closed since the last call."""
@@ -60,13 +70,15 @@ class SlowCloser:
             closed, self._closed = self._closed, []
         return closed
 
-    def _work(self) -> None:
+    def _work(self, lane_name: bytes, lane: Lane) -> None:
         while True:
             with self._lock:
-                if not self._waiting:
-                    self._threads -= 1
+                if not lane.waiting:
+                    lane.threads -= 1
+                    if not lane.threads:
+                        self._lanes.pop(lane_name, None)
                     return
-                name, number = self._waiting.pop()
+                name, number = lane.waiting.pop()
             close(number)
             with self._lock:
                 self.pending -= 1
@@ -127,7 +139,7 @@ class Store:
 
     def add(self, name: bytes, number: int) -> None:
         """Keep a descriptor in place of the one of that name."""
-        self.remove(name, slow=False)
+        self.remove(name, None)
         self.fds[name] = number
 
     def find(self, names: Sequence[bytes]) -> tuple[list[bytes], list[int]]:
@@ -135,14 +147,14 @@ class Store:
         found = [name for name in names if name in self.fds]
         return found, [self.fds[name] for name in found]
 
-    def remove(self, name: bytes, slow: bool) -> None:
-        """Close the descriptor of that name, if there is one."""
+    def remove(self, name: bytes, lane: bytes | None) -> None:
+        """Close the descriptor of that name, if there is one: at once, or in threads of *lane*."""
         number = self.fds.pop(name, -1)
         if number >= 0:
-            if slow:
-                self._closer.close(name, number)
-            else:
+            if lane is None:
                 close(number)
+            else:
+                self._closer.close(name, number, lane)
 
     def set_files(self, texts: Sequence[bytes]) -> None:
         """Remember the files of the listening sockets, each as a SocketFile takes it."""
@@ -156,7 +168,7 @@ class Store:
     def clear(self) -> None:
         """Close all of them."""
         for name in list(self.fds):
-            self.remove(name, slow=True)
+            self.remove(name, b"")
 
     def remove_files(self) -> None:
         """Remove the files of the worker's listening sockets."""

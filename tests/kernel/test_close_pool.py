@@ -238,6 +238,19 @@ def test_a_place_that_is_no_file_of_a_mount(closer: ClosePool) -> None:
         assert closer.risk(fd.fileno()) is Risk.HIGH
 
 
+def test_what_may_hang_together(closer: ClosePool, tmp_path: Path) -> None:
+    """Descriptors of one device that count for one user."""
+    with (
+        open(tmp_path / "one", "w") as one,
+        open(tmp_path / "other", "w") as other,
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as sock,
+        open("/dev/null") as null,
+        open("/dev/zero") as zero,
+    ):
+        assert closer.lane(one, 1) == closer.lane(other, 1) != closer.lane(one, 2)
+        assert len({closer.lane(each, 1) for each in (one, sock, null, zero)}) == 4
+
+
 # -- closing -----------------------------------------------------------------------------------
 
 

@@ -78,7 +78,6 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 # stays: whether it may go is for its client to say.
 _STORE = "FDSTORE=1\nFDPOLL=0"
 _REMOVE = "FDSTOREREMOVE=1"
-_REMOVE_SLOWLY = f"{_REMOVE}\nQMPFD_CLOSE=slow"
 
 
 class BarrierLink:
@@ -131,12 +130,16 @@ class BarrierLink:
         """Have what is kept under *name* closed there."""
         self._remove(_REMOVE, name)
 
-    def remove_slowly(self, name: str) -> threading.Event:
+    def remove_slowly(self, name: str, lane: str) -> threading.Event:
         """The same for a descriptor whose close may block there; what is set when it is closed, and
         was not closed by a service manager, which does not say so.
+
+        Args:
+            name: what the descriptor is called.
+            lane: what may hang together with it, see :meth:`ClosePool.lane`.
         """
         closed = self._closes[name] = threading.Event()
-        self._remove(_REMOVE_SLOWLY, name)
+        self._remove(f"{_REMOVE}\nQMPFD_CLOSE={lane}", name)
         return closed
 
     def _remove(self, command: str, name: str) -> None:
@@ -359,7 +362,7 @@ class BarrierLink:
             self._lost(value, lost)
 
     def _lost(self, name: str, fd: Fd | int) -> None:
-        if (_REMOVE, name) in self._outgoing or (_REMOVE_SLOWLY, name) in self._outgoing:
+        if any(each == name and command.startswith(_REMOVE) for command, each in self._outgoing):
             return
         self._outgoing[_STORE, name] = fd
         self._handle(Event.LOST)

@@ -107,9 +107,9 @@ class KeptFds:
         self._link.remove(name)
         self._link.on_synced(partial(self._names.free, name))
 
-    def remove_slowly(self, name: str) -> threading.Event:
+    def remove_slowly(self, name: str, lane: str) -> threading.Event:
         """As :meth:`remove` and :meth:`.BarrierLink.remove_slowly`."""
-        closed = self._link.remove_slowly(name)
+        closed = self._link.remove_slowly(name, lane)
         self._link.on_synced(partial(self._names.free, name))
         return closed
 

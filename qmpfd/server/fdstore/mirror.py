@@ -183,7 +183,8 @@ class FdStoreMirror:
             # A service manager closes in a thread anyway; the parent has to be told if the close
             # may block, and the descriptor is closed here after it was closed there.
             if self._is_parent and self._closer.may_block(stored.fd):
-                self._closer.close_after(stored.fd, self._kept.remove_slowly(name))
+                lane = self._closer.lane(stored.fd, stored.fd.uid)
+                self._closer.close_after(stored.fd, self._kept.remove_slowly(name, lane))
             else:
                 self._kept.remove(name)
 
@@ -371,7 +372,7 @@ class FdStoreMirror:
         known = {fd.number for fd in quick}
         for name, number in self._kept.by_name().items():
             if self._is_parent and number not in known and self._closer.may_block(number):
-                self._link.remove_slowly(name)
+                self._link.remove_slowly(name, self._closer.lane(number))
             else:
                 self._link.remove(name)
         self._kept.clear()
