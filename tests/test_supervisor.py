@@ -658,7 +658,7 @@ def test_a_full_table_is_answered() -> None:
         prefix=["sh", "-c", 'ulimit -n 200 && exec "$@"', "sh"],
     )
     assert (status, notes) == (0, ["fine"]), said
-    assert "one could not be kept" in said
+    assert "was not kept safe" in said
 
 
 def test_slow_closes_are_answered() -> None:

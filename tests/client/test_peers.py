@@ -98,7 +98,7 @@ async def test_a_result_of_the_wrong_type(path: Path, result: bytes) -> None:
     async with fake_server(path, script), qmpfd.connect(path) as client:
         with (
             Pipe() as pipe,
-            pytest.raises(qmpfd.ProtocolError, match="is not what the command returns"),
+            pytest.raises(qmpfd.ProtocolError, match="has another type than the command returns"),
         ):
             await client.add_fd(pipe)
         assert await client.query_fdsets() == []

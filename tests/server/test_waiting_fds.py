@@ -197,7 +197,7 @@ async def test_too_many_on_their_way_by_others() -> None:
         value(await wire.call("add-fd", None, [pipe]))
         with _hoarded(near, pipe):
             refused = await wire.call("open-fdset", {"fdset-id": 0})
-            assert f"uid {DAEMON} have sent are not received" in refused["error"]["desc"]
+            assert f"uid {DAEMON} have sent wait to be received" in refused["error"]["desc"]
             value(await wire.call("query-fdsets"))
         far.close()
         value(await wire.call("open-fdset", {"fdset-id": 0}))
@@ -212,7 +212,7 @@ async def test_too_many_on_their_way_to_the_parent() -> None:
         kept = value(await wire.call("add-fd", None, [pipe]))
         with _hoarded(near, pipe), trio.fail_after(3):
             refused = await wire.call("add-fd", None, [pipe])
-            assert f"uid {DAEMON} have sent are not received" in refused["error"]["desc"]
+            assert f"uid {DAEMON} have sent wait to be received" in refused["error"]["desc"]
             assert len(value(await wire.call("query-fdsets"))) == 1
             value(await wire.call("remove-fd", {"fdset-id": kept["fdset-id"]}))
         far.close()

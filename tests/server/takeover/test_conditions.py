@@ -373,7 +373,8 @@ def test_an_old_daemon_that_is_stopped(path: Path, start: Callable[..., Stepped]
         assert newcomer.wait() == 3
         old.signal(signal.SIGCONT)
         assert newcomer.said.endswith(
-            "does not answer (stopped, or busy, or no QMP server, or a QEMU with another client)\n"
+            "does not answer (it is stopped or busy, or not a QMP server, or a QEMU that serves "
+            "another client)\n"
         )
         assert len(client.execute("query-fdsets")) == 1
 
@@ -426,7 +427,7 @@ def test_a_supervised_newcomer_whose_worker_is_killed(
         os.kill(worker, signal.SIGKILL)
         until(lambda: b"was killed" in log.read_bytes())
         old.signal(signal.SIGCONT)
-        until(lambda: "going on" in old.said)
+        until(lambda: "this daemon goes on" in old.said)
         until(lambda: b"took over" in log.read_bytes())
         assert old.wait() == 0
         found = {fd["opaque"]: fd for fd in client.execute("query-fds")}

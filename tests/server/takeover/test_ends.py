@@ -153,7 +153,7 @@ def test_a_newcomer_finishes_though_the_old_one_is_told_to_end(
             newcomer.until("listening")
             if told_twice:
                 assert newcomer.wait() == 3
-                assert "has given up" in newcomer.said
+                assert "cancelled the takeover" in newcomer.said
             else:
                 assert old.wait() == 0
                 assert path.exists()

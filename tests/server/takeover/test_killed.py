@@ -204,7 +204,7 @@ def test_the_old_one_is_killed(tmp_path: Path, stepper: Stepper) -> None:
 def has_gone(old: Stepped) -> bool:
     """Whether the old daemon has let go, once it can be told."""
     deadline = time.monotonic() + 1.0
-    while time.monotonic() < deadline and "going on" not in old.said:
+    while time.monotonic() < deadline and "this daemon goes on" not in old.said:
         if "has taken over" in old.said:
             return True
         time.sleep(0.002)
