@@ -29,7 +29,7 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _IN_A_ZIP = """\
 import sys
 sys.path.append(sys.argv.pop(1))
-from supervisor.parent import main
+from supervisor.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

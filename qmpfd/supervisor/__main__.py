@@ -8,6 +8,6 @@ if not __package__:
     sys.path.append(sys.path.pop(0).rpartition("/")[0])
     __package__ = "supervisor"  # what relative imports go by (PEP 366)
 
-from .parent import main
+from .main import main
 
 sys.exit(main(sys.argv[1:]))

@@ -8,10 +8,12 @@ import signal
 import socket
 import time
 
+from .deadlines import Deadlines
 from .log import Log
 from .manager import Manager
 from .message import Message
-from .program import NamedFds, Program, inherited_fds, inherited_sockets
+from .program import NamedFds, Program, inherited_fds
+from .restarts import FIRST_DELAY, Restarts
 from .states import TOLD_TO_END, TRANSITIONS, Event, State
 from .store import SlowCloser, Store, close
 from .worker import FORWARDED, START_TIMEOUT, Spare, Worker, ignore_signals
@@ -20,27 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a mebibyte
     from collections.abc import Sequence
 
-#: Seconds until the next start of a worker that died before it served: doubled each time.
-FIRST_DELAY, LAST_DELAY = 0.1, 30.0
-
-#: Deaths in a row after which the log says what can be done.
-MANY_FAILURES = 7
-
-#: Seconds that a worker serves at least, or it waits for as long before it is started again.
-SHORT_LIFE, PAUSE = 1.0, 0.02
-
 #: Seconds within which a worker says that its loop turns, where the service manager has no wish.
 HEARTBEAT = 10.0
-
-#: Seconds that the end of a worker that drains takes beyond --drain-timeout.
-END_TIMEOUT = 2.0
-
-#: Seconds until the parent does not wait any more for the end of a worker that was killed: the
-#: close of a descriptor hangs (a FUSE mount that does not answer).  No code of it runs any more.
-DEATH_TIMEOUT = 1.0
-
-#: Seconds that a worker may take to end by default.
-DRAIN_TIMEOUT = 5.0
 
 #: Messages that are handled before signals have their turn.
 MESSAGES = 512
@@ -72,19 +55,18 @@ class Supervisor:
         drain_timeout: float,
     ) -> None:
         self._log = log
-        self._drain_timeout = drain_timeout
         self._manager = Manager()
-        self._heartbeat = self._manager.watchdog or HEARTBEAT
+        heartbeat = self._manager.watchdog or HEARTBEAT
+        self._deadlines = Deadlines(heartbeat, drain_timeout)
+        self._restarts = Restarts()
         inherited = inherited_fds()
         self._passed = passed & inherited
-        self._program = Program(command, sockets, inherited, self._heartbeat)
+        self._program = Program(command, sockets, inherited, heartbeat)
         self._state = State.FIRST_WAIT
         self._worker: Worker | None = None
         self._spare: Spare | None = None
         self._stuck: set[int] = set()  # workers whose end is not waited for
-        self._start_at = 0.0
         self._deadline: float | None = None  # of the worker, to do what its state waits for
-        self._failures = 0  # deaths in a row before READY=1
         self._reload = False  # a SIGHUP is to be forwarded once the worker serves
         self._status = 0
         self._poll = select.poll()
@@ -127,13 +109,13 @@ class Supervisor:
 
     def _work(self, now: float) -> float | None:
         """Do what is due; milliseconds until there is more to do, None for no time."""
-        if self._state in (State.FIRST_WAIT, State.WAITING) and self._start_at <= now:
+        if self._state in (State.FIRST_WAIT, State.WAITING) and self._restarts.at <= now:
             self._start(now)
         if self._deadline is not None and self._deadline <= now:
             self._time_out(now)
         due = [self._manager.work(now), self._deadline]
         if self._worker is None:
-            due.append(self._start_at)
+            due.append(self._restarts.at)
         times = [at for at in due if at is not None]
         return max(min(times) - now, 0) * 1000 + 1 if times else None
 
@@ -170,20 +152,8 @@ class Supervisor:
         self._set_deadline()
 
     def _set_deadline(self) -> None:
-        worker, state = self._worker, self._state
-        self._deadline = None
-        if worker is None:
-            return
-        if state in (State.FIRST_START, State.STARTING):
-            self._deadline = worker.started_at + worker.start_timeout
-        elif state is State.SERVING:
-            self._deadline = worker.heard_at + self._heartbeat
-        elif state is State.STOPPING:
-            self._deadline = worker.stopped_at + self._drain_timeout
-        elif state is State.DRAINING:
-            self._deadline = worker.stopped_at + self._drain_timeout + END_TIMEOUT
-        elif state in (State.GONE, State.HUNG, State.KILLED):
-            self._deadline = worker.gone_at + DEATH_TIMEOUT
+        worker = self._worker
+        self._deadline = None if worker is None else self._deadlines.of(worker, self._state)
 
     # -- the worker's life ---------------------------------------------------------------------
 
@@ -194,8 +164,7 @@ class Supervisor:
                 self._store.fds, self._log_unrunnable
             )
         except OSError as exc:
-            self._start_at = now + self._delay()
-            self._failures += 1
+            self._restarts.failed(now)
             self._log.log("error", f"cannot start a worker: {exc.strerror}: trying again")
             return
         self._worker = worker
@@ -207,7 +176,7 @@ class Supervisor:
         wrong with it.
         """
         spare = self._spare
-        if spare is None or self._failures or not spare.is_usable(bool(self._stuck)):
+        if spare is None or self._restarts.failures or not spare.is_usable(bool(self._stuck)):
             self._end_spare()
             return None
         self._spare = None
@@ -221,9 +190,6 @@ class Supervisor:
 
     def _log_unrunnable(self, reason: str) -> None:
         self._log.log("error", f"{self._program.command[0]} cannot be run: {reason}")
-
-    def _delay(self) -> float:
-        return float(min(FIRST_DELAY * 2 ** min(self._failures, 32), LAST_DELAY))
 
     def _time_out(self, now: float) -> None:
         """The worker has not done in time what it had to."""
@@ -295,16 +261,12 @@ class Supervisor:
     def _start_again(self, worker: Worker, how: str) -> None:
         now = time.monotonic()
         if worker.ready_at is not None:
-            self._failures = 0
-            short = now - worker.ready_at < SHORT_LIFE
-            self._start_at = now + (PAUSE if short else 0)
+            self._restarts.served(now, worker.ready_at)
             self._log.log("warning", f"the worker {how}: starting it again")
             return
-        delay = self._delay()
-        self._failures += 1
-        self._start_at = now + delay
+        delay = self._restarts.failed(now)
         message = f"the worker {how} before it could serve: trying again in {delay:g} s"
-        if self._failures < MANY_FAILURES:
+        if not self._restarts.are_many:
             self._log.log("warning", message)
             return
         pid = os.getpid()
@@ -331,7 +293,7 @@ class Supervisor:
     def _handle_hangup(self) -> None:
         """Have the policy read again: by a worker that is started now, or by the one that runs."""
         if self._worker is None:
-            self._failures, self._start_at = 0, 0.0
+            self._restarts = Restarts()
         elif self._state is State.SERVING:
             self._worker.kill(signal.SIGHUP)
         else:  # it would be killed by it
@@ -429,21 +391,3 @@ class Supervisor:
         if b"STOPPING=1" in lines:
             self._happen(Event.STOPS)
         self._manager.forward(b"\n".join(lines))
-
-
-def main(arguments: list[str]) -> int:
-    """Supervise.
-
-    Args:
-        arguments: ``--drain-timeout=SECONDS``, if it is not 5; format and level of the log, the
-            descriptors that are for the first worker only, with commas between, and the worker's
-            command line.
-    """
-    drain_timeout = DRAIN_TIMEOUT
-    if arguments[0].startswith("--drain-timeout="):
-        drain_timeout = float(arguments[0].partition("=")[2])
-        arguments = arguments[1:]
-    form, level, passed, *command = arguments
-    numbers = {int(number) for number in passed.split(",") if number}
-    log = Log(form, level)
-    return Supervisor(log, command, numbers, inherited_sockets(), drain_timeout).run()

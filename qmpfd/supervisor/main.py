@@ -1,0 +1,28 @@
+"""The command line of the parent."""
+
+from __future__ import annotations
+
+from .log import Log
+from .parent import Supervisor
+from .program import inherited_sockets
+
+#: Seconds that a worker may take to end by default.
+DRAIN_TIMEOUT = 5.0
+
+
+def main(arguments: list[str]) -> int:
+    """Supervise.
+
+    Args:
+        arguments: ``--drain-timeout=SECONDS``, if it is not 5; format and level of the log, the
+            descriptors that are for the first worker only, with commas between, and the worker's
+            command line.
+    """
+    drain_timeout = DRAIN_TIMEOUT
+    if arguments[0].startswith("--drain-timeout="):
+        drain_timeout = float(arguments[0].partition("=")[2])
+        arguments = arguments[1:]
+    form, level, passed, *command = arguments
+    numbers = {int(number) for number in passed.split(",") if number}
+    log = Log(form, level)
+    return Supervisor(log, command, numbers, inherited_sockets(), drain_timeout).run()
