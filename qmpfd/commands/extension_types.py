@@ -16,7 +16,8 @@ class OpenFdset(Selector):
 
     Args:
         access: the access mode that the descriptor must have; any if absent.
-        remove: remove it from its fd set in the same step.
+        remove: remove it from its fd set in the same step. The daemon closes its own duplicate as
+            soon as the reply is sent; a reply that cannot be delivered does not bring it back.
     """
 
     access: Literal["rdonly", "wronly", "rdwr"] | UnsetType = UNSET
