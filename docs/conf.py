@@ -20,6 +20,8 @@ myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["*.txt"]
 
+smartquotes = False  # options keep both of their dashes, and error texts their quotes
+
 html_theme = "furo"
 html_title = f"qmpfd {release}"
 html_show_sphinx = False
