@@ -96,6 +96,9 @@ async def _live(path: Path, server: DaemonServer, made: list[Pipe]) -> None:
         wire.send(request("query-commands") * 600)
         await settle()
         await wire.replies(600)
+        for _ in range(4):  # more than a piece: it waits in the gate
+            wire.send(request("query-name") * 200)
+            await wire.replies(200)
         await wire.call("remove-fd", {"fdset-id": 0})
         # Left behind: one that is complete, one that nobody takes, one of a half command.
         wire.send(ADD, [made[4]])
