@@ -33,7 +33,7 @@ def worker(path: Path) -> int:
         return int(client.execute("query-stats")["pid"])
 
 
-@pytest.mark.parametrize("call", ["close_range", "kcmp", "statx"])
+@pytest.mark.parametrize("call", ["close_range", "kcmp", "pidfd_open", "statx"])
 @ERRORS
 @SUPERVISED
 def test_what_can_be_done_without(

@@ -22,7 +22,7 @@ def is_dead(process: Fd, timeout: float) -> bool:
     """Whether a process ends within so many seconds.
 
     Args:
-        process: a pidfd.
+        process: a pidfd, or a pipe that hangs up then.
         timeout: seconds.
     """
     poll = select.poll()

@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -145,8 +146,20 @@ def _able() -> Iterator[None]:
 
 
 def _own_process() -> Fd:
-    """This process, as a pidfd: a number would mean another one in another namespace."""
-    return Fd(os.pidfd_open(os.getpid()))
+    """What hangs up when this process is gone: a pidfd, as a number would mean another process in
+    another namespace.  Older containers forbid pidfd_open(2): there it is a pipe.
+    """
+    try:
+        return Fd(os.pidfd_open(os.getpid()))
+    except OSError:
+        return _lifeline()[0].dup()
+
+
+@cache
+def _lifeline() -> tuple[Fd, Fd]:
+    """A pipe that this process keeps open as long as it lives."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    return Fd(reader), Fd(writer)
 
 
 def _in_memory(data: bytes) -> Fd:
