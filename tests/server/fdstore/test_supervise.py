@@ -145,7 +145,7 @@ def test_a_second_sigterm_ends_at_once(path: Path) -> None:
             sock.setblocking(False)
             fill(sock, b'{"execute": "query-qmp-schema"}')
             daemon.process.send_signal(signal.SIGTERM)
-            until(lambda: "SIGTERM: ending" in daemon.log)
+            until(lambda: "SIGTERM: stopping" in daemon.log)
             daemon.process.send_signal(signal.SIGTERM)
             assert daemon.process.wait(DEADLINE) == 0
 
@@ -163,7 +163,7 @@ def test_a_signal_to_both_cuts_no_reply(path: Path) -> None:
                 assert sock.recv(1)
                 for pid in [daemon.pid, worker] if parent_first else [worker, daemon.pid]:
                     os.kill(pid, signal.SIGTERM)
-                    until(lambda: "SIGTERM: ending" in daemon.log)
+                    until(lambda: "SIGTERM: stopping" in daemon.log)
                 while chunk := sock.recv(1 << 20):
                     received += chunk.count(b"\r\n")
                 assert received == count
@@ -293,7 +293,7 @@ def test_dying_at_every_start(path: Path, tmp_path: Path) -> None:
         (line,) = (line for line in daemon.log.splitlines() if hint in line)
         delays = re.findall(r"trying again in ([0-9.]+) s", daemon.log)
         assert delays == ["0.1", "0.2", "0.4", "0.8", "1.6", "3.2", "6.4"]
-        assert "3 descriptors are kept" in line  # it, the listening socket and the journal
+        assert "keeps 3 descriptors" in line  # it, the listening socket and the journal
         assert daemon.process.poll() is None
         assert daemon.open_fds() == held - 1  # the worker's socket
         policy.write_text("")
