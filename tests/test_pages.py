@@ -20,11 +20,7 @@ else:
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path
-    for path in (
-        *sorted(ROOT.glob("[!C]*.md")),
-        ROOT / "CONTRIBUTING.md",
-        *sorted(DOCS.rglob("*.md")),
-    )
+    for path in (*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")))
 }
 TEXTS = {name: path.read_text() for name, path in PAGES.items()}
 
