@@ -77,7 +77,7 @@ def docs(obj: Any, members: str = "Arguments") -> list[str]:
 
     Args:
         obj: a class, a function or a property.
-        members: what is described below ``Args:``.
+        members: what is described below ``Args:``; none of it if empty.
     """
     lines: list[str] = []
     defaults = getattr(obj, "_field_defaults", {})  # of a named tuple
@@ -87,6 +87,8 @@ def docs(obj: Any, members: str = "Arguments") -> list[str]:
     for paragraph in text.strip().split("\n\n"):
         lines += [_markdown(paragraph), ""]
     for title, body in zip(sections[::2], sections[1::2], strict=True):
+        if title == "Args" and not members:
+            continue
         if title in ("Args", "Raises"):
             lines += [f"{members if title == 'Args' else title}:", "", *_items(body, defaults), ""]
         else:
@@ -151,7 +153,9 @@ def _source(obj: Any) -> str:
 
 def _class(name: str, cls: type, members: str) -> list[str]:
     has_members = issubclass(cls, tuple | dict) or hasattr(cls, "__struct_fields__")
-    lines = docs(cls, "Members" if has_members or name == "DaemonProcess" else "Arguments")
+    made_by_connect = name in ("Client", "BlockingClient")
+    arguments = "" if made_by_connect else "Arguments"
+    lines = docs(cls, "Members" if has_members or name == "DaemonProcess" else arguments)
     if issubclass(cls, Exception):
         lines += ["Bases: " + ", ".join(f"`{base.__name__}`" for base in cls.__bases__) + ".", ""]
     for member in members.split():
