@@ -126,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f" (the output failed; this was done: {output.unprinted})" if output.unprinted else ""
         )
         return _fail(f"{exc.strerror or exc}{done}", REFUSED)
+    except MemoryError:
+        return _fail("this process is out of memory", REFUSED)
     except KeyboardInterrupt:
         if sys.stderr.isatty():
             print_error("")  # behind the ^C

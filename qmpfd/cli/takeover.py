@@ -31,8 +31,9 @@ def prepare(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> rece
     """
     try:
         takeover = receiver.prepare(path, TAKEOVER_TIMEOUT, _progress, movable)
-    except ValueError as exc:
-        raise NoDaemon(f"the daemon at {path} cannot be taken over: {exc}") from None
+    except (ValueError, MemoryError) as exc:
+        reason = str(exc) or "this process is out of memory"  # a MemoryError says nothing
+        raise NoDaemon(f"the daemon at {path} cannot be taken over: {reason}") from None
     except TimeoutError as exc:  # for which the other verbs advise --timeout
         raise NoDaemon(str(exc)) from None
     state, service = takeover.state, invocation_id()

@@ -175,7 +175,7 @@ def test_a_ready_descriptor_that_was_not_passed(path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "qmpfd: --ready-fd: this process has not inherited descriptor 77\n"
+    assert done.stderr == "qmpfd: --ready-fd: descriptor 77 was not passed to this process\n"
 
 
 @pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])

@@ -360,6 +360,7 @@ def prepare(
         NoDaemon: nobody serves there.
         QMPError: it refuses: this user may not, or it is a newer version.
         ValueError: what it sends cannot be used here.
+        MemoryError: this process is out of memory.
     """
     with BlockingClient(path, timeout) as client:
         _, passed = client.request("takeover", {"format": TAKEOVER_FORMAT})
@@ -379,8 +380,6 @@ def prepare(
             takeover.reserve(movable)
         except OSError as exc:
             raise unusable(exc) from None
-        except MemoryError:
-            raise ValueError("this process is out of memory") from None
         stack.pop_all()
     return takeover
 
