@@ -267,7 +267,7 @@ def _table(head: str, lines: list[str]) -> list[str]:
 
 
 def _members(what: str, struct: type[Struct], before: str = "") -> list[str]:
-    return _table(f"| {what} | type | |", rows(struct, before))
+    return _table(f"| {what} | type | meaning |", rows(struct, before))
 
 
 # -- the parts of the page ---------------------------------------------------------------------

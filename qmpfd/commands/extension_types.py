@@ -28,7 +28,7 @@ class OpenedFd(AddfdInfo):
     """Which descriptor was handed out.
 
     Args:
-        opaque: its opaque text, if any.
+        opaque: its opaque text, if it has one and the client may query it.
     """
 
     opaque: str | None = None
