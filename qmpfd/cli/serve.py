@@ -128,7 +128,29 @@ def _fill_standard_streams() -> None:
     fd.close()
 
 
-def _inherited_strays() -> list[Fd]:
+class _Stray:
+    """An inherited descriptor that nothing here knows.  It may get another number, and is never
+    closed.
+
+    Args:
+        number: its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def fileno(self) -> int:
+        """The descriptor's number."""
+        return self._number
+
+    def move_to(self, number: int) -> None:
+        """As :meth:`qmpfd.kernel.fd.Fd.move_to`."""
+        fd = Fd(self._number)
+        fd.move_to(number)
+        self._number = fd.detach()
+
+
+def _inherited_strays() -> list[_Stray]:
     """Inherited descriptors that nothing here knows, such as a shell's of the script that started
     us: they may get other numbers.  Not if the command line has a path like /dev/fd/9.
     """
@@ -138,7 +160,7 @@ def _inherited_strays() -> list[Fd]:
         numbers = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError:
         return []
-    return [Fd(number_) for number_ in numbers if number_ > 2 and _was_inherited(number_)]
+    return [_Stray(number_) for number_ in numbers if number_ > 2 and _was_inherited(number_)]
 
 
 def _import_all() -> None:
@@ -176,8 +198,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     movable: list[Movable] = [fd for fd, _, _ in initial]
     ready = _take_ready_fd(arguments.ready_fd, required=parent is None)
     movable += [given for given in (ready, parent) if given is not None]
-    strays = _inherited_strays()
-    movable += strays
+    movable += _inherited_strays()
     recovered = keeping.recover(inherited, movable, start)
     if recovered.handed_over and parent is not None:
         with recovered:
@@ -208,8 +229,6 @@ def _serve(arguments: argparse.Namespace) -> int:
         movable += [fd for fd, _, _ in initial if fd not in movable]
         predecessor = takeover.prepare(reached, movable, has_parent=parent is not None)
         there = predecessor.state.listeners
-    for stray in strays:
-        stray.detach()
     paths = takeover.still_to_bind(paths, there)
     from . import daemon
 
