@@ -74,10 +74,11 @@ def as_method(method: MethodT, description: Callable[..., Call[Any]]) -> MethodT
 
     The signature shows what the method's caller gets: ``X`` for a ``Call[X]``.
     """
-    annotations = description.__annotations__
+    annotations = description.__annotations__  # which inspect.signature() asks for
     if annotations["return"].startswith("Call["):
         annotations["return"] = annotations["return"][len("Call[") : -1]
     update_wrapper(method, description)
+    method.__annotations__ = annotations  # update_wrapper leaves them alone since Python 3.14
     return method
 
 
