@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import NamedTuple, NoReturn
 
-from ..kernel.fd import Fd, close_all
+from ..kernel.fd import Fd, close_all, pipe
 from ..kernel.systemd import InheritedFd, Notifier
 
 #: The variable with the number of the pipe by which the worker sees a spare worker end.
@@ -109,9 +109,8 @@ def _connections(stack: ExitStack) -> tuple[Fd, Fd, list[Fd]]:
     """The parent's end of a socket, a pipe's read end; and both other ends, for a spare worker."""
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock, theirs = stack.enter_context(Fd(one.detach())), stack.enter_context(Fd(other.detach()))
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    alive, pipe = stack.enter_context(Fd(reader)), stack.enter_context(Fd(writer))
-    return sock, alive, [theirs, pipe]
+    alive, writer = map(stack.enter_context, pipe())
+    return sock, alive, [theirs, writer]
 
 
 def wait(parent: Notifier, alive: Fd, prepare: Callable[[], object]) -> Start:

@@ -133,6 +133,16 @@ def fileno(fd: FileDescriptorLike) -> int:
     return number
 
 
+def pipe() -> tuple[Fd, Fd]:
+    """A pipe: its read end and its write end, which never block (pipe(7)).
+
+    Raises:
+        OSError: this process is out of descriptors.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    return Fd(reader), Fd(writer)
+
+
 def is_in_memory(fd: int) -> bool:
     """Whether *fd* is of a file that is kept in memory, a memfd for one.  A name tells nothing:
     a file of another mount namespace can be called ``/memfd:x`` as well.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -21,7 +20,7 @@ from enum import Enum, auto
 
 import trio
 
-from ...kernel.fd import Fd, close_all
+from ...kernel.fd import Fd, close_all, pipe
 from ...kernel.systemd import Notifier
 from ...limits import SCM_MAX_FD
 
@@ -258,7 +257,7 @@ class BarrierLink:
         if self._notifier.is_parent:
             self._notifier.send(self._sync_line.lstrip())
         else:
-            reader, writer = self._pipe = self._pipe or _pipe()
+            reader, writer = self._pipe = self._pipe or pipe()
             self._notifier.send("BARRIER=1", (writer,))
             writer.close()
             # The second one for its place in the table: the next pipe may find none.
@@ -295,7 +294,7 @@ class BarrierLink:
             OSError: there is no descriptor for it.
         """
         if not self._notifier.is_parent:
-            self._pipe = _pipe()
+            self._pipe = pipe()
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
@@ -395,8 +394,3 @@ class BarrierLink:
         if self._pipe is not None:
             close_all(self._pipe)
             self._pipe = None
-
-
-def _pipe() -> tuple[Fd, Fd]:
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    return Fd(reader), Fd(writer)

@@ -18,7 +18,7 @@ from math import inf
 
 import trio
 
-from ...kernel.fd import Fd, close_all
+from ...kernel.fd import Fd, close_all, pipe
 from ...limits import MAX_PROBES
 from .barrier_link import BarrierLink
 from .names import probe_name, sentinel_name
@@ -42,8 +42,7 @@ class Sentinel:
         Raises:
             OSError: this process is out of descriptors.
         """
-        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        return cls(Fd(reader), Fd(writer))
+        return cls(*pipe())
 
     @classmethod
     def reopen(cls, writer: Fd) -> Sentinel:

@@ -27,7 +27,7 @@ import trio
 
 from ...errors import GenericError
 from ...fdsets import StoredFd
-from ...kernel.fd import Fd
+from ...kernel.fd import Fd, pipe
 from ...kernel.systemd import invocation_id
 from ...limits import FORGET_TIMEOUT, MAX_PAUSE, SCM_MAX_FD, TAKEOVER_TIMEOUT
 from ...transport import FdStream
@@ -158,8 +158,7 @@ def _own_process() -> Fd:
 @cache
 def _lifeline() -> tuple[Fd, Fd]:
     """A pipe that this process keeps open as long as it lives."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    return Fd(reader), Fd(writer)
+    return pipe()
 
 
 def _in_memory(data: bytes) -> Fd:
