@@ -325,13 +325,12 @@ class Session:
         max_fds = self._services.shared.quotas.fds_at_once
         arrival = self.stream.receive_nowait(self._connection, FEW_BYTES, max_fds)
         done = self._processor.process_nowait(ends)
-        was_slow, self._slow = self._slow, monotonic() > ends
-        slow = self._slow and was_slow
-        if done and not slow and (arrival is _ALL or arrival is Arrival.NOTHING):
+        slow = monotonic() > ends
+        if done and not (slow and self._slow) and (arrival is _ALL or arrival is Arrival.NOTHING):
+            self._slow = slow
             return None
         self._move(Event.INPUT)
-        heavy = slow or arrival is Arrival.SOME or self._processor.unfinished
-        return _Piece(arrival, done, heavy)
+        return self._piece(arrival, done, slow)
 
     def _serve_chunks(self, ends: float) -> _Piece:
         """Carry out what the client has sent, as much as there is time for in its turn."""
@@ -341,9 +340,12 @@ class Session:
                 self._connection, READ_BYTES, self._services.shared.quotas.fds_at_once
             )
             done = self._processor.process_nowait(ends)
-        was_slow, self._slow = self._slow, monotonic() > ends
-        slow = self._slow and was_slow
-        heavy = slow or arrival is Arrival.SOME or self._processor.unfinished
+        return self._piece(arrival, done, monotonic() > ends)
+
+    def _piece(self, arrival: Arrival, done: bool, slow: bool) -> _Piece:
+        """What a piece leaves over; *slow*: it has taken long."""
+        was_slow, self._slow = self._slow, slow
+        heavy = (slow and was_slow) or arrival is Arrival.SOME or self._processor.unfinished
         return _Piece(arrival, done, heavy)
 
     async def _serve_rest(self) -> SessionEnd:
