@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from helpers import Wire, daemon, settle
+from helpers import ADD, Pipe, Wire, daemon, settle
 
 from qmpfd.kernel.fd import Fd, close_all, receive
 from qmpfd.kernel.systemd import Notifier
@@ -114,6 +114,21 @@ async def kept_daemon(
                 server.stop()
                 await server.ended.wait()
             nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def unanswered(
+    path: Path, **options: Any
+) -> AsyncIterator[tuple[DaemonServer, Parent, Wire, Pipe]]:
+    """A daemon, its parent, which is stopped, and a client whose add-fd waits for the parent; and
+    what the client has added.
+    """
+    async with kept_daemon(path, **options) as (server, parent):
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            parent.stop()
+            wire.send(ADD, [pipe])
+            await settle()
+            yield server, parent, wire, pipe
 
 
 async def silent(wire: Wire) -> bool:

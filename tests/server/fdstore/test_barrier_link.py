@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import trio
-from fake_parent import kept_daemon, silent
+from fake_parent import kept_daemon, silent, unanswered
 from helpers import ADD, Pipe, Wire, pipes, request, settle, value
 
 from qmpfd import Limits
@@ -45,16 +45,12 @@ async def test_no_task_waits_for_the_answer(path: Path) -> None:
 
 async def test_a_client_that_ends_its_input(path: Path) -> None:
     """It gets the reply that waits, and then the end."""
-    async with kept_daemon(path) as (_, parent):
-        with await Wire.session(path) as wire, Pipe() as pipe:
-            parent.stop()
-            wire.send(ADD, [pipe])
-            await settle()
-            wire.shut_write()
-            assert await silent(wire)
-            parent.go_on()
-            (reply,) = await wire.rest()
-            assert value(reply)["fdset-id"] == 0
+    async with unanswered(path) as (_, parent, wire, _):
+        wire.shut_write()
+        assert await silent(wire)
+        parent.go_on()
+        (reply,) = await wire.rest()
+        assert value(reply)["fdset-id"] == 0
 
 
 async def test_a_client_that_asks_more(path: Path) -> None:
@@ -89,34 +85,26 @@ async def test_quit_behind_a_change(path: Path) -> None:
 
 async def test_the_daemon_ends_meanwhile(path: Path) -> None:
     """Whoever waits for a reply gets it."""
-    async with kept_daemon(path) as (server, parent):
-        with await Wire.session(path) as wire, Pipe() as pipe:
-            parent.stop()
-            wire.send(ADD, [pipe])
-            await settle()
-            server.stop()
-            assert await silent(wire)
-            parent.go_on()
-            (reply,) = await wire.rest()
-            assert value(reply)["fdset-id"] == 0
+    async with unanswered(path) as (server, parent, wire, _):
+        server.stop()
+        assert await silent(wire)
+        parent.go_on()
+        (reply,) = await wire.rest()
+        assert value(reply)["fdset-id"] == 0
 
 
 async def test_nobody_is_idle_who_waits_for_a_reply(path: Path) -> None:
-    async with kept_daemon(path, limits=Limits(idle_timeout=1)) as (server, parent):
-        with await Wire.session(path) as wire, Pipe() as pipe:
-            parent.stop()
-            wire.send(ADD, [pipe])
-            await settle()
-            (session,) = server.sessions
-            for seconds in (10, 20):  # the first time, it has just asked something
-                session.evict_if_idle(trio.current_time() + seconds)
-            assert await silent(wire)
-            parent.go_on()
-            value(await wire.reply())
-            await settle()
-            session.evict_if_idle(trio.current_time() + 30)
-            (farewell,) = await wire.rest()
-            assert "Idle" in farewell["error"]["desc"]
+    async with unanswered(path, limits=Limits(idle_timeout=1)) as (server, parent, wire, _):
+        (session,) = server.sessions
+        for seconds in (10, 20):  # the first time, it has just asked something
+            session.evict_if_idle(trio.current_time() + seconds)
+        assert await silent(wire)
+        parent.go_on()
+        value(await wire.reply())
+        await settle()
+        session.evict_if_idle(trio.current_time() + 30)
+        (farewell,) = await wire.rest()
+        assert "Idle" in farewell["error"]["desc"]
 
 
 async def test_what_the_parent_had_no_room_for(path: Path) -> None:

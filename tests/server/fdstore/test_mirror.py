@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 from cancelling import CancelAt
-from fake_parent import Parent, kept_daemon, silent
+from fake_parent import Parent, kept_daemon, silent, unanswered
 from helpers import ADD, Pipe, Wire, open_fds, pipes, request, settle, value
 
 from qmpfd.kernel.fd import close_all
@@ -148,19 +148,15 @@ async def test_connection_end_and_expiry(path: Path) -> None:
 
 async def test_the_parent_dies(path: Path) -> None:
     """Whatever waits for it is answered; nothing more is taken."""
-    async with kept_daemon(path) as (_, parent):
-        with await Wire.session(path) as wire, Pipe() as pipe:
-            parent.stop()
-            wire.send(ADD, [pipe])
-            await settle()
-            parent.die()
-            assert value(await wire.reply())
-            reply = await wire.call("add-fd", None, [pipe])
-            assert "--takeover --supervise" in reply["error"]["desc"]
-            assert len(value(await wire.call("query-fds"))) == 1
-            value(await wire.call("remove-fd", {"fdset-id": 0}))
-            pipe.release()
-            assert not pipe.held()
+    async with unanswered(path) as (_, parent, wire, pipe):
+        parent.die()
+        assert value(await wire.reply())
+        reply = await wire.call("add-fd", None, [pipe])
+        assert "--takeover --supervise" in reply["error"]["desc"]
+        assert len(value(await wire.call("query-fds"))) == 1
+        value(await wire.call("remove-fd", {"fdset-id": 0}))
+        pipe.release()
+        assert not pipe.held()
 
 
 class _FirstCancelled(DaemonServer):
