@@ -17,7 +17,7 @@ DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
 import command_line  # noqa: E402 - it is in this folder
-import python_api  # noqa: E402
+import python_api  # noqa: E402 - likewise
 import wire  # noqa: E402 - likewise
 
 #: What a page can ask for.

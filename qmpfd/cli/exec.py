@@ -199,16 +199,16 @@ def _put_in_place(opened: list[Fd], places: list[int]) -> None:
     """Move each descriptor to its number, and let the command inherit no others but the standard
     streams.
     """
-    for number_, fd in enumerate(opened):
-        opened[number_] = _aside(fd, places)
+    for number, fd in enumerate(opened):
+        opened[number] = _aside(fd, places)
         fd.close()
     for fd, place in zip(opened, places, strict=True):
         os.dup2(fd.fileno(), place, inheritable=True)
-    for number_ in _open_numbers():
-        if number_ > 2 and number_ not in places:
+    for number in _open_numbers():
+        if number > 2 and number not in places:
             # Not closed but marked: some of them are still in use here until the very end.
             with suppress(OSError):  # the listing's own, or one that is not open
-                os.set_inheritable(number_, False)
+                os.set_inheritable(number, False)
 
 
 def _open_numbers() -> list[int]:

@@ -44,12 +44,12 @@ def open_file(path: str, flags: int) -> Fd:
     return fd
 
 
-def check_open(number_: int, advice: str = "") -> None:
+def check_open(number: int, advice: str = "") -> None:
     """Raises UsageError, with that advice, if that descriptor is not open here."""
     try:
-        fcntl.fcntl(number_, fcntl.F_GETFD)
+        fcntl.fcntl(number, fcntl.F_GETFD)
     except OSError:
-        raise UsageError(f"descriptor {number_} is not open here{advice}") from None
+        raise UsageError(f"descriptor {number} is not open here{advice}") from None
 
 
 def listening_socket(address: str) -> tuple[Fd, str]:
@@ -85,8 +85,8 @@ def _listening_tcp(address: str) -> tuple[Fd, str]:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(where)
         sock.listen(socket.SOMAXCONN)
-        name, number_ = sock.getsockname()[:2]
-        shown = f"[{name}]:{number_}" if family == socket.AF_INET6 else f"{name}:{number_}"
+        name, number = sock.getsockname()[:2]
+        shown = f"[{name}]:{number}" if family == socket.AF_INET6 else f"{name}:{number}"
         return Fd(sock.detach()), shown
 
 

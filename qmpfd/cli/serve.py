@@ -81,8 +81,8 @@ def _take_inherited(
             taken.append((Fd(os.dup(option.fd)), option.fdset_id, option.opaque))
         else:
             missing.append(option.fd)
-    for number_ in {option.fd for option in options} - set(missing):
-        Fd(number_).close()
+    for number in {option.fd for option in options} - set(missing):
+        Fd(number).close()
     return taken, missing
 
 
@@ -95,29 +95,29 @@ def _sort_passed(passed: list[Passed]) -> tuple[list[Passed], list[_Initial]]:
     return listeners, [*others]
 
 
-def _was_inherited(number_: int) -> bool:
+def _was_inherited(number: int) -> bool:
     """Whether a descriptor is there that this process has not opened itself (PEP 446)."""
     try:
-        return os.get_inheritable(number_)
+        return os.get_inheritable(number)
     except OSError:
         return False
 
 
-def _take_ready_fd(number_: int | None, *, required: bool) -> Fd | None:
+def _take_ready_fd(number: int | None, *, required: bool) -> Fd | None:
     """A duplicate of the descriptor that ``--ready-fd`` names, whose original is closed; a worker
     that was started again has none.
 
     Raises:
         UsageError: it was not passed to this process, and is required.
     """
-    if number_ is None:
+    if number is None:
         return None
-    if _was_inherited(number_):
-        ready = Fd(os.dup(number_))
-        Fd(number_).close()
+    if _was_inherited(number):
+        ready = Fd(os.dup(number))
+        Fd(number).close()
         return ready
     if required:
-        raise UsageError(f"--ready-fd: descriptor {number_} was not passed to this process")
+        raise UsageError(f"--ready-fd: descriptor {number} was not passed to this process")
     return None
 
 
@@ -146,8 +146,10 @@ class _Stray:
     def move_to(self, number: int) -> None:
         """As :meth:`qmpfd.kernel.fd.Fd.move_to`."""
         fd = Fd(self._number)
-        fd.move_to(number)
-        self._number = fd.detach()
+        try:
+            fd.move_to(number)
+        finally:
+            self._number = fd.detach()
 
 
 def _inherited_strays() -> list[_Stray]:
@@ -160,14 +162,14 @@ def _inherited_strays() -> list[_Stray]:
         numbers = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError:
         return []
-    return [_Stray(number_) for number_ in numbers if number_ > 2 and _was_inherited(number_)]
+    return [_Stray(number) for number in numbers if number > 2 and _was_inherited(number)]
 
 
 def _import_all() -> None:
     """Import what a worker needs that starts again."""
-    from ..commands import schema  # noqa: F401
-    from ..server.fdstore import fetch  # noqa: F401
-    from . import daemon, takeover  # noqa: F401
+    from ..commands import schema  # noqa: F401 - only to be there
+    from ..server.fdstore import fetch  # noqa: F401 - likewise
+    from . import daemon, takeover  # noqa: F401 - likewise
 
 
 def _serve(arguments: argparse.Namespace) -> int:
