@@ -1,4 +1,4 @@
-"""The daemon's process: its main task and its signals.  The one module here that imports Trio."""
+"""The daemon's process: its main task and its signals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from ..policy import load_policy
 from ..server.fdstore.mirror import FdStoreConfig
 from ..server.fdstore.recover import Recovered
 from ..server.maintenance import supervise
-from ..server.saved_state import SavedListener
 from ..server.server import DaemonServer
 from ..server.startup import run_daemon
 from ..server.takeover.receiver import Takeover
@@ -61,6 +60,9 @@ def run(
     Raises:
         OSError: one of *paths* cannot be used.
     """
+    spares = None
+    if parent is not None and keeping is not None:
+        spares = SpareKeeper(parent, keeping.size, successor)
     start = partial(
         run_daemon,
         paths,
@@ -72,11 +74,43 @@ def run(
     )
     names = [str(path) for path in paths]
     names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
-    spares = None
-    if parent is not None and keeping is not None:
-        spares = SpareKeeper(parent, keeping.size, successor)
-    before = (takeover or recovered).state.listeners
-    trio.run(_main, start, names, takeover, before, policy_path, ready_fd, parent, spares)
+    before = [listener.name for listener in (takeover or recovered).state.listeners]
+
+    async def main() -> None:
+        async with trio.open_nursery() as serving:
+            with ExitStack() as stack:
+                server, signals = await _started(serving, start, takeover, stack)
+                _log_sockets(names, before, "restarted" if takeover is None else "took over")
+                if ready_fd is not None:
+                    announce_ready(ready_fd)
+                notifications = Notifications(parent)
+                stack.callback(notifications.close)
+                process = _Process(server, serving, notifications, parent, policy_path)
+                await process.run(signals, spares)
+
+    trio.run(main)
+
+
+async def _started(
+    serving: trio.Nursery,
+    start: Callable[..., Awaitable[None]],
+    takeover: Takeover | None,
+    stack: ExitStack,
+) -> tuple[DaemonServer, AsyncIterator[int]]:
+    """Start the daemon: it, and the signals that come from here on."""
+    if takeover is None:
+        signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
+        server: DaemonServer = await serving.start(start)
+        gc.freeze()  # as _exempt_from_collection, without the time that it takes
+        gc.enable()
+        return server, signals
+    takeover.before_pausing = _exempt_from_collection
+    # Until then a signal ends us at once, and the old daemon goes on with everything.
+    takeover.before_confirming = partial(signal.pthread_sigmask, signal.SIG_BLOCK, _SIGNALS)
+    server = await serving.start(start)
+    signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    return server, signals
 
 
 def _exempt_from_collection() -> None:
@@ -85,113 +119,76 @@ def _exempt_from_collection() -> None:
     gc.freeze()
 
 
-async def _main(
-    start: partial[Coroutine[Any, Any, None]],
-    names: Sequence[str],
-    takeover: Takeover | None,
-    before: Sequence[SavedListener],
-    policy_path: Path | None,
-    ready_fd: Fd | None,
-    parent: Notifier | None,
-    spares: SpareKeeper | None,
-) -> None:
-    again = [listener.name for listener in before]
-    async with trio.open_nursery() as serving:
-        with ExitStack() as stack:
-            if takeover is None:
-                signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
-                server: DaemonServer = await serving.start(start)
-            else:
-                takeover.before_pausing = _exempt_from_collection
-                # Until then a signal ends us at once, and the old daemon goes on with everything.
-                takeover.before_confirming = partial(
-                    signal.pthread_sigmask, signal.SIG_BLOCK, _SIGNALS
-                )
-                server = await serving.start(start)
-                signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-            if takeover is None:
-                gc.freeze()  # as _exempt_from_collection, without the time that it takes
-                gc.enable()
-            if again:
-                how = "restarted" if takeover is None else "took over"
-                _log.info("%s: listening on %s", how, ", ".join(again))
-            for name in names:
-                _log.info("listening on %s", name)
-            if sys.stderr.isatty():
-                default = default_socket() in (*names, *again)
-                where = "" if default else " --socket PATH"
-                _log.info("Ctrl-C stops the daemon; qmpfd status%s shows its state", where)
-            if ready_fd is not None:
-                announce_ready(ready_fd)
-            notifications = Notifications(parent)
-            stack.callback(notifications.close)
-            notifications.tell(*_ready())
-            await _look_after(server, notifications, parent, policy_path, signals, serving, spares)
+def _log_sockets(names: Sequence[str], before: Sequence[str], how: str) -> None:
+    if before:
+        _log.info("%s: listening on %s", how, ", ".join(before))
+    for name in names:
+        _log.info("listening on %s", name)
+    if sys.stderr.isatty():
+        where = "" if default_socket() in (*names, *before) else " --socket PATH"
+        _log.info("Ctrl-C stops the daemon; qmpfd status%s shows its state", where)
 
 
-async def _look_after(
-    server: DaemonServer,
-    notifications: Notifications,
-    parent: Notifier | None,
-    policy_path: Path | None,
-    signals: AsyncIterator[int],
-    serving: trio.Nursery,
-    spares: SpareKeeper | None,
-) -> None:
-    reloader = _Reloader(server, policy_path, notifications)
-    handler = _SignalHandler(server, parent, notifications, reloader, serving)
-    tasks: list[tuple[str, Callable[[], Awaitable[None]]]] = [
-        ("handling signals", partial(handler.run, signals)),
-        ("reloading", reloader.run),
-    ]
-    if spares is not None:
-        tasks.append(("keeping a spare worker", spares.run))
-    if notifications.wanted:
-        tasks.append(("notifying the service manager", notifications.resend))
-        tasks.append(("reporting the status", partial(_report_status, server, notifications)))
-        if limit := watchdog_interval():
-            tasks.append(("feeding the watchdog", partial(_feed_watchdog, notifications, limit)))
-    async with trio.open_nursery() as nursery:
-        for name, task in tasks:
-            nursery.start_soon(supervise, name, task)
-        await server.ended.wait()
-        nursery.cancel_scope.cancel()
-    serving.cancel_scope.cancel()
+class _Process:
+    """What the process of a daemon does beside serving: it handles signals, and keeps the service
+    manager informed.
 
-
-class _SignalHandler:
-    """Carries out what signals ask for: the first SIGTERM or SIGINT ends the daemon gracefully, a
-    second one at once, SIGHUP reloads.
+    The first SIGTERM or SIGINT ends the daemon gracefully, a second one at once.  SIGHUP reads the
+    policy again, and makes lost socket files anew.  The newest SIGHUP counts: a reload that hangs,
+    on a FIFO in the file's place or a name service that does not answer, is abandoned for the next
+    one and at the daemon's end.
 
     Args:
         server: the daemon.
-        parent: the parent of ``serve --supervise``, which forwards signals too.
-        notifications: tells the service manager.
-        reloader: carries out SIGHUP.
         serving: cancelled, it ends the daemon at once.
+        notifications: tells the service manager.
+        parent: the parent of ``serve --supervise``, which forwards signals too.
+        policy_path: the policy file, if there is one.
     """
 
     def __init__(
         self,
         server: DaemonServer,
-        parent: Notifier | None,
-        notifications: Notifications,
-        reloader: _Reloader,
         serving: trio.Nursery,
+        notifications: Notifications,
+        parent: Notifier | None,
+        policy_path: Path | None,
     ) -> None:
         self._server = server
-        self._parent = parent
-        self._notifications = notifications
-        self._reloader = reloader
         self._serving = serving
+        self._notifications = notifications
+        self._parent = parent
+        self._policy_path = policy_path
         self._stops = 0
+        self._reload_requested = trio.Event()
+        self._reloading = trio.CancelScope()
 
-    async def run(self, signals: AsyncIterator[int]) -> None:
-        """Handle signals as they come."""
+    async def run(self, signals: AsyncIterator[int], spares: SpareKeeper | None) -> None:
+        """Do so until the daemon has ended."""
+        self._tell_ready()
+        tasks: dict[str, Callable[[], Awaitable[None]]] = {
+            "handling signals": partial(self._handle_signals, signals),
+            "reloading": self._reload,
+        }
+        if spares is not None:
+            tasks["keeping a spare worker"] = spares.run
+        if self._notifications.wanted:
+            tasks["notifying the service manager"] = self._notifications.resend
+            tasks["reporting the status"] = self._report_status
+            if limit := watchdog_interval():
+                tasks["feeding the watchdog"] = partial(self._feed_watchdog, limit)
+        async with trio.open_nursery() as nursery:
+            for name, task in tasks.items():
+                nursery.start_soon(supervise, name, task)
+            await self._server.ended.wait()
+            nursery.cancel_scope.cancel()
+        self._serving.cancel_scope.cancel()
+
+    async def _handle_signals(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
             if number == signal.SIGHUP:
-                self._reloader.request()
+                self._reload_requested.set()
+                self._reloading.cancel()
             else:
                 self._stop(signal.Signals(number).name)
 
@@ -212,46 +209,18 @@ class _SignalHandler:
             self._notifications.tell("STOPPING=1")
             self._server.stop()
 
-
-class _Reloader:
-    """Carries out SIGHUP: reads the policy again, and makes lost socket files anew.
-
-    The newest request counts: one that hangs, on a FIFO in the file's place or a name service that
-    does not answer, is abandoned for the next one and at the daemon's end.
-
-    Args:
-        server: the daemon.
-        policy_path: the policy file, if there is one.
-        notifications: tells the service manager.
-    """
-
-    def __init__(
-        self, server: DaemonServer, policy_path: Path | None, notifications: Notifications
-    ) -> None:
-        self._server = server
-        self._policy_path = policy_path
-        self._notifications = notifications
-        self._requested = trio.Event()
-        self._scope = trio.CancelScope()
-
-    def request(self) -> None:
-        """Reload, and abandon a reload that is under way."""
-        self._requested.set()
-        self._scope.cancel()
-
-    async def run(self) -> None:
-        """Carry out requests as they come."""
+    async def _reload(self) -> None:
         while True:
-            await self._requested.wait()
-            self._requested = trio.Event()
-            with trio.CancelScope() as self._scope:
+            await self._reload_requested.wait()
+            self._reload_requested = trio.Event()
+            with trio.CancelScope() as self._reloading:
                 self._notifications.tell(
                     "RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
                 )
                 async with trio.open_nursery() as nursery:  # either may have to wait
                     nursery.start_soon(self._server.bind_lost_sockets)
                     nursery.start_soon(self._reload_policy)
-                self._notifications.tell(*_ready())
+                self._tell_ready()
 
     async def _reload_policy(self) -> None:
         path = self._policy_path
@@ -272,29 +241,26 @@ class _Reloader:
         else:
             _log.info("SIGHUP: the policy is read again from %s", path)
 
+    def _tell_ready(self) -> None:
+        # After a takeover, the process that the service manager started no longer serves.
+        self._notifications.tell("READY=1", f"MAINPID={os.getpid()}")
 
-def _ready() -> tuple[str, str]:
-    # After a takeover, the process that the service manager started no longer serves.
-    return "READY=1", f"MAINPID={os.getpid()}"
+    async def _report_status(self) -> None:
+        """Tell the service manager now and then how full we are."""
+        reported = ""
+        while True:
+            store, stats = self._server.store, self._server.daemon.stats
+            status = (
+                f"STATUS={store.fd_count} descriptors in {len(store)} fd sets, "
+                f"{stats.connections} connections"
+            )
+            if status != reported:
+                self._notifications.tell(status)
+            reported = status
+            await trio.sleep(STATUS_INTERVAL)
 
-
-async def _report_status(server: DaemonServer, notifications: Notifications) -> None:
-    """Tell the service manager now and then how full we are."""
-    reported = ""
-    while True:
-        stats = server.daemon.stats
-        status = (
-            f"STATUS={server.store.fd_count} descriptors in {len(server.store)} fd sets, "
-            f"{stats.connections} connections"
-        )
-        if status != reported:
-            notifications.tell(status)
-        reported = status
-        await trio.sleep(STATUS_INTERVAL)
-
-
-async def _feed_watchdog(notifications: Notifications, limit: float) -> None:
-    """Tell the service manager that the loop still turns."""
-    while True:
-        notifications.tell("WATCHDOG=1")
-        await trio.sleep(limit / 2)
+    async def _feed_watchdog(self, limit: float) -> None:
+        """Tell the service manager that the loop still turns."""
+        while True:
+            self._notifications.tell("WATCHDOG=1")
+            await trio.sleep(limit / 2)
