@@ -6,15 +6,16 @@ import os
 import resource
 from collections import Counter
 from collections.abc import Mapping
+from itertools import groupby
 
-from msgspec import UNSET
+from msgspec import UNSET, to_builtins
 
 from ..errors import FdExists, FdNotFound, GenericError, InvalidParameterValue
-from ..fdsets import PERMANENT, Lifetime, StoredFd
+from ..fdsets import PERMANENT, Lifetime, Peer, StoredFd
 from ..kernel.fdinfo import access_mode
-from ..limits import SCM_MAX_FD
+from ..limits import MAX_PEERS, SCM_MAX_FD
+from ..policy import Access
 from ..protocol.encode import JSONStream, RawJSON
-from .changes import added, removed
 from .context import Context
 from .extension_types import (
     AddFds,
@@ -23,18 +24,22 @@ from .extension_types import (
     LimitsInfo,
     OpenedFd,
     OpenFdset,
+    PeerStats,
     StatsInfo,
     WatchFdsets,
 )
 from .fds import check_add
 from .listings import listing
-from .peers import peers
 from .selectors import Selector, choose, denied, rights, visible_opaque
+from .shared import Client
 from .table import Table
-from .types import NOTHING, Arguments, FdsetInfo
+from .types import NOTHING, Arguments, FdsetFdInfo, FdsetInfo
 from .types import Result as Nothing
 
 table: Table[Context] = Table()
+
+#: Characters of opaque texts, and descriptors, of a reply that is made in one go.
+_FEW_CHARACTERS, _FEW_FDS = 16384, 256
 
 
 @table.command("open-fdset", OpenFdset, OpenedFd)
@@ -134,7 +139,8 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
         create=shared.dialect == "qemu",
     )
     shared.remove(older, "replaced", context.connection.fds_to_close)
-    return added(entries)
+    (info,) = _infos(entries)
+    return JSONStream(to_builtins(info)) if _is_long(entries) else info
 
 
 def _older(context: Context, arguments: AddFds) -> list[StoredFd]:
@@ -178,9 +184,28 @@ def remove_fds(context: Context, arguments: Selector) -> list[FdsetInfo] | JSONS
         raise denied("remove", arguments)
     if not found:
         raise arguments.not_found()
-    reply = removed(found, context.access)
+    infos = _infos(found, context.access)
     context.shared.remove(found, "removed", context.connection.fds_to_close)
-    return reply
+    return JSONStream(to_builtins(infos)) if _is_long(found) else infos
+
+
+def _infos(entries: list[StoredFd], access: Access | None = None) -> list[FdsetInfo]:
+    """The sets of *entries*; with *access*, of the opaque texts those that it may query."""
+
+    def info(stored: StoredFd) -> FdsetFdInfo:
+        opaque = stored.opaque if access is None else visible_opaque(access, stored)
+        return FdsetFdInfo(stored.fd.fileno(), opaque)
+
+    return [
+        FdsetInfo(fdset_id, [info(stored) for stored in together])
+        for fdset_id, together in groupby(entries, key=lambda stored: stored.fdset.id)
+    ]
+
+
+def _is_long(entries: list[StoredFd]) -> bool:
+    """Whether a reply about *entries* is made bit by bit: a text is said for each of them."""
+    size = sum(len(stored.opaque or "") for stored in entries)
+    return size > _FEW_CHARACTERS or len(entries) > _FEW_FDS
 
 
 def _lifetime(context: Context, arguments: AddFds, now: float) -> Lifetime:
@@ -248,7 +273,7 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
             drain_timeout=limits.drain_timeout,
             idle_timeout=limits.idle_timeout,
         ),
-        peers=peers(context),
+        peers=_peers(context),
     )
     if context.access.sees_everything:
         info.fdsets = len(shared.store)
@@ -262,3 +287,27 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
 
 def _counts(counter: Mapping[str, int]) -> list[Count]:
     return [Count(name, count) for name, count in sorted(counter.items())]
+
+
+def _peers(context: Context) -> list[PeerStats]:
+    """The processes that are connected, those connected for longest first.
+
+    Whoever may end the daemon is told of all; other clients only of those of their own user.
+    """
+    sees_all = any("admin" in grant.rights for grant in context.access.grants)
+    found: dict[Peer, list[Client]] = {}
+    for client in context.shared.clients():
+        if sees_all or client.peer.uid == context.peer.uid:
+            found.setdefault(client.peer, []).append(client)
+    longest_first = sorted(found, key=lambda peer: -max(client.age for client in found[peer]))
+    return [
+        PeerStats(
+            *peer,
+            connections=len(found[peer]),
+            age=int(max(client.age for client in found[peer])),
+            idle=int(min(client.idle for client in found[peer])),
+            fds=sum(client.fds for client in found[peer]),
+            watching=any(client.watching for client in found[peer]),
+        )
+        for peer in longest_first[:MAX_PEERS]
+    ]

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum
-from math import inf
+from math import ceil, inf
 from typing import Any
 
 from msgspec import UNSET, Struct, to_builtins
 
-from ..fdsets import FdSet, Progress
+from ..fdsets import FdSet, Progress, StoredFd
+from ..kernel.fdinfo import access_mode, flags, kind, size, target
+from ..kernel.sockets import describe_socket
+from ..limits import INT64_MAX
 from ..protocol.encode import LONG_TEXT, JSONStream, RawJSON, encode, iter_encode
 from .context import Context
-from .describe import describe
+from .extension_types import FdInfo, PeerInfo
 from .selectors import Selector
 from .types import FdsetFdInfo, FdsetInfo
 
@@ -175,7 +178,7 @@ class Listing(JSONStream):
                             out.append(self._separator())
                             self._stage = Stage.ENTRY
                             work += _LOOKING
-                            entry = describe(stored, asked_at)
+                            entry = _describe(stored, asked_at)
                         if opaque is not None and len(opaque) > LONG_TEXT:
                             self._entry, self._written = to_builtins(entry), 0
                             yield b"".join(out)
@@ -238,3 +241,29 @@ class Listing(JSONStream):
                 if len(whole) <= _KEPT_BYTES:
                     fdset.listing = whole
         return fdset.listing
+
+
+def _describe(stored: StoredFd, now: float) -> FdInfo:
+    """The ``query-fds`` entry of *stored*, at the time *now*."""
+    number, lifetime = stored.fd.fileno(), stored.lifetime
+    link = target(number)
+    what = kind(number, link)
+    info = FdInfo(
+        fdset_id=stored.fdset.id,
+        fd=number,
+        access=access_mode(number),
+        kind=what,
+        target=link,
+        flags=flags(number),
+        age=int(now - stored.added_at),
+        lifetime="daemon" if lifetime.owner is None else "connection",
+        watch_hangup=lifetime.watch_hangup,
+        opaque=stored.opaque,
+        size=size(number) if what in ("file", "memfd") else None,
+        added_by=None if stored.added_by is None else PeerInfo(*stored.added_by),
+    )
+    if what == "socket":
+        info.address, info.peer, info.listening = describe_socket(number)
+    if lifetime.expires_at is not None:  # a float near its end may round up beyond an int64
+        info.expires = min(max(0, ceil(lifetime.expires_at - now)), INT64_MAX)
+    return info

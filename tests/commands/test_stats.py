@@ -262,7 +262,7 @@ async def test_other_processes(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
                 listed = await peers(wire)
                 assert {peer["pid"] for peer in listed} == {os.getpid(), other.pid}
                 assert listed == sorted(listed, key=lambda peer: -peer["age"])
-                monkeypatch.setattr("qmpfd.commands.peers.MAX_PEERS", 1)
+                monkeypatch.setattr("qmpfd.commands.extensions.MAX_PEERS", 1)
                 assert len(await peers(wire)) == 1
                 assert (await stats(wire))["connections"] == 2
                 other.communicate()
