@@ -11,8 +11,9 @@ import errno
 import fcntl
 import os
 import platform
+from bisect import bisect_left
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cmp_to_key
 
 #: kcmp(2) by machine; most others have the number of the generic table.
 _KCMP = {"x86_64": 312, "i386": 349, "i686": 349, "armv7l": 378, "ppc64le": 354, "s390x": 343}
@@ -100,14 +101,6 @@ class Descriptions:
                 if other == number or is_same(other, number):
                     return at, True
             return len(known), False
-        low, high = 0, len(known)
-        while low < high:
-            middle = (low + high) // 2
-            order = compare(known[middle], number)
-            if order == 0:
-                return middle, True
-            if order < 0:
-                low = middle + 1
-            else:
-                high = middle
-        return low, False
+        key = cmp_to_key(compare)
+        at = bisect_left(known, key(number), key=key)
+        return at, at < len(known) and compare(known[at], number) == 0

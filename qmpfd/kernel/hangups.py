@@ -95,7 +95,7 @@ class Hangups(Generic[EntryT]):
                 except OSError:  # no memory, or no watches left: it is looked at again, as now
                     continue
                 self._draining.discard(number)
-            elif _hung_up(number, events) and not _unread(number):
+            elif _is_over(number, events):
                 over.append(self._watched[number])
         return over
 
@@ -111,20 +111,15 @@ def _events(number: int) -> int:
     return next((events for _, events in poll.poll(0)), 0)
 
 
-def _hung_up(number: int, events: int) -> bool:
-    """Whether *events* say that the other end is gone.  An error alone does so for the writing
-    end of a pipe only: a UDP socket has one when a datagram was refused.
-    """
-    return bool(events & select.POLLHUP) or access_mode(number) == "wronly"
-
-
-def _unread(number: int) -> bool:
-    """Whether data waits to be read from the descriptor (FIONREAD, ioctl_tty(2), unix(7))."""
-    if access_mode(number) == "wronly":  # what is left in this pipe, nobody can read any more
+def _is_over(number: int, events: int) -> bool:
+    """Whether the other end is gone, and all that it has sent was read."""
+    # An error alone says so of the writing end of a pipe only: a UDP socket has one when a datagram
+    # was refused.  What is left in that pipe, nobody can read any more.
+    if access_mode(number) == "wronly":
+        return True
+    if not events & select.POLLHUP:
         return False
     count = array.array("i", [0])
-    try:
+    with suppress(OSError):  # FIONREAD: ioctl_tty(2), unix(7)
         fcntl.ioctl(number, termios.FIONREAD, count)
-    except OSError:
-        return False
-    return count[0] > 0
+    return count[0] == 0

@@ -110,17 +110,6 @@ class Notifier:
             return None
         return cls(sock, is_parent=False)
 
-    @classmethod
-    def inherit(cls, number: int) -> Notifier | None:
-        """The parent behind an inherited descriptor; None if that is something else."""
-        try:
-            if not stat.S_ISSOCK(os.fstat(number).st_mode):
-                return None
-        except OSError:
-            return None
-        os.set_inheritable(number, False)
-        return cls(socket.socket(fileno=number), is_parent=True)
-
     def fileno(self) -> int:
         """Of the socket: writable when there is room, readable when the parent is gone."""
         return self._sock.fileno()
@@ -211,7 +200,13 @@ def take_parent() -> Notifier | None:
     messages that the service manager would get.
     """
     number = os.environ.pop(_PARENT_VARIABLE, "")
-    return Notifier.inherit(int(number)) if number.isdecimal() else None
+    try:
+        if not number.isdecimal() or not stat.S_ISSOCK(os.fstat(int(number)).st_mode):
+            return None
+    except OSError:  # nothing is open there
+        return None
+    os.set_inheritable(int(number), False)
+    return Notifier(socket.socket(fileno=int(number)), is_parent=True)
 
 
 def invocation_id() -> str | None:
