@@ -11,7 +11,7 @@ import os
 import pwd
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, get_args
@@ -101,8 +101,8 @@ class Grant:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_patterns", Patterns(self.opaque or ()))
 
-    def covers_set(self, fdset_id: int) -> bool:
-        """Whether it is for that fd set."""
+    def covers_set(self, fdset_id: int | None) -> bool:
+        """Whether it is for that fd set; None for any."""
         return self.fdsets is None or fdset_id in self.fdsets
 
     def covers(self, fdset_id: int, opaque: str | None) -> bool:
@@ -154,13 +154,10 @@ class Access:
     @property
     def sees_everything(self) -> bool:
         """Whether the peer may query whatever is stored."""
-        return any(
-            "query" in grant.rights and grant.opaque is None and grant.fdsets is None
-            for grant in self.grants
-        )
+        return self.sees_set(None)
 
-    def sees_set(self, fdset_id: int) -> bool:
-        """Whether the peer may query whatever is in the fd set."""
+    def sees_set(self, fdset_id: int | None) -> bool:
+        """Whether the peer may query whatever is in the fd set; None for any fd set."""
         return any(
             "query" in grant.rights and grant.opaque is None and grant.covers_set(fdset_id)
             for grant in self.grants
@@ -231,13 +228,14 @@ class Policy:
     """
 
     def __init__(self, rules: Iterable[Rule] = (), lines: Iterable[int] = ()) -> None:
-        rules = list(rules)
-        at: list[int | None] = list(lines)
-        if len(at) != len(rules):
-            at = [None] * len(rules)
+        rules, at = list(rules), list(lines)
         self.rules = [
             RuleInForce(
-                number + 1, at[number], _uid(rule, number), _gid(rule, number), _grant(rule, number)
+                number + 1,
+                at[number] if len(at) == len(rules) else None,
+                _id(rule, number, "user", "uid", lambda name: pwd.getpwnam(name).pw_uid),
+                _id(rule, number, "group", "gid", lambda name: grp.getgrnam(name).gr_gid),
+                _grant(rule, number),
             )
             for number, rule in enumerate(rules)
         ]
@@ -277,26 +275,22 @@ def _grant(rule: Rule, number: int) -> Grant:
     )
 
 
-def _uid(rule: Rule, number: int) -> int | None:
-    if rule.user is None:
-        return rule.uid
-    if rule.uid is not None:
-        raise BadPolicy(f"user and uid are the same thing: name one - at `$.rule[{number}].uid`")
+def _id(
+    rule: Rule, number: int, kind: str, id_kind: str, look_up: Callable[[str], int]
+) -> int | None:
+    """The uid or gid that a rule is for, which names it in one way at most; None for all."""
+    name: str | None = getattr(rule, kind)
+    found: int | None = getattr(rule, id_kind)
+    if name is None:
+        return found
+    if found is not None:
+        raise BadPolicy(
+            f"{kind} and {id_kind} are the same thing: name one - at `$.rule[{number}].{id_kind}`"
+        )
     try:
-        return pwd.getpwnam(rule.user).pw_uid
+        return look_up(name)
     except KeyError:
-        raise BadPolicy(f"no user '{rule.user}' - at `$.rule[{number}].user`") from None
-
-
-def _gid(rule: Rule, number: int) -> int | None:
-    if rule.group is None:
-        return rule.gid
-    if rule.gid is not None:
-        raise BadPolicy(f"group and gid are the same thing: name one - at `$.rule[{number}].gid`")
-    try:
-        return grp.getgrnam(rule.group).gr_gid
-    except KeyError:
-        raise BadPolicy(f"no group '{rule.group}' - at `$.rule[{number}].group`") from None
+        raise BadPolicy(f"no {kind} '{name}' - at `$.rule[{number}].{kind}`") from None
 
 
 def load_policy(path: Path) -> Policy:
