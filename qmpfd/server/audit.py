@@ -39,15 +39,6 @@ def open_audit(path: Path) -> Fd:
     return fd
 
 
-class _NotWrittenError(Exception):
-    """So many lines were not written, for that reason."""
-
-    def __init__(self, lines: int, reason: str) -> None:
-        super().__init__(reason)
-        self.lines = lines
-        self.reason = reason
-
-
 class AuditWriter:
     """Writes lines in a thread of its own.  What cannot be written is left out, counted and said in
     the log: a full disk costs lines of the audit trail, and nothing else.
@@ -94,16 +85,13 @@ class AuditWriter:
     def _run(self) -> None:
         with self._fd:  # it may be written to when nobody waits for the thread any more
             while (lines := self._next()) is not None:
-                try:
-                    self._write_all(b"".join(lines))
-                except _NotWrittenError as exc:
-                    with self._changed:
-                        self._lose(exc.lines, exc.reason)
-                else:
-                    with self._changed:
-                        if self._lost:
-                            _log.warning("audit trail: %d lines were left out", self._lost)
-                            self._lost = 0
+                left_out, reason = self._write_all(b"".join(lines))
+                with self._changed:
+                    if left_out:
+                        self._lose(left_out, reason)
+                    elif self._lost:
+                        _log.warning("audit trail: %d lines were left out", self._lost)
+                        self._lost = 0
 
     def _next(self) -> list[bytes] | None:
         """Some of what waits, once there is something; None at the end."""
@@ -117,7 +105,8 @@ class AuditWriter:
             self._size -= size
             return taken or None
 
-    def _write_all(self, data: bytes) -> None:
+    def _write_all(self, data: bytes) -> tuple[int, str]:
+        """Write lines; how many of them were not written, and why."""
         # What is torn is ended: the file may be another's by now too, and is never cut.
         rest = memoryview(b"\n" + data if self._torn else data)
         size = len(rest)
@@ -125,10 +114,10 @@ class AuditWriter:
             while rest:
                 rest = rest[os.write(self._fd.fileno(), rest) :]
         except OSError as exc:
-            if len(rest) < size:
-                self._torn = True
-            raise _NotWrittenError(bytes(rest).count(b"\n"), exc.strerror or str(exc)) from None
+            self._torn = self._torn or len(rest) < size
+            return bytes(rest).count(b"\n"), exc.strerror or str(exc)
         self._torn = False
+        return 0, ""
 
     def _lose(self, count: int, reason: str) -> None:
         if not self._lost:
