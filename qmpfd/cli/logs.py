@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from ..kernel.streams import write_nowait
 from ..protocol.encode import encode
+from .output import printable
 
 #: syslog(3)'s priorities, as the journal reads them from the beginning of a line (sd-daemon(3)).
 _PRIORITIES = {
@@ -31,17 +32,6 @@ def _stamp(record: logging.LogRecord) -> str:
     return f"{stamp}.{int(record.msecs):03}Z"
 
 
-def escape(text: str) -> str:
-    """*text* on one line: what is no printable character, in a client's text for example, would
-    begin lines of its own or give orders to a terminal.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
-
-
 class _TextFormatter(logging.Formatter):
     """One line for people, and more only for a traceback.
 
@@ -59,10 +49,10 @@ class _TextFormatter(logging.Formatter):
         start = f"<{_PRIORITIES.get(record.levelno, 6)}>" if self._journal else ""
         if self._timed:
             start += f"{_stamp(record)} "
-        lines = [f"{start}qmpfd: {escape(record.getMessage())}"]
+        lines = [f"{start}qmpfd: {printable(record.getMessage())}"]
         if record.exc_info:
             traceback = self.formatException(record.exc_info).split("\n")
-            lines += [f"{start}qmpfd: | {escape(line)}" for line in traceback]
+            lines += [f"{start}qmpfd: | {printable(line)}" for line in traceback]
         return "\n".join(lines)
 
 

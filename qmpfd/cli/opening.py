@@ -8,7 +8,6 @@ import os
 import socket
 
 from ..kernel.fd import Fd
-from ..kernel.unix_address import bind, connectable, is_abstract
 from .exit_codes import UsageError
 from .output import printable
 
@@ -91,31 +90,14 @@ def _listening_tcp(address: str) -> tuple[Fd, str]:
 
 
 def _listening_unix(path: str) -> tuple[Fd, str]:
+    from pathlib import Path  # for this alone
+
+    from ..server.listen.binding import LOCK_TIMEOUT, OWNER_ONLY, SocketInUse, listen_at
+
     if not path or path == "@":
         raise ValueError("unix: needs a path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        _bind_unix(sock, path)
-        sock.listen(socket.SOMAXCONN)
-        return Fd(sock.detach()), f"unix:{path}"
-
-
-def _bind_unix(sock: socket.socket, path: str) -> None:
-    """bind(2), which replaces a socket file on which nobody listens.
-
-    Raises:
-        OSError: the address is in use, or cannot be had.
-    """
     try:
-        bind(sock, path)
-    except OSError as exc:
-        if exc.errno != errno.EADDRINUSE or is_abstract(path):
-            raise
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                with connectable(path) as address:
-                    probe.connect(address)
-            except ConnectionRefusedError:
-                os.unlink(path)
-                bind(sock, path)
-            else:
-                raise exc from None
+        sock, _ = listen_at(Path(path), OWNER_ONLY, LOCK_TIMEOUT)
+    except SocketInUse as exc:  # "a daemon is already listening": whoever it is
+        raise OSError(exc.errno, os.strerror(errno.EADDRINUSE)) from None
+    return Fd(sock.detach()), f"unix:{path}"

@@ -58,7 +58,9 @@ def drop(stream: TextIO | Nowhere) -> None:
 
 
 def printable(text: str) -> str:
-    """*text* with what would disturb a terminal escaped."""
+    """*text* on one line, with what would disturb a terminal escaped."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
