@@ -120,6 +120,14 @@ def test_listen_nowhere(cli: Cli, address: str) -> None:
     assert names(cli) == []
 
 
+def test_listen_leaves_another_file_alone(cli: Cli, tmp_path: Path) -> None:
+    """connect(2) refuses a regular file as it does a socket on which nobody listens."""
+    file = tmp_path / "letter"
+    file.write_text("dear")
+    assert "not a socket" in cli.fails(USAGE, "add", "--listen", f"unix:{file}")
+    assert file.read_text() == "dear"
+
+
 # -- ls, rm ------------------------------------------------------------------------------------
 
 
