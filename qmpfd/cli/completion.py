@@ -55,7 +55,7 @@ class _Option(NamedTuple):
     names: list[str]
     help: str
     takes_value: bool
-    values: list[str]
+    values: str
     files: bool
 
 
@@ -65,166 +65,167 @@ class _Verb(NamedTuple):
     name: str
     help: str
     options: list[_Option]
-    values: list[str]
+    values: str
     ids: bool
 
 
 def _verbs(parser: argparse.ArgumentParser) -> Iterator[_Verb]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for choice in action._choices_actions:
-                yield _verb(choice.dest, choice.help or "", action.choices[choice.dest])
+    (verbs,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    for choice in verbs._choices_actions:
+        options: list[_Option] = []
+        values, ids = "", False
+        for action in verbs.choices[choice.dest]._actions:
+            choices = " ".join(map(str, action.choices or ()))
+            metavar = str(action.metavar)
+            if action.option_strings:
+                told = (action.help or "").partition(" (default")[0]
+                names, takes_value = [*action.option_strings], action.nargs != 0
+                options.append(_Option(names, told, takes_value, choices, metavar in _FILES))
+            else:
+                values, ids = values or choices, ids or metavar.startswith("TARGET")
+        yield _Verb(choice.dest, choice.help or "", options, values, ids)
 
 
-def _verb(name: str, help_: str, parser: argparse.ArgumentParser) -> _Verb:
-    options: list[_Option] = []
-    values: list[str] = []
-    ids = False
-    for action in parser._actions:
-        choices = [str(choice) for choice in action.choices or ()]
-        metavar = str(action.metavar or "")
-        if action.option_strings:
-            told = (action.help or "").partition(" (default")[0]
-            files = metavar in _FILES
-            names = [*action.option_strings]
-            options.append(_Option(names, told, action.nargs != 0, choices, files))
-        else:
-            values += choices
-            ids = ids or metavar.startswith("TARGET")
-    return _Verb(name, help_, options, values, ids)
-
-
-def _quoted(text: str) -> str:
-    """*text* as a word of bash and of zsh."""
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
-_BASH_IDS = _IDS.replace("$socket", '"${socket[@]}"')
+_BASH = """\
+# bash completion of qmpfd
+_qmpfd() {
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words= i word
+    local -a socket=()
+    COMPREPLY=()
+    if ((COMP_CWORD == 1)); then
+        words='@VERBS@ --help --version'
+        mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
+        return
+    fi
+    # --socket=PATH is three words to bash.
+    [[ $cur == = ]] && cur=
+    [[ $prev == = ]] && prev=${COMP_WORDS[COMP_CWORD-2]}
+    for ((i = 2; i < COMP_CWORD; i++)); do
+        if [[ ${COMP_WORDS[i]} == -- ]]; then
+            ((i + 1 == COMP_CWORD)) && words=-c || words=-f
+            mapfile -t COMPREPLY < <(compgen "$words" -- "$cur")
+            return
+        fi
+        [[ ${COMP_WORDS[i]} == --socket ]] || continue
+        word=${COMP_WORDS[i+1]}
+        [[ $word == = ]] && word=${COMP_WORDS[i+2]}
+        word=${word//[\\"\\'\\\\]/}
+        socket=(--socket "${word/#\\~/$HOME}")
+    done
+    case "${COMP_WORDS[1]} $prev" in
+@OPTIONS@
+        *)
+            case "${COMP_WORDS[1]} $cur" in
+@VALUES@
+                *) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
+            esac ;;
+    esac
+    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
+}
+complete -o filenames -F _qmpfd qmpfd"""
 
 
 def _bash(verbs: list[_Verb]) -> str:
-    lines = [
-        "# bash completion of qmpfd",
-        "_qmpfd() {",
-        "    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words= i word",
-        "    local -a socket=()",
-        "    COMPREPLY=()",
-        "    if ((COMP_CWORD == 1)); then",
-        f"        words='{' '.join(verb.name for verb in verbs)} --help --version'",
-        '        mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")',
-        "        return",
-        "    fi",
-        "    # --socket=PATH is three words to bash.",
-        "    [[ $cur == = ]] && cur=",
-        "    [[ $prev == = ]] && prev=${COMP_WORDS[COMP_CWORD-2]}",
-        "    for ((i = 2; i < COMP_CWORD; i++)); do",
-        "        if [[ ${COMP_WORDS[i]} == -- ]]; then",
-        "            ((i + 1 == COMP_CWORD)) && words=-c || words=-f",
-        '            mapfile -t COMPREPLY < <(compgen "$words" -- "$cur")',
-        "            return",
-        "        fi",
-        "        [[ ${COMP_WORDS[i]} == --socket ]] || continue",
-        "        word=${COMP_WORDS[i+1]}",
-        "        [[ $word == = ]] && word=${COMP_WORDS[i+2]}",
-        "        word=${word//[\\\"\\'\\\\]/}",
-        '        socket=(--socket "${word/#\\~/$HOME}")',
-        "    done",
-        '    case "${COMP_WORDS[1]} $prev" in',
-    ]
+    options, values = [], []
     for verb in verbs:
         for option in verb.options:
             where = "|".join(f"'{verb.name} {name}'" for name in option.names)
             if option.values:
-                lines.append(f"        {where}) words='{' '.join(option.values)}' ;;")
+                options.append(f"        {where}) words='{option.values}' ;;")
             elif option.takes_value:
                 files = 'mapfile -t COMPREPLY < <(compgen -f -- "$cur"); ' if option.files else ""
-                lines.append(f"        {where}) {files}return ;;")
-    lines += ["        *)", '            case "${COMP_WORDS[1]} $cur" in']
-    for verb in verbs:
+                options.append(f"        {where}) {files}return ;;")
         names = " ".join(name for option in verb.options for name in option.names)
-        lines.append(f"                '{verb.name} -'*) words='{names}' ;;")
+        values.append(f"                '{verb.name} -'*) words='{names}' ;;")
         if verb.ids:
-            lines.append(f"                '{verb.name} '*) words=$({_BASH_IDS}) ;;")
+            ids = _IDS.replace("$socket", '"${socket[@]}"')
+            values.append(f"                '{verb.name} '*) words=$({ids}) ;;")
         elif verb.values:
-            lines.append(f"                '{verb.name} '*) words='{' '.join(verb.values)}' ;;")
-    return "\n".join(
-        [
-            *lines,
-            '                *) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;',
-            "            esac ;;",
-            "    esac",
-            '    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")',
-            "}",
-            "complete -o filenames -F _qmpfd qmpfd",
-        ]
+            values.append(f"                '{verb.name} '*) words='{verb.values}' ;;")
+    return (
+        _BASH.replace("@VERBS@", " ".join(verb.name for verb in verbs))
+        .replace("@OPTIONS@", "\n".join(options))
+        .replace("@VALUES@", "\n".join(values))
     )
 
 
+_ZSH = """\
+#compdef qmpfd
+_qmpfd() {
+    local -a verbs ids socket
+    integer at
+    verbs=(
+@VERBS@
+    )
+    if ((CURRENT == 2)); then
+        _describe verb verbs
+        return
+    fi
+    local verb=$words[2]
+    at=${words[(I)--socket]}
+    ((at && at + 1 != CURRENT)) && socket=(--socket ${${(Q)words[at+1]}/#\\~/$HOME})
+    at=${words[(I)--socket=*]}
+    ((at)) && socket=(--socket ${${${(Q)words[at]}#--socket=}/#\\~/$HOME})
+    shift words
+    ((CURRENT--))
+    case $verb in
+@CASES@
+    esac
+}
+compdef _qmpfd qmpfd"""
+
+
 def _zsh(verbs: list[_Verb]) -> str:
-    lines = [
-        "#compdef qmpfd",
-        "_qmpfd() {",
-        "    local -a verbs ids socket",
-        "    integer at",
-        "    verbs=(",
-        *(f"        {_quoted(f'{verb.name}:{verb.help}')}" for verb in verbs),
-        "    )",
-        "    if ((CURRENT == 2)); then",
-        "        _describe verb verbs",
-        "        return",
-        "    fi",
-        "    local verb=$words[2]",
-        "    at=${words[(I)--socket]}",
-        "    ((at && at + 1 != CURRENT)) && socket=(--socket ${${(Q)words[at+1]}/#\\~/$HOME})",
-        "    at=${words[(I)--socket=*]}",
-        "    ((at)) && socket=(--socket ${${${(Q)words[at]}#--socket=}/#\\~/$HOME})",
-        "    shift words",
-        "    ((CURRENT--))",
-        "    case $verb in",
-    ]
+    cases = []
     for verb in verbs:
         specs = [_zsh_option(name, option) for option in verb.options for name in option.names]
         before = ""
         if verb.ids:
             before = f'ids=(${{(f)"$({_IDS})"}}); '
-            specs.append(_quoted("*:fd set:($ids)").replace("$ids", "'\"$ids\"'"))
+            specs.append("'*:fd set:('\"$ids\"')'")
         elif verb.values:
-            specs.append(_quoted(f"*:value:({' '.join(verb.values)})"))
+            specs.append(_quoted(f"*:value:({verb.values})"))
         else:
             specs.append("'*:file:_files'")
-        lines.append(f"        {verb.name}) {before}_arguments {' '.join(specs)} ;;")
-    end = ["    esac", "}", "compdef _qmpfd qmpfd"]
-    return "\n".join([*lines, *end])
+        cases.append(f"        {verb.name}) {before}_arguments {' '.join(specs)} ;;")
+    names = "\n".join(f"        {_quoted(f'{verb.name}:{verb.help}')}" for verb in verbs)
+    return _ZSH.replace("@VERBS@", names).replace("@CASES@", "\n".join(cases))
 
 
 def _zsh_option(name: str, option: _Option) -> str:
     told = "".join(f"\\{char}" if char in "[]:\\" else char for char in option.help)
     value = ""
     if option.values:
-        value = f":value:({' '.join(option.values)})"
+        value = f":value:({option.values})"
     elif option.takes_value:
         value = ":file:_files" if option.files else ":value:"
     return _quoted(f"{name}[{told}]{value}")
 
 
+def _quoted(text: str) -> str:
+    """*text* as a word of zsh."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+_FISH = """\
+# fish completion of qmpfd
+function __qmpfd_ids
+    set -l words (commandline -opc)
+    set -l socket (string match -r -g -- '^--socket=(.+)' $words)
+    if set -l at (contains -i -- --socket $words)
+        set -a socket $words[(math $at + 1)..(math $at + 1)]
+    end
+    set socket (string replace -r -- '^~' $HOME $socket)
+    set -q socket[1]; and set socket --socket $socket[-1]
+    @IDS@
+end
+complete -c qmpfd -f"""
+
+
 def _fish(verbs: list[_Verb]) -> str:
-    names = " ".join(verb.name for verb in verbs)
-    lines = [
-        "# fish completion of qmpfd",
-        "function __qmpfd_ids",
-        "    set -l words (commandline -opc)",
-        "    set -l socket (string match -r -g -- '^--socket=(.+)' $words)",
-        "    if set -l at (contains -i -- --socket $words)",
-        "        set -a socket $words[(math $at + 1)..(math $at + 1)]",
-        "    end",
-        "    set socket (string replace -r -- '^~' $HOME $socket)",
-        "    set -q socket[1]; and set socket --socket $socket[-1]",
-        f"    {_IDS}",
-        "end",
-        "complete -c qmpfd -f",
-    ]
+    first = f"-n 'not __fish_seen_subcommand_from {' '.join(verb.name for verb in verbs)}'"
+    lines = [_FISH.replace("@IDS@", _IDS)]
     for verb in verbs:
-        first = f"-n 'not __fish_seen_subcommand_from {names}'"
         lines.append(f"complete -c qmpfd {first} -a {verb.name} -d {_fish_quoted(verb.help)}")
         after = f"complete -c qmpfd -n '__fish_seen_subcommand_from {verb.name}'"
         for option in verb.options:
@@ -233,14 +234,14 @@ def _fish(verbs: list[_Verb]) -> str:
                 for name in option.names
             )
             if option.values:
-                words += f" -x -a '{' '.join(option.values)}'"
+                words += f" -x -a '{option.values}'"
             elif option.takes_value:
                 words += " -r -F" if option.files else " -x"
             lines.append(f"{after} {words} -d {_fish_quoted(option.help)}")
         if verb.ids:
             lines.append(f"{after} -a '(__qmpfd_ids)'")
         elif verb.values:
-            lines.append(f"{after} -a '{' '.join(verb.values)}'")
+            lines.append(f"{after} -a '{verb.values}'")
         else:
             lines.append(f"{after} -F")
     return "\n".join(lines)
