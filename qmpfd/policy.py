@@ -114,25 +114,20 @@ class Grant:
         return opaque is not None and self._patterns.match(opaque)
 
 
+@dataclass(frozen=True, slots=True)
 class Access:
     """The rights of one peer.
 
     Args:
         grants: all that it was given.
+        unlimited: every right for everything: nothing has to be checked.
     """
 
-    __slots__ = ("grants", "unlimited")
+    grants: tuple[Grant, ...]
+    unlimited: bool = field(init=False, compare=False)
 
-    def __init__(self, grants: Iterable[Grant]) -> None:
-        self.grants = tuple(grants)
-        #: Every right for everything: nothing has to be checked.
-        self.unlimited = Grant(RIGHTS) in self.grants
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Access) and self.grants == other.grants
-
-    def __hash__(self) -> int:
-        return hash(self.grants)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unlimited", Grant(RIGHTS) in self.grants)
 
     def __bool__(self) -> bool:
         """Whether the peer may do anything at all."""
@@ -169,13 +164,12 @@ class Access:
         Raises:
             PermissionDenied: naming the right.
         """
-        if self.unlimited:
-            return
-        for grant in self.grants:
-            if right in grant.rights and (fdset_id is None or grant.covers_set(fdset_id)):
-                return
-        where = "" if fdset_id is None else f" for fdset-id:{fdset_id}"
-        raise PermissionDenied(f"The right '{right}' is needed{where}")
+        if not self.unlimited and not any(
+            right in grant.rights and (fdset_id is None or grant.covers_set(fdset_id))
+            for grant in self.grants
+        ):
+            where = "" if fdset_id is None else f" for fdset-id:{fdset_id}"
+            raise PermissionDenied(f"The right '{right}' is needed{where}")
 
     def require_for(self, right: Right, fdset_id: int, opaque: str | None) -> None:
         """Refuse a peer that does not have *right* for such a descriptor.
@@ -190,7 +184,7 @@ class Access:
             )
 
 
-EVERYTHING = Access([Grant(RIGHTS)])
+EVERYTHING = Access((Grant(RIGHTS),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +253,7 @@ class Policy:
         """
         if is_owner(uid):
             return EVERYTHING
-        return Access(rule.grant for rule in self.rules_for(uid, gids))
+        return Access(tuple(rule.grant for rule in self.rules_for(uid, gids)))
 
 
 def _grant(rule: Rule, number: int) -> Grant:

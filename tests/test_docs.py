@@ -184,7 +184,7 @@ def context_with(*rights: Right) -> Iterator[Context]:
     daemon = SharedState("spec", Limits(), lambda: 0.0, lambda: None, TABLE, ClosePool(), Hangups())
     daemon.add([Fd(os.dup(0))], 0, create=True)
     connection: Any = Negotiated()
-    access = Access([Grant(frozenset(rights))])
+    access = Access((Grant(frozenset(rights)),))
     context = Context(daemon, connection, Peer(1, 2, 3), access, lambda: False)
     context.fds.append(Fd(os.dup(0)))
     with ExitStack() as stack:

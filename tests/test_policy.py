@@ -211,7 +211,7 @@ async def test_a_refused_quit_ends_nothing(path: Path) -> None:
     async with daemon(path) as server:
         with await Wire.session(path) as wire, Pipe() as pipe:
             [session] = server.sessions
-            session.change_access(Access([Grant(frozenset({"query", "add"}))]))
+            session.change_access(Access((Grant(frozenset({"query", "add"})),)))
             wire.send(request("quit") + request("add-fd") + request("query-fdsets"), [pipe])
             refused, added, listed = await wire.replies(3)
             assert _denied(refused, "admin")
@@ -280,7 +280,7 @@ async def test_what_several_rules_give_adds_up(path: Path, tmp_path: Path) -> No
 
 
 def test_a_rule_for_a_set_is_for_none_else() -> None:
-    access = Access([Grant(frozenset({"add"}), frozenset({3}))])
+    access = Access((Grant(frozenset({"add"}), frozenset({3})),))
     access.require("add", 3)
     access.require("add")
     for right, fdset_id in (("add", 4), ("remove", 3)):

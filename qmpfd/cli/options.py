@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from ..client.blocking import BlockingClient, NoDaemon
 from ..limits import INT64_MAX
 from .output import terminal_width
+
+NumberT = TypeVar("NumberT", int, float)
 
 #: Where a verb adds its parser.
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -92,24 +95,34 @@ def client_within(arguments: argparse.Namespace, patience: float) -> BlockingCli
         time.sleep(_RETRY)
 
 
-def number(name: str, least: int = 0, most: int = INT64_MAX) -> Callable[[str], int]:
-    """The type of an option that takes a whole number, called *name* in errors."""
+def bounded(
+    convert: Callable[[str], NumberT], least: NumberT, most: NumberT, wrong: str
+) -> Callable[[str], NumberT]:
+    """The type of an option that takes a number.
 
-    def parse(text: str) -> int:
+    Args:
+        convert: reads it; may raise ValueError.
+        least: the lowest that it may be.
+        most: the highest.
+        wrong: what an error says behind the text that was given.
+    """
+
+    def parse(text: str) -> NumberT:
         try:
-            value = int(text, 10)
+            value = convert(text)
+            if least <= value <= most:
+                return value
         except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            bounds = f"{least} or more" if most == INT64_MAX else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text!r}: the {name} is a whole number, {bounds}")
-        return value
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r}{wrong}")
 
     return parse
 
 
-#: Seconds; poll(2) takes milliseconds, as a C int.
-_LONGEST = 1_000_000
+def number(name: str, least: int = 0, most: int = INT64_MAX) -> Callable[[str], int]:
+    """The type of an option that takes a whole number, called *name* in errors."""
+    bounds = f"{least} or more" if most == INT64_MAX else f"{least} to {most}"
+    return bounded(int, least, most, f": the {name} is a whole number, {bounds}")
 
 
 def text(value: str) -> str:
@@ -129,17 +142,10 @@ def socket_path(text: str) -> str:
     return text
 
 
-def seconds(text: str) -> float:
-    """The type of an option that takes a time: a positive number of seconds."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= _LONGEST:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a time: a number of seconds above 0, up to {_LONGEST}"
-        )
-    return value
+#: The type of an option that takes a time; poll(2) takes milliseconds, as a C int.
+seconds = bounded(
+    float, sys.float_info.min, 1e6, " is not a time: a number of seconds above 0, up to 1000000"
+)
 
 
 def add_client_options(parser: argparse.ArgumentParser, *, json: bool = True) -> None:

@@ -69,21 +69,22 @@ def _socket_group(name: str | None) -> int | None:
 
 
 def _take_inherited(
-    options: list[InheritedFd],
-) -> tuple[list[_Initial], list[int]]:
-    """Duplicates of the descriptors that the options name, whose originals are closed; and the
-    numbers that were not passed to this process.
+    options: list[InheritedFd], ready_fd: int | None
+) -> tuple[list[_Initial], Fd | None, list[int]]:
+    """Duplicates of the descriptors that ``--add-fd`` and ``--ready-fd`` name, whose originals are
+    closed; and the numbers of ``--add-fd`` that were not passed to this process.
     """
-    taken: list[_Initial] = []
-    missing = []
-    for option in options:
-        if _was_inherited(option.fd):
-            taken.append((Fd(os.dup(option.fd)), option.fdset_id, option.opaque))
-        else:
-            missing.append(option.fd)
-    for number in {option.fd for option in options} - set(missing):
-        Fd(number).close()
-    return taken, missing
+    numbers = [option.fd for option in options]
+    wanted = {*numbers, *([] if ready_fd is None else [ready_fd])}
+    originals = {number: Fd(number) for number in wanted if _was_inherited(number)}
+    taken: list[_Initial] = [
+        (Fd(os.dup(option.fd)), option.fdset_id, option.opaque)
+        for option in options
+        if option.fd in originals
+    ]
+    ready = Fd(os.dup(ready_fd)) if ready_fd in originals else None
+    close_all(originals.values())
+    return taken, ready, [number for number in numbers if number not in originals]
 
 
 def _sort_passed(passed: list[Passed]) -> tuple[list[Passed], list[_Initial]]:
@@ -101,24 +102,6 @@ def _was_inherited(number: int) -> bool:
         return os.get_inheritable(number)
     except OSError:
         return False
-
-
-def _take_ready_fd(number: int | None, *, required: bool) -> Fd | None:
-    """A duplicate of the descriptor that ``--ready-fd`` names, whose original is closed; a worker
-    that was started again has none.
-
-    Raises:
-        UsageError: it was not passed to this process, and is required.
-    """
-    if number is None:
-        return None
-    if _was_inherited(number):
-        ready = Fd(os.dup(number))
-        Fd(number).close()
-        return ready
-    if required:
-        raise UsageError(f"--ready-fd: descriptor {number} was not passed to this process")
-    return None
 
 
 def _fill_standard_streams() -> None:
@@ -196,9 +179,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         parent = start.parent
     inherited = take_listen_fds() if start is None else start.sockets
     # All stored descriptors get their numbers before anything is imported that opens others.
-    initial, missing = _take_inherited(arguments.add_fd)
+    initial, ready, missing = _take_inherited(arguments.add_fd, arguments.ready_fd)
+    number = arguments.ready_fd
+    if ready is None and number is not None and parent is None:  # a worker may have none any more
+        raise UsageError(f"--ready-fd: descriptor {number} was not passed to this process")
     movable: list[Movable] = [fd for fd, _, _ in initial]
-    ready = _take_ready_fd(arguments.ready_fd, required=parent is None)
     movable += [given for given in (ready, parent) if given is not None]
     movable += _inherited_strays()
     recovered = keeping.recover(inherited, movable, start)

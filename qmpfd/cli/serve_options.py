@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..limits import Limits
-from .options import number, seconds, socket_path
+from .options import bounded, number, seconds, socket_path
 from .options import text as json_text
 from .policy import group_id
 
@@ -73,16 +73,6 @@ def _inherited_fd(text: str) -> InheritedFd:
     )
 
 
-def _octal(text: str) -> int:
-    try:
-        mode = int(text, 8)
-    except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o777:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a mode: octal, 0 to 777")
-    return mode
-
-
 def _group_name(text: str) -> str:
     group_id(text)
     return text
@@ -120,7 +110,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--socket-mode",
-        type=_octal,
+        type=bounded(lambda text: int(text, 8), 0, 0o777, " is not a mode: octal, 0 to 777"),
         default=0o600,
         metavar="OCTAL",
         help="permissions of the socket files (default: 600)",

@@ -253,7 +253,7 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
     """
     context.access.require("query")
     shared, uid = context.shared, context.peer.uid
-    stats, limits = shared.stats, shared.limits
+    stats = shared.stats
     info = StatsInfo(
         pid=os.getpid(),
         uptime=int(shared.clock() - stats.started_at),
@@ -263,15 +263,8 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
         connections_refused=stats.turned_away,
         kept_safe=shared.mirror is not None and not shared.mirror.is_over,
         limits=LimitsInfo(
-            max_connections=limits.max_connections,
-            max_connections_per_uid=limits.max_connections_per_uid,
-            max_fds=limits.max_fds,
-            max_fds_per_uid=shared.quotas.fds_limit(uid),
-            max_request_bytes=limits.max_request_bytes,
+            **shared.limits._replace(max_fds_per_uid=shared.quotas.fds_limit(uid))._asdict(),
             max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-            write_timeout=limits.write_timeout,
-            drain_timeout=limits.drain_timeout,
-            idle_timeout=limits.idle_timeout,
         ),
         peers=_peers(context),
     )

@@ -31,16 +31,19 @@ def _lines(daemon: SharedState) -> Iterator[str]:
         "connections": ("Connections open now.", stats.connections),
         "fdsets": ("Number of fd sets.", len(daemon.store)),
         "fds": ("Descriptors stored in fd sets.", daemon.store.fd_count),
-        "fds_kept": (
-            "Descriptors stored in fd sets or by getfd.",
-            daemon.quotas.fds_total,
-        ),
+        "fds_kept": ("Descriptors stored in fd sets or by getfd.", daemon.quotas.fds_total),
         "closes_pending": (
             "Descriptors whose close(2) has not returned yet.",
             daemon.closer.pending,
         ),
         "connections_limit": ("Limit of connections at a time.", limits.max_connections),
         "fds_limit": ("Limit of stored descriptors.", limits.max_fds),
+    }
+    counters = {
+        "accepted": ("Connections accepted since the start.", {"": stats.accepted}),
+        "refused": ("Connections turned away since the start.", {"": stats.turned_away}),
+        "commands": ("Commands executed since the start.", _labelled("command", stats.commands)),
+        "errors": ("Error replies sent since the start.", _labelled("class", stats.errors)),
     }
     for name, (text, value) in gauges.items():
         yield f"# TYPE qmpfd_{name} gauge"
@@ -50,24 +53,12 @@ def _lines(daemon: SharedState) -> Iterator[str]:
     yield "# UNIT qmpfd_uptime_seconds seconds"
     yield "# HELP qmpfd_uptime_seconds Time since the start."
     yield f"qmpfd_uptime_seconds {daemon.clock() - stats.started_at:.3f}"
-    yield from _counter("accepted", "Connections accepted since the start.", {"": stats.accepted})
-    yield from _counter(
-        "refused", "Connections turned away since the start.", {"": stats.turned_away}
-    )
-    yield from _counter(
-        "commands", "Commands executed since the start.", _labelled("command", stats.commands)
-    )
-    yield from _counter(
-        "errors", "Error replies sent since the start.", _labelled("class", stats.errors)
-    )
+    for name, (text, values) in counters.items():
+        yield f"# TYPE qmpfd_{name} counter"
+        yield f"# HELP qmpfd_{name} {text}"
+        for labels, value in values.items():
+            yield f"qmpfd_{name}_total{labels} {value}"
     yield "# EOF"
-
-
-def _counter(name: str, text: str, values: Mapping[str, int]) -> Iterator[str]:
-    yield f"# TYPE qmpfd_{name} counter"
-    yield f"# HELP qmpfd_{name} {text}"
-    for labels, value in values.items():
-        yield f"qmpfd_{name}_total{labels} {value}"
 
 
 def _labelled(label: str, counts: Mapping[str, int]) -> dict[str, int]:

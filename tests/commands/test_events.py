@@ -348,7 +348,7 @@ def test_a_change_costs_the_same_however_many_watch() -> None:
     core.on_event = news
     grant = Grant(frozenset({"query"}), frozenset({0}))
     contexts = [
-        Context(core, ServerConnection(DECODER), Peer(1, 1, 1), Counting([grant]), lambda: False)
+        Context(core, ServerConnection(DECODER), Peer(1, 1, 1), Counting((grant,)), lambda: False)
         for _ in range(100)
     ]
     for context in contexts:
@@ -382,7 +382,7 @@ async def test_the_rights_of_the_time(path: Path) -> None:
             assert (await wire.reply())["data"]["fdset-id"] == 0
             assert (await wire.reply())["data"]["fdset-id"] == 1
             [context] = [s.context for s in server.sessions if s.context.events is not None]
-            context.change_access(Access([Grant(frozenset({"query"}), frozenset({1}))]))
+            context.change_access(Access((Grant(frozenset({"query"}), frozenset({1})),)))
             await client.remove_fd(0)
             await client.remove_fd(1)
             assert (await wire.reply())["data"]["fdset-id"] == 1

@@ -85,7 +85,7 @@ def numbers(listing: Any) -> list[int]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_step_looks_at_few(command: str, each: int) -> None:
     """Whoever is restricted by a policy too, and whether there are many sets or large ones."""
-    with core(Counting([Grant(frozenset({"query"}))])) as context:
+    with core(Counting((Grant(frozenset({"query"})),))) as context:
         fill(context.shared, 1000, each=each)
         listing = bits(context, command)
         assert isinstance(listing, JSONStream)
@@ -128,7 +128,7 @@ def test_what_is_kept_of_a_listing_is_little() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("count", [0, 1, 300])
 def test_nothing_may_be_seen(command: str, count: int) -> None:
-    with core(Access([Grant(frozenset({"query"}), frozenset({9999}))])) as context:
+    with core(Access((Grant(frozenset({"query"}), frozenset({9999})),))) as context:
         fill(context.shared, count)
         listing = bits(context, command)
         text = listing if isinstance(listing, RawJSON) else b"".join(listing.bits)
@@ -375,7 +375,7 @@ def resumed(context: Context, reply: StreamedReply) -> StreamedReply:
     return StreamedReply(reply.members, listing, reply.written)
 
 
-@pytest.mark.parametrize("access", [EVERYTHING, Access([Grant(frozenset({"query"}))])])
+@pytest.mark.parametrize("access", [EVERYTHING, Access((Grant(frozenset({"query"})),))])
 @pytest.mark.parametrize("each", [1, 90, 5000])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_listing_goes_on_elsewhere(command: str, each: int, access: Access) -> None:

@@ -287,7 +287,7 @@ async def test_totals_are_for_those_who_see_all(
     async with daemon(path) as server:
         with await Wire.session(path) as wire:
             [session] = server.sessions
-            session.change_access(Access([Grant(frozenset({"query"}), fdsets, opaque)]))
+            session.change_access(Access((Grant(frozenset({"query"}), fdsets, opaque),)))
             found = await stats(wire)
             assert TOTALS & found.keys() == (TOTALS if told else set())
             assert found["connections"] == 1
