@@ -5,6 +5,9 @@ from __future__ import annotations
 from .states import State
 from .worker import Worker
 
+#: A time that does not come.
+NEVER = float("inf")
+
 #: Seconds that the end of a worker that drains takes beyond --drain-timeout.
 _END_TIMEOUT = 2.0
 
@@ -25,8 +28,8 @@ class Deadlines:
         self._heartbeat = heartbeat
         self._drain_timeout = drain_timeout
 
-    def of(self, worker: Worker, state: State) -> float | None:
-        """When *worker* is too late (time.monotonic()); None for never."""
+    def of(self, worker: Worker, state: State) -> float:
+        """When *worker* is too late (time.monotonic())."""
         if state is State.SERVING:
             return worker.heard_at + self._heartbeat
         if state in (State.FIRST_START, State.STARTING):
@@ -37,4 +40,4 @@ class Deadlines:
             return worker.stopped_at + self._drain_timeout + _END_TIMEOUT
         if state in (State.GONE, State.HUNG, State.KILLED):
             return worker.gone_at + _DEATH_TIMEOUT
-        return None
+        return NEVER

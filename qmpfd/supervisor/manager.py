@@ -6,6 +6,8 @@ import os
 import socket
 import time
 
+from .deadlines import NEVER
+
 #: Seconds until a notification that could not be sent is sent again.
 _RETRY = 0.5
 
@@ -54,20 +56,20 @@ class Manager:
             return False
         return True
 
-    def work(self, now: float) -> float | None:
-        """Do what is due; when to call this again, None for never.
+    def work(self, now: float) -> float:
+        """Do what is due; when to call this again.
 
         Args:
             now: the time, as the result (time.monotonic()).
         """
-        if self._address is None:
-            return None
-        if self._unsent and self._retry_at <= now:
-            self._flush()
-        due = [self._retry_at] if self._unsent else []
-        if self.watchdog is not None:
+        due = NEVER
+        if self._unsent:
+            if self._retry_at <= now:
+                self._flush()
+            due = self._retry_at if self._unsent else NEVER
+        if self._address is not None and self.watchdog is not None:
             if self._feed_at <= now:
                 self._send(b"WATCHDOG=1")
                 self._feed_at = now + self.watchdog / 2
-            due.append(self._feed_at)
-        return min(due, default=None)
+            due = min(due, self._feed_at)
+        return due

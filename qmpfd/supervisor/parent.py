@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 
-from .deadlines import Deadlines
+from .deadlines import NEVER, Deadlines
 from .log import Log
 from .manager import Manager
 from .message import Message
@@ -31,6 +31,9 @@ MESSAGES = 512
 #: Messages without bytes in a row that show that nobody is left at the other end: recvmsg(2) does
 #: not tell such a message from the end.
 EMPTY_MESSAGES = 8
+
+#: Seconds until the parent looks again for what is due, where nothing is known to be.
+_LONGEST_WAIT = 3600.0
 
 HEARD = (*FORWARDED, signal.SIGQUIT, signal.SIGCHLD)
 
@@ -66,7 +69,7 @@ class Supervisor:
         self._worker: Worker | None = None
         self._spare: Spare | None = None
         self._stuck: set[int] = set()  # workers whose end is not waited for
-        self._deadline: float | None = None  # of the worker, to do what its state waits for
+        self._due = 0.0  # when to look for what is due (time.monotonic()); at once after a change
         self._reload = False  # a SIGHUP is to be forwarded once the worker serves
         self._status = 0
         self._poll = select.poll()
@@ -92,7 +95,10 @@ class Supervisor:
 
     def _turn(self) -> None:
         """Do what is due, wait, and handle what has come."""
-        for number, events in self._poll.poll(self._work(time.monotonic())):
+        now = time.monotonic()
+        if self._due <= now:
+            self._due = self._work(now)
+        for number, events in self._poll.poll(max(self._due - now, 0) * 1000 + 1):
             worker = self._worker
             if number == self._wake:
                 self._wake_up()
@@ -107,17 +113,19 @@ class Supervisor:
                 elif worker.unsent or self._closer.pending or worker.polled_for != select.POLLIN:
                     self._listen_to(worker)
 
-    def _work(self, now: float) -> float | None:
-        """Do what is due; milliseconds until there is more to do, None for no time."""
+    def _work(self, now: float) -> float:
+        """Do what is due; when there is more to do, as far as can be told now."""
         if self._state in (State.FIRST_WAIT, State.WAITING) and self._restarts.at <= now:
             self._start(now)
-        if self._deadline is not None and self._deadline <= now:
+        if self._deadline <= now:
             self._time_out(now)
-        due = [self._manager.work(now), self._deadline]
-        if self._worker is None:
-            due.append(self._restarts.at)
-        times = [at for at in due if at is not None]
-        return max(min(times) - now, 0) * 1000 + 1 if times else None
+        start_at = self._restarts.at if self._worker is None else NEVER
+        return min(self._manager.work(now), self._deadline, start_at, now + _LONGEST_WAIT)
+
+    @property
+    def _deadline(self) -> float:
+        """Until when the worker has to do what its state waits for."""
+        return NEVER if self._worker is None else self._deadlines.of(self._worker, self._state)
 
     def _wake_up(self) -> None:
         """Signals have come, or slow closes are done."""
@@ -130,6 +138,7 @@ class Supervisor:
                 self._handle_signal(number)
         if self._worker is not None and self._state is not State.ENDED:
             self._listen_to(self._worker)
+        self._due = 0.0
 
     def _listen_to(self, worker: Worker) -> None:
         """Poll for what the worker's socket has to wait for.  As long as a close makes room that is
@@ -147,13 +156,9 @@ class Supervisor:
                 pass
 
     def _happen(self, event: Event) -> None:
-        """Change the state, and the time until the worker has to do something."""
+        """Change the state, and with it what is due."""
         self._state = TRANSITIONS[self._state].get(event, self._state)
-        self._set_deadline()
-
-    def _set_deadline(self) -> None:
-        worker = self._worker
-        self._deadline = None if worker is None else self._deadlines.of(worker, self._state)
+        self._due = 0.0
 
     # -- the worker's life ---------------------------------------------------------------------
 
@@ -196,7 +201,7 @@ class Supervisor:
         worker = self._worker
         assert worker is not None
         self._receive(worker)  # perhaps it was us who were stopped
-        if self._deadline is None or self._deadline > now:
+        if self._deadline > now:
             return
         if self._state in (State.HUNG, State.KILLED):
             self._log.log("error", "the worker was killed and does not end: not waiting for it")
@@ -333,7 +338,6 @@ class Supervisor:
         if heard:
             worker.heard_at = time.monotonic()
             worker.start_timeout = START_TIMEOUT
-            self._set_deadline()
 
     def _handle_message(self, worker: Worker, data: bytes, fds: list[int], truncated: bool) -> bool:
         """Do what one message says; what it came with and is not kept is closed.
@@ -345,19 +349,20 @@ class Supervisor:
         names: Sequence[bytes] = message.names
         if message.stores and len(names) > 1 and len(names) != len(fds) and not truncated:
             names = ()  # which is which?
-        for name in names:
-            if message.removes:
+        if message.removes:
+            for name in names:
                 self._store.remove(name, message.lane)
-            if not message.stores:
-                continue
-            if fds:
-                self._store.add(name, fds.pop(0))
+        if message.stores:
+            for name, number in zip(names, fds, strict=False):
+                self._store.add(name, number)
                 worker.had_journal |= self._store.is_journal(name)
-            elif truncated:
+            if truncated and (lost := names[len(fds) :]):
                 self._log.log(
                     "error", "out of file descriptors: a stored descriptor was not kept safe"
                 )
-                worker.send(b"LOST=" + name)
+                for name in lost:
+                    worker.send(b"LOST=" + name)
+            fds = fds[len(names) :]
         if message.spare.isdigit() and len(fds) == 1:
             self._end_spare()
             self._spare = Spare(int(message.spare), socket.socket(fileno=fds.pop()))
@@ -391,3 +396,4 @@ class Supervisor:
         if b"STOPPING=1" in lines:
             self._happen(Event.STOPS)
         self._manager.forward(b"\n".join(lines))
+        self._due = 0.0

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from enum import Enum, auto
+from typing import NamedTuple
 
 import trio
 
@@ -72,11 +73,33 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     **{(state, Event.END): State.OVER for state in State},
 }
 
+# Finding a member of an enumeration takes as long as two calls.
+_IDLE, _CHANGED, _SENT = State.IDLE, State.CHANGED, State.SENT
+_BEFORE_BARRIER = (State.CHANGED, State.BLOCKED)
+
 
 # The lines of a message, but for the names of the descriptors that it is about.  What hangs up
 # stays: whether it may go is for its client to say.
 _STORE = "FDSTORE=1\nFDPOLL=0"
 _REMOVE = "FDSTOREREMOVE=1"
+
+
+class _Batch(NamedTuple):
+    """What goes as one message.
+
+    Args:
+        command: its lines, but for the names.
+        fds: the names that it is about, each with its descriptor if it is to be kept.
+    """
+
+    command: str
+    fds: dict[str, Fd | int | None]
+
+    def send(self, notifier: Notifier, sync_line: str) -> None:
+        """Send it; errors are those of :meth:`Notifier.send`."""
+        about = f"\nFDNAME={':'.join(self.fds)}" if self.fds else ""
+        fds = [fd for fd in self.fds.values() if fd is not None]
+        notifier.send(f"{self.command}{about}{sync_line}", fds)
 
 
 class BarrierLink:
@@ -99,9 +122,10 @@ class BarrierLink:
         self._changes = 0  # so far
         self._synced = 0  # of these, how many are known to be there
         self._barrier = 0  # of these, how many the barrier under way stands for
-        # What is to be sent: the lines, the name that they are about or "", and a descriptor.
-        self._outgoing: dict[tuple[str, str], Fd | int | None] = {}
-        self._sent: dict[str, Fd | int] = {}  # what is to be kept, before the barrier
+        self._outgoing: deque[_Batch] = deque()  # what is to be sent
+        self._unsent: dict[str, _Batch] = {}  # of these, where what is to be kept is, by name
+        self._most = SCM_MAX_FD if notifier.is_parent else 1  # names in a message
+        self._sent: dict[str, Fd | int | None] = {}  # what is to be kept, before the barrier
         self._actions: deque[tuple[int, Callable[[], object]]] = deque()  # after so many changes
         self._closes: dict[str, threading.Event] = {}  # under way in the parent, by name
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
@@ -122,8 +146,7 @@ class BarrierLink:
 
     def store(self, name: str, fd: Fd | int) -> None:
         """Have a descriptor kept under *name*."""
-        self._outgoing[_STORE, name] = fd
-        self.changed()
+        self._unsent[name] = self._put(_STORE, name, fd)
 
     def remove(self, name: str) -> None:
         """Have what is kept under *name* closed there."""
@@ -142,21 +165,36 @@ class BarrierLink:
         return closed
 
     def _remove(self, command: str, name: str) -> None:
-        if self._outgoing.pop((_STORE, name), None) is None:
-            self._outgoing[command, name] = None
-        else:  # it has not gone yet, and may be closed here before it would
-            self._closed_there(name)
+        batch = self._unsent.pop(name, None)
+        if batch is None:
+            self._put(command, name, None)
+            return
+        del batch.fds[name]  # it has not gone yet, and may be closed here before it would
+        if not batch.fds:
+            self._outgoing.remove(batch)
+        self._closed_there(name)
         self.changed()
+
+    def _put(self, command: str, name: str, fd: Fd | int | None) -> _Batch:
+        """Have one more descriptor sent, or removed there, with others if possible."""
+        batch = self._outgoing[-1] if self._outgoing else None
+        if batch is None or batch.command != command or len(batch.fds) == self._most:
+            batch = _Batch(command, {})
+            self._outgoing.append(batch)
+        batch.fds[name] = fd
+        self.changed()
+        return batch
 
     def tell(self, text: str) -> None:
         """Have the other side told something that is not about a descriptor."""
-        self._outgoing[text, ""] = None
+        self._outgoing.append(_Batch(text, {}))
         self.changed()
 
     def changed(self) -> None:
         """There is something to be written."""
         self._changes += 1
-        self._handle(Event.CHANGE)
+        if self._state is _IDLE:
+            self._handle(Event.CHANGE)
 
     def on_synced(self, action: Callable[[], object], *, first: bool = False) -> None:
         """Call *action* when all that was changed so far is safe, or this has ended; before all
@@ -184,19 +222,19 @@ class BarrierLink:
 
     def start(self) -> None:
         """See to it that all that was changed so far gets safe."""
-        if self._state is State.CHANGED:  # the answer to a barrier under way begins the next one
+        if self._state is _CHANGED:  # the answer to a barrier under way begins the next one
             self.push()
 
     def push(self) -> None:
         """Send what is to be sent, without waiting, and see to the rest."""
-        barrier = self._state in (State.CHANGED, State.BLOCKED)
+        barrier = self._state in _BEFORE_BARRIER
         try:
             if not self.is_over:
                 self._write(barrier)
             self._send(barrier)
         except OSError as exc:
             self.end(f"the descriptors are no longer kept safe: {exc.strerror or exc}")
-        if self._state is State.SENT and self._notifier.is_parent:
+        if self._state is _SENT and self._notifier.is_parent:
             self._receive()  # on the same CPU, it has answered by now most likely
         if self._state is State.BLOCKED or self._reader is not None:
             self._work.set()
@@ -209,9 +247,17 @@ class BarrierLink:
         """
         try:
             while self._outgoing:
-                command, names = self._next_batch()
-                last = barrier and self._notifier.is_parent and len(names) == len(self._outgoing)
-                self._send_batch(command, names, self._sync_line if last else "")
+                batch = self._outgoing[0]
+                last = barrier and self._notifier.is_parent and len(self._outgoing) == 1
+                batch.send(self._notifier, self._sync_line if last else "")
+                self._outgoing.popleft()
+                if batch.command == _STORE:
+                    self._sent |= batch.fds
+                    for name in batch.fds:
+                        del self._unsent[name]
+                elif self._sent:
+                    for name in batch.fds:
+                        self._sent.pop(name, None)
                 if last:
                     self._barrier_sent()
                     return
@@ -224,34 +270,10 @@ class BarrierLink:
                 raise
             self._handle(Event.NO_ROOM)
 
-    def _next_batch(self) -> tuple[str, list[str]]:
-        """What comes next and can go as one message: its lines, and the names."""
-        command = ""
-        names: list[str] = []
-        most = SCM_MAX_FD if self._notifier.is_parent else 1
-        for lines, name in self._outgoing:
-            if names and (lines != command or not name or len(names) == most):
-                break
-            command = lines
-            names.append(name)
-        return command, names
-
     @property
     def _sync_line(self) -> str:
         """What the parent answers, see :mod:`qmpfd.supervisor`."""
         return f"\nQMPFD_SYNC={self.barriers + 1}"
-
-    def _send_batch(self, command: str, names: list[str], sync_line: str) -> None:
-        outgoing, sent = self._outgoing, self._sent
-        fds = [fd for name in names if (fd := outgoing[command, name]) is not None]
-        about = f"\nFDNAME={':'.join(names)}" if names[0] else ""
-        self._notifier.send(command + about + sync_line, fds)
-        for name in names:
-            fd = outgoing.pop((command, name))
-            if fd is None:
-                sent.pop(name, None)
-            else:
-                sent[name] = fd
 
     def _send_barrier(self) -> None:
         if self._notifier.is_parent:
@@ -273,7 +295,8 @@ class BarrierLink:
     def _acknowledged(self) -> None:
         """All that was sent before the barrier is there."""
         self._sent.clear()
-        self._handle(Event.ALL_SAFE if self._barrier == self._changes else Event.SOME_SAFE)
+        all_safe = self._barrier == self._changes
+        self._handle(Event.ALL_SAFE if all_safe else Event.SOME_SAFE)
         self._advance(self._barrier)
         self.start()
 
@@ -283,7 +306,8 @@ class BarrierLink:
         actions = self._actions
         while actions and actions[0][0] <= changes:
             actions.popleft()[1]()
-        self._waiting.unpark_all()
+        if self._waiting:
+            self._waiting.unpark_all()
 
     # -- its life ------------------------------------------------------------------------------
 
@@ -352,7 +376,7 @@ class BarrierLink:
     def _hear(self, message: str) -> None:
         key, _, value = message.partition("=")
         if key == "SYNCED":
-            if value == str(self.barriers) and self._state is State.SENT:
+            if value == str(self.barriers) and self._state is _SENT:
                 self._acknowledged()
         elif key == "CLOSED":
             self._closed_there(value)
@@ -361,9 +385,9 @@ class BarrierLink:
             self._lost(value, lost)
 
     def _lost(self, name: str, fd: Fd | int) -> None:
-        if any(each == name and command.startswith(_REMOVE) for command, each in self._outgoing):
+        if any(name in batch.fds for batch in self._outgoing):  # it is to be removed
             return
-        self._outgoing[_STORE, name] = fd
+        self.store(name, fd)
         self._handle(Event.LOST)
         self._work.set()
 
@@ -378,6 +402,7 @@ class BarrierLink:
         self._handle(Event.END)
         self._ended()
         self._outgoing.clear()
+        self._unsent.clear()
         self._sent.clear()
         for closed in self._closes.values():
             closed.set()

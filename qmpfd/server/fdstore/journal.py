@@ -126,12 +126,8 @@ Record: TypeAlias = (
     SnapshotHeader | ListenerAdded | ListenerRemoved | Added | Removed | Confirmed | HandedOver
 )
 
-_encoder = msgspec.msgpack.Encoder()
-
-
-def encoded(record: Record) -> bytes:
-    """*record*, as it stands in a frame."""
-    return _encoder.encode(record)
+#: A record, as it stands in a frame.
+encoded = msgspec.msgpack.Encoder().encode
 
 
 def frame(records: Iterable[Record]) -> bytes:
@@ -173,7 +169,8 @@ class Journal:
             reason = f"{exc.strerror} (memfd_create(2), for the journal of --supervise)"
             raise OSError(exc.errno, reason) from None
         self.size = 0
-        self._allocated = 0
+        #: Bytes that there is memory for.
+        self.allocated = 0
         # Written to as memory: pwrite(2) meets RLIMIT_FSIZE also where room was made before.
         self._memory: mmap | None = None
         try:
@@ -189,14 +186,14 @@ class Journal:
         Raises:
             OSError: there is no memory for them.
         """
-        wanted = self.size + count - self._allocated
+        wanted = self.size + count - self.allocated
         if wanted > 0:
             wanted += -wanted % _CHUNK
-            os.posix_fallocate(self.fd.fileno(), self._allocated, wanted)
-            larger = mmap(self.fd.fileno(), self._allocated + wanted)
+            os.posix_fallocate(self.fd.fileno(), self.allocated, wanted)
+            larger = mmap(self.fd.fileno(), self.allocated + wanted)
             self._unmap()
             self._memory = larger
-            self._allocated += wanted
+            self.allocated += wanted
 
     def append(self, data: bytes) -> None:
         """Write one frame.
@@ -204,9 +201,10 @@ class Journal:
         Raises:
             OSError: more than was reserved, and no memory for it.
         """
-        self.reserve(len(data))
-        assert self._memory is not None
         end = self.size + len(data)
+        if end > self.allocated:
+            self.reserve(len(data))
+        assert self._memory is not None
         self._memory[self.size : end] = data
         self.size = end
 

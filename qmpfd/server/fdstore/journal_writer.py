@@ -35,6 +35,7 @@ class JournalWriter:
         self._snapshot = snapshot
         self._journals: list[Journal] = []  # the last one counts
         self._records: list[bytes] = []  # not written yet
+        self._noted = 0  # bytes of these
         self._removals = 0  # bytes to be reserved in each journal, for removals
         self._limit = MIN_JOURNAL_BYTES
         self._turning = False  # the last journal is not known to be there yet
@@ -53,13 +54,16 @@ class JournalWriter:
             OSError: there is no memory for them.
         """
         self._removals = removals + _OTHER_BYTES
-        wanted = sum(map(len, self._records)) + FRAME_BYTES + count + self._removals
+        wanted = self._noted + FRAME_BYTES + count + self._removals
         for journal in self._journals:
-            journal.reserve(wanted)
+            if journal.size + wanted > journal.allocated:
+                journal.reserve(wanted)
 
     def note(self, record: Record) -> None:
         """Have *record* written, in one frame with the others since the last :meth:`write`."""
-        self._records.append(encoded(record))
+        data = encoded(record)
+        self._records.append(data)
+        self._noted += len(data)
         self._link.changed()
 
     def write(self) -> None:
@@ -72,6 +76,7 @@ class JournalWriter:
             return
         data = frame_encoded(self._records)
         self._records.clear()
+        self._noted = 0
         for journal in self._journals:
             journal.append(data)
         if not self._turning and self._journals[-1].size > self._limit:

@@ -25,41 +25,31 @@ class KeptFds:
         self._link = link
         self._descriptions = descriptions
         self._names = Names()
-        self._by_number: dict[int, str] = {}
+        #: What is kept, by the numbers here.
+        self.by_number: dict[int, str] = {}
         # The numbers that rest on a name: all of one open file description.
         self._resting: dict[str, dict[int, None]] = {}
 
     @property
     def names(self) -> int:
         """How many names are in use, those included that are being removed."""
-        return len(self._names)
-
-    def __len__(self) -> int:
-        """How many descriptors are kept."""
-        return len(self._by_number)
-
-    def __contains__(self, number: int) -> bool:
-        return number in self._by_number
-
-    def name(self, number: int) -> str:
-        """What the descriptor of that number is kept as."""
-        return self._by_number[number]
+        return len(self._names.used)
 
     def is_shared(self, number: int) -> bool:
         """Whether others rest on the same name."""
-        return len(self._resting.get(self._by_number[number], ())) > 1
+        return len(self._resting.get(self.by_number[number], ())) > 1
 
     def by_name(self) -> dict[str, int]:
         """One number of each name that something rests on."""
-        return {name: number for number, name in self._by_number.items()}
+        return {name: number for number, name in self.by_number.items()}
 
     def claim(self, names: Iterable[str]) -> None:
         """These names are in use: something of a predecessor is kept under them."""
         for name in names:
             self._names.claim(name)
 
-    def keep(self, number: int, fd: Fd | int, name: str | None = None) -> None:
-        """Have a descriptor kept.
+    def keep(self, number: int, fd: Fd | int, name: str | None = None) -> str:
+        """Have a descriptor kept; what it is kept as.
 
         Args:
             number: of the descriptor.
@@ -70,16 +60,17 @@ class KeptFds:
         if descriptions is not None:
             same = descriptions.find(number)
             if same is not None:
-                shared = self._by_number[number] = self._by_number[same]
+                shared = self.by_number[number] = self.by_number[same]
                 self._resting[shared][number] = None
-                return
+                return shared
             descriptions.add(number)
         if name is None:
             name = self._names.take()
             self._link.store(name, fd)
-        self._by_number[number] = name
+        self.by_number[number] = name
         if descriptions is not None:
             self._resting[name] = {number: None}
+        return name
 
     def discard(self, number: int, *, replaced: bool = False) -> str | None:
         """A descriptor is kept no longer: the name to remove; None where others rest on it.
@@ -88,7 +79,7 @@ class KeptFds:
             number: of the descriptor.
             replaced: whether it is of another open file description by now.
         """
-        name = self._by_number.pop(number)
+        name = self.by_number.pop(number)
         if self._descriptions is not None:
             resting = self._resting[name]
             del resting[number]
@@ -115,5 +106,5 @@ class KeptFds:
 
     def clear(self) -> None:
         """Nothing is kept any more."""
-        self._by_number.clear()
+        self.by_number.clear()
         self._resting.clear()

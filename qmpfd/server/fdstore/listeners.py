@@ -48,19 +48,19 @@ class KeptListeners:
     def records(self) -> Iterator[ListenerAdded]:
         """What a journal begins with."""
         for number, saved in self._by_number.items():
-            yield ListenerAdded(self._kept.name(number), saved)
+            yield ListenerAdded(self._kept.by_number[number], saved)
 
     def _replaced(self, listener: UnixListener) -> None:
         """There is another socket behind the listener's number, and another file at its path."""
         number = listener.socket.fileno()
-        if number not in self._by_number or number not in self._kept:
+        if number not in self._by_number or number not in self._kept.by_number:
             return
-        self._journals.note(ListenerRemoved(self._kept.name(number)))
+        self._journals.note(ListenerRemoved(self._kept.by_number[number]))
         former = self._kept.discard(number, replaced=True)
         if former is not None:
             self._kept.remove(former)
         self.add(listener, None)
-        self._journals.note(ListenerAdded(self._kept.name(number), listener.saved))
+        self._journals.note(ListenerAdded(self._kept.by_number[number], listener.saved))
         self.tell_files()
         self._link.push()
 
@@ -77,8 +77,8 @@ class KeptListeners:
     def finish(self) -> None:
         """The daemon ends, and its sockets with it: they may be closed here already."""
         for number in self._by_number:
-            if number in self._kept:
-                name = self._kept.name(number)
+            if number in self._kept.by_number:
+                name = self._kept.by_number[number]
                 self._journals.note(ListenerRemoved(name))
                 if not self._kept.is_shared(number):
                     self._link.remove(name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import string
 
-from ...fdsets import IdPool
 from ...limits import MAX_ARGUMENT_BYTES
 
 _DIGITS = string.digits + string.ascii_letters
@@ -82,41 +81,36 @@ def _text(serial: int) -> str:
             return _MARK + text
 
 
-def _serial(name: str) -> int:
-    serial = 0
-    for digit in name[1:]:
-        serial = serial * len(_DIGITS) + _DIGITS.index(digit)
-    return serial
-
-
 class Names:
     """The names in use."""
 
     def __init__(self) -> None:
-        self._used: set[int] = set()
-        self._pool = IdPool(self._used)
+        #: The numbered ones of them.
+        self.used: set[str] = set()
+        self._free: list[str] = []  # of those below the next serial number
+        self._next = 0
 
     #: How many fit into $LISTEN_FDNAMES.
     MOST = (MAX_ARGUMENT_BYTES - _OTHER_BYTES) // _NAME_BYTES
 
-    def __len__(self) -> int:
-        """How many are in use."""
-        return len(self._used)
-
     def take(self) -> str:
         """A name that is free."""
-        serial = self._pool.lowest()
-        self._used.add(serial)
-        return _text(serial)
+        if self._free:
+            name = self._free.pop()
+        else:
+            while (name := _text(self._next)) in self.used:
+                self._next += 1
+            self._next += 1
+        self.used.add(name)
+        return name
 
     def claim(self, name: str) -> None:
-        """*name* is in use already; one that is not numbered need not be."""
-        if name.startswith(_MARK):
-            self._used.add(_serial(name))
+        """*name* is in use already, before any was taken; one that is not numbered need not be."""
+        if is_numbered(name):
+            self.used.add(name)
 
     def free(self, name: str) -> None:
         """*name* is free again."""
-        if name.startswith(_MARK):
-            serial = _serial(name)
-            self._used.discard(serial)
-            self._pool.free(serial)
+        if name in self.used:
+            self.used.remove(name)
+            self._free.append(name)
