@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from ..errors import FdNotSupplied
-from ..fdsets import Peer
+from ..errors import FdNotSupplied, QMPError
+from ..fdsets import Peer, StoredFd
 from ..kernel.fd import Fd
 from ..policy import Access
 from ..protocol import ServerConnection
@@ -29,10 +29,12 @@ class Context:
         fds: the descriptors that came with the command being carried out; what the command
             leaves in the list is closed.
         reply_fds: the descriptors that go back with the reply; owned here until they are sent.
+        taken: what these were stored as, where the command has taken them out of the store.
         events: what the client is to be told unasked, while it watches.
         takes_over: the client is a daemon that takes over.
         quitting: the client has said ``quit``: what follows of it is not carried out.
         touched_store: a command was carried out that depends on what is stored.
+        closed: the connection is over.
     """
 
     shared: SharedState
@@ -43,10 +45,12 @@ class Context:
     names: dict[str, Fd] = field(default_factory=dict)
     fds: list[Fd] = field(default_factory=list)
     reply_fds: list[Fd] = field(default_factory=list)
+    taken: StoredFd | None = None
     events: Watcher | None = None
     quitting: bool = False
     takes_over: bool = False
     touched_store: bool = False
+    closed: bool = False
 
     def first_fd(self) -> Fd:
         """The descriptor that came with the command.
@@ -87,6 +91,19 @@ class Context:
         self.connection.fds_to_close.append(fd)
         return True
 
+    def put_back(self, stored: StoredFd) -> bool:
+        """The client has not received what was taken out of the store for it: store it again,
+        unless it was kept for the time of a connection that is over; whether it is stored.
+        """
+        owner = stored.lifetime.owner
+        if isinstance(owner, Context) and owner.closed:
+            return False
+        try:
+            self.shared.put_back(stored)
+        except QMPError:  # its other end cannot be watched any more
+            return False
+        return True
+
     def watch(self, enable: bool) -> None:
         """Begin or stop to send events to this connection."""
         if enable and self.events is None:
@@ -123,4 +140,5 @@ class Context:
             audit.end()
         self.connection.fds_to_close += self.reply_fds
         self.reply_fds.clear()
+        self.closed = True
         return bool(self.names) or len(removed) == most

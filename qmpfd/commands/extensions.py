@@ -63,14 +63,17 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
         )
     opaque = visible_opaque(access, stored)
     opened = OpenedFd(stored.fdset.id, stored.fd.fileno(), opaque)
-    try:
-        context.reply_fds.append(stored.fd.dup())
-    except OSError as exc:
-        raise GenericError(f"The file descriptor cannot be handed out: {exc.strerror}") from None
+    if arguments.remove is not True:
+        try:
+            context.reply_fds.append(stored.fd.dup())
+        except OSError as exc:
+            reason = f"The file descriptor cannot be handed out: {exc.strerror}"
+            raise GenericError(reason) from None
     if shared.audit is not None:
         shared.audit.record("opened", stored)
     if arguments.remove is True:
-        shared.remove([stored], "removed", context.connection.fds_to_close)
+        shared.remove([stored], "removed", context.reply_fds)
+        context.taken = stored
     return opened
 
 

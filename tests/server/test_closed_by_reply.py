@@ -93,6 +93,10 @@ def _replaced(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
     client.remove_fd(client.add_fds([0], opaque="n", if_exists="replace").fdset_id)
 
 
+def _handed_out(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
+    client.open_fdset(_add(client, fd), remove=True).close()
+
+
 def _closed_by_name(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
     with fd:
         client.execute("getfd", {"fdname": "n"}, fds=[fd])
@@ -143,8 +147,8 @@ def _superseded(_: BlockingClient, fd: Fd, daemon: _Daemon) -> None:
 
 _Way = Callable[[BlockingClient, Fd, _Daemon], None]
 _WAYS: list[_Way] = [
-    *(_removed, _removed_with_its_set, _removed_by_selector, _replaced, _closed_by_name),
-    *(_name_given_again, _refused, _broken, _too_many, _superseded),
+    *(_removed, _removed_with_its_set, _removed_by_selector, _replaced, _handed_out),
+    *(_closed_by_name, _name_given_again, _refused, _broken, _too_many, _superseded),
 ]
 
 

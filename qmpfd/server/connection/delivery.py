@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import trio
 
+from ...commands import Context
 from ...fdsets import Peer
-from ...protocol import ServerConnection
 from ...transport import FdStream
 from ..services import Services
 from .fd_accounting import FdAccounting
@@ -26,7 +26,7 @@ class Delivery:
         services: what the daemon gives.
         stream: the connection.
         peer: who is at its other end.
-        connection: whose ``fds_to_close`` are closed before the replies are sent.
+        context: whose connection's ``fds_to_close`` are closed before the replies are sent.
         on_drained: called when the client has taken what had to wait for it.
     """
 
@@ -35,15 +35,13 @@ class Delivery:
         services: Services,
         stream: FdStream,
         peer: Peer,
-        connection: ServerConnection,
+        context: Context,
         on_drained: Callable[[], None],
     ) -> None:
         self._services = services
-        self._connection = connection
+        connection = self._connection = context.connection
         #: What waits to be sent.
-        self.send_buffer = SendBuffer(
-            services, stream, peer, connection.fds_to_close, on_drained, self.sync
-        )
+        self.send_buffer = SendBuffer(services, stream, peer, context, on_drained, self.sync)
         #: What is closed before that is sent.
         self.fd_accounting = FdAccounting(services, connection, self.send_buffer, peer.uid)
         self._syncing = trio.Lock()

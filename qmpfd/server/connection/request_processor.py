@@ -149,9 +149,12 @@ class RequestProcessor:
             size += len(reply)
             if context.reply_fds:
                 refusal = partial(self._refusal, request_id)
-                self._replies += (b"".join(replies), [], None), (reply, context.reply_fds, refusal)
+                self._replies += (
+                    Unsent(b"".join(replies), []),
+                    Unsent(reply, context.reply_fds, refusal, context.taken),
+                )
                 size += REPLY_BYTES_A_TURN // MAX_FDS_A_TURN * len(context.reply_fds)
-                replies, context.reply_fds = [], []
+                replies, context.reply_fds, context.taken = [], [], None
             else:
                 replies.append(reply)
             if size > REPLY_BYTES_A_TURN or context.quitting or monotonic() > ends:
@@ -235,11 +238,12 @@ class RequestProcessor:
                     else:
                         self.streamed_reply = None
             if size:
-                fds, context.reply_fds = context.reply_fds, []
+                fds, taken = context.reply_fds, context.taken
+                context.reply_fds, context.taken = [], None
                 if not services.durability.is_synced:
                     send_buffer.begin_uncommitted()
                 refusal = partial(self._refuse_streamed, reply) if fds else None
-                send_buffer.enqueue(b"".join(made), fds, refusal)
+                send_buffer.enqueue(b"".join(made), fds, refusal, taken)
             await send_buffer.drain()
             if send_buffer.discarding:
                 self.streamed_reply = None
@@ -254,7 +258,11 @@ class RequestProcessor:
         return b""
 
     def close(self) -> None:
-        """The connection is over: descriptors of replies that were still to be sent are closed."""
-        for _, fds, _ in self._replies:
-            self._connection.fds_to_close += fds
+        """The connection is over: nothing is done about replies that were still to be sent, but
+        about their descriptors.
+        """
+        context = self._context
+        self._replies.append(Unsent(b"", context.reply_fds, None, context.taken))
+        self._send_buffer.drop(self._replies)
         self._replies.clear()
+        context.reply_fds, context.taken = [], None

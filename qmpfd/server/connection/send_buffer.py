@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from enum import Enum, auto
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import trio
 
-from ...fdsets import Peer
+from ...commands import Context
+from ...fdsets import Peer, StoredFd
+from ...kernel.close_pool import Closing
 from ...kernel.fd import Fd
-from ...limits import MAX_UNSENT_BYTES
+from ...limits import CLOSE_TIMEOUT, MAX_UNSENT_BYTES
 from ...transport import FdStream
+from ..closing import closed_by_threads
 from ..services import Services
 
 _log = logging.getLogger("qmpfd")
@@ -23,9 +26,31 @@ _log = logging.getLogger("qmpfd")
 #: Makes the text to send instead of a reply whose descriptors the kernel does not pass.
 Refusal: TypeAlias = "Callable[[OSError], bytes]"
 
-#: Bytes that wait, the descriptors that go with the first of them, owned here, and what to send
-#: where those cannot be passed.
-Unsent: TypeAlias = "tuple[bytes | memoryview, list[Fd], Refusal | None]"
+#: The end of a reply, without which no client takes it for complete: the object's, and the line's.
+_END_BYTES = 3
+
+
+class Unsent(NamedTuple):
+    """What waits to be sent.
+
+    Args:
+        data: the bytes.
+        fds: the descriptors that go with the first of them; owned here.
+        refusal: makes what to send instead, where the kernel does not pass *fds*.
+        taken: what the descriptor was stored as, if it was taken out of the store for this client:
+            it is stored again if the client does not get it, and else closed here before the
+            client has the whole reply.
+    """
+
+    data: bytes | memoryview
+    fds: list[Fd]
+    refusal: Refusal | None = None
+    taken: StoredFd | None = None
+
+    @property
+    def first_size(self) -> int:
+        """How many bytes are sent before the descriptors are closed here."""
+        return len(self.data) - (0 if self.taken is None else _END_BYTES)
 
 
 class SendState(Enum):
@@ -69,7 +94,8 @@ class SendBuffer:
         services: what the daemon gives.
         stream: the connection.
         peer: who is at its other end.
-        fds_to_close: where descriptors go that are never sent; its owner closes them.
+        context: what is never sent is put back into its store, or among the ``fds_to_close`` of its
+            connection.
         on_drained: called when the client has taken what had to wait for it.
         sync: waits until the fd store has acknowledged all changes, and calls :meth:`commit`.
     """
@@ -79,14 +105,15 @@ class SendBuffer:
         services: Services,
         stream: FdStream,
         peer: Peer,
-        fds_to_close: list[Fd],
+        context: Context,
         on_drained: Callable[[], None],
         sync: Callable[[], Awaitable[None]],
     ) -> None:
         self._services = services
         self._stream = stream
         self._peer = peer
-        self._fds_to_close = fds_to_close
+        self._context = context
+        self._closing: Closing | None = None  # of what was sent, before the rest of its reply
         #: To be called when the client has taken all there is.
         self.on_drained = on_drained
         self._sync = sync
@@ -117,25 +144,23 @@ class SendBuffer:
         self.state = _TRANSITIONS.get((self.state, event), self.state)
 
     def enqueue(
-        self, data: bytes | memoryview, fds: list[Fd] | None = None, refusal: Refusal | None = None
+        self,
+        data: bytes | memoryview,
+        fds: list[Fd] | None = None,
+        refusal: Refusal | None = None,
+        taken: StoredFd | None = None,
     ) -> None:
         """Have *data* sent with the next :meth:`drain`, and duplicates of *fds* with its first
-        byte.
-
-        Args:
-            data: what to send.
-            fds: the descriptors; owned from here on.
-            refusal: makes what to send instead, where the kernel does not pass *fds*.
+        byte; see :class:`Unsent`.
         """
-        if fds is None:
-            fds = []
+        unsent = Unsent(data, [] if fds is None else fds, refusal, taken)
         if self.discarding:
-            self._close(fds)
+            self._close(self._fds_to_close(unsent))
         elif data:
             queue = self.uncommitted_queue if self.uncommitted else self.unsent
-            queue.append((data, fds, refusal))
+            queue.append(unsent)
             self.size += len(data)
-            self.unsent_fds += len(fds)
+            self.unsent_fds += len(unsent.fds)
 
     def write(self, data: bytes | memoryview) -> None:
         """As :meth:`enqueue` and :meth:`flush_nowait`; without the detour where nothing waits."""
@@ -195,15 +220,16 @@ class SendBuffer:
             return
         unsent = self.unsent
         try:
-            while unsent:
-                data, fds, _ = self._next()
+            while unsent and (self._closing is None or self._closing.is_done):
+                first = self._next()
+                size = first.first_size
                 try:
-                    sent = self._stream.send_nowait(data, fds)
+                    sent = self._stream.send_nowait(first.data[:size], first.fds)
                 except OSError as exc:
                     self._refuse(exc)
                     continue
-                self._sent(data, fds, sent)
-                if sent < len(data):
+                self._sent(first, sent)
+                if sent < size:
                     break
         except trio.BrokenResourceError:
             self.discard()
@@ -216,10 +242,10 @@ class SendBuffer:
         """What to send next: the first of what waits, and what can go with it."""
         unsent = self.unsent
         if len(unsent) > 1:
-            first, fds, refusal = unsent.popleft()
+            data, fds, refusal, taken = unsent.popleft()
             others = []
-            while unsent and not unsent[0][1]:
-                others.append(unsent.popleft()[0])
+            while taken is None and unsent and not unsent[0].fds:
+                others.append(unsent.popleft().data)
             rest = b"".join(others)
             if refusal is not None:
                 error = refusal
@@ -227,7 +253,7 @@ class SendBuffer:
                 def refusal(exc: OSError) -> bytes:
                     return error(exc) + rest
 
-            unsent.appendleft((b"".join((first, rest)), fds, refusal))
+            unsent.appendleft(Unsent(b"".join((data, rest)), fds, refusal, taken))
         return unsent[0]
 
     def _refuse(self, exc: OSError) -> None:
@@ -237,30 +263,32 @@ class SendBuffer:
         Raises:
             OSError: there is nothing to send instead.
         """
-        data, fds, refusal = self.unsent[0]
-        if refusal is None:
+        refused = self.unsent[0]
+        if refused.refusal is None:
             raise exc
-        error = refusal(exc)
+        error = refused.refusal(exc)
         self.unsent.popleft()
         if error:
-            self.unsent.appendleft((error, [], None))
-        self.size += len(error) - len(data)
-        self.unsent_fds -= len(fds)
-        self._close(fds)
+            self.unsent.appendleft(Unsent(error, []))
+        self.size += len(error) - len(refused.data)
+        self.unsent_fds -= len(refused.fds)
+        self._close(self._fds_to_close(refused))
 
-    def _sent(self, data: bytes | memoryview, fds: list[Fd], count: int) -> None:
+    def _sent(self, first: Unsent, count: int) -> None:
         """So many bytes of the first of what waits are gone."""
-        unsent = self.unsent
+        unsent, data, fds = self.unsent, first.data, first.fds
         if count and unsent:  # not discarded meanwhile
             self.size -= count
             if count < len(data):
-                unsent[0] = memoryview(data)[count:], [], None
+                unsent[0] = Unsent(memoryview(data)[count:], [])
             else:
                 unsent.popleft()
             if fds:
                 self.unsent_fds -= len(fds)
                 self.in_flight += len(fds)
-                self._close(fds)
+                closing = self._close(fds)
+                if first.taken is not None:
+                    self._closing = closing
 
     async def _wait_drained(self) -> None:
         """Wait until the client has taken what waits; not if the daemon is paused meanwhile."""
@@ -286,13 +314,17 @@ class SendBuffer:
 
     async def _send_all(self) -> None:
         while self.unsent:
-            data, fds, _ = self._next()
+            if self._closing is not None:
+                with trio.move_on_after(CLOSE_TIMEOUT):
+                    await closed_by_threads(self._closing)
+                self._closing = None
+            first = self._next()
             try:
-                sent = await self._stream.send_some(data, fds)
+                sent = await self._stream.send_some(first.data[: first.first_size], first.fds)
             except OSError as exc:
                 self._refuse(exc)
             else:
-                self._sent(data, fds, sent)
+                self._sent(first, sent)
 
     def cancel_drain(self) -> None:
         """Wait for the client no longer: what is unsent stays here."""
@@ -304,9 +336,30 @@ class SendBuffer:
         self._move(_Event.DISCARD)
         self.size = self.unsent_fds = self.in_flight = 0
         for queue in (self.unsent, self.uncommitted_queue):
-            for _, fds, _ in queue:  # many may be disconnected at once: these wait for their turns
-                self._fds_to_close += fds
+            self.drop(queue)
             queue.clear()
+
+    def drop(self, unsent: Iterable[Unsent]) -> None:
+        """Never send that; many clients may be disconnected at once, and the descriptors wait for
+        their turns to be closed.
+        """
+        for each in unsent:
+            self._context.connection.fds_to_close += self._fds_to_close(each)
+
+    def _fds_to_close(self, unsent: Unsent) -> list[Fd]:
+        """The descriptors of what is never sent; none if what was taken out of the store is there
+        again.
+        """
+        if unsent.taken is None or self._services.lifecycle.handed_over:
+            return unsent.fds
+        if not self._context.put_back(unsent.taken):
+            return unsent.fds
+        self._services.durability.push()
+        return []
+
+    def _close(self, fds: list[Fd]) -> Closing | None:
+        # A file system can be asked for each close, not just the last.
+        return self._services.shared.closer.close(fds, self._peer.uid) if fds else None
 
     def abort(self) -> None:
         """The client does not take its replies: disconnect it."""
@@ -315,7 +368,3 @@ class SendBuffer:
             _log.warning("pid %d, uid %d does not read its replies: disconnected", *self._peer[:2])
             with suppress(OSError):
                 self._stream.socket.shutdown(socket.SHUT_RDWR)
-
-    def _close(self, fds: list[Fd]) -> None:
-        if fds:  # a file system can be asked for each close, not just the last
-            self._services.shared.closer.close(fds, self._peer.uid)

@@ -93,7 +93,7 @@ class Session:
         self._state = SessionState.SERVING
         self._slow = False  # the last piece took long
         self._scope = trio.CancelScope()
-        self._delivery = Delivery(services, stream, peer, self._connection, self._on_drained)
+        self._delivery = Delivery(services, stream, peer, self._context, self._on_drained)
         self._send_buffer = self._delivery.send_buffer
         self._fd_accounting = self._delivery.fd_accounting
         self._processor = RequestProcessor(

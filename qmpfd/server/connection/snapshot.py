@@ -50,12 +50,12 @@ def describe(
         idle=idle,
         connection=connection,
         names=list(context.names),
-        unsent=[(bytes(data), len(its_fds)) for data, its_fds, _ in unsent],
+        unsent=[(bytes(each.data), len(each.fds)) for each in unsent],
         reply=None if reply is None else _describe_reply(reply, context, parts),
         watch=None if context.events is None else context.events.save(parts.logs),
     )
     fds += context.names.values()
-    fds += [fd for _, its_fds, _ in unsent for fd in its_fds]
+    fds += [fd for each in unsent for fd in each.fds]
     fds += context.reply_fds
     return saved, fds
 

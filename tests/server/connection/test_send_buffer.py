@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Sequence
 
 import pytest
 import trio
 
-from qmpfd.fdsets import Peer
+from qmpfd.commands import DECODER, Context
+from qmpfd.fdsets import PERMANENT, Lifetime, Peer
 from qmpfd.kernel.fd import Fd, FileDescriptorLike, close_all
 from qmpfd.limits import MAX_UNSENT_BYTES
+from qmpfd.policy import EVERYTHING
+from qmpfd.protocol import ServerConnection
 from qmpfd.server.connection.send_buffer import SendBuffer
 from qmpfd.server.lifecycle import Event
 from qmpfd.server.server import DaemonServer
@@ -43,12 +47,26 @@ class Harness:
         ours, self.its = trio.socket.socketpair()
         self.stream = _Stream(ours, room)
         self.settled = trio.Event()
-        self.fds_to_close: list[Fd] = []
+        self.context = self.connected()
+        self.fds_to_close = self.context.connection.fds_to_close
         self.send_buffer = SendBuffer(
-            *(self.server.services, self.stream, Peer(1, 0, 0), self.fds_to_close),
+            *(self.server.services, self.stream, Peer(1, 0, 0), self.context),
             on_drained=lambda: None,
             sync=self._settle,
         )
+
+    def connected(self) -> Context:
+        """A connection, as its commands see it."""
+        connection = ServerConnection(DECODER)
+        return Context(self.server.daemon, connection, Peer(1, 0, 0), EVERYTHING, lambda: False)
+
+    def take(self, lifetime: Lifetime = PERMANENT) -> Fd:
+        """Have a descriptor stored, and taken out again for a reply."""
+        daemon, fds = self.server.daemon, [_fd()]
+        (stored,) = daemon.add(list(fds), opaque="o", lifetime=lifetime)
+        daemon.remove([stored], "removed", [])
+        self.send_buffer.enqueue(b"{reply}\r\n", fds, lambda exc: b"<refused>", stored)
+        return fds[0]
 
     async def _settle(self) -> None:
         await self.settled.wait()
@@ -238,3 +256,59 @@ async def test_a_reply_whose_descriptors_cannot_be_passed() -> None:
             assert one.closed
             rig.stream.sent.clear()
             one, two = two, one
+
+
+async def test_what_was_taken_out_is_closed_before_the_end_of_the_reply() -> None:
+    async with Harness() as rig:
+        fd = rig.take()
+        rig.send_buffer.enqueue(b"next")
+        rig.send_buffer.flush_nowait()
+        assert rig.stream.sent == [(b"{reply", 1), (b"}\r\nnext", 0)]
+        assert fd.closed
+
+
+async def test_the_end_of_the_reply_waits_for_a_close_that_may_block() -> None:
+    async with Harness() as rig:
+        fd = rig.take()
+        closed = threading.Event()  # of a duplicate in another process
+        rig.server.daemon.closer.close_after(fd, closed)
+        rig.send_buffer.flush_nowait()
+        rig.send_buffer.enqueue(b"next")
+        rig.send_buffer.flush_nowait()
+        assert rig.stream.sent == [(b"{reply", 1)]
+        assert rig.server.daemon.closer.pending == 1
+        closed.set()
+        await rig.send_buffer.drain()
+        assert rig.stream.sent == [(b"{reply", 1), (b"}\r\nnext", 0)]
+        assert fd.closed
+
+
+async def test_what_the_client_does_not_get_is_stored_again() -> None:
+    async with Harness(room=0) as rig:
+        number = rig.take().number
+        rig.send_buffer.flush_nowait()
+        assert rig.server.store.fd_count == 0
+        rig.send_buffer.discard()
+        assert rig.fds_to_close == []
+        (fdset,) = rig.server.store
+        assert (fdset.id, fdset.fds[number].opaque) == (0, "o")
+        rig.take()  # nobody reads it any more
+        assert [len(fdset.fds) for fdset in rig.server.store] == [1, 1]
+
+
+async def test_another_set_of_that_id_is_left_alone() -> None:
+    async with Harness(room=0) as rig:
+        number = rig.take().number
+        rig.server.daemon.add([_fd()])
+        rig.send_buffer.discard()
+        assert [fdset.id for fdset in rig.server.store if number in fdset.fds] == [1]
+
+
+async def test_what_a_connection_that_is_over_has_had_is_not_stored_again() -> None:
+    async with Harness(room=0) as rig:
+        owner = rig.connected()
+        fd = rig.take(Lifetime(owner=owner))
+        owner.close()
+        rig.send_buffer.discard()
+        assert rig.fds_to_close == [fd]
+        assert rig.server.store.fd_count == 0

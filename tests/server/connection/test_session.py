@@ -66,10 +66,7 @@ async def test_a_client_that_refuses_descriptors(path: Path) -> None:
     async with daemon(path):
         with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
             value(await wire.call("add-fd", None, [pipe]))
-            try:
-                wire.sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
-            except OSError:
-                pytest.skip("this kernel has no SO_PASSRIGHTS")
+            _refuse_descriptors(wire)
             opening = request("open-fdset", {"fdset-id": 0})
             long = [[n] for n in range(5000)]
             await wire.send_all(
@@ -89,6 +86,55 @@ async def test_a_client_that_refuses_descriptors(path: Path) -> None:
             assert (await wire.reply())["id"] == 3
             await other.send_all(opening)
             assert "fd" in value(await other.reply())
+
+
+def _refuse_descriptors(wire: Wire) -> None:
+    try:
+        wire.sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+    except OSError:
+        pytest.skip("this kernel has no SO_PASSRIGHTS")
+
+
+@pytest.mark.parametrize("long", [False, True])
+async def test_what_a_client_refuses_to_take_stays_where_it_was(path: Path, long: bool) -> None:
+    opaque = "o" * (200_000 if long else 1)
+    taking = {"opaque": opaque, "remove": True}
+    async with daemon(path):
+        with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
+            for _ in range(2):
+                wire.send(ADD, [pipe])
+                await wire.reply()
+            for name in (opaque, opaque, "other"):
+                wire.send(b" ", [pipe])
+                await wire.send_all(request("add-fd", {"fdset-id": 1, "opaque": name}))
+                await wire.reply()
+            before = value(await other.call("query-fdsets"))
+            value(await other.call("watch-fdsets", {"enable": True}))
+            _refuse_descriptors(wire)
+            # Both of the set, one of another that so ends for a while, and a reply behind these.
+            await wire.send_all(
+                2 * request("open-fdset", taking)
+                + request("open-fdset", {"fdset-id": 0, "remove": True})
+                + request("query-name", id="last")
+            )
+            refused = [await wire.reply() for _ in range(3)]
+            assert {reply["error"]["desc"] for reply in refused} == {
+                "The file descriptors cannot be sent: Operation not permitted"
+            }
+            assert (await wire.reply())["id"] == "last"
+            events = await other.replies(6)
+            assert sorted(event["event"] for event in events) == 3 * ["FD_ADDED"] + 3 * [
+                "FD_REMOVED"
+            ]
+            await other.send_all(request("query-fdsets"))
+            after = value(await other.reply())
+            assert [_sorted(each) for each in after] == [_sorted(each) for each in before]
+            await other.send_all(request("open-fdset", taking))
+            value(await other.reply())
+
+
+def _sorted(fdset: dict[str, Any]) -> dict[str, Any]:
+    return {**fdset, "fds": sorted(fdset["fds"], key=lambda fd: int(fd["fd"]))}
 
 
 def io_uring() -> Fd:

@@ -739,3 +739,28 @@ def test_the_journal_cannot_grow(path: Path, size: int) -> None:
         daemon.kill_worker()
         with daemon.client() as again:
             assert lasting(fds(again)) == lasting(before)
+
+
+@pytest.mark.parametrize("kind", [socket.AF_UNIX, socket.AF_NETLINK])
+def test_what_a_client_refused_to_take_is_kept_safe_again(path: Path, kind: int) -> None:
+    with supervised(path) as daemon:
+        with daemon.client() as client:
+            with socket.socket(kind, socket.SOCK_DGRAM) as sock:
+                client.add_fds([sock], opaque="n")
+            before = fds(client)
+            with socket.socket(socket.AF_UNIX) as refusing:
+                refusing.connect(os.fspath(path))
+                try:
+                    refusing.setsockopt(socket.SOL_SOCKET, 83, 0)  # SO_PASSRIGHTS
+                except OSError:
+                    pytest.skip("this kernel has no SO_PASSRIGHTS")
+                taking = request("open-fdset", {"opaque": "n", "remove": True})
+                refusing.sendall(request("qmp_capabilities") + taking)
+                with refusing.makefile() as replies:
+                    assert "error" in [json.loads(next(replies)) for _ in range(3)][-1]
+            assert fds(client) == before
+            daemon.kill_worker()
+        with daemon.client() as client:
+            assert fds(client) == before
+            client.remove_fds(opaque="n")
+            assert fds(client) == []
