@@ -22,7 +22,7 @@ from collections.abc import Callable, Container, Hashable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from .fd import Fd, FileDescriptorLike, fileno, unread_bytes
+from .fd import Fd, FileDescriptorLike, close_all, fileno, unread_bytes
 from .fdinfo import make_statx
 from .mounts import LocalFileSystems
 
@@ -251,11 +251,13 @@ class ClosePool:
             fds: the descriptors; owned from here on.
             quick: those of which :meth:`is_quick_duplicate` is known to be true.
         """
+        at_once: list[Fd] = []
+        others: list[Fd] = []
         for fd in fds:
-            if fd in quick or self.is_quick_duplicate(fd.fileno()):
-                fd.close()
-            else:
-                self.close([fd])
+            is_quick = fd in quick or self.is_quick_duplicate(fd.fileno())
+            (at_once if is_quick else others).append(fd)
+        close_all(at_once)
+        self.close(others)
 
     def is_quick_duplicate(self, number: int) -> bool:
         """Whether closing the descriptor waits for nobody while another process has its file open

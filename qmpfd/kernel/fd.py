@@ -120,9 +120,23 @@ class Fd:
 
 
 def close_all(fds: Iterable[Fd]) -> None:
-    """Close each of *fds*."""
+    """Close each of *fds*, those of consecutive numbers with one system call (close_range(2))."""
+    start = end = -1
     for fd in fds:
-        fd.close()
+        number, fd.number = fd.number, -1
+        if number < 0:
+            continue
+        if number == end:
+            end += 1
+            continue
+        _close_range(start, end)
+        start, end = number, number + 1
+    _close_range(start, end)
+
+
+def _close_range(start: int, end: int) -> None:
+    if start >= 0:  # os.closerange(0, 0) would close everything
+        os.closerange(start, end)
 
 
 def fileno(fd: FileDescriptorLike) -> int:

@@ -117,6 +117,21 @@ def test_close_all(fd: Fd) -> None:
     assert all(fd.closed for fd in fds)
 
 
+def test_close_all_in_rows(fd: Fd) -> None:
+    """Of consecutive numbers, in whatever order; those between them stay open."""
+    fds = [fd.dup() for _ in range(12)]
+    numbers = [each.number for each in fds]
+    left = [fds[2], fds[7], fds[11]]
+    gone = [each for each in fds if each not in left]
+    fds[4].close()
+    close_all([])
+    close_all([fds[4]])
+    assert is_open(0)
+    close_all([*gone[5:], *reversed(gone[:5])])
+    assert [number for number in numbers if is_open(number)] == [each.number for each in left]
+    close_all(left)
+
+
 def test_a_forgotten_owner_says_so() -> None:
     number = os.open("/dev/null", os.O_RDONLY)
     fd = Fd(number)
