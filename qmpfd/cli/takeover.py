@@ -75,7 +75,7 @@ def still_to_bind(paths: Iterable[Path], listeners: Iterable[SavedListener]) -> 
 
 def _is_same(path: Path, other: Path) -> bool:
     try:
-        return path.absolute() == other or path.samefile(other)
+        return other in (path, path.absolute()) or path.samefile(other)
     except OSError:
         return False
 
