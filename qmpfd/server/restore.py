@@ -17,7 +17,7 @@ import trio
 from ..client.blocking import NoDaemon
 from ..errors import QMPError
 from ..fdsets import PERMANENT, Lifetime, Peer
-from ..kernel.fd import Fd, close_all
+from ..kernel.fd import Fd
 from ..limits import TAKEOVER_TIMEOUT
 from ..transport import FdStream
 from .connection.snapshot import WatchRestorer
@@ -92,7 +92,7 @@ def taking_over(
             entries = [] if fdset is None else fdset.select(fd.fileno())
             placeholders: list[Fd] = []
             server.daemon.remove(entries, "removed", placeholders)
-            close_all(placeholders)
+            server.daemon.closer.close(placeholders)
 
     def finish() -> list[UnixListener]:
         with _usable():

@@ -160,16 +160,18 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
         for path in paths:
             listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))
             stack.callback(listeners[-1].close)
-        taken_over = finish()  # the last: while that takes, nobody is served
-        listeners[:0] = taken_over
         ours = list(listeners)  # the others are passed to every daemon that is started here
         while inherited:
             listeners.append(UnixListener.inherit(inherited.popleft()))
             stack.callback(listeners[-1].close)
-        evidence = None if takeover is None else takeover.evidence
         # Not before the mirror is done: it asks whether the daemon was handed over.
         stack.callback(server.lifecycle.handle, Event.END)
-        async with mirrored(server, ours, recovered, evidence):
+        is_takeover = takeover is not None
+        async with mirrored(server, ours, recovered, taking_over=is_takeover) as start_mirror:
+            taken_over = finish()  # the last: from here on, nobody is served
+            listeners[:0] = taken_over
+            ours[:0] = taken_over
+            await start_mirror(None if takeover is None else takeover.evidence)
             if takeover is not None:
                 takeover.confirm(TAKEOVER_TIMEOUT)
                 server.durability.confirm()

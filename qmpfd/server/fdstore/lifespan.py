@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -24,40 +24,47 @@ async def mirrored(
     server: DaemonServer,
     listeners: Sequence[UnixListener],
     recovered: Recovered | None,
-    evidence: Fd | None,
-) -> AsyncGenerator[None, None]:
-    """Mirror the store while the block runs.
+    *,
+    taking_over: bool,
+) -> AsyncGenerator[Callable[[Fd | None], Awaitable[None]], None]:
+    """Mirror the store while the block runs; gives what is to be called once all is there, with
+    what tells whether it is ours, in the middle of a takeover.
 
     Args:
         server: the daemon; it does not run yet.
-        listeners: the sockets that the fd store gets too.
+        listeners: the sockets that the fd store gets too, once all is there.
         recovered: what came back from there, if anything may have.
-        evidence: what tells whether it is ours, in the middle of a takeover.
+        taking_over: the store has placeholders of what is about to come.
 
     Raises:
         GenericError: it is more than the fd store holds.
     """
     stale_fds = [] if recovered is None else recovered.stale_fds
     mirror = server.durability
-    if not isinstance(mirror, FdStoreMirror):
-        server.daemon.closer.close(stale_fds)
-        yield
-        return
     holdings = Holdings() if recovered is None else recovered.holdings
+
+    async def start(evidence: Fd | None) -> None:
+        if isinstance(mirror, FdStoreMirror):
+            await mirror.start(server.store, listeners, holdings, evidence)
+            server.daemon.mirror = mirror
+        server.daemon.closer.close(stale_fds)
+
+    if not isinstance(mirror, FdStoreMirror):
+        yield start
+        return
     async with mirror.running():
         try:
-            await mirror.start(server.store, listeners, holdings, evidence)
-            server.daemon.closer.close(stale_fds)
-            server.daemon.mirror = mirror
-            yield
+            if taking_over and mirror.prepare(server.store, holdings):
+                server.daemon.mirror = mirror
+            yield start
         except Exception:
-            # Whoever starts us again expects them where they are.
-            for listener in listeners:
-                listener.abandon()
             if not mirror.is_ours:  # the old daemon goes on, and closes what it is told to
                 mirror.release_all()
                 with trio.move_on_after(FORGET_TIMEOUT):
                     await mirror.sync()  # noqa: ASYNC120 - a cancellation ends the start as well
+            else:  # whoever starts us again expects the sockets where they are
+                for listener in listeners:
+                    listener.abandon()
             raise
         answers = mirror.is_synced  # or else the end has waited for it long enough
         if server.lifecycle.state is State.QUITTING:

@@ -268,6 +268,43 @@ class FdStoreMirror:
                 self._size,
             )
 
+    def prepare(self, store: FdSets, holdings: Holdings) -> bool:
+        """Write down what a takeover brings, before it has come: while the old daemon serves.
+        Nothing is sent before :meth:`start`, and changes until then count.
+
+        Args:
+            store: where the changes come from, from here on.
+            holdings: what is there from before.
+
+        Returns:
+            Whether that is possible: of a service manager's store, each open file description has
+            to be compared with all others, and what is stored here are placeholders.
+
+        Raises:
+            OSError: there is no descriptor, or no memory, for the journal.
+        """
+        if not self._is_parent:
+            return False
+        self._claim(store, holdings)
+        self._previous = PREVIOUS
+        self._keep_all(holdings)
+        self._journals.begin()
+        return True
+
+    def _claim(self, store: FdSets, holdings: Holdings) -> None:
+        self._store = store
+        self._journals.generation = holdings.generation
+        self._kept.claim({*holdings.names.values(), *holdings.others})
+        if not holdings.valid:  # before anything new could have the same names
+            self._remove_names(holdings.others)
+        self._remove_names(filter(is_pipe, holdings.others))  # the journal needs the place
+
+    def _keep_all(self, holdings: Holdings) -> None:
+        for fdset in self._store:
+            for number, stored in fdset.fds.items():
+                if stored.lifetime.owner is None:
+                    self._kept.keep(number, stored.fd, holdings.names.get(number))
+
     async def start(
         self,
         store: FdSets,
@@ -288,12 +325,9 @@ class FdStoreMirror:
             GenericError: it is more than can be kept.
             OSError: there is no descriptor, or no memory, for the journal.
         """
-        self._store = store
-        self._journals.generation = holdings.generation
-        self._kept.claim({*holdings.names.values(), *holdings.others})
-        if not holdings.valid:  # before anything new could have the same names
-            self._remove_names(holdings.others)
-        self._remove_names(filter(is_pipe, holdings.others))  # the journal needs the place
+        prepared = self._previous is not None
+        if not prepared:
+            self._claim(store, holdings)
         if not self._is_parent:  # the oldest, which is dropped first
             drop, generation = partial(self._distrust, _DROPPED), holdings.generation + 1
             self._evidence = Evidence(self._link, generation, holdings.sentinel, drop)
@@ -301,10 +335,8 @@ class FdStoreMirror:
             self._capacity -= 1
             self._previous = PREVIOUS
             self._link.store(PREVIOUS, previous)
-        for fdset in store:
-            for number, stored in fdset.fds.items():
-                if stored.lifetime.owner is None:
-                    self._kept.keep(number, stored.fd, holdings.names.get(number))
+        if not prepared:
+            self._keep_all(holdings)
         for listener in listeners:
             number = listener.socket.fileno()
             if number in holdings.names or self._kept.names < self._capacity:  # it can be made anew
@@ -318,8 +350,11 @@ class FdStoreMirror:
                 raise GenericError(too_many)
             # What came back stays where it is, and here, until there are fewer, or more room.
             self._distrust(too_many)
-        # The journal comes last: without it, the others count for nothing.
-        self._journals.begin()
+        if prepared:  # it has begun, and does not count before PREVIOUS says so
+            for record in self._listeners.records():
+                self._journals.note(record)
+        else:  # the journal comes last: without it, the others count for nothing
+            self._journals.begin()
         if previous is None:
             self._listeners.tell_files()
         self._link.open()
@@ -371,11 +406,13 @@ class FdStoreMirror:
         if self._evidence is not None:
             self._evidence.forget()
         known = {fd.number for fd in quick}
+        names = []
         for name, number in self._kept.by_name().items():
             if self._is_parent and number not in known and self._closer.may_block(number):
                 self._link.remove_slowly(name, self._closer.lane(number))
             else:
-                self._link.remove(name)
+                names.append(name)
+        self._link.remove_all(names)
         self._kept.clear()
         self._journals.forget()
         self._link.push()

@@ -19,7 +19,7 @@ import pytest
 from helpers import Pipe, send_now
 from installed import need_namespaces
 from stepper import Stepped, Stepper
-from supervised import children, until
+from supervised import children, connected, lasting, until
 
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd
@@ -136,6 +136,28 @@ def test_the_group_of_the_socket(path: Path, start: Callable[..., Stepped]) -> N
     start("--takeover")
     assert second.wait() == 0
     assert path.stat().st_gid == os.getegid()
+
+
+@pytest.mark.parametrize("supervised", [[], ["--supervise"]])
+def test_abstract_sockets(path: Path, tmp_path: Path, supervised: list[str]) -> None:
+    """The same command line: whichever of its sockets is the first."""
+    names = [str(path), f"@qmpfd-test-{os.getpid()}-{len(supervised)}"]
+    command = [*SERVE, *supervised]
+    with ExitStack() as stack:
+        sockets = [word for name in names for word in ("--socket", name)]
+        old = stack.enter_context(served([*command, *sockets], tmp_path / "0.log"))
+        client = stack.enter_context(BlockingClient(path, PATIENCE))
+        client.execute("add-fd", {"opaque": "kept"}, [0])
+        for number in (1, 2):
+            sockets = [word for name in names for word in ("--socket", name)]
+            log = tmp_path / f"{number}.log"
+            new = stack.enter_context(served([*command, "--takeover", *sockets], log))
+            assert old.wait(PATIENCE) == 0
+            old = new
+            names.reverse()
+            for name in names:
+                with BlockingClient(name, PATIENCE) as other:
+                    assert len(other.execute("query-fdsets")) == 1
 
 
 # -- who it is ---------------------------------------------------------------------------------
@@ -439,6 +461,43 @@ def test_a_supervised_newcomer_whose_worker_is_killed(
         client.execute("quit")
         assert new.wait(PATIENCE) == 0
         assert b"Traceback" not in log.read_bytes()
+
+
+def test_what_a_parent_keeps_is_written_down_before_the_pause(
+    path: Path, tmp_path: Path, start: Callable[..., Stepped]
+) -> None:
+    """The journal says all of it while the old daemon still serves, and what changes after that."""
+    where = {"takeover/sender.py": ["_hand_over_paused"]}
+    old = start(where=where, step=1, number=signal.SIGSTOP)
+    with BlockingClient(path, PATIENCE) as client, Fd(os.memfd_create("x")) as file:
+        for number in range(5):
+            client.execute("add-fd", {"opaque": f"text {number}"}, [file])
+        command = [*SERVE, "--takeover", "--supervise", "--socket", str(path)]
+        log = tmp_path / "new.log"
+        with log.open("wb") as output, subprocess.Popen(command, stderr=output) as new:
+            try:
+                until(lambda: old.place, "the pause")
+                (worker,) = children(new.pid)
+                journal = b"".join(journals(worker))
+                assert all(f"text {number}".encode() in journal for number in range(5))
+                old.signal(signal.SIGCONT)
+                until(lambda: b"took over" in log.read_bytes())
+                before = lasting(client.execute("query-fds"))
+                assert len(before) == 5
+                os.kill(worker, signal.SIGKILL)
+                until(lambda: log.read_bytes().count(b"listening") == 2)
+                with connected(path) as other:
+                    assert lasting(other.execute("query-fds")) == before
+            finally:
+                new.terminate()
+                assert new.wait(PATIENCE) == 0
+
+
+def journals(pid: int) -> Iterator[bytes]:
+    """What is in the journals of a process."""
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        if "memfd:qmpfd-journal" in os.readlink(each):
+            yield each.read_bytes()
 
 
 def test_one_that_is_interrupted(path: Path, tmp_path: Path, start: Callable[..., Stepped]) -> None:
