@@ -8,14 +8,14 @@ import fcntl
 import os
 import resource
 import signal
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from ..client.blocking import BlockingClient
 from ..client.calls import one_fd
 from ..client.errors import NoDaemon
 from ..errors import QMPError
-from ..kernel.fd import Fd, close_all
+from ..kernel.fd import Fd
 from .exit_codes import UsageError
 from .options import Subparsers, add_client_options, add_examples, client_of
 from .output import printable
@@ -88,17 +88,17 @@ def _exec(arguments: argparse.Namespace) -> int:
     if not targets or not command:
         raise UsageError("exec takes TARGET... -- CMD... (see qmpfd exec --help)")
     places = _places(targets, arguments.listen_fds)
-    with client_of(arguments) as client:
-        opened = _open_all(client, targets)
-        fds = [fd for _, fd in opened]
-        try:
+    infos: list[dict[str, Any]] = []
+    fds: list[Fd] = []
+    with ExitStack() as stack:
+        with client_of(arguments) as client:
+            for each in targets:
+                info, passed = open_target(client, each)
+                fds.append(stack.enter_context(one_fd(info, passed)))
+                infos.append(info)
             if arguments.take:
-                _take(client, [info for info, _ in opened])
-        except BaseException:
-            close_all(fds)
-            raise
-    # The connection is closed by now: its number may be one of the places.
-    try:
+                _take(client, infos)
+        # The connection is closed by now: its number may be one of the places.
         if arguments.rewind:
             for fd in fds:
                 with suppress(OSError):  # a pipe or a socket has no position
@@ -107,12 +107,10 @@ def _exec(arguments: argparse.Namespace) -> int:
         for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES"):
             os.environ.pop(name, None)  # of another set of descriptors, which CMD does not get
         if arguments.listen_fds:
-            _announce([info for info, _ in opened], places)
+            _announce(infos, places)
         for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(ignored, signal.SIG_DFL)  # Python ignores them, the command would too
         return _replace_by(command)
-    finally:
-        close_all(fds)
 
 
 def _places(targets: list[Target], listen_fds: bool) -> list[int]:
@@ -133,36 +131,22 @@ def _places(targets: list[Target], listen_fds: bool) -> list[int]:
     return [next(free) if each.at is None else each.at for each in targets]
 
 
-def _open_all(client: BlockingClient, targets: list[Target]) -> list[tuple[dict[str, Any], Fd]]:
-    """A duplicate of what each target names, with the daemon's description of it."""
-    opened: list[tuple[dict[str, Any], Fd]] = []
-    try:
-        for each in targets:
-            info, passed = open_target(client, each)
-            opened.append((info, one_fd(info, passed)))
-    except BaseException:
-        close_all(fd for _, fd in opened)
-        raise
-    return opened
-
-
 def _take(client: BlockingClient, infos: list[dict[str, Any]]) -> None:
     """Take what was opened out of the store: all of it, or nothing."""
     taken: list[tuple[dict[str, Any], Fd]] = []
-    try:
-        # One may be named twice.
-        for where in {(info["fdset-id"], info["fd"]) for info in infos}:
-            members = {"fdset-id": where[0], "fd": where[1], "remove": True}
-            info, passed = client.request("open-fdset", members)
-            taken.append((info, one_fd(info, passed)))
-    except BaseException:
-        for info, fd in taken:
-            members = {key: info[key] for key in ("fdset-id", "opaque") if key in info}
-            with suppress(QMPError, NoDaemon):  # its set may be gone by now
-                client.execute("add-fd", members, [fd])
-        raise
-    finally:
-        close_all(fd for _, fd in taken)
+    with ExitStack() as stack:
+        try:
+            # One may be named twice.
+            for fdset_id, number in {(info["fdset-id"], info["fd"]) for info in infos}:
+                members = {"fdset-id": fdset_id, "fd": number, "remove": True}
+                info, passed = client.request("open-fdset", members)
+                taken.append((info, stack.enter_context(one_fd(info, passed))))
+        except BaseException:
+            for info, fd in taken:
+                members = {key: info[key] for key in ("fdset-id", "opaque") if key in info}
+                with suppress(QMPError, NoDaemon):  # its set may be gone by now
+                    client.execute("add-fd", members, [fd])
+            raise
 
 
 def _announce(infos: list[dict[str, Any]], places: list[int]) -> None:
@@ -195,28 +179,25 @@ def _replace_by(command: list[str]) -> int:
         return _NOT_FOUND if isinstance(exc, FileNotFoundError) else _NOT_EXECUTABLE
 
 
-def _put_in_place(opened: list[Fd], places: list[int]) -> None:
+def _put_in_place(fds: list[Fd], places: list[int]) -> None:
     """Move each descriptor to its number, and let the command inherit no others but the standard
     streams.
     """
-    for number, fd in enumerate(opened):
-        opened[number] = _aside(fd, places)
+    for fd in fds:
+        aside = _aside(fd, places)
         fd.close()
-    for fd, place in zip(opened, places, strict=True):
+        fd.adopt(aside)
+    for fd, place in zip(fds, places, strict=True):
         os.dup2(fd.fileno(), place, inheritable=True)
-    for number in _open_numbers():
+    try:
+        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:  # without /proc, all that there may be
+        numbers = list(range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16)))
+    for number in numbers:
         if number > 2 and number not in places:
             # Not closed but marked: some of them are still in use here until the very end.
             with suppress(OSError):  # the listing's own, or one that is not open
                 os.set_inheritable(number, False)
-
-
-def _open_numbers() -> list[int]:
-    """The numbers of open descriptors; without /proc, all that there may be."""
-    try:
-        return [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:
-        return list(range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16)))
 
 
 def _aside(fd: Fd, places: list[int]) -> Fd:
@@ -224,9 +205,7 @@ def _aside(fd: Fd, places: list[int]) -> Fd:
     an error message would go into it.
     """
     least = 3
-    while True:
-        moved = Fd(fcntl.fcntl(fd.fileno(), fcntl.F_DUPFD_CLOEXEC, least))
-        if moved.fileno() not in places:
-            return moved
+    while (moved := Fd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least))).fileno() in places:
         least = moved.fileno() + 1
         moved.close()
+    return moved

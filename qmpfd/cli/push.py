@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from typing import Any
 
 from ..client.blocking import BlockingClient
@@ -105,7 +106,7 @@ def _copy(
         for source_id, fd in rows:
             where = {"fdset-id": source_id, "fd": fd["fd"]}
             opened, passed = source.request("open-fdset", where)
-            members = {key: opened[key] for key in ("opaque",) if key in opened}
+            members = {"opaque": opened["opaque"]} if "opaque" in opened else {}
             if fdset_id is not None:
                 members["fdset-id"] = fdset_id
             try:
@@ -116,14 +117,7 @@ def _copy(
             added.append({**members, **info})
     except BaseException:
         for each in added:
-            _take_back(sink, each)
+            with suppress(QMPError, OSError):  # whoever else removed it meanwhile has done so
+                sink.execute("remove-fd", {"fdset-id": each["fdset-id"], "fd": each["fd"]})
         raise
     return added
-
-
-def _take_back(sink: BlockingClient, added: dict[str, Any]) -> None:
-    """Remove what was added; whoever else removed it meanwhile has done so."""
-    try:
-        sink.execute("remove-fd", {"fdset-id": added["fdset-id"], "fd": added["fd"]})
-    except (QMPError, OSError):
-        return
