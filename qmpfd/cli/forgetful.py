@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import select
-from typing import Any
 
 from ..client.blocking import BlockingClient
 from ..client.errors import NoDaemon
@@ -15,16 +14,12 @@ _LAST = (9, 0)
 
 def forgets(client: BlockingClient) -> str | None:
     """The version of a QEMU that forgets at disconnect, by its greeting; None for others."""
-    version: Any = client.greeting.get("version")
-    if not isinstance(version, dict) or str(version.get("package", "")).startswith("qmpfd "):
-        return None
-    numbers: Any = version.get("qemu")
-    if not isinstance(numbers, dict):
-        return None
-    found = (numbers.get("major"), numbers.get("minor"))
-    if not all(isinstance(number, int) for number in found) or found > _LAST:
-        return None
-    return f"{found[0]}.{found[1]}"
+    match client.greeting.get("version"):
+        case {"package": str(package)} if package.startswith("qmpfd "):
+            return None
+        case {"qemu": {"major": int(major), "minor": int(minor)}} if (major, minor) <= _LAST:
+            return f"{major}.{minor}"
+    return None
 
 
 def warn_of_forgetting(client: BlockingClient, stays: bool, advice: str = "") -> None:

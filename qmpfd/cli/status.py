@@ -93,8 +93,9 @@ def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
     fds = _gauge(stats["fds-kept"], limits, "max-fds") if "fds-kept" in stats else "not told"
     connections = _gauge(stats["connections"], limits, "max-connections")
     timeouts = [
-        f"{name} {limits[f'{name}-timeout']:g} s" if f"{name}-timeout" in limits else ""
+        f"{name} {limits[f'{name}-timeout']:g} s"
         for name in ("idle", "write", "drain")
+        if f"{name}-timeout" in limits
     ]
     pairs = [
         ("process", str(stats["pid"])),
@@ -106,26 +107,18 @@ def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
         ("connections", connections),
         ("open files", f"at most {limits['max-open-files']}"),
         ("requests", f"at most {limits['max-request-bytes']} bytes each"),
-        ("timeouts", ", ".join(filter(None, timeouts))),
+        ("timeouts", ", ".join(timeouts)),
         ("served", _counted(stats["connections-accepted"], commands)),
         ("refused", _counted(stats["connections-refused"], errors)),
     ]
-    if stats.get("closes-pending"):
-        pairs.append(
-            (
-                "closing",
-                f"{stats['closes-pending']} of the removed descriptors: close(2) takes long",
-            )
-        )
+    if closing := stats.get("closes-pending"):
+        pairs.append(("closing", f"{closing} of the removed descriptors: close(2) takes long"))
     return pairs
 
 
 def _counted(connections: int, commands: int) -> str:
-    return f"{_plural(connections, 'connection')}, {_plural(commands, 'command')}"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    counts = {"connection": connections, "command": commands}
+    return ", ".join(f"{n} {noun}{'' if n == 1 else 's'}" for noun, n in counts.items())
 
 
 def _gauge(used: int, limits: dict[str, Any], name: str) -> str:

@@ -80,8 +80,8 @@ def test_descriptors() -> None:
 
 def test_an_id_is_kept() -> None:
     typed = parse('{"execute": "x", "id": null}', SCHEMA.convert)
-    assert (typed.id, typed.has_id) == (None, True)
-    assert not parse('{"execute": "x"}', SCHEMA.convert).has_id
+    assert typed.id == {"id": None}
+    assert parse('{"execute": "x"}', SCHEMA.convert).id == {}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import select
 import threading
 import time
+from cmd import Cmd
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Self
@@ -165,7 +166,7 @@ class Session:
         return True
 
     def _convert(self, command: str, name: str, text: str) -> Any:
-        return self.schema.convert(command, name, text)
+        return self.schema.convert(command, name, text)  # asked for only where it is needed
 
     def _ask(self, typed: Typed) -> None:
         with ExitStack() as stack:
@@ -195,7 +196,7 @@ class Session:
     def _show_reply(self, value: Any, passed: list[Fd], typed: Typed) -> None:
         numbers = [fd.fileno() for fd in passed]
         if self._as_json:
-            reply = {"return": value, **({"id": typed.id} if typed.has_id else {})}
+            reply = {"return": value, **typed.id}
             print_result({**reply, "fds": numbers} if numbers else reply)
             return
         _print(readable(value))
@@ -204,8 +205,8 @@ class Session:
 
     def _show_error(self, error: QMPError, typed: Typed) -> None:
         if self._as_json:
-            reply = {"error": {"class": error.error_class, "desc": error.desc}}
-            print_result({**reply, **({"id": typed.id} if typed.has_id else {})})
+            members = {"class": error.error_class, "desc": error.desc}
+            print_result({"error": members, **typed.id})
 
     def _event_line(self, event: QMPEvent) -> str:
         if self._as_json:
@@ -216,7 +217,9 @@ class Session:
     def _help(self, names: list[str]) -> None:
         known = self.schema.commands()
         if not names:
-            _print("\n".join(_columns(known, terminal_width())))
+            if not known:
+                _print("this server has no query-qmp-schema: it does not describe its commands")
+            Cmd().columnize(known, terminal_width())
             _print(
                 "\nhelp COMMAND shows its arguments. A command is its name and name=value, or JSON;"
                 "\n< FILE or --fd N passes a descriptor. exit, or Ctrl-D, leaves."
@@ -250,14 +253,3 @@ ERRORS = (BadInput, UsageError, QMPError)
 
 def _print(text: str) -> None:
     print(text, flush=True)
-
-
-def _columns(names: list[str], width: int) -> list[str]:
-    """Names in columns, as ls has them."""
-    if not names:
-        return ["this server has no query-qmp-schema: it does not describe its commands"]
-    step = max(map(len, names)) + 2
-    per_line = max(1, width // step)
-    count = -(-len(names) // per_line)
-    rows = (names[start::count] for start in range(count))
-    return ["".join(name.ljust(step) for name in row).rstrip() for row in rows]

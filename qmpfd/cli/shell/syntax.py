@@ -41,13 +41,12 @@ class Passed(NamedTuple):
 
 
 class Typed(NamedTuple):
-    """A command as it was typed."""
+    """A command as it was typed; *id* is the member of the reply that repeats its id."""
 
     command: str
     arguments: dict[str, Any]
     passed: list[Passed]
-    id: Any = None
-    has_id: bool = False
+    id: dict[str, Any]
 
 
 class Scanner:
@@ -127,9 +126,8 @@ def parse(text: str, convert: Callable[[str, str, str], Any]) -> Typed:
     if first.startswith("{"):
         request = _json(first)
         command, arguments = _request(request)
-        has_id, request_id = "id" in request, request.get("id")
     else:
-        command, has_id, request_id = first, False, None
+        command, request = first, {}
     passed, rest = _passed(rest)
     for word in rest:
         name, equals, value = word.partition("=")
@@ -137,7 +135,8 @@ def parse(text: str, convert: Callable[[str, str, str], Any]) -> Typed:
             raise BadInput(f"{word!r} is neither name=value, < FILE nor --fd N")
         _put(arguments, name, _value(value, partial(convert, command, name)))
     _check_sendable([command, arguments])
-    return Typed(command, arguments, passed, request_id, has_id)
+    request_id = {"id": request["id"]} if "id" in request else {}
+    return Typed(command, arguments, passed, request_id)
 
 
 def _check_sendable(value: list[Any]) -> None:
