@@ -337,6 +337,34 @@ def test_a_worker_that_hangs_is_killed() -> None:
     assert "has not answered for 0.5 s: killing it" in said
 
 
+def test_both_were_stopped() -> None:
+    """As by a container's freezer: the worker is given time to say that it lives."""
+    program = _PRELUDE + textwrap.dedent(
+        """
+        tell(b"READY=1")
+        note("ready")
+        while True:
+            time.sleep(0.1)
+            tell(b"WATCHDOG=1")
+        """
+    )
+    with started(program, WATCHDOG_USEC="400000") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        (worker,) = children(process.pid)
+        for pid in (worker, process.pid):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(2)
+        process.send_signal(signal.SIGCONT)
+        # The parent has found out that its time is over, and waits.
+        until(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "S")
+        os.kill(worker, signal.SIGCONT)
+        process.terminate()
+        assert process.wait(DEADLINE) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
 def test_a_worker_that_closes_its_socket() -> None:
     """It is dead in a moment, or is killed: nobody could hear of what it does."""
     status, notes, said = supervise(
@@ -377,6 +405,29 @@ def test_a_worker_that_does_not_end_is_killed() -> None:
         assert not Path(f"/proc/{worker}").exists()
         assert process.stderr is not None
         assert b"has not ended 0.4 s after it was told to: killing it" in process.stderr.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_a_worker_killed_when_it_was_told_to_end(number: int, tmp_path: Path) -> None:
+    """The parent has done what it was told: it ends with status 0, and removes the socket file."""
+    path = tmp_path / "socket"
+    status, _, said = supervise(
+        f"""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind({str(path)!r})
+        found = os.stat({str(path)!r})
+        file = f"{{found.st_dev}}:{{found.st_ino}}:" + os.fsencode({str(path)!r}).hex()
+        tell(b"QMPFD_SOCKET=" + file.encode())
+        def stop(*_):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), {int(number)})
+        signal.signal(signal.SIGTERM, stop)
+        tell(b"READY=1")
+        os.kill(os.getppid(), signal.SIGTERM)
+        while True: signal.pause()
+        """
+    )
+    assert (status, path.exists()) == (0, False), said
 
 
 @contextmanager
@@ -525,6 +576,7 @@ def test_signals_that_mean_nothing() -> None:
         for number in (*numbers, signal.SIGRTMIN, signal.SIGRTMAX):
             process.send_signal(number)
             os.kill(worker, number)
+        os.kill(worker, signal.SIGQUIT)
         process.send_signal(signal.SIGQUIT)
         assert process.stderr is not None
         assert b"SIGQUIT is ignored: SIGTERM ends the daemon" in process.stderr.readline()

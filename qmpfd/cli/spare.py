@@ -121,8 +121,7 @@ def wait(parent: Notifier, alive: Fd, prepare: Callable[[], object]) -> Start:
         alive: what shows the worker that this process lives; owned from here on.
         prepare: imports what a worker needs.
     """
-    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM):  # a worker lives through them
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a worker lives through it
     # A low number: this end is closed early then when this process dies, and the parent hears of it
     # even where another close hangs.
     parent.move_to(os.dup(parent.fileno()))

@@ -35,6 +35,10 @@ EMPTY_MESSAGES = 8
 #: Seconds until the parent looks again for what is due, where nothing is known to be.
 _LONGEST_WAIT = 3600.0
 
+#: Seconds that a deadline may be met too late before it is not the worker's fault; and that the
+#: worker has then.
+_GRACE = 1.0
+
 HEARD = (*FORWARDED, signal.SIGQUIT, signal.SIGCHLD)
 
 
@@ -201,7 +205,11 @@ class Supervisor:
         worker = self._worker
         assert worker is not None
         self._receive(worker)  # perhaps it was us who were stopped
-        if self._deadline > now:
+        late = now - self._deadline
+        if late < 0:
+            return
+        if late > _GRACE:  # we were stopped, and the worker perhaps as well (cgroup freezer)
+            worker.postpone(late + _GRACE)
             return
         if self._state in (State.HUNG, State.KILLED):
             self._log.log("error", "the worker was killed and does not end: not waiting for it")
@@ -246,9 +254,8 @@ class Supervisor:
         if self._state in TOLD_TO_END:
             if status != 0:
                 self._store.remove_files()
-            # A signal that we sent, before it could hear it, or because it did not.
-            ours = status in (-signal.SIGTERM, -signal.SIGINT) or self._state is State.KILLED
-            return self._end(0 if ours else status)
+            # Whatever signal has ended it, ours or another's: it was to end.
+            return self._end(max(status, 0))
         if status == 0 or (status > 0 and self._state is State.FIRST_START):
             return self._end(status)  # it has said why itself
         if not self._store.has_journal:
@@ -260,7 +267,7 @@ class Supervisor:
         return self._happen(Event.DIED)
 
     def _end(self, status: int) -> None:
-        self._status = status if status >= 0 else 128 - status
+        self._status = status
         self._happen(Event.END)
 
     def _start_again(self, worker: Worker, how: str) -> None:
@@ -315,7 +322,8 @@ class Supervisor:
         # The worker may have got the same signal from whoever sent us ours: that is no second one.
         worker.stops += 1
         worker.send(b"SIGNALS=%d" % worker.stops)
-        worker.kill(number)
+        # A program that starts has no answer to SIGINT but an error.
+        worker.kill(signal.SIGTERM if worker.ready_at is None else number)
         self._happen(Event.STOP)
 
     # -- what the worker says ------------------------------------------------------------------

@@ -93,6 +93,7 @@ class Program:
         signal.set_wakeup_fd(-1)
         for each in FORWARDED:
             signal.signal(each, signal.SIG_DFL)
+        signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # as all else that we ignore
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         # A group of its own: a terminal's Ctrl-C is for us, and we forward it.
         os.setpgid(0, 0)

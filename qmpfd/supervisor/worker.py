@@ -92,6 +92,13 @@ class Worker:
         except OSError:
             pass
 
+    def postpone(self, seconds: float) -> None:
+        """Put off all that it has to do."""
+        self.heard_at += seconds
+        self.started_at += seconds
+        self.stopped_at += seconds
+        self.gone_at += seconds
+
     def receive(self) -> tuple[bytes, list[int], bool] | None:
         """The next message, its descriptors, and whether some of these were lost for want of room;
         None if there is none now; without bytes and descriptors if there will be none any more.

@@ -176,6 +176,9 @@ class Journal:
         try:
             for data in _snapshot_frames(records):
                 self.append(data)
+        except OSError as exc:  # RLIMIT_FSIZE (ulimit -f), or the memory of a container
+            self.close()
+            raise OSError(exc.errno, f"{exc.strerror} (for the journal of what is kept)") from None
         except BaseException:
             self.close()
             raise

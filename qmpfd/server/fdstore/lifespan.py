@@ -42,10 +42,12 @@ async def mirrored(
     stale_fds = [] if recovered is None else recovered.stale_fds
     mirror = server.durability
     holdings = Holdings() if recovered is None else recovered.holdings
+    kept = set(holdings.names)
 
     async def start(evidence: Fd | None) -> None:
         if isinstance(mirror, FdStoreMirror):
             await mirror.start(server.store, listeners, holdings, evidence)
+            kept.update(listener.socket.fileno() for listener in listeners)
             server.daemon.mirror = mirror
         server.daemon.closer.close(stale_fds)
 
@@ -62,9 +64,10 @@ async def mirrored(
                 mirror.release_all()
                 with trio.move_on_after(FORGET_TIMEOUT):
                     await mirror.sync()  # noqa: ASYNC120 - a cancellation ends the start as well
-            else:  # whoever starts us again expects the sockets where they are
+            else:  # whoever starts us again expects the files of those that it has where they are
                 for listener in listeners:
-                    listener.abandon()
+                    if listener.socket.fileno() in kept:
+                        listener.abandon()
             raise
         answers = mirror.is_synced  # or else the end has waited for it long enough
         if server.lifecycle.state is State.QUITTING:

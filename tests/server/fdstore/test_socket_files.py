@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from supervised import DEADLINE, connected, lasting, supervised, until
+from helpers import ROOT
+from supervised import COMMAND, DEADLINE, connected, lasting, supervised, until
 
 from qmpfd.client.blocking import BlockingClient
+from qmpfd.kernel.fd import Fd
 
 
 def opaques(client: BlockingClient) -> list[str]:
@@ -105,6 +108,29 @@ def test_a_worker_killed_at_the_end(path: Path) -> None:
         daemon.process.terminate()
         assert daemon.process.wait(DEADLINE) == 0
         assert not path.exists()
+
+
+@pytest.mark.parametrize("limit", ["-f 0", "-n 128"], ids=["no journal", "too many"])
+def test_a_start_that_fails(path: Path, limit: str) -> None:
+    """Nobody starts it again: nothing is left of the file that it has made."""
+    other = path.with_name("other")
+    shell = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh"]
+    sockets = ["--socket", str(path), "--socket", str(other)]
+    with ExitStack() as stack:
+        passed = [stack.enter_context(Fd(os.dup(0))).fileno() for _ in range(60)]
+        given = [f"--add-fd=fd={number},set={number}" for number in passed]
+        done = subprocess.run(
+            [*shell, *COMMAND, "--supervise", *sockets, *given],
+            capture_output=True,
+            cwd=ROOT,
+            pass_fds=passed,
+            timeout=DEADLINE,
+            check=False,
+        )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(b"\n") == 1, done.stderr
+    assert not path.exists()
+    assert not other.exists()
 
 
 def test_told_to_end_after_a_takeover(path: Path) -> None:
