@@ -11,9 +11,8 @@ from contextlib import suppress
 
 from helpers import PATIENCE, ROOT
 
-#: Runs the command line, or does as if rich were not installed.
+#: Runs the command line.
 _MAIN = "import sys; from qmpfd.cli import main; sys.exit(main(sys.argv[1:]))"
-WITHOUT_RICH = "import sys; sys.modules['rich'] = None; "
 
 #: What would make another terminal of it.
 _STRANGE = ("NO_COLOR", "COLUMNS", "TERM", "FORCE_COLOR", "PYTHONIOENCODING", "PYTHONUTF8")
@@ -24,7 +23,6 @@ def on_a_terminal(
     columns: int = 80,
     *,
     code: str = _MAIN,
-    rich: bool = True,
     encoding: str = "utf-8",
     env: Mapping[str, str] | None = None,
 ) -> str:
@@ -34,7 +32,6 @@ def on_a_terminal(
         words: the arguments.
         columns: the terminal's width.
         code: the program; by default, the command line.
-        rich: whether rich is there.
         encoding: the terminal's.
         env: what else is to be in the environment.
     """
@@ -43,7 +40,7 @@ def on_a_terminal(
     try:
         termios.tcsetwinsize(slave, (24, columns))
         process = subprocess.Popen(
-            [sys.executable, "-c", ("" if rich else WITHOUT_RICH) + code, *words],
+            [sys.executable, "-c", code, *words],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=slave,

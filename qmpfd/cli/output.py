@@ -6,8 +6,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 #: The result of a verb that has changed something, while it is being printed.
@@ -105,14 +104,16 @@ _LEAST = 12
 _FEW = 3
 
 
+#: The styles of the columns that the eye looks for.
+_STYLES = {"FDSET": "1;36", "FD": "36", "NAME": "32", "PID": "36", "COMMAND": "32"}
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns.
 
-    On a terminal, with a bold header, and in colours if rich is installed.  Where the columns are
-    too wide for it, the widest are shortened; if that leaves too little, each row is shown as a
-    block of lines.
+    On a terminal, with a bold header, and in colours.  Where the columns are too wide for it, the
+    widest are shortened; if that leaves too little, each row is shown as a block of lines.
     """
-    rich = _rich(len(rows))
     widths = [max(map(_width, column)) for column in zip(header, *rows, strict=True)]
     if sys.stdout.isatty() and len(widths) > _FEW:
         fitting = _fit(widths, terminal_width())
@@ -120,18 +121,19 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             for number, row in enumerate(rows):
                 if number:
                     print()
-                _print_pairs([*zip(header, row, strict=True)], rich)
+                print_pairs([*zip(header, row, strict=True)])
             return
         if fitting != widths:
             widths = fitting
             rows = [_shortened(row, widths) for row in rows]
-    if rich is not None:
-        rich.print_table(header, rows, terminal_width())
-        return
-    bold, plain = ("\x1b[1m", "\x1b[0m") if styled() else ("", "")
-    print(f"{bold}{_line(header, widths)}{plain}")
+    paint = painter()
+    styles = [_STYLES.get(name, "") for name in header]
+    padded = (name + " " * (width - len(name)) for name, width in zip(header, widths, strict=True))
+    print(paint("1", "  ".join(padded).rstrip()))
     for row in rows:
-        print(_line(row, widths))
+        cells = zip(row, widths, styles, strict=True)
+        padded = (paint(style, text) + " " * (width - _width(text)) for text, width, style in cells)
+        print("  ".join(padded).rstrip())
 
 
 def _fit(widths: Sequence[int], room: int) -> list[int] | None:
@@ -145,45 +147,22 @@ def _fit(widths: Sequence[int], room: int) -> list[int] | None:
     return fitting
 
 
-#: Rows from which on nobody waits for colours: rich takes a millisecond for each.
-_MANY = 300
-
-
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """A line for each name and its value, aligned; in colours as a table is."""
-    _print_pairs(pairs, _rich())
-
-
-def _print_pairs(pairs: Sequence[tuple[str, str]], rich: ModuleType | None) -> None:
+    """A line for each name and its value, aligned; on a terminal, with bold names."""
+    paint = painter()
     width = max(len(name) for name, _ in pairs)
-    if rich is not None and terminal_width() > 2 * width:
-        rich.print_pairs(pairs, terminal_width())
-        return
     for name, value in pairs:
-        print(f"{name:<{width}}  {value}".rstrip())
+        print(f"{paint('1', name)}{' ' * (width - len(name))}  {value}".rstrip())
 
 
-def styled() -> bool:
-    """Whether colours are wanted (https://no-color.org), and understood."""
+def painter() -> Callable[[str, str], str]:
+    """A function that puts text in one of the terminal's styles (``1``: bold, ``32``: green;
+    console_codes(4)), where colours are wanted (https://no-color.org) and understood.
+    """
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return wanted and sys.stdout.isatty()
-
-
-def _rich(rows: int = 1) -> ModuleType | None:
-    """The module that prints with rich: None without colours, without rich, or for many rows."""
-    if rows > _MANY or not styled():
-        return None
-    try:
-        from . import output_rich
-    except ImportError:
-        return None
-    return output_rich
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    sized = zip(cells, widths, strict=True)
-    padded = (cell + " " * (width - _width(cell)) for cell, width in sized)
-    return "  ".join(padded).rstrip()
+    if not wanted or not sys.stdout.isatty():
+        return lambda style, text: text
+    return lambda style, text: f"\x1b[{style}m{text}\x1b[0m" if style and text else text
 
 
 def _width(text: str) -> int:

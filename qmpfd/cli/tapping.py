@@ -17,20 +17,15 @@ import trio
 from ..kernel.fd import Fd
 from ..kernel.unix_address import bind, connectable, is_abstract
 from ..limits import SCM_MAX_FD
-from .output import print_error, printable, styled, terminal_width
+from .output import painter, print_error, printable, terminal_width
 
 #: Told of each line: whether the client sent it, the line, how many descriptors went with it.
 Show: TypeAlias = Callable[[bool, str, int], None]
 
 _ROOM = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 
-_COLOUR = styled()
+paint = painter()
 WIDTH = max(40, min(80, terminal_width()))
-
-
-def paint(style: str, text: str) -> str:
-    """*text* in one of the terminal's styles (``1``: bold); plain where there is none."""
-    return f"\x1b[{style}m{text}\x1b[0m" if _COLOUR else text
 
 
 def show(from_client: bool, line: str, fds: int) -> None:

@@ -136,10 +136,9 @@ def test_json(path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [200, 80, 40, 20, 5])
-@pytest.mark.parametrize("rich", [True, False])
-def test_in_a_terminal(path: Path, columns: int, rich: bool) -> None:
+def test_in_a_terminal(path: Path, columns: int) -> None:
     with daemon_thread(path):
-        shown = on_a_terminal(["status", "--socket", str(path)], columns, rich=rich)
+        shown = on_a_terminal(["status", "--socket", str(path)], columns)
     assert "Traceback" not in shown
     assert "WATC" in shown
 
