@@ -59,6 +59,9 @@ REFUSAL_LOG_INTERVAL = 0.2
 #: that asks for little, and of one that asks for much.
 LIGHT_SECONDS, TURN_SECONDS = 0.0005, 0.002
 
+#: Seconds that those who ask for little are served before the event loop goes round.
+PASS_SECONDS = 0.001
+
 #: Seconds within which each of those who ask for much has had a turn, as far as turns can be that
 #: short.
 LAP_SECONDS = 0.04

@@ -88,14 +88,17 @@ class FdStream:
                 return _END if arrival is _NOTHING else _ALL
             if size == max_bytes < READ_BYTES:
                 return _SOME
-            lengths = connection.plan(data, fds_follow)
+            lengths, blank = connection.plan(data, fds_follow)
             if not fds_follow:
                 fd.discard(sock, lengths[0])
                 return _ALL if lengths[0] == size else _SOME
             number, fds, lost = fd.receive_planned(sock, lengths)
             more = fd.unread_bytes(sock)
+            over = more <= blank and bool(fds or lost)  # else these bytes may come with them
+            if over and blank:
+                fd.discard(sock, blank)
             connection.received(number, fds, lost)
-            if not more:
+            if over:
                 return _ALL
             arrival = _SOME
             count += len(fds)

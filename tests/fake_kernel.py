@@ -133,7 +133,7 @@ def read_once(queue: Queue, connection: Connection) -> bool:
         data, fds_follow = queue.peek()
     except BlockingIOError:
         return False
-    lengths = connection.plan(data, fds_follow)
+    lengths, blank = connection.plan(data, fds_follow)
     assert 0 < sum(lengths) <= len(data), "a read that consumes nothing is repeated for ever"
     if not fds_follow:
         assert queue.receive(lengths[0])[1:] == ([], ""), "nobody would own them"
@@ -148,6 +148,10 @@ def read_once(queue: Queue, connection: Connection) -> bool:
         got, surplus, dropped = queue.receive(rest)
         assert (len(got), surplus, dropped) == (rest, [], ""), "nobody would own them"
     connection.received(number, fds, lost)
+    if blank and (fds or lost):
+        got, surplus, dropped = queue.receive(blank)
+        assert (surplus, dropped) == ([], ""), "nobody would own them"
+        assert not got.strip()
     return True
 
 

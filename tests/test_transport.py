@@ -35,7 +35,7 @@ def connected() -> Iterator[tuple[socket.socket, FdStream, ServerConnection]]:
 def taken(connection: ServerConnection) -> list[tuple[str, int]]:
     """The commands that have come, and with how many descriptors."""
     found = []
-    for request, _, fds in connection.requests():
+    for request, _, fds in iter(connection.next_request, None):
         assert isinstance(request, Request)
         found.append((DECODER.names[type(request)], len(fds)))
         close_all(fds)

@@ -194,7 +194,7 @@ class BlockingConnection:
             data, fds_follow = b"", False
         if not data:
             raise NoDaemon(f"the daemon at {self._path} has closed the connection")
-        lengths = self._connection.plan(data, fds_follow)
+        lengths, _ = self._connection.plan(data, fds_follow)
         if fds_follow:
             self._connection.received(*receive_planned(self._sock, lengths))
         else:

@@ -13,7 +13,7 @@ from ..protocol.encode import JSONStream, RawJSON
 from .context import Context
 from .listings import listing
 from .selectors import Selector, denied, rights
-from .shared import Dialect
+from .shared import Dialect, SharedState
 from .table import Table
 from .types import NOTHING, AddFd, AddfdInfo, Arguments, FdName, FdsetInfo, RemoveFd
 from .types import Result as Nothing
@@ -58,22 +58,23 @@ def check_add(
         GenericError: there is no room; see :meth:`Quotas.check_quota`.
         InvalidParameterValue: there is no such set that the client can know of.
     """
-    shared, access = context.shared, context.access
-    if not access.unlimited:
-        _require_add(access, fdset_id, shared.store.next_id, opaque)
+    shared = context.shared
+    if not context.access.unlimited:
+        _require_add(shared, context.access, fdset_id, opaque)
     shared.quotas.check_quota(context.peer.uid, count, opaque, replaced)
     if lasting and shared.mirror is not None:
         shared.mirror.check_quota(count, opaque)
-    if not access.unlimited and fdset_id is not None:
+
+
+def _require_add(
+    shared: SharedState, access: Access, fdset_id: int | None, opaque: str | None
+) -> None:
+    if fdset_id is not None:
+        access.require_for("add", fdset_id, opaque)
         fdset = shared.store.get(fdset_id)
         if fdset is not None:
             _require_sight(access, fdset, opaque, shared.dialect)
-
-
-def _require_add(access: Access, fdset_id: int | None, next_id: int, opaque: str | None) -> None:
-    if fdset_id is not None:
-        access.require_for("add", fdset_id, opaque)
-    elif not access.may("add", next_id, opaque):  # which id that is, is not the client's business
+    elif not access.may("add", shared.store.next_id, opaque):  # which id is not told
         raise PermissionDenied(
             "The right 'add' is needed for a file descriptor of this name in a new set"
         )

@@ -63,7 +63,10 @@ _NO_RISK = Risk.NONE  # finding a member of an enumeration takes as long as two 
 
 
 def _risk_of_socket(number: int) -> Risk:
-    sock = socket.socket(fileno=number)
+    try:
+        sock = socket.socket(fileno=number)
+    except OSError:  # O_PATH: a file that a socket is bound to
+        return Risk.HIGH
     try:
         if sock.family == socket.AF_UNIX:
             return _risk_of_unix_socket(sock)
@@ -333,36 +336,42 @@ class ClosePool:
 
     def risk(self, number: int) -> Risk:
         """Whether closing the descriptor may wait for somebody.  Finding out does not."""
-        flags = fcntl.fcntl(number, _F_GETFL)
-        if flags & (_O_LARGEFILE | _O_PATH):
-            return self._risk_of_file(number, flags & _O_PATH != 0)
-        link = os.readlink(f"/proc/self/fd/{number}")
-        if link.startswith("socket:"):
-            return _risk_of_socket(number)
-        if _QUICK_ANONYMOUS.fullmatch(link):
-            return Risk.NONE
-        return Risk.SLIGHT if _LARGE_ANONYMOUS.fullmatch(link) else Risk.HIGH
-
-    def _risk_of_file(self, number: int, is_path: bool) -> Risk:
-        """Tell by the file system, found without asking it.  One that is not mounted any more is
-        unmounted by the close of the last descriptor (umount2(2), MNT_DETACH), also of one that
-        refers to a place only (*is_path*) and otherwise has nothing to flush or release.
-        """
         found = self._status(number)
         if found is None:
-            return Risk.HIGH
-        nlink, mode, size, blocks, major, minor, dev_major, dev_minor = found
+            return self._risk_by_link(number)
+        nlink, mode, size, blocks, major, minor, *_ = found
         kind = mode & _FORMAT
-        if is_path or kind in _PLAIN:
+        if kind in _PLAIN:
             # Memory can be reserved beyond the end of a file, and a file can be longer than it is
             # big.
             if not nlink and (size > _SLOW_BYTES or blocks * 512 > _SLOW_BYTES):
                 return Risk.HIGH
-            device = dev_major, dev_minor
-            file_systems = self._file_systems
-            if file_systems is not None and device in file_systems.devices():
+            if self._is_local(found[6:]):
                 return _NO_RISK
-            return _NO_RISK if device == self._memfds else Risk.HIGH
-        if kind == stat.S_IFCHR and (major in _QUICK_MAJORS or (major, minor) == _PTMX):
+        elif kind == stat.S_IFSOCK:
+            return _risk_of_socket(number)
+        elif kind == stat.S_IFCHR and (major in _QUICK_MAJORS or (major, minor) == _PTMX):
             return _NO_RISK
-        return Risk.HIGH  # a block device writes back what it holds
+        return self._risk_by_link(number)
+
+    def _is_local(self, device: tuple[int, ...]) -> bool:
+        """Whether a close waits for nobody on the file system of that device, found without asking
+        it.  One that is not mounted any more is unmounted by the close of the last descriptor
+        (umount2(2), MNT_DETACH), also of one with O_PATH.
+        """
+        file_systems = self._file_systems
+        if file_systems is not None and device in file_systems.devices():
+            return True
+        return device == self._memfds
+
+    def _risk_by_link(self, number: int) -> Risk:
+        """The risk of what is on no file system; a block device, say, writes back what it holds."""
+        if fcntl.fcntl(number, _F_GETFL) & _O_PATH:
+            found = self._status(number)
+            return Risk.HIGH if found is None or not self._is_local(found[6:]) else _NO_RISK
+        link = os.readlink(f"/proc/self/fd/{number}")
+        if link.startswith("socket:"):
+            return _risk_of_socket(number)
+        if _QUICK_ANONYMOUS.fullmatch(link):
+            return _NO_RISK
+        return Risk.SLIGHT if _LARGE_ANONYMOUS.fullmatch(link) else Risk.HIGH

@@ -273,8 +273,8 @@ def receive_planned(sock: socket.socket, lengths: Sequence[int]) -> tuple[int, l
     while not (fds or lost) and number + 1 < len(lengths):
         number += 1
         _, fds, lost = receive(sock, lengths[number])
-    if left := sum(lengths[number + 1 :]):
-        discard(sock, left)
+    if number + 1 < len(lengths):
+        discard(sock, sum(lengths[number + 1 :]))
     return number, fds, lost
 
 

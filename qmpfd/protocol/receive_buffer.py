@@ -90,16 +90,16 @@ class ReceiveBuffer:
         #: are :class:`Received`.
         self.ready: deque[Any] = deque()
         self._reads: list[list[Any]] = []  # planned: the messages that each read completes
-        # Likewise, where the first of up to two reads completes all: the other is of blanks only.
-        self._whole: list[Any] | None = None
+        self._whole: list[Any] | None = None  # likewise, of a single read that completes all
         self._behind = 0  # bytes of the segment that are behind the reads planned
         self._segment_left = 0  # of the segment that descriptors came with, the bytes still to see
         self._lines = lines
+        self._max_whole = 0 if lines else max_bytes  # bytes that are decoded as whole messages
         self._line = bytearray()  # with lines: an incomplete one
 
     # -- in ------------------------------------------------------------------------------------
 
-    def plan(self, data: bytes, fds_follow: bool) -> Sequence[int]:
+    def plan(self, data: bytes, fds_follow: bool) -> tuple[Sequence[int], int]:
         """Plan how to read *data*, the next bytes of the peer.
 
         Args:
@@ -108,16 +108,16 @@ class ReceiveBuffer:
 
         Returns:
             The lengths of the reads to make, one after the other until one of them brings
-            descriptors; the others bring none.  What is behind them is shown again next time.  If
-            *fds_follow*, :meth:`received` is due once they are made.
+            descriptors; the others bring none.  If *fds_follow*, :meth:`received` is due once they
+            are made.  What is behind them is shown again next time; then, how many bytes of that
+            are a line end or blanks, which need not be shown if descriptors came before them.
         """
         if self._segment_left:  # newer descriptors come behind it
             data, fds_follow = data[: self._segment_left], False
-        elif not fds_follow and len(data) > _STEP and not self._lines:
+        elif len(data) > _STEP and not (fds_follow or self._lines):
             data = data[: data.rfind(b"\n", 0, _STEP) + 1 or None]
         messages: list[Any] | None = None
-        between = self._parser is None or self._parser.idle
-        if between and not self._lines and len(data) <= self._max_bytes:
+        if len(data) <= self._max_whole and (self._parser is None or self._parser.idle):
             messages = self._decode(data)
             if fds_follow and messages and len(messages) > 1 and any(map(_takes, messages[:-1])):
                 messages = None  # it matters where each of them ends
@@ -125,21 +125,21 @@ class ReceiveBuffer:
             found, size = self._messages(data, fds_follow)
             if fds_follow:
                 self._behind = len(data) - size
-                return self._cut(found, size)
+                return self._cut(found, size), 0
             messages = [value for value, _ in found]
         elif fds_follow:
             # Cut behind the last, the only one that may take descriptors: they may have come with
             # the blank behind it.
             size = len(data.rstrip(_WHITESPACE)) or len(data)
             self._whole = messages
-            return size, len(data) - size
+            return (size,), len(data) - size
         else:
             size = len(data)
         self._assign_fds(messages)
         if self._segment_left:
             self._segment_left -= size
             self._end_segment()
-        return (size,)
+        return (size,), 0
 
     def received(self, number: int, fds: list[Fd], lost: str) -> None:
         """The planned reads are made; the messages that they complete are ready.
@@ -152,20 +152,21 @@ class ReceiveBuffer:
         pending = self.pending_fds
         whole, self._whole = self._whole, None
         if whole is not None:
-            if whole and not (number or lost or pending.fds or pending.lost):
+            if whole and fds and not (lost or pending.fds or pending.lost):
                 last = whole[-1]
-                if 0 < len(fds) <= last.takes:  # as nearly always: none waits, and none will
+                if len(fds) <= last.takes:  # as nearly always: none waits, and none will
                     whole[-1] = Received((last, fds, ""))
                     self.ready += whole
                     return
-            self._reads, self._behind = [whole, []], 0
+            self._reads, self._behind = [whole], 0
         reads, self._reads = self._reads, []
         for index, messages in enumerate(reads):
             if index == number and (fds or lost):
                 pending.begin_segment(fds, lost)
                 self._segment_left = self._behind
             self._assign_fds(messages)
-        self._end_segment()
+        if fds or lost:
+            self._end_segment()
 
     def _assign_fds(self, messages: list[Any]) -> None:
         """Have *messages* ready, each with the descriptors that it takes.

@@ -97,6 +97,7 @@ class ServerConnection(Connection):
         self._qemu_classes = qemu_classes
         self._oob_enabled = False
         self._errors_in_a_row = 0
+        self._flooded = False  # an error was told of those in a row, since all was read
         # The types of the requests that are carried out without another look: in most states, none.
         self._usual: Container[type] = ()
 
@@ -172,57 +173,50 @@ class ServerConnection(Connection):
         super()._enter(state)
         self._usual = self._decoder.names if state is State.COMMANDS else ()
 
-    def requests(self) -> Iterator[ReceivedRequest]:
-        """The complete requests, in the order in which they came.
+    def next_request(self) -> ReceivedRequest | None:
+        """The next complete request, in the order in which they came; None if there is none.
 
-        Carry out each before asking for the next: whether that is possible may depend on it.
-        What was not asked for is there the next time.
+        Carry it out before asking for the next: whether that is possible may depend on it.
         """
         ready = self.ready
-        if len(ready) == 1:  # as nearly always: no generator for it
-            message = ready[0]
-            request, fds, lost = message if type(message) is Received else (message, NO_FDS, "")
-            if type(request) in self._usual and not lost:
-                ready.clear()
-                self._errors_in_a_row = 0
-                return iter(((request, request.id, fds),))
-        return self._requests()
-
-    def _requests(self) -> Iterator[ReceivedRequest]:
-        flooded = False
-        ready = self.ready
-        while ready:  # as _messages does it, but for one generator less on each request's way
+        while ready:
             message = ready.popleft()
             value, fds, lost = message if type(message) is Received else (message, NO_FDS, "")
             if type(value) in self._usual and not lost:
                 self._errors_in_a_row = 0
-                yield value, value.id, fds
-                continue
-            if isinstance(value, Request):
-                request_id = value.id
-            else:
-                request_id = value.get("id", UNSET) if isinstance(value, dict) else UNSET
-            try:
-                if isinstance(value, GenericError):
-                    raise value
-                request = self._checked(value)
-                if lost:
-                    raise FdNotSupplied(lost)
-            except QMPError as exc:
-                self.fds_to_close += fds
-                if not isinstance(value, dict | Request):
-                    # Not a request that waits for an answer: of a flood, one is told a read.
-                    self._errors_in_a_row += 1
-                    if self._errors_in_a_row > MAX_ERRORS_IN_A_ROW:
-                        if flooded:
-                            continue
-                        flooded = True
-                yield Error(exc), request_id, []
-            else:
-                self._errors_in_a_row = 0
-                yield request, request_id, fds
+                return value, value.id, fds
+            received = self._checked(value, fds, lost)
+            if received is not None:
+                return received
+        self._flooded = False
+        return None
 
-    def _checked(self, value: Any) -> Request:
+    def _checked(self, value: Any, fds: list[Fd], lost: str) -> ReceivedRequest | None:
+        """A message as a request, or the error that it is refused with; None for one of a flood."""
+        if isinstance(value, Request):
+            request_id = value.id
+        else:
+            request_id = value.get("id", UNSET) if isinstance(value, dict) else UNSET
+        try:
+            if isinstance(value, GenericError):
+                raise value
+            request = self._request(value)
+            if lost:
+                raise FdNotSupplied(lost)
+        except QMPError as exc:
+            self.fds_to_close += fds
+            if not isinstance(value, dict | Request):
+                # Not a request that waits for an answer: of a flood, one is told a read.
+                self._errors_in_a_row += 1
+                if self._errors_in_a_row > MAX_ERRORS_IN_A_ROW:
+                    if self._flooded:
+                        return None
+                    self._flooded = True
+            return Error(exc), request_id, []
+        self._errors_in_a_row = 0
+        return request, request_id, fds
+
+    def _request(self, value: Any) -> Request:
         """*value* as a request that may be carried out in this state."""
         decoder = self._decoder
         if self.state is State.COMMANDS:

@@ -81,7 +81,7 @@ def converse(sends: list[Send], reads: random.Random | None) -> tuple[list[Any],
 
     def read() -> None:
         while read_once(queue, connection):
-            for request, request_id, fds in connection.requests():
+            for request, request_id, fds in iter(connection.next_request, None):
                 if isinstance(request, Request):
                     name = DECODER.names[type(request)]
                     result: Value[object] | Error = Value(name)

@@ -34,7 +34,7 @@ NEGOTIATE_FIRST = "Expecting capabilities negotiation with 'qmp_capabilities'"
 def receive(connection: Connection, data: bytes) -> None:
     """Hand over *data*, without descriptors, in as many steps as are asked for."""
     while data:
-        (length,) = connection.plan(data, False)
+        (length,), _ = connection.plan(data, False)
         assert 0 < length <= len(data)
         data = data[length:]
 
@@ -42,7 +42,8 @@ def receive(connection: Connection, data: bytes) -> None:
 def asked(connection: ServerConnection, data: bytes) -> list[tuple[str, Any]]:
     """What came of *data*: commands' names or errors' texts, and ids."""
     receive(connection, data)
-    return [heard(request, request_id) for request, request_id, _ in connection.requests()]
+    requests = iter(connection.next_request, None)
+    return [heard(request, request_id) for request, request_id, _ in requests]
 
 
 def heard(request: Request | Error, request_id: Any) -> tuple[str, Any]:
@@ -114,7 +115,7 @@ def test_the_class_of_a_command_before_negotiation(server: ServerConnection) -> 
     server.greeting({})
     for data in (b'{"execute":"query-version"}', b"{'execute':'query-version'}"):
         receive(server, data)
-        ((request, _, _),) = server.requests()
+        ((request, _, _),) = iter(server.next_request, None)
         assert isinstance(request, Error)
         assert type(request.error) is CommandNotFound
 
@@ -124,7 +125,7 @@ def test_negotiation_takes_effect_on_what_follows_it(server: ServerConnection) -
     server.greeting({})
     receive(server, b'{"execute":"query-name","id":1}{"execute":"qmp_capabilities"}' * 2)
     found = []
-    for request, request_id, _ in server.requests():
+    for request, request_id, _ in iter(server.next_request, None):
         found.append(heard(request, request_id))
         if found[-1][0] == "qmp_capabilities" and server.state is State.NEGOTIATING:
             server.negotiate([])
@@ -213,7 +214,7 @@ IDS = [
 def test_any_id_is_echoed(ready: ServerConnection, text: bytes) -> None:
     value = json.loads(text.replace(b"'", b'"'))
     receive(ready, b'{"id":' + text + b',"execute":"query-name"}{"id":' + text + b',"execute":"x"}')
-    for request, request_id, _ in ready.requests():
+    for request, request_id, _ in iter(ready.next_request, None):
         result: Any = request if isinstance(request, Error) else Value({})
         data = ready.reply(result, request_id)
         assert data.isascii()
@@ -224,13 +225,13 @@ def test_a_flood_of_errors_is_answered_within_bounds(ready: ServerConnection) ->
     answered = reads = 0
     while answered < MAX_ERRORS_IN_A_ROW:
         receive(ready, b"}" * SLOW_PATH_BYTES)
-        answered += len(list(ready.requests()))
+        answered += len(list(iter(ready.next_request, None)))
         reads += 1
     assert answered == MAX_ERRORS_IN_A_ROW + 1
     assert reads <= MAX_ERRORS_IN_A_ROW // SLOW_PATH_BYTES + 1
     for _ in range(3):
         receive(ready, b"}" * SLOW_PATH_BYTES)
-        assert len(list(ready.requests())) == 1
+        assert len(list(iter(ready.next_request, None))) == 1
     # A good request ends the flood, and is answered in any case.
     found = asked(ready, b"}" * 10 + b'{"execute":"query-name"}' + b"}" * 10)
     assert found[1] == ("query-name", UNSET)

@@ -72,7 +72,7 @@ class Server:
             return False
         for _ in range(most - 1):
             read_once(self.queue, self.connection)
-        for request, sent_id, fds in self.connection.requests():
+        for request, sent_id, fds in iter(self.connection.next_request, None):
             request_id = None if sent_id is UNSET else sent_id
             if isinstance(request, Error):
                 assert isinstance(request.error, QMPError)
@@ -333,7 +333,7 @@ def test_who_stops_asking_leaves_nothing_behind(server: Server, tags: Tags, join
     else:
         server.send(look(1) + take(2), 1, 2)
     read_once(server.queue, server.connection)
-    requests = server.connection.requests()
+    requests = iter(server.connection.next_request, None)
     _, request_id, _ = next(requests)
     assert request_id == 1
     del requests
@@ -368,7 +368,7 @@ def test_never_more_than_two_messages_of_unclaimed_fds(tags: Tags) -> None:
         server.send(data, *([1] * SCM_MAX_FD))
         assert read_once(server.queue, server.connection)
         most = max(most, opened)
-        assert all(fds == [] for _, _, fds in server.connection.requests())
+        assert all(fds == [] for _, _, fds in iter(server.connection.next_request, None))
         opened -= len(server.connection.fds_to_close)
         server.close_fds()
     assert most == 2 * SCM_MAX_FD

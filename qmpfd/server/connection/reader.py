@@ -17,7 +17,7 @@ from typing import TypeVar, cast
 import trio
 from outcome import Error, Outcome, Value
 
-from ...limits import LIGHT_SECONDS
+from ...limits import LIGHT_SECONDS, PASS_SECONDS
 from ..durability import Durability
 from ..lifecycle import Lifecycle
 
@@ -40,11 +40,13 @@ class Reader:
         self._epoll = select.epoll()  # level-triggered: what a piece leaves unread is told again
         self._registered: set[int] = set()
         self._readable: list[tuple[int, int]] = []  # found so, and not served yet; the last is next
+        self._slow: set[int] = set()  # those whose last piece took long
         # The parked tasks by socket, each with what serves its client.
         self._parked: dict[int, tuple[trio.lowlevel.Task, Callable[[float], object]]] = {}
 
-    async def serve(self, sock: int, piece: Callable[[float], T | None]) -> T:
-        """Have a client served until a piece leaves something over.
+    async def serve(self, sock: int, piece: Callable[[float], T | None]) -> T | None:
+        """Have a client served until a piece leaves something over, or two in a row take long: one
+        alone may have taken long because the machine did something else.
 
         The calling task is parked meanwhile, and cancelling it is safe at any time.
 
@@ -53,6 +55,9 @@ class Reader:
             piece: called with the time (time.monotonic()) whenever there is something to read, or
                 the client is gone; what it returns or raises, but for None, is this method's
                 result.
+
+        Returns:
+            What a piece has left over; None where that is nothing.
 
         Raises:
             OSError: the kernel has no memory for one more socket in an epoll (epoll_ctl(2)).
@@ -66,7 +71,7 @@ class Reader:
             del self._parked[sock]
             return trio.lowlevel.Abort.SUCCEEDED
 
-        return cast("T", await trio.lowlevel.wait_task_rescheduled(abort))
+        return cast("T | None", await trio.lowlevel.wait_task_rescheduled(abort))
 
     def forget(self, sock: int) -> None:
         """Wait for the client no more.  A socket has to be open still: the kernel would go on
@@ -74,6 +79,7 @@ class Reader:
         """
         if sock in self._registered:
             self._registered.discard(sock)
+            self._slow.discard(sock)
             self._epoll.unregister(sock)
 
     async def run(self) -> None:
@@ -99,7 +105,7 @@ class Reader:
         """Do one piece for each client that is readable, as long as there is time."""
         readable = self._readable
         now = monotonic()
-        ends = now + LIGHT_SECONDS
+        ends = now + PASS_SECONDS
         while now < ends:
             if not readable:
                 if not self._durability.is_synced:  # the changes of all of them go together
@@ -108,8 +114,11 @@ class Reader:
                 if not readable:
                     return
                 readable.reverse()
-            self._serve(readable.pop()[0], now)
+            sock, began = readable.pop()[0], now
+            self._serve(sock, began)
             now = monotonic()
+            if now - began > LIGHT_SECONDS or sock in self._slow:
+                self._note_time(sock, now - began > LIGHT_SECONDS)
         self._durability.push()
 
     def _serve(self, sock: int, now: float) -> None:
@@ -118,17 +127,28 @@ class Reader:
         if parked is None:  # its task works still
             self.forget(sock)
             return
-        task, piece = parked
         result: Outcome[object]
         try:
-            left = piece(now)
+            left = parked[1](now)
         except Exception as exc:  # noqa: BLE001 - the task's own: it ends, and all others go on
             result = Error(exc)
         else:
             if left is None:
                 return
             result = Value(left)
-        del self._parked[sock]
+        self._wake(sock, result)
+
+    def _note_time(self, sock: int, slow: bool) -> None:
+        """The client's piece took long, or the one before did; both: its task wakes up."""
+        if not slow:
+            self._slow.discard(sock)
+        elif sock in self._slow and sock in self._parked:
+            self._wake(sock, Value(None))
+        elif sock in self._registered:
+            self._slow.add(sock)
+
+    def _wake(self, sock: int, result: Outcome[object]) -> None:
+        task, _ = self._parked.pop(sock)
         trio.lowlevel.reschedule(task, result)
 
     def close(self) -> None:

@@ -83,24 +83,19 @@ class RequestProcessor:
         Returns:
             Whether that was all; else :meth:`process` has to go on.
         """
-        services, send_buffer, context = self._services, self._send_buffer, self._context
+        send_buffer = self._send_buffer
         if send_buffer.state is not OPEN and send_buffer.uncommitted:
             return False
-        self._execute_batch(ends)
-        if (
-            not self._flush_replies()
-            or self._connection.ready
-            or self.streamed_reply is not None
-            or context.quitting
-            or context.takes_over
-        ):
+        finished = self._execute_batch(ends)
+        if not (self._flush_replies() and finished):
             return False
-        if send_buffer.state is not SendState.UNCOMMITTED:
+        if send_buffer.state is OPEN or send_buffer.state is not SendState.UNCOMMITTED:
             return not send_buffer.size
         if send_buffer.unsent:
             return False
         # No task waits for that: it would cost passes of the loop with each command.
-        services.durability.on_synced(partial(self._delivery.on_synced, send_buffer.changes))
+        on_synced = partial(self._delivery.on_synced, send_buffer.changes)
+        self._services.durability.on_synced(on_synced)
         return True
 
     async def process(self) -> None:
@@ -119,16 +114,21 @@ class RequestProcessor:
                     async with services.locked():
                         self._execute_batch(services.turn_ends())
 
-    def _execute_batch(self, ends: float) -> None:
-        """Carry out requests: all there are, or until it is time to send the replies."""
+    def _execute_batch(self, ends: float) -> bool:
+        """Carry out requests: all there are, or until it is time to send the replies.
+
+        Returns:
+            Whether that was all, and needs nothing but to be sent.
+        """
         connection, context = self._connection, self._context
-        state = self._send_buffer.state
+        state, ready = self._send_buffer.state, connection.ready
         discarding = state is not OPEN and state in DISCARDING
         verbose = _log.isEnabledFor(_VERBOSE)
         replies: list[bytes] = []
         size = 0
+        finished = True
         result: Outcome[object]
-        for request, request_id, fds in connection.requests():
+        for request, request_id, fds in iter(connection.next_request, None):
             if type(request) is Error:
                 result = request
             else:
@@ -136,17 +136,16 @@ class RequestProcessor:
                 self.active_since_check = True
             if verbose or type(result) is Error:
                 note(context.shared.stats, context.peer, request, result)
+            finished = not (context.quitting or context.takes_over)
             if context.takes_over:
                 self.takeover_id = request_id
                 break
-            if discarding:  # nobody reads the reply
-                reply: bytes | StreamedReply = b""
-            else:
-                reply = connection.answer(result, request_id)
+            # Nobody reads the reply to a client that is sent nothing any more.
+            reply = b"" if discarding else connection.answer(result, request_id)
             if isinstance(reply, StreamedReply):
                 self.streamed_reply = reply
+                finished = False
                 break
-            size += len(reply)
             if context.reply_fds:
                 refusal = partial(self._refusal, request_id)
                 self._replies += (
@@ -157,9 +156,14 @@ class RequestProcessor:
                 replies, context.reply_fds, context.taken = [], [], None
             else:
                 replies.append(reply)
-            if size > REPLY_BYTES_A_TURN or context.quitting or monotonic() > ends:
+            if not (ready and finished):
+                break
+            size += len(reply)
+            if size > REPLY_BYTES_A_TURN or monotonic() > ends:
+                finished = False
                 break
         self._text = b"".join(replies)
+        return finished
 
     def _refusal(self, request_id: Any, exc: OSError) -> bytes:
         """The reply where the kernel does not pass the descriptors that go with it."""
@@ -171,6 +175,7 @@ class RequestProcessor:
         waiting.
         """
         send_buffer, connection, context = self._send_buffer, self._connection, self._context
+        fd_accounting = self._fd_accounting
         if context.touched_store:
             context.touched_store = False
             if not self._services.durability.is_synced:
@@ -178,10 +183,10 @@ class RequestProcessor:
         if send_buffer.state is not OPEN and send_buffer.uncommitted:
             if send_buffer.discarding:
                 return False
-        elif connection.fds_to_close or self._fd_accounting.closings:
+        elif connection.fds_to_close or fd_accounting.closings:
             # Before the replies: what is removed is closed once its client has read so.
-            self._fd_accounting.close_some()
-            if connection.fds_to_close or self._fd_accounting.closings:
+            fd_accounting.close_some()
+            if connection.fds_to_close or fd_accounting.closings:
                 return False  # a whole set; what threads close
         if self._replies:
             for reply in self._replies:
@@ -190,13 +195,13 @@ class RequestProcessor:
         send_buffer.write(self._text)
         self._text = b""
         if (
-            self._fd_accounting.undelivered
+            fd_accounting.undelivered
             or send_buffer.unsent_fds
             or send_buffer.in_flight
             or connection.pending_fds.fds
             or connection.ready
         ):
-            self._fd_accounting.update_undelivered()
+            fd_accounting.update_undelivered()
         return True
 
     async def _finish_batch(self) -> None:

@@ -91,7 +91,6 @@ class Session:
         self._since = trio.current_time()  # when it connected, or was last seen to have asked
         self._connected_at = self._since
         self._state = SessionState.SERVING
-        self._slow = False  # the last piece took long
         self._scope = trio.CancelScope()
         self._delivery = Delivery(services, stream, peer, self._context, self._on_drained)
         self._send_buffer = self._delivery.send_buffer
@@ -288,8 +287,7 @@ class Session:
 
         The reader does them.  A client of which a piece leaves something over, or two in a row take
         long, does the next one in the gate: it lets in one client in each pass of the loop, in the
-        order in which they come.  One piece alone may have taken long because the machine did
-        something else.
+        order in which they come.
         """
         services, stream, context = self._services, self.stream, self._context
         if self._processor.unfinished:  # from a predecessor: what it has read, and not done
@@ -300,7 +298,10 @@ class Session:
                 return await self._serve_rest()
             if not piece.heavy:
                 self._move(Event.WAIT)
-                piece = await services.reader.serve(stream.socket.fileno(), self._serve_chunk)
+                left_over = await services.reader.serve(stream.socket.fileno(), self._serve_chunk)
+                if left_over is None:
+                    self._move(Event.INPUT)
+                piece = left_over or _Piece(heavy=True)
             else:
                 if piece.arrival is not Arrival.SOME:
                     self._move(Event.WAIT)
@@ -321,16 +322,13 @@ class Session:
 
     def _serve_chunk(self, now: float) -> _Piece | None:
         """Carry out a little of what the client has sent; None if that is all there is to do."""
-        ends = now + LIGHT_SECONDS
         max_fds = self._services.shared.quotas.fds_at_once
         arrival = self.stream.receive_nowait(self._connection, FEW_BYTES, max_fds)
-        done = self._processor.process_nowait(ends)
-        slow = monotonic() > ends
-        if done and not (slow and self._slow) and (arrival is _ALL or arrival is Arrival.NOTHING):
-            self._slow = slow
+        done = self._processor.process_nowait(now + LIGHT_SECONDS)
+        if done and (arrival is _ALL or arrival is Arrival.NOTHING):
             return None
         self._move(Event.INPUT)
-        return self._piece(arrival, done, slow)
+        return _Piece(arrival, done, arrival is Arrival.SOME or self._processor.unfinished)
 
     def _serve_chunks(self, ends: float) -> _Piece:
         """Carry out what the client has sent, as much as there is time for in its turn."""
@@ -340,12 +338,7 @@ class Session:
                 self._connection, READ_BYTES, self._services.shared.quotas.fds_at_once
             )
             done = self._processor.process_nowait(ends)
-        return self._piece(arrival, done, monotonic() > ends)
-
-    def _piece(self, arrival: Arrival, done: bool, slow: bool) -> _Piece:
-        """What a piece leaves over; *slow*: it has taken long."""
-        was_slow, self._slow = self._slow, slow
-        heavy = (slow and was_slow) or arrival is Arrival.SOME or self._processor.unfinished
+        heavy = monotonic() > ends or arrival is Arrival.SOME or self._processor.unfinished
         return _Piece(arrival, done, heavy)
 
     async def _serve_rest(self) -> SessionEnd:

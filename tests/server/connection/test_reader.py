@@ -96,7 +96,7 @@ async def test_one_that_fails_and_one_that_leaves_something_over() -> None:
 
 async def test_round_robin(monkeypatch: pytest.MonkeyPatch) -> None:
     """All who are readable have a piece before one has the next, and other tasks run in between."""
-    monkeypatch.setattr(reader_module, "LIGHT_SECONDS", 1e-9)  # a piece is longer than a pass
+    monkeypatch.setattr(reader_module, "PASS_SECONDS", 1e-9)  # a piece is longer than a pass
     served: list[str] = []
     done = trio.Event()
 
