@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Concatenate
 
 from ..protocol.client import QMPEvent
-from ..protocol.connection import State
 from . import calls
 from .blocking_connection import BlockingConnection
 from .calls import Call, ParamsT, ResultT, as_method
-from .errors import NoDaemon
+from .errors import ClientClosed, NoDaemon
 
 __all__ = ["BlockingClient", "NoDaemon", "connect_blocking"]
 
@@ -73,8 +72,9 @@ class BlockingClient(BlockingConnection):
             yield self.events()
         finally:
             self._watching -= 1
-            if not self._watching and self._connection.state is not State.CLOSED:
-                self.execute("watch-fdsets", {"enable": False})
+            if not self._watching:
+                with suppress(ClientClosed):
+                    self.execute("watch-fdsets", {"enable": False})
 
 
 def connect_blocking(

@@ -8,9 +8,10 @@ import select
 import socket
 import stat
 import time
-from _thread import allocate_lock  # threading's own, without the rest of it
+from _thread import RLock  # threading's own, without the rest of it
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from math import inf
 from typing import Any, Self
 
@@ -22,6 +23,9 @@ from ..protocol.connection import ProtocolError, State
 from .errors import ClientClosed, NoAnswer, NoDaemon, cannot_connect
 
 _RETRY = 0.01
+
+#: Milliseconds that poll(2) waits at most.
+_LONGEST = (1 << 31) - 1
 
 
 def _no_connection(path: str, error: OSError) -> str:
@@ -49,7 +53,8 @@ class BlockingConnection:
         self._timeout = inf if timeout is None else timeout
         self._deadline = time.monotonic() + self._timeout
         self._connection = ClientConnection()
-        self._calling = allocate_lock()
+        self._calling = RLock()  # a signal handler may close the client in the middle of a call
+        self._closed = False  # such a call sees it before the connection is in that state
         self._last_id = 0
         self._replies: list[Reply] = []
         self._events: deque[QMPEvent] = deque(maxlen=MAX_EVENTS)
@@ -105,9 +110,8 @@ class BlockingConnection:
         Raises:
             Exception: what :meth:`qmpfd.BlockingClient.execute` raises.
         """
-        with self._calling:
+        with self._call():
             self._deadline = time.monotonic() + self._timeout
-            self._check_open()
             self._last_id += 1
             self._send(self._connection.execute(command, arguments, self._last_id), fds)
             while True:
@@ -132,7 +136,7 @@ class BlockingConnection:
             ClientClosed: this client is closed.
         """
         while True:
-            with self._calling:
+            with self._call():
                 self._deadline = inf
                 self._forget_replies()
                 while not self._events:
@@ -148,7 +152,7 @@ class BlockingConnection:
             QMPError: the server refuses the connection.
             NoDaemon: the connection is lost.
         """
-        with self._calling:
+        with self._call():
             poll = select.poll()
             poll.register(self._sock, select.POLLIN)
             self._deadline = time.monotonic() + self._timeout
@@ -161,6 +165,19 @@ class BlockingConnection:
         return events
 
     # -- the connection ------------------------------------------------------------------------
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """One call at a time; ClientClosed, whatever it meets, once the client is closed."""
+        with self._calling:
+            self._check_open()
+            try:
+                yield
+            except NoDaemon:
+                raise
+            except Exception:  # the descriptor of a closed socket, say
+                self._check_open()
+                raise
 
     def fileno(self) -> int:
         """The socket: readable once the server has said something."""
@@ -181,7 +198,7 @@ class BlockingConnection:
                     self._raise_refusal()
         except BaseException:
             if begun and request:  # the next one would go into the middle of this one
-                self.close()
+                self._dispose()
             raise
 
     def _receive(self) -> None:
@@ -232,16 +249,18 @@ class BlockingConnection:
                 raise reply.error
 
     def _check_open(self) -> None:
-        if self._connection.state is State.CLOSED:
+        if self._closed:
             raise ClientClosed("this client is closed")
 
     def _wait(self, event: int) -> None:
         self._check_open()
         poll = select.poll()
         poll.register(self._sock, event)
-        left = self._deadline - time.monotonic()
-        if left <= 0 or not poll.poll(None if left == inf else left * 1000):
+        left = (self._deadline - time.monotonic()) * 1000
+        # poll(2) takes a C int: a limit of more than 24 days is none.
+        if left <= 0 or not poll.poll(None if left > _LONGEST else left):
             raise self._silent()
+        self._check_open()  # closed meanwhile, the descriptor may be another file's by now
 
     def _silent(self) -> NoDaemon:
         why = "it is stopped or busy"
@@ -254,7 +273,23 @@ class BlockingConnection:
         return socket.socket(fileno=self._sock.detach())
 
     def close(self) -> None:
-        """Close the connection; further calls raise ClientClosed."""
+        """Close the connection; further calls raise ClientClosed, and so do those that wait in
+        other threads.
+        """
+        self._closed = True
+        if not self._calling.acquire(blocking=False):
+            # A call waits for the server: it is woken.  Where none does, the connection may be a
+            # forked child's as well, which closes no more than its own descriptor.
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+            self._calling.acquire()
+        try:
+            self._dispose()
+        finally:
+            self._calling.release()
+
+    def _dispose(self) -> None:
+        self._closed = True
         if self._connection.state is not State.CLOSED:
             self._connection.close()
         close_all(self._connection.fds_to_close)

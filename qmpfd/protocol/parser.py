@@ -118,6 +118,7 @@ class Parser:
         self._want = _Want.VALUE
         self._error: GenericError | None = None
         self._discarding = False
+        self._lexer.max_token = self._max_bytes
         self._result: Any = None
         self._text = bytearray()  # the tokens of the value in progress
 

@@ -6,10 +6,11 @@ import asyncio
 import inspect
 import json
 import os
+import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,82 @@ def test_many_threads(client: qmpfd.BlockingClient) -> None:
     for thread in threads:
         thread.join(PATIENCE)
     assert len(set(numbers)) == 160
+
+
+def _watch(client: qmpfd.BlockingClient) -> None:
+    with client.watch_fdsets() as events:
+        next(events)
+
+
+_CALLS: dict[str, Callable[[qmpfd.BlockingClient], object]] = {
+    "reply": lambda client: client.query_fdsets(),
+    "send": lambda client: client.execute("query-fds", {"opaque": "x" * 900_000}),
+    "events": lambda client: next(client.events()),
+    "watch": _watch,
+}
+
+
+@pytest.mark.parametrize("by", ["thread", "signal"])
+@pytest.mark.parametrize("call", _CALLS)
+def test_closed_while_a_call_waits(path: Path, call: str, by: str) -> None:
+    """By another thread, or by the handler of a signal that interrupts the call."""
+    main = threading.get_ident()
+
+    def close() -> None:
+        while waiting._calling.acquire(blocking=False):  # no call has begun
+            waiting._calling.release()
+        if by == "thread":
+            waiting.close()
+        else:
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+    former = signal.signal(signal.SIGUSR1, lambda *_: waiting.close())
+    with _scripted(path, b""), qmpfd.connect_blocking(path, timeout=None) as waiting:
+        closing = threading.Thread(target=close)
+        closing.start()
+        with pytest.raises(qmpfd.ClientClosed):
+            _CALLS[call](waiting)
+        closing.join()
+        with pytest.raises(qmpfd.ClientClosed):
+            waiting.take_events()
+    signal.signal(signal.SIGUSR1, former)
+
+
+def test_nobody_reads_all_of_a_request(path: Path) -> None:
+    """It is given up in time, and with it the connection: the next one would go into its middle."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+
+        def negotiate() -> None:
+            sock = stack.enter_context(listener.accept()[0])
+            sock.sendall(GREETING + b'{"return": {}, "id": 1}\r\n')
+
+        with ExitStack() as stack:
+            thread = threading.Thread(target=negotiate)
+            thread.start()
+            with qmpfd.connect_blocking(path, timeout=0.5) as client:
+                thread.join()
+                with pytest.raises(TimeoutError, match="does not answer"):
+                    client.execute("query-fds", {"opaque": "x" * 1_000_000})
+                with pytest.raises(qmpfd.ClientClosed):
+                    client.query_fdsets()
+
+
+def test_a_forked_child_closes_its_copy(client: qmpfd.BlockingClient) -> None:
+    child = os.fork()
+    if not child:
+        client.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert client.query_fdsets() == []
+
+
+@pytest.mark.parametrize("timeout", [1e7, 1e300])
+def test_a_long_timeout(path: Path, timeout: float) -> None:
+    """Longer than poll(2) can wait."""
+    with daemon_thread(path), qmpfd.connect_blocking(path, timeout=timeout) as client:
+        assert client.query_fdsets() == []
 
 
 def test_from_asyncio(path: Path) -> None:

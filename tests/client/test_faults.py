@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections import ChainMap
+from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,6 +17,7 @@ from fakes import ask, fake_server, negotiate
 from helpers import Wire, daemon, open_fds, pipes, settle
 
 import qmpfd
+from qmpfd.limits import MAX_NESTING
 from qmpfd.server.server import DaemonServer
 
 
@@ -67,6 +70,37 @@ async def test_any_mapping_is_an_object(path: Path) -> None:
         await client.execute("getfd", MappingProxyType({"fdname": "n"}), fds=[0])
         await client.execute("closefd", ChainMap({"fdname": "n"}))
         assert await other.query_fdsets() == []
+
+
+def _nested(levels: int) -> list[object]:
+    value: list[object] = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+@pytest.fixture
+def deep() -> Iterator[None]:
+    """Let the json module nest as deep as it does by itself since Python 3.12."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    yield
+    sys.setrecursionlimit(limit)
+
+
+@pytest.mark.parametrize("levels", [MAX_NESTING - 1, 5000])
+@pytest.mark.usefixtures("deep")
+async def test_what_is_nested_too_deep(path: Path, levels: int) -> None:
+    """A server answers an error for each of its closers, without an id: they would be taken for
+    the answers to other calls.
+    """
+    async with daemon(path), qmpfd.connect(path) as client:
+        with pytest.raises(ValueError, match="nested deeper than 1024 levels"):
+            await client.execute("query-name", {"a": _nested(levels)})
+        # Brackets in a text count for nothing, nor do those beside each other.
+        with pytest.raises(qmpfd.GenericError, match="'a' is unexpected"):
+            await client.execute("query-name", {"a": [_nested(1000), [], "[" * 2000 + '"\\']})
+        assert await client.query_fdsets() == []
 
 
 @pytest.mark.parametrize(
@@ -180,8 +214,9 @@ async def test_a_server_that_reads_nothing_is_not_tried_for_ever(path: Path) -> 
         b'{"event": "X", "timestamp": {"seconds": 1e999}}\r\n',
         b'{"event": ["\\ud800"]}\r\n',
         b"[" * 100_000 + b"\r\n",
+        b'{"id": 2}\r\n',
     ],
-    ids=["text", "huge", "inf", "name", "deep"],
+    ids=["text", "huge", "inf", "name", "deep", "neither"],
 )
 async def test_no_call_hangs_after_a_protocol_error(path: Path, said: bytes) -> None:
     """Those that wait, one of them to send, and those that are made later."""

@@ -350,6 +350,14 @@ def test_size(data: bytes, idle: bool, bytes_at_a_time: int) -> None:
         assert results(parser, [b'{"a":1}']) == [{"a": 1}]
 
 
+@pytest.mark.parametrize("cut", range(200, 214))
+def test_what_follows_one_that_is_too_big(cut: int) -> None:
+    """Wherever the chunk ends that has the end of the one and the beginning of the other in it."""
+    data = b"[" + b"1," * 99 + b'1]{"name": 12}'
+    found = results(Parser(100), [data[:150], data[150:cut], data[cut:]])
+    assert found == [Bad("JSON token size limit exceeded"), {"name": 12}]
+
+
 def test_size_at_the_limit() -> None:
     """The bytes of all tokens together; blanks are none."""
     parser = Parser(100)
