@@ -713,6 +713,45 @@ def test_a_full_table_is_answered() -> None:
     assert "was not kept safe" in said
 
 
+#: A user of whom nobody else has processes, who may read this Python's files.
+_USER = [
+    *("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"),
+    *("--inh-caps=+dac_override", "--ambient-caps=+dac_override"),
+]
+
+
+def test_no_more_processes() -> None:
+    """RLIMIT_NPROC: what is kept stays, and the next worker is started when there may be one."""
+    if os.getuid():
+        pytest.skip("needs root")
+    need("setpriv")
+    program = _PRELUDE + textwrap.dedent(
+        """
+        import resource
+        if given:
+            note(",".join(names))
+            sys.exit(0)
+        tell(b"FDSTORE=1\nFDNAME=qmpfd-journal-1", [0])
+        tell(b"READY=1")
+        _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+        resource.prlimit(os.getppid(), resource.RLIMIT_NPROC, (1, hard))
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    command = [*_USER, *PARENT, "text", "info", "", sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert b"starting it again" in process.stderr.readline()
+        for delay in (b"0.1", b"0.2"):
+            cannot = b"cannot start a worker: Resource temporarily unavailable: trying again in "
+            assert cannot + delay + b" s" in process.stderr.readline()
+        subprocess.run([*_USER, "prlimit", f"--pid={process.pid}", "--nproc=99:"], check=True)
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.read() == b"qmpfd-journal-1\n"
+        assert process.wait(DEADLINE) == 0
+
+
 def test_slow_closes_are_answered() -> None:
     status, notes, said = supervise(
         """

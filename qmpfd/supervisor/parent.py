@@ -39,6 +39,9 @@ _LONGEST_WAIT = 3600.0
 #: worker has then.
 _GRACE = 1.0
 
+#: Seconds until the log says again that there is no room for a descriptor.
+_LOG_INTERVAL = 10.0
+
 HEARD = (*FORWARDED, signal.SIGQUIT, signal.SIGCHLD)
 
 
@@ -74,6 +77,7 @@ class Supervisor:
         self._spare: Spare | None = None
         self._stuck: set[int] = set()  # workers whose end is not waited for
         self._due = 0.0  # when to look for what is due (time.monotonic()); at once after a change
+        self._lost_logged_at = -_LOG_INTERVAL
         self._reload = False  # a SIGHUP is to be forwarded once the worker serves
         self._status = 0
         self._poll = select.poll()
@@ -173,8 +177,10 @@ class Supervisor:
                 self._store.fds, self._log_unrunnable
             )
         except OSError as exc:
-            self._restarts.failed(now)
-            self._log.log("error", f"cannot start a worker: {exc.strerror}: trying again")
+            delay = self._restarts.failed(now)
+            self._log.log(
+                "error", f"cannot start a worker: {exc.strerror}: trying again in {delay:g} s"
+            )
             return
         self._worker = worker
         self._poll.register(worker.sock, worker.polled_for)
@@ -365,9 +371,13 @@ class Supervisor:
                 self._store.add(name, number)
                 worker.had_journal |= self._store.is_journal(name)
             if truncated and (lost := names[len(fds) :]):
-                self._log.log(
-                    "error", "out of file descriptors: a stored descriptor was not kept safe"
-                )
+                if self._lost_logged_at + _LOG_INTERVAL < time.monotonic():  # it comes again soon
+                    self._lost_logged_at = time.monotonic()
+                    self._log.log(
+                        "error",
+                        "out of file descriptors: a stored descriptor was not kept safe; its "
+                        "client waits until it is",
+                    )
                 for name in lost:
                     worker.send(b"LOST=" + name)
             fds = fds[len(names) :]

@@ -675,6 +675,36 @@ def test_status_says_whether_it_is_safe(path: Path) -> None:
         client.execute("quit")
 
 
+def test_the_parent_has_no_room(path: Path) -> None:
+    """Its limit of open files is lowered under it (prlimit(2)): nobody is told that a descriptor is
+    safe that is not, and all are once there is room.
+    """
+    with supervised(path) as daemon:
+        daemon.worker()
+        _, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (daemon.open_fds() + 5, hard))
+        answered: list[str] = []
+
+        def add(opaque: str) -> None:
+            with daemon.client() as client:
+                client.execute("add-fd", {"opaque": opaque}, [0])
+                answered.append(opaque)
+
+        with ThreadPoolExecutor(20) as threads:
+            added = [threads.submit(add, f"n{number}") for number in range(20)]
+            until(lambda: "was not kept safe" in daemon.log)
+            with daemon.client() as other:  # who changes nothing waits for nothing
+                other.execute("query-version")
+            assert len(answered) < 20
+            resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (hard, hard))
+            for each in added:
+                each.result(DEADLINE)
+        daemon.kill_worker()
+        with daemon.client() as client:
+            kept = {fd["opaque"] for fd in client.execute("query-fds")}
+        assert kept == set(answered) == {f"n{number}" for number in range(20)}
+
+
 def test_killed_while_descriptors_are_replaced(path: Path) -> None:
     """At any moment there is one of them: the old one, or the new one."""
     with supervised(path) as daemon:
