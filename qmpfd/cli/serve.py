@@ -16,7 +16,7 @@ from ..errors import QMPError
 from ..kernel.fd import Fd, close_all
 from ..kernel.systemd import InheritedFd as Passed
 from ..kernel.systemd import take_listen_fds, take_parent, take_store_size
-from ..kernel.unix_address import listens
+from ..kernel.unix_address import is_served, listens
 from . import supervise as keeping
 from .exit_codes import DONE, UsageError
 from .options import Subparsers, add_examples, default_socket
@@ -102,6 +102,14 @@ def _was_inherited(number: int) -> bool:
         return os.get_inheritable(number)
     except OSError:
         return False
+
+
+def _is_served(path: Path) -> bool:
+    """Whether there is a daemon to take over from; one that cannot be asked says why later."""
+    try:
+        return is_served(path)
+    except OSError:
+        return True
 
 
 def _fill_standard_streams() -> None:
@@ -209,7 +217,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise UsageError(
             "--takeover needs --socket PATH: the socket of the daemon to take over from"
         )
-    takes_over = arguments.takeover or (arguments.replace and takeover.is_served(paths[:1]))
+    takes_over = arguments.takeover or (arguments.replace and any(map(_is_served, paths[:1])))
     if takes_over and not recovered.has_state:
         reached, *paths = paths
         movable += [*recovered.stale_fds, *(given.fd for given in listen_fds)]

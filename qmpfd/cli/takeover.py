@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..client.blocking import NoDaemon
 from ..kernel.systemd import invocation_id
-from ..kernel.unix_address import connectable
 from ..limits import TAKEOVER_TIMEOUT
 from ..server.renumber import Movable
 from ..server.saved_state import SavedListener
@@ -47,24 +45,6 @@ def prepare(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> rece
         takeover.close()
         raise NoDaemon(f"the daemon at {path} {why}, and nothing is lost")
     return takeover
-
-
-def is_served(paths: Sequence[Path]) -> bool:
-    """Whether somebody listens at one of *paths*."""
-    for path in paths:
-        try:
-            with (
-                socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock,
-                connectable(path) as address,
-            ):
-                sock.setblocking(False)
-                sock.connect(address)
-        except (FileNotFoundError, ConnectionRefusedError):
-            continue
-        except OSError:  # such as a full backlog: there is somebody
-            pass
-        return True
-    return False
 
 
 def still_to_bind(paths: Iterable[Path], listeners: Iterable[SavedListener]) -> list[Path]:

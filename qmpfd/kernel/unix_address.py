@@ -70,6 +70,24 @@ def bind(sock: socket.socket, path: str | os.PathLike[str]) -> None:
         os.umask(umask)
 
 
+def is_served(path: str | os.PathLike[str]) -> bool:
+    """Whether a program listens at *path*.
+
+    Raises:
+        OSError: it may not be asked, or *path* is of another kind of socket.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            with connectable(path) as address:
+                probe.connect(address)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except BlockingIOError:  # its backlog is full: very much alive
+            pass
+    return True
+
+
 def listens(fd: FileDescriptorLike) -> bool:
     """Whether *fd* is a Unix stream socket that listens (SO_ACCEPTCONN, socket(7))."""
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from ...kernel.fd import Fd
-from ...kernel.unix_address import bind, connectable, is_abstract
+from ...kernel.unix_address import bind, is_abstract, is_served
 
 #: Connections that the kernel holds until they are accepted (listen(2)); it caps this itself.
 _BACKLOG = 4096
@@ -142,19 +142,9 @@ def _remove_stale(path: Path) -> None:
         raise OSError(exc.errno, f"cannot bind: {exc.strerror}", str(path)) from None
     if not stat.S_ISSOCK(found.st_mode):
         raise OSError(errno.EEXIST, "exists and is not a socket", str(path))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            with connectable(path) as address:
-                probe.connect(address)
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except FileNotFoundError:
-            return
-        except BlockingIOError:  # its backlog is full: very much alive
-            pass
-    raise SocketInUse(errno.EADDRINUSE, "a daemon is already listening", str(path))
+    if is_served(path):
+        raise SocketInUse(errno.EADDRINUSE, "a daemon is already listening", str(path))
+    path.unlink(missing_ok=True)
 
 
 def identity(path: Path) -> FileId | None:
