@@ -65,18 +65,7 @@ class PermissionDenied(QMPError):
     """The daemon's policy does not give the peer the right that the command needs."""
 
 
-_BY_NAME: dict[str, type[QMPError]] = {
-    cls.__name__: cls
-    for cls in (
-        GenericError,
-        CommandNotFound,
-        FdNotSupplied,
-        FdNotFound,
-        FdExists,
-        InvalidParameterValue,
-        PermissionDenied,
-    )
-}
+_BY_NAME = {cls.__name__: cls for cls in QMPError.__subclasses__()}
 
 #: The classes that today's QEMU still has (``qapi/error.json``, ``QapiErrorClass``) and that we
 #: can meet; the others are told as ``GenericError`` in the ``qemu`` dialect.
