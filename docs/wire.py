@@ -22,7 +22,7 @@ from qmpfd.commands.table import Command
 from qmpfd.errors import QMPError
 from qmpfd.limits import SCM_MAX_FD, TAKEOVER_FORMAT
 from qmpfd.policy import Right, Rule
-from qmpfd.protocol import bare_type
+from qmpfd.protocol.arguments import bare_type
 
 #: The right that each command needs; one that is not here needs none.
 RIGHTS: dict[str, Right] = {

@@ -6,9 +6,9 @@ verbs start four times faster without Trio.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ._facade import homes, lazily
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -42,36 +42,46 @@ if TYPE_CHECKING:
     from .policy import Policy as Policy
     from .policy import Rule as Rule
     from .policy import load_policy as load_policy
-    from .protocol import ProtocolError as ProtocolError
-    from .protocol import QMPEvent as QMPEvent
+    from .protocol.client import QMPEvent as QMPEvent
+    from .protocol.connection import ProtocolError as ProtocolError
     from .server.handle import Server as Server
     from .server.listen.binding import SocketInUse as SocketInUse
     from .server.startup import serve as serve
 
-_HOMES = homes(
-    {
-        ".client.blocking": "BlockingClient connect_blocking",
-        ".client.calls": "Selector",
-        ".client.client": "Client connect",
-        ".client.errors": "ClientClosed NoDaemon",
-        ".client.opener": "fdset_opener",
-        ".client.reconnect": "ReplyLost",
-        ".commands": "AddfdInfo Dialect FdInfo FdsetFdInfo FdsetInfo PeerInfo",
-        ".errors": "CommandNotFound FdExists FdNotFound FdNotSupplied GenericError "
-        "InvalidParameterValue PermissionDenied QMPError",
-        ".kernel.fd": "Fd FileDescriptorLike",
-        ".limits": "Limits",
-        ".policy": "BadPolicy Policy Rule load_policy",
-        ".protocol": "ProtocolError QMPEvent",
-        ".server.handle": "Server",
-        ".server.listen.binding": "SocketInUse",
-        ".server.startup": "serve",
-    }
-)
+#: The names that each module has.
+_NAMES = {
+    ".client.blocking": "BlockingClient connect_blocking",
+    ".client.calls": "Selector",
+    ".client.client": "Client connect",
+    ".client.errors": "ClientClosed NoDaemon",
+    ".client.opener": "fdset_opener",
+    ".client.reconnect": "ReplyLost",
+    ".commands": "AddfdInfo Dialect FdInfo FdsetFdInfo FdsetInfo PeerInfo",
+    ".errors": "CommandNotFound FdExists FdNotFound FdNotSupplied GenericError "
+    "InvalidParameterValue PermissionDenied QMPError",
+    ".kernel.fd": "Fd FileDescriptorLike",
+    ".limits": "Limits",
+    ".policy": "BadPolicy Policy Rule load_policy",
+    ".protocol.client": "QMPEvent",
+    ".protocol.connection": "ProtocolError",
+    ".server.handle": "Server",
+    ".server.listen.binding": "SocketInUse",
+    ".server.startup": "serve",
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - a test compares it with the imports above
 
-__getattr__ = lazily(__name__, _HOMES)
+
+def _load(name: str) -> object:
+    """A name, from its module (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name], __name__), name)
+    return value
+
+
+__getattr__ = _load
 
 
 def __dir__() -> list[str]:

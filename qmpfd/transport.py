@@ -19,7 +19,7 @@ import trio
 from .kernel import fd
 from .kernel.fd import Fd, FileDescriptorLike
 from .limits import READ_BYTES
-from .protocol import Connection
+from .protocol.connection import Connection
 
 #: Seconds until the next try where too many descriptors are in flight.
 _IN_FLIGHT_RETRY = 0.01

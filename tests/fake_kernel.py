@@ -14,7 +14,7 @@ from typing import Protocol
 from qmpfd.kernel import fd as fd_module
 from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.limits import READ_BYTES, SEGMENT_BYTES
-from qmpfd.protocol import Connection
+from qmpfd.protocol.connection import Connection
 
 #: What Linux keeps of a send in one buffer, on pages of 4 KiB; descriptors are on the first one
 #: (``unix_stream_sendmsg``: SKB_MAX_HEAD(0) + UNIX_SKB_FRAGS_SZ).

@@ -16,7 +16,7 @@ PACKAGE = Path(qmpfd.__file__).parent
 
 #: From the bottom.  What stands on one floor does not import each other.
 FLOORS = [
-    {"errors", "limits", "patterns", "_version", "_facade", "supervisor"},
+    {"errors", "limits", "patterns", "_version", "supervisor"},
     {"kernel", "policy"},
     {"fdsets"},
     {"protocol"},

@@ -95,7 +95,7 @@ def test_nothing_is_loaded_before_it_is_used() -> None:
     assert done.stdout == "True\n"
 
 
-@pytest.mark.parametrize("package", ["commands", "fdsets", "protocol"])
+@pytest.mark.parametrize("package", ["commands", "fdsets"])
 def test_what_a_folder_exports_is_there(package: str) -> None:
     module = importlib.import_module(f"qmpfd.{package}")
     assert sorted(module.__all__, key=str.lower) == sorted(set(module.__all__), key=str.lower)

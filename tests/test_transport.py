@@ -12,7 +12,8 @@ from helpers import open_fds, pipes, send_now
 from qmpfd.commands import DECODER, VERSION
 from qmpfd.kernel.fd import close_all
 from qmpfd.limits import FEW_BYTES, SCM_MAX_FD
-from qmpfd.protocol import Request, ServerConnection
+from qmpfd.protocol.request_decoder import Request
+from qmpfd.protocol.server import ServerConnection
 from qmpfd.transport import Arrival, FdStream
 
 ADD = b'{"execute": "add-fd"}\n'

@@ -19,7 +19,7 @@ import trio
 from ..commands.events import EVENTS
 from ..kernel.fd import close_all
 from ..limits import CLEANUP_TIMEOUT
-from ..protocol import QMPEvent
+from ..protocol.client import QMPEvent
 from . import calls
 from .calls import Call, ParamsT, ResultT, as_method
 from .reconnect import ReconnectingConnection, open_connection

@@ -17,7 +17,8 @@ import trio
 
 from ..kernel.fd import FileDescriptorLike, close_all
 from ..limits import CLEANUP_TIMEOUT, MAX_EVENTS
-from ..protocol import ClientConnection, ProtocolError, QMPEvent, Reply, State
+from ..protocol.client import ClientConnection, QMPEvent, Reply
+from ..protocol.connection import ProtocolError, State
 from ..transport import Arrival, FdStream
 from .errors import ClientClosed, NoDaemon
 

@@ -17,7 +17,8 @@ import trio
 from ..errors import QMPError
 from ..kernel.fd import FileDescriptorLike, close_all
 from ..kernel.unix_address import connectable
-from ..protocol import ProtocolError, QMPEvent, Reply
+from ..protocol.client import QMPEvent, Reply
+from ..protocol.connection import ProtocolError
 from ..transport import FdStream
 from .connection import Call, Closed, ConnectionLost, QMPConnection
 from .errors import cannot_connect

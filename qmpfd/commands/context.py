@@ -10,7 +10,7 @@ from ..errors import FdNotSupplied, QMPError
 from ..fdsets import Peer, StoredFd
 from ..kernel.fd import Fd
 from ..policy import Access
-from ..protocol import ServerConnection
+from ..protocol.server import ServerConnection
 from .events import Watcher
 from .shared import SharedState
 

@@ -9,7 +9,7 @@ from outcome import Error, Outcome, Value
 
 from ..errors import GenericError, QMPError
 from ..kernel.fd import Fd
-from ..protocol import Request, RequestDecoder
+from ..protocol.request_decoder import Request, RequestDecoder
 from . import control, fds
 from . import extensions as own
 from .context import Context

@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import UNSET, UnsetType
 
-from ..protocol import Int64
+from ..protocol.arguments import Int64
 from .selectors import Selector
 from .types import AddFd, AddfdInfo, Arguments, Result
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from ..protocol import bare_type
+from ..protocol.arguments import bare_type
 from .events import EVENTS
 from .table import Table
 

@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 from ..errors import FdNotFound, GenericError, PermissionDenied
 from ..fdsets import FdSet, FdSets, StoredFd
 from ..policy import Access, Right
-from ..protocol import Int64
+from ..protocol.arguments import Int64
 from .types import Arguments
 
 #: Characters of a text that an error quotes, which was in the request.

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from msgspec import Struct, structs
 
-from ..protocol import Spec
+from ..protocol.request_decoder import Spec
 
 ArgumentsT = TypeVar("ArgumentsT", bound=Struct)
 ContextT = TypeVar("ContextT")

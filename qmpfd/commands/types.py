@@ -9,7 +9,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from ..protocol import Int64
+from ..protocol.arguments import Int64
 from ..protocol.encode import RawJSON
 
 

@@ -19,7 +19,7 @@ from ..kernel.fd import Fd
 from ..kernel.hangups import Hangups
 from ..limits import MAX_INCOMPLETE_BYTES, Limits
 from ..policy import Policy
-from ..protocol import Budget
+from ..protocol.parser import Budget
 from ..transport import FdStream
 from .connection.reader import Reader
 from .connection.saved import SavedSession

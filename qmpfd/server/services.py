@@ -11,7 +11,7 @@ import trio
 
 from ..commands import SharedState
 from ..limits import LAP_SECONDS, LIGHT_SECONDS, TURN_SECONDS
-from ..protocol import Budget
+from ..protocol.parser import Budget
 from ..transport import FdStream
 from .connection.reader import Reader
 from .connection.unsent_budget import UnsentBudget

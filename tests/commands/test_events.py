@@ -24,7 +24,7 @@ from qmpfd.kernel.fd import Fd
 from qmpfd.kernel.hangups import Hangups
 from qmpfd.limits import EVENT_BYTES_A_TURN, MAX_EVENT_BYTES, MAX_EVENTS, MAX_REQUEST_BYTES
 from qmpfd.policy import EVERYTHING, Access, Grant
-from qmpfd.protocol import ServerConnection
+from qmpfd.protocol.server import ServerConnection
 
 #: What the two ends of a Unix socket hold for sure, at most: Linux doubles what it is asked for.
 SOCKET_BYTES = 1 << 20

@@ -26,8 +26,8 @@ from qmpfd.kernel.close_pool import ClosePool
 from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.kernel.hangups import Hangups
 from qmpfd.policy import EVERYTHING, Access, Grant
-from qmpfd.protocol import ServerConnection
 from qmpfd.protocol.encode import JSONStream, RawJSON
+from qmpfd.protocol.server import ServerConnection
 from qmpfd.protocol.streamed_reply import StreamedReply
 
 COMMANDS = ["query-fdsets", "query-fds"]

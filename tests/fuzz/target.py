@@ -18,7 +18,8 @@ from qmpfd.commands import DECODER, VERSION
 from qmpfd.errors import QMPError
 from qmpfd.kernel.fd import Fd
 from qmpfd.limits import MAX_ERRORS_IN_A_ROW, SCM_MAX_FD
-from qmpfd.protocol import Request, ServerConnection
+from qmpfd.protocol.request_decoder import Request
+from qmpfd.protocol.server import ServerConnection
 
 #: What one send carries: its bytes, and how many descriptors.
 Send = tuple[bytes, int]

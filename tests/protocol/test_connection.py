@@ -17,16 +17,10 @@ from qmpfd import errors
 from qmpfd.commands import DECODER
 from qmpfd.errors import CommandNotFound, FdNotFound, FdNotSupplied, GenericError, QMPError
 from qmpfd.limits import MAX_ERRORS_IN_A_ROW, MAX_NESTING, SLOW_PATH_BYTES
-from qmpfd.protocol import (
-    ClientConnection,
-    Connection,
-    ProtocolError,
-    QMPEvent,
-    Reply,
-    Request,
-    ServerConnection,
-    State,
-)
+from qmpfd.protocol.client import ClientConnection, QMPEvent, Reply
+from qmpfd.protocol.connection import Connection, ProtocolError, State
+from qmpfd.protocol.request_decoder import Request
+from qmpfd.protocol.server import ServerConnection
 
 NEGOTIATE_FIRST = "Expecting capabilities negotiation with 'qmp_capabilities'"
 

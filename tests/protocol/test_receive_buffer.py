@@ -18,7 +18,10 @@ from outcome import Error
 from qmpfd.errors import QMPError
 from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.limits import READ_BYTES, SCM_MAX_FD, SLOW_PATH_BYTES
-from qmpfd.protocol import ClientConnection, Reply, RequestDecoder, ServerConnection, Spec, State
+from qmpfd.protocol.client import ClientConnection, Reply
+from qmpfd.protocol.connection import State
+from qmpfd.protocol.request_decoder import RequestDecoder, Spec
+from qmpfd.protocol.server import ServerConnection
 
 
 class Anything(Struct, forbid_unknown_fields=True):

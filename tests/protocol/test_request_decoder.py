@@ -13,8 +13,8 @@ from msgspec import UNSET
 
 from qmpfd.commands import DECODER, TABLE
 from qmpfd.errors import CommandNotFound, GenericError, QMPError
-from qmpfd.protocol import Request
 from qmpfd.protocol.parser import Parser
+from qmpfd.protocol.request_decoder import Request
 
 Outcome = tuple[str, Any, Any]
 

@@ -9,7 +9,7 @@ from outcome import Error, Outcome, Value
 from ...commands import DECODER, OpenedFd, Stats
 from ...errors import QMPError
 from ...fdsets import Peer
-from ...protocol import Request
+from ...protocol.request_decoder import Request
 
 _log = logging.getLogger("qmpfd")
 

@@ -8,7 +8,7 @@ from ...errors import QMPError
 from ...kernel.close_pool import Closing
 from ...kernel.fd import Fd
 from ...limits import CLOSE_TIMEOUT
-from ...protocol import ServerConnection
+from ...protocol.server import ServerConnection
 from ..closing import closed_by_threads
 from ..services import Services
 from .send_buffer import SendBuffer

@@ -14,7 +14,7 @@ from outcome import Error, Outcome
 from ...commands import Context, execute
 from ...errors import GenericError
 from ...limits import MAX_FDS_A_TURN, REPLY_BYTES_A_TURN
-from ...protocol import ServerConnection
+from ...protocol.server import ServerConnection
 from ...protocol.streamed_reply import StreamedReply
 from ..services import Services
 from .command_log import note

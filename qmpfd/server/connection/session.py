@@ -23,7 +23,8 @@ from ...limits import (
     READ_BYTES,
 )
 from ...policy import Access
-from ...protocol import ServerConnection, State
+from ...protocol.connection import State
+from ...protocol.server import ServerConnection
 from ...transport import Arrival, FdStream
 from ..listen.rejections import rejection_reply
 from ..services import Services

@@ -15,7 +15,7 @@ from qmpfd.fdsets import PERMANENT, Lifetime, Peer
 from qmpfd.kernel.fd import Fd, FileDescriptorLike, close_all
 from qmpfd.limits import MAX_UNSENT_BYTES
 from qmpfd.policy import EVERYTHING
-from qmpfd.protocol import ServerConnection
+from qmpfd.protocol.server import ServerConnection
 from qmpfd.server.connection.send_buffer import SendBuffer
 from qmpfd.server.lifecycle import Event
 from qmpfd.server.server import DaemonServer
