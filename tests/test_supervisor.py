@@ -731,7 +731,7 @@ def test_no_more_processes() -> None:
         if given:
             note(",".join(names))
             sys.exit(0)
-        tell(b"FDSTORE=1\nFDNAME=qmpfd-journal-1", [0])
+        tell(b"FDSTORE=1\\nFDNAME=qmpfd-journal-1", [0])
         tell(b"READY=1")
         _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
         resource.prlimit(os.getppid(), resource.RLIMIT_NPROC, (1, hard))
