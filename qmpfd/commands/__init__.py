@@ -1,6 +1,6 @@
 """The QMP commands."""
 
-from .context import Context
+from .context import Context, Ending
 from .control import VERSION
 from .dispatch import DECODER, TABLE, execute
 from .extension_types import FdInfo, OpenedFd, PeerInfo
@@ -16,6 +16,7 @@ __all__ = [
     "Client",
     "Context",
     "Dialect",
+    "Ending",
     "FdInfo",
     "FdsetFdInfo",
     "FdsetInfo",

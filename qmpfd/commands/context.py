@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from itertools import islice
 
 from ..errors import FdNotSupplied, QMPError
@@ -13,6 +14,13 @@ from ..policy import Access
 from ..protocol.server import ServerConnection
 from .events import Watcher
 from .shared import SharedState
+
+
+class Ending(Enum):
+    """What ends a connection, but for its client being gone."""
+
+    QUIT = auto()  #: ``quit``
+    TAKEOVER = auto()  #: ``takeover``: the client is a daemon that takes this one's place
 
 
 @dataclass(slots=True, eq=False)
@@ -31,8 +39,7 @@ class Context:
         reply_fds: the descriptors that go back with the reply; owned here until they are sent.
         taken: what these were stored as, where the command has taken them out of the store.
         events: what the client is to be told unasked, while it watches.
-        takes_over: the client is a daemon that takes over.
-        quitting: the client has said ``quit``: what follows of it is not carried out.
+        ending: the command after which no other of the client is carried out.
         touched_store: a command was carried out that depends on what is stored.
         closed: the connection is over.
     """
@@ -47,8 +54,7 @@ class Context:
     reply_fds: list[Fd] = field(default_factory=list)
     taken: StoredFd | None = None
     events: Watcher | None = None
-    quitting: bool = False
-    takes_over: bool = False
+    ending: Ending | None = None
     touched_store: bool = False
     closed: bool = False
 

@@ -10,7 +10,7 @@ from .._version import __version__
 from ..errors import InvalidParameterValue
 from ..limits import TAKEOVER_FORMAT
 from ..protocol.encode import RawJSON
-from .context import Context
+from .context import Context, Ending
 from .extension_types import Takeover
 from .schema import schema
 from .table import Table
@@ -72,7 +72,7 @@ def takeover(context: Context, arguments: Takeover) -> RawJSON:
         raise InvalidParameterValue(
             f"Parameter 'format' expects {TAKEOVER_FORMAT}, this daemon's, or a newer one"
         )
-    context.takes_over = True
+    context.ending = Ending.TAKEOVER
     return NOTHING
 
 
@@ -80,6 +80,6 @@ def takeover(context: Context, arguments: Takeover) -> RawJSON:
 def quit_(context: Context, arguments: Arguments) -> RawJSON:
     """End the daemon: every stored descriptor is closed."""
     context.access.require("admin")
-    context.quitting = True
+    context.ending = Ending.QUIT
     context.shared.stop()
     return NOTHING

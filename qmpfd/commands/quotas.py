@@ -67,7 +67,7 @@ class Quotas:
         """Count *count* more descriptors of *peer*, each with that opaque text or name."""
         if peer is not None:
             self.fds_total += count
-            _add(self.fds_by_uid, peer.uid, count)
+            self.fds_by_uid[peer.uid] = self.fds_by_uid.get(peer.uid, 0) + count
         if text:
             self._count_text(peer, count * memory_size(text))
 

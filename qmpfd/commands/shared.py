@@ -170,21 +170,16 @@ class SharedState:
         if now is None:
             now = self.clock()
         entries = self.store.prepare(fds, fdset_id, opaque, added_by, now, create, lifetime)
-        self._commit(entries)
-        fds.clear()
-        return entries
-
-    def _commit(self, entries: list[StoredFd]) -> None:
-        """Store *entries*, which have all in common but the descriptor."""
-        first = entries[0]
-        if self.mirror is not None or first.lifetime.watch_hangup:
+        if self.mirror is not None or lifetime.watch_hangup:
             self._announce(entries)
         self.store.commit(entries)
-        self.quotas.charge(first.added_by, first.opaque, len(entries))
+        fds.clear()
+        self.quotas.charge(added_by, opaque, len(entries))
         if self.audit is not None or self.logs:
             self._note_added(entries)
-        if first.lifetime.expires_at is not None:
+        if lifetime.expires_at is not None:
             self.on_expiry()
+        return entries
 
     def put_back(self, stored: StoredFd) -> None:
         """Store again what was taken out, as the newest of its set; in a new set if there is
@@ -193,12 +188,12 @@ class SharedState:
         Raises:
             QMPError: see :meth:`Hangups.watch`.
         """
-        fdset = stored.fdset
-        if self.store.get(fdset.id) not in (None, fdset):
-            fdset = FdSet(self.store.next_id)
-        added_at = max(stored.added_at, fdset.newest_at)
-        fd, opaque, added_by, lifetime = stored.fd, stored.opaque, stored.added_by, stored.lifetime
-        self._commit([StoredFd(fd, fdset, opaque, added_by, added_at, lifetime)])
+        fdset_id: int | None = stored.fdset.id
+        if self.store.get(stored.fdset.id) not in (None, stored.fdset):
+            fdset_id = None
+        opaque, added_by, lifetime = stored.opaque, stored.added_by, stored.lifetime
+        now = stored.added_at
+        self.add([stored.fd], fdset_id, opaque, added_by, lifetime, create=True, now=now)
 
     def _note_added(self, entries: list[StoredFd]) -> None:
         """Tell the audit trail and those who watch."""

@@ -11,7 +11,7 @@ from typing import Any
 from msgspec import UNSET
 from outcome import Error, Outcome
 
-from ...commands import Context, execute
+from ...commands import Context, Ending, execute
 from ...errors import GenericError
 from ...limits import MAX_FDS_A_TURN, REPLY_BYTES_A_TURN
 from ...protocol.server import ServerConnection
@@ -105,7 +105,7 @@ class RequestProcessor:
         services, context = self._services, self._context
         while True:
             await self._finish_batch()
-            if context.quitting or context.takes_over or not self._connection.ready:
+            if context.ending or not self._connection.ready:
                 return
             if services.lifecycle.paused:
                 await self._park()
@@ -126,9 +126,8 @@ class RequestProcessor:
         verbose = _log.isEnabledFor(_VERBOSE)
         replies: list[bytes] = []
         size = 0
-        finished = True
-        result: Outcome[object]
         for request, request_id, fds in iter(connection.next_request, None):
+            result: Outcome[object]
             if type(request) is Error:
                 result = request
             else:
@@ -136,15 +135,16 @@ class RequestProcessor:
                 self.active_since_check = True
             if verbose or type(result) is Error:
                 note(context.shared.stats, context.peer, request, result)
-            finished = not (context.quitting or context.takes_over)
-            if context.takes_over:
+            ending = context.ending
+            if ending is not None and ending is Ending.TAKEOVER:
                 self.takeover_id = request_id
                 break
             # Nobody reads the reply to a client that is sent nothing any more.
-            reply = b"" if discarding else connection.answer(result, request_id)
+            reply: bytes | StreamedReply = b""
+            if not discarding:
+                reply = connection.answer(result, request_id)
             if isinstance(reply, StreamedReply):
                 self.streamed_reply = reply
-                finished = False
                 break
             if context.reply_fds:
                 refusal = partial(self._refusal, request_id)
@@ -156,14 +156,11 @@ class RequestProcessor:
                 replies, context.reply_fds, context.taken = [], [], None
             else:
                 replies.append(reply)
-            if not (ready and finished):
-                break
             size += len(reply)
-            if size > REPLY_BYTES_A_TURN or monotonic() > ends:
-                finished = False
+            if ending is not None or not ready or size > REPLY_BYTES_A_TURN or monotonic() > ends:
                 break
         self._text = b"".join(replies)
-        return finished
+        return not (ready or context.ending) and self.streamed_reply is None
 
     def _refusal(self, request_id: Any, exc: OSError) -> bytes:
         """The reply where the kernel does not pass the descriptors that go with it."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import trio
 from outcome import Error, Value
 
-from ...commands import DECODER, NOTHING, VERSION, Client, Context
+from ...commands import DECODER, NOTHING, VERSION, Client, Context, Ending
 from ...errors import GenericError, QMPError
 from ...fdsets import Peer
 from ...kernel.fd import Fd
@@ -316,9 +316,9 @@ class Session:
                         services.durability.push()
             if not piece.done:
                 await self._processor.process()
-            if context.takes_over:
+            if context.ending is Ending.TAKEOVER:
                 return SessionEnd.TAKEOVER
-            if context.quitting or piece.arrival is Arrival.END:
+            if context.ending is Ending.QUIT or piece.arrival is Arrival.END:
                 return SessionEnd.CLOSED
 
     def _serve_chunk(self, now: float) -> _Piece | None:
@@ -345,14 +345,16 @@ class Session:
     async def _serve_rest(self) -> SessionEnd:
         """Carry out what has come so far."""
         arrival = Arrival.SOME
-        while arrival not in (Arrival.NOTHING, Arrival.END) and not self._context.quitting:
+        while arrival not in (Arrival.NOTHING, Arrival.END):
             arrival = self.stream.receive_nowait(self._connection)
             async with self._services.locked():
                 done = self._processor.process_nowait(self._services.turn_ends())
             if not done:
                 await self._processor.process()
-            if self._context.takes_over:
+            if self._context.ending is Ending.TAKEOVER:
                 return SessionEnd.TAKEOVER  # which is refused
+            if self._context.ending is Ending.QUIT:
+                break
         return SessionEnd.CLOSED
 
     # -- events --------------------------------------------------------------------------------
