@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..fdsets import StoredFd
 from ..kernel.close_pool import ClosePool
 from ..kernel.fd import Fd
 
 
+@dataclass(slots=True)
+class Unproven:
+    """What is stored together, before it is known whether there is room for it.
+
+    Args:
+        entries: what is stored.
+        is_refused: there was no room, and it is removed.
+    """
+
+    entries: list[StoredFd] = field(default_factory=list)
+    is_refused: bool = False
+
+
 class Durability(Protocol):
     """Whether changes of the store would survive a crash of this process."""
+
+    #: Where what was stored last is, if its client can be told of it only once that is shown to be
+    #: kept; whoever stores something sets it to None before.
+    unproven: Unproven | None
 
     @property
     def is_synced(self) -> bool:
@@ -74,6 +93,7 @@ class Unmirrored:
 
     is_synced = True
     journal = store = None
+    unproven: Unproven | None = None
 
     def __init__(self, closer: ClosePool) -> None:
         self._closer = closer

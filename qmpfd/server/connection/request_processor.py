@@ -12,10 +12,11 @@ from msgspec import UNSET
 from outcome import Error, Outcome
 
 from ...commands import Context, Ending, execute
-from ...errors import GenericError
+from ...errors import QMPError
 from ...limits import MAX_FDS_A_TURN, REPLY_BYTES_A_TURN
 from ...protocol.server import ServerConnection
 from ...protocol.streamed_reply import StreamedReply
+from ..durability import Unproven
 from ..services import Services
 from .command_log import note
 from .delivery import Delivery
@@ -64,6 +65,7 @@ class RequestProcessor:
         # carries descriptors, each of these by itself, as they arrive with its first byte; and all
         # replies behind that.
         self._replies: list[Unsent] = []
+        self._unproven: Unproven | None = None  # likewise of the reply in progress
         self._text = b""
 
     @property
@@ -120,7 +122,8 @@ class RequestProcessor:
         Returns:
             Whether that was all, and needs nothing but to be sent.
         """
-        connection, context = self._connection, self._context
+        connection, context, durability = self._connection, self._context, self._services.durability
+        durability.unproven = None
         state, ready = self._send_buffer.state, connection.ready
         discarding = state is not OPEN and state in DISCARDING
         verbose = _log.isEnabledFor(_VERBOSE)
@@ -145,15 +148,18 @@ class RequestProcessor:
                 reply = connection.answer(result, request_id)
             if isinstance(reply, StreamedReply):
                 self.streamed_reply = reply
+                self._unproven, durability.unproven = durability.unproven, None
                 break
-            if context.reply_fds:
+            if context.reply_fds or durability.unproven is not None:
+                reply_fds, taken, unproven = context.reply_fds, context.taken, durability.unproven
                 refusal = partial(self._refusal, request_id)
                 self._replies += (
                     Unsent(b"".join(replies), []),
-                    Unsent(reply, context.reply_fds, refusal, context.taken),
+                    Unsent(reply, reply_fds, refusal, taken, unproven),
                 )
-                size += REPLY_BYTES_A_TURN // MAX_FDS_A_TURN * len(context.reply_fds)
-                replies, context.reply_fds, context.taken = [], [], None
+                size += REPLY_BYTES_A_TURN // MAX_FDS_A_TURN * len(reply_fds)
+                replies, context.reply_fds = [], []
+                context.taken = durability.unproven = None
             else:
                 replies.append(reply)
             size += len(reply)
@@ -162,9 +168,8 @@ class RequestProcessor:
         self._text = b"".join(replies)
         return not (ready or context.ending) and self.streamed_reply is None
 
-    def _refusal(self, request_id: Any, exc: OSError) -> bytes:
-        """The reply where the kernel does not pass the descriptors that go with it."""
-        error = GenericError(f"The file descriptors cannot be sent: {exc.strerror}")
+    def _refusal(self, request_id: Any, error: QMPError) -> bytes:
+        """The reply where the command has failed after all."""
         return self._connection.reply(Error(error), request_id)
 
     def _flush_replies(self) -> bool:
@@ -240,21 +245,21 @@ class RequestProcessor:
                     else:
                         self.streamed_reply = None
             if size:
-                fds, taken = context.reply_fds, context.taken
-                context.reply_fds, context.taken = [], None
+                fds, taken, unproven = context.reply_fds, context.taken, self._unproven
+                context.reply_fds, context.taken, self._unproven = [], None, None
                 if not services.durability.is_synced:
                     send_buffer.begin_uncommitted()
-                refusal = partial(self._refuse_streamed, reply) if fds else None
-                send_buffer.enqueue(b"".join(made), fds, refusal, taken)
+                may_fail = fds or unproven is not None
+                refusal = partial(self._refuse_streamed, reply) if may_fail else None
+                send_buffer.enqueue(b"".join(made), fds, refusal, taken, unproven)
             await send_buffer.drain()
             if send_buffer.discarding:
                 self.streamed_reply = None
 
-    def _refuse_streamed(self, reply: StreamedReply, exc: OSError) -> bytes:
+    def _refuse_streamed(self, reply: StreamedReply, error: QMPError) -> bytes:
         """Likewise for a reply that was being sent while it was made: nothing of it has gone, and
         its error is sent the same way.
         """
-        error = GenericError(f"The file descriptors cannot be sent: {exc.strerror}")
         request_id = reply.members.get("id", UNSET)
         self.streamed_reply = self._connection.streamed_reply(Error(error), request_id)
         return b""

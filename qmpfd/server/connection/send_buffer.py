@@ -13,18 +13,20 @@ from typing import NamedTuple, TypeAlias
 import trio
 
 from ...commands import Context
+from ...errors import GenericError, QMPError
 from ...fdsets import Peer, StoredFd
 from ...kernel.close_pool import Closing
 from ...kernel.fd import Fd
 from ...limits import CLOSE_TIMEOUT, MAX_UNSENT_BYTES
 from ...transport import FdStream
 from ..closing import closed_by_threads
+from ..durability import Unproven
 from ..services import Services
 
 _log = logging.getLogger("qmpfd")
 
-#: Makes the text to send instead of a reply whose descriptors the kernel does not pass.
-Refusal: TypeAlias = "Callable[[OSError], bytes]"
+#: Makes what to send instead of a reply, where its command has failed after all.
+Refusal: TypeAlias = "Callable[[QMPError], bytes]"
 
 #: The end of a reply, without which no client takes it for complete: the object's, and the line's.
 _END_BYTES = 3
@@ -36,16 +38,19 @@ class Unsent(NamedTuple):
     Args:
         data: the bytes.
         fds: the descriptors that go with the first of them; owned here.
-        refusal: makes what to send instead, where the kernel does not pass *fds*.
+        refusal: makes what to send instead, where the kernel does not pass *fds*, or *unproven* is
+            refused.
         taken: what the descriptor was stored as, if it was taken out of the store for this client:
             it is stored again if the client does not get it, and else closed here before the
             client has the whole reply.
+        unproven: what its command has stored, if it may yet turn out that there is no room for it.
     """
 
     data: bytes | memoryview
     fds: list[Fd]
     refusal: Refusal | None = None
     taken: StoredFd | None = None
+    unproven: Unproven | None = None
 
     @property
     def first_size(self) -> int:
@@ -149,11 +154,12 @@ class SendBuffer:
         fds: list[Fd] | None = None,
         refusal: Refusal | None = None,
         taken: StoredFd | None = None,
+        unproven: Unproven | None = None,
     ) -> None:
         """Have *data* sent with the next :meth:`drain`, and duplicates of *fds* with its first
         byte; see :class:`Unsent`.
         """
-        unsent = Unsent(data, [] if fds is None else fds, refusal, taken)
+        unsent = Unsent(data, [] if fds is None else fds, refusal, taken, unproven)
         if self.discarding:
             self._close(self._fds_to_close(unsent))
         elif data:
@@ -198,7 +204,12 @@ class SendBuffer:
     def commit(self) -> None:
         """The fd store has acknowledged all changes: what was kept back may be sent."""
         self._move(_Event.COMMIT)
-        self.unsent += self.uncommitted_queue
+        for each in self.uncommitted_queue:
+            if each.unproven is not None and each.unproven.is_refused:
+                reason = "The file descriptor cannot be kept safe: the service manager has no room"
+                self.unsent += self._instead(each, GenericError(reason))
+            else:
+                self.unsent.append(each)
         self.uncommitted_queue.clear()
 
     async def drain(self) -> None:
@@ -242,7 +253,7 @@ class SendBuffer:
         """What to send next: the first of what waits, and what can go with it."""
         unsent = self.unsent
         if len(unsent) > 1:
-            data, fds, refusal, taken = unsent.popleft()
+            data, fds, refusal, taken, _ = unsent.popleft()
             others = []
             while taken is None and unsent and not unsent[0].fds:
                 others.append(unsent.popleft().data)
@@ -250,8 +261,8 @@ class SendBuffer:
             if refusal is not None:
                 error = refusal
 
-                def refusal(exc: OSError) -> bytes:
-                    return error(exc) + rest
+                def refusal(reason: QMPError) -> bytes:
+                    return error(reason) + rest
 
             unsent.appendleft(Unsent(b"".join((data, rest)), fds, refusal, taken))
         return unsent[0]
@@ -266,13 +277,18 @@ class SendBuffer:
         refused = self.unsent[0]
         if refused.refusal is None:
             raise exc
-        error = refused.refusal(exc)
-        self.unsent.popleft()
-        if error:
-            self.unsent.appendleft(Unsent(error, []))
-        self.size += len(error) - len(refused.data)
+        del self.unsent[0]
+        reason = f"The file descriptors cannot be sent: {exc.strerror}"
+        self.unsent.extendleft(self._instead(refused, GenericError(reason)))
+
+    def _instead(self, refused: Unsent, error: QMPError) -> list[Unsent]:
+        """What to send instead of a reply whose command has failed, if anything now."""
+        assert refused.refusal is not None
+        data = refused.refusal(error)
+        self.size += len(data) - len(refused.data)
         self.unsent_fds -= len(refused.fds)
         self._close(self._fds_to_close(refused))
+        return [Unsent(data, [])] if data else []
 
     def _sent(self, first: Unsent, count: int) -> None:
         """So many bytes of the first of what waits are gone."""

@@ -158,6 +158,10 @@ class BarrierLink:
         for at in range(0, len(names), most):
             self.tell(f"{_REMOVE}\nFDNAME={':'.join(names[at : at + most])}")
 
+    def discard(self, name: str) -> None:
+        """As :meth:`remove`, but nobody waits for it: no barrier stands for it alone."""
+        self._outgoing.append(_Batch(_REMOVE, {name: None}))
+
     def remove_slowly(self, name: str, lane: str) -> threading.Event:
         """The same for a descriptor whose close may block there; what is set when it is closed, and
         was not closed by a service manager, which does not say so.
@@ -304,7 +308,10 @@ class BarrierLink:
         all_safe = self._barrier == self._changes
         self._handle(Event.ALL_SAFE if all_safe else Event.SOME_SAFE)
         self._advance(self._barrier)
-        self.start()
+        if self._outgoing:
+            self.push()
+        else:
+            self.start()
 
     def _advance(self, changes: int) -> None:
         """So many changes are safe."""

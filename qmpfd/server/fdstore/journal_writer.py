@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import trio
 
@@ -38,7 +39,8 @@ class JournalWriter:
         self._noted = 0  # bytes of these
         self._removals = 0  # bytes to be reserved in each journal, for removals
         self._limit = MIN_JOURNAL_BYTES
-        self._turning = False  # the last journal is not known to be there yet
+        #: The last journal is not known to be there yet.
+        self.is_turning = False
         #: Of the last journal.
         self.generation = 0
 
@@ -79,7 +81,7 @@ class JournalWriter:
         self._noted = 0
         for journal in self._journals:
             journal.append(data)
-        if not self._turning and self._journals[-1].size > self._limit:
+        if not self.is_turning and self._journals[-1].size > self._limit:
             try:
                 self.begin()
             except OSError:  # out of descriptors, or memory: another time
@@ -100,15 +102,24 @@ class JournalWriter:
         self.generation += 1
         self._journals.append(journal)
         self._limit = max(MIN_JOURNAL_BYTES, 4 * journal.size)
-        self._turning = True
+        self.is_turning = True
         self._link.store(journal_name(self.generation), journal.fd)
-        self._link.on_synced(self._end_others)
+        self._link.on_synced(partial(self._end_others, journal))
 
-    def _end_others(self) -> None:
+    def withdraw(self) -> None:
+        """The fd store has no room for the journal that was begun: go on with the one before."""
+        if self.is_turning:
+            self._link.remove(journal_name(self.generation))
+            self._journals.pop().close()
+            self.generation -= 1
+            self._limit += MIN_JOURNAL_BYTES
+            self.is_turning = False
+
+    def _end_others(self, last: Journal) -> None:
         """The last journal is there: the one before is not needed any more."""
-        if self._link.is_over:
+        if self._link.is_over or self._journals[-1] is not last:
             return
-        self._turning = False
+        self.is_turning = False
         for name in self._names()[:-1]:
             self._link.remove(name)
         for journal in self._journals[:-1]:

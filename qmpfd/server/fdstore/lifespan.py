@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
+from ...fdsets import StoredFd
 from ...kernel.fd import Fd
 from ...limits import FORGET_TIMEOUT
 from ..lifecycle import State
 from ..listen.listener import UnixListener
+from ..services import Services
 from .mirror import FdStoreMirror
 from .recover import Holdings, Recovered
 
 if TYPE_CHECKING:
     from ..server import DaemonServer
+
+
+def _remove(services: Services, entries: Iterable[StoredFd]) -> None:
+    """Take out of the store what is not kept safe, and close it."""
+    fds: list[Fd] = []
+    services.shared.remove(entries, "removed", fds)
+    services.durability.close_after_sync(fds)
 
 
 @asynccontextmanager
@@ -56,6 +66,7 @@ async def mirrored(
         return
     async with mirror.running():
         try:
+            mirror.on_refused = partial(_remove, server.services)
             if taking_over and mirror.prepare(server.store, holdings):
                 server.daemon.mirror = mirror
             yield start

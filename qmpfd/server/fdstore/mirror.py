@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from enum import Enum, auto
 from functools import partial
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from ...kernel.fd import Fd, InFlightProbe
 from ...kernel.file_descriptions import Descriptions
 from ...kernel.systemd import Notifier, invocation_id
 from ...limits import JOURNAL_FORMAT, KEEPER_SPARE
+from ..durability import Unproven
 from ..listen.listener import UnixListener
 from .barrier_link import BarrierLink
 from .journal import (
@@ -49,6 +50,11 @@ from .recover import Holdings
 from .sentinel import Evidence
 
 _log = logging.getLogger("qmpfd")
+
+_NO_ROOM = (
+    "the service manager has no room for %d more descriptors (FileDescriptorStoreMax= was lowered, "
+    "or is less than $FDSTORE): they are refused"
+)
 
 _DROPPED = (
     "the descriptors are no longer kept safe: the service manager dropped one (either "
@@ -112,7 +118,12 @@ class FdStoreMirror:
         self._size = keeping.size
         self._capacity = min(keeping.size - KEEPER_SPARE, Names.MOST)
         self._state = State.KEPT
-        self._evidence: Evidence | None = None  # where it is a service manager
+        # Where it is a service manager, what shows what it keeps; what was stored and is not known
+        # to be there, before the last probes and since.
+        self._evidence: Evidence | None = None
+        self._batches: list[Unproven] = []
+        self.unproven: Unproven | None = None
+        self.on_refused: Callable[[list[StoredFd]], object] = lambda _: None
         self._kept = KeptFds(self._link, keeping.descriptions)
         self._listeners = KeptListeners(self._link, self._kept, self._journals, self._is_parent)
         self._store = FdSets()
@@ -164,6 +175,8 @@ class FdStoreMirror:
         size = count * (4 * len(opaque or "") + RECORD_BYTES)
         try:
             self._journals.reserve(size, (len(self._kept.by_number) + count) * REMOVAL_BYTES)
+            if self._evidence is not None:
+                self._evidence.prepare()
         except OSError as exc:
             raise GenericError(f"The file descriptor cannot be kept safe: {exc.strerror}") from None
 
@@ -172,6 +185,9 @@ class FdStoreMirror:
         if self._state is _KEPT and stored.lifetime.owner is None:
             name = self._kept.keep(stored.fd.number, stored.fd)
             self._journals.note(added_record(name, fdset.id, stored))
+            if self._batches:
+                self.unproven = self._batches[-1]
+                self.unproven.entries.append(stored)
 
     def removed(self, stored: StoredFd) -> None:
         """A descriptor was taken out of the store; it is still open."""
@@ -233,8 +249,26 @@ class FdStoreMirror:
 
     def _write(self, barrier: bool) -> None:
         self._journals.write()
-        if barrier and self._evidence is not None:
-            self._evidence.show_room(self._kept.names)
+        if barrier and self._batches and (self._batches[-1].entries or self._journals.is_turning):
+            assert self._evidence is not None
+            with suppress(OSError):  # out of descriptors, and nothing was added: the next one shows
+                self._evidence.show_room()
+                self._batches.append(Unproven())
+
+    def _room_shown(self, enough: bool) -> None:
+        """There was room for all batches but the last, or not for all of them: then none of these
+        is kept, nor of what was sent since, which has the places of others.
+        """
+        if enough:
+            del self._batches[:-1]
+            return
+        refused = [stored for batch in self._batches for stored in batch.entries]
+        for batch in self._batches:
+            batch.is_refused = True
+        self._batches = [Unproven()]
+        self._journals.withdraw()
+        _log.error(_NO_ROOM, len(refused))
+        self.on_refused([stored for stored in refused if not stored.removed])
 
     @property
     def store(self) -> str | None:
@@ -258,7 +292,7 @@ class FdStoreMirror:
 
     async def _find_size(self, evidence: Evidence, taken: int) -> None:
         """Find out whether it takes as many descriptors as $FDSTORE says, beside those *taken*."""
-        room = await evidence.count_room(self._size - taken, self._kept.names)
+        room = await evidence.count_room(self._size - taken)
         if room is not None:
             self._size = taken + room
             self._capacity = min(self._capacity, self._size - KEEPER_SPARE)
@@ -330,7 +364,9 @@ class FdStoreMirror:
             self._claim(store, holdings)
         if not self._is_parent:  # the oldest, which is dropped first
             drop, generation = partial(self._distrust, _DROPPED), holdings.generation + 1
-            self._evidence = Evidence(self._link, generation, holdings.sentinel, drop)
+            self._evidence = Evidence(
+                self._link, generation, holdings.sentinel, drop, self._room_shown
+            )
         if previous is not None:  # before all that it is about
             self._capacity -= 1
             self._previous = PREVIOUS
@@ -371,6 +407,7 @@ class FdStoreMirror:
             self._nursery.start_soon(self._evidence.watch)
             taken = self._kept.names + 2 + (previous is not None)
             await self._find_size(self._evidence, taken)
+            self._batches.append(Unproven())
 
     def _remove_names(self, names: Iterable[str]) -> None:
         for name in names:

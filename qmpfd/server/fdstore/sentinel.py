@@ -14,7 +14,6 @@ import select
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from math import inf
 
 import trio
 
@@ -94,7 +93,8 @@ class Evidence:
         generation: of the first journal that comes with it.
         returned: name and write end of the first sentinel of the daemon before, which has come back
             and is older than all that is sent now; None if there is none.
-        dropped: called when something that was sent is found not to be kept.
+        dropped: called when what was kept is found to be kept no longer.
+        shown: called with whether there was room for all that a probe was behind.
 
     Raises:
         OSError: this process is out of descriptors.
@@ -106,11 +106,13 @@ class Evidence:
         generation: int,
         returned: tuple[str, Fd] | None,
         dropped: Callable[[], object],
+        shown: Callable[[bool], object],
     ) -> None:
         self._link = link
         self._dropped = dropped
+        self._shown = shown
         self._probe: Sentinel | None = None  # under way
-        self._shown: float = inf  # descriptors that there is room for
+        self._spare: Sentinel | None = None  # for the next time
         if returned is not None:
             self._name, writer = returned
             try:
@@ -134,13 +136,8 @@ class Evidence:
         last.close()
         return stored
 
-    async def count_room(self, most: int, names: int) -> int | None:
-        """How many more are stored; None if it is as many as were tried, *most* at most.
-
-        Args:
-            most: how many are to be tried.
-            names: how many descriptors are kept.
-        """
+    async def count_room(self, most: int) -> int | None:
+        """How many more are stored; None if it is as many as were tried, *most* at most."""
         probes: list[Sentinel] = []
         with suppress(OSError):  # out of descriptors: fewer are tried
             for number in range(min(most, MAX_PROBES)):
@@ -150,26 +147,36 @@ class Evidence:
         for probe in probes:
             probe.sent()
         stored = sum(probe.is_stored for probe in probes)
-        self._shown = names + stored
         for number, probe in enumerate(probes):
             self._link.remove(probe_name(number))
             probe.close()
         await self._link.sync()
         return stored if stored < len(probes) else None
 
-    def show_room(self, names: int) -> None:
-        """A barrier is sent next: have it show whether there was room for all before it, where more
-        than was shown so far may be kept; before anybody is told that the barrier has passed.
+    def prepare(self) -> None:
+        """Take what the next :meth:`show_room` needs.
 
-        Args:
-            names: how many descriptors are kept.
+        Raises:
+            OSError: this process is out of descriptors.
         """
-        if names > self._shown and self._probe is None:
-            with suppress(OSError):  # out of descriptors: another barrier shows it
-                self._probe = Sentinel.create()
-                self._link.store(probe_name(0), self._probe.writer)
-                self._link.on_synced(partial(self._find_probe, self._probe), first=True)
-                self._shown = names
+        if self._spare is None:
+            self._spare = Sentinel.create()
+
+    def show_room(self) -> None:
+        """A barrier is sent next: have it show whether there was room for all before it, before
+        anybody is told that the barrier has passed.
+
+        Raises:
+            OSError: this process is out of descriptors.
+        """
+        if self._probe is None:
+            self.prepare()
+            self._probe, self._spare = self._spare, None
+            assert self._probe is not None
+            self._link.on_synced(partial(self._find_probe, self._probe), first=True)
+        else:  # not everything could be sent the last time, and there is more by now
+            self._link.remove(probe_name(0))
+        self._link.store(probe_name(0), self._probe.writer)
 
     def _find_probe(self, probe: Sentinel) -> None:
         if self._probe is not probe:  # all is over
@@ -177,10 +184,9 @@ class Evidence:
         self._probe = None
         probe.sent()
         stored = probe.is_stored
-        self._link.remove(probe_name(0))
+        self._link.discard(probe_name(0))
         probe.close()
-        if not stored:
-            self._dropped()
+        self._shown(stored)
 
     async def watch(self) -> None:
         """Find out when the first is dropped: what is sent later is dropped later."""
@@ -196,6 +202,7 @@ class Evidence:
     def close(self) -> None:
         """Take no more notice."""
         self._first.close()
-        if self._probe is not None:
-            self._probe.close()
-            self._probe = None
+        for probe in (self._probe, self._spare):
+            if probe is not None:
+                probe.close()
+        self._probe = self._spare = None

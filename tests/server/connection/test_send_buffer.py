@@ -65,7 +65,7 @@ class Harness:
         daemon, fds = self.server.daemon, [_fd()]
         (stored,) = daemon.add(list(fds), opaque="o", lifetime=lifetime)
         daemon.remove([stored], "removed", [])
-        self.send_buffer.enqueue(b"{reply}\r\n", fds, lambda exc: b"<refused>", stored)
+        self.send_buffer.enqueue(b"{reply}\r\n", fds, lambda _: b"<refused>", stored)
         return fds[0]
 
     async def _settle(self) -> None:
@@ -245,13 +245,13 @@ async def test_a_reply_whose_descriptors_cannot_be_passed() -> None:
         one, two = _fd(), _fd()
         for wait in (False, True):
             rig.send_buffer.enqueue(b"a")
-            rig.send_buffer.enqueue(b"bb", [one], lambda exc: b"<%b>" % str(exc.errno).encode())
+            rig.send_buffer.enqueue(b"bb", [one], lambda error: b"<%b>" % error.desc.encode()[-13:])
             rig.send_buffer.enqueue(b"c")
             if wait:
                 await rig.send_buffer.drain()
             else:
                 rig.send_buffer.flush_nowait()
-            assert b"".join(data for data, _ in rig.stream.sent) == b"a<1>c"
+            assert b"".join(data for data, _ in rig.stream.sent) == b"a<not permitted>c"
             assert rig.send_buffer.size == rig.send_buffer.undelivered_fds == 0
             assert one.closed
             rig.stream.sent.clear()

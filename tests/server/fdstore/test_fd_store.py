@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from fake_store import INVOCATION, Store, fake_store
-from helpers import ROOT, Wire, daemon, value
+from helpers import ADD, CAPABILITIES, ROOT, Wire, daemon, send_now, value
 from supervised import COMMAND, DEADLINE, connected, lasting, supervised, until
 
 from qmpfd.client.blocking import BlockingClient, NoDaemon
@@ -509,10 +510,89 @@ async def test_more_places_than_are_tried_out(
                 with await Wire.session(path) as wire:
                     added, reply = 0, dict[str, Any]()
                     while "error" not in reply:
+                        assert len(entries(store)) == added + 1  # and the socket
                         with Fd(os.memfd_create("x")) as memory:
                             reply = await wire.call("add-fd", None, [memory])
-                        if value(await wire.call("query-stats"))["kept-safe"]:
-                            added += 1
-                            assert len(entries(store)) == added + 1  # and the socket
+                        added += 1
                     assert "cannot be kept safe" in reply["error"]["desc"]
+                    assert value(await wire.call("query-stats"))["kept-safe"]
                     assert 20 < added < 40
+
+
+def _pipelined(path: Path, count: int) -> list[str]:
+    """Add so many, and read the replies only then: how many were added, and what was refused."""
+    with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as lines:
+        sock.settimeout(DEADLINE)
+        sock.connect(str(path))
+        sock.sendall(CAPABILITIES)
+        for _ in range(count):
+            with Fd(os.memfd_create("x")) as memory:
+                send_now(sock, ADD, [memory])
+        replies = [json.loads(next(lines)) for _ in range(2 + count)][2:]
+        return [reply.get("error", {"desc": ""})["desc"] for reply in replies]
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 40])
+def test_a_maximum_that_is_lowered_to_more_than_there_is(
+    tmp_path: Path, path: Path, at_once: int
+) -> None:
+    """Nothing goes, and so nothing shows it but the next that are added: those that there is no
+    room for are refused, and all others stay safe.
+    """
+    options = ["--socket", str(path)]
+    with fake_store(tmp_path) as store:
+        with (
+            store.service(*options, expected=None) as first,
+            BlockingClient(path, DEADLINE) as client,
+        ):
+            assert set(_pipelined(path, 5)) == {""}
+            store.size = 30
+            refusals: list[str] = []
+            for _ in range(50 // at_once):
+                refusals += _pipelined(path, at_once)
+            assert kept_safe(client)
+            added = refusals.count("")
+            assert 0 < added < 25
+            assert {text for text in refusals if text} == {
+                "The file descriptor cannot be kept safe: the service manager has no room"
+            }
+            before = fds(client)
+            assert len(before) == 5 + added == len(entries(store)) - 1  # and the socket
+            client.remove_fd(0)
+            assert _pipelined(path, 1) == [""]
+            before = fds(client)
+            first.kill()
+            first.wait()
+        store.size = 512
+        with store.service(*options), BlockingClient(path, DEADLINE) as client:
+            assert fds(client) == before
+            assert kept_safe(client)
+
+
+def test_no_room_for_a_new_journal(tmp_path: Path, path: Path) -> None:
+    """The one before goes on."""
+    options = ["--socket", str(path)]
+    with fake_store(tmp_path) as store:
+        with (
+            store.service(*options, expected=None) as first,
+            BlockingClient(path, DEADLINE) as client,
+        ):
+            assert set(_pipelined(path, 5)) == {""}
+            journal = [name for name in store.names if name.startswith("qmpfd-journal")]
+            store.size = sum(not name.startswith("qmpfd-probe") for name in store.names)
+            opaque = "o" * 100_000
+            for _ in range(30):  # a journal has a mebibyte before another one is begun
+                with Fd(os.memfd_create("x")) as memory, suppress(QMPError):
+                    client.add_fds([memory], opaque=opaque)
+            assert [name for name in store.names if name.startswith("qmpfd-journal")] == journal
+            client.remove_fd(2)
+            before = fds(client)
+            assert len(before) == 4
+            assert kept_safe(client)
+            first.kill()
+            first.wait()
+        store.size = 512
+        store.size = 512
+        with store.service(*options), BlockingClient(path, DEADLINE) as client:
+            assert fds(client) == before
+            assert kept_safe(client)
