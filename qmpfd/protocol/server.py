@@ -97,7 +97,6 @@ class ServerConnection(Connection):
         self._qemu_classes = qemu_classes
         self._oob_enabled = False
         self._errors_in_a_row = 0
-        self._flooded = False  # an error was told of those in a row, since all was read
         # The types of the requests that are carried out without another look: in most states, none.
         self._usual: Container[type] = ()
 
@@ -188,7 +187,6 @@ class ServerConnection(Connection):
             received = self._checked(value, fds, lost)
             if received is not None:
                 return received
-        self._flooded = False
         return None
 
     def _checked(self, value: Any, fds: list[Fd], lost: str) -> ReceivedRequest | None:
@@ -208,10 +206,11 @@ class ServerConnection(Connection):
             if not isinstance(value, dict | Request):
                 # Not a request that waits for an answer: of a flood, one is told a read.
                 self._errors_in_a_row += 1
-                if self._errors_in_a_row > MAX_ERRORS_IN_A_ROW:
-                    if self._flooded:
-                        return None
-                    self._flooded = True
+                told = self._errors_in_a_row <= MAX_ERRORS_IN_A_ROW + 1
+                if not self.ready:
+                    self._errors_in_a_row = min(self._errors_in_a_row, MAX_ERRORS_IN_A_ROW)
+                if not told:
+                    return None
             return Error(exc), request_id, []
         self._errors_in_a_row = 0
         return request, request_id, fds

@@ -225,7 +225,10 @@ def test_a_flood_of_errors_is_answered_within_bounds(ready: ServerConnection) ->
     assert reads <= MAX_ERRORS_IN_A_ROW // SLOW_PATH_BYTES + 1
     for _ in range(3):
         receive(ready, b"}" * SLOW_PATH_BYTES)
-        assert len(list(iter(ready.next_request, None))) == 1
+        told = 0
+        while ready.has_pending_input:  # nobody asks for more than there is
+            told += ready.next_request() is not None
+        assert told == 1
     # A good request ends the flood, and is answered in any case.
     found = asked(ready, b"}" * 10 + b'{"execute":"query-name"}' + b"}" * 10)
     assert found[1] == ("query-name", UNSET)
