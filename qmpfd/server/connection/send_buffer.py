@@ -172,7 +172,8 @@ class SendBuffer:
         """As :meth:`enqueue` and :meth:`flush_nowait`; without the detour where nothing waits."""
         if self.unsent or self.state is not OPEN or self._services.lifecycle.paused or not data:
             self.enqueue(data)
-            self.flush_nowait()
+            if self.unsent:  # else it waits for the fd store
+                self.flush_nowait()
             return
         try:
             sent = self._stream.send_nowait(data)

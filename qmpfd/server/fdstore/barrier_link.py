@@ -187,10 +187,18 @@ class BarrierLink:
 
     def _put(self, command: str, name: str, fd: Fd | int | None) -> _Batch:
         """Have one more descriptor sent, or removed there, with others if possible."""
-        batch = self._outgoing[-1] if self._outgoing else None
+        outgoing = self._outgoing
+        at = len(outgoing) - 1
+        if at >= 0 and command is _STORE and self._most > 1:
+            last = outgoing[at]
+            if last.command is _REMOVE and name not in last.fds:
+                # What is added goes before what is removed, which the journal's reader relies on,
+                # and the changes of many clients are two messages.
+                at -= 1
+        batch = outgoing[at] if at >= 0 else None
         if batch is None or batch.command != command or len(batch.fds) == self._most:
             batch = _Batch(command, {})
-            self._outgoing.append(batch)
+            outgoing.insert(at + 1, batch)
         batch.fds[name] = fd
         self.changed()
         return batch

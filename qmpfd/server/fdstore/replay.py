@@ -102,8 +102,9 @@ class History:
         """Undo each frame at the end of which a descriptor that was added is not *kept* under its
         name: nobody was told of any of it, and a command adds all or none.
 
-        The fd store gets its messages in the order of the records.  So what was removed behind a
-        descriptor that is missing, as what a replacement takes the place of, was not removed there;
+        The fd store gets what is added in the order of the records, and nothing that is removed
+        before what was added earlier.  So what was removed behind a descriptor that is missing, as
+        what a replacement takes the place of, was not removed there;
         and whatever was added before one that is kept had been sent: what is not kept of that was
         lost later, and takes nothing else along.
         """

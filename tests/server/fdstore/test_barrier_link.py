@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import trio
@@ -41,6 +42,31 @@ async def test_no_task_waits_for_the_answer(path: Path) -> None:
             value(await wire.call("add-fd", None, [pipe]))
             trio.lowlevel.remove_instrument(steps)
             assert 0 < len(steps.names) <= 2, steps.names
+
+
+async def test_the_changes_of_many_are_two_messages(path: Path) -> None:
+    """One for all that is added, then one for all that is removed."""
+    async with kept_daemon(path) as (_, parent), AsyncExitStack() as stack:
+        wires = [stack.enter_context(await Wire.session(path)) for _ in range(6)]
+        pipe = stack.enter_context(Pipe())
+        for wire in wires:
+            value(await wire.call("add-fd", None, [pipe]))
+        parent.stop()
+        wires[0].send(ADD, [pipe])  # the others share the barrier behind that
+        await settle()
+        for number, wire in enumerate(wires[1:], 1):
+            if number % 2:
+                wire.send(request("remove-fd", {"fdset-id": number}))
+            else:
+                wire.send(ADD, [pipe])
+            await settle()
+        assert parent.turn() == 1
+        before = parent.barriers
+        await settle()
+        assert (parent.turn(), parent.barriers) == (2, before + 1)
+        parent.go_on()
+        for wire in wires:
+            value(await wire.reply())
 
 
 async def test_a_client_that_ends_its_input(path: Path) -> None:
