@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from ..client.blocking import BlockingClient
+from ..client.calls import members
 from ..kernel.fd import FileDescriptorLike
 from .exit_codes import DONE, UsageError
 from .forgetful import stay_connected, warn_of_forgetting
@@ -123,25 +124,18 @@ def _execute(
     client: BlockingClient, arguments: argparse.Namespace, fds: list[FileDescriptorLike]
 ) -> dict[str, Any]:
     """Add the descriptors; the result, in the form of ``add-fds``."""
-    members: dict[str, Any] = {}
-    if arguments.fdset is not None:
-        members["fdset-id"] = arguments.fdset
-    if arguments.name is not None:
-        members["opaque"] = arguments.name
-    more: dict[str, Any] = {}
-    if arguments.if_exists in ("fail", "replace"):
-        more["if-exists"] = arguments.if_exists
-    if arguments.expires is not None:
-        more["expires"] = arguments.expires
-    if arguments.connection:
-        more["lifetime"] = "connection"
-    if arguments.watch_hangup:
-        more["watch-hangup"] = True
+    where = members(fdset_id=arguments.fdset, opaque=arguments.name)
+    more = members(
+        if_exists=None if arguments.if_exists == "add" else arguments.if_exists,
+        expires=arguments.expires,
+        lifetime="connection" if arguments.connection else None,
+        watch_hangup=arguments.watch_hangup or None,
+    )
     if more or len(fds) > 1:
-        added: dict[str, Any] = client.execute("add-fds", {**members, **more}, fds)
+        added: dict[str, Any] = client.execute("add-fds", {**where, **more}, fds)
         return added
-    info = client.execute("add-fd", members, fds)  # which a QEMU has too
-    fd = {"fd": info["fd"]} | ({"opaque": arguments.name} if arguments.name is not None else {})
+    info = client.execute("add-fd", where, fds)  # which a QEMU has too
+    fd = members(fd=info["fd"], opaque=arguments.name)
     return {"fdset-id": info["fdset-id"], "fds": [fd]}
 
 

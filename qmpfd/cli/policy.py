@@ -89,14 +89,16 @@ def _user(name: str) -> tuple[int, set[int]]:
 
 def _as_json(rule: RuleInForce) -> dict[str, object]:
     grant = rule.grant
-    members = {"rule": rule.number, "line": rule.line, "uid": rule.uid, "gid": rule.gid}
-    told: dict[str, object] = {name: n for name, n in members.items() if n is not None}
-    told["allow"] = sorted(grant.rights)
-    if grant.fdsets is not None:
-        told["fdsets"] = sorted(grant.fdsets)
-    if grant.opaque is not None:
-        told["opaque"] = list(grant.opaque)
-    return told
+    members = {
+        "rule": rule.number,
+        "line": rule.line,
+        "uid": rule.uid,
+        "gid": rule.gid,
+        "allow": sorted(grant.rights),
+        "fdsets": None if grant.fdsets is None else sorted(grant.fdsets),
+        "opaque": grant.opaque,
+    }
+    return {name: value for name, value in members.items() if value is not None}
 
 
 def _place(rule: RuleInForce) -> str:

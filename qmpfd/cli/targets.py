@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from ..client.calls import members
 from ..errors import FdNotFound
 from .options import number, text
 from .output import printable
@@ -54,13 +55,7 @@ class Target(NamedTuple):
     @property
     def selector(self) -> dict[str, Any]:
         """The members of a QMP command that select it."""
-        members = {
-            "fdset-id": self.fdset_id,
-            "opaque": self.name,
-            "fd": self.fd,
-            "access": self.access,
-        }
-        return {key: value for key, value in members.items() if value is not None}
+        return members(fdset_id=self.fdset_id, opaque=self.name, fd=self.fd, access=self.access)
 
     def alternatives(self) -> Iterator[Target]:
         """The readings of the word, the likelier first: ``@disk/3`` is the name "disk/3", and

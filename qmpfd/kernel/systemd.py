@@ -15,11 +15,12 @@ import select
 import socket
 import stat
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 from . import fd as fds
 from .fd import Fd, FileDescriptorLike
+from .streams import write_nowait
 from .unix_address import connectable
 
 _log = logging.getLogger("qmpfd")
@@ -226,14 +227,8 @@ def announce_ready(fd: Fd) -> None:
 
     The reader may be gone, or so slow that the pipe is full: that is no reason to wait or to end.
     """
-    poll = select.poll()
-    poll.register(fd.fileno(), select.POLLOUT)
-    with fd:
-        if poll.poll(0):
-            try:
-                os.write(fd.fileno(), b"\n")
-            except OSError:
-                pass
+    with fd, suppress(OSError):
+        write_nowait(fd.fileno(), b"\n")
 
 
 def watchdog_interval() -> float | None:
