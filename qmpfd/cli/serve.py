@@ -199,16 +199,13 @@ def _serve(arguments: argparse.Namespace) -> int:
         with recovered:
             close_all(fd for fd, _, _ in initial)
             return DONE  # a successor has it all; this was started because it was not told so
+    if missing and not recovered.has_state:
+        raise UsageError(f"--add-fd: this process has not inherited descriptor {missing[0]}")
+    listen_fds, passed = _sort_passed(recovered.sockets)
+    initial += passed
     if recovered.has_state:  # they are part of it
         close_all(fd for fd, _, _ in initial)
         initial = []
-    elif missing:
-        raise UsageError(f"--add-fd: this process has not inherited descriptor {missing[0]}")
-    listen_fds, passed = _sort_passed(recovered.sockets)
-    if recovered.has_state:
-        close_all(fd for fd, _, _ in passed)  # likewise
-    else:
-        initial += passed
     paths = arguments.socket or ([] if listen_fds else [Path(default_socket())])
     policy = None if arguments.policy is None else read_policy(arguments.policy)
     predecessor = None
