@@ -16,9 +16,9 @@ class OpenFdset(Selector):
 
     Args:
         access: the access mode that the descriptor must have; any if absent.
-        remove: remove it from its fd set in the same step. The client is the only one who has it
-            when it reads the reply. If it refuses descriptors, or is gone before the reply is sent,
-            the descriptor is put back.
+        remove: remove it from its fd set in the same step. The daemon has closed its own duplicate
+            when the client reads the reply. If the client refuses descriptors, or is gone before
+            the reply is sent, the descriptor is put back.
     """
 
     access: Literal["rdonly", "wronly", "rdwr"] | UnsetType = UNSET
