@@ -12,6 +12,7 @@ from msgspec import UNSET, to_builtins
 
 from ..errors import FdExists, FdNotFound, GenericError, InvalidParameterValue
 from ..fdsets import PERMANENT, Lifetime, Peer, StoredFd
+from ..kernel.close_pool import Duplicate
 from ..kernel.fdinfo import access_mode
 from ..limits import MAX_PEERS, SCM_MAX_FD
 from ..policy import Access
@@ -65,7 +66,7 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
     opened = OpenedFd(stored.fdset.id, stored.fd.fileno(), opaque)
     if arguments.remove is not True:
         try:
-            context.reply_fds.append(stored.fd.dup())
+            context.reply_fds.append(Duplicate(stored.fd))
         except OSError as exc:
             reason = f"The file descriptor cannot be handed out: {exc.strerror}"
             raise GenericError(reason) from None

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Container, Hashable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from time import monotonic
 
 from .fd import Fd, FileDescriptorLike, close_all, fileno, unread_bytes
 from .fdinfo import make_statx
@@ -29,7 +30,7 @@ from .mounts import LocalFileSystems
 #: Threads that may hang in a close at a time, of each lane.  More descriptors wait, open.
 _MAX_THREADS = 32
 
-#: Seconds that a descriptor stays open here at most because another process has not closed its own.
+#: Seconds that a descriptor stays open here at most because a duplicate is not closed yet.
 _MAX_WAIT = 1.0
 
 #: Open files of the 64-bit kernel have it; sockets, pipes and anonymous inodes do not.
@@ -94,15 +95,32 @@ def _risk_of_unix_socket(sock: socket.socket) -> Risk:
     return Risk.SLIGHT
 
 
+class Duplicate(Fd):
+    """A duplicate of another descriptor here: :class:`ClosePool` closes that one after it.
+
+    Args:
+        original: the other one.
+
+    Raises:
+        OSError: this process is out of descriptors.
+    """
+
+    __slots__ = ("original",)
+
+    def __init__(self, original: Fd) -> None:
+        super().__init__(os.dup(original.fileno()))
+        self.original = original
+
+
 class Closing:
     """Descriptors that threads close for one caller."""
 
-    __slots__ = ("_callback", "_left", "_lock")
+    __slots__ = ("_callbacks", "_left", "_lock")
 
     def __init__(self, count: int, lock: threading.Lock) -> None:
         self._left = count
         self._lock = lock
-        self._callback: Callable[[], object] | None = None
+        self._callbacks: list[Callable[[], object]] = []
 
     @property
     def is_done(self) -> bool:
@@ -113,14 +131,14 @@ class Closing:
         """Have *callback* called once all of them are closed: by a thread, or here if they are."""
         with self._lock:
             if self._left:
-                self._callback = callback
+                self._callbacks.append(callback)
                 return
         callback()
 
     def _closed_one(self) -> list[Callable[[], object]]:
         """One more is closed, and the lock is held: what is to be called now."""
         self._left -= 1
-        return [] if self._left or self._callback is None else [self._callback]
+        return [] if self._left else self._callbacks
 
 
 @dataclass(slots=True, eq=False)
@@ -132,7 +150,7 @@ class _Lane:
     """
 
     uid: int | None
-    waiting: deque[tuple[Fd, threading.Event | None, Closing]] = field(default_factory=deque)
+    waiting: deque[tuple[Fd, list[threading.Event], Closing]] = field(default_factory=deque)
     threads: int = 0
 
 
@@ -149,7 +167,8 @@ class ClosePool:
         #: How many closes are under way, or wait for a thread, by the user whom they count for.
         self.pending_by_uid: dict[int | None, int] = {}
         self._when_idle: list[Callable[[], object]] = []
-        self._after: dict[Fd, threading.Event] = {}
+        self._after: dict[Fd, list[threading.Event]] = {}  # what each is closed after
+        self._deferred: set[Fd] = set()  # threads are to close them
         self._quick: set[Fd] = set()  # known not to block; their close comes next
         self._status = make_statx()
         self._memfds = self._memfd_device()
@@ -209,6 +228,9 @@ class ClosePool:
                 self._quick.discard(fd)
                 fd.close()
                 continue
+            if isinstance(fd, Duplicate) and self._is_open(fd.original):
+                self._close_duplicate(fd, uid)
+                continue
             try:
                 risk = self.risk(number)
             except OSError:  # out of descriptors, or a name that is too long
@@ -218,6 +240,19 @@ class ClosePool:
             else:
                 deferred.append((risk, fd))
         return self._close_in_threads(deferred, uid) if deferred else None
+
+    def _is_open(self, fd: Fd) -> bool:
+        """Whether nobody has asked for the close of *fd* yet."""
+        return fd.number >= 0 and fd not in self._deferred
+
+    def _close_duplicate(self, fd: Duplicate, uid: int | None) -> None:
+        """Close what is not the last of its file here."""
+        if self.is_quick_duplicate(fd.number):
+            fd.close()
+            return
+        closed = threading.Event()
+        self.close_after(fd.original, closed)
+        self._close_in_threads([(Risk.HIGH, fd)], uid).when_done(closed.set)
 
     def may_block(self, fd: FileDescriptorLike) -> bool:
         """Whether the close of a descriptor may take long, of this one or of a duplicate.  Where it
@@ -239,13 +274,14 @@ class ClosePool:
         return f"{uid}:{found and found[4:]}"
 
     def close_after(self, fd: Fd, closed: threading.Event) -> None:
-        """Close *fd*, once that is asked for, after another process has closed its duplicate.
+        """Close *fd*, once that is asked for, after its duplicate elsewhere.
 
         Args:
             fd: a descriptor whose close may block, so that a thread closes it.
-            closed: is set when the other process has.
+            closed: is set when the duplicate is closed.
         """
-        self._after[fd] = closed
+        before = self._after.get(fd, ())
+        self._after[fd] = [closed, *(event for event in before if not event.is_set())]
 
     def close_duplicates(self, fds: Iterable[Fd], quick: Container[Fd] = ()) -> None:
         """Close descriptors of files that another process has open as well.
@@ -286,7 +322,8 @@ class ClosePool:
                 lane = self._lanes.get(key)
                 if lane is None:
                     lane = self._lanes[key] = _Lane(payer)
-                lane.waiting.append((fd, self._after.pop(fd, None), closing))
+                lane.waiting.append((fd, self._after.pop(fd, []), closing))
+                self._deferred.add(fd)
                 to_start[key] = lane
             # And those for which no thread could be started before.
             to_start |= {key: lane for key, lane in self._lanes.items() if not lane.threads}
@@ -316,14 +353,16 @@ class ClosePool:
                     if not lane.threads:
                         self._lanes.pop(key, None)
                     return
-                fd, elsewhere, closing = lane.waiting.popleft()
+                fd, after, closing = lane.waiting.popleft()
                 more = bool(lane.waiting)
             if more:  # this one may hang: not the rest behind it
                 self._start_thread(key, lane)
-            if elsewhere is not None:
-                elsewhere.wait(_MAX_WAIT)
+            until = monotonic() + _MAX_WAIT
+            for closed in after:
+                closed.wait(until - monotonic())
             fd.close()
             with self._lock:
+                self._deferred.discard(fd)
                 self.pending_by_uid[lane.uid] -= 1
                 if not self.pending_by_uid[lane.uid]:
                     del self.pending_by_uid[lane.uid]

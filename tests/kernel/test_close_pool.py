@@ -20,7 +20,7 @@ from helpers import PATIENCE, Pipe, send_now
 from kinds import KINDS, open_kind
 
 from qmpfd.kernel import close_pool, fdinfo, mounts
-from qmpfd.kernel.close_pool import ClosePool, Closing, Risk
+from qmpfd.kernel.close_pool import ClosePool, Closing, Duplicate, Risk
 from qmpfd.kernel.fd import Fd, is_in_memory
 
 MEBIBYTE = 1 << 20
@@ -419,3 +419,44 @@ def test_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/proc/self/status") as file:  # no temporary file: /tmp is in memory on many machines
         assert closer.risk(file.fileno()) is Risk.HIGH
     closer.shut_down()
+
+
+@pytest.mark.parametrize("in_file_system", [False, True])
+def test_closed_after_a_duplicate_here(
+    closer: ClosePool, monkeypatch: pytest.MonkeyPatch, in_file_system: bool
+) -> None:
+    """The duplicate is closed at once where that waits for nobody, being not the last; or else by a
+    thread, and the original after it: a file system is asked at each close.
+    """
+    monkeypatch.setattr(closer, "_file_systems", None)  # no file system is known to be local
+    fd = Fd(os.open("/proc/self/status", os.O_RDONLY) if in_file_system else _inotify())
+    duplicate, go_on = Duplicate(fd), threading.Event()
+    order: list[Fd] = []
+    close = Fd.close
+
+    def noting(self: Fd) -> None:
+        if self is duplicate and in_file_system:
+            go_on.wait(PATIENCE)
+        order.append(self)
+        close(self)
+
+    monkeypatch.setattr(Fd, "close", noting)
+    closer.close([duplicate])
+    assert duplicate.closed != in_file_system
+    closing = closer.close([fd])
+    assert closing is not None
+    go_on.set()
+    closed(closing)
+    assert order == [duplicate, fd]
+
+
+def test_a_duplicate_that_outlives_its_original(closer: ClosePool) -> None:
+    """It may be the last one by then: a thread closes it."""
+    fd = Fd(_inotify())
+    duplicate = Duplicate(fd)
+    first, second = closer.close([fd]), closer.close([duplicate])
+    for closing in (first, second):
+        assert closing is not None
+        closed(closing)
+    assert fd.closed
+    assert duplicate.closed

@@ -97,6 +97,12 @@ def _handed_out(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
     client.open_fdset(_add(client, fd), remove=True).close()
 
 
+def _removed_after_it_was_handed_out(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
+    fdset_id = _add(client, fd)
+    client.open_fdset(fdset_id).close()
+    client.remove_fd(fdset_id)
+
+
 def _closed_by_name(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
     with fd:
         client.execute("getfd", {"fdname": "n"}, fds=[fd])
@@ -148,7 +154,15 @@ def _superseded(_: BlockingClient, fd: Fd, daemon: _Daemon) -> None:
 _Way = Callable[[BlockingClient, Fd, _Daemon], None]
 _WAYS: list[_Way] = [
     *(_removed, _removed_with_its_set, _removed_by_selector, _replaced, _handed_out),
-    *(_closed_by_name, _name_given_again, _refused, _broken, _too_many, _superseded),
+    *(
+        _removed_after_it_was_handed_out,
+        _closed_by_name,
+        _name_given_again,
+        _refused,
+        _broken,
+        _too_many,
+        _superseded,
+    ),
 ]
 
 
