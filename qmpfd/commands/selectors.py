@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable
 
 from msgspec import UNSET, UnsetType
 
@@ -96,40 +95,28 @@ class Selector(Arguments):
         return FdNotFound(f"File descriptor named '{self}' not found")
 
 
-class Choice(NamedTuple):
-    """The descriptors that a selector finds for a client.
-
-    Args:
-        allowed: what the client has the right for, by descending set id, the oldest first.
-        refused: whether there is more, which the client may query only.
-    """
-
-    allowed: list[StoredFd]
-    refused: bool
-
-
-def choose(store: FdSets, selector: Selector, access: Access, right: Right) -> Choice:
+def choose(
+    store: FdSets, selector: Selector, access: Access, right: Right
+) -> tuple[list[StoredFd], bool]:
     """The descriptors that *selector* chooses among those that the client can know of.
 
     A client can know of a descriptor that it may query.  A client that names a descriptor by set
     and number searches nothing: there, *right* alone is enough.
+
+    Returns:
+        Those that the client has *right* for, by descending set id, the oldest first; and whether
+        there are more, which the client may query only.
     """
     allowed: list[StoredFd] = []
     refused = False
-    for stored in _chosen(store, selector):
-        known, has_right = rights(access, stored, right, selector.by_number)
-        if has_right:
-            allowed.append(stored)
-        elif known:
-            refused = True
-    return Choice(allowed, refused)
-
-
-def _chosen(store: FdSets, selector: Selector) -> Iterator[StoredFd]:
     for fdset in selector.sets(store):
-        for stored in selector.entries(fdset):
-            if selector.matches(stored):
-                yield stored
+        for stored in filter(selector.matches, selector.entries(fdset)):
+            known, has_right = rights(access, stored, right, selector.by_number)
+            if has_right:
+                allowed.append(stored)
+            elif known:
+                refused = True
+    return allowed, refused
 
 
 def rights(access: Access, stored: StoredFd, right: Right, by_number: bool) -> tuple[bool, bool]:

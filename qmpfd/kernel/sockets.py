@@ -8,45 +8,33 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 
-class SocketInfo(NamedTuple):
-    """A socket.
-
-    Args:
-        address: its own address; None where it has none, or of a family that is not known here.
-        peer: the address of its other end, likewise.
-        listening: whether it accepts connections (SO_ACCEPTCONN).
-    """
-
-    address: str | None
-    peer: str | None
-    listening: bool
-
-
-def describe_socket(fd: int) -> SocketInfo:
-    """Describe the socket *fd*.
+def describe_socket(fd: int) -> tuple[str | None, str | None, bool]:
+    """The address of the socket *fd*, that of its other end, and whether it accepts connections
+    (SO_ACCEPTCONN).
 
     Addresses are written as ``HOST:PORT``, ``[V6]:PORT``, ``unix:PATH``, ``unix:@NAME`` for an
-    abstract one, and ``vsock:CID:PORT``.
+    abstract one, and ``vsock:CID:PORT``; None where there is none, or one of a family that is not
+    known here.
     """
     try:
         sock = socket.socket(fileno=fd)
     except OSError:  # a family that Python cannot read the address of
-        return SocketInfo(None, None, listening=False)
+        return None, None, False
+    address = peer = None
+    listening = False
     try:
-        address = peer = None
-        listening = False
         with suppress(OSError, ValueError):
             address = _text(sock.family, sock.getsockname())
         with suppress(OSError, ValueError):
             peer = _text(sock.family, sock.getpeername())
         with suppress(OSError):
             listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-        return SocketInfo(address, peer, listening)
     finally:
         sock.detach()
+    return address, peer, listening
 
 
 def _text(family: int, address: Any) -> str | None:
