@@ -205,10 +205,6 @@ class RuleInForce:
     gid: int | None
     grant: Grant
 
-    def is_for(self, uid: int, groups: frozenset[int]) -> bool:
-        """Whether it is for that user, who is in those groups."""
-        return self.uid in (None, uid) and (self.gid is None or self.gid in groups)
-
 
 class Policy:
     """The rules of a policy; :func:`load_policy` reads them from a file.
@@ -241,8 +237,8 @@ class Policy:
             uid: its user.
             gids: its groups, supplementary ones included.
         """
-        groups = frozenset(gids)
-        return [rule for rule in self.rules if rule.is_for(uid, groups)]
+        gids_or_any = {None, *gids}
+        return [rule for rule in self.rules if rule.uid in (None, uid) and rule.gid in gids_or_any]
 
     def access(self, uid: int, gids: Iterable[int]) -> Access:
         """What a peer may do.

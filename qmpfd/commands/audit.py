@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from msgspec import UNSET, Struct
 
@@ -63,7 +64,7 @@ class Audit:
 
     def record(self, outcome: str, stored: StoredFd) -> None:
         """Record that a descriptor was added, removed or handed out."""
-        self._put(outcome, stored.fdset.id, stored.fd.number, stored.opaque)
+        self._put(outcome, set=stored.fdset.id, fd=stored.fd.number, opaque=stored.opaque)
 
     def record_named(self, outcome: str, name: str, fd: int) -> None:
         """Record that a descriptor of ``getfd`` was added or removed."""
@@ -71,32 +72,25 @@ class Audit:
 
     def refuse(self, error: QMPError, arguments: Struct | None = None) -> None:
         """Record that a command or a connection was refused."""
-        fdset_id, fd, opaque, name = (
-            None if (value := getattr(arguments, member, None)) is UNSET else value
-            for member in ("fdset_id", "fd", "opaque", "fdname")
-        )
-        self._put(f"{error.error_class}: {error.desc}", fdset_id, fd, opaque, name)
+        members = {"set": "fdset_id", "fd": "fd", "opaque": "opaque", "name": "fdname"}
+        given = {key: getattr(arguments, member, None) for key, member in members.items()}
+        fields = {key: value for key, value in given.items() if value is not UNSET}
+        self._put(f"{error.error_class}: {error.desc}", **fields)
 
-    def _put(
-        self,
-        outcome: str,
-        fdset_id: int | None = None,
-        fd: int | None = None,
-        opaque: str | None = None,
-        name: str | None = None,
-    ) -> None:
+    def _put(self, outcome: str, **fields: Any) -> None:
         seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+        quoted: dict[str, Any] = {
+            key: _quoted(value) if isinstance(value, str) else value
+            for key, value in fields.items()
+        }
         line = AuditLine(
             time=f"{stamp}.{nanoseconds // 1000:06}Z",
             outcome=_quoted(outcome),
             pid=None if self._peer is None else self._peer.pid,
             uid=None if self._peer is None else self._peer.uid,
             command=self._command,
-            set=fdset_id,
-            fd=fd,
-            opaque=None if opaque is None else _quoted(opaque),
-            name=None if name is None else _quoted(name),
+            **quoted,
         )
         self._write(encode(line) + b"\n")
 
