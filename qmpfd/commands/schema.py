@@ -34,21 +34,6 @@ class _Schema:
     def __init__(self) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
 
-    def command(self, name: str, arguments: type[Struct], returns: Any) -> None:
-        self.entries[name] = {
-            "name": name,
-            "ret-type": self.type_name(returns),
-            "meta-type": "command",
-            "arg-type": self.type_name(arguments),
-        }
-
-    def event(self, name: str, data: type[Struct]) -> None:
-        self.entries[name] = {
-            "name": name,
-            "meta-type": "event",
-            "arg-type": self.type_name(data),
-        }
-
     def type_name(self, annotation: Any) -> str:
         """The name under which *annotation* is described."""
         kind = bare_type(annotation)
@@ -57,8 +42,8 @@ class _Schema:
             name, json_type = _BUILTINS[kind]
             entry = {"name": name, "json-type": json_type, "meta-type": "builtin"}
         elif typing.get_origin(kind) is Literal:
-            name = "Enum(" + "|".join(typing.get_args(kind)) + ")"
             values = list(typing.get_args(kind))
+            name = f"Enum({'|'.join(values)})"
             members = [{"name": value} for value in values]
             entry = {"name": name, "members": members, "meta-type": "enum", "values": values}
         elif typing.get_origin(kind) is list:
@@ -91,8 +76,15 @@ class _Schema:
 def schema(table: Table[Any]) -> list[dict[str, Any]]:
     """All commands of *table* and all events, with the types that they refer to."""
     collected = _Schema()
+    entries = collected.entries
     for command in table.commands.values():
-        collected.command(command.name, command.arguments, command.returns)
+        entries[command.name] = {
+            "name": command.name,
+            "ret-type": collected.type_name(command.returns),
+            "meta-type": "command",
+            "arg-type": collected.type_name(command.arguments),
+        }
     for name, data in EVENTS.items():
-        collected.event(name, data)
-    return list(collected.entries.values())
+        arguments = collected.type_name(data)
+        entries[name] = {"name": name, "meta-type": "event", "arg-type": arguments}
+    return list(entries.values())
