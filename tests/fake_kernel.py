@@ -33,6 +33,9 @@ class Queue(Protocol):
     def receive(self, count: int) -> tuple[bytes, list[Fd], str]:
         """As :func:`qmpfd.kernel.fd.receive`."""
 
+    def unread_bytes(self) -> int:
+        """As :func:`qmpfd.kernel.fd.unread_bytes`."""
+
     def close(self) -> None:
         """Close everything that is still on its way."""
 
@@ -91,6 +94,9 @@ class FakeQueue:
                 return bytes(data), *self._install(fds)
         return bytes(data), [], ""
 
+    def unread_bytes(self) -> int:
+        return sum(len(segment.data) for segment in self._segments)
+
     def _install(self, fds: list[Fd]) -> tuple[list[Fd], str]:
         if self.room is None:
             return fds, ""
@@ -122,6 +128,9 @@ class SocketQueue:
     def receive(self, count: int) -> tuple[bytes, list[Fd], str]:
         return fd_module.receive(self._receiver, count)
 
+    def unread_bytes(self) -> int:
+        return fd_module.unread_bytes(self._receiver)
+
     def close(self) -> None:
         self._sender.close()
         self._receiver.close()
@@ -148,7 +157,7 @@ def read_once(queue: Queue, connection: Connection) -> bool:
         got, surplus, dropped = queue.receive(rest)
         assert (len(got), surplus, dropped) == (rest, [], ""), "nobody would own them"
     connection.received(number, fds, lost)
-    if blank and (fds or lost):
+    if blank and (fds or lost) and queue.unread_bytes() == blank:
         got, surplus, dropped = queue.receive(blank)
         assert (surplus, dropped) == ([], ""), "nobody would own them"
         assert not got.strip()
