@@ -119,6 +119,11 @@ class SocketQueue:
         self._sender.setblocking(False)
         self._receiver.setblocking(False)
 
+    def detach_receiver(self) -> socket.socket:
+        """The receiving end, for the caller to read and close."""
+        receiver, self._receiver = self._receiver, self._receiver.dup()
+        return receiver
+
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         assert fd_module.send(self._sender, data, fds) == len(data)
 

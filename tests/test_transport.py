@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import trio
+from fake_kernel import SocketQueue, Tags
 from helpers import open_fds, pipes, send_now
+from hypothesis import given, settings
+from protocol.test_receive_buffer import TAGS, Script, Server, carry_out, scripts
 
 from qmpfd.commands import DECODER, VERSION
 from qmpfd.kernel.fd import close_all
@@ -113,3 +116,32 @@ async def test_no_more_while_some_wait() -> None:
             close_all(connection.fds_to_close)
             connection.fds_to_close.clear()
         assert connection.waiting_fds == SCM_MAX_FD
+
+
+class _Received(Server):
+    """As the server's end of the tests of the rule, but by the transport."""
+
+    def __init__(self, queue: SocketQueue, tags: Tags) -> None:
+        super().__init__(queue, tags)
+        sock = queue.detach_receiver()
+        self._stream = FdStream(trio.socket.from_stdlib_socket(sock))
+
+    def receive(self, most: int) -> bool:
+        arrival = self._stream.receive_nowait(self.connection, max_fds=lambda: most)
+        return arrival is not Arrival.NOTHING
+
+    def close(self) -> None:
+        super().close()
+        self._stream.close()
+
+
+@given(scripts())
+@settings(max_examples=500, deadline=None)
+def test_which_command_gets_which_fd(script: Script) -> None:
+    """As INTERFACE.md has it, however the bytes are cut and read."""
+
+    async def received() -> list[tuple[int | None, list[int]]]:
+        with closing(Tags(TAGS)) as tags:
+            return carry_out(script, _Received(SocketQueue(), tags))
+
+    assert trio.run(received) == script.expected()

@@ -71,10 +71,8 @@ class Server:
 
     def read(self, most: int = 1) -> bool:
         """Read, so often at most, and carry out; False if nothing was there."""
-        if not read_once(self.queue, self.connection):
+        if not self.receive(most):
             return False
-        for _ in range(most - 1):
-            read_once(self.queue, self.connection)
         for request, sent_id, fds in iter(self.connection.next_request, None):
             request_id = None if sent_id is UNSET else sent_id
             if isinstance(request, Error):
@@ -85,6 +83,14 @@ class Server:
                 self.results.append((request_id, [self._tags.which(fd) for fd in fds]))
                 close_all(fds)
         self.close_fds()
+        return True
+
+    def receive(self, most: int) -> bool:
+        """Read, so often at most; False if nothing was there."""
+        if not read_once(self.queue, self.connection):
+            return False
+        for _ in range(most - 1):
+            read_once(self.queue, self.connection)
         return True
 
     def read_all(self, at_once: int = 1) -> list[Result]:
