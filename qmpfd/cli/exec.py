@@ -174,6 +174,7 @@ def _replace_by(command: list[str]) -> int:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         os.execvp(command[0], command)
     except OSError as exc:
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # the status does not depend on a reader
         with suppress(OSError):
             os.write(2, f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}\n".encode())
         return _NOT_FOUND if isinstance(exc, FileNotFoundError) else _NOT_EXECUTABLE

@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whatever is behind it is the command's, options and further dashes too.
         cut = words.index("--")
         words, command = words[:cut], words[cut + 1 :]
+    arguments = argparse.Namespace()
     try:
         arguments = _parser(words[0] if words else "").parse_args(words)
         if command:
@@ -126,8 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             f" (the output failed; this was done: {output.unprinted})" if output.unprinted else ""
         )
         return _fail(f"{exc.strerror or exc}{done}", REFUSED)
-    except MemoryError:
-        return _fail("this process is out of memory", REFUSED)
+    except (MemoryError, ImportError) as exc:  # which says so of a library
+        return _fail(str(exc) or "this process is out of memory", REFUSED)
+    except Exception as exc:
+        # A verb takes each reply for what its command returns; a server may say anything.
+        if not hasattr(arguments, "timeout"):  # a verb without a server
+            raise
+        return _fail(f"the server's reply is not what the command returns: {exc!r}", NO_DAEMON)
     except KeyboardInterrupt:
         if sys.stderr.isatty():
             print_error("")  # behind the ^C

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
+from ..kernel.fd import Fd
+
 #: The result of a verb that has changed something, while it is being printed.
 unprinted = ""
 
@@ -53,7 +55,9 @@ def drop(stream: TextIO | Nowhere) -> None:
     not try again at exit.
     """
     if not isinstance(stream, Nowhere):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        number = stream.fileno()
+        Fd(number).close()  # first: this process may be out of descriptors
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def printable(text: str) -> str:

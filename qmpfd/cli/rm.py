@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from ..client.blocking import BlockingClient
+from ..client.blocking import BlockingClient, NoDaemon
 from ..errors import FdNotFound, QMPError
 from .exit_codes import DONE, REFUSED, UsageError
 from .options import Subparsers, add_client_options, add_examples, client_of, number
@@ -43,43 +43,56 @@ def _rm(arguments: argparse.Namespace) -> int:
     if (bool(targets), arguments.pid is not None, arguments.all).count(True) != 1:
         raise UsageError("rm needs one of TARGET..., --pid N and --all (see qmpfd rm --help)")
     removed: list[Removed] = []
-    refused = False
-    with client_of(arguments) as client:
-        if arguments.all:
-            sets = dict.fromkeys(fdset_id for fdset_id, _ in listed(client))
-            removed += [_remove(client, {"fdset-id": fdset_id}) for fdset_id in sets]
-        elif arguments.pid is not None:
-            removed += client.execute("remove-fds", {"added-by-pid": arguments.pid})
-        for target in targets:
-            try:
-                removed += _remove_target(client, target)
-            except QMPError as exc:
-                if len(targets) == 1:
-                    raise
-                why = printable(f"{exc.error_class}: {exc.desc}")
-                print_error(f"qmpfd: {printable(target.word)}: {why}")
-                refused = True
-    if arguments.json:
-        print_result(removed)
-    else:
-        print_result("\n".join(f"removed {line}" for line in _lines(removed)) or "no fd sets")
+    try:
+        with client_of(arguments) as client:
+            refused = _remove_all(client, arguments, removed)
+    except (QMPError, NoDaemon):
+        if removed:
+            _report(arguments, removed)
+        raise
+    _report(arguments, removed)
     return REFUSED if refused else DONE
 
 
-def _remove_target(client: BlockingClient, target: Target) -> list[Removed]:
+def _remove_all(
+    client: BlockingClient, arguments: argparse.Namespace, removed: list[Removed]
+) -> bool:
+    """Remove what the arguments name, and append it to *removed*; whether one target of several
+    was refused.
+    """
+    if arguments.all:
+        sets = dict.fromkeys(fdset_id for fdset_id, _ in listed(client))
+        removed.extend(_remove(client, {"fdset-id": fdset_id}) for fdset_id in sets)
+    elif arguments.pid is not None:
+        removed += client.execute("remove-fds", {"added-by-pid": arguments.pid})
+    targets: list[Target] = arguments.targets
+    refused = False
+    for target in targets:
+        try:
+            _remove_target(client, target, removed)
+        except QMPError as exc:
+            if len(targets) == 1:
+                raise
+            why = printable(f"{exc.error_class}: {exc.desc}")
+            print_error(f"qmpfd: {printable(target.word)}: {why}")
+            refused = True
+    return refused
+
+
+def _remove_target(client: BlockingClient, target: Target, removed: list[Removed]) -> None:
     if target.name is None:
-        return [_remove(client, target.selector)]
-    if target.is_pattern:
+        removed.append(_remove(client, target.selector))
+    elif target.is_pattern:
         found = [row for row in listed(client) if target.matches(*row)]
         if not found:
             raise FdNotFound(f"no name matches {target.name!r}")
-        return [
+        removed.extend(
             _remove(client, {"fdset-id": fdset_id, "fd": fd["fd"]}, fd) for fdset_id, fd in found
-        ]
-    removed: list[Removed] = first_found(
-        target, lambda reading: client.execute("remove-fds", reading.selector)
-    )
-    return removed
+        )
+    else:
+        removed += first_found(
+            target, lambda reading: client.execute("remove-fds", reading.selector)
+        )
 
 
 def _remove(
@@ -90,6 +103,13 @@ def _remove(
     if fd is None and "fd" in members:
         fd = {"fd": members["fd"]}
     return {"fdset-id": members["fdset-id"]} | ({} if fd is None else {"fds": [fd]})
+
+
+def _report(arguments: argparse.Namespace, removed: list[Removed]) -> None:
+    if arguments.json:
+        print_result(removed)
+    else:
+        print_result("\n".join(f"removed {line}" for line in _lines(removed)) or "no fd sets")
 
 
 def _lines(removed: list[Removed]) -> Iterator[str]:

@@ -201,6 +201,21 @@ def test_the_error_goes_to_nobody_elses_file(cli: Cli, file: Path) -> None:
 
 
 @pytest.mark.usefixtures("file")
+def test_its_status_does_not_depend_on_who_reads_the_error(cli: Cli) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        ran = subprocess.run(
+            cli.argv("exec", "0", "--", "no-such-command"),
+            cwd=ROOT,
+            stderr=pipe,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert ran.returncode == NOT_FOUND
+
+
+@pytest.mark.usefixtures("file")
 @pytest.mark.parametrize(
     "status, words, text",
     [

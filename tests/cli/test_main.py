@@ -319,6 +319,42 @@ def test_status_of_an_odd_server(cli: Cli, path: Path, version: str) -> None:
     assert "\x1b" not in shown
 
 
+@pytest.mark.parametrize(
+    "reply", ["5", "null", "{}", '[{"fdset-id": {}, "fds": [5]}]', '{"fdset-id": 1e999, "fd": []}']
+)
+@pytest.mark.parametrize(
+    "words", ["ls -l", "rm --all", "rm @x", "add /dev/null", "exec --take 0 -- true", "push 0 --to"]
+)
+def test_a_reply_that_the_command_does_not_have(
+    cli: Cli, path: Path, tmp_path: Path, words: str, reply: str
+) -> None:
+    said = [GREETING, b'{"return": {}, "id": 1}\r\n', b'{"return": %s, "id": 2}\r\n']
+    said[-1] %= reply.encode()
+    with _saying(path, *said), daemon_thread(tmp_path / "other"):
+        arguments = [*words.split(), tmp_path / "other"] if words.endswith("to") else words.split()
+        status, _, told = cli(*arguments)
+    assert status in (DONE, NO_DAEMON)  # a removal's reply is not looked at
+    assert status == DONE or told.startswith("qmpfd: ")
+
+
+def test_what_was_removed_before_an_error(cli: Cli, path: Path) -> None:
+    sets = b'{"return": [{"fdset-id": 8, "fds": [{"fd": 3}]}, {"fdset-id": 7, "fds": [{"fd": 4}]}]'
+    told = [
+        GREETING,
+        b'{"return": {}, "id": 1}\r\n',
+        sets + b', "id": 2}\r\n',
+        b'{"return": {}, "id": 3}\r\n',
+        b'{"error": {"class": "PermissionDenied", "desc": "no"}, "id": 4}\r\n',
+    ]
+    with _saying(path, *told):
+        status, shown, error = cli("rm", "--all")
+    assert (status, shown) == (REFUSED, "removed fd set 8\n")
+    assert error.startswith("qmpfd: PermissionDenied: no")
+    path.unlink()
+    with _saying(path, *told[:-1]):  # which closes the connection then
+        assert cli("rm", "--all")[:2] == (NO_DAEMON, "removed fd set 8\n")
+
+
 # -- where the daemon is -----------------------------------------------------------------------
 
 
@@ -412,6 +448,49 @@ def test_the_disk_is_full(path: Path, words: str) -> None:
             env={**os.environ, "QMPFD_SOCKET": str(path)},
         )
     assert (ran.returncode, ran.stderr) == (REFUSED, "qmpfd: No space left on device\n")
+
+
+def _limited(limit: str, *words: str) -> tuple[int, str]:
+    """The exit status of a verb whose process has a limit, and its errors."""
+    script = (
+        "import sys, threading, qmpfd.client.blocking\n"
+        "from resource import RLIMIT_NOFILE, setrlimit\n"
+        "from qmpfd.cli import main\n"
+        f"{limit}\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", script, *words]
+    with open("/dev/null", "w") as null:
+        ran = subprocess.run(
+            command,
+            cwd=ROOT,
+            stdout=null,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    return ran.returncode, ran.stderr
+
+
+@pytest.mark.usefixtures("running")
+def test_a_process_that_may_open_nothing(path: Path) -> None:
+    told = _limited(
+        "import argparse, encodings.idna, qmpfd.cli.status, qmpfd.cli.ls; "
+        "setrlimit(RLIMIT_NOFILE, (3, 3))",
+        "ls",
+        "--socket",
+        str(path),
+    )
+    assert told == (REFUSED, "qmpfd: Too many open files\n")
+
+
+@pytest.mark.usefixtures("running")
+def test_a_process_that_may_start_no_thread(path: Path) -> None:
+    """Here it has no room for its stack."""
+    words = ["shell", "--socket", str(path), "-c", "query-name"]
+    told = _limited("threading.stack_size(1 << 46)", *words)
+    assert told == (REFUSED, "qmpfd: can't start new thread (ulimit -u)\n")
 
 
 @pytest.mark.usefixtures("running")

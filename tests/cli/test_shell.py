@@ -196,6 +196,22 @@ def test_commands_from_a_pipe(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("running")
+def test_what_was_done_is_said_where_the_output_fails(path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            shell(path, "-c", "add-fd < /dev/null"),
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert ran.returncode == REFUSED
+    assert 'the output failed; this was done: {"fdset-id": 0, "fd": ' in ran.stderr
+
+
+@pytest.mark.usefixtures("running")
 def test_what_was_handed_out_can_be_passed_on(
     path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -72,10 +73,14 @@ class Session:
         if self._client is None:
             self._client = self._connect()
             self._wake = Fd(os.eventfd(0, os.EFD_CLOEXEC))
-            self._listener = threading.Thread(
+            listener = threading.Thread(
                 target=self._listen, args=[self._client, self._wake], name="events", daemon=True
             )
-            self._listener.start()
+            try:
+                listener.start()
+            except RuntimeError as exc:
+                raise OSError(errno.EAGAIN, f"{exc} (ulimit -u)") from None
+            self._listener = listener
         return self._client
 
     def _listen(self, client: BlockingClient, wake: Fd) -> None:
@@ -199,7 +204,7 @@ class Session:
             reply = {"return": value, **typed.id}
             print_result({**reply, "fds": numbers} if numbers else reply)
             return
-        _print(readable(value))
+        print_result(readable(value))
         for number in numbers:
             _print(f"(open here as descriptor {number}: --fd {number} passes it on)")
 
