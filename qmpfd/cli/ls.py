@@ -9,11 +9,7 @@ from typing import Any
 from .exit_codes import DONE, REFUSED
 from .options import Subparsers, add_client_options, add_examples, client_of
 from .output import duration, print_error, print_json, print_table, printable, size
-from .targets import Target, add_targets, listed, select
-
-#: A row of a listing: the fd set, and the descriptor's entry.
-Row = tuple[int, dict[str, Any]]
-
+from .targets import Row, Target, add_targets, listed, select
 
 #: The columns of the long listing.
 _COLUMNS = (

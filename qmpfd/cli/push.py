@@ -13,7 +13,7 @@ from .exit_codes import DONE, UsageError
 from .forgetful import stay_connected, warn_of_forgetting
 from .options import Subparsers, add_client_options, add_examples, client_of, number, socket_path
 from .output import print_result
-from .targets import Target, listed, open_target, select, target
+from .targets import Row, Target, listed, open_target, select, target
 
 
 def add_parsers(verbs: Subparsers) -> None:
@@ -86,7 +86,7 @@ def _push(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _stored(source: BlockingClient, wanted: Target) -> list[tuple[int, dict[str, Any]]]:
+def _stored(source: BlockingClient, wanted: Target) -> list[Row]:
     """All that is stored, each with its fd set; with its access mode where that matters."""
     if wanted.access is None:
         return listed(source)
@@ -95,10 +95,7 @@ def _stored(source: BlockingClient, wanted: Target) -> list[tuple[int, dict[str,
 
 
 def _copy(
-    source: BlockingClient,
-    sink: BlockingClient,
-    rows: list[tuple[int, dict[str, Any]]],
-    fdset_id: int | None,
+    source: BlockingClient, sink: BlockingClient, rows: list[Row], fdset_id: int | None
 ) -> list[dict[str, Any]]:
     """Add duplicates of the rows to one fd set of *sink*; what was added, or nothing was."""
     added: list[dict[str, Any]] = []

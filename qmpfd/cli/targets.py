@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..client.calls import members
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ..client.blocking import BlockingClient
 
 ResultT = TypeVar("ResultT")
+
+#: A descriptor of a listing: its fd set, and its entry.
+Row = tuple[int, dict[str, Any]]
 
 _ACCESS = {"r": "rdonly", "w": "wronly", "rw": "rdwr"}
 # Compiled where there is a target: most short verbs have none.
@@ -146,35 +149,28 @@ def first_found(wanted: Target, ask: Callable[[Target], ResultT]) -> ResultT:
     raise refused
 
 
-def open_target(
-    client: BlockingClient, wanted: Target, **more: Any
-) -> tuple[dict[str, Any], list[Any]]:
+def open_target(client: BlockingClient, wanted: Target) -> tuple[dict[str, Any], list[Any]]:
     """``open-fdset`` for a target; its reply, and the descriptor.
 
     Raises:
         QMPError: the daemon refuses, or has no such descriptor.
         NoDaemon: the daemon does not answer.
     """
-    return first_found(
-        wanted, lambda reading: client.request("open-fdset", {**reading.selector, **more})
-    )
+    return first_found(wanted, lambda reading: client.request("open-fdset", reading.selector))
 
 
-def select(
-    targets: Iterable[Target], rows: list[tuple[int, dict[str, Any]]]
-) -> tuple[list[tuple[int, dict[str, Any]]], list[Target]]:
+def select(targets: list[Target], rows: list[Row]) -> tuple[list[Row], list[Target]]:
     """The rows of a listing that one of the targets names, all if there are no targets; and the
     targets that name none.
     """
-    wanted = list(targets)
-    if not wanted:
+    if not targets:
         return rows, []
-    found = [row for row in rows if any(each.matches(*row) for each in wanted)]
-    missing = [each for each in wanted if not any(each.matches(*row) for row in rows)]
+    found = [row for row in rows if any(each.matches(*row) for each in targets)]
+    missing = [each for each in targets if not any(each.matches(*row) for row in rows)]
     return found, missing
 
 
-def listed(client: BlockingClient) -> list[tuple[int, dict[str, Any]]]:
+def listed(client: BlockingClient) -> list[Row]:
     """All descriptors of ``query-fdsets``, each with its fd set."""
     sets = client.execute("query-fdsets")
     return [(fdset["fdset-id"], fd) for fdset in sets for fd in fdset["fds"]]
