@@ -74,18 +74,12 @@ class UnixListener:
         return "of the service manager" if self.path is None else str(self.path)
 
     @classmethod
-    def inherit(
-        cls,
-        fd: Fd,
-        saved: SavedListener = NOT_OURS,
-        permissions: Permissions = OWNER_ONLY,
-    ) -> UnixListener:
+    def inherit(cls, fd: Fd, saved: SavedListener = NOT_OURS) -> UnixListener:
         """Listen on a socket that somebody else has set up.
 
         Args:
             fd: the socket; owned from here on.
             saved: its file, if that is ours now.
-            permissions: of the file, where it has to be made anew.
 
         Raises:
             OSError: it is not a listening Unix stream socket.
@@ -100,7 +94,7 @@ class UnixListener:
                 errno.EINVAL, f"inherited descriptor {number} is not a listening Unix stream socket"
             )
         path = None if saved.path is None else Path(os.fsdecode(saved.path))
-        return cls(sock, path, saved.file, permissions)
+        return cls(sock, path, saved.file)
 
     @classmethod
     def bind(
