@@ -97,9 +97,7 @@ def spawn(store_size: int) -> Spare:
         # with other people's descriptors: posix_spawn(3) does not wait until they are closed there.
         actions = [(os.POSIX_SPAWN_DUP2, number, number) for number in numbers]
         command = [sys.executable, *sys.orig_argv[1:]]
-        pid = os.posix_spawn(
-            sys.executable, command, environment, file_actions=actions, setpgroup=0
-        )
+        pid = os.posix_spawn(sys.executable, command, environment, file_actions=actions)
         close_all(theirs)
         stack.pop_all()
     return Spare(pid, sock, alive)
@@ -159,7 +157,6 @@ def _fork() -> tuple[Spare | None, list[Fd]]:
         close_all(theirs)
         return Spare(pid, sock, alive), []
     close_all([sock, alive])
-    os.setpgid(0, 0)
     return None, theirs
 
 

@@ -96,7 +96,10 @@ class Program:
         signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # as all else that we ignore
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         # A group of its own: a terminal's Ctrl-C is for us, and we forward it.
-        os.setpgid(0, 0)
+        try:
+            os.setpgid(0, 0)
+        except OSError:  # a container's seccomp filter; signals to both are counted once anyway
+            pass
         given = [*self.sockets, *((name.decode("ascii"), fd) for name, fd in kept.items())]
         given.sort(key=lambda each: each[1])
         names, places = [], []

@@ -14,9 +14,11 @@ import sys
 #: Their numbers (asm/unistd_64.h, asm-generic/unistd.h), which a C library need not have names for.
 NUMBERS = {
     "close_range": 436,
+    "flock": 73 if platform.machine() == "x86_64" else 32,
     "kcmp": 312 if platform.machine() == "x86_64" else 272,
     "memfd_create": 319 if platform.machine() == "x86_64" else 279,
     "pidfd_open": 434,
+    "setpgid": 109 if platform.machine() == "x86_64" else 154,
     "statx": 332 if platform.machine() == "x86_64" else 291,
 }
 

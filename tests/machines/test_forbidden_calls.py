@@ -33,7 +33,7 @@ def worker(path: Path) -> int:
         return int(client.execute("query-stats")["pid"])
 
 
-@pytest.mark.parametrize("call", ["close_range", "kcmp", "pidfd_open", "statx"])
+@pytest.mark.parametrize("call", ["close_range", "flock", "kcmp", "pidfd_open", "setpgid", "statx"])
 @ERRORS
 @SUPERVISED
 def test_what_can_be_done_without(

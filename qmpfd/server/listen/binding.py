@@ -122,6 +122,8 @@ def _exclusively(path: Path, timeout: float) -> Iterator[None]:
                     ) from None
                 time.sleep(0.01)
                 continue
+            except OSError:  # the file system has no locks: nobody is excluded
+                pass
             found = os.fstat(fd.fileno())
             if identity(lock) != (found.st_dev, found.st_ino):
                 continue
