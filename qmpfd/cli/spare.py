@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import os
+import select
 import signal
 import socket
 import sys
@@ -25,6 +26,10 @@ from ..kernel.systemd import InheritedFd, Notifier
 
 #: The variable with the number of the pipe by which the worker sees a spare worker end.
 _ALIVE_VARIABLE = "QMPFD_SPARE_FD"
+
+#: Milliseconds that are waited at most, as nobody is served meanwhile: the close of a file may hang
+#: there, of a FUSE mount that does not answer.
+_EXEC_TIMEOUT = 50
 
 #: What ps(1) calls it (proc(5), comm).
 _NAME = "qmpfd-spare"
@@ -97,10 +102,24 @@ def spawn(store_size: int) -> Spare:
         # with other people's descriptors: posix_spawn(3) does not wait until they are closed there.
         actions = [(os.POSIX_SPAWN_DUP2, number, number) for number in numbers]
         command = [sys.executable, *sys.orig_argv[1:]]
+        executed, writer = map(stack.enter_context, pipe())
+        writer.move_to(max(map(int, os.listdir("/proc/self/fd"))) + 1)
         pid = os.posix_spawn(sys.executable, command, environment, file_actions=actions)
-        close_all(theirs)
+        close_all([writer, *theirs])
+        _wait_hangup(executed)
+        executed.close()
         stack.pop_all()
     return Spare(pid, sock, alive)
+
+
+def _wait_hangup(executed: Fd) -> None:
+    """Wait until a new process has executed the program.  It continues this one before it closes
+    what it has inherited (execve(2), close-on-exec), the lowest number first: until then, what is
+    removed and closed here is open there.
+    """
+    poll = select.poll()
+    poll.register(executed, 0)
+    poll.poll(_EXEC_TIMEOUT)
 
 
 def _connections(stack: ExitStack) -> tuple[Fd, Fd, list[Fd]]:

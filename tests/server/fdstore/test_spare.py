@@ -5,6 +5,7 @@ before that.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from helpers import ROOT, open_fds
 from supervised import DEADLINE, Supervised, children, connected, lasting, supervised, until
 
 import qmpfd.supervisor
+from qmpfd.cli import spare
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd
 
@@ -88,6 +90,29 @@ def test_it_holds_nothing(path: Path) -> None:
                 assert kinds == ["pipe", "socket"], open_fds(spare)
             daemon.kill_worker()
             daemon.worker()
+
+
+def test_it_holds_nothing_when_its_worker_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It closes what it inherits while it executes its program, but not before its worker can do
+    something else.
+    """
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-c", ""])
+    held = 0
+    poll = select.poll()
+    with ExitStack() as stack:
+        for _ in range(1000):
+            stack.enter_context(Fd(os.memfd_create("stored")))
+        for _ in range(30):
+            reader, writer = map(Fd, os.pipe2(os.O_CLOEXEC))
+            with reader, writer:
+                poll.register(reader, 0)
+                started = spare.spawn(1000)
+                writer.close()  # it is removed now
+                held += not poll.poll(0)
+                poll.unregister(reader)
+            started.close()
+            os.waitpid(started.pid, 0)
+    assert held == 0
 
 
 def test_removed_is_closed(path: Path) -> None:
