@@ -8,7 +8,7 @@ import socket
 import sys
 import textwrap
 from collections.abc import AsyncGenerator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TypeAlias
 
@@ -46,42 +46,35 @@ async def _carry(
 ) -> None:
     """Pass on all that *source* sends, line by line to *shown* as well."""
     unfinished, fds_of_line = b"", 0
-    while True:
-        try:
+    with suppress(ConnectionError):  # one side has gone without reading all
+        while True:
             data, control, _, _ = await source.recvmsg(65536, _ROOM, socket.MSG_CMSG_CLOEXEC)
-        except ConnectionError:  # the other side went without reading all
-            break
-        if not data:
-            break
-        fds = array.array("i")
-        for level, kind, payload in control:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload)
-        with ExitStack() as received:
-            for fd in fds:
-                received.enter_context(Fd(fd))
-            *lines, unfinished = (unfinished + data).split(b"\n")
-            # A read ends after the bytes that descriptors came with: they are its last line's.
-            fds_of_line += len(fds)
-            for line in lines[:-1]:
-                shown(line.decode(errors="replace").rstrip("\r"), 0)
-            if lines:
-                shown(lines[-1].decode(errors="replace").rstrip("\r"), fds_of_line)
-                fds_of_line = 0
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
-            try:
+            if not data:
+                break
+            fds = array.array("i")
+            for level, kind, payload in control:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    fds.frombytes(payload)
+            with ExitStack() as received:
+                for fd in fds:
+                    received.enter_context(Fd(fd))
+                *lines, unfinished = (unfinished + data).split(b"\n")
+                # A read ends after the bytes that descriptors came with: they are its last line's.
+                fds_of_line += len(fds)
+                for number, line in enumerate(lines, 1):
+                    text = line.decode(errors="replace").rstrip("\r")
+                    shown(text, fds_of_line if number == len(lines) else 0)
+                fds_of_line = 0 if lines else fds_of_line
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
                 while data:
                     data = data[await sink.sendmsg([data], rights) :]
                     rights = []
-            except ConnectionError:
-                break
-    try:
+    with suppress(OSError):  # it is gone already
         sink.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # it is gone already
 
 
-async def _relay(client: trio.socket.SocketType, server: str, shown: Show) -> None:
+async def _relay(server: str, shown: Show, accepted: trio.SocketStream) -> None:
+    client = accepted.socket
     with client, trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as upstream:
         try:
             with connectable(server) as address:
@@ -106,22 +99,17 @@ async def tapped(
         bind(sock, listen)
         sock.listen()
         try:
-            listener = trio.socket.from_stdlib_socket(sock)
+            listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+            relay = partial(_relay, os.fspath(server), shown)
             async with trio.open_nursery() as relays, trio.open_nursery() as accepting:
-                accepting.start_soon(_accept, listener, relays, os.fspath(server), shown)
+                await accepting.start(
+                    partial(trio.serve_listeners, relay, [listener], handler_nursery=relays)
+                )
                 yield
                 accepting.cancel_scope.cancel()
         finally:
             if not is_abstract(listen):
                 os.unlink(listen)
-
-
-async def _accept(
-    listener: trio.socket.SocketType, relays: trio.Nursery, server: str, shown: Show
-) -> None:
-    while True:
-        client, _ = await listener.accept()
-        relays.start_soon(_relay, client, server, shown)
 
 
 def run(listen: str, server: str) -> None:
@@ -136,4 +124,8 @@ def run(listen: str, server: str) -> None:
         async with tapped(server, listen):
             await trio.sleep_forever()
 
-    trio.run(main)
+    try:
+        trio.run(main)
+    except* KeyboardInterrupt:  # in the groups of the nurseries
+        pass
+    raise KeyboardInterrupt

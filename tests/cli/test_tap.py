@@ -1,0 +1,39 @@
+"""``qmpfd tap``: the lines between a client and a server, and the descriptors with them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from helpers import PATIENCE, ROOT, daemon_process
+
+from .command import DONE, run
+
+INTERRUPTED = 130
+
+
+def test_tap(path: Path) -> None:
+    """All that a client says and gets passes through, also what it passes; nothing is left."""
+    listen = path.with_name("tap.sock")
+    with daemon_process(path):
+        command = [sys.executable, "-m", "qmpfd", "tap", os.fspath(listen), os.fspath(path)]
+        tap = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            at = ["--socket", os.fspath(listen)]
+            waited = run("status", *at, "--wait", str(PATIENCE))
+            assert waited.returncode == DONE, waited.stderr
+            assert run("add", *at, "--name", "seen", "/dev/null").returncode == DONE
+            assert run("ls", "--socket", os.fspath(path)).stdout.split()[-1] == "seen"
+        finally:
+            tap.send_signal(signal.SIGINT)
+            out, _ = tap.communicate(timeout=PATIENCE)
+    assert tap.returncode == INTERRUPTED
+    lines = out.splitlines()
+    (asked,) = (n for n, line in enumerate(lines) if '"execute": "add-fd"' in line)
+    assert lines[asked].startswith('  -> {"execute": "add-fd", "arguments": {"opaque": "seen"}')
+    assert lines[asked + 1] == "     + 1 descriptor, by SCM_RIGHTS"
+    assert lines[asked + 2].startswith('  <- {"return": {"fdset-id": 0, "fd": ')
+    assert not listen.exists()
