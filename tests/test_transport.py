@@ -9,8 +9,8 @@ from contextlib import closing, contextmanager
 import trio
 from fake_kernel import SocketQueue, Tags
 from helpers import open_fds, pipes, send_now
-from hypothesis import given, settings
-from protocol.test_receive_buffer import TAGS, Script, Server, carry_out, scripts
+from hypothesis import example, given, settings
+from protocol.test_receive_buffer import ITEMS, TAGS, Script, Server, carry_out, scripts
 
 from qmpfd.commands import DECODER, VERSION
 from qmpfd.kernel.fd import close_all
@@ -135,7 +135,14 @@ class _Received(Server):
         self._stream.close()
 
 
+_TAKE, _BLANK = ITEMS[0], ITEMS[13]
+_END = len(_TAKE.data(0))
+#: All that is there when it is read is a command, and a descriptor on the blank behind it.
+_FD_ON_BLANK = Script([_TAKE, _BLANK, _TAKE], [_END, _END + 1], [0, 1, 0], [0, 1, 0])
+
+
 @given(scripts())
+@example(_FD_ON_BLANK)
 @settings(max_examples=500, deadline=None)
 def test_which_command_gets_which_fd(script: Script) -> None:
     """As INTERFACE.md has it, however the bytes are cut and read."""
