@@ -26,6 +26,7 @@ from ..server.maintenance import supervise
 from ..server.server import DaemonServer
 from ..server.startup import run_daemon
 from ..server.takeover.receiver import Takeover
+from ..supervisor.signals import FORWARDED, QUIT_IGNORED
 from .notifications import Notifications
 from .options import default_socket
 from .spare import Spare
@@ -33,7 +34,7 @@ from .spare_keeper import SpareKeeper
 
 _log = logging.getLogger("qmpfd")
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = (*FORWARDED, signal.SIGQUIT)
 
 
 def run(
@@ -189,6 +190,8 @@ class _Process:
             if number == signal.SIGHUP:
                 self._reload_requested.set()
                 self._reloading.cancel()
+            elif number == signal.SIGQUIT:
+                _log.warning(QUIT_IGNORED)
             else:
                 self._stop(signal.Signals(number).name)
 

@@ -6,7 +6,6 @@ import argparse
 import errno
 import os
 import resource
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -17,6 +16,7 @@ from ..kernel.fd import Fd, close_all
 from ..kernel.systemd import InheritedFd as Passed
 from ..kernel.systemd import take_listen_fds, take_parent, take_store_size
 from ..kernel.unix_address import is_served, listens
+from ..supervisor.signals import FORWARDED, ignore_signals
 from . import supervise as keeping
 from .exit_codes import DONE, UsageError
 from .options import Subparsers, add_examples, default_socket
@@ -165,8 +165,7 @@ def _import_all() -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     _fill_standard_streams()
-    # With ``stty tostop``, it would stop a background job that logs to its terminal.
-    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    ignore_signals(FORWARDED)
     parent, store_size = take_parent(), take_store_size()
     if arguments.supervise and parent is None and not keeping.has_store(store_size):
         numbers = {option.fd for option in arguments.add_fd}

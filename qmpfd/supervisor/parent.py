@@ -14,9 +14,10 @@ from .manager import Manager
 from .message import Message
 from .program import NamedFds, Program, inherited_fds
 from .restarts import FIRST_DELAY, Restarts
+from .signals import FORWARDED, QUIT_IGNORED, ignore_signals
 from .states import TOLD_TO_END, TRANSITIONS, Event, State
 from .store import SlowCloser, Store, close
-from .worker import FORWARDED, START_TIMEOUT, Spare, Worker, ignore_signals
+from .worker import START_TIMEOUT, Spare, Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a mebibyte
@@ -304,9 +305,7 @@ class Supervisor:
         elif number in (signal.SIGTERM, signal.SIGINT):
             self._handle_stop(number)
         elif number == signal.SIGQUIT:
-            self._log.log(
-                "warning", "SIGQUIT is ignored: SIGTERM ends the daemon, a second one at once"
-            )
+            self._log.log("warning", QUIT_IGNORED)
 
     def _handle_hangup(self) -> None:
         """Have the policy read again: by a worker that is started now, or by the one that runs."""

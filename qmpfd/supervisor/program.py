@@ -8,7 +8,8 @@ import resource
 import signal
 import socket
 
-from .worker import FORWARDED, Worker
+from .signals import FORWARDED
+from .worker import Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a mebibyte

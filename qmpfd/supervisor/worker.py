@@ -19,24 +19,6 @@ START_TIMEOUT = 120.0
 #: Seconds within which a spare worker asks for what is kept: it has nothing else to do.
 SPARE_TIMEOUT = 5.0
 
-#: Signals that end the worker or have it read its policy again: those are forwarded.
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-#: Signals that keep what they do by default: faults, job control, and what nobody can change.
-_BY_DEFAULT = {
-    signal.SIGKILL,
-    signal.SIGSTOP,
-    signal.SIGTSTP,
-    signal.SIGCONT,
-    signal.SIGABRT,
-    signal.SIGBUS,
-    signal.SIGFPE,
-    signal.SIGILL,
-    signal.SIGSEGV,
-    signal.SIGSYS,
-    signal.SIGTRAP,
-}
-
 #: Bytes of a message: the longest names socket files.
 _MESSAGE = 32 << 10
 
@@ -47,15 +29,6 @@ _FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
 _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _TRUNCATED = int(socket.MSG_CTRUNC)
-
-
-def ignore_signals(heard: tuple[int, ...]) -> None:
-    """Ignore every signal that would end or stop this process and is none of *heard*.
-
-    SIGTTOU is one: with ``stty tostop``, it would stop whoever logs to the terminal.
-    """
-    for number in signal.valid_signals() - _BY_DEFAULT - set(heard):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Worker:

@@ -87,6 +87,24 @@ def test_the_background_of_a_script(path: Path, options: Sequence[str]) -> None:
     assert not path.exists()
 
 
+@SUPERVISED
+def test_signals_that_mean_nothing(path: Path, options: Sequence[str]) -> None:
+    """None of them ends the daemon: not one that is sent by mistake, nor the kernel's SIGIO."""
+    mean_something = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL}
+    faults = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
+    stops = {signal.SIGSTOP, signal.SIGTSTP}
+    others = signal.valid_signals() - mean_something - faults - stops
+    others -= {signal.SIGTRAP, signal.SIGSYS}
+    with daemon_process(path, *options) as process:
+        for number in sorted(others):
+            process.signal(number)
+        process.await_line(lambda line: "SIGQUIT is ignored: SIGTERM ends the daemon" in line)
+        with connected(path) as client:
+            client.execute("query-fdsets")
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+
+
 def test_cron(path: Path) -> None:
     """Nothing is in the environment, HOME least of all."""
     with daemon_process(path, prefix=["env", "-i", *CRON]):
