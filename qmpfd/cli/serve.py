@@ -246,8 +246,8 @@ def _serve(arguments: argparse.Namespace) -> int:
             parent=parent,
             successor=None if start is None else start.successor,
         )
-    except* (OSError, NoDaemon, QMPError) as group:  # a nursery's: there is one cause, the first
-        failure = group
+    except* (OSError, NoDaemon, QMPError, MemoryError, KeyboardInterrupt) as group:
+        failure = group  # a nursery's: there is one cause, the first
         while isinstance(failure, BaseExceptionGroup):
             failure = failure.exceptions[0]
     finally:
