@@ -101,9 +101,6 @@ MAX_ARGUMENT_BYTES = 128 << 10
 #: Seconds that it can take a daemon that was asked to let go to do so, or not.
 LETTING_GO_TIMEOUT = 3.0
 
-#: Seconds within which a daemon that serves has greeted a client.
-ANSWER_TIMEOUT = 0.5
-
 #: Seconds that the daemon's end waits for the service manager to let go of what it kept.
 FORGET_TIMEOUT = 1.0
 

@@ -191,11 +191,8 @@ def _run(order: Mapping[str, Any]) -> NoReturn:
     status = 1
     try:
         status = main(order["argv"])
-    except BaseException as exc:  # noqa: BLE001 - told where the test looks for it
-        if isinstance(exc, SystemExit):
-            status = int(exc.code or 0)
-        else:
-            traceback.print_exc()
+    except (Exception, BaseExceptionGroup, KeyboardInterrupt):  # noqa: BLE001 - the test reads it
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)  # nothing of the parent's is to be cleaned up here

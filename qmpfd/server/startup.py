@@ -166,12 +166,12 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
             stack.callback(listeners[-1].close)
         # Not before the mirror is done: it asks whether the daemon was handed over.
         stack.callback(server.lifecycle.handle, Event.END)
-        is_takeover = takeover is not None
-        async with mirrored(server, ours, recovered, taking_over=is_takeover) as start_mirror:
+        lifeline = None if takeover is None else takeover.lifeline
+        async with mirrored(server, ours, recovered, lifeline=lifeline) as start_mirror:
             taken_over = finish()  # the last: from here on, nobody is served
             listeners[:0] = taken_over
             ours[:0] = taken_over
-            await start_mirror(None if takeover is None else takeover.evidence)
+            await start_mirror(None if takeover is None else takeover.journal)
             if takeover is not None:
                 takeover.confirm(TAKEOVER_TIMEOUT)
                 server.durability.confirm()

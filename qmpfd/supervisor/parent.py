@@ -79,6 +79,7 @@ class Supervisor:
         self._stuck: set[int] = set()  # workers whose end is not waited for
         self._due = 0.0  # when to look for what is due (time.monotonic()); at once after a change
         self._lost_logged_at = -_LOG_INTERVAL
+        self._lifeline = -1  # of a takeover that the worker died in, while the old one may go on
         self._reload = False  # a SIGHUP is to be forwarded once the worker serves
         self._status = 0
         self._poll = select.poll()
@@ -111,6 +112,11 @@ class Supervisor:
             worker = self._worker
             if number == self._wake:
                 self._wake_up()
+            elif number == self._lifeline:
+                self._poll.unregister(number)
+                self._lifeline = -1
+                self._store.settle_takeover()
+                self._due = 0.0
             elif worker is not None and number == worker.sock.fileno():
                 if events & select.POLLIN:
                     self._receive(worker, MESSAGES)
@@ -124,12 +130,16 @@ class Supervisor:
 
     def _work(self, now: float) -> float:
         """Do what is due; when there is more to do, as far as can be told now."""
-        if self._state in (State.FIRST_WAIT, State.WAITING) and self._restarts.at <= now:
+        if self._state in (State.FIRST_WAIT, State.WAITING) and self._start_at <= now:
             self._start(now)
         if self._deadline <= now:
             self._time_out(now)
-        start_at = self._restarts.at if self._worker is None else NEVER
-        return min(self._manager.work(now), self._deadline, start_at, now + _LONGEST_WAIT)
+        return min(self._manager.work(now), self._deadline, self._start_at, now + _LONGEST_WAIT)
+
+    @property
+    def _start_at(self) -> float:
+        """When the next worker is started: not before it is known how a takeover has ended."""
+        return NEVER if self._worker is not None or self._lifeline >= 0 else self._restarts.at
 
     @property
     def _deadline(self) -> float:
@@ -271,6 +281,9 @@ class Supervisor:
                 self._log.log("info", f"the worker {how}, after another daemon took over: ending")
                 return self._end(0)
         self._start_again(worker, how)
+        self._lifeline = self._store.lifeline
+        if self._lifeline >= 0:
+            self._poll.register(self._lifeline, select.POLLIN)
         return self._happen(Event.DIED)
 
     def _end(self, status: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a mebibyte
@@ -11,6 +12,10 @@ if TYPE_CHECKING:  # typing takes a mebibyte
 
 #: What the worker's journal is called: without it, the other descriptors mean nothing.
 _JOURNAL = b"qmpfd-journal-"
+
+#: The lifeline of a takeover (qmpfd.server.fdstore.evidence), until that is done; and what the old
+#: daemon says on it when it goes on with all it had.
+_LIFELINE, _REFUSED = b"qmpfd-lifeline", b"x"
 
 #: What a name may consist of: printable ASCII but the colon, which stands between names.
 _GOOD_BYTES = bytes({*range(0x20, 0x7F)} - {ord(":")})
@@ -47,6 +52,7 @@ class SlowCloser:
         self._lock = _thread.allocate_lock()
         self._lanes: dict[bytes, Lane] = {}
         self._closed: list[bytes] = []
+        self._last = -1
         #: Descriptors that are not closed yet.
         self.pending = 0
 
@@ -67,6 +73,17 @@ class SlowCloser:
             with self._lock:
                 lane.threads -= 1
 
+    def close_last(self, number: int) -> None:
+        """Close a descriptor as soon as none of the others is open."""
+        with self._lock:
+            self._last = number
+            self._close_last()
+
+    def _close_last(self) -> None:
+        if not self.pending and self._last >= 0:
+            close(self._last)
+            self._last = -1
+
     def take_closed(self) -> list[bytes]:
         """The names of what has been closed since the last call."""
         with self._lock:
@@ -86,6 +103,7 @@ class SlowCloser:
             with self._lock:
                 self.pending -= 1
                 self._closed.append(name)
+                self._close_last()
             try:
                 os.write(self._wake, b"\0")
             except OSError:  # full: the parent wakes up anyway
@@ -154,10 +172,24 @@ class Store:
         """Close the descriptor of that name, if there is one: at once, or in threads of *lane*."""
         number = self.fds.pop(name, -1)
         if number >= 0:
-            if lane is None:
+            if name == _LIFELINE:
+                self._closer.close_last(number)
+            elif lane is None:
                 close(number)
             else:
                 self._closer.close(name, number, lane)
+
+    @property
+    def lifeline(self) -> int:
+        """The lifeline of a takeover that is not known to be done; -1 if there is none."""
+        return self.fds.get(_LIFELINE, -1)
+
+    def settle_takeover(self) -> None:
+        """The worker died in a takeover, and the lifeline says how that has ended: if the old one
+        goes on, close all that is the old daemon's, and then the lifeline, for which it waits.
+        """
+        if _says(self.lifeline, _REFUSED):
+            self.clear()
 
     def set_files(self, texts: Sequence[bytes]) -> None:
         """Remember the files of the listening sockets, each as a SocketFile takes it."""
@@ -169,14 +201,24 @@ class Store:
                 pass
 
     def clear(self) -> None:
-        """Close all of them."""
-        for name in list(self.fds):
+        """Close all of them, the lifeline last."""
+        for name in sorted(self.fds, key=_LIFELINE.__eq__):
             self.remove(name, b"")
 
     def remove_files(self) -> None:
         """Remove the files of the worker's listening sockets."""
         for file in self._files:
             file.remove()
+
+
+def _says(lifeline: int, what: bytes) -> bool:
+    sock = socket.socket(fileno=lifeline)
+    try:
+        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == what
+    except OSError:
+        return False
+    finally:
+        sock.detach()
 
 
 def is_good_name(name: bytes) -> bool:

@@ -227,10 +227,10 @@ class Session:
             with suppress(trio.BrokenResourceError):
                 self.stream.send_nowait(reply)
 
-    async def reply_to_takeover(self, memory: Fd) -> None:
-        """Answer the request for a takeover, with the daemon's state."""
+    async def reply_to_takeover(self, memory: Fd, lifeline: Fd) -> None:
+        """Answer the request for a takeover, with the daemon's state and a lifeline."""
         reply = self._connection.reply(Value(NOTHING), self._processor.takeover_id)
-        await self.stream.send_all(reply, [memory])
+        await self.stream.send_all(reply, [memory, lifeline])
 
     def describe(self, now: float, parts: SharedParts) -> tuple[SavedSession, list[int]]:
         """All that a successor needs to go on, and the numbers of the descriptors.

@@ -1,64 +1,39 @@
-"""Tells whether a daemon that was being taken over has handed everything over."""
+"""Tells whether a daemon that was being taken over has handed everything over.
+
+It says so on the lifeline: a connected socket of which it has one end, and the newcomer the other
+one, and whoever keeps the newcomer's descriptors a duplicate of that.  They close it after all
+descriptors that they have got: so an old daemon that goes on knows when nobody has a duplicate.
+"""
 
 from __future__ import annotations
 
-import os
 import select
-import time
-from collections.abc import Iterable
+import socket
 
-from ...client.blocking import BlockingClient, NoDaemon
-from ...errors import QMPError
-from ...kernel.fd import Fd, is_in_memory
-from ...limits import ANSWER_TIMEOUT
-from ..saved_state import SavedListener
+from ...kernel.fd import Fd
+from ..saved_state import DONE
 from .replay import replay
 
-#: Seconds between two reads of a journal.
-_POLL = 0.02
 
-
-def is_dead(process: Fd, timeout: float) -> bool:
-    """Whether a process ends within so many seconds.
-
-    Args:
-        process: a pidfd, or a pipe that hangs up then.
-        timeout: seconds.
-    """
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))
-
-
-def serves(listeners: Iterable[SavedListener]) -> bool:
-    """Whether somebody answers at one of the sockets: the old daemon of a takeover, which has given
-    up nothing then.
-    """
-    for listener in listeners:
-        if listener.path is not None:
-            try:
-                BlockingClient(os.fsdecode(listener.path), ANSWER_TIMEOUT).close()
-            except NoDaemon:
-                continue
-            except QMPError:  # it turns us away
-                pass
-            return True
-    return False
-
-
-def has_handed_over(evidence: Fd, timeout: float) -> bool:
+def has_handed_over(lifeline: Fd, journal: Fd | None, timeout: float) -> bool:
     """Whether the old daemon of a takeover has given up what it held.
 
     Args:
-        evidence: the old daemon's journal, whose last record says so, or a pidfd of the old daemon,
-            which has given up everything once it has ended.
-        timeout: seconds to wait for it, where the journal says neither.
+        lifeline: what it says so on; if it has ended without a word, it has given up everything.
+        journal: its journal, if it is started again when it dies: unless that says so, not then.
+        timeout: seconds to wait for it.
     """
-    if not is_in_memory(evidence.fileno()):
-        return is_dead(evidence, timeout)
-    deadline = time.monotonic() + timeout
-    while (left := replay(evidence).left) is None:
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(_POLL)
-    return left
+    poll = select.poll()
+    poll.register(lifeline, select.POLLIN)
+    if not poll.poll(timeout * 1000):  # it is stopped, before it could decide
+        return False
+    sock = socket.socket(fileno=lifeline.fileno())
+    try:
+        said = sock.recv(1, socket.MSG_PEEK)
+    except ConnectionError:
+        said = b""
+    finally:
+        sock.detach()
+    if said:
+        return said == DONE
+    return journal is None or replay(journal).left is True

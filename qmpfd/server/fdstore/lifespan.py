@@ -35,16 +35,16 @@ async def mirrored(
     listeners: Sequence[UnixListener],
     recovered: Recovered | None,
     *,
-    taking_over: bool,
+    lifeline: Fd | None,
 ) -> AsyncGenerator[Callable[[Fd | None], Awaitable[None]], None]:
     """Mirror the store while the block runs; gives what is to be called once all is there, with
-    what tells whether it is ours, in the middle of a takeover.
+    the journal of the daemon that this one takes over from, if there is one.
 
     Args:
         server: the daemon; it does not run yet.
         listeners: the sockets that the fd store gets too, once all is there.
         recovered: what came back from there, if anything may have.
-        taking_over: the store has placeholders of what is about to come.
+        lifeline: of a takeover: the store has placeholders of what is about to come.
 
     Raises:
         GenericError: it is more than the fd store holds.
@@ -54,9 +54,9 @@ async def mirrored(
     holdings = Holdings() if recovered is None else recovered.holdings
     kept = set(holdings.names)
 
-    async def start(evidence: Fd | None) -> None:
+    async def start(previous: Fd | None) -> None:
         if isinstance(mirror, FdStoreMirror):
-            await mirror.start(server.store, listeners, holdings, evidence)
+            await mirror.start(server.store, listeners, holdings, lifeline, previous)
             kept.update(listener.socket.fileno() for listener in listeners)
             server.daemon.mirror = mirror
         server.daemon.closer.close(stale_fds)
@@ -67,7 +67,7 @@ async def mirrored(
     async with mirror.running():
         try:
             mirror.on_refused = partial(_remove, server.services)
-            if taking_over and mirror.prepare(server.store, holdings):
+            if lifeline is not None and mirror.prepare(server.store, holdings, lifeline):
                 server.daemon.mirror = mirror
             yield start
         except Exception:

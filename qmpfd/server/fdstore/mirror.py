@@ -45,7 +45,7 @@ from .journal import (
 from .journal_writer import JournalWriter, added_record
 from .kept import KeptFds
 from .listeners import KeptListeners
-from .names import PREVIOUS, Names, is_pipe
+from .names import LIFELINE, PREVIOUS, Names, is_pipe
 from .recover import Holdings
 from .sentinel import Evidence
 
@@ -55,6 +55,9 @@ _NO_ROOM = (
     "the service manager has no room for %d more descriptors (FileDescriptorStoreMax= was lowered, "
     "or is less than $FDSTORE): they are refused"
 )
+
+#: Places of the fd store for the lifeline of a takeover, and the old daemon's journal.
+_TAKEOVER_PLACES = 2
 
 _DROPPED = (
     "the descriptors are no longer kept safe: the service manager dropped one (either "
@@ -127,7 +130,7 @@ class FdStoreMirror:
         self._kept = KeptFds(self._link, keeping.descriptions)
         self._listeners = KeptListeners(self._link, self._kept, self._journals, self._is_parent)
         self._store = FdSets()
-        self._previous: str | None = None
+        self._lifeline: Fd | None = None  # of the takeover under way
         #: Tells whether descriptors can be sent at all, where that is not sure.
         self.in_flight_probe: InFlightProbe | None = None
 
@@ -240,7 +243,7 @@ class FdStoreMirror:
     # -- the journal ---------------------------------------------------------------------------
 
     def _snapshot(self, generation: int) -> Iterator[Record]:
-        yield SnapshotHeader(JOURNAL_FORMAT, generation, self._previous)
+        yield SnapshotHeader(JOURNAL_FORMAT, generation, None if self.is_ours else LIFELINE)
         yield from self._listeners.records()
         for fdset in self._store:
             for number, stored in fdset.fds.items():
@@ -302,13 +305,14 @@ class FdStoreMirror:
                 self._size,
             )
 
-    def prepare(self, store: FdSets, holdings: Holdings) -> bool:
+    def prepare(self, store: FdSets, holdings: Holdings, lifeline: Fd) -> bool:
         """Write down what a takeover brings, before it has come: while the old daemon serves.
         Nothing is sent before :meth:`start`, and changes until then count.
 
         Args:
             store: where the changes come from, from here on.
             holdings: what is there from before.
+            lifeline: of the takeover.  The parent gets it first, and closes it last.
 
         Returns:
             Whether that is possible: of a service manager's store, each open file description has
@@ -320,10 +324,16 @@ class FdStoreMirror:
         if not self._is_parent:
             return False
         self._claim(store, holdings)
-        self._previous = PREVIOUS
+        self._begin_takeover(lifeline)
         self._keep_all(holdings)
         self._journals.begin()
         return True
+
+    def _begin_takeover(self, lifeline: Fd) -> None:
+        self._lifeline = lifeline
+        if not self._is_parent:  # which has places to spare for two pipes, and gets none
+            self._capacity -= _TAKEOVER_PLACES
+        self._link.store(LIFELINE, lifeline)
 
     def _claim(self, store: FdSets, holdings: Holdings) -> None:
         self._store = store
@@ -344,6 +354,7 @@ class FdStoreMirror:
         store: FdSets,
         listeners: Iterable[UnixListener],
         holdings: Holdings,
+        lifeline: Fd | None,
         previous: Fd | None,
     ) -> None:
         """Have all of it kept, before anybody is served.
@@ -352,14 +363,14 @@ class FdStoreMirror:
             store: where the changes come from, from here on.
             listeners: the sockets that are to be kept.
             holdings: what is there from before.
-            previous: what tells whether the daemon that all this is of has let go; None if it is
-                ours.
+            lifeline: of the takeover, before it is confirmed; None if all this is ours.
+            previous: the journal of the daemon that all this is of, if there is one.
 
         Raises:
             GenericError: it is more than can be kept.
             OSError: there is no descriptor, or no memory, for the journal.
         """
-        prepared = self._previous is not None
+        prepared = not self.is_ours
         if not prepared:
             self._claim(store, holdings)
         if not self._is_parent:  # the oldest, which is dropped first
@@ -367,9 +378,9 @@ class FdStoreMirror:
             self._evidence = Evidence(
                 self._link, generation, holdings.sentinel, drop, self._room_shown
             )
-        if previous is not None:  # before all that it is about
-            self._capacity -= 1
-            self._previous = PREVIOUS
+        if lifeline is not None and not prepared:  # before all that it is about
+            self._begin_takeover(lifeline)
+        if previous is not None:
             self._link.store(PREVIOUS, previous)
         if not prepared:
             self._keep_all(holdings)
@@ -382,16 +393,16 @@ class FdStoreMirror:
                 f"{self._kept.names} descriptors are more than the {self._capacity} that can be "
                 "kept safe"
             )
-            if previous is not None:  # whose the descriptors are goes on
+            if not self.is_ours:  # whose the descriptors are goes on
                 raise GenericError(too_many)
             # What came back stays where it is, and here, until there are fewer, or more room.
             self._distrust(too_many)
-        if prepared:  # it has begun, and does not count before PREVIOUS says so
+        if prepared:  # it has begun, and does not count before the takeover is confirmed
             for record in self._listeners.records():
                 self._journals.note(record)
         else:  # the journal comes last: without it, the others count for nothing
             self._journals.begin()
-        if previous is None:
+        if self.is_ours:
             self._listeners.tell_files()
         self._link.open()
         if self._evidence is not None and not await self._evidence.is_stored():
@@ -405,7 +416,7 @@ class FdStoreMirror:
         await self.sync()
         if self._evidence is not None:
             self._nursery.start_soon(self._evidence.watch)
-            taken = self._kept.names + 2 + (previous is not None)
+            taken = self._kept.names + 2 + (not self.is_ours) + (previous is not None)
             await self._find_size(self._evidence, taken)
             self._batches.append(Unproven())
 
@@ -416,14 +427,15 @@ class FdStoreMirror:
     @property
     def is_ours(self) -> bool:
         """Whether what is kept is not that of an old daemon which may go on."""
-        return self._previous is None
+        return self._lifeline is None
 
     def confirm(self) -> None:
         """A takeover is done: all this is ours."""
-        self._previous = None
-        self._capacity += 1
+        self._lifeline = None
+        if not self._is_parent:
+            self._capacity += _TAKEOVER_PLACES
         self._listeners.tell_files()
-        self._note(Confirmed(), PREVIOUS)
+        self._note(Confirmed(), PREVIOUS, LIFELINE)
 
     def log_handover(self, handed_over: bool | None) -> None:
         """A successor is about to have it all, or will not: for whoever asks if we die now."""
@@ -452,6 +464,9 @@ class FdStoreMirror:
         self._link.remove_all(names)
         self._kept.clear()
         self._journals.forget()
+        if not self.is_ours:  # the lifeline comes last: then the old daemon goes on
+            self._link.remove(PREVIOUS)
+            self._link.remove(LIFELINE)
         self._link.push()
 
     def finish(self) -> None:
@@ -461,11 +476,11 @@ class FdStoreMirror:
         if self._state is not State.OVER:
             self._listeners.finish()
 
-    def _note(self, record: Record, removed: str | None = None) -> None:
+    def _note(self, record: Record, *removed: str) -> None:
         if self._state is not State.OVER:
             self._journals.note(record)
-            if removed is not None:
-                self._link.remove(removed)
+            for name in removed:
+                self._link.remove(name)
             self._link.push()
 
     def _ended(self) -> None:

@@ -17,9 +17,12 @@ _MARK = "~"
 #: Bytes that a name takes in $LISTEN_FDNAMES, with the colon: there are 238,000 that are so short.
 _NAME_BYTES = 5
 
-#: The name of the journal, by its generation; of the previous daemon, see :mod:`.recover`.
+#: The name of the journal, by its generation.
 _JOURNAL = "qmpfd-journal-"
-PREVIOUS = "qmpfd-previous"
+
+#: In the middle of a takeover: the old daemon's journal, if there is one, and the lifeline by which
+#: that daemon says how it ends; see :mod:`.evidence`.
+PREVIOUS, LIFELINE = "qmpfd-previous", "qmpfd-lifeline"
 
 #: Bytes of $LISTEN_FDNAMES that are none of those: for two journals, and sockets of others.
 _OTHER_BYTES = 4096
@@ -28,7 +31,7 @@ _OTHER_BYTES = 4096
 _SENTINEL, _PROBE = "qmpfd-sentinel-", "qmpfd-probe-"
 
 _OURS = re.compile(
-    rf"{_MARK}[0-9a-zA-Z]{{1,5}}|({_JOURNAL}|{_SENTINEL}|{_PROBE})[0-9]{{1,18}}|{PREVIOUS}"
+    rf"{_MARK}[0-9a-zA-Z]{{1,5}}|({_JOURNAL}|{_SENTINEL}|{_PROBE})[0-9]{{1,18}}|{PREVIOUS}|{LIFELINE}"
 )
 
 

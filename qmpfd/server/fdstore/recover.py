@@ -5,8 +5,7 @@ journal says what they are.  Like a takeover this runs before Trio is imported, 
 descriptor can have its number.  Whatever is wrong with one of them, all the others come back.
 
 The journal may be of a newcomer that died in the middle of a takeover.  Whether the old daemon had
-handed everything over then, is for the evidence to say that is in the store too: the old daemon's
-own journal, or its pidfd.
+handed everything over then, is for the lifeline to say, which is in the store too.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from ...kernel.systemd import InheritedFd
 from ...limits import JOURNAL_FORMAT, LETTING_GO_TIMEOUT
 from ..renumber import Movable, renumber
 from ..saved_state import SavedState
-from .evidence import has_handed_over, serves
+from .evidence import has_handed_over
 from .journal import Added, SnapshotHeader
-from .names import PREVIOUS, is_journal, is_numbered, is_ours, is_sentinel
+from .names import LIFELINE, PREVIOUS, is_journal, is_numbered, is_ours, is_sentinel
 from .replay import History, replay
 
 _log = logging.getLogger("qmpfd")
@@ -125,7 +124,7 @@ def _recover(
     if history is None:
         history = newest([fd for name, fd in ours.items() if is_journal(name)])
     # With that evidence, they are of a takeover that had not come far: the old daemon has all.
-    if PREVIOUS not in ours and not any(map(is_journal, ours)) and any(map(is_numbered, ours)):
+    if LIFELINE not in ours and not any(map(is_journal, ours)) and any(map(is_numbered, ours)):
         history = _without_journal(ours)
     generation = history.begun.generation
     handed_over = history.left is True
@@ -243,9 +242,7 @@ def _is_ours(history: History, ours: Mapping[str, Fd]) -> bool:
     """Whether what it tells of belongs to us: it does not in the middle of a takeover."""
     if history.confirmed:
         return history.begun.generation > 0
-    evidence = ours.get(PREVIOUS)
-    if evidence is None:
-        return False
-    if not has_handed_over(evidence, 0) and serves(history.listeners.values()):
-        return False  # and so nothing here keeps open what the old daemon closes
-    return has_handed_over(evidence, LETTING_GO_TIMEOUT)
+    lifeline = ours.get(LIFELINE)
+    return lifeline is not None and has_handed_over(
+        lifeline, ours.get(PREVIOUS), LETTING_GO_TIMEOUT
+    )

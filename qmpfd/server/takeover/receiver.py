@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from ...client.blocking import BlockingClient, NoDaemon
 from ...kernel.fd import Fd, close_all, receive
 from ...limits import SCM_MAX_FD, TAKEOVER_FORMAT, Limits
-from ..fdstore.evidence import has_handed_over, is_dead
+from ..fdstore.evidence import has_handed_over
 from ..renumber import Movable, renumber
 from ..saved_state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode, unpack
 
@@ -103,7 +103,7 @@ class Takeover:
             for number in numbers:
                 self.stored[number] = null.dup()
             places = [self.stored[number] for number in numbers]
-            renumber(places, numbers, [*movable, self._old, null])
+            renumber(places, numbers, [*movable, *self._movable, null])
             end = max(numbers, default=0) + _AHEAD
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             while end + _ROOM < most:
@@ -156,12 +156,9 @@ class Takeover:
 
         said, passed, _ = self._old.ask(NEXT, timeout)
         try:
-            if said != MORE or len(passed) != 2:
+            if said != MORE or len(passed) != 1:
                 raise NoDaemon("the old daemon exited before it had sent everything")
-            memory, process = passed
-            self._old.process = process
-            passed = [memory]
-            return unpack(read_all(memory), SavedRest)
+            return unpack(read_all(passed[0]), SavedRest)
         finally:
             close_all(passed)
 
@@ -173,7 +170,12 @@ class Takeover:
             for number in numbers:
                 filler = self._fillers.pop(number, None)
                 self.stored[number] = null.dup() if filler is None else filler
-        renumber([self.stored[number] for number in numbers], numbers, self._fillers.values())
+        renumber([self.stored[number] for number in numbers], numbers, self._movable)
+
+    @property
+    def _movable(self) -> list[Movable]:
+        """What may get other numbers."""
+        return [*self._fillers.values(), self._old, self.lifeline]
 
     def _receive_fds(self, total: int, timeout: float) -> None:
         """Receive all descriptors, those that are stored in their places.
@@ -203,7 +205,7 @@ class Takeover:
         try:
             if [fd.number for fd in stored] != targets:
                 unplaced: list[int | None] = [None] * len(fds)
-                renumber([*stored, *fds], targets + unplaced, [*self._fillers.values(), self._old])
+                renumber([*stored, *fds], targets + unplaced, self._movable)
             for fd, place, target in zip(stored, places, targets, strict=True):
                 if fd.number != target:
                     raise ValueError(f"descriptor {target} is in use in this process already")
@@ -225,13 +227,12 @@ class Takeover:
         self.before_confirming()
         self._old.let_go(timeout, self.journal)
         self.confirmed = True
+        self.close()
 
     @property
-    def evidence(self) -> Fd:
-        """What tells whether the old daemon has let go; see :func:`has_handed_over`."""
-        process = self._old.process
-        assert process is not None
-        return process if self.journal is None else self.journal
+    def lifeline(self) -> Fd:
+        """What the old daemon says on how the takeover ends; see :mod:`..fdstore.evidence`."""
+        return self._old.lifeline
 
     def close(self) -> None:
         """Give up what was not taken out: the connection last, by which the old daemon knows."""
@@ -254,11 +255,11 @@ class _Predecessor:
 
     Args:
         sock: the connection to it; owned from here on.
+        lifeline: what it says on how the takeover ends; likewise.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        #: Its process, as a pidfd, once it was paused.
-        self.process: Fd | None = None
+    def __init__(self, sock: socket.socket, lifeline: Fd) -> None:
+        self.lifeline = lifeline
         self._sock = sock
 
     def fileno(self) -> int:
@@ -330,16 +331,16 @@ class _Predecessor:
                 self.hear()
             except TimeoutError:
                 pass
-        elif self.process is None or not is_dead(self.process, timeout):
-            raise NoDaemon("the old daemon did not confirm the takeover: it goes on")
-        elif journal is not None and not has_handed_over(journal, 0):
-            raise NoDaemon("the old daemon died: its parent starts it again with all it had")
+        elif not has_handed_over(self.lifeline, journal, timeout):
+            raise NoDaemon(
+                "the old daemon did not confirm the takeover: it goes on, or its parent starts it "
+                "again with all it had"
+            )
 
     def close(self) -> None:
-        """Close the connection."""
-        if self.process is not None:
-            self.process.close()
+        """Close the connection, and the lifeline."""
         self._sock.close()
+        self.lifeline.close()
 
 
 def prepare(
@@ -364,15 +365,17 @@ def prepare(
     """
     with BlockingClient(path, timeout) as client:
         _, passed = client.request("takeover", {"format": TAKEOVER_FORMAT})
-        old = _Predecessor(client.detach())
+        if len(passed) != 2:
+            close_all(passed)
+            raise ValueError("the daemon sends no state")
+        memory, lifeline = passed
+        old = _Predecessor(client.detach(), lifeline)
     with ExitStack() as stack:
         stack.callback(old.close)
-        stack.callback(close_all, passed)
+        stack.callback(memory.close)
         try:
-            if len(passed) != 1:
-                raise ValueError("the daemon sends no state")
-            state = decode(read_all(passed[0]))
-            close_all(passed)
+            state = decode(read_all(memory))
+            memory.close()
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             if len(state.stored_numbers) > Limits(max_fds=most).within(most).max_fds:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -7,6 +7,8 @@ are sent.  The newcomer confirms once all of it is in its place.
 
 Who owns it is decided by one system call, that which says DONE.  Before, all of it is ours, and
 everybody goes on when the newcomer dies, hangs or gives up: then DONE cannot be sent any more.
+Whoever has got descriptors of ours closes the lifeline after them, and we wait for that: so what is
+removed here then has really gone.  And we say on the lifeline how it has ended, to whoever has it.
 After it, we serve nobody; and until the newcomer hears that all is closed here, neither does it,
 so that what it removes for a client has really gone by the time of its reply.
 """
@@ -16,10 +18,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cache
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -27,9 +29,9 @@ import trio
 
 from ...errors import GenericError
 from ...fdsets import StoredFd
-from ...kernel.fd import Fd, pipe
+from ...kernel.fd import Fd
 from ...kernel.systemd import invocation_id
-from ...limits import FORGET_TIMEOUT, MAX_PAUSE, SCM_MAX_FD, TAKEOVER_TIMEOUT
+from ...limits import CLOSE_TIMEOUT, FORGET_TIMEOUT, MAX_PAUSE, SCM_MAX_FD, TAKEOVER_TIMEOUT
 from ...transport import FdStream
 from .. import saved_state as saved
 from ..closing import all_closed
@@ -88,40 +90,55 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
             out of descriptors or memory.
     """
     lifecycle, stream, pid = server.services.lifecycle, newcomer.stream, newcomer.peer.pid
-    with server.offered(TAKEOVER_TIMEOUT):
+    with server.offered(TAKEOVER_TIMEOUT), ExitStack() as stack:
         described = _Described({}, set())
         with _able():
-            memory = _in_memory(saved.encode(await _describe_store(server, described)))
-        with memory:
-            try:
-                with _able():
-                    await newcomer.reply_to_takeover(memory)
-                    if await _hear(stream) == saved.NEXT:
-                        _log.info("pid %d begins a takeover", pid)
-                        with server.paused(min(TAKEOVER_TIMEOUT, MAX_PAUSE)):
-                            await _hand_over_paused(server, newcomer, described)
-            except trio.BrokenResourceError:
-                pass  # the newcomer is gone
-            except GenericError as exc:  # it has its reply already: REFUSED has to do
-                _log.error("%s", exc)
-            finally:
-                if not lifecycle.handed_over:
-                    server.services.durability.log_handover(False)
-                    _log.warning("the takeover by pid %d failed: this daemon goes on", pid)
-                    with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                        stream.send_nowait(saved.REFUSED)
+            memory = stack.enter_context(
+                _in_memory(saved.encode(await _describe_store(server, described)))
+            )
+            lifeline, other = map(stack.enter_context, socket.socketpair())
+        theirs = stack.enter_context(Fd(other.detach()))
+        lifeline.setblocking(False)
+        try:
+            with _able():
+                await newcomer.reply_to_takeover(memory, theirs)
+                theirs.close()
+                if await _hear(stream) == saved.NEXT:
+                    _log.info("pid %d begins a takeover", pid)
+                    stack.enter_context(server.paused(min(TAKEOVER_TIMEOUT, MAX_PAUSE)))
+                    await _hand_over_paused(server, newcomer, described, lifeline)
+        except trio.BrokenResourceError:
+            pass  # the newcomer is gone
+        except GenericError as exc:  # it has its reply already: REFUSED has to do
+            _log.error("%s", exc)
+        finally:
+            if not lifecycle.handed_over:
+                server.services.durability.log_handover(False)
+                _log.warning("the takeover by pid %d failed: this daemon goes on", pid)
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    stream.send_nowait(saved.REFUSED)
+                theirs.close()
+                with suppress(OSError):  # nobody has it
+                    lifeline.send(saved.REFUSED)
+        if not lifecycle.handed_over:
+            with trio.move_on_after(CLOSE_TIMEOUT):
+                await trio.lowlevel.wait_readable(lifeline)  # until nobody has it
 
 
-async def _hand_over_paused(server: Predecessor, newcomer: Session, described: _Described) -> None:
+async def _hand_over_paused(
+    server: Predecessor, newcomer: Session, described: _Described, lifeline: socket.socket
+) -> None:
     services, stream = server.services, newcomer.stream
     others = await server.wait_quiescent(newcomer)
     try:
         # Before the newcomer has anything: its own second copy waits for the outcome.
         services.durability.log_handover(None)
         rest, fds = _describe_rest(server, others, described.entries)
-        with _in_memory(msgspec.msgpack.encode(rest)) as memory, _own_process() as process:
-            await stream.send_all(saved.MORE, [memory, process])
+        with _in_memory(msgspec.msgpack.encode(rest)) as memory:
+            await stream.send_all(saved.MORE, [memory])
         if await _send_all(stream, fds) and _let_go(services.durability, stream):
+            with suppress(OSError):  # the newcomer has died just now, and nobody has a duplicate
+                lifeline.send(saved.DONE)
             server.release_all(described.quick)
             _log.info("pid %d has taken over", newcomer.peer.pid)
             with trio.move_on_after(FORGET_TIMEOUT):
@@ -143,22 +160,6 @@ def _able() -> Iterator[None]:
     except (OSError, MemoryError) as exc:
         reason = getattr(exc, "strerror", None) or os.strerror(errno.ENOMEM)
         raise GenericError(f"The daemon cannot hand over: {reason}") from None
-
-
-def _own_process() -> Fd:
-    """What hangs up when this process is gone: a pidfd, as a number would mean another process in
-    another namespace.  Older containers forbid pidfd_open(2): there it is a pipe.
-    """
-    try:
-        return Fd(os.pidfd_open(os.getpid()))
-    except OSError:
-        return _lifeline()[0].dup()
-
-
-@cache
-def _lifeline() -> tuple[Fd, Fd]:
-    """A pipe that this process keeps open as long as it lives."""
-    return pipe()
 
 
 def _in_memory(data: bytes) -> Fd:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import struct
 import time
 import zlib
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qmpfd.kernel.fd import Fd
 from qmpfd.limits import JOURNAL_FORMAT
 from qmpfd.server.fdstore.evidence import has_handed_over
 from qmpfd.server.fdstore.journal import (
@@ -28,7 +30,7 @@ from qmpfd.server.fdstore.journal import (
     frame,
 )
 from qmpfd.server.fdstore.replay import frames, replay
-from qmpfd.server.saved_state import NOT_OURS, SavedListener
+from qmpfd.server.saved_state import DONE, NOT_OURS, REFUSED, SavedListener
 
 X = SavedListener(b"/x", (1, 2))
 BEGUN = SnapshotHeader(JOURNAL_FORMAT, 1, None)
@@ -177,10 +179,30 @@ def test_the_outcome_of_a_takeover_is_known_at_once(outcome: bool) -> None:
     with journal.fd:
         for each in (None, outcome):
             journal.append(frame([HandedOver(each)]))
-        assert has_handed_over(journal.fd, timeout=1000) is outcome
-        journal.append(frame([HandedOver(None)]))
-        assert not has_handed_over(journal.fd, timeout=0)
+        lifeline, old = map(to_fd, socket.socketpair())
+        with lifeline:
+            old.close()  # it is dead: its parent starts it again, unless the journal says otherwise
+            assert has_handed_over(lifeline, None, timeout=1000)
+            assert has_handed_over(lifeline, journal.fd, timeout=1000) is outcome
+            journal.append(frame([HandedOver(None)]))
+            assert not has_handed_over(lifeline, journal.fd, timeout=1000)
         journal.close()
+
+
+@pytest.mark.parametrize("outcome", [True, False])
+def test_what_an_old_daemon_says_counts(outcome: bool) -> None:
+    """Also after it has ended; and while it says nothing, it has not handed over."""
+    lifeline, old = map(to_fd, socket.socketpair())
+    with lifeline:
+        assert not has_handed_over(lifeline, None, timeout=0)
+        os.write(old.fileno(), DONE if outcome else REFUSED)
+        for _ in range(2):
+            assert has_handed_over(lifeline, None, timeout=1000) is outcome
+            old.close()
+
+
+def to_fd(sock: socket.socket) -> Fd:
+    return Fd(sock.detach())
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from helpers import PATIENCE, ROOT, Wire, daemon, daemon_process, pipes, request, value
 
 from qmpfd.client.blocking import connect_blocking
-from qmpfd.kernel.fd import Fd
+from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.limits import TAKEOVER_FORMAT
 from qmpfd.server.listen.binding import SocketInUse
 from qmpfd.server.listen.listener import UnixListener
@@ -194,8 +194,8 @@ async def test_sighup_while_a_takeover_is_under_way(path: Path) -> None:
     """The newcomer is told of the socket as it is; where it gives up, the file is made anew."""
     with daemon_process(path) as process:
         with connect_blocking(path) as newcomer:
-            _, (state,) = newcomer.request("takeover", {"format": TAKEOVER_FORMAT})
-            state.close()
+            _, passed = newcomer.request("takeover", {"format": TAKEOVER_FORMAT})
+            close_all(passed)
             path.unlink()
             process.signal(signal.SIGHUP)
             process.await_line(lambda line: "there is no policy file" in line)

@@ -304,13 +304,19 @@ def test_a_number_that_an_inherited_descriptor_has(path: Path, tmp_path: Path) -
 
 def test_what_is_stored_and_removed_meanwhile(path: Path, start: Callable[..., Stepped]) -> None:
     """While the newcomer gets ready: all of it is there, under its own number."""
-    old = start()
+    first = start()
+    old = start("--takeover")  # has low numbers free, where a newcomer's connections come
+    assert first.wait() == 0
     with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
         made = [stack.enter_context(Pipe()) for _ in range(40)]
+        passing = [stack.enter_context(BlockingClient(path, PATIENCE)) for _ in range(8)]
         infos = [client.execute("add-fd", {"opaque": f"{n}"}, [p]) for n, p in enumerate(made[:20])]
         where = {"takeover/receiver.py": ["receive_rest"]}
         newcomer = start("--takeover", where=where, step=1, number=signal.SIGSTOP)
         assert newcomer.place
+        for other in passing:
+            other.close()
+        until(lambda: client.execute("query-stats")["connections"] == 2, "the others' end")
         for info in infos[::2]:
             client.execute("remove-fd", info)
         for pipe in made[:20]:

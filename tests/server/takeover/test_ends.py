@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -272,7 +272,7 @@ def old_to_the_end(listener: socket.socket, path: Path, pipe: Pipe) -> bytes:
     counters = SavedCounters({}, {}, 0, 0, 0.0)
     rest = SavedRest(0.0, [], [], [], [], [], counters, journal=False)
     sock, _ = listener.accept()
-    with sock, sock.makefile("rb") as heard:
+    with sock, sock.makefile("rb") as heard, ExitStack() as stack:
         sock.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')
         heard.readline()
         sock.sendall(b'{"return": {}, "id": 1}\r\n')
@@ -280,20 +280,22 @@ def old_to_the_end(listener: socket.socket, path: Path, pipe: Pipe) -> bytes:
         with (
             Fd(os.memfd_create("state")) as first,
             Fd(os.memfd_create("rest")) as second,
-            Fd(os.pidfd_open(os.getpid())) as process,
         ):
+            lifeline, theirs = map(stack.enter_context, socket.socketpair())
             os.write(first.fileno(), encode(state))
             os.write(second.fileno(), msgspec.msgpack.encode(rest))
-            send_now(sock, b'{"return": {}, "id": 2}\r\n', [first])
+            send_now(sock, b'{"return": {}, "id": 2}\r\n', [first, theirs])
+            theirs.close()
             assert heard.read(1) == NEXT
-            send_now(sock, MORE, [second, process])
+            send_now(sock, MORE, [second])
             assert heard.read(1) == NEXT
             send_now(sock, MORE, [pipe, listener])
         pipe.release()
         last = heard.read(1)
         sock.sendall(REFUSED)
-        assert heard.read() == b""
+        assert lifeline.recv(1) == b""
         assert not pipe.held()
+        assert heard.read() == b""
         return last
 
 
@@ -351,7 +353,7 @@ def test_a_state_that_is_not_understood(path: Path, stepper: Stepper, state: obj
                 lines.readline()
                 with Fd(os.memfd_create("state")) as memory:
                     os.write(memory.fileno(), msgspec.msgpack.encode(state))
-                    rights = struct.pack("i", memory.fileno())
+                    rights = struct.pack("ii", *[memory.fileno()] * 2)
                     reply = b'{"return": {}, "id": 2}\r\n'
                     sock.sendmsg([reply], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
                 heard.append(lines.read())

@@ -19,7 +19,7 @@ from stepper import Stepped, Stepper
 from supervised import until
 
 from qmpfd.client.blocking import BlockingClient
-from qmpfd.kernel.fd import Fd, FileDescriptorLike
+from qmpfd.kernel.fd import Fd, FileDescriptorLike, close_all
 
 TAKEOVERS = int(os.environ.get("QMPFD_TAKEOVERS", "6"))
 PATIENCE = 60.0
@@ -279,7 +279,7 @@ def test_a_watcher_that_is_slow(path: Path, stepper: Stepper, given_up: bool) ->
         successor = None
         if given_up:
             with BlockingClient(path, PATIENCE) as passing:
-                passing.request("takeover", {"format": 1})[1][0].close()
+                close_all(passing.request("takeover", {"format": 1})[1])
         else:
             successor = newcomer(stepper, path, 1)
             assert old.wait() == 0
