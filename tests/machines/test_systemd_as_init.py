@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from qmpfd.errors import QMPError
+
 from .machine import DEADLINE, Machine, booted, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]
@@ -104,6 +106,31 @@ def test_a_daemon_that_hangs(active: Machine) -> None:
     assert sets(active) == before
 
 
+def test_a_worker_that_hangs_in_a_service_without_an_fd_store(machine: Machine) -> None:
+    """systemd hears the parent, which starts the worker again: nothing is lost."""
+    machine.drop_in(
+        SERVICE,
+        *with_options("--supervise"),
+        *("WatchdogSec=3", "FileDescriptorStoreMax=0", "UnsetEnvironment=FDSTORE"),
+        "KillMode=mixed",
+    )
+    machine.systemctl("start", SERVICE)
+    before = fill(machine)
+    parent = machine.main_pid(SERVICE)
+    [worker] = machine.run("pgrep", "-P", str(parent)).stdout.split()
+    assert machine.run("kill", "-STOP", worker).returncode == 0
+    until(lambda: "killing it" in machine.log("qmpfd"), "the end of the worker")
+    assert sets(machine) == before
+    assert machine.main_pid(SERVICE) == parent
+    assert machine.show(SERVICE, "NRestarts") == "0"
+    # And goes on hearing it, for longer than it waits.
+    heard = int(machine.show(SERVICE, "WatchdogTimestampMonotonic"))
+    later = heard + 4_000_000  # us
+    until(lambda: int(machine.show(SERVICE, "WatchdogTimestampMonotonic")) > later, "heartbeats")
+    assert machine.main_pid(SERVICE) == parent
+    assert sets(machine) == before
+
+
 def test_stop_keeps_where_told_so(active: Machine) -> None:
     if active.version < 254:
         pytest.skip(f"systemd {active.version} has no FileDescriptorStorePreserve=, 254 has")
@@ -133,6 +160,31 @@ def test_a_lowered_maximum(active: Machine) -> None:
     left = active.show(SERVICE, "NFileDescriptorStore")
     active.kill(SERVICE)
     assert str(sum(len(each["fds"]) for each in sets(active))) == left == "10"
+
+
+def test_a_maximum_that_is_lowered_to_more_than_there_is(active: Machine) -> None:
+    """systemd drops what is added beyond it, and nothing else: that is refused, the rest safe."""
+    fill(active, count=20)
+    active.drop_in(SERVICE, "FileDescriptorStoreMax=40")
+    refused = ""
+    added = 0
+    with active.client() as client:
+        while not refused and added < 40:
+            try:
+                with os.fdopen(os.memfd_create("x")) as file:
+                    client.execute("add-fd", fds=[file])
+            except QMPError as exc:
+                refused = exc.desc
+            else:
+                added += 1
+        assert "cannot be kept safe" in refused
+        assert 10 < added < 20
+        assert client.execute("query-stats")["kept-safe"]
+    before = sets(active)
+    assert len(before) == 20 + added
+    active.drop_in(SERVICE, "FileDescriptorStoreMax=100")
+    active.kill(SERVICE)
+    assert sets(active) == before
 
 
 def test_two_of_the_template(machine: Machine) -> None:
