@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, asynccontextmanager
+from itertools import chain, repeat
 
 import pytest
 import trio
@@ -123,6 +124,22 @@ async def test_round_robin(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = served[served.index("a") : len(served) - served[::-1].index("a")]
     for at in range(len(busy) - 2):  # Trio runs the tasks of a pass in any order
         assert "-" in busy[at : at + 3]
+
+
+async def test_two_long_pieces_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One alone may have taken long because the machine did something else."""
+    # At the start of each pass, and after its piece: one takes long, the next does not, two do.
+    times = chain([0.0, 1.0], [1.0, 1.0], [1.0, 2.0], [2.0, 3.0], repeat(3.0))
+    monkeypatch.setattr(reader_module, "monotonic", lambda: next(times))
+    monkeypatch.setattr(reader_module, "PASS_SECONDS", 0.5)
+    served: list[str] = []
+    async with running() as harness:
+        client = harness.client("a", served)
+        await settle()
+        client.send(b"x")  # nobody reads it, so that each pass does a piece
+        with trio.fail_after(10):
+            await settle()
+    assert served == ["a", "a", "a", "a", "a: None"]
 
 
 async def test_a_task_that_works_is_not_told_again() -> None:
