@@ -17,13 +17,13 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from enum import Enum, auto
-from typing import NamedTuple
 
 import trio
 
 from ...kernel.fd import Fd, close_all, pipe
 from ...kernel.systemd import Notifier
 from ...limits import SCM_MAX_FD
+from .outgoing import REMOVE, Outgoing
 
 _log = logging.getLogger("qmpfd")
 
@@ -78,30 +78,6 @@ _IDLE, _CHANGED, _SENT = State.IDLE, State.CHANGED, State.SENT
 _BEFORE_BARRIER = (State.CHANGED, State.BLOCKED)
 
 
-# The lines of a message, but for the names of the descriptors that it is about.  What hangs up
-# stays: whether it may go is for its client to say.
-_STORE = "FDSTORE=1\nFDPOLL=0"
-_REMOVE = "FDSTOREREMOVE=1"
-
-
-class _Batch(NamedTuple):
-    """What goes as one message.
-
-    Args:
-        command: its lines, but for the names.
-        fds: the names that it is about, each with its descriptor if it is to be kept.
-    """
-
-    command: str
-    fds: dict[str, Fd | int | None]
-
-    def send(self, notifier: Notifier, sync_line: str) -> None:
-        """Send it; errors are those of :meth:`Notifier.send`."""
-        about = f"\nFDNAME={':'.join(self.fds)}" if self.fds else ""
-        fds = [fd for fd in self.fds.values() if fd is not None]
-        notifier.send(f"{self.command}{about}{sync_line}", fds)
-
-
 class BarrierLink:
     """The connection to the fd store.
 
@@ -122,10 +98,7 @@ class BarrierLink:
         self._changes = 0  # so far
         self._synced = 0  # of these, how many are known to be there
         self._barrier = 0  # of these, how many the barrier under way stands for
-        self._outgoing: deque[_Batch] = deque()  # what is to be sent
-        self._unsent: dict[str, _Batch] = {}  # of these, where what is to be kept is, by name
-        self._most = SCM_MAX_FD if notifier.is_parent else 1  # names in a message
-        self._sent: dict[str, Fd | int | None] = {}  # what is to be kept, before the barrier
+        self._outgoing = Outgoing(SCM_MAX_FD if notifier.is_parent else 1)
         self._actions: deque[tuple[int, Callable[[], object]]] = deque()  # after so many changes
         self._closes: dict[str, threading.Event] = {}  # under way in the parent, by name
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
@@ -146,21 +119,22 @@ class BarrierLink:
 
     def store(self, name: str, fd: Fd | int) -> None:
         """Have a descriptor kept under *name*."""
-        self._unsent[name] = self._put(_STORE, name, fd)
+        self._outgoing.store(name, fd)
+        self.changed()
 
     def remove(self, name: str) -> None:
         """Have what is kept under *name* closed there."""
-        self._remove(_REMOVE, name)
+        self._remove(REMOVE, name)
 
     def remove_all(self, names: Sequence[str]) -> None:
         """As :meth:`remove` of each, as few messages: all clients wait for that in a takeover."""
         most = SCM_MAX_FD if self._notifier.is_parent else 1
         for at in range(0, len(names), most):
-            self.tell(f"{_REMOVE}\nFDNAME={':'.join(names[at : at + most])}")
+            self.tell(f"{REMOVE}\nFDNAME={':'.join(names[at : at + most])}")
 
     def discard(self, name: str) -> None:
         """As :meth:`remove`, but nobody waits for it: no barrier stands for it alone."""
-        self._outgoing.append(_Batch(_REMOVE, {name: None}))
+        self._outgoing.tell(REMOVE, {name: None})
 
     def remove_slowly(self, name: str, lane: str) -> threading.Event:
         """The same for a descriptor whose close may block there; what is set when it is closed, and
@@ -171,41 +145,17 @@ class BarrierLink:
             lane: what may hang together with it, see :meth:`ClosePool.lane`.
         """
         closed = self._closes[name] = threading.Event()
-        self._remove(f"{_REMOVE}\nQMPFD_CLOSE={lane}", name)
+        self._remove(f"{REMOVE}\nQMPFD_CLOSE={lane}", name)
         return closed
 
     def _remove(self, command: str, name: str) -> None:
-        batch = self._unsent.pop(name, None)
-        if batch is None:
-            self._put(command, name, None)
-            return
-        del batch.fds[name]  # it has not gone yet, and may be closed here before it would
-        if not batch.fds:
-            self._outgoing.remove(batch)
-        self._closed_there(name)
+        if not self._outgoing.remove(command, name):
+            self._closed_there(name)
         self.changed()
-
-    def _put(self, command: str, name: str, fd: Fd | int | None) -> _Batch:
-        """Have one more descriptor sent, or removed there, with others if possible."""
-        outgoing = self._outgoing
-        at = len(outgoing) - 1
-        if at >= 0 and command is _STORE and self._most > 1:
-            last = outgoing[at]
-            if last.command is _REMOVE and name not in last.fds:
-                # What is added goes before what is removed, which the journal's reader relies on,
-                # and the changes of many clients are two messages.
-                at -= 1
-        batch = outgoing[at] if at >= 0 else None
-        if batch is None or batch.command != command or len(batch.fds) == self._most:
-            batch = _Batch(command, {})
-            outgoing.insert(at + 1, batch)
-        batch.fds[name] = fd
-        self.changed()
-        return batch
 
     def tell(self, text: str) -> None:
         """Have the other side told something that is not about a descriptor."""
-        self._outgoing.append(_Batch(text, {}))
+        self._outgoing.tell(text)
         self.changed()
 
     def changed(self) -> None:
@@ -265,17 +215,9 @@ class BarrierLink:
         """
         try:
             while self._outgoing:
-                batch = self._outgoing[0]
                 last = barrier and self._notifier.is_parent and len(self._outgoing) == 1
-                batch.send(self._notifier, self._sync_line if last else "")
-                self._outgoing.popleft()
-                if batch.command == _STORE:
-                    self._sent |= batch.fds
-                    for name in batch.fds:
-                        del self._unsent[name]
-                elif self._sent:
-                    for name in batch.fds:
-                        self._sent.pop(name, None)
+                self._outgoing.first.send(self._notifier, self._sync_line if last else "")
+                self._outgoing.first_was_sent()
                 if last:
                     self._barrier_sent()
                     return
@@ -312,7 +254,7 @@ class BarrierLink:
 
     def _acknowledged(self) -> None:
         """All that was sent before the barrier is there."""
-        self._sent.clear()
+        self._outgoing.all_arrived()
         all_safe = self._barrier == self._changes
         self._handle(Event.ALL_SAFE if all_safe else Event.SOME_SAFE)
         self._advance(self._barrier)
@@ -401,16 +343,10 @@ class BarrierLink:
                 self._acknowledged()
         elif key == "CLOSED":
             self._closed_there(value)
-        elif key == "LOST" and (lost := self._sent.pop(value, None)) is not None:
+        elif key == "LOST" and self._outgoing.lost(value):
             # The parent had no place for it: nobody is told that it is safe, until it is.
-            self._lost(value, lost)
-
-    def _lost(self, name: str, fd: Fd | int) -> None:
-        if any(name in batch.fds for batch in self._outgoing):  # it is to be removed
-            return
-        self.store(name, fd)
-        self._handle(Event.LOST)
-        self._work.set()
+            self._handle(Event.LOST)
+            self._work.set()
 
     def _closed_there(self, name: str) -> None:
         if closed := self._closes.pop(name, None):
@@ -423,8 +359,6 @@ class BarrierLink:
         self._handle(Event.END)
         self._ended()
         self._outgoing.clear()
-        self._unsent.clear()
-        self._sent.clear()
         for closed in self._closes.values():
             closed.set()
         self._closes.clear()
