@@ -11,12 +11,14 @@ if TYPE_CHECKING:  # typing takes a mebibyte
 #: Signals that end the worker or have it read its policy again: those are forwarded.
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-#: Signals that keep what they do by default: faults, job control, and what nobody can change.
+#: Signals that keep what they do by default: faults, job control, what nobody can change, and the
+#: end of a child, which nobody could wait for if it were ignored (waitpid(2)).
 _BY_DEFAULT = {
     signal.SIGKILL,
     signal.SIGSTOP,
     signal.SIGTSTP,
     signal.SIGCONT,
+    signal.SIGCHLD,
     signal.SIGABRT,
     signal.SIGBUS,
     signal.SIGFPE,
