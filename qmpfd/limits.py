@@ -113,8 +113,8 @@ TAKEOVER_FORMAT = 1
 #: Seconds that a takeover may take.
 TAKEOVER_TIMEOUT = 10.0
 
-#: Seconds of those in which nobody is served: 10,000 descriptors take 0.1, and where they go to a
-#: new parent or fd store as well, 0.5.
+#: Seconds of those in which nobody is served: 10,000 descriptors take less than 0.1, and where they
+#: go to a service manager's store as well, 0.5.
 MAX_PAUSE = 6.0
 
 #: Seconds that the end of a connection waits for the store: longer than a takeover has it.

@@ -28,10 +28,10 @@ from .saved_state import SavedFd, SavedListener, SavedSet
 _log = logging.getLogger("qmpfd")
 
 if TYPE_CHECKING:
-    from .connection.saved import SavedCounters
+    from .connection.saved import SavedCounters, SavedRest
     from .connection.session import Session
     from .server import DaemonServer
-    from .takeover.receiver import Received, Takeover
+    from .takeover.receiver import Takeover
 
 #: Seconds that can have gone by since an old daemon has described what it stores.
 _MAX_ELAPSED = 10 * TAKEOVER_TIMEOUT
@@ -96,9 +96,9 @@ def taking_over(
 
     def finish() -> list[UnixListener]:
         with _usable():
-            received = takeover.receive_rest(TAKEOVER_TIMEOUT, drop)
-            _inherit_listeners(takeover.state.listeners, received.others, listeners)
-            _restore_sessions(server, received)
+            rest = takeover.receive_rest(TAKEOVER_TIMEOUT, drop)
+            _inherit_listeners(takeover.state.listeners, takeover.others, listeners)
+            _restore_sessions(server, rest, takeover)
         return listeners
 
     try:
@@ -135,14 +135,14 @@ def _inherit_listeners(
     )
 
 
-def _restore_sessions(server: DaemonServer, received: Received) -> None:
-    rest, fds = received.rest, _take_out(received.others)
+def _restore_sessions(server: DaemonServer, rest: SavedRest, takeover: Takeover) -> None:
+    fds = _take_out(takeover.others)
     sessions = []
     for saved in rest.sessions:
         sock = socket.socket(fileno=next(fds).detach())
         stream = FdStream(trio.socket.from_stdlib_socket(sock))
         sessions.append(server.restore_session(stream, saved, fds))
-    _fill_store(server, rest.at, rest.added, received.stored.__getitem__, sessions)
+    _fill_store(server, rest.at, rest.added, takeover.stored.__getitem__, sessions)
     # Only now, as what was stored before is news to nobody, and a listing is of what is stored.
     watches = WatchRestorer(rest.logs)
     for session, saved in zip(sessions, rest.sessions, strict=True):

@@ -129,7 +129,7 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
     listeners: list[UnixListener] = []
     async with AsyncExitStack() as stack:
         if takeover is not None:  # the last to end: by that the old daemon knows that all is closed
-            stack.enter_context(takeover)
+            stack.callback(takeover.close)
         await stack.enter_async_context(closes_awaited(server.daemon.closer))
         stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
         writer = None if audit is None else AuditWriter(audit)

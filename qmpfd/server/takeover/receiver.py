@@ -45,21 +45,6 @@ _ASKED_AHEAD = 4
 _AHEAD, _ROOM = 256, 1024
 
 
-class Received:
-    """What came once the old daemon was paused.
-
-    Args:
-        rest: what it is.
-        stored: the stored descriptors, by the numbers that they had.
-        others: all other descriptors, in the order of *rest*; owned here until they are taken out.
-    """
-
-    def __init__(self, rest: SavedRest, stored: dict[int, Fd], others: deque[Fd]) -> None:
-        self.rest = rest
-        self.stored = stored
-        self.others = others
-
-
 class Takeover:
     """A takeover that is under way, as the newcomer sees it.
 
@@ -87,7 +72,9 @@ class Takeover:
         self._old = old
         self._progress = progress
         self._fillers: dict[int, Fd] = {}  # what keeps other numbers free
-        self._others: deque[Fd] = deque()
+        #: What else has come once the old daemon was paused, in the order of :class:`SavedRest`;
+        #: owned here until it is taken out.
+        self.others: deque[Fd] = deque()
 
     def reserve(self, movable: Iterable[Movable]) -> None:
         """Have something open under each number that is needed, and may be.
@@ -114,7 +101,7 @@ class Takeover:
 
     def receive_rest(
         self, timeout: float, drop: Callable[[list[tuple[int, int]]], None]
-    ) -> Received:
+    ) -> SavedRest:
         """Have the old daemon pause, and fetch what is left: all descriptors, above all.
 
         Args:
@@ -142,14 +129,14 @@ class Takeover:
         except OSError as exc:
             raise unusable(exc) from None
         if rest.journal:
-            self.journal = self._others.pop()
+            self.journal = self.others.pop()
         _log.info(
             "received %d descriptors and %d connections in %.2f s",
             len(self.stored),
             len(rest.sessions),
             time.monotonic() - began,
         )
-        return Received(rest, self.stored, self._others)
+        return rest
 
     def _receive_state(self, timeout: float) -> SavedRest:
         from ..connection.saved import SavedRest  # noqa: PLC0415 - Trio is there by now
@@ -187,7 +174,7 @@ class Takeover:
         places = [self.stored[number] for number in numbers]
         targets: list[int | None] = [place.fileno() for place in places]
         close_all(places)
-        fds = self._others
+        fds = self.others
         asked = 0
         while len(fds) < total:
             # No more than have to come: the old daemon expects CONFIRM after the last.
@@ -238,16 +225,10 @@ class Takeover:
         """Give up what was not taken out: the connection last, by which the old daemon knows."""
         close_all(self.stored.values() if not self.confirmed else ())
         close_all(self._fillers.values())
-        close_all(self._others)
+        close_all(self.others)
         if self.journal is not None:
             self.journal.close()
         self._old.close()
-
-    def __enter__(self) -> Takeover:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
 
 class _Predecessor:
@@ -379,7 +360,8 @@ def prepare(
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             if len(state.stored_numbers) > Limits(max_fds=most).within(most).max_fds:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            takeover = stack.enter_context(Takeover(state, old, progress))
+            takeover = Takeover(state, old, progress)
+            stack.callback(takeover.close)
             takeover.reserve(movable)
         except OSError as exc:
             raise unusable(exc) from None
