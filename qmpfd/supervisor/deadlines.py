@@ -16,28 +16,23 @@ _END_TIMEOUT = 2.0
 _DEATH_TIMEOUT = 1.0
 
 
-class Deadlines:
-    """The deadlines of workers.
+def deadline(worker: Worker, state: State, heartbeat: float, drain_timeout: float) -> float:
+    """When a worker is too late (time.monotonic()).
 
     Args:
+        worker: the worker.
+        state: what it does.
         heartbeat: seconds within which one that serves says that its loop turns.
         drain_timeout: seconds that one may take to end.
     """
-
-    def __init__(self, heartbeat: float, drain_timeout: float) -> None:
-        self._heartbeat = heartbeat
-        self._drain_timeout = drain_timeout
-
-    def of(self, worker: Worker, state: State) -> float:
-        """When *worker* is too late (time.monotonic())."""
-        if state is State.SERVING:
-            return worker.heard_at + self._heartbeat
-        if state in (State.FIRST_START, State.STARTING):
-            return worker.started_at + worker.start_timeout
-        if state is State.STOPPING:
-            return worker.stopped_at + self._drain_timeout
-        if state is State.DRAINING:
-            return worker.stopped_at + self._drain_timeout + _END_TIMEOUT
-        if state in (State.GONE, State.HUNG, State.KILLED):
-            return worker.gone_at + _DEATH_TIMEOUT
-        return NEVER
+    if state is State.SERVING:
+        return worker.heard_at + heartbeat
+    if state in (State.FIRST_START, State.STARTING):
+        return worker.started_at + worker.start_timeout
+    if state is State.STOPPING:
+        return worker.stopped_at + drain_timeout
+    if state is State.DRAINING:
+        return worker.stopped_at + drain_timeout + _END_TIMEOUT
+    if state in (State.GONE, State.HUNG, State.KILLED):
+        return worker.gone_at + _DEATH_TIMEOUT
+    return NEVER

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 
-from .deadlines import NEVER, Deadlines
+from .deadlines import NEVER, deadline
 from .log import Log
 from .manager import Manager
 from .message import Message
@@ -67,12 +67,12 @@ class Supervisor:
     ) -> None:
         self._log = log
         self._manager = Manager()
-        heartbeat = self._manager.watchdog or HEARTBEAT
-        self._deadlines = Deadlines(heartbeat, drain_timeout)
+        self._heartbeat = self._manager.watchdog or HEARTBEAT
+        self._drain_timeout = drain_timeout
         self._restarts = Restarts()
         inherited = inherited_fds()
         self._passed = passed & inherited
-        self._program = Program(command, sockets, inherited, heartbeat)
+        self._program = Program(command, sockets, inherited, self._heartbeat)
         self._state = State.FIRST_WAIT
         self._worker: Worker | None = None
         self._spare: Spare | None = None
@@ -144,7 +144,9 @@ class Supervisor:
     @property
     def _deadline(self) -> float:
         """Until when the worker has to do what its state waits for."""
-        return NEVER if self._worker is None else self._deadlines.of(self._worker, self._state)
+        if self._worker is None:
+            return NEVER
+        return deadline(self._worker, self._state, self._heartbeat, self._drain_timeout)
 
     def _wake_up(self) -> None:
         """Signals have come, or slow closes are done."""
@@ -277,7 +279,7 @@ class Supervisor:
             return self._end(status)  # it has said why itself
         if not self._store.has_journal:
             self._store.clear()
-            if worker.had_journal:  # a successor has it all, or nothing is to be left
+            if self._store.had_journal:  # a successor has it all, or nothing is to be left
                 self._log.log("info", f"the worker {how}, after another daemon took over: ending")
                 return self._end(0)
         self._start_again(worker, how)
@@ -381,7 +383,6 @@ class Supervisor:
         if message.stores:
             for name, number in zip(names, fds, strict=False):
                 self._store.add(name, number)
-                worker.had_journal |= self._store.is_journal(name)
             if truncated and (lost := names[len(fds) :]):
                 if self._lost_logged_at + _LOG_INTERVAL < time.monotonic():  # it comes again soon
                     self._lost_logged_at = time.monotonic()

@@ -147,21 +147,21 @@ class Store:
         self._files: list[SocketFile] = []
         #: The descriptors by their names.
         self.fds: dict[bytes, int] = {}
+        #: Whether there was ever a journal among them.
+        self.had_journal = False
 
     @property
     def has_journal(self) -> bool:
         """Whether a journal says what all the others are."""
         return any(name.startswith(_JOURNAL) for name in self.fds)
 
-    @staticmethod
-    def is_journal(name: bytes) -> bool:
-        """Whether that is the name of a journal."""
-        return name.startswith(_JOURNAL)
-
     def add(self, name: bytes, number: int) -> None:
         """Keep a descriptor in place of the one of that name."""
-        self.remove(name, None)
+        if name in self.fds:
+            self.remove(name, None)
         self.fds[name] = number
+        if not self.had_journal:
+            self.had_journal = name.startswith(_JOURNAL)
 
     def find(self, names: Sequence[bytes]) -> tuple[list[bytes], list[int]]:
         """Those of *names* that are there, and their descriptors."""

@@ -51,8 +51,6 @@ class Worker:
         self.stops, self.stopped_at = 0, 0.0
         #: When it has closed its socket, or was killed.
         self.gone_at = 0.0
-        #: It has had a journal kept.
-        self.had_journal = False
         #: What its socket is polled for.
         self.polled_for: int = select.POLLIN
         #: What there was no room for yet.
