@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from ..client.blocking import BlockingClient
-from ..errors import FdNotFound, QMPError
+from ..client.blocking import BlockingClient, NoDaemon
+from ..errors import CommandNotFound, FdNotFound, QMPError
 from ..kernel.fd import close_all
 from .exit_codes import DONE, UsageError
 from .forgetful import stay_connected, warn_of_forgetting
-from .options import Subparsers, add_client_options, add_examples, client_of, number, socket_path
-from .output import print_result
+from .options import (
+    Subparsers,
+    add_client_options,
+    add_examples,
+    client_of,
+    client_within,
+    number,
+    socket_path,
+)
+from .output import print_error, print_result
 from .targets import Row, Target, listed, open_target, select, target
+
+#: Seconds within which a server is reached again from which copies are to be removed.
+_PATIENCE = 1.0
 
 
 def add_parsers(verbs: Subparsers) -> None:
@@ -72,7 +85,8 @@ def _push(arguments: argparse.Namespace) -> int:
             _, fds = open_target(source, wanted)  # is refused, in the daemon's words
             close_all(fds)
             raise FdNotFound(f"no such descriptor: {wanted.word}")
-        added = _copy(source, sink, rows, arguments.to_fdset)
+        with _all_or_nothing(arguments, sink) as added:
+            _copy(source, sink, rows, arguments.to_fdset, added)
         fdset_id = added[0]["fdset-id"]
         if arguments.json:
             fds = [{k: v for k, v in each.items() if k != "fdset-id"} for each in added]
@@ -95,26 +109,110 @@ def _stored(source: BlockingClient, wanted: Target) -> list[Row]:
 
 
 def _copy(
-    source: BlockingClient, sink: BlockingClient, rows: list[Row], fdset_id: int | None
-) -> list[dict[str, Any]]:
-    """Add duplicates of the rows to one fd set of *sink*; what was added, or nothing was."""
+    source: BlockingClient,
+    sink: BlockingClient,
+    rows: list[Row],
+    fdset_id: int | None,
+    added: list[dict[str, Any]],
+) -> None:
+    """Add duplicates of the rows to one fd set of *sink*.
+
+    Args:
+        source: where the rows are stored.
+        sink: where they go.
+        rows: what to copy.
+        fdset_id: the fd set; a new one if None.
+        added: gets what was added; at an error, last what may have been: it has no ``fd``.
+    """
+    for source_id, fd in rows:
+        where = {"fdset-id": source_id, "fd": fd["fd"]}
+        opened, passed = source.request("open-fdset", where)
+        members = {key: opened[key] for key in ("opaque",) if key in opened}
+        if fdset_id is not None:
+            members["fdset-id"] = fdset_id
+        added.append(members)
+        try:
+            info = sink.execute("add-fd", members, passed)
+        except QMPError:
+            added.pop()
+            raise
+        finally:
+            close_all(passed)
+        fdset_id = info["fdset-id"]
+        added[-1] = {**members, "fdset-id": fdset_id, "fd": info["fd"]}
+
+
+@contextmanager
+def _all_or_nothing(
+    arguments: argparse.Namespace, sink: BlockingClient
+) -> Iterator[list[dict[str, Any]]]:
+    """After an error, remove what the block has added: over a new connection, if the old one may be
+    broken; what may be left there is said.
+    """
+    before: set[tuple[int, int]] = set()
+    with suppress(QMPError):  # who may add need not be allowed to query
+        before = {(fdset_id, fd["fd"]) for fdset_id, fd in listed(sink)}
     added: list[dict[str, Any]] = []
     try:
-        for source_id, fd in rows:
-            where = {"fdset-id": source_id, "fd": fd["fd"]}
-            opened, passed = source.request("open-fdset", where)
-            members = {"opaque": opened["opaque"]} if "opaque" in opened else {}
-            if fdset_id is not None:
-                members["fdset-id"] = fdset_id
-            try:
-                info = sink.execute("add-fd", members, passed)
-            finally:
-                close_all(passed)
-            fdset_id = info["fdset-id"]
-            added.append({**members, **info})
-    except BaseException:
-        for each in added:
-            with suppress(QMPError, OSError):  # whoever else removed it meanwhile has done so
-                sink.execute("remove-fd", {"fdset-id": each["fdset-id"], "fd": each["fd"]})
+        yield added
+    except QMPError:
+        _take_back(sink, before, added)
         raise
-    return added
+    except BaseException:
+        sink.close()  # a QEMU serves one client at a time, and takes a moment to let it go
+        there = argparse.Namespace(socket=arguments.to, timeout=arguments.timeout)
+        try:
+            with client_within(there, _PATIENCE) as again:
+                _take_back(again, before, added)
+        except (QMPError, NoDaemon) as exc:
+            if added:
+                left = ", ".join(str(each["fd"]) for each in added if "fd" in each) or "the first"
+                print_error(f"qmpfd: fd {left} may be left in {arguments.to}: {exc}")
+        raise
+
+
+def _take_back(
+    sink: BlockingClient, before: set[tuple[int, int]], added: list[dict[str, Any]]
+) -> None:
+    """Remove what was added; whoever else removed it meanwhile has done so."""
+    ours = {(each["fdset-id"], each["fd"]) for each in added if "fd" in each}
+    if added and "fd" not in added[-1]:
+        ours |= _unanswered(_described(sink), before, ours, added[-1])
+    for fdset_id, fd in ours:
+        with suppress(QMPError):
+            sink.execute("remove-fd", {"fdset-id": fdset_id, "fd": fd})
+
+
+def _unanswered(
+    rows: list[Row],
+    before: set[tuple[int, int]],
+    ours: set[tuple[int, int]],
+    members: dict[str, Any],
+) -> set[tuple[int, int]]:
+    """What an ``add-fd`` with these *members* has added, whose reply was lost, as far as that can
+    be told: a qmpfd says which process has added a descriptor.
+    """
+    me = os.getpid()
+    adders = {(fdset_id, fd["fd"]): fd.get("added-by", {}).get("pid", me) for fdset_id, fd in rows}
+    # Through a relay, or in a container, this process has another number.
+    pids = {me} | {adders[each] for each in ours & adders.keys()}
+    found = {
+        (fdset_id, fd["fd"])
+        for fdset_id, fd in rows
+        if (fdset_id, fd["fd"]) not in before | ours
+        and fd.get("opaque") == members.get("opaque")
+        and members.get("fdset-id", fdset_id) == fdset_id
+    }
+    if len(found) == 1 and all(adders[each] in pids for each in found):
+        return found
+    for fdset_id, fd in found:
+        print_error(f"qmpfd: fd set {fdset_id}, fd {fd} may be left of this, or another client's")
+    return set()
+
+
+def _described(sink: BlockingClient) -> list[Row]:
+    """All descriptors of another server; of a qmpfd, with who has added them."""
+    try:
+        return [(fd["fdset-id"], fd) for fd in sink.execute("query-fds")]
+    except CommandNotFound:
+        return listed(sink)

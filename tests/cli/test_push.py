@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +20,7 @@ from conformance.peers import start_qemu
 from helpers import PATIENCE, daemon_thread
 
 from qmpfd.client.blocking import BlockingClient
+from qmpfd.kernel.fd import Fd, close_all
 
 from .command import NO_DAEMON, REFUSED, USAGE, Cli
 
@@ -50,6 +57,73 @@ def test_push_what_cannot_be(cli: Cli, file: Path, tmp_path: Path) -> None:
     cli.fails(USAGE, "push", 0)
     cli.fails(USAGE, "push", "x", "--to", to)
     cli.fails(USAGE, "push", 0, "--to", to, "--fdset", "x")
+
+
+@contextmanager
+def _losing(path: Path, to: Path, request: int, *, executed: bool) -> Iterator[None]:
+    """A relay to another server that closes its first connection at the n-th request, without the
+    reply, or without the request.
+    """
+
+    def relay(most: int) -> None:
+        client, _ = listener.accept()
+        with client, socket.socket(socket.AF_UNIX) as server:
+            server.connect(os.fspath(to))
+            lines = server.makefile("rb")
+            with lines:
+                client.sendall(lines.readline())
+                for number in itertools.count(1):
+                    data, fds, _, _ = socket.recv_fds(client, 1 << 16, 1)
+                    owned = [Fd(fd) for fd in fds]
+                    if data and (number < most or executed):
+                        socket.send_fds(server, [data], fds)
+                    close_all(owned)
+                    if not data or (number == most and not executed):
+                        return
+                    reply = lines.readline()
+                    if number == most:
+                        return
+                    client.sendall(reply)
+
+    def serve() -> None:
+        with suppress(OSError):  # nobody comes again
+            relay(request)
+            relay(sys.maxsize)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize("executed", [True, False])
+@pytest.mark.parametrize("request_", [3, 4, 5])
+def test_the_connection_is_lost_halfway(
+    cli: Cli, file: Path, tmp_path: Path, request_: int, executed: bool
+) -> None:
+    """Nothing stays there, and what others have there stays."""
+    cli.add(file, os.O_WRONLY, 0, opaque="o")
+    to, relay = tmp_path / "other.sock", tmp_path / "relay.sock"
+    with daemon_thread(to), _losing(relay, to, request_, executed=executed):
+        there = Cli(to)
+        there.add(file, os.O_RDONLY, opaque="o")
+        before = there.done("ls", "--json")
+        ran = cli("push", 0, "--to", relay)
+        told = ran.stderr
+        assert ran.returncode == NO_DAEMON
+        assert "has closed the connection" in told
+        after = there.done("ls", "--json")
+        if (request_, executed) == (3, True):  # it may be that of any other client of the relay
+            assert after != before
+            assert "may be left of this" in told
+        else:
+            assert after == before
 
 
 def qmp(wire: QemuWire, command: str, arguments: Any = None) -> Any:
