@@ -52,8 +52,8 @@ from .sentinel import Evidence
 _log = logging.getLogger("qmpfd")
 
 _NO_ROOM = (
-    "the service manager has no room for %d more descriptors (FileDescriptorStoreMax= was lowered, "
-    "or is less than $FDSTORE): they are refused"
+    "the service manager has no room for more than %d descriptors (FileDescriptorStoreMax= was "
+    "lowered, or is less than $FDSTORE): they are refused"
 )
 
 #: Places of the fd store for the lifeline of a takeover, and the old daemon's journal.
@@ -125,6 +125,7 @@ class FdStoreMirror:
         # to be there, before the last probes and since.
         self._evidence: Evidence | None = None
         self._batches: list[Unproven] = []
+        self._full_at: int | None = None  # how many there were when there was no room for more
         self.unproven: Unproven | None = None
         self.on_refused: Callable[[list[StoredFd]], object] = lambda _: None
         self._kept = KeptFds(self._link, keeping.descriptions)
@@ -270,7 +271,9 @@ class FdStoreMirror:
             batch.is_refused = True
         self._batches = [Unproven()]
         self._journals.withdraw()
-        _log.error(_NO_ROOM, len(refused))
+        if self._full_at != (full_at := self._kept.names - len(refused)):
+            self._full_at = full_at
+            _log.error(_NO_ROOM, full_at)
         self.on_refused([stored for stored in refused if not stored.removed])
 
     @property
