@@ -125,6 +125,7 @@ class FdStoreMirror:
         # to be there, before the last probes and since.
         self._evidence: Evidence | None = None
         self._batches: list[Unproven] = []
+        self._shown = 0  # how many there is room for, as was tried out at the start
         self._full_at: int | None = None  # how many there were when there was no room for more
         self.unproven: Unproven | None = None
         self.on_refused: Callable[[list[StoredFd]], object] = lambda _: None
@@ -256,7 +257,9 @@ class FdStoreMirror:
         if barrier and self._batches and (self._batches[-1].entries or self._journals.is_turning):
             assert self._evidence is not None
             with suppress(OSError):  # out of descriptors, and nothing was added: the next one shows
-                self._evidence.show_room()
+                # Beyond what was tried out, the place for another journal is shown as well.
+                is_beyond = self._kept.names > self._shown and not self._journals.is_turning
+                self._evidence.show_room(int(is_beyond))
                 self._batches.append(Unproven())
 
     def _room_shown(self, enough: bool) -> None:
@@ -298,8 +301,9 @@ class FdStoreMirror:
 
     async def _find_size(self, evidence: Evidence, taken: int) -> None:
         """Find out whether it takes as many descriptors as $FDSTORE says, beside those *taken*."""
-        room = await evidence.count_room(self._size - taken)
-        if room is not None:
+        room, is_all = await evidence.count_room(self._size - taken)
+        self._shown = self._kept.names + room
+        if is_all:
             self._size = taken + room
             self._capacity = min(self._capacity, self._size - KEEPER_SPARE)
             _log.warning(

@@ -22,6 +22,9 @@ from ...limits import MAX_PROBES
 from .barrier_link import BarrierLink
 from .names import probe_name, sentinel_name
 
+#: Probes that are stored at a time behind what was added.
+_MOST_PROBES = 2
+
 
 class Sentinel:
     """A pipe whose write end is to be stored, or is.
@@ -111,8 +114,8 @@ class Evidence:
         self._link = link
         self._dropped = dropped
         self._shown = shown
-        self._probe: Sentinel | None = None  # under way
-        self._spare: Sentinel | None = None  # for the next time
+        self._probes: list[Sentinel] = []  # under way
+        self._spare: list[Sentinel] = []  # for the next time
         if returned is not None:
             self._name, writer = returned
             try:
@@ -136,8 +139,8 @@ class Evidence:
         last.close()
         return stored
 
-    async def count_room(self, most: int) -> int | None:
-        """How many more are stored; None if it is as many as were tried, *most* at most."""
+    async def count_room(self, most: int) -> tuple[int, bool]:
+        """How many more are stored, of *most* at most; and whether that is all there is."""
         probes: list[Sentinel] = []
         with suppress(OSError):  # out of descriptors: fewer are tried
             for number in range(min(most, MAX_PROBES)):
@@ -151,7 +154,7 @@ class Evidence:
             self._link.remove(probe_name(number))
             probe.close()
         await self._link.sync()
-        return stored if stored < len(probes) else None
+        return stored, stored < len(probes)
 
     def prepare(self) -> None:
         """Take what the next :meth:`show_room` needs.
@@ -159,33 +162,36 @@ class Evidence:
         Raises:
             OSError: this process is out of descriptors.
         """
-        if self._spare is None:
-            self._spare = Sentinel.create()
+        while len(self._spare) < _MOST_PROBES:
+            self._spare.append(Sentinel.create())
 
-    def show_room(self) -> None:
-        """A barrier is sent next: have it show whether there was room for all before it, before
-        anybody is told that the barrier has passed.
+    def show_room(self, more: int) -> None:
+        """A barrier is sent next: have it show whether there was room for all before it, and for so
+        many *more*, before anybody is told that the barrier has passed.
 
         Raises:
             OSError: this process is out of descriptors.
         """
-        if self._probe is None:
+        if self._probes:  # not everything could be sent the last time, and there is more by now
+            for number in range(len(self._probes)):
+                self._link.remove(probe_name(number))
+        else:
             self.prepare()
-            self._probe, self._spare = self._spare, None
-            assert self._probe is not None
-            self._link.on_synced(partial(self._find_probe, self._probe), first=True)
-        else:  # not everything could be sent the last time, and there is more by now
-            self._link.remove(probe_name(0))
-        self._link.store(probe_name(0), self._probe.writer)
+            self._probes = [self._spare.pop() for _ in range(1 + more)]
+            self._link.on_synced(partial(self._find_probes, self._probes), first=True)
+        for number, probe in enumerate(self._probes):
+            self._link.store(probe_name(number), probe.writer)
 
-    def _find_probe(self, probe: Sentinel) -> None:
-        if self._probe is not probe:  # all is over
+    def _find_probes(self, probes: list[Sentinel]) -> None:
+        if self._probes is not probes:  # all is over
             return
-        self._probe = None
-        probe.sent()
-        stored = probe.is_stored
-        self._link.discard(probe_name(0))
-        probe.close()
+        self._probes = []
+        for probe in probes:
+            probe.sent()
+        stored = all(probe.is_stored for probe in probes)
+        for number, probe in enumerate(probes):
+            self._link.discard(probe_name(number))
+            probe.close()
         self._shown(stored)
 
     async def watch(self) -> None:
@@ -202,7 +208,6 @@ class Evidence:
     def close(self) -> None:
         """Take no more notice."""
         self._first.close()
-        for probe in (self._probe, self._spare):
-            if probe is not None:
-                probe.close()
-        self._probe = self._spare = None
+        for probe in self._probes + self._spare:
+            probe.close()
+        self._probes, self._spare = [], []
