@@ -128,9 +128,10 @@ class BarrierLink:
 
     def remove_all(self, names: Sequence[str]) -> None:
         """As :meth:`remove` of each, as few messages: all clients wait for that in a takeover."""
+        sent = [name for name in names if not self._outgoing.withdraw(name)]
         most = SCM_MAX_FD if self._notifier.is_parent else 1
-        for at in range(0, len(names), most):
-            self.tell(f"{REMOVE}\nFDNAME={':'.join(names[at : at + most])}")
+        for at in range(0, len(sent), most):
+            self.tell(f"{REMOVE}\nFDNAME={':'.join(sent[at : at + most])}")
 
     def discard(self, name: str) -> None:
         """As :meth:`remove`, but nobody waits for it: no barrier stands for it alone."""

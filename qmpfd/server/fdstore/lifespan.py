@@ -64,11 +64,11 @@ async def mirrored(
     if not isinstance(mirror, FdStoreMirror):
         yield start
         return
+    mirror.on_refused = partial(_remove, server.services)
     async with mirror.running():
+        if lifeline is not None and mirror.prepare(server.store, holdings, lifeline):
+            server.daemon.mirror = mirror
         try:
-            mirror.on_refused = partial(_remove, server.services)
-            if lifeline is not None and mirror.prepare(server.store, holdings, lifeline):
-                server.daemon.mirror = mirror
             yield start
         except Exception:
             if not mirror.is_ours:  # the old daemon goes on, and closes what it is told to

@@ -67,17 +67,23 @@ class Outgoing:
         self._unsent[name] = self._put(at, _STORE, name, fd)
 
     def remove(self, command: str, name: str) -> bool:
-        """Have what is kept under *name* closed there; not what has not gone yet, which may be
-        closed here before it would: whether there is something to be sent.
+        """Have what is kept under *name* closed there; whether there is something to be sent."""
+        if self.withdraw(name):
+            return False
+        self._put(len(self._batches) - 1, command, name, None)
+        return True
+
+    def withdraw(self, name: str) -> bool:
+        """Do not send what has not gone yet, and may be closed here before it would; whether that
+        was so.
         """
         batch = self._unsent.pop(name, None)
         if batch is None:
-            self._put(len(self._batches) - 1, command, name, None)
-            return True
+            return False
         del batch.fds[name]
         if not batch.fds:
             self._batches.remove(batch)
-        return False
+        return True
 
     def _put(self, at: int, command: str, name: str, fd: Fd | int | None) -> Batch:
         """Have one more descriptor sent, or removed there: with the message *at* that place if that

@@ -503,6 +503,32 @@ def test_what_a_parent_keeps_is_written_down_before_the_pause(
                 assert new.wait(PATIENCE) == 0
 
 
+@pytest.mark.parametrize(
+    "limit,status,reason",
+    [("-n 150", 3, "the limit of 150 open files is too low"), ("-f 4", 2, "File too large")],
+)
+def test_a_supervised_newcomer_that_cannot_have_all(
+    path: Path, start: Callable[..., Stepped], limit: str, status: int, reason: str
+) -> None:
+    """It says so in one line, before its parent has got anything."""
+    old = start()
+    with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
+        pipe = stack.enter_context(Pipe())
+        client.execute("add-fd", {"opaque": "kept"}, [pipe])
+        pipe.release()
+        for _ in range(200):
+            stack.enter_context(BlockingClient(path, PATIENCE))
+        command = [*SERVE, "--takeover", "--supervise", "--socket", str(path)]
+        shell = ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", *command]
+        done = subprocess.run(shell, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert done.returncode == status, done.stderr
+        assert reason in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert old.poll() is None
+        client.execute("remove-fd", {"fdset-id": 0})
+        assert not pipe.held()
+
+
 def journals(pid: int) -> Iterator[bytes]:
     """What is in the journals of a process."""
     for each in Path(f"/proc/{pid}/fd").iterdir():
