@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import subprocess
 import sys
 import typing
 from collections.abc import Iterator
@@ -65,6 +66,23 @@ def test_the_examples(name: str, tmp_path: Path) -> None:
     if f"$ {QEMU}" in page.read_text():
         need(QEMU)
     assert run_page(page, tmp_path)
+
+
+def test_the_python_examples_have_types(tmp_path: Path) -> None:
+    """As a reader's own mypy, strict, has it."""
+    examples = []
+    for name, page in {**PAGES, "README.md": ROOT / "README.md"}.items():
+        for block in blocks(page.read_text()):
+            if block.language == "python":
+                example = tmp_path / f"{re.sub('[^a-z]', '_', name.lower())}_{block.line}.py"
+                example.write_text(block.text)
+                examples.append(example)
+    assert len(examples) > 5
+    command = [sys.executable, "-m", "mypy", "--strict", f"--cache-dir={tmp_path}/cache"]
+    ran = subprocess.run(
+        [*command, *examples], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert ran.returncode == 0, ran.stdout
 
 
 def test_a_wrong_example_is_seen(tmp_path: Path) -> None:
