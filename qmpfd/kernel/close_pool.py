@@ -226,8 +226,9 @@ class ClosePool:
                 continue
             if fd in self._quick:
                 self._quick.discard(fd)
-                fd.close()
-                continue
+                if fd not in self._after:
+                    fd.close()
+                    continue
             if isinstance(fd, Duplicate) and self._is_open(fd.original):
                 self._close_duplicate(fd, uid)
                 continue
