@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from fakes import GREETING
-from helpers import PATIENCE, Pipe, daemon_thread
+from helpers import PATIENCE, ROOT, Pipe, daemon_thread
 
 import qmpfd
 from qmpfd.limits import MAX_EVENTS
@@ -224,13 +226,20 @@ def test_nobody_reads_all_of_a_request(path: Path) -> None:
                     client.query_fdsets()
 
 
-def test_a_forked_child_closes_its_copy(client: qmpfd.BlockingClient) -> None:
-    child = os.fork()
-    if not child:
-        client.close()
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert client.query_fdsets() == []
+def test_a_forked_child_closes_its_copy(path: Path) -> None:
+    """In a process that has one thread, as fork(2) needs it."""
+    script = (
+        "import os, sys, qmpfd\n"
+        "with qmpfd.connect_blocking(sys.argv[1]) as client:\n"
+        "    if not os.fork():\n"
+        "        client.close()\n"
+        "        os._exit(0)\n"
+        "    os.wait()\n"
+        "    assert client.query_fdsets() == []\n"
+    )
+    command = [sys.executable, "-c", script, os.fspath(path)]
+    with daemon_thread(path):
+        subprocess.run(command, cwd=ROOT, check=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("timeout", [1e7, 1e300])
