@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("qmpfd")
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+#: Descriptors that the parent and its worker need to store any.
+_LEAST_FILES = 128
 
 #: The program that starts the parent where the package is in a zipapp, whose folders cannot be run.
 _IN_A_ZIP = """\
@@ -49,7 +53,13 @@ def become_supervisor(
         log_level: likewise.
         passed: the inherited descriptors that the command line names.
         drain_timeout: seconds that the worker may take to end.
+
+    Raises:
+        UsageError: too few descriptors are allowed.
     """
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # both processes raise theirs to it
+    if limit < _LEAST_FILES:
+        raise _too_few(limit)
     spec = find_spec("qmpfd.supervisor")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -66,6 +76,12 @@ def become_supervisor(
     numbers = ",".join(map(str, passed))
     command = [sys.executable, *sys.orig_argv[1:]]
     os.execv(sys.executable, [*python, *options, numbers, *command])
+
+
+def _too_few(limit: int) -> UsageError:
+    return UsageError(
+        f"--supervise needs a limit of {_LEAST_FILES} open files at least, not {limit} (ulimit -n)"
+    )
 
 
 def _adopt_orphans() -> None:
@@ -128,10 +144,7 @@ def connect(parent: Notifier | None, size: int) -> FdStoreConfig | None:
 
     if parent is not None:
         if size <= KEEPER_SPARE:
-            raise UsageError(
-                f"--supervise needs a limit of 128 open files at least, not {open_files_limit()} "
-                "(ulimit -n)"
-            )
+            raise _too_few(open_files_limit())
         return FdStoreConfig(parent, size, None)
     if not has_store(size):
         return None

@@ -148,11 +148,12 @@ def test_takeover_with_an_inherited_descriptor_in_the_way(path: Path) -> None:
             os.close(number)
 
 
-def test_too_few_open_files(path: Path) -> None:
-    with supervised(path, open_files=64, status=2) as daemon:
+@pytest.mark.parametrize("limit", [64, 6])
+def test_too_few_open_files(path: Path, limit: int) -> None:
+    with supervised(path, open_files=limit, status=2) as daemon:
         assert daemon.process.wait(DEADLINE) == 2
         assert daemon.log.count("\n") == 1
-        assert "128 open files at least, not 64 (ulimit -n)" in daemon.log
+        assert f"128 open files at least, not {limit} (ulimit -n)" in daemon.log
 
 
 def _took_over(newcomer: Supervised) -> None:
