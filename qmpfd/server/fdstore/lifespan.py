@@ -64,7 +64,7 @@ async def mirrored(
     if not isinstance(mirror, FdStoreMirror):
         yield start
         return
-    mirror.on_refused = partial(_remove, server.services)
+    mirror.room.on_refused = partial(_remove, server.services)
     async with mirror.running():
         if lifeline is not None and mirror.prepare(server.store, holdings, lifeline):
             server.daemon.mirror = mirror

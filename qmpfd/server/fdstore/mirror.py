@@ -16,8 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
-from enum import Enum, auto
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -45,16 +44,13 @@ from .journal import (
 from .journal_writer import JournalWriter, added_record
 from .kept import KeptFds
 from .listeners import KeptListeners
+from .mirror_state import TRANSITIONS, Event, State
 from .names import LIFELINE, PREVIOUS, Names, is_pipe
 from .recover import Holdings
+from .room import Room
 from .sentinel import Evidence
 
 _log = logging.getLogger("qmpfd")
-
-_NO_ROOM = (
-    "the service manager has no room for more than %d descriptors (FileDescriptorStoreMax= was "
-    "lowered, or is less than $FDSTORE): they are refused"
-)
 
 #: Places of the fd store for the lifeline of a takeover, and the old daemon's journal.
 _TAKEOVER_PLACES = 2
@@ -66,28 +62,7 @@ _DROPPED = (
 )
 
 
-class State(Enum):
-    """What becomes of what is stored."""
-
-    KEPT = auto()  #: it is kept
-    DISTRUSTED = auto()  #: it may not be: no more is sent, but what is removed is removed there too
-    OVER = auto()  #: nobody is there to keep it
-
-
 _KEPT, _OVER = State.KEPT, State.OVER  # found faster than a member of an enumeration
-
-
-class _Event(Enum):
-    DROPPED = auto()  # the service manager does not keep what it is sent
-    END = auto()  # the link has ended
-
-
-#: An event that is not here changes nothing.
-_TRANSITIONS = {
-    (State.KEPT, _Event.DROPPED): State.DISTRUSTED,
-    (State.KEPT, _Event.END): State.OVER,
-    (State.DISTRUSTED, _Event.END): State.OVER,
-}
 
 
 class FdStoreConfig(NamedTuple):
@@ -121,15 +96,11 @@ class FdStoreMirror:
         self._size = keeping.size
         self._capacity = min(keeping.size - KEEPER_SPARE, Names.MOST)
         self._state = State.KEPT
-        # Where it is a service manager, what shows what it keeps; what was stored and is not known
-        # to be there, before the last probes and since.
-        self._evidence: Evidence | None = None
-        self._batches: list[Unproven] = []
-        self._shown = 0  # how many there is room for, as was tried out at the start
-        self._full_at: int | None = None  # how many there were when there was no room for more
-        self.unproven: Unproven | None = None
-        self.on_refused: Callable[[list[StoredFd]], object] = lambda _: None
         self._kept = KeptFds(self._link, keeping.descriptions)
+        # Where it is a service manager, what shows what it keeps.
+        self._evidence: Evidence | None = None
+        self.room = Room(self._kept, self._journals)
+        self.unproven: Unproven | None = None
         self._listeners = KeptListeners(self._link, self._kept, self._journals, self._is_parent)
         self._store = FdSets()
         self._lifeline: Fd | None = None  # of the takeover under way
@@ -141,14 +112,14 @@ class FdStoreMirror:
         """Whether nothing more is kept, and what was kept may be lost."""
         return self._state is not State.KEPT
 
-    def _handle(self, event: _Event) -> None:
-        self._state = _TRANSITIONS.get((self._state, event), self._state)
+    def _handle(self, event: Event) -> None:
+        self._state = TRANSITIONS.get((self._state, event), self._state)
 
     def _distrust(self, reason: str) -> None:
         """Say that what is sent is not kept."""
         if self._state is State.KEPT:
             _log.error("%s; more are refused", reason)
-        self._handle(_Event.DROPPED)
+        self._handle(Event.DROPPED)
 
     # -- what the commands see -----------------------------------------------------------------
 
@@ -190,9 +161,8 @@ class FdStoreMirror:
         if self._state is _KEPT and stored.lifetime.owner is None:
             name = self._kept.keep(stored.fd.number, stored.fd)
             self._journals.note(added_record(name, fdset.id, stored))
-            if self._batches:
-                self.unproven = self._batches[-1]
-                self.unproven.entries.append(stored)
+            if self._evidence is not None:
+                self.unproven = self.room.put(stored)
 
     def removed(self, stored: StoredFd) -> None:
         """A descriptor was taken out of the store; it is still open."""
@@ -254,30 +224,8 @@ class FdStoreMirror:
 
     def _write(self, barrier: bool) -> None:
         self._journals.write()
-        if barrier and self._batches and (self._batches[-1].entries or self._journals.is_turning):
-            assert self._evidence is not None
-            with suppress(OSError):  # out of descriptors, and nothing was added: the next one shows
-                # Beyond what was tried out, the place for another journal is shown as well.
-                is_beyond = self._kept.names > self._shown and not self._journals.is_turning
-                self._evidence.show_room(int(is_beyond))
-                self._batches.append(Unproven())
-
-    def _room_shown(self, enough: bool) -> None:
-        """There was room for all batches but the last, or not for all of them: then none of these
-        is kept, nor of what was sent since, which has the places of others.
-        """
-        if enough:
-            del self._batches[:-1]
-            return
-        refused = [stored for batch in self._batches for stored in batch.entries]
-        for batch in self._batches:
-            batch.is_refused = True
-        self._batches = [Unproven()]
-        self._journals.withdraw()
-        if self._full_at != (full_at := self._kept.names - len(refused)):
-            self._full_at = full_at
-            _log.error(_NO_ROOM, full_at)
-        self.on_refused([stored for stored in refused if not stored.removed])
+        if barrier and self._evidence is not None:
+            self.room.show(self._evidence)
 
     @property
     def store(self) -> str | None:
@@ -302,7 +250,7 @@ class FdStoreMirror:
     async def _find_size(self, evidence: Evidence, taken: int) -> None:
         """Find out whether it takes as many descriptors as $FDSTORE says, beside those *taken*."""
         room, is_all = await evidence.count_room(self._size - taken)
-        self._shown = self._kept.names + room
+        self.room.begin(self._kept.names + room)
         if is_all:
             self._size = taken + room
             self._capacity = min(self._capacity, self._size - KEEPER_SPARE)
@@ -383,7 +331,7 @@ class FdStoreMirror:
         if not self._is_parent:  # the oldest, which is dropped first
             drop, generation = partial(self._distrust, _DROPPED), holdings.generation + 1
             self._evidence = Evidence(
-                self._link, generation, holdings.sentinel, drop, self._room_shown
+                self._link, generation, holdings.sentinel, drop, self.room.on_shown
             )
         if lifeline is not None and not prepared:  # before all that it is about
             self._begin_takeover(lifeline)
@@ -425,7 +373,6 @@ class FdStoreMirror:
             self._nursery.start_soon(self._evidence.watch)
             taken = self._kept.names + 2 + (not self.is_ours) + (previous is not None)
             await self._find_size(self._evidence, taken)
-            self._batches.append(Unproven())
 
     def _remove_names(self, names: Iterable[str]) -> None:
         for name in names:
@@ -491,7 +438,7 @@ class FdStoreMirror:
             self._link.push()
 
     def _ended(self) -> None:
-        self._handle(_Event.END)
+        self._handle(Event.END)
         if self._evidence is not None:
             self._evidence.close()
         self._kept.clear()
