@@ -16,7 +16,7 @@ from ..kernel.fd import Fd, close_all
 from ..kernel.systemd import InheritedFd as Passed
 from ..kernel.systemd import take_listen_fds, take_parent, take_store_size
 from ..kernel.unix_address import is_served, listens
-from ..supervisor.signals import FORWARDED, ignore_signals
+from ..supervisor.signals import FORWARDED, set_up_signals
 from . import supervise as keeping
 from .exit_codes import DONE, UsageError
 from .options import Subparsers, add_examples, default_socket
@@ -165,7 +165,7 @@ def _import_all() -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     _fill_standard_streams()
-    ignore_signals(FORWARDED)
+    set_up_signals(FORWARDED)
     parent, store_size = take_parent(), take_store_size()
     if arguments.supervise and parent is None and not keeping.has_store(store_size):
         numbers = {option.fd for option in arguments.add_fd}

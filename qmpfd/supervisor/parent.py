@@ -14,7 +14,7 @@ from .manager import Manager
 from .message import Message
 from .program import NamedFds, Program, inherited_fds
 from .restarts import FIRST_DELAY, Restarts
-from .signals import FORWARDED, QUIT_IGNORED, ignore_signals
+from .signals import FORWARDED, QUIT_IGNORED, set_up_signals
 from .states import TOLD_TO_END, TRANSITIONS, Event, State
 from .store import SlowCloser, Store, close
 from .worker import START_TIMEOUT, Spare, Worker
@@ -88,7 +88,7 @@ class Supervisor:
         self._store = Store(self._closer)
         self._poll.register(self._wake, select.POLLIN)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        ignore_signals(HEARD)
+        set_up_signals(HEARD)
         for number in HEARD:
             signal.signal(number, lambda *_: None)
 

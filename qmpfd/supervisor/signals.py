@@ -32,8 +32,9 @@ _BY_DEFAULT = {
 QUIT_IGNORED = "SIGQUIT is ignored: SIGTERM ends the daemon, a second one at once"
 
 
-def ignore_signals(heard: Collection[int]) -> None:
-    """Ignore every signal that would end or stop this process and is none of *heard*.
+def set_up_signals(heard: Collection[int]) -> None:
+    """Ignore every signal that would end or stop this process and is none of *heard*, and block
+    none: the signal mask is inherited (signal(7)).
 
     Anybody who may signal the process can send one by mistake, and the kernel sends SIGIO for a
     descriptor with O_ASYNC (fcntl(2), F_SETOWN).  SIGTTOU is one of them: with ``stty tostop``, it
@@ -41,3 +42,4 @@ def ignore_signals(heard: Collection[int]) -> None:
     """
     for number in signal.valid_signals() - _BY_DEFAULT - set(heard):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -88,6 +88,22 @@ def test_the_background_of_a_script(path: Path, options: Sequence[str]) -> None:
 
 
 @SUPERVISED
+def test_started_with_signals_blocked(path: Path, options: Sequence[str]) -> None:
+    """The signal mask is inherited: by a program that a thread of another one starts, say."""
+    block = (
+        "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()); "
+        "os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    with daemon_process(path, *options, prefix=[sys.executable, "-c", block]) as process:
+        with connected(path) as client:
+            client.execute("query-fdsets")
+        process.signal(signal.SIGHUP)
+        process.await_line(lambda line: "no policy file to read again" in line)
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+
+
+@SUPERVISED
 def test_signals_that_mean_nothing(path: Path, options: Sequence[str]) -> None:
     """None of them ends the daemon: not one that is sent by mistake, nor the kernel's SIGIO."""
     mean_something = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL}
