@@ -26,7 +26,7 @@ from ..server.maintenance import supervise
 from ..server.server import DaemonServer
 from ..server.startup import run_daemon
 from ..server.takeover.receiver import Takeover
-from ..supervisor.signals import FORWARDED, QUIT_IGNORED
+from ..supervisor.signals import FORWARDED, QUIT_IGNORED, set_up_signals
 from .notifications import Notifications
 from .options import default_socket
 from .spare import Spare
@@ -90,6 +90,7 @@ def run(
                 await process.run(signals, spares)
 
     trio.run(main)
+    set_up_signals(())  # all is done: a second SIGTERM does not change the status
 
 
 async def _started(

@@ -87,6 +87,20 @@ def test_the_background_of_a_script(path: Path, options: Sequence[str]) -> None:
     assert not path.exists()
 
 
+def test_a_signal_after_all_is_done(path: Path) -> None:
+    """The interpreter takes its time to end: a second SIGTERM does not change the status."""
+    program = (
+        "import os, signal, sys; from qmpfd.cli.main import main; "
+        "status = main(sys.argv[1:]); os.kill(os.getpid(), signal.SIGTERM); sys.exit(status)"
+    )
+    serve = [sys.executable, "-c", program, "serve", "--socket", str(path)]
+    with subprocess.Popen(serve, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        with connected(path) as client:
+            client.execute("query-fdsets")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE) == 0
+
+
 @SUPERVISED
 def test_started_with_signals_blocked(path: Path, options: Sequence[str]) -> None:
     """The signal mask is inherited: by a program that a thread of another one starts, say."""
