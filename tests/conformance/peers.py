@@ -253,7 +253,10 @@ def _await_socket(peer: Peer) -> None:
         while True:
             try:
                 with peer.connect(number) as wire:
-                    peer.version = _version(wire.line())
+                    greeting = wire.line()
+                    while greeting is not None and b'"event"' in greeting:
+                        greeting = wire.line()  # a QEMU that starts just now tells so first
+                    peer.version = _version(greeting)
                 break
             except (FileNotFoundError, ConnectionRefusedError):
                 code = peer.process.poll()
