@@ -184,12 +184,20 @@ def takeover(servers: Servers, server: Server) -> tuple[float, Server]:
 
 
 def crash(servers: Servers, server: Server) -> float:
-    """Kill the worker of a supervised daemon; the longest wait in seconds."""
+    """Kill the worker of a supervised daemon, once there is a spare one, a second after its start;
+    the longest wait in seconds.
+    """
     parent = server.pids[-1]
     (worker,) = children(parent)
-    _everywhere(servers, replace(server, pids=(worker, parent)))
+    _until(lambda: any(map(_is_spare, children(worker))), "there is no spare worker")
+    _everywhere(servers, replace(server, pids=(worker, parent, *children(worker))))
     with on_cpus(servers.cpus.values()):
         return _longest_wait(server, lambda: os.kill(worker, signal.SIGKILL))
+
+
+def _is_spare(pid: int) -> bool:
+    """Whether a process calls itself a spare worker, as it does once it is ready to be one."""
+    return Path(f"/proc/{pid}/comm").read_text() == "qmpfd-spare\n"
 
 
 # -- attacked ------------------------------------------------------------------------------------

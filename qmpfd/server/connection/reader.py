@@ -106,17 +106,13 @@ class Reader:
         readable = self._readable
         now = monotonic()
         ends = now + PASS_SECONDS
-        several = True
         while now < ends:
             if not readable:
                 if not self._durability.is_synced:  # the changes of all of them go together
                     self._durability.push()
-                if not several:  # it has hardly sent the next by now
-                    return
                 readable += self._epoll.poll(0)
                 if not readable:
                     return
-                several = len(readable) > 1
                 readable.reverse()
             sock, began = readable.pop()[0], now
             self._serve(sock, began)

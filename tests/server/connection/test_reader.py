@@ -128,8 +128,8 @@ async def test_round_robin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_two_long_pieces_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """One alone may have taken long because the machine did something else."""
-    # At the start of each pass, and after its piece: one takes long, the next does not, two do.
-    times = chain([0.0, 1.0], [1.0, 1.0], [1.0, 2.0], [2.0, 3.0], repeat(3.0))
+    # At the start of each pass, and after each piece: one takes long, the next does not, two do.
+    times = chain([0.0, 1.0], [1.0, 1.0, 2.0], [2.0, 3.0], repeat(3.0))
     monkeypatch.setattr(reader_module, "monotonic", lambda: next(times))
     monkeypatch.setattr(reader_module, "PASS_SECONDS", 0.5)
     served: list[str] = []
