@@ -336,7 +336,7 @@ KINDS: dict[str, Kind] = {
     "abstract Unix socket": partial(_bound, family=_UNIX, kind=_STREAM, address=""),
     "abstract Unix datagrams": partial(_bound, family=_UNIX, kind=_DATAGRAM, address=""),
     "netlink": partial(
-        _bound, family=socket.AF_NETLINK, kind=socket.SOCK_RAW, address=(123_456, 0)
+        _bound, family=socket.AF_NETLINK, kind=socket.SOCK_RAW, address=(1_000_000 + os.getpid(), 0)
     ),
     "TCP, linger": partial(_ends, pair=_lingering),
     "pipe": partial(_ends, pair=_pipe),
