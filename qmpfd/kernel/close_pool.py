@@ -24,7 +24,7 @@ from enum import Enum, auto
 from time import monotonic
 
 from .fd import Fd, FileDescriptorLike, close_all, fileno, unread_bytes
-from .fdinfo import make_statx
+from .fdinfo import Status, make_statx
 from .mounts import LocalFileSystems
 
 #: Threads that may hang in a close at a time, of each lane.  More descriptors wait, open.
@@ -378,7 +378,7 @@ class ClosePool:
         """Whether closing the descriptor may wait for somebody.  Finding out does not."""
         found = self._status(number)
         if found is None:
-            return self._risk_by_link(number)
+            return self._risk_by_link(number, found)
         nlink, mode, size, blocks, major, minor, *_ = found
         kind = mode & _FORMAT
         if kind in _PLAIN:
@@ -392,7 +392,7 @@ class ClosePool:
             return _risk_of_socket(number)
         elif kind == stat.S_IFCHR and (major in _QUICK_MAJORS or (major, minor) == _PTMX):
             return _NO_RISK
-        return self._risk_by_link(number)
+        return self._risk_by_link(number, found)
 
     def _is_local(self, device: tuple[int, ...]) -> bool:
         """Whether a close waits for nobody on the file system of that device, found without asking
@@ -404,10 +404,9 @@ class ClosePool:
             return True
         return device == self._memfds
 
-    def _risk_by_link(self, number: int) -> Risk:
+    def _risk_by_link(self, number: int, found: Status | None) -> Risk:
         """The risk of what is on no file system; a block device, say, writes back what it holds."""
         if fcntl.fcntl(number, _F_GETFL) & _O_PATH:
-            found = self._status(number)
             return Risk.HIGH if found is None or not self._is_local(found[6:]) else _NO_RISK
         link = os.readlink(f"/proc/self/fd/{number}")
         if link.startswith("socket:"):
