@@ -117,8 +117,9 @@ class Reader:
             sock, began = readable.pop()[0], now
             self._serve(sock, began)
             now = monotonic()
-            if now - began > LIGHT_SECONDS or sock in self._slow:
-                self._note_time(sock, now - began > LIGHT_SECONDS)
+            slow = now - began > LIGHT_SECONDS
+            if slow or sock in self._slow:
+                self._note_time(sock, slow)
         self._durability.push()
 
     def _serve(self, sock: int, now: float) -> None:
@@ -127,9 +128,10 @@ class Reader:
         if parked is None:  # its task works still
             self.forget(sock)
             return
+        _, piece = parked
         result: Outcome[object]
         try:
-            left = parked[1](now)
+            left = piece(now)
         except Exception as exc:  # noqa: BLE001 - the task's own: it ends, and all others go on
             result = Error(exc)
         else:

@@ -91,7 +91,7 @@ class RequestProcessor:
         finished = self._execute_batch(ends)
         if not (self._flush_replies() and finished):
             return False
-        if send_buffer.state is OPEN or send_buffer.state is not SendState.UNCOMMITTED:
+        if send_buffer.state is not SendState.UNCOMMITTED:
             return not send_buffer.size
         if send_buffer.unsent:
             return False
@@ -139,7 +139,7 @@ class RequestProcessor:
             if verbose or type(result) is Error:
                 note(context.shared.stats, context.peer, request, result)
             ending = context.ending
-            if ending is not None and ending is Ending.TAKEOVER:
+            if ending is Ending.TAKEOVER:
                 self.takeover_id = request_id
                 break
             # Nobody reads the reply to a client that is sent nothing any more.

@@ -300,9 +300,10 @@ class Session:
             if not piece.heavy:
                 self._move(Event.WAIT)
                 left_over = await services.reader.serve(stream.socket.fileno(), self._serve_chunk)
-                if left_over is None:
+                if left_over is None:  # two in a row took long
                     self._move(Event.INPUT)
-                piece = left_over or _Piece(heavy=True)
+                    left_over = _Piece(heavy=True)
+                piece = left_over
             else:
                 if piece.arrival is not Arrival.SOME:
                     self._move(Event.WAIT)
