@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,21 @@ def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
         check=False,
         **options,
     )
+
+
+def run_on_full_disk(argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program whose output cannot be written to its end; what it says on standard error."""
+    with open("/dev/full", "w") as full:
+        return subprocess.run(
+            argv,
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+            **options,
+        )
 
 
 class Cli:

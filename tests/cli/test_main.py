@@ -21,7 +21,7 @@ from helpers import PATIENCE, ROOT, Pipe, daemon_process, daemon_thread
 
 from qmpfd.cli import main
 
-from .command import DONE, NO_DAEMON, REFUSED, USAGE, run
+from .command import DONE, NO_DAEMON, REFUSED, USAGE, run, run_on_full_disk
 
 SHORT = ("--timeout", "0.2")
 
@@ -436,17 +436,8 @@ def test_nobody_reads_the_output(path: Path) -> None:
 )
 def test_the_disk_is_full(path: Path, words: str) -> None:
     """One line says so, and not that anything was done."""
-    with open("/dev/full", "w") as full:
-        ran = subprocess.run(
-            [sys.executable, "-m", "qmpfd", *words.split()],
-            cwd=ROOT,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-            env={**os.environ, "QMPFD_SOCKET": str(path)},
-        )
+    env = {**os.environ, "QMPFD_SOCKET": str(path)}
+    ran = run_on_full_disk([sys.executable, "-m", "qmpfd", *words.split()], env=env)
     assert (ran.returncode, ran.stderr) == (REFUSED, "qmpfd: No space left on device\n")
 
 

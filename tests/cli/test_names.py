@@ -16,7 +16,7 @@ from helpers import PATIENCE, ROOT, Pipe, daemon_thread
 import qmpfd
 from qmpfd.client.blocking import BlockingClient
 
-from .command import DONE, ENV, NO_DAEMON, REFUSED, SHOW, USAGE, Cli, run, shown
+from .command import DONE, ENV, NO_DAEMON, REFUSED, SHOW, USAGE, Cli, run, run_on_full_disk, shown
 
 
 @pytest.fixture
@@ -335,16 +335,7 @@ def test_options_before_the_verb(cli: Cli) -> None:
 
 
 def test_what_was_done_is_said_where_output_fails(cli: Cli, files: list[Path]) -> None:
-    with open("/dev/full", "w") as full:
-        ran = subprocess.run(
-            cli.argv("add", files[0]),
-            cwd=ROOT,
-            env=ENV,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+    ran = run_on_full_disk(cli.argv("add", files[0]), env=ENV)
     assert ran.returncode == REFUSED
     assert "this was done: fd set 0, fd " in ran.stderr
     assert len(names(cli)) == 1

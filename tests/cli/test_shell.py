@@ -25,7 +25,7 @@ from qmpfd.commands import TABLE
 from qmpfd.commands.schema import schema
 from qmpfd.errors import GenericError
 
-from .command import DONE, NO_DAEMON, REFUSED, run
+from .command import DONE, NO_DAEMON, REFUSED, run, run_on_full_disk
 
 SCHEMA = Schema(schema(TABLE))
 
@@ -197,16 +197,7 @@ def test_commands_from_a_pipe(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("running")
 def test_what_was_done_is_said_where_the_output_fails(path: Path) -> None:
-    with open("/dev/full", "w") as full:
-        ran = subprocess.run(
-            shell(path, "-c", "add-fd < /dev/null"),
-            cwd=ROOT,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+    ran = run_on_full_disk(shell(path, "-c", "add-fd < /dev/null"))
     assert ran.returncode == REFUSED
     assert 'the output failed; this was done: {"fdset-id": 0, "fd": ' in ran.stderr
 
