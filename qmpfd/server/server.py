@@ -30,9 +30,8 @@ from .durability import Durability, Unmirrored
 from .handle import Server
 from .lifecycle import DRAINING, Event, Lifecycle, State
 from .listen.accept import Acceptor
-from .listen.admission import Admission, groups_of, peer_of
+from .listen.admission import Admission, RejectionLog, groups_of, peer_of, rejection_reply
 from .listen.listener import UnixListener
-from .listen.rejections import RejectionLog, rejection_reply
 from .maintenance import Broadcaster, evict_idle, remove_expired, remove_hung_up, supervise
 from .metrics import write_metrics
 from .services import Services
@@ -225,7 +224,6 @@ class DaemonServer(Server):
         self.lifecycle.handle(Event.PAUSE)
         scope = self.takeover_scope
         scope.deadline = min(scope.deadline, trio.current_time() + timeout)
-        self._acceptor.pause()
         for session in self.sessions:
             session.pause()
         try:
@@ -243,18 +241,14 @@ class DaemonServer(Server):
         """
         while True:
             others = [session for session in self.sessions if session is not newcomer]
-            if self._is_accepting_nobody and all(session.is_quiescent for session in others):
+            # Whoever was accepted, at a socket that has been replaced, is served first.
+            waiting = any(listener.has_accepted for listener in self.listeners)
+            if not waiting and all(session.is_quiescent for session in others):
                 with suppress(trio.WouldBlock):
                     self.lock.acquire_nowait()
                     return others
             # They come to rest within a few passes of the loop, and there is nothing else to do.
             await trio.sleep(_REST_POLL)
-
-    @property
-    def _is_accepting_nobody(self) -> bool:
-        """Whether no client is accepted and not served yet."""
-        waiting = any(listener.has_accepted for listener in self.listeners)
-        return self._acceptor.is_quiescent and not waiting
 
     def release_all(self, quick: Set[Fd]) -> None:
         """A successor has taken over: let go of everything, without a word to anybody, and end.

@@ -26,7 +26,7 @@ from ...policy import Access
 from ...protocol.connection import State
 from ...protocol.server import ServerConnection
 from ...transport import Arrival, FdStream
-from ..listen.rejections import rejection_reply
+from ..listen.admission import rejection_reply
 from ..services import Services
 from .delivery import Delivery
 from .fd_accounting import CLOSES_A_STEP

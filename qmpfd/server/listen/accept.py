@@ -28,34 +28,12 @@ _GONE = {errno.ECONNABORTED, errno.EPERM, errno.EPROTO}
 _PAUSE = 0.2
 
 
-class SpareFd:
-    """A descriptor kept back, so that a client can be told when there are no others."""
-
-    def __init__(self) -> None:
-        self._fd: Fd | None = None
-        self.refill()
-
-    def refill(self) -> bool:
-        """Have a descriptor in reserve again; whether there is one."""
-        if self._fd is None:
-            try:
-                self._fd = Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-            except OSError:
-                return False
-        return True
-
-    def give_up(self) -> None:
-        """Make room for one descriptor."""
-        if self._fd is not None:
-            self._fd.close()
-            self._fd = None
-
-
 class Acceptor:
     """Accepts clients on all listeners.
 
     Args:
-        lifecycle: while the daemon is paused, nobody is accepted.
+        lifecycle: while the daemon is paused, nobody is accepted, and who connects waits in the
+            backlog.
         handle: serves a client; it owns the connection.
         reject: tells a client why it is not served; it owns the connection.
     """
@@ -69,22 +47,21 @@ class Acceptor:
         self._lifecycle = lifecycle
         self._handle = handle
         self._reject = reject
-        self._spare = SpareFd()
-        self._scopes: set[trio.CancelScope] = set()
+        # Kept back, so that a client can be told when there are no other descriptors.
+        self._spare: Fd | None = None
+        self._refill_spare()
 
-    @property
-    def is_quiescent(self) -> bool:
-        """Whether no connection is being accepted."""
-        return not self._scopes
-
-    def pause(self) -> None:
-        """Accept nobody else while the daemon is paused: who connects waits in the backlog."""
-        for scope in self._scopes:
-            scope.cancel()
+    def _refill_spare(self) -> None:
+        """Have the spare descriptor again, if one can be had."""
+        if self._spare is None:
+            with suppress(OSError):
+                self._spare = Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
     def close(self) -> None:
         """Give up the spare descriptor."""
-        self._spare.give_up()
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
 
     async def accept_clients(self, listener: UnixListener) -> None:
         """Accept clients for as long as the daemon serves.
@@ -98,16 +75,19 @@ class Acceptor:
         full = False
         while True:
             await self._lifecycle.wait_running()
+            await listener.wait_readable()
+            if self._lifecycle.paused:
+                continue
             try:
-                sock = await self._accept(listener)
+                sock = listener.accept_nowait()
             except ListenerShutDown:
                 listener.bind_again()
                 _log.warning(
                     "the listening socket %s was shut down from outside: made it again", listener
                 )
             except OSError as exc:
-                if exc.errno in _GONE:
-                    await trio.lowlevel.checkpoint()  # noqa: ASYNC120 - the client of that error is gone
+                # Others may have the socket too, and have been faster (EAGAIN).
+                if isinstance(exc, BlockingIOError) or exc.errno in _GONE:
                     continue
                 if exc.errno not in _FULL:
                     raise
@@ -117,12 +97,10 @@ class Acceptor:
                 rejected = self._reject_on_emfile(listener, exc)
                 await trio.sleep(0 if rejected else _PAUSE)
             else:
-                if sock is None:  # the daemon was paused meanwhile
-                    continue
                 if full:
                     _log.warning("clients are served again")
                 full = False
-                self._spare.refill()  # it was lost if the table shrank meanwhile
+                self._refill_spare()  # it was lost if the table shrank meanwhile
                 self._isolated(partial(self._handle, sock))
 
     def accept_backlog(self, listener: UnixListener, limit: int) -> None:
@@ -131,21 +109,11 @@ class Acceptor:
             for _ in range(limit):
                 self._isolated(partial(self._handle, listener.accept_nowait()))
 
-    async def _accept(self, listener: UnixListener) -> trio.socket.SocketType | None:
-        """The next client; None if the daemon is paused first."""
-        with trio.CancelScope() as scope:
-            self._scopes.add(scope)
-            try:
-                return await listener.accept()
-            finally:
-                self._scopes.discard(scope)
-        return None
-
     def _reject_on_emfile(self, listener: UnixListener, reason: OSError) -> bool:
         """Accept one client by means of the spare descriptor, and tell it why it cannot stay;
         whether that was possible.
         """
-        self._spare.give_up()
+        self.close()
         try:
             sock = listener.accept_nowait()
         except OSError:
@@ -155,7 +123,7 @@ class Acceptor:
             self._isolated(partial(self._reject, sock, error))
             return True
         finally:
-            self._spare.refill()
+            self._refill_spare()
 
     def _isolated(self, action: Callable[[], None]) -> None:
         """What goes wrong with one client costs that client only."""

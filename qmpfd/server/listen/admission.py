@@ -1,19 +1,26 @@
-"""Who gets in: the policy's answer, and whether there is room."""
+"""Who gets in: the policy's answer, and whether there is room; and what others are told."""
 
 from __future__ import annotations
 
 import array
 import ctypes
 import errno
+import logging
 import os
 import socket
 import struct
 from collections import Counter
+from math import inf
 
-from ...errors import GenericError, PermissionDenied
+import trio
+
+from ...errors import GenericError, PermissionDenied, QMPError
 from ...fdsets import Peer
-from ...limits import Limits
+from ...limits import REFUSAL_LOG_INTERVAL, Limits
 from ...policy import Access, Policy
+from ...protocol.encode import encode
+
+_log = logging.getLogger("qmpfd")
 
 #: SO_PEERGROUPS (socket(7)): all groups of whoever connected; not in Python's socket module.
 _SO_PEERGROUPS = 59
@@ -69,8 +76,7 @@ class Admission:
     def __init__(self, limits: Limits, policy: Policy) -> None:
         self._limits = limits
         self.policy = policy
-        self._count = 0
-        self._of_uid: Counter[int] = Counter()
+        self._of_uid: Counter[int] = Counter()  # connections
 
     def admit(self, peer: Peer, groups: frozenset[int]) -> Access:
         """Let a client in: what it may do.  :meth:`leave` is due once it is gone.
@@ -86,26 +92,47 @@ class Admission:
                 "and those to whom a policy rule gives a right"
             )
         limits = self._limits
-        if self._count >= limits.max_connections:
+        if self._of_uid.total() >= limits.max_connections:
             raise GenericError(f"Too many connections: the limit is {limits.max_connections}")
         if self._of_uid[peer.uid] >= limits.max_connections_per_uid:
             raise GenericError(
                 f"Too many connections of uid {peer.uid}: "
                 f"the limit is {limits.max_connections_per_uid}"
             )
-        self._count += 1
         self._of_uid[peer.uid] += 1
         return access
 
     def readmit(self, peer: Peer, groups: frozenset[int]) -> Access:
         """Go on with a client that was let in by a predecessor: what it may do here."""
-        self._count += 1
         self._of_uid[peer.uid] += 1
         return self.policy.access(peer.uid, groups)
 
     def leave(self, peer: Peer) -> None:
         """A client that was let in is gone."""
-        self._count -= 1
         self._of_uid[peer.uid] -= 1
         if not self._of_uid[peer.uid]:
             del self._of_uid[peer.uid]
+
+
+def rejection_reply(reason: QMPError) -> bytes:
+    """What a client is told that is not served, or no longer."""
+    told = {"error": {"class": reason.error_class, "desc": reason.desc}}
+    return encode(told) + b"\r\n"
+
+
+class RejectionLog:
+    """The lines of the log: of many a second, one, and how many there were."""
+
+    def __init__(self) -> None:
+        self._unsaid = 0
+        self._said_at = -inf
+
+    def note(self, peer: Peer, reason: QMPError) -> None:
+        """A client was turned away."""
+        now = trio.current_time()
+        if now - self._said_at < REFUSAL_LOG_INTERVAL:
+            self._unsaid += 1
+            return
+        more = f" (and {self._unsaid} others before)" if self._unsaid else ""
+        self._unsaid, self._said_at = 0, now
+        _log.info("turned away pid %d, uid %d: %s%s", peer.pid, peer.uid, reason.desc, more)

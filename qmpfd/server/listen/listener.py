@@ -142,7 +142,7 @@ class UnixListener:
 
     def bind_again(self) -> None:
         """Listen with a new socket at the same path, under the same number.  Clients in the backlog
-        of the old one are accepted by :meth:`accept` as all others.
+        of the old one are accepted by :meth:`accept_nowait` as all others.
 
         Raises:
             SocketInUse: another program listens there.
@@ -165,35 +165,34 @@ class UnixListener:
         """Whether there are clients from before the socket was replaced."""
         return bool(self._accepted)
 
-    async def accept(self) -> trio.socket.SocketType:
-        """The next client.
-
-        Raises:
-            ListenerShutDown: there will be none.
-            OSError: it cannot be accepted.
+    async def wait_readable(self) -> None:
+        """Wait until :meth:`accept_nowait` is due: a client has connected, or the socket was shut
+        down, closed or replaced.
         """
         if self._accepted:
             await trio.lowlevel.checkpoint()
-            return self._accepted.popleft()
-        while True:  # noqa: ASYNC913 - wait_readable has one
-            # Bound anew meanwhile, it wakes who waits.
-            with suppress(trio.ClosedResourceError):
-                await trio.lowlevel.wait_readable(self._sock)
-            with suppress(BlockingIOError):
-                return self.accept_nowait()
-            # Others may have the socket too, and have been faster; but one that was shut down is
-            # readable for ever.
-            if _is_shut_down(self._sock):
-                raise ListenerShutDown(errno.ESHUTDOWN, "the socket was shut down", str(self))
+            return
+        with suppress(trio.ClosedResourceError):
+            await trio.lowlevel.wait_readable(self._sock)
 
     def accept_nowait(self) -> trio.socket.SocketType:
         """A client that has connected already.
 
         Raises:
             BlockingIOError: there is none.
+            ListenerShutDown: there will be none.
             OSError: it cannot be accepted.
         """
-        return self._accepted.popleft() if self._accepted else self._accept_nowait()
+        if self._accepted:
+            return self._accepted.popleft()
+        try:
+            return self._accept_nowait()
+        except BlockingIOError:
+            if _is_shut_down(self._sock):  # readable for ever
+                raise ListenerShutDown(
+                    errno.ESHUTDOWN, "the socket was shut down", str(self)
+                ) from None
+            raise
 
     def _accept_nowait(self) -> trio.socket.SocketType:
         sock, _ = self._sock.accept()
