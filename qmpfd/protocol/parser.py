@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, auto
 from typing import Any
 
@@ -57,11 +57,12 @@ def _number(token: Token, text: bytes) -> int | float:
 
 
 class Budget:
-    """The memory that the incomplete values of several parsers may take together.
+    """The memory that incomplete values of several parsers, or unsent replies of several
+    connections, may take together.
 
-    When it is used up, a parser gives up its incomplete value: of the owner with the most memory,
-    the parser that has made no progress for the longest time.  So neither can clients that send no
-    more hold the memory for ever, nor many connections of one user take it from another user.
+    When it is used up, somebody gives up: of the owner with the most memory, whoever was charged
+    the longest time ago.  So neither can clients that send no more, or do not read, hold the memory
+    for ever, nor many connections of one user take it from another user.
 
     Args:
         most: bytes.
@@ -70,25 +71,31 @@ class Budget:
     def __init__(self, most: int) -> None:
         self.most = most
         self.used = 0
-        self._parsers: dict[
-            Hashable, dict[Parser, int]
-        ] = {}  # by owner; first the one whose last progress is the oldest
+        # By owner; first the one that was charged the longest time ago.
+        self._charges: dict[Hashable, dict[Callable[[], object], int]] = {}
         self._of: Counter[Hashable] = Counter()
 
-    def charge(self, parser: Parser, before: int, now: int) -> None:
-        """Account for *parser*, which used *before* bytes, and uses *now* bytes from here on."""
-        owner = parser.owner
-        theirs = self._parsers.setdefault(owner, {})
-        theirs.pop(parser, None)
-        if now:
-            theirs[parser] = now
+    def charge(self, give_up: Callable[[], object], owner: Hashable, size: int) -> None:
+        """Somebody uses so many bytes from here on.
+
+        Args:
+            give_up: called when there is no room for that any more; by it they are told apart.
+            owner: whose memory that is.
+            size: bytes; 0 for no more.
+        """
+        theirs = self._charges.setdefault(owner, {})
+        change = size - theirs.pop(give_up, 0)
+        self.used += change
+        self._of[owner] += change
+        if size:
+            theirs[give_up] = size
         elif not theirs:
-            del self._parsers[owner]
-        self._of[owner] += now - before
-        self.used += now - before
+            del self._charges[owner], self._of[owner]
         while self.used > self.most:
-            greediest = max(self._parsers, key=lambda owner: self._of[owner])
-            next(iter(self._parsers[greediest])).give_up()
+            greediest = max(self._charges, key=self._of.__getitem__)
+            victim = next(iter(self._charges[greediest]))
+            self.charge(victim, greediest, 0)
+            victim()
 
 
 class Parser:
@@ -103,9 +110,8 @@ class Parser:
     def __init__(
         self, max_bytes: int, budget: Budget | None = None, owner: Hashable = None
     ) -> None:
-        self.owner = owner
+        self._owner = owner
         self._budget = budget or Budget(sys.maxsize)
-        self._charged = 0
         self._lexer = Lexer(max_bytes)
         self._max_bytes = max_bytes
         self._discarding = False  # the value is beyond a limit: its tokens are dropped
@@ -206,7 +212,6 @@ class Parser:
                 raise ValueError("this is not the state of a parser: a value is complete in it")
         finally:
             self._max_bytes, self._budget = limits
-            self._charged = 0
         if saved.discarding:
             self._discarding, self._tokens = True, 1
             self._braces, self._brackets = saved.braces, saved.brackets
@@ -228,10 +233,7 @@ class Parser:
         return kept + self._lexer.buffered
 
     def _charge(self) -> None:
-        cost = self._cost
-        before, self._charged = self._charged, cost
-        if before or cost:
-            self._budget.charge(self, before, cost)
+        self._budget.charge(self.give_up, self._owner, self._cost)
 
     def _count(self, token: Token, text: bytes) -> None:
         self._tokens += 1

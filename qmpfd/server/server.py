@@ -17,7 +17,7 @@ from ..fdsets import Peer
 from ..kernel.close_pool import ClosePool
 from ..kernel.fd import Fd
 from ..kernel.hangups import Hangups
-from ..limits import MAX_INCOMPLETE_BYTES, Limits
+from ..limits import MAX_INCOMPLETE_BYTES, MAX_UNSENT_BYTES, Limits
 from ..policy import Policy
 from ..protocol.parser import Budget
 from ..transport import FdStream
@@ -25,7 +25,6 @@ from .connection.reader import Reader
 from .connection.saved import SavedSession
 from .connection.session import Session
 from .connection.session_state import SessionEnd
-from .connection.unsent_budget import UnsentBudget
 from .durability import Durability, Unmirrored
 from .handle import Server
 from .lifecycle import DRAINING, Event, Lifecycle, State
@@ -79,7 +78,7 @@ class DaemonServer(Server):
             durability=self.durability,
             lock=lock,
             input_budget=Budget(MAX_INCOMPLETE_BYTES),
-            unsent_budget=UnsentBudget(),
+            unsent_budget=Budget(MAX_UNSENT_BYTES),
             reader=Reader(self.lifecycle, lock, self.durability),
             gate=trio.Lock(),
             spawn=self._spawn,

@@ -14,7 +14,6 @@ from ..limits import LAP_SECONDS, LIGHT_SECONDS, TURN_SECONDS
 from ..protocol.parser import Budget
 from ..transport import FdStream
 from .connection.reader import Reader
-from .connection.unsent_budget import UnsentBudget
 from .durability import Durability
 from .lifecycle import Lifecycle
 
@@ -41,7 +40,7 @@ class Services:
     durability: Durability
     lock: trio.Lock
     input_budget: Budget
-    unsent_budget: UnsentBudget
+    unsent_budget: Budget
     reader: Reader
     gate: trio.Lock
     spawn: Callable[[Callable[[trio.CancelScope], Awaitable[None]], trio.CancelScope], None]

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from enum import Enum, auto
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import trio
@@ -310,10 +311,11 @@ class SendBuffer:
     async def _wait_drained(self) -> None:
         """Wait until the client has taken what waits; not if the daemon is paused meanwhile."""
         services = self._services
-        budget, uid = services.unsent_budget, self._peer.uid
-        token = budget.begin(uid, self.size, self.abort)
+        charge = partial(services.unsent_budget.charge, self.abort, self._peer.uid)
+        charge(self.size)
         try:
             async with self._draining:
+                charge(self.size)  # another task may have sent some, and charged nothing since
                 while self.unsent and not services.lifecycle.paused:
                     with trio.move_on_after(services.shared.limits.write_timeout) as scope:
                         self._scope = scope
@@ -325,7 +327,7 @@ class SendBuffer:
             self.discard()
         finally:
             self._scope = None
-            budget.end(uid, token)
+            charge(0)
             if not self.unsent:
                 self.on_drained()
 

@@ -1,0 +1,49 @@
+"""Who gives up when all together use too much."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from qmpfd.protocol.parser import Budget
+
+PART = 1000
+
+
+def test_the_oldest_of_the_user_that_has_the_most() -> None:
+    """However many do not read, another user's connection is not disconnected for them."""
+    budget = Budget(100 * PART)
+    victims: list[tuple[int, int]] = []
+    budget.charge(partial(victims.append, (0, 0)), 0, PART)
+    for number in range(700):
+        budget.charge(partial(victims.append, (1000, number)), 1000, PART)
+    assert victims == [(1000, number) for number in range(700 - 99)]
+    budget.charge(partial(victims.append, (1001, 0)), 1001, PART)
+    assert victims[-1] == (1000, 601)
+
+
+def test_what_is_used_no_more_does_not_count() -> None:
+    budget = Budget(100 * PART)
+    victims: list[int] = []
+    users = [partial(victims.append, n) for n in range(151)]
+    for user in users[:100]:
+        budget.charge(user, 0, PART)
+    for user in users[:50]:
+        budget.charge(user, 0, 0)
+        budget.charge(user, 0, 0)  # harmless
+    for user in users[100:150]:
+        budget.charge(user, 1, PART)
+    assert victims == []
+    budget.charge(users[150], 1, PART)
+    assert victims == [100]
+
+
+def test_who_is_charged_again_counts_once() -> None:
+    budget = Budget(3 * PART)
+    victims: list[int] = []
+    first, second = (partial(victims.append, n) for n in range(2))
+    budget.charge(first, 0, PART)
+    budget.charge(second, 0, PART)
+    budget.charge(first, 0, 2 * PART)
+    assert (victims, budget.used) == ([], 3 * PART)
+    budget.charge(first, 0, 3 * PART)
+    assert (victims, budget.used) == ([1], 3 * PART)
