@@ -1,26 +1,79 @@
-"""``qmpfd completion``: scripts with which a shell completes verbs, options and targets."""
+"""``qmpfd completion``: what a shell offers behind ``qmpfd``.
+
+The scripts only ask: each Tab runs ``qmpfd completion SHELL -- LINE``, and what may stand at the
+end of the line follows from the parsers.  The line is not evaluated: whoever presses Tab has not
+asked for the commands in it to be run.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from typing import NamedTuple
+import os
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
-from .exit_codes import DONE
-from .options import Subparsers, add_examples
+from .exit_codes import DONE, UsageError
+from .options import Subparsers, add_examples, client_of
+from .targets import listed
+
+#: In place of candidates: the shell is to complete the name of a file, or of a command.
+_FILES, _COMMANDS = ":files", ":commands"
 
 #: Values of these are files.
-_FILES = ("PATH", "FILE", "QMP_SOCKET")
+_PATHS = ("PATH", "PATH|-", "FILE", "QMP_SOCKET", "LISTEN", "SERVER")
 
-#: The targets there are, for verbs that take one: ids, and names behind an @; nothing if there is
-#: no daemon.  Names with blanks or a shell's special characters are left out: they want quoting.
-#: In each shell, ``$socket`` is the ``--socket`` of the line.  It is not evaluated: whoever presses
-#: Tab has not asked for the commands in it to be run.
-_IDS = (
-    "qmpfd ls --timeout 1 $socket 2>/dev/null | "
-    "sed -n -e 's/^\\([0-9][0-9]*\\) .*/\\1/p' "
-    "-e 's/^[0-9][0-9]*  *[0-9][0-9]*  *\\([-A-Za-z0-9_.:,+%/]*\\)$/@\\1/p' | sort -u"
-)
+#: The names of descriptors that no shell wants to be quoted: the others are not offered.
+_UNQUOTED = re.compile(r"[-A-Za-z0-9_.:,+%/]+")
+
+#: Seconds that the daemon has to say what is stored.
+_TIMEOUT = 1.0
+
+_SCRIPTS = {
+    # bash replaces $2 alone: to bash, words end at = and : as well.
+    "bash": """\
+_qmpfd() {
+    local found=$(qmpfd completion bash -- "${COMP_LINE:0:COMP_POINT}" "$2" 2>/dev/null)
+    COMPREPLY=()
+    case $found in
+        '') ;;
+        :files) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$2") ;;
+        :commands) mapfile -t COMPREPLY < <(compgen -c -- "$2") ;;
+        *) mapfile -t COMPREPLY <<< "$found" ;;
+    esac
+}
+complete -F _qmpfd qmpfd""",
+    "zsh": """\
+#compdef qmpfd
+_qmpfd() {
+    local -a found
+    found=("${(@f)$(qmpfd completion zsh -- "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null)}")
+    case $found[1] in
+        '') ;;
+        :files) compset -P '--*='; _files ;;
+        :commands) _command_names -e ;;
+        *) _describe value found ;;
+    esac
+}
+compdef _qmpfd qmpfd""",
+    "fish": """\
+function __qmpfd_complete
+    set -l word (commandline -ct)
+    set -l option (string match -r -- '^--[^=]*=' $word)
+    set -l found (qmpfd completion fish -- (commandline -cp | string collect) 2>/dev/null)
+    switch "$found[1]"
+        case :files
+            set -l path (string replace -- "$option" '' $word)
+            __fish_complete_path "$path" | string replace -r -- '^' "$option"
+        case :commands
+            complete -C "$word"
+        case '*'
+            printf '%s\\n' $found
+    end
+end
+complete -c qmpfd -f -a '(__qmpfd_complete)'""",
+}
 
 
 def add_parsers(verbs: Subparsers) -> None:
@@ -39,216 +92,99 @@ def add_parsers(verbs: Subparsers) -> None:
         "qmpfd completion fish | source      # in ~/.config/fish/config.fish",
         status="  0 done, 2 usage",
     )
-    parser.set_defaults(run=_completion)
+    parser.set_defaults(run=_completion, command=[])
 
 
 def _completion(arguments: argparse.Namespace) -> int:
-    from .main import _parser
-
-    print(_SCRIPTS[arguments.shell](list(_verbs(_parser("")))))
+    if not arguments.command:
+        print(_SCRIPTS[arguments.shell])
+        return DONE
+    line, *replaced = arguments.command
+    (_, *before), word = _words(line)
+    found = _candidates(before, word)
+    if isinstance(found, str):
+        print(found)
+        return DONE
+    kept = len(word) - len(replaced[0]) if replaced else 0
+    for name, told in found.items():
+        if name.startswith(word):
+            escaped = name.replace(":", "\\:")
+            zsh = f"{escaped}:{told}" if told else escaped
+            print({"bash": name[kept:], "zsh": zsh, "fish": f"{name}\t{told}"}[arguments.shell])
     return DONE
 
 
-class _Option(NamedTuple):
-    """An option of a verb: its names, what it is, and what its value is, if it takes one."""
-
-    names: list[str]
-    help: str
-    takes_value: bool
-    values: str
-    files: bool
-
-
-class _Verb(NamedTuple):
-    """A verb, and what may stand behind it."""
-
-    name: str
-    help: str
-    options: list[_Option]
-    values: str
-    ids: bool
+def _words(line: str) -> tuple[list[str], str]:
+    """The words of an unfinished command line, and the one that is being typed."""
+    for end in ("", "'", '"'):
+        try:
+            *before, word = shlex.split(f"{line}\0{end}")
+        except ValueError:  # a quotation has no end
+            continue
+        return before, word[:-1]
+    raise UsageError("the line cannot be read")
 
 
-def _verbs(parser: argparse.ArgumentParser) -> Iterator[_Verb]:
+def _candidates(before: list[str], word: str) -> dict[str, str] | str:
+    """What may stand in place of *word* behind the words *before*, each with its help; or what the
+    shell is to complete.
+    """
+    from .main import _parser, _verb_first
+
+    *option, value = _parts(word)
+    before = _verb_first([part for each in before for part in _parts(each)]) + option
+    parser = _parser(before[0] if before else "")
     (verbs,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    for choice in verbs._choices_actions:
-        options: list[_Option] = []
-        values, ids = "", False
-        for action in verbs.choices[choice.dest]._actions:
-            choices = " ".join(map(str, action.choices or ()))
-            metavar = str(action.metavar)
-            if action.option_strings:
-                told = (action.help or "").partition(" (default")[0]
-                names, takes_value = [*action.option_strings], action.nargs != 0
-                options.append(_Option(names, told, takes_value, choices, metavar in _FILES))
-            else:
-                values, ids = values or choices, ids or metavar.startswith("TARGET")
-        yield _Verb(choice.dest, choice.help or "", options, values, ids)
+    if not before or before[0].startswith("-"):
+        return {each.dest: each.help or "" for each in verbs._choices_actions} | _options(parser)
+    if "--" in before:
+        return _COMMANDS if before[-1] == "--" else _FILES
+    parser = verbs.choices[before[0]]
+    takers = {
+        name: action
+        for action in reversed(parser._actions)
+        for name in action.option_strings or [""]
+        if action.nargs != 0
+    }
+    action = takers.get(before[-1])
+    if action is None and value.startswith("-"):
+        return _options(parser)
+    found = _values(action or takers.get(""), before)
+    if isinstance(found, str):
+        return found
+    return {word.removesuffix(value) + name: "" for name in found}
 
 
-_BASH = """\
-# bash completion of qmpfd
-_qmpfd() {
-    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words= i word
-    local -a socket=()
-    COMPREPLY=()
-    if ((COMP_CWORD == 1)); then
-        words='@VERBS@ --help --version'
-        mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
-        return
-    fi
-    # --socket=PATH is three words to bash.
-    [[ $cur == = ]] && cur=
-    [[ $prev == = ]] && prev=${COMP_WORDS[COMP_CWORD-2]}
-    for ((i = 2; i < COMP_CWORD; i++)); do
-        if [[ ${COMP_WORDS[i]} == -- ]]; then
-            ((i + 1 == COMP_CWORD)) && words=-c || words=-f
-            mapfile -t COMPREPLY < <(compgen "$words" -- "$cur")
-            return
-        fi
-        [[ ${COMP_WORDS[i]} == --socket ]] || continue
-        word=${COMP_WORDS[i+1]}
-        [[ $word == = ]] && word=${COMP_WORDS[i+2]}
-        word=${word//[\\"\\'\\\\]/}
-        socket=(--socket "${word/#\\~/$HOME}")
-    done
-    case "${COMP_WORDS[1]} $prev" in
-@OPTIONS@
-        *)
-            case "${COMP_WORDS[1]} $cur" in
-@VALUES@
-                *) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
-            esac ;;
-    esac
-    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
-}
-complete -o filenames -F _qmpfd qmpfd"""
+def _parts(word: str) -> list[str]:
+    """A word; of ``--option=value``, both."""
+    return word.split("=", 1) if word.startswith("--") else [word]
 
 
-def _bash(verbs: list[_Verb]) -> str:
-    options, values = [], []
-    for verb in verbs:
-        for option in verb.options:
-            where = "|".join(f"'{verb.name} {name}'" for name in option.names)
-            if option.values:
-                options.append(f"        {where}) words='{option.values}' ;;")
-            elif option.takes_value:
-                files = 'mapfile -t COMPREPLY < <(compgen -f -- "$cur"); ' if option.files else ""
-                options.append(f"        {where}) {files}return ;;")
-        names = " ".join(name for option in verb.options for name in option.names)
-        values.append(f"                '{verb.name} -'*) words='{names}' ;;")
-        if verb.ids:
-            ids = _IDS.replace("$socket", '"${socket[@]}"')
-            values.append(f"                '{verb.name} '*) words=$({ids}) ;;")
-        elif verb.values:
-            values.append(f"                '{verb.name} '*) words='{verb.values}' ;;")
-    return (
-        _BASH.replace("@VERBS@", " ".join(verb.name for verb in verbs))
-        .replace("@OPTIONS@", "\n".join(options))
-        .replace("@VALUES@", "\n".join(values))
-    )
+def _options(parser: argparse.ArgumentParser) -> dict[str, str]:
+    return {
+        name: (action.help or "").partition(" (default")[0]
+        for action in parser._actions
+        for name in action.option_strings
+    }
 
 
-_ZSH = """\
-#compdef qmpfd
-_qmpfd() {
-    local -a verbs ids socket
-    integer at
-    verbs=(
-@VERBS@
-    )
-    if ((CURRENT == 2)); then
-        _describe verb verbs
-        return
-    fi
-    local verb=$words[2]
-    at=${words[(I)--socket]}
-    ((at && at + 1 != CURRENT)) && socket=(--socket ${${(Q)words[at+1]}/#\\~/$HOME})
-    at=${words[(I)--socket=*]}
-    ((at)) && socket=(--socket ${${${(Q)words[at]}#--socket=}/#\\~/$HOME})
-    shift words
-    ((CURRENT--))
-    case $verb in
-@CASES@
-    esac
-}
-compdef _qmpfd qmpfd"""
+def _values(action: argparse.Action | None, before: list[str]) -> Iterable[str]:
+    """The values of an option or an argument; what the shell is to complete, if that is a text."""
+    metavar = "" if action is None else str(action.metavar)
+    if action is not None and action.choices is not None:
+        return map(str, action.choices)
+    if metavar.startswith("TARGET"):
+        return _targets(before)
+    return _FILES if metavar in _PATHS else ()
 
 
-def _zsh(verbs: list[_Verb]) -> str:
-    cases = []
-    for verb in verbs:
-        specs = [_zsh_option(name, option) for option in verb.options for name in option.names]
-        before = ""
-        if verb.ids:
-            before = f'ids=(${{(f)"$({_IDS})"}}); '
-            specs.append("'*:fd set:('\"$ids\"')'")
-        elif verb.values:
-            specs.append(_quoted(f"*:value:({verb.values})"))
-        else:
-            specs.append("'*:file:_files'")
-        cases.append(f"        {verb.name}) {before}_arguments {' '.join(specs)} ;;")
-    names = "\n".join(f"        {_quoted(f'{verb.name}:{verb.help}')}" for verb in verbs)
-    return _ZSH.replace("@VERBS@", names).replace("@CASES@", "\n".join(cases))
-
-
-def _zsh_option(name: str, option: _Option) -> str:
-    told = "".join(f"\\{char}" if char in "[]:\\" else char for char in option.help)
-    value = ""
-    if option.values:
-        value = f":value:({option.values})"
-    elif option.takes_value:
-        value = ":file:_files" if option.files else ":value:"
-    return _quoted(f"{name}[{told}]{value}")
-
-
-def _quoted(text: str) -> str:
-    """*text* as a word of zsh."""
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
-_FISH = """\
-# fish completion of qmpfd
-function __qmpfd_ids
-    set -l words (commandline -opc)
-    set -l socket (string match -r -g -- '^--socket=(.+)' $words)
-    if set -l at (contains -i -- --socket $words)
-        set -a socket $words[(math $at + 1)..(math $at + 1)]
-    end
-    set socket (string replace -r -- '^~' $HOME $socket)
-    set -q socket[1]; and set socket --socket $socket[-1]
-    @IDS@
-end
-complete -c qmpfd -f"""
-
-
-def _fish(verbs: list[_Verb]) -> str:
-    first = f"-n 'not __fish_seen_subcommand_from {' '.join(verb.name for verb in verbs)}'"
-    lines = [_FISH.replace("@IDS@", _IDS)]
-    for verb in verbs:
-        lines.append(f"complete -c qmpfd {first} -a {verb.name} -d {_fish_quoted(verb.help)}")
-        after = f"complete -c qmpfd -n '__fish_seen_subcommand_from {verb.name}'"
-        for option in verb.options:
-            words = " ".join(
-                f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}"
-                for name in option.names
-            )
-            if option.values:
-                words += f" -x -a '{option.values}'"
-            elif option.takes_value:
-                words += " -r -F" if option.files else " -x"
-            lines.append(f"{after} {words} -d {_fish_quoted(option.help)}")
-        if verb.ids:
-            lines.append(f"{after} -a '(__qmpfd_ids)'")
-        elif verb.values:
-            lines.append(f"{after} -a '{verb.values}'")
-        else:
-            lines.append(f"{after} -F")
-    return "\n".join(lines)
-
-
-def _fish_quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-_SCRIPTS = {"bash": _bash, "zsh": _zsh, "fish": _fish}
+def _targets(before: list[str]) -> Iterator[str]:
+    """The fd sets, and the names of descriptors, of the daemon that the line names."""
+    named = [value for option, value in pairwise(before) if option == "--socket"]
+    socket = os.path.expanduser(named[-1]) if named else None
+    with client_of(argparse.Namespace(socket=socket, timeout=_TIMEOUT)) as client:
+        rows = listed(client)
+    yield from dict.fromkeys(str(fdset_id) for fdset_id, _ in rows)
+    for _, fd in rows:
+        if _UNQUOTED.fullmatch(fd.get("opaque", "")):
+            yield f"@{fd['opaque']}"

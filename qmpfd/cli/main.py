@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # what this locale has no sign for
     words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     command: list[str] = []
-    if words[:1] == ["exec"] and "--" in words:
+    if words[:1] in (["exec"], ["completion"]) and "--" in words:
         # Whatever is behind it is the command's, options and further dashes too.
         cut = words.index("--")
         words, command = words[:cut], words[cut + 1 :]

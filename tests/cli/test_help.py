@@ -194,19 +194,24 @@ def completion(shell: str, folder: Path) -> Path:
     return file
 
 
+#: The scripts ask the command itself.
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
 def bash_completes(file: Path, *words: str, env: dict[str, str] | None = None) -> list[str]:
-    """What bash offers for the last of *words*."""
+    """What bash offers for the last of *words*; it cuts ``--socket=PATH`` into three."""
     code = (
-        f'source "{file}"; shift 0; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _qmpfd; '
+        f'source "{file}"; COMP_LINE=$1; COMP_POINT=${{#1}}; _qmpfd qmpfd "$2"; '
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
+    line = " ".join(words).replace(" = ", "=")
     ran = subprocess.run(
-        ["bash", "-c", code, "bash", *words],
+        ["bash", "-c", code, "bash", line, words[-1]],
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=True,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, "PATH": PATH, **(env or {})},
     )
     assert ran.stderr == ""
     return ran.stdout.split()
@@ -214,30 +219,29 @@ def bash_completes(file: Path, *words: str, env: dict[str, str] | None = None) -
 
 def test_bash(tmp_path: Path, path: Path) -> None:
     file = completion("bash", tmp_path)
+    assert {*_VERBS} <= {*bash_completes(file, "qmpfd", "")}
     assert bash_completes(file, "qmpfd", "s") == ["serve", "shell", "status"]
+    assert bash_completes(file, "qmpfd", "--timeout", "1", "st") == ["status"]
     assert bash_completes(file, "qmpfd", "add", "--mo") == ["--mode"]
     assert bash_completes(file, "qmpfd", "add", "--mode", "r") == ["r", "rw"]
     assert bash_completes(file, "qmpfd", "completion", "") == ["bash", "zsh", "fish"]
     assert bash_completes(file, "qmpfd", "add", "--opaque", "") == []
     assert bash_completes(file, "qmpfd", "add", f"{tmp_path}/compl") == [str(file)]
-    env = {
-        "QMPFD_SOCKET": str(path),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+    env = {"QMPFD_SOCKET": str(path)}
     assert bash_completes(file, "qmpfd", "rm", "", env=env) == []
     with daemon_process(path), open(os.devnull) as null, BlockingClient(path, PATIENCE) as client:
         client.execute("add-fd", {}, [null])
         assert bash_completes(file, "qmpfd", "rm", "", env=env) == ["0"]
+        for name in ("vm1:disk", "web", "two words", "$(date)"):
+            client.execute("add-fd", {"fdset-id": 0, "opaque": name}, [null])
+        assert bash_completes(file, "qmpfd", "rm", "", env=env) == ["0", "@vm1:disk", "@web"]
+        assert bash_completes(file, "qmpfd", "rm", "@w", env=env) == ["@web"]
 
 
 def test_bash_asks_the_daemon_that_the_line_names(tmp_path: Path, path: Path) -> None:
     """Also behind ``--socket=``, which it cuts into three words; but it runs nothing for that."""
     file = completion("bash", tmp_path)
-    env = {
-        "QMPFD_SOCKET": "/nowhere",
-        "HOME": str(path.parent),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+    env = {"QMPFD_SOCKET": "/nowhere", "HOME": str(path.parent)}
     with daemon_process(path), open(os.devnull) as null, BlockingClient(path, PATIENCE) as client:
         client.execute("add-fd", {}, [null])
         for word in (str(path), f"'{path}'", f"~/{path.name}"):
@@ -268,12 +272,16 @@ def test_fish(tmp_path: Path, path: Path) -> None:
                 **os.environ,
                 "QMPFD_SOCKET": "/nowhere",
                 "HOME": str(tmp_path),
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "PATH": PATH,
             },
         )
         return [each.partition("\t")[0] for each in ran.stdout.splitlines()]
 
     assert completes("qmpfd sta") == ["status"]
+    assert completes("qmpfd add --mode=r") == ["--mode=r", "--mode=rw"]
+    assert completes(f"qmpfd serve --policy {tmp_path}/compl") == [str(file)]
+    assert completes(f"qmpfd serve --policy={tmp_path}/compl") == [f"--policy={file}"]
+    assert "gzip" in completes("qmpfd exec 0 -- gzi")
     with daemon_process(path), open(os.devnull) as null, BlockingClient(path, PATIENCE) as client:
         client.execute("add-fd", {}, [null])
         assert completes("qmpfd rm ") == []
@@ -284,7 +292,5 @@ def test_fish(tmp_path: Path, path: Path) -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_each_shell_can_read_it(shell: str, tmp_path: Path) -> None:
     file = completion(shell, tmp_path)
-    for verb in _VERBS:
-        assert re.search(rf"\b{verb}\b", file.read_text())
     need(shell)
     subprocess.run([shell, "-n", str(file)], check=True, timeout=PATIENCE)
