@@ -7,17 +7,30 @@ short verb's work.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import select
+import socket
+import time
+from _thread import RLock  # threading's own, without the rest of it
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Concatenate
+from math import inf
+from typing import Any, Concatenate, Self
 
+from ..kernel.fd import Fd, FileDescriptorLike, close_all, discard, peek, receive_planned, send
+from ..limits import MAX_EVENTS
 from ..protocol.client import QMPEvent
+from ..protocol.connection import ProtocolError, State
 from . import calls
-from .blocking_connection import BlockingConnection
 from .calls import Call, ParamsT, ResultT, as_method
-from .errors import ClientClosed, NoDaemon
+from .connecting import RETRY, connect_nowait
+from .errors import ClientClosed, NoAnswer, NoDaemon
+from .exchange import Exchange, Request
 
 __all__ = ["BlockingClient", "NoDaemon", "connect_blocking"]
+
+#: Milliseconds that poll(2) waits at most.
+_LONGEST = (1 << 31) - 1
 
 
 def _blocking(
@@ -32,7 +45,7 @@ def _blocking(
     return as_method(method, description)
 
 
-class BlockingClient(BlockingConnection):
+class BlockingClient:
     """A connection to a QMP server whose calls block; made by :func:`connect_blocking`.
 
     Calls may come from several threads; one is executed at a time.
@@ -47,8 +60,32 @@ class BlockingClient(BlockingConnection):
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float | None = 10.0) -> None:
+        self._path = os.fspath(path)
+        self._timeout = inf if timeout is None else timeout
+        self._deadline = time.monotonic() + self._timeout
+        self._events: deque[QMPEvent] = deque(maxlen=MAX_EVENTS)
+        self._exchange = Exchange(self._events)
+        self._calling = RLock()  # a signal handler may close the client in the middle of a call
+        self._closed = False
         self._watching = 0  # blocks of watch_fdsets
-        super().__init__(path, timeout)
+        while (sock := connect_nowait(path)) is None:
+            if time.monotonic() > self._deadline:
+                raise self._silent()
+            time.sleep(min(RETRY, self._timeout))
+        self._sock = sock
+        try:
+            while self._exchange.state is State.CONNECTED:
+                self._receive()
+            close_all(self.request("qmp_capabilities")[1])
+            self._exchange.negotiated()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def greeting(self) -> Mapping[str, Any]:
+        """The server's greeting: its ``version`` and ``capabilities``."""
+        return self._exchange.greeting or {}
 
     execute = _blocking(calls.execute)
     add_fd = _blocking(calls.add_fd)
@@ -58,6 +95,28 @@ class BlockingClient(BlockingConnection):
     add_fds = _blocking(calls.add_fds)
     query_fds = _blocking(calls.query_fds)
     remove_fds = _blocking(calls.remove_fds)
+
+    def request(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        fds: Sequence[FileDescriptorLike] = (),
+    ) -> tuple[Any, list[Fd]]:
+        """As :meth:`execute`, and the descriptors that came with the reply.
+
+        Args:
+            command: its name.
+            arguments: its arguments, as they go over the wire.
+            fds: descriptors to pass with it (SCM_RIGHTS); they stay the caller's.
+
+        Raises:
+            Exception: what :meth:`execute` raises.
+        """
+        with self._call(self._timeout), self._exchange.request(command, arguments) as request:
+            self._send(request, fds)
+            while request.reply is None:
+                self._receive()
+            return request.result()
 
     @contextmanager
     def watch_fdsets(self) -> Iterator[Iterator[QMPEvent]]:
@@ -75,6 +134,146 @@ class BlockingClient(BlockingConnection):
             if not self._watching:
                 with suppress(ClientClosed):
                     self.execute("watch-fdsets", {"enable": False})
+
+    def events(self) -> Iterator[QMPEvent]:
+        """The server's events, as they come, without a time limit.
+
+        At most 4096 unread events are kept; beyond that, the oldest is dropped.
+
+        Raises:
+            QMPError: the server refuses the connection.
+            NoDaemon: the connection is lost.
+            ClientClosed: this client is closed.
+        """
+        while True:
+            with self._call(inf):
+                while not self._events:
+                    self._receive()
+                event = self._events.popleft()
+            yield event
+
+    def take_events(self) -> list[QMPEvent]:
+        """The events that have come so far, without waiting for any.
+
+        Raises:
+            QMPError: the server refuses the connection.
+            NoDaemon: the connection is lost.
+        """
+        with self._call(self._timeout):
+            poll = select.poll()
+            poll.register(self._sock, select.POLLIN)
+            while poll.poll(0):
+                self._receive()
+            events = list(self._events)
+            self._events.clear()
+        return events
+
+    def fileno(self) -> int:
+        """The socket: readable once the server has said something."""
+        return self._sock.fileno()
+
+    def detach(self) -> socket.socket:
+        """Give the connection up: the caller owns the socket that is returned."""
+        return socket.socket(fileno=self._sock.detach())
+
+    def close(self) -> None:
+        """Close the connection; further calls raise ClientClosed, and so do those that wait in
+        other threads.
+        """
+        self._closed = True
+        if not self._calling.acquire(blocking=False):
+            # A call waits for the server: it is woken.  Where none does, the connection may be a
+            # forked child's as well, which closes no more than its own descriptor.
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+            self._calling.acquire()
+        try:
+            self._exchange.close()
+            self._sock.close()
+        finally:
+            self._calling.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # -- the connection ------------------------------------------------------------------------
+
+    @contextmanager
+    def _call(self, timeout: float) -> Iterator[None]:
+        """One call at a time; ClientClosed, whatever it meets, once the client is closed."""
+        with self._calling:
+            self._check_open()
+            self._deadline = time.monotonic() + timeout
+            try:
+                yield
+            except NoDaemon:
+                raise
+            except Exception:  # the descriptor of a closed socket, say
+                self._check_open()
+                raise
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClientClosed("this client is closed")
+
+    def _send(self, request: Request, fds: Sequence[FileDescriptorLike]) -> None:
+        data = request.data
+        try:
+            while data:
+                try:
+                    sent = send(self._sock, data, () if request.sent else fds)
+                except BlockingIOError:
+                    self._wait(select.POLLOUT)
+                except ConnectionError:  # it may have said why before it closed the connection
+                    self._receive()
+                else:
+                    self._exchange.begun(request)
+                    data = data[sent:]
+        except BaseException:
+            if request.sent:  # the next one would go into the middle of this one
+                self.close()
+            raise
+
+    def _receive(self) -> None:
+        if self._exchange.refusal is not None:
+            raise self._exchange.refusal
+        self._wait(select.POLLIN)
+        try:
+            data, fds_follow = peek(self._sock)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data, fds_follow = b"", False
+        if not data:
+            raise NoDaemon(f"the daemon at {self._path} has closed the connection")
+        lengths, _ = self._exchange.plan(data, fds_follow)
+        if fds_follow:
+            self._exchange.received(*receive_planned(self._sock, lengths))
+        else:
+            discard(self._sock, lengths[0])
+        try:
+            self._exchange.deliver()
+        except ProtocolError as exc:
+            raise NoDaemon(f"at {self._path}: {exc}") from None
+
+    def _wait(self, event: int) -> None:
+        self._check_open()
+        poll = select.poll()
+        poll.register(self._sock, event)
+        left = (self._deadline - time.monotonic()) * 1000
+        # poll(2) takes a C int: a limit of more than 24 days is none.
+        if left <= 0 or not poll.poll(None if left > _LONGEST else left):
+            raise self._silent()
+        self._check_open()  # closed meanwhile, the descriptor may be another file's by now
+
+    def _silent(self) -> NoDaemon:
+        why = "it is stopped or busy"
+        if self._exchange.state is State.CONNECTED:  # no greeting
+            why += ", or not a QMP server, or a QEMU that serves another client"
+        return NoAnswer(f"the daemon at {self._path} does not answer ({why})")
 
 
 def connect_blocking(

@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Mapping,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Concatenate
 
 import trio
 
 from ..commands.events import EVENTS
-from ..kernel.fd import close_all
 from ..limits import CLEANUP_TIMEOUT
 from ..protocol.client import QMPEvent
 from . import calls
 from .calls import Call, ParamsT, ResultT, as_method
-from .reconnect import ReconnectingConnection, open_connection
-
-
-class _Events(AsyncIterator[QMPEvent]):
-    """The events of a client.  No async generator, which would have to be closed: a loop over
-    it can be left, and another one begun.
-    """
-
-    __slots__ = ("_next",)
-
-    def __init__(self, following: Callable[[], Awaitable[QMPEvent]]) -> None:
-        self._next = following
-
-    async def __anext__(self) -> QMPEvent:
-        return await self._next()
+from .connection import open_connection
+from .reconnect import ReconnectingConnection
 
 
 def _awaited(
@@ -46,10 +25,7 @@ def _awaited(
 
     async def method(self: Client, /, *args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
         call = description(self, *args, **kwargs)
-        reply = await self._link.request(call.command, call.arguments, call.fds)
-        if reply.error is not None:
-            close_all(reply.fds)
-        return call.result(reply.unwrap(), reply.fds)
+        return call.result(*await self._link.execute(call.command, call.arguments, call.fds))
 
     return as_method(method, description)
 
@@ -98,8 +74,11 @@ class Client:
             Exception: what :meth:`execute` raises.
         """
         if not self._watching:  # what nobody asked for in an earlier block
-            self._link.drop_events(EVENTS)
-        await self._link.begin("watch-fdsets", {"enable": True})
+            events = self._link.events
+            others = [event for event in events if event.name not in EVENTS]
+            events.clear()
+            events.extend(others)
+        await self._link.watch()
         self._watching += 1
         try:
             yield self.events()
@@ -107,7 +86,7 @@ class Client:
             self._watching -= 1
             with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
                 if not self._watching:
-                    await self._link.cease("watch-fdsets", {"enable": False})
+                    await self._link.unwatch()
 
     def events(self) -> AsyncIterator[QMPEvent]:
         """The server's events, as they arrive; a QEMU sends some without a request.
@@ -118,7 +97,7 @@ class Client:
             NoDaemon: the connection is lost; also a trio.BrokenResourceError.
             ClientClosed: this client is closed; also a trio.ClosedResourceError.
         """
-        return _Events(self._link.next_event)
+        return self._link
 
 
 @asynccontextmanager

@@ -1,27 +1,22 @@
 """A connection to a server, and another one when that is broken, if the caller wants so.
 
-There is no background task here either: the call that needs a connection makes it.
+There is no background task for that: the call that needs a connection makes it.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import trio
 
 from ..errors import QMPError
-from ..kernel.fd import FileDescriptorLike, close_all
-from ..kernel.unix_address import connectable
-from ..protocol.client import QMPEvent, Reply
+from ..kernel.fd import Fd, FileDescriptorLike
+from ..protocol.client import QMPEvent
 from ..protocol.connection import ProtocolError
-from ..transport import FdStream
-from .connection import Call, Closed, ConnectionLost, QMPConnection
-from .errors import cannot_connect
+from .connection import Closed, ConnectionLost, QMPConnection, open_connection
 
 #: Seconds between two tries to connect.
 _RETRY = 0.05
@@ -45,49 +40,9 @@ def _is_repeatable(command: str) -> bool:
     return command.startswith("query-") or command in ("open-fdset", "watch-fdsets")
 
 
-async def open_connection(path: str | os.PathLike[str]) -> QMPConnection:
-    """Connect to the server at *path*, and negotiate.
-
-    Raises:
-        NoDaemon: no server listens at *path*, or it closed the connection at once.
-        QMPError: the server refuses the connection.
-        ProtocolError: the peer does not speak QMP.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        # A byte sent with MSG_OOB stays one of the stream, where it belongs (unix(7)).
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-        sock.setblocking(False)
-        await _connect(sock, path)
-    except BaseException:
-        sock.close()
-        raise
-    connection = QMPConnection(FdStream(trio.socket.from_stdlib_socket(sock)))
-    try:
-        await connection.negotiate()
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-async def _connect(sock: socket.socket, path: str | os.PathLike[str]) -> None:
-    while True:
-        await trio.lowlevel.checkpoint()
-        try:
-            with connectable(path) as address:
-                sock.connect(address)
-            return
-        except BlockingIOError:  # the backlog is full; nothing tells when it is not any more
-            await trio.sleep(_RETRY)
-        except (OSError, ValueError) as exc:
-            error = exc if isinstance(exc, OSError) else OSError(errno.EINVAL, str(exc))
-            why = f"cannot connect to {os.fsdecode(path)}: {error.strerror or error}"
-            raise cannot_connect(why, error) from exc
-
-
-class ReconnectingConnection:
-    """Carries requests and events, over the connection that there is.
+class ReconnectingConnection(AsyncIterator[QMPEvent]):
+    """Carries requests and events, over the connection that there is; iterates over the events.  No
+    async generator, which would have to be closed: a loop over it can be left, and another begun.
 
     Args:
         path: the server's socket.
@@ -105,136 +60,113 @@ class ReconnectingConnection:
         self._why: Exception | None = None  # there is no connection
         self._closed = False
         self._waiting: set[trio.CancelScope] = set()  # for a connection
-        self._resumed: dict[str, Mapping[str, Any]] = {}
+        self._watching = False
+        #: The events that nobody has asked for yet.
+        self.events = connection.events
 
     @property
     def greeting(self) -> Mapping[str, Any]:
         """What the server said of itself."""
         return self._connection.greeting
 
-    def drop_events(self, names: Container[str]) -> None:
-        """Drop the waiting events of these names."""
-        self._connection.drop_events(names)
-
-    async def request(
+    async def execute(
         self,
         command: str,
         arguments: Mapping[str, Any] | None = None,
         fds: Sequence[FileDescriptorLike] = (),
-    ) -> Reply:
-        """Carry out a command; its reply.
+    ) -> tuple[Any, list[Fd]]:
+        """Execute a command: its result, and the descriptors with that.
 
         Raises:
-            ReplyLost: it may have been carried out.
+            QMPError: the server's error.
+            ReplyLost: it may have been executed.
             NoDaemon: there is no connection any more.
             ValueError: JSON cannot carry *arguments*.
             OSError: *fds* cannot be passed.
         """
-        tries = 0
-        while True:
-            connection = await self._working()
-            call = Call()
+        connection = self._connection
+        for tries_left in reversed(range(_MOST_TRIES)):
+            request = connection.request(command, arguments)
             try:
-                return await connection.request(command, arguments, fds, call)
+                return await connection.send(request, fds)
             except Exception as exc:
-                if not self._goes_on_after(connection):
+                if not (tries_left and self._goes_on_after(connection)):
                     raise
-                if call.sent and not _is_repeatable(command):
+                if request.sent and not _is_repeatable(command):
                     raise ReplyLost(
                         f"the connection was lost before the reply to {command!r} came: "
                         "it may have been carried out"
                     ) from exc
-                tries += 1
-                if tries == _MOST_TRIES:
-                    raise
+            connection = await self._next_connection(connection)
+        raise AssertionError
 
-    async def next_event(self) -> QMPEvent:
-        """The server's next event."""
-        while True:
-            connection = await self._working()
-            try:
-                return await connection.next_event()
-            except Exception:
-                if not self._goes_on_after(connection):
-                    raise
-            await trio.sleep(_RETRY)  # it may be one that is lost again at once
-
-    async def begin(self, command: str, arguments: Mapping[str, Any]) -> None:
-        """Carry out a command, over this connection and each later one."""
-        reply = await self.request(command, arguments)
-        close_all(reply.fds)
-        reply.unwrap()
-        self._resumed[command] = arguments
-
-    async def cease(self, command: str, arguments: Mapping[str, Any]) -> None:
-        """Undo what :meth:`begin` has begun by another command of that name."""
-        self._resumed.pop(command, None)
+    async def __anext__(self) -> QMPEvent:
         connection = self._connection
-        if connection.failed:
-            return
+        while True:
+            if not self._goes_on_after(connection):
+                try:
+                    return await connection.next_event()
+                except Exception:
+                    if not self._goes_on_after(connection):
+                        raise
+                await trio.sleep(_RETRY)  # the next one may be lost at once as well
+            connection = await self._next_connection(connection)
+
+    async def watch(self) -> None:
+        """Have the events of ``watch-fdsets`` sent, over this connection and each later one."""
+        await self.execute("watch-fdsets", {"enable": True})
+        self._watching = True
+
+    async def unwatch(self) -> None:
+        """Undo :meth:`watch`."""
+        self._watching = False
+        connection = self._connection
         try:
-            reply = await connection.request(command, arguments)
-            close_all(reply.fds)
-            reply.unwrap()
+            await connection.execute("watch-fdsets", {"enable": False})
         except Exception:
-            if not self._goes_on_after(connection):  # there is nothing to undo in another one
+            if connection.failure is None:  # else there is nothing to undo
                 raise
 
     def _goes_on_after(self, connection: QMPConnection) -> bool:
         """Whether *connection* is broken, and another one may be tried."""
-        return self._reconnect is not None and not self._closed and connection.failed
+        broken = connection.failure is not None
+        return broken and self._reconnect is not None and not self._closed
 
-    async def _working(self) -> QMPConnection:
-        """A connection that is not broken, as far as is known.
+    async def _next_connection(self, broken: QMPConnection) -> QMPConnection:
+        """The connection that comes after *broken*.
 
         Raises:
             NoDaemon: there is none within the time for that.
             ClientClosed: the client is closed.
         """
-        if self._closed:
-            raise Closed("this client is closed")
-        if not self._goes_on_after(self._connection):
-            return self._connection
         assert self._reconnect is not None
         with trio.move_on_after(self._reconnect) as scope:
             self._waiting.add(scope)
             try:
                 async with self._connecting:
-                    if self._goes_on_after(self._connection):  # else another call has done so
+                    if self._connection is broken:  # else another call has made one
                         await self._renew()
             finally:
                 self._waiting.discard(scope)
-            return self._connection
         if self._closed:
+            self._connection.close()
             raise Closed("this client is closed")
-        raise ConnectionLost(
-            f"no connection to {os.fspath(self._path)!r} again within {self._reconnect:g} s"
-        ) from self._why
+        if scope.cancelled_caught:
+            raise ConnectionLost(
+                f"no connection to {os.fspath(self._path)!r} again within {self._reconnect:g} s"
+            ) from self._why
+        return self._connection
 
     async def _renew(self) -> None:
+        if not self.events or self.events[-1].name != "FD_EVENTS_LOST":
+            self.events.append(QMPEvent("FD_EVENTS_LOST", {"count": 0}, time.time()))
         while True:
             try:
-                connection = await self._open_again()
+                self._connection = await open_connection(self._path, self.events, self._watching)
+                return
             except _TRANSIENT as exc:
                 self._why = exc
-                await trio.sleep(_RETRY)
-                continue
-            lost = QMPEvent("FD_EVENTS_LOST", {"count": 0}, time.time())
-            connection.prepend_events([*self._connection.retire(), lost])
-            self._connection = connection
-            return
-
-    async def _open_again(self) -> QMPConnection:
-        connection = await open_connection(self._path)
-        try:
-            for command, arguments in list(self._resumed.items()):
-                reply = await connection.request(command, arguments)
-                close_all(reply.fds)
-                reply.unwrap()
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+            await trio.sleep(_RETRY)
 
     def close(self) -> None:
         """Close the connection; calls that wait for a reply raise ClientClosed."""

@@ -14,7 +14,7 @@ from math import isfinite, nan
 from typing import Any, NamedTuple
 
 from ..errors import FdNotSupplied, QMPError, error_of_class
-from ..kernel.fd import Fd
+from ..kernel.fd import Fd, close_all
 from ..limits import MAX_NESTING, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, SCM_MAX_FD
 from .connection import Connection, Event, ProtocolError
 
@@ -51,8 +51,9 @@ class Reply(NamedTuple):
     fds: list[Fd]
 
     def unwrap(self) -> Any:
-        """The result; the error is raised."""
+        """The result; an error is raised, and the descriptors that came with it are closed."""
         if self.error is not None:
+            close_all(self.fds)
             raise self.error
         return self.value
 

@@ -213,7 +213,9 @@ def test_nobody_reads_all_of_a_request(path: Path) -> None:
 
         def negotiate() -> None:
             sock = stack.enter_context(listener.accept()[0])
-            sock.sendall(GREETING + b'{"return": {}, "id": 1}\r\n')
+            sock.sendall(GREETING)
+            sock.recv(4096)
+            sock.sendall(b'{"return": {}, "id": 1}\r\n')
 
         with ExitStack() as stack:
             thread = threading.Thread(target=negotiate)
