@@ -178,6 +178,7 @@ if __name__ == "__main__":
     import qmpfd.cli.serve
     import qmpfd.cli.takeover
     import qmpfd.server.fdstore.recover
+    import qmpfd.server.startup
     from qmpfd.cli import main as qmpfd_main
 
     become(sys.argv[1])

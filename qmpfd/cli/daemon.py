@@ -10,21 +10,18 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import trio
 
 from ..kernel.fd import Fd
-from ..kernel.systemd import InheritedFd, Notifier, announce_ready, watchdog_interval
+from ..kernel.systemd import Notifier, announce_ready, watchdog_interval
 from ..limits import STATUS_INTERVAL
 from ..policy import load_policy
-from ..server.fdstore.mirror import FdStoreConfig
-from ..server.fdstore.recover import Recovered
 from ..server.maintenance import supervise
 from ..server.server import DaemonServer
-from ..server.startup import run_daemon
 from ..server.takeover.receiver import Takeover
 from ..supervisor.signals import FORWARDED, QUIT_IGNORED, set_up_signals
 from .notifications import Notifications
@@ -38,50 +35,40 @@ _SIGNALS = (*FORWARDED, signal.SIGQUIT)
 
 
 def run(
-    paths: Sequence[Path],
+    serve: Callable[..., Awaitable[None]],
+    takeover: Takeover | None,
+    listening: Sequence[str],
+    before: Sequence[str],
     *,
     policy_path: Path | None,
-    listen_fds: Sequence[InheritedFd],
-    takeover: Takeover | None,
-    recovered: Recovered,
     ready_fd: Fd | None,
-    keeping: FdStoreConfig | None,
     parent: Notifier | None,
+    store_size: int,
     successor: Spare | None,
-    **options: Any,
 ) -> None:
     """Serve until told to end.
 
     Args:
+        serve: :func:`run_daemon` with its arguments.
+        takeover: one of these.
+        listening: the new sockets, for the log.
+        before: those that another daemon, or this one before a restart, has served.
+        policy_path: the policy file, if there is one.
         ready_fd: told once clients can connect, and closed.
         parent: the parent of ``serve --supervise``, if there is one.
+        store_size: how many descriptors the parent keeps.
         successor: the spare worker that this process has left behind; owned from here on.
-        options: further arguments of :func:`run_daemon`.
 
     Raises:
-        OSError: one of *paths* cannot be used.
+        OSError: one of the sockets cannot be made.
     """
-    spares = None
-    if parent is not None and keeping is not None:
-        spares = SpareKeeper(parent, keeping.size, successor)
-    start = partial(
-        run_daemon,
-        paths,
-        listen_fds=[inherited.fd for inherited in listen_fds],
-        takeover=takeover,
-        recovered=recovered,
-        keeping=keeping,
-        **options,
-    )
-    names = [str(path) for path in paths]
-    names += [f"the inherited socket '{inherited.name}'" for inherited in listen_fds]
-    before = [listener.name for listener in (takeover or recovered).state.listeners]
+    spares = None if parent is None else SpareKeeper(parent, store_size, successor)
 
     async def main() -> None:
         async with trio.open_nursery() as serving:
             with ExitStack() as stack:
-                server, signals = await _started(serving, start, takeover, stack)
-                _log_sockets(names, before, "restarted" if takeover is None else "took over")
+                server, signals = await _started(serving, serve, takeover, stack)
+                _log_sockets(listening, before, "restarted" if takeover is None else "took over")
                 if ready_fd is not None:
                     announce_ready(ready_fd)
                 notifications = Notifications(parent)
@@ -131,6 +118,7 @@ def _log_sockets(names: Sequence[str], before: Sequence[str], how: str) -> None:
         _log.info("Ctrl-C stops the daemon; qmpfd status%s shows its state", where)
 
 
+@dataclass
 class _Process:
     """What the process of a daemon does beside serving: it handles signals, and keeps the service
     manager informed.
@@ -148,22 +136,14 @@ class _Process:
         policy_path: the policy file, if there is one.
     """
 
-    def __init__(
-        self,
-        server: DaemonServer,
-        serving: trio.Nursery,
-        notifications: Notifications,
-        parent: Notifier | None,
-        policy_path: Path | None,
-    ) -> None:
-        self._server = server
-        self._serving = serving
-        self._notifications = notifications
-        self._parent = parent
-        self._policy_path = policy_path
-        self._stops = 0
-        self._reload_requested = trio.Event()
-        self._reloading = trio.CancelScope()
+    server: DaemonServer
+    serving: trio.Nursery
+    notifications: Notifications
+    parent: Notifier | None
+    policy_path: Path | None
+    _stops: int = 0
+    _reload_requested: trio.Event = field(default_factory=trio.Event)
+    _reloading: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     async def run(self, signals: AsyncIterator[int], spares: SpareKeeper | None) -> None:
         """Do so until the daemon has ended."""
@@ -174,17 +154,17 @@ class _Process:
         }
         if spares is not None:
             tasks["keeping a spare worker"] = spares.run
-        if self._notifications.wanted:
-            tasks["notifying the service manager"] = self._notifications.resend
+        if self.notifications.wanted:
+            tasks["notifying the service manager"] = self.notifications.resend
             tasks["reporting the status"] = self._report_status
             if limit := watchdog_interval():
                 tasks["feeding the watchdog"] = partial(self._feed_watchdog, limit)
         async with trio.open_nursery() as nursery:
             for name, task in tasks.items():
                 nursery.start_soon(supervise, name, task)
-            await self._server.ended.wait()
+            await self.server.ended.wait()
             nursery.cancel_scope.cancel()
-        self._serving.cancel_scope.cancel()
+        self.serving.cancel_scope.cancel()
 
     async def _handle_signals(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
@@ -199,35 +179,35 @@ class _Process:
     def _stop(self, name: str) -> None:
         self._stops += 1
         forwarded = 0
-        if self._parent is not None:
+        if self.parent is not None:
             with suppress(EOFError):
-                while self._parent.receive():
+                while self.parent.receive():
                     pass
-            forwarded = self._parent.signals
+            forwarded = self.parent.signals
         # One that was sent to the parent and to us is not a second one.
         if max(forwarded, self._stops - forwarded) > 1:
             _log.warning("%s again: stopping at once", name)
-            self._serving.cancel_scope.cancel()
+            self.serving.cancel_scope.cancel()
         elif self._stops == 1:
             _log.info("%s: stopping after the received requests", name)
-            self._notifications.tell("STOPPING=1")
-            self._server.stop()
+            self.notifications.tell("STOPPING=1")
+            self.server.stop()
 
     async def _reload(self) -> None:
         while True:
             await self._reload_requested.wait()
             self._reload_requested = trio.Event()
             with trio.CancelScope() as self._reloading:
-                self._notifications.tell(
+                self.notifications.tell(
                     "RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
                 )
                 async with trio.open_nursery() as nursery:  # either may have to wait
-                    nursery.start_soon(self._server.bind_lost_sockets)
+                    nursery.start_soon(self.server.bind_lost_sockets)
                     nursery.start_soon(self._reload_policy)
                 self._tell_ready()
 
     async def _reload_policy(self) -> None:
-        path = self._policy_path
+        path = self.policy_path
         if path is None:
             _log.warning("SIGHUP: there is no policy file to read again")
             return
@@ -236,7 +216,7 @@ class _Process:
             policy = await trio.to_thread.run_sync(
                 load_policy, path, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
             )
-            self._server.change_policy(policy)
+            self.server.change_policy(policy)
         except Exception as exc:  # noqa: BLE001 - TOML, the file system and NSS raise what they like
             _log.error(
                 "SIGHUP: the policy stays as it was, because the file cannot be used: %s",
@@ -247,24 +227,24 @@ class _Process:
 
     def _tell_ready(self) -> None:
         # After a takeover, the process that the service manager started no longer serves.
-        self._notifications.tell("READY=1", f"MAINPID={os.getpid()}")
+        self.notifications.tell("READY=1", f"MAINPID={os.getpid()}")
 
     async def _report_status(self) -> None:
         """Tell the service manager now and then how full we are."""
         reported = ""
         while True:
-            store, stats = self._server.store, self._server.daemon.stats
+            store, stats = self.server.store, self.server.daemon.stats
             status = (
                 f"STATUS={store.fd_count} descriptors in {len(store)} fd sets, "
                 f"{stats.connections} connections"
             )
             if status != reported:
-                self._notifications.tell(status)
+                self.notifications.tell(status)
             reported = status
             await trio.sleep(STATUS_INTERVAL)
 
     async def _feed_watchdog(self, limit: float) -> None:
         """Tell the service manager that the loop still turns."""
         while True:
-            self._notifications.tell("WATCHDOG=1")
+            self.notifications.tell("WATCHDOG=1")
             await trio.sleep(limit / 2)

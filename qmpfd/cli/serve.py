@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -20,7 +21,7 @@ from ..supervisor.signals import FORWARDED, set_up_signals
 from . import supervise as keeping
 from .exit_codes import DONE, UsageError
 from .options import Subparsers, add_examples, default_socket
-from .policy import group_id, read_policy
+from .policy import read_policy
 from .serve_options import InheritedFd, add_options, limits
 from .spare import take_alive, wait
 
@@ -58,14 +59,6 @@ def add_parsers(verbs: Subparsers) -> None:
 
 #: A descriptor to start with, the fd set that it goes into (None: a new one), and its opaque text.
 _Initial: TypeAlias = "tuple[Fd, int | None, str | None]"
-
-
-def _socket_group(name: str | None) -> int | None:
-    """The gid: a spare worker has parsed its arguments long before it needs that."""
-    try:
-        return None if name is None else group_id(name)
-    except argparse.ArgumentTypeError as exc:
-        raise UsageError(f"--socket-group: {exc}") from None
 
 
 def _take_inherited(
@@ -119,28 +112,15 @@ def _fill_standard_streams() -> None:
     fd.close()
 
 
-class _Stray:
+class _Stray(Fd):
     """An inherited descriptor that nothing here knows.  It may get another number, and is never
     closed.
-
-    Args:
-        number: its number.
     """
 
-    def __init__(self, number: int) -> None:
-        self._number = number
+    __slots__ = ()
 
-    def fileno(self) -> int:
-        """The descriptor's number."""
-        return self._number
-
-    def move_to(self, number: int) -> None:
-        """As :meth:`qmpfd.kernel.fd.Fd.move_to`."""
-        fd = Fd(self._number)
-        try:
-            fd.move_to(number)
-        finally:
-            self._number = fd.detach()
+    def __del__(self) -> None:
+        """Leave it open."""
 
 
 def _inherited_strays() -> list[_Stray]:
@@ -159,6 +139,7 @@ def _inherited_strays() -> list[_Stray]:
 def _import_all() -> None:
     """Import what a worker needs that starts again."""
     from ..commands import schema  # noqa: F401 - only to be there
+    from ..server import startup  # noqa: F401 - likewise
     from ..server.fdstore import fetch  # noqa: F401 - likewise
     from . import daemon, takeover  # noqa: F401 - likewise
 
@@ -168,12 +149,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     set_up_signals(FORWARDED)
     parent, store_size = take_parent(), take_store_size()
     if arguments.supervise and parent is None and not keeping.has_store(store_size):
-        numbers = {option.fd for option in arguments.add_fd}
-        if arguments.ready_fd is not None:
-            numbers.add(arguments.ready_fd)
-        keeping.become_supervisor(
-            arguments.log_format, arguments.log_level, numbers, arguments.drain_timeout
-        )
+        keeping.become_supervisor(arguments)
     from . import logs, takeover
 
     logs.set_up(arguments.log_format, arguments.log_level)
@@ -221,29 +197,39 @@ def _serve(arguments: argparse.Namespace) -> int:
         predecessor = takeover.prepare(reached, movable, has_parent=parent is not None)
         there = predecessor.state.listeners
     paths = takeover.still_to_bind(paths, there)
+    from ..server.startup import run_daemon
     from . import daemon
 
     audit = None if arguments.audit is None else _open_audit(arguments.audit)
     kept = keeping.connect(parent, store_size)
+    serve = partial(
+        run_daemon,
+        paths,
+        dialect=arguments.dialect,
+        limits=limits(arguments),
+        policy=policy,
+        socket_mode=arguments.socket_mode,
+        socket_group=arguments.socket_group,
+        metrics_path=arguments.metrics,
+        audit=audit,
+        initial_fds=initial,
+        listen_fds=[given.fd for given in listen_fds],
+        takeover=predecessor,
+        recovered=recovered,
+        keeping=kept,
+    )
+    names = [*map(str, paths), *(f"the inherited socket '{given.name}'" for given in listen_fds)]
     failure: BaseException | None = None
     try:
         daemon.run(
-            paths,
-            dialect=arguments.dialect,
-            limits=limits(arguments),
+            serve,
+            predecessor,
+            names,
+            [listener.name for listener in there],
             policy_path=arguments.policy,
-            policy=policy,
-            metrics_path=arguments.metrics,
-            audit=audit,
-            socket_group=_socket_group(arguments.socket_group),
-            socket_mode=arguments.socket_mode,
-            initial_fds=initial,
-            listen_fds=listen_fds,
-            takeover=predecessor,
-            recovered=recovered,
-            keeping=kept,
             ready_fd=ready,
             parent=parent,
+            store_size=store_size,
             successor=None if start is None else start.successor,
         )
     except* (OSError, NoDaemon, QMPError, MemoryError, KeyboardInterrupt) as group:

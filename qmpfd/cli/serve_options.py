@@ -73,11 +73,6 @@ def _inherited_fd(text: str) -> InheritedFd:
     )
 
 
-def _group_name(text: str) -> str:
-    group_id(text)
-    return text
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``serve``."""
     parser.add_argument(
@@ -117,7 +112,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--socket-group",
-        type=_group_name,
+        type=group_id,
         metavar="NAME",
         help="group of the socket files (default: the daemon's own)",
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import resource
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
@@ -43,16 +44,11 @@ def has_store(size: int) -> bool:
     return size > 0 and bool(os.environ.get("NOTIFY_SOCKET"))
 
 
-def become_supervisor(
-    log_format: str, log_level: str, passed: Collection[int], drain_timeout: float
-) -> NoReturn:
+def become_supervisor(arguments: argparse.Namespace) -> NoReturn:
     """Become the small parent; it starts this command line again, as its worker.
 
     Args:
-        log_format: as for this program.
-        log_level: likewise.
-        passed: the inherited descriptors that the command line names.
-        drain_timeout: seconds that the worker may take to end.
+        arguments: those of ``serve``.
 
     Raises:
         UsageError: too few descriptors are allowed.
@@ -72,10 +68,10 @@ def become_supervisor(
     for stream in range(3):  # one that had to be filled would be closed, and something else there
         os.set_inheritable(stream, True)
     _adopt_orphans()
-    options = [f"--drain-timeout={drain_timeout}", log_format, log_level]
-    numbers = ",".join(map(str, passed))
-    command = [sys.executable, *sys.orig_argv[1:]]
-    os.execv(sys.executable, [*python, *options, numbers, *command])
+    passed = {option.fd for option in arguments.add_fd} | {arguments.ready_fd} - {None}
+    options = [f"--drain-timeout={arguments.drain_timeout}", arguments.log_format]
+    options += [arguments.log_level, ",".join(map(str, passed))]
+    os.execv(sys.executable, [*python, *options, sys.executable, *sys.orig_argv[1:]])
 
 
 def _too_few(limit: int) -> UsageError:
@@ -148,22 +144,17 @@ def connect(parent: Notifier | None, size: int) -> FdStoreConfig | None:
         return FdStoreConfig(parent, size, None)
     if not has_store(size):
         return None
+    descriptions, notifier, why = None, None, ""
     try:
         descriptions = Descriptions()
     except OSError as exc:
-        _log.warning("the fd store of the service manager is not used: kcmp(2): %s", exc.strerror)
-        return None
-    if size <= KEEPER_SPARE:
-        _log.warning(
-            "the fd store of the service manager is not used: "
-            "FileDescriptorStoreMax=%d is too small",
-            size,
-        )
-        return None
-    notifier = Notifier.connect()
+        why = f"kcmp(2): {exc.strerror}"
+    else:
+        if size <= KEEPER_SPARE:
+            why = f"FileDescriptorStoreMax={size} is too small"
+        elif (notifier := Notifier.connect()) is None:
+            why = "$NOTIFY_SOCKET cannot be reached"
     if notifier is None:
-        _log.warning(
-            "the fd store of the service manager is not used: $NOTIFY_SOCKET cannot be reached"
-        )
+        _log.warning("the fd store of the service manager is not used: %s", why)
         return None
     return FdStoreConfig(notifier, size, descriptions)
