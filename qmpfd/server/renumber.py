@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 import resource
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from ..kernel.fd import Fd
@@ -44,10 +44,18 @@ def renumber(
     """
     if all(target in (None, fd.number) for fd, target in zip(fds, targets, strict=True)):
         return
-    table = _Table([*fds, *others], targets)
-    for _ in range(2):  # where the table is full, the first pass makes room for the second
-        for index in range(len(fds)):
-            table.settle(index)
+    movables: list[Movable] = [*fds, *others]
+    at = {movable.fileno(): movable for movable in movables}
+    wanted: dict[int, Movable] = {}
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for fd, target in zip(fds, targets, strict=True):
+        if target is not None and 0 <= target < most and (target in at or not _is_open(target)):
+            wanted.setdefault(target, fd)
+    for number in wanted:  # those that are free, and whatever number that frees
+        _fill(number, wanted, at)
+    for number in wanted:  # what is left: others are there, or the row is a ring
+        if at[number] is not wanted[number] and _move_aside(number, wanted, at):
+            _fill(number, wanted, at)
     for fd, target in zip(fds, targets, strict=True):
         if target is not None and fd.fileno() != target:
             _log.warning(
@@ -108,59 +116,33 @@ def _open_numbers(end: int) -> set[int]:
         return {number for number in range(end) if _is_open(number)}
 
 
-class _Table:
-    """The process's table of descriptors, as far as it is ours."""
-
-    def __init__(self, movables: Sequence[Movable], targets: Sequence[int | None]) -> None:
-        self._movables = movables
-        self._at = {movable.fileno(): index for index, movable in enumerate(movables)}
-        self._targets: dict[int, int] = {}  # by index; no two are equal
-        self._wanted: set[int] = set()
-        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        for index, target in enumerate(targets):
-            if target is None or target in self._wanted or not 0 <= target < most:
-                continue
-            if target in self._at or not _is_open(target):
-                self._targets[index] = target
-                self._wanted.add(target)
-
-    def settle(self, index: int) -> None:
-        """Have that descriptor at its number: whoever is in the way goes first to its own."""
-        chain: list[int] = []
-        mover: int | None = index
-        while mover is not None:
-            target = self._targets.get(mover)
-            if target is None or mover in chain[:1]:  # it may go anywhere, or the chain is a ring
-                if not chain or not self._move_aside(mover):
-                    return
-                break
-            if self._movables[mover].fileno() == target:
-                return
-            chain.append(mover)
-            mover = self._at.get(target)
-        for mover in reversed(chain):
-            self._move(mover, self._targets[mover])
-
-    def _move_aside(self, index: int) -> bool:
-        """Move a descriptor to a number that nobody wants; whether there is one."""
-        lowest = 0
-        while True:
-            try:
-                number = self._movables[index].fileno()
-                spare = Fd(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, lowest))
-            except OSError:  # EMFILE, EINVAL: none up to the limit
-                return False
-            with spare:
-                if spare.fileno() not in self._wanted:
-                    self._move(index, spare.detach())
-                    return True
-                lowest = spare.fileno() + 1
-
-    def _move(self, index: int, number: int) -> None:
-        movable = self._movables[index]
-        del self._at[movable.fileno()]
+def _fill(number: int, wanted: Mapping[int, Movable], at: dict[int, Movable]) -> None:
+    """If nothing is at *number*, move what belongs there; then what belongs where that was, and so
+    on.
+    """
+    while number in wanted and number not in at:
+        movable = at[number] = wanted[number]
+        former = movable.fileno()
+        del at[former]
         movable.move_to(number)
-        self._at[number] = index
+        number = former
+
+
+def _move_aside(number: int, wanted: Container[int], at: dict[int, Movable]) -> bool:
+    """Move what is at *number* to one that nobody wants; whether there is one."""
+    lowest = 0
+    while True:
+        try:
+            spare = Fd(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, lowest))
+        except OSError:  # EMFILE, EINVAL: none up to the limit
+            return False
+        with spare:
+            if spare.fileno() not in wanted:
+                movable = at.pop(number)
+                movable.move_to(spare.detach())
+                at[movable.fileno()] = movable
+                return True
+            lowest = spare.fileno() + 1
 
 
 def _is_open(number: int) -> bool:
