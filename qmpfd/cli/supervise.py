@@ -122,8 +122,8 @@ def recover(
     if recovered.has_state:
         _log.info(
             "restored %d descriptors of %d fd sets",
-            len(recovered.state.stored_numbers),
-            len(recovered.state.sets),
+            len(recovered.state.fds),
+            len({fd.fdset_id for fd in recovered.state.fds}),
         )
     return recovered
 

@@ -53,8 +53,8 @@ def renumber(
             wanted.setdefault(target, fd)
     for number in wanted:  # those that are free, and whatever number that frees
         _fill(number, wanted, at)
-    for number in wanted:  # what is left: others are there, or the row is a ring
-        if at[number] is not wanted[number] and _move_aside(number, wanted, at):
+    for number, movable in wanted.items():  # what is left: others are there, or it is a ring
+        if at[number] is not movable and _move_aside(number, wanted, at):
             _fill(number, wanted, at)
     for fd, target in zip(fds, targets, strict=True):
         if target is not None and fd.fileno() != target:

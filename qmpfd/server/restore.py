@@ -6,9 +6,10 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,19 +17,19 @@ import trio
 
 from ..client.blocking import NoDaemon
 from ..errors import QMPError
-from ..fdsets import PERMANENT, Lifetime, Peer
+from ..fdsets import PERMANENT, Lifetime, Peer, StoredFd
 from ..kernel.fd import Fd
 from ..limits import TAKEOVER_TIMEOUT
 from ..transport import FdStream
 from .connection.snapshot import WatchRestorer
 from .fdstore.recover import Recovered
 from .listen.listener import UnixListener
-from .saved_state import SavedFd, SavedListener, SavedSet
+from .saved_state import SavedFd, SavedListener
 
 _log = logging.getLogger("qmpfd")
 
 if TYPE_CHECKING:
-    from .connection.saved import SavedCounters, SavedRest
+    from .connection.saved import SavedRest
     from .connection.session import Session
     from .server import DaemonServer
     from .takeover.receiver import Takeover
@@ -47,19 +48,11 @@ def restored(server: DaemonServer, recovered: Recovered) -> Iterator[list[UnixLi
         OSError: this process is out of descriptors.
     """
     listeners: list[UnixListener] = []
+    state = recovered.state
     try:
-        fds = recovered.fds
         with _usable():
-            _fill_store(
-                server,
-                recovered.state.at,
-                recovered.state.sets,
-                lambda number: fds[0],
-                [],
-                fds.popleft,
-                _drop,
-            )
-            _inherit_listeners(recovered.state.listeners, fds, listeners)
+            _fill_store(server, state.at, state.fds, recovered.stored, skip_refused=True)
+            _inherit_listeners(state.listeners, recovered.others, listeners)
         yield listeners
     finally:
         for listener in listeners:
@@ -86,26 +79,24 @@ def taking_over(
     """
     listeners: list[UnixListener] = []
 
-    def drop(removed: list[tuple[int, int]]) -> None:
-        for fdset_id, number in removed:
-            fdset, fd = server.store.get(fdset_id), takeover.stored[number]
-            entries = [] if fdset is None else fdset.select(fd.fileno())
-            placeholders: list[Fd] = []
-            server.daemon.remove(entries, "removed", placeholders)
-            server.daemon.closer.close(placeholders)
+    stored: dict[int, StoredFd] = {}
+    state = takeover.state
+
+    def drop(removed: list[int]) -> None:
+        placeholders: list[Fd] = []
+        server.daemon.remove([stored[number] for number in removed], "removed", placeholders)
+        server.daemon.closer.close(placeholders)
 
     def finish() -> list[UnixListener]:
         with _usable():
             rest = takeover.receive_rest(TAKEOVER_TIMEOUT, drop)
-            _inherit_listeners(takeover.state.listeners, takeover.others, listeners)
+            _inherit_listeners(state.listeners, takeover.others, listeners)
             _restore_sessions(server, rest, takeover)
         return listeners
 
     try:
         with _usable():
-            _fill_store(
-                server, takeover.state.at, takeover.state.sets, takeover.stored.__getitem__, []
-            )
+            stored = _fill_store(server, state.at, state.fds, dict(takeover.stored))
         yield finish
     finally:
         if not takeover.confirmed:
@@ -142,21 +133,17 @@ def _restore_sessions(server: DaemonServer, rest: SavedRest, takeover: Takeover)
         sock = socket.socket(fileno=next(fds).detach())
         stream = FdStream(trio.socket.from_stdlib_socket(sock))
         sessions.append(server.restore_session(stream, saved, fds))
-    _fill_store(server, rest.at, rest.added, takeover.stored.__getitem__, sessions)
+    _fill_store(server, rest.at, rest.added, dict(takeover.stored), sessions)
     # Only now, as what was stored before is news to nobody, and a listing is of what is stored.
     watches = WatchRestorer(rest.logs)
     for session, saved in zip(sessions, rest.sessions, strict=True):
         session.restore_reply(saved, rest.texts)
         watches.restore(saved, session.context)
-    _restore_counters(server, rest.counters)
-
-
-def _restore_counters(server: DaemonServer, saved: SavedCounters) -> None:
-    stats = server.daemon.stats
-    stats.commands.update(saved.commands)
-    stats.errors.update(saved.errors)
-    stats.accepted, stats.turned_away = saved.accepted, saved.turned_away
-    stats.started_at = server.daemon.clock() - saved.uptime
+    stats, saved_stats = server.daemon.stats, rest.stats
+    stats.commands.update(saved_stats.commands)
+    stats.errors.update(saved_stats.errors)
+    stats.accepted, stats.turned_away = saved_stats.accepted, saved_stats.turned_away
+    stats.started_at = saved_stats.started_at + _clock_offset(server, rest.at)
 
 
 def _take_out(fds: deque[Fd]) -> Iterator[Fd]:
@@ -165,74 +152,91 @@ def _take_out(fds: deque[Fd]) -> Iterator[Fd]:
         yield fds.popleft()
 
 
-def _fill_store(
-    server: DaemonServer,
-    at: float,
-    sets: list[SavedSet],
-    descriptor: Callable[[int], Fd],
-    sessions: list[Session],
-    stored: Callable[[], object] = lambda: None,
-    refused: Callable[[int, int, Fd, QMPError], None] | None = None,
-) -> None:
-    """Store descriptors.
+def _clock_offset(server: DaemonServer, at: float) -> float:
+    """The daemon's clock minus the CLOCK_MONOTONIC of who has saved something.
 
     Args:
         server: the daemon.
-        at: when *sets* was so, by CLOCK_MONOTONIC.
-        sets: what they are.
-        descriptor: gives the descriptor that had a number; the store's once it is stored.
+        at: when it was saved, by the latter.
+    """
+    elapsed = time.monotonic() - at
+    if not 0 < elapsed < _MAX_ELAPSED:  # the old daemon is in another time namespace
+        elapsed = 0.0
+    return server.daemon.clock() - elapsed - at
+
+
+def _fill_store(
+    server: DaemonServer,
+    at: float,
+    entries: Iterable[SavedFd],
+    fds: dict[int, Fd],
+    sessions: Sequence[Session] = (),
+    *,
+    skip_refused: bool = False,
+) -> dict[int, StoredFd]:
+    """Store descriptors; what is stored, by number.
+
+    Args:
+        server: the daemon.
+        at: when *entries* was so, by CLOCK_MONOTONIC.
+        entries: what they are.
+        fds: the descriptors by number: taken out of this once they are stored.
         sessions: those that some of them are kept until the end of.
-        stored: called after each.
-        refused: called with the fd set, the number and the descriptor of one that cannot be stored,
-            and why; None where that ends it all.
+        skip_refused: one that cannot be stored costs itself only.
 
     Raises:
         QMPError: a descriptor cannot be stored.
     """
-    now = server.daemon.clock()
-    elapsed = time.monotonic() - at
-    if 0 < elapsed < _MAX_ELAPSED:  # else the old daemon is in another time namespace
-        now -= elapsed
+    offset = _clock_offset(server, at)
     peers: dict[tuple[int, int, int], Peer] = {}  # there are many descriptors, of few clients
-    for fdset in sets:
-        for saved in fdset.fds:
-            fd = descriptor(saved.number)
-            lifetime = _lifetime(saved, sessions, now)
-            peer = None
-            if saved.added_by is not None:
-                peer = peers.get(saved.added_by) or peers.setdefault(
-                    saved.added_by, Peer(*saved.added_by)
-                )
-            if lifetime is None:  # kept until the end of a connection that is over
-                fd.close()
+    stored = {}
+    for saved in entries:
+        number = saved.number
+        peer = None
+        if saved.added_by is not None:
+            peer = peers.get(saved.added_by) or peers.setdefault(
+                saved.added_by, Peer(*saved.added_by)
+            )
+        try:
+            if saved.owner == -1:  # kept until the end of a connection that is over
+                fds[number].close()
             else:
-                try:
-                    _store(server, fdset.id, saved, fd, peer, lifetime, now - saved.age)
-                except QMPError as exc:
-                    if refused is None:
-                        raise
-                    refused(fdset.id, saved.number, fd, exc)
-            stored()
-
-
-def _drop(fdset_id: int, number: int, fd: Fd, reason: QMPError) -> None:
-    """What has come back after a crash and cannot be stored costs itself: all others are there."""
-    _log.error("descriptor %d of fd set %d is lost: %s", number, fdset_id, reason)
-    fd.close()
+                stored[number] = _store(server, saved, fds[number], peer, sessions, offset)
+        except QMPError as exc:
+            if not skip_refused:
+                raise
+            _log.error("descriptor %d of fd set %d is lost: %s", number, saved.fdset_id, exc)
+            fds[number].close()
+        del fds[number]
+    return stored
 
 
 def _store(
     server: DaemonServer,
-    fdset_id: int,
     saved: SavedFd,
     fd: Fd,
     peer: Peer | None,
-    lifetime: Lifetime,
-    added_at: float,
-) -> None:
-    add = server.daemon.add
+    sessions: Sequence[Session],
+    offset: float,
+) -> StoredFd:
+    lifetime = PERMANENT
+    if saved.owner is not None or saved.expires_at is not None or saved.watch_hangup:
+        lifetime = Lifetime(
+            owner=None if saved.owner is None else sessions[saved.owner].context,
+            expires_at=None if saved.expires_at is None else saved.expires_at + offset,
+            watch_hangup=saved.watch_hangup,
+        )
+    add = partial(
+        server.daemon.add,
+        [fd],
+        saved.fdset_id,
+        saved.opaque,
+        peer,
+        create=True,
+        now=saved.added_at + offset,
+    )
     try:
-        add([fd], fdset_id, saved.opaque, peer, lifetime, create=True, now=added_at)
+        return add(lifetime=lifetime)[0]
     except QMPError as exc:
         if not lifetime.watch_hangup:
             raise
@@ -240,20 +244,7 @@ def _store(
         _log.error(
             "descriptor %d of fd set %d is not removed when its peer hangs up: %s",
             saved.number,
-            fdset_id,
+            saved.fdset_id,
             exc,
         )
-        lifetime = replace(lifetime, watch_hangup=False)
-        add([fd], fdset_id, saved.opaque, peer, lifetime, create=True, now=added_at)
-
-
-def _lifetime(saved: SavedFd, sessions: list[Session], now: float) -> Lifetime | None:
-    if saved.owner == -1:
-        return None
-    if saved.owner is saved.expires_in is None and not saved.watch_hangup:
-        return PERMANENT
-    return Lifetime(
-        owner=None if saved.owner is None else sessions[saved.owner].context,
-        expires_at=None if saved.expires_in is None else now + saved.expires_in,
-        watch_hangup=saved.watch_hangup,
-    )
+        return add(lifetime=replace(lifetime, watch_hangup=False))[0]

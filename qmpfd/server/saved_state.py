@@ -17,6 +17,7 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
+from ..fdsets import StoredFd
 from ..limits import TAKEOVER_FORMAT
 
 T = TypeVar("T")
@@ -29,33 +30,56 @@ NEXT, CONFIRM = b"n", b"c"
 MORE, DONE, REFUSED = b"f", b"d", b"x"
 
 
-class SavedFd(Struct, forbid_unknown_fields=True):
-    """A stored descriptor.
+class SavedFd(Struct, array_like=True, tag="a"):
+    """A stored descriptor; in a journal: it was stored.
 
     Args:
+        name: what the fd store keeps it as, where two may rest on one; empty in a takeover.
+        fdset_id: its fd set.
         number: the number that it keeps.
         opaque: its opaque text.
         added_by: pid, uid and gid of who added it.
-        age: seconds since.
-        owner: which session's end it is kept until.
-        expires_in: seconds until it expires.
+        added_at: when, by CLOCK_MONOTONIC.
+        expires_at: when it expires, likewise.
         watch_hangup: whether it is removed when its other end is closed.
+        owner: which session's end it is kept until; -1 if that is over.
     """
 
+    name: str
+    fdset_id: int
     number: int
     opaque: str | None
     added_by: tuple[int, int, int] | None
-    age: float
-    owner: int | None
-    expires_in: float | None
+    added_at: float
+    expires_at: float | None
     watch_hangup: bool
+    owner: int | None = None
 
+    @classmethod
+    def of(
+        cls, stored: StoredFd, offset: float, name: str = "", owner: int | None = None
+    ) -> SavedFd:
+        """What there is to know of a stored descriptor.
 
-class SavedSet(Struct, forbid_unknown_fields=True):
-    """An fd set: its descriptors, oldest first."""
-
-    id: int
-    fds: list[SavedFd]
+        Args:
+            stored: the descriptor.
+            offset: CLOCK_MONOTONIC minus the daemon's clock.
+            name: see above.
+            owner: likewise.
+        """
+        lifetime = stored.lifetime
+        expires = lifetime.expires_at
+        return cls(
+            name,
+            stored.fdset.id,
+            stored.fd.fileno(),
+            stored.opaque,
+            stored.added_by,
+            stored.added_at + offset,
+            None if expires is None else expires + offset,
+            lifetime.watch_hangup,
+            owner,
+        )
 
 
 class SavedListener(Struct, forbid_unknown_fields=True):
@@ -83,23 +107,23 @@ class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """What a daemon stores.
 
     Args:
-        at: when it was so, by CLOCK_MONOTONIC: ages and times that are left count from then.
-        sets: its fd sets.
+        at: when it was so, by CLOCK_MONOTONIC.
+        fds: its descriptors; those of a set oldest first.
         listeners: its sockets.
         store: which service of the service manager keeps it safe, if that does.
         service: which service the daemon is, if a service manager has started it.
     """
 
     at: float
-    sets: list[SavedSet]
+    fds: list[SavedFd]
     listeners: list[SavedListener]
     store: str | None = None
     service: str | None = None
 
     @property
     def stored_numbers(self) -> list[int]:
-        """The numbers of the stored descriptors, set by set."""
-        return [fd.number for fdset in self.sets for fd in fdset.fds]
+        """The numbers of the stored descriptors."""
+        return [fd.number for fd in self.fds]
 
 
 def encode(state: SavedState) -> bytes:

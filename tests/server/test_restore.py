@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from time import monotonic
 
 import pytest
@@ -13,8 +12,8 @@ from qmpfd.errors import GenericError
 from qmpfd.fdsets import StoredFd
 from qmpfd.kernel.fd import Fd
 from qmpfd.kernel.hangups import Hangups
-from qmpfd.server.restore import _drop, _fill_store
-from qmpfd.server.saved_state import SavedFd, SavedSet
+from qmpfd.server.restore import _fill_store
+from qmpfd.server.saved_state import SavedFd
 from qmpfd.server.server import DaemonServer
 
 
@@ -30,13 +29,13 @@ async def test_no_watch_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
     server.daemon.hangups.close()
     server.daemon.hangups = NoWatches()
     with pipes(3) as made:
-        fds = deque(Fd(os.dup(pipe.fileno())) for pipe in made)
+        fds = {fd.number: fd for fd in (Fd(os.dup(pipe.fileno())) for pipe in made)}
+        now = monotonic()
         saved = [
-            SavedFd(fd.fileno(), None, (1, 2, 3), 1.0, None, 60.0, watch_hangup=watch)
-            for fd, watch in zip(fds, (False, True, False), strict=True)
+            SavedFd("", 5, number, None, (1, 2, 3), now - 1.0, now + 60.0, watch_hangup=watch)
+            for number, watch in zip(fds, (False, True, False), strict=True)
         ]
-        sets = [SavedSet(5, saved)]
-        _fill_store(server, monotonic(), sets, lambda number: fds[0], [], fds.popleft)
+        _fill_store(server, now, saved, fds)
         assert not fds
         fdset = server.store.get(5)
         assert fdset is not None
@@ -51,15 +50,34 @@ async def test_one_that_cannot_be_stored(caplog: pytest.LogCaptureFixture) -> No
     """An fd set of that id cannot be: after a crash, the others are there."""
     server = DaemonServer()
     with pipes(3) as made:
-        fds = deque(Fd(os.dup(pipe.fileno())) for pipe in made)
-        sets = [
-            SavedSet(id_, [SavedFd(fd.fileno(), None, None, 1.0, None, None, watch_hangup=False)])
-            for fd, id_ in zip(fds, (0, -3, 7), strict=True)
+        fds = {fd.number: fd for fd in (Fd(os.dup(pipe.fileno())) for pipe in made)}
+        saved = [
+            SavedFd("", id_, number, None, None, 0.0, None, watch_hangup=False)
+            for number, id_ in zip(fds, (0, -3, 7), strict=True)
         ]
-        _fill_store(server, monotonic(), sets, lambda number: fds[0], [], fds.popleft, _drop)
+        _fill_store(server, monotonic(), saved, fds, skip_refused=True)
+        assert not fds
         for pipe in made:
             pipe.release()
         assert [pipe.held() for pipe in made] == [True, False, True]
         assert [fdset.id for fdset in server.store] == [7, 0]
         assert "of fd set -3 is lost" in caplog.text
         server.close()
+
+
+async def test_time() -> None:
+    """Of another process, whose clock goes on meanwhile; or of one in another time namespace."""
+    server = DaemonServer()
+    elapsed = 5.0
+    for at, expected in ((monotonic() - elapsed, elapsed), (monotonic() + 1e6, 0.0)):
+        with pipes(1) as [pipe]:
+            fd = Fd(os.dup(pipe.fileno()))
+            saved = SavedFd("", 0, fd.number, None, None, at - 10, at + 20, watch_hangup=False)
+            [stored] = _fill_store(server, at, [saved], {fd.number: fd}).values()
+            now = server.daemon.clock() - expected
+            assert now - stored.added_at == pytest.approx(10, abs=1)
+            assert stored.lifetime.expires_at == pytest.approx(now + 20, abs=1)
+            fds: list[Fd] = []
+            server.daemon.remove([stored], "removed", fds)
+            server.daemon.closer.close(fds)
+    server.close()

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
+from ...commands import Stats
 from ...commands.events import EventLog, SavedEvent, SavedWatch
 from ...commands.listings import SavedListing
 from ...protocol.server import ConnectionState
-from ..saved_state import SavedSet
+from ..saved_state import SavedFd
 
 
 class SavedReply(Struct, forbid_unknown_fields=True):
@@ -84,24 +85,6 @@ class SharedParts:
         return number
 
 
-class SavedCounters(Struct, forbid_unknown_fields=True):
-    """What has happened since the first start.
-
-    Args:
-        commands: how often each command was carried out.
-        errors: how many error replies there were, by class.
-        accepted: clients ever served.
-        turned_away: clients refused.
-        uptime: seconds since then.
-    """
-
-    commands: dict[str, int]
-    errors: dict[str, int]
-    accepted: int
-    turned_away: int
-    uptime: float
-
-
 class SavedRest(Struct, forbid_unknown_fields=True):
     """What a daemon hands over once it is paused.
 
@@ -110,26 +93,25 @@ class SavedRest(Struct, forbid_unknown_fields=True):
     goes with the reply in progress; the journal.
 
     Args:
-        at: when it was so, by CLOCK_MONOTONIC: ages and times that are left count from then.
-        removed: fd set and number of each descriptor that was stored and is no more, or is told of
-            again.
+        at: when it was so, by CLOCK_MONOTONIC: ages count from then.
+        removed: the number of each descriptor that was stored and is no more, or is told of again.
         added: what was stored meanwhile, or is kept until the end of a session, or watched; and all
             that is behind such a one in its set.
         sessions: the connections.
         texts: opaque texts that their listings are in the middle of.
         logs: the events that watchers among them read.
-        counters: what has happened so far.
+        stats: what has happened so far; *started_at* is by CLOCK_MONOTONIC.
         journal: whether the daemon's journal comes last: it is kept safe by somebody, who would
             start it again.
     """
 
     at: float
-    removed: list[tuple[int, int]]
-    added: list[SavedSet]
+    removed: list[int]
+    added: list[SavedFd]
     sessions: list[SavedSession]
     texts: list[str]
     logs: list[list[SavedEvent]]
-    counters: SavedCounters
+    stats: Stats
     journal: bool
 
     @property

@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from ...kernel.fd import Fd
-from ..saved_state import SavedListener
+from ..saved_state import SavedFd, SavedListener
 
 #: Length and checksum of the MessagePack that follows.
 HEADER = Layout("<II")
@@ -78,30 +78,6 @@ class ListenerRemoved(Struct, array_like=True, tag="e"):
     name: str
 
 
-class Added(Struct, array_like=True, tag="a"):
-    """A descriptor was stored.
-
-    Args:
-        name: what it is kept as; two may rest on one.
-        fdset_id: its fd set.
-        number: its number, which it keeps.
-        opaque: its opaque text.
-        added_by: pid, uid and gid of who added it.
-        added_at: when, by CLOCK_MONOTONIC.
-        expires_at: when it expires, likewise.
-        watch_hangup: whether it is removed when its other end is closed.
-    """
-
-    name: str
-    fdset_id: int
-    number: int
-    opaque: str | None
-    added_by: tuple[int, int, int] | None
-    added_at: float
-    expires_at: float | None
-    watch_hangup: bool
-
-
 class Removed(Struct, array_like=True, tag="r"):
     """The descriptor of that number was removed."""
 
@@ -123,7 +99,7 @@ class HandedOver(Struct, array_like=True, tag="x"):
 
 
 Record: TypeAlias = (
-    SnapshotHeader | ListenerAdded | ListenerRemoved | Added | Removed | Confirmed | HandedOver
+    SnapshotHeader | ListenerAdded | ListenerRemoved | SavedFd | Removed | Confirmed | HandedOver
 )
 
 #: A record, as it stands in a frame.

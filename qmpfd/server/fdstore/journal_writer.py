@@ -15,8 +15,9 @@ import trio
 from ...fdsets import StoredFd
 from ...kernel.fd import Fd
 from ...limits import MIN_JOURNAL_BYTES
+from ..saved_state import SavedFd
 from .barrier_link import BarrierLink
-from .journal import FRAME_BYTES, Added, Journal, Record, encoded, frame_encoded
+from .journal import FRAME_BYTES, Journal, Record, encoded, frame_encoded
 from .names import journal_name
 
 #: Bytes that are reserved for what is neither added nor removed: listeners, a takeover.
@@ -143,18 +144,6 @@ class JournalWriter:
         return [journal_name(number) for number in range(first, self.generation + 1)]
 
 
-def added_record(name: str, fdset_id: int, stored: StoredFd) -> Added:
+def added_record(name: str, stored: StoredFd) -> SavedFd:
     """The record of a stored descriptor that is kept as *name*."""
-    lifetime = stored.lifetime
-    offset = time.monotonic() - trio.current_time()
-    expires = lifetime.expires_at
-    return Added(
-        name,
-        fdset_id,
-        stored.fd.fileno(),
-        stored.opaque,
-        stored.added_by,
-        stored.added_at + offset,
-        None if expires is None else expires + offset,
-        lifetime.watch_hangup,
-    )
+    return SavedFd.of(stored, time.monotonic() - trio.current_time(), name)

@@ -22,9 +22,9 @@ from ...kernel.fd import Fd, close_all
 from ...kernel.systemd import InheritedFd
 from ...limits import JOURNAL_FORMAT, LETTING_GO_TIMEOUT
 from ..renumber import Movable, renumber
-from ..saved_state import SavedState
+from ..saved_state import SavedFd, SavedState
 from .evidence import has_handed_over
-from .journal import Added, SnapshotHeader
+from .journal import SnapshotHeader
 from .names import LIFELINE, PREVIOUS, is_journal, is_numbered, is_ours, is_sentinel
 from .replay import History, replay
 
@@ -62,7 +62,8 @@ class Recovered:
 
     Args:
         state: what it is; there may be nothing.
-        fds: the descriptors, in the order of *state*; owned here until they are taken out.
+        stored: the stored descriptors by number; owned here until they are taken out.
+        others: the listening sockets, in the order of *state*; owned here likewise.
         holdings: what the fd store has.
         stale_fds: descriptors that are to be closed, which may block; owned here likewise.
         sockets: the service manager's own, to listen on; owned here likewise.
@@ -71,7 +72,8 @@ class Recovered:
     """
 
     state: SavedState
-    fds: deque[Fd]
+    stored: dict[int, Fd]
+    others: deque[Fd]
     holdings: Holdings
     stale_fds: list[Fd]
     sockets: list[InheritedFd]
@@ -85,7 +87,8 @@ class Recovered:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        close_all([*self.fds, *self.stale_fds, *(given.fd for given in self.sockets)])
+        close_all([*self.stored.values(), *self.others, *self.stale_fds])
+        close_all(given.fd for given in self.sockets)
 
 
 def recover(
@@ -133,31 +136,33 @@ def _recover(
         history = _nothing()
     history.forget_unfinished(ours.__contains__)
     returned = _Returned(ours)
-    entries = {number: returned.take(each.name) for number, each in history.entries.items()}
-    lost = {number for number, fd in entries.items() if fd is None}
-    for number in lost:
+    stored: dict[int, Fd] = {}
+    for number, saved in list(history.entries.items()):
+        fd = returned.take(saved.name)
+        if fd is not None:
+            stored[number] = fd
+            continue
+        del history.entries[number]
         _log.warning(
             "descriptor %d of fd set %d is lost: the crash interrupted its add-fd, or the fd "
             "store dropped it",
             number,
-            history.entries.pop(number).fdset_id,
+            saved.fdset_id,
         )
-    listeners = {name: returned.take(name) for name in history.listeners}
-    for name in [name for name, fd in listeners.items() if fd is None]:
-        del history.listeners[name]
+    listeners = {name: fd for name in history.listeners if (fd := returned.take(name))}
+    history.listeners = {name: history.listeners[name] for name in listeners}
     state = history.state(ours.__contains__)
-    stored = state.stored_numbers
-    names = [history.entries[number].name for number in stored] + list(history.listeners)
-    found = [entries[number] for number in stored] + list(listeners.values())
-    fds = [fd for fd in found if fd is not None]
+    names = [saved.name for saved in state.fds] + list(listeners)
+    fds = [*stored.values(), *listeners.values()]
     stale_fds = [*returned.untaken.values(), *again]
     sentinels = sorted(filter(is_sentinel, returned.untaken)) if has_state else []
     stale = [name for name in returned.untaken if name not in sentinels[:1]]
-    targets = [*stored, *[None] * (len(fds) - len(stored))]
+    targets = [*stored, *[None] * len(listeners)]
     renumber(fds, targets, [*stale_fds, *(given.fd for given in sockets), *others])
     return Recovered(
         state,
-        deque(fds),
+        stored,
+        deque(listeners.values()),
         Holdings(
             {fd.fileno(): name for fd, name in zip(fds, names, strict=True)},
             stale,
@@ -210,7 +215,7 @@ def _without_journal(ours: Mapping[str, Fd]) -> History:
     now = time.monotonic()
     history.apply_frame(
         [history.begun]
-        + [Added(name, number, number, None, None, now, None, False) for name, number in found]
+        + [SavedFd(name, number, number, None, None, now, None, False) for name, number in found]
     )
     return history
 

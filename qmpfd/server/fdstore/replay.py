@@ -18,10 +18,9 @@ import msgspec
 
 from ...kernel.fd import Fd
 from ...limits import JOURNAL_FORMAT
-from ..saved_state import SavedFd, SavedListener, SavedSet, SavedState
+from ..saved_state import SavedFd, SavedListener, SavedState
 from .journal import (
     HEADER,
-    Added,
     Confirmed,
     HandedOver,
     ListenerAdded,
@@ -64,7 +63,7 @@ class History:
 
     def __init__(self, begun: SnapshotHeader) -> None:
         self.begun = begun
-        self.entries: dict[int, Added] = {}
+        self.entries: dict[int, SavedFd] = {}
         self.listeners: dict[str, SavedListener] = {}
         self.confirmed = begun.previous is None
         self.left: bool | None = None
@@ -73,17 +72,17 @@ class History:
         self._positions: dict[int, int] = {}
         self._count = 0
         # What each of the last frames added or removed, with the names that were new in it.
-        self._changes: deque[tuple[list[tuple[bool, Added]], set[str]]] = deque(
+        self._changes: deque[tuple[list[tuple[bool, SavedFd]], set[str]]] = deque(
             maxlen=_MOST_UNFINISHED
         )
 
     def apply_frame(self, records: Sequence[Record]) -> None:
         """Follow one more frame."""
-        changes: list[tuple[bool, Added]] = []
+        changes: list[tuple[bool, SavedFd]] = []
         fresh = set()  # the numbers of what the frame has added so far
         names = set()
         for record in records:
-            if isinstance(record, Added):
+            if isinstance(record, SavedFd):
                 changes.append((True, record))
                 fresh.add(record.number)
                 if record.name not in self._names and record.name not in self.listeners:
@@ -133,7 +132,7 @@ class History:
     def apply(self, record: Record) -> None:
         """Follow one more record."""
         match record:
-            case Added():
+            case SavedFd():
                 self._forget(record.number)
                 self.entries[record.number] = record
                 self._names[record.name] += 1
@@ -161,24 +160,9 @@ class History:
 
     def state(self, kept: Callable[[str], bool]) -> SavedState:
         """It as what a takeover would have fetched, of what is *kept* under its name."""
-        sets: dict[int, SavedSet] = {}
-        now = time.monotonic()
-        for entry in self.entries.values():
-            if kept(entry.name):
-                expires = entry.expires_at
-                saved = SavedFd(
-                    number=entry.number,
-                    opaque=entry.opaque,
-                    added_by=entry.added_by,
-                    age=now - entry.added_at,
-                    owner=None,
-                    expires_in=None if expires is None else expires - now,
-                    watch_hangup=entry.watch_hangup,
-                )
-                sets.setdefault(entry.fdset_id, SavedSet(entry.fdset_id, [])).fds.append(saved)
         return SavedState(
-            at=now,
-            sets=list(sets.values()),
+            at=time.monotonic(),
+            fds=[entry for entry in self.entries.values() if kept(entry.name)],
             listeners=[each for name, each in self.listeners.items() if kept(name)],
         )
 

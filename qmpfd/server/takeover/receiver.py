@@ -99,14 +99,12 @@ class Takeover:
                 if filler.fileno() >= end:
                     break
 
-    def receive_rest(
-        self, timeout: float, drop: Callable[[list[tuple[int, int]]], None]
-    ) -> SavedRest:
+    def receive_rest(self, timeout: float, drop: Callable[[list[int]], None]) -> SavedRest:
         """Have the old daemon pause, and fetch what is left: all descriptors, above all.
 
         Args:
             timeout: seconds that any step of it may take.
-            drop: called with what is stored no more, as fd set and number, to give it up.
+            drop: called with the numbers of what is stored no more, to give it up.
 
         Raises:
             NoDaemon: it gives up, or does not answer.
@@ -117,9 +115,9 @@ class Takeover:
         try:
             rest = self._receive_state(timeout)
             drop(rest.removed)
-            for _, number in rest.removed:
+            for number in rest.removed:
                 del self.stored[number]
-            self._reserve_added([fd.number for fdset in rest.added for fd in fdset.fds])
+            self._reserve_added([fd.number for fd in rest.added])
             others = len(self.state.listeners) + rest.session_fds + rest.journal
             self._receive_fds(len(self.stored) + others, timeout)
         except TimeoutError:

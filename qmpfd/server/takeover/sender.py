@@ -22,6 +22,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -35,7 +36,7 @@ from ...limits import CLOSE_TIMEOUT, FORGET_TIMEOUT, MAX_PAUSE, SCM_MAX_FD, TAKE
 from ...transport import FdStream
 from .. import saved_state as saved
 from ..closing import all_closed
-from ..connection.saved import SavedCounters, SavedRest, SharedParts
+from ..connection.saved import SavedRest, SharedParts
 from ..connection.session import Session
 from ..durability import Durability
 from ..listen.listener import UnixListener
@@ -219,9 +220,8 @@ async def _describe_store(server: Predecessor, described: _Described) -> saved.S
     """
     daemon = server.services.shared
     at, now = time.monotonic(), daemon.clock()
-    sets: list[saved.SavedSet] = []
+    fds: list[saved.SavedFd] = []
     for fdset in daemon.store.iter_stable():
-        entries = []
         for stored in fdset.iter_stable(now):
             lifetime = stored.lifetime
             # What depends on a connection, or on the descriptor itself, goes over with that.
@@ -230,13 +230,11 @@ async def _describe_store(server: Predecessor, described: _Described) -> saved.S
                 described.entries[number] = stored
                 if daemon.closer.is_quick_duplicate(number):
                     described.quick.add(stored.fd)
-                entries.append(_describe_fd(number, stored, now, {}))
-                if not len(described.entries) % _DESCRIBED_AT_ONCE:
+                fds.append(saved.SavedFd.of(stored, at - now))
+                if not len(fds) % _DESCRIBED_AT_ONCE:
                     await trio.lowlevel.checkpoint()
-        if entries:
-            sets.append(saved.SavedSet(fdset.id, entries))
     listeners = [listener.saved for listener in server.listeners]
-    return saved.SavedState(at, sets, listeners, server.services.durability.store, invocation_id())
+    return saved.SavedState(at, fds, listeners, server.services.durability.store, invocation_id())
 
 
 def _describe_rest(
@@ -246,23 +244,23 @@ def _describe_rest(
     daemon, durability = server.services.shared, server.services.durability
     at, now = time.monotonic(), daemon.clock()
     owners = {id(session.context): number for number, session in enumerate(sessions)}
-    removed = [(s.fdset.id, number) for number, s in described.items() if s.removed]
+    removed = [number for number, stored in described.items() if stored.removed]
     fds: list[int] = []
-    added = []
+    added: list[saved.SavedFd] = []
     for fdset in daemon.store:
-        entries: list[saved.SavedFd] = []
+        is_behind = False  # behind one of the set that the newcomer does not know
         for number, stored in fdset.fds.items():
             fds.append(number)
-            known = described.get(number) is stored
-            if known and not entries:
+            if described.get(number) is not stored:
+                is_behind = True
+            elif is_behind:  # stored again, so that it comes behind that one there too
+                removed.append(number)
+            else:
                 continue
-            entries.append(_describe_fd(number, stored, now, owners))
-            if (
-                known
-            ):  # behind one that is not: stored again, so that it comes behind that there too
-                removed.append((fdset.id, number))
-        if entries:
-            added.append(saved.SavedSet(fdset.id, entries))
+            owner = stored.lifetime.owner
+            # A descriptor of the newcomer's own connection would end with it at once.
+            index = None if owner is None else owners.get(id(owner), -1)
+            added.append(saved.SavedFd.of(stored, at - now, owner=index))
     fds.sort()
     fds += [listener.socket.fileno() for listener in server.listeners]
     saved_sessions = []
@@ -274,7 +272,6 @@ def _describe_rest(
     journal = durability.journal
     if journal is not None:
         fds.append(journal.fileno())
-    stats = daemon.stats
     rest = SavedRest(
         at=at,
         removed=removed,
@@ -282,29 +279,7 @@ def _describe_rest(
         sessions=saved_sessions,
         texts=parts.texts,
         logs=[log.save() for log in parts.logs],
-        counters=SavedCounters(
-            dict(stats.commands),
-            dict(stats.errors),
-            stats.accepted,
-            stats.turned_away,
-            now - stats.started_at,
-        ),
+        stats=replace(daemon.stats, started_at=daemon.stats.started_at + at - now),
         journal=journal is not None,
     )
     return rest, fds
-
-
-def _describe_fd(
-    number: int, stored: StoredFd, now: float, owners: dict[int, int]
-) -> saved.SavedFd:
-    lifetime = stored.lifetime
-    return saved.SavedFd(
-        number=number,
-        opaque=stored.opaque,
-        added_by=stored.added_by,
-        age=now - stored.added_at,
-        # A descriptor of the newcomer's own connection would end with it at once.
-        owner=None if lifetime.owner is None else owners.get(id(lifetime.owner), -1),
-        expires_in=None if lifetime.expires_at is None else lifetime.expires_at - now,
-        watch_hangup=lifetime.watch_hangup,
-    )

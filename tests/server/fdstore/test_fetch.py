@@ -14,7 +14,8 @@ from qmpfd.kernel.fd import Fd, close_all, send
 from qmpfd.kernel.systemd import Notifier
 from qmpfd.limits import JOURNAL_FORMAT
 from qmpfd.server.fdstore.fetch import fetch
-from qmpfd.server.fdstore.journal import Added, Journal, SnapshotHeader
+from qmpfd.server.fdstore.journal import Journal, SnapshotHeader
+from qmpfd.server.saved_state import SavedFd
 
 #: Of the first stored descriptor: above whatever the tests have open.
 BASE = 300
@@ -47,8 +48,8 @@ def parent_with(
         theirs.close()
 
 
-def added(name: str, number: int) -> Added:
-    return Added(name, number, number, None, None, 0.0, None, False)
+def added(name: str, number: int) -> SavedFd:
+    return SavedFd(name, number, number, None, None, 0.0, None, False)
 
 
 @pytest.fixture

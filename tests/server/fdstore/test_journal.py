@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import time
 import zlib
 from collections.abc import Sequence
 
@@ -18,7 +17,6 @@ from qmpfd.kernel.fd import Fd
 from qmpfd.limits import JOURNAL_FORMAT
 from qmpfd.server.fdstore.evidence import has_handed_over
 from qmpfd.server.fdstore.journal import (
-    Added,
     Confirmed,
     HandedOver,
     Journal,
@@ -30,20 +28,20 @@ from qmpfd.server.fdstore.journal import (
     frame,
 )
 from qmpfd.server.fdstore.replay import frames, replay
-from qmpfd.server.saved_state import DONE, NOT_OURS, REFUSED, SavedListener
+from qmpfd.server.saved_state import DONE, NOT_OURS, REFUSED, SavedFd, SavedListener
 
 X = SavedListener(b"/x", (1, 2))
 BEGUN = SnapshotHeader(JOURNAL_FORMAT, 1, None)
 
 
-def added(number: int, fdset_id: int = 0, opaque: str | None = None) -> Added:
-    return Added(f"~{number}", fdset_id, number, opaque, (1, 2, 3), 0.0, None, False)
+def added(number: int, fdset_id: int = 0, opaque: str | None = None) -> SavedFd:
+    return SavedFd(f"~{number}", fdset_id, number, opaque, (1, 2, 3), 0.0, None, False)
 
 
 numbers = st.integers(3, 30)
 texts = st.none() | st.text(max_size=8)
 entries = st.builds(
-    Added,
+    SavedFd,
     name=st.just("~1"),
     fdset_id=st.integers(0, 5),
     number=numbers,
@@ -56,11 +54,11 @@ entries = st.builds(
 records = st.lists(entries | st.builds(Removed, number=numbers), max_size=12)
 
 
-def model(done: Sequence[Record]) -> list[Added]:
+def model(done: Sequence[Record]) -> list[SavedFd]:
     """What is there after all that, by the simplest means: oldest first."""
-    there: list[Added] = []
+    there: list[SavedFd] = []
     for record in done:
-        if isinstance(record, Added):
+        if isinstance(record, SavedFd):
             there = [each for each in there if each.number != record.number] + [record]
         elif isinstance(record, Removed):
             there = [each for each in there if each.number != record.number]
@@ -72,7 +70,7 @@ def sensible(done: list[Record]) -> list[Record]:
     there: set[int] = set()
     kept = []
     for record in done:
-        if isinstance(record, Added):
+        if isinstance(record, SavedFd):
             if record.number in there:
                 continue
             there.add(record.number)
@@ -134,26 +132,14 @@ def test_a_section_is_whole_or_not_there() -> None:
 def test_order_within_a_set() -> None:
     history = replay(frame([BEGUN, added(9), added(5), added(7, 2), added(6), Removed(5)]))
     state = history.state(lambda _: True)
-    assert {fdset.id: [fd.number for fd in fdset.fds] for fdset in state.sets} == {
-        0: [9, 6],
-        2: [7],
-    }
+    assert [(fd.fdset_id, fd.number) for fd in state.fds] == [(0, 9), (2, 7), (0, 6)]
 
 
 def test_what_did_not_come_back_is_left_out() -> None:
     history = replay(frame([BEGUN, added(5), added(7, 2), added(6), ListenerAdded("~9", X)]))
     state = history.state(lambda name: name == "~6")
-    assert [[fd.number for fd in fdset.fds] for fdset in state.sets] == [[6]]
+    assert state.stored_numbers == [6]
     assert state.listeners == []
-
-
-def test_time() -> None:
-    now = time.monotonic()
-    entry = Added("~5", 0, 5, None, None, now - 10, now + 20, False)
-    (fdset,) = replay(frame([BEGUN, entry])).state(lambda _: True).sets
-    (fd,) = fdset.fds
-    assert fd.age == pytest.approx(10, abs=1)
-    assert fd.expires_in == pytest.approx(20, abs=1)
 
 
 def test_listeners_and_takeovers() -> None:
@@ -264,8 +250,8 @@ def test_frames_stop_at_zeros() -> None:
 def test_added_together_or_not_at_all() -> None:
     """A command's descriptors come back all, or none of them does: nobody was told of any."""
 
-    def entry(name: str, number: int) -> Added:
-        return Added(name, 0, number, None, None, 0.0, None, False)
+    def entry(name: str, number: int) -> SavedFd:
+        return SavedFd(name, 0, number, None, None, 0.0, None, False)
 
     begun: list[Record] = [BEGUN, entry("a", 10), entry("b", 11)]
     one: list[Record] = [entry("c", 12), entry("d", 13)]
@@ -325,8 +311,8 @@ def test_what_was_to_be_replaced_is_there_until_its_replacement_is() -> None:
     its place.
     """
 
-    def entry(name: str, number: int, added_at: float) -> Added:
-        return Added(name, 0, number, "web", None, added_at, None, False)
+    def entry(name: str, number: int, added_at: float) -> SavedFd:
+        return SavedFd(name, 0, number, "web", None, added_at, None, False)
 
     begun: list[Record] = [BEGUN, entry("a", 10, 1.0), entry("b", 11, 2.0)]
     replaced: list[Record] = [entry("c", 12, 3.0), Removed(10)]

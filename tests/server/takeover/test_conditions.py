@@ -570,17 +570,8 @@ FORMAT_1 = (
     1,
     {
         "at": 5.0,
-        "sets": [
-            {
-                "id": 0,
-                "fds": [
-                    {
-                        "number": 9, "opaque": "x", "added_by": [1, 2, 3], "age": 1.5,
-                        "owner": None, "expires_in": 10.0, "watch_hangup": False,
-                    }
-                ],
-            }
-        ],
+        # name, fdset_id, number, opaque, added_by, added_at, expires_at, watch_hangup, owner
+        "fds": [["a", "", 0, 9, "x", [1, 2, 3], 3.5, 15.0, False, None]],
         "listeners": [{"path": b"/run/q.sock", "file": [1, 2]}],
         "store": "s",
         "service": "t",
@@ -588,7 +579,7 @@ FORMAT_1 = (
 )  # fmt: skip
 REST_1 = {
     "at": 6.0,
-    "removed": [[0, 9]],
+    "removed": [9],
     "added": [],
     "sessions": [
         {
@@ -612,8 +603,9 @@ REST_1 = {
     ],
     "texts": ["t"],
     "logs": [[{"name": "FD_ADDED", "time": 1, "data": {"fdset-id": 0, "fd": 9}}]],
-    "counters": {
-        "commands": {"add-fd": 1}, "errors": {}, "accepted": 1, "turned_away": 0, "uptime": 1.0,
+    "stats": {
+        "started_at": 5.0, "connections": 1, "accepted": 1, "turned_away": 0,
+        "commands": {"add-fd": 1}, "errors": {},
     },
     "journal": True,
 }  # fmt: skip

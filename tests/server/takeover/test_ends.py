@@ -24,9 +24,10 @@ from helpers import Pipe, pipes, send_now
 from stepper import Stepped, Stepper
 
 from qmpfd.client.blocking import BlockingClient
+from qmpfd.commands import Stats
 from qmpfd.kernel.fd import Fd, close_all, receive
 from qmpfd.limits import TAKEOVER_FORMAT
-from qmpfd.server.connection.saved import SavedCounters, SavedRest
+from qmpfd.server.connection.saved import SavedRest
 from qmpfd.server.saved_state import (
     CONFIRM,
     MORE,
@@ -34,7 +35,6 @@ from qmpfd.server.saved_state import (
     REFUSED,
     SavedFd,
     SavedListener,
-    SavedSet,
     SavedState,
     decode,
     encode,
@@ -267,10 +267,9 @@ def old_to_the_end(listener: socket.socket, path: Path, pipe: Pipe) -> bytes:
     """
     at = path.stat()
     file = SavedListener(os.fsencode(path), (at.st_dev, at.st_ino))
-    stored = SavedFd(30, None, None, 0.0, None, None, watch_hangup=False)
-    state = SavedState(0.0, [SavedSet(0, [stored])], [file])
-    counters = SavedCounters({}, {}, 0, 0, 0.0)
-    rest = SavedRest(0.0, [], [], [], [], [], counters, journal=False)
+    stored = SavedFd("", 0, 30, None, None, 0.0, None, watch_hangup=False)
+    state = SavedState(0.0, [stored], [file])
+    rest = SavedRest(0.0, [], [], [], [], [], Stats(0.0), journal=False)
     sock, _ = listener.accept()
     with sock, sock.makefile("rb") as heard, ExitStack() as stack:
         sock.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')
@@ -320,7 +319,7 @@ def test_a_newcomer_that_is_refused_at_last(path: Path, options: tuple[str, ...]
 
 # -- versions ----------------------------------------------------------------------------------
 
-STATE = SavedState(at=0.0, sets=[], listeners=[])
+STATE = SavedState(at=0.0, fds=[], listeners=[])
 
 
 def with_members(**members: object) -> dict[str, object]:
@@ -374,12 +373,8 @@ def test_what_is_encoded_can_be_decoded() -> None:
 
 def test_broken_bytes() -> None:
     """Whatever has become of the bytes, they are a state or a ValueError."""
-    saved = SavedFd(7, "\N{SNOWMAN}", (1, 2, 3), 0.5, 2, 3.0, watch_hangup=True)
-    whole = encode(
-        SavedState(
-            1.5, [SavedSet(0, [saved] * 2)], [SavedListener(b"/run/q\xff", (1, 2))], "a", "b"
-        )
-    )
+    saved = SavedFd("", 0, 7, "\N{SNOWMAN}", (1, 2, 3), 0.5, 3.0, watch_hangup=True, owner=2)
+    whole = encode(SavedState(1.5, [saved] * 2, [SavedListener(b"/run/q\xff", (1, 2))], "a", "b"))
     rng = random.Random(1)
     refused = Counter[str]()
     for _ in range(5000):
