@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from ...commands import Stats
-from ...commands.events import SavedEvent, SavedWatch
+from ...commands.events import Event, SavedWatch
 from ...commands.listings import SavedListing
 from ...protocol.server import ConnectionState
 from ..saved_state import SavedFd
@@ -81,7 +81,7 @@ class SavedRest(Struct, forbid_unknown_fields=True):
     added: list[SavedFd]
     sessions: list[SavedSession]
     texts: list[str]
-    logs: list[list[SavedEvent]]
+    logs: list[list[Event]]
     others: int
     stats: Stats
     journal: bool

@@ -280,7 +280,7 @@ def _describe_rest(
         added=added,
         sessions=saved_sessions,
         texts=list(texts),
-        logs=[log.save() for log in logs],
+        logs=[list(log.events) for log in logs],
         others=len(fds) - stored_count,
         stats=replace(daemon.stats, started_at=daemon.stats.started_at + at - now),
         journal=journal is not None,
