@@ -75,7 +75,6 @@ class DaemonProcess:
     Args:
         path: the socket that it listens on.
         process: the process.
-        stderr: the file that is its standard error.
     """
 
     def __init__(self, path: Path, process: subprocess.Popen[bytes], stderr: IO[bytes]) -> None:
