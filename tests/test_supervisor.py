@@ -417,7 +417,7 @@ def test_a_worker_killed_when_it_was_told_to_end(number: int, tmp_path: Path) ->
         sock.bind({str(path)!r})
         found = os.stat({str(path)!r})
         file = f"{{found.st_dev}}:{{found.st_ino}}:" + os.fsencode({str(path)!r}).hex()
-        tell(b"QMPFD_SOCKET=" + file.encode())
+        tell(b"QMPFD_SOCKETS=" + file.encode())
         def stop(*_):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), {int(number)})

@@ -15,9 +15,8 @@ descriptor that is to be kept or removed, and a message may have these lines:
 ``QMPFD_SYNC=N``                    answer ``SYNCED=N`` once this message is carried out
 ``QMPFD_CLOSE=LANE``                close in a thread what is removed, then send ``CLOSED=NAME``;
                                     what hangs holds up nothing of another lane
-``QMPFD_SOCKET=DEV:INODE:HEXPATH``  the file of a listening socket, to be removed if the parent ends
-                                    and the worker cannot; there may be several in a message, in
-                                    place of all those before
+``QMPFD_SOCKETS=D:I:HEXPATH ...``   the files of the listening sockets, by device, inode and path,
+                                    to be removed if the parent ends and the worker cannot
 ``QMPFD_SPARE=PID``                 a spare worker waits at the other end of the socket that comes
                                     with the message (:mod:`qmpfd.cli.spare`)
 ``QMPFD_FETCH=NAME:NAME...``        answer ``FETCHED=NAME:NAME...`` with the descriptors of these

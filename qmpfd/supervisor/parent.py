@@ -7,17 +7,18 @@ import select
 import signal
 import socket
 import time
+from itertools import islice
+from operator import methodcaller
 
 from .deadlines import NEVER, deadline
 from .log import Log
 from .manager import Manager
-from .message import Message
 from .program import NamedFds, Program, inherited_fds
 from .restarts import FIRST_DELAY, Restarts
 from .signals import FORWARDED, QUIT_IGNORED, set_up_signals
 from .states import TOLD_TO_END, TRANSITIONS, Event, State
 from .store import SlowCloser, Store, close
-from .worker import START_TIMEOUT, Spare, Worker
+from .worker import Spare, Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a mebibyte
@@ -29,10 +30,6 @@ HEARTBEAT = 10.0
 #: Messages that are handled before signals have their turn.
 MESSAGES = 512
 
-#: Messages without bytes in a row that show that nobody is left at the other end: recvmsg(2) does
-#: not tell such a message from the end.
-EMPTY_MESSAGES = 8
-
 #: Seconds until the parent looks again for what is due, where nothing is known to be.
 _LONGEST_WAIT = 3600.0
 
@@ -42,6 +39,17 @@ _GRACE = 1.0
 
 #: Seconds until the log says again that there is no room for a descriptor.
 _LOG_INTERVAL = 10.0
+
+# Found faster than an attribute, or a member of an enumeration.
+_POLLIN, _ENDED = select.POLLIN, State.ENDED
+
+#: A line of a message is an assignment.
+_split = methodcaller("split", b"=", 1)
+
+#: What a message may be about that is nothing but a change of what is kept; all that is for us, and
+#: not for the service manager: the rest of it means nothing to that.
+_USUAL = {b"FDSTORE", b"FDSTOREREMOVE", b"FDNAME", b"FDPOLL", b"QMPFD_SYNC", b"QMPFD_CLOSE"}
+_OURS = _USUAL | {b"", b"BARRIER", b"MAINPID", b"QMPFD_SOCKETS", b"QMPFD_FETCH", b"QMPFD_SPARE"}
 
 HEARD = (*FORWARDED, signal.SIGQUIT, signal.SIGCHLD)
 
@@ -94,7 +102,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until the worker ends, or we are told to; the exit status."""
-        while self._state is not State.ENDED:
+        while self._state is not _ENDED:
             try:
                 self._turn()
             except Exception as exc:  # noqa: BLE001 - whoever keeps the descriptors goes on
@@ -110,23 +118,23 @@ class Supervisor:
             self._due = self._work(now)
         for number, events in self._poll.poll(max(self._due - now, 0) * 1000 + 1):
             worker = self._worker
-            if number == self._wake:
-                self._wake_up()
-            elif number == self._lifeline:
-                self._poll.unregister(number)
-                self._lifeline = -1
-                self._store.settle_takeover()
-                self._due = 0.0
-            elif worker is not None and number == worker.sock.fileno():
-                if events & select.POLLIN:
+            if worker is not None and number == worker.number:
+                if events & _POLLIN:
                     self._receive(worker, MESSAGES)
                 if events & select.POLLHUP:  # it has closed its end, or is dead in a moment
                     self._receive(worker)
                     self._poll.unregister(worker.sock)
                     worker.gone_at = time.monotonic()
                     self._happen(Event.HANGUP)
-                elif worker.unsent or self._closer.pending or worker.polled_for != select.POLLIN:
+                elif worker.unsent or self._closer.pending or worker.polled_for != _POLLIN:
                     self._listen_to(worker)
+            elif number == self._wake:
+                self._wake_up()
+            elif number == self._lifeline:
+                self._poll.unregister(number)
+                self._lifeline = -1
+                self._store.settle_takeover()
+                self._due = 0.0
 
     def _work(self, now: float) -> float:
         """Do what is due; when there is more to do, as far as can be told now."""
@@ -348,24 +356,11 @@ class Supervisor:
 
     # -- what the worker says ------------------------------------------------------------------
 
-    def _receive(self, worker: Worker, most: int = -1) -> None:
+    def _receive(self, worker: Worker, most: int | None = None) -> None:
         """Handle what the worker has sent; *most* messages of it, all by default."""
-        heard, empty = False, 0
-        while most and empty < EMPTY_MESSAGES:
-            most -= 1
-            received = worker.receive()
-            if received is None:
-                break
-            data, fds, truncated = received
-            if not data and not fds:
-                empty += 1
-                continue
-            heard, empty = True, 0
-            if self._handle_message(worker, data, fds, truncated) and most > 0:
-                break  # it waits for that: nothing more has come most likely
-        if heard:
-            worker.heard_at = time.monotonic()
-            worker.start_timeout = START_TIMEOUT
+        for data, fds, truncated in islice(iter(worker.receive, None), most):
+            if self._handle_message(worker, data, fds, truncated) and most is not None:
+                return  # it waits for that: nothing more has come most likely
 
     def _handle_message(self, worker: Worker, data: bytes, fds: list[int], truncated: bool) -> bool:
         """Do what one message says; what it came with and is not kept is closed.
@@ -373,43 +368,59 @@ class Supervisor:
         Returns:
             Whether the worker waits for an answer to it.
         """
-        message = Message(data)
-        names: Sequence[bytes] = message.names
-        if message.stores and len(names) > 1 and len(names) != len(fds) and not truncated:
-            names = ()  # which is which?
-        if message.removes:
+        lines: dict[bytes, bytes] = {}
+        try:
+            lines = dict(map(_split, data.split(b"\n")))
+        except ValueError:  # a line is no assignment
+            pass
+        names = lines.get(b"FDNAME", b"").split(b":")
+        if lines.get(b"FDSTOREREMOVE") == b"1":
+            lane = lines.get(b"QMPFD_CLOSE")
             for name in names:
-                self._store.remove(name, message.lane)
-        if message.stores:
+                self._store.remove(name, lane)
+        if lines.get(b"FDSTORE") == b"1" and (len(names) in (1, len(fds)) or truncated):
             for name, number in zip(names, fds, strict=False):
                 self._store.add(name, number)
-            if truncated and (lost := names[len(fds) :]):
-                if self._lost_logged_at + _LOG_INTERVAL < time.monotonic():  # it comes again soon
-                    self._lost_logged_at = time.monotonic()
-                    self._log.log(
-                        "error",
-                        "out of file descriptors: a stored descriptor was not kept safe; its "
-                        "client waits until it is",
-                    )
-                for name in lost:
-                    worker.send(b"LOST=" + name)
-            fds = fds[len(names) :]
-        if message.spare.isdigit() and len(fds) == 1:
-            self._end_spare()
-            self._spare = Spare(int(message.spare), socket.socket(fileno=fds.pop()))
-            self._spare.send(b"WAIT")
+            names, fds = names[len(fds) :], fds[len(names) :]
+            if truncated:
+                self._say_lost(worker, names)
+        if not lines.keys() <= _USUAL:
+            self._handle_others(worker, lines, fds)
         for number in fds:
             close(number)
-        if message.fetches:
-            names, numbers = self._store.find(message.fetches)
+        sync = lines.get(b"QMPFD_SYNC")
+        if sync is not None:
+            worker.send(b"SYNCED=" + sync)
+        return sync is not None or b"BARRIER" in lines
+
+    def _say_lost(self, worker: Worker, names: list[bytes]) -> None:
+        """Say that there was no room for these descriptors."""
+        now = time.monotonic()
+        if names and self._lost_logged_at + _LOG_INTERVAL < now:  # it comes again soon
+            self._lost_logged_at = now
+            self._log.log(
+                "error",
+                "out of file descriptors: a stored descriptor was not kept safe; its client waits "
+                "until it is",
+            )
+        for name in names:
+            worker.send(b"LOST=" + name)
+
+    def _handle_others(self, worker: Worker, lines: dict[bytes, bytes], fds: list[int]) -> None:
+        """Do what is said more rarely, or is not for us; what is kept of *fds* is taken out."""
+        spare = lines.get(b"QMPFD_SPARE", b"")
+        if spare.isdigit() and len(fds) == 1:
+            self._end_spare()
+            self._spare = Spare(int(spare), socket.socket(fileno=fds.pop()))
+            self._spare.send(b"WAIT")
+        if b"QMPFD_FETCH" in lines:
+            names, numbers = self._store.find(lines[b"QMPFD_FETCH"].split(b":"))
             worker.send(b"FETCHED=" + b":".join(names), numbers)
-        if message.files:
-            self._store.set_files(message.files)
-        if message.others:
-            self._handle_notification(worker, message.others)
-        if message.sync is not None:
-            worker.send(b"SYNCED=" + message.sync)
-        return message.is_answered
+        if b"QMPFD_SOCKETS" in lines:
+            self._store.set_files(lines[b"QMPFD_SOCKETS"].split())
+        others = [b"%b=%b" % item for item in lines.items() if item[0] not in _OURS]
+        if others:
+            self._handle_notification(worker, others)
 
     def _handle_notification(self, worker: Worker, lines: Sequence[bytes]) -> None:
         """The worker has said something that is for the service manager too."""

@@ -156,12 +156,15 @@ class Store:
         return any(name.startswith(_JOURNAL) for name in self.fds)
 
     def add(self, name: bytes, number: int) -> None:
-        """Keep a descriptor in place of the one of that name."""
-        if name in self.fds:
+        """Keep a descriptor in place of the one of that name; close it where there can be no such
+        name.
+        """
+        if is_good_name(name):
             self.remove(name, None)
-        self.fds[name] = number
-        if not self.had_journal:
-            self.had_journal = name.startswith(_JOURNAL)
+            self.fds[name] = number
+            self.had_journal = self.had_journal or name.startswith(_JOURNAL)
+        else:
+            close(number)
 
     def find(self, names: Sequence[bytes]) -> tuple[list[bytes], list[int]]:
         """Those of *names* that are there, and their descriptors."""

@@ -22,6 +22,10 @@ SPARE_TIMEOUT = 5.0
 #: Bytes of a message: the longest names socket files.
 _MESSAGE = 32 << 10
 
+#: Messages without bytes in a row that show that nobody is left at the other end: recvmsg(2) does
+#: not tell such a message from the end.
+_EMPTY_MESSAGES = 8
+
 #: Room for one control message with as many descriptors as the kernel passes at a time.
 _MOST_FDS = 253
 _CONTROL = socket.CMSG_SPACE(_MOST_FDS * 4)
@@ -43,6 +47,7 @@ class Worker:
     def __init__(self, pid: int, sock: socket.socket, timeout: float = START_TIMEOUT) -> None:
         self.pid = pid
         self.sock = sock
+        self.number = sock.fileno()
         #: Seconds until it has to serve, or to say something.
         self.start_timeout = timeout
         self.started_at = self.heard_at = time.monotonic()
@@ -53,6 +58,7 @@ class Worker:
         self.gone_at = 0.0
         #: What its socket is polled for.
         self.polled_for: int = select.POLLIN
+        self._empty = 0  # messages without bytes, in a row
         #: What there was no room for yet.
         self.unsent: list[tuple[bytes, Sequence[int]]] = []
 
@@ -72,18 +78,22 @@ class Worker:
 
     def receive(self) -> tuple[bytes, list[int], bool] | None:
         """The next message, its descriptors, and whether some of these were lost for want of room;
-        None if there is none now; without bytes and descriptors if there will be none any more.
+        None if there is none now, or never again.
         """
         try:
             data, control, flags, _ = self.sock.recvmsg(_MESSAGE, _CONTROL, _FLAGS)
-        except BlockingIOError:
+        except OSError:  # BlockingIOError if there is none now
             return None
-        except OSError:
-            return b"", [], False
         fds: list[int] = []
-        for level, kind, payload in control:
-            if (level, kind) == _RIGHTS:
-                fds += memoryview(payload[: len(payload) & ~3]).cast("i").tolist()
+        for _, _, payload in control:  # SCM_RIGHTS: nothing else was asked for
+            fds += array("i", payload)
+        if data:
+            self._empty = 0
+            self.heard_at, self.start_timeout = time.monotonic(), START_TIMEOUT
+        else:
+            self._empty += 1
+            if self._empty > _EMPTY_MESSAGES and not fds:
+                return None
         return data, fds, flags & _TRUNCATED != 0
 
     def send(self, message: bytes, fds: Sequence[int] = ()) -> None:

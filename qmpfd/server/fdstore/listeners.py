@@ -58,7 +58,7 @@ class KeptListeners:
         self._journals.note(ListenerRemoved(self._kept.by_number[number]))
         former = self._kept.discard(number, replaced=True)
         if former is not None:
-            self._kept.remove(former)
+            self._link.remove(former)
         self.add(listener, None)
         self._journals.note(ListenerAdded(self._kept.by_number[number], listener.saved))
         self.tell_files()
@@ -67,12 +67,12 @@ class KeptListeners:
     def tell_files(self, *, ours: bool = True) -> None:
         """Tell the parent which files to remove; none where they are not *ours* any more."""
         if self._has_files and not self._link.is_over:
-            lines = [
-                f"QMPFD_SOCKET={saved.file[0]}:{saved.file[1]}:{saved.path.hex()}"
+            files = [
+                f"{saved.file[0]}:{saved.file[1]}:{saved.path.hex()}"
                 for saved in self._by_number.values()
                 if ours and saved.file and saved.path
             ]
-            self._link.tell("\n".join(lines or ["QMPFD_SOCKET="]))
+            self._link.tell(f"QMPFD_SOCKETS={' '.join(files)}")
 
     def finish(self) -> None:
         """The daemon ends, and its sockets with it: they may be closed here already."""
