@@ -201,7 +201,7 @@ class SharedState:
             if self.audit is not None:
                 self.audit.record("added", stored)
             if self.logs:
-                self._log_event(Event.added(stored))
+                self._log_event(Event.added(stored), stored)
 
     def _announce(self, entries: list[StoredFd]) -> None:
         """Have *entries* watched and mirrored before they are stored: all of them, or none."""
@@ -247,11 +247,11 @@ class SharedState:
             fds_to_close.append(stored.fd)
             self.quotas.refund(stored.added_by, stored.opaque)
             if event is not None:
-                self._log_event(event)
+                self._log_event(event, stored)
 
-    def _log_event(self, event: Event) -> None:
+    def _log_event(self, event: Event, stored: StoredFd) -> None:
         for log in self.logs.values():
-            log.put(event)
+            log.put(event, stored.fdset.id, stored.opaque)
         self.on_event()
 
     # -- who watches -----------------------------------------------------------------------------

@@ -197,7 +197,8 @@ _CONTROL_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 
 # As plain numbers: the enumerations of the socket module take microseconds to combine.
 _PEEK, _CLOEXEC = int(socket.MSG_PEEK), int(socket.MSG_CMSG_CLOEXEC)
-_TRUNCATED, _NOSIGNAL = int(socket.MSG_CTRUNC), int(socket.MSG_NOSIGNAL)
+_TRUNCATED = int(socket.MSG_CTRUNC)
+_SEND_FLAGS = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 _SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 _SCM_PIDFD = 4  # linux/socket.h; not in Python's socket module
 
@@ -290,9 +291,9 @@ def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescri
         BlockingIOError: the peer has to read first; nothing was sent.
     """
     if not fds:
-        return sock.send(data, _NOSIGNAL)
+        return sock.send(data, _SEND_FLAGS)
     rights = array.array("i", map(fileno, fds))
-    return sock.sendmsg([data], [(_SOCKET_LEVEL, _RIGHTS, rights)], _NOSIGNAL)
+    return sock.sendmsg([data], [(_SOCKET_LEVEL, _RIGHTS, rights)], _SEND_FLAGS)
 
 
 def peer_address(fd: FileDescriptorLike) -> str | bytes:

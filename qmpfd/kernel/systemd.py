@@ -14,6 +14,7 @@ import os
 import select
 import socket
 import stat
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import NamedTuple
@@ -24,6 +25,13 @@ from .streams import write_nowait
 from .unix_address import connectable
 
 _log = logging.getLogger("qmpfd")
+
+_DONTWAIT = int(socket.MSG_DONTWAIT)
+
+#: Microseconds that the parent has to answer, before others are served meanwhile: the kernel waits
+#: until its next tick, of 1 to 10 ms (socket(7), SO_RCVTIMEO).
+_ANSWER_USEC = 1000
+_TIMEVAL = struct.Struct("ll")
 
 #: The first inherited descriptor (SD_LISTEN_FDS_START).
 _FIRST = 3
@@ -87,7 +95,9 @@ class Notifier:
     """
 
     def __init__(self, sock: socket.socket, is_parent: bool) -> None:
-        sock.setblocking(False)
+        # Calls that are not to wait have MSG_DONTWAIT; SO_RCVTIMEO bounds the one that is.
+        sock.setblocking(True)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, _ANSWER_USEC))
         self._sock = sock
         self.is_parent = is_parent
         #: Called with each message of the parent, see :mod:`qmpfd.supervisor`, that is not about
@@ -115,6 +125,17 @@ class Notifier:
         """Of the socket: writable when there is room, readable when the parent is gone."""
         return self._sock.fileno()
 
+    @staticmethod
+    def environment(number: int, store_size: int) -> dict[str, str]:
+        """What tells another process that it is a worker, as :func:`take_parent` and
+        :func:`take_store_size` understand it.
+
+        Args:
+            number: of its inherited socket to the parent.
+            store_size: how many descriptors the parent keeps.
+        """
+        return {_PARENT_VARIABLE: str(number), "FDSTORE": str(store_size)}
+
     def receive_fds(self, timeout: float | None) -> tuple[str, list[Fd]]:
         """Wait for the parent's next message, and the descriptors with it; an empty one if the
         parent is gone.
@@ -138,14 +159,17 @@ class Notifier:
             raise OSError(errno.EMFILE, lost)
         return data.decode("utf-8", "backslashreplace"), received
 
-    def receive(self) -> bool:
+    def receive(self, *, wait: bool = False) -> bool:
         """Receive one message of the parent, and handle it; whether there was one.
+
+        Args:
+            wait: wait for it for some milliseconds at most.
 
         Raises:
             EOFError: the parent is gone.
         """
         try:
-            message = self._sock.recv(4096).decode("ascii", "replace")
+            message = self._sock.recv(4096, 0 if wait else _DONTWAIT).decode("ascii", "replace")
         except BlockingIOError:
             return False
         except OSError as exc:
@@ -182,15 +206,14 @@ class Notifier:
         self._sock.close()
 
 
-#: The variable that tells a worker the number of its socket to the parent.
-PARENT_VARIABLE = "QMPFD_NOTIFY_FD"
+_PARENT_VARIABLE = "QMPFD_NOTIFY_FD"
 
 
 def take_parent() -> Notifier | None:
     """The parent of ``serve --supervise``, if this process is its worker: the parent gets the
     messages that the service manager would get.
     """
-    number = os.environ.pop(PARENT_VARIABLE, "")
+    number = os.environ.pop(_PARENT_VARIABLE, "")
     try:
         if not number.isdecimal() or not stat.S_ISSOCK(os.fstat(int(number)).st_mode):
             return None

@@ -53,14 +53,17 @@ _SMALLEST = 3
 
 
 class _GHashTable:
-    """The slots of a GHashTable to which keys are added first, and from which some are removed
-    then: a key, nothing, or where a key was (a tombstone: False).
-    """
+    """The slots of a GHashTable: a key, nothing, or where a key was (a tombstone)."""
 
     def __init__(self) -> None:
-        self._count = self._occupied = 0  # keys; and tombstones with them
-        self._modulus = _PRIMES[_SMALLEST]
-        self.slots: list[str | bool | None] = [None] * (1 << _SMALLEST)
+        self._count = self._occupied = 0
+        self._slots: list[str | bool | None] = []
+        self._set_shift(_SMALLEST)
+        self._slots = [None] * self._size
+
+    def _set_shift(self, shift: int) -> None:
+        self._size = 1 << shift
+        self._modulus = _PRIMES[min(shift, len(_PRIMES) - 1)]
 
     def _home(self, key: str) -> int:
         value = 5381
@@ -72,34 +75,40 @@ class _GHashTable:
     def _find(self, key: str) -> int:
         """The slot that holds *key*, or else the one for it."""
         slot, step = self._home(key), 0
-        while self.slots[slot] not in (None, key):
+        tombstone: int | None = None
+        while (there := self._slots[slot]) is not None:
+            if there == key:
+                return slot
+            if there is False and tombstone is None:
+                tombstone = slot
             step += 1
-            slot = slot + step & len(self.slots) - 1
-        return slot
+            slot = slot + step & self._size - 1
+        return slot if tombstone is None else tombstone
 
     def add(self, key: str) -> None:
-        self.slots[self._find(key)] = key
+        slot = self._find(key)
+        was_empty = self._slots[slot] is None
+        self._slots[slot] = key
         self._count += 1
-        self._occupied += 1
-        self._resize_if_due()
+        if was_empty:
+            self._occupied += 1
+            self._resize_if_due()
 
     def discard(self, key: str) -> None:
         slot = self._find(key)
-        if self.slots[slot] is not None:
-            self.slots[slot] = False
+        if self._slots[slot] == key:
+            self._slots[slot] = False
             self._count -= 1
             self._resize_if_due()
 
     def _resize_if_due(self) -> None:
-        before = len(self.slots)
-        sparse = before > max(self._count * 4, 1 << _SMALLEST)
-        if not sparse and before > self._occupied + self._occupied // 16:
+        sparse = self._size > max(self._count * 4, 1 << _SMALLEST)
+        if not sparse and self._size > self._occupied + self._occupied // 16:
             return
-        shift = max(int(self._count * 1.333).bit_length(), _SMALLEST)
-        self._modulus = _PRIMES[min(shift, len(_PRIMES) - 1)]
-        size = 1 << shift
-        slots: list[str | None] = [key if isinstance(key, str) else None for key in self.slots]
-        slots += [None] * (size - before)
+        before = len(self._slots)
+        self._set_shift(max(int(self._count * 1.333).bit_length(), _SMALLEST))
+        slots: list[str | None] = [key if isinstance(key, str) else None for key in self._slots]
+        slots += [None] * (self._size - before)
         moved = [False] * len(slots)
         for start in range(before):
             key = slots[start]
@@ -110,11 +119,14 @@ class _GHashTable:
                 slot, step = self._home(key), 0
                 while moved[slot]:
                     step += 1
-                    slot = slot + step & size - 1
+                    slot = slot + step & self._size - 1
                 moved[slot] = True
                 slots[slot], key = key, slots[slot]
-        self.slots = list(slots[:size])
+        self._slots = list(slots[: self._size])
         self._occupied = self._count
+
+    def first(self) -> str:
+        return next(key for key in self._slots if isinstance(key, str))
 
 
 def first_left_over(members: Iterable[str], known: Iterable[str]) -> str:
@@ -128,4 +140,4 @@ def first_left_over(members: Iterable[str], known: Iterable[str]) -> str:
         table.add(key)
     for key in known:
         table.discard(key)
-    return next(key for key in table.slots if isinstance(key, str))
+    return table.first()

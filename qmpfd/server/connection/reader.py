@@ -110,6 +110,7 @@ class Reader:
             if not readable:
                 if not self._durability.is_synced:  # the changes of all of them go together
                     self._durability.push()
+                    now = monotonic()
                 readable += self._epoll.poll(0)
                 if not readable:
                     return

@@ -13,22 +13,26 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from enum import Enum, auto
+from functools import partial
 
 import trio
 
 from ...kernel.fd import Fd, close_all, pipe
 from ...kernel.systemd import Notifier
 from ...limits import SCM_MAX_FD
+from .names import Names
 from .outgoing import REMOVE, Outgoing
 
 _log = logging.getLogger("qmpfd")
 
 #: Seconds until the next try where the kernel has no room for a message, and does not tell when.
 _RETRY = 0.01
+
+#: What the parent answers, with the number of the barrier, see :mod:`qmpfd.supervisor`.
+_SYNC = "QMPFD_SYNC="
 
 #: sendmsg(2), unix(7): no room now, for the message or the descriptor with it.
 _NO_ROOM = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
@@ -37,45 +41,27 @@ _NO_ROOM = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno
 class State(Enum):
     """What the link is doing."""
 
-    IDLE = auto()  #: every change is acknowledged
+    SYNCED = auto()  #: every change is acknowledged
     CHANGED = auto()  #: there are changes, and no barrier is under way
     BLOCKED = auto()  #: the same, and the kernel had no room for a message
-    SENT = auto()  #: a barrier is under way
+    SENT = auto()  #: a barrier is under way that stands for every change
+    SENT_CHANGED = auto()  #: the same, and there are changes that it does not stand for
     OVER = auto()  #: nothing is kept any more
 
     # As of any object: that of Enum is a Python function.
     __hash__ = object.__hash__
 
 
-class Event(Enum):
-    """What changes the state."""
-
-    CHANGE = auto()
-    NO_ROOM = auto()
-    BARRIER = auto()
-    LOST = auto()
-    ALL_SAFE = auto()
-    SOME_SAFE = auto()
-    END = auto()
-
-    __hash__ = object.__hash__
-
-
-#: An event that is not here changes nothing.
-TRANSITIONS: dict[tuple[State, Event], State] = {
-    (State.IDLE, Event.CHANGE): State.CHANGED,
-    (State.CHANGED, Event.NO_ROOM): State.BLOCKED,
-    (State.CHANGED, Event.BARRIER): State.SENT,
-    (State.BLOCKED, Event.BARRIER): State.SENT,
-    (State.SENT, Event.LOST): State.BLOCKED,
-    (State.SENT, Event.ALL_SAFE): State.IDLE,
-    (State.SENT, Event.SOME_SAFE): State.CHANGED,
-    **{(state, Event.END): State.OVER for state in State},
-}
+#: What each event makes of the states; of one that is not here, nothing.
+_ON_CHANGE = {State.SYNCED: State.CHANGED, State.SENT: State.SENT_CHANGED}
+_ON_NO_ROOM = {State.CHANGED: State.BLOCKED}
+_ON_BARRIER = {State.CHANGED: State.SENT, State.BLOCKED: State.SENT}
+_ON_LOST = {State.SENT: State.BLOCKED, State.SENT_CHANGED: State.BLOCKED}
+_ON_ANSWER = {State.SENT: State.SYNCED, State.SENT_CHANGED: State.CHANGED}
+_ON_END = dict.fromkeys(State, State.OVER)
 
 # Finding a member of an enumeration takes as long as two calls.
-_IDLE, _CHANGED, _SENT = State.IDLE, State.CHANGED, State.SENT
-_BEFORE_BARRIER = (State.CHANGED, State.BLOCKED)
+_SYNCED, _CHANGED, _SENT, _OVER = State.SYNCED, State.CHANGED, State.SENT, State.OVER
 
 
 class BarrierLink:
@@ -94,19 +80,21 @@ class BarrierLink:
         self._notifier = notifier
         self._write = write
         self._ended = ended
-        self._state = State.IDLE
-        self._changes = 0  # so far
-        self._synced = 0  # of these, how many are known to be there
-        self._barrier = 0  # of these, how many the barrier under way stands for
+        self._state = State.SYNCED
         self._outgoing = Outgoing(SCM_MAX_FD if notifier.is_parent else 1)
-        self._actions: deque[tuple[int, Callable[[], object]]] = deque()  # after so many changes
+        # What is called, and which names are free, once the barrier under way is answered; and what
+        # waits for the one after it.
+        self._sent_actions: list[Callable[[], object]] = []
+        self._actions: list[Callable[[], object]] = []
+        self._removed: list[str] = []
         self._closes: dict[str, threading.Event] = {}  # under way in the parent, by name
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
         self._reader: tuple[Fd, Fd] | None = None  # of the barrier under way
-        self._waiting = trio.lowlevel.ParkingLot()
         self._work = trio.Event()  # set when the link's task has something to do
         self._scope = trio.CancelScope()
         notifier.on_message = self._hear
+        #: The names that are in use there.
+        self.names = Names()
         #: Barriers so far.
         self.barriers = 0
 
@@ -115,27 +103,20 @@ class BarrierLink:
     @property
     def is_over(self) -> bool:
         """Whether nothing is kept any more."""
-        return self._state is State.OVER
+        return self._state is _OVER
 
     def store(self, name: str, fd: Fd | int) -> None:
         """Have a descriptor kept under *name*."""
         self._outgoing.store(name, fd)
         self.changed()
 
-    def remove(self, name: str) -> None:
-        """Have what is kept under *name* closed there."""
-        self._remove(REMOVE, name)
-
-    def remove_all(self, names: Sequence[str]) -> None:
-        """As :meth:`remove` of each, as few messages: all clients wait for that in a takeover."""
-        sent = [name for name in names if not self._outgoing.withdraw(name)]
-        most = SCM_MAX_FD if self._notifier.is_parent else 1
-        for at in range(0, len(sent), most):
-            self.tell(f"{REMOVE}\nFDNAME={':'.join(sent[at : at + most])}")
-
-    def discard(self, name: str) -> None:
-        """As :meth:`remove`, but nobody waits for it: no barrier stands for it alone."""
-        self._outgoing.tell(REMOVE, {name: None})
+    def remove(self, *names: str, command: str = REMOVE) -> None:
+        """Have what is kept under *names* closed there; these are free after that."""
+        for name in names:
+            if not self._outgoing.remove(command, name):
+                self._closed_there(name)
+        self._removed += names
+        self.changed()
 
     def remove_slowly(self, name: str, lane: str) -> threading.Event:
         """The same for a descriptor whose close may block there; what is set when it is closed, and
@@ -146,13 +127,12 @@ class BarrierLink:
             lane: what may hang together with it, see :meth:`ClosePool.lane`.
         """
         closed = self._closes[name] = threading.Event()
-        self._remove(f"{REMOVE}\nQMPFD_CLOSE={lane}", name)
+        self.remove(name, command=f"{REMOVE}\nQMPFD_CLOSE={lane}")
         return closed
 
-    def _remove(self, command: str, name: str) -> None:
-        if not self._outgoing.remove(command, name):
-            self._closed_there(name)
-        self.changed()
+    def discard(self, name: str) -> None:
+        """As :meth:`remove`, but nobody waits for it: no barrier stands for it alone."""
+        self._outgoing.tell(f"{REMOVE}\nFDNAME={name}")
 
     def tell(self, text: str) -> None:
         """Have the other side told something that is not about a descriptor."""
@@ -161,33 +141,38 @@ class BarrierLink:
 
     def changed(self) -> None:
         """There is something to be written."""
-        self._changes += 1
-        if self._state is _IDLE:
-            self._handle(Event.CHANGE)
+        self._state = _ON_CHANGE.get(self._state, self._state)
 
-    def on_synced(self, action: Callable[[], object], *, first: bool = False) -> None:
-        """Call *action* when all that was changed so far is safe, or this has ended; before all
-        others if it is *first*: only while no barrier is under way.
-        """
-        (self._actions.appendleft if first else self._actions.append)((self._changes, action))
-
-    def _handle(self, event: Event) -> None:
-        self._state = TRANSITIONS.get((self._state, event), self._state)
+    def _move(self, transitions: dict[State, State]) -> None:
+        self._state = transitions.get(self._state, self._state)
 
     # -- waiting until it is safe --------------------------------------------------------------
 
     @property
     def is_synced(self) -> bool:
-        """Whether all that was changed is safe."""
-        return self._synced == self._changes
+        """Whether all that was changed is safe, or will never be."""
+        return self._state is _SYNCED or self._state is _OVER
+
+    def on_synced(self, action: Callable[[], object], *, first: bool = False) -> None:
+        """Call *action* when all that was changed so far is safe, or this has ended; before all
+        others if it is *first*: only while no barrier is under way.
+        """
+        if self.is_synced:
+            action()
+        elif self._state is _SENT:
+            self._sent_actions.append(action)
+        else:
+            self._actions.insert(0 if first else len(self._actions), action)
 
     async def sync(self) -> None:
         """Wait until all that was changed so far is safe; without a checkpoint if it is."""
-        wanted = self._changes
-        if self._synced < wanted:
-            self.start()
-        while self._synced < wanted:
-            await self._waiting.park()
+        if self.is_synced:
+            return
+        synced = trio.Event()
+        self.on_synced(synced.set)
+        self.start()
+        if not synced.is_set():
+            await synced.wait()
 
     def start(self) -> None:
         """See to it that all that was changed so far gets safe."""
@@ -196,15 +181,16 @@ class BarrierLink:
 
     def push(self) -> None:
         """Send what is to be sent, without waiting, and see to the rest."""
-        barrier = self._state in _BEFORE_BARRIER
+        barrier = self._state in _ON_BARRIER
         try:
-            if not self.is_over:
+            if self._state is not _OVER:
                 self._write(barrier)
             self._send(barrier)
         except OSError as exc:
             self.end(f"the descriptors are no longer kept safe: {exc.strerror or exc}")
-        if self._state is _SENT and self._notifier.is_parent:
-            self._receive()  # on the same CPU, it has answered by now most likely
+        if barrier and self._state is _SENT and self._notifier.is_parent:
+            # It answers in less time than one pass of the event loop takes.
+            self._receive(wait=True)
         if self._state is State.BLOCKED or self._reader is not None:
             self._work.set()
 
@@ -214,31 +200,27 @@ class BarrierLink:
         Raises:
             OSError: nobody receives it.
         """
+        notifier = self._notifier
         try:
-            while self._outgoing:
-                last = barrier and self._notifier.is_parent and len(self._outgoing) == 1
-                self._outgoing.first.send(self._notifier, self._sync_line if last else "")
-                self._outgoing.first_was_sent()
-                if last:
+            for text, fds, is_last in self._outgoing.messages():
+                if barrier and is_last and notifier.is_parent:
+                    notifier.send(f"{text}\n{_SYNC}{self.barriers + 1}", fds)
                     self._barrier_sent()
-                    return
+                    barrier = False
+                else:
+                    notifier.send(text, fds)
             if barrier:
                 self._send_barrier()
         except BlockingIOError:
-            self._handle(Event.NO_ROOM)
+            self._move(_ON_NO_ROOM)
         except OSError as exc:
             if exc.errno not in _NO_ROOM:
                 raise
-            self._handle(Event.NO_ROOM)
-
-    @property
-    def _sync_line(self) -> str:
-        """What the parent answers, see :mod:`qmpfd.supervisor`."""
-        return f"\nQMPFD_SYNC={self.barriers + 1}"
+            self._move(_ON_NO_ROOM)
 
     def _send_barrier(self) -> None:
         if self._notifier.is_parent:
-            self._notifier.send(self._sync_line.lstrip())
+            self._notifier.send(f"{_SYNC}{self.barriers + 1}")
         else:
             reader, writer = self._pipe = self._pipe or pipe()
             self._notifier.send("BARRIER=1", (writer,))
@@ -249,29 +231,25 @@ class BarrierLink:
         self._barrier_sent()
 
     def _barrier_sent(self) -> None:
-        self._barrier = self._changes
         self.barriers += 1
-        self._handle(Event.BARRIER)
+        self._state = _ON_BARRIER[self._state]
+        self._sent_actions += self._actions
+        self._actions.clear()
+        if self._removed:
+            self._sent_actions.append(partial(self.names.free, self._removed))
+            self._removed = []
 
     def _acknowledged(self) -> None:
         """All that was sent before the barrier is there."""
         self._outgoing.all_arrived()
-        all_safe = self._barrier == self._changes
-        self._handle(Event.ALL_SAFE if all_safe else Event.SOME_SAFE)
-        self._advance(self._barrier)
+        self._state = _ON_ANSWER[self._state]
+        actions, self._sent_actions = self._sent_actions, []
+        for action in actions:
+            action()
         if self._outgoing:
             self.push()
         else:
             self.start()
-
-    def _advance(self, changes: int) -> None:
-        """So many changes are safe."""
-        self._synced = changes
-        actions = self._actions
-        while actions and actions[0][0] <= changes:
-            actions.popleft()[1]()
-        if self._waiting:
-            self._waiting.unpark_all()
 
     # -- its life ------------------------------------------------------------------------------
 
@@ -328,9 +306,9 @@ class BarrierLink:
             await trio.lowlevel.wait_readable(self._notifier)
             self._receive()
 
-    def _receive(self) -> None:
+    def _receive(self, *, wait: bool = False) -> None:
         try:
-            self._notifier.receive()
+            self._notifier.receive(wait=wait)
         except EOFError:
             self.end(
                 "the descriptors are no longer kept safe: the parent process is gone "
@@ -340,13 +318,13 @@ class BarrierLink:
     def _hear(self, message: str) -> None:
         key, _, value = message.partition("=")
         if key == "SYNCED":
-            if value == str(self.barriers) and self._state is _SENT:
+            if value == str(self.barriers) and self._state in _ON_ANSWER:
                 self._acknowledged()
         elif key == "CLOSED":
             self._closed_there(value)
         elif key == "LOST" and self._outgoing.lost(value):
             # The parent had no place for it: nobody is told that it is safe, until it is.
-            self._handle(Event.LOST)
+            self._move(_ON_LOST)
             self._work.set()
 
     def _closed_there(self, name: str) -> None:
@@ -357,13 +335,16 @@ class BarrierLink:
         """Nothing is kept from here on; *reason* says why, where that is a misfortune."""
         if not self.is_over and reason is not None:
             _log.error("%s; more are refused", reason)
-        self._handle(Event.END)
+        self._move(_ON_END)
         self._ended()
         self._outgoing.clear()
         for closed in self._closes.values():
             closed.set()
         self._closes.clear()
-        self._advance(self._changes)
+        actions = [*self._sent_actions, *self._actions]
+        self._sent_actions, self._actions = [], []
+        for action in actions:
+            action()
         self._close_pipes()
         self._scope.cancel()
 

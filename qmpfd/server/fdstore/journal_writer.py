@@ -121,16 +121,14 @@ class JournalWriter:
         if self._link.is_over or self._journals[-1] is not last:
             return
         self.is_turning = False
-        for name in self._names()[:-1]:
-            self._link.remove(name)
+        self._link.remove(*self._names()[:-1])
         for journal in self._journals[:-1]:
             journal.close()
         del self._journals[:-1]
 
     def forget(self) -> None:
         """Have all of them closed in the fd store."""
-        for name in self._names():
-            self._link.remove(name)
+        self._link.remove(*self._names())
 
     def close(self) -> None:
         """Write no more."""

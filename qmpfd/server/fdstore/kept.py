@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
-from functools import partial
 
 from ...kernel.fd import Fd
 from ...kernel.file_descriptions import Descriptions
 from .barrier_link import BarrierLink
-from .names import Names
 
 
 class KeptFds:
@@ -24,7 +21,6 @@ class KeptFds:
     def __init__(self, link: BarrierLink, descriptions: Descriptions | None) -> None:
         self._link = link
         self._descriptions = descriptions
-        self._names = Names()
         #: What is kept, by the numbers here.
         self.by_number: dict[int, str] = {}
         # The numbers that rest on a name: all of one open file description.
@@ -33,7 +29,7 @@ class KeptFds:
     @property
     def names(self) -> int:
         """How many names are in use, those included that are being removed."""
-        return len(self._names.used)
+        return len(self._link.names.used)
 
     def is_shared(self, number: int) -> bool:
         """Whether others rest on the same name."""
@@ -46,7 +42,7 @@ class KeptFds:
     def claim(self, names: Iterable[str]) -> None:
         """These names are in use: something of a predecessor is kept under them."""
         for name in names:
-            self._names.claim(name)
+            self._link.names.claim(name)
 
     def keep(self, number: int, fd: Fd | int, name: str | None = None) -> str:
         """Have a descriptor kept; what it is kept as.
@@ -65,7 +61,7 @@ class KeptFds:
                 return shared
             descriptions.add(number)
         if name is None:
-            name = self._names.take()
+            name = self._link.names.take()
             self._link.store(name, fd)
         self.by_number[number] = name
         if descriptions is not None:
@@ -92,17 +88,6 @@ class KeptFds:
                 return None
             del self._resting[name]
         return name
-
-    def remove(self, name: str) -> None:
-        """Have what nothing rests on closed there; its name is free after that."""
-        self._link.remove(name)
-        self._link.on_synced(partial(self._names.free, name))
-
-    def remove_slowly(self, name: str, lane: str) -> threading.Event:
-        """As :meth:`remove` and :meth:`.BarrierLink.remove_slowly`."""
-        closed = self._link.remove_slowly(name, lane)
-        self._link.on_synced(partial(self._names.free, name))
-        return closed
 
     def clear(self) -> None:
         """Nothing is kept any more."""

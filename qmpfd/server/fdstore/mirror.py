@@ -176,9 +176,9 @@ class FdStoreMirror:
             # may block, and the descriptor is closed here after it was closed there.
             if self._is_parent and self._closer.may_block(stored.fd):
                 lane = self._closer.lane(stored.fd, stored.fd.uid)
-                self._closer.close_after(stored.fd, self._kept.remove_slowly(name, lane))
+                self._closer.close_after(stored.fd, self._link.remove_slowly(name, lane))
             else:
-                self._kept.remove(name)
+                self._link.remove(name)
 
     # -- waiting until it is safe --------------------------------------------------------------
 
@@ -295,8 +295,8 @@ class FdStoreMirror:
         self._journals.generation = holdings.generation
         self._kept.claim({*holdings.names.values(), *holdings.others})
         if not holdings.valid:  # before anything new could have the same names
-            self._remove_names(holdings.others)
-        self._remove_names(filter(is_pipe, holdings.others))  # the journal needs the place
+            self._link.remove(*holdings.others)
+        self._link.remove(*filter(is_pipe, holdings.others))  # the journal needs the place
 
     def _keep_all(self, holdings: Holdings) -> None:
         for fdset in self._store:
@@ -326,8 +326,10 @@ class FdStoreMirror:
             OSError: there is no descriptor, or no memory, for the journal.
         """
         prepared = not self.is_ours
+        self._link.open()
         if not prepared:
             self._claim(store, holdings)
+            await self.sync()  # the places are needed
         if not self._is_parent:  # the oldest, which is dropped first
             drop, generation = partial(self._distrust, _DROPPED), holdings.generation + 1
             self._evidence = Evidence(
@@ -359,24 +361,19 @@ class FdStoreMirror:
             self._journals.begin()
         if self.is_ours:
             self._listeners.tell_files()
-        self._link.open()
         if self._evidence is not None and not await self._evidence.is_stored():
             self._distrust(_DROPPED)
         await self.sync()
         if self.is_over:  # remove nothing: what is there may be all there is
             return
         if holdings.valid:
-            self._remove_names(name for name in holdings.others if not is_pipe(name))
-        self._remove_names(set(holdings.names.values()) - self._kept.by_name().keys())
+            self._link.remove(*(name for name in holdings.others if not is_pipe(name)))
+        self._link.remove(*(set(holdings.names.values()) - self._kept.by_name().keys()))
         await self.sync()
         if self._evidence is not None:
             self._nursery.start_soon(self._evidence.watch)
             taken = self._kept.names + 2 + (not self.is_ours) + (previous is not None)
             await self._find_size(self._evidence, taken)
-
-    def _remove_names(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._kept.remove(name)
 
     @property
     def is_ours(self) -> bool:
@@ -415,12 +412,11 @@ class FdStoreMirror:
                 self._link.remove_slowly(name, self._closer.lane(number))
             else:
                 names.append(name)
-        self._link.remove_all(names)
+        self._link.remove(*names)
         self._kept.clear()
         self._journals.forget()
         if not self.is_ours:  # the lifeline comes last: then the old daemon goes on
-            self._link.remove(PREVIOUS)
-            self._link.remove(LIFELINE)
+            self._link.remove(PREVIOUS, LIFELINE)
         self._link.push()
 
     def finish(self) -> None:
@@ -433,8 +429,7 @@ class FdStoreMirror:
     def _note(self, record: Record, *removed: str) -> None:
         if self._state is not State.OVER:
             self._journals.note(record)
-            for name in removed:
-                self._link.remove(name)
+            self._link.remove(*removed)
             self._link.push()
 
     def _ended(self) -> None:

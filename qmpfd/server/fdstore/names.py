@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Iterable
 
 from ...limits import MAX_ARGUMENT_BYTES
 
@@ -112,8 +113,9 @@ class Names:
         if is_numbered(name):
             self.used.add(name)
 
-    def free(self, name: str) -> None:
-        """*name* is free again."""
-        if name in self.used:
-            self.used.remove(name)
-            self._free.append(name)
+    def free(self, names: Iterable[str]) -> None:
+        """*names* are free again; those that are not numbered need not have been in use."""
+        for name in names:
+            if name in self.used:
+                self.used.remove(name)
+                self._free.append(name)

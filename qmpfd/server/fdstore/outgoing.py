@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Iterator
+from itertools import islice
 
 from ...kernel.fd import Fd
-from ...kernel.systemd import Notifier
 
 # The lines of a message, but for the names of the descriptors that it is about.  What hangs up
 # stays: whether it may go is for its client to say.
@@ -14,26 +14,11 @@ _STORE = "FDSTORE=1\nFDPOLL=0"
 REMOVE = "FDSTOREREMOVE=1"
 
 
-class Batch(NamedTuple):
-    """What goes as one message.
-
-    Args:
-        command: its lines, but for the names.
-        fds: the names that it is about, each with its descriptor if it is to be kept.
-    """
-
-    command: str
-    fds: dict[str, Fd | int | None]
-
-    def send(self, notifier: Notifier, sync_line: str) -> None:
-        """Send it; errors are those of :meth:`Notifier.send`."""
-        about = f"\nFDNAME={':'.join(self.fds)}" if self.fds else ""
-        fds = [fd for fd in self.fds.values() if fd is not None]
-        notifier.send(f"{self.command}{about}{sync_line}", fds)
-
-
 class Outgoing:
     """What is to be sent, and what was sent and is not known to have arrived.
+
+    What is added goes before what is removed, which the journal's reader relies on: so the changes
+    of many clients are two messages.
 
     Args:
         most: names that a message may have.
@@ -41,74 +26,58 @@ class Outgoing:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._batches: deque[Batch] = deque()
-        self._unsent: dict[str, Batch] = {}  # where what is to be kept is, by name
-        self._sent: dict[str, Fd | int | None] = {}  # what is to be kept, before the barrier
+        self._texts: deque[str] = deque()  # whole messages, which go first
+        self._stores: dict[str, Fd | int] = {}  # what is to be kept, by name
+        self._removals: dict[str, str] = {}  # by what name what is to be removed, and by what lines
+        self._sent: dict[str, Fd | int] = {}  # what is to be kept, before the barrier
 
-    def __len__(self) -> int:
-        """How many messages are to be sent."""
-        return len(self._batches)
+    def __bool__(self) -> bool:
+        """Whether there is something to be sent."""
+        return bool(self._stores or self._removals or self._texts)
 
-    @property
-    def first(self) -> Batch:
-        """What is to be sent next."""
-        return self._batches[0]
+    def tell(self, text: str) -> None:
+        """Have a message of its own sent."""
+        self._texts.append(text)
 
     def store(self, name: str, fd: Fd | int) -> None:
         """Have a descriptor kept under *name*."""
-        batches = self._batches
-        at = len(batches) - 1
-        if at >= 0 and self._most > 1:
-            last = batches[at]
-            if last.command is REMOVE and name not in last.fds:
-                # What is added goes before what is removed, which the journal's reader relies on,
-                # and the changes of many clients are two messages.
-                at -= 1
-        self._unsent[name] = self._put(at, _STORE, name, fd)
+        if name in self._removals:  # another one of that name, before this one comes
+            self.tell(f"{self._removals.pop(name)}\nFDNAME={name}")
+        self._stores[name] = fd
 
     def remove(self, command: str, name: str) -> bool:
-        """Have what is kept under *name* closed there; whether there is something to be sent."""
-        if self.withdraw(name):
+        """Have what is kept under *name* closed there; whether there is something to be sent: not
+        where it has not gone yet, and may be closed here before it would.
+        """
+        if self._stores.pop(name, None) is not None:
             return False
-        self._put(len(self._batches) - 1, command, name, None)
+        self._removals[name] = command
         return True
 
-    def withdraw(self, name: str) -> bool:
-        """Do not send what has not gone yet, and may be closed here before it would; whether that
-        was so.
+    def messages(self) -> Iterator[tuple[str, list[Fd | int], bool]]:
+        """All messages that are to be sent: the lines of each, the descriptors that go with it, and
+        whether it is the last.  When the next one is asked for, one was sent.
         """
-        batch = self._unsent.pop(name, None)
-        if batch is None:
-            return False
-        del batch.fds[name]
-        if not batch.fds:
-            self._batches.remove(batch)
-        return True
-
-    def _put(self, at: int, command: str, name: str, fd: Fd | int | None) -> Batch:
-        """Have one more descriptor sent, or removed there: with the message *at* that place if that
-        is possible, or behind it.
-        """
-        batch = self._batches[at] if at >= 0 else None
-        if batch is None or batch.command != command or len(batch.fds) == self._most:
-            batch = Batch(command, {})
-            self._batches.insert(at + 1, batch)
-        batch.fds[name] = fd
-        return batch
-
-    def tell(self, text: str, fds: dict[str, Fd | int | None] | None = None) -> None:
-        """Have a message of its own sent."""
-        self._batches.append(Batch(text, fds or {}))
-
-    def first_was_sent(self) -> None:
-        """Go on to the next message."""
-        batch = self._batches.popleft()
-        if batch.command == _STORE:
-            self._sent |= batch.fds
-            for name in batch.fds:
-                del self._unsent[name]
-        elif self._sent:
-            for name in batch.fds:
+        texts, stores, removals = self._texts, self._stores, self._removals
+        while texts:
+            yield texts[0], [], len(texts) == 1 and not (stores or removals)
+            texts.popleft()
+        while stores:
+            names = list(islice(stores, self._most))
+            fds = list(map(stores.__getitem__, names))
+            is_last = not removals and len(names) == len(stores)
+            yield f"{_STORE}\nFDNAME={':'.join(names)}", fds, is_last
+            self._sent.update(zip(names, map(stores.pop, names), strict=True))
+        while removals:
+            first = next(iter(removals.values()))
+            names = []
+            for name, command in removals.items():
+                if command != first or len(names) == self._most:
+                    break
+                names.append(name)
+            yield f"{first}\nFDNAME={':'.join(names)}", [], len(names) == len(removals)
+            for name in names:
+                del removals[name]
                 self._sent.pop(name, None)
 
     def all_arrived(self) -> None:
@@ -120,13 +89,14 @@ class Outgoing:
         removed; whether it is.
         """
         fd = self._sent.pop(name, None)
-        if fd is None or any(name in batch.fds for batch in self._batches):
+        if fd is None or name in self._removals:
             return False
-        self.store(name, fd)
+        self._stores[name] = fd
         return True
 
     def clear(self) -> None:
         """Nothing is sent any more."""
-        self._batches.clear()
-        self._unsent.clear()
+        self._texts.clear()
+        self._stores.clear()
+        self._removals.clear()
         self._sent.clear()

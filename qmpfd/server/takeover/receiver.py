@@ -118,7 +118,8 @@ class Takeover:
             for number in rest.removed:
                 del self.stored[number]
             self._reserve_added([fd.number for fd in rest.added])
-            self._receive_fds(len(self.stored) + rest.others, timeout)
+            others = len(self.state.listeners) + rest.session_fds + rest.journal
+            self._receive_fds(len(self.stored) + others, timeout)
         except TimeoutError:
             raise NoDaemon("the old daemon does not answer") from None
         except NoDaemon:

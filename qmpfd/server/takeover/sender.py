@@ -36,9 +36,8 @@ from ...limits import CLOSE_TIMEOUT, FORGET_TIMEOUT, MAX_PAUSE, SCM_MAX_FD, TAKE
 from ...transport import FdStream
 from .. import saved_state as saved
 from ..closing import all_closed
-from ..connection.saved import SavedRest
+from ..connection.saved import SavedRest, SharedParts
 from ..connection.session import Session
-from ..connection.snapshot import describe
 from ..durability import Durability
 from ..listen.listener import UnixListener
 from ..services import Services
@@ -263,12 +262,11 @@ def _describe_rest(
             index = None if owner is None else owners.get(id(owner), -1)
             added.append(saved.SavedFd.of(stored, at - now, owner=index))
     fds.sort()
-    stored_count = len(fds)
     fds += [listener.socket.fileno() for listener in server.listeners]
     saved_sessions = []
-    logs, texts = list(daemon.logs.values()), dict[str, int]()
+    parts = SharedParts(list(daemon.logs.values()))
     for session in sessions:
-        entry, its_fds = describe(session, now, logs, texts)
+        entry, its_fds = session.describe(now, parts)
         saved_sessions.append(entry)
         fds += its_fds
     journal = durability.journal
@@ -279,9 +277,8 @@ def _describe_rest(
         removed=removed,
         added=added,
         sessions=saved_sessions,
-        texts=list(texts),
-        logs=[list(log.events) for log in logs],
-        others=len(fds) - stored_count,
+        texts=parts.texts,
+        logs=[log.save() for log in parts.logs],
         stats=replace(daemon.stats, started_at=daemon.stats.started_at + at - now),
         journal=journal is not None,
     )

@@ -41,8 +41,7 @@ NEWCOMER = {
 OLD = {
     "takeover/sender.py": (),
     "server.py": ("offered", "paused", "wait_quiescent", "release_all", "drop_duplicates"),
-    "connection/session.py": ("reply_to_takeover",),
-    "connection/snapshot.py": ("describe",),
+    "connection/session.py": ("describe", "leave", "reply_to_takeover"),
 }
 #: Several messages for a few descriptors.
 SMALL = {"qmpfd.server.takeover.sender.SCM_MAX_FD": 3}
