@@ -46,11 +46,7 @@ def add_parsers(verbs: Subparsers) -> None:
 def _ls(arguments: argparse.Namespace) -> int:
     targets: list[Target] = arguments.targets
     with client_of(arguments) as client:
-        if arguments.long:
-            rows = [(fd["fdset-id"], fd) for fd in client.execute("query-fds")]
-        else:
-            rows = listed(client)
-    rows, missing = select(targets, rows)
+        rows, missing = select(targets, listed(client, long=arguments.long))
     if arguments.json:
         print_json([fd for _, fd in rows] if arguments.long else _sets(rows))
     elif not rows:

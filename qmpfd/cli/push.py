@@ -80,7 +80,9 @@ def _push(arguments: argparse.Namespace) -> int:
         client_of(arguments) as source,
         BlockingClient(arguments.to, arguments.timeout) as sink,
     ):
-        rows, missing = select([wanted], _stored(source, wanted))
+        # The access mode is told by query-fds alone, which has the newest first.
+        stored = listed(source) if wanted.access is None else listed(source, long=True)[::-1]
+        rows, missing = select([wanted], stored)
         if missing:
             _, fds = open_target(source, wanted)  # is refused, in the daemon's words
             close_all(fds)
@@ -98,14 +100,6 @@ def _push(arguments: argparse.Namespace) -> int:
         if arguments.hold:
             stay_connected(sink)
     return DONE
-
-
-def _stored(source: BlockingClient, wanted: Target) -> list[Row]:
-    """All that is stored, each with its fd set; with its access mode where that matters."""
-    if wanted.access is None:
-        return listed(source)
-    fds = [(fd["fdset-id"], fd) for fd in source.execute("query-fds")]
-    return fds[::-1]  # the oldest first, as query-fdsets has them
 
 
 def _copy(
@@ -213,6 +207,6 @@ def _unanswered(
 def _described(sink: BlockingClient) -> list[Row]:
     """All descriptors of another server; of a qmpfd, with who has added them."""
     try:
-        return [(fd["fdset-id"], fd) for fd in sink.execute("query-fds")]
+        return listed(sink, long=True)
     except CommandNotFound:
         return listed(sink)

@@ -170,8 +170,10 @@ def select(targets: list[Target], rows: list[Row]) -> tuple[list[Row], list[Targ
     return found, missing
 
 
-def listed(client: BlockingClient) -> list[Row]:
-    """All descriptors of ``query-fdsets``, each with its fd set."""
+def listed(client: BlockingClient, *, long: bool = False) -> list[Row]:
+    """All descriptors of ``query-fdsets``, or the long entries of ``query-fds``."""
+    if long:
+        return [(fd["fdset-id"], fd) for fd in client.execute("query-fds")]
     sets = client.execute("query-fdsets")
     return [(fdset["fdset-id"], fd) for fdset in sets for fd in fdset["fds"]]
 

@@ -9,7 +9,7 @@ import select
 import threading
 import time
 from cmd import Cmd
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -121,15 +121,14 @@ class Session:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def greet(self) -> dict[str, Any]:
-        """Connect, and learn what the server is.
+    def connect(self) -> Mapping[str, Any]:
+        """Connect; the server's greeting.
 
         Raises:
             NoDaemon, QMPError: nobody answers, or it turns us away.
         """
         with self._lock:
-            version: dict[str, Any] = self._open().execute("query-version")
-        return version
+            return self._open().greeting
 
     @property
     def schema(self) -> Schema:

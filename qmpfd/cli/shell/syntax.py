@@ -55,33 +55,28 @@ class Scanner:
     def __init__(self) -> None:
         self._words: list[str] = []
         self._word: list[str] = []
-        self._ends: list[str] = []  # the brackets and braces that are waited for
-        self._quote = ""
+        self._ends: list[str] = []  # the brackets, braces and the quote that are waited for
         self._escaped = False
 
     def feed(self, text: str) -> None:
         """Continue with more text."""
         for char in text:
-            if self._quote:
-                self._in_quotes(char)
-            elif char in "\"'" and (self._ends or not self._word or self._word[-1] in "=<>"):
-                self._quote = char
+            end = self._ends[-1] if self._ends else ""
+            if end in ("'", '"'):
+                if self._escaped or char == "\\":
+                    self._escaped = not self._escaped
+                elif char == end:
+                    self._ends.pop()
+            elif char in "\"'" and (end or not self._word or self._word[-1] in "=<>"):
+                self._ends.append(char)
             elif char in _PAIRS:
                 self._ends.append(_PAIRS[char])
-            elif self._ends and char == self._ends[-1]:
+            elif char == end:
                 self._ends.pop()
-            elif char.isspace() and not self._ends:
+            elif char.isspace() and not end:
                 self._end_word()
                 continue
             self._word.append(char)
-
-    def _in_quotes(self, char: str) -> None:
-        if self._escaped:
-            self._escaped = False
-        elif char == "\\":
-            self._escaped = True
-        elif char == self._quote:
-            self._quote = ""
 
     def _end_word(self) -> None:
         if self._word:
@@ -91,7 +86,7 @@ class Scanner:
     @property
     def unfinished(self) -> bool:
         """Whether a bracket, a brace or a quote is still open, so that another line follows."""
-        return bool(self._quote or self._ends)
+        return bool(self._ends)
 
     def words(self) -> list[str]:
         """The words; nothing is fed any more."""

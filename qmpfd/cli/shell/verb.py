@@ -57,7 +57,7 @@ def _shell(arguments: argparse.Namespace) -> int:
         for_a_person=person,
     )
     with session:
-        version = session.greet()
+        version = session.connect().get("version")
         if arguments.commands:
             return _script(session, enumerate(arguments.commands, 1), "command")
         if not person:
