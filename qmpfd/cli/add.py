@@ -13,84 +13,65 @@ from ..kernel.fd import FileDescriptorLike
 from .exit_codes import DONE, UsageError
 from .forgetful import stay_connected, warn_of_forgetting
 from .opening import check_open, listening_socket, open_file
-from .options import Subparsers, add_client_options, add_examples, client_of, number, text
+from .options import CONNECTION, JSON, OneOf, client_of, number, option, text
 from .output import print_result
 
 _MODES = {"r": os.O_RDONLY, "w": os.O_WRONLY, "rw": os.O_RDWR}
 
-
-def add_parsers(verbs: Subparsers) -> None:
-    """Add ``add`` to the command line."""
-    parser = verbs.add_parser(
-        "add",
-        help="add files, an inherited descriptor or a listening socket to an fd set",
-        description="Open each PATH and add it to an fd set; or add a new socket that listens on "
-        "ADDRESS, or the inherited descriptor K. Either all PATHs are added or none.",
-    )
-    add_client_options(parser)
-    parser.add_argument(
-        "--fdset", type=number("fd set id"), metavar="N", help="the fd set (default: a new one)"
-    )
-    parser.add_argument(
-        "--name",
-        "--opaque",
-        type=text,
-        metavar="S",
-        help="the descriptors' name (opaque text); targets find them by @S",
-    )
-    parser.add_argument(
-        "--mode", choices=_MODES, help="open PATH for reading, writing or both (default: r)"
-    )
-    parser.add_argument(
+SUMMARY = "add files, an inherited descriptor or a listening socket to an fd set"
+DESCRIPTION = (
+    "Open each PATH and add it to an fd set; or add a new socket that listens on "
+    "ADDRESS, or the inherited descriptor K. Either all PATHs are added or none."
+)
+EXAMPLES = [
+    "qmpfd add disk.img",
+    "qmpfd add --mode rw --name vm1:disk --fdset 0 disk.img",
+    "qmpfd add --listen 127.0.0.1:8000 --name web",
+    "qmpfd add --fd 5 --name tap0 5<>/dev/net/tun",
+]
+OPTIONS = [
+    *CONNECTION,
+    JSON,
+    option("--fdset N", "the fd set (default: a new one)", number("fd set id")),
+    option(
+        "--name --opaque S", "the descriptors' name (opaque text); targets find them by @S", text
+    ),
+    option("--mode", "open PATH for reading, writing or both (default: r)", choices=_MODES),
+    option(
         "--if-exists",
-        choices=("add", "fail", "replace"),
-        help="if fd set N (without --fdset: any fd set) has descriptors of this name already: "
+        "if fd set N (without --fdset: any fd set) has descriptors of this name already: "
         "add beside them, refuse, or remove the older ones in the same step (default: add)",
-    )
-    parser.add_argument(
-        "--expires",
-        type=number("number of seconds", 1),
-        metavar="S",
-        help="the daemon removes the descriptors after S seconds",
-    )
-    parser.add_argument(
+        choices=("add", "fail", "replace"),
+    ),
+    option(
+        "--expires S",
+        "the daemon removes the descriptors after S seconds",
+        number("number of seconds", 1),
+    ),
+    option(
         "--connection",
-        action="store_true",
-        help="stay connected until interrupted; the daemon removes the descriptors when the "
+        "stay connected until interrupted; the daemon removes the descriptors when the "
         "connection ends",
-    )
-    parser.add_argument(
-        "--watch-hangup",
-        action="store_true",
-        help="the daemon removes the socket or pipe when its other end is closed",
-    )
-    parser.add_argument(
-        "-q", "--quiet", action="store_true", help="print numbers only: the fd set, then the fds"
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("paths", nargs="*", default=[], metavar="PATH", help="a file to open and add")
-    what.add_argument(
-        "--fd",
-        type=number("descriptor", most=(1 << 31) - 1),
-        metavar="K",
-        help="add the inherited descriptor K",
-    )
-    what.add_argument(
-        "--listen",
-        metavar="ADDRESS",
-        help="add a new socket that listens on HOST:PORT, [V6]:PORT or unix:PATH",
-    )
-    add_examples(
-        parser,
-        "qmpfd add disk.img",
-        "qmpfd add --mode rw --name vm1:disk --fdset 0 disk.img",
-        "qmpfd add --listen 127.0.0.1:8000 --name web",
-        "qmpfd add --fd 5 --name tap0 5<>/dev/net/tun",
-    )
-    parser.set_defaults(run=_add)
+    ),
+    option("--watch-hangup", "the daemon removes the socket or pipe when its other end is closed"),
+    option("-q --quiet", "print numbers only: the fd set, then the fds"),
+    OneOf(
+        [
+            option("paths", "a file to open and add", nargs="*", default=[], metavar="PATH"),
+            option(
+                "--fd K", "add the inherited descriptor K", number("descriptor", most=(1 << 31) - 1)
+            ),
+            option(
+                "--listen ADDRESS",
+                "add a new socket that listens on HOST:PORT, [V6]:PORT or unix:PATH",
+            ),
+        ],
+        required=True,
+    ),
+]
 
 
-def _add(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     if arguments.mode is not None and not arguments.paths:
         raise UsageError("--mode needs PATH: the descriptors of --fd and --listen are open already")
     if arguments.if_exists in ("fail", "replace") and arguments.name is None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from .exit_codes import DONE, UsageError
-from .options import Subparsers, add_examples, client_of
+from .options import client_of, option
 from .targets import listed
 
 #: In place of candidates: the shell is to complete the name of a file, or of a command.
@@ -75,27 +75,20 @@ end
 complete -c qmpfd -f -a '(__qmpfd_complete)'""",
 }
 
-
-def add_parsers(verbs: Subparsers) -> None:
-    """Add ``completion`` to the command line."""
-    parser = verbs.add_parser(
-        "completion",
-        help="print a completion script for bash, zsh or fish",
-        description="Print a script with which a shell completes qmpfd's verbs, options and "
-        "targets.",
-    )
-    parser.add_argument("shell", choices=_SCRIPTS, help="the shell")
-    add_examples(
-        parser,
-        "source <(qmpfd completion bash)     # in ~/.bashrc",
-        "source <(qmpfd completion zsh)      # in ~/.zshrc, after compinit",
-        "qmpfd completion fish | source      # in ~/.config/fish/config.fish",
-        status="  0 done, 2 usage",
-    )
-    parser.set_defaults(run=_completion, command=[])
+SUMMARY = "print a completion script for bash, zsh or fish"
+DESCRIPTION = "Print a script with which a shell completes qmpfd's verbs, options and targets."
+EXAMPLES = [
+    "source <(qmpfd completion bash)     # in ~/.bashrc",
+    "source <(qmpfd completion zsh)      # in ~/.zshrc, after compinit",
+    "qmpfd completion fish | source      # in ~/.config/fish/config.fish",
+]
+EXIT_STATUS = "  0 done, 2 usage"
+OPTIONS = [
+    option("shell", "the shell", choices=_SCRIPTS),
+]
 
 
-def _completion(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     if not arguments.command:
         print(_SCRIPTS[arguments.shell])
         return DONE

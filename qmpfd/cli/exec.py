@@ -17,7 +17,7 @@ from ..client.errors import NoDaemon
 from ..errors import QMPError
 from ..kernel.fd import Fd
 from .exit_codes import UsageError
-from .options import Subparsers, add_client_options, add_examples, client_of
+from .options import CONNECTION, client_of, option
 from .output import printable
 from .targets import Target, open_target, target
 
@@ -31,58 +31,52 @@ _LISTEN_FDS_START = 3
 #: sd_notify(3); sd_listen_fds_with_names(3)).
 _MOST_NAME_BYTES, _NO_NAME = 255, "unknown"
 
-
-def add_parsers(verbs: Subparsers) -> None:
-    """Add ``exec`` to the command line."""
-    parser = verbs.add_parser(
-        "exec",
-        help="run a command with stored descriptors",
-        usage="qmpfd exec [-h] [--socket PATH] [--timeout S] [--listen-fds] [--take] [--rewind]\n"
-        "                  SET[/FD][:ACCESS][=AT]... -- CMD...",
-        description="Run CMD with a duplicate of the newest descriptor that each target names. "
-        "SET is the number of an fd set, or @NAME, a descriptor's name. FD is one descriptor of "
-        "the set. ACCESS is r, w or rw. AT is the number at which CMD gets the descriptor: =0 is "
-        "CMD's standard input; targets without =AT get the numbers from 3 on, in order. CMD gets "
-        "these descriptors and the standard streams, and no others.",
-    )
-    add_client_options(parser, json=False)
-    parser.add_argument(
+SUMMARY = "run a command with stored descriptors"
+DESCRIPTION = (
+    "Run CMD with a duplicate of the newest descriptor that each target names. "
+    "SET is the number of an fd set, or @NAME, a descriptor's name. FD is one descriptor of "
+    "the set. ACCESS is r, w or rw. AT is the number at which CMD gets the descriptor: =0 is "
+    "CMD's standard input; targets without =AT get the numbers from 3 on, in order. CMD gets "
+    "these descriptors and the standard streams, and no others."
+)
+EXAMPLES = [
+    "qmpfd exec 0=0 -- cat",
+    "qmpfd exec 0:r=0 @out:w=1 -- gzip",
+    "qmpfd exec --listen-fds @web -- gunicorn app",
+    "qmpfd exec @disk:rw=9 -- ./server --fd 9",
+]
+EXIT_STATUS = (
+    "  that of CMD; if CMD does not run: 1 the daemon refused, 2 usage, 3 no daemon,\n"
+    "  126 CMD cannot be executed, 127 CMD is not found"
+)
+USAGE = (
+    "qmpfd exec [-h] [--socket PATH] [--timeout S] [--listen-fds] [--take] [--rewind]\n"
+    "                  SET[/FD][:ACCESS][=AT]... -- CMD..."
+)
+OPTIONS = [
+    *CONNECTION,
+    option(
         "--listen-fds",
-        action="store_true",
-        help="set LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES for CMD, as systemd does for socket "
+        "set LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES for CMD, as systemd does for socket "
         "activation (sd_listen_fds(3))",
-    )
-    parser.add_argument(
-        "--take",
-        action="store_true",
-        help="remove these descriptors from the daemon in the same step",
-    )
-    parser.add_argument(
+    ),
+    option("--take", "remove these descriptors from the daemon in the same step"),
+    option(
         "--rewind",
-        action="store_true",
-        help="set the position of files to their start; all duplicates of a descriptor share "
+        "set the position of files to their start; all duplicates of a descriptor share "
         "one position, so without this a second reader begins where the first one stopped",
-    )
-    parser.add_argument(
+    ),
+    option(
         "targets",
+        "SET[/FD][:ACCESS][=AT] or @NAME[:ACCESS][=AT]",
+        target,
         nargs="*",
-        type=target,
         metavar="TARGET",
-        help="SET[/FD][:ACCESS][=AT] or @NAME[:ACCESS][=AT]",
-    )
-    add_examples(
-        parser,
-        "qmpfd exec 0=0 -- cat",
-        "qmpfd exec 0:r=0 @out:w=1 -- gzip",
-        "qmpfd exec --listen-fds @web -- gunicorn app",
-        "qmpfd exec @disk:rw=9 -- ./server --fd 9",
-        status="  that of CMD; if CMD does not run: 1 the daemon refused, 2 usage, 3 no daemon,\n"
-        "  126 CMD cannot be executed, 127 CMD is not found",
-    )
-    parser.set_defaults(run=_exec, command=[])
+    ),
+]
 
 
-def _exec(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     targets: list[Target] = arguments.targets
     command: list[str] = arguments.command
     if not targets or not command:

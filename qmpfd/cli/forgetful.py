@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import select
+from contextlib import suppress
 
 from ..client.blocking import BlockingClient
 from ..client.errors import NoDaemon
@@ -35,11 +35,6 @@ def warn_of_forgetting(client: BlockingClient, stays: bool, advice: str = "") ->
 
 def stay_connected(client: BlockingClient) -> None:
     """Return when the server has closed the connection."""
-    poll = select.poll()
-    poll.register(client, select.POLLIN)
-    try:
-        while True:
-            poll.poll()
-            client.take_events()
-    except NoDaemon:
-        return
+    with suppress(NoDaemon):
+        for _ in client.events():
+            pass

@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 from .exit_codes import DONE, REFUSED
-from .options import Subparsers, add_client_options, add_examples, client_of
+from .options import CONNECTION, JSON, client_of, option
 from .output import duration, print_error, print_json, print_table, printable, size
-from .targets import Row, Target, add_targets, listed, select
+from .targets import TARGETS, Row, Target, listed, select
 
 #: The columns of the long listing.
 _COLUMNS = (
@@ -17,33 +17,23 @@ _COLUMNS = (
     *("AGE", "KEPT", "PID", "UID", "NAME", "TARGET"),
 )
 
-
-def add_parsers(verbs: Subparsers) -> None:
-    """Add ``ls`` to the command line."""
-    parser = verbs.add_parser(
-        "ls",
-        help="list the stored descriptors",
-        description="List the stored descriptors, or those only that a TARGET names.",
-    )
-    add_client_options(parser)
-    parser.add_argument(
-        "--long",
-        "-l",
-        action="store_true",
-        help="show also what each descriptor is, and who added it",
-    )
-    add_targets(parser)
-    add_examples(
-        parser,
-        "qmpfd ls",
-        "qmpfd ls --long @web",
-        "qmpfd ls '@vm1:*'",
-        "qmpfd ls --json | jq '.[0].fds'",
-    )
-    parser.set_defaults(run=_ls)
+SUMMARY = "list the stored descriptors"
+DESCRIPTION = "List the stored descriptors, or those only that a TARGET names."
+EXAMPLES = [
+    "qmpfd ls",
+    "qmpfd ls --long @web",
+    "qmpfd ls '@vm1:*'",
+    "qmpfd ls --json | jq '.[0].fds'",
+]
+OPTIONS = [
+    *CONNECTION,
+    JSON,
+    option("--long -l", "show also what each descriptor is, and who added it"),
+    TARGETS,
+]
 
 
-def _ls(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     targets: list[Target] = arguments.targets
     with client_of(arguments) as client:
         rows, missing = select(targets, listed(client, long=arguments.long))

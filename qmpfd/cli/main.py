@@ -16,10 +16,12 @@ from ..client.blocking import NoDaemon
 from ..errors import QMPError
 from . import output
 from .exit_codes import NO_DAEMON, REFUSED, USAGE, UsageError
-from .options import Formatter
+from .options import CONNECTION, JSON, Formatter, add_options
 from .output import Nowhere, drop, print_error, printable
 
-#: The module of each verb, in the order of the help.  Just one is imported to run a verb.
+#: The module of each verb, in the order of the help.  It has the verb's SUMMARY, DESCRIPTION,
+#: EXAMPLES and OPTIONS, and the function *run*, which returns the exit status; it may have an
+#: EXIT_STATUS and a USAGE.  Just one is imported to run a verb.
 _VERBS = {
     "serve": "serve",
     "add": "add",
@@ -35,8 +37,11 @@ _VERBS = {
     "tap": "tap",
 }
 
+#: The exit statuses of most verbs; others have an EXIT_STATUS of their own.
+_EXIT_STATUS = "  0 done, 1 the daemon refused, 2 usage, 3 no daemon"
+
 #: Options that may stand before the verb, and whether a value comes behind them.
-_SHARED = {"--socket": True, "--timeout": True, "--json": False}
+_SHARED = {each.names[0]: "metavar" in each.settings for each in (*CONNECTION, JSON)}
 
 #: What to do next, by an error's class and a part of its text.
 _ADVICE = [
@@ -82,8 +87,19 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qmpfd {__version__}")
     commands = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for module in [_VERBS[verb]] if verb in _VERBS else dict.fromkeys(_VERBS.values()):
-        importlib.import_module(f".{module}", __package__).add_parsers(commands)
+    for name in [verb] if verb in _VERBS else _VERBS:
+        module = importlib.import_module(f".{_VERBS[name]}", __package__)
+        examples = "\n".join(f"  {example}" for example in module.EXAMPLES)
+        status = getattr(module, "EXIT_STATUS", _EXIT_STATUS)
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            usage=getattr(module, "USAGE", None),
+            description=module.DESCRIPTION,
+            epilog=f"examples:\n{examples}\n\nexit status:\n{status}",
+        )
+        add_options(command, module.OPTIONS)
+        command.set_defaults(run=module.run)
     return parser
 
 
@@ -108,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace()
     try:
         arguments = _parser(words[0] if words else "").parse_args(words)
-        if command:
-            arguments.command = command
+        arguments.command = command
         status: int = arguments.run(arguments)
         sys.stdout.flush()
     except UsageError as exc:

@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 from ..client.blocking import BlockingClient, NoDaemon
 from ..limits import INT64_MAX
@@ -15,8 +15,54 @@ from .output import terminal_width
 
 NumberT = TypeVar("NumberT", int, float)
 
-#: Where a verb adds its parser.
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+class Option(NamedTuple):
+    """An option or an argument of a verb: see :func:`option`."""
+
+    names: list[str]
+    settings: dict[str, Any]
+
+
+class OneOf(NamedTuple):
+    """Options of which a command line has one at most, or just one if one is *required*."""
+
+    options: list[Option]
+    required: bool = False
+
+
+def option(
+    usage: str, told: str, kind: Callable[[str], Any] | None = None, **settings: Any
+) -> Option:
+    """An option or an argument of a verb.
+
+    Args:
+        usage: its names and its value, as in ``-n --number N``; the name alone of a switch, or of
+            an argument.
+        told: its help.
+        kind: reads the value.
+        settings: whatever else argparse is to know.
+    """
+    *names, last = usage.split()
+    if names and not last.startswith("-"):
+        settings["metavar"] = last
+    else:
+        names.append(last)
+    if kind is not None:
+        settings["type"] = kind
+    elif not settings:
+        settings["action"] = "store_true"
+    return Option(names, {"help": told, **settings})
+
+
+def add_options(parser: argparse.ArgumentParser, options: Iterable[Option | OneOf]) -> None:
+    """Have a parser know these options."""
+    for each in options:
+        if isinstance(each, Option):
+            parser.add_argument(*each.names, **each.settings)
+        else:
+            group = parser.add_mutually_exclusive_group(required=each.required)
+            for one in each.options:
+                group.add_argument(*one.names, **one.settings)
 
 
 class Formatter(argparse.HelpFormatter):
@@ -33,19 +79,6 @@ class Formatter(argparse.HelpFormatter):
         if isinstance(action, argparse._SubParsersAction):
             # Room for the longest verb: argparse forgets that verbs are indented.
             self._action_max_length += self._indent_increment
-
-
-def add_examples(parser: argparse.ArgumentParser, *examples: str, status: str = "") -> None:
-    """End a verb's help with examples, and what its exit status says.
-
-    Args:
-        parser: the verb's.
-        examples: lines as they are typed, in the order in which they are best read.
-        status: the exit statuses, where they are not those of most verbs.
-    """
-    lines = "\n".join(f"  {example}" for example in examples)
-    told = status or "  0 done, 1 the daemon refused, 2 usage, 3 no daemon"
-    parser.epilog = f"examples:\n{lines}\n\nexit status:\n{told}"
 
 
 def default_socket() -> str:
@@ -148,23 +181,19 @@ seconds = bounded(
 )
 
 
-def add_client_options(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
-    """``--socket``, ``--timeout`` and, for a verb that prints what could be JSON, ``--json``."""
-    parser.add_argument(
-        "--socket",
-        type=socket_path,
-        metavar="PATH",
-        help="the daemon's socket (default: $QMPFD_SOCKET, else $XDG_RUNTIME_DIR/qmpfd.sock, "
+#: What all verbs share that connect to a daemon.
+CONNECTION = [
+    option(
+        "--socket PATH",
+        "the daemon's socket (default: $QMPFD_SOCKET, else $XDG_RUNTIME_DIR/qmpfd.sock, "
         "else /run/qmpfd.sock)",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=seconds,
+        socket_path,
+    ),
+    option(
+        "--timeout S",
+        "wait for the daemon for at most S seconds (default: 10)",
+        seconds,
         default=10.0,
-        metavar="S",
-        help="wait for the daemon for at most S seconds (default: 10)",
-    )
-    if json:
-        parser.add_argument(
-            "--json", action="store_true", help="print one JSON value instead of text"
-        )
+    ),
+]
+JSON = option("--json", "print one JSON value instead of text")

@@ -10,34 +10,24 @@ from pathlib import Path
 
 from ..policy import BadPolicy, Grant, Policy, RuleInForce, is_owner, load_policy
 from .exit_codes import DONE, UsageError
-from .options import Subparsers, add_examples
+from .options import option
 from .output import print_json, printable
 
-
-def add_parsers(verbs: Subparsers) -> None:
-    """Add ``check-policy`` to the command line."""
-    parser = verbs.add_parser(
-        "check-policy",
-        help="check a policy file, and show which rule gives which rights to whom",
-        description="Check a policy file, and show which rule gives which rights to whom; with "
-        "--user, the rights of one user.",
-    )
-    parser.add_argument(
-        "file", type=Path, metavar="FILE", help="the policy file, as for qmpfd serve --policy"
-    )
-    parser.add_argument(
-        "--user",
-        metavar="NAME|UID",
-        help="show the rights of this user only, those of its groups included",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
-    add_examples(
-        parser,
-        "qmpfd check-policy /etc/qmpfd.toml",
-        "qmpfd check-policy --user nobody /etc/qmpfd.toml",
-        status="  0 the policy is valid, 2 the policy is not valid, or usage",
-    )
-    parser.set_defaults(run=_check)
+SUMMARY = "check a policy file, and show which rule gives which rights to whom"
+DESCRIPTION = (
+    "Check a policy file, and show which rule gives which rights to whom; with "
+    "--user, the rights of one user."
+)
+EXAMPLES = [
+    "qmpfd check-policy /etc/qmpfd.toml",
+    "qmpfd check-policy --user nobody /etc/qmpfd.toml",
+]
+EXIT_STATUS = "  0 the policy is valid, 2 the policy is not valid, or usage"
+OPTIONS = [
+    option("file", "the policy file, as for qmpfd serve --policy", Path, metavar="FILE"),
+    option("--user NAME|UID", "show the rights of this user only, those of its groups included"),
+    option("--json", "print one JSON value instead of text"),
+]
 
 
 def read_policy(path: Path) -> Policy:
@@ -48,7 +38,7 @@ def read_policy(path: Path) -> Policy:
         raise UsageError(f"bad policy: {exc}") from None
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     policy = read_policy(arguments.file)
     if arguments.user is None:
         if arguments.json:

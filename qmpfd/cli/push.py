@@ -13,64 +13,43 @@ from ..errors import CommandNotFound, FdNotFound, QMPError
 from ..kernel.fd import close_all
 from .exit_codes import DONE, UsageError
 from .forgetful import stay_connected, warn_of_forgetting
-from .options import (
-    Subparsers,
-    add_client_options,
-    add_examples,
-    client_of,
-    client_within,
-    number,
-    socket_path,
-)
+from .options import CONNECTION, JSON, client_of, client_within, number, option, socket_path
 from .output import print_error, print_result
 from .targets import Row, Target, listed, open_target, select, target
 
 #: Seconds within which a server is reached again from which copies are to be removed.
 _PATIENCE = 1.0
 
-
-def add_parsers(verbs: Subparsers) -> None:
-    """Add ``push`` to the command line."""
-    parser = verbs.add_parser(
-        "push",
-        help="copy stored descriptors to another QMP server, such as a QEMU",
-        description="Copy all descriptors that TARGET names to one fd set of another QMP "
-        "server, a qmpfd or a QEMU. Either all of them are copied or none.",
-    )
-    add_client_options(parser)
-    parser.add_argument(
-        "target", type=target, metavar="TARGET", help="SET[/FD][:ACCESS] or @NAME[:ACCESS]"
-    )
-    parser.add_argument(
-        "--to",
-        type=socket_path,
-        required=True,
-        metavar="QMP_SOCKET",
-        help="the other server's socket",
-    )
-    parser.add_argument(
-        "--fdset",
+SUMMARY = "copy stored descriptors to another QMP server, such as a QEMU"
+DESCRIPTION = (
+    "Copy all descriptors that TARGET names to one fd set of another QMP "
+    "server, a qmpfd or a QEMU. Either all of them are copied or none."
+)
+EXAMPLES = [
+    "qmpfd push 0 --to /run/vm1/qmp.sock",
+    "qmpfd push @vm1:disk:rw --to /run/vm1/qmp.sock --fdset 3",
+]
+EXIT_STATUS = "  0 done, 1 one of the two servers refused, 2 usage, 3 one of the two does not run"
+OPTIONS = [
+    *CONNECTION,
+    JSON,
+    option("target", "SET[/FD][:ACCESS] or @NAME[:ACCESS]", target, metavar="TARGET"),
+    option("--to QMP_SOCKET", "the other server's socket", socket_path, required=True),
+    option(
+        "--fdset M",
+        "the fd set of the other server (default: a new one)",
+        number("fd set id"),
         dest="to_fdset",
-        type=number("fd set id"),
-        metavar="M",
-        help="the fd set of the other server (default: a new one)",
-    )
-    parser.add_argument(
+    ),
+    option(
         "--hold",
-        action="store_true",
-        help="stay connected to the other server until interrupted; QEMU up to 9.0 closes "
+        "stay connected to the other server until interrupted; QEMU up to 9.0 closes "
         "descriptors that it does not use when its last QMP client disconnects",
-    )
-    add_examples(
-        parser,
-        "qmpfd push 0 --to /run/vm1/qmp.sock",
-        "qmpfd push @vm1:disk:rw --to /run/vm1/qmp.sock --fdset 3",
-        status="  0 done, 1 one of the two servers refused, 2 usage, 3 one of the two does not run",
-    )
-    parser.set_defaults(run=_push)
+    ),
+]
 
 
-def _push(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     wanted: Target = arguments.target
     if wanted.at is not None:
         raise UsageError(

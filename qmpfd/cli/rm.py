@@ -9,36 +9,33 @@ from typing import Any
 from ..client.blocking import BlockingClient, NoDaemon
 from ..errors import FdNotFound, QMPError
 from .exit_codes import DONE, REFUSED, UsageError
-from .options import Subparsers, add_client_options, add_examples, client_of, number
+from .options import CONNECTION, JSON, client_of, number, option
 from .output import print_error, print_result, printable
-from .targets import Target, add_targets, described, first_found, listed
+from .targets import TARGETS, Target, described, first_found, listed
 
 #: A removed fd set, with its removed descriptors if they are known.
 Removed = dict[str, Any]
 
-
-def add_parsers(verbs: Subparsers) -> None:
-    """Add ``rm`` to the command line."""
-    parser = verbs.add_parser(
-        "rm",
-        help="remove fd sets or descriptors",
-        description="Remove stored descriptors; the daemon closes them. If the daemon refuses "
-        "one target, the others are removed all the same.",
-    )
-    add_client_options(parser)
-    add_targets(parser)
-    parser.add_argument(
-        "--pid",
-        type=number("process", 1),
-        metavar="N",
-        help="remove all descriptors that process N has added, even if it has ended",
-    )
-    parser.add_argument("--all", action="store_true", help="remove all descriptors")
-    add_examples(parser, "qmpfd rm 0", "qmpfd rm 0/12 @web", "qmpfd rm '@vm1:*'", "qmpfd rm --all")
-    parser.set_defaults(run=_rm)
+SUMMARY = "remove fd sets or descriptors"
+DESCRIPTION = (
+    "Remove stored descriptors; the daemon closes them. If the daemon refuses "
+    "one target, the others are removed all the same."
+)
+EXAMPLES = ["qmpfd rm 0", "qmpfd rm 0/12 @web", "qmpfd rm '@vm1:*'", "qmpfd rm --all"]
+OPTIONS = [
+    *CONNECTION,
+    JSON,
+    TARGETS,
+    option(
+        "--pid N",
+        "remove all descriptors that process N has added, even if it has ended",
+        number("process", 1),
+    ),
+    option("--all", "remove all descriptors"),
+]
 
 
-def _rm(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     targets: list[Target] = arguments.targets
     if (bool(targets), arguments.pid is not None, arguments.all).count(True) != 1:
         raise UsageError("rm needs one of TARGET..., --pid N and --all (see qmpfd rm --help)")

@@ -18,11 +18,12 @@ from ..kernel.systemd import InheritedFd as Passed
 from ..kernel.systemd import take_listen_fds, take_parent, take_store_size
 from ..kernel.unix_address import is_served, listens
 from ..supervisor.signals import FORWARDED, set_up_signals
+from . import serve_options
 from . import supervise as keeping
 from .exit_codes import DONE, UsageError
-from .options import Subparsers, add_examples, default_socket
+from .options import default_socket
 from .policy import read_policy
-from .serve_options import InheritedFd, add_options, limits
+from .serve_options import InheritedFd, limits
 from .spare import take_alive, wait
 
 if TYPE_CHECKING:
@@ -34,27 +35,23 @@ _ADVICE = {
     errno.ENOENT: "make the directory first; ",
 }
 
-
-def add_parsers(verbs: Subparsers) -> None:
-    """Add ``serve`` to the command line."""
-    parser = verbs.add_parser(
-        "serve",
-        help="run the daemon",
-        description="Run the daemon: store file descriptors for the clients of a Unix socket, "
-        "which speak QMP. SIGTERM and SIGINT stop the daemon after it has answered the requests "
-        "that it has received; a second one stops it at once.",
-    )
-    add_options(parser)
-    add_examples(
-        parser,
-        "qmpfd serve",
-        "qmpfd serve --socket /run/qmpfd.sock --policy /etc/qmpfd.toml",
-        "qmpfd serve --supervise",
-        "qmpfd serve --dialect qemu --add-fd fd=3,set=0,opaque=disk 3<>disk.img",
-        status="  0 stopped by a signal or by quit, 2 the daemon cannot start; with --takeover:\n"
-        "  1 the old daemon refused, 3 there is no daemon to take over from",
-    )
-    parser.set_defaults(run=_serve)
+SUMMARY = "run the daemon"
+DESCRIPTION = (
+    "Run the daemon: store file descriptors for the clients of a Unix socket, "
+    "which speak QMP. SIGTERM and SIGINT stop the daemon after it has answered the requests "
+    "that it has received; a second one stops it at once."
+)
+EXAMPLES = [
+    "qmpfd serve",
+    "qmpfd serve --socket /run/qmpfd.sock --policy /etc/qmpfd.toml",
+    "qmpfd serve --supervise",
+    "qmpfd serve --dialect qemu --add-fd fd=3,set=0,opaque=disk 3<>disk.img",
+]
+EXIT_STATUS = (
+    "  0 stopped by a signal or by quit, 2 the daemon cannot start; with --takeover:\n"
+    "  1 the old daemon refused, 3 there is no daemon to take over from"
+)
+OPTIONS = serve_options.OPTIONS
 
 
 #: A descriptor to start with, the fd set that it goes into (None: a new one), and its opaque text.
@@ -144,7 +141,7 @@ def _import_all() -> None:
     from . import daemon, takeover  # noqa: F401 - likewise
 
 
-def _serve(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     _fill_standard_streams()
     set_up_signals(FORWARDED)
     parent, store_size = take_parent(), take_store_size()

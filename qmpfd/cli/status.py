@@ -10,44 +10,33 @@ from typing import Any
 
 from ..errors import QMPError
 from .exit_codes import DONE
-from .options import (
-    Subparsers,
-    add_client_options,
-    add_examples,
-    client_within,
-    default_socket,
-    seconds,
-)
+from .options import CONNECTION, JSON, client_within, default_socket, option, seconds
 from .output import duration, print_json, print_pairs, print_table, printable
 
-
-def add_parsers(verbs: Subparsers) -> None:
-    """Add ``status`` to the command line."""
-    parser = verbs.add_parser(
-        "status",
-        help="show whether the daemon runs, its limits, and who is connected",
-        description="Show whether the daemon runs and since when, its limits and what is used "
-        "of them, and who is connected.",
-    )
-    add_client_options(parser)
-    parser.add_argument(
-        "--wait",
-        type=seconds,
+SUMMARY = "show whether the daemon runs, its limits, and who is connected"
+DESCRIPTION = (
+    "Show whether the daemon runs and since when, its limits and what is used "
+    "of them, and who is connected."
+)
+EXAMPLES = [
+    "qmpfd status",
+    "qmpfd status --wait 5",
+    "qmpfd status --socket /run/vm1/qmp.sock",
+    "qmpfd status --json | jq .stats.fds",
+]
+OPTIONS = [
+    *CONNECTION,
+    JSON,
+    option(
+        "--wait S",
+        "if no daemon runs yet, wait for one for at most S seconds",
+        seconds,
         default=0.0,
-        metavar="S",
-        help="if no daemon runs yet, wait for one for at most S seconds",
-    )
-    add_examples(
-        parser,
-        "qmpfd status",
-        "qmpfd status --wait 5",
-        "qmpfd status --socket /run/vm1/qmp.sock",
-        "qmpfd status --json | jq .stats.fds",
-    )
-    parser.set_defaults(run=_status)
+    ),
+]
 
 
-def _status(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     path = str(arguments.socket or default_socket())
     with client_within(arguments, arguments.wait) as client:
         version = client.execute("query-version")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..client.calls import members
 from ..errors import FdNotFound
-from .options import number, text
+from .options import number, option, text
 from .output import printable
 
 if TYPE_CHECKING:
@@ -122,15 +122,14 @@ def stored_target(word: str) -> Target:
     return found
 
 
-def add_targets(parser: argparse.ArgumentParser) -> None:
-    """The targets of ``ls`` and ``rm``."""
-    parser.add_argument(
-        "targets",
-        nargs="*",
-        type=stored_target,
-        metavar="TARGET",
-        help="SET, SET/FD, @NAME or @PATTERN (shell wildcards)",
-    )
+#: The targets of ``ls`` and ``rm``.
+TARGETS = option(
+    "targets",
+    "SET, SET/FD, @NAME or @PATTERN (shell wildcards)",
+    stored_target,
+    nargs="*",
+    metavar="TARGET",
+)
 
 
 def first_found(wanted: Target, ask: Callable[[Target], ResultT]) -> ResultT:

@@ -8,34 +8,29 @@ from typing import Any
 
 from ..client.errors import NoDaemon
 from ..protocol.client import QMPEvent
-from .options import Subparsers, add_client_options, add_examples, client_of, client_within
+from .options import CONNECTION, JSON, client_of, client_within
 from .output import print_error, print_json, printable
 from .targets import described
 
 _WORDS = {"FD_ADDED": "added", "FD_REMOVED": "removed"}
 
-
-def add_parsers(verbs: Subparsers) -> None:
-    """Add ``watch`` to the command line."""
-    parser = verbs.add_parser(
-        "watch",
-        help="show each descriptor that is added or removed",
-        description="Show each descriptor that is added or removed, when it happens, until "
-        "interrupted. If the connection is lost, try for --timeout seconds to connect again. "
-        "With --json, each event is one line.",
-    )
-    add_client_options(parser)
-    add_examples(
-        parser,
-        "qmpfd watch",
-        "qmpfd watch --json | jq --unbuffered .data",
-        status="  1 the daemon refused, 2 usage, 3 no daemon, or no new connection in time,\n"
-        "  130 interrupted",
-    )
-    parser.set_defaults(run=_watch)
+SUMMARY = "show each descriptor that is added or removed"
+DESCRIPTION = (
+    "Show each descriptor that is added or removed, when it happens, until "
+    "interrupted. If the connection is lost, try for --timeout seconds to connect again. "
+    "With --json, each event is one line."
+)
+EXAMPLES = ["qmpfd watch", "qmpfd watch --json | jq --unbuffered .data"]
+EXIT_STATUS = (
+    "  1 the daemon refused, 2 usage, 3 no daemon, or no new connection in time,\n  130 interrupted"
+)
+OPTIONS = [
+    *CONNECTION,
+    JSON,
+]
 
 
-def _watch(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     client = client_of(arguments)
     while True:
         with client:

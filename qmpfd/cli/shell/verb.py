@@ -10,45 +10,43 @@ from functools import partial
 
 from ...client.blocking import NoDaemon
 from ..exit_codes import DONE, REFUSED
-from ..options import Subparsers, add_client_options, add_examples, client_of, default_socket
+from ..options import CONNECTION, JSON, client_of, default_socket, option
 from ..output import print_error
 from ..status import server_name
 from .prompt import lines
 from .session import ERRORS, Session, message
 from .syntax import Scanner
 
-
-def add_parsers(verbs: Subparsers) -> None:
-    """Add ``shell`` to the command line."""
-    parser = verbs.add_parser(
-        "shell",
-        help="send QMP commands, typed or from a script",
-        description="Send QMP commands to the daemon, or to a QEMU. A command is its name and "
-        "arguments as name=value, or a JSON object, which may have several lines. < FILE or --fd "
-        "N passes a descriptor. On a terminal, the shell has history, help and completion. "
-        "Otherwise it reads commands from standard input, one a line; # begins a comment.",
-    )
-    add_client_options(parser)
-    parser.add_argument(
-        "-c",
+SUMMARY = "send QMP commands, typed or from a script"
+DESCRIPTION = (
+    "Send QMP commands to the daemon, or to a QEMU. A command is its name and "
+    "arguments as name=value, or a JSON object, which may have several lines. < FILE or --fd "
+    "N passes a descriptor. On a terminal, the shell has history, help and completion. "
+    "Otherwise it reads commands from standard input, one a line; # begins a comment."
+)
+EXAMPLES = [
+    "qmpfd shell",
+    "qmpfd shell --socket /run/vm1/qmp.sock",
+    "qmpfd shell -c 'add-fd opaque=log >> /var/log/vm1.log' -c query-fdsets",
+    "qmpfd shell --json < commands",
+]
+EXIT_STATUS = (
+    "  0 done, 1 the server refused a command (the others are run all the same),\n"
+    "  2 usage, 3 no daemon, or the daemon closed the connection"
+)
+OPTIONS = [
+    *CONNECTION,
+    JSON,
+    option(
+        "-c COMMAND",
+        "run this command and exit; may be given more than once",
         dest="commands",
         action="append",
-        metavar="COMMAND",
-        help="run this command and exit; may be given more than once",
-    )
-    add_examples(
-        parser,
-        "qmpfd shell",
-        "qmpfd shell --socket /run/vm1/qmp.sock",
-        "qmpfd shell -c 'add-fd opaque=log >> /var/log/vm1.log' -c query-fdsets",
-        "qmpfd shell --json < commands",
-        status="  0 done, 1 the server refused a command (the others are run all the same),\n"
-        "  2 usage, 3 no daemon, or the daemon closed the connection",
-    )
-    parser.set_defaults(run=_shell)
+    ),
+]
 
 
-def _shell(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     person = not arguments.commands and sys.stdin.isatty() and sys.stdout.isatty()
     session = Session(
         partial(client_of, arguments),
