@@ -81,13 +81,8 @@ class Descriptions:
         self._known.insert(self._search(number)[0], number)
 
     def replace(self, number: int, by: int | None) -> None:
-        """Know that of *number* by another descriptor of it; None to forget it."""
-        at = self._search(number)[0]
-        self._known[at : at + 1] = [] if by is None else [by]
-
-    def forget_number(self, number: int, by: int | None) -> None:
-        """*number* is of another description by now: know the one that it was of by *by*; None to
-        forget that.
+        """If a description is known by *number*, know it by another descriptor of it; None to
+        forget it.  *number* may be of another description by now.
         """
         if number in self._known:
             at = self._known.index(number)

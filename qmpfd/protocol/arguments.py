@@ -34,24 +34,23 @@ def bare_type(annotation: Any) -> Any:
     return annotation
 
 
+_TYPE_NAMES = {int: "integer", str: "string", bool: "boolean", list: "array"}
+
+
 def _check(value: Any, kind: Any, name: str) -> None:
     """Refuse *value* if it is not of *kind*; *name* is what errors call it."""
-    if kind is int:
-        if type(value) is not int or not INT64_MIN <= value <= INT64_MAX:
-            raise GenericError(f"Invalid parameter type for '{name}', expected: integer")
-    elif kind is str or typing.get_origin(kind) is Literal:
-        if type(value) is not str:
-            raise GenericError(f"Invalid parameter type for '{name}', expected: string")
-        if kind is not str and value not in typing.get_args(kind):
-            # QEMU's visitor does not know the name of an array's element.
-            name = "null" if name.endswith("]") else name
-            raise GenericError(f"Parameter '{name}' does not accept value '{value}'")
-    elif kind is bool:
-        if type(value) is not bool:
-            raise GenericError(f"Invalid parameter type for '{name}', expected: boolean")
-    elif typing.get_origin(kind) is list:
-        if type(value) is not list:
-            raise GenericError(f"Invalid parameter type for '{name}', expected: array")
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    json_type: Any = str if choices else typing.get_origin(kind) or kind
+    if json_type not in _TYPE_NAMES:
+        raise TypeError(f"no QMP type: {kind!r}")
+    if type(value) is not json_type or (json_type is int and not INT64_MIN <= value <= INT64_MAX):
+        expected = _TYPE_NAMES[json_type]
+        raise GenericError(f"Invalid parameter type for '{name}', expected: {expected}")
+    if choices and value not in choices:
+        # QEMU's visitor does not know the name of an array's element.
+        name = "null" if name.endswith("]") else name
+        raise GenericError(f"Parameter '{name}' does not accept value '{value}'")
+    if json_type is list:
         (element,) = map(bare_type, typing.get_args(kind))
         fine: set[str] = set()  # there may be 200,000 of them, all the same
         for number, item in enumerate(value):
@@ -60,8 +59,6 @@ def _check(value: Any, kind: Any, name: str) -> None:
             _check(item, element, f"{name}[{number}]")
             if type(item) is str:
                 fine.add(item)
-    else:
-        raise TypeError(f"no QMP type: {kind!r}")
 
 
 def convert(members: dict[str, Any], arguments: type[ArgumentsT]) -> ArgumentsT:

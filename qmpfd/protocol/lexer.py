@@ -40,16 +40,7 @@ _KEYWORD = 14
 #: Added to an entry: the byte is not part of the token, it is looked at again in the next state.
 _LOOKAHEAD = 1000
 
-_ANY = bytes(range(256))
 _DIGIT = b"0123456789"
-_STRUCTURE: dict[int, Token] = {
-    ord("{"): Token.LCURLY,
-    ord("}"): Token.RCURLY,
-    ord("["): Token.LSQUARE,
-    ord("]"): Token.RSQUARE,
-    ord(":"): Token.COLON,
-    ord(","): Token.COMMA,
-}
 
 
 def _row(default: int, *entries: tuple[bytes, int]) -> list[int]:
@@ -76,7 +67,7 @@ def _table() -> list[list[int]]:
             (b"0", _ZERO),
             (b"123456789", _DIGITS),
             (b"abcdefghijklmnopqrstuvwxyz", _KEYWORD),
-            *((bytes([byte]), int(token)) for byte, token in _STRUCTURE.items()),
+            *((bytes([byte]), int(token)) for byte, token in zip(b"{}[]:,", Token, strict=False)),
         ),
         _RECOVERY: _row(
             _RECOVERY,

@@ -68,22 +68,14 @@ class KeptFds:
             self._resting[name] = {number: None}
         return name
 
-    def discard(self, number: int, *, replaced: bool = False) -> str | None:
-        """A descriptor is kept no longer: the name to remove; None where others rest on it.
-
-        Args:
-            number: of the descriptor.
-            replaced: whether it is of another open file description by now.
-        """
+    def discard(self, number: int) -> str | None:
+        """A descriptor is kept no longer: the name to remove; None where others rest on it."""
         name = self.by_number.pop(number)
         if self._descriptions is not None:
             resting = self._resting[name]
             del resting[number]
             other = next(iter(resting), None)
-            if replaced:
-                self._descriptions.forget_number(number, other)
-            else:
-                self._descriptions.replace(number, other)
+            self._descriptions.replace(number, other)
             if other is not None:
                 return None
             del self._resting[name]

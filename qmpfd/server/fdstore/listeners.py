@@ -56,7 +56,7 @@ class KeptListeners:
         if number not in self._by_number or number not in self._kept.by_number:
             return
         self._journals.note(ListenerRemoved(self._kept.by_number[number]))
-        former = self._kept.discard(number, replaced=True)
+        former = self._kept.discard(number)
         if former is not None:
             self._link.remove(former)
         self.add(listener, None)
