@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from .client.blocking import connect_blocking as connect_blocking
     from .client.calls import Selector as Selector
     from .client.client import Client as Client
+    from .client.client import ReplyLost as ReplyLost
     from .client.client import connect as connect
     from .client.errors import ClientClosed as ClientClosed
     from .client.errors import NoDaemon as NoDaemon
     from .client.opener import fdset_opener as fdset_opener
-    from .client.reconnect import ReplyLost as ReplyLost
     from .commands import AddfdInfo as AddfdInfo
     from .commands import Dialect as Dialect
     from .commands import FdInfo as FdInfo
@@ -52,10 +52,9 @@ if TYPE_CHECKING:
 _NAMES = {
     ".client.blocking": "BlockingClient connect_blocking",
     ".client.calls": "Selector",
-    ".client.client": "Client connect",
+    ".client.client": "Client ReplyLost connect",
     ".client.errors": "ClientClosed NoDaemon",
     ".client.opener": "fdset_opener",
-    ".client.reconnect": "ReplyLost",
     ".commands": "AddfdInfo Dialect FdInfo FdsetFdInfo FdsetInfo PeerInfo",
     ".errors": "CommandNotFound FdExists FdNotFound FdNotSupplied GenericError "
     "InvalidParameterValue PermissionDenied QMPError",

@@ -1,21 +1,67 @@
-"""A QMP client for Trio that passes descriptors."""
+"""A QMP client for Trio that passes descriptors, and connects again if the caller wants so.
+
+There is no background task for that: the call that needs a connection makes it.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+import time
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+)
 from contextlib import asynccontextmanager
 from typing import Any, Concatenate
 
 import trio
 
 from ..commands.events import EVENTS
+from ..errors import QMPError
+from ..kernel.fd import Fd
 from ..limits import CLEANUP_TIMEOUT
 from ..protocol.client import QMPEvent
+from ..protocol.connection import ProtocolError
 from . import calls
 from .calls import Call, ParamsT, ResultT, as_method
-from .connection import open_connection
-from .reconnect import ReconnectingConnection
+from .connection import Closed, ConnectionLost, QMPConnection, open_connection
+
+#: Seconds between two tries to connect.
+_RETRY = 0.05
+
+#: Over how many connections a request is tried: a server that closes each of them cannot read it,
+#: or reads nothing.
+_MOST_TRIES = 10
+
+#: Why there may be no connection; what is in it for the next try.
+_TRANSIENT = (OSError, QMPError, ProtocolError, trio.BrokenResourceError)
+
+
+class ReplyLost(ConnectionLost):
+    """The connection was lost between a request and its reply: the server may have executed the
+    request or not.  The next call makes a new connection.
+    """
+
+
+class _Events(AsyncIterator[QMPEvent]):
+    """The events of a client.  No async generator, which would have to be closed: a loop over
+    it can be left, and another one begun.
+    """
+
+    def __init__(self, following: Callable[[], Awaitable[QMPEvent]]) -> None:
+        self._following = following
+
+    async def __anext__(self) -> QMPEvent:
+        return await self._following()
+
+
+def _is_repeatable(command: str) -> bool:
+    """Whether it makes no difference that a command is carried out twice."""
+    return command.startswith("query-") or command in ("open-fdset", "watch-fdsets")
 
 
 def _awaited(
@@ -25,7 +71,7 @@ def _awaited(
 
     async def method(self: Client, /, *args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
         call = description(self, *args, **kwargs)
-        return call.result(*await self._link.execute(call.command, call.arguments, call.fds))
+        return call.result(*await self._execute(call))
 
     return as_method(method, description)
 
@@ -37,21 +83,35 @@ class Client:
     request was sent already, the server executes it, and the reply is dropped.
 
     Args:
-        link: the connection; owned from here on.
+        path: the server's socket.
+        connection: the first connection to it; owned from here on.
+        reconnect: seconds that a call waits at most for another one; None if there is no other.
     """
 
-    def __init__(self, link: ReconnectingConnection) -> None:
-        self._link = link
+    def __init__(
+        self, path: str | os.PathLike[str], connection: QMPConnection, reconnect: float | None
+    ) -> None:
+        self._path = path
+        self._connection = connection
+        self._reconnect = reconnect
+        self._connecting = trio.Lock()
+        self._why: Exception | None = None  # there is no connection
+        self._closed = False
+        self._waiting: set[trio.CancelScope] = set()  # for a connection
         self._watching = 0  # blocks of watch_fdsets
+        self._unread = connection.events  # those that nobody has asked for yet
 
     @property
     def greeting(self) -> Mapping[str, Any]:
         """The server's greeting: its ``version`` and ``capabilities``."""
-        return self._link.greeting
+        return self._connection.greeting
 
     def close(self) -> None:
         """Close the connection; calls that wait for a reply raise ClientClosed."""
-        self._link.close()
+        self._closed = True
+        for scope in self._waiting:
+            scope.cancel()
+        self._connection.close()
 
     execute = _awaited(calls.execute)
     add_fd = _awaited(calls.add_fd)
@@ -74,11 +134,10 @@ class Client:
             Exception: what :meth:`execute` raises.
         """
         if not self._watching:  # what nobody asked for in an earlier block
-            events = self._link.events
-            others = [event for event in events if event.name not in EVENTS]
-            events.clear()
-            events.extend(others)
-        await self._link.watch()
+            others = [event for event in self._unread if event.name not in EVENTS]
+            self._unread.clear()
+            self._unread.extend(others)
+        await self.execute("watch-fdsets", {"enable": True})
         self._watching += 1
         try:
             yield self.events()
@@ -86,7 +145,15 @@ class Client:
             self._watching -= 1
             with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
                 if not self._watching:
-                    await self._link.unwatch()
+                    await self._unwatch()
+
+    async def _unwatch(self) -> None:
+        connection = self._connection
+        try:
+            await connection.execute("watch-fdsets", {"enable": False})
+        except Exception:
+            if connection.failure is None:  # else there is nothing to undo
+                raise
 
     def events(self) -> AsyncIterator[QMPEvent]:
         """The server's events, as they arrive; a QEMU sends some without a request.
@@ -97,7 +164,80 @@ class Client:
             NoDaemon: the connection is lost; also a trio.BrokenResourceError.
             ClientClosed: this client is closed; also a trio.ClosedResourceError.
         """
-        return self._link
+        return _Events(self._next_event)
+
+    async def _next_event(self) -> QMPEvent:
+        connection = self._connection
+        while True:
+            if not self._goes_on_after(connection):
+                try:
+                    return await connection.next_event()
+                except Exception:
+                    if not self._goes_on_after(connection):
+                        raise
+                await trio.sleep(_RETRY)  # the next one may be lost at once as well
+            connection = await self._next_connection(connection)
+
+    async def _execute(self, call: Call[Any]) -> tuple[Any, list[Fd]]:
+        """The result of a call, and the descriptors with that."""
+        connection = self._connection
+        for tries_left in reversed(range(_MOST_TRIES)):
+            request = connection.request(call.command, call.arguments)
+            try:
+                return await connection.send(request, call.fds)
+            except Exception as exc:
+                if not (tries_left and self._goes_on_after(connection)):
+                    raise
+                if request.sent and not _is_repeatable(call.command):
+                    raise ReplyLost(
+                        f"the connection was lost before the reply to {call.command!r} came: "
+                        "it may have been carried out"
+                    ) from exc
+            connection = await self._next_connection(connection)
+        raise AssertionError
+
+    def _goes_on_after(self, connection: QMPConnection) -> bool:
+        """Whether *connection* is broken, and another one may be tried."""
+        broken = connection.failure is not None
+        return broken and self._reconnect is not None and not self._closed
+
+    async def _next_connection(self, broken: QMPConnection) -> QMPConnection:
+        """The connection that comes after *broken*.
+
+        Raises:
+            NoDaemon: there is none within the time for that.
+            ClientClosed: the client is closed.
+        """
+        assert self._reconnect is not None
+        with trio.move_on_after(self._reconnect) as scope:
+            self._waiting.add(scope)
+            try:
+                async with self._connecting:
+                    if self._connection is broken:  # else another call has made one
+                        await self._renew()
+            finally:
+                self._waiting.discard(scope)
+        if self._closed:
+            self._connection.close()
+            raise Closed("this client is closed")
+        if scope.cancelled_caught:
+            raise ConnectionLost(
+                f"no connection to {os.fspath(self._path)!r} again within {self._reconnect:g} s"
+            ) from self._why
+        return self._connection
+
+    async def _renew(self) -> None:
+        if not self._unread or self._unread[-1].name != "FD_EVENTS_LOST":
+            self._unread.append(QMPEvent("FD_EVENTS_LOST", {"count": 0}, time.time()))
+        while True:
+            try:
+                self._connection = await open_connection(
+                    self._path, self._unread, watch=self._watching > 0
+                )
+                return
+            except _TRANSIENT as exc:
+                self._why = exc
+            await trio.sleep(_RETRY)
 
 
 @asynccontextmanager
@@ -124,7 +264,7 @@ async def connect(
         QMPError: the server refuses the connection.
         ProtocolError: the peer does not speak QMP.
     """
-    client = Client(ReconnectingConnection(path, await open_connection(path), reconnect))
+    client = Client(path, await open_connection(path), reconnect)
     try:
         yield client
     finally:

@@ -32,7 +32,7 @@ class Closed(ClientClosed, trio.ClosedResourceError):
 
 
 async def open_connection(
-    path: str | os.PathLike[str], events: deque[QMPEvent] | None = None, watch: bool = False
+    path: str | os.PathLike[str], events: deque[QMPEvent] | None = None, *, watch: bool = False
 ) -> QMPConnection:
     """Connect to the server at *path*, and negotiate.
 
