@@ -11,21 +11,18 @@ import select
 import socket
 import time
 from _thread import RLock  # threading's own, without the rest of it
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import inf
 from typing import Any, Concatenate, Self
 
 from ..kernel.fd import Fd, FileDescriptorLike, close_all, discard, peek, receive_planned, send
-from ..limits import MAX_EVENTS
-from ..protocol.client import QMPEvent
+from ..protocol.client import ClientConnection, QMPEvent, Request
 from ..protocol.connection import ProtocolError, State
 from . import calls
 from .calls import Call, ParamsT, ResultT, as_method
 from .connecting import RETRY, connect_nowait
 from .errors import ClientClosed, NoAnswer, NoDaemon
-from .exchange import Exchange, Request
 
 __all__ = ["BlockingClient", "NoDaemon", "connect_blocking"]
 
@@ -63,8 +60,7 @@ class BlockingClient:
         self._path = os.fspath(path)
         self._timeout = inf if timeout is None else timeout
         self._deadline = time.monotonic() + self._timeout
-        self._events: deque[QMPEvent] = deque(maxlen=MAX_EVENTS)
-        self._exchange = Exchange(self._events)
+        self._connection = ClientConnection()
         self._calling = RLock()  # a signal handler may close the client in the middle of a call
         self._closed = False
         self._watching = 0  # blocks of watch_fdsets
@@ -74,10 +70,10 @@ class BlockingClient:
             time.sleep(min(RETRY, self._timeout))
         self._sock = sock
         try:
-            while self._exchange.state is State.CONNECTED:
+            while self._connection.state is State.CONNECTED:
                 self._receive()
             close_all(self.request("qmp_capabilities")[1])
-            self._exchange.negotiated()
+            self._connection.negotiated()
         except BaseException:
             self.close()
             raise
@@ -85,7 +81,7 @@ class BlockingClient:
     @property
     def greeting(self) -> Mapping[str, Any]:
         """The server's greeting: its ``version`` and ``capabilities``."""
-        return self._exchange.greeting or {}
+        return self._connection.greeting or {}
 
     execute = _blocking(calls.execute)
     add_fd = _blocking(calls.add_fd)
@@ -112,7 +108,7 @@ class BlockingClient:
         Raises:
             Exception: what :meth:`execute` raises.
         """
-        with self._call(self._timeout), self._exchange.request(command, arguments) as request:
+        with self._call(self._timeout), self._connection.request(command, arguments) as request:
             self._send(request, fds)
             while request.reply is None:
                 self._receive()
@@ -147,9 +143,9 @@ class BlockingClient:
         """
         while True:
             with self._call(inf):
-                while not self._events:
+                while not self._connection.events:
                     self._receive()
-                event = self._events.popleft()
+                event = self._connection.events.popleft()
             yield event
 
     def take_events(self) -> list[QMPEvent]:
@@ -164,8 +160,8 @@ class BlockingClient:
             poll.register(self._sock, select.POLLIN)
             while poll.poll(0):
                 self._receive()
-            events = list(self._events)
-            self._events.clear()
+            events = list(self._connection.events)
+            self._connection.events.clear()
         return events
 
     def fileno(self) -> int:
@@ -188,7 +184,7 @@ class BlockingClient:
                 self._sock.shutdown(socket.SHUT_RDWR)
             self._calling.acquire()
         try:
-            self._exchange.close()
+            self._connection.close()
             self._sock.close()
         finally:
             self._calling.release()
@@ -230,7 +226,7 @@ class BlockingClient:
                 except ConnectionError:  # it may have said why before it closed the connection
                     self._receive()
                 else:
-                    self._exchange.begun(request)
+                    self._connection.begun(request)
                     data = data[sent:]
         except BaseException:
             if request.sent:  # the next one would go into the middle of this one
@@ -238,8 +234,8 @@ class BlockingClient:
             raise
 
     def _receive(self) -> None:
-        if self._exchange.refusal is not None:
-            raise self._exchange.refusal
+        if self._connection.refusal is not None:
+            raise self._connection.refusal
         self._wait(select.POLLIN)
         try:
             data, fds_follow = peek(self._sock)
@@ -249,13 +245,13 @@ class BlockingClient:
             data, fds_follow = b"", False
         if not data:
             raise NoDaemon(f"the daemon at {self._path} has closed the connection")
-        lengths, _ = self._exchange.plan(data, fds_follow)
+        lengths, _ = self._connection.plan(data, fds_follow)
         if fds_follow:
-            self._exchange.received(*receive_planned(self._sock, lengths))
+            self._connection.received(*receive_planned(self._sock, lengths))
         else:
             discard(self._sock, lengths[0])
         try:
-            self._exchange.deliver()
+            self._connection.deliver()
         except ProtocolError as exc:
             raise NoDaemon(f"at {self._path}: {exc}") from None
 
@@ -271,7 +267,7 @@ class BlockingClient:
 
     def _silent(self) -> NoDaemon:
         why = "it is stopped or busy"
-        if self._exchange.state is State.CONNECTED:  # no greeting
+        if self._connection.state is State.CONNECTED:  # no greeting
             why += ", or not a QMP server, or a QEMU that serves another client"
         return NoAnswer(f"the daemon at {self._path} does not answer ({why})")
 

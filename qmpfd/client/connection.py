@@ -14,13 +14,12 @@ from typing import Any
 import trio
 
 from ..kernel.fd import Fd, FileDescriptorLike, close_all
-from ..limits import CLEANUP_TIMEOUT, MAX_EVENTS
-from ..protocol.client import QMPEvent
+from ..limits import CLEANUP_TIMEOUT
+from ..protocol.client import ClientConnection, QMPEvent, Request
 from ..protocol.connection import State
 from ..transport import Arrival, FdStream
 from .connecting import RETRY, connect_nowait
 from .errors import ClientClosed, NoDaemon
-from .exchange import Exchange, Request
 
 
 class ConnectionLost(NoDaemon, trio.BrokenResourceError):
@@ -50,7 +49,7 @@ async def open_connection(
     while (sock := connect_nowait(path)) is None:  # noqa: ASYNC110 - nothing tells
         await trio.sleep(RETRY)
     stream = FdStream(trio.socket.from_stdlib_socket(sock))
-    connection = QMPConnection(stream, deque(maxlen=MAX_EVENTS) if events is None else events)
+    connection = QMPConnection(stream, events)
     try:
         await connection.negotiate()
         if watch:
@@ -69,14 +68,14 @@ class QMPConnection:
 
     Args:
         stream: the connection; owned from here on.
-        events: where its events go.
+        events: where its events go, if there is a place for them.
     """
 
-    def __init__(self, stream: FdStream, events: deque[QMPEvent]) -> None:
+    def __init__(self, stream: FdStream, events: deque[QMPEvent] | None) -> None:
         self._stream = stream
+        self._connection = ClientConnection(events)
         #: The events that nobody has asked for yet.
-        self.events = events
-        self._exchange = Exchange(events)
+        self.events = self._connection.events
         #: Why the connection is of no use any more; None as long as it is of use.
         self.failure: Exception | None = None
         self._arrived = trio.lowlevel.ParkingLot()  # of those who wait for what is no reply
@@ -87,15 +86,15 @@ class QMPConnection:
     @property
     def greeting(self) -> Mapping[str, Any]:
         """The server's greeting: its ``version`` and ``capabilities``."""
-        return self._exchange.greeting or {}
+        return self._connection.greeting or {}
 
     async def negotiate(self) -> None:
         """Wait for the greeting and enter command mode."""
-        while self._exchange.state is State.CONNECTED:
+        while self._connection.state is State.CONNECTED:
             await self._await_arrival()
         await self.execute("qmp_capabilities")
         if self.failure is None:
-            self._exchange.negotiated()
+            self._connection.negotiated()
 
     async def next_event(self) -> QMPEvent:
         """The server's next event."""
@@ -114,8 +113,8 @@ class QMPConnection:
         close_all((await self.send(self.request(command, arguments)))[1])
 
     def request(self, command: str, arguments: Mapping[str, Any] | None = None) -> Request:
-        """As :meth:`Exchange.request`."""
-        return self._exchange.request(command, arguments)
+        """As :meth:`ClientConnection.request`."""
+        return self._connection.request(command, arguments)
 
     async def send(
         self, request: Request, fds: Sequence[FileDescriptorLike] = ()
@@ -152,7 +151,7 @@ class QMPConnection:
         async with self._sending:
             await self._send_rest()
             sent = await self._stream.send_some(request.data, fds)
-            self._exchange.begun(request)
+            self._connection.begun(request)
             self._unsent = request.data[sent:]
             await self._send_rest()
 
@@ -169,11 +168,11 @@ class QMPConnection:
             arrival = Arrival.NOTHING
             while arrival is not Arrival.END:
                 await self._stream.wait_readable()
-                arrival = self._stream.receive_nowait(self._exchange)
-                self._exchange.deliver()
+                arrival = self._stream.receive_nowait(self._connection)
+                self._connection.deliver()
                 self._arrived.unpark_all()
-                if self._exchange.refusal is not None:
-                    raise self._exchange.refusal
+                if self._connection.refusal is not None:
+                    raise self._connection.refusal
             raise ConnectionLost("the server has closed the connection")
         except Exception as exc:  # noqa: BLE001 - those who wait raise it; here, it would end Trio
             self._fail(exc)
@@ -182,10 +181,10 @@ class QMPConnection:
         if self.failure is not None:
             return
         self.failure = failure
-        self._exchange.close()
+        self._connection.close()
         self._stream.close()
         self._arrived.unpark_all()
-        for request in self._exchange.unanswered.values():
+        for request in self._connection.unanswered.values():
             request.on_reply()
 
     def close(self) -> None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from itertools import accumulate
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate, count
 from math import isfinite, nan
 from typing import Any, NamedTuple
 
 from ..errors import FdNotSupplied, QMPError, error_of_class
 from ..kernel.fd import Fd, close_all
-from ..limits import MAX_NESTING, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, SCM_MAX_FD
+from ..limits import MAX_EVENTS, MAX_NESTING, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, SCM_MAX_FD
 from .connection import Connection, Event, ProtocolError
 
 
@@ -83,17 +84,62 @@ def _fds_of_reply(message: Any) -> int:
     return SCM_MAX_FD if isinstance(message, dict) and "return" in message else 0
 
 
+class Request:
+    """A request that waits for its reply.  After its ``with`` block, or where the block raises, the
+    reply's descriptors are closed: they are the caller's once :meth:`result` has returned them.
+
+    Args:
+        request_id: its id.
+        data: what to send.
+    """
+
+    __slots__ = ("data", "id", "on_reply", "over", "reply", "sent")
+
+    def __init__(self, request_id: int, data: bytes) -> None:
+        self.id = request_id
+        self.data = data
+        self.sent = False  # some of it, so that the server may execute it
+        self.reply: Reply | None = None
+        self.over = False  # nobody waits for the reply any more
+        #: Called when the reply has come, or the connection has failed.
+        self.on_reply: Callable[[], object] = lambda: None
+
+    def result(self) -> tuple[Any, list[Fd]]:
+        """The ``return`` member of the reply, and the descriptors with it; the error is raised."""
+        assert self.reply is not None
+        return self.reply.unwrap(), self.reply.fds
+
+    def __enter__(self) -> Request:
+        return self
+
+    def __exit__(self, kind: object, *exc_info: object) -> None:
+        self.over = True
+        if kind is not None and self.reply is not None:
+            close_all(self.reply.fds)
+
+
 class ClientConnection(Connection):
     """The client's end: commands out; greeting, replies and events in.
 
     Args:
+        events: where the server's events go.
         max_reply_bytes: bytes of one reply.
     """
 
-    def __init__(self, *, max_reply_bytes: int = MAX_REPLY_BYTES) -> None:
+    def __init__(
+        self, events: deque[QMPEvent] | None = None, *, max_reply_bytes: int = MAX_REPLY_BYTES
+    ) -> None:
         super().__init__(_decode_replies, _fds_of_reply, max_reply_bytes, True)
         #: What the server said of itself, once it has.
         self.greeting: dict[str, Any] | None = None
+        #: Why the server turns this client away, if it does.
+        self.refusal: QMPError | None = None
+        #: The events that nobody has asked for yet.
+        self.events = deque(maxlen=MAX_EVENTS) if events is None else events
+        self._ids = count(1)
+        #: The requests that were sent and not answered, in that order: an error without an id is
+        #: about the oldest, whose text the server could not read.
+        self.unanswered: dict[int, Request] = {}
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None, request_id: Any) -> bytes:
         """The bytes that ask for *command*.
@@ -157,6 +203,55 @@ class ClientConnection(Connection):
             else:
                 self.fds_to_close += fds
                 raise ProtocolError("not a QMP server: this is neither a reply nor an event")
+
+    def request(self, command: str, arguments: Mapping[str, Any] | None = None) -> Request:
+        """A new request.
+
+        Raises:
+            ValueError: JSON cannot carry *arguments*.
+        """
+        request_id = next(self._ids)
+        return Request(request_id, self.execute(command, arguments, request_id))
+
+    def begun(self, request: Request) -> None:
+        """The first bytes of *request* were sent."""
+        request.sent = True
+        self.unanswered[request.id] = request
+
+    def deliver(self) -> None:
+        """Hand out what has come: replies to their requests, and events to :attr:`events`.
+
+        Raises:
+            ProtocolError: the peer is no QMP server.
+        """
+        try:
+            for message in self.messages():
+                if isinstance(message, QMPEvent):
+                    self.events.append(message)
+                else:
+                    self._answer(message)
+        finally:
+            close_all(self.fds_to_close)
+            self.fds_to_close.clear()
+
+    def _answer(self, reply: Reply) -> None:
+        answered = reply.id
+        if answered is None and reply.error is not None:
+            answered = next(iter(self.unanswered), None)
+        request = self.unanswered.pop(answered, None) if type(answered) is int else None
+        if request is not None and not request.over:
+            request.reply = reply
+            request.on_reply()
+            return
+        self.fds_to_close += reply.fds
+        if request is None and reply.id is None and reply.error is not None:
+            self.refusal = reply.error
+
+    def close(self) -> None:
+        """The connection is over: close the descriptors that nobody has asked for."""
+        super().close()
+        close_all(self.fds_to_close)
+        self.fds_to_close.clear()
 
 
 def _told(error: Any) -> QMPError:
