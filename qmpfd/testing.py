@@ -17,12 +17,12 @@ dialect ``qemu``, a daemon answers errors as QEMU does.
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -77,17 +77,23 @@ class DaemonProcess:
         process: the process.
     """
 
-    def __init__(self, path: Path, process: subprocess.Popen[str]) -> None:
+    def __init__(self, path: Path, process: subprocess.Popen[bytes], stderr: IO[bytes]) -> None:
         self.path = path
         self.process = process
-        #: What it has said on standard error so far, line by line.
-        self.log: list[str] = []
-        self._listens = False
-        self._told = threading.Event()
-        assert process.stderr is not None
-        # Read all along: a daemon must not wait for a pipe that is full.
-        self._reader = threading.Thread(target=self._read, args=[process.stderr], daemon=True)
-        self._reader.start()
+        self._stderr = stderr
+        self._said = b""
+
+    @property
+    def log(self) -> list[str]:
+        """What it has said on standard error so far, line by line."""
+        self._read_stderr()
+        return self._said.decode(errors="replace").splitlines()
+
+    def _read_stderr(self) -> None:
+        if not self._stderr.closed:
+            number = self._stderr.fileno()
+            # Reading would move the position, which is the daemon's too.
+            self._said = os.pread(number, os.fstat(number).st_size, 0)
 
     @property
     def pid(self) -> int:
@@ -111,7 +117,8 @@ class DaemonProcess:
     def kill(self) -> None:
         """Kill it (SIGKILL), to see what a program does without its daemon."""
         self.process.kill()
-        self._join()
+        self.process.wait()
+        self.stop()
 
     def stop(self) -> int:
         """End it gracefully, if it still runs; its exit status."""
@@ -122,29 +129,9 @@ class DaemonProcess:
                 self.process.wait(_PATIENCE)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        self._join()
-        return self.process.returncode
-
-    def _join(self) -> None:
         self.process.wait()
-        self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-
-    def _read(self, stderr: IO[str]) -> None:
-        for line in stderr:
-            self.log.append(line.rstrip("\n"))
-            if f"listening on {self.path}" in line:
-                self._listens = True
-                self._told.set()
-        self._told.set()
-
-    def _await_start(self) -> None:
-        self._told.wait(_PATIENCE)
-        if self._listens:
-            return
-        self.stop()
-        raise RuntimeError(f"the daemon does not start: {' '.join(self.log) or 'no word'}")
+        self._read_stderr()
+        return self.process.returncode
 
 
 @contextmanager
@@ -159,21 +146,26 @@ def daemon_process(path: str | os.PathLike[str], *options: str) -> Iterator[Daem
         RuntimeError: it does not start; the text has its output.
     """
     command = [sys.executable, "-m", "qmpfd", "serve", "--socket", os.fspath(path), *options]
-    started = DaemonProcess(
-        Path(path),
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        ),
-    )
-    try:
-        started._await_start()
-        yield started
-    finally:
-        started.stop()
+    reader, writer = os.pipe()
+    # A file for what it says: a daemon must not wait for a pipe that is full.
+    with tempfile.TemporaryFile() as stderr, open(reader, "rb") as ready:
+        with open(writer, "wb"):
+            process = subprocess.Popen(
+                [*command, f"--ready-fd={writer}"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                pass_fds=[writer],
+            )
+        started = DaemonProcess(Path(path), process, stderr)
+        try:
+            if not (select.select([ready], [], [], _PATIENCE)[0] and ready.read(1)):
+                started.stop()
+                why = " ".join(started.log) or "no word"
+                raise RuntimeError(f"the daemon does not start: {why}")
+            yield started
+        finally:
+            started.stop()
 
 
 @pytest.fixture

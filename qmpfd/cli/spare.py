@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from typing import NamedTuple, NoReturn
 
 from ..kernel.fd import Fd, close_all, pipe
-from ..kernel.systemd import InheritedFd, Notifier
+from ..kernel.systemd import PARENT_VARIABLE, InheritedFd, Notifier
 
 #: The variable with the number of the pipe by which the worker sees a spare worker end.
 _ALIVE_VARIABLE = "QMPFD_SPARE_FD"
@@ -95,7 +95,8 @@ def spawn(store_size: int) -> Spare:
         numbers = [fd.fileno() for fd in theirs]
         environment = {
             **os.environ,
-            **Notifier.environment(numbers[0], store_size),
+            PARENT_VARIABLE: str(numbers[0]),
+            "FDSTORE": str(store_size),
             _ALIVE_VARIABLE: str(numbers[1]),
         }
         # A dup2(2) of a number to itself has the new process inherit it.  No fork(2) in a process

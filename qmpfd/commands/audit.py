@@ -18,36 +18,22 @@ from ..protocol.encode import encode
 _QUOTED = 1024
 
 
-class AuditLine(Struct, omit_defaults=True, gc=False):
-    """A line.
-
-    Args:
-        time: when, in UTC.
-        pid: the process that asked for it; absent if the daemon did it by itself.
-        uid: the user of that process.
-        command: the command; absent where there was none: a time was over, a connection ended.
-        set: the fd set.
-        fd: the number in the daemon.
-        opaque: the opaque text, its first 1,024 characters.
-        name: the name, of a descriptor of ``getfd``.
-        outcome: ``added``, ``opened``, ``removed``, ``replaced``, ``expired``, ``hangup``,
-            ``connection`` (removed with its end), ``ended`` (with the daemon), or the class and
-            text of the error.
-    """
-
-    time: str
-    outcome: str
-    pid: int | None = None
-    uid: int | None = None
-    command: str | None = None
-    set: int | None = None
-    fd: int | None = None
-    opaque: str | None = None
-    name: str | None = None
-
-
 class Audit:
-    """Makes the lines of the audit trail, and passes them to *write*, which never blocks."""
+    """Makes the lines of the audit trail, and passes them to *write*, which never blocks.
+
+    A line has the members
+
+    - ``time``: when, in UTC.
+    - ``outcome``: ``added``, ``opened``, ``removed``, ``replaced``, ``expired``, ``hangup``,
+      ``connection`` (removed with its end), ``ended`` (with the daemon), or the class and text of
+      the error.
+    - ``pid``, ``uid``: the process that asked for it, and its user; absent if the daemon did it by
+      itself.
+    - ``command``: absent where there was none: a time was over, a connection ended.
+    - ``set``, ``fd``: the fd set, and the number in the daemon.
+    - ``opaque``: the opaque text, its first 1,024 characters.
+    - ``name``: the name, of a descriptor of ``getfd``.
+    """
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self._write = write
@@ -80,19 +66,21 @@ class Audit:
     def _put(self, outcome: str, **fields: Any) -> None:
         seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-        quoted: dict[str, Any] = {
-            key: _quoted(value) if isinstance(value, str) else value
-            for key, value in fields.items()
+        peer = self._peer
+        line = {
+            "time": f"{stamp}.{nanoseconds // 1000:06}Z",
+            "outcome": outcome,
+            "pid": None if peer is None else peer.pid,
+            "uid": None if peer is None else peer.uid,
+            "command": self._command,
+            **fields,
         }
-        line = AuditLine(
-            time=f"{stamp}.{nanoseconds // 1000:06}Z",
-            outcome=_quoted(outcome),
-            pid=None if self._peer is None else self._peer.pid,
-            uid=None if self._peer is None else self._peer.uid,
-            command=self._command,
-            **quoted,
-        )
-        self._write(encode(line) + b"\n")
+        text = {
+            key: _quoted(value) if isinstance(value, str) else value
+            for key, value in line.items()
+            if value is not None
+        }
+        self._write(encode(text) + b"\n")
 
 
 def _quoted(text: str) -> str:

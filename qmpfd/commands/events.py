@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Annotated, Any
 
@@ -32,20 +33,6 @@ EVENTS: dict[str, type[Struct]] = {
 _EVENT_BYTES = 256
 
 
-class SavedEvent(Struct, forbid_unknown_fields=True):
-    """An event that a successor may have to send.
-
-    Args:
-        name: its name.
-        time: when it happened, in nanoseconds since the epoch.
-        data: its data.
-    """
-
-    name: Annotated[str, Meta(pattern="^(FD_ADDED|FD_REMOVED)$")]
-    time: int
-    data: dict[str, Any]
-
-
 class SavedWatch(Struct, forbid_unknown_fields=True):
     """How far a connection has read the events.
 
@@ -60,49 +47,47 @@ class SavedWatch(Struct, forbid_unknown_fields=True):
     lost: int
 
 
-class Event:
-    """An event.  The first watcher that is sent it has it encoded.
+class Event(Struct, forbid_unknown_fields=True, dict=True):
+    """An event, as it goes over to a successor too.  The first watcher that is sent it has it
+    encoded.
 
     Args:
         name: its name.
-        data: what there is to tell.
-        size: about how many bytes of memory it may take.
-        happened: when it happened, in nanoseconds since the epoch; None for now.
+        time: when it happened, in nanoseconds since the epoch.
+        data: what there is to tell, of JSON's types.
     """
 
-    __slots__ = ("_data", "_encoded", "_name", "_time", "size")
-
-    def __init__(self, name: str, data: Struct, size: int, happened: int | None = None) -> None:
-        self.size = size
-        self._name = name
-        self._data = data
-        self._time = time.time_ns() if happened is None else happened
-        self._encoded: bytes | None = None
+    name: Annotated[str, Meta(pattern="^(FD_ADDED|FD_REMOVED)$")]
+    time: int
+    data: dict[str, Any]
 
     @classmethod
     def added(cls, stored: StoredFd) -> Event:
         """*stored* was added."""
-        data = FdAdded(stored.fdset.id, stored.fd.fileno(), stored.opaque)
-        return cls("FD_ADDED", data, _EVENT_BYTES + 6 * len(stored.opaque or ""))
+        return cls.now("FD_ADDED", FdAdded(stored.fdset.id, stored.fd.fileno(), stored.opaque))
 
     @classmethod
     def removed(cls, stored: StoredFd, reason: str) -> Event:
         """*stored* was removed, and why."""
         data = FdRemoved(stored.fdset.id, stored.fd.fileno(), reason, stored.opaque)
-        return cls("FD_REMOVED", data, _EVENT_BYTES + 6 * len(stored.opaque or ""))
+        return cls.now("FD_REMOVED", data)
 
-    def save(self) -> SavedEvent:
-        """The event, for another process."""
-        return SavedEvent(self._name, self._time, to_builtins(self._data))
+    @classmethod
+    def now(cls, name: str, data: Struct) -> Event:
+        """An event that happens now."""
+        return cls(name, time.time_ns(), to_builtins(data))
 
-    def encode(self) -> bytes:
-        """The event as bytes, encoded once."""
-        if self._encoded is None:
-            seconds, nanoseconds = divmod(self._time, 1_000_000_000)
-            stamp = {"seconds": seconds, "microseconds": nanoseconds // 1000}
-            whole = {"timestamp": stamp, "event": self._name, "data": self._data}
-            self._encoded = encode(whole) + b"\r\n"
-        return self._encoded
+    @cached_property
+    def size(self) -> int:
+        """About how many bytes of memory it may take."""
+        return _EVENT_BYTES + 6 * len(self.data.get("opaque", ""))
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The event as it is sent."""
+        seconds, nanoseconds = divmod(self.time, 1_000_000_000)
+        stamp = {"seconds": seconds, "microseconds": nanoseconds // 1000}
+        return encode({"timestamp": stamp, "event": self.name, "data": self.data}) + b"\r\n"
 
 
 class EventLog:
@@ -111,7 +96,7 @@ class EventLog:
     def __init__(self, access: Access) -> None:
         self.access = access
         self.watchers = 0  #: how many there are
-        self._events: deque[Event] = deque()
+        self.events: deque[Event] = deque()
         self._size = 0
         #: The number of the next event; they are numbered from 0.
         self.end = 0
@@ -119,51 +104,32 @@ class EventLog:
     @property
     def begin(self) -> int:
         """The number of the oldest event that is still there."""
-        return self.end - len(self._events)
+        return self.end - len(self.events)
 
-    def save(self) -> list[SavedEvent]:
-        """The events, for another process."""
-        return [event.save() for event in self._events]
-
-    def put(self, event: Event, fdset_id: int, opaque: str | None) -> None:
-        """Add *event*, about a descriptor of that fd set with that opaque text, if it may be seen;
-        the oldest are given up for it.
-        """
-        if not self.access.may("query", fdset_id, opaque):
+    def put(self, event: Event) -> None:
+        """Add *event*, if it may be seen; the oldest are given up for it."""
+        if not self.may_see(event):
             return
-        events = self._events
+        events = self.events
         events.append(event)
         self.end += 1
         self._size += event.size
         while len(events) > MAX_EVENTS or (self._size > MAX_EVENT_BYTES and len(events) > 1):
             self._size -= events.popleft().size
 
-    def may_see(self, saved: SavedEvent) -> bool:
+    def may_see(self, event: Event) -> bool:
         """Whether the watchers may see the descriptor that the event is about."""
-        return self.access.may("query", saved.data["fdset-id"], saved.data.get("opaque"))
+        return self.access.may("query", event.data["fdset-id"], event.data.get("opaque"))
 
-    def restore(self, events: Iterable[SavedEvent]) -> None:
+    def restore(self, events: Iterable[Event]) -> None:
         """Add the events of another process, those that may be seen.
 
         Raises:
             msgspec.ValidationError: one of them is no event.
         """
-        for saved in events:
-            data: Any = convert(saved.data, EVENTS[saved.name])
-            size = _EVENT_BYTES + 6 * len(data.opaque or "")
-            event = Event(saved.name, data, size, saved.time)
-            self.put(event, data.fdset_id, data.opaque)
-
-    def since(self, number: int, most: int) -> list[bytes]:
-        """The events from *number* on, up to *most* bytes of them but at least one."""
-        found = []
-        for event in islice(self._events, number - self.begin, None):
-            encoded = event.encode()
-            found.append(encoded)
-            most -= len(encoded)
-            if most <= 0:
-                break
-        return found
+        for event in events:
+            convert(event.data, EVENTS[event.name])
+            self.put(event)
 
 
 class Watcher:
@@ -186,17 +152,23 @@ class Watcher:
         return self._next < self.log.end or self._lost > 0
 
     def next_batch(self) -> bytes:
-        """Some of what waits, ready to be sent; empty if nothing does."""
+        """Some of what waits, at least one event, ready to be sent; empty if nothing does."""
         log = self.log
         self._lost += max(0, log.begin - self._next)
         self._next = max(self._next, log.begin)
         if self._lost:
-            event = Event("FD_EVENTS_LOST", FdEventsLost(self._lost), 0)
+            lost = Event.now("FD_EVENTS_LOST", FdEventsLost(self._lost))
             self._lost = 0
-            return event.encode()
-        events = log.since(self._next, EVENT_BYTES_A_TURN)
-        self._next += len(events)
-        return b"".join(events)
+            return lost.encoded
+        found = []
+        left = EVENT_BYTES_A_TURN
+        for event in islice(log.events, self._next - log.begin, None):
+            found.append(event.encoded)
+            left -= len(event.encoded)
+            if left <= 0:
+                break
+        self._next += len(found)
+        return b"".join(found)
 
     def save(self, logs: Sequence[EventLog]) -> SavedWatch:
         """How far it is, for another process that is given *logs*."""

@@ -201,7 +201,7 @@ class SharedState:
             if self.audit is not None:
                 self.audit.record("added", stored)
             if self.logs:
-                self._log_event(Event.added(stored), stored)
+                self._log_event(Event.added(stored))
 
     def _announce(self, entries: list[StoredFd]) -> None:
         """Have *entries* watched and mirrored before they are stored: all of them, or none."""
@@ -247,11 +247,11 @@ class SharedState:
             fds_to_close.append(stored.fd)
             self.quotas.refund(stored.added_by, stored.opaque)
             if event is not None:
-                self._log_event(event, stored)
+                self._log_event(event)
 
-    def _log_event(self, event: Event, stored: StoredFd) -> None:
+    def _log_event(self, event: Event) -> None:
         for log in self.logs.values():
-            log.put(event, stored.fdset.id, stored.opaque)
+            log.put(event)
         self.on_event()
 
     # -- who watches -----------------------------------------------------------------------------

@@ -66,66 +66,52 @@ class LocalFileSystems:
         self._table = Fd(os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC))
         self._changes = select.poll()
         self._changes.register(self._table, select.POLLPRI)
-        self._polled_at = 0.0
+        self._poll_at = 0.0
         self._lock = threading.Condition()
         self._closed = False
         self._devices = _NONE
-        self._changed = 1  # how often the table has changed
-        self._read = 0  # which of these states has been read
+        self._changes_seen = 0
+        #: Whether the table has been read since it last changed.
+        self.is_current = False
         self._thread_runs = False
         self._start_thread()
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the table has been read since it last changed."""
-        return self._read == self._changed
 
     def devices(self) -> Set[Device]:
         """The devices of file systems on which close is quick; returns at once."""
         now = monotonic()
-        if now - self._polled_at > _POLL_INTERVAL:
-            self._polled_at = now
+        if now > self._poll_at:
+            self._poll_at = now + _POLL_INTERVAL
             # A device number may belong to another file system now (proc(5), /proc/PID/mounts).
             if self._changes.poll(0):
                 with self._lock:
-                    self._devices = _NONE
-                    self._changed += 1
-            if not self.is_current:
+                    self._devices, self.is_current = _NONE, False
+                    self._changes_seen += 1
+            if not (self.is_current or self._thread_runs or self._closed):
                 self._start_thread()
         return self._devices
 
     def close(self) -> None:
         """Close the table, after the page of it that is being read."""
+        self._closed = True
         with self._lock:
-            self._closed = True
-            self._lock.notify_all()
             self._lock.wait_for(lambda: not self._thread_runs)
         self._table.close()
 
     def _start_thread(self) -> None:
-        with self._lock:
-            if self._thread_runs or self._closed:
-                return
-            self._thread_runs = True
+        self._thread_runs = True
         try:
-            _thread.start_new_thread(self._read_until_current, ())
+            _thread.start_new_thread(self._read, ())
         except RuntimeError:  # no more threads: the next poll tries again
             self._thread_runs = False
 
-    def _read_until_current(self) -> None:
+    def _read(self) -> None:
+        seen, began = self._changes_seen, monotonic()
+        devices = self._read_table()
         with self._lock:
-            while not (self._closed or self.is_current):
-                changed, began = self._changed, monotonic()
-                self._lock.release()
-                try:
-                    devices = self._read_table()
-                finally:
-                    self._lock.acquire()
-                if changed == self._changed:
-                    self._devices, self._read = devices, changed
-                else:
-                    # Mounts come and go: leave the interpreter to the event loop for as long.
-                    self._lock.wait_for(lambda: self._closed, monotonic() - began)
+            if seen == self._changes_seen:
+                self._devices, self.is_current = devices, True
+            else:  # mounts come and go: leave the interpreter to the event loop for as long
+                self._poll_at = 2 * monotonic() - began
             self._thread_runs = False
             self._lock.notify_all()
 

@@ -125,17 +125,6 @@ class Notifier:
         """Of the socket: writable when there is room, readable when the parent is gone."""
         return self._sock.fileno()
 
-    @staticmethod
-    def environment(number: int, store_size: int) -> dict[str, str]:
-        """What tells another process that it is a worker, as :func:`take_parent` and
-        :func:`take_store_size` understand it.
-
-        Args:
-            number: of its inherited socket to the parent.
-            store_size: how many descriptors the parent keeps.
-        """
-        return {_PARENT_VARIABLE: str(number), "FDSTORE": str(store_size)}
-
     def receive_fds(self, timeout: float | None) -> tuple[str, list[Fd]]:
         """Wait for the parent's next message, and the descriptors with it; an empty one if the
         parent is gone.
@@ -206,14 +195,15 @@ class Notifier:
         self._sock.close()
 
 
-_PARENT_VARIABLE = "QMPFD_NOTIFY_FD"
+#: The variable that tells a worker the number of its socket to the parent.
+PARENT_VARIABLE = "QMPFD_NOTIFY_FD"
 
 
 def take_parent() -> Notifier | None:
     """The parent of ``serve --supervise``, if this process is its worker: the parent gets the
     messages that the service manager would get.
     """
-    number = os.environ.pop(_PARENT_VARIABLE, "")
+    number = os.environ.pop(PARENT_VARIABLE, "")
     try:
         if not number.isdecimal() or not stat.S_ISSOCK(os.fstat(int(number)).st_mode):
             return None

@@ -113,38 +113,26 @@ class Lexer:
 
     def __init__(self, max_token: int) -> None:
         self.max_token = max_token
-        self._state = _START
-        self._begun = bytearray()  # the bytes of the token in progress, from earlier calls
+        #: Where it is, and what it has of the token in progress: for another lexer to go on.
+        self.state = _START
+        self.begun = bytearray()
 
     @property
     def idle(self) -> bool:
         """Whether no token is in progress."""
-        return self._state == _START
-
-    def snapshot(self) -> tuple[int, bytes]:
-        """The state it is in, and what it has of the token in progress; for :meth:`restore`."""
-        return self._state, bytes(self._begun)
-
-    def restore(self, state: int, begun: bytes) -> None:
-        """Go on where another lexer was when it gave :meth:`snapshot`."""
-        self._state = state
-        self._begun = bytearray(begun)
-
-    def drop(self) -> None:
-        """Keep nothing of the token in progress; what is given of it will be its end."""
-        self._begun.clear()
+        return self.state == _START
 
     @property
     def buffered(self) -> int:
         """Bytes kept of the token in progress."""
-        return len(self._begun)
+        return len(self.begun)
 
     def feed(self, data: bytes) -> Iterator[tuple[Token, bytes, int]]:
         """The tokens that *data* completes: what each is, its bytes, and the offset in *data*
         behind the last byte that was needed to tell.
         """
-        state, begin, at, size = self._state, 0, 0, len(data)
-        begun = self._begun
+        state, begin, at, size = self.state, 0, 0, len(data)
+        begun = self.begun
         while at < size:
             if (run := _RUN.get(state)) is not None:
                 match = run.match(data, at)
@@ -157,24 +145,22 @@ class Lexer:
             entry = _TABLE[state][data[at]]
             if entry >= _LOOKAHEAD:
                 entry -= _LOOKAHEAD
-                end = at
             else:
                 at += 1
-                end = at
             if entry >= Token.LCURLY:
-                text = data[begin:end]
+                text = data[begin:at]
                 if begun:
                     text = bytes(begun) + text
                     begun.clear()
                 state = _RECOVERY if entry == Token.ERROR else _START
                 # The state is kept before each token is given, so that the consumer may reset it.
-                self._state = state
+                self.state = state
                 yield Token(entry), text, at
-                state = self._state
+                state = self.state
                 begin = at
             else:
                 state = entry
-        self._state = state
+        self.state = state
         if state != _START and state != _RECOVERY:
             begun += data[begin:]
             if len(begun) > self.max_token:

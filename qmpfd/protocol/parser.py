@@ -18,10 +18,12 @@ from ..errors import GenericError
 from ..limits import INT64_MIN, MAX_NESTING, MAX_TOKENS, TOKEN_BYTES
 from .lexer import Lexer, Token
 from .saved import ParserState
-from .strings import BadString, unquote
+from .strings import syntax_error, unquote
 
 _UINT64_MAX = (1 << 64) - 1
 
+_BRACES = {Token.LCURLY: 1, Token.RCURLY: -1}
+_BRACKETS = {Token.LSQUARE: 1, Token.RSQUARE: -1}
 _KEYWORDS = {b"true": True, b"false": False, b"null": None}
 
 
@@ -34,6 +36,10 @@ class _Want(Enum):
     KEY = auto()  # after the comma of an object
     COLON = auto()
     COMMA_OR_END = auto()
+
+
+_KEYS = (_Want.KEY, _Want.KEY_OR_END)
+_EMPTY = ((_Want.KEY_OR_END, Token.RCURLY), (_Want.VALUE_OR_END, Token.RSQUARE))
 
 
 class _Level:
@@ -145,20 +151,21 @@ class Parser:
                 shown = text.split(b"\0")[0].decode("utf-8", "replace")
                 yield None, GenericError(f"JSON parse error, stray '{shown}'"), end
                 continue
-            self._count(token, text)
+            self._tokens += 1
+            self._bytes += len(text)
+            self._braces += _BRACES.get(token, 0)
+            self._brackets += _BRACKETS.get(token, 0)
             if not self._discarding:
-                self._text += text + b" "
-            limit = None if self._discarding else self._limit_passed(token)
-            if limit is not None:
-                yield None, GenericError(f"JSON {limit} limit exceeded"), end
-                if limit == "nesting depth":
-                    self._reset()  # as in QEMU, each closer that is left over is an error
-                    continue
-                self._discarding = True
-                self._stack.clear()
-                self._text.clear()
-            elif self._error is None and not self._discarding:
-                self._error = self._accept(token, text)
+                limit = self._limit_passed(token)
+                if limit is not None:
+                    yield None, GenericError(f"JSON {limit} limit exceeded"), end
+                    if limit == "nesting depth":
+                        self._reset()  # as in QEMU, each closer that is left over is an error
+                        continue
+                    self._discard()
+                else:
+                    self._text += text + b" "
+                    self._accept(token, text)
             if self._braces < 0 or self._brackets < 0 or not (self._braces or self._brackets):
                 if token is Token.TOO_BIG:
                     continue  # its end is still to come
@@ -172,11 +179,15 @@ class Parser:
     def give_up(self) -> None:
         """Drop the incomplete value, and all of it that is still to come."""
         if not self._discarding:
-            self._discarding = self._given_up = True
-            self._stack.clear()
-            self._text.clear()
-        self._lexer.drop()
+            self._discard()
+            self._given_up = True
+        self._lexer.begun.clear()
         self._charge()
+
+    def _discard(self) -> None:
+        self._discarding = True
+        self._stack.clear()
+        self._text.clear()
 
     def _report_given_up(self, end: int) -> Iterator[tuple[Any, GenericError | None, int]]:
         if self._given_up:
@@ -185,14 +196,13 @@ class Parser:
 
     def snapshot(self) -> ParserState:
         """The incomplete value, for :meth:`restore`."""
-        state, begun = self._lexer.snapshot()
         return ParserState(
             b"" if self._discarding else bytes(self._text),
             self._discarding,
             self._braces,
             self._brackets,
-            state,
-            begun,
+            self._lexer.state,
+            bytes(self._lexer.begun),
             self._given_up,
         )
 
@@ -216,7 +226,7 @@ class Parser:
             self._discarding, self._tokens = True, 1
             self._braces, self._brackets = saved.braces, saved.brackets
             self._given_up = saved.given_up
-        self._lexer.restore(saved.lexer_state, saved.begun)
+        self._lexer.state, self._lexer.begun = saved.lexer_state, bytearray(saved.begun)
         self._charge()
 
     def close(self) -> None:
@@ -235,18 +245,6 @@ class Parser:
     def _charge(self) -> None:
         self._budget.charge(self.give_up, self._owner, self._cost)
 
-    def _count(self, token: Token, text: bytes) -> None:
-        self._tokens += 1
-        self._bytes += len(text)
-        if token is Token.LCURLY:
-            self._braces += 1
-        elif token is Token.RCURLY:
-            self._braces -= 1
-        elif token is Token.LSQUARE:
-            self._brackets += 1
-        elif token is Token.RSQUARE:
-            self._brackets -= 1
-
     def _limit_passed(self, token: Token) -> str | None:
         if self._bytes > self._max_bytes or token is Token.TOO_BIG:
             return "token size"
@@ -258,83 +256,75 @@ class Parser:
 
     # -- the grammar ---------------------------------------------------------------------------
 
-    def _accept(self, token: Token, text: bytes) -> GenericError | None:
-        """Add one token to the value; the error, if the grammar does not allow the token here."""
+    def _accept(self, token: Token, text: bytes) -> None:
+        """Add one token to the value; keep the first error where the grammar does not allow it."""
+        if self._error is not None:
+            return
         want = self._want
-        if want is _Want.COLON:
-            if token is not Token.COLON:
-                return _syntax("missing : in object pair")
-            self._want = _Want.VALUE
-            return None
-        if want is _Want.COMMA_OR_END:
-            return self._separator(token)
-        if want is _Want.KEY_OR_END and token is Token.RCURLY:
-            return self._close()
-        if want is _Want.VALUE_OR_END and token is Token.RSQUARE:
-            return self._close()
-        is_key = want is _Want.KEY or want is _Want.KEY_OR_END
-        if token is Token.LCURLY:
-            self._stack.append(_Level({}, is_key))
-            self._want = _Want.KEY_OR_END
-            return None
-        if token is Token.LSQUARE:
-            self._stack.append(_Level([], is_key))
-            self._want = _Want.VALUE_OR_END
-            return None
-        return self._scalar(token, text, is_key)
+        try:
+            if want is _Want.COLON:
+                if token is not Token.COLON:
+                    raise syntax_error("missing : in object pair")
+                self._want = _Want.VALUE
+            elif want is _Want.COMMA_OR_END:
+                self._separate(token)
+            elif (want, token) in _EMPTY:
+                self._end()
+            elif token is Token.LCURLY:
+                self._begin({}, _Want.KEY_OR_END)
+            elif token is Token.LSQUARE:
+                self._begin([], _Want.VALUE_OR_END)
+            else:
+                self._complete(_scalar(token, text), want in _KEYS)
+        except GenericError as exc:
+            self._error = exc
 
-    def _separator(self, token: Token) -> GenericError | None:
-        level = self._stack[-1]
-        in_dict = isinstance(level.value, dict)
+    def _begin(self, value: dict[str, Any] | list[Any], want: _Want) -> None:
+        self._stack.append(_Level(value, self._want in _KEYS))
+        self._want = want
+
+    def _separate(self, token: Token) -> None:
+        in_dict = isinstance(self._stack[-1].value, dict)
         if token is Token.COMMA:
             self._want = _Want.KEY if in_dict else _Want.VALUE
-            return None
-        if token is (Token.RCURLY if in_dict else Token.RSQUARE):
-            return self._close()
-        return _syntax(f"expected separator in {'dict' if in_dict else 'list'}")
-
-    def _close(self) -> GenericError | None:
-        level = self._stack.pop()
-        return self._complete(level.value, level.is_key)
-
-    def _scalar(self, token: Token, text: bytes, is_key: bool) -> GenericError | None:
-        value: Any
-        if token is Token.STRING:
-            try:
-                value = unquote(text)
-            except BadString as exc:
-                return _syntax(str(exc))
-        elif token is Token.INTEGER or token is Token.FLOAT:
-            value = _number(token, text)
-        elif token is Token.KEYWORD:
-            if text not in _KEYWORDS:
-                return _syntax(f"invalid keyword '{text.decode('ascii')}'")
-            value = _KEYWORDS[text]
+        elif token is (Token.RCURLY if in_dict else Token.RSQUARE):
+            self._end()
         else:
-            return _syntax("expecting value")
-        return self._complete(value, is_key)
+            raise syntax_error(f"expected separator in {'dict' if in_dict else 'list'}")
 
-    def _complete(self, value: Any, is_key: bool) -> GenericError | None:
+    def _end(self) -> None:
+        level = self._stack.pop()
+        self._complete(level.value, level.is_key)
+
+    def _complete(self, value: Any, is_key: bool) -> None:
         """Put a complete value into the object or array around it, or make it the result."""
         if not self._stack:
             self._result = value
-            return None
+            return
         level = self._stack[-1]
         if is_key:
             if not isinstance(value, str):
-                return _syntax("key is not a string in object")
+                raise syntax_error("key is not a string in object")
             level.key = value
             self._want = _Want.COLON
-            return None
+            return
         self._want = _Want.COMMA_OR_END
         if isinstance(level.value, list):
             level.value.append(value)
         elif level.key in level.value:
-            return _syntax("duplicate key")
+            raise syntax_error("duplicate key")
         else:
             level.value[level.key] = value
-        return None
 
 
-def _syntax(what: str) -> GenericError:
-    return GenericError(f"JSON parse error, {what}")
+def _scalar(token: Token, text: bytes) -> Any:
+    """The value of a token that is one by itself."""
+    if token is Token.STRING:
+        return unquote(text)
+    if token is Token.INTEGER or token is Token.FLOAT:
+        return _number(token, text)
+    if token is not Token.KEYWORD:
+        raise syntax_error("expecting value")
+    if text not in _KEYWORDS:
+        raise syntax_error(f"invalid keyword '{text.decode('ascii')}'")
+    return _KEYWORDS[text]

@@ -53,17 +53,14 @@ _SMALLEST = 3
 
 
 class _GHashTable:
-    """The slots of a GHashTable: a key, nothing, or where a key was (a tombstone)."""
+    """The slots of a GHashTable to which keys are added first, and from which some are removed
+    then: a key, nothing, or where a key was (a tombstone: False).
+    """
 
     def __init__(self) -> None:
-        self._count = self._occupied = 0
-        self._slots: list[str | bool | None] = []
-        self._set_shift(_SMALLEST)
-        self._slots = [None] * self._size
-
-    def _set_shift(self, shift: int) -> None:
-        self._size = 1 << shift
-        self._modulus = _PRIMES[min(shift, len(_PRIMES) - 1)]
+        self._count = self._occupied = 0  # keys; and tombstones with them
+        self._modulus = _PRIMES[_SMALLEST]
+        self.slots: list[str | bool | None] = [None] * (1 << _SMALLEST)
 
     def _home(self, key: str) -> int:
         value = 5381
@@ -75,40 +72,34 @@ class _GHashTable:
     def _find(self, key: str) -> int:
         """The slot that holds *key*, or else the one for it."""
         slot, step = self._home(key), 0
-        tombstone: int | None = None
-        while (there := self._slots[slot]) is not None:
-            if there == key:
-                return slot
-            if there is False and tombstone is None:
-                tombstone = slot
+        while self.slots[slot] not in (None, key):
             step += 1
-            slot = slot + step & self._size - 1
-        return slot if tombstone is None else tombstone
+            slot = slot + step & len(self.slots) - 1
+        return slot
 
     def add(self, key: str) -> None:
-        slot = self._find(key)
-        was_empty = self._slots[slot] is None
-        self._slots[slot] = key
+        self.slots[self._find(key)] = key
         self._count += 1
-        if was_empty:
-            self._occupied += 1
-            self._resize_if_due()
+        self._occupied += 1
+        self._resize_if_due()
 
     def discard(self, key: str) -> None:
         slot = self._find(key)
-        if self._slots[slot] == key:
-            self._slots[slot] = False
+        if self.slots[slot] is not None:
+            self.slots[slot] = False
             self._count -= 1
             self._resize_if_due()
 
     def _resize_if_due(self) -> None:
-        sparse = self._size > max(self._count * 4, 1 << _SMALLEST)
-        if not sparse and self._size > self._occupied + self._occupied // 16:
+        before = len(self.slots)
+        sparse = before > max(self._count * 4, 1 << _SMALLEST)
+        if not sparse and before > self._occupied + self._occupied // 16:
             return
-        before = len(self._slots)
-        self._set_shift(max(int(self._count * 1.333).bit_length(), _SMALLEST))
-        slots: list[str | None] = [key if isinstance(key, str) else None for key in self._slots]
-        slots += [None] * (self._size - before)
+        shift = max(int(self._count * 1.333).bit_length(), _SMALLEST)
+        self._modulus = _PRIMES[min(shift, len(_PRIMES) - 1)]
+        size = 1 << shift
+        slots: list[str | None] = [key if isinstance(key, str) else None for key in self.slots]
+        slots += [None] * (size - before)
         moved = [False] * len(slots)
         for start in range(before):
             key = slots[start]
@@ -119,14 +110,11 @@ class _GHashTable:
                 slot, step = self._home(key), 0
                 while moved[slot]:
                     step += 1
-                    slot = slot + step & self._size - 1
+                    slot = slot + step & size - 1
                 moved[slot] = True
                 slots[slot], key = key, slots[slot]
-        self._slots = list(slots[: self._size])
+        self.slots = list(slots[:size])
         self._occupied = self._count
-
-    def first(self) -> str:
-        return next(key for key in self._slots if isinstance(key, str))
 
 
 def first_left_over(members: Iterable[str], known: Iterable[str]) -> str:
@@ -140,4 +128,4 @@ def first_left_over(members: Iterable[str], known: Iterable[str]) -> str:
         table.add(key)
     for key in known:
         table.discard(key)
-    return table.first()
+    return next(key for key in table.slots if isinstance(key, str))

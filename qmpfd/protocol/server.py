@@ -59,11 +59,6 @@ class ConnectionState(Struct, forbid_unknown_fields=True):
     receive_buffer: ReceiveBufferState
     messages: list[MessageState]
 
-    @property
-    def fd_count(self) -> int:
-        """How many descriptors it comes with."""
-        return self.receive_buffer.fds + sum(message.fds or 0 for message in self.messages)
-
 
 class ServerConnection(Connection):
     """The server's end: requests in, replies and events out.

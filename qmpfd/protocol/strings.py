@@ -12,9 +12,12 @@ from __future__ import annotations
 import json
 import re
 
+from ..errors import GenericError
 
-class BadString(ValueError):
-    """The string cannot be read; the message is what QEMU says of it."""
+
+def syntax_error(what: str) -> GenericError:
+    """What QEMU answers to text that it cannot parse."""
+    return GenericError(f"JSON parse error, {what}")
 
 
 # All up to the first escape that is refused; nothing is ever given back (the last plus sign).
@@ -43,26 +46,26 @@ def _checked(text: bytes) -> bytes:
     try:
         text.decode("utf-8")
     except UnicodeDecodeError:
-        raise BadString("invalid UTF-8 sequence in string") from None
+        raise syntax_error("invalid UTF-8 sequence in string") from None
     if any(part in text for part in _OF_NONCHARACTERS) and _NONCHARACTER.search(text):
-        raise BadString("invalid UTF-8 sequence in string")
+        raise syntax_error("invalid UTF-8 sequence in string")
     return text
 
 
-def _refused(escape: bytes) -> BadString:
+def _refused(escape: bytes) -> GenericError:
     """Why the escape that *escape* begins with is refused."""
     if escape[1:2] != b"u":
-        return BadString("invalid escape sequence in string")
+        return syntax_error("invalid escape sequence in string")
     whole = _PAIR.match(escape) or _UNIT.match(escape)
     shown = escape[:6] if whole is None else whole[0]
-    return BadString(f"{shown.decode('ascii', 'replace')} is not a valid Unicode character")
+    return syntax_error(f"{shown.decode('ascii', 'replace')} is not a valid Unicode character")
 
 
 def unquote(token: bytes) -> str:
     """The text of a string token, quotes included in *token*.
 
     Raises:
-        BadString: an escape or a sequence of bytes that the dialect refuses.
+        GenericError: an escape or a sequence of bytes that the dialect refuses.
     """
     text = token[1:-1]
     if b"\\" not in text:

@@ -16,12 +16,13 @@ import msgspec
 import trio
 
 from ..client.blocking import NoDaemon
+from ..commands.events import EventLog
 from ..errors import QMPError
 from ..fdsets import PERMANENT, Lifetime, Peer, StoredFd
 from ..kernel.fd import Fd
 from ..limits import TAKEOVER_TIMEOUT
 from ..transport import FdStream
-from .connection.snapshot import WatchRestorer
+from .connection.snapshot import restore, resume
 from .fdstore.recover import Recovered
 from .listen.listener import UnixListener
 from .saved_state import SavedFd, SavedListener
@@ -127,29 +128,24 @@ def _inherit_listeners(
 
 
 def _restore_sessions(server: DaemonServer, rest: SavedRest, takeover: Takeover) -> None:
-    fds = _take_out(takeover.others)
+    fds = iter(takeover.others.popleft, None)  # IndexError where there are too few
     sessions = []
     for saved in rest.sessions:
         sock = socket.socket(fileno=next(fds).detach())
         stream = FdStream(trio.socket.from_stdlib_socket(sock))
-        sessions.append(server.restore_session(stream, saved, fds))
+        session = server.readmit(stream, Peer(*saved.peer), frozenset(saved.groups), saved.idle)
+        restore(session, saved, fds)
+        sessions.append(session)
     _fill_store(server, rest.at, rest.added, dict(takeover.stored), sessions)
     # Only now, as what was stored before is news to nobody, and a listing is of what is stored.
-    watches = WatchRestorer(rest.logs)
+    logs: dict[EventLog, int] = {}
     for session, saved in zip(sessions, rest.sessions, strict=True):
-        session.restore_reply(saved, rest.texts)
-        watches.restore(saved, session.context)
+        resume(session, saved, rest, logs)
     stats, saved_stats = server.daemon.stats, rest.stats
     stats.commands.update(saved_stats.commands)
     stats.errors.update(saved_stats.errors)
     stats.accepted, stats.turned_away = saved_stats.accepted, saved_stats.turned_away
     stats.started_at = saved_stats.started_at + _clock_offset(server, rest.at)
-
-
-def _take_out(fds: deque[Fd]) -> Iterator[Fd]:
-    """Each of *fds*, which the caller owns from then on."""
-    while fds:
-        yield fds.popleft()
 
 
 def _clock_offset(server: DaemonServer, at: float) -> float:

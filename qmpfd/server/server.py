@@ -18,11 +18,10 @@ from ..kernel.close_pool import ClosePool
 from ..kernel.fd import Fd
 from ..kernel.hangups import Hangups
 from ..limits import MAX_INCOMPLETE_BYTES, MAX_UNSENT_BYTES, Limits
-from ..policy import Policy
+from ..policy import Access, Policy
 from ..protocol.parser import Budget
 from ..transport import FdStream
 from .connection.reader import Reader
-from .connection.saved import SavedSession
 from .connection.session import Session
 from .connection.session_state import SessionEnd
 from .durability import Durability, Unmirrored
@@ -278,21 +277,16 @@ class DaemonServer(Server):
         for session in self.sessions:
             session.release()
 
-    def restore_session(self, stream: FdStream, saved: SavedSession, fds: Iterator[Fd]) -> Session:
+    def readmit(self, stream: FdStream, peer: Peer, groups: frozenset[int], idle: float) -> Session:
         """Go on with a client of the predecessor, once :meth:`run` runs.
 
         Args:
             stream: its connection; owned from here on.
-            saved: the session's state.
-            fds: the session's descriptors.
+            peer: who is at its other end.
+            groups: all groups of the peer.
+            idle: seconds since it last asked something.
         """
-        peer, groups = Peer(*saved.peer), frozenset(saved.groups)
-        access = self._admission.readmit(peer, groups)
-        session = Session(self.services, stream, peer, groups, access)
-        self.daemon.stats.connections += 1
-        self.sessions.add(session)
-        session.restore(saved, fds)
-        return session
+        return self._begin(stream, peer, groups, self._admission.readmit(peer, groups), idle)
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -307,14 +301,24 @@ class DaemonServer(Server):
             except QMPError as exc:
                 self._reject(stream, peer, exc)
                 return
-            session = Session(self.services, stream, peer, groups, access)
+            session = self._begin(stream, peer, groups, access)
             stack.pop_all()
-        stats = self.daemon.stats
-        stats.accepted += 1
-        stats.connections += 1
-        self.sessions.add(session)
+        self.daemon.stats.accepted += 1
         assert self._nursery is not None
         self._nursery.start_soon(self._serve, session)
+
+    def _begin(
+        self,
+        stream: FdStream,
+        peer: Peer,
+        groups: frozenset[int],
+        access: Access,
+        idle: float = 0.0,
+    ) -> Session:
+        session = Session(self.services, stream, peer, groups, access, idle)
+        self.daemon.stats.connections += 1
+        self.sessions.add(session)
+        return session
 
     def reject(self, sock: trio.socket.SocketType, reason: QMPError) -> None:
         """Tell a client why it is not served.

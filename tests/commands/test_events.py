@@ -276,9 +276,9 @@ async def test_the_longest_text_of_all(path: Path) -> None:
             assert (await wire.reply())["data"]["opaque"] == long
 
 
-def event(number: int, size: int = 200) -> Event:
+def event(number: int, size: int = 256) -> Event:
     """One that is about that descriptor, as large as that."""
-    return Event("FD_ADDED", FdAdded(0, number), size)
+    return Event.now("FD_ADDED", FdAdded(0, number, "x" * ((size - 256) // 6) or None))
 
 
 def told(watcher: Watcher) -> list[Any]:
@@ -294,16 +294,16 @@ def test_the_newest_are_kept() -> None:
     first = Watcher(log, lambda: False)
     long = MAX_EVENT_BYTES // 2
     for each in (event(1), event(2, long)):
-        log.put(each, 0, None)
+        log.put(each)
     second = Watcher(log, lambda: False)
     assert told(second) == []
     for each in (event(3, long), event(4)):
-        log.put(each, 0, None)
+        log.put(each)
     assert told(first) == ["2 lost", 3, 4]
     assert told(first) == []
     assert told(second) == [3, 4]
-    log.put(event(5), 0, None)
-    log.put(event(6, 2 * long), 0, None)  # alone it may be longer
+    log.put(event(5))
+    log.put(event(6, 2 * long))  # alone it may be longer
     assert told(first) == told(second) == ["1 lost", 6]
 
 
@@ -311,7 +311,7 @@ def test_as_many_as_there_may_be() -> None:
     log = EventLog(EVERYTHING)
     watcher = Watcher(log, lambda: False)
     for number in range(MAX_EVENTS + 3):
-        log.put(event(number), 0, None)
+        log.put(event(number))
     assert told(watcher) == ["3 lost", *range(3, MAX_EVENTS + 3)]
 
 
@@ -320,7 +320,7 @@ def test_a_little_is_taken_at_a_time() -> None:
     log = EventLog(EVERYTHING)
     watcher = Watcher(log, lambda: False)
     for number in range(MAX_EVENTS):
-        log.put(event(number), 0, None)
+        log.put(event(number))
     takes = list(iter(watcher.next_batch, b""))
     assert sum(take.count(b"FD_ADDED") for take in takes) == MAX_EVENTS
     assert max(map(len, takes)) < EVENT_BYTES_A_TURN + 200

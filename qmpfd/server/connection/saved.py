@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from msgspec import Struct
 
 from ...commands import Stats
-from ...commands.events import EventLog, SavedEvent, SavedWatch
+from ...commands.events import Event, SavedWatch
 from ...commands.listings import SavedListing
 from ...protocol.server import ConnectionState
 from ..saved_state import SavedFd
@@ -56,34 +54,6 @@ class SavedSession(Struct, forbid_unknown_fields=True):
     reply: SavedReply | None
     watch: SavedWatch | None
 
-    @property
-    def fd_count(self) -> int:
-        """How many descriptors it comes with."""
-        sent = sum(count for _, count in self.unsent)
-        reply = 0 if self.reply is None else self.reply.fds
-        return 1 + self.connection.fd_count + len(self.names) + sent + reply
-
-
-class SharedParts:
-    """What sessions refer to, and goes over once for all of them.
-
-    Args:
-        logs: the events, for each set of rights among those who watch.
-    """
-
-    def __init__(self, logs: Sequence[EventLog]) -> None:
-        self.logs = logs
-        #: Opaque texts that listings are in the middle of.
-        self.texts: list[str] = []
-        self._text_numbers: dict[int, int] = {}
-
-    def text(self, text: str) -> int:
-        """The number of *text*, which is the same object each time."""
-        number = self._text_numbers.setdefault(id(text), len(self.texts))
-        if number == len(self.texts):
-            self.texts.append(text)
-        return number
-
 
 class SavedRest(Struct, forbid_unknown_fields=True):
     """What a daemon hands over once it is paused.
@@ -100,6 +70,7 @@ class SavedRest(Struct, forbid_unknown_fields=True):
         sessions: the connections.
         texts: opaque texts that their listings are in the middle of.
         logs: the events that watchers among them read.
+        others: how many descriptors follow those that are stored.
         stats: what has happened so far; *started_at* is by CLOCK_MONOTONIC.
         journal: whether the daemon's journal comes last: it is kept safe by somebody, who would
             start it again.
@@ -110,11 +81,7 @@ class SavedRest(Struct, forbid_unknown_fields=True):
     added: list[SavedFd]
     sessions: list[SavedSession]
     texts: list[str]
-    logs: list[list[SavedEvent]]
+    logs: list[list[Event]]
+    others: int
     stats: Stats
     journal: bool
-
-    @property
-    def session_fds(self) -> int:
-        """How many descriptors the connections come with."""
-        return sum(session.fd_count for session in self.sessions)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from contextlib import suppress
 from time import monotonic
 from typing import NamedTuple
@@ -31,9 +30,7 @@ from ..services import Services
 from .delivery import Delivery
 from .fd_accounting import CLOSES_A_STEP
 from .request_processor import RequestProcessor
-from .saved import SavedSession, SharedParts
 from .session_state import TRANSITIONS, Event, SessionEnd, SessionState
-from .snapshot import describe, restore, restore_reply
 
 _log = logging.getLogger("qmpfd")
 
@@ -64,6 +61,7 @@ class Session:
         peer: who is at its other end.
         groups: all groups of the peer.
         access: what it may do.
+        idle: seconds since it last asked something, if that was of a predecessor.
     """
 
     def __init__(
@@ -73,6 +71,7 @@ class Session:
         peer: Peer,
         groups: frozenset[int],
         access: Access,
+        idle: float = 0.0,
     ) -> None:
         self.peer = peer
         self.groups = groups
@@ -86,18 +85,22 @@ class Session:
             budget=services.input_budget,
             owner=peer.uid,
         )
-        self._context = Context(services.shared, self._connection, peer, access, self._send_events)
+        #: The connection as its commands see it.
+        self.context = Context(services.shared, self._connection, peer, access, self._send_events)
         if address := stream.socket.getsockname():
             services.shared.addresses.add(address)
-        self._since = trio.current_time()  # when it connected, or was last seen to have asked
+        # When it connected, or was last seen to have asked something.
+        self._since = trio.current_time() - idle
         self._connected_at = self._since
         self._state = SessionState.SERVING
         self._scope = trio.CancelScope()
-        self._delivery = Delivery(services, stream, peer, self._context, self._on_drained)
-        self._send_buffer = self._delivery.send_buffer
-        self._fd_accounting = self._delivery.fd_accounting
-        self._processor = RequestProcessor(
-            services, self._connection, self._context, self._delivery, self._park
+        #: Sends to the client.
+        self.delivery = Delivery(services, stream, peer, self.context, self._on_drained)
+        self._send_buffer = self.delivery.send_buffer
+        self._fd_accounting = self.delivery.fd_accounting
+        #: Carries out what the client asks for.
+        self.processor = RequestProcessor(
+            services, self._connection, self.context, self.delivery, self._park
         )
 
     async def serve(self) -> SessionEnd:
@@ -118,9 +121,9 @@ class Session:
     async def aclose(self) -> None:
         """Close the connection and all that is kept for its time only."""
         self._services.reader.forget(self.stream.socket.fileno())
-        self._delivery.close()
+        self.delivery.close()
         self._services.close_stream(self.stream, self.peer.uid)
-        self._processor.close()
+        self.processor.close()
         self._connection.close()
         self._fd_accounting.update_undelivered()
         with trio.move_on_after(LOCK_TIMEOUT, shield=True):
@@ -132,7 +135,7 @@ class Session:
         more = True
         while more:
             async with self._services.locked():
-                more = self._context.close(CLOSES_A_STEP)
+                more = self.context.close(CLOSES_A_STEP)
             while self._connection.fds_to_close:
                 self._fd_accounting.close_after_sync(CLOSES_A_STEP)
                 if more or self._connection.fds_to_close:
@@ -148,7 +151,7 @@ class Session:
 
     def change_access(self, access: Access) -> None:
         """The policy has changed: what the client may do from now on."""
-        self._context.change_access(access)
+        self.context.change_access(access)
 
     def refresh_in_flight(self) -> None:
         """Count no more what the client has received meanwhile."""
@@ -159,27 +162,27 @@ class Session:
         return Client(
             self.peer,
             now - self._connected_at,
-            self._idle(now),
-            self._context.fd_count,
-            self._context.events is not None,
+            self.idle(now),
+            self.context.fd_count,
+            self.context.events is not None,
         )
 
-    def _idle(self, now: float) -> float:
+    def idle(self, now: float) -> float:
         """Seconds since it connected, or last asked something."""
-        return 0.0 if self._processor.active_since_check else now - self._since
+        return 0.0 if self.processor.active_since_check else now - self._since
 
     def evict_if_idle(self, now: float) -> None:
         """End if the client has not negotiated in time, or has asked nothing for too long."""
         if self._state is SessionState.EVICTED:
             return
-        if self._processor.active_since_check:
-            self._since, self._processor.active_since_check = now, False
+        if self.processor.active_since_check:
+            self._since, self.processor.active_since_check = now, False
         if self._connection.state is not State.COMMANDS:
             limit: float | None = NEGOTIATION_TIMEOUT
             desc = f"No 'qmp_capabilities' within {NEGOTIATION_TIMEOUT:g} s"
         else:
             waits = self._state is SessionState.WAITING and not self._send_buffer.uncommitted
-            if not waits or self._context.events is not None:
+            if not waits or self.context.events is not None:
                 return
             limit = self._services.shared.limits.idle_timeout
             desc = f"Idle for more than {limit} s"
@@ -192,11 +195,6 @@ class Session:
             self._scope.cancel()
 
     # -- takeover ------------------------------------------------------------------------------
-
-    @property
-    def context(self) -> Context:
-        """The connection as its commands see it."""
-        return self._context
 
     @property
     def is_quiescent(self) -> bool:
@@ -212,70 +210,30 @@ class Session:
 
     def pause(self) -> None:
         """The daemon is paused: wait for nothing that may take for ever."""
-        self._delivery.pause()
+        self.delivery.pause()
 
     def resume(self) -> None:
         """The daemon is no longer paused: see to it that what is unsent is sent."""
-        self._delivery.resume()
+        self.delivery.resume()
 
     def refuse_takeover(self, reason: QMPError) -> None:
         """Answer the request for a takeover with an error, without waiting: another takeover may be
         under way.  Who asks for one takes its replies.
         """
-        reply = self._connection.reply(Error(reason), self._processor.takeover_id)
+        reply = self._connection.reply(Error(reason), self.processor.takeover_id)
         if not self._send_buffer.size:
             with suppress(trio.BrokenResourceError):
                 self.stream.send_nowait(reply)
 
     async def reply_to_takeover(self, memory: Fd, lifeline: Fd) -> None:
         """Answer the request for a takeover, with the daemon's state and a lifeline."""
-        reply = self._connection.reply(Value(NOTHING), self._processor.takeover_id)
+        reply = self._connection.reply(Value(NOTHING), self.processor.takeover_id)
         await self.stream.send_all(reply, [memory, lifeline])
-
-    def describe(self, now: float, parts: SharedParts) -> tuple[SavedSession, list[int]]:
-        """All that a successor needs to go on, and the numbers of the descriptors.
-
-        Args:
-            now: the time, by the daemon's clock.
-            parts: where that goes which sessions share.
-        """
-        saved, fds = describe(
-            self.peer,
-            self.groups,
-            self._idle(now),
-            self._context,
-            self._send_buffer,
-            self._processor.streamed_reply,
-            parts,
-        )
-        return saved, [self.stream.socket.fileno(), *(fd.fileno() for fd in fds)]
-
-    def restore(self, saved: SavedSession, fds: Iterator[Fd]) -> None:
-        """Go on where the session of another daemon was.
-
-        Args:
-            saved: its state.
-            fds: its descriptors but for the connection; as many as there are are taken.
-        """
-        restore(saved, fds, self._context, self._send_buffer)
-        self._since -= saved.idle
-        self._connected_at = self._since
-        self._fd_accounting.update_undelivered()
-
-    def restore_reply(self, saved: SavedSession, texts: list[str]) -> None:
-        """Go on with the reply in progress, once the store is there.
-
-        Args:
-            saved: the state.
-            texts: what listings are in the middle of.
-        """
-        if saved.reply is not None:
-            self._processor.streamed_reply = restore_reply(saved.reply, self._context, texts)
 
     def release(self) -> None:
         """Another daemon goes on: let go of all that is the client's, without a word to it."""
         self._send_buffer.discard()
-        self._context.close()
+        self.context.close()
         self._connection.close()
         fds_to_close = self._connection.fds_to_close
         self._services.shared.closer.close_duplicates(fds_to_close)
@@ -290,9 +248,9 @@ class Session:
         long, does the next one in the gate: it lets in one client in each pass of the loop, in the
         order in which they come.
         """
-        services, stream, context = self._services, self.stream, self._context
-        if self._processor.unfinished:  # from a predecessor: what it has read, and not done
-            await self._processor.process()
+        services, stream, context = self._services, self.stream, self.context
+        if self.processor.unfinished:  # from a predecessor: what it has read, and not done
+            await self.processor.process()
         piece = _Piece()
         while True:  # noqa: ASYNC913 - each way round has a checkpoint
             if piece.arrival is not Arrival.SOME and services.lifecycle.stopping:
@@ -316,7 +274,7 @@ class Session:
                         piece = self._serve_chunks(services.turn_ends())
                         services.durability.push()
             if not piece.done:
-                await self._processor.process()
+                await self.processor.process()
             if context.ending is Ending.TAKEOVER:
                 return SessionEnd.TAKEOVER
             if context.ending is Ending.QUIT or piece.arrival is Arrival.END:
@@ -326,11 +284,11 @@ class Session:
         """Carry out a little of what the client has sent; None if that is all there is to do."""
         max_fds = self._services.shared.quotas.fds_at_once
         arrival = self.stream.receive_nowait(self._connection, FEW_BYTES, max_fds)
-        done = self._processor.process_nowait(now + LIGHT_SECONDS)
+        done = self.processor.process_nowait(now + LIGHT_SECONDS)
         if done and (arrival is _ALL or arrival is Arrival.NOTHING):
             return None
         self._move(Event.INPUT)
-        return _Piece(arrival, done, arrival is Arrival.SOME or self._processor.unfinished)
+        return _Piece(arrival, done, arrival is Arrival.SOME or self.processor.unfinished)
 
     def _serve_chunks(self, ends: float) -> _Piece:
         """Carry out what the client has sent, as much as there is time for in its turn."""
@@ -339,8 +297,8 @@ class Session:
             arrival = self.stream.receive_nowait(
                 self._connection, READ_BYTES, self._services.shared.quotas.fds_at_once
             )
-            done = self._processor.process_nowait(ends)
-        heavy = monotonic() > ends or arrival is Arrival.SOME or self._processor.unfinished
+            done = self.processor.process_nowait(ends)
+        heavy = monotonic() > ends or arrival is Arrival.SOME or self.processor.unfinished
         return _Piece(arrival, done, heavy)
 
     async def _serve_rest(self) -> SessionEnd:
@@ -349,12 +307,12 @@ class Session:
         while arrival not in (Arrival.NOTHING, Arrival.END):
             arrival = self.stream.receive_nowait(self._connection)
             async with self._services.locked():
-                done = self._processor.process_nowait(self._services.turn_ends())
+                done = self.processor.process_nowait(self._services.turn_ends())
             if not done:
-                await self._processor.process()
-            if self._context.ending is Ending.TAKEOVER:
+                await self.processor.process()
+            if self.context.ending is Ending.TAKEOVER:
                 return SessionEnd.TAKEOVER  # which is refused
-            if self._context.ending is Ending.QUIT:
+            if self.context.ending is Ending.QUIT:
                 break
         return SessionEnd.CLOSED
 
@@ -362,10 +320,10 @@ class Session:
 
     def _send_events(self) -> bool:
         """Send some of the events that wait; whether more of them can be sent at once."""
-        events, send_buffer = self._context.events, self._send_buffer
+        events, send_buffer = self.context.events, self._send_buffer
         if events is None or self._services.lifecycle.paused:
             return False
-        if send_buffer.size or self._processor.streamed_reply is not None:
+        if send_buffer.size or self.processor.streamed_reply is not None:
             return False  # until the client has taken that
         if not (data := events.next_batch()):
             return False
@@ -379,12 +337,12 @@ class Session:
             send_buffer.abort()
         if not (send_buffer.unsent or send_buffer.uncommitted_queue):
             return True
-        self._delivery.start_drain()
+        self.delivery.start_drain()
         return False
 
     def _on_drained(self) -> None:
         """The client has taken what it was sent."""
         if self._fd_accounting.undelivered:
             self._fd_accounting.update_undelivered()
-        if self._context.events is not None and self._context.events.is_behind:
+        if self.context.events is not None and self.context.events.is_behind:
             self._services.shared.on_event()

@@ -118,8 +118,7 @@ class Takeover:
             for number in rest.removed:
                 del self.stored[number]
             self._reserve_added([fd.number for fd in rest.added])
-            others = len(self.state.listeners) + rest.session_fds + rest.journal
-            self._receive_fds(len(self.stored) + others, timeout)
+            self._receive_fds(len(self.stored) + rest.others, timeout)
         except TimeoutError:
             raise NoDaemon("the old daemon does not answer") from None
         except NoDaemon:

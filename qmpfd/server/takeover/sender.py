@@ -36,8 +36,9 @@ from ...limits import CLOSE_TIMEOUT, FORGET_TIMEOUT, MAX_PAUSE, SCM_MAX_FD, TAKE
 from ...transport import FdStream
 from .. import saved_state as saved
 from ..closing import all_closed
-from ..connection.saved import SavedRest, SharedParts
+from ..connection.saved import SavedRest
 from ..connection.session import Session
+from ..connection.snapshot import describe
 from ..durability import Durability
 from ..listen.listener import UnixListener
 from ..services import Services
@@ -262,11 +263,12 @@ def _describe_rest(
             index = None if owner is None else owners.get(id(owner), -1)
             added.append(saved.SavedFd.of(stored, at - now, owner=index))
     fds.sort()
+    stored_count = len(fds)
     fds += [listener.socket.fileno() for listener in server.listeners]
     saved_sessions = []
-    parts = SharedParts(list(daemon.logs.values()))
+    logs, texts = list(daemon.logs.values()), dict[str, int]()
     for session in sessions:
-        entry, its_fds = session.describe(now, parts)
+        entry, its_fds = describe(session, now, logs, texts)
         saved_sessions.append(entry)
         fds += its_fds
     journal = durability.journal
@@ -277,8 +279,9 @@ def _describe_rest(
         removed=removed,
         added=added,
         sessions=saved_sessions,
-        texts=parts.texts,
-        logs=[log.save() for log in parts.logs],
+        texts=list(texts),
+        logs=[list(log.events) for log in logs],
+        others=len(fds) - stored_count,
         stats=replace(daemon.stats, started_at=daemon.stats.started_at + at - now),
         journal=journal is not None,
     )

@@ -603,6 +603,7 @@ REST_1 = {
     ],
     "texts": ["t"],
     "logs": [[{"name": "FD_ADDED", "time": 1, "data": {"fdset-id": 0, "fd": 9}}]],
+    "others": 2,
     "stats": {
         "started_at": 5.0, "connections": 1, "accepted": 1, "turned_away": 0,
         "commands": {"add-fd": 1}, "errors": {},
@@ -617,7 +618,6 @@ def test_format_1_is_read() -> None:
     assert isinstance(state, SavedState)
     assert state.stored_numbers == [9]
     rest = msgspec.msgpack.decode(msgspec.msgpack.encode(REST_1), type=SavedRest)
-    assert rest.session_fds == 2
     # And is what is written: a member that came in would have to have a default.
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(rest)) == REST_1
 

@@ -269,7 +269,7 @@ def old_to_the_end(listener: socket.socket, path: Path, pipe: Pipe) -> bytes:
     file = SavedListener(os.fsencode(path), (at.st_dev, at.st_ino))
     stored = SavedFd("", 0, 30, None, None, 0.0, None, watch_hangup=False)
     state = SavedState(0.0, [stored], [file])
-    rest = SavedRest(0.0, [], [], [], [], [], Stats(0.0), journal=False)
+    rest = SavedRest(0.0, [], [], [], [], [], 1, Stats(0.0), journal=False)
     sock, _ = listener.accept()
     with sock, sock.makefile("rb") as heard, ExitStack() as stack:
         sock.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')

@@ -41,7 +41,8 @@ NEWCOMER = {
 OLD = {
     "takeover/sender.py": (),
     "server.py": ("offered", "paused", "wait_quiescent", "release_all", "drop_duplicates"),
-    "connection/session.py": ("describe", "leave", "reply_to_takeover"),
+    "connection/session.py": ("reply_to_takeover",),
+    "connection/snapshot.py": ("describe",),
 }
 #: Several messages for a few descriptors.
 SMALL = {"qmpfd.server.takeover.sender.SCM_MAX_FD": 3}
