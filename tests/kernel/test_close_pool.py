@@ -19,8 +19,9 @@ import pytest
 from helpers import PATIENCE, Pipe, send_now
 from kinds import KINDS, open_kind
 
-from qmpfd.kernel import close_pool, fdinfo, mounts
-from qmpfd.kernel.close_pool import ClosePool, Closing, Duplicate, Risk
+from qmpfd.kernel import close_pool, close_risk, fdinfo, mounts
+from qmpfd.kernel.close_pool import ClosePool, Closing, Duplicate
+from qmpfd.kernel.close_risk import Risk
 from qmpfd.kernel.fd import Fd, is_in_memory
 
 MEBIBYTE = 1 << 20
@@ -46,7 +47,7 @@ def until(happened: Callable[[], bool]) -> None:
 
 def knows_mounts(closer: ClosePool) -> None:
     """Wait until the mounted file systems are known."""
-    found = closer._file_systems
+    found = closer._risks._file_systems
     assert found is not None
     until(lambda: bool(found.devices()) and found.is_current)
 
@@ -193,7 +194,7 @@ def test_an_unknown_file_system(
         monkeypatch.setattr(mounts, "LOCAL", frozenset())
         other = ClosePool()
         try:
-            found = other._file_systems
+            found = other._risks._file_systems
             assert found is not None
             until(lambda: found.is_current)
             assert other.risk(file.fileno()) is Risk.HIGH
@@ -414,7 +415,7 @@ def test_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise FileNotFoundError
 
-    monkeypatch.setattr(close_pool, "LocalFileSystems", fails)
+    monkeypatch.setattr(close_risk, "LocalFileSystems", fails)
     closer = ClosePool()
     with open("/proc/self/status") as file:  # no temporary file: /tmp is in memory on many machines
         assert closer.risk(file.fileno()) is Risk.HIGH
@@ -429,7 +430,7 @@ def test_closed_after_a_duplicate_here(
     """The duplicate is closed at once where that waits for nobody, being not the last; or else by a
     thread, and the original after it: a file system is asked at each close.
     """
-    monkeypatch.setattr(closer, "_file_systems", None)  # no file system is known to be local
+    monkeypatch.setattr(closer._risks, "_file_systems", None)  # no file system is known to be local
     fd = Fd(os.open("/proc/self/status", os.O_RDONLY) if in_file_system else _inotify())
     duplicate, go_on = Duplicate(fd), threading.Event()
     order: list[Fd] = []
