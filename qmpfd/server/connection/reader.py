@@ -10,7 +10,7 @@ piece leaves over.  One epoll in which the sockets stay registered costs less th
 from __future__ import annotations
 
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import TypeVar, cast
 
@@ -39,10 +39,11 @@ class Reader:
         self._durability = durability
         self._epoll = select.epoll()  # level-triggered: what a piece leaves unread is told again
         self._registered: set[int] = set()
-        self._readable: list[tuple[int, int]] = []  # found so, and not served yet; the last is next
+        self._readable: Iterator[tuple[int, int]] = iter(())  # found so, and not served yet
         self._slow: set[int] = set()  # those whose last piece took long
-        # The parked tasks by socket, each with what serves its client.
-        self._parked: dict[int, tuple[trio.lowlevel.Task, Callable[[float], object]]] = {}
+        # By socket: the parked tasks, and what serves their clients.
+        self._tasks: dict[int, trio.lowlevel.Task] = {}
+        self._pieces: dict[int, Callable[[float], object]] = {}
 
     async def serve(self, sock: int, piece: Callable[[float], T | None]) -> T | None:
         """Have a client served until a piece leaves something over, or two in a row take long: one
@@ -65,10 +66,10 @@ class Reader:
         if sock not in self._registered:
             self._epoll.register(sock, select.EPOLLIN)
             self._registered.add(sock)
-        self._parked[sock] = trio.lowlevel.current_task(), piece
+        self._tasks[sock], self._pieces[sock] = trio.lowlevel.current_task(), piece
 
         def abort(_: object) -> trio.lowlevel.Abort:
-            del self._parked[sock]
+            del self._tasks[sock], self._pieces[sock]
             return trio.lowlevel.Abort.SUCCEEDED
 
         return cast("T | None", await trio.lowlevel.wait_task_rescheduled(abort))
@@ -84,8 +85,9 @@ class Reader:
 
     async def run(self) -> None:
         """Serve the clients that are parked here."""
+        more = False
         while True:
-            if self._readable:
+            if more:
                 await trio.lowlevel.checkpoint()
             else:
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
@@ -97,62 +99,58 @@ class Reader:
                 await self._lock.acquire()
             try:
                 if not self._lifecycle.paused:
-                    self._serve_readable()
+                    more = self._serve_readable()
             finally:
                 self._lock.release()
 
-    def _serve_readable(self) -> None:
-        """Do one piece for each client that is readable, as long as there is time."""
-        readable = self._readable
+    def _serve_readable(self) -> bool:
+        """Do one piece for each client that is readable, as long as there is time; whether that was
+        over before it was the turn of each of them.
+        """
+        pieces, durability = self._pieces, self._durability
         now = monotonic()
         ends = now + PASS_SECONDS
-        while now < ends:
+        while True:
+            for sock, _ in self._readable:
+                piece = pieces.get(sock)
+                if piece is None:  # its task works still
+                    self.forget(sock)
+                    continue
+                try:
+                    left = piece(now)
+                except Exception as exc:  # noqa: BLE001 - its task's own: it ends, all others go on
+                    self._wake(sock, Error(exc))
+                else:
+                    if left is not None:
+                        self._wake(sock, Value(left))
+                began, now = now, monotonic()
+                if now - began > LIGHT_SECONDS or self._slow:
+                    self._note_time(sock, now - began > LIGHT_SECONDS)
+                if now > ends:
+                    durability.push()
+                    return True
+            if not durability.is_synced:  # the changes of all of them go together
+                durability.push()
+                now = monotonic()
+            readable = self._epoll.poll(0)
             if not readable:
-                if not self._durability.is_synced:  # the changes of all of them go together
-                    self._durability.push()
-                    now = monotonic()
-                readable += self._epoll.poll(0)
-                if not readable:
-                    return
-                readable.reverse()
-            sock, began = readable.pop()[0], now
-            self._serve(sock, began)
-            now = monotonic()
-            slow = now - began > LIGHT_SECONDS
-            if slow or sock in self._slow:
-                self._note_time(sock, slow)
-        self._durability.push()
-
-    def _serve(self, sock: int, now: float) -> None:
-        """Do one piece; the client's task wakes up if that leaves something over."""
-        parked = self._parked.get(sock)
-        if parked is None:  # its task works still
-            self.forget(sock)
-            return
-        _, piece = parked
-        result: Outcome[object]
-        try:
-            left = piece(now)
-        except Exception as exc:  # noqa: BLE001 - the task's own: it ends, and all others go on
-            result = Error(exc)
-        else:
-            if left is None:
-                return
-            result = Value(left)
-        self._wake(sock, result)
+                return False
+            self._readable = iter(readable)
 
     def _note_time(self, sock: int, slow: bool) -> None:
-        """The client's piece took long, or the one before did; both: its task wakes up."""
+        """The client's piece took long, or somebody's did before; two in a row of one client: its
+        task wakes up.
+        """
         if not slow:
             self._slow.discard(sock)
-        elif sock in self._slow and sock in self._parked:
+        elif sock in self._slow and sock in self._pieces:
             self._wake(sock, Value(None))
         elif sock in self._registered:
             self._slow.add(sock)
 
     def _wake(self, sock: int, result: Outcome[object]) -> None:
-        task, _ = self._parked.pop(sock)
-        trio.lowlevel.reschedule(task, result)
+        del self._pieces[sock]
+        trio.lowlevel.reschedule(self._tasks.pop(sock), result)
 
     def close(self) -> None:
         """Wait for nobody any more."""
