@@ -75,7 +75,7 @@ class FdStream:
         """
         sock = self.socket
         arrival = _NOTHING
-        left, count = max_bytes, 0
+        left, count, most = max_bytes, 0, 0
         while True:
             try:
                 data, fds_follow = fd.peek(sock, max_bytes)
@@ -93,19 +93,19 @@ class FdStream:
                 fd.discard(sock, lengths[0])
                 return _ALL if lengths[0] == size else _SOME
             number, fds, lost = fd.receive_planned(sock, lengths)
-            more = fd.unread_bytes(sock)
-            over = more <= blank and bool(fds or lost)  # else these bytes may come with them
-            if over and blank:
-                fd.discard(sock, blank)
             connection.received(number, fds, lost)
-            if over:
+            # Of a client of which several commands have come, more are likely to wait.
+            if len(connection.ready) == 1 and (fds or lost) and fd.unread_bytes(sock) <= blank:
+                if blank:
+                    fd.discard(sock, blank)
                 return _ALL
-            arrival = _SOME
+            arrival = _ALL
             count += len(fds)
             left -= size
             # When this process is out of descriptors, the next may need the places of these; and
             # where some wait for a command, newer ones take their places only once that is known.
-            if count >= max_fds() or left <= 0 or not fds or connection.has_unassigned_fds:
+            most = most or max_fds()
+            if count >= most or left <= 0 or not fds or connection.has_unassigned_fds:
                 return _SOME
 
     def max_unreceived_messages(self) -> int:

@@ -25,11 +25,9 @@ def memory_size(text: str) -> int:
 
 def _add(counts: dict[int, int], uid: int, more: int) -> None:
     """Count so many more, or fewer, for *uid*; users with none are forgotten."""
-    left = counts.get(uid, 0) + more
-    if left:
-        counts[uid] = left
-    else:
-        counts.pop(uid, None)
+    counts[uid] = left = counts.get(uid, 0) + more
+    if not left:
+        del counts[uid]
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ import termios
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from itertools import starmap
 from typing import Protocol, TypeAlias
 
 from ..limits import READ_BYTES, SCM_MAX_FD, SEGMENT_BYTES
@@ -175,16 +176,23 @@ def open_files_limit() -> int:
 
 def unread_bytes(sock: socket.socket) -> int:
     """How many bytes wait to be read from a Unix stream socket (SIOCINQ, unix(7))."""
-    found: tuple[int] = _one.unpack(fcntl.ioctl(sock.fileno(), termios.FIONREAD, _ZERO))
-    return found[0]
+    return _ask(sock, termios.FIONREAD)
 
 
 def max_unreceived_messages(sock: socket.socket) -> int:
     """How many messages the peer of a Unix stream socket can have left unread at most (SIOCOUTQ,
     unix(7), which tells the memory that they take); 0 if there is none.
     """
-    found: tuple[int] = _one.unpack(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, _ZERO))
-    return -(-found[0] // _MESSAGE_BYTES)
+    return -(-_ask(sock, termios.TIOCOUTQ) // _MESSAGE_BYTES)
+
+
+def _ask(sock: socket.socket, question: int) -> int:
+    """What ioctl(2) answers; into a buffer that can be written to, it takes half of the time."""
+    answer = bytearray(_INT_BYTES)
+    fcntl.ioctl(sock.fileno(), question, answer)
+    found: int
+    (found,) = _unpack(answer)
+    return found
 
 
 #: What the command is told whose descriptors the kernel has dropped (MSG_CTRUNC, recvmsg(2)).
@@ -207,7 +215,7 @@ _MESSAGE_BYTES = 512
 
 _one = struct.Struct("i")
 _INT_BYTES = _one.size
-_ZERO = _one.pack(0)
+_unpack = _one.unpack
 
 
 def peek(sock: socket.socket, most: int = READ_BYTES) -> tuple[bytes, bool]:
@@ -247,12 +255,12 @@ def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], str]:
     for level, kind, payload in control:
         if kind == _RIGHTS and level == _SOCKET_LEVEL:
             if len(payload) == _INT_BYTES:  # as nearly always
-                fds.append(Fd(_one.unpack(payload)[0]))
+                (number,) = _unpack(payload)
+                fds.append(Fd(number))
             else:
-                whole = len(payload) - len(payload) % _INT_BYTES
-                fds += map(Fd, array.array("i", payload[:whole]))
+                fds += starmap(Fd, _one.iter_unpack(payload))
         elif level == _SOCKET_LEVEL and kind == _SCM_PIDFD:
-            Fd(_one.unpack(payload)[0]).close()
+            Fd(*_unpack(payload)).close()
     return data, fds, _why_lost(sock) if flags & _TRUNCATED else ""
 
 
@@ -271,11 +279,12 @@ def receive_planned(sock: socket.socket, lengths: Sequence[int]) -> tuple[int, l
     """
     number = 0
     _, fds, lost = receive(sock, lengths[0])
-    while not (fds or lost) and number + 1 < len(lengths):
-        number += 1
-        _, fds, lost = receive(sock, lengths[number])
-    if number + 1 < len(lengths):
-        discard(sock, sum(lengths[number + 1 :]))
+    if len(lengths) > 1:
+        while not (fds or lost) and number + 1 < len(lengths):
+            number += 1
+            _, fds, lost = receive(sock, lengths[number])
+        if rest := lengths[number + 1 :]:
+            discard(sock, sum(rest))
     return number, fds, lost
 
 

@@ -12,7 +12,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from ..kernel.fd import Fd
-from .receive_buffer import NO_FDS, ChunkDecoder, ReceiveBuffer, Received
+from .receive_buffer import NO_FDS, ChunkDecoder, ReceiveBuffer
 
 if TYPE_CHECKING:
     from .parser import Budget
@@ -104,24 +104,24 @@ class Connection:
         ready = self.ready
         while ready:
             message = ready.popleft()
-            yield message if type(message) is Received else (message, NO_FDS, "")
+            yield message if type(message) is tuple else (message, NO_FDS, "")
 
     @property
     def waiting_fds(self) -> int:
         """How many descriptors have come that no command has yet."""
         count = len(self.pending_fds.fds)
         if self.ready:
-            count += sum(len(each[1]) for each in self.ready if type(each) is Received)
+            count += sum(len(each[1]) for each in self.ready if type(each) is tuple)
         return count
 
     def refuse_fds(self, why: str) -> None:
         """Close those descriptors: the commands that should have had them are told why not."""
         for number, message in enumerate(self.ready):
-            if type(message) is Received:
+            if type(message) is tuple:
                 value, fds, lost = message
                 if fds:
                     self.fds_to_close += fds
-                    self.ready[number] = Received((value, [], lost or why))
+                    self.ready[number] = (value, [], lost or why)
         self.pending_fds.refuse(why)
 
     def close(self) -> None:

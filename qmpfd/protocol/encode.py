@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -83,15 +83,14 @@ class _Templates(dict[type, _Template | None]):
         return self[kind]
 
 
-_templates = _Templates()
+templates = _Templates()
 
 
 def encode(value: object) -> bytes:
     """*value*, built of JSON's types and msgspec structs, as JSON."""
-    kind = type(value)
-    if kind is RawJSON:
-        return cast("RawJSON", value)
-    template = _templates[kind]
+    if type(value) is RawJSON:
+        return value
+    template = templates[type(value)]
     if template is not None:
         return template[0] % template[1](value)
     data = _format(_encode(value), indent=0)

@@ -43,13 +43,9 @@ _MOST_UNREADABLE = 2 * READ_BYTES
 _STEP = 8 << 10
 
 
-class Received(tuple[Any, list[Fd], str]):
-    """A message that descriptors came with, or should have: a value or typed request, the
-    descriptors that it takes, and if some that it should have had are gone, why.  No named tuple:
-    it takes two calls to make one.
-    """
-
-    __slots__ = ()
+#: A message that descriptors came with, or should have: a value or typed request, the descriptors
+#: that it takes, and if some that it should have had are gone, why.  No other message is a tuple.
+Received: TypeAlias = "tuple[Any, list[Fd], str]"
 
 
 class ReceiveBuffer:
@@ -116,25 +112,24 @@ class ReceiveBuffer:
             data, fds_follow = data[: self._segment_left], False
         elif len(data) > _STEP and not (fds_follow or self._lines):
             data = data[: data.rfind(b"\n", 0, _STEP) + 1 or None]
+        size = len(data)
         messages: list[Any] | None = None
-        if len(data) <= self._max_whole and (self._parser is None or self._parser.idle):
+        if size <= self._max_whole and (self._parser is None or self._parser.idle):
             messages = self._decode(data)
-            if fds_follow and messages and len(messages) > 1 and any(map(_takes, messages[:-1])):
-                messages = None  # it matters where each of them ends
+        if messages is not None and fds_follow:
+            if len(messages) < 2 or not any(map(_takes, messages[:-1])):
+                # Cut behind the last, the only one that may take descriptors: they may have come
+                # with the blank behind it.
+                length = len(data.rstrip(_WHITESPACE)) or size
+                self._whole = messages
+                return (length,), size - length
+            messages = None  # it matters where each of them ends
         if messages is None:
             found, size = self._messages(data, fds_follow)
             if fds_follow:
                 self._behind = len(data) - size
                 return self._cut(found, size), 0
             messages = [value for value, _ in found]
-        elif fds_follow:
-            # Cut behind the last, the only one that may take descriptors: they may have come with
-            # the blank behind it.
-            size = len(data.rstrip(_WHITESPACE)) or len(data)
-            self._whole = messages
-            return (size,), len(data) - size
-        else:
-            size = len(data)
         self._assign_fds(messages)
         if self._segment_left:
             self._segment_left -= size
@@ -155,7 +150,7 @@ class ReceiveBuffer:
             if whole and fds and not (lost or pending.fds or pending.lost):
                 last = whole[-1]
                 if len(fds) <= last.takes:  # as nearly always: none waits, and none will
-                    whole[-1] = Received((last, fds, ""))
+                    whole[-1] = (last, fds, "")
                     self.ready += whole
                     return
             self._reads, self._behind = [whole], 0
@@ -184,7 +179,7 @@ class ReceiveBuffer:
                 self.ready.append(message)
             elif most := self._max_fds(message):
                 fds, lost = pending.take(most)
-                self.ready.append(Received((message, fds, lost)))
+                self.ready.append((message, fds, lost))
             else:
                 self.ready.append(message)
             pending.end_message()

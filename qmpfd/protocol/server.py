@@ -15,9 +15,9 @@ from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError,
 from ..kernel.fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import Connection, Event, State
-from .encode import LONG_TEXT, JSONStream, RawJSON, encode, encode_any
+from .encode import LONG_TEXT, JSONStream, RawJSON, encode, encode_any, templates
 from .parser import Budget, Parser
-from .receive_buffer import NO_FDS, Received
+from .receive_buffer import NO_FDS
 from .request_decoder import Request, RequestDecoder
 from .saved import ReceiveBufferState
 from .streamed_reply import StreamedReply
@@ -106,7 +106,7 @@ class ServerConnection(Connection):
         fds = list(fds)
         messages = []
         for message in self.ready:
-            received = type(message) is Received
+            received = type(message) is tuple
             value, its_fds, lost = message if received else (message, NO_FDS, "")
             text, error = b"", ""
             if isinstance(value, GenericError):
@@ -141,7 +141,7 @@ class ServerConnection(Connection):
         for message in saved.messages:
             value = GenericError(message.error) if message.error else self._decoded(message.text)
             if message.fds is not None:
-                value = Received((value, list(islice(fds, message.fds)), message.lost))
+                value = (value, list(islice(fds, message.fds)), message.lost)
             self.ready.append(value)
 
     def _decoded(self, text: bytes) -> Any:
@@ -175,7 +175,7 @@ class ServerConnection(Connection):
         ready = self.ready
         while ready:
             message = ready.popleft()
-            value, fds, lost = message if type(message) is Received else (message, NO_FDS, "")
+            value, fds, lost = message if type(message) is tuple else (message, NO_FDS, "")
             if type(value) in self._usual and not lost:
                 self._errors_in_a_row = 0
                 return value, value.id, fds
@@ -232,8 +232,11 @@ class ServerConnection(Connection):
         """The reply to a request: its result, or its QMPError; bit by bit, where it may be long."""
         if request_id is UNSET and type(result) is Value:  # as nearly always
             value = result.value
-            if not isinstance(value, JSONStream):
-                return b'{"return": %b}\r\n' % encode(value)
+            if type(value) is RawJSON:
+                return b'{"return": %b}\r\n' % value
+            if (template := templates[type(value)]) is not None:
+                text, get_numbers = template
+                return b'{"return": %b}\r\n' % (text % get_numbers(value))
         if self._may_be_long(result, request_id):
             return self.streamed_reply(result, request_id)
         return self.reply(result, request_id)

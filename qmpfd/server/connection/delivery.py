@@ -109,13 +109,11 @@ class Delivery:
         if self._services.lifecycle.paused or changes != send_buffer.changes:
             return
         try:
-            if self._connection.fds_to_close:
-                fd_accounting.close_some()
-            waits = self._connection.fds_to_close or fd_accounting.closings
-            if not waits:
+            closed = fd_accounting.close_some()
+            if closed:
                 send_buffer.commit()
                 send_buffer.flush_nowait()
-            if waits or send_buffer.size:
+            if send_buffer.size or not closed:
                 self.start_drain()
         except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
             _log.exception("replies could not be sent")

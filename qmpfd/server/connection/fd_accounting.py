@@ -32,6 +32,8 @@ class FdAccounting:
     ) -> None:
         self._services = services
         self._connection = connection
+        self._fds_to_close = connection.fds_to_close
+        self._closer = services.shared.closer
         self._send_buffer = send_buffer
         self._uid = uid
         #: The descriptors that wait for a command or for the client, as counted so far.
@@ -40,9 +42,10 @@ class FdAccounting:
         self.closings: list[Closing] = []
         self._scope: trio.CancelScope | None = None  # of the last wait for that
 
-    def close_some(self) -> None:
-        """Close as many as can be closed in a row."""
-        self._close(self._take(CLOSES_A_STEP))
+    def close_some(self) -> bool:
+        """Close as many as can be closed in a row; whether that was all, and is done."""
+        self._close(CLOSES_A_STEP)
+        return not (self._fds_to_close or self.closings)
 
     async def close_all(self, count: int) -> None:
         """Close so many, and wait until they are closed, if that does not take too long; between
@@ -55,7 +58,7 @@ class FdAccounting:
             async with self._services.gate:
                 pass
         if count:
-            self._close(self._take(count))
+            self._close(count)
         closings, self.closings = self.closings, []
         if closings and not self._services.lifecycle.paused:
             with trio.move_on_after(CLOSE_TIMEOUT) as self._scope:  # noqa: ASYNC912 - there is at least one
@@ -67,19 +70,19 @@ class FdAccounting:
         if self._scope is not None:
             self._scope.cancel()
 
-    def _close(self, fds: list[Fd]) -> None:
-        closing = self._services.shared.closer.close(fds, self._uid)
+    def _close(self, most: int) -> None:
+        closing = self._closer.close(self._take(most), self._uid)
         if closing is not None:
             self.closings.append(closing)
 
     def close_after_sync(self, most: int | None = None) -> None:
         """Close them as soon as the fd store has let go of all that was removed."""
-        if self._connection.fds_to_close:
+        if self._fds_to_close:
             self._services.durability.close_after_sync(self._take(most), self._uid)
 
     def _take(self, most: int | None) -> list[Fd]:
-        fds_to_close = self._connection.fds_to_close
-        taken, fds_to_close[:most] = fds_to_close[:most], []
+        taken = self._fds_to_close[:most]
+        del self._fds_to_close[:most]
         return taken
 
     def update_undelivered(self) -> None:

@@ -20,10 +20,10 @@ from ..durability import Unproven
 from ..services import Services
 from .command_log import note
 from .delivery import Delivery
-from .send_buffer import DISCARDING, OPEN, SendState, Unsent
+from .send_buffer import OPEN, SendState, Unsent
 
 _log = logging.getLogger("qmpfd")
-_VERBOSE = logging.DEBUG
+_TAKEOVER = Ending.TAKEOVER  # found faster than a member of an enumeration
 
 
 class RequestProcessor:
@@ -49,6 +49,8 @@ class RequestProcessor:
         park: Callable[[], Awaitable[None]],
     ) -> None:
         self._services = services
+        self._durability = services.durability
+        self._verbose = _log.isEnabledFor(logging.DEBUG)
         self._connection = connection
         self._context = context
         self._delivery = delivery
@@ -97,7 +99,7 @@ class RequestProcessor:
             return False
         # No task waits for that: it would cost passes of the loop with each command.
         on_synced = partial(self._delivery.on_synced, send_buffer.changes)
-        self._services.durability.on_synced(on_synced)
+        self._durability.on_synced(on_synced)
         return True
 
     async def process(self) -> None:
@@ -122,30 +124,28 @@ class RequestProcessor:
         Returns:
             Whether that was all, and needs nothing but to be sent.
         """
-        connection, context, durability = self._connection, self._context, self._services.durability
+        connection, context, durability = self._connection, self._context, self._durability
         durability.unproven = None
-        state, ready = self._send_buffer.state, connection.ready
-        discarding = state is not OPEN and state in DISCARDING
-        verbose = _log.isEnabledFor(_VERBOSE)
+        ready = connection.ready
+        discarding = self._send_buffer.state is not OPEN and self._send_buffer.discarding
         replies: list[bytes] = []
         size = 0
-        for request, request_id, fds in iter(connection.next_request, None):
+        while received := connection.next_request():
+            request, request_id, fds = received
             result: Outcome[object]
             if type(request) is Error:
                 result = request
             else:
                 result = execute(context, request, fds)
                 self.active_since_check = True
-            if verbose or type(result) is Error:
+            if self._verbose or type(result) is Error:
                 note(context.shared.stats, context.peer, request, result)
             ending = context.ending
-            if ending is Ending.TAKEOVER:
+            if ending is _TAKEOVER:
                 self.takeover_id = request_id
                 break
             # Nobody reads the reply to a client that is sent nothing any more.
-            reply: bytes | StreamedReply = b""
-            if not discarding:
-                reply = connection.answer(result, request_id)
+            reply = b"" if discarding else connection.answer(result, request_id)
             if isinstance(reply, StreamedReply):
                 self.streamed_reply = reply
                 self._unproven, durability.unproven = durability.unproven, None
@@ -162,11 +162,13 @@ class RequestProcessor:
                 context.taken = durability.unproven = None
             else:
                 replies.append(reply)
+            if not ready or ending is not None:
+                break
             size += len(reply)
-            if ending is not None or not ready or size > REPLY_BYTES_A_TURN or monotonic() > ends:
+            if size > REPLY_BYTES_A_TURN or monotonic() > ends:
                 break
         self._text = b"".join(replies)
-        return not (ready or context.ending) and self.streamed_reply is None
+        return not (ready or context.ending or self.streamed_reply)
 
     def _refusal(self, request_id: Any, error: QMPError) -> bytes:
         """The reply where the command has failed after all."""
@@ -180,16 +182,15 @@ class RequestProcessor:
         fd_accounting = self._fd_accounting
         if context.touched_store:
             context.touched_store = False
-            if not self._services.durability.is_synced:
+            if not self._durability.is_synced:
                 send_buffer.begin_uncommitted()
         if send_buffer.state is not OPEN and send_buffer.uncommitted:
             if send_buffer.discarding:
                 return False
-        elif connection.fds_to_close or fd_accounting.closings:
-            # Before the replies: what is removed is closed once its client has read so.
-            fd_accounting.close_some()
-            if connection.fds_to_close or fd_accounting.closings:
-                return False  # a whole set; what threads close
+        elif (connection.fds_to_close or fd_accounting.closings) and not fd_accounting.close_some():
+            # What is removed is closed once its client has read so: a whole set is left, or what
+            # threads close.
+            return False
         if self._replies:
             for reply in self._replies:
                 send_buffer.enqueue(*reply)

@@ -49,7 +49,8 @@ class _Piece(NamedTuple):
     heavy: bool = False
 
 
-_ALL = Arrival.ALL  # a module's own names are found faster than the members of an enumeration
+# A module's own names are found faster than the members of an enumeration.
+_ALL, _NOTHING = Arrival.ALL, Arrival.NOTHING
 
 
 class Session:
@@ -85,6 +86,7 @@ class Session:
             budget=services.input_budget,
             owner=peer.uid,
         )
+        self._max_fds = services.shared.quotas.fds_at_once
         #: The connection as its commands see it.
         self.context = Context(services.shared, self._connection, peer, access, self._send_events)
         if address := stream.socket.getsockname():
@@ -282,10 +284,9 @@ class Session:
 
     def _serve_chunk(self, now: float) -> _Piece | None:
         """Carry out a little of what the client has sent; None if that is all there is to do."""
-        max_fds = self._services.shared.quotas.fds_at_once
-        arrival = self.stream.receive_nowait(self._connection, FEW_BYTES, max_fds)
+        arrival = self.stream.receive_nowait(self._connection, FEW_BYTES, self._max_fds)
         done = self.processor.process_nowait(now + LIGHT_SECONDS)
-        if done and (arrival is _ALL or arrival is Arrival.NOTHING):
+        if done and (arrival is _ALL or arrival is _NOTHING):
             return None
         self._move(Event.INPUT)
         return _Piece(arrival, done, arrival is Arrival.SOME or self.processor.unfinished)
@@ -294,9 +295,7 @@ class Session:
         """Carry out what the client has sent, as much as there is time for in its turn."""
         arrival, done = Arrival.SOME, True
         while arrival is Arrival.SOME and done and monotonic() < ends:
-            arrival = self.stream.receive_nowait(
-                self._connection, READ_BYTES, self._services.shared.quotas.fds_at_once
-            )
+            arrival = self.stream.receive_nowait(self._connection, READ_BYTES, self._max_fds)
             done = self.processor.process_nowait(ends)
         heavy = monotonic() > ends or arrival is Arrival.SOME or self.processor.unfinished
         return _Piece(arrival, done, heavy)
