@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 from ..commands import TABLE, Client, Dialect, SharedState
-from ..errors import GenericError, QMPError
+from ..errors import QMPError
 from ..fdsets import Peer
 from ..kernel.close_pool import ClosePool
 from ..kernel.fd import Fd
@@ -36,9 +36,6 @@ from .services import Services
 from .takeover.sender import hand_over
 
 _log = logging.getLogger("qmpfd")
-
-#: Seconds between two looks at whether all sessions have come to rest.
-_REST_POLL = 0.001
 
 
 class DaemonServer(Server):
@@ -197,76 +194,11 @@ class DaemonServer(Server):
 
     # -- takeover ------------------------------------------------------------------------------
 
-    @contextmanager
-    def offered(self, timeout: float) -> Iterator[None]:
-        """Offer everything to a successor while the block runs, which may take so many seconds.
-
-        Raises:
-            GenericError: that is done already, or the daemon is ending.
-        """
-        if not self.lifecycle.can(Event.OFFER):
-            raise GenericError("The daemon is being taken over, or is ending")
-        self.lifecycle.handle(Event.OFFER)
-        try:
-            with trio.move_on_after(timeout) as self.takeover_scope:
-                yield
-        finally:
-            if self.lifecycle.can(Event.WITHDRAW):
-                self.lifecycle.handle(Event.WITHDRAW)
-
-    @contextmanager
-    def paused(self, timeout: float) -> Iterator[None]:
-        """Begin nothing while the block runs, for so many seconds at most; then go on, unless a
-        successor has taken over.
-        """
-        self.lifecycle.handle(Event.PAUSE)
-        scope = self.takeover_scope
-        scope.deadline = min(scope.deadline, trio.current_time() + timeout)
-        for session in self.sessions:
-            session.pause()
-        try:
-            yield
-        finally:
-            if self.lifecycle.can(Event.RESUME):
-                self.lifecycle.handle(Event.RESUME)
-                for session in self.sessions:
-                    session.resume()
-                self._broadcaster.notify()
-
-    async def wait_quiescent(self, newcomer: Session) -> list[Session]:
-        """Wait until nothing of any session is under way but of the newcomer's, and acquire the
-        lock: the other sessions.
-        """
-        while True:
-            others = [session for session in self.sessions if session is not newcomer]
-            # Whoever was accepted, at a socket that has been replaced, is served first.
-            waiting = any(listener.has_accepted for listener in self.listeners)
-            if not waiting and all(session.is_quiescent for session in others):
-                with suppress(trio.WouldBlock):
-                    self.lock.acquire_nowait()
-                    return others
-            # They come to rest within a few passes of the loop, and there is nothing else to do.
-            await trio.sleep(_REST_POLL)
-
-    def release_all(self, quick: Set[Fd]) -> None:
-        """A successor has taken over: let go of everything, without a word to anybody, and end.
-
-        Args:
-            quick: stored descriptors whose duplicates are closed without waiting for anybody.
-        """
-        self.lifecycle.handle(Event.HAND_OVER)
-        self.durability.release_all(quick)
-        self.daemon.audit = None  # nothing goes: the successor has it
-        self.drop_duplicates(quick)
-        for listener in self.listeners:
-            listener.abandon()
-            listener.close()
-
     def drop_duplicates(self, quick: Set[Fd] = frozenset()) -> None:
         """Close what another daemon goes on with: no connection is shut down, nobody is told.
 
         Args:
-            quick: as for :meth:`release_all`.
+            quick: stored descriptors whose duplicates are closed without waiting for anybody.
         """
         self.daemon.watchers.clear()
         self.daemon.logs.clear()
@@ -345,7 +277,9 @@ class DaemonServer(Server):
         try:
             try:
                 if await session.serve() is SessionEnd.TAKEOVER:
-                    await self._hand_over(session)
+                    await hand_over(self, session)
+            except QMPError as exc:
+                session.refuse_takeover(exc)
             finally:
                 await session.aclose()
         except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
@@ -354,12 +288,6 @@ class DaemonServer(Server):
             self.sessions.discard(session)
             self._admission.leave(session.peer)
             self.daemon.stats.connections -= 1
-
-    async def _hand_over(self, newcomer: Session) -> None:
-        try:
-            await hand_over(self, newcomer)
-        except QMPError as exc:
-            newcomer.refuse_takeover(exc)
 
     async def bind_lost_sockets(self) -> None:
         """Listen anew at each path whose socket file is gone; clients that had connected by the old

@@ -20,10 +20,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence, Set
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 import trio
@@ -40,44 +40,82 @@ from ..connection.saved import SavedRest
 from ..connection.session import Session
 from ..connection.snapshot import describe
 from ..durability import Durability
+from ..lifecycle import Event
 from ..listen.listener import UnixListener
 from ..services import Services
 
 _log = logging.getLogger("qmpfd")
 
+#: Seconds between two looks at whether all sessions have come to rest.
+_REST_POLL = 0.001
+
 #: Descriptors that are described in a row, at some 10 us each, before others are served.
 _DESCRIBED_AT_ONCE = 64
 
 
-class _Described(NamedTuple):
-    """What the newcomer was told of before the pause.
-
-    Args:
-        entries: the stored descriptors, by number.
-        quick: those of which a duplicate is closed without waiting for anybody.
-    """
-
-    entries: dict[int, StoredFd]
-    quick: set[Fd]
-
-
 class Predecessor(Protocol):
-    """What the sender needs of the daemon that is taken over; see :class:`..server.Server`."""
+    """What the sender needs of the daemon that is taken over, a :class:`..server.DaemonServer`."""
 
     services: Services
     listeners: Sequence[UnixListener]
+    sessions: set[Session]
+    takeover_scope: trio.CancelScope
 
-    def offered(self, timeout: float) -> AbstractContextManager[None]:
-        """Offer everything to a successor while the block runs, which may take so long."""
+    def drop_duplicates(self, quick: Set[Fd]) -> None:
+        """Close what another daemon goes on with."""
 
-    def paused(self, timeout: float) -> AbstractContextManager[None]:
-        """Begin nothing while the block runs, which may take so long."""
 
-    async def wait_quiescent(self, newcomer: Session) -> list[Session]:
-        """Wait until no other session has anything under way, and acquire the lock."""
+@contextmanager
+def _offered(server: Predecessor) -> Iterator[None]:
+    """Offer everything to a successor while the block runs, for :data:`TAKEOVER_TIMEOUT` at most.
 
-    def release_all(self, quick: Set[Fd]) -> None:
-        """A successor has taken over: let go of everything."""
+    Raises:
+        GenericError: that is done already, or the daemon is ending.
+    """
+    lifecycle = server.services.lifecycle
+    if not lifecycle.can(Event.OFFER):
+        raise GenericError("The daemon is being taken over, or is ending")
+    lifecycle.handle(Event.OFFER)
+    try:
+        with trio.move_on_after(TAKEOVER_TIMEOUT) as server.takeover_scope:
+            yield
+    finally:
+        if lifecycle.can(Event.WITHDRAW):
+            lifecycle.handle(Event.WITHDRAW)
+
+
+@asynccontextmanager
+async def _paused(server: Predecessor, newcomer: Session) -> AsyncGenerator[list[Session], None]:
+    """Begin nothing while the block runs, and hold the lock; then go on, unless a successor has
+    taken over.  Gives the sessions but for the newcomer's, of which nothing is under way.
+    """
+    services, scope = server.services, server.takeover_scope
+    services.lifecycle.handle(Event.PAUSE)
+    pause = min(TAKEOVER_TIMEOUT, MAX_PAUSE)
+    scope.deadline = min(scope.deadline, trio.current_time() + pause)
+    for session in server.sessions:
+        session.pause()
+    try:
+        while True:
+            others = [session for session in server.sessions if session is not newcomer]
+            # Whoever was accepted, at a socket that has been replaced, is served first.
+            waiting = any(listener.has_accepted for listener in server.listeners)
+            if not waiting and all(session.is_quiescent for session in others):
+                with suppress(trio.WouldBlock):
+                    services.lock.acquire_nowait()
+                    break
+            # They come to rest within a few passes of the loop, and there is nothing else to do.
+            await trio.sleep(_REST_POLL)
+        try:
+            yield others
+        finally:
+            services.lock.release()
+    finally:
+        if services.lifecycle.can(Event.RESUME):
+            services.lifecycle.handle(Event.RESUME)
+            for session in server.sessions:
+                session.resume()
+            services.shared.on_event()
 
 
 async def hand_over(server: Predecessor, newcomer: Session) -> None:
@@ -91,13 +129,12 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
         GenericError: it cannot even begin: one is under way already, or the daemon is ending, or
             out of descriptors or memory.
     """
-    lifecycle, stream, pid = server.services.lifecycle, newcomer.stream, newcomer.peer.pid
-    with server.offered(TAKEOVER_TIMEOUT), ExitStack() as stack:
-        described = _Described({}, set())
+    services, stream, pid = server.services, newcomer.stream, newcomer.peer.pid
+    async with AsyncExitStack() as stack:
+        stack.enter_context(_offered(server))
         with _able():
-            memory = stack.enter_context(
-                _in_memory(saved.encode(await _describe_store(server, described)))
-            )
+            memory, known, quick = await _describe_store(server)
+            stack.enter_context(memory)
             lifeline, other = map(stack.enter_context, socket.socketpair())
         theirs = stack.enter_context(Fd(other.detach()))
         lifeline.setblocking(False)
@@ -107,47 +144,70 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
                 theirs.close()
                 if await _hear(stream) == saved.NEXT:
                     _log.info("pid %d begins a takeover", pid)
-                    stack.enter_context(server.paused(min(TAKEOVER_TIMEOUT, MAX_PAUSE)))
-                    await _hand_over_paused(server, newcomer, described, lifeline)
+                    others = await stack.enter_async_context(_paused(server, newcomer))
+                    if await _hand_over_paused(server, others, known, stream):
+                        with suppress(OSError):  # the newcomer has died just now
+                            lifeline.send(saved.DONE)
+                        _release_all(server, quick)
+                        _log.info("pid %d has taken over", pid)
+                        with trio.move_on_after(FORGET_TIMEOUT):
+                            await services.durability.sync()  # what was kept of it is closed too
+                            await all_closed(services.shared.closer)
         except trio.BrokenResourceError:
             pass  # the newcomer is gone
         except GenericError as exc:  # it has its reply already: REFUSED has to do
             _log.error("%s", exc)
         finally:
-            if not lifecycle.handed_over:
-                server.services.durability.log_handover(False)
+            if not services.lifecycle.handed_over:
+                services.durability.log_handover(False)
                 _log.warning("the takeover by pid %d failed: this daemon goes on", pid)
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     stream.send_nowait(saved.REFUSED)
                 theirs.close()
                 with suppress(OSError):  # nobody has it
                     lifeline.send(saved.REFUSED)
-        if not lifecycle.handed_over:
+        if not services.lifecycle.handed_over:
             with trio.move_on_after(CLOSE_TIMEOUT):
                 await trio.lowlevel.wait_readable(lifeline)  # until nobody has it
 
 
 async def _hand_over_paused(
-    server: Predecessor, newcomer: Session, described: _Described, lifeline: socket.socket
-) -> None:
-    services, stream = server.services, newcomer.stream
-    others = await server.wait_quiescent(newcomer)
-    try:
-        # Before the newcomer has anything: its own second copy waits for the outcome.
-        services.durability.log_handover(None)
-        rest, fds = _describe_rest(server, others, described.entries)
-        with _in_memory(msgspec.msgpack.encode(rest)) as memory:
-            await stream.send_all(saved.MORE, [memory])
-        if await _send_all(stream, fds) and _let_go(services.durability, stream):
-            with suppress(OSError):  # the newcomer has died just now, and nobody has a duplicate
-                lifeline.send(saved.DONE)
-            server.release_all(described.quick)
-            _log.info("pid %d has taken over", newcomer.peer.pid)
-            with trio.move_on_after(FORGET_TIMEOUT):
-                await services.durability.sync()  # what was kept of it is closed too
-                await all_closed(services.shared.closer)
-    finally:
-        services.lock.release()
+    server: Predecessor, others: Sequence[Session], known: Mapping[int, StoredFd], stream: FdStream
+) -> bool:
+    """Hand over what is left; whether all of it is the newcomer's."""
+    durability = server.services.durability
+    # Before the newcomer has anything: its own second copy waits for the outcome.
+    durability.log_handover(None)
+    rest, fds = _describe_rest(server, others, known)
+    with _in_memory(msgspec.msgpack.encode(rest)) as memory:
+        await stream.send_all(saved.MORE, [memory])
+    for start in range(0, len(fds), SCM_MAX_FD):
+        if await _hear(stream) != saved.NEXT:
+            return False
+        await stream.send_all(saved.MORE, fds[start : start + SCM_MAX_FD])
+    return await _hear(stream) == saved.CONFIRM and _let_go(durability, stream)
+
+
+def _let_go(durability: Durability, stream: FdStream) -> bool:
+    """Say that all of it is the newcomer's; whether that was possible.
+
+    Where we are started again when we die, that has to be known before: the newcomer finds it out
+    if we die in between.
+    """
+    durability.log_handover(True)
+    return stream.send_nowait(saved.DONE) > 0
+
+
+def _release_all(server: Predecessor, quick: Set[Fd]) -> None:
+    """A successor has taken over: let go of everything, without a word to anybody, and end."""
+    services = server.services
+    services.lifecycle.handle(Event.HAND_OVER)
+    services.durability.release_all(quick)
+    services.shared.audit = None  # nothing goes: the successor has it
+    server.drop_duplicates(quick)
+    for listener in server.listeners:
+        listener.abandon()
+        listener.close()
 
 
 @contextmanager
@@ -176,31 +236,6 @@ def _in_memory(data: bytes) -> Fd:
     return memory
 
 
-async def _send_all(stream: FdStream, fds: list[int]) -> bool:
-    """Send the descriptors, as they are asked for; whether the newcomer has confirmed."""
-    for start in range(0, len(fds), SCM_MAX_FD):
-        if await _hear(stream) != saved.NEXT:
-            return False
-        await stream.send_all(saved.MORE, fds[start : start + SCM_MAX_FD])
-    return await _hear(stream) == saved.CONFIRM
-
-
-def _let_go(durability: Durability, stream: FdStream) -> bool:
-    """Say that all of it is the newcomer's; whether that was possible.
-
-    Where we are started again when we die, that has to be known before: the newcomer finds it out
-    if we die in between.
-    """
-    durability.log_handover(True)
-    done = False
-    try:
-        done = stream.send_nowait(saved.DONE) > 0
-    finally:
-        if not done:
-            durability.log_handover(False)
-    return done
-
-
 async def _hear(stream: FdStream) -> bytes:
     """The next byte that the newcomer says; empty once it is gone."""
     while True:  # noqa: ASYNC913 - each way round has a checkpoint
@@ -212,47 +247,48 @@ async def _hear(stream: FdStream) -> bytes:
             return b""
 
 
-async def _describe_store(server: Predecessor, described: _Described) -> saved.SavedState:
-    """What is stored, while it may change.
-
-    Args:
-        server: the daemon.
-        described: where each stored descriptor goes that is in it.
+async def _describe_store(server: Predecessor) -> tuple[Fd, dict[int, StoredFd], set[Fd]]:
+    """What is stored, while it may change: in a file in memory; the entries of it by number; and
+    those of which a duplicate is closed without waiting for anybody.
     """
     daemon = server.services.shared
     at, now = time.monotonic(), daemon.clock()
     fds: list[saved.SavedFd] = []
+    known: dict[int, StoredFd] = {}
+    quick: set[Fd] = set()
     for fdset in daemon.store.iter_stable():
         for stored in fdset.iter_stable(now):
             lifetime = stored.lifetime
             # What depends on a connection, or on the descriptor itself, goes over with that.
             if lifetime.owner is None and not lifetime.watch_hangup:
                 number = stored.fd.fileno()
-                described.entries[number] = stored
+                known[number] = stored
                 if daemon.closer.is_quick_duplicate(number):
-                    described.quick.add(stored.fd)
+                    quick.add(stored.fd)
                 fds.append(saved.SavedFd.of(stored, at - now))
                 if not len(fds) % _DESCRIBED_AT_ONCE:
                     await trio.lowlevel.checkpoint()
     listeners = [listener.saved for listener in server.listeners]
-    return saved.SavedState(at, fds, listeners, server.services.durability.store, invocation_id())
+    store = server.services.durability.store
+    state = saved.SavedState(at, fds, listeners, store, invocation_id())
+    return _in_memory(saved.encode(state)), known, quick
 
 
 def _describe_rest(
-    server: Predecessor, sessions: Sequence[Session], described: Mapping[int, StoredFd]
+    server: Predecessor, sessions: Sequence[Session], known: Mapping[int, StoredFd]
 ) -> tuple[SavedRest, list[int]]:
     """The rest of the daemon's state, and the numbers of all descriptors that belong to it."""
     daemon, durability = server.services.shared, server.services.durability
     at, now = time.monotonic(), daemon.clock()
     owners = {id(session.context): number for number, session in enumerate(sessions)}
-    removed = [number for number, stored in described.items() if stored.removed]
+    removed = [number for number, stored in known.items() if stored.removed]
     fds: list[int] = []
     added: list[saved.SavedFd] = []
     for fdset in daemon.store:
         is_behind = False  # behind one of the set that the newcomer does not know
         for number, stored in fdset.fds.items():
             fds.append(number)
-            if described.get(number) is not stored:
+            if known.get(number) is not stored:
                 is_behind = True
             elif is_behind:  # stored again, so that it comes behind that one there too
                 removed.append(number)

@@ -165,10 +165,12 @@ async def test_what_is_not_taken_waits() -> None:
 async def test_nothing_goes_out_while_paused() -> None:
     async with Harness() as rig:
         rig.send_buffer.enqueue(b"a")
-        with rig.server.offered(10), rig.server.paused(10):
-            await rig.send_buffer.drain()
-            rig.send_buffer.flush_nowait()
-            assert rig.stream.sent == []
+        for event in (Event.OFFER, Event.PAUSE):
+            rig.server.lifecycle.handle(event)
+        await rig.send_buffer.drain()
+        rig.send_buffer.flush_nowait()
+        assert rig.stream.sent == []
+        rig.server.lifecycle.handle(Event.RESUME)
         await rig.send_buffer.drain()
         assert rig.stream.sent == [(b"a", 0)]
 

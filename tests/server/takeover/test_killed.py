@@ -40,7 +40,7 @@ NEWCOMER = {
 }
 OLD = {
     "takeover/sender.py": (),
-    "server.py": ("offered", "paused", "wait_quiescent", "release_all", "drop_duplicates"),
+    "server.py": ("drop_duplicates",),
     "connection/session.py": ("reply_to_takeover",),
     "connection/snapshot.py": ("describe",),
 }
