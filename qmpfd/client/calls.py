@@ -95,18 +95,22 @@ def members(**arguments: Any) -> dict[str, Any]:
     return {k.replace("_", "-"): v for k, v in arguments.items() if v is not None}
 
 
-def typed(kind: type[ResultT]) -> Callable[[Any, list[Fd]], ResultT]:
-    """A function that converts a ``return`` member to *kind*, and closes unexpected descriptors.
+def typed(name: str, *, many: bool = False) -> Callable[[Any, list[Fd]], Any]:
+    """A function that converts a ``return`` member to the type of that name in
+    :mod:`qmpfd.commands`, or to a list of them, and closes unexpected descriptors.
 
     The function raises ProtocolError if it is something else.
     """
 
-    def convert(value: Any, fds: list[Fd]) -> ResultT:
+    def convert(value: Any, fds: list[Fd]) -> Any:
         import msgspec
 
+        from .. import commands  # not before it is needed: it takes as long as a short verb
+
         close_all(fds)
+        kind: Any = getattr(commands, name)
         try:
-            return msgspec.convert(value, kind)
+            return msgspec.convert(value, list[kind] if many else kind)
         except (msgspec.MsgspecError, UnicodeError, OverflowError) as exc:
             raise ProtocolError(
                 f"the server's reply has another type than the command returns: {exc}"
@@ -187,10 +191,7 @@ def add_fd(
         InvalidParameterValue: the fd set does not exist (dialect ``spec``).
         Exception: what :meth:`execute` raises.
     """
-    from ..commands import AddfdInfo
-
-    arguments = members(fdset_id=fdset_id, opaque=opaque)
-    return Call("add-fd", arguments, typed(AddfdInfo), [fd])
+    return Call("add-fd", members(fdset_id=fdset_id, opaque=opaque), typed("AddfdInfo"), [fd])
 
 
 def remove_fd(self: object, fdset_id: int, fd: int | None = None) -> Call[None]:
@@ -209,9 +210,7 @@ def remove_fd(self: object, fdset_id: int, fd: int | None = None) -> Call[None]:
 
 def query_fdsets(self: object) -> Call[list[FdsetInfo]]:
     """List the fd sets, by descending id (``query-fdsets``)."""
-    from ..commands import FdsetInfo
-
-    return Call("query-fdsets", {}, typed(list[FdsetInfo]))
+    return Call("query-fdsets", {}, typed("FdsetInfo", many=True))
 
 
 # -- commands that only qmpfd has ------------------------------------------------------------------
@@ -281,8 +280,6 @@ def add_fds(
         FdExists: *if_exists* is ``"fail"``, and such descriptors are stored already.
         Exception: what :meth:`execute` raises.
     """
-    from ..commands import FdsetInfo
-
     arguments = members(
         fdset_id=fdset_id,
         opaque=opaque,
@@ -291,7 +288,7 @@ def add_fds(
         watch_hangup=watch_hangup or None,
         if_exists=None if if_exists == "add" else if_exists,
     )
-    return Call("add-fds", arguments, typed(FdsetInfo), fds)
+    return Call("add-fds", arguments, typed("FdsetInfo"), fds)
 
 
 def query_fds(
@@ -308,10 +305,8 @@ def query_fds(
     Raises:
         Exception: what :meth:`execute` raises.
     """
-    from ..commands import FdInfo
-
     arguments = members(fdset_id=fdset_id, fd=fd, **selector)
-    return Call("query-fds", arguments, typed(list[FdInfo]))
+    return Call("query-fds", arguments, typed("FdInfo", many=True))
 
 
 def remove_fds(
@@ -331,7 +326,5 @@ def remove_fds(
         FdNotFound: no stored descriptor is selected.
         Exception: what :meth:`execute` raises.
     """
-    from ..commands import FdsetInfo
-
     arguments = members(fdset_id=fdset_id, fd=fd, **selector)
-    return Call("remove-fds", arguments, typed(list[FdsetInfo]))
+    return Call("remove-fds", arguments, typed("FdsetInfo", many=True))

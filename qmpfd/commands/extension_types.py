@@ -197,13 +197,11 @@ class LimitsInfo(Result):
     idle_timeout: float | None = None
 
 
-class PeerStats(Result):
+class PeerStats(PeerInfo):
     """A connected process, as the kernel reports it (SO_PEERCRED, unix(7)).
 
     Args:
         pid: its number when it connected; 0 if the daemon's pid namespace has none for it.
-        uid: its user.
-        gid: its group.
         connections: its connections.
         age: seconds since it connected, or since this daemon took over.
         idle: seconds since its last request, or since it connected; at times one less.
@@ -211,9 +209,6 @@ class PeerStats(Result):
         watching: whether it receives events (``watch-fdsets``).
     """
 
-    pid: Int64
-    uid: Int64
-    gid: Int64
     connections: Int64
     age: Int64
     idle: Int64

@@ -45,12 +45,7 @@ class Selector(Arguments):
     @property
     def by_number(self) -> bool:
         """Whether it names descriptors by number only, so that nothing is searched."""
-        return (
-            self.opaque is UNSET
-            and self.opaque_prefix is UNSET
-            and self.added_by_pid is UNSET
-            and self.added_by_uid is UNSET
-        )
+        return self.given().keys() <= {"fdset-id", "fd"}
 
     def check(self) -> None:
         """Refuse a selector without members.

@@ -20,6 +20,10 @@ from .fdinfo import access_mode, kind, target
 
 EntryT = TypeVar("EntryT")
 
+#: No event is asked for: EPOLLHUP and EPOLLERR are always told (epoll_ctl(2)).  Once, or they would
+#: be told again and again while data is left.
+_ONCE = select.EPOLLONESHOT
+
 
 class Hangups(Generic[EntryT]):
     """The watched descriptors, each with an entry of whoever watches it."""
@@ -55,8 +59,7 @@ class Hangups(Generic[EntryT]):
         if kind(number, target(number)) not in ("pipe", "socket"):
             raise InvalidParameterValue("Parameter 'watch-hangup' expects sockets or pipes only")
         try:
-            # No event is asked for: EPOLLHUP and EPOLLERR are always told (epoll_ctl(2)).
-            self._epoll.register(number, 0)
+            self._epoll.register(number, _ONCE)
         except OSError as exc:
             raise GenericError(f"The file descriptor cannot be watched: {exc.strerror}") from None
         self._watched[number] = entry
@@ -67,18 +70,13 @@ class Hangups(Generic[EntryT]):
         """
         number = fd.fileno()
         del self._watched[number]
-        if number in self._draining:
-            self._draining.discard(number)
-        else:
-            with suppress(OSError):  # an epoll that has lost it tells of it no more either
-                self._epoll.unregister(number)
+        self._draining.discard(number)
+        with suppress(OSError):  # an epoll that has lost it tells of it no more either
+            self._epoll.unregister(number)
 
     def look(self) -> None:
         """Poll for hang-ups; call :meth:`take` next, as long as anything is :attr:`due`."""
-        for number, _ in self._epoll.poll(0):
-            # Level-triggered, it would be told of again and again while data is left.
-            self._epoll.unregister(number)
-            self._draining.add(number)
+        self._draining.update(number for number, _ in self._epoll.poll(0))
         self.due = list(self._draining)
 
     def take(self, limit: int) -> list[EntryT]:
@@ -90,10 +88,7 @@ class Hangups(Generic[EntryT]):
                 continue
             events = _events(number)
             if not events:  # a FIFO that was opened anew, or an error that was told to somebody
-                try:
-                    self._epoll.register(number, 0)
-                except OSError:  # no memory, or no watches left: it is looked at again, as now
-                    continue
+                self._epoll.modify(number, _ONCE)
                 self._draining.discard(number)
             elif _is_over(number, events):
                 over.append(self._watched[number])
