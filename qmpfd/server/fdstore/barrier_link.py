@@ -87,6 +87,7 @@ class BarrierLink:
         self._sent_actions: list[Callable[[], object]] = []
         self._actions: list[Callable[[], object]] = []
         self._removed: list[str] = []
+        self._answer = ""  # of the parent, to the last barrier
         self._closes: dict[str, threading.Event] = {}  # under way in the parent, by name
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
         self._reader: tuple[Fd, Fd] | None = None  # of the barrier under way
@@ -232,6 +233,7 @@ class BarrierLink:
 
     def _barrier_sent(self) -> None:
         self.barriers += 1
+        self._answer = f"SYNCED={self.barriers}"
         self._state = _ON_BARRIER[self._state]
         self._sent_actions += self._actions
         self._actions.clear()
@@ -316,11 +318,11 @@ class BarrierLink:
             )
 
     def _hear(self, message: str) -> None:
+        if message == self._answer and self._state in _ON_ANSWER:
+            self._acknowledged()
+            return
         key, _, value = message.partition("=")
-        if key == "SYNCED":
-            if value == str(self.barriers) and self._state in _ON_ANSWER:
-                self._acknowledged()
-        elif key == "CLOSED":
+        if key == "CLOSED":
             self._closed_there(value)
         elif key == "LOST" and self._outgoing.lost(value):
             # The parent had no place for it: nobody is told that it is safe, until it is.

@@ -11,7 +11,7 @@ The first frames are a snapshot of everything.  When a journal has grown long, a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from mmap import mmap
 from struct import Struct as Layout
@@ -27,11 +27,9 @@ from ..saved_state import SavedFd, SavedListener
 #: Length and checksum of the MessagePack that follows.
 HEADER = Layout("<II")
 
-#: The head of a list of records: ``array 32`` of MessagePack's specification.
-_ARRAY = Layout(">BI")
-
-#: Bytes that a frame takes beside its records.
-FRAME_BYTES = HEADER.size + _ARRAY.size
+#: Bytes that a frame takes beside its records: the longest head of a list is ``array 32`` of
+#: MessagePack's specification.
+FRAME_BYTES = HEADER.size + 5
 
 #: Bytes that are allocated at a time: writing into what is allocated cannot fail.
 _CHUNK = 64 << 10
@@ -102,18 +100,12 @@ Record: TypeAlias = (
     SnapshotHeader | ListenerAdded | ListenerRemoved | SavedFd | Removed | Confirmed | HandedOver
 )
 
-#: A record, as it stands in a frame.
-encoded = msgspec.msgpack.Encoder().encode
+_encode = msgspec.msgpack.Encoder().encode
 
 
-def frame(records: Iterable[Record]) -> bytes:
+def frame(records: list[Record]) -> bytes:
     """*records*, to be there together or not at all."""
-    return frame_encoded([encoded(record) for record in records])
-
-
-def frame_encoded(records: Sequence[bytes]) -> bytes:
-    """The same of records that are :func:`encoded`."""
-    data = b"".join([_ARRAY.pack(0xDD, len(records)), *records])
+    data = _encode(records)
     return HEADER.pack(len(data), crc32(data)) + data
 
 

@@ -17,7 +17,7 @@ from ...kernel.fd import Fd
 from ...limits import MIN_JOURNAL_BYTES
 from ..saved_state import SavedFd
 from .barrier_link import BarrierLink
-from .journal import FRAME_BYTES, Journal, Record, encoded, frame_encoded
+from .journal import FRAME_BYTES, REMOVAL_BYTES, Journal, Record, frame
 from .names import journal_name
 
 #: Bytes that are reserved for what is neither added nor removed: listeners, a takeover.
@@ -36,10 +36,11 @@ class JournalWriter:
         self._link = link
         self._snapshot = snapshot
         self._journals: list[Journal] = []  # the last one counts
-        self._records: list[bytes] = []  # not written yet
-        self._noted = 0  # bytes of these
+        self._records: list[Record] = []  # not written yet
+        self._promised = 0  # bytes of these at most, but for removals
         self._removals = 0  # bytes to be reserved in each journal, for removals
         self._limit = MIN_JOURNAL_BYTES
+        self._offset = time.monotonic() - trio.current_time()  # of the clock of its times
         #: The last journal is not known to be there yet.
         self.is_turning = False
         #: Of the last journal.
@@ -56,17 +57,22 @@ class JournalWriter:
         Raises:
             OSError: there is no memory for them.
         """
+        records = self._records
+        self._promised = self._promised + count if records else count
         self._removals = removals + _OTHER_BYTES
-        wanted = self._noted + FRAME_BYTES + count + self._removals
+        unwritten = FRAME_BYTES + self._promised + len(records) * REMOVAL_BYTES
+        wanted = unwritten + self._removals
         for journal in self._journals:
             if journal.size + wanted > journal.allocated:
                 journal.reserve(wanted)
 
+    def added(self, name: str, stored: StoredFd) -> SavedFd:
+        """The record of a stored descriptor that is kept as *name*."""
+        return SavedFd.of(stored, self._offset, name)
+
     def note(self, record: Record) -> None:
         """Have *record* written, in one frame with the others since the last :meth:`write`."""
-        data = encoded(record)
-        self._records.append(data)
-        self._noted += len(data)
+        self._records.append(record)
         self._link.changed()
 
     def write(self) -> None:
@@ -77,9 +83,8 @@ class JournalWriter:
         """
         if not self._records:
             return
-        data = frame_encoded(self._records)
+        data = frame(self._records)
         self._records.clear()
-        self._noted = 0
         for journal in self._journals:
             journal.append(data)
         if not self.is_turning and self._journals[-1].size > self._limit:
@@ -140,8 +145,3 @@ class JournalWriter:
         """What they are called in the fd store."""
         first = self.generation - len(self._journals) + 1
         return [journal_name(number) for number in range(first, self.generation + 1)]
-
-
-def added_record(name: str, stored: StoredFd) -> SavedFd:
-    """The record of a stored descriptor that is kept as *name*."""
-    return SavedFd.of(stored, time.monotonic() - trio.current_time(), name)

@@ -41,7 +41,7 @@ from .journal import (
     Removed,
     SnapshotHeader,
 )
-from .journal_writer import JournalWriter, added_record
+from .journal_writer import JournalWriter
 from .kept import KeptFds
 from .listeners import KeptListeners
 from .mirror_state import TRANSITIONS, Event, State
@@ -160,7 +160,7 @@ class FdStoreMirror:
         """A descriptor was stored: keep it too, unless it ends with its connection anyway."""
         if self._state is _KEPT and stored.lifetime.owner is None:
             name = self._kept.keep(stored.fd.number, stored.fd)
-            self._journals.note(added_record(name, stored))
+            self._journals.note(self._journals.added(name, stored))
             if self._evidence is not None:
                 self.unproven = self.room.put(stored)
 
@@ -220,7 +220,7 @@ class FdStoreMirror:
         for fdset in self._store:
             for number, stored in fdset.fds.items():
                 if number in self._kept.by_number:
-                    yield added_record(self._kept.by_number[number], stored)
+                    yield self._journals.added(self._kept.by_number[number], stored)
 
     def _write(self, barrier: bool) -> None:
         self._journals.write()
