@@ -10,7 +10,7 @@ from typing import Any
 from ..client.blocking import BlockingClient
 from ..client.calls import members
 from ..kernel.fd import FileDescriptorLike
-from .exit_codes import DONE, UsageError
+from .exit_codes import UsageError
 from .forgetful import stay_connected, warn_of_forgetting
 from .opening import check_open, listening_socket, open_file
 from .options import CONNECTION, JSON, OneOf, client_of, number, option, text
@@ -71,7 +71,7 @@ OPTIONS = [
 ]
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     if arguments.mode is not None and not arguments.paths:
         raise UsageError("--mode needs PATH: the descriptors of --fd and --listen are open already")
     if arguments.if_exists in ("fail", "replace") and arguments.name is None:
@@ -84,7 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
         warn_of_forgetting(client, arguments.connection)
         if arguments.connection:
             stay_connected(client)
-    return DONE
 
 
 def _opened(

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
-from .exit_codes import DONE, UsageError
+from .exit_codes import UsageError
 from .options import client_of, option
 from .targets import listed
 
@@ -88,23 +88,22 @@ OPTIONS = [
 ]
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     if not arguments.command:
         print(_SCRIPTS[arguments.shell])
-        return DONE
+        return
     line, *replaced = arguments.command
     (_, *before), word = _words(line)
     found = _candidates(before, word)
     if isinstance(found, str):
         print(found)
-        return DONE
+        return
     kept = len(word) - len(replaced[0]) if replaced else 0
     for name, told in found.items():
         if name.startswith(word):
             escaped = name.replace(":", "\\:")
             zsh = f"{escaped}:{told}" if told else escaped
             print({"bash": name[kept:], "zsh": zsh, "fish": f"{name}\t{told}"}[arguments.shell])
-    return DONE
 
 
 def _words(line: str) -> tuple[list[str], str]:

@@ -15,13 +15,13 @@ from .._version import __version__
 from ..client.blocking import NoDaemon
 from ..errors import QMPError
 from . import output
-from .exit_codes import NO_DAEMON, REFUSED, USAGE, UsageError
+from .exit_codes import DONE, NO_DAEMON, REFUSED, USAGE, UsageError
 from .options import CONNECTION, JSON, Formatter, add_options
 from .output import Nowhere, drop, print_error, printable
 
 #: The module of each verb, in the order of the help.  It has the verb's SUMMARY, DESCRIPTION,
-#: EXAMPLES and OPTIONS, and the function *run*, which returns the exit status; it may have an
-#: EXIT_STATUS and a USAGE.  Just one is imported to run a verb.
+#: EXAMPLES and OPTIONS, and the function *run*, which returns the exit status, None for 0; it may
+#: have an EXIT_STATUS and a USAGE.  Just one is imported to run a verb.
 _VERBS = {
     "serve": "serve",
     "add": "add",
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser(words[0] if words else "").parse_args(words)
         arguments.command = command
-        status: int = arguments.run(arguments)
+        status: int = arguments.run(arguments) or DONE
         sys.stdout.flush()
     except UsageError as exc:
         return _fail(str(exc), USAGE)

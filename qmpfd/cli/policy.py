@@ -9,7 +9,7 @@ import pwd
 from pathlib import Path
 
 from ..policy import BadPolicy, Grant, Policy, RuleInForce, is_owner, load_policy
-from .exit_codes import DONE, UsageError
+from .exit_codes import UsageError
 from .options import option
 from .output import print_json, printable
 
@@ -38,7 +38,7 @@ def read_policy(path: Path) -> Policy:
         raise UsageError(f"bad policy: {exc}") from None
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     policy = read_policy(arguments.file)
     if arguments.user is None:
         if arguments.json:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             print("root and the daemon's own user: all rights, whatever the rules say")
             for rule in policy.rules:
                 print(f"{_place(rule)}: {_whom(rule)}: {_in_words(rule.grant)}")
-        return DONE
+        return
     uid, gids = _user(arguments.user)
     rules = policy.rules_for(uid, gids)
     owner = is_owner(uid)
@@ -63,7 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"uid {uid} may")
         for rule in rules:
             print(f"  {_in_words(rule.grant)} ({_place(rule)}: {_whom(rule)})")
-    return DONE
 
 
 def _user(name: str) -> tuple[int, set[int]]:

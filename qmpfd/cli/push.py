@@ -11,7 +11,7 @@ from typing import Any
 from ..client.blocking import BlockingClient, NoDaemon
 from ..errors import CommandNotFound, FdNotFound, QMPError
 from ..kernel.fd import close_all
-from .exit_codes import DONE, UsageError
+from .exit_codes import UsageError
 from .forgetful import stay_connected, warn_of_forgetting
 from .options import CONNECTION, JSON, client_of, client_within, number, option, socket_path
 from .output import print_error, print_result
@@ -49,7 +49,7 @@ OPTIONS = [
 ]
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     wanted: Target = arguments.target
     if wanted.at is not None:
         raise UsageError(
@@ -78,7 +78,6 @@ def run(arguments: argparse.Namespace) -> int:
         warn_of_forgetting(sink, arguments.hold, "push --hold stays connected")
         if arguments.hold:
             stay_connected(sink)
-    return DONE
 
 
 def _copy(

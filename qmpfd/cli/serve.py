@@ -20,7 +20,7 @@ from ..kernel.unix_address import is_served, listens
 from ..supervisor.signals import FORWARDED, set_up_signals
 from . import serve_options
 from . import supervise as keeping
-from .exit_codes import DONE, UsageError
+from .exit_codes import UsageError
 from .options import default_socket
 from .policy import read_policy
 from .serve_options import InheritedFd, limits
@@ -141,7 +141,7 @@ def _import_all() -> None:
     from . import daemon, takeover  # noqa: F401 - likewise
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     _fill_standard_streams()
     set_up_signals(FORWARDED)
     parent, store_size = take_parent(), take_store_size()
@@ -170,7 +170,7 @@ def run(arguments: argparse.Namespace) -> int:
     if recovered.handed_over and parent is not None:
         with recovered:
             close_all(fd for fd, _, _ in initial)
-            return DONE  # a successor has it all; this was started because it was not told so
+            return  # a successor has it all; this was started because it was not told so
     if missing and not recovered.has_state:
         raise UsageError(f"--add-fd: this process has not inherited descriptor {missing[0]}")
     listen_fds, passed = _sort_passed(recovered.sockets)
@@ -240,7 +240,6 @@ def run(arguments: argparse.Namespace) -> int:
             kept.notifier.close()
     if failure is not None:
         raise _as_usage_error(failure)
-    return DONE
 
 
 def _as_usage_error(failure: BaseException) -> BaseException:

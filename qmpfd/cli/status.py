@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 from ..errors import QMPError
-from .exit_codes import DONE
 from .options import CONNECTION, JSON, client_within, default_socket, option, seconds
 from .output import duration, print_json, print_pairs, print_table, printable
 
@@ -36,7 +35,7 @@ OPTIONS = [
 ]
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     path = str(arguments.socket or default_socket())
     with client_within(arguments, arguments.wait) as client:
         version = client.execute("query-version")
@@ -48,14 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
                 untold = f"{exc.error_class}: {exc.desc}"
     if arguments.json:
         print_json({"socket": path, "version": version, "stats": stats})
-        return DONE
+        return
     pairs = [("socket", printable(path)), ("server", server_name(version))]
     if stats is None:
         print_pairs([*pairs, ("not told", printable(untold))])
     else:
         print_pairs([*pairs, *_rows(stats)])
         _print_peers(stats)
-    return DONE
 
 
 def server_name(version: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from .exit_codes import DONE
 from .options import option, socket_path
 
 SUMMARY = "show the lines between QMP clients and a server"
@@ -22,8 +21,7 @@ OPTIONS = [
 ]
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     from .tapping import run  # Trio takes longer to import than a short verb runs
 
     run(arguments.listen, arguments.server)
-    return DONE

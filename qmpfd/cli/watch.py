@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from ..client.errors import NoDaemon
 from ..protocol.client import QMPEvent
@@ -30,7 +30,7 @@ OPTIONS = [
 ]
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> NoReturn:
     client = client_of(arguments)
     while True:
         with client:
