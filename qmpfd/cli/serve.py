@@ -24,7 +24,7 @@ from .exit_codes import UsageError
 from .options import default_socket
 from .policy import read_policy
 from .serve_options import InheritedFd, limits
-from .spare import take_alive, wait
+from .spare import is_spare, wait
 
 if TYPE_CHECKING:
     from ..server.renumber import Movable
@@ -153,9 +153,9 @@ def run(arguments: argparse.Namespace) -> None:
     # As many descriptors as we may have: they are what this process is for.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    alive, start = take_alive(), None
-    if parent is not None and alive is not None:
-        start = wait(parent, alive, _import_all)
+    start = None
+    if is_spare() and parent is not None:
+        start = wait(parent, _import_all)
         parent = start.parent
     inherited = take_listen_fds() if start is None else start.sockets
     # All stored descriptors get their numbers before anything is imported that opens others.

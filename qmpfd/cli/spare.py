@@ -2,8 +2,8 @@
 
 When the worker dies, the parent of ``serve --supervise`` has the spare worker take its place: that
 saves the start of an interpreter and its imports, most of the time of a restart.  Until then the
-spare worker has no stored descriptor and no client's connection, but a socket to the parent and a
-pipe by which the worker sees it end.  The policy is read, and paths are looked at, after that.
+spare worker has no stored descriptor and no client's connection, but a socket to the parent.  The
+policy is read, and paths are looked at, after that.
 
 The worker starts the first spare worker.  Each forks another one (fork(2)) when it is needed, which
 becomes the parent's child when the worker dies (prctl(2), PR_SET_CHILD_SUBREAPER).
@@ -24,8 +24,8 @@ from typing import NamedTuple, NoReturn
 from ..kernel.fd import Fd, close_all, pipe
 from ..kernel.systemd import PARENT_VARIABLE, InheritedFd, Notifier
 
-#: The variable with the number of the pipe by which the worker sees a spare worker end.
-_ALIVE_VARIABLE = "QMPFD_SPARE_FD"
+#: The variable that tells a process to be a spare worker.
+_VARIABLE = "QMPFD_SPARE"
 
 #: Milliseconds that are waited at most, as nobody is served meanwhile: the close of a file may hang
 #: there, of a FUSE mount that does not answer.
@@ -42,18 +42,12 @@ class Spare(NamedTuple):
     """A spare worker, as the process sees it that has started it.
 
     Args:
-        pid: its process.
+        pid: its process, a child.
         sock: the parent's end of the socket to it.
-        alive: readable once it has ended.
     """
 
     pid: int
     sock: Fd
-    alive: Fd
-
-    def close(self) -> None:
-        """Close what belongs to it here."""
-        close_all([self.sock, self.alive])
 
 
 class Start(NamedTuple):
@@ -72,13 +66,9 @@ class Start(NamedTuple):
     successor: Spare | None
 
 
-def take_alive() -> Fd | None:
-    """The pipe that shows that this process lives, if it is a spare worker."""
-    number = os.environ.pop(_ALIVE_VARIABLE, "")
-    if not number.isdecimal():
-        return None
-    os.set_inheritable(int(number), False)
-    return Fd(int(number))
+def is_spare() -> bool:
+    """Whether this process is to be a spare worker; asked once."""
+    return bool(os.environ.pop(_VARIABLE, ""))
 
 
 def spawn(store_size: int) -> Spare:
@@ -91,26 +81,21 @@ def spawn(store_size: int) -> Spare:
         OSError: that is not possible now.
     """
     with ExitStack() as stack:
-        sock, alive, theirs = _connections(stack)
-        numbers = [fd.fileno() for fd in theirs]
-        environment = {
-            **os.environ,
-            PARENT_VARIABLE: str(numbers[0]),
-            "FDSTORE": str(store_size),
-            _ALIVE_VARIABLE: str(numbers[1]),
-        }
+        sock, theirs = map(stack.enter_context, _socket_pair())
+        number = theirs.fileno()
+        ours = {PARENT_VARIABLE: str(number), "FDSTORE": str(store_size), _VARIABLE: "1"}
         # A dup2(2) of a number to itself has the new process inherit it.  No fork(2) in a process
         # with other people's descriptors: posix_spawn(3) does not wait until they are closed there.
-        actions = [(os.POSIX_SPAWN_DUP2, number, number) for number in numbers]
+        actions = [(os.POSIX_SPAWN_DUP2, number, number)]
         command = [sys.executable, *sys.orig_argv[1:]]
         executed, writer = map(stack.enter_context, pipe())
         writer.move_to(max(map(int, os.listdir("/proc/self/fd"))) + 1)
-        pid = os.posix_spawn(sys.executable, command, environment, file_actions=actions)
-        close_all([writer, *theirs])
+        pid = os.posix_spawn(sys.executable, command, {**os.environ, **ours}, file_actions=actions)
+        close_all([writer, theirs])
         _wait_hangup(executed)
         executed.close()
         stack.pop_all()
-    return Spare(pid, sock, alive)
+    return Spare(pid, sock)
 
 
 def _wait_hangup(executed: Fd) -> None:
@@ -123,20 +108,17 @@ def _wait_hangup(executed: Fd) -> None:
     poll.poll(_EXEC_TIMEOUT)
 
 
-def _connections(stack: ExitStack) -> tuple[Fd, Fd, list[Fd]]:
-    """The parent's end of a socket, a pipe's read end; and both other ends, for a spare worker."""
-    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock, theirs = stack.enter_context(Fd(one.detach())), stack.enter_context(Fd(other.detach()))
-    alive, writer = map(stack.enter_context, pipe())
-    return sock, alive, [theirs, writer]
+def _socket_pair() -> tuple[Fd, Fd]:
+    """The parent's end of a socket, and the one for a spare worker."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return Fd(ours.detach()), Fd(theirs.detach())
 
 
-def wait(parent: Notifier, alive: Fd, prepare: Callable[[], object]) -> Start:
+def wait(parent: Notifier, prepare: Callable[[], object]) -> Start:
     """Be a spare worker until it is needed.
 
     Args:
         parent: the connection to the parent.
-        alive: what shows the worker that this process lives; owned from here on.
         prepare: imports what a worker needs.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a worker lives through it
@@ -153,30 +135,29 @@ def wait(parent: Notifier, alive: Fd, prepare: Callable[[], object]) -> Start:
     while True:
         sockets, names = _wait_for_start(parent)
         successor, theirs = _fork()
-        if not theirs:
+        if theirs is None:
             break
-        close_all([alive, *(each.fd for each in sockets)])
+        close_all(each.fd for each in sockets)
         parent.close()
-        parent, alive = Notifier(socket.socket(fileno=theirs[0].detach()), True), theirs[1]
+        parent = Notifier(socket.socket(fileno=theirs.detach()), True)
     gc.disable()  # until it serves: what is restored stays
-    alive.close()
     os.environ["WATCHDOG_PID"] = str(os.getpid())
     return Start(parent, sockets, names, successor)
 
 
-def _fork() -> tuple[Spare | None, list[Fd]]:
-    """Leave a spare worker behind: that, None if it cannot be done now.  There, its connections."""
+def _fork() -> tuple[Spare | None, Fd | None]:
+    """Leave a spare worker behind: that, None if it cannot be done now.  There, its socket."""
     with ExitStack() as stack:
         try:
-            sock, alive, theirs = _connections(stack)
+            sock, theirs = map(stack.enter_context, _socket_pair())
             pid = os.fork()
         except OSError:  # another one is started later
-            return None, []
+            return None, None
         stack.pop_all()
     if pid:
-        close_all(theirs)
-        return Spare(pid, sock, alive), []
-    close_all([sock, alive])
+        theirs.close()
+        return Spare(pid, sock), None
+    sock.close()
     return None, theirs
 
 

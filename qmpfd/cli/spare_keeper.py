@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import signal
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import trio
@@ -47,25 +48,26 @@ class SpareKeeper:
     async def run(self) -> None:
         """Do so until cancelled, or until the parent is gone; then there is none any more."""
         delay = FIRST_DELAY
-        try:
-            while True:
-                if self._spare is None:
-                    await trio.sleep(delay)
-                    delay = min(2 * delay, LAST_DELAY)
-                    if not await self._started():
-                        _log.warning("no spare worker has started: trying again in %g s", delay)
-                        await self._end_spare()
-                elif not self._offer(self._spare):
-                    await trio.sleep(_RETRY)
-                else:
-                    await trio.lowlevel.wait_readable(self._spare.alive.fileno())
-                    _log.warning("the spare worker has ended: starting another in %g s", delay)
-                    await self._end_spare()
-        except ConnectionError:  # the parent is gone
-            _log.info("there is no spare worker any more: nobody could start it")
-        finally:
-            with trio.move_on_after(_END_TIMEOUT, shield=True):
-                await self._end_spare()
+        with trio.open_signal_receiver(signal.SIGCHLD) as deaths:
+            try:
+                while True:
+                    if self._spare is None:
+                        await trio.sleep(delay)
+                        delay = min(2 * delay, LAST_DELAY)
+                        if not await self._started():
+                            _log.warning("no spare worker has started: trying again in %g s", delay)
+                            await self._end_spare(deaths)
+                    elif not self._offer(self._spare):
+                        await trio.sleep(_RETRY)
+                    else:
+                        await _end_of(self._spare.pid, deaths)
+                        self._spare = None
+                        _log.warning("the spare worker has ended: starting another in %g s", delay)
+            except ConnectionError:  # the parent is gone
+                _log.info("there is no spare worker any more: nobody could start it")
+            finally:
+                with trio.move_on_after(_END_TIMEOUT, shield=True):
+                    await self._end_spare(deaths)
 
     async def _started(self) -> bool:
         """Start a spare worker; whether it is one by now."""
@@ -96,14 +98,18 @@ class SpareKeeper:
         started.sock.close()
         return True
 
-    async def _end_spare(self) -> None:
+    async def _end_spare(self, deaths: AsyncIterator[int]) -> None:
         """End it and wait for it.  Its end may hang, as that of a process does that has inherited a
         file of a FUSE mount that does not answer: there is no other one until then.
         """
         ended, self._spare = self._spare, None
-        if ended is None:
-            return
-        ended.close()
-        os.kill(ended.pid, signal.SIGKILL)  # until we wait for it, no other process has its pid
-        with suppress(RuntimeError):  # out of threads
-            await trio.to_thread.run_sync(os.waitpid, ended.pid, 0, abandon_on_cancel=True)
+        if ended is not None:
+            ended.sock.close()
+            os.kill(ended.pid, signal.SIGKILL)  # no other process has its pid: nobody waited for it
+            await _end_of(ended.pid, deaths)
+
+
+async def _end_of(pid: int, deaths: AsyncIterator[int]) -> None:
+    """Wait for the end of a child: *deaths* are the signals of such."""
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):  # noqa: ASYNC222 - with WNOHANG it does not wait
+        await anext(deaths)

@@ -111,7 +111,7 @@ def recover(
         else:
             from ..server.fdstore.fetch import fetch
 
-            own = [] if start.successor is None else [start.successor.sock, start.successor.alive]
+            own = [] if start.successor is None else [start.successor.sock]
             movable = [*others, *own, *(each.fd for each in inherited)]
             fetched, history = fetch(start.parent, start.names, movable)
             recovered = recovering.recover([*inherited, *fetched], [*others, *own], history)
