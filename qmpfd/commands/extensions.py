@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from itertools import groupby
 
-from msgspec import UNSET, to_builtins
+from msgspec import UNSET
 
 from ..errors import FdExists, FdNotFound, GenericError, InvalidParameterValue
 from ..fdsets import PERMANENT, Lifetime, Peer, StoredFd
@@ -144,7 +144,7 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
     )
     shared.remove(older, "replaced", context.connection.fds_to_close)
     (info,) = _infos(entries)
-    return JSONStream(to_builtins(info)) if _is_long(entries) else info
+    return JSONStream(info) if _is_long(entries) else info
 
 
 def _older(context: Context, arguments: AddFds) -> list[StoredFd]:
@@ -190,7 +190,7 @@ def remove_fds(context: Context, arguments: Selector) -> list[FdsetInfo] | JSONS
         raise arguments.not_found()
     infos = _infos(found, context.access)
     context.shared.remove(found, "removed", context.connection.fds_to_close)
-    return JSONStream(to_builtins(infos)) if _is_long(found) else infos
+    return JSONStream(infos) if _is_long(found) else infos
 
 
 def _infos(entries: list[StoredFd], access: Access | None = None) -> list[FdsetInfo]:

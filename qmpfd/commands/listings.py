@@ -88,7 +88,7 @@ class Listing(JSONStream):
     """A listing in progress."""
 
     def __init__(self, context: Context, query: Selector | None, asked_at: float) -> None:
-        super().__init__(None)
+        super().__init__()
         self.bits = self._make_bits()
         self._context = context
         self._query = query

@@ -10,14 +10,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-
-def _encode_stream(value: object) -> msgspec.Raw:
-    if isinstance(value, JSONStream):
-        return msgspec.Raw(b"".join(value.bits))
-    raise TypeError(f"no JSON: {value!r}")
-
-
-_encode, _format = msgspec.json.Encoder(enc_hook=_encode_stream).encode, msgspec.json.format
+_encode, _format = msgspec.json.Encoder().encode, msgspec.json.format
 
 
 # An escape sequence as msgspec writes it; that of a backslash matches too, and is left alone.
@@ -51,16 +44,17 @@ class RawJSON(bytes):
 
 
 class JSONStream:
-    """A result that is encoded in small steps, because its text may be long.
+    """A result that is encoded in small steps, while it is sent, because its text may be long.
 
     Args:
-        value: the result, built of JSON's types; a subclass may produce the text in another way.
+        value: the result; None where a subclass produces the text in another way.
     """
 
-    def __init__(self, value: Any) -> None:
+    #: The text that a subclass produces; each step of the iteration encodes a part of it.
+    bits: Iterator[bytes]
+
+    def __init__(self, value: Any = None) -> None:
         self.value = value
-        #: The text of the result; each step of the iteration encodes a part of it.
-        self.bits = iter_encode(value)
 
 
 #: The text of a struct of numbers as a format for ``%``, and what gets these numbers.

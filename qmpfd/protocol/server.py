@@ -282,6 +282,8 @@ class ServerConnection(Connection):
             return StreamedReply({**id_member, "error": self._error(result)})
         value = result.value
         if isinstance(value, JSONStream):
-            return StreamedReply(id_member, value)
+            if value.value is None:
+                return StreamedReply(id_member, value)
+            value = value.value
         returned = value if type(value) is RawJSON else to_builtins(value)
         return StreamedReply({"return": returned, **id_member})

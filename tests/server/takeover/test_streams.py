@@ -143,6 +143,21 @@ def test_a_text_that_many_are_in_the_middle_of(path: Path, daemons: Callable[...
     assert max(first.peak, end(second)) < 150
 
 
+def test_what_a_long_removal_has_removed(path: Path, daemons: Callable[..., Stepped]) -> None:
+    """It is no listing, but as long, and nobody has read any of it."""
+    daemons()
+    with BlockingClient(path, PATIENCE) as client:
+        for number in range(20):
+            client.execute("add-fds", {"opaque": f"{number}" * 500}, [0] * 250)
+        expected = client.execute("query-fdsets")
+        with Reader(path, request("remove-fds", {"opaque-prefix": ""}, id="all")) as reader:
+            reader.begin()
+            daemons()
+            reply = reader.line()
+            assert (reply["id"], reply["return"]) == ("all", expected)
+        assert client.execute("query-fdsets") == []
+
+
 def test_what_is_pipelined_behind_a_listing(path: Path, daemons: Callable[..., Stepped]) -> None:
     """Requests, some with descriptors, broken ones and a text that is not complete."""
     daemons()
