@@ -7,7 +7,6 @@ import fcntl
 import logging
 import os
 import sys
-from collections import deque
 from pathlib import Path
 from threading import Condition, Thread
 
@@ -18,9 +17,6 @@ _log = logging.getLogger("qmpfd")
 
 #: Seconds that the daemon's end waits for lines to be written.
 _CLOSE_TIMEOUT = 1.0
-
-#: Bytes that are written at a time.
-_CHUNK = 64 << 10
 
 
 def open_audit(path: Path) -> Fd:
@@ -52,8 +48,8 @@ class AuditWriter:
 
     def __init__(self, fd: FileDescriptorLike) -> None:
         self._fd = Fd(os.dup(fileno(fd)))
-        self._lines: deque[bytes] = deque()
-        self._size = 0
+        self._lines: list[bytes] = []
+        self._size = 0  # of these, and of what is being written
         self._changed = Condition()
         self._closing = False
         self._lost = 0  # since the last line that was written
@@ -84,26 +80,23 @@ class AuditWriter:
 
     def _run(self) -> None:
         with self._fd:  # it may be written to when nobody waits for the thread any more
-            while (lines := self._next()) is not None:
-                left_out, reason = self._write_all(b"".join(lines))
+            while data := self._next():
+                left_out, reason = self._write_all(data)
                 with self._changed:
+                    self._size -= len(data)
                     if left_out:
                         self._lose(left_out, reason)
                     elif self._lost:
                         _log.warning("audit trail: %d lines were left out", self._lost)
                         self._lost = 0
 
-    def _next(self) -> list[bytes] | None:
-        """Some of what waits, once there is something; None at the end."""
+    def _next(self) -> bytes:
+        """What waits, once there is something; empty at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._lines or self._closing)
-            taken: list[bytes] = []
-            size = 0
-            while self._lines and size < _CHUNK:
-                taken.append(self._lines.popleft())
-                size += len(taken[-1])
-            self._size -= size
-            return taken or None
+            data = b"".join(self._lines)
+            self._lines.clear()
+            return data
 
     def _write_all(self, data: bytes) -> tuple[int, str]:
         """Write lines; how many of them were not written, and why."""
