@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from ...kernel.fd import Fd, close_all
 from ...kernel.systemd import InheritedFd
@@ -79,9 +78,6 @@ class Recovered:
     sockets: list[InheritedFd]
     has_state: bool
     handed_over: bool
-
-    #: It is ours, whatever happens.
-    confirmed: ClassVar[bool] = True
 
     def __enter__(self) -> Recovered:
         return self

@@ -18,7 +18,7 @@ import resource
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -86,18 +86,26 @@ class Takeover:
             OSError: this process may not have so many.
         """
         numbers = self.state.stored_numbers
+        self._fill(numbers, movable)
+        end = max(numbers, default=0) + _AHEAD
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as null:
-            for number in numbers:
-                self.stored[number] = null.dup()
-            places = [self.stored[number] for number in numbers]
-            renumber(places, numbers, [*movable, *self._movable, null])
-            end = max(numbers, default=0) + _AHEAD
-            most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             while end + _ROOM < most:
                 filler = null.dup()
                 self._fillers[filler.fileno()] = filler
                 if filler.fileno() >= end:
                     break
+
+    def _fill(self, numbers: Sequence[int], movable: Iterable[Movable] = ()) -> None:
+        """Have something open under each of *numbers*, in place of what will be stored there."""
+        if not numbers:
+            return
+        with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as null:
+            for number in numbers:
+                filler = self._fillers.pop(number, None)
+                self.stored[number] = null.dup() if filler is None else filler
+            places = [self.stored[number] for number in numbers]
+            renumber(places, numbers, [*movable, *self._movable, null])
 
     def receive_rest(self, timeout: float, drop: Callable[[list[int]], None]) -> SavedRest:
         """Have the old daemon pause, and fetch what is left: all descriptors, above all.
@@ -117,7 +125,7 @@ class Takeover:
             drop(rest.removed)
             for number in rest.removed:
                 del self.stored[number]
-            self._reserve_added([fd.number for fd in rest.added])
+            self._fill([fd.number for fd in rest.added])
             self._receive_fds(len(self.stored) + rest.others, timeout)
         except TimeoutError:
             raise NoDaemon("the old daemon does not answer") from None
@@ -145,16 +153,6 @@ class Takeover:
             return unpack(read_all(passed[0]), SavedRest)
         finally:
             close_all(passed)
-
-    def _reserve_added(self, numbers: list[int]) -> None:
-        """The same as :meth:`reserve`, for what was stored since."""
-        if not numbers:
-            return
-        with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as null:
-            for number in numbers:
-                filler = self._fillers.pop(number, None)
-                self.stored[number] = null.dup() if filler is None else filler
-        renumber([self.stored[number] for number in numbers], numbers, self._movable)
 
     @property
     def _movable(self) -> list[Movable]:
