@@ -296,13 +296,7 @@ class DaemonServer(Server):
         """
         await self.lifecycle.wait_for(State.RUNNING)
         for listener in self.listeners:
-            if listener.is_lost:
-                try:
-                    listener.bind_again()
-                except OSError as exc:
-                    _log.error("cannot listen on %s again: %s", listener, exc.strerror or exc)
-                else:
-                    _log.warning("the socket file %s was missing: made it again", listener)
+            listener.bind_if_lost()
 
     def _refresh_in_flight(self) -> None:
         for session in self.sessions:

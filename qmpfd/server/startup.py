@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -23,7 +22,7 @@ from .closing import closes_awaited
 from .durability import Unmirrored
 from .fdstore.lifespan import mirrored
 from .fdstore.mirror import FdStoreConfig, FdStoreMirror
-from .fdstore.recover import Holdings, Recovered
+from .fdstore.recover import Recovered
 from .handle import Server
 from .lifecycle import Event
 from .listen.binding import Permissions
@@ -31,8 +30,6 @@ from .listen.listener import UnixListener
 from .restore import restored, taking_over
 from .server import DaemonServer
 from .takeover.receiver import Takeover
-
-_log = logging.getLogger("qmpfd")
 
 
 async def serve(  # noqa: ASYNC128 - run_daemon does that
@@ -150,15 +147,15 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
         permissions = Permissions(socket_mode, socket_group)
         for listener in listeners:
             listener.permissions = permissions
-        if recovered is not None:
-            _bind_lost(listeners, recovered.holdings)
+            if recovered is not None and listener.bind_if_lost():
+                recovered.holdings.replaced(listener.socket.fileno())
         initial: list[StoredFd] = []
         while given:
             fd, fdset_id, opaque = given[0]
             initial += server.daemon.add([fd], fdset_id, opaque, create=True)
             given.popleft()
         for path in paths:
-            listeners.append(UnixListener.bind(path, mode=socket_mode, group=socket_group))
+            listeners.append(UnixListener.bind(path, permissions))
             stack.callback(listeners[-1].close)
         ours = list(listeners)  # the others are passed to every daemon that is started here
         while inherited:
@@ -182,15 +179,3 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
                 for stored in initial:
                     server.daemon.audit.record("added", stored)
             await server.run(listeners, task_status=task_status)
-
-
-def _bind_lost(listeners: Iterable[UnixListener], holdings: Holdings) -> None:
-    """Make the socket files anew that are gone, or are another program's by now."""
-    for listener in listeners:
-        if listener.is_lost:
-            try:
-                listener.bind_again()
-            except OSError as exc:
-                _log.error("cannot make %s again: %s", listener, exc.strerror or exc)
-            else:
-                holdings.replaced(listener.socket.fileno())

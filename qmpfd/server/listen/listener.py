@@ -98,20 +98,18 @@ class UnixListener:
 
     @classmethod
     def bind(
-        cls, where: str | os.PathLike[str], *, mode: int = 0o600, group: int | None = None
+        cls, where: str | os.PathLike[str], permissions: Permissions = OWNER_ONLY
     ) -> UnixListener:
         """Listen at a path, or under an abstract name.
 
         Args:
             where: the path, where a stale socket file is replaced; or ``@NAME``.
-            mode: the file's permission bits.
-            group: the gid of its group; the process's own by default.
+            permissions: of the file.
 
         Raises:
             SocketInUse: a daemon listens there.
             OSError: the path cannot be used; nothing is left there.
         """
-        permissions = Permissions(mode, group)
         # A successor that takes it over may have another working directory.
         path = Path(where) if is_abstract(where) else Path(where).absolute()
         sock, file = listen_at(path, permissions, LOCK_TIMEOUT)
@@ -122,15 +120,10 @@ class UnixListener:
         """What it is, for a successor."""
         return SavedListener(None if self.path is None else os.fsencode(self.path), self.file)
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether its file is gone, or another one is there."""
-        return self.file is not None and self.path is not None and identity(self.path) != self.file
-
     def change_permissions(self, permissions: Permissions) -> None:
         """Give the socket file other permissions, if there is one and it is ours."""
         self.permissions = permissions
-        if self.path is None or self.file is None or self.is_lost:
+        if self.path is None or self.file is None or identity(self.path) != self.file:
             return
         group = os.getegid() if permissions.group is None else permissions.group
         try:
@@ -139,6 +132,20 @@ class UnixListener:
             self.path.chmod(permissions.mode)
         except OSError as exc:
             _log.error("cannot set the permissions of %s: %s", self, exc.strerror or exc)
+
+    def bind_if_lost(self) -> bool:
+        """Listen with a new socket where the file is gone, or another one is there; whether that
+        was done.
+        """
+        if self.path is None or self.file is None or identity(self.path) == self.file:
+            return False
+        try:
+            self.bind_again()
+        except OSError as exc:
+            _log.error("cannot listen on %s again: %s", self, exc.strerror or exc)
+            return False
+        _log.warning("the socket file %s was missing: made it again", self)
+        return True
 
     def bind_again(self) -> None:
         """Listen with a new socket at the same path, under the same number.  Clients in the backlog

@@ -78,7 +78,7 @@ def test_a_file_of_somebody_else(path: Path) -> None:
         daemon.kill_worker()
         with connected(other) as client:
             assert opaques(client) == ["mine"]
-        assert f"cannot make {path} again: a daemon is already listening" in daemon.log
+        assert f"cannot listen on {path} again: a daemon is already listening" in daemon.log
         daemon.process.terminate()
         assert daemon.process.wait(DEADLINE) == 0
         assert path.exists()

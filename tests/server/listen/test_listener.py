@@ -17,7 +17,7 @@ from helpers import PATIENCE, ROOT, Wire, daemon, daemon_process, pipes, request
 from qmpfd.client.blocking import connect_blocking
 from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.limits import TAKEOVER_FORMAT
-from qmpfd.server.listen.binding import SocketInUse
+from qmpfd.server.listen.binding import Permissions, SocketInUse
 from qmpfd.server.listen.listener import UnixListener
 
 
@@ -41,7 +41,7 @@ CONTENDER = """
 import sys
 from contextlib import closing, nullcontext
 import trio
-from qmpfd.server.listen.binding import SocketInUse
+from qmpfd.server.listen.binding import Permissions, SocketInUse
 from qmpfd.server.listen.listener import UnixListener
 
 async def main():
@@ -94,7 +94,7 @@ def test_a_failed_bind_leaves_nothing(tmp_path: Path) -> None:
         if path.name == "stale":
             stale(path)
         with pytest.raises(OverflowError):
-            UnixListener.bind(path, group=1 << 32)  # chown(2) fails, after bind(2)
+            UnixListener.bind(path, Permissions(group=1 << 32))  # chown(2) fails, after bind(2)
     assert list(tmp_path.iterdir()) == []
 
 
