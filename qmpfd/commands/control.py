@@ -9,13 +9,11 @@ from msgspec import UNSET
 from .._version import __version__
 from ..errors import InvalidParameterValue
 from ..limits import TAKEOVER_FORMAT
-from ..protocol.encode import RawJSON
 from .context import Context, Ending
 from .extension_types import Takeover
 from .schema import schema
 from .table import Table
 from .types import (
-    NOTHING,
     Arguments,
     Capabilities,
     CommandInfo,
@@ -33,11 +31,10 @@ VERSION = version_info(__version__)
 
 
 @table.command("qmp_capabilities", Capabilities, Nothing)
-def qmp_capabilities(context: Context, arguments: Capabilities) -> RawJSON:
+def qmp_capabilities(context: Context, arguments: Capabilities) -> None:
     """Enable capabilities and enter command mode; the first command of every connection."""
     enable = arguments.enable
     context.connection.negotiate([] if enable is UNSET else list(enable))
-    return NOTHING
 
 
 @table.command("query-version", Arguments, VersionInfo)
@@ -65,7 +62,7 @@ def query_qmp_schema(context: Context, arguments: Arguments) -> list[dict[str, A
 
 
 @table.command("takeover", Takeover, Nothing)
-def takeover(context: Context, arguments: Takeover) -> RawJSON:
+def takeover(context: Context, arguments: Takeover) -> None:
     """Hand everything over to the client, a daemon that takes this one's place."""
     context.access.require("admin")
     if arguments.format < TAKEOVER_FORMAT:  # a newer daemon reads what an older one has written
@@ -73,13 +70,11 @@ def takeover(context: Context, arguments: Takeover) -> RawJSON:
             f"Parameter 'format' expects {TAKEOVER_FORMAT}, this daemon's, or a newer one"
         )
     context.ending = Ending.TAKEOVER
-    return NOTHING
 
 
 @table.command("quit", Arguments, Nothing)
-def quit_(context: Context, arguments: Arguments) -> RawJSON:
+def quit_(context: Context, arguments: Arguments) -> None:
     """End the daemon: every stored descriptor is closed."""
     context.access.require("admin")
     context.ending = Ending.QUIT
     context.shared.stop()
-    return NOTHING

@@ -59,7 +59,7 @@ def execute(context: Context, request: Request, received: list[Fd]) -> Outcome[o
         _log.error("%s failed", command.name, exc_info=exc)
         result = Error(GenericError(f"internal error in '{command.name}'"))
     else:
-        result = _DONE if returned is NOTHING else Value(returned)
+        result = _DONE if returned is None else Value(returned)
     if audit is not None:
         if isinstance(result, Error) and isinstance(result.error, QMPError):
             audit.refuse(result.error, arguments)

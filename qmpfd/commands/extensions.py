@@ -34,7 +34,7 @@ from .listings import listing
 from .selectors import Selector, choose, denied, rights, visible_opaque
 from .shared import Client
 from .table import Table
-from .types import NOTHING, Arguments, FdsetFdInfo, FdsetInfo
+from .types import Arguments, FdsetFdInfo, FdsetInfo
 from .types import Result as Nothing
 
 table: Table[Context] = Table()
@@ -242,11 +242,10 @@ def query_fds(context: Context, arguments: Selector) -> JSONStream | RawJSON:
 
 
 @table.command("watch-fdsets", WatchFdsets, Nothing)
-def watch_fdsets(context: Context, arguments: WatchFdsets) -> RawJSON:
+def watch_fdsets(context: Context, arguments: WatchFdsets) -> None:
     """Begin, or cease, to send FD_ADDED and FD_REMOVED events to this connection."""
     context.access.require("query")
     context.watch(arguments.enable)
-    return NOTHING
 
 
 @table.command("query-stats", Arguments, StatsInfo)

@@ -15,7 +15,7 @@ from .listings import listing
 from .selectors import Selector, denied, rights
 from .shared import Dialect, SharedState
 from .table import Table
-from .types import NOTHING, AddFd, AddfdInfo, Arguments, FdName, FdsetInfo, RemoveFd
+from .types import AddFd, AddfdInfo, Arguments, FdName, FdsetInfo, RemoveFd
 from .types import Result as Nothing
 
 table: Table[Context] = Table()
@@ -97,7 +97,7 @@ def _require_sight(access: Access, fdset: FdSet, opaque: str | None, dialect: Di
 
 
 @table.command("remove-fd", RemoveFd, Nothing)
-def remove_fd(context: Context, arguments: RemoveFd) -> RawJSON:
+def remove_fd(context: Context, arguments: RemoveFd) -> None:
     """Remove one file descriptor, or all, from an fd set, and close what was removed."""
     fdset_id, number = arguments.fdset_id, arguments.fd
     shared, access = context.shared, context.access
@@ -114,7 +114,6 @@ def remove_fd(context: Context, arguments: RemoveFd) -> RawJSON:
     if not chosen:
         raise Selector(fdset_id=fdset_id, fd=number).not_found()
     shared.remove(chosen, "removed", context.connection.fds_to_close)
-    return NOTHING
 
 
 @table.command("query-fdsets", Arguments, list[FdsetInfo])
@@ -125,7 +124,7 @@ def query_fdsets(context: Context, arguments: Arguments) -> JSONStream | RawJSON
 
 
 @table.command("getfd", FdName, Nothing, fds=1)
-def getfd(context: Context, arguments: FdName) -> RawJSON:
+def getfd(context: Context, arguments: FdName) -> None:
     """Keep the file descriptor that was passed with the command under a name of this connection."""
     context.first_fd()
     context.access.require("add")
@@ -135,12 +134,10 @@ def getfd(context: Context, arguments: FdName) -> RawJSON:
     if arguments.fdname not in context.names:
         context.shared.quotas.check_quota(context.peer.uid, 1, arguments.fdname)
     context.store_named(arguments.fdname)
-    return NOTHING
 
 
 @table.command("closefd", FdName, Nothing)
-def closefd(context: Context, arguments: FdName) -> RawJSON:
+def closefd(context: Context, arguments: FdName) -> None:
     """Close a file descriptor that was kept by ``getfd``."""
     if not context.close_named(arguments.fdname):
         raise FdNotFound(f"File descriptor named '{arguments.fdname}' not found")
-    return NOTHING
