@@ -11,7 +11,7 @@ from ..client.blocking import BlockingClient
 from ..client.calls import members
 from ..kernel.fd import FileDescriptorLike
 from .exit_codes import UsageError
-from .forgetful import stay_connected, warn_of_forgetting
+from .forgetful import stay_or_warn
 from .opening import check_open, listening_socket, open_file
 from .options import CONNECTION, JSON, OneOf, client_of, number, option, text
 from .output import print_result
@@ -81,9 +81,8 @@ def run(arguments: argparse.Namespace) -> None:
         client = stack.enter_context(client_of(arguments))
         added = _execute(client, arguments, fds)
         _report(arguments, added, note)
-        warn_of_forgetting(client, arguments.connection)
-        if arguments.connection:
-            stay_connected(client)
+        advice = "keep another QMP client connected until QEMU uses it"
+        stay_or_warn(client, arguments.connection, advice)
 
 
 def _opened(

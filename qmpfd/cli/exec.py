@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from ..client.blocking import BlockingClient
-from ..client.calls import one_fd
+from ..client.calls import members, one_fd
 from ..client.errors import NoDaemon
 from ..errors import QMPError
 from ..kernel.fd import Fd
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
                 fds.append(stack.enter_context(one_fd(info, passed)))
                 infos.append(info)
             if arguments.take:
-                _take(client, infos)
+                _take(client, infos, fds)
         # The connection is closed by now: its number may be one of the places.
         if arguments.rewind:
             for fd in fds:
@@ -125,22 +125,23 @@ def _places(targets: list[Target], listen_fds: bool) -> list[int]:
     return [next(free) if each.at is None else each.at for each in targets]
 
 
-def _take(client: BlockingClient, infos: list[dict[str, Any]]) -> None:
+def _take(client: BlockingClient, infos: list[dict[str, Any]], fds: list[Fd]) -> None:
     """Take what was opened out of the store: all of it, or nothing."""
+    # One may be named twice.
+    opened = {
+        (info["fdset-id"], info["fd"]): (info, fd) for info, fd in zip(infos, fds, strict=True)
+    }
     taken: list[tuple[dict[str, Any], Fd]] = []
-    with ExitStack() as stack:
-        try:
-            # One may be named twice.
-            for fdset_id, number in {(info["fdset-id"], info["fd"]) for info in infos}:
-                members = {"fdset-id": fdset_id, "fd": number, "remove": True}
-                info, passed = client.request("open-fdset", members)
-                taken.append((info, stack.enter_context(one_fd(info, passed))))
-        except BaseException:
-            for info, fd in taken:
-                members = {key: info[key] for key in ("fdset-id", "opaque") if key in info}
-                with suppress(QMPError, NoDaemon):  # its set may be gone by now
-                    client.execute("add-fd", members, [fd])
-            raise
+    try:
+        for (fdset_id, number), each in opened.items():
+            client.execute("remove-fd", {"fdset-id": fdset_id, "fd": number})
+            taken.append(each)
+    except BaseException:
+        for info, fd in taken:
+            where = members(fdset_id=info["fdset-id"], opaque=info.get("opaque"))
+            with suppress(QMPError, NoDaemon):  # its set may be gone by now
+                client.execute("add-fd", where, [fd])
+        raise
 
 
 def _announce(infos: list[dict[str, Any]], places: list[int]) -> None:

@@ -12,29 +12,20 @@ from .output import print_error
 _LAST = (9, 0)
 
 
-def forgets(client: BlockingClient) -> str | None:
-    """The version of a QEMU that forgets at disconnect, by its greeting; None for others."""
+def stay_or_warn(client: BlockingClient, stay: bool, advice: str) -> None:
+    """Stay connected until the server closes the connection; else warn on standard error, where a
+    QEMU will close the added descriptors at disconnect.
+    """
+    if stay:
+        with suppress(NoDaemon):
+            for _ in client.events():
+                pass
+        return
     match client.greeting.get("version"):
         case {"package": str(package)} if package.startswith("qmpfd "):
-            return None
+            return
         case {"qemu": {"major": int(major), "minor": int(minor)}} if (major, minor) <= _LAST:
-            return f"{major}.{minor}"
-    return None
-
-
-def warn_of_forgetting(client: BlockingClient, stays: bool, advice: str = "") -> None:
-    """Warn on standard error that QEMU will close the added descriptors at disconnect."""
-    version = forgets(client)
-    if version is not None and not stays:
-        advice = advice or "keep another QMP client connected until QEMU uses it"
-        print_error(
-            f"qmpfd: QEMU {version} closes descriptors that it does not use when its last QMP "
-            f"client disconnects: {advice}"
-        )
-
-
-def stay_connected(client: BlockingClient) -> None:
-    """Return when the server has closed the connection."""
-    with suppress(NoDaemon):
-        for _ in client.events():
-            pass
+            print_error(
+                f"qmpfd: QEMU {major}.{minor} closes descriptors that it does not use when its "
+                f"last QMP client disconnects: {advice}"
+            )

@@ -54,23 +54,15 @@ class Notifications:
             self._notifier = None
 
     def _flush(self) -> None:
-        for name, text in list(self._messages.items()):
-            if not self._send(text):
-                self._unsent.set()
-                return
-            del self._messages[name]
-
-    def _send(self, text: str) -> bool:
-        """Send one message; whether it was taken."""
         try:
-            if self._notifier is None:
-                self._notifier = Notifier.connect()
-            if self._notifier is None:
-                return False
-            self._notifier.send(text)
+            self._notifier = self._notifier or Notifier.connect()
+            while self._notifier is not None and self._messages:
+                name = next(iter(self._messages))
+                self._notifier.send(self._messages[name])
+                del self._messages[name]
         except BlockingIOError:
-            return False
+            pass
         except OSError:  # a service manager that was restarted may have made its socket anew
             self.close()
-            return False
-        return True
+        if self._messages:
+            self._unsent.set()

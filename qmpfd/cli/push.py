@@ -12,7 +12,7 @@ from ..client.blocking import BlockingClient, NoDaemon
 from ..errors import CommandNotFound, FdNotFound, QMPError
 from ..kernel.fd import close_all
 from .exit_codes import UsageError
-from .forgetful import stay_connected, warn_of_forgetting
+from .forgetful import stay_or_warn
 from .options import CONNECTION, JSON, client_of, client_within, number, option, socket_path
 from .output import print_error, print_result
 from .targets import Row, Target, listed, open_target, select, target
@@ -75,9 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             numbers = ", ".join(str(each["fd"]) for each in added)
             print_result(f"fd set {fdset_id} of {arguments.to}: fd {numbers}")
-        warn_of_forgetting(sink, arguments.hold, "push --hold stays connected")
-        if arguments.hold:
-            stay_connected(sink)
+        stay_or_warn(sink, arguments.hold, "push --hold stays connected")
 
 
 def _copy(
