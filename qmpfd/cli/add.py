@@ -13,7 +13,7 @@ from ..kernel.fd import FileDescriptorLike
 from .exit_codes import UsageError
 from .forgetful import stay_or_warn
 from .opening import check_open, listening_socket, open_file
-from .options import CONNECTION, JSON, OneOf, client_of, number, option, text
+from .options import CONNECTION, JSON, client_of, number, one_of, option, text
 from .output import print_result
 
 _MODES = {"r": os.O_RDONLY, "w": os.O_WRONLY, "rw": os.O_RDWR}
@@ -55,17 +55,15 @@ OPTIONS = [
     ),
     option("--watch-hangup", "the daemon removes the socket or pipe when its other end is closed"),
     option("-q --quiet", "print numbers only: the fd set, then the fds"),
-    OneOf(
-        [
-            option("paths", "a file to open and add", nargs="*", default=[], metavar="PATH"),
-            option(
-                "--fd K", "add the inherited descriptor K", number("descriptor", most=(1 << 31) - 1)
-            ),
-            option(
-                "--listen ADDRESS",
-                "add a new socket that listens on HOST:PORT, [V6]:PORT or unix:PATH",
-            ),
-        ],
+    one_of(
+        option("paths", "a file to open and add", nargs="*", default=[], metavar="PATH"),
+        option(
+            "--fd K", "add the inherited descriptor K", number("descriptor", most=(1 << 31) - 1)
+        ),
+        option(
+            "--listen ADDRESS",
+            "add a new socket that listens on HOST:PORT, [V6]:PORT or unix:PATH",
+        ),
         required=True,
     ),
 ]

@@ -16,7 +16,7 @@ from ..client.blocking import NoDaemon
 from ..errors import QMPError
 from . import output
 from .exit_codes import DONE, NO_DAEMON, REFUSED, USAGE, UsageError
-from .options import CONNECTION, JSON, Formatter, add_options
+from .options import Formatter
 from .output import Nowhere, drop, print_error, printable
 
 #: The module of each verb, in the order of the help.  It has the verb's SUMMARY, DESCRIPTION,
@@ -41,7 +41,7 @@ _VERBS = {
 _EXIT_STATUS = "  0 done, 1 the daemon refused, 2 usage, 3 no daemon"
 
 #: Options that may stand before the verb, and whether a value comes behind them.
-_SHARED = {each.names[0]: "metavar" in each.settings for each in (*CONNECTION, JSON)}
+_SHARED = {"--socket": True, "--timeout": True, "--json": False}
 
 #: What to do next, by an error's class and a part of its text.
 _ADVICE = [
@@ -98,7 +98,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             description=module.DESCRIPTION,
             epilog=f"examples:\n{examples}\n\nexit status:\n{status}",
         )
-        add_options(command, module.OPTIONS)
+        for add_option in module.OPTIONS:
+            add_option(command)
         command.set_defaults(run=module.run)
     return parser
 

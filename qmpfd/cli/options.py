@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
 
 from ..client.blocking import BlockingClient, NoDaemon
 from ..limits import INT64_MAX
@@ -16,18 +16,8 @@ from .output import terminal_width
 NumberT = TypeVar("NumberT", int, float)
 
 
-class Option(NamedTuple):
-    """An option or an argument of a verb: see :func:`option`."""
-
-    names: list[str]
-    settings: dict[str, Any]
-
-
-class OneOf(NamedTuple):
-    """Options of which a command line has one at most, or just one if one is *required*."""
-
-    options: list[Option]
-    required: bool = False
+#: Adds an option or an argument to a parser, or to a group of a parser.
+Option: TypeAlias = "Callable[[argparse._ActionsContainer], object]"
 
 
 def option(
@@ -51,18 +41,18 @@ def option(
         settings["type"] = kind
     elif not settings:
         settings["action"] = "store_true"
-    return Option(names, {"help": told, **settings})
+    return lambda parser: parser.add_argument(*names, help=told, **settings)
 
 
-def add_options(parser: argparse.ArgumentParser, options: Iterable[Option | OneOf]) -> None:
-    """Have a parser know these options."""
-    for each in options:
-        if isinstance(each, Option):
-            parser.add_argument(*each.names, **each.settings)
-        else:
-            group = parser.add_mutually_exclusive_group(required=each.required)
-            for one in each.options:
-                group.add_argument(*one.names, **one.settings)
+def one_of(*options: Option, required: bool = False) -> Option:
+    """Options of which a command line has one at most; just one if one is *required*."""
+
+    def add(parser: argparse._ActionsContainer) -> None:
+        group = parser.add_mutually_exclusive_group(required=required)
+        for each in options:
+            each(group)
+
+    return add
 
 
 class Formatter(argparse.HelpFormatter):

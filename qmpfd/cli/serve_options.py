@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..limits import Limits
-from .options import OneOf, Option, bounded, number, option, seconds, socket_path
+from .options import Option, bounded, number, one_of, option, seconds, socket_path
 from .options import text as json_text
 from .policy import group_id
 
@@ -58,18 +58,16 @@ OPTIONS = [
         lambda text: Path(socket_path(text)),
         action="append",
     ),
-    OneOf(
-        [
-            option(
-                "--takeover",
-                "take over from the daemon that serves the (first) socket: its fd sets, with the "
-                "same numbers, its sockets and its connections; no client loses a request or a "
-                "reply; this command line replaces the old one",
-            ),
-            option(
-                "--replace", "as --takeover if a daemon serves the (first) socket; otherwise, start"
-            ),
-        ]
+    one_of(
+        option(
+            "--takeover",
+            "take over from the daemon that serves the (first) socket: its fd sets, with the "
+            "same numbers, its sockets and its connections; no client loses a request or a "
+            "reply; this command line replaces the old one",
+        ),
+        option(
+            "--replace", "as --takeover if a daemon serves the (first) socket; otherwise, start"
+        ),
     ),
     option(
         "--supervise",
