@@ -90,7 +90,7 @@ def test_junk(tmp_path: Path) -> None:
         tell(b"FDSTORE=1\\nFDNAME=qmpfd-journal-1", [fd])
         tell(b"FDSTORE=1\\nFDNAME=" + b"n" * 255, [fd])
         tell(b"FDSTOREREMOVE=1\\nFDNAME=" + b"n" * 255)
-        tell(b"READY=1")
+        tell(b"a line that is no assignment does not count\\nREADY=1")
         os.kill(os.getpid(), signal.SIGKILL)
         """,
         FILE=str(_file(tmp_path)),

@@ -49,7 +49,7 @@ _split = methodcaller("split", b"=", 1)
 #: What a message may be about that is nothing but a change of what is kept; all that is for us, and
 #: not for the service manager: the rest of it means nothing to that.
 _USUAL = {b"FDSTORE", b"FDSTOREREMOVE", b"FDNAME", b"FDPOLL", b"QMPFD_SYNC", b"QMPFD_CLOSE"}
-_OURS = _USUAL | {b"", b"BARRIER", b"MAINPID", b"QMPFD_SOCKETS", b"QMPFD_FETCH", b"QMPFD_SPARE"}
+_OURS = _USUAL | {b"BARRIER", b"MAINPID", b"QMPFD_SOCKETS", b"QMPFD_FETCH", b"QMPFD_SPARE"}
 
 HEARD = (*FORWARDED, signal.SIGQUIT, signal.SIGCHLD)
 
@@ -368,11 +368,10 @@ class Supervisor:
         Returns:
             Whether the worker waits for an answer to it.
         """
-        lines: dict[bytes, bytes] = {}
         try:
-            lines = dict(map(_split, data.split(b"\n")))
-        except ValueError:  # a line is no assignment
-            pass
+            lines: dict[bytes, bytes] = dict(map(_split, data.split(b"\n")))
+        except ValueError:  # a line is no assignment, and does not count
+            lines = dict(_split(line) for line in data.split(b"\n") if b"=" in line)
         names = lines.get(b"FDNAME", b"").split(b":")
         if lines.get(b"FDSTOREREMOVE") == b"1":
             lane = lines.get(b"QMPFD_CLOSE")
