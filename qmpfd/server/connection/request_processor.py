@@ -182,7 +182,7 @@ class RequestProcessor:
         fd_accounting = self._fd_accounting
         if context.touched_store:
             context.touched_store = False
-            if not self._durability.is_synced:
+            if not (self._durability.is_synced or self._services.reader.sync_nowait()):
                 send_buffer.begin_uncommitted()
         if send_buffer.state is not OPEN and send_buffer.uncommitted:
             if send_buffer.discarding:
