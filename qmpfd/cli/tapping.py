@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 import sys
 import textwrap
 from collections.abc import AsyncGenerator, Callable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TypeAlias
 
 import trio
 
-from ..kernel.fd import Fd
+from ..kernel.fd import close_all, receive
 from ..kernel.unix_address import bind, connectable, is_abstract
-from ..limits import SCM_MAX_FD
+from ..limits import READ_BYTES
+from ..transport import FdStream
 from .output import painter, print_error, printable, terminal_width
 
 #: Told of each line: whether the client sent it, the line, how many descriptors went with it.
 Show: TypeAlias = Callable[[bool, str, int], None]
-
-_ROOM = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 
 paint = painter()
 WIDTH = max(40, min(80, terminal_width()))
@@ -39,25 +37,17 @@ def show(from_client: bool, line: str, fds: int) -> None:
     sys.stdout.flush()
 
 
-async def _carry(
-    source: trio.socket.SocketType,
-    sink: trio.socket.SocketType,
-    shown: Callable[[str, int], None],
-) -> None:
+async def _carry(source: FdStream, sink: FdStream, shown: Callable[[str, int], None]) -> None:
     """Pass on all that *source* sends, line by line to *shown* as well."""
     unfinished, fds_of_line = b"", 0
-    with suppress(ConnectionError):  # one side has gone without reading all
+    # One side has gone without reading all.
+    with suppress(ConnectionError, trio.BrokenResourceError):
         while True:
-            data, control, _, _ = await source.recvmsg(65536, _ROOM, socket.MSG_CMSG_CLOEXEC)
-            if not data:
-                break
-            fds = array.array("i")
-            for level, kind, payload in control:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    fds.frombytes(payload)
-            with ExitStack() as received:
-                for fd in fds:
-                    received.enter_context(Fd(fd))
+            await source.wait_readable()
+            data, fds, _ = receive(source.socket, READ_BYTES)
+            try:
+                if not data:
+                    break
                 *lines, unfinished = (unfinished + data).split(b"\n")
                 # A read ends after the bytes that descriptors came with: they are its last line's.
                 fds_of_line += len(fds)
@@ -65,20 +55,19 @@ async def _carry(
                     text = line.decode(errors="replace").rstrip("\r")
                     shown(text, fds_of_line if number == len(lines) else 0)
                 fds_of_line = 0 if lines else fds_of_line
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
-                while data:
-                    data = data[await sink.sendmsg([data], rights) :]
-                    rights = []
+                await sink.send_all(data, fds)
+            finally:
+                close_all(fds)
     with suppress(OSError):  # it is gone already
-        sink.shutdown(socket.SHUT_WR)
+        sink.socket.shutdown(socket.SHUT_WR)
 
 
 async def _relay(server: str, shown: Show, accepted: trio.SocketStream) -> None:
-    client = accepted.socket
-    with client, trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as upstream:
+    there = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with FdStream(accepted.socket) as client, FdStream(there) as upstream:
         try:
             with connectable(server) as address:
-                await upstream.connect(address)
+                await there.connect(address)
         except OSError as exc:
             print_error(f"qmpfd: cannot connect to {printable(server)}: {exc.strerror}")
             return
