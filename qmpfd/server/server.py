@@ -79,8 +79,6 @@ class DaemonServer(Server):
             gate=trio.Lock(),
             spawn=self._spawn,
         )
-        #: Guards the store, which all sessions share.
-        self.lock = self.services.lock
         self._acceptor = Acceptor(self.lifecycle, self.handle_accepted, self.reject)
         self._broadcaster = Broadcaster(self.services)
         self._rejections = RejectionLog()
@@ -138,6 +136,7 @@ class DaemonServer(Server):
                     background.start_soon(supervise, name, task)
                 if self.lifecycle.can(Event.START):
                     self.lifecycle.handle(Event.START)
+                self._bind_if_lost()  # while nobody ran, perhaps
                 task_status.started(self)
                 await self.lifecycle.wait_stopping()
                 background.cancel_scope.cancel()
@@ -167,24 +166,20 @@ class DaemonServer(Server):
         """Have everything answered that was received."""
         # Whoever is in the backlog has connected in time: it is served as well.
         for listener in self.listeners:
-            self._acceptor.accept_backlog(listener, self.daemon.limits.max_connections)
+            self._acceptor.accept_backlog(listener)
             listener.close()
         for session in self.sessions:
             session.finish()
 
     def close(self) -> None:
         """Close every stored descriptor."""
-        self.daemon.closer.close(self._clear())
+        fds: list[Fd] = []
+        self.daemon.remove(self.store.everything(), "ended", fds)
+        self.daemon.closer.close(fds)
         self.daemon.closer.shut_down()
         self.daemon.hangups.close()
         self.services.reader.close()
         self._acceptor.close()
-
-    def _clear(self) -> list[Fd]:
-        """Take everything out of the store, at the daemon's end: the caller closes it."""
-        fds: list[Fd] = []
-        self.daemon.remove(self.store.everything(), "ended", fds)
-        return fds
 
     def _spawn(
         self, task: Callable[[trio.CancelScope], Awaitable[None]], scope: trio.CancelScope
@@ -295,8 +290,11 @@ class DaemonServer(Server):
         told of the sockets as they are.
         """
         await self.lifecycle.wait_for(State.RUNNING)
+        self._bind_if_lost()
+
+    def _bind_if_lost(self) -> None:
         for listener in self.listeners:
-            listener.bind_if_lost()
+            listener.bind_if_lost(self._acceptor.accept_backlog)
 
     def _refresh_in_flight(self) -> None:
         for session in self.sessions:

@@ -147,8 +147,6 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
         permissions = Permissions(socket_mode, socket_group)
         for listener in listeners:
             listener.permissions = permissions
-            if recovered is not None and listener.bind_if_lost():
-                recovered.holdings.replaced(listener.socket.fileno())
         initial: list[StoredFd] = []
         while given:
             fd, fdset_id, opaque = given[0]

@@ -128,7 +128,7 @@ async def test_more_to_send_than_anybody_reads(path: Path) -> None:
     async with daemon(path) as server, qmpfd.connect(path) as client:
         with pipes(2) as made:
             await client.add_fd(made[0], opaque=opaque)
-            async with trio.open_nursery() as nursery, server.lock:
+            async with trio.open_nursery() as nursery, server.services.lock:
                 for _ in range(3):
                     nursery.start_soon(client.query_fdsets)
                 await settle()

@@ -88,7 +88,7 @@ async def _live(path: Path, server: DaemonServer, made: list[Pipe]) -> None:
         wire.send(ADD[9:])
         await wire.replies(2)
         await wire.call("getfd", {"fdname": "n"}, [made[2]])
-        async with server.lock:
+        async with server.services.lock:
             wire.send(ADD + QUERY, [made[3]])
             await settle()
         await wire.replies(2)
@@ -130,7 +130,7 @@ async def _live_with_our_own(path: Path, server: DaemonServer, made: list[Pipe])
             other.send(request("remove-fd", {"fdset-id": 1}))
             await other.replies(2)
         await _answers(wire, 500)
-        async with server.lock:
+        async with server.services.lock:
             wire.send(request("watch-fdsets", {"enable": False}))
             wire.send(request("remove-fd", {"fdset-id": 0}))
             wire.send(request("add-fds", {"lifetime": "connection"}), made[5:6])
@@ -319,7 +319,7 @@ async def _cancelled_call(call: Call, path: Path, steps: int, *, before: bool) -
                 await client.add_fd(pipe)
             with CancelAt(victims.__contains__, scope, steps, before=before) as at:
                 # Nobody is answered before all of them wait.
-                async with trio.open_nursery() as nursery, server.lock:
+                async with trio.open_nursery() as nursery, server.services.lock:
                     nursery.start_soon(bystander, made[1])
                     await settle()
                     nursery.start_soon(victim)

@@ -49,11 +49,6 @@ class Holdings:
     valid: bool = False
     sentinel: tuple[str, Fd] | None = None
 
-    def replaced(self, number: int) -> None:
-        """Something else has that number now: what the store has for it is stale."""
-        if number in self.names:
-            self.others.append(self.names.pop(number))
-
 
 @dataclass(slots=True)
 class Recovered:

@@ -14,6 +14,7 @@ import trio
 from ...errors import GenericError, QMPError
 from ...kernel.fd import Fd
 from ..lifecycle import Lifecycle
+from .binding import BACKLOG
 from .listener import ListenerShutDown, UnixListener
 
 _log = logging.getLogger("qmpfd")
@@ -81,7 +82,7 @@ class Acceptor:
             try:
                 sock = listener.accept_nowait()
             except ListenerShutDown:
-                listener.bind_again()
+                listener.bind_again(self.accept_backlog)
                 _log.warning(
                     "the listening socket %s was shut down from outside: made it again", listener
                 )
@@ -103,10 +104,10 @@ class Acceptor:
                 self._refill_spare()  # it was lost if the table shrank meanwhile
                 self._isolated(partial(self._handle, sock))
 
-    def accept_backlog(self, listener: UnixListener, limit: int) -> None:
-        """Accept up to *limit* clients that have connected already."""
+    def accept_backlog(self, listener: UnixListener) -> None:
+        """Accept all clients that have connected already."""
         with suppress(OSError):
-            for _ in range(limit):
+            for _ in range(BACKLOG):  # while others connect
                 self._isolated(partial(self._handle, listener.accept_nowait()))
 
     def _reject_on_emfile(self, listener: UnixListener, reason: OSError) -> bool:

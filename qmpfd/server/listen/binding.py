@@ -17,7 +17,7 @@ from ...kernel.fd import Fd
 from ...kernel.unix_address import bind, is_abstract, is_served
 
 #: Connections that the kernel holds until they are accepted (listen(2)); it caps this itself.
-_BACKLOG = 4096
+BACKLOG = 4096
 
 #: Seconds that binding waits for another process that binds the same path.
 LOCK_TIMEOUT = 2.0
@@ -59,7 +59,7 @@ def listen_at(
     try:
         if is_abstract(path):
             _bind(sock, path)
-            sock.listen(_BACKLOG)
+            sock.listen(BACKLOG)
             return sock, None
         with _exclusively(path, timeout):
             _remove_stale(path)
@@ -69,7 +69,7 @@ def listen_at(
                 if permissions.group is not None:
                     os.chown(path, -1, permissions.group)
                 path.chmod(permissions.mode)
-                sock.listen(_BACKLOG)
+                sock.listen(BACKLOG)
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise

@@ -7,7 +7,6 @@ import logging
 import os
 import select
 import socket
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -59,7 +58,6 @@ class UnixListener:
         self.path = path
         self.file = file
         self._sock = sock
-        self._accepted: deque[trio.socket.SocketType] = deque()  # before the socket was replaced
         self.permissions = permissions
         #: Called when the socket and the file have been replaced.
         self.on_replaced: Callable[[], object] = lambda: None
@@ -133,23 +131,22 @@ class UnixListener:
         except OSError as exc:
             _log.error("cannot set the permissions of %s: %s", self, exc.strerror or exc)
 
-    def bind_if_lost(self) -> bool:
-        """Listen with a new socket where the file is gone, or another one is there; whether that
-        was done.
-        """
+    def bind_if_lost(self, accept_backlog: Callable[[UnixListener], object]) -> None:
+        """As :meth:`bind_again`, where the file is gone, or another one is there."""
         if self.path is None or self.file is None or identity(self.path) == self.file:
-            return False
+            return
         try:
-            self.bind_again()
+            self.bind_again(accept_backlog)
         except OSError as exc:
             _log.error("cannot listen on %s again: %s", self, exc.strerror or exc)
-            return False
-        _log.warning("the socket file %s was missing: made it again", self)
-        return True
+        else:
+            _log.warning("the socket file %s was missing: made it again", self)
 
-    def bind_again(self) -> None:
-        """Listen with a new socket at the same path, under the same number.  Clients in the backlog
-        of the old one are accepted by :meth:`accept_nowait` as all others.
+    def bind_again(self, accept_backlog: Callable[[UnixListener], object]) -> None:
+        """Listen with a new socket at the same path, under the same number.
+
+        Args:
+            accept_backlog: accepts the clients that have connected by the old one.
 
         Raises:
             SocketInUse: another program listens there.
@@ -160,25 +157,15 @@ class UnixListener:
         sock, self.file = listen_at(self.path, self.permissions, 0)
         with sock:
             sock.setblocking(False)
-            with suppress(OSError):  # BlockingIOError once the backlog is empty
-                while True:
-                    self._accepted.append(self._accept_nowait())
+            accept_backlog(self)
             trio.lowlevel.notify_closing(self._sock)
             os.dup2(sock.fileno(), self._sock.fileno(), inheritable=False)
         self.on_replaced()
-
-    @property
-    def has_accepted(self) -> bool:
-        """Whether there are clients from before the socket was replaced."""
-        return bool(self._accepted)
 
     async def wait_readable(self) -> None:
         """Wait until :meth:`accept_nowait` is due: a client has connected, or the socket was shut
         down, closed or replaced.
         """
-        if self._accepted:
-            await trio.lowlevel.checkpoint()
-            return
         with suppress(trio.ClosedResourceError):
             await trio.lowlevel.wait_readable(self._sock)
 
@@ -190,19 +177,14 @@ class UnixListener:
             ListenerShutDown: there will be none.
             OSError: it cannot be accepted.
         """
-        if self._accepted:
-            return self._accepted.popleft()
         try:
-            return self._accept_nowait()
+            sock, _ = self._sock.accept()
         except BlockingIOError:
             if _is_shut_down(self._sock):  # readable for ever
                 raise ListenerShutDown(
                     errno.ESHUTDOWN, "the socket was shut down", str(self)
                 ) from None
             raise
-
-    def _accept_nowait(self) -> trio.socket.SocketType:
-        sock, _ = self._sock.accept()
         for option, value in self._options:
             sock.setsockopt(socket.SOL_SOCKET, option, value)
         return trio.socket.from_stdlib_socket(sock)
@@ -223,8 +205,6 @@ class UnixListener:
         if self.socket.fileno() >= 0:
             self.unlink()  # first: as long as the socket listens, nobody else takes the path
             self.socket.close()
-        while self._accepted:
-            self._accepted.popleft().close()
 
 
 def _is_shut_down(sock: socket.socket) -> bool:

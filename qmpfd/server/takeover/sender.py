@@ -98,9 +98,7 @@ async def _paused(server: Predecessor, newcomer: Session) -> AsyncGenerator[list
     try:
         while True:
             others = [session for session in server.sessions if session is not newcomer]
-            # Whoever was accepted, at a socket that has been replaced, is served first.
-            waiting = any(listener.has_accepted for listener in server.listeners)
-            if not waiting and all(session.is_quiescent for session in others):
+            if all(session.is_quiescent for session in others):
                 with suppress(trio.WouldBlock):
                     services.lock.acquire_nowait()
                     break

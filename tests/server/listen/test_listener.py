@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+import trio
 from helpers import PATIENCE, ROOT, Wire, daemon, daemon_process, pipes, request, value
 
 from qmpfd.client.blocking import connect_blocking
@@ -174,21 +175,19 @@ async def test_sighup_makes_a_lost_file_anew(path: Path) -> None:
 
 async def test_who_waits_at_a_replaced_socket_is_served(path: Path) -> None:
     """Whoever has connected, and is not accepted yet, before the socket is replaced."""
-    with closing(UnixListener.bind(path)) as listener, ExitStack() as stack:
+    async with daemon(path) as server:
+        [listener] = server.listeners
         number = listener.socket.fileno()
-        before, after = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2))
-        before.connect(os.fspath(path))
-        path.unlink()
-        listener.bind_again()
-        assert listener.has_accepted
-        after.connect(os.fspath(path))
-        assert listener.socket.fileno() == number
-        for client in (before, after):
-            await listener.wait_readable()
-            with listener.accept_nowait() as sock:
-                await sock.send(b"x")
-            assert client.recv(2) == b"x"
-        assert not listener.has_accepted
+        with ExitStack() as stack:
+            before, after = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2))
+            before.connect(os.fspath(path))
+            path.unlink()
+            await server.bind_lost_sockets()
+            after.connect(os.fspath(path))
+            assert listener.socket.fileno() == number
+            for client in (before, after):
+                with trio.socket.from_stdlib_socket(client.dup()) as sock:
+                    assert await sock.recv(1) == b"{"
 
 
 async def test_sighup_while_a_takeover_is_under_way(path: Path) -> None:
