@@ -11,7 +11,7 @@ import os
 import re
 import select
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from itertools import takewhile
 from time import monotonic
 
@@ -35,20 +35,9 @@ LOCAL = frozenset(
 )
 
 #: One line: mount id, parent id, MAJOR:MINOR, ..., a lone hyphen, the type of the file system.
-_LINE = re.compile(rb"^\d+ \d+ (\d+):(\d+) .*? - (\S+) ", re.MULTILINE)
+_LINE = re.compile(rb"^\d+ \d+ (\d+):(\d+) .*? - (\S+) ")
 
 _NONE: Set[Device] = frozenset()
-
-
-def _lines(table: Fd) -> Iterator[bytes]:
-    """The table in pieces of whole lines: the kernel gives a page of it in each read, so that the
-    thread gives up the interpreter's lock after about thirty lines.
-    """
-    at, rest = 0, b""
-    while piece := os.pread(table.fileno(), 1 << 16, at):
-        at += len(piece)
-        whole, newline, rest = (rest + piece).rpartition(b"\n")
-        yield whole + newline
 
 
 class LocalFileSystems:
@@ -117,10 +106,15 @@ class LocalFileSystems:
 
     def _read_table(self) -> Set[Device]:
         try:
+            # The kernel gives a page of it in each read, so that this thread gives up the
+            # interpreter's lock after about thirty lines.
+            with open(self._table.fileno(), "rb", closefd=False) as table:
+                table.seek(0)
+                lines = takewhile(lambda _: not self._closed, table)
+                found = [match.groups() for match in map(_LINE.match, lines) if match is not None]
             return {
                 (int(major), int(minor))
-                for lines in takewhile(lambda _: not self._closed, _lines(self._table))
-                for major, minor, kind in _LINE.findall(lines)
+                for major, minor, kind in found
                 if kind.decode("ascii", "replace") in LOCAL
             }
         except OSError:  # no memory: no device counts as local

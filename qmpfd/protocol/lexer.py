@@ -51,49 +51,44 @@ def _row(default: int, *entries: tuple[bytes, int]) -> list[int]:
     return row
 
 
-def _table() -> list[list[int]]:
-    error = int(Token.ERROR)
-    text = bytes(range(0x20, 0xFE))
-    resync = _LOOKAHEAD + _START
-    integer, float_ = _LOOKAHEAD + Token.INTEGER, _LOOKAHEAD + Token.FLOAT
-    exponent = (b"eE", _EXP)
-    rows = {
-        _START: _row(
-            error,
-            (b" \t\r\n", _START),
-            (b'"', _DQ),
-            (b"'", _SQ),
-            (b"-", _SIGN),
-            (b"0", _ZERO),
-            (b"123456789", _DIGITS),
-            (b"abcdefghijklmnopqrstuvwxyz", _KEYWORD),
-            *((bytes([byte]), int(token)) for byte, token in zip(b"{}[]:,", Token, strict=False)),
-        ),
-        _RECOVERY: _row(
-            _RECOVERY,
-            (bytes(range(0x20)), resync),
-            (b"\xfe\xff[]{}:,", resync),
-            (b"\t", _RECOVERY),
-        ),
-        _DQ: _row(error, (text, _DQ), (b"\\", _DQ_ESCAPE), (b'"', Token.STRING)),
-        _DQ_ESCAPE: _row(error, (text, _DQ)),
-        _SQ: _row(error, (text, _SQ), (b"\\", _SQ_ESCAPE), (b"'", Token.STRING)),
-        _SQ_ESCAPE: _row(error, (text, _SQ)),
-        _SIGN: _row(error, (b"0", _ZERO), (b"123456789", _DIGITS)),
-        # QEMU forgets the exponent after a lone zero, and so refuses the valid number 0e1.
-        _ZERO: _row(integer, (_DIGIT, error), (b".", _POINT), exponent),
-        _DIGITS: _row(integer, (_DIGIT, _DIGITS), (b".", _POINT), exponent),
-        _POINT: _row(error, (_DIGIT, _FRACTION)),
-        _FRACTION: _row(float_, (_DIGIT, _FRACTION), exponent),
-        _EXP: _row(error, (b"+-", _EXP_SIGN), (_DIGIT, _EXP_DIGITS)),
-        _EXP_SIGN: _row(error, (_DIGIT, _EXP_DIGITS)),
-        _EXP_DIGITS: _row(float_, (_DIGIT, _EXP_DIGITS)),
-        _KEYWORD: _row(_LOOKAHEAD + Token.KEYWORD, (b"abcdefghijklmnopqrstuvwxyz", _KEYWORD)),
-    }
-    return [rows[state] for state in range(len(rows))]
-
-
-_TABLE = _table()
+_ERROR = int(Token.ERROR)
+_TEXT = bytes(range(0x20, 0xFE))
+_RESYNC = _LOOKAHEAD + _START
+_INTEGER, _FLOAT = _LOOKAHEAD + Token.INTEGER, _LOOKAHEAD + Token.FLOAT
+_EXPONENT = (b"eE", _EXP)
+_TABLE = {
+    _START: _row(
+        _ERROR,
+        (b" \t\r\n", _START),
+        (b'"', _DQ),
+        (b"'", _SQ),
+        (b"-", _SIGN),
+        (b"0", _ZERO),
+        (b"123456789", _DIGITS),
+        (b"abcdefghijklmnopqrstuvwxyz", _KEYWORD),
+        *((bytes([byte]), int(token)) for byte, token in zip(b"{}[]:,", Token, strict=False)),
+    ),
+    _RECOVERY: _row(
+        _RECOVERY,
+        (bytes(range(0x20)), _RESYNC),
+        (b"\xfe\xff[]{}:,", _RESYNC),
+        (b"\t", _RECOVERY),
+    ),
+    _DQ: _row(_ERROR, (_TEXT, _DQ), (b"\\", _DQ_ESCAPE), (b'"', Token.STRING)),
+    _DQ_ESCAPE: _row(_ERROR, (_TEXT, _DQ)),
+    _SQ: _row(_ERROR, (_TEXT, _SQ), (b"\\", _SQ_ESCAPE), (b"'", Token.STRING)),
+    _SQ_ESCAPE: _row(_ERROR, (_TEXT, _SQ)),
+    _SIGN: _row(_ERROR, (b"0", _ZERO), (b"123456789", _DIGITS)),
+    # QEMU forgets the exponent after a lone zero, and so refuses the valid number 0e1.
+    _ZERO: _row(_INTEGER, (_DIGIT, _ERROR), (b".", _POINT), _EXPONENT),
+    _DIGITS: _row(_INTEGER, (_DIGIT, _DIGITS), (b".", _POINT), _EXPONENT),
+    _POINT: _row(_ERROR, (_DIGIT, _FRACTION)),
+    _FRACTION: _row(_FLOAT, (_DIGIT, _FRACTION), _EXPONENT),
+    _EXP: _row(_ERROR, (b"+-", _EXP_SIGN), (_DIGIT, _EXP_DIGITS)),
+    _EXP_SIGN: _row(_ERROR, (_DIGIT, _EXP_DIGITS)),
+    _EXP_DIGITS: _row(_FLOAT, (_DIGIT, _EXP_DIGITS)),
+    _KEYWORD: _row(_LOOKAHEAD + Token.KEYWORD, (b"abcdefghijklmnopqrstuvwxyz", _KEYWORD)),
+}
 
 # What a state swallows without leaving it, for those in which that can be long.
 _RUN = {

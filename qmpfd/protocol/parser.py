@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
@@ -42,15 +43,13 @@ _KEYS = (_Want.KEY, _Want.KEY_OR_END)
 _EMPTY = ((_Want.KEY_OR_END, Token.RCURLY), (_Want.VALUE_OR_END, Token.RSQUARE))
 
 
+@dataclass(slots=True)
 class _Level:
     """An object or array whose closing brace or bracket has not come yet."""
 
-    __slots__ = ("is_key", "key", "value")
-
-    def __init__(self, value: dict[str, Any] | list[Any], is_key: bool) -> None:
-        self.value = value
-        self.is_key = is_key  # in the place of a key: an error when it is complete
-        self.key = ""
+    value: dict[str, Any] | list[Any]
+    is_key: bool  # in the place of a key: an error when it is complete
+    key: str = ""
 
 
 def _number(token: Token, text: bytes) -> int | float:
