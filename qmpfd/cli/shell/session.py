@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -11,7 +12,7 @@ import time
 from cmd import Cmd
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any
 
 from ...client.blocking import BlockingClient, NoDaemon
 from ...errors import QMPError
@@ -19,6 +20,7 @@ from ...kernel.fd import Fd
 from ...protocol.client import QMPEvent
 from ..exit_codes import UsageError
 from ..opening import check_open, open_file
+from ..options import client_of
 from ..output import print_result, printable, terminal_width
 from .schema import Schema
 from .syntax import BadInput, Typed, parse
@@ -28,24 +30,14 @@ class Session:
     """A connection to a QMP server, in which one task asks and a thread shows events.
 
     Args:
-        connect: makes a connection.
-        timeout: seconds that the server has for each command.
-        as_json: print JSON, one value a line, instead of what people like to read.
+        arguments: the verb's options.
         for_a_person: connect again where the server has closed the connection. A script is not
             told, so it must not go on without what belonged to that connection.
     """
 
-    def __init__(
-        self,
-        connect: Callable[[], BlockingClient],
-        timeout: float,
-        *,
-        as_json: bool,
-        for_a_person: bool,
-    ) -> None:
-        self._connect = connect
-        self._timeout = timeout
-        self._as_json = as_json
+    def __init__(self, arguments: argparse.Namespace, *, for_a_person: bool) -> None:
+        self._arguments = arguments
+        self._as_json: bool = arguments.json  # one value a line, instead of what people read
         self._for_a_person = for_a_person
         #: Guards the connection and the output: the thread shows events while a line is typed.
         self._lock = threading.Lock()
@@ -62,7 +54,7 @@ class Session:
     # -- the connection ------------------------------------------------------------------------
 
     def _open(self) -> BlockingClient:
-        """The connection, with its time renewed; whoever calls this has the lock.
+        """The connection; whoever calls this has the lock.
 
         Raises:
             NoDaemon: nobody answers.
@@ -71,7 +63,7 @@ class Session:
         if self._listener is not None and not self._listener.is_alive() and self._for_a_person:
             self._disconnect()
         if self._client is None:
-            self._client = self._connect()
+            self._client = client_of(self._arguments)
             self._wake = Fd(os.eventfd(0, os.EFD_CLOEXEC))
             listener = threading.Thread(
                 target=self._listen, args=[self._client, self._wake], name="events", daemon=True
@@ -114,12 +106,6 @@ class Session:
         listener.join()
         wake.close()
         client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def connect(self) -> Mapping[str, Any]:
         """Connect; the server's greeting.

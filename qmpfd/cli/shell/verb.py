@@ -6,11 +6,11 @@ import argparse
 import io
 import sys
 from collections.abc import Iterable, Iterator
-from functools import partial
+from contextlib import closing
 
 from ...client.blocking import NoDaemon
 from ..exit_codes import DONE, REFUSED
-from ..options import CONNECTION, JSON, client_of, default_socket, option
+from ..options import CONNECTION, JSON, default_socket, option
 from ..output import print_error
 from ..status import server_name
 from .prompt import lines
@@ -48,13 +48,7 @@ OPTIONS = [
 
 def run(arguments: argparse.Namespace) -> int:
     person = not arguments.commands and sys.stdin.isatty() and sys.stdout.isatty()
-    session = Session(
-        partial(client_of, arguments),
-        arguments.timeout,
-        as_json=arguments.json,
-        for_a_person=person,
-    )
-    with session:
+    with closing(Session(arguments, for_a_person=person)) as session:
         version = session.connect().get("version")
         if arguments.commands:
             return _script(session, enumerate(arguments.commands, 1), "command")
