@@ -15,7 +15,7 @@ from collections.abc import (
     Coroutine,
     Mapping,
 )
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Concatenate
 
 import trio
@@ -29,6 +29,7 @@ from ..protocol.connection import ProtocolError
 from . import calls
 from .calls import Call, ParamsT, ResultT, as_method
 from .connection import Closed, ConnectionLost, QMPConnection, open_connection
+from .errors import ClientClosed, NoDaemon
 
 #: Seconds between two tries to connect.
 _RETRY = 0.05
@@ -38,7 +39,7 @@ _RETRY = 0.05
 _MOST_TRIES = 10
 
 #: Why there may be no connection; what is in it for the next try.
-_TRANSIENT = (OSError, QMPError, ProtocolError, trio.BrokenResourceError)
+_TRANSIENT = (OSError, QMPError, ProtocolError)
 
 
 class ReplyLost(ConnectionLost):
@@ -97,7 +98,7 @@ class Client:
         self._connecting = trio.Lock()
         self._why: Exception | None = None  # there is no connection
         self._closed = False
-        self._waiting: set[trio.CancelScope] = set()  # for a connection
+        self._renewing = trio.CancelScope()  # of the call that makes a connection
         self._watching = 0  # blocks of watch_fdsets
         self._unread = connection.events  # those that nobody has asked for yet
 
@@ -109,8 +110,7 @@ class Client:
     def close(self) -> None:
         """Close the connection; calls that wait for a reply raise ClientClosed."""
         self._closed = True
-        for scope in self._waiting:
-            scope.cancel()
+        self._renewing.cancel()
         self._connection.close()
 
     execute = _awaited(calls.execute)
@@ -143,17 +143,13 @@ class Client:
             yield self.events()
         finally:
             self._watching -= 1
-            with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
-                if not self._watching:
-                    await self._unwatch()
-
-    async def _unwatch(self) -> None:
-        connection = self._connection
-        try:
-            await connection.execute("watch-fdsets", {"enable": False})
-        except Exception:
-            if connection.failure is None:  # else there is nothing to undo
-                raise
+            connection = self._connection
+            if not (self._watching or connection.failure):  # else there is nothing to undo
+                with (
+                    trio.move_on_after(CLEANUP_TIMEOUT, shield=True),
+                    suppress(NoDaemon, ClientClosed),
+                ):
+                    await connection.execute("watch-fdsets", {"enable": False})
 
     def events(self) -> AsyncIterator[QMPEvent]:
         """The server's events, as they arrive; a QEMU sends some without a request.
@@ -210,13 +206,10 @@ class Client:
         """
         assert self._reconnect is not None
         with trio.move_on_after(self._reconnect) as scope:
-            self._waiting.add(scope)
-            try:
-                async with self._connecting:
-                    if self._connection is broken:  # else another call has made one
-                        await self._renew()
-            finally:
-                self._waiting.discard(scope)
+            async with self._connecting:
+                if self._connection is broken and not self._closed:  # else another call made one
+                    self._renewing = scope
+                    await self._renew()
         if self._closed:
             self._connection.close()
             raise Closed("this client is closed")
