@@ -15,7 +15,7 @@ from ...kernel.fd import close_all
 from ...kernel.systemd import InheritedFd, Notifier
 from ...limits import SCM_MAX_FD
 from ..renumber import Movable, keep_free
-from .names import is_journal, is_numbered
+from .names import JOURNAL, is_numbered
 from .recover import newest
 from .replay import History
 
@@ -40,7 +40,7 @@ def fetch(
     names = list(names)
     fetched = _fetch(parent, [name for name in names if not is_numbered(name)])
     try:
-        history = newest([given.fd for given in fetched if is_journal(given.name)])
+        history = newest([given.fd for given in fetched if given.name.startswith(JOURNAL)])
         numbers = {entry.name: number for number, entry in history.entries.items()}
         at = {numbers[name]: name for name in names if name in numbers}
         own = [given.fd for given in fetched]

@@ -18,7 +18,7 @@ from ...limits import MIN_JOURNAL_BYTES
 from ..saved_state import SavedFd
 from .barrier_link import BarrierLink
 from .journal import FRAME_BYTES, REMOVAL_BYTES, Journal, Record, frame
-from .names import journal_name
+from .names import JOURNAL
 
 #: Bytes that are reserved for what is neither added nor removed: listeners, a takeover.
 _OTHER_BYTES = 4096
@@ -109,13 +109,13 @@ class JournalWriter:
         self._journals.append(journal)
         self._limit = max(MIN_JOURNAL_BYTES, 4 * journal.size)
         self.is_turning = True
-        self._link.store(journal_name(self.generation), journal.fd)
+        self._link.store(f"{JOURNAL}{self.generation}", journal.fd)
         self._link.on_synced(partial(self._end_others, journal))
 
     def withdraw(self) -> None:
         """The fd store has no room for the journal that was begun: go on with the one before."""
         if self.is_turning:
-            self._link.remove(journal_name(self.generation))
+            self._link.remove(f"{JOURNAL}{self.generation}")
             self._journals.pop().close()
             self.generation -= 1
             self._limit += MIN_JOURNAL_BYTES
@@ -144,4 +144,4 @@ class JournalWriter:
     def _names(self) -> list[str]:
         """What they are called in the fd store."""
         first = self.generation - len(self._journals) + 1
-        return [journal_name(number) for number in range(first, self.generation + 1)]
+        return [f"{JOURNAL}{number}" for number in range(first, self.generation + 1)]

@@ -17,6 +17,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
+from enum import Enum, auto
 from functools import partial
 from typing import NamedTuple
 
@@ -44,8 +45,7 @@ from .journal import (
 from .journal_writer import JournalWriter
 from .kept import KeptFds
 from .listeners import KeptListeners
-from .mirror_state import TRANSITIONS, Event, State
-from .names import LIFELINE, PREVIOUS, Names, is_pipe
+from .names import LIFELINE, PIPES, PREVIOUS, Names
 from .recover import Holdings
 from .room import Room
 from .sentinel import Evidence
@@ -61,6 +61,22 @@ _DROPPED = (
     "FileDescriptorStoreMax= is less than $FDSTORE)"
 )
 
+
+class State(Enum):
+    """What becomes of what is stored."""
+
+    KEPT = auto()  #: it is kept
+    DISTRUSTED = auto()  #: it may not be: no more is sent, but what is removed is removed there too
+    OVER = auto()  #: nobody is there to keep it
+
+    # As of any object: that of Enum is a Python function.
+    __hash__ = object.__hash__
+
+
+#: What the states become when the service manager does not keep what it is sent, and when the link
+#: has ended; a state that is not here stays.
+_ON_DROPPED = {State.KEPT: State.DISTRUSTED}
+_ON_END = dict.fromkeys(State, State.OVER)
 
 _KEPT, _OVER = State.KEPT, State.OVER  # found faster than a member of an enumeration
 
@@ -112,14 +128,11 @@ class FdStoreMirror:
         """Whether nothing more is kept, and what was kept may be lost."""
         return self._state is not State.KEPT
 
-    def _handle(self, event: Event) -> None:
-        self._state = TRANSITIONS.get((self._state, event), self._state)
-
     def _distrust(self, reason: str) -> None:
         """Say that what is sent is not kept."""
         if self._state is State.KEPT:
             _log.error("%s; more are refused", reason)
-        self._handle(Event.DROPPED)
+        self._state = _ON_DROPPED.get(self._state, self._state)
 
     # -- what the commands see -----------------------------------------------------------------
 
@@ -296,7 +309,8 @@ class FdStoreMirror:
         self._kept.claim({*holdings.names.values(), *holdings.others})
         if not holdings.valid:  # before anything new could have the same names
             self._link.remove(*holdings.others)
-        self._link.remove(*filter(is_pipe, holdings.others))  # the journal needs the place
+        pipes = [name for name in holdings.others if name.startswith(PIPES)]
+        self._link.remove(*pipes)  # the journal needs the place
 
     def _keep_all(self, holdings: Holdings) -> None:
         for fdset in self._store:
@@ -367,7 +381,7 @@ class FdStoreMirror:
         if self.is_over:  # remove nothing: what is there may be all there is
             return
         if holdings.valid:
-            self._link.remove(*(name for name in holdings.others if not is_pipe(name)))
+            self._link.remove(*(name for name in holdings.others if not name.startswith(PIPES)))
         self._link.remove(*(set(holdings.names.values()) - self._kept.by_name().keys()))
         await self.sync()
         if self._evidence is not None:
@@ -433,7 +447,7 @@ class FdStoreMirror:
             self._link.push()
 
     def _ended(self) -> None:
-        self._handle(Event.END)
+        self._state = _ON_END[self._state]
         if self._evidence is not None:
             self._evidence.close()
         self._kept.clear()

@@ -18,8 +18,8 @@ _MARK = "~"
 #: Bytes that a name takes in $LISTEN_FDNAMES, with the colon: there are 238,000 that are so short.
 _NAME_BYTES = 5
 
-#: The name of the journal, by its generation.
-_JOURNAL = "qmpfd-journal-"
+#: What the name of a journal begins with; its generation follows.
+JOURNAL = "qmpfd-journal-"
 
 #: In the middle of a takeover: the old daemon's journal, if there is one, and the lifeline by which
 #: that daemon says how it ends; see :mod:`.evidence`.
@@ -28,11 +28,13 @@ PREVIOUS, LIFELINE = "qmpfd-previous", "qmpfd-lifeline"
 #: Bytes of $LISTEN_FDNAMES that are none of those: for two journals, and sockets of others.
 _OTHER_BYTES = 4096
 
-#: The names of what shows whether anything is kept, see :mod:`.sentinel`.
-_SENTINEL, _PROBE = "qmpfd-sentinel-", "qmpfd-probe-"
+#: Likewise of what shows whether anything is kept, see :mod:`.sentinel`: a sentinel, by the
+#: generation of the first journal beside it, and those that are stored to find out how many can be.
+#: What another process has stored there tells nothing.
+SENTINEL, PROBE = PIPES = "qmpfd-sentinel-", "qmpfd-probe-"
 
 _OURS = re.compile(
-    rf"{_MARK}[0-9a-zA-Z]{{1,5}}|({_JOURNAL}|{_SENTINEL}|{_PROBE})[0-9]{{1,18}}|{PREVIOUS}|{LIFELINE}"
+    rf"{_MARK}[0-9a-zA-Z]{{1,5}}|({JOURNAL}|{SENTINEL}|{PROBE})[0-9]{{1,18}}|{PREVIOUS}|{LIFELINE}"
 )
 
 
@@ -44,36 +46,6 @@ def is_ours(name: str) -> bool:
 def is_numbered(name: str) -> bool:
     """Whether it is a stored descriptor's, or a listening socket's."""
     return name.startswith(_MARK)
-
-
-def is_journal(name: str) -> bool:
-    """Whether it is a journal's."""
-    return name.startswith(_JOURNAL)
-
-
-def journal_name(generation: int) -> str:
-    """A journal's."""
-    return f"{_JOURNAL}{generation}"
-
-
-def sentinel_name(generation: int) -> str:
-    """A sentinel's, by the generation of the first journal beside it."""
-    return f"{_SENTINEL}{generation}"
-
-
-def probe_name(number: int) -> str:
-    """One of those that are stored to find out how many can be."""
-    return f"{_PROBE}{number}"
-
-
-def is_sentinel(name: str) -> bool:
-    """Whether it is a sentinel's."""
-    return name.startswith(_SENTINEL)
-
-
-def is_pipe(name: str) -> bool:
-    """Whether it is one of these two: what another process has stored there tells nothing now."""
-    return name.startswith((_SENTINEL, _PROBE))
 
 
 def _text(serial: int) -> str:

@@ -24,7 +24,7 @@ from ..renumber import Movable, renumber
 from ..saved_state import SavedFd, SavedState
 from .evidence import has_handed_over
 from .journal import SnapshotHeader
-from .names import LIFELINE, PREVIOUS, is_journal, is_numbered, is_ours, is_sentinel
+from .names import JOURNAL, LIFELINE, PREVIOUS, SENTINEL, is_numbered, is_ours
 from .replay import History, replay
 
 _log = logging.getLogger("qmpfd")
@@ -116,9 +116,10 @@ def _recover(
             sockets.append(given)
     again = [given.fd for given in inherited if ours.get(given.name, given.fd) is not given.fd]
     if history is None:
-        history = newest([fd for name, fd in ours.items() if is_journal(name)])
+        history = newest([fd for name, fd in ours.items() if name.startswith(JOURNAL)])
     # With that evidence, they are of a takeover that had not come far: the old daemon has all.
-    if LIFELINE not in ours and not any(map(is_journal, ours)) and any(map(is_numbered, ours)):
+    has_journal = any(name.startswith(JOURNAL) for name in ours)
+    if LIFELINE not in ours and not has_journal and any(map(is_numbered, ours)):
         history = _without_journal(ours)
     generation = history.begun.generation
     handed_over = history.left is True
@@ -146,7 +147,7 @@ def _recover(
     names = [saved.name for saved in state.fds] + list(listeners)
     fds = [*stored.values(), *listeners.values()]
     stale_fds = [*returned.untaken.values(), *again]
-    sentinels = sorted(filter(is_sentinel, returned.untaken)) if has_state else []
+    sentinels = sorted(name for name in returned.untaken if has_state and name.startswith(SENTINEL))
     stale = [name for name in returned.untaken if name not in sentinels[:1]]
     targets = [*stored, *[None] * len(listeners)]
     renumber(fds, targets, [*stale_fds, *(given.fd for given in sockets), *others])

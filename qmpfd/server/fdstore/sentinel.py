@@ -20,7 +20,7 @@ import trio
 from ...kernel.fd import Fd, close_all, pipe
 from ...limits import MAX_PROBES
 from .barrier_link import BarrierLink
-from .names import probe_name, sentinel_name
+from .names import PROBE, SENTINEL
 
 #: Probes that are stored at a time behind what was added.
 _MOST_PROBES = 2
@@ -123,19 +123,19 @@ class Evidence:
                 return
             except OSError:  # there is no /proc
                 link.remove(self._name)
-        self._name = sentinel_name(generation)
+        self._name = f"{SENTINEL}{generation}"
         self._first = Sentinel.create()
         link.store(self._name, self._first.writer)
 
     async def is_stored(self) -> bool:
         """Whether all is stored that was sent so far: the first of it, and the last."""
         last = Sentinel.create()
-        self._link.store(probe_name(0), last.writer)
+        self._link.store(f"{PROBE}0", last.writer)
         await self._link.sync()
         self._first.sent()
         last.sent()
         stored = last.is_stored and self._first.is_stored
-        self._link.remove(probe_name(0))
+        self._link.remove(f"{PROBE}0")
         last.close()
         return stored
 
@@ -145,13 +145,13 @@ class Evidence:
         with suppress(OSError):  # out of descriptors: fewer are tried
             for number in range(min(most, MAX_PROBES)):
                 probes.append(Sentinel.create())
-                self._link.store(probe_name(number), probes[-1].writer)
+                self._link.store(f"{PROBE}{number}", probes[-1].writer)
         await self._link.sync()
         for probe in probes:
             probe.sent()
         stored = sum(probe.is_stored for probe in probes)
         for number, probe in enumerate(probes):
-            self._link.remove(probe_name(number))
+            self._link.remove(f"{PROBE}{number}")
             probe.close()
         await self._link.sync()
         return stored, stored < len(probes)
@@ -174,13 +174,13 @@ class Evidence:
         """
         if self._probes:  # not everything could be sent the last time, and there is more by now
             for number in range(len(self._probes)):
-                self._link.remove(probe_name(number))
+                self._link.remove(f"{PROBE}{number}")
         else:
             self.prepare()
             self._probes = [self._spare.pop() for _ in range(1 + more)]
             self._link.on_synced(partial(self._find_probes, self._probes), first=True)
         for number, probe in enumerate(self._probes):
-            self._link.store(probe_name(number), probe.writer)
+            self._link.store(f"{PROBE}{number}", probe.writer)
 
     def _find_probes(self, probes: list[Sentinel]) -> None:
         if self._probes is not probes:  # all is over
@@ -190,7 +190,7 @@ class Evidence:
             probe.sent()
         stored = all(probe.is_stored for probe in probes)
         for number, probe in enumerate(probes):
-            self._link.discard(probe_name(number))
+            self._link.discard(f"{PROBE}{number}")
             probe.close()
         self._shown(stored)
 
