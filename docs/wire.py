@@ -315,8 +315,7 @@ def events() -> str:
 
 def error_classes() -> list[type[QMPError]]:
     """The error classes that a peer can be told."""
-    named = [getattr(qmp_errors, name) for name in qmp_errors.__all__]
-    return [each for each in named if isinstance(each, type) and each is not QMPError]
+    return sorted(QMPError.__subclasses__(), key=lambda each: each.__name__)
 
 
 def errors() -> str:

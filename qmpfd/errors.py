@@ -7,18 +7,6 @@ sources), because clients in the wild match on them.
 
 from __future__ import annotations
 
-__all__ = [
-    "CommandNotFound",
-    "FdExists",
-    "FdNotFound",
-    "FdNotSupplied",
-    "GenericError",
-    "InvalidParameterValue",
-    "PermissionDenied",
-    "QMPError",
-    "error_of_class",
-]
-
 
 class QMPError(Exception):
     """An error reply of the QMP server.
