@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 import resource
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from typing import Protocol
 
 from ..kernel.fd import Fd
@@ -28,9 +28,7 @@ class Movable(Protocol):
         """As :meth:`qmpfd.kernel.fd.Fd.move_to`."""
 
 
-def renumber(
-    fds: Sequence[Fd], targets: Sequence[int | None], others: Iterable[Movable] = ()
-) -> None:
+def renumber(fds: Mapping[int, Fd], others: Iterable[Movable] = ()) -> None:
     """Give descriptors their numbers; the owners stay the same.
 
     A number that cannot be had (a library or a parent process has opened something there, or it is
@@ -38,31 +36,31 @@ def renumber(
     theirs.
 
     Args:
-        fds: the descriptors.
-        targets: the number that each of them is to have; None if it does not matter.
+        fds: the descriptors, by the number that each of them is to have.
         others: more descriptors that may get other numbers.
     """
-    if all(target in (None, fd.number) for fd, target in zip(fds, targets, strict=True)):
+    if all(fd.number == number for number, fd in fds.items()):
         return
-    movables: list[Movable] = [*fds, *others]
+    movables: list[Movable] = [*fds.values(), *others]
     at = {movable.fileno(): movable for movable in movables}
-    wanted: dict[int, Movable] = {}
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for fd, target in zip(fds, targets, strict=True):
-        if target is not None and 0 <= target < most and (target in at or not _is_open(target)):
-            wanted.setdefault(target, fd)
+    wanted = {
+        number: fd
+        for number, fd in fds.items()
+        if 0 <= number < most and (number in at or not _is_open(number))
+    }
     for number in wanted:  # those that are free, and whatever number that frees
         _fill(number, wanted, at)
-    for number, movable in wanted.items():  # what is left: others are there, or it is a ring
-        if at[number] is not movable and _move_aside(number, wanted, at):
+    for number, fd in wanted.items():  # what is left: others are there, or it is a ring
+        if at[number] is not fd and _move_aside(number, wanted, at):
             _fill(number, wanted, at)
-    for fd, target in zip(fds, targets, strict=True):
-        if target is not None and fd.fileno() != target:
+    for number, fd in fds.items():
+        if fd.number != number:
             _log.warning(
                 "descriptor %d now has the number %d: number %d is in use in this process",
-                target,
-                fd.fileno(),
-                target,
+                number,
+                fd.number,
+                number,
             )
 
 

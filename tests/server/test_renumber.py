@@ -36,37 +36,38 @@ def test_any_arrangement(data: st.DataObject) -> None:
         os.close(memory)
         fds.append(Fd(number))
     before = len(os.listdir("/proc/self/fd"))
-    renumber(fds, targets)
+    pairs = list(zip(targets, fds, strict=True))
+    wanted = {target: fd for target, fd in pairs if target is not None}
+    renumber(wanted, [fd for target, fd in pairs if target is None])
     try:
         assert len(os.listdir("/proc/self/fd")) == before
         assert [os.fstat(fd.fileno()).st_ino for fd in fds] == inodes
         for fd, target in zip(fds, targets, strict=True):
             assert target in (None, fd.fileno())
             assert not os.get_inheritable(fd.fileno())
-        wanted = {target for target in targets if target is not None}
-        others = [fd.fileno() for fd, target in zip(fds, targets, strict=True) if target is None]
-        assert not wanted & set(others)
+        others = [fd.fileno() for target, fd in pairs if target is None]
+        assert not wanted.keys() & set(others)
     finally:
         close_all(fds)
 
 
 def test_numbers_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
-    """In use by something else, beyond the limit, or wanted twice: that one number is lost, the log
-    says so, and whatever sat at a number that another one wants makes way for it.
+    """In use by something else, or beyond the limit: that one number is lost, the log says so, and
+    whatever sat at a number that another one wants makes way for it.
     """
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    memory = [os.memfd_create("x") for _ in range(6)]
+    memory = [os.memfd_create("x") for _ in range(5)]
     inodes = [os.fstat(number).st_ino for number in memory]
     with Fd(memory.pop()) as stranger, ExitStack() as stack:
         fds = [stack.enter_context(Fd(number)) for number in memory]
-        targets = [stranger.fileno(), most, BASE, BASE, fds[0].fileno()]
-        renumber(fds, targets)
+        targets = [stranger.fileno(), most, BASE, fds[0].fileno()]
+        renumber(dict(zip(targets, fds, strict=True)))
         assert [os.fstat(fd.fileno()).st_ino for fd in [*fds, stranger]] == inodes
         assert fds[2].fileno() == BASE
-        numbers = [fds[index].fileno() for index in (0, 1, 3)]
-        assert fds[4].fileno() == targets[4]
+        numbers = [fds[index].fileno() for index in (0, 1)]
+        assert fds[3].fileno() == targets[3]
     moved = [re.findall(r"\d+", record.getMessage()) for record in caplog.records]
-    lost = [targets[index] for index in (0, 1, 3)]
+    lost = targets[:2]
     assert moved == [[str(t), str(n), str(t)] for t, n in zip(lost, numbers, strict=True)]
 
 
@@ -89,7 +90,7 @@ while True:
         break
 for number in (*targets[1:],):
     os.close(number)
-renumber(fds, targets, [bystander])
+renumber(dict(zip(targets, fds)), [bystander])
 assert [fd.fileno() for fd in fds] == targets
 names = [os.readlink(f"/proc/self/fd/{fd.fileno()}").split(":")[1].split()[0] for fd in fds]
 assert names == [str(number) for number in range(30)], names

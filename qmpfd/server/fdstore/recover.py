@@ -144,19 +144,19 @@ def _recover(
     listeners = {name: fd for name in history.listeners if (fd := returned.take(name))}
     history.listeners = {name: history.listeners[name] for name in listeners}
     state = history.state(ours.__contains__)
-    names = [saved.name for saved in state.fds] + list(listeners)
-    fds = [*stored.values(), *listeners.values()]
     stale_fds = [*returned.untaken.values(), *again]
     sentinels = sorted(name for name in returned.untaken if has_state and name.startswith(SENTINEL))
     stale = [name for name in returned.untaken if name not in sentinels[:1]]
-    targets = [*stored, *[None] * len(listeners)]
-    renumber(fds, targets, [*stale_fds, *(given.fd for given in sockets), *others])
+    own = [given.fd for given in sockets]
+    renumber(stored, [*listeners.values(), *stale_fds, *own, *others])
+    names = {stored[saved.number].number: saved.name for saved in state.fds}
+    names |= {fd.number: name for name, fd in listeners.items()}
     return Recovered(
         state,
         stored,
         deque(listeners.values()),
         Holdings(
-            {fd.fileno(): name for fd, name in zip(fds, names, strict=True)},
+            names,
             stale,
             generation,
             has_state,

@@ -30,7 +30,7 @@ from ..renumber import Movable, renumber
 from ..saved_state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode, unpack
 
 if TYPE_CHECKING:
-    from ..connection.saved import SavedRest
+    from ..connection.snapshot import SavedRest
 
 _log = logging.getLogger("qmpfd")
 
@@ -104,8 +104,8 @@ class Takeover:
             for number in numbers:
                 filler = self._fillers.pop(number, None)
                 self.stored[number] = null.dup() if filler is None else filler
-            places = [self.stored[number] for number in numbers]
-            renumber(places, numbers, [*movable, *self._movable, null])
+            places = {number: self.stored[number] for number in numbers}
+            renumber(places, [*movable, *self._movable, null])
 
     def receive_rest(self, timeout: float, drop: Callable[[list[int]], None]) -> SavedRest:
         """Have the old daemon pause, and fetch what is left: all descriptors, above all.
@@ -144,7 +144,7 @@ class Takeover:
         return rest
 
     def _receive_state(self, timeout: float) -> SavedRest:
-        from ..connection.saved import SavedRest  # noqa: PLC0415 - Trio is there by now
+        from ..connection.snapshot import SavedRest  # noqa: PLC0415 - Trio is there by now
 
         said, passed, _ = self._old.ask(NEXT, timeout)
         try:
@@ -165,9 +165,8 @@ class Takeover:
         They come by ascending numbers, and the kernel gives each the lowest number that is free: so
         with all others taken, each comes where it belongs.
         """
-        numbers = sorted(self.stored)
-        places = [self.stored[number] for number in numbers]
-        targets: list[int | None] = [place.fileno() for place in places]
+        places = [self.stored[number] for number in sorted(self.stored)]
+        targets = [place.fileno() for place in places]
         close_all(places)
         fds = self.others
         asked = 0
@@ -183,17 +182,15 @@ class Takeover:
             if said != MORE or not chunk or len(fds) > total:
                 raise NoDaemon("the old daemon exited before it had sent everything")
             self._progress(len(fds), total)
-        stored = [fds.popleft() for _ in places]
+        stored = {target: fds.popleft() for target in targets}
         try:
-            if [fd.number for fd in stored] != targets:
-                unplaced: list[int | None] = [None] * len(fds)
-                renumber([*stored, *fds], targets + unplaced, self._movable)
-            for fd, place, target in zip(stored, places, targets, strict=True):
+            renumber(stored, [*fds, *self._movable])
+            for place, (target, fd) in zip(places, stored.items(), strict=True):
                 if fd.number != target:
                     raise ValueError(f"descriptor {target} is in use in this process already")
                 place.adopt(fd)
         finally:
-            close_all(stored)
+            close_all(stored.values())
         close_all(self._fillers.values())
         self._fillers.clear()
 
