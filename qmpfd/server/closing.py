@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
@@ -27,16 +27,12 @@ async def all_closed(pool: ClosePool) -> None:
         await _called_back(pool.when_idle)
 
 
-@asynccontextmanager
-async def closes_awaited(pool: ClosePool) -> AsyncGenerator[None, None]:
-    """After the block, wait for the closes that are under way, if that does not take too long: a
-    program that the daemon was a part of has no descriptor of it left.
+async def await_closes(pool: ClosePool) -> None:
+    """Wait for the closes that are under way, if that does not take too long: a program that the
+    daemon was a part of has no descriptor of it left.
     """
-    try:
-        yield
-    finally:
-        with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
-            await all_closed(pool)
+    with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
+        await all_closed(pool)
 
 
 async def _called_back(tell: Callable[[Callable[[], object]], None]) -> None:

@@ -30,8 +30,8 @@ from .saved_state import SavedFd, SavedListener
 _log = logging.getLogger("qmpfd")
 
 if TYPE_CHECKING:
-    from .connection.saved import SavedRest
     from .connection.session import Session
+    from .connection.snapshot import SavedRest
     from .server import DaemonServer
     from .takeover.receiver import Takeover
 
@@ -39,25 +39,24 @@ if TYPE_CHECKING:
 _MAX_ELAPSED = 10 * TAKEOVER_TIMEOUT
 
 
-@contextmanager
-def restored(server: DaemonServer, recovered: Recovered) -> Iterator[list[UnixListener]]:
-    """Put what has come back after a crash in its place, and give the listeners, which are closed
-    at the block's end.
+def restore_recovered(
+    server: DaemonServer, recovered: Recovered, listeners: list[UnixListener]
+) -> None:
+    """Put what has come back after a crash in its place.
+
+    Args:
+        server: a daemon that does not run yet.
+        recovered: what has come back.
+        listeners: where the listening sockets go.
 
     Raises:
         NoDaemon: it makes no sense.
         OSError: this process is out of descriptors.
     """
-    listeners: list[UnixListener] = []
     state = recovered.state
-    try:
-        with _usable():
-            _fill_store(server, state.at, state.fds, recovered.stored, skip_refused=True)
-            _inherit_listeners(state.listeners, recovered.others, listeners)
-        yield listeners
-    finally:
-        for listener in listeners:
-            listener.close()
+    with _usable():
+        _fill_store(server, state.at, state.fds, recovered.stored, skip_refused=True)
+        _inherit_listeners(state.listeners, recovered.others, listeners)
 
 
 @contextmanager

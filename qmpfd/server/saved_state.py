@@ -6,7 +6,7 @@ that it can read, and reads all older ones too: a member that comes in with a ne
 default.  A member that it does not know makes it give up, and so does a newer format.
 
 When the newcomer is ready, the old daemon pauses, and hands over what is left: what has changed
-since, its connections, and all descriptors; see :class:`.connection.saved.SavedRest`.
+since, its connections, and all descriptors; see :class:`.connection.snapshot.SavedRest`.
 """
 
 from __future__ import annotations

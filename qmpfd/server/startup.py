@@ -18,7 +18,7 @@ from ..kernel.fd import Fd, FileDescriptorLike, InFlightProbe, close_all, in_fli
 from ..limits import TAKEOVER_TIMEOUT, Limits
 from ..policy import Policy
 from .audit import AuditWriter
-from .closing import closes_awaited
+from .closing import await_closes
 from .durability import Unmirrored
 from .fdstore.lifespan import mirrored
 from .fdstore.mirror import FdStoreConfig, FdStoreMirror
@@ -27,7 +27,7 @@ from .handle import Server
 from .lifecycle import Event
 from .listen.binding import Permissions
 from .listen.listener import UnixListener
-from .restore import restored, taking_over
+from .restore import restore_recovered, taking_over
 from .server import DaemonServer
 from .takeover.receiver import Takeover
 
@@ -124,10 +124,15 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
     server = DaemonServer(dialect, limits, policy, metrics_path, durability)
     given, inherited = deque(initial_fds), deque(listen_fds)
     listeners: list[UnixListener] = []
+
+    def close_listeners() -> None:
+        for listener in listeners:
+            listener.close()
+
     async with AsyncExitStack() as stack:
         if takeover is not None:  # the last to end: by that the old daemon knows that all is closed
             stack.callback(takeover.close)
-        await stack.enter_async_context(closes_awaited(server.daemon.closer))
+        stack.push_async_callback(await_closes, server.daemon.closer)
         stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
         writer = None if audit is None else AuditWriter(audit)
         if writer is not None:
@@ -138,9 +143,10 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
             stack.callback(server.daemon.in_flight_probe.close)
             if isinstance(server.durability, FdStoreMirror):
                 server.durability.in_flight_probe = server.daemon.in_flight_probe
+        stack.callback(close_listeners)
         if recovered is not None:
             stack.enter_context(recovered)
-            listeners += stack.enter_context(restored(server, recovered))
+            restore_recovered(server, recovered, listeners)
         finish: Callable[[], list[UnixListener]] = list
         if takeover is not None:
             finish = stack.enter_context(taking_over(server, takeover))
@@ -152,13 +158,11 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
             fd, fdset_id, opaque = given[0]
             initial += server.daemon.add([fd], fdset_id, opaque, create=True)
             given.popleft()
-        for path in paths:
-            listeners.append(UnixListener.bind(path, permissions))
-            stack.callback(listeners[-1].close)
+        # Each as soon as there is one: the next may fail.
+        listeners.extend(UnixListener.bind(path, permissions) for path in paths)
         ours = list(listeners)  # the others are passed to every daemon that is started here
         while inherited:
             listeners.append(UnixListener.inherit(inherited.popleft()))
-            stack.callback(listeners[-1].close)
         # Not before the mirror is done: it asks whether the daemon was handed over.
         stack.callback(server.lifecycle.handle, Event.END)
         lifeline = None if takeover is None else takeover.lifeline

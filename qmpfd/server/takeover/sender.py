@@ -36,9 +36,8 @@ from ...limits import CLOSE_TIMEOUT, FORGET_TIMEOUT, MAX_PAUSE, SCM_MAX_FD, TAKE
 from ...transport import FdStream
 from .. import saved_state as saved
 from ..closing import all_closed
-from ..connection.saved import SavedRest
 from ..connection.session import Session
-from ..connection.snapshot import describe
+from ..connection.snapshot import SavedRest, describe
 from ..durability import Durability
 from ..lifecycle import Event
 from ..listen.listener import UnixListener

@@ -24,7 +24,7 @@ from supervised import children, connected, lasting, until
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd
 from qmpfd.limits import TAKEOVER_FORMAT
-from qmpfd.server.connection.saved import SavedRest
+from qmpfd.server.connection.snapshot import SavedRest
 from qmpfd.server.saved_state import SavedState, decode
 
 PATIENCE = 30.0

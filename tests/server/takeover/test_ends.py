@@ -27,7 +27,7 @@ from qmpfd.client.blocking import BlockingClient
 from qmpfd.commands import Stats
 from qmpfd.kernel.fd import Fd, close_all, receive
 from qmpfd.limits import TAKEOVER_FORMAT
-from qmpfd.server.connection.saved import SavedRest
+from qmpfd.server.connection.snapshot import SavedRest
 from qmpfd.server.saved_state import (
     CONFIRM,
     MORE,
