@@ -14,7 +14,7 @@ from typing import Any
 from ..client.blocking import BlockingClient
 from ..client.calls import members, one_fd
 from ..client.errors import NoDaemon
-from ..errors import QMPError
+from ..errors import InvalidParameterValue, QMPError
 from ..kernel.fd import Fd
 from .exit_codes import UsageError
 from .options import CONNECTION, client_of, option
@@ -138,9 +138,12 @@ def _take(client: BlockingClient, infos: list[dict[str, Any]], fds: list[Fd]) ->
             taken.append(each)
     except BaseException:
         for info, fd in taken:
-            where = members(fdset_id=info["fdset-id"], opaque=info.get("opaque"))
-            with suppress(QMPError, NoDaemon):  # its set may be gone by now
-                client.execute("add-fd", where, [fd])
+            name = members(opaque=info.get("opaque"))
+            with suppress(QMPError, NoDaemon):
+                try:
+                    client.execute("add-fd", {"fdset-id": info["fdset-id"], **name}, [fd])
+                except InvalidParameterValue:  # its set is gone
+                    client.execute("add-fd", name, [fd])
         raise
 
 

@@ -47,6 +47,27 @@ def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+#: The command line as nobody, who may not read any more of this Python than there is by then.
+_AS_NOBODY = """
+import copy, locale, os, shutil, sys
+import qmpfd.cli.exec, qmpfd.cli.status
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+sys.exit(qmpfd.cli.main(sys.argv[1:]))
+"""
+
+
+def run_as_nobody(*words: str) -> subprocess.CompletedProcess[str]:
+    """As :func:`run`, as another user; for a test that is marked with root."""
+    return subprocess.run(
+        [sys.executable, "-c", _AS_NOBODY, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
 def run_on_full_disk(argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a program whose output cannot be written to its end; what it says on standard error."""
     with open("/dev/full", "w") as full:

@@ -8,15 +8,28 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, ROOT, Pipe, daemon_thread
+from helpers import PATIENCE, ROOT, Pipe, daemon_process, daemon_thread
 
 import qmpfd
 from qmpfd.client.blocking import BlockingClient
 
-from .command import DONE, ENV, NO_DAEMON, REFUSED, SHOW, USAGE, Cli, run, run_on_full_disk, shown
+from .command import (
+    DONE,
+    ENV,
+    NO_DAEMON,
+    REFUSED,
+    SHOW,
+    USAGE,
+    Cli,
+    run,
+    run_as_nobody,
+    run_on_full_disk,
+    shown,
+)
 
 
 @pytest.fixture
@@ -230,6 +243,27 @@ def test_take(named: Cli) -> None:
     assert [name for _, name in names(named)] == ["vm2:a", "vm1:b"]
     named.done("exec", "--take", "@vm1:b", "@vm2:a", "--", "true")
     assert names(named) == []
+
+
+@pytest.mark.root
+def test_take_gives_back_what_it_took() -> None:
+    """Where one may not be removed, all stay, also one that was alone in its set."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path, policy = Path(folder, "q.sock"), Path(folder, "policy")
+        policy.write_text(
+            '[[rule]]\nallow = ["query", "open", "add"]\n'
+            '[[rule]]\nallow = ["remove"]\nopaque = ["a", "b"]\n'
+        )
+        with daemon_process(path, "--policy", str(policy), "--socket-mode", "666"):
+            cli = Cli(path)
+            for words in (["a"], ["b"], ["with b", "--fdset", "1"], ["c"]):
+                cli.done("add", "--name", *words, "/dev/null")
+            at = ["--socket", str(path)]
+            ran = run_as_nobody("exec", *at, "--take", "@a", "@b", "@c", "--", "true")
+            assert (ran.returncode, ran.stdout) == (REFUSED, "")
+            assert "PermissionDenied: The right 'remove' is needed" in ran.stderr
+            assert sorted(names(cli)) == [(0, "a"), (1, "b"), (1, "with b"), (2, "c")]
 
 
 def test_rewind(named: Cli) -> None:

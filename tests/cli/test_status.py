@@ -7,8 +7,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +14,14 @@ from pathlib import Path
 
 import pytest
 from conformance.peers import start_qemu
-from helpers import PATIENCE, ROOT, Pipe, daemon_process, daemon_thread
+from helpers import PATIENCE, Pipe, daemon_process, daemon_thread
 from terminal import on_a_terminal
 
 import qmpfd
 from qmpfd.cli.status import _peer_row, _print_peers
 from qmpfd.client.blocking import BlockingClient
 
-from .command import DONE, NO_DAEMON, REFUSED, run
+from .command import DONE, NO_DAEMON, REFUSED, run, run_as_nobody
 
 
 def status(path: Path, *words: str) -> tuple[int, str, str]:
@@ -188,22 +186,12 @@ def test_a_silent_one(path: Path) -> None:
     assert "--timeout" in said
 
 
-#: The command line as nobody, who may not read any more of this Python than there is by then.
-AS_NOBODY = """
-import copy, locale, os, shutil, sys
-import qmpfd.cli.status
-os.setgroups([]); os.setgid(65534); os.setuid(65534)
-sys.exit(qmpfd.cli.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.root
 def test_one_that_may_not_be_asked() -> None:
     """The file's permissions, the policy, and a policy that lets in but does not let query."""
 
     def ask() -> tuple[int, str, str]:
-        command = [sys.executable, "-c", AS_NOBODY, "status", "--socket", str(path)]
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        ran = run_as_nobody("status", "--socket", str(path))
         return ran.returncode, ran.stdout, ran.stderr
 
     with tempfile.TemporaryDirectory() as name:
