@@ -104,9 +104,10 @@ def choose(
     """
     allowed: list[StoredFd] = []
     refused = False
+    by_number = selector.by_number
     for fdset in selector.sets(store):
         for stored in filter(selector.matches, selector.entries(fdset)):
-            known, has_right = rights(access, stored, right, selector.by_number)
+            known, has_right = rights(access, stored, right, by_number)
             if has_right:
                 allowed.append(stored)
             elif known:
