@@ -190,7 +190,12 @@ def remove_fds(context: Context, arguments: Selector) -> list[FdsetInfo] | JSONS
         raise arguments.not_found()
     infos = _infos(found, context.access)
     context.shared.remove(found, "removed", context.connection.fds_to_close)
-    return JSONStream(infos) if _is_long(found) else infos
+    if not _is_long(found):
+        return infos
+    result = JSONStream(infos)
+    texts = (fd.opaque or "" for info in infos for fd in info.fds)
+    context.shared.quotas.hold(result, context.peer, texts)
+    return result
 
 
 def _infos(entries: list[StoredFd], access: Access | None = None) -> list[FdsetInfo]:

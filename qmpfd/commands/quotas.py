@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -76,6 +77,14 @@ class Quotas:
             _add(self.fds_by_uid, peer.uid, -1)
         if text:
             self._count_text(peer, -memory_size(text))
+
+    def hold(self, holder: object, peer: Peer, texts: Iterable[str]) -> None:
+        """Count opaque texts that are stored no more for *peer*, as long as *holder* exists, which
+        keeps them in memory: a reply that a client does not read.
+        """
+        size = sum(map(memory_size, texts))
+        self._count_text(peer, size)
+        weakref.finalize(holder, self._count_text, peer, -size).atexit = False
 
     def _count_text(self, peer: Peer | None, size: int) -> None:
         self.opaque_total += size

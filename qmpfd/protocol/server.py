@@ -281,9 +281,8 @@ class ServerConnection(Connection):
         if not isinstance(result, Value):
             return StreamedReply({**id_member, "error": self._error(result)})
         value = result.value
-        if isinstance(value, JSONStream):
-            if value.value is None:
-                return StreamedReply(id_member, value)
-            value = value.value
-        returned = value if type(value) is RawJSON else to_builtins(value)
-        return StreamedReply({"return": returned, **id_member})
+        if isinstance(value, JSONStream) and value.value is None:
+            return StreamedReply(id_member, value)
+        whole = value.value if isinstance(value, JSONStream) else value
+        returned = whole if type(whole) is RawJSON else to_builtins(whole)
+        return StreamedReply({"return": returned, **id_member}, source=value)

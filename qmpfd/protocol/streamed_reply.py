@@ -22,21 +22,23 @@ class StreamedReply:
         members: the members of the reply, built of JSON's types.
         result: the ``return`` member, if that is made while it is sent.
         written: bytes of the reply that were given already, those of *result* not counted.
+        source: what it was made of, which lives as long.
     """
 
     def __init__(
-        self, members: dict[str, Any], result: JSONStream | None = None, written: int = 0
+        self,
+        members: dict[str, Any],
+        result: JSONStream | None = None,
+        written: int = 0,
+        source: object = None,
     ) -> None:
         self.members = members
+        self._source = source
         self.result = result
         self.written = written
-        self._skip = written
-        self._bits = self._make_bits()
 
     def __iter__(self) -> Iterator[bytes]:
-        return self._bits
-
-    def _make_bits(self) -> Iterator[bytes]:
+        self._skip = self.written
         if self.result is None:
             yield from self._count(chain(iter_encode(self.members), (b"\r\n",)))
         else:

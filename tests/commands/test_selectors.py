@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Pipe, Wire, daemon, error, pipes, value
+from helpers import Pipe, Wire, daemon, error, pipes, request, settle, value
 
 import qmpfd
+from qmpfd.limits import MAX_OPAQUE_TOTAL
 from qmpfd.policy import Access, Grant, Right
 
 #: What is stored: set by set, the oldest first.
@@ -388,3 +389,23 @@ async def test_a_rule_that_names_the_set_is_enough(path: Path) -> None:
             refused = await client.call("add-fd", {"fdset-id": 0}, [pipe])
             assert error(refused) == "PermissionDenied"
         assert dict(await texts(root))[1] == ["vm10:disk", None]
+
+
+async def test_a_removal_whose_reply_nobody_reads(path: Path) -> None:
+    """The texts in it count as long as they take memory, though nothing has them stored."""
+    text = "x" * 900_000
+
+    async def store() -> None:
+        for number in range(MAX_OPAQUE_TOTAL // len(text)):
+            await client.add_fd(0, opaque=f"{number}{text}")
+
+    async with daemon(path), qmpfd.connect(path) as client:
+        await store()
+        with await Wire.session(path) as wire:
+            wire.send(request("remove-fds", {"opaque-prefix": ""}))
+            while await client.query_fdsets():
+                pass
+            with pytest.raises(qmpfd.GenericError, match="Too much opaque text"):
+                await store()
+        await settle()
+        await store()

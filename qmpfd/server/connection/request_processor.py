@@ -273,4 +273,5 @@ class RequestProcessor:
         self._replies.append(Unsent(b"", context.reply_fds, None, context.taken))
         self._send_buffer.drop(self._replies)
         self._replies.clear()
+        self.streamed_reply = None
         context.reply_fds, context.taken = [], None
