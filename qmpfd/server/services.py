@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
 
@@ -16,6 +16,21 @@ from ..transport import FdStream
 from .connection.reader import Reader
 from .durability import Durability
 from .lifecycle import Lifecycle
+
+
+@asynccontextmanager
+async def held(lock: trio.Lock) -> AsyncGenerator[None, None]:
+    """Hold *lock* while the block runs.  An uncontended lock is acquired without a checkpoint,
+    during which ``async with lock`` would hold it for a pass of the loop.
+    """
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +68,9 @@ class Services:
         length = min(TURN_SECONDS, LAP_SECONDS / (waiting + 1))
         return monotonic() + max(LIGHT_SECONDS / 2, length)
 
-    @asynccontextmanager
-    async def locked(self) -> AsyncGenerator[None, None]:
-        """Hold the store's lock while the block runs.  An uncontended lock is acquired without a
-        checkpoint, during which ``async with lock`` would hold it for a pass of the loop.
-        """
-        try:
-            self.lock.acquire_nowait()
-        except trio.WouldBlock:
-            await self.lock.acquire()
-        try:
-            yield
-        finally:
-            self.lock.release()
+    def locked(self) -> AbstractAsyncContextManager[None]:
+        """Hold the store's lock while the block runs."""
+        return held(self.lock)
 
     def close_stream(self, stream: FdStream, uid: int) -> None:
         """Close a connection.  Descriptors in its unread input are closed with it, which may block:

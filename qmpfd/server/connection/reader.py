@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import select
 from collections.abc import Callable, Iterator
-from operator import length_hint
 from time import monotonic
 from typing import TypeVar, cast
 
@@ -41,7 +40,6 @@ class Reader:
         self._epoll = select.epoll()  # level-triggered: what a piece leaves unread is told again
         self._registered: set[int] = set()
         self._readable: Iterator[tuple[int, int]] = iter(())  # found so, and not served yet
-        self._began = 0.0  # when a piece was begun
         self._slow: set[int] = set()  # those whose last piece took long
         # By socket: the parked tasks, and what serves their clients.
         self._tasks: dict[int, trio.lowlevel.Task] = {}
@@ -118,7 +116,6 @@ class Reader:
                 if piece is None:  # its task works still
                     self.forget(sock)
                     continue
-                self._began = now
                 try:
                     left = piece(now)
                 except Exception as exc:  # noqa: BLE001 - its task's own: it ends, all others go on
@@ -126,10 +123,10 @@ class Reader:
                 else:
                     if left is not None:
                         self._wake(sock, Value(left))
-                now = monotonic()
-                if now - self._began > LIGHT_SECONDS or self._slow:
-                    self._note_time(sock, now - self._began > LIGHT_SECONDS)
-                if now > ends and length_hint(self._readable):
+                began, now = now, monotonic()
+                if now - began > LIGHT_SECONDS or self._slow:
+                    self._note_time(sock, now - began > LIGHT_SECONDS)
+                if now > ends:
                     durability.push()
                     return True
             if not durability.is_synced:  # the changes of all of them go together
@@ -139,18 +136,6 @@ class Reader:
             if not readable:
                 return False
             self._readable = iter(readable)
-            if now > ends:
-                return True
-
-    def sync_nowait(self) -> bool:
-        """Whether all changes are safe.  Those of the last client that is readable are sent before
-        its replies are: these need not wait in a queue where the answer comes at once.
-        """
-        if not length_hint(self._readable):
-            before = monotonic()
-            self._durability.push()
-            self._began += monotonic() - before  # the client's piece has not taken that
-        return self._durability.is_synced
 
     def _note_time(self, sock: int, slow: bool) -> None:
         """The client's piece took long, or somebody's did before; two in a row of one client: its

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from enum import Enum, auto
 from functools import partial
 from time import monotonic
 from typing import Any
 
+import trio
 from msgspec import UNSET
 from outcome import Error, Outcome
 
@@ -17,26 +19,39 @@ from ...limits import MAX_FDS_A_TURN, REPLY_BYTES_A_TURN
 from ...protocol.server import ServerConnection
 from ...protocol.streamed_reply import StreamedReply
 from ..durability import Unproven
-from ..services import Services
+from ..services import Services, held
 from .command_log import note
-from .delivery import Delivery
-from .send_buffer import OPEN, SendState, Unsent
+from .fd_accounting import FdAccounting
+from .send_buffer import SendBuffer, Unsent
 
 _log = logging.getLogger("qmpfd")
 _TAKEOVER = Ending.TAKEOVER  # found faster than a member of an enumeration
 
 
+class BatchState(Enum):
+    """What the replies of a batch wait for."""
+
+    SENT = auto()  #: for nothing: they are in the send buffer
+    COMMITTING = auto()  #: for the fd store: they tell of changes that a crash would take back
+    CLOSING = auto()  #: until what was removed is closed
+
+
+_SENT, _COMMITTING, _CLOSING = BatchState
+
+
 class RequestProcessor:
     """One client's requests, and what they come to.
 
-    Each batch of them is carried out in one critical section, without an await, then what it has
-    removed is closed, and only then the replies go to the send buffer.
+    Each batch of them is carried out in one critical section, without an await; then the fd store
+    acknowledges what it has changed, what it has removed is closed, and only then the replies go to
+    the send buffer.  The next batch is carried out after that.
 
     Args:
         services: what the daemon gives.
         connection: where the requests are.
         context: the connection as its commands see it.
-        delivery: closes what was removed, and sends the replies.
+        send_buffer: sends the replies.
+        fd_accounting: closes what was removed.
         park: waits while the daemon is paused.
     """
 
@@ -45,7 +60,8 @@ class RequestProcessor:
         services: Services,
         connection: ServerConnection,
         context: Context,
-        delivery: Delivery,
+        send_buffer: SendBuffer,
+        fd_accounting: FdAccounting,
         park: Callable[[], Awaitable[None]],
     ) -> None:
         self._services = services
@@ -53,10 +69,14 @@ class RequestProcessor:
         self._verbose = _log.isEnabledFor(logging.DEBUG)
         self._connection = connection
         self._context = context
-        self._delivery = delivery
-        self._send_buffer = delivery.send_buffer
-        self._fd_accounting = delivery.fd_accounting
+        self._send_buffer = send_buffer
+        self._fd_accounting = fd_accounting
         self._park = park
+        #: Of the last batch.
+        self.state = _SENT
+        self._finishing = trio.Lock()
+        self._sync_scope = trio.CancelScope()
+        self._task_scope: trio.CancelScope | None = None  # while a task of its own finishes a batch
         #: A request was carried out, since somebody last looked.
         self.active_since_check = False
         #: Of the request that asked for a takeover.
@@ -77,6 +97,11 @@ class RequestProcessor:
         """
         return self.streamed_reply is not None or self._connection.has_pending_input
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether replies are to be sent before anything else."""
+        return self.state is not _SENT or self.streamed_reply is not None
+
     def process_nowait(self, ends: float) -> bool:
         """Carry out the requests that are complete, and send the replies.  The caller holds the
         store's lock.
@@ -87,20 +112,16 @@ class RequestProcessor:
         Returns:
             Whether that was all; else :meth:`process` has to go on.
         """
-        send_buffer = self._send_buffer
-        if send_buffer.state is not OPEN and send_buffer.uncommitted:
+        if self.state is not _SENT:
             return False
         finished = self._execute_batch(ends)
-        if not (self._flush_replies() and finished):
-            return False
-        if send_buffer.state is not SendState.UNCOMMITTED:
-            return not send_buffer.size
-        if send_buffer.unsent:
-            return False
-        # No task waits for that: it would cost passes of the loop with each command.
-        on_synced = partial(self._delivery.on_synced, send_buffer.changes)
-        self._durability.on_synced(on_synced)
-        return True
+        if self.state is _COMMITTING:
+            if not finished or self._send_buffer.unsent:
+                return False
+            # No task waits for that: it would cost passes of the loop with each command.
+            self._durability.on_synced(self._on_synced)
+            return True
+        return self._flush_replies() and finished and not self._send_buffer.size
 
     async def process(self) -> None:
         """Go on with what is under way, and carry out all that is complete, however long it takes;
@@ -109,14 +130,33 @@ class RequestProcessor:
         services, context = self._services, self._context
         while True:
             await self._finish_batch()
-            if context.ending or not self._connection.ready:
+            reply = self.streamed_reply
+            sent = self.state is _SENT and reply is None
+            if sent and (context.ending or not self._connection.ready):
                 return
             if services.lifecycle.paused:
                 await self._park()
-            async with services.gate:
-                if not services.lifecycle.paused:
-                    async with services.locked():
-                        self._execute_batch(services.turn_ends())
+            elif reply is not None:
+                await self._stream_reply(reply)
+            else:
+                async with services.gate:
+                    # Events are a batch as well, and may wait for the fd store by now.
+                    if self.state is _SENT and not services.lifecycle.paused:
+                        async with services.locked():
+                            self._execute_batch(services.turn_ends())
+
+    def send_events(self, data: bytes) -> bool:
+        """Send events, where nothing else is under way; whether the client has taken them."""
+        self._text = data
+        if not self._durability.is_synced:
+            self.state = _COMMITTING
+            self._durability.on_synced(self._on_synced)
+            self._durability.push()
+            return False
+        if self._flush_replies() and not self._send_buffer.size:
+            return True
+        self._start_task()
+        return False
 
     def _execute_batch(self, ends: float) -> bool:
         """Carry out requests: all there are, or until it is time to send the replies.
@@ -126,8 +166,7 @@ class RequestProcessor:
         """
         connection, context, durability = self._connection, self._context, self._durability
         durability.unproven = None
-        ready = connection.ready
-        discarding = self._send_buffer.state is not OPEN and self._send_buffer.discarding
+        ready, discarding = connection.ready, self._send_buffer.discarding
         replies: list[bytes] = []
         size = 0
         while received := connection.next_request():
@@ -168,6 +207,11 @@ class RequestProcessor:
             if size > REPLY_BYTES_A_TURN or monotonic() > ends:
                 break
         self._text = b"".join(replies)
+        self.state = _CLOSING
+        if context.touched_store:
+            context.touched_store = False
+            if not durability.is_synced:
+                self.state = _COMMITTING
         return not (ready or context.ending or self.streamed_reply)
 
     def _refusal(self, request_id: Any, error: QMPError) -> bytes:
@@ -178,19 +222,14 @@ class RequestProcessor:
         """Close what was removed, then send the replies; whether that was possible without
         waiting.
         """
-        send_buffer, connection, context = self._send_buffer, self._connection, self._context
+        send_buffer, connection = self._send_buffer, self._connection
         fd_accounting = self._fd_accounting
-        if context.touched_store:
-            context.touched_store = False
-            if not (self._durability.is_synced or self._services.reader.sync_nowait()):
-                send_buffer.begin_uncommitted()
-        if send_buffer.state is not OPEN and send_buffer.uncommitted:
-            if send_buffer.discarding:
-                return False
-        elif (connection.fds_to_close or fd_accounting.closings) and not fd_accounting.close_some():
+        if (connection.fds_to_close or fd_accounting.closings) and not fd_accounting.close_some():
             # What is removed is closed once its client has read so: a whole set is left, or what
             # threads close.
+            self.state = _CLOSING
             return False
+        self.state = _SENT
         if self._replies:
             for reply in self._replies:
                 send_buffer.enqueue(*reply)
@@ -207,35 +246,89 @@ class RequestProcessor:
             fd_accounting.update_undelivered()
         return True
 
-    async def _finish_batch(self) -> None:
-        """Have all replies of a batch sent, however long it takes."""
-        send_buffer = self._send_buffer
-        while not self._flush_replies():
-            if not send_buffer.uncommitted:
-                await self._fd_accounting.close_all(len(self._connection.fds_to_close))
-            elif self._services.lifecycle.paused:  # the client is sent nothing any more
-                await self._park()
+    def _on_synced(self) -> None:
+        """The fd store has acknowledged the changes of the last batch: close what was removed, and
+        let the replies go; what takes longer than that is done by a task.
+        """
+        if self.state is not _COMMITTING or self._finishing.locked() or self._paused:
+            return
+        try:
+            if self._flush_replies() and not self._send_buffer.size:
+                self._send_buffer.on_drained()
             else:
-                await self._delivery.sync()
-        await send_buffer.drain()
-        while self.streamed_reply is not None:
-            await self._stream_reply(self.streamed_reply)
-            send_buffer.on_drained()
+                self._start_task()
+        except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
+            _log.exception("replies could not be sent")
+            self._send_buffer.abort()
+
+    def _start_task(self) -> None:
+        """Have a task finish what is under way."""
+        if self._task_scope is None:
+            self._task_scope = trio.CancelScope()
+            self._services.spawn(self._run_task, self._task_scope)
+
+    async def _run_task(self, scope: trio.CancelScope) -> None:
+        """Finish what is under way, then end: a connection that is told nothing has no task."""
+        try:
+            with scope:
+                await self._finish_batch()
+        except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
+            _log.exception("replies could not be sent")
+            self._send_buffer.abort()
+        finally:
+            self._task_scope = None
+
+    async def _finish_batch(self) -> None:
+        """Have all replies of a batch sent, however long it takes; nothing of that while the daemon
+        is paused.
+        """
+        async with held(self._finishing):
+            while self.state is not _SENT and not self._paused:
+                if self.state is _COMMITTING:
+                    with trio.CancelScope() as self._sync_scope:
+                        await self._durability.sync()
+                        self.state = _CLOSING
+                elif not self._flush_replies():
+                    await self._fd_accounting.close_all(len(self._connection.fds_to_close))
+            await self._send_buffer.drain()
+        if self.state is _SENT and not self._send_buffer.size:
+            self._send_buffer.on_drained()
+
+    def pause(self) -> None:
+        """The daemon is paused: wait neither for the client, nor for a close, nor for the fd
+        store, which may take for ever.
+        """
+        self._send_buffer.cancel_drain()
+        self._fd_accounting.cancel_wait()
+        self._sync_scope.cancel()
+
+    def resume(self) -> None:
+        """The daemon is no longer paused: see to it that what is unsent is sent."""
+        if self.state is not _SENT or self._send_buffer.size:
+            self._start_task()
+
+    @property
+    def _paused(self) -> bool:
+        return self._services.lifecycle.paused
+
+    @property
+    def unsent(self) -> list[Unsent]:
+        """All that the client has to be sent still."""
+        held = [] if self.state is _SENT else [*self._replies, Unsent(self._text, [])]
+        return [*self._send_buffer.unsent, *(each for each in held if each.data)]
 
     async def _stream_reply(self, reply: StreamedReply) -> None:
-        """Send a reply while it is made; meanwhile others are served, and the store changes.  No
-        event comes in between.
+        """Send a reply while it is made, as long as the daemon is not paused; meanwhile others are
+        served, and the store changes.  No event comes in between.
         """
-        services, send_buffer, context = self._services, self._send_buffer, self._context
+        services, context = self._services, self._context
         chunks = iter(reply)
-        while self.streamed_reply is reply:
-            if services.lifecycle.paused:  # a successor goes on from here
-                await self._park()
+        while self.streamed_reply is reply and self.state is _SENT:
             made: list[bytes] = []
             size = 0
             async with services.gate:
-                if services.lifecycle.paused:
-                    continue
+                if self._paused:  # a successor goes on from here
+                    return
                 ends = services.turn_ends()
                 async with services.locked():
                     for chunk in chunks:
@@ -248,13 +341,12 @@ class RequestProcessor:
             if size:
                 fds, taken, unproven = context.reply_fds, context.taken, self._unproven
                 context.reply_fds, context.taken, self._unproven = [], None, None
-                if not services.durability.is_synced:
-                    send_buffer.begin_uncommitted()
                 may_fail = fds or unproven is not None
                 refusal = partial(self._refuse_streamed, reply) if may_fail else None
-                send_buffer.enqueue(b"".join(made), fds, refusal, taken, unproven)
-            await send_buffer.drain()
-            if send_buffer.discarding:
+                self._replies.append(Unsent(b"".join(made), fds, refusal, taken, unproven))
+                self.state = _CLOSING if self._durability.is_synced else _COMMITTING
+            await self._finish_batch()
+            if self._send_buffer.discarding:
                 self.streamed_reply = None
 
     def _refuse_streamed(self, reply: StreamedReply, error: QMPError) -> bytes:
@@ -266,12 +358,16 @@ class RequestProcessor:
         return b""
 
     def close(self) -> None:
-        """The connection is over: nothing is done about replies that were still to be sent, but
+        """The connection is over: nothing is sent any more, and nothing is done about replies but
         about their descriptors.
         """
         context = self._context
+        if self._task_scope is not None:
+            self._task_scope.cancel()
+        self._send_buffer.discard()
         self._replies.append(Unsent(b"", context.reply_fds, None, context.taken))
         self._send_buffer.drop(self._replies)
         self._replies.clear()
         self.streamed_reply = None
         context.reply_fds, context.taken = [], None
+        self._text, self.state = b"", _SENT

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from enum import Enum, auto
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -59,40 +58,6 @@ class Unsent(NamedTuple):
         return len(self.data) - (0 if self.taken is None else _END_BYTES)
 
 
-class SendState(Enum):
-    """What becomes of what is enqueued."""
-
-    OPEN = auto()  #: it is sent
-    UNCOMMITTED = auto()  #: it is kept back: it tells of changes that a crash would take back
-    DISCARDING = auto()  #: it is dropped: the client is sent nothing any more
-    DISCARDING_UNCOMMITTED = auto()  #: likewise, with such changes
-
-    # As of any object: that of Enum is a Python function.
-    __hash__ = object.__hash__
-
-
-class _Event(Enum):
-    CHANGE = auto()  # the store has changes that the fd store has not acknowledged
-    COMMIT = auto()  # it has acknowledged them
-    DISCARD = auto()  # the client is gone, or does not read
-
-    __hash__ = object.__hash__
-
-
-#: What is not here leaves the state as it is.
-_TRANSITIONS = {
-    (SendState.OPEN, _Event.CHANGE): SendState.UNCOMMITTED,
-    (SendState.OPEN, _Event.DISCARD): SendState.DISCARDING,
-    (SendState.UNCOMMITTED, _Event.COMMIT): SendState.OPEN,
-    (SendState.UNCOMMITTED, _Event.DISCARD): SendState.DISCARDING_UNCOMMITTED,
-    (SendState.DISCARDING, _Event.CHANGE): SendState.DISCARDING_UNCOMMITTED,
-    (SendState.DISCARDING_UNCOMMITTED, _Event.COMMIT): SendState.DISCARDING,
-}
-OPEN = SendState.OPEN  # found faster than a member of an enumeration
-DISCARDING = (SendState.DISCARDING, SendState.DISCARDING_UNCOMMITTED)
-_UNCOMMITTED = (SendState.UNCOMMITTED, SendState.DISCARDING_UNCOMMITTED)
-
-
 class SendBuffer:
     """Sends to one client.
 
@@ -103,7 +68,6 @@ class SendBuffer:
         context: what is never sent is put back into its store, or among the ``fds_to_close`` of its
             connection.
         on_drained: called when the client has taken what had to wait for it.
-        sync: waits until the fd store has acknowledged all changes, and calls :meth:`commit`.
     """
 
     def __init__(
@@ -113,7 +77,6 @@ class SendBuffer:
         peer: Peer,
         context: Context,
         on_drained: Callable[[], None],
-        sync: Callable[[], Awaitable[None]],
     ) -> None:
         self._services = services
         self._stream = stream
@@ -122,32 +85,16 @@ class SendBuffer:
         self._closing: Closing | None = None  # of what was sent, before the rest of its reply
         #: To be called when the client has taken all there is.
         self.on_drained = on_drained
-        self._sync = sync
-        self.state = SendState.OPEN
+        #: Whether the client is sent nothing any more; what it asks is still carried out.
+        self.discarding = False
         #: What waits for the client.
         self.unsent: deque[Unsent] = deque()
-        #: What waits for :meth:`commit`, behind that.
-        self.uncommitted_queue: deque[Unsent] = deque()
-        self.changes = 0  #: how often there were changes to wait for
-        #: Bytes of both queues, and descriptors.
+        #: Its bytes, and its descriptors.
         self.size = self.unsent_fds = 0
         #: Descriptors that were sent, and not found to be received by :meth:`update_in_flight`.
         self.in_flight = 0
         self._draining = trio.Lock()
         self._scope: trio.CancelScope | None = None  # while waiting for the client
-
-    @property
-    def discarding(self) -> bool:
-        """Whether the client is sent nothing any more; what it asks is still carried out."""
-        return self.state in DISCARDING
-
-    @property
-    def uncommitted(self) -> bool:
-        """Whether there are changes that the fd store has not acknowledged."""
-        return self.state in _UNCOMMITTED
-
-    def _move(self, event: _Event) -> None:
-        self.state = _TRANSITIONS.get((self.state, event), self.state)
 
     def enqueue(
         self,
@@ -161,19 +108,21 @@ class SendBuffer:
         byte; see :class:`Unsent`.
         """
         unsent = Unsent(data, [] if fds is None else fds, refusal, taken, unproven)
+        if unproven is not None and unproven.is_refused:
+            reason = "The file descriptor cannot be kept safe: the service manager has no room"
+            unsent = Unsent(self._instead(unsent, GenericError(reason)), [])
         if self.discarding:
             self._close(self._fds_to_close(unsent))
-        elif data:
-            queue = self.uncommitted_queue if self.uncommitted else self.unsent
-            queue.append(unsent)
-            self.size += len(data)
+        elif unsent.data:
+            self.unsent.append(unsent)
+            self.size += len(unsent.data)
             self.unsent_fds += len(unsent.fds)
 
     def write(self, data: bytes | memoryview) -> None:
         """As :meth:`enqueue` and :meth:`flush_nowait`; without the detour where nothing waits."""
-        if self.unsent or self.state is not OPEN or self._services.lifecycle.paused or not data:
+        if self.unsent or self.discarding or self._services.lifecycle.paused or not data:
             self.enqueue(data)
-            if self.unsent:  # else it waits for the fd store
+            if self.unsent:
                 self.flush_nowait()
             return
         try:
@@ -196,32 +145,11 @@ class SendBuffer:
             self.in_flight = min(before, self._stream.max_unreceived_messages())
         return before - self.in_flight
 
-    def begin_uncommitted(self) -> None:
-        """The store has changes that the fd store has not acknowledged: what is enqueued from now
-        on is kept back until it has.
-        """
-        self._move(_Event.CHANGE)
-        self.changes += 1
-
-    def commit(self) -> None:
-        """The fd store has acknowledged all changes: what was kept back may be sent."""
-        self._move(_Event.COMMIT)
-        for each in self.uncommitted_queue:
-            if each.unproven is not None and each.unproven.is_refused:
-                reason = "The file descriptor cannot be kept safe: the service manager has no room"
-                self.unsent += self._instead(each, GenericError(reason))
-            else:
-                self.unsent.append(each)
-        self.uncommitted_queue.clear()
-
     async def drain(self) -> None:
         """Send all that was enqueued; a client that does not take it in time, or is gone, is sent
         nothing any more.  Nothing is sent while the daemon is paused.
         """
-        lifecycle = self._services.lifecycle
-        while self.uncommitted and not lifecycle.paused:
-            await self._sync()
-        if self.unsent and not lifecycle.paused:
+        if self.unsent and not self._services.lifecycle.paused:
             if not self._draining.locked():  # else another task waits for the client already
                 self.flush_nowait()
             if self.unsent:
@@ -281,16 +209,18 @@ class SendBuffer:
             raise exc
         del self.unsent[0]
         reason = f"The file descriptors cannot be sent: {exc.strerror}"
-        self.unsent.extendleft(self._instead(refused, GenericError(reason)))
-
-    def _instead(self, refused: Unsent, error: QMPError) -> list[Unsent]:
-        """What to send instead of a reply whose command has failed, if anything now."""
-        assert refused.refusal is not None
-        data = refused.refusal(error)
+        data = self._instead(refused, GenericError(reason))
         self.size += len(data) - len(refused.data)
         self.unsent_fds -= len(refused.fds)
+        if data:
+            self.unsent.appendleft(Unsent(data, []))
+
+    def _instead(self, refused: Unsent, error: QMPError) -> bytes:
+        """What to send instead of a reply whose command has failed; empty if nothing yet."""
+        assert refused.refusal is not None
+        data = refused.refusal(error)
         self._close(self._fds_to_close(refused))
-        return [Unsent(data, [])] if data else []
+        return data
 
     def _sent(self, first: Unsent, count: int) -> None:
         """So many bytes of the first of what waits are gone."""
@@ -352,11 +282,10 @@ class SendBuffer:
 
     def discard(self) -> None:
         """Send nothing any more."""
-        self._move(_Event.DISCARD)
+        self.discarding = True
         self.size = self.unsent_fds = self.in_flight = 0
-        for queue in (self.unsent, self.uncommitted_queue):
-            self.drop(queue)
-            queue.clear()
+        self.drop(self.unsent)
+        self.unsent.clear()
 
     def drop(self, unsent: Iterable[Unsent]) -> None:
         """Never send that; many clients may be disconnected at once, and the descriptors wait for

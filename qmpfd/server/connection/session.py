@@ -27,9 +27,9 @@ from ...protocol.server import ServerConnection
 from ...transport import Arrival, FdStream
 from ..listen.admission import rejection_reply
 from ..services import Services
-from .delivery import Delivery
-from .fd_accounting import CLOSES_A_STEP
-from .request_processor import RequestProcessor
+from .fd_accounting import CLOSES_A_STEP, FdAccounting
+from .request_processor import BatchState, RequestProcessor
+from .send_buffer import SendBuffer
 from .session_state import TRANSITIONS, Event, SessionEnd, SessionState
 
 _log = logging.getLogger("qmpfd")
@@ -97,12 +97,18 @@ class Session:
         self._state = SessionState.SERVING
         self._scope = trio.CancelScope()
         #: Sends to the client.
-        self.delivery = Delivery(services, stream, peer, self.context, self._on_drained)
-        self._send_buffer = self.delivery.send_buffer
-        self._fd_accounting = self.delivery.fd_accounting
+        #: What the client is sent.
+        self.send_buffer = SendBuffer(services, stream, peer, self.context, self._on_drained)
+        #: What is closed before that, and what counts for the client's user.
+        self.fd_accounting = FdAccounting(services, self._connection, self.send_buffer, peer.uid)
         #: Carries out what the client asks for.
         self.processor = RequestProcessor(
-            services, self._connection, self.context, self.delivery, self._park
+            services,
+            self._connection,
+            self.context,
+            self.send_buffer,
+            self.fd_accounting,
+            self._park,
         )
 
     async def serve(self) -> SessionEnd:
@@ -111,8 +117,8 @@ class Session:
         """
         with self._scope:
             if self._connection.state is State.CONNECTED:
-                self._send_buffer.enqueue(self._connection.greeting(VERSION))
-            await self._send_buffer.drain()
+                self.send_buffer.enqueue(self._connection.greeting(VERSION))
+            await self.send_buffer.drain()
             return await self._serve()
         if self._state is SessionState.EVICTED:
             return SessionEnd.CLOSED
@@ -123,14 +129,13 @@ class Session:
     async def aclose(self) -> None:
         """Close the connection and all that is kept for its time only."""
         self._services.reader.forget(self.stream.socket.fileno())
-        self.delivery.close()
-        self._services.close_stream(self.stream, self.peer.uid)
         self.processor.close()
+        self._services.close_stream(self.stream, self.peer.uid)
         self._connection.close()
-        self._fd_accounting.update_undelivered()
+        self.fd_accounting.update_undelivered()
         with trio.move_on_after(LOCK_TIMEOUT, shield=True):
             await self._remove_owned()
-        self._fd_accounting.close_after_sync()
+        self.fd_accounting.close_after_sync()
 
     async def _remove_owned(self) -> None:
         """Take out what was kept for the time of the connection; all of it may be a lot."""
@@ -139,7 +144,7 @@ class Session:
             async with self._services.locked():
                 more = self.context.close(CLOSES_A_STEP)
             while self._connection.fds_to_close:
-                self._fd_accounting.close_after_sync(CLOSES_A_STEP)
+                self.fd_accounting.close_after_sync(CLOSES_A_STEP)
                 if more or self._connection.fds_to_close:
                     await trio.lowlevel.checkpoint()
 
@@ -157,7 +162,7 @@ class Session:
 
     def refresh_in_flight(self) -> None:
         """Count no more what the client has received meanwhile."""
-        self._fd_accounting.refresh_in_flight()
+        self.fd_accounting.refresh_in_flight()
 
     def about(self, now: float) -> Client:
         """What others may be told of the client."""
@@ -183,7 +188,7 @@ class Session:
             limit: float | None = NEGOTIATION_TIMEOUT
             desc = f"No 'qmp_capabilities' within {NEGOTIATION_TIMEOUT:g} s"
         else:
-            waits = self._state is SessionState.WAITING and not self._send_buffer.uncommitted
+            waits = self._state is SessionState.WAITING and self.processor.state is BatchState.SENT
             if not waits or self.context.events is not None:
                 return
             limit = self._services.shared.limits.idle_timeout
@@ -191,7 +196,7 @@ class Session:
         if limit is not None and now - self._since > limit:
             _log.info("evicted pid %d, uid %d: %s", self.peer.pid, self.peer.uid, desc)
             self._move(Event.EVICT)
-            if not self._send_buffer.size:  # else it would stand in the middle of another reply
+            if not self.send_buffer.size:  # else it would stand in the middle of another reply
                 with suppress(trio.BrokenResourceError):
                     self.stream.send_nowait(rejection_reply(GenericError(desc)))
             self._scope.cancel()
@@ -208,22 +213,22 @@ class Session:
         self._move(Event.PAUSE)
         await self._services.lifecycle.wait_running()
         self._move(Event.RESUME)
-        await self._send_buffer.drain()
+        await self.send_buffer.drain()
 
     def pause(self) -> None:
         """The daemon is paused: wait for nothing that may take for ever."""
-        self.delivery.pause()
+        self.processor.pause()
 
     def resume(self) -> None:
         """The daemon is no longer paused: see to it that what is unsent is sent."""
-        self.delivery.resume()
+        self.processor.resume()
 
     def refuse_takeover(self, reason: QMPError) -> None:
         """Answer the request for a takeover with an error, without waiting: another takeover may be
         under way.  Who asks for one takes its replies.
         """
         reply = self._connection.reply(Error(reason), self.processor.takeover_id)
-        if not self._send_buffer.size:
+        if not self.send_buffer.size:
             with suppress(trio.BrokenResourceError):
                 self.stream.send_nowait(reply)
 
@@ -234,7 +239,7 @@ class Session:
 
     def release(self) -> None:
         """Another daemon goes on: let go of all that is the client's, without a word to it."""
-        self._send_buffer.discard()
+        self.processor.close()
         self.context.close()
         self._connection.close()
         fds_to_close = self._connection.fds_to_close
@@ -319,29 +324,17 @@ class Session:
 
     def _send_events(self) -> bool:
         """Send some of the events that wait; whether more of them can be sent at once."""
-        events, send_buffer = self.context.events, self._send_buffer
+        events, processor = self.context.events, self.processor
         if events is None or self._services.lifecycle.paused:
             return False
-        if send_buffer.size or self.processor.streamed_reply is not None:
+        if self.send_buffer.size or processor.is_busy:
             return False  # until the client has taken that
-        if not (data := events.next_batch()):
-            return False
-        if not self._services.durability.is_synced:
-            send_buffer.begin_uncommitted()
-        send_buffer.enqueue(data)
-        try:
-            send_buffer.flush_nowait()
-        except OSError:
-            _log.exception("events could not be sent")
-            send_buffer.abort()
-        if not (send_buffer.unsent or send_buffer.uncommitted_queue):
-            return True
-        self.delivery.start_drain()
-        return False
+        data = events.next_batch()
+        return bool(data) and processor.send_events(data)
 
     def _on_drained(self) -> None:
         """The client has taken what it was sent."""
-        if self._fd_accounting.undelivered:
-            self._fd_accounting.update_undelivered()
+        if self.fd_accounting.undelivered:
+            self.fd_accounting.update_undelivered()
         if self.context.events is not None and self.context.events.is_behind:
             self._services.shared.on_event()

@@ -113,8 +113,7 @@ def describe(
     """
     context, reply = session.context, session.processor.streamed_reply
     connection, fds = context.connection.snapshot()
-    send_buffer = session.delivery.send_buffer
-    unsent = [*send_buffer.unsent, *send_buffer.uncommitted_queue]
+    unsent = session.processor.unsent
     saved = SavedSession(
         peer=session.peer,
         groups=sorted(session.groups),
@@ -158,15 +157,15 @@ def restore(session: Session, saved: SavedSession, fds: Iterator[Fd]) -> None:
         saved: the state.
         fds: the descriptors; as many as there are are taken.
     """
-    context, delivery = session.context, session.delivery
+    context = session.context
     context.connection.restore(saved.connection, fds)
     for name in saved.names:
         context.adopt_named(name, next(fds))
     for data, count in saved.unsent:
-        delivery.send_buffer.enqueue(data, list(islice(fds, count)))
+        session.send_buffer.enqueue(data, list(islice(fds, count)))
     if saved.reply is not None:
         context.reply_fds += islice(fds, saved.reply.fds)
-    delivery.fd_accounting.update_undelivered()
+    session.fd_accounting.update_undelivered()
 
 
 def resume(

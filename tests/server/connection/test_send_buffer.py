@@ -46,13 +46,11 @@ class Harness:
         self.server.lifecycle.handle(Event.START)
         ours, self.its = trio.socket.socketpair()
         self.stream = _Stream(ours, room)
-        self.settled = trio.Event()
         self.context = self.connected()
         self.fds_to_close = self.context.connection.fds_to_close
         self.send_buffer = SendBuffer(
             *(self.server.services, self.stream, Peer(1, 0, 0), self.context),
             on_drained=lambda: None,
-            sync=self._settle,
         )
 
     def connected(self) -> Context:
@@ -67,10 +65,6 @@ class Harness:
         daemon.remove([stored], "removed", [])
         self.send_buffer.enqueue(b"{reply}\r\n", fds, lambda _: b"<refused>", stored)
         return fds[0]
-
-    async def _settle(self) -> None:
-        await self.settled.wait()
-        self.send_buffer.commit()
 
     async def __aenter__(self) -> Harness:
         return self
@@ -114,25 +108,22 @@ async def test_at_once() -> None:
 
 
 async def test_not_at_once() -> None:
-    """Behind what waits; not before that is safe, nor when paused or discarding."""
+    """Behind what waits; nothing when paused or discarding."""
     async with Harness() as rig:
         rig.send_buffer.enqueue(b"a")
         rig.send_buffer.write(b"b")
         assert rig.stream.sent == [(b"ab", 0)]
-        rig.send_buffer.begin_uncommitted()
         rig.send_buffer.write(b"c")
-        assert rig.stream.sent[1:] == []
-        rig.send_buffer.commit()
         rig.server.lifecycle.handle(Event.OFFER)
         rig.server.lifecycle.handle(Event.PAUSE)
         rig.send_buffer.write(b"d")
-        assert rig.stream.sent[1:] == []
+        assert rig.stream.sent[1:] == [(b"c", 0)]
         rig.server.lifecycle.handle(Event.RESUME)
         rig.send_buffer.flush_nowait()
-        assert rig.stream.sent[1:] == [(b"cd", 0)]
+        assert rig.stream.sent[2:] == [(b"d", 0)]
         rig.send_buffer.discard()
         rig.send_buffer.write(b"e")
-        assert rig.stream.sent[2:] == []
+        assert rig.stream.sent[3:] == []
         assert rig.send_buffer.size == 0
 
 
@@ -203,32 +194,6 @@ async def test_too_much_waits(caplog: pytest.LogCaptureFixture) -> None:
         other = _fd()
         rig.send_buffer.enqueue(b"a", [other])
         assert other.closed
-
-
-async def test_what_is_not_safe_waits_behind_what_is() -> None:
-    async with Harness() as rig:
-        rig.send_buffer.enqueue(b"a")
-        rig.send_buffer.begin_uncommitted()
-        rig.send_buffer.enqueue(b"b", [_fd()])
-        rig.send_buffer.flush_nowait()
-        assert rig.stream.sent == [(b"a", 0)]
-        assert (rig.send_buffer.size, rig.send_buffer.unsent_fds) == (1, 1)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(rig.send_buffer.drain)
-            await trio.testing.wait_all_tasks_blocked()
-            assert len(rig.stream.sent) == 1
-            rig.settled.set()
-        assert rig.stream.sent == [(b"a", 0), (b"b", 1)]
-        assert (rig.send_buffer.size, rig.send_buffer.unsent_fds) == (0, 0)
-
-
-async def test_discarded_while_something_is_kept_back() -> None:
-    async with Harness() as rig:
-        rig.send_buffer.begin_uncommitted()
-        rig.send_buffer.enqueue(b"b", [_fd()])
-        rig.send_buffer.discard()
-        assert rig.send_buffer.size == 0
-        assert not rig.send_buffer.uncommitted_queue
 
 
 async def test_a_reply_whose_descriptors_cannot_be_passed() -> None:

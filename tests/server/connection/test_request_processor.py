@@ -1,0 +1,260 @@
+"""A client is told of a change once that is safe, and once what it removed is closed."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import trio
+import trio.testing
+
+from qmpfd.commands import DECODER, Context
+from qmpfd.fdsets import Peer
+from qmpfd.kernel import fd as fd_module
+from qmpfd.kernel.fd import Fd, close_all
+from qmpfd.policy import EVERYTHING
+from qmpfd.protocol.server import ServerConnection
+from qmpfd.server.connection.fd_accounting import FdAccounting
+from qmpfd.server.connection.request_processor import BatchState, RequestProcessor
+from qmpfd.server.connection.send_buffer import SendBuffer
+from qmpfd.server.durability import Unmirrored
+from qmpfd.server.lifecycle import Event
+from qmpfd.server.server import DaemonServer
+from qmpfd.transport import FdStream
+
+ADD = b'{"execute": "add-fd"}\n'
+REMOVE = b'{"execute": "remove-fd", "arguments": {"fdset-id": 0}}\n'
+ASK = b'{"execute": "query-name"}\n'
+ADDED = b'{"return": {"fdset-id": 0, "fd": %d}}\r\n'
+DONE = b'{"return": {}}\r\n'
+
+
+class Slow(Unmirrored):
+    """A second copy that has a change once it is told so."""
+
+    is_synced = True
+
+    def __init__(self, server: DaemonServer) -> None:
+        super().__init__(server.daemon.closer)
+        self.actions: list[Callable[[], object]] = []
+
+    def on_synced(self, action: Callable[[], object]) -> None:
+        if self.is_synced:
+            action()
+        else:
+            self.actions.append(action)
+
+    async def sync(self) -> None:
+        synced = trio.Event()
+        self.on_synced(synced.set)
+        await synced.wait()
+
+    def acknowledge(self) -> None:
+        """It has all changes."""
+        self.is_synced = True
+        actions, self.actions = self.actions, []
+        for action in actions:
+            action()
+
+
+class Harness:
+    """One client's requests, and what it is sent."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.server = DaemonServer()
+        self.server.lifecycle.handle(Event.START)
+        self.durability = Slow(self.server)
+
+        def spawn(
+            task: Callable[[trio.CancelScope], Awaitable[None]], scope: trio.CancelScope
+        ) -> None:
+            nursery.start_soon(task, scope)
+
+        services = replace(self.server.services, durability=self.durability, spawn=spawn)
+        ours, self.its = trio.socket.socketpair()
+        self.stream = FdStream(ours)
+        self.connection = ServerConnection(DECODER)
+        self.connection.greeting({})
+        self.connection.negotiate([])
+        peer = Peer(os.getpid(), os.getuid(), os.getgid())
+        self.drained = 0
+        context = Context(
+            self.server.daemon, self.connection, peer, EVERYTHING, send_events=lambda: False
+        )
+        buffer = SendBuffer(services, self.stream, peer, context, self._on_drained)
+        accounting = FdAccounting(services, self.connection, buffer, peer.uid)
+        self.processor = RequestProcessor(
+            services, self.connection, context, buffer, accounting, self._park
+        )
+
+    def _on_drained(self) -> None:
+        self.drained += 1
+
+    async def _park(self) -> None:
+        await self.server.lifecycle.wait_running()
+
+    def ask(self, *requests: bytes, fd: Fd | None = None, synced: bool = True) -> bool:
+        """Send requests, and have them carried out; whether that was all."""
+        fd_module.send(self.its._sock, b"".join(requests), [] if fd is None else [fd])  # type: ignore[attr-defined]
+        self.stream.receive_nowait(self.connection)
+        self.durability.is_synced = synced
+        return self.processor.process_nowait(1e12)
+
+    def told(self) -> bytes:
+        """What has come so far."""
+        try:
+            return self.its._sock.recv(4096)  # type: ignore[attr-defined, no-any-return]
+        except BlockingIOError:
+            return b""
+
+    def pause(self) -> None:
+        """Pause the daemon, as for a takeover."""
+        self.server.lifecycle.handle(Event.OFFER)
+        self.server.lifecycle.handle(Event.PAUSE)
+        self.processor.pause()
+
+    def resume(self) -> None:
+        """Go on after all."""
+        self.server.lifecycle.handle(Event.RESUME)
+        self.processor.resume()
+
+
+@asynccontextmanager
+async def running() -> AsyncGenerator[Harness, None]:
+    async with trio.open_nursery() as nursery:
+        harness = Harness(nursery)
+        yield harness
+        nursery.cancel_scope.cancel()
+    harness.processor.close()
+    close_all(harness.connection.fds_to_close)
+    close_all(harness.server.daemon.store.drop_all())
+    harness.stream.close()
+    harness.its.close()
+    harness.server.close()
+
+
+def null() -> Fd:
+    return Fd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+
+
+def stored(harness: Harness) -> int:
+    """The number of the one stored descriptor."""
+    (entry,) = harness.server.daemon.store.everything()
+    return entry.fd.number
+
+
+async def test_a_change_is_told_once_it_is_safe() -> None:
+    async with running() as rig:
+        with null() as fd:
+            assert rig.ask(ADD, fd=fd, synced=False)
+        assert rig.told() == b""
+        assert [each.data for each in rig.processor.unsent] == [ADDED % stored(rig)]
+        rig.durability.acknowledge()
+        assert rig.told() == ADDED % stored(rig)
+        assert not rig.processor.is_busy
+        assert rig.processor.unsent == []
+        assert rig.drained == 1  # who watches may be told what it was not told meanwhile
+
+
+async def test_what_depends_on_no_change_is_told_at_once() -> None:
+    async with running() as rig:
+        assert rig.ask(ASK, synced=False)
+        assert rig.told() == DONE
+
+
+async def test_what_is_removed_is_closed_after_that_and_before_the_reply() -> None:
+    async with running() as rig:
+        read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        with Fd(read_end), Fd(write_end) as fd:
+            assert rig.ask(ADD, fd=fd)
+        rig.told()
+        assert rig.ask(REMOVE, synced=False)
+        number = rig.connection.fds_to_close[0].number
+        os.fstat(number)  # still open: the second copy's would not be the last one
+        rig.durability.acknowledge()
+        assert rig.connection.fds_to_close == []
+        assert rig.told() == DONE
+
+
+async def test_the_next_request_waits() -> None:
+    """In the order of the requests, and by the connection's own task."""
+    async with running() as rig:
+        with null() as fd:
+            assert rig.ask(ADD, fd=fd, synced=False)
+        number = stored(rig)
+        assert not rig.ask(ASK, synced=False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.processor.process)
+            await trio.testing.wait_all_tasks_blocked()
+            assert rig.told() == b""
+            rig.durability.acknowledge()
+        assert rig.told() == ADDED % number + DONE
+
+
+async def test_events_wait_as_well() -> None:
+    async with running() as rig:
+        rig.durability.is_synced = False
+        assert not rig.processor.send_events(b"event\r\n")
+        assert rig.told() == b""
+        rig.durability.acknowledge()
+        assert rig.told() == b"event\r\n"
+        assert rig.processor.send_events(b"other\r\n")
+        assert rig.told() == b"other\r\n"
+
+
+async def test_nothing_is_told_while_paused() -> None:
+    """What waits is handed over; where that fails, it is told in the end."""
+    async with running() as rig:
+        with null() as fd:
+            assert rig.ask(ADD, fd=fd, synced=False)
+        rig.pause()
+        rig.durability.acknowledge()
+        await trio.testing.wait_all_tasks_blocked()
+        assert rig.told() == b""
+        assert [each.data for each in rig.processor.unsent] == [ADDED % stored(rig)]
+        rig.resume()
+        await trio.testing.wait_all_tasks_blocked()
+        assert rig.told() == ADDED % stored(rig)
+
+
+async def test_paused_in_the_middle_of_the_wait() -> None:
+    async with running() as rig:
+        with null() as fd:
+            assert rig.ask(ADD, fd=fd, synced=False)
+        number = stored(rig)
+        assert not rig.ask(ASK, synced=False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.processor.process)
+            await trio.testing.wait_all_tasks_blocked()
+            rig.pause()
+            await trio.testing.wait_all_tasks_blocked()
+            assert rig.processor.state is BatchState.COMMITTING
+            rig.resume()
+            await trio.testing.wait_all_tasks_blocked()
+            assert rig.told() == b""
+            rig.durability.acknowledge()
+        assert rig.told() == ADDED % number + DONE
+
+
+async def test_closed_while_something_waits() -> None:
+    """Nothing is sent, and the acknowledgement that comes later finds nothing to do."""
+    async with running() as rig:
+        with null() as fd:
+            assert rig.ask(ADD, fd=fd, synced=False)
+        rig.processor.close()
+        rig.durability.acknowledge()
+        assert rig.told() == b""
+        assert rig.processor.unsent == []
+
+
+async def test_a_client_that_is_gone_meanwhile() -> None:
+    async with running() as rig:
+        with null() as fd:
+            assert rig.ask(ADD, fd=fd, synced=False)
+        rig.its.shutdown(socket.SHUT_RDWR)
+        rig.durability.acknowledge()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not rig.processor.is_busy
