@@ -6,7 +6,8 @@ import os
 import socket
 import time
 
-from .deadlines import NEVER
+#: A time that does not come.
+NEVER = float("inf")
 
 #: Seconds until a notification that could not be sent is sent again.
 _RETRY = 0.5

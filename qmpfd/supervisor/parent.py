@@ -10,15 +10,14 @@ import time
 from itertools import islice
 from operator import methodcaller
 
-from .deadlines import NEVER, deadline
 from .log import Log
-from .manager import Manager
+from .manager import NEVER, Manager
 from .program import NamedFds, Program, inherited_fds
 from .restarts import FIRST_DELAY, Restarts
 from .signals import FORWARDED, QUIT_IGNORED, set_up_signals
 from .states import TOLD_TO_END, TRANSITIONS, Event, State
 from .store import SlowCloser, Store, close
-from .worker import Spare, Worker
+from .worker import START_TIMEOUT, Spare, Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a mebibyte
@@ -33,6 +32,13 @@ MESSAGES = 512
 #: Seconds until the parent looks again for what is due, where nothing is known to be.
 _LONGEST_WAIT = 3600.0
 
+#: Seconds that the end of a worker that drains takes beyond --drain-timeout.
+_END_TIMEOUT = 2.0
+
+#: Seconds until the parent does not wait any more for the end of a worker that was killed: the
+#: close of a descriptor hangs (a FUSE mount that does not answer).  No code of it runs any more.
+_DEATH_TIMEOUT = 1.0
+
 #: Seconds that a deadline may be met too late before it is not the worker's fault; and that the
 #: worker has then.
 _GRACE = 1.0
@@ -41,7 +47,7 @@ _GRACE = 1.0
 _LOG_INTERVAL = 10.0
 
 # Found faster than an attribute, or a member of an enumeration.
-_POLLIN, _ENDED = select.POLLIN, State.ENDED
+_POLLIN, _SERVING, _ENDED = select.POLLIN, State.SERVING, State.ENDED
 
 #: A line of a message is an assignment.
 _split = methodcaller("split", b"=", 1)
@@ -75,13 +81,21 @@ class Supervisor:
     ) -> None:
         self._log = log
         self._manager = Manager()
-        self._heartbeat = self._manager.watchdog or HEARTBEAT
-        self._drain_timeout = drain_timeout
+        heartbeat = self._manager.watchdog or HEARTBEAT
+        # Seconds that a worker may be in a state, but for its start; while it serves, until it says
+        # something.  What it drains in begins with the first signal.
+        self._timeouts = {
+            State.SERVING: heartbeat,
+            State.STOPPING: drain_timeout,
+            State.DRAINING: drain_timeout + _END_TIMEOUT,
+            **dict.fromkeys((State.GONE, State.HUNG, State.KILLED), _DEATH_TIMEOUT),
+        }
         self._restarts = Restarts()
         inherited = inherited_fds()
         self._passed = passed & inherited
-        self._program = Program(command, sockets, inherited, self._heartbeat)
+        self._program = Program(command, sockets, inherited, heartbeat)
         self._state = State.FIRST_WAIT
+        self._since = 0.0  # when the worker's time for what its state waits for began
         self._worker: Worker | None = None
         self._spare: Spare | None = None
         self._stuck: set[int] = set()  # workers whose end is not waited for
@@ -124,7 +138,6 @@ class Supervisor:
                 if events & select.POLLHUP:  # it has closed its end, or is dead in a moment
                     self._receive(worker)
                     self._poll.unregister(worker.sock)
-                    worker.gone_at = time.monotonic()
                     self._happen(Event.HANGUP)
                 elif worker.unsent or self._closer.pending or worker.polled_for != _POLLIN:
                     self._listen_to(worker)
@@ -154,7 +167,7 @@ class Supervisor:
         """Until when the worker has to do what its state waits for."""
         if self._worker is None:
             return NEVER
-        return deadline(self._worker, self._state, self._heartbeat, self._drain_timeout)
+        return self._since + self._timeouts.get(self._state, self._worker.start_timeout)
 
     def _wake_up(self) -> None:
         """Signals have come, or slow closes are done."""
@@ -186,7 +199,9 @@ class Supervisor:
 
     def _happen(self, event: Event) -> None:
         """Change the state, and with it what is due."""
-        self._state = TRANSITIONS[self._state].get(event, self._state)
+        former, self._state = self._state, TRANSITIONS[self._state].get(event, self._state)
+        if self._state is not former and self._state is not State.DRAINING:
+            self._since = time.monotonic()
         self._due = 0.0
 
     # -- the worker's life ---------------------------------------------------------------------
@@ -236,7 +251,7 @@ class Supervisor:
         if late < 0:
             return
         if late > _GRACE:  # we were stopped, and the worker perhaps as well (cgroup freezer)
-            worker.postpone(late + _GRACE)
+            self._since += late + _GRACE
             return
         if self._state in (State.HUNG, State.KILLED):
             self._log.log("error", "the worker was killed and does not end: not waiting for it")
@@ -244,14 +259,13 @@ class Supervisor:
             self._bury(worker, -signal.SIGKILL)
             return
         if self._state in TOLD_TO_END:
-            what = f"has not ended {now - worker.stopped_at:.1f} s after it was told to"
+            what = f"has not ended {now - self._since:.1f} s after it was told to"
         elif self._state is State.GONE:
             what = "has closed its socket and does not end"
         else:
-            what = f"has not answered for {now - worker.heard_at:.1f} s"
+            what = f"has not answered for {now - self._since:.1f} s"
         self._log.log("error", f"the worker {what}: killing it")
         worker.kill(signal.SIGKILL)
-        worker.gone_at = now
         self._happen(Event.TIMEOUT)
 
     def _reap(self) -> None:
@@ -345,8 +359,6 @@ class Supervisor:
             self._store.remove_files()
             self._end(0)
             return
-        if not worker.stops:
-            worker.stopped_at = time.monotonic()
         # The worker may have got the same signal from whoever sent us ours: that is no second one.
         worker.stops += 1
         worker.send(b"SIGNALS=%d" % worker.stops)
@@ -359,6 +371,10 @@ class Supervisor:
     def _receive(self, worker: Worker, most: int | None = None) -> None:
         """Handle what the worker has sent; *most* messages of it, all by default."""
         for data, fds, truncated in islice(iter(worker.receive, None), most):
+            if self._state is _SERVING:
+                self._since = time.monotonic()
+            else:
+                worker.start_timeout = START_TIMEOUT
             if self._handle_message(worker, data, fds, truncated) and most is not None:
                 return  # it waits for that: nothing more has come most likely
 
@@ -425,7 +441,7 @@ class Supervisor:
         """The worker has said something that is for the service manager too."""
         if b"READY=1" in lines:
             if worker.ready_at is None:
-                worker.ready_at = worker.heard_at = time.monotonic()
+                worker.ready_at = time.monotonic()
             while self._passed:
                 number = self._passed.pop()
                 self._program.inherited.discard(number)

@@ -6,7 +6,6 @@ import os
 import select
 import signal
 import socket
-import time
 from array import array
 
 TYPE_CHECKING = False
@@ -48,14 +47,11 @@ class Worker:
         self.pid = pid
         self.sock = sock
         self.number = sock.fileno()
-        #: Seconds until it has to serve, or to say something.
+        #: Seconds from its start until it has to serve, or to say something.
         self.start_timeout = timeout
-        self.started_at = self.heard_at = time.monotonic()
         self.ready_at: float | None = None
-        #: Signals forwarded that end it, and when the first one was.
-        self.stops, self.stopped_at = 0, 0.0
-        #: When it has closed its socket, or was killed.
-        self.gone_at = 0.0
+        #: Signals forwarded that end it.
+        self.stops = 0
         #: What its socket is polled for.
         self.polled_for: int = select.POLLIN
         self._empty = 0  # messages without bytes, in a row
@@ -68,13 +64,6 @@ class Worker:
             os.kill(self.pid, number)
         except OSError:
             pass
-
-    def postpone(self, seconds: float) -> None:
-        """Put off all that it has to do."""
-        self.heard_at += seconds
-        self.started_at += seconds
-        self.stopped_at += seconds
-        self.gone_at += seconds
 
     def receive(self) -> tuple[bytes, list[int], bool] | None:
         """The next message, its descriptors, and whether some of these were lost for want of room;
@@ -89,7 +78,6 @@ class Worker:
             fds += array("i", payload)
         if data:
             self._empty = 0
-            self.heard_at, self.start_timeout = time.monotonic(), START_TIMEOUT
         else:
             self._empty += 1
             if self._empty > _EMPTY_MESSAGES and not fds:
@@ -154,7 +142,6 @@ class Spare(Worker):
             sockets: those of the service manager, with their names.
             names: those of the descriptors that it may fetch.
         """
-        self.started_at = self.heard_at = time.monotonic()
         for at in range(0, len(sockets), _MOST_FDS):
             some = sockets[at : at + _MOST_FDS]
             text = ":".join(name for name, _ in some)
