@@ -26,38 +26,34 @@ def render(daemon: SharedState) -> str:
 
 
 def _lines(daemon: SharedState) -> Iterator[str]:
-    stats, limits = daemon.stats, daemon.limits
-    gauges = {
-        "connections": ("Connections open now.", stats.connections),
-        "fdsets": ("Number of fd sets.", len(daemon.store)),
-        "fds": ("Descriptors stored in fd sets.", daemon.store.fd_count),
-        "fds_kept": ("Descriptors stored in fd sets or by getfd.", daemon.quotas.fds_total),
-        "closes_pending": (
-            "Descriptors whose close(2) has not returned yet.",
-            daemon.closer.pending,
-        ),
-        "connections_limit": ("Limit of connections at a time.", limits.max_connections),
-        "fds_limit": ("Limit of stored descriptors.", limits.max_fds),
-    }
-    counters = {
-        "accepted": ("Connections accepted since the start.", {"": stats.accepted}),
-        "refused": ("Connections turned away since the start.", {"": stats.turned_away}),
-        "commands": ("Commands executed since the start.", _labelled("command", stats.commands)),
-        "errors": ("Error replies sent since the start.", _labelled("class", stats.errors)),
-    }
-    for name, (text, value) in gauges.items():
+    stats, limits, quotas = daemon.stats, daemon.limits, daemon.quotas
+    pending, uptime = daemon.closer.pending, daemon.clock() - stats.started_at
+    commands, errors = _labelled("command", stats.commands), _labelled("class", stats.errors)
+    for name, text, value in (
+        ("connections", "Connections open now.", stats.connections),
+        ("fdsets", "Number of fd sets.", len(daemon.store)),
+        ("fds", "Descriptors stored in fd sets.", daemon.store.fd_count),
+        ("fds_kept", "Descriptors stored in fd sets or by getfd.", quotas.fds_total),
+        ("closes_pending", "Descriptors whose close(2) has not returned yet.", pending),
+        ("connections_limit", "Limit of connections at a time.", limits.max_connections),
+        ("fds_limit", "Limit of stored descriptors.", limits.max_fds),
+        ("uptime_seconds", "Time since the start.", round(uptime, 3)),
+    ):
         yield f"# TYPE qmpfd_{name} gauge"
+        if name == "uptime_seconds":
+            yield f"# UNIT qmpfd_{name} seconds"
         yield f"# HELP qmpfd_{name} {text}"
         yield f"qmpfd_{name} {value}"
-    yield "# TYPE qmpfd_uptime_seconds gauge"
-    yield "# UNIT qmpfd_uptime_seconds seconds"
-    yield "# HELP qmpfd_uptime_seconds Time since the start."
-    yield f"qmpfd_uptime_seconds {daemon.clock() - stats.started_at:.3f}"
-    for name, (text, values) in counters.items():
+    for name, text, values in (
+        ("accepted", "Connections accepted since the start.", {"": stats.accepted}),
+        ("refused", "Connections turned away since the start.", {"": stats.turned_away}),
+        ("commands", "Commands executed since the start.", commands),
+        ("errors", "Error replies sent since the start.", errors),
+    ):
         yield f"# TYPE qmpfd_{name} counter"
         yield f"# HELP qmpfd_{name} {text}"
-        for labels, value in values.items():
-            yield f"qmpfd_{name}_total{labels} {value}"
+        for labels, count in values.items():
+            yield f"qmpfd_{name}_total{labels} {count}"
     yield "# EOF"
 
 
