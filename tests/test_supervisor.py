@@ -129,6 +129,22 @@ def test_statuses() -> None:
     assert status == 0
 
 
+def test_a_signal_after_all_is_done() -> None:
+    """One that comes while the interpreter ends does not change the status."""
+    program = """
+        import os, signal, sys
+        from qmpfd.supervisor.main import main
+        class Last:  # what is still there when signals are no longer handled
+            def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+                kill(pid, number)
+        last = Last()
+        sys.exit(main(sys.argv[1:]))
+    """
+    worker = ["text", "info", "", sys.executable, "-c", ""]
+    command = [sys.executable, "-c", textwrap.dedent(program), *worker]
+    assert subprocess.run(command, timeout=DEADLINE, check=False).returncode == 0
+
+
 def test_a_program_that_cannot_be_run() -> None:
     done = subprocess.run(
         [*PARENT, "text", "info", "", "/nowhere"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .log import Log
 from .parent import Supervisor
 from .program import inherited_sockets
+from .signals import set_up_signals
 
 #: Seconds that a worker may take to end by default.
 DRAIN_TIMEOUT = 5.0
@@ -25,4 +26,6 @@ def main(arguments: list[str]) -> int:
     form, level, passed, *command = arguments
     numbers = {int(number) for number in passed.split(",") if number}
     log = Log(form, level)
-    return Supervisor(log, command, numbers, inherited_sockets(), drain_timeout).run()
+    status = Supervisor(log, command, numbers, inherited_sockets(), drain_timeout).run()
+    set_up_signals(())  # one that comes while the interpreter ends does not change the status
+    return status
