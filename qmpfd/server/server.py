@@ -28,7 +28,7 @@ from .durability import Durability, Unmirrored
 from .handle import Server
 from .lifecycle import DRAINING, Event, Lifecycle, State
 from .listen.accept import Acceptor
-from .listen.admission import Admission, RejectionLog, groups_of, peer_of, rejection_reply
+from .listen.admission import RejectionLog, admit, groups_of, peer_of, rejection_reply
 from .listen.listener import UnixListener
 from .maintenance import Broadcaster, evict_idle, remove_expired, remove_hung_up, supervise
 from .metrics import write_metrics
@@ -57,9 +57,8 @@ class DaemonServer(Server):
         metrics_path: Path | None = None,
         durability: Callable[[ClosePool], Durability] = Unmirrored,
     ) -> None:
-        limits = limits or Limits()
+        clock, limits = trio.lowlevel.current_clock().current_time, limits or Limits()
         #: What the commands see.
-        clock = trio.lowlevel.current_clock().current_time
         self.daemon = SharedState(
             dialect, limits, clock, self.quit, TABLE, ClosePool(), Hangups(), self._clients
         )
@@ -82,7 +81,7 @@ class DaemonServer(Server):
         self._acceptor = Acceptor(self.lifecycle, self.handle_accepted, self.reject)
         self._broadcaster = Broadcaster(self.services)
         self._rejections = RejectionLog()
-        self._admission = Admission(limits, policy or Policy())
+        self._policy = policy or Policy()
         self._metrics_path = metrics_path
         self.daemon.quotas.refresh_in_flight = self._refresh_in_flight
         self.sessions: set[Session] = set()
@@ -213,7 +212,7 @@ class DaemonServer(Server):
             groups: all groups of the peer.
             idle: seconds since it last asked something.
         """
-        return self._begin(stream, peer, groups, self._admission.readmit(peer, groups), idle)
+        return self._begin(stream, peer, groups, self._policy.access(peer.uid, groups), idle)
 
     # -- connections ---------------------------------------------------------------------------
 
@@ -224,7 +223,7 @@ class DaemonServer(Server):
             peer = peer_of(stream.socket)
             groups = groups_of(stream.socket, peer)
             try:
-                access = self._admission.admit(peer, groups)
+                access = admit(peer, groups, self._policy, self.daemon.limits, self.sessions)
             except QMPError as exc:
                 self._reject(stream, peer, exc)
                 return
@@ -281,7 +280,6 @@ class DaemonServer(Server):
             _log.exception("a connection failed")
         finally:
             self.sessions.discard(session)
-            self._admission.leave(session.peer)
             self.daemon.stats.connections -= 1
 
     async def bind_lost_sockets(self) -> None:
@@ -306,6 +304,6 @@ class DaemonServer(Server):
         return [session.about(now) for session in self.sessions]
 
     def change_policy(self, policy: Policy) -> None:
-        self._admission.policy = policy
+        self._policy = policy
         for session in self.sessions:
             session.change_access(policy.access(session.peer.uid, session.groups))

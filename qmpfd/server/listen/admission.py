@@ -9,8 +9,9 @@ import logging
 import os
 import socket
 import struct
-from collections import Counter
+from collections.abc import Collection
 from math import inf
+from typing import Protocol
 
 import trio
 
@@ -29,6 +30,12 @@ _SO_PEERGROUPS = 59
 _OPTION_BYTES = 1024
 #: As many groups as a process can have (NGROUPS_MAX, getgroups(2)).
 _MAX_GROUPS = 65536
+
+
+class Connected(Protocol):
+    """A connection that is served."""
+
+    peer: Peer
 
 
 def peer_of(sock: socket.socket) -> Peer:
@@ -65,53 +72,32 @@ def _many_groups(sock: socket.socket) -> array.array[int]:
     return groups[: size.value // groups.itemsize]
 
 
-class Admission:
-    """Lets clients in, or not.
+def admit(
+    peer: Peer,
+    groups: frozenset[int],
+    policy: Policy,
+    limits: Limits,
+    connected: Collection[Connected],
+) -> Access:
+    """Let a client in, if there is room beside those that are connected: what it may do.
 
-    Args:
-        limits: how many.
-        policy: who, and to do what.
+    Raises:
+        PermissionDenied: no rule gives it anything.
+        GenericError: there is no room.
     """
-
-    def __init__(self, limits: Limits, policy: Policy) -> None:
-        self._limits = limits
-        self.policy = policy
-        self._of_uid: Counter[int] = Counter()  # connections
-
-    def admit(self, peer: Peer, groups: frozenset[int]) -> Access:
-        """Let a client in: what it may do.  :meth:`leave` is due once it is gone.
-
-        Raises:
-            PermissionDenied: no rule gives it anything.
-            GenericError: there is no room.
-        """
-        access = self.policy.access(peer.uid, groups)
-        if not access:
-            raise PermissionDenied(
-                f"uid {peer.uid} may not connect: only uid {os.geteuid()}, root "
-                "and those to whom a policy rule gives a right"
-            )
-        limits = self._limits
-        if self._of_uid.total() >= limits.max_connections:
-            raise GenericError(f"Too many connections: the limit is {limits.max_connections}")
-        if self._of_uid[peer.uid] >= limits.max_connections_per_uid:
-            raise GenericError(
-                f"Too many connections of uid {peer.uid}: "
-                f"the limit is {limits.max_connections_per_uid}"
-            )
-        self._of_uid[peer.uid] += 1
-        return access
-
-    def readmit(self, peer: Peer, groups: frozenset[int]) -> Access:
-        """Go on with a client that was let in by a predecessor: what it may do here."""
-        self._of_uid[peer.uid] += 1
-        return self.policy.access(peer.uid, groups)
-
-    def leave(self, peer: Peer) -> None:
-        """A client that was let in is gone."""
-        self._of_uid[peer.uid] -= 1
-        if not self._of_uid[peer.uid]:
-            del self._of_uid[peer.uid]
+    access = policy.access(peer.uid, groups)
+    if not access:
+        raise PermissionDenied(
+            f"uid {peer.uid} may not connect: only uid {os.geteuid()}, root "
+            "and those to whom a policy rule gives a right"
+        )
+    total, most = len(connected), limits.max_connections_per_uid
+    if total >= limits.max_connections:
+        raise GenericError(f"Too many connections: the limit is {limits.max_connections}")
+    # As a rule there are so few that nobody has to count.
+    if total >= most and sum(each.peer.uid == peer.uid for each in connected) >= most:
+        raise GenericError(f"Too many connections of uid {peer.uid}: the limit is {most}")
+    return access
 
 
 def rejection_reply(reason: QMPError) -> bytes:
