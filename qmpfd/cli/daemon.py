@@ -233,10 +233,10 @@ class _Process:
         """Tell the service manager now and then how full we are."""
         reported = ""
         while True:
-            store, stats = self.server.store, self.server.daemon.stats
+            store, sessions = self.server.store, self.server.sessions
             status = (
                 f"STATUS={store.fd_count} descriptors in {len(store)} fd sets, "
-                f"{stats.connections} connections"
+                f"{len(sessions)} connections"
             )
             if status != reported:
                 self.notifications.tell(status)

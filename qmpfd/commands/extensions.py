@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 from msgspec import UNSET
@@ -261,12 +261,12 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
     """
     context.access.require("query")
     shared, uid = context.shared, context.peer.uid
-    stats = shared.stats
+    stats, clients = shared.stats, shared.clients()
     info = StatsInfo(
         pid=os.getpid(),
         uptime=int(shared.clock() - stats.started_at),
         dialect=shared.dialect,
-        connections=stats.connections,
+        connections=len(clients),
         connections_accepted=stats.accepted,
         connections_refused=stats.turned_away,
         kept_safe=shared.mirror is not None and not shared.mirror.is_over,
@@ -274,7 +274,7 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
             **shared.limits._replace(max_fds_per_uid=shared.quotas.fds_limit(uid))._asdict(),
             max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         ),
-        peers=_peers(context),
+        peers=_peers(context, clients),
     )
     if context.access.sees_everything:
         info.fdsets = len(shared.store)
@@ -290,14 +290,14 @@ def _counts(counter: Mapping[str, int]) -> list[Count]:
     return [Count(name, count) for name, count in sorted(counter.items())]
 
 
-def _peers(context: Context) -> list[PeerStats]:
+def _peers(context: Context, clients: Iterable[Client]) -> list[PeerStats]:
     """The processes that are connected, those connected for longest first.
 
     Whoever may end the daemon is told of all; other clients only of those of their own user.
     """
     sees_all = any("admin" in grant.rights for grant in context.access.grants)
     found: dict[Peer, list[Client]] = {}
-    for client in context.shared.clients():
+    for client in clients:
         if sees_all or client.peer.uid == context.peer.uid:
             found.setdefault(client.peer, []).append(client)
     longest_first = sorted(found, key=lambda peer: -max(client.age for client in found[peer]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -35,7 +35,6 @@ class Stats:
     """
 
     started_at: float
-    connections: int = 0  #: clients connected now
     accepted: int = 0  #: clients ever served
     turned_away: int = 0  #: clients refused
     # No Counter: each addition to one takes as long as a call, as it has a __delitem__ of its own.
@@ -105,7 +104,7 @@ class SharedState:
     table: Table[Any]
     closer: ClosePool
     hangups: Hangups[StoredFd]
-    clients: Callable[[], Iterable[Client]] = tuple
+    clients: Callable[[], Collection[Client]] = tuple
     store: FdSets = field(default_factory=FdSets)
     mirror: FdStoreMirror | None = None  #: where there is one
     audit: Audit | None = None

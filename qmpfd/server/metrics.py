@@ -30,7 +30,7 @@ def _lines(daemon: SharedState) -> Iterator[str]:
     pending, uptime = daemon.closer.pending, daemon.clock() - stats.started_at
     commands, errors = _labelled("command", stats.commands), _labelled("class", stats.errors)
     for name, text, value in (
-        ("connections", "Connections open now.", stats.connections),
+        ("connections", "Connections open now.", len(daemon.clients())),
         ("fdsets", "Number of fd sets.", len(daemon.store)),
         ("fds", "Descriptors stored in fd sets.", daemon.store.fd_count),
         ("fds_kept", "Descriptors stored in fd sets or by getfd.", quotas.fds_total),

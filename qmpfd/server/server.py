@@ -242,7 +242,6 @@ class DaemonServer(Server):
         idle: float = 0.0,
     ) -> Session:
         session = Session(self.services, stream, peer, groups, access, idle)
-        self.daemon.stats.connections += 1
         self.sessions.add(session)
         return session
 
@@ -280,7 +279,6 @@ class DaemonServer(Server):
             _log.exception("a connection failed")
         finally:
             self.sessions.discard(session)
-            self.daemon.stats.connections -= 1
 
     async def bind_lost_sockets(self) -> None:
         """Listen anew at each path whose socket file is gone; clients that had connected by the old

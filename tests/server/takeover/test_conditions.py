@@ -605,7 +605,7 @@ REST_1 = {
     "logs": [[{"name": "FD_ADDED", "time": 1, "data": {"fdset-id": 0, "fd": 9}}]],
     "others": 2,
     "stats": {
-        "started_at": 5.0, "connections": 1, "accepted": 1, "turned_away": 0,
+        "started_at": 5.0, "accepted": 1, "turned_away": 0,
         "commands": {"add-fd": 1}, "errors": {},
     },
     "journal": True,
