@@ -126,6 +126,18 @@ def test_the_permissions_of_the_socket(
     assert path.stat().st_ino == inode
 
 
+def test_another_socket_whose_file_is_gone(path: Path, start: Callable[..., Stepped]) -> None:
+    """It is made anew, with the permissions of the new command line."""
+    other = path.with_name("other.sock")
+    old = start("--socket", str(other))
+    other.unlink()
+    start("--takeover", "--socket-mode", "640")
+    assert old.wait() == 0
+    assert stat.S_IMODE(other.stat().st_mode) == 0o640
+    with BlockingClient(other, PATIENCE) as client:
+        assert client.execute("query-fdsets") == []
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to any group")
 def test_the_group_of_the_socket(path: Path, start: Callable[..., Stepped]) -> None:
     old = start("--socket-group", "4242")
