@@ -96,13 +96,15 @@ async def _paused(server: Predecessor, newcomer: Session) -> AsyncGenerator[list
         session.pause()
     try:
         while True:
+            # They come to rest within a few passes of the loop, and there is nothing else to do.
+            # Nor does it show before that all have: a task that sends for one of them may have been
+            # woken by its client in this pass, and then sends something still.
+            await trio.sleep(_REST_POLL)
             others = [session for session in server.sessions if session is not newcomer]
             if all(session.is_quiescent for session in others):
                 with suppress(trio.WouldBlock):
                     services.lock.acquire_nowait()
                     break
-            # They come to rest within a few passes of the loop, and there is nothing else to do.
-            await trio.sleep(_REST_POLL)
         try:
             yield others
         finally:

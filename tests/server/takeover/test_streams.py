@@ -16,13 +16,17 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import msgspec
 import pytest
-from helpers import Pipe, request
+import trio
+from helpers import Pipe, Wire, daemon, request, settle
 from stepper import Stepped, Stepper
 
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import close_all, receive
 from qmpfd.limits import TAKEOVER_FORMAT
+from qmpfd.server.connection.snapshot import SavedRest
+from qmpfd.server.takeover.receiver import read_all
 
 PATIENCE = 60.0
 
@@ -296,3 +300,51 @@ def test_a_newcomer_that_gives_up(path: Path, daemons: Callable[..., Stepped]) -
             assert counts[1:] == [5150, 5150]
             assert [watcher.line()["event"] for _ in range(150)] == ["FD_ADDED"] * 150
         assert old.poll() is None
+
+
+def unread(sock: socket.socket) -> bytes:
+    """All that has come."""
+    came = b""
+    try:
+        while data := sock.recv(1 << 20):
+            came += data
+    except BlockingIOError:
+        pass
+    return came
+
+
+async def paused_while_read(path: Path, watcher: Wire) -> bytes:
+    """Have the daemon of this loop pause, in the pass in which the watcher has read all that it had
+    been sent; then give up.  What a successor would send the watcher from there on.
+    """
+    newcomer = await Wire.session(path)
+    newcomer.send(request("takeover", {"format": TAKEOVER_FORMAT}))
+    await trio.lowlevel.wait_readable(newcomer.sock)
+    _, passed, _ = receive(newcomer.sock, 1 << 16)
+    await settle()
+    unread(watcher.sock)
+    newcomer.send(b"n")
+    await trio.lowlevel.wait_readable(newcomer.sock)
+    _, fds, _ = receive(newcomer.sock, 1)
+    rest = msgspec.msgpack.decode(read_all(fds[0]), type=SavedRest)
+    unread(watcher.sock)
+    close_all([*passed, *fds])
+    newcomer.close()
+    (session,) = (session for session in rest.sessions if session.watch is not None)
+    return b"".join(data for data, _ in session.unsent)
+
+
+async def test_a_watcher_that_reads_as_the_daemon_pauses(path: Path) -> None:
+    """What it was sent in the same pass of the loop is not sent by the successor again."""
+    async with daemon(path):
+        watcher, client = await Wire.session(path), await Wire.session(path)
+        await watcher.call("watch-fdsets", {"enable": True})
+        for _ in range(10):  # whose task comes first in a pass is left to chance
+            client.send(request("add-fds", {"opaque": "x" * 2000}), [0] * 250)
+            assert "return" in await client.reply()
+            await settle()
+            described = await paused_while_read(path, watcher)
+            await settle()
+            assert unread(watcher.sock).startswith(described)
+        watcher.close()
+        client.close()
