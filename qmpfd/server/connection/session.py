@@ -279,7 +279,6 @@ class Session:
                 async with services.gate, services.locked():
                     if not services.lifecycle.paused:
                         piece = self._serve_chunks(services.turn_ends())
-                        services.durability.push()
             if not piece.done:
                 await self.processor.process()
             if context.ending is Ending.TAKEOVER:
@@ -302,6 +301,7 @@ class Session:
         while arrival is Arrival.SOME and done and monotonic() < ends:
             arrival = self.stream.receive_nowait(self._connection, READ_BYTES, self._max_fds)
             done = self.processor.process_nowait(ends)
+            self._services.durability.push()  # the next chunk waits for it
         heavy = monotonic() > ends or arrival is Arrival.SOME or self.processor.unfinished
         return _Piece(arrival, done, heavy)
 
