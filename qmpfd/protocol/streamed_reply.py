@@ -43,7 +43,8 @@ class StreamedReply:
             yield from self._count(chain(iter_encode(self.members), (b"\r\n",)))
         else:
             yield from self._count((_RETURN,))
-            yield from self.result.bits
+            for bit in self.result.bits:  # noqa: UP028 - that would end them with this iteration
+                yield bit
             rest = [
                 chain((b', "%b": ' % name.encode(),), iter_encode(value))
                 for name, value in self.members.items()

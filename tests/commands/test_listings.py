@@ -399,6 +399,25 @@ def test_a_listing_goes_on_elsewhere(command: str, each: int, access: Access) ->
             assert text + b"".join(resumed(context, first)) == b"".join(whole)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_listing_goes_on_here(command: str) -> None:
+    """Where a takeover has failed: another iteration begins where the last has stopped."""
+    with core() as context:
+        fill(context.shared, 3000, each=1)
+
+        def reply() -> StreamedReply:
+            listing = bits(context, command)
+            assert isinstance(listing, JSONStream)
+            return StreamedReply({"id": "x" * 10_000}, listing)
+
+        whole = list(reply())
+        assert len(whole) > 5
+        for taken in range(len(whole)):
+            first = reply()
+            text = b"".join(islice(first, taken))
+            assert text + b"".join(first) == b"".join(whole)
+
+
 @pytest.mark.parametrize("each", [1, 40, 5000])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_listing_goes_on_after_changes(command: str, each: int) -> None:
