@@ -181,7 +181,9 @@ class BarrierLink:
             self.push()
 
     def push(self) -> None:
-        """Send what is to be sent, without waiting, and see to the rest."""
+        """Send what is to be sent, and see to the rest.  Only the parent's answer to a barrier is
+        waited for, once and until the kernel's next tick at most.
+        """
         barrier = self._state in _ON_BARRIER
         try:
             if self._state is not _OVER:
