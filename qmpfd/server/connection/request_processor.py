@@ -139,11 +139,10 @@ class RequestProcessor:
             elif reply is not None:
                 await self._stream_reply(reply)
             else:
-                async with services.gate:
+                async with services.gate, services.locked():
                     # Events are a batch as well, and may wait for the fd store by now.
                     if self.state is _SENT and not services.lifecycle.paused:
-                        async with services.locked():
-                            self._execute_batch(services.turn_ends())
+                        self._execute_batch(services.turn_ends())
 
     def send_events(self, data: bytes) -> bool:
         """Send events, where nothing else is under way; whether the client has taken them."""

@@ -205,6 +205,22 @@ async def test_events_wait_as_well() -> None:
         assert rig.told() == b"other\r\n"
 
 
+async def test_events_that_come_while_the_lock_is_waited_for() -> None:
+    async with running() as harness, trio.open_nursery() as nursery:
+        fd_module.send(harness.its._sock, ASK, [])  # type: ignore[attr-defined]
+        harness.stream.receive_nowait(harness.connection)
+        async with harness.server.services.lock:
+            nursery.start_soon(harness.processor.process)
+            await trio.testing.wait_all_tasks_blocked()
+            harness.durability.is_synced = False
+            assert not harness.processor.send_events(b"event\r\n")
+        await trio.testing.wait_all_tasks_blocked()
+        assert harness.told() == b""
+        harness.durability.acknowledge()
+        await trio.testing.wait_all_tasks_blocked()
+        assert harness.told() == b"event\r\n" + DONE
+
+
 async def test_nothing_is_told_while_paused() -> None:
     """What waits is handed over; where that fails, it is told in the end."""
     async with running() as rig:
