@@ -93,8 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(_SCRIPTS[arguments.shell])
         return
     line, *replaced = arguments.command
-    (_, *before), word = _words(line)
-    found = _candidates(before, word)
+    before, word = _words(line)
+    found = _candidates(before[1:], word)
     if isinstance(found, str):
         print(found)
         return

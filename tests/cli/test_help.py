@@ -294,3 +294,17 @@ def test_each_shell_can_read_it(shell: str, tmp_path: Path) -> None:
     file = completion(shell, tmp_path)
     need(shell)
     subprocess.run([shell, "-n", str(file)], check=True, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize("line", ["", "qmpf"])
+def test_a_line_in_which_the_command_is_not_typed_yet(line: str) -> None:
+    """Asked by hand, or by a shell that offers something for it."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "qmpfd", "completion", "bash", "--", line],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
