@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 from contextlib import ExitStack, suppress
+from shutil import which
 from typing import Any
 
 from ..client.blocking import BlockingClient
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
                 info, passed = open_target(client, each)
                 fds.append(stack.enter_context(one_fd(info, passed)))
                 infos.append(info)
-            if arguments.take:
+            if arguments.take and which(command[0]):  # else nothing is run, so nothing is taken
                 _take(client, infos, fds)
         # The connection is closed by now: its number may be one of the places.
         if arguments.rewind:

@@ -241,6 +241,10 @@ def test_take(named: Cli) -> None:
     # All of them or none.
     assert "FdNotFound" in named.fails(REFUSED, "exec", "--take", "@vm1:b", "@no", "--", "true")
     assert [name for _, name in names(named)] == ["vm2:a", "vm1:b"]
+    # A command that cannot be run gets nothing.
+    for status, command in ((127, "no-such-program"), (127, ""), (126, os.devnull)):
+        named.fails(status, "exec", "--take", "@vm1:b", "--", command)
+    assert [name for _, name in names(named)] == ["vm2:a", "vm1:b"]
     named.done("exec", "--take", "@vm1:b", "@vm2:a", "--", "true")
     assert names(named) == []
 
