@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from enum import Enum, auto
 from functools import partial
@@ -62,6 +62,15 @@ _ON_END = dict.fromkeys(State, State.OVER)
 
 # Finding a member of an enumeration takes as long as two calls.
 _SYNCED, _CHANGED, _SENT, _OVER = State.SYNCED, State.CHANGED, State.SENT, State.OVER
+
+
+def _call(actions: Iterable[Callable[[], object]]) -> None:
+    """Call each of *actions*, whatever one of them meets: others wait for theirs."""
+    for action in actions:
+        try:
+            action()
+        except Exception:  # noqa: BLE001 - logged; all others go on
+            _log.exception("what waited for the fd store failed")
 
 
 class BarrierLink:
@@ -248,8 +257,7 @@ class BarrierLink:
         self._outgoing.all_arrived()
         self._state = _ON_ANSWER[self._state]
         actions, self._sent_actions = self._sent_actions, []
-        for action in actions:
-            action()
+        _call(actions)
         if self._outgoing:
             self.push()
         else:
@@ -347,8 +355,7 @@ class BarrierLink:
         self._closes.clear()
         actions = [*self._sent_actions, *self._actions]
         self._sent_actions, self._actions = [], []
-        for action in actions:
-            action()
+        _call(actions)
         self._close_pipes()
         self._scope.cancel()
 

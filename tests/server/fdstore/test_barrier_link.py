@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import pytest
 import trio
 from fake_parent import kept_daemon, silent, unanswered
 from helpers import ADD, Pipe, Wire, pipes, request, settle, value
@@ -95,6 +96,19 @@ async def test_a_client_that_asks_more(path: Path) -> None:
             assert [each["fdset-id"] for each in replies[2]] == [1, 0]
             assert replies[3] == {}
             assert [each["fdset-id"] for each in replies[4]] == [1]
+
+
+async def test_one_that_waits_and_fails(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All others that wait for the same answer get theirs."""
+    async with unanswered(path) as (server, parent, wire, _):
+        called: list[str] = []
+        durability = server.services.durability
+        durability.on_synced([].pop)
+        durability.on_synced(lambda: called.append("behind it"))
+        parent.go_on()
+        value(await wire.reply())
+        assert called == ["behind it"]
+        assert "IndexError" in caplog.text
 
 
 async def test_quit_behind_a_change(path: Path) -> None:
