@@ -35,8 +35,18 @@ class BatchState(Enum):
     COMMITTING = auto()  #: for the fd store: they tell of changes that a crash would take back
     CLOSING = auto()  #: until what was removed is closed
 
+    # As of any object: that of Enum is a Python function.
+    __hash__ = object.__hash__
+
 
 _SENT, _COMMITTING, _CLOSING = BatchState
+
+#: What each event makes of the states.
+_ON_EXECUTED = {_SENT: _CLOSING}  # nothing in it needs the fd store
+_ON_CHANGED = {_SENT: _COMMITTING}  # the fd store has not acknowledged what it tells of
+_ON_ACKNOWLEDGED = {_COMMITTING: _CLOSING}
+_ON_CLOSED = {_CLOSING: _SENT}
+_ON_END = dict.fromkeys(BatchState, _SENT)
 
 
 class RequestProcessor:
@@ -147,8 +157,9 @@ class RequestProcessor:
     def send_events(self, data: bytes) -> bool:
         """Send events, where nothing else is under way; whether the client has taken them."""
         self._text = data
-        if not self._durability.is_synced:
-            self.state = _COMMITTING
+        waits = not self._durability.is_synced
+        self.state = (_ON_CHANGED if waits else _ON_EXECUTED)[self.state]
+        if waits:
             self._durability.on_synced(self._on_synced)
             self._durability.push()
             return False
@@ -206,11 +217,9 @@ class RequestProcessor:
             if size > REPLY_BYTES_A_TURN or monotonic() > ends:
                 break
         self._text = b"".join(replies)
-        self.state = _CLOSING
-        if context.touched_store:
-            context.touched_store = False
-            if not durability.is_synced:
-                self.state = _COMMITTING
+        waits = context.touched_store and not durability.is_synced
+        context.touched_store = False
+        self.state = (_ON_CHANGED if waits else _ON_EXECUTED)[self.state]
         return not (ready or context.ending or self.streamed_reply)
 
     def _refusal(self, request_id: Any, error: QMPError) -> bytes:
@@ -226,9 +235,8 @@ class RequestProcessor:
         if (connection.fds_to_close or fd_accounting.closings) and not fd_accounting.close_some():
             # What is removed is closed once its client has read so: a whole set is left, or what
             # threads close.
-            self.state = _CLOSING
             return False
-        self.state = _SENT
+        self.state = _ON_CLOSED[self.state]
         if self._replies:
             for reply in self._replies:
                 send_buffer.enqueue(*reply)
@@ -251,6 +259,7 @@ class RequestProcessor:
         """
         if self.state is not _COMMITTING or self._finishing.locked() or self._paused:
             return
+        self.state = _ON_ACKNOWLEDGED[self.state]
         try:
             if self._flush_replies() and not self._send_buffer.size:
                 self._send_buffer.on_drained()
@@ -286,7 +295,7 @@ class RequestProcessor:
                 if self.state is _COMMITTING:
                     with trio.CancelScope() as self._sync_scope:
                         await self._durability.sync()
-                        self.state = _CLOSING
+                        self.state = _ON_ACKNOWLEDGED.get(self.state, self.state)
                 elif not self._flush_replies():
                     await self._fd_accounting.close_all(len(self._connection.fds_to_close))
             await self._send_buffer.drain()
@@ -343,7 +352,8 @@ class RequestProcessor:
                 may_fail = fds or unproven is not None
                 refusal = partial(self._refuse_streamed, reply) if may_fail else None
                 self._replies.append(Unsent(b"".join(made), fds, refusal, taken, unproven))
-                self.state = _CLOSING if self._durability.is_synced else _COMMITTING
+                waits = not self._durability.is_synced
+                self.state = (_ON_CHANGED if waits else _ON_EXECUTED)[self.state]
             await self._finish_batch()
             if self._send_buffer.discarding:
                 self.streamed_reply = None
@@ -369,4 +379,4 @@ class RequestProcessor:
         self._replies.clear()
         self.streamed_reply = None
         context.reply_fds, context.taken = [], None
-        self._text, self.state = b"", _SENT
+        self._text, self.state = b"", _ON_END[self.state]
