@@ -163,10 +163,7 @@ class RequestProcessor:
             self._durability.on_synced(self._on_synced)
             self._durability.push()
             return False
-        if self._flush_replies() and not self._send_buffer.size:
-            return True
-        self._start_task()
-        return False
+        return self._go_on()
 
     def _execute_batch(self, ends: float) -> bool:
         """Carry out requests: all there are, or until it is time to send the replies.
@@ -254,20 +251,25 @@ class RequestProcessor:
         return True
 
     def _on_synced(self) -> None:
-        """The fd store has acknowledged the changes of the last batch: close what was removed, and
-        let the replies go; what takes longer than that is done by a task.
-        """
+        """The fd store has acknowledged the changes of the last batch: let the replies go."""
         if self.state is not _COMMITTING or self._finishing.locked() or self._paused:
             return
         self.state = _ON_ACKNOWLEDGED[self.state]
+        if self._go_on():
+            self._send_buffer.on_drained()
+
+    def _go_on(self) -> bool:
+        """Close what was removed, and let the replies go, on behalf of whoever serves others as
+        well; what takes longer than that is done by a task.  Whether the client has taken all.
+        """
         try:
             if self._flush_replies() and not self._send_buffer.size:
-                self._send_buffer.on_drained()
-            else:
-                self._start_task()
+                return True
+            self._start_task()
         except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
             _log.exception("replies could not be sent")
             self._send_buffer.abort()
+        return False
 
     def _start_task(self) -> None:
         """Have a task finish what is under way."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import pytest
 import trio
 import trio.testing
 
 from qmpfd.commands import DECODER, Context
 from qmpfd.fdsets import Peer
 from qmpfd.kernel import fd as fd_module
-from qmpfd.kernel.fd import Fd, close_all
+from qmpfd.kernel.fd import Fd, FileDescriptorLike, close_all
 from qmpfd.policy import EVERYTHING
 from qmpfd.protocol.server import ServerConnection
 from qmpfd.server.connection.fd_accounting import FdAccounting
@@ -103,6 +105,13 @@ class Harness:
         self.durability.is_synced = synced
         return self.processor.process_nowait(1e12)
 
+    def add(self) -> int:
+        """Add a descriptor, of which the second copy does not know yet; its number."""
+        with Fd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)) as fd:
+            assert self.ask(ADD, fd=fd, synced=False)
+        (entry,) = self.server.daemon.store.everything()
+        return entry.fd.number
+
     def told(self) -> bytes:
         """What has come so far."""
         try:
@@ -136,24 +145,13 @@ async def running() -> AsyncGenerator[Harness, None]:
     harness.server.close()
 
 
-def null() -> Fd:
-    return Fd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
-
-
-def stored(harness: Harness) -> int:
-    """The number of the one stored descriptor."""
-    (entry,) = harness.server.daemon.store.everything()
-    return entry.fd.number
-
-
 async def test_a_change_is_told_once_it_is_safe() -> None:
     async with running() as rig:
-        with null() as fd:
-            assert rig.ask(ADD, fd=fd, synced=False)
+        number = rig.add()
         assert rig.told() == b""
-        assert [each.data for each in rig.processor.unsent] == [ADDED % stored(rig)]
+        assert [each.data for each in rig.processor.unsent] == [ADDED % number]
         rig.durability.acknowledge()
-        assert rig.told() == ADDED % stored(rig)
+        assert rig.told() == ADDED % number
         assert not rig.processor.is_busy
         assert rig.processor.unsent == []
         assert rig.drained == 1  # who watches may be told what it was not told meanwhile
@@ -182,9 +180,7 @@ async def test_what_is_removed_is_closed_after_that_and_before_the_reply() -> No
 async def test_the_next_request_waits() -> None:
     """In the order of the requests, and by the connection's own task."""
     async with running() as rig:
-        with null() as fd:
-            assert rig.ask(ADD, fd=fd, synced=False)
-        number = stored(rig)
+        number = rig.add()
         assert not rig.ask(ASK, synced=False)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(rig.processor.process)
@@ -221,26 +217,39 @@ async def test_events_that_come_while_the_lock_is_waited_for() -> None:
         assert harness.told() == b"event\r\n" + DONE
 
 
+async def test_events_that_cannot_be_sent(caplog: pytest.LogCaptureFixture) -> None:
+    """That is their client's affair, and not that of whoever sends events to all of them."""
+
+    class Full(FdStream):
+        def send_nowait(
+            self, data: bytes | memoryview, fds: Sequence[FileDescriptorLike] = ()
+        ) -> int:
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+    async with running() as rig:
+        rig.stream.__class__ = Full
+        assert not rig.processor.send_events(b"event\r\n")
+        assert "No buffer space" in caplog.text
+        assert rig.its._sock.recv(1) == b""  # type: ignore[attr-defined]  # disconnected
+
+
 async def test_nothing_is_told_while_paused() -> None:
     """What waits is handed over; where that fails, it is told in the end."""
     async with running() as rig:
-        with null() as fd:
-            assert rig.ask(ADD, fd=fd, synced=False)
+        number = rig.add()
         rig.pause()
         rig.durability.acknowledge()
         await trio.testing.wait_all_tasks_blocked()
         assert rig.told() == b""
-        assert [each.data for each in rig.processor.unsent] == [ADDED % stored(rig)]
+        assert [each.data for each in rig.processor.unsent] == [ADDED % number]
         rig.resume()
         await trio.testing.wait_all_tasks_blocked()
-        assert rig.told() == ADDED % stored(rig)
+        assert rig.told() == ADDED % number
 
 
 async def test_paused_in_the_middle_of_the_wait() -> None:
     async with running() as rig:
-        with null() as fd:
-            assert rig.ask(ADD, fd=fd, synced=False)
-        number = stored(rig)
+        number = rig.add()
         assert not rig.ask(ASK, synced=False)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(rig.processor.process)
@@ -258,8 +267,7 @@ async def test_paused_in_the_middle_of_the_wait() -> None:
 async def test_closed_while_something_waits() -> None:
     """Nothing is sent, and the acknowledgement that comes later finds nothing to do."""
     async with running() as rig:
-        with null() as fd:
-            assert rig.ask(ADD, fd=fd, synced=False)
+        rig.add()
         rig.processor.close()
         rig.durability.acknowledge()
         assert rig.told() == b""
@@ -268,8 +276,7 @@ async def test_closed_while_something_waits() -> None:
 
 async def test_a_client_that_is_gone_meanwhile() -> None:
     async with running() as rig:
-        with null() as fd:
-            assert rig.ask(ADD, fd=fd, synced=False)
+        rig.add()
         rig.its.shutdown(socket.SHUT_RDWR)
         rig.durability.acknowledge()
         await trio.testing.wait_all_tasks_blocked()
