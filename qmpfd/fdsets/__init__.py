@@ -1,4 +1,4 @@
-"""The store of fd sets: pure and synchronous, without Trio, without JSON, without system calls."""
+"""Store of fd sets: pure and synchronous, without Trio, JSON or system calls."""
 
 from .entry import PERMANENT, FdSet, Lifetime, Peer, Progress, StoredFd
 from .ids import IdPool

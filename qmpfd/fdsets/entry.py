@@ -1,4 +1,4 @@
-"""The entries of the store: a descriptor, and the fd set that it is in."""
+"""Entries of the store: fd sets and the descriptors in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kernel.fd import Fd
 
 
 class Peer(NamedTuple):
-    """Who is at the other end of a connection (SO_PEERCRED, unix(7))."""
+    """Credentials of a connection's client (SO_PEERCRED, unix(7))."""
 
     pid: int
     uid: int
@@ -21,12 +21,12 @@ class Peer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Lifetime:
-    """How long a descriptor is kept: until it is removed, or until the first of these.
+    """When a descriptor is removed without a command: at the first of these events.
 
     Args:
-        owner: the connection whose end it is kept until, or None.
-        expires_at: the time, by the daemon's clock, or None.
-        watch_hangup: until the other end of the socket or pipe is gone.
+        owner: the connection whose end removes the descriptor, or None.
+        expires_at: the time of expiry, by the daemon's clock, or None.
+        watch_hangup: whether a hang-up of the socket's or pipe's peer removes the descriptor.
     """
 
     owner: Hashable | None = None
@@ -36,7 +36,7 @@ class Lifetime:
 
 PERMANENT = Lifetime()
 
-#: Entries that ``iter_stable`` copies at a time: a copy costs memory for each listing under way.
+#: Entries that ``iter_stable`` copies at a time: each listing in progress holds such a copy.
 BATCH = 512
 
 
@@ -45,14 +45,14 @@ class StoredFd:
     """A descriptor in an fd set.
 
     Args:
-        fd: the descriptor; this is its one owner.
-        fdset: the set it is in, or was in before it was removed.
-        opaque: the free-form text that its client gave it, or None.
-        added_by: the client, or None if it was there from the start.
-        added_at: when, by the daemon's clock; not before any older one of its set.
-        lifetime: how long it is kept.
-        access: how it was opened, once somebody has asked; that never changes (fcntl(2), F_SETFL).
-        removed: it was taken out of its set.
+        fd: the descriptor; this entry is its only owner.
+        fdset: the set that contains the descriptor, or did before it was removed.
+        opaque: the free-form text that the client gave, or None.
+        added_by: the client that added it, or None for a descriptor added at start-up.
+        added_at: time of addition, by the daemon's clock; never decreases within a set.
+        lifetime: when the descriptor is removed without a command.
+        access: cached access mode, None until first queried; F_SETFL (fcntl(2)) cannot change it.
+        removed: whether the entry was removed from its set.
     """
 
     fd: Fd
@@ -67,18 +67,18 @@ class StoredFd:
 
 @dataclass(slots=True)
 class Progress:
-    """The position of an iteration over the descriptors of a set.
+    """Position of an iteration over the descriptors of a set.
 
     Args:
-        at: when the newest descriptor that it has visited was added.
-        numbers: all that it has visited of those that were added then.
+        at: time of addition of the newest visited descriptor.
+        numbers: numbers of all visited descriptors that were added at that time.
     """
 
     at: float = -inf
     numbers: set[int] = field(default_factory=set)
 
     def visit(self, stored: StoredFd) -> None:
-        """*stored* is visited."""
+        """Mark *stored* as visited."""
         if stored.added_at > self.at:
             self.at = stored.added_at
             self.numbers.clear()
@@ -88,7 +88,7 @@ class Progress:
 class FdSet:
     """An fd set."""
 
-    # Most sets hold a single descriptor, and a dict of one takes 232 bytes.
+    # Most sets hold one descriptor, which needs no dict: a dict of one entry takes 232 bytes.
     __slots__ = ("_several", "_single", "id", "listing")
 
     def __init__(self, fdset_id: int) -> None:
@@ -96,24 +96,24 @@ class FdSet:
         #: The set's part of a query-fdsets reply, cached; None after a change.
         self.listing: bytes | None = None
         self._single: StoredFd | None = None
-        self._several: dict[int, StoredFd] | None = None  # then there is no single one
+        self._several: dict[int, StoredFd] | None = None  # if set, _single is None
 
     @property
     def fds(self) -> dict[int, StoredFd]:
-        """Its descriptors by number, oldest first."""
+        """The set's descriptors by number, oldest first."""
         if self._several is not None:
             return self._several
         return {} if self._single is None else {self._single.fd.number: self._single}
 
     @property
     def newest_at(self) -> float:
-        """When its newest descriptor was added; minus infinity if it has none."""
+        """Time of addition of the newest descriptor; minus infinity for an empty set."""
         if self._several is not None:
             return next(reversed(self._several.values())).added_at
         return -inf if self._single is None else self._single.added_at
 
     def select(self, number: int | None) -> list[StoredFd]:
-        """Its descriptor of that *number*, if it is here; None for all, oldest first."""
+        """Return the descriptor *number*, if it is in the set; all, oldest first, for None."""
         single, several = self._single, self._several
         if several is not None:
             if number is None:
@@ -136,7 +136,7 @@ class FdSet:
             self._single = None
 
     def pop(self, stored: StoredFd) -> bool:
-        """Take a descriptor of the set out; whether it was the last."""
+        """Remove a descriptor of the set; return whether the set is empty now."""
         self.listing = None
         if self._several is None:
             self._single = None
@@ -145,13 +145,13 @@ class FdSet:
         return not self._several
 
     def iter_stable(self, until: float, progress: Progress | None = None) -> Iterator[StoredFd]:
-        """Its descriptors that were added up to the time *until*, oldest first.
+        """Yield the descriptors that were added up to the time *until*, oldest first.
 
-        The set may change between two steps: what is removed before its turn comes is left out.
+        The set may change between two steps: a descriptor removed before its turn is skipped.
 
         Args:
             until: the time, by the daemon's clock.
-            progress: where to begin; brought forward before each descriptor is given.
+            progress: where to begin; advanced before each descriptor is yielded.
         """
         if progress is None:
             progress = Progress()
@@ -173,12 +173,12 @@ class FdSet:
         )
 
     def next_number(self, progress: Progress, until: float) -> int | None:
-        """Which descriptor :meth:`iter_stable` would give next; None if there is none any more."""
+        """Return the number that :meth:`iter_stable` would yield next; None if it would end."""
         stored = next(self._after(progress, until), None)
         return None if stored is None else stored.fd.fileno()
 
     def progress_before(self, number: int) -> Progress:
-        """The progress of an iteration that gives the descriptor *number* next."""
+        """Return the progress of an iteration that yields the descriptor *number* next."""
         at = self.fds[number].added_at
         before = takewhile(lambda other: other != number, self.fds)
         return Progress(at, {other for other in before if self.fds[other].added_at == at})

@@ -1,4 +1,4 @@
-"""The descriptors that expire, in the order of their times."""
+"""Priority queue of the descriptors that expire."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .entry import StoredFd
 
 
 class Expiries:
-    """A heap of the descriptors that expire, by their times.
+    """Heap of the descriptors that expire, ordered by time of expiry.
 
-    One that is removed earlier stays in the heap until its time comes or the heap is half waste,
-    so that removing costs nothing and adding and removing for ever costs no memory.
+    A descriptor removed before it expires stays in the heap until its time comes, or until half of
+    the heap are such entries: then the heap is rebuilt.  Removal is O(1), and memory is bounded.
     """
 
     def __init__(self) -> None:
@@ -22,15 +22,15 @@ class Expiries:
         self._waste = 0
 
     def __len__(self) -> int:
-        """The number of descriptors that expire."""
+        """Number of stored descriptors that expire."""
         return len(self._heap) - self._waste
 
     def add(self, time: float, stored: StoredFd) -> None:
-        """Have *stored* expire at *time*."""
+        """Schedule the expiry of *stored* at *time*."""
         heappush(self._heap, (time, next(self._ties), stored))
 
     def discard(self) -> None:
-        """One of the descriptors was taken out of its set."""
+        """Count one descriptor of the heap as removed from its set."""
         self._waste += 1
         if self._waste * 2 > len(self._heap):
             self._heap = [entry for entry in self._heap if not entry[2].removed]
@@ -38,7 +38,7 @@ class Expiries:
             self._waste = 0
 
     def next(self) -> float | None:
-        """When the next descriptor expires; None if none does."""
+        """Return the time of the next expiry; None if no descriptor expires."""
         heap = self._heap
         while heap and heap[0][2].removed:
             heappop(heap)
@@ -46,9 +46,10 @@ class Expiries:
         return heap[0][0] if heap else None
 
     def until(self, now: float) -> Iterator[StoredFd]:
-        """Those whose time is over at *now*, and that are still in their sets: take out all that
-        are given.
+        """Pop and yield the descriptors that have expired by *now*.
+
+        The caller has to remove each from its set, which calls :meth:`discard`.
         """
         while (time := self.next()) is not None and time <= now:
-            self._waste -= 1  # it will be discarded, and is no longer in the heap
+            self._waste -= 1  # discard() will count the entry, which is popped here
             yield heappop(self._heap)[2]

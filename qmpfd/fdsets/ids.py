@@ -1,4 +1,4 @@
-"""Which fd set id is free: the lowest one, in logarithmic time."""
+"""Lowest free fd set id, found in logarithmic time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from heapq import heappop, heappush
 
 
 class IdPool:
-    """The lowest free id, from 0.
+    """Finds the lowest free id, from 0.
 
-    Every id below ``_next`` is in use or in ``_gaps``; an id in ``_gaps`` may have been taken by
-    name meanwhile, and one above ``_next`` as well.  Both are found out when their turn comes.
+    Invariant: every id below ``_next`` is in use or in ``_gaps``.  A client may name the id of a
+    new set, so ids in ``_gaps`` and from ``_next`` on may be in use too; :meth:`lowest` skips them.
 
     Args:
-        used: the ids in use, kept by the caller.
+        used: the ids in use; the caller updates this container.
     """
 
     __slots__ = ("_gaps", "_known_gaps", "_next", "_used")
@@ -22,10 +22,10 @@ class IdPool:
         self._used = used
         self._next = 0
         self._gaps: list[int] = []  # a heap
-        self._known_gaps: set[int] = set()  # the same ids, so that none is in the heap twice
+        self._known_gaps: set[int] = set()  # the ids in _gaps: none enters the heap twice
 
     def lowest(self) -> int:
-        """The lowest id that is not in use; it stays free until it is used."""
+        """Return the lowest id that is not in use, without reserving it."""
         gaps, used = self._gaps, self._used
         while gaps:
             if gaps[0] not in used:
@@ -36,7 +36,7 @@ class IdPool:
         return self._next
 
     def free(self, fdset_id: int) -> None:
-        """Note that *fdset_id* is not in use, or no longer."""
+        """Record that *fdset_id* is not in use."""
         if fdset_id < self._next and fdset_id not in self._known_gaps:
             self._known_gaps.add(fdset_id)
             heappush(self._gaps, fdset_id)

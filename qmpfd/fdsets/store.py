@@ -1,10 +1,9 @@
-"""fd sets: what ``add-fd``, ``remove-fd`` and ``query-fdsets`` work on.
+"""Store of fd sets, which ``add-fd``, ``remove-fd`` and ``query-fdsets`` work on.
 
 The rules are those of QEMU's monitor (``qapi/misc.json``: add-fd, remove-fd, query-fdsets, with
-the error classes that the commands' specification of 2012 gives them).  Everything that can fail
-is in :meth:`FdSets.prepare`; :meth:`FdSets.commit` and :meth:`FdSets.pop` cannot.  The store calls
-nobody and closes nothing: its caller knows what was changed, and closes outside the critical
-section.
+the error classes of the commands' specification of 2012).  Everything that can fail is in
+:meth:`FdSets.prepare`; :meth:`FdSets.commit` and :meth:`FdSets.pop` cannot fail.  The store makes
+no callbacks and closes no descriptors: the caller closes them outside the critical section.
 """
 
 from __future__ import annotations
@@ -27,29 +26,30 @@ class FdSets:
     def __init__(self) -> None:
         self._sets: dict[int, FdSet] = {}
         self._ids = IdPool(self._sets)
-        self._ascending: list[int] | None = None  # the ids, once somebody has asked
+        self._ascending: list[int] | None = None  # cache of the sorted ids
         self._count = 0
         self._owned: dict[Hashable, dict[StoredFd, None]] = {}
-        #: The descriptors that are kept for a time only.
+        #: The descriptors that have a time of expiry.
         self.expiries = Expiries()
 
     def __len__(self) -> int:
-        """How many fd sets there are."""
+        """Number of fd sets."""
         return len(self._sets)
 
     @property
     def fd_count(self) -> int:
-        """How many descriptors are stored."""
+        """Number of stored descriptors."""
         return self._count
 
     def __iter__(self) -> Iterator[FdSet]:
-        """The sets by descending id, the order in which QEMU lists them."""
+        """Yield the sets by descending id, the order in which QEMU lists them."""
         for fdset_id in sorted(self._sets, reverse=True):
             yield self._sets[fdset_id]
 
     def iter_stable(self, below: float = inf) -> Iterator[FdSet]:
-        """As iteration, but the store may change between two steps: a set that is removed before
-        its turn is skipped, and a new one is included where its turn is still to come.
+        """Yield the sets below an id, by descending id; the store may change between two steps.
+
+        A set removed before its turn is skipped; a new set is included if its turn is to come.
         """
         while True:
             if self._ascending is None:
@@ -66,11 +66,11 @@ class FdSets:
 
     @property
     def next_id(self) -> int:
-        """The id that the next new set gets, if none is named."""
+        """Id of the next new set for which the client names no id."""
         return self._ids.lowest()
 
     def get(self, fdset_id: int) -> FdSet | None:
-        """The set of that id, if there is one."""
+        """Return the set with the id *fdset_id*, or None."""
         return self._sets.get(fdset_id)
 
     def prepare(
@@ -83,20 +83,20 @@ class FdSets:
         create: bool = False,
         lifetime: Lifetime = PERMANENT,
     ) -> list[StoredFd]:
-        """Make the entries of descriptors that are to be stored; nothing is changed yet.
+        """Create entries for descriptors, without changing the store.
 
         Args:
             fds: the descriptors.
-            fdset_id: the set to join; None for a new set under the lowest free id.
-            opaque: the opaque text, a name to find the descriptors by.
-            added_by: whose they are.
+            fdset_id: the set to add to; None for a new set under the lowest free id.
+            opaque: free-form text, a name to find the descriptors by.
+            added_by: the client that adds them.
             now: the time, by the daemon's clock.
-            create: create the set of that id where there is none, as QEMU has done since 1.3;
-                the specification of the command refuses it.
-            lifetime: how long they are kept.
+            create: whether to create a set of that id if none exists, as QEMU has done since 1.3;
+                the specification of the command refuses an unknown id.
+            lifetime: when the descriptors are removed without a command.
 
         Raises:
-            InvalidParameterValue: *fdset_id* names no set, or none that can be created.
+            InvalidParameterValue: *fdset_id* names no set, and none can be created.
             ValueError: one of the descriptors is closed.
         """
         fdset = None
@@ -111,7 +111,7 @@ class FdSets:
                     raise InvalidParameterValue("Parameter 'fdset-id' expects a non-negative value")
         if fdset is None:
             fdset = FdSet(fdset_id)
-        else:  # as they are listed: the oldest first
+        else:  # added_at never decreases within a set, even if the clock goes back
             now = max(now, fdset.newest_at)
         entries = []
         for fd in fds:
@@ -121,7 +121,10 @@ class FdSets:
         return entries
 
     def commit(self, entries: list[StoredFd]) -> None:
-        """Store what :meth:`prepare` has made, in the same critical section; owned from here on."""
+        """Store the entries that :meth:`prepare` created in the same critical section.
+
+        The store owns the descriptors from here on.
+        """
         for stored in entries:
             fdset, lifetime = stored.fdset, stored.lifetime
             if fdset.id not in self._sets:
@@ -136,8 +139,9 @@ class FdSets:
                     self.expiries.add(lifetime.expires_at, stored)
 
     def pop(self, stored: StoredFd) -> None:
-        """Take *stored* out of its set: the caller owns it, and closes it.  A set without
-        descriptors is gone.
+        """Remove *stored* from its set, and the set if it is empty now.
+
+        The caller owns the descriptor from here on.
         """
         fdset, lifetime = stored.fdset, stored.lifetime
         stored.removed = True
@@ -156,21 +160,25 @@ class FdSets:
                 self.expiries.discard()
 
     def owned_count(self, owner: Hashable) -> int:
-        """The number of descriptors that are removed when *owner* ends."""
+        """Return the number of descriptors that are removed when *owner* ends."""
         return len(self._owned.get(owner, ()))
 
     def owned(self, owner: Hashable, limit: int | None = None) -> list[StoredFd]:
-        """The descriptors that are kept until the end of *owner*, up to *limit* of them."""
+        """Return up to *limit* of the descriptors that are removed when *owner* ends."""
         return list(islice(self._owned.get(owner, ()), limit))
 
     def expired(self, now: float, limit: int | None = None) -> list[StoredFd]:
-        """The descriptors that have expired by *now*, in order, up to *limit* of them: the caller
-        removes them.
+        """Return up to *limit* of the descriptors that have expired by *now*, in order of expiry.
+
+        The caller has to remove each with :meth:`pop`.
         """
         return list(islice(self.expiries.until(now), limit))
 
     def drop_all(self) -> list[Fd]:
-        """Give up all descriptors, in O(1): the caller owns them.  The store is not used again."""
+        """Empty the store and return all descriptors, which the caller owns from here on.
+
+        The store cannot be used again.
+        """
         fds = [stored.fd for fdset in self._sets.values() for stored in fdset.fds.values()]
         self._sets.clear()
         self._owned.clear()
@@ -178,5 +186,5 @@ class FdSets:
         return fds
 
     def everything(self) -> list[StoredFd]:
-        """All that is stored."""
+        """Return the entries of all stored descriptors."""
         return [stored for fdset in self for stored in fdset.fds.values()]
