@@ -1,4 +1,4 @@
-"""Who asked for what, and what became of it: counted, and in the log."""
+"""Counts errors, and logs each command with its outcome at level debug."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ...protocol.request_decoder import Request
 
 _log = logging.getLogger("qmpfd")
 
-#: Characters of an opaque text that a line shows.
+#: Characters of an opaque text in a log line.
 _QUOTED = 64
 
 
 def note(stats: Stats, peer: Peer, request: Request | Error, result: Outcome[object]) -> None:
-    """Count an error; and say what was done, if every command is to be in the log.
+    """Count *result* if it is an error, and log the command at level debug.
 
     Args:
-        stats: where errors are counted.
-        peer: who asked.
-        request: for what; an error if that was nothing that can be done.
-        result: what became of it.
+        stats: the error counters.
+        peer: the client.
+        request: the request; an error if the client's message is no valid request.
+        result: the outcome of the command.
     """
     if isinstance(result, Error):
         assert isinstance(result.error, QMPError)
@@ -51,12 +51,12 @@ def note(stats: Stats, peer: Peer, request: Request | Error, result: Outcome[obj
 
 
 def _which(opened: OpenedFd) -> str:
-    """The descriptor that was handed out; its text cannot look like another line."""
+    """The descriptor that was handed out, escaped so that its text cannot forge a log line."""
     text = "" if opened.opaque is None else f" opaque={opened.opaque[:_QUOTED]!a}"
     return f" fdset-id={opened.fdset_id} fd={opened.fd}{text}"
 
 
 def _first_int(member: str, *structs: object) -> int | None:
-    """The member of that name that is a number, of the first of *structs* that has one."""
+    """Return the first integer member called *member* of *structs*; None if there is none."""
     values = (getattr(struct, member, None) for struct in structs)
     return next((value for value in values if isinstance(value, int)), None)

@@ -1,4 +1,4 @@
-"""A connection's descriptors that no command or client has taken: counted, and closed in steps."""
+"""Charges a client for undelivered descriptors, and closes removed ones in steps."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..closing import closed_by_threads
 from ..services import Services
 from .send_buffer import SendBuffer
 
-#: Descriptors that are closed in a row, at up to 5 us each.
+#: Descriptors closed in one step, at up to 5 us each.
 CLOSES_A_STEP = 256
 
 
 class FdAccounting:
-    """What one connection leaves to be closed.
+    """Descriptors of one connection that are to be closed, or that nobody has received yet.
 
     Args:
-        services: what the daemon gives.
-        connection: whose ``fds_to_close`` are closed.
-        send_buffer: what its client has to receive.
-        uid: the client's.
+        services: the daemon's services.
+        connection: the connection; its ``fds_to_close`` are closed here.
+        send_buffer: the client's send buffer.
+        uid: the client's user, which the descriptors count for.
     """
 
     def __init__(
@@ -36,20 +36,20 @@ class FdAccounting:
         self._closer = services.shared.closer
         self._send_buffer = send_buffer
         self._uid = uid
-        #: The descriptors that wait for a command or for the client, as counted so far.
+        #: Descriptors charged to the user: those that wait for a command or for the client.
         self.undelivered = 0
-        #: What threads close for this client, and what its replies wait for.
+        #: Closes under way in threads; the client's replies wait for them.
         self.closings: list[Closing] = []
-        self._scope: trio.CancelScope | None = None  # of the last wait for that
+        self._scope: trio.CancelScope | None = None  # of the wait for *closings*
 
     def close_some(self) -> bool:
-        """Close as many as can be closed in a row; whether that was all, and is done."""
+        """Close one step's worth; return whether nothing is left, and no close is under way."""
         self._close(CLOSES_A_STEP)
         return not (self._fds_to_close or self.closings)
 
     async def close_all(self, count: int) -> None:
-        """Close so many, and wait until they are closed, if that does not take too long; between
-        two steps, others have their turns.
+        """Close *count* descriptors and wait for the threads that close them, CLOSE_TIMEOUT at
+        most.  Other clients are served between two steps.
         """
         while count > CLOSES_A_STEP:
             self.close_some()
@@ -66,7 +66,7 @@ class FdAccounting:
                     await closed_by_threads(closing)
 
     def cancel_wait(self) -> None:
-        """Wait for no close any longer."""
+        """Stop waiting for closes: the daemon is being paused."""
         if self._scope is not None:
             self._scope.cancel()
 
@@ -76,7 +76,7 @@ class FdAccounting:
             self.closings.append(closing)
 
     def close_after_sync(self, most: int | None = None) -> None:
-        """Close them as soon as the fd store has let go of all that was removed."""
+        """Close *most* descriptors, all by default, once the fd store has closed its copies."""
         if self._fds_to_close:
             self._services.durability.close_after_sync(self._take(most), self._uid)
 
@@ -86,8 +86,8 @@ class FdAccounting:
         return taken
 
     def update_undelivered(self) -> None:
-        """Count the descriptors that have come and that no command has, and those that wait to be
-        received with their replies.  If they are too many, those that have come last are closed.
+        """Charge the user for descriptors that no command has taken yet, and for those of replies
+        that the client has not received.  Over quota, the unclaimed ones are refused and closed.
         """
         quotas, send_buffer = self._services.shared.quotas, self._send_buffer
         send_buffer.update_in_flight()
@@ -105,7 +105,7 @@ class FdAccounting:
             self.undelivered += more
 
     def refresh_in_flight(self) -> None:
-        """Count no more what the client has received meanwhile."""
+        """Refund the descriptors that the client has received since the last call."""
         received = min(self._send_buffer.update_in_flight(), self.undelivered)
         if received:
             self._services.shared.quotas.charge_waiting(self._uid, -received)

@@ -1,10 +1,10 @@
-"""Serves clients that ask for little, one after the other, in one task.
+"""Serves clients with small requests, round robin, in one task.
 
-Each connection has a task of its own.  While the connection waits for its client, that task is
-parked here, and the reader carries out what the client sends: one bounded piece for each client
-that is readable, without an await, round robin.  The connection's task wakes up only for what a
-piece leaves over.  One epoll in which the sockets stay registered costs less than one
-``wait_readable`` for each request: that takes an epoll_ctl(2) and a step of a task.
+Each connection has a task of its own.  While it waits for input, that task is parked here, and the
+reader executes the client's requests: one bounded piece of work for each readable client, without
+an await.  The connection's task wakes up only if a piece leaves work over.  One epoll in which the
+sockets stay registered costs less than one ``wait_readable`` for each request, which takes an
+epoll_ctl(2) and a task step.
 """
 
 from __future__ import annotations
@@ -25,42 +25,41 @@ T = TypeVar("T")
 
 
 class Reader:
-    """The clients that are waited for.
+    """The parked connections.
 
     Args:
-        lifecycle: while the daemon is paused, nobody is served.
-        lock: guards the store.
-        durability: of what is changed.
+        lifecycle: the daemon's state: while it is paused, no client is served.
+        lock: the lock that guards the store.
+        durability: the second copy of the store.
     """
 
     def __init__(self, lifecycle: Lifecycle, lock: trio.Lock, durability: Durability) -> None:
         self._lifecycle = lifecycle
         self._lock = lock
         self._durability = durability
-        self._epoll = select.epoll()  # level-triggered: what a piece leaves unread is told again
+        self._epoll = select.epoll()  # level-triggered: a piece may leave input unread
         self._registered: set[int] = set()
-        self._readable: Iterator[tuple[int, int]] = iter(())  # found so, and not served yet
-        self._slow: set[int] = set()  # those whose last piece took long
-        # By socket: the parked tasks, and what serves their clients.
+        self._readable: Iterator[tuple[int, int]] = iter(())  # not served yet in this round
+        self._slow: set[int] = set()  # sockets whose last piece took long
+        # By socket: the parked task, and the function that does a piece.
         self._tasks: dict[int, trio.lowlevel.Task] = {}
         self._pieces: dict[int, Callable[[float], object]] = {}
 
     async def serve(self, sock: int, piece: Callable[[float], T | None]) -> T | None:
-        """Have a client served until a piece leaves something over, or two in a row take long: one
-        alone may have taken long because the machine did something else.
-
-        The calling task is parked meanwhile, and cancelling it is safe at any time.
+        """Park the calling task, and serve its client until a piece leaves work over, or two in a
+        row take long: one alone may be slow because the machine was busy.  Cancelling is safe at
+        any time.
 
         Args:
-            sock: the client's socket; :meth:`forget` is due before it is closed.
-            piece: called with the time (time.monotonic()) whenever there is something to read, or
-                the client is gone; what it returns or raises, but for None, is this method's
-                result.
+            sock: the client's socket; call :meth:`forget` before it is closed.
+            piece: does one piece of work; called with the time (time.monotonic()) whenever the
+                socket is readable, which it also is at its end.
 
         Returns:
-            What a piece has left over; None where that is nothing.
+            The first result of *piece* that is not None; None after two slow pieces.
 
         Raises:
+            Exception: what *piece* has raised.
             OSError: the kernel has no memory for one more socket in an epoll (epoll_ctl(2)).
         """
         if sock not in self._registered:
@@ -75,8 +74,8 @@ class Reader:
         return cast("T | None", await trio.lowlevel.wait_task_rescheduled(abort))
 
     def forget(self, sock: int) -> None:
-        """Wait for the client no more.  A socket has to be open still: the kernel would go on
-        telling of it as long as a duplicate is, under a number that means another by then.
+        """Take the client's socket out of the epoll, before it is closed: as long as a duplicate
+        is open, the kernel would report a number that means another socket by then (epoll(7)).
         """
         if sock in self._registered:
             self._registered.discard(sock)
@@ -84,7 +83,7 @@ class Reader:
             self._epoll.unregister(sock)
 
     async def run(self) -> None:
-        """Serve the clients that are parked here."""
+        """Serve the parked clients, for ever."""
         more = False
         while True:
             if more:
@@ -104,8 +103,8 @@ class Reader:
                 self._lock.release()
 
     def _serve_readable(self) -> bool:
-        """Do one piece for each client that is readable, as long as there is time; whether that was
-        over before it was the turn of each of them.
+        """Do one piece for each readable client, for PASS_SECONDS at most; return whether clients
+        are left for the next pass.
         """
         pieces, durability = self._pieces, self._durability
         now = monotonic()
@@ -113,12 +112,12 @@ class Reader:
         while True:
             for sock, _ in self._readable:
                 piece = pieces.get(sock)
-                if piece is None:  # its task works still
+                if piece is None:  # the connection's task is at work
                     self.forget(sock)
                     continue
                 try:
                     left = piece(now)
-                except Exception as exc:  # noqa: BLE001 - its task's own: it ends, all others go on
+                except Exception as exc:  # noqa: BLE001 - raised in the connection's own task
                     self._wake(sock, Error(exc))
                 else:
                     if left is not None:
@@ -129,7 +128,7 @@ class Reader:
                 if now > ends:
                     durability.push()
                     return True
-            if not durability.is_synced:  # the changes of all of them go together
+            if not durability.is_synced:  # one barrier for the changes of all clients
                 durability.push()
                 now = monotonic()
             readable = self._epoll.poll(0)
@@ -138,9 +137,7 @@ class Reader:
             self._readable = iter(readable)
 
     def _note_time(self, sock: int, slow: bool) -> None:
-        """The client's piece took long, or somebody's did before; two in a row of one client: its
-        task wakes up.
-        """
+        """Note whether a client's piece was *slow*; wake its task after the second in a row."""
         if not slow:
             self._slow.discard(sock)
         elif sock in self._slow and sock in self._pieces:
@@ -153,5 +150,5 @@ class Reader:
         trio.lowlevel.reschedule(self._tasks.pop(sock), result)
 
     def close(self) -> None:
-        """Wait for nobody any more."""
+        """Close the epoll; no client is served after this."""
         self._epoll.close()

@@ -1,4 +1,4 @@
-"""Carries out what one client asks for: requests in, replies to its send buffer."""
+"""Executes one client's requests, and hands the replies to its send buffer."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ _TAKEOVER = Ending.TAKEOVER  # found faster than a member of an enumeration
 
 
 class BatchState(Enum):
-    """What the replies of a batch wait for."""
+    """State of the last batch's replies."""
 
-    SENT = auto()  #: for nothing: they are in the send buffer
-    COMMITTING = auto()  #: for the fd store: they tell of changes that a crash would take back
-    CLOSING = auto()  #: until what was removed is closed
+    SENT = auto()  #: they are in the send buffer
+    COMMITTING = auto()  #: they wait for the fd store: a crash would take their changes back
+    CLOSING = auto()  #: they wait until the removed descriptors are closed
 
-    # As of any object: that of Enum is a Python function.
+    # Hash by identity: Enum.__hash__ is a Python function, and slow as a dict key.
     __hash__ = object.__hash__
 
 
 _SENT, _COMMITTING, _CLOSING = BatchState
 
-#: What each event makes of the states.
-_ON_EXECUTED = {_SENT: _CLOSING}  # nothing in it needs the fd store
-_ON_CHANGED = {_SENT: _COMMITTING}  # the fd store has not acknowledged what it tells of
+#: The transitions, a table for each event.
+_ON_EXECUTED = {_SENT: _CLOSING}  # the batch needs no acknowledgement of the fd store
+_ON_CHANGED = {_SENT: _COMMITTING}  # the batch has changes that are not acknowledged
 _ON_ACKNOWLEDGED = {_COMMITTING: _CLOSING}
 _ON_CLOSED = {_CLOSING: _SENT}
 _ON_END = dict.fromkeys(BatchState, _SENT)
 
 
 class RequestProcessor:
-    """One client's requests, and what they come to.
+    """The requests of one client, executed in batches.
 
-    Each batch of them is carried out in one critical section, without an await; then the fd store
-    acknowledges what it has changed, what it has removed is closed, and only then the replies go to
-    the send buffer.  The next batch is carried out after that.
+    A batch is executed in one critical section, without an await.  Then the fd store acknowledges
+    its changes, the descriptors it has removed are closed, and only then its replies go to the send
+    buffer.  The next batch starts after that.
 
     Args:
-        services: what the daemon gives.
-        connection: where the requests are.
-        context: the connection as its commands see it.
+        services: the daemon's services.
+        connection: the protocol core, which has the requests.
+        context: the connection as the commands see it.
         send_buffer: sends the replies.
-        fd_accounting: closes what was removed.
+        fd_accounting: closes removed descriptors.
         park: waits while the daemon is paused.
     """
 
@@ -82,45 +82,44 @@ class RequestProcessor:
         self._send_buffer = send_buffer
         self._fd_accounting = fd_accounting
         self._park = park
-        #: Of the last batch.
+        #: State of the last batch.
         self.state = _SENT
         self._finishing = trio.Lock()
         self._sync_scope = trio.CancelScope()
-        self._task_scope: trio.CancelScope | None = None  # while a task of its own finishes a batch
-        #: A request was carried out, since somebody last looked.
+        self._task_scope: trio.CancelScope | None = None  # of the task that finishes a batch
+        #: Whether a request was executed since the session's last check for idleness.
         self.active_since_check = False
-        #: Of the request that asked for a takeover.
+        #: The id of the request that asked for a takeover.
         self.takeover_id: Any = UNSET
-        #: A reply that is sent while it is made, until all of it is.
+        #: A long reply in progress, sent chunk by chunk as it is encoded.
         self.streamed_reply: StreamedReply | None = None
-        # What goes to the send buffer once what was removed is closed: up to the last reply that
-        # carries descriptors, each of these by itself, as they arrive with its first byte; and all
-        # replies behind that.
+        # The replies that are not in the send buffer yet: up to the last one that carries
+        # descriptors, each of these by itself, as they go with its first byte; then the text of all
+        # others.
         self._replies: list[Unsent] = []
-        self._unproven: Unproven | None = None  # likewise of the reply in progress
         self._text = b""
+        self._unproven: Unproven | None = None  # of the reply in progress
 
     @property
     def unfinished(self) -> bool:
-        """Whether there is a reply in progress, or a request that has come and is not carried out:
-        where the daemon is paused, or was when a predecessor handed over.
+        """Whether a reply is in progress, or a received request is not executed: because the daemon
+        is paused, or the predecessor was when it handed the session over.
         """
         return self.streamed_reply is not None or self._connection.has_pending_input
 
     @property
     def is_busy(self) -> bool:
-        """Whether replies are to be sent before anything else."""
+        """Whether replies have to be sent before anything else."""
         return self.state is not _SENT or self.streamed_reply is not None
 
     def process_nowait(self, ends: float) -> bool:
-        """Carry out the requests that are complete, and send the replies.  The caller holds the
-        store's lock.
+        """Execute complete requests and send the replies.  The caller holds the store's lock.
 
         Args:
-            ends: when the others are to have their turn (time.monotonic()).
+            ends: when to stop, for the other clients' sake (time.monotonic()).
 
         Returns:
-            Whether that was all; else :meth:`process` has to go on.
+            Whether nothing is left to do; else :meth:`process` has to go on.
         """
         if self.state is not _SENT:
             return False
@@ -128,14 +127,14 @@ class RequestProcessor:
         if self.state is _COMMITTING:
             if not finished or self._send_buffer.unsent:
                 return False
-            # No task waits for that: it would cost passes of the loop with each command.
+            # A callback, no waiting task: a task would cost passes of the loop with each command.
             self._durability.on_synced(self._on_synced)
             return True
         return self._flush_replies() and finished and not self._send_buffer.size
 
     async def process(self) -> None:
-        """Go on with what is under way, and carry out all that is complete, however long it takes;
-        between two batches, others have their turns.
+        """Finish the batch or reply in progress, and execute all complete requests, however long
+        that takes.  Other clients are served between two batches.
         """
         services, context = self._services, self._context
         while True:
@@ -150,12 +149,14 @@ class RequestProcessor:
                 await self._stream_reply(reply)
             else:
                 async with services.gate, services.locked():
-                    # Events are a batch as well, and may wait for the fd store by now.
+                    # Events, a batch as well, may have been queued while this waited.
                     if self.state is _SENT and not services.lifecycle.paused:
                         self._execute_batch(services.turn_ends())
 
     def send_events(self, data: bytes) -> bool:
-        """Send events, where nothing else is under way; whether the client has taken them."""
+        """Send events as a batch of their own, while no other is under way; return whether the
+        client has taken them.
+        """
         self._text = data
         waits = not self._durability.is_synced
         self.state = (_ON_CHANGED if waits else _ON_EXECUTED)[self.state]
@@ -166,10 +167,10 @@ class RequestProcessor:
         return self._go_on()
 
     def _execute_batch(self, ends: float) -> bool:
-        """Carry out requests: all there are, or until it is time to send the replies.
+        """Execute complete requests until none is left, *ends* has passed, or the replies are long.
 
         Returns:
-            Whether that was all, and needs nothing but to be sent.
+            Whether none is left, and the replies only have to be sent.
         """
         connection, context, durability = self._connection, self._context, self._durability
         durability.unproven = None
@@ -190,7 +191,7 @@ class RequestProcessor:
             if ending is _TAKEOVER:
                 self.takeover_id = request_id
                 break
-            # Nobody reads the reply to a client that is sent nothing any more.
+            # A client that does not read gets no replies; its requests are executed all the same.
             reply = b"" if discarding else connection.answer(result, request_id)
             if isinstance(reply, StreamedReply):
                 self.streamed_reply = reply
@@ -220,18 +221,18 @@ class RequestProcessor:
         return not (ready or context.ending or self.streamed_reply)
 
     def _refusal(self, request_id: Any, error: QMPError) -> bytes:
-        """The reply where the command has failed after all."""
+        """The error reply for a command that has failed after its execution."""
         return self._connection.reply(Error(error), request_id)
 
     def _flush_replies(self) -> bool:
-        """Close what was removed, then send the replies; whether that was possible without
-        waiting.
+        """Close removed descriptors, then send the replies; return False where a close has to be
+        waited for first.
         """
         send_buffer, connection = self._send_buffer, self._connection
         fd_accounting = self._fd_accounting
         if (connection.fds_to_close or fd_accounting.closings) and not fd_accounting.close_some():
-            # What is removed is closed once its client has read so: a whole set is left, or what
-            # threads close.
+            # INTERFACE: closed by the time the reply is read.  More than one step's worth is left
+            # (a whole set), or threads are closing some.
             return False
         self.state = _ON_CLOSED[self.state]
         if self._replies:
@@ -251,7 +252,7 @@ class RequestProcessor:
         return True
 
     def _on_synced(self) -> None:
-        """The fd store has acknowledged the changes of the last batch: let the replies go."""
+        """Callback of the fd store, which has acknowledged the changes of the last batch."""
         if self.state is not _COMMITTING or self._finishing.locked() or self._paused:
             return
         self.state = _ON_ACKNOWLEDGED[self.state]
@@ -259,8 +260,8 @@ class RequestProcessor:
             self._send_buffer.on_drained()
 
     def _go_on(self) -> bool:
-        """Close what was removed, and let the replies go, on behalf of whoever serves others as
-        well; what takes longer than that is done by a task.  Whether the client has taken all.
+        """Flush the replies for a caller that serves other clients as well, and so must neither
+        wait nor fail: a task does the rest.  Return whether the client has taken everything.
         """
         try:
             if self._flush_replies() and not self._send_buffer.size:
@@ -272,13 +273,13 @@ class RequestProcessor:
         return False
 
     def _start_task(self) -> None:
-        """Have a task finish what is under way."""
+        """Start a task that finishes the batch."""
         if self._task_scope is None:
             self._task_scope = trio.CancelScope()
             self._services.spawn(self._run_task, self._task_scope)
 
     async def _run_task(self, scope: trio.CancelScope) -> None:
-        """Finish what is under way, then end: a connection that is told nothing has no task."""
+        """Finish the batch, then end: an idle connection has no second task."""
         try:
             with scope:
                 await self._finish_batch()
@@ -289,9 +290,7 @@ class RequestProcessor:
             self._task_scope = None
 
     async def _finish_batch(self) -> None:
-        """Have all replies of a batch sent, however long it takes; nothing of that while the daemon
-        is paused.
-        """
+        """Take the batch through its states until its replies are sent, or the daemon is paused."""
         async with held(self._finishing):
             while self.state is not _SENT and not self._paused:
                 if self.state is _COMMITTING:
@@ -305,15 +304,15 @@ class RequestProcessor:
             self._send_buffer.on_drained()
 
     def pause(self) -> None:
-        """The daemon is paused: wait neither for the client, nor for a close, nor for the fd
-        store, which may take for ever.
+        """Stop waiting for the client, for closes and for the fd store, each of which may take for
+        ever: the daemon is paused.
         """
         self._send_buffer.cancel_drain()
         self._fd_accounting.cancel_wait()
         self._sync_scope.cancel()
 
     def resume(self) -> None:
-        """The daemon is no longer paused: see to it that what is unsent is sent."""
+        """Go on sending: the daemon is no longer paused."""
         if self.state is not _SENT or self._send_buffer.size:
             self._start_task()
 
@@ -323,13 +322,13 @@ class RequestProcessor:
 
     @property
     def unsent(self) -> list[Unsent]:
-        """All that the client has to be sent still."""
+        """Everything that the client has not been sent yet, in order."""
         held = [] if self.state is _SENT else [*self._replies, Unsent(self._text, [])]
         return [*self._send_buffer.unsent, *(each for each in held if each.data)]
 
     async def _stream_reply(self, reply: StreamedReply) -> None:
-        """Send a reply while it is made, as long as the daemon is not paused; meanwhile others are
-        served, and the store changes.  No event comes in between.
+        """Encode and send a long reply in chunks, until its end or until the daemon is paused.
+        Between two chunks other clients are served, and the store may change; no event is sent.
         """
         services, context = self._services, self._context
         chunks = iter(reply)
@@ -337,7 +336,7 @@ class RequestProcessor:
             made: list[bytes] = []
             size = 0
             async with services.gate:
-                if self._paused:  # a successor goes on from here
+                if self._paused:  # the successor continues the reply
                     return
                 ends = services.turn_ends()
                 async with services.locked():
@@ -361,16 +360,16 @@ class RequestProcessor:
                 self.streamed_reply = None
 
     def _refuse_streamed(self, reply: StreamedReply, error: QMPError) -> bytes:
-        """Likewise for a reply that was being sent while it was made: nothing of it has gone, and
-        its error is sent the same way.
+        """Replace the reply in progress, of which nothing was sent, by the command's error, which
+        is streamed as well.
         """
         request_id = reply.members.get("id", UNSET)
         self.streamed_reply = self._connection.streamed_reply(Error(error), request_id)
         return b""
 
     def close(self) -> None:
-        """The connection is over: nothing is sent any more, and nothing is done about replies but
-        about their descriptors.
+        """Drop all replies at the end of the connection; their descriptors are closed or stored
+        again.
         """
         context = self._context
         if self._task_scope is not None:

@@ -1,4 +1,4 @@
-"""What one client is sent, and what of it waits because the client does not take it."""
+"""Send buffer of a connection: replies, events, and the descriptors that go with them."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from ..services import Services
 
 _log = logging.getLogger("qmpfd")
 
-#: Makes what to send instead of a reply, where its command has failed after all.
+#: Makes the error reply that replaces a reply whose command has failed after all.
 Refusal: TypeAlias = "Callable[[QMPError], bytes]"
 
-#: The end of a reply, without which no client takes it for complete: the object's, and the line's.
+#: Bytes of the end of a reply, "}\r\n": without them, no client takes the reply for complete.
 _END_BYTES = 3
 
 
 class Unsent(NamedTuple):
-    """What waits to be sent.
+    """One queued reply, or several joined ones.
 
     Args:
         data: the bytes.
-        fds: the descriptors that go with the first of them; owned here.
-        refusal: makes what to send instead, where the kernel does not pass *fds*, or *unproven* is
-            refused.
-        taken: what the descriptor was stored as, if it was taken out of the store for this client:
-            it is stored again if the client does not get it, and else closed here before the
-            client has the whole reply.
-        unproven: what its command has stored, if it may yet turn out that there is no room for it.
+        fds: descriptors to attach to the first byte; owned here.
+        refusal: makes the error reply to send instead, if the kernel does not pass *fds*, or
+            *unproven* is refused.
+        taken: the store's entry of the descriptor, if the command took it out of the store.  It is
+            stored again if it cannot be sent; else our copy is closed before the end of the reply
+            is sent.
+        unproven: what the command has stored, if the fd store may yet have no room for it.
     """
 
     data: bytes | memoryview
@@ -54,20 +54,20 @@ class Unsent(NamedTuple):
 
     @property
     def first_size(self) -> int:
-        """How many bytes are sent before the descriptors are closed here."""
+        """Number of bytes to send before our copies of the descriptors are closed."""
         return len(self.data) - (0 if self.taken is None else _END_BYTES)
 
 
 class SendBuffer:
-    """Sends to one client.
+    """Sends to one client, and queues what its socket does not take at once.
 
     Args:
-        services: what the daemon gives.
+        services: the daemon's services.
         stream: the connection.
-        peer: who is at its other end.
-        context: what is never sent is put back into its store, or among the ``fds_to_close`` of its
-            connection.
-        on_drained: called when the client has taken what had to wait for it.
+        peer: the client.
+        context: the command context; descriptors that are never sent go back into its store, or
+            into the ``fds_to_close`` of its connection.
+        on_drained: called when the queue has become empty.
     """
 
     def __init__(
@@ -82,19 +82,20 @@ class SendBuffer:
         self._stream = stream
         self._peer = peer
         self._context = context
-        self._closing: Closing | None = None  # of what was sent, before the rest of its reply
-        #: To be called when the client has taken all there is.
+        self._closing: Closing | None = None  # to be done before the end of a reply is sent
+        #: Called when the queue has become empty.
         self.on_drained = on_drained
-        #: Whether the client is sent nothing any more; what it asks is still carried out.
+        #: Whether replies are discarded: the client does not read them.  Its requests are still
+        #: executed.
         self.discarding = False
-        #: What waits for the client.
+        #: The queue.
         self.unsent: deque[Unsent] = deque()
-        #: Its bytes, and its descriptors.
+        #: Bytes and descriptors in the queue.
         self.size = self.unsent_fds = 0
-        #: Descriptors that were sent, and not found to be received by :meth:`update_in_flight`.
+        #: Descriptors that were sent and, as of :meth:`update_in_flight`, not received.
         self.in_flight = 0
         self._draining = trio.Lock()
-        self._scope: trio.CancelScope | None = None  # while waiting for the client
+        self._scope: trio.CancelScope | None = None  # of the wait for the client
 
     def enqueue(
         self,
@@ -104,9 +105,7 @@ class SendBuffer:
         taken: StoredFd | None = None,
         unproven: Unproven | None = None,
     ) -> None:
-        """Have *data* sent with the next :meth:`drain`, and duplicates of *fds* with its first
-        byte; see :class:`Unsent`.
-        """
+        """Queue a reply for the next :meth:`drain`; for the arguments see :class:`Unsent`."""
         unsent = Unsent(data, [] if fds is None else fds, refusal, taken, unproven)
         if unproven is not None and unproven.is_refused:
             reason = "The file descriptor cannot be kept safe: the service manager has no room"
@@ -119,7 +118,7 @@ class SendBuffer:
             self.unsent_fds += len(unsent.fds)
 
     def write(self, data: bytes | memoryview) -> None:
-        """As :meth:`enqueue` and :meth:`flush_nowait`; without the detour where nothing waits."""
+        """Send *data*, and queue what the socket does not take.  Never waits."""
         if self.unsent or self.discarding or self._services.lifecycle.paused or not data:
             self.enqueue(data)
             if self.unsent:
@@ -135,28 +134,28 @@ class SendBuffer:
 
     @property
     def undelivered_fds(self) -> int:
-        """Descriptors in replies that the client has not received: here, or on their way."""
+        """Number of descriptors, queued or in flight, that the client has not received."""
         return self.unsent_fds + self.in_flight
 
     def update_in_flight(self) -> int:
-        """Find out what the client has received; how many descriptors that was."""
+        """Ask the kernel how much is in flight; return the number of descriptors received."""
         before = self.in_flight
-        if before:  # each was sent with a message of its own
+        if before:  # each was sent with a sendmsg(2) of its own
             self.in_flight = min(before, self._stream.max_unreceived_messages())
         return before - self.in_flight
 
     async def drain(self) -> None:
-        """Send all that was enqueued; a client that does not take it in time, or is gone, is sent
-        nothing any more.  Nothing is sent while the daemon is paused.
+        """Send the whole queue, waiting for the client up to the write timeout; after that its
+        replies are discarded.  Nothing is sent while the daemon is paused.
         """
         if self.unsent and not self._services.lifecycle.paused:
-            if not self._draining.locked():  # else another task waits for the client already
+            if not self._draining.locked():  # else another task sends already
                 self.flush_nowait()
             if self.unsent:
                 await self._wait_drained()
 
     def flush_nowait(self) -> None:
-        """Send what the client takes at once."""
+        """Send what the socket takes without waiting."""
         if self._services.lifecycle.paused or self._draining.locked():
             return
         unsent = self.unsent
@@ -180,7 +179,7 @@ class SendBuffer:
             self.abort()
 
     def _next(self) -> Unsent:
-        """What to send next: the first of what waits, and what can go with it."""
+        """The head of the queue, joined with the following entries that carry no descriptors."""
         unsent = self.unsent
         if len(unsent) > 1:
             data, fds, refusal, taken, _ = unsent.popleft()
@@ -198,11 +197,12 @@ class SendBuffer:
         return unsent[0]
 
     def _refuse(self, exc: OSError) -> None:
-        """The kernel does not pass the descriptors of the first of what waits: its receiver refuses
-        them (SO_PASSRIGHTS), or they cannot be passed (io_uring).  So the command has failed.
+        """Replace the head of the queue by an error reply.  The kernel has not passed its
+        descriptors: the receiver refuses them (SO_PASSRIGHTS, socket(7)), or their kind cannot be
+        passed (io_uring).
 
         Raises:
-            OSError: there is nothing to send instead.
+            OSError: the head of the queue has no error reply; *exc*.
         """
         refused = self.unsent[0]
         if refused.refusal is None:
@@ -216,16 +216,16 @@ class SendBuffer:
             self.unsent.appendleft(Unsent(data, []))
 
     def _instead(self, refused: Unsent, error: QMPError) -> bytes:
-        """What to send instead of a reply whose command has failed; empty if nothing yet."""
+        """Close or store again the descriptors of *refused*; return the error reply to send."""
         assert refused.refusal is not None
         data = refused.refusal(error)
         self._close(self._fds_to_close(refused))
         return data
 
     def _sent(self, first: Unsent, count: int) -> None:
-        """So many bytes of the first of what waits are gone."""
+        """Take *count* bytes, which were sent, and the descriptors off the head of the queue."""
         unsent, data, fds = self.unsent, first.data, first.fds
-        if count and unsent:  # not discarded meanwhile
+        if count and unsent:  # the queue was not discarded during the send
             self.size -= count
             if count < len(data):
                 unsent[0] = Unsent(memoryview(data)[count:], [])
@@ -239,18 +239,18 @@ class SendBuffer:
                     self._closing = closing
 
     async def _wait_drained(self) -> None:
-        """Wait until the client has taken what waits; not if the daemon is paused meanwhile."""
+        """Send the queue as the client reads it, until it is empty or the daemon is paused."""
         services = self._services
         charge = partial(services.unsent_budget.charge, self.abort, self._peer.uid)
         charge(self.size)
         try:
             async with self._draining:
-                charge(self.size)  # another task may have sent some, and charged nothing since
+                charge(self.size)  # another task may have sent a part of it before
                 while self.unsent and not services.lifecycle.paused:
                     with trio.move_on_after(services.shared.limits.write_timeout) as scope:
                         self._scope = scope
                         await self._send_all()
-                    # Else the daemon was paused meanwhile; it may go on by now.
+                    # Without a timeout, the scope was cancelled by a pause, which may be over.
                     if self.unsent and trio.current_time() >= scope.deadline:
                         self.abort()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -276,28 +276,26 @@ class SendBuffer:
                 self._sent(first, sent)
 
     def cancel_drain(self) -> None:
-        """Wait for the client no longer: what is unsent stays here."""
+        """Stop waiting for the client; the queue stays as it is."""
         if self._scope is not None:
             self._scope.cancel()
 
     def discard(self) -> None:
-        """Send nothing any more."""
+        """Drop the queue, and all replies from now on."""
         self.discarding = True
         self.size = self.unsent_fds = self.in_flight = 0
         self.drop(self.unsent)
         self.unsent.clear()
 
     def drop(self, unsent: Iterable[Unsent]) -> None:
-        """Never send that; many clients may be disconnected at once, and the descriptors wait for
-        their turns to be closed.
+        """Hand the descriptors of replies that are never sent to ``fds_to_close``, where they are
+        closed in steps: many clients may be disconnected at once.
         """
         for each in unsent:
             self._context.connection.fds_to_close += self._fds_to_close(each)
 
     def _fds_to_close(self, unsent: Unsent) -> list[Fd]:
-        """The descriptors of what is never sent; none if what was taken out of the store is there
-        again.
-        """
+        """The descriptors to close of a reply that is never sent; none if they are stored again."""
         if unsent.taken is None or self._services.lifecycle.handed_over:
             return unsent.fds
         if not self._context.put_back(unsent.taken):
@@ -306,11 +304,11 @@ class SendBuffer:
         return []
 
     def _close(self, fds: list[Fd]) -> Closing | None:
-        # A file system can be asked for each close, not just the last.
+        # In the close pool: a file system can block each close (flush), not just the last.
         return self._services.shared.closer.close(fds, self._peer.uid) if fds else None
 
     def abort(self) -> None:
-        """The client does not take its replies: disconnect it."""
+        """Disconnect a client that does not read its replies."""
         if not self.discarding:
             self.discard()
             _log.warning("pid %d, uid %d does not read its replies: disconnected", *self._peer[:2])

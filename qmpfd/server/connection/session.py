@@ -1,4 +1,4 @@
-"""One client: chunks in, commands under the lock, replies and events out."""
+"""Session of one client: reads its input in pieces, has requests executed, sends events."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _log = logging.getLogger("qmpfd")
 
 
 class _Piece(NamedTuple):
-    """What a piece of work leaves over.
+    """Result of a piece of work.
 
     Args:
-        arrival: whether more of the client's input waits to be read.
-        done: whether all that was read is carried out and the replies are sent.
-        heavy: whether the next piece is done in the gate.
+        arrival: what the last read has found.
+        done: whether all requests that were read are executed, and their replies sent.
+        heavy: whether the next piece has to be done in the gate.
     """
 
     arrival: Arrival = Arrival.ALL
@@ -57,12 +57,12 @@ class Session:
     """Serves one client.
 
     Args:
-        services: what the daemon gives.
+        services: the daemon's services.
         stream: the connection; owned from here on.
-        peer: who is at its other end.
-        groups: all groups of the peer.
-        access: what it may do.
-        idle: seconds since it last asked something, if that was of a predecessor.
+        peer: the client.
+        groups: all groups of the client.
+        access: the client's rights.
+        idle: seconds since the last request, for a session that a predecessor has begun.
     """
 
     def __init__(
@@ -91,17 +91,16 @@ class Session:
         self.context = Context(services.shared, self._connection, peer, access, self._send_events)
         if address := stream.socket.getsockname():
             services.shared.addresses.add(address)
-        # When it connected, or was last seen to have asked something.
+        # When the client connected, or was last found active.
         self._since = trio.current_time() - idle
         self._connected_at = self._since
         self._state = SessionState.SERVING
         self._scope = trio.CancelScope()
-        #: Sends to the client.
-        #: What the client is sent.
+        #: Sends replies and events.
         self.send_buffer = SendBuffer(services, stream, peer, self.context, self._on_drained)
-        #: What is closed before that, and what counts for the client's user.
+        #: Closes removed descriptors, and charges the client's user for undelivered ones.
         self.fd_accounting = FdAccounting(services, self._connection, self.send_buffer, peer.uid)
-        #: Carries out what the client asks for.
+        #: Executes the requests.
         self.processor = RequestProcessor(
             services,
             self._connection,
@@ -112,8 +111,8 @@ class Session:
         )
 
     async def serve(self) -> SessionEnd:
-        """Serve the client until it is gone, asks for a takeover, or the daemon ends;
-        :meth:`aclose` comes next.
+        """Serve the client until it disconnects, asks for a takeover, or the daemon stops.  The
+        caller has to call :meth:`aclose` after that.
         """
         with self._scope:
             if self._connection.state is State.CONNECTED:
@@ -122,12 +121,12 @@ class Session:
             return await self._serve()
         if self._state is SessionState.EVICTED:
             return SessionEnd.CLOSED
-        # Told to finish: carry out what the client has sent so far.
+        # finish() was called: execute what the client has sent so far.
         self._move(Event.INPUT)
         return await self._serve_rest()
 
     async def aclose(self) -> None:
-        """Close the connection and all that is kept for its time only."""
+        """Close the connection, its named descriptors, and those with lifetime "connection"."""
         self._services.reader.forget(self.stream.socket.fileno())
         self.processor.close()
         self._services.close_stream(self.stream, self.peer.uid)
@@ -138,7 +137,7 @@ class Session:
         self.fd_accounting.close_after_sync()
 
     async def _remove_owned(self) -> None:
-        """Take out what was kept for the time of the connection; all of it may be a lot."""
+        """Remove the connection's own descriptors in steps: there may be thousands."""
         more = True
         while more:
             async with self._services.locked():
@@ -149,7 +148,7 @@ class Session:
                     await trio.lowlevel.checkpoint()
 
     def finish(self) -> None:
-        """End as soon as all that the client has sent is answered."""
+        """End once everything that the client has sent is answered."""
         if self._state is SessionState.WAITING:
             self._scope.cancel()
 
@@ -157,15 +156,15 @@ class Session:
         self._state = TRANSITIONS[self._state, event]
 
     def change_access(self, access: Access) -> None:
-        """The policy has changed: what the client may do from now on."""
+        """Set the client's rights: the policy was reloaded."""
         self.context.change_access(access)
 
     def refresh_in_flight(self) -> None:
-        """Count no more what the client has received meanwhile."""
+        """Refund the descriptors that the client has received since the last call."""
         self.fd_accounting.refresh_in_flight()
 
     def about(self, now: float) -> Client:
-        """What others may be told of the client."""
+        """The client as ``query-stats`` shows it."""
         return Client(
             self.peer,
             now - self._connected_at,
@@ -175,11 +174,11 @@ class Session:
         )
 
     def idle(self, now: float) -> float:
-        """Seconds since it connected, or last asked something."""
+        """Seconds since the last request, or since the client connected."""
         return 0.0 if self.processor.active_since_check else now - self._since
 
     def evict_if_idle(self, now: float) -> None:
-        """End if the client has not negotiated in time, or has asked nothing for too long."""
+        """Disconnect a client that has not negotiated in time, or has been idle for too long."""
         if self._state is SessionState.EVICTED:
             return
         if self.processor.active_since_check:
@@ -196,7 +195,7 @@ class Session:
         if limit is not None and now - self._since > limit:
             _log.info("evicted pid %d, uid %d: %s", self.peer.pid, self.peer.uid, desc)
             self._move(Event.EVICT)
-            if not self.send_buffer.size:  # else it would stand in the middle of another reply
+            if not self.send_buffer.size:  # else the error would cut a reply in two
                 with suppress(trio.BrokenResourceError):
                     self.stream.send_nowait(rejection_reply(GenericError(desc)))
             self._scope.cancel()
@@ -205,7 +204,7 @@ class Session:
 
     @property
     def is_quiescent(self) -> bool:
-        """Whether nothing of it is under way, while the daemon is paused."""
+        """Whether the session has stopped, in a paused daemon, and can be handed over."""
         return self._state in (SessionState.WAITING, SessionState.PAUSED)
 
     async def _park(self) -> None:
@@ -216,16 +215,16 @@ class Session:
         await self.send_buffer.drain()
 
     def pause(self) -> None:
-        """The daemon is paused: wait for nothing that may take for ever."""
+        """Stop waits that may take for ever: the daemon is paused."""
         self.processor.pause()
 
     def resume(self) -> None:
-        """The daemon is no longer paused: see to it that what is unsent is sent."""
+        """Go on sending: the daemon is no longer paused."""
         self.processor.resume()
 
     def refuse_takeover(self, reason: QMPError) -> None:
         """Answer the request for a takeover with an error, without waiting: another takeover may be
-        under way.  Who asks for one takes its replies.
+        under way.  A successor reads its replies.
         """
         reply = self._connection.reply(Error(reason), self.processor.takeover_id)
         if not self.send_buffer.size:
@@ -233,12 +232,14 @@ class Session:
                 self.stream.send_nowait(reply)
 
     async def reply_to_takeover(self, memory: Fd, lifeline: Fd) -> None:
-        """Answer the request for a takeover, with the daemon's state and a lifeline."""
+        """Answer the request for a takeover, passing the daemon's state and a lifeline."""
         reply = self._connection.reply(Value(NOTHING), self.processor.takeover_id)
         await self.stream.send_all(reply, [memory, lifeline])
 
     def release(self) -> None:
-        """Another daemon goes on: let go of all that is the client's, without a word to it."""
+        """Close our duplicates after a takeover, without shutdown(2): the successor serves the
+        client.
+        """
         self.processor.close()
         self.context.close()
         self._connection.close()
@@ -249,14 +250,14 @@ class Session:
     # -- requests ------------------------------------------------------------------------------
 
     async def _serve(self) -> SessionEnd:
-        """One bounded piece of work after the other; between two of them the loop goes round.
+        """Do one bounded piece of work after the other; the event loop runs between two of them.
 
-        The reader does them.  A client of which a piece leaves something over, or two in a row take
-        long, does the next one in the gate: it lets in one client in each pass of the loop, in the
-        order in which they come.
+        The reader does light pieces.  After one that leaves work over, or two in a row that take
+        long, the next piece is done in the gate, a FIFO lock that admits one client in each pass of
+        the loop.
         """
         services, stream, context = self._services, self.stream, self.context
-        if self.processor.unfinished:  # from a predecessor: what it has read, and not done
+        if self.processor.unfinished:  # requests that a predecessor has read and not executed
             await self.processor.process()
         piece = _Piece()
         while True:  # noqa: ASYNC913 - each way round has a checkpoint
@@ -265,7 +266,7 @@ class Session:
             if not piece.heavy:
                 self._move(Event.WAIT)
                 left_over = await services.reader.serve(stream.socket.fileno(), self._serve_chunk)
-                if left_over is None:  # two in a row took long
+                if left_over is None:  # two slow pieces in a row
                     self._move(Event.INPUT)
                     left_over = _Piece(heavy=True)
                 piece = left_over
@@ -287,7 +288,7 @@ class Session:
                 return SessionEnd.CLOSED
 
     def _serve_chunk(self, now: float) -> _Piece | None:
-        """Carry out a little of what the client has sent; None if that is all there is to do."""
+        """Do a light piece, for the reader; return None if nothing is left to do."""
         arrival = self.stream.receive_nowait(self._connection, FEW_BYTES, self._max_fds)
         done = self.processor.process_nowait(now + LIGHT_SECONDS)
         if done and (arrival is _ALL or arrival is _NOTHING):
@@ -296,17 +297,17 @@ class Session:
         return _Piece(arrival, done, arrival is Arrival.SOME or self.processor.unfinished)
 
     def _serve_chunks(self, ends: float) -> _Piece:
-        """Carry out what the client has sent, as much as there is time for in its turn."""
+        """Do a heavy piece: read and execute until *ends* (time.monotonic())."""
         arrival, done = Arrival.SOME, True
         while arrival is Arrival.SOME and done and monotonic() < ends:
             arrival = self.stream.receive_nowait(self._connection, READ_BYTES, self._max_fds)
             done = self.processor.process_nowait(ends)
-            self._services.durability.push()  # the next chunk waits for it
+            self._services.durability.push()  # the next batch waits for the acknowledgement
         heavy = monotonic() > ends or arrival is Arrival.SOME or self.processor.unfinished
         return _Piece(arrival, done, heavy)
 
     async def _serve_rest(self) -> SessionEnd:
-        """Carry out what has come so far."""
+        """Execute what the client has sent so far; nothing that comes later."""
         arrival = Arrival.SOME
         while arrival not in (Arrival.NOTHING, Arrival.END):
             arrival = self.stream.receive_nowait(self._connection)
@@ -323,17 +324,17 @@ class Session:
     # -- events --------------------------------------------------------------------------------
 
     def _send_events(self) -> bool:
-        """Send some of the events that wait; whether more of them can be sent at once."""
+        """Send some of the pending events; return whether more can be sent at once."""
         events, processor = self.context.events, self.processor
         if events is None or self._services.lifecycle.paused:
             return False
         if self.send_buffer.size or processor.is_busy:
-            return False  # until the client has taken that
+            return False  # _on_drained asks again
         data = events.next_batch()
         return bool(data) and processor.send_events(data)
 
     def _on_drained(self) -> None:
-        """The client has taken what it was sent."""
+        """Callback of the send buffer, which has become empty."""
         if self.fd_accounting.undelivered:
             self.fd_accounting.update_undelivered()
         if self.context.events is not None and self.context.events.is_behind:

@@ -6,19 +6,19 @@ from enum import Enum, auto
 
 
 class SessionState(Enum):
-    """What a session does."""
+    """State of a session."""
 
-    SERVING = auto()  #: it carries out what its client has sent, or sends the replies
-    WAITING = auto()  #: it waits for its client, of which nothing is unanswered
-    PAUSED = auto()  #: the daemon is paused, and nothing of it is under way
-    EVICTED = auto()  #: its client has been idle for too long, is told so and disconnected
+    SERVING = auto()  #: executing requests or sending replies
+    WAITING = auto()  #: waiting for input; every request is answered
+    PAUSED = auto()  #: the daemon is paused, and the session has stopped between two steps
+    EVICTED = auto()  #: the client was idle for too long and is being disconnected
 
 
 class Event(Enum):
-    """What changes the state."""
+    """Event that changes the state."""
 
     WAIT = auto()
-    INPUT = auto()  # the client has sent something, or is gone
+    INPUT = auto()  # the client has sent something, or has closed the connection
     PAUSE = auto()
     RESUME = auto()
     EVICT = auto()
@@ -35,9 +35,9 @@ TRANSITIONS = {
 
 
 class SessionEnd(Enum):
-    """Why a session serves its client no more."""
+    """Reason for the end of a session."""
 
-    #: The client is gone, was told to go, or the daemon ends.
+    #: The client has disconnected or was evicted, or the daemon stops.
     CLOSED = auto()
-    #: The client asked for a takeover: its connection is for that from here on.
+    #: The client asked for a takeover: the sender uses the connection from now on.
     TAKEOVER = auto()

@@ -1,5 +1,5 @@
-"""What a paused daemon hands over but for the descriptors: a connection as it goes over to another
-daemon, and as it goes on there.
+"""Takeover: the saved state of a session, written by the paused predecessor and restored by the
+successor.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from .session import Session
 
 
 class SavedReply(Struct, forbid_unknown_fields=True):
-    """A reply of which a part was sent; see :class:`qmpfd.protocol.streamed_reply.StreamedReply`.
+    """A partly sent reply, see :class:`qmpfd.protocol.streamed_reply.StreamedReply`.
 
     Args:
-        members: its members, as MessagePack.
-        deep_id: its id as JSON, where that is nested too deep for MessagePack; else empty.
-        written: bytes that were sent, those of a listing not counted.
-        listing: the result, if that is made while it is sent.
-        opaque: which of the saved texts the listing is in the middle of.
-        fds: how many descriptors go with the next byte.
+        members: the members of the reply, as MessagePack.
+        deep_id: the id as JSON, if it is nested too deep for MessagePack; else empty.
+        written: number of bytes sent, without those of a listing.
+        listing: the position in the listing, if the result is one.
+        opaque: index of the saved opaque text that the listing has sent a part of.
+        fds: number of descriptors to attach to the next byte.
     """
 
     members: bytes
@@ -44,17 +44,17 @@ class SavedReply(Struct, forbid_unknown_fields=True):
 
 
 class SavedSession(Struct, forbid_unknown_fields=True):
-    """A connection.
+    """A session.
 
     Args:
         peer: pid, uid and gid of the client.
         groups: all groups of the client.
-        idle: seconds since it connected, or last asked something.
-        connection: what has come of it and is not done with.
-        names: what its ``getfd`` descriptors are called.
-        unsent: what waits to be sent: bytes, and how many descriptors go with the first of them.
-        reply: the reply that is to be sent behind that, of which a part was.
-        watch: how far it has read the events, if it watches.
+        idle: seconds since the last request, or since the client connected.
+        connection: the protocol state: half-read input, complete requests, unclaimed descriptors.
+        names: the names of the ``getfd`` descriptors.
+        unsent: the send buffer: bytes, and the number of descriptors to attach to their first one.
+        reply: the reply in progress, to be continued behind *unsent*.
+        watch: the position in the events, if the client watches.
     """
 
     peer: tuple[int, int, int]
@@ -68,24 +68,23 @@ class SavedSession(Struct, forbid_unknown_fields=True):
 
 
 class SavedRest(Struct, forbid_unknown_fields=True):
-    """What a daemon hands over once it is paused.
+    """The second half of a takeover, sent once the predecessor is paused.
 
-    The descriptors follow: all that are stored, by ascending numbers; the listeners'; for each
-    session its connection, what waits for a command, what has a name, what waits to be sent, what
-    goes with the reply in progress; the journal.
+    The descriptors follow in this order: all stored ones by ascending numbers; the listeners'; for
+    each session its socket, its unclaimed descriptors, its named ones, those of its send buffer,
+    those of the reply in progress; the journal.
 
     Args:
-        at: when it was so, by CLOCK_MONOTONIC: ages count from then.
-        removed: the number of each descriptor that was stored and is no more, or is told of again.
-        added: what was stored meanwhile, or is kept until the end of a session, or watched; and all
-            that is behind such a one in its set.
-        sessions: the connections.
-        texts: opaque texts that their listings are in the middle of.
-        logs: the events that watchers among them read.
-        others: how many descriptors follow those that are stored.
-        stats: what has happened so far; *started_at* is by CLOCK_MONOTONIC.
-        journal: whether the daemon's journal comes last: it is kept safe by somebody, who would
-            start it again.
+        at: the time of this snapshot, by CLOCK_MONOTONIC: ages count from then.
+        removed: numbers of descriptors in the first half that are removed, or repeated in *added*.
+        added: descriptors stored since the first half, with lifetime "connection" or watched for
+            hang-up, and all that are behind one of these in its set.
+        sessions: the sessions.
+        texts: opaque texts that listings have sent a part of.
+        logs: the events that the watching sessions read.
+        others: number of descriptors that follow the stored ones.
+        stats: the counters; *started_at* is by CLOCK_MONOTONIC.
+        journal: whether the daemon's journal is the last descriptor: it has an fd store.
     """
 
     at: float
@@ -102,14 +101,13 @@ class SavedRest(Struct, forbid_unknown_fields=True):
 def describe(
     session: Session, now: float, logs: Sequence[EventLog], texts: dict[str, int]
 ) -> tuple[SavedSession, list[int]]:
-    """All that a successor needs to go on, and the numbers of the descriptors.
+    """Return the saved state of *session*, and the numbers of the descriptors that go with it.
 
     Args:
-        session: the connection.
+        session: the session.
         now: the time, by the daemon's clock.
         logs: the events that watchers read.
-        texts: the opaque texts that listings are in the middle of, which go over once: each with
-            its index.
+        texts: the index of each opaque text that a listing has sent a part of; each is saved once.
     """
     context, reply = session.context, session.processor.streamed_reply
     connection, fds = context.connection.snapshot()
@@ -149,13 +147,12 @@ def _describe_reply(
 
 
 def restore(session: Session, saved: SavedSession, fds: Iterator[Fd]) -> None:
-    """Put a new session into the state that :func:`describe` gave, but for what needs the store,
-    see :func:`resume`.
+    """Restore what :func:`describe` has saved, without what needs the store, see :func:`resume`.
 
     Args:
-        session: the session.
+        session: the new session.
         saved: the state.
-        fds: the descriptors; as many as there are are taken.
+        fds: the descriptors; those of the session are taken off.
     """
     context = session.context
     context.connection.restore(saved.connection, fds)
@@ -171,16 +168,16 @@ def restore(session: Session, saved: SavedSession, fds: Iterator[Fd]) -> None:
 def resume(
     session: Session, saved: SavedSession, rest: SavedRest, logs: dict[EventLog, int]
 ) -> None:
-    """Go on with the reply in progress and with the events, once all is stored.
+    """Restore the reply in progress and the watch; the store is complete by now.
 
     Args:
         session: the session.
         saved: its state.
-        rest: what sessions refer to.
-        logs: which of the saved ones each log of events here goes on with.
+        rest: the texts and logs that *saved* refers to by index.
+        logs: the index of the saved log that each event log here continues.
 
     Raises:
-        ValueError: it makes no sense.
+        ValueError: the saved state is inconsistent.
     """
     context = session.context
     if saved.reply is not None:
@@ -195,7 +192,8 @@ def resume(
         logs[log] = watch.log
         log.restore(events)
     if logs[log] != watch.log:
-        # Its rights are those of others now, who had different ones: what waits is lost to it.
+        # Under the new policy the client shares the log of clients that had other rights: its
+        # pending events are counted as lost.
         context.events.restore(0, watch.lost + watch.behind)
         return
     known = min(watch.behind, len(events))
