@@ -1,4 +1,4 @@
-"""Writes the audit trail: the disk, or whoever reads the pipe, may be slow, full or gone."""
+"""Writer of the audit trail: write(2) to a file or a pipe may block or fail, the daemon goes on."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from ..limits import MAX_AUDIT_BYTES
 
 _log = logging.getLogger("qmpfd")
 
-#: Seconds that the daemon's end waits for lines to be written.
+#: Seconds that the daemon waits at its end for queued lines to be written.
 _CLOSE_TIMEOUT = 1.0
 
 
 def open_audit(path: Path) -> Fd:
-    """Open the file at *path* to append to it; a new one is its owner's only.  ``-`` is standard
-    output.
+    """Open the file at *path* for appending; create it with mode 0600.  ``-`` is standard output.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: open(2) failed.
     """
     if str(path) == "-":
         return Fd(fcntl.fcntl(sys.__stdout__ or 1, fcntl.F_DUPFD_CLOEXEC, 3))
-    # A FIFO that nobody reads would hold up the start.
+    # O_NONBLOCK: open(2) of a FIFO without a reader would block the start.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     fd = Fd(os.open(path, flags, 0o600))
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
@@ -36,24 +35,24 @@ def open_audit(path: Path) -> Fd:
 
 
 class AuditWriter:
-    """Writes lines in a thread of its own.  What cannot be written is left out, counted and said in
-    the log: a full disk costs lines of the audit trail, and nothing else.
+    """Writes lines in a thread of its own.  Lines that cannot be written are dropped, counted and
+    reported in the log: a full disk costs lines of the audit trail, and nothing else.
 
     Args:
-        fd: where to; it stays the caller's.
+        fd: file or pipe to write to; the caller keeps it, this object writes to a duplicate.
 
     Raises:
-        OSError: this process may not have another descriptor, or thread.
+        OSError: the process is out of descriptors or threads.
     """
 
     def __init__(self, fd: FileDescriptorLike) -> None:
         self._fd = Fd(os.dup(fileno(fd)))
         self._lines: list[bytes] = []
-        self._size = 0  # of these, and of what is being written
+        self._size = 0  # bytes queued and bytes in the write(2) under way
         self._changed = Condition()
         self._closing = False
-        self._lost = 0  # since the last line that was written
-        self._torn = False  # the last line was written in part
+        self._lost = 0  # lines dropped since the last successful write
+        self._torn = False  # the last line was written in part only
         self._thread = Thread(target=self._run, name="audit", daemon=True)
         try:
             self._thread.start()
@@ -62,7 +61,7 @@ class AuditWriter:
             raise OSError(errno.EAGAIN, f"no thread for the audit trail: {exc}") from None
 
     def write(self, line: bytes) -> None:
-        """Queue *line* for the thread."""
+        """Queue *line* for the thread, or drop it when :data:`MAX_AUDIT_BYTES` are queued."""
         with self._changed:
             if self._size + len(line) > MAX_AUDIT_BYTES:
                 self._lose(1, "its reader is too slow")
@@ -72,14 +71,14 @@ class AuditWriter:
             self._changed.notify()
 
     def close(self) -> None:
-        """Write the lines that wait, for :data:`_CLOSE_TIMEOUT` at most."""
+        """Wait up to :data:`_CLOSE_TIMEOUT` until the thread has written the queued lines."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(_CLOSE_TIMEOUT)
 
     def _run(self) -> None:
-        with self._fd:  # it may be written to when nobody waits for the thread any more
+        with self._fd:  # closed by this thread: it may still write after close() has timed out
             while data := self._next():
                 left_out, reason = self._write_all(data)
                 with self._changed:
@@ -91,7 +90,7 @@ class AuditWriter:
                         self._lost = 0
 
     def _next(self) -> bytes:
-        """What waits, once there is something; empty at the end."""
+        """Wait for queued lines and dequeue all of them; return b"" after :meth:`close`."""
         with self._changed:
             self._changed.wait_for(lambda: self._lines or self._closing)
             data = b"".join(self._lines)
@@ -99,8 +98,8 @@ class AuditWriter:
             return data
 
     def _write_all(self, data: bytes) -> tuple[int, str]:
-        """Write lines; how many of them were not written, and why."""
-        # What is torn is ended: the file may be another's by now too, and is never cut.
+        """Write lines; return the number of lines not written, and the reason."""
+        # A torn line is ended with a newline, not truncated: other processes may append as well.
         rest = memoryview(b"\n" + data if self._torn else data)
         size = len(rest)
         try:

@@ -1,4 +1,4 @@
-"""Whether changes of the store would survive a crash, as the rest of the daemon sees it."""
+"""Durability of changes of the store, the interface: whether they would survive a crash."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..kernel.fd import Fd
 
 @dataclass(slots=True)
 class Unproven:
-    """What is stored together, before it is known whether there is room for it.
+    """Descriptors stored by one command, while the fd store may still have no room for them.
 
     Args:
-        entries: what is stored.
-        is_refused: there was no room, and it is removed.
+        entries: the stored descriptors.
+        is_refused: whether the fd store had no room, and *entries* were removed again.
     """
 
     entries: list[StoredFd] = field(default_factory=list)
@@ -25,10 +25,10 @@ class Unproven:
 
 
 class Durability(Protocol):
-    """Whether changes of the store would survive a crash of this process."""
+    """Second copy of the store, which survives a crash of this process."""
 
-    #: Where what was stored last is, if its client can be told of it only once that is shown to be
-    #: kept; whoever stores something sets it to None before.
+    #: The descriptors stored last, if their command may be answered only once the fd store has
+    #: shown that it kept them.  A caller that stores descriptors sets it to None before.
     unproven: Unproven | None
 
     @property
@@ -36,32 +36,30 @@ class Durability(Protocol):
         """Whether the second copy has every change of the store."""
 
     async def sync(self) -> None:
-        """Wait until the second copy has every change made so far; without a checkpoint if it has.
-
-        Returns as well when the second copy is lost for good.
+        """Wait until the second copy has every change made so far, or is lost for good; return
+        without a checkpoint if that is so already.
         """
 
     def on_synced(self, action: Callable[[], object]) -> None:
-        """Call *action* once the second copy has every change made so far, or is lost for good;
-        :meth:`push` is due.
+        """Call *action* once the second copy has every change made so far, or is lost for good.
+        The caller then calls :meth:`push`.
         """
 
     def push(self) -> None:
-        """See to it that the second copy gets every change made so far, all in one go."""
+        """Start sending every change made so far to the second copy, in one batch."""
 
     def close_after_sync(self, fds: list[Fd], uid: int | None = None) -> None:
-        """Close descriptors that were taken out of the store, once the second copy has let go of
-        theirs.
+        """Close descriptors removed from the store, once the second copy has removed them as well.
 
         Args:
             fds: the descriptors; owned from here on.
-            uid: the user whom they count for until they are closed.
+            uid: the user whose quota they are charged to until they are closed.
         """
 
     @property
     def journal(self) -> Fd | None:
-        """The journal, which a successor reads to learn whether the takeover was completed; None
-        if there is none.  It stays the daemon's own.
+        """The journal, in which a successor reads whether the takeover was completed; None if there
+        is none.  The daemon keeps ownership.
         """
 
     @property
@@ -69,26 +67,24 @@ class Durability(Protocol):
         """The invocation id of the service whose fd store has the second copy (systemd.exec(5))."""
 
     def confirm(self) -> None:
-        """The takeover that this daemon began with is complete: the predecessor has let go."""
+        """Note that the takeover by this daemon is complete: the predecessor has released all."""
 
     def log_handover(self, handed_over: bool | None) -> None:
-        """Write into the journal that a successor owns everything, or does not after all; None
-        while that is undecided.
-        """
+        """Write into the journal whether a successor owns everything; None while undecided."""
 
     def release_all(self, quick: Iterable[Fd] = ()) -> None:
-        """A successor owns everything: drop the second copy, and record no more changes.
+        """Drop the second copy, which a successor now has, and record no more changes.
 
         Args:
-            quick: descriptors that are closed without waiting for anybody.
+            quick: descriptors whose close(2) cannot block.
         """
 
 
 class Unmirrored:
-    """The durability of a daemon of which nobody has a second copy: a change is as safe as it gets.
+    """Durability of a daemon without a second copy: every change counts as synced.
 
     Args:
-        closer: closes what was removed.
+        closer: closes removed descriptors.
     """
 
     is_synced = True

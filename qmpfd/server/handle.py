@@ -1,4 +1,4 @@
-"""The handle that ``qmpfd.serve`` gives to the program that runs it."""
+"""Handle of a running daemon, for the program that has started ``qmpfd.serve``."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from ..policy import Policy
 
 
 class Server(ABC):
-    """A running daemon, as ``await nursery.start(qmpfd.serve, [path])`` gives it."""
+    """A running daemon: what ``await nursery.start(qmpfd.serve, [path])`` returns."""
 
     @property
     @abstractmethod
     def ended(self) -> trio.Event:
-        """Set when the daemon has ended: every stored descriptor is closed."""
+        """Event that is set once the daemon has ended and every stored descriptor is closed."""
 
     @abstractmethod
     def stop(self) -> None:
-        """End gracefully: accept nobody else, carry out what was received, then end."""
+        """End gracefully: accept no more clients, execute the commands received, then end."""
 
     @abstractmethod
     def change_policy(self, policy: Policy) -> None:
         """Apply another policy, to connected clients too.
 
         Args:
-            policy: who may connect, and do what.
+            policy: which users may connect, and which commands each may run.
         """

@@ -8,34 +8,35 @@ import trio
 
 
 class State(Enum):
-    """What the daemon is doing."""
+    """State of the daemon."""
 
-    #: Restoring saved state, binding sockets: nobody is served yet.
+    #: Restores saved state and binds sockets; serves no client yet.
     STARTING = auto()
-    #: Accepting clients and carrying out their requests.
+    #: Accepts clients and executes their commands.
     RUNNING = auto()
-    #: The same, while a successor gets ready to take over.
+    #: As RUNNING, while a successor prepares a takeover.
     OFFERED = auto()
-    #: The same, and the daemon was told to stop: it ends whether or not the takeover succeeds.
+    #: As OFFERED, after a stop request: the daemon ends whether or not the takeover succeeds.
     OFFERED_STOPPING = auto()
-    #: The successor is ready: nobody is accepted, no session reads or writes.
+    #: The successor is ready: no client is accepted, no session reads or writes.
     PAUSED = auto()
-    #: The same, and the daemon was told to stop: it ends whether or not the takeover succeeds.
+    #: As PAUSED, after a stop request: the daemon ends whether or not the takeover succeeds.
     PAUSED_STOPPING = auto()
-    #: Accepting nobody; what was received is carried out and answered.
+    #: Accepts no client; executes and answers the commands received.
     DRAINING = auto()
-    #: As the three above, told by ``quit``: at the end the second copy of the store goes as well.
+    #: As OFFERED_STOPPING, PAUSED_STOPPING and DRAINING, but requested by ``quit``: at the end the
+    #: second copy of the store is removed as well.
     OFFERED_QUITTING = auto()
     PAUSED_QUITTING = auto()
     QUITTING = auto()
     #: A successor owns the sockets, the store and the connections.
     HANDED_OVER = auto()
-    #: Every session is over and every stored descriptor is closed.
+    #: Every session has ended and every stored descriptor is closed.
     ENDED = auto()
 
 
 class Event(Enum):
-    """What changes the state."""
+    """Event that changes the state of the daemon."""
 
     START = auto()
     OFFER = auto()
@@ -67,7 +68,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.OFFERED_QUITTING, Event.PAUSE): State.PAUSED_QUITTING,
     (State.PAUSED_QUITTING, Event.RESUME): State.OFFERED_QUITTING,
     (State.PAUSED_QUITTING, Event.HAND_OVER): State.HANDED_OVER,
-    # A client may say quit to a daemon that was told to stop already.
+    # A client may send quit after SIGTERM has begun a stop.
     (State.RUNNING, Event.QUIT): State.QUITTING,
     (State.OFFERED, Event.QUIT): State.OFFERED_QUITTING,
     (State.OFFERED_STOPPING, Event.QUIT): State.OFFERED_QUITTING,
@@ -78,17 +79,17 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 }
 
 _PAUSED = frozenset({State.PAUSED, State.PAUSED_STOPPING, State.PAUSED_QUITTING, State.HANDED_OVER})
-#: No client is accepted any more, no takeover is under way.
+#: States of a daemon that ends, accepts no more clients and has no takeover under way.
 DRAINING = frozenset({State.DRAINING, State.QUITTING})
 _STOPPING = DRAINING | _PAUSED - {State.PAUSED} | {State.ENDED}
 
 
 class Lifecycle:
-    """The state that the daemon is in, and tasks that wait for another one."""
+    """Present state of the daemon; tasks can wait for another state."""
 
     def __init__(self) -> None:
         self._enter(State.STARTING)
-        #: Set with :attr:`State.ENDED`.
+        #: Set on entering :attr:`State.ENDED`.
         self.ended = trio.Event()
         self._changed = trio.Event()
 
@@ -110,26 +111,24 @@ class Lifecycle:
 
     def _enter(self, state: State) -> None:
         self.state = state
-        # Kept, as each request asks for both.
-        #: Whether no connection may be read or written: a takeover is under way, or complete.
+        # Stored, not computed: every request reads both.
+        #: Whether no session may read or write: a takeover is in its last step, or complete.
         self.paused = state in _PAUSED
-        #: Whether the daemon was told to end, or has handed over.
+        #: Whether the daemon ends: after stop or quit, or because it has handed over.
         self.stopping = state in _STOPPING
 
     @property
     def handed_over(self) -> bool:
-        """Whether a successor owns everything: what is open here is a duplicate."""
+        """Whether a successor owns everything: all descriptors here are duplicates of its own."""
         return self.state is State.HANDED_OVER
 
     async def wait_running(self) -> None:
-        """Wait while :attr:`paused`, for ever once a successor owns everything; without a
-        checkpoint otherwise.
-        """
+        """Wait while paused (for ever once handed over); without a checkpoint if not paused."""
         while self.paused:
             await self._changed.wait()
 
     async def wait_stopping(self) -> None:
-        """Wait until the daemon was told to end, or has handed over."""
+        """Wait until the daemon ends: see :attr:`stopping`."""
         while not self.stopping:
             await self._changed.wait()
 

@@ -1,7 +1,7 @@
-"""The background tasks of the daemon's own: expiry, hang-ups, events, eviction.
+"""Background tasks of the daemon: expiry, hang-ups, events, eviction.
 
-None of them may end the daemon, which holds other people's descriptors: each runs under
-:func:`supervise`.
+No exception of theirs may end the daemon, which holds other people's descriptors: each task runs
+under :func:`supervise`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from .services import Services
 
 _log = logging.getLogger("qmpfd")
 
-#: Descriptors that are removed in a row, or looked at, before everybody else is served.
+#: Descriptors that are removed, or checked, before other tasks get to run.
 _A_STEP = 128
 
 
 async def supervise(name: str, task: Callable[[], Awaitable[None]]) -> None:
-    """Run a background task, and run it again whenever it raises an exception: after a delay that
-    doubles with each failure, and begins anew once the task has run for the longest delay.
+    """Run a background task, and restart it after every exception.  The delay doubles with each
+    failure, and is reset once the task has run for longer than MAX_RESTART_DELAY.
 
     Args:
         name: what the task does, for the log: "the expiry of descriptors".
-        task: what to run; supervision ends when it returns.
+        task: the task; supervision ends when it returns.
     """
     delay = MIN_RESTART_DELAY
     while True:
         started = trio.current_time()
         try:
             await task()
-        except Exception:  # noqa: BLE001 - whatever it is, the daemon goes on
+        except Exception:  # noqa: BLE001 - no exception of a task may end the daemon
             if trio.current_time() - started > MAX_RESTART_DELAY:
                 delay = MIN_RESTART_DELAY
             _log.exception("%s failed; the next try is in %g s", name, delay)
@@ -55,7 +55,7 @@ async def supervise(name: str, task: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _remove_due(services: Services, due: Callable[[], list[StoredFd]], reason: str) -> bool:
-    """Remove some of what is due, and close it; whether there was any."""
+    """Remove and close the descriptors that *due* returns; return whether there were any."""
     fds: list[Fd] = []
     try:
         async with services.locked():
@@ -67,7 +67,7 @@ async def _remove_due(services: Services, due: Callable[[], list[StoredFd]], rea
 
 
 async def remove_expired(services: Services) -> None:
-    """Remove each descriptor whose lifetime is over."""
+    """Remove each descriptor when its lifetime ends."""
     store = services.shared.store
     while True:
         with trio.CancelScope() as scope:
@@ -86,7 +86,7 @@ async def remove_expired(services: Services) -> None:
 
 
 async def remove_hung_up(services: Services) -> None:
-    """Remove each watched socket and pipe whose other end is gone and that is read to the end."""
+    """Remove each watched socket and pipe whose peer has closed it and that has no unread data."""
     hangups = services.shared.hangups
     while True:
         with trio.move_on_after(HANGUP_RECHECK if hangups.draining else inf):
@@ -97,7 +97,7 @@ async def remove_hung_up(services: Services) -> None:
 
 
 class Broadcaster:
-    """Sends events to those who watch."""
+    """Sends events to the clients that watch."""
 
     def __init__(self, services: Services) -> None:
         self._watchers = services.shared.watchers
@@ -105,12 +105,12 @@ class Broadcaster:
         services.shared.on_event = self.notify
 
     def notify(self) -> None:
-        """There are events that some watcher has not been sent."""
+        """Wake :meth:`broadcast_events`: events are pending for some watcher."""
         self._pending.set()
 
     async def broadcast_events(self) -> None:
-        """Send events as they come, to one watcher after the other.  However many watch, everybody
-        else is served in between.
+        """Send events as they come, to one watcher after the other; other tasks run after every
+        HERALD_SECONDS, however many clients watch.
         """
         while True:
             await self._pending.wait()
@@ -128,7 +128,7 @@ class Broadcaster:
 async def evict_idle(services: Services, sessions: Iterable[Session]) -> None:
     """Disconnect each client that does not negotiate in time, or is idle for too long.
 
-    Clients come to and go from *sessions* meanwhile.
+    *sessions* is the server's own set, which changes meanwhile.
     """
     while True:
         await trio.sleep(EVICTION_INTERVAL)

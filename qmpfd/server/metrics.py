@@ -1,7 +1,7 @@
-"""The daemon's counters as OpenMetrics text, for whoever collects a text file.
+"""The daemon's counters in a file of OpenMetrics text.
 
-The format is that of the OpenMetrics 1.0 specification; Prometheus' node exporter picks such
-files up (its textfile collector).
+The format is that of the OpenMetrics 1.0 specification; the textfile collector of Prometheus' node
+exporter reads such files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _log = logging.getLogger("qmpfd")
 
 
 def render(daemon: SharedState) -> str:
-    """All counters and gauges, as OpenMetrics text."""
+    """Render all counters and gauges as OpenMetrics text."""
     return "".join(f"{line}\n" for line in _lines(daemon))
 
 
@@ -58,23 +58,23 @@ def _lines(daemon: SharedState) -> Iterator[str]:
 
 
 def _labelled(label: str, counts: Mapping[str, int]) -> dict[str, int]:
-    # The names are the command table's and the error classes': nothing in them needs escaping.
+    # Label values are names of commands and of error classes: no character needs escaping.
     return {f'{{{label}="{name}"}}': count for name, count in sorted(counts.items())}
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace the file at once, so that nobody reads half of it.
+    """Replace the file by rename(2): no reader sees half of it.
 
     Raises:
-        OSError: it cannot be written, or is no file: a device would be gone for everybody.
+        OSError: the file cannot be written, or is not a regular file (/dev/null must stay).
     """
-    path = path.resolve()  # what is a link still is one to itself (from Python 3.13 on)
+    path = path.resolve()  # from Python 3.13 on, only a link to itself is a link afterwards
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise FileExistsError(errno.EEXIST, "not a regular file", os.fspath(path))
     new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         new.unlink(missing_ok=True)
-        with new.open("x", encoding="ascii") as file:  # not through a link that somebody has put
+        with new.open("x", encoding="ascii") as file:  # "x" does not follow a planted link
             file.write(text)
         new.replace(path)
     except OSError:
@@ -83,14 +83,14 @@ def _write(path: Path, text: str) -> None:
 
 
 async def write_metrics(shared: SharedState, path: Path) -> None:
-    """Write the metrics to *path* now and then.  A disk that is full or hangs costs metrics only:
-    it is written in a thread, and the next time is tried again.
+    """Write the metrics to *path* every METRICS_INTERVAL seconds, in a thread: a disk that is full
+    or hangs costs metrics only.  A failed write is tried again at the next interval.
     """
     failing = False
     while True:
         try:
             await trio.to_thread.run_sync(_write, path, render(shared), abandon_on_cancel=True)
-        # A RuntimeError is a link to itself (pathlib before Python 3.13), or no thread to be had.
+        # RuntimeError: a link to itself (pathlib before Python 3.13), or no thread can be started.
         except (OSError, RuntimeError, ValueError) as exc:
             if not failing:
                 _log.error("cannot write the metrics to %s: %s", path, exc)
