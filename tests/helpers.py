@@ -25,6 +25,7 @@ import trio.testing
 
 import qmpfd
 from qmpfd.kernel.fd import FileDescriptorLike, fileno
+from qmpfd.server.listen.binding import Permissions
 from qmpfd.server.server import DaemonServer
 from qmpfd.server.startup import run_daemon
 
@@ -267,8 +268,12 @@ async def remove(wire: Wire, info: Mapping[str, Any]) -> None:
 @asynccontextmanager
 async def daemon(*paths: Path, **options: Any) -> AsyncIterator[DaemonServer]:
     """A daemon in the test's own event loop; told to end, and waited for, afterwards."""
+    names = {"dialect", "limits", "policy", "metrics_path", "keeping"} & options.keys()
+    make_server = partial(DaemonServer, **{name: options.pop(name) for name in names})
+    permissions = Permissions(options.pop("socket_mode", 0o600), options.pop("socket_group", None))
+    start = partial(run_daemon, make_server, paths, permissions, **options)
     async with trio.open_nursery() as nursery:
-        server: DaemonServer = await nursery.start(partial(run_daemon, paths, **options))
+        server: DaemonServer = await nursery.start(start)
         yield server
         server.stop()
 

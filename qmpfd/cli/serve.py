@@ -194,6 +194,8 @@ def run(arguments: argparse.Namespace) -> None:
         predecessor = takeover.prepare(reached, movable, has_parent=parent is not None)
         there = predecessor.state.listeners
     paths = takeover.still_to_bind(paths, there)
+    from ..server.listen.binding import Permissions
+    from ..server.server import DaemonServer
     from ..server.startup import run_daemon
     from . import daemon
 
@@ -201,19 +203,16 @@ def run(arguments: argparse.Namespace) -> None:
     kept = keeping.connect(parent, store_size)
     serve = partial(
         run_daemon,
+        partial(
+            DaemonServer, arguments.dialect, limits(arguments), policy, arguments.metrics, kept
+        ),
         paths,
-        dialect=arguments.dialect,
-        limits=limits(arguments),
-        policy=policy,
-        socket_mode=arguments.socket_mode,
-        socket_group=arguments.socket_group,
-        metrics_path=arguments.metrics,
-        audit=audit,
-        initial_fds=initial,
-        listen_fds=[given.fd for given in listen_fds],
+        Permissions(arguments.socket_mode, arguments.socket_group),
+        audit,
+        initial,
+        [given.fd for given in listen_fds],
         takeover=predecessor,
         recovered=recovered,
-        keeping=kept,
     )
     names = [*map(str, paths), *(f"the inherited socket '{given.name}'" for given in listen_fds)]
     failure: BaseException | None = None

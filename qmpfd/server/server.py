@@ -25,6 +25,7 @@ from .connection.reader import Reader
 from .connection.session import Session
 from .connection.session_state import SessionEnd
 from .durability import Durability, Unmirrored
+from .fdstore.mirror import FdStoreConfig, FdStoreMirror
 from .handle import Server
 from .lifecycle import DRAINING, Event, Lifecycle, State
 from .listen.accept import Acceptor
@@ -46,7 +47,7 @@ class DaemonServer(Server):
         limits: what each client is allowed.
         policy: who may connect, and do what.
         metrics_path: a file to write metrics to, or None.
-        durability: makes what has a second copy of the store; called with what closes descriptors.
+        keeping: whoever keeps a second copy of what is stored, and starts the daemon again.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class DaemonServer(Server):
         limits: Limits | None = None,
         policy: Policy | None = None,
         metrics_path: Path | None = None,
-        durability: Callable[[ClosePool], Durability] = Unmirrored,
+        keeping: FdStoreConfig | None = None,
     ) -> None:
         clock, limits = trio.lowlevel.current_clock().current_time, limits or Limits()
         #: What the commands see.
@@ -64,7 +65,10 @@ class DaemonServer(Server):
         )
         self.store = self.daemon.store
         self.lifecycle = Lifecycle()
-        self.durability = durability(self.daemon.closer)
+        closer = self.daemon.closer
+        self.durability: Durability = (
+            Unmirrored(closer) if keeping is None else FdStoreMirror(keeping, closer)
+        )
         lock = trio.Lock()
         #: What each session is given.
         self.services = Services(

@@ -19,13 +19,12 @@ from ..limits import TAKEOVER_TIMEOUT, Limits
 from ..policy import Policy
 from .audit import AuditWriter
 from .closing import await_closes
-from .durability import Unmirrored
 from .fdstore.lifespan import mirrored
-from .fdstore.mirror import FdStoreConfig, FdStoreMirror
+from .fdstore.mirror import FdStoreMirror
 from .fdstore.recover import Recovered
 from .handle import Server
 from .lifecycle import Event
-from .listen.binding import Permissions
+from .listen.binding import OWNER_ONLY, Permissions
 from .listen.listener import UnixListener
 from .restore import restore_recovered, taking_over
 from .server import DaemonServer
@@ -77,35 +76,26 @@ async def serve(  # noqa: ASYNC128 - run_daemon does that
         OSError: one of *paths* cannot be used.
     """
     await run_daemon(
+        partial(DaemonServer, dialect, limits, policy, metrics_path),
         paths,
-        dialect=dialect,
-        limits=limits,
-        policy=policy,
-        socket_mode=socket_mode,
-        socket_group=socket_group,
-        metrics_path=metrics_path,
-        audit=audit,
-        initial_fds=initial_fds,
-        listen_fds=listen_fds,
+        Permissions(socket_mode, socket_group),
+        audit,
+        initial_fds,
+        listen_fds,
         task_status=task_status,
     )
 
 
 async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
+    make_server: Callable[[], DaemonServer],
     paths: Iterable[str | os.PathLike[str]],
-    *,
-    dialect: Dialect = "spec",
-    limits: Limits | None = None,
-    policy: Policy | None = None,
-    socket_mode: int = 0o600,
-    socket_group: int | None = None,
-    metrics_path: Path | None = None,
+    permissions: Permissions = OWNER_ONLY,
     audit: FileDescriptorLike | None = None,
     initial_fds: Iterable[tuple[Fd, int | None, str | None]] = (),
     listen_fds: Iterable[Fd] = (),
+    *,
     takeover: Takeover | None = None,
     recovered: Recovered | None = None,
-    keeping: FdStoreConfig | None = None,
     task_status: trio.TaskStatus[DaemonServer] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """As :func:`serve`, for a daemon that is a process: with what was there before it.
@@ -113,15 +103,15 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
     The arguments that are not named here are those of :func:`serve`.
 
     Args:
+        make_server: makes the server, in the event loop.
+        permissions: of the socket files.
         takeover: of a daemon that serves now, see
             :func:`qmpfd.server.takeover.receiver.prepare`; owned by the daemon from here on.
         recovered: what has come back of a daemon that was here before, see
             :func:`qmpfd.server.fdstore.recover.recover`; owned by the daemon from here on.
-        keeping: whoever keeps a second copy of what is stored, and starts the daemon again.
         task_status: told once clients can connect.
     """
-    durability = Unmirrored if keeping is None else partial(FdStoreMirror, keeping)
-    server = DaemonServer(dialect, limits, policy, metrics_path, durability)
+    server = make_server()
     given, inherited = deque(initial_fds), deque(listen_fds)
     listeners: list[UnixListener] = []
 
@@ -150,7 +140,6 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
         finish: Callable[[], list[UnixListener]] = list
         if takeover is not None:
             finish = stack.enter_context(taking_over(server, takeover))
-        permissions = Permissions(socket_mode, socket_group)
         for listener in listeners:
             listener.permissions = permissions
         initial: list[StoredFd] = []

@@ -203,7 +203,7 @@ async def test_cancelled_at_each_step(
     path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing leaks on either side, and others go on."""
-    monkeypatch.setattr("qmpfd.server.startup.DaemonServer", _FirstCancelled)
+    monkeypatch.setattr("helpers.DaemonServer", _FirstCancelled)
     at_first = open_fds()
     for step in range(1, 200):
         _FirstCancelled.scope, _FirstCancelled.victim = trio.CancelScope(), None
