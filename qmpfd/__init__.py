@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .server.listen.binding import SocketInUse as SocketInUse
     from .server.startup import serve as serve
 
-#: The names that each module has.
+#: The public names, by module.
 _NAMES = {
     ".client.blocking": "BlockingClient connect_blocking",
     ".client.calls": "Selector",
@@ -73,7 +73,7 @@ __all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - a test compares it with th
 
 
 def _load(name: str) -> object:
-    """A name, from its module (PEP 562)."""
+    """Import a public name from its module (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name], __name__), name)

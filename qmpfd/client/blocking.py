@@ -10,7 +10,7 @@ import os
 import select
 import socket
 import time
-from _thread import RLock  # threading's own, without the rest of it
+from _thread import RLock  # importing threading takes longer
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import inf
@@ -26,14 +26,14 @@ from .errors import ClientClosed, NoAnswer, NoDaemon
 
 __all__ = ["BlockingClient", "NoDaemon", "connect_blocking"]
 
-#: Milliseconds that poll(2) waits at most.
+#: Maximum timeout of poll(2), in milliseconds: a C int.
 _LONGEST = (1 << 31) - 1
 
 
 def _blocking(
     description: Callable[Concatenate[Any, ParamsT], Call[ResultT]],
 ) -> Callable[Concatenate[BlockingClient, ParamsT], ResultT]:
-    """The method that blocks until the reply to a described call is here."""
+    """Make a method that sends the described call and blocks until its reply has come."""
 
     def method(self: BlockingClient, /, *args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
         call = description(self, *args, **kwargs)
@@ -63,7 +63,7 @@ class BlockingClient:
         self._connection = ClientConnection()
         self._calling = RLock()  # a signal handler may close the client in the middle of a call
         self._closed = False
-        self._watching = 0  # blocks of watch_fdsets
+        self._watching = 0  # number of active watch_fdsets blocks
         while (sock := connect_nowait(path)) is None:
             if time.monotonic() > self._deadline:
                 raise self._silent()
@@ -98,12 +98,12 @@ class BlockingClient:
         arguments: Mapping[str, Any] | None = None,
         fds: Sequence[FileDescriptorLike] = (),
     ) -> tuple[Any, list[Fd]]:
-        """As :meth:`execute`, and the descriptors that came with the reply.
+        """As :meth:`execute`; return the result and the descriptors that came with the reply.
 
         Args:
-            command: its name.
-            arguments: its arguments, as they go over the wire.
-            fds: descriptors to pass with it (SCM_RIGHTS); they stay the caller's.
+            command: name of the command.
+            arguments: its arguments, as on the wire.
+            fds: descriptors to pass with it (SCM_RIGHTS); the caller keeps them.
 
         Raises:
             Exception: what :meth:`execute` raises.
@@ -132,7 +132,7 @@ class BlockingClient:
                     self.execute("watch-fdsets", {"enable": False})
 
     def events(self) -> Iterator[QMPEvent]:
-        """The server's events, as they come, without a time limit.
+        """Iterate over the server's events as they arrive, without a time limit.
 
         At most 4096 unread events are kept; beyond that, the oldest is dropped.
 
@@ -149,7 +149,7 @@ class BlockingClient:
             yield event
 
     def take_events(self) -> list[QMPEvent]:
-        """The events that have come so far, without waiting for any.
+        """Return the events received so far, without waiting for more.
 
         Raises:
             QMPError: the server refuses the connection.
@@ -165,11 +165,11 @@ class BlockingClient:
         return events
 
     def fileno(self) -> int:
-        """The socket: readable once the server has said something."""
+        """Number of the socket, which is readable once the server has sent something."""
         return self._sock.fileno()
 
     def detach(self) -> socket.socket:
-        """Give the connection up: the caller owns the socket that is returned."""
+        """Detach the socket and return it: the caller owns it from here on."""
         return socket.socket(fileno=self._sock.detach())
 
     def close(self) -> None:
@@ -178,8 +178,8 @@ class BlockingClient:
         """
         self._closed = True
         if not self._calling.acquire(blocking=False):
-            # A call waits for the server: it is woken.  Where none does, the connection may be a
-            # forked child's as well, which closes no more than its own descriptor.
+            # shutdown(2) wakes the call that waits for the server.  Not called otherwise: a forked
+            # child that has the connection as well must close its own descriptor only.
             with suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
             self._calling.acquire()
@@ -199,7 +199,7 @@ class BlockingClient:
 
     @contextmanager
     def _call(self, timeout: float) -> Iterator[None]:
-        """One call at a time; ClientClosed, whatever it meets, once the client is closed."""
+        """Execute one call at a time; any exception after :meth:`close` becomes ClientClosed."""
         with self._calling:
             self._check_open()
             self._deadline = time.monotonic() + timeout
@@ -207,7 +207,7 @@ class BlockingClient:
                 yield
             except NoDaemon:
                 raise
-            except Exception:  # the descriptor of a closed socket, say
+            except Exception:  # for example, an OSError from the closed socket
                 self._check_open()
                 raise
 
@@ -223,13 +223,13 @@ class BlockingClient:
                     sent = send(self._sock, data, () if request.sent else fds)
                 except BlockingIOError:
                     self._wait(select.POLLOUT)
-                except ConnectionError:  # it may have said why before it closed the connection
+                except ConnectionError:  # the server may have sent an error before it closed
                     self._receive()
                 else:
                     self._connection.begun(request)
                     data = data[sent:]
         except BaseException:
-            if request.sent:  # the next one would go into the middle of this one
+            if request.sent:  # sent in part: the next request would be taken as its rest
                 self.close()
             raise
 
@@ -260,10 +260,10 @@ class BlockingClient:
         poll = select.poll()
         poll.register(self._sock, event)
         left = (self._deadline - time.monotonic()) * 1000
-        # poll(2) takes a C int: a limit of more than 24 days is none.
+        # A timeout of more than 24 days counts as none.
         if left <= 0 or not poll.poll(None if left > _LONGEST else left):
             raise self._silent()
-        self._check_open()  # closed meanwhile, the descriptor may be another file's by now
+        self._check_open()  # after close() by another thread, the number may be another file's
 
     def _silent(self) -> NoDaemon:
         why = "it is stopped or busy"

@@ -1,7 +1,7 @@
-"""The methods that both clients have: what each sends, and what it makes of the reply.
+"""Methods of both clients: the request that each sends, and the conversion of its reply.
 
-Each is described once, by a function with the method's name and arguments that returns a
-:class:`Call`.  :func:`as_method` makes a method of it, which differs by how a client waits.
+Each method is described once, by a function with the method's name and arguments that returns a
+:class:`Call`.  :func:`as_method` makes it a method: one that blocks, or one that is awaited.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Call(NamedTuple, Generic[ResultT]):
     """One command to the server.
 
     Args:
-        command: its name.
-        arguments: its arguments, as they go over the wire.
-        result: given the ``return`` member of the reply, and the descriptors that came with it,
-            what the method returns; it owns the descriptors.
-        fds: descriptors to pass with it; they stay the caller's.
+        command: name of the command.
+        arguments: its arguments, as on the wire.
+        result: converts the ``return`` member of the reply, and the descriptors that came with it,
+            to the result of the method; it owns the descriptors.
+        fds: descriptors to pass with it; the caller keeps them.
     """
 
     command: str
@@ -70,11 +70,11 @@ MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 
 def as_method(method: MethodT, description: Callable[..., Call[Any]]) -> MethodT:
-    """*method* with the name, docstring and signature of *description*.
+    """Give *method* the name, docstring and signature of *description*.
 
-    The signature shows what the method's caller gets: ``X`` for a ``Call[X]``.
+    The return annotation becomes that of the method: ``X`` for a ``Call[X]``.
     """
-    annotations = description.__annotations__  # which inspect.signature() asks for
+    annotations = description.__annotations__  # inspect.signature() reads these
     if annotations["return"].startswith("Call["):
         annotations["return"] = annotations["return"][len("Call[") : -1]
     update_wrapper(method, description)
@@ -83,10 +83,10 @@ def as_method(method: MethodT, description: Callable[..., Call[Any]]) -> MethodT
 
 
 def members(**arguments: Any) -> dict[str, Any]:
-    """The arguments that are not None, under their names on the wire.
+    """Return the arguments that are not None, under their names on the wire.
 
     Raises:
-        TypeError: *name* and *opaque* are both given: they are the same.
+        TypeError: both *name* and *opaque* are given, which mean the same.
     """
     if (name := arguments.pop("name", None)) is not None:
         if arguments.get("opaque") is not None:
@@ -96,16 +96,16 @@ def members(**arguments: Any) -> dict[str, Any]:
 
 
 def typed(name: str, *, many: bool = False) -> Callable[[Any, list[Fd]], Any]:
-    """A function that converts a ``return`` member to the type of that name in
+    """Make a function that converts a ``return`` member to the type *name* of
     :mod:`qmpfd.commands`, or to a list of them, and closes unexpected descriptors.
 
-    The function raises ProtocolError if it is something else.
+    The function raises ProtocolError if the member has another type.
     """
 
     def convert(value: Any, fds: list[Fd]) -> Any:
         import msgspec
 
-        from .. import commands  # not before it is needed: it takes as long as a short verb
+        from .. import commands  # imported on use: that takes as long as a short verb runs
 
         close_all(fds)
         kind: Any = getattr(commands, name)
@@ -120,16 +120,16 @@ def typed(name: str, *, many: bool = False) -> Callable[[Any, list[Fd]], Any]:
 
 
 def any_value(value: Any, fds: list[Fd]) -> Any:
-    """The ``return`` member as it is."""
+    """Return the ``return`` member unchanged, and close unexpected descriptors."""
     close_all(fds)
     return value
 
 
 def one_fd(_: Any, fds: list[Fd]) -> Fd:
-    """The one descriptor that came with a reply.
+    """Return the one descriptor that came with a reply.
 
     Raises:
-        ProtocolError: there is none, or more than one.
+        ProtocolError: the reply had no descriptor, or more than one.
     """
     if len(fds) != 1:
         close_all(fds)
@@ -149,9 +149,9 @@ def execute(
     """Execute any QMP command.
 
     Args:
-        command: its name.
-        arguments: its arguments, as they go over the wire.
-        fds: descriptors to pass with it (SCM_RIGHTS); they stay the caller's.
+        command: name of the command.
+        arguments: its arguments, as on the wire.
+        fds: descriptors to pass with it (SCM_RIGHTS); the caller keeps them.
 
     Returns:
         The ``return`` member of the reply.
@@ -180,7 +180,7 @@ def add_fd(
     """Add a duplicate of *fd* to an fd set (``add-fd``).
 
     Args:
-        fd: an int or anything with ``fileno()``; it stays the caller's.
+        fd: an int or anything with ``fileno()``; the caller keeps it.
         fdset_id: the fd set; a new one if None.
         opaque: the opaque text, a name to find the descriptor by.
 
@@ -202,7 +202,7 @@ def remove_fd(self: object, fdset_id: int, fd: int | None = None) -> Call[None]:
         fd: the descriptor's number in the server; all of the set if None.
 
     Raises:
-        FdNotFound: no such fd set, or no such descriptor in it.
+        FdNotFound: the fd set does not exist, or has no such descriptor.
         Exception: what :meth:`execute` raises.
     """
     return Call("remove-fd", members(fdset_id=fdset_id, fd=fd), lambda _, fds: close_all(fds))
@@ -233,7 +233,7 @@ def open_fdset(
 
     Args:
         fdset_id: the fd set.
-        access: the access mode that it must have; any if None.
+        access: the access mode that the descriptor must have; any if None.
         fd: its number in the server; the newest that matches if None.
         remove: remove it from its fd set in the same step.
         selector: further conditions: *opaque* (or *name*), *opaque_prefix*,
@@ -261,23 +261,23 @@ def add_fds(
     """Add duplicates of up to 253 descriptors to an fd set, or none of them (``add-fds``).
 
     Args:
-        fds: ints or anything with ``fileno()``; they stay the caller's.
+        fds: ints or anything with ``fileno()``; the caller keeps them.
         fdset_id: the fd set; a new one if None.
         opaque: the opaque text, a name to find the descriptors by.
-        lifetime: ``"connection"``: they are removed when this connection ends.
-        expires: seconds after which they are removed.
+        lifetime: ``"connection"``: the server removes them when this connection ends.
+        expires: seconds after which the server removes them.
         watch_hangup: remove each when the other end of the socket or pipe is closed.
         if_exists: what to do if descriptors with this opaque text are stored already (in the fd set
             *fdset_id*, or in any if that is None): add these beside them, refuse, or remove the
             older ones in the same step.
 
     Returns:
-        The fd set's id, and what was added, in the order of *fds*.
+        The fd set's id, and the new descriptors in the order of *fds*.
 
     Raises:
         InvalidParameterValue: the fd set does not exist, or *watch_hangup* is set for a
             descriptor that is neither a socket nor a pipe.
-        FdExists: *if_exists* is ``"fail"``, and such descriptors are stored already.
+        FdExists: *if_exists* is ``"fail"``, and descriptors with this opaque text are stored.
         Exception: what :meth:`execute` raises.
     """
     arguments = members(
@@ -320,7 +320,7 @@ def remove_fds(
         selector: further conditions, as for :meth:`query_fds`.
 
     Returns:
-        What was removed, by fd set.
+        The removed descriptors, by fd set.
 
     Raises:
         FdNotFound: no stored descriptor is selected.

@@ -1,6 +1,6 @@
-"""A QMP client for Trio that passes descriptors, and connects again if the caller wants so.
+"""A QMP client for Trio that passes descriptors, and reconnects on request.
 
-There is no background task for that: the call that needs a connection makes it.
+No background task reconnects: the call that needs a connection makes it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from .errors import ClientClosed, NoDaemon
 #: Seconds between two tries to connect.
 _RETRY = 0.05
 
-#: Over how many connections a request is tried: a server that closes each of them cannot read it,
-#: or reads nothing.
+#: Connections over which a request is tried: a server that closes them all cannot read it, or reads
+#: nothing.
 _MOST_TRIES = 10
 
-#: Why there may be no connection; what is in it for the next try.
+#: Errors of connecting after which the client tries again.
 _TRANSIENT = (OSError, QMPError, ProtocolError)
 
 
@@ -49,8 +49,8 @@ class ReplyLost(ConnectionLost):
 
 
 class _Events(AsyncIterator[QMPEvent]):
-    """The events of a client.  No async generator, which would have to be closed: a loop over
-    it can be left, and another one begun.
+    """Iterator over the events of a client.  Not an async generator: a generator would have to be
+    closed when a loop over it is left, and could not be iterated again.
     """
 
     def __init__(self, following: Callable[[], Awaitable[QMPEvent]]) -> None:
@@ -61,14 +61,14 @@ class _Events(AsyncIterator[QMPEvent]):
 
 
 def _is_repeatable(command: str) -> bool:
-    """Whether it makes no difference that a command is carried out twice."""
+    """Return whether executing *command* twice has the effect of executing it once."""
     return command.startswith("query-") or command in ("open-fdset", "watch-fdsets")
 
 
 def _awaited(
     description: Callable[Concatenate[Any, ParamsT], Call[ResultT]],
 ) -> Callable[Concatenate[Client, ParamsT], Coroutine[Any, Any, ResultT]]:
-    """The method that awaits the reply to a described call."""
+    """Make a method that sends the described call and awaits its reply."""
 
     async def method(self: Client, /, *args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
         call = description(self, *args, **kwargs)
@@ -86,7 +86,7 @@ class Client:
     Args:
         path: the server's socket.
         connection: the first connection to it; owned from here on.
-        reconnect: seconds that a call waits at most for another one; None if there is no other.
+        reconnect: seconds that a call waits at most for a new connection; None: never reconnect.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class Client:
         self._connection = connection
         self._reconnect = reconnect
         self._connecting = trio.Lock()
-        self._why: Exception | None = None  # there is no connection
+        self._why: Exception | None = None  # the last error of connecting again
         self._closed = False
-        self._renewing = trio.CancelScope()  # of the call that makes a connection
-        self._watching = 0  # blocks of watch_fdsets
-        self._unread = connection.events  # those that nobody has asked for yet
+        self._renewing = trio.CancelScope()  # of the call that connects again
+        self._watching = 0  # number of active watch_fdsets blocks
+        self._unread = connection.events  # events that no caller has received yet
 
     @property
     def greeting(self) -> Mapping[str, Any]:
@@ -133,7 +133,7 @@ class Client:
         Raises:
             Exception: what :meth:`execute` raises.
         """
-        if not self._watching:  # what nobody asked for in an earlier block
+        if not self._watching:  # drop unread events of an earlier block
             others = [event for event in self._unread if event.name not in EVENTS]
             self._unread.clear()
             self._unread.extend(others)
@@ -144,7 +144,7 @@ class Client:
         finally:
             self._watching -= 1
             connection = self._connection
-            if not (self._watching or connection.failure):  # else there is nothing to undo
+            if not (self._watching or connection.failure):  # a lost connection watches no more
                 with (
                     trio.move_on_after(CLEANUP_TIMEOUT, shield=True),
                     suppress(NoDaemon, ClientClosed),
@@ -152,7 +152,7 @@ class Client:
                     await connection.execute("watch-fdsets", {"enable": False})
 
     def events(self) -> AsyncIterator[QMPEvent]:
-        """The server's events, as they arrive; a QEMU sends some without a request.
+        """Iterate over the server's events as they arrive; a QEMU sends some without a request.
 
         At most 4096 unread events are kept; beyond that, the oldest is dropped.
 
@@ -171,11 +171,11 @@ class Client:
                 except Exception:
                     if not self._goes_on_after(connection):
                         raise
-                await trio.sleep(_RETRY)  # the next one may be lost at once as well
+                await trio.sleep(_RETRY)  # no busy loop if the next one is lost at once as well
             connection = await self._next_connection(connection)
 
     async def _execute(self, call: Call[Any]) -> tuple[Any, list[Fd]]:
-        """The result of a call, and the descriptors with that."""
+        """Execute *call*; return the ``return`` member of the reply, and its descriptors."""
         connection = self._connection
         for tries_left in reversed(range(_MOST_TRIES)):
             request = connection.request(call.command, call.arguments)
@@ -193,15 +193,15 @@ class Client:
         raise AssertionError
 
     def _goes_on_after(self, connection: QMPConnection) -> bool:
-        """Whether *connection* is broken, and another one may be tried."""
+        """Return whether *connection* is broken and the client may connect again."""
         broken = connection.failure is not None
         return broken and self._reconnect is not None and not self._closed
 
     async def _next_connection(self, broken: QMPConnection) -> QMPConnection:
-        """The connection that comes after *broken*.
+        """Return the connection that replaces *broken*; the first caller makes it.
 
         Raises:
-            NoDaemon: there is none within the time for that.
+            NoDaemon: connecting did not succeed in time.
             ClientClosed: the client is closed.
         """
         assert self._reconnect is not None

@@ -1,4 +1,4 @@
-"""Connecting to a server's socket, the same for both clients."""
+"""Connects to a server's socket, for both clients."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ RETRY = 0.01
 
 
 class _NoSocket(NoDaemon, FileNotFoundError):
-    """There is no socket of that name."""
+    """No socket file or abstract socket has that name."""
 
 
 class _NobodyListens(NoDaemon, ConnectionRefusedError):
-    """There is a socket, or another file, and nobody listens there."""
+    """The file exists, but no process listens on it, or it is not a socket."""
 
 
 class _Forbidden(NoDaemon, PermissionError):
-    """The permissions of the socket, or of a folder above it, keep this user out."""
+    """The permissions of the socket file, or of a directory above it, deny access to this user."""
 
 
 def connect_nowait(path: str | os.PathLike[str]) -> socket.socket | None:
-    """A socket connected to the server at *path*, whose calls never wait; None while the server's
-    backlog is full: nothing tells when it is not any more.
+    """Connect a non-blocking socket to the server at *path*; return None if the server's backlog is
+    full.  The caller tries again: no event says when the backlog has room.
 
     Raises:
-        NoDaemon: no server listens at *path*, or it may not be reached.
+        NoDaemon: no server listens at *path*, or this user may not connect.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # A byte sent with MSG_OOB stays one of the stream, where it belongs (unix(7)).
+        # A byte sent with MSG_OOB stays in its place in the stream (unix(7)).
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         sock.setblocking(False)
         with connectable(path) as address:
@@ -51,13 +51,13 @@ def connect_nowait(path: str | os.PathLike[str]) -> socket.socket | None:
 
 
 def _no_connection(path: str, error: OSError) -> NoDaemon:
-    """Why connect(2) failed, and what to do about it; also caught as what *error* is."""
+    """Make the exception for a failed connect(2), with advice; it has the class of *error* too."""
     start = f"start one: qmpfd serve --socket {path}; or name another socket"
     if isinstance(error, FileNotFoundError):
         return _NoSocket(error.errno, f"no daemon at {path}: {error.strerror} ({start})")
     if isinstance(error, ConnectionRefusedError):
         why = f"the daemon of this socket has ended ({start})"
-        # Of any other file, too (unix(7)).
+        # connect(2) to a file that is not a socket fails with ECONNREFUSED as well (unix(7)).
         if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
             why = "not a socket (name another path)"
         return _NobodyListens(error.errno, f"no daemon at {path}: {why}")

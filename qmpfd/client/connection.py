@@ -1,7 +1,7 @@
 """One connection to a server, for Trio: requests and replies of many tasks at once.
 
-A system task of Trio's reads: with a nursery in the caller's block, an exception of the block would
-come out of it in a group.  The task ends with the connection, and raises nothing.
+A Trio system task reads replies and events.  A nursery in the caller's block would wrap exceptions
+of that block in an ExceptionGroup.  The task ends with the connection, and raises nothing.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ async def open_connection(
 
     Args:
         path: the server's socket.
-        events: where its events go, behind those that are there.
-        watch: have it send those of ``watch-fdsets``.
+        events: queue to append its events to; a new one if None.
+        watch: whether to enable the events of ``watch-fdsets``.
 
     Raises:
         NoDaemon: no server listens at *path*, or it closed the connection at once.
@@ -46,7 +46,7 @@ async def open_connection(
         ProtocolError: the peer does not speak QMP.
     """
     await trio.lowlevel.checkpoint()
-    while (sock := connect_nowait(path)) is None:  # noqa: ASYNC110 - nothing tells
+    while (sock := connect_nowait(path)) is None:  # noqa: ASYNC110 - no event to wait for
         await trio.sleep(RETRY)
     stream = FdStream(trio.socket.from_stdlib_socket(sock))
     connection = QMPConnection(stream, events)
@@ -68,19 +68,19 @@ class QMPConnection:
 
     Args:
         stream: the connection; owned from here on.
-        events: where its events go, if there is a place for them.
+        events: queue to append its events to; a new one if None.
     """
 
     def __init__(self, stream: FdStream, events: deque[QMPEvent] | None) -> None:
         self._stream = stream
         self._connection = ClientConnection(events)
-        #: The events that nobody has asked for yet.
+        #: The events that no caller has received yet.
         self.events = self._connection.events
-        #: Why the connection is of no use any more; None as long as it is of use.
+        #: Why the connection has failed; None while it works.
         self.failure: Exception | None = None
-        self._arrived = trio.lowlevel.ParkingLot()  # of those who wait for what is no reply
+        self._arrived = trio.lowlevel.ParkingLot()  # tasks that wait for greeting, event or failure
         self._sending = trio.Lock()
-        self._unsent = b""  # the rest of a request whose call was cancelled halfway
+        self._unsent = b""  # rest of a request whose call was cancelled after a partial send
         trio.lowlevel.spawn_system_task(self._read)
 
     @property
@@ -97,7 +97,7 @@ class QMPConnection:
             self._connection.negotiated()
 
     async def next_event(self) -> QMPEvent:
-        """The server's next event."""
+        """Wait for the server's next event."""
         await trio.lowlevel.checkpoint()
         while not self.events:
             await self._await_arrival()
@@ -109,7 +109,7 @@ class QMPConnection:
         await self._arrived.park()
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> None:
-        """Execute a command whose result is of no interest."""
+        """Execute a command and ignore its result."""
         close_all((await self.send(self.request(command, arguments)))[1])
 
     def request(self, command: str, arguments: Mapping[str, Any] | None = None) -> Request:
@@ -119,15 +119,15 @@ class QMPConnection:
     async def send(
         self, request: Request, fds: Sequence[FileDescriptorLike] = ()
     ) -> tuple[Any, list[Fd]]:
-        """Send *request* and wait for its reply: its result, and the descriptors with that.
+        """Send *request*, wait for its reply, and return the result and the reply's descriptors.
 
         Args:
-            request: what :meth:`request` has made.
+            request: a request made by :meth:`request`.
             fds: descriptors to pass with it.
 
         Raises:
             OSError: *fds* cannot be passed.
-            Exception: the server's error, or why the connection is of no use.
+            Exception: the server's error, or the failure of the connection.
         """
         answered = trio.Event()
         request.on_reply = answered.set
@@ -135,7 +135,7 @@ class QMPConnection:
             try:
                 await self._send(request, fds)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                # The server receives nothing more; it may have said why before that.
+                # The server has closed its end; it may have sent an error before.
                 with trio.move_on_after(CLEANUP_TIMEOUT):  # noqa: ASYNC912 - if it has not failed yet
                     while self.failure is None:
                         await self._arrived.park()
@@ -156,8 +156,8 @@ class QMPConnection:
             await self._send_rest()
 
     async def _send_rest(self) -> None:
-        """Send what is left of a request that the server has seen the beginning of.  Cancelled
-        here, the next call goes on where this one stopped.
+        """Send the rest of a request of which the server has the first part.  If this is cancelled,
+        the next call continues where it stopped.
         """
         while self._unsent:
             self._unsent = self._unsent[await self._stream.send_some(self._unsent) :]
@@ -174,7 +174,7 @@ class QMPConnection:
                 if self._connection.refusal is not None:
                     raise self._connection.refusal
             raise ConnectionLost("the server has closed the connection")
-        except Exception as exc:  # noqa: BLE001 - those who wait raise it; here, it would end Trio
+        except Exception as exc:  # noqa: BLE001 - raised by waiting calls: a system task must not
             self._fail(exc)
 
     def _fail(self, failure: Exception) -> None:
@@ -191,4 +191,4 @@ class QMPConnection:
         """Close the connection; calls that wait for a reply raise ClientClosed."""
         closed = Closed("this client is closed")
         self._fail(closed)
-        self.failure = closed  # also of a connection that was broken before
+        self.failure = closed  # replaces the failure of a connection that was lost before

@@ -7,7 +7,7 @@ class NoDaemon(ConnectionError):
     """No server answers at the socket, or not in time, or the connection to it is lost."""
 
     def __str__(self) -> str:
-        """The message alone, without the number of the error."""
+        """Return the message, without the errno that OSError prefixes."""
         return str(self.args[-1])
 
 

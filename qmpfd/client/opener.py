@@ -1,4 +1,4 @@
-"""``/dev/fdset/N`` for Python's own ``open``: an opener that asks a qmpfd daemon."""
+"""Opener for Python's ``open`` that resolves ``/dev/fdset/N`` with a qmpfd daemon."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _ACCESS: dict[int, Literal["rdonly", "wronly", "rdwr"]] = {
 def fdset_opener(
     path: str | os.PathLike[str], *, timeout: float = 10.0
 ) -> Callable[[str, int], int]:
-    """An opener for :func:`open` that opens ``/dev/fdset/N`` out of the daemon's fd sets.
+    """Return an opener for :func:`open` that opens ``/dev/fdset/N`` from the daemon's fd sets.
 
     ``open("/dev/fdset/0", "rb", opener=qmpfd.fdset_opener(path))`` reads from the newest
     descriptor of set 0 that was opened for reading only: as in QEMU, the access mode must be
     equal.  The file is neither truncated nor created, whatever the mode says.  All duplicates
-    of the descriptor share one position.  Any other name is opened as usual.  The call blocks until
-    the daemon replies: a Trio program calls it in a thread.
+    of the descriptor share one file offset.  Any other name is opened as usual.  The call blocks
+    until the daemon replies: a Trio program calls it in a thread.
 
     Args:
         path: the daemon's socket.
         timeout: seconds to wait for the daemon.
 
     Raises:
-        FileNotFoundError: there is no such fd set, or no descriptor of that access mode in it.
+        FileNotFoundError: the fd set does not exist, or has no descriptor of that access mode.
         NoDaemon: no server answers at *path*.
         QMPError: the daemon refuses the request for another reason.
     """

@@ -1,7 +1,7 @@
 """Gives descriptors the numbers that they had in another process: in a restart and in a takeover.
 
-It has to run before anything is imported that opens descriptors of its own.  Since Python 3.14,
-importing ctypes, which Trio does, leaves one of libffi's open at the lowest free number.
+The functions here run before the import of any module that opens descriptors of its own: since
+Python 3.14 importing ctypes, which Trio does, leaves one of libffi's at the lowest free number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _log = logging.getLogger("qmpfd")
 
 
 class Movable(Protocol):
-    """The owner of a descriptor, which may get another number."""
+    """Owner of a descriptor whose number may change."""
 
     def fileno(self) -> int:
         """The descriptor's number."""
@@ -29,15 +29,14 @@ class Movable(Protocol):
 
 
 def renumber(fds: Mapping[int, Fd], others: Iterable[Movable] = ()) -> None:
-    """Give descriptors their numbers; the owners stay the same.
+    """Give descriptors the numbers in *fds*; the owning objects stay the same.
 
-    A number that cannot be had (a library or a parent process has opened something there, or it is
-    beyond RLIMIT_NOFILE) costs that descriptor its number, and a line of the log; all others get
-    theirs.
+    Where a number is in use by a library or inherited from the parent process, or is beyond
+    RLIMIT_NOFILE, that descriptor keeps its present number and a warning is logged.
 
     Args:
-        fds: the descriptors, by the number that each of them is to have.
-        others: more descriptors that may get other numbers.
+        fds: the descriptors, by target number.
+        others: more descriptors that may be moved out of the way.
     """
     if all(fd.number == number for number, fd in fds.items()):
         return
@@ -49,9 +48,9 @@ def renumber(fds: Mapping[int, Fd], others: Iterable[Movable] = ()) -> None:
         for number, fd in fds.items()
         if 0 <= number < most and (number in at or not _is_open(number))
     }
-    for number in wanted:  # those that are free, and whatever number that frees
+    for number in wanted:  # targets that are free, and those that become free thereby
         _fill(number, wanted, at)
-    for number, fd in wanted.items():  # what is left: others are there, or it is a ring
+    for number, fd in wanted.items():  # the rest: occupied targets, and cycles of targets
         if at[number] is not fd and _move_aside(number, wanted, at):
             _fill(number, wanted, at)
     for number, fd in fds.items():
@@ -64,24 +63,23 @@ def renumber(fds: Mapping[int, Fd], others: Iterable[Movable] = ()) -> None:
             )
 
 
-#: Numbers at most that :func:`keep_free` has something open at.
+#: Maximum of placeholders that :func:`keep_free` opens.
 _MOST_FILLERS = 1 << 16
 
 
 def keep_free(numbers: Iterable[int], movable: Iterable[Movable]) -> tuple[list[int], list[Fd]]:
-    """See to it that these numbers are the lowest that are free: the next descriptors that this
-    process gets, have them.
+    """Make *numbers* the lowest free descriptor numbers: the next descriptors opened get them.
 
     Args:
         numbers: the numbers.
-        movable: descriptors that are open here and may get other numbers.
+        movable: open descriptors of this process that may be moved out of the way.
 
     Returns:
-        The numbers, ascending, without those that cannot be had; and what is open at all others
-        up to there, which the caller owns.
+        Those of *numbers* that are free now, ascending; and the placeholders that occupy all other
+        numbers up to the highest, which the caller owns.
 
     Raises:
-        OSError: this process may not have so many descriptors.
+        OSError: RLIMIT_NOFILE does not allow so many descriptors.
     """
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = sorted(number for number in numbers if 0 <= number < most)
@@ -106,18 +104,16 @@ def keep_free(numbers: Iterable[int], movable: Iterable[Movable]) -> tuple[list[
 
 
 def _open_numbers(end: int) -> set[int]:
-    """The numbers below *end* that are open."""
+    """Return the numbers below *end* that are open."""
     try:
-        # The one that the folder is listed with is closed again.
+        # _is_open leaves out the descriptor that listdir itself had open.
         return {n for n in map(int, os.listdir("/proc/self/fd")) if n < end and _is_open(n)}
-    except OSError:  # there is no /proc
+    except OSError:  # /proc is not mounted
         return {number for number in range(end) if _is_open(number)}
 
 
 def _fill(number: int, wanted: Mapping[int, Movable], at: dict[int, Movable]) -> None:
-    """If nothing is at *number*, move what belongs there; then what belongs where that was, and so
-    on.
-    """
+    """If *number* is free, move its descriptor there; then fill the number freed thereby, etc."""
     while number in wanted and number not in at:
         movable = at[number] = wanted[number]
         former = movable.fileno()
@@ -127,12 +123,12 @@ def _fill(number: int, wanted: Mapping[int, Movable], at: dict[int, Movable]) ->
 
 
 def _move_aside(number: int, wanted: Container[int], at: dict[int, Movable]) -> bool:
-    """Move what is at *number* to one that nobody wants; whether there is one."""
+    """Move the descriptor at *number* to a number that is no target; return whether one is free."""
     lowest = 0
     while True:
         try:
             spare = Fd(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, lowest))
-        except OSError:  # EMFILE, EINVAL: none up to the limit
+        except OSError:  # EMFILE, EINVAL: no free number up to RLIMIT_NOFILE
             return False
         with spare:
             if spare.fileno() not in wanted:

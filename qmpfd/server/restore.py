@@ -1,4 +1,4 @@
-"""Saved state and descriptors become store, listeners and sessions: in a restart, in a takeover."""
+"""Restores store, listeners and sessions from saved state: after a crash and in a takeover."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
     from .server import DaemonServer
     from .takeover.receiver import Takeover
 
-#: Seconds that can have gone by since an old daemon has described what it stores.
+#: Maximum age in seconds of a saved state: the takeover in which it was sent has ended by then.
 _MAX_ELAPSED = 10 * TAKEOVER_TIMEOUT
 
 
 def restore_recovered(
     server: DaemonServer, recovered: Recovered, listeners: list[UnixListener]
 ) -> None:
-    """Put what has come back after a crash in its place.
+    """Restore the store and the listening sockets after a crash.
 
     Args:
         server: a daemon that does not run yet.
-        recovered: what has come back.
-        listeners: where the listening sockets go.
+        recovered: the state and the descriptors from the fd store.
+        listeners: list to append the listening sockets to.
 
     Raises:
-        NoDaemon: it makes no sense.
+        NoDaemon: the saved state is invalid.
         OSError: this process is out of descriptors.
     """
     state = recovered.state
@@ -63,18 +63,20 @@ def restore_recovered(
 def taking_over(
     server: DaemonServer, takeover: Takeover
 ) -> Iterator[Callable[[], list[UnixListener]]]:
-    """Store what the old daemon has, while it goes on serving; and give what fetches the rest, once
-    everything else is ready: the old daemon pauses then.  That gives its listeners.
+    """Fill the store with placeholders of the predecessor's descriptors, while it goes on serving.
 
-    If the takeover is not confirmed in the block, all of it is let go at the block's end, as the
-    old daemon's: no connection is shut down, and no socket file removed.
+    The context manager gives a function that completes the takeover: it pauses the predecessor,
+    receives the rest and returns the listeners.  Call it when all else is ready.
+
+    If the takeover is not confirmed within the block, everything still belongs to the predecessor.
+    At the end of the block its duplicates are closed without shutdown(2), and no file is removed.
 
     Args:
         server: a daemon that does not run yet.
         takeover: the takeover.
 
     Raises:
-        NoDaemon: it makes no sense.
+        NoDaemon: the predecessor's state is invalid.
         OSError: this process is out of descriptors.
     """
     listeners: list[UnixListener] = []
@@ -114,20 +116,20 @@ def _usable() -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, msgspec.MsgspecError, MemoryError, QMPError) as exc:
-        reason = str(exc) or "this process is out of memory"  # a MemoryError says nothing
+        reason = str(exc) or "this process is out of memory"  # str(MemoryError()) is empty
         raise NoDaemon(f"the old daemon's state cannot be used, it goes on: {reason}") from exc
 
 
 def _inherit_listeners(
     saved: list[SavedListener], fds: deque[Fd], listeners: list[UnixListener]
 ) -> None:
-    listeners.extend(  # each as soon as there is one: the next may fail
+    listeners.extend(  # a generator: the caller owns each listener before the next one can fail
         UnixListener.inherit(fds.popleft(), each) for each in saved
     )
 
 
 def _restore_sessions(server: DaemonServer, rest: SavedRest, takeover: Takeover) -> None:
-    fds = iter(takeover.others.popleft, None)  # IndexError where there are too few
+    fds = iter(takeover.others.popleft, None)  # raises IndexError when descriptors are missing
     sessions = []
     for saved in rest.sessions:
         sock = socket.socket(fileno=next(fds).detach())
@@ -136,7 +138,7 @@ def _restore_sessions(server: DaemonServer, rest: SavedRest, takeover: Takeover)
         restore(session, saved, fds)
         sessions.append(session)
     _fill_store(server, rest.at, rest.added, dict(takeover.stored), sessions)
-    # Only now, as what was stored before is news to nobody, and a listing is of what is stored.
+    # Watches and listings resume last: restored descriptors are no events, and listings read them.
     logs: dict[EventLog, int] = {}
     for session, saved in zip(sessions, rest.sessions, strict=True):
         resume(session, saved, rest, logs)
@@ -148,14 +150,14 @@ def _restore_sessions(server: DaemonServer, rest: SavedRest, takeover: Takeover)
 
 
 def _clock_offset(server: DaemonServer, at: float) -> float:
-    """The daemon's clock minus the CLOCK_MONOTONIC of who has saved something.
+    """Return the daemon's clock minus the CLOCK_MONOTONIC of the process that saved the state.
 
     Args:
         server: the daemon.
-        at: when it was saved, by the latter.
+        at: time of saving, by that process's CLOCK_MONOTONIC.
     """
     elapsed = time.monotonic() - at
-    if not 0 < elapsed < _MAX_ELAPSED:  # the old daemon is in another time namespace
+    if not 0 < elapsed < _MAX_ELAPSED:  # that process is in another time namespace
         elapsed = 0.0
     return server.daemon.clock() - elapsed - at
 
@@ -169,21 +171,21 @@ def _fill_store(
     *,
     skip_refused: bool = False,
 ) -> dict[int, StoredFd]:
-    """Store descriptors; what is stored, by number.
+    """Store descriptors; return the new entries by number.
 
     Args:
         server: the daemon.
-        at: when *entries* was so, by CLOCK_MONOTONIC.
-        entries: what they are.
-        fds: the descriptors by number: taken out of this once they are stored.
-        sessions: those that some of them are kept until the end of.
-        skip_refused: one that cannot be stored costs itself only.
+        at: time of saving, by CLOCK_MONOTONIC.
+        entries: saved entries of the store.
+        fds: the descriptors by number: removed from this dict once they are stored.
+        sessions: the sessions that ``SavedFd.owner`` refers to by index.
+        skip_refused: whether to log and close a descriptor that cannot be stored, and go on.
 
     Raises:
         QMPError: a descriptor cannot be stored.
     """
     offset = _clock_offset(server, at)
-    peers: dict[tuple[int, int, int], Peer] = {}  # there are many descriptors, of few clients
+    peers: dict[tuple[int, int, int], Peer] = {}  # shared: many descriptors, few clients
     stored = {}
     for saved in entries:
         number = saved.number
@@ -193,7 +195,7 @@ def _fill_store(
                 saved.added_by, Peer(*saved.added_by)
             )
         try:
-            if saved.owner == -1:  # kept until the end of a connection that is over
+            if saved.owner == -1:  # its lifetime ended with a connection that is not handed over
                 fds[number].close()
             else:
                 stored[number] = _store(server, saved, fds[number], peer, sessions, offset)
@@ -235,7 +237,7 @@ def _store(
     except QMPError as exc:
         if not lifetime.watch_hangup:
             raise
-        # The kernel has no more watches, or no memory: the descriptor itself is all right.
+        # The kernel is out of epoll watches or of memory: store the descriptor without a watch.
         _log.error(
             "descriptor %d of fd set %d is not removed when its peer hangs up: %s",
             saved.number,

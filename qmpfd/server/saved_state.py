@@ -1,12 +1,12 @@
-"""What a daemon stores, as its successor gets it: in a takeover, or after a crash.
+"""State of the store as its successor reads it: in a takeover, or after a crash.
 
-A takeover has two steps.  While it goes on serving, the old daemon says what is stored, as
-:class:`SavedState`: MessagePack, with a format number.  Whoever takes over says the newest format
-that it can read, and reads all older ones too: a member that comes in with a new format has a
-default.  A member that it does not know makes it give up, and so does a newer format.
+A takeover has two steps.  While it goes on serving, the predecessor describes the store as
+:class:`SavedState`: MessagePack, with a format number.  The successor names the newest format that
+it reads, and reads all older ones too: a member that is new in a format has a default.  The
+successor gives up at an unknown member and at a newer format.
 
-When the newcomer is ready, the old daemon pauses, and hands over what is left: what has changed
-since, its connections, and all descriptors; see :class:`.connection.snapshot.SavedRest`.
+When the successor is ready, the predecessor pauses and hands over the rest: changes made since, its
+connections and all descriptors; see :class:`.connection.snapshot.SavedRest`.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from ..limits import TAKEOVER_FORMAT
 
 T = TypeVar("T")
 
-#: What is said once the state has gone over, one byte each.  The newcomer asks for more, first for
-#: the rest of the state and then for descriptors; with all of it in its place, it confirms.  The
-#: old daemon sends some, then says that all of it is the newcomer's, and closes the connection once
-#: it has closed everything else; or it has given up and goes on.
+#: Messages of one byte each that follow the state.  The successor sends NEXT for the rest of the
+#: state and for each batch of descriptors, and CONFIRM once it has restored everything.  The
+#: predecessor answers NEXT with MORE, and CONFIRM with DONE: the successor owns everything.  After
+#: DONE it closes all its descriptors, the connection last.  REFUSED: it gives up and goes on.
 NEXT, CONFIRM = b"n", b"c"
 MORE, DONE, REFUSED = b"f", b"d", b"x"
 
 
 class SavedFd(Struct, array_like=True, tag="a"):
-    """A stored descriptor; in a journal: it was stored.
+    """A stored descriptor; as a journal record: the descriptor was stored.
 
     Args:
-        name: what the fd store keeps it as, where two may rest on one; empty in a takeover.
-        fdset_id: its fd set.
-        number: the number that it keeps.
+        name: its name in the fd store, which two entries may share; empty in a takeover.
+        fdset_id: id of its fd set.
+        number: its descriptor number, which a restart and a takeover preserve.
         opaque: its opaque text.
-        added_by: pid, uid and gid of who added it.
-        added_at: when, by CLOCK_MONOTONIC.
-        expires_at: when it expires, likewise.
-        watch_hangup: whether it is removed when its other end is closed.
-        owner: which session's end it is kept until; -1 if that is over.
+        added_by: pid, uid and gid of the client that added it.
+        added_at: time of adding, by CLOCK_MONOTONIC.
+        expires_at: time of expiry, likewise.
+        watch_hangup: whether it is removed when its peer hangs up.
+        owner: index of the session with which its lifetime ends; -1 if that session has ended.
     """
 
     name: str
@@ -59,12 +59,12 @@ class SavedFd(Struct, array_like=True, tag="a"):
     def of(
         cls, stored: StoredFd, offset: float, name: str = "", owner: int | None = None
     ) -> SavedFd:
-        """What there is to know of a stored descriptor.
+        """Describe a stored descriptor.
 
         Args:
             stored: the descriptor.
             offset: CLOCK_MONOTONIC minus the daemon's clock.
-            name: see above.
+            name: as in :class:`SavedFd`.
             owner: likewise.
         """
         lifetime = stored.lifetime
@@ -86,8 +86,8 @@ class SavedListener(Struct, forbid_unknown_fields=True):
     """A listening socket.
 
     Args:
-        path: of its file, which need not be UTF-8; None if that is somebody else's.
-        file: device and inode of the file that was bound; None if there was none.
+        path: path of the socket file, perhaps not UTF-8; None for a service manager's socket.
+        file: device and inode of the file that was bound; None for an abstract socket.
     """
 
     path: bytes | None
@@ -95,23 +95,23 @@ class SavedListener(Struct, forbid_unknown_fields=True):
 
     @property
     def name(self) -> str:
-        """What people know it by."""
+        """Name of the socket in messages."""
         return "an inherited socket" if self.path is None else os.fsdecode(self.path)
 
 
-#: A socket of a service manager, which sees to the file.
+#: A socket of the service manager, which creates and removes the file itself.
 NOT_OURS = SavedListener(None, None)
 
 
 class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """What a daemon stores.
+    """State of a daemon's store.
 
     Args:
-        at: when it was so, by CLOCK_MONOTONIC.
-        fds: its descriptors; those of a set oldest first.
-        listeners: its sockets.
-        store: which service of the service manager keeps it safe, if that does.
-        service: which service the daemon is, if a service manager has started it.
+        at: time of saving, by CLOCK_MONOTONIC.
+        fds: the stored descriptors; those of a set oldest first.
+        listeners: the listening sockets.
+        store: invocation id of the service whose fd store has the second copy, or None.
+        service: invocation id of the service that the daemon runs in, or None.
     """
 
     at: float
@@ -122,20 +122,20 @@ class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
 
     @property
     def stored_numbers(self) -> list[int]:
-        """The numbers of the stored descriptors."""
+        """Numbers of the stored descriptors."""
         return [fd.number for fd in self.fds]
 
 
 def encode(state: SavedState) -> bytes:
-    """*state* as it goes over."""
+    """Encode *state* with its format number."""
     return msgspec.msgpack.encode((TAKEOVER_FORMAT, state))
 
 
 def decode(data: bytes) -> SavedState:
-    """What :func:`encode` has made.
+    """Decode the output of :func:`encode`.
 
     Raises:
-        ValueError: it is of another format, or broken.
+        ValueError: *data* has a newer format, or is invalid.
     """
     number, raw = unpack(data, tuple[int, msgspec.Raw])
     if not 1 <= number <= TAKEOVER_FORMAT:
@@ -146,10 +146,10 @@ def decode(data: bytes) -> SavedState:
 
 
 def unpack(data: bytes | msgspec.Raw, what: type[T]) -> T:
-    """MessagePack of another process as an object of that type.
+    """Decode MessagePack of another process as an object of type *what*.
 
     Raises:
-        ValueError: it is something else, or broken.
+        ValueError: *data* is invalid, or of another type.
     """
     try:
         return msgspec.msgpack.decode(data, type=what)

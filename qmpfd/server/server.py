@@ -44,10 +44,10 @@ class DaemonServer(Server):
 
     Args:
         dialect: ``"spec"``, the published specification of the commands, or ``"qemu"``.
-        limits: what each client is allowed.
-        policy: who may connect, and do what.
+        limits: limits of the daemon and of each client.
+        policy: which users may connect, and which commands each may run.
         metrics_path: a file to write metrics to, or None.
-        keeping: whoever keeps a second copy of what is stored, and starts the daemon again.
+        keeping: the fd store that keeps a second copy of the store across a restart.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DaemonServer(Server):
         keeping: FdStoreConfig | None = None,
     ) -> None:
         clock, limits = trio.lowlevel.current_clock().current_time, limits or Limits()
-        #: What the commands see.
+        #: State shared by the commands.
         self.daemon = SharedState(
             dialect, limits, clock, self.quit, TABLE, ClosePool(), Hangups(), self._clients
         )
@@ -70,7 +70,7 @@ class DaemonServer(Server):
             Unmirrored(closer) if keeping is None else FdStoreMirror(keeping, closer)
         )
         lock = trio.Lock()
-        #: What each session is given.
+        #: Services for the sessions.
         self.services = Services(
             shared=self.daemon,
             lifecycle=self.lifecycle,
@@ -89,9 +89,9 @@ class DaemonServer(Server):
         self._metrics_path = metrics_path
         self.daemon.quotas.refresh_in_flight = self._refresh_in_flight
         self.sessions: set[Session] = set()
-        #: Where clients connect.
+        #: The listening sockets.
         self.listeners: Sequence[UnixListener] = ()
-        #: Of the takeover under way.
+        #: Cancel scope of the takeover under way.
         self.takeover_scope = trio.CancelScope()
         self._drained_by = inf
         self._nursery: trio.Nursery | None = None
@@ -104,7 +104,7 @@ class DaemonServer(Server):
         self._end(Event.STOP)
 
     def quit(self) -> None:
-        """As :meth:`stop`, and nothing is left for another daemon to come back to."""
+        """As :meth:`stop`, and remove the second copy of the store: no restart restores it."""
         self._end(Event.QUIT)
 
     def _end(self, event: Event) -> None:
@@ -114,10 +114,10 @@ class DaemonServer(Server):
         if not is_first:
             return
         if self.lifecycle.state in DRAINING:
-            # Who is told that the daemon ends may start another one on the same path.
+            # Before any client can notice the end: it may start another daemon on the same path.
             for listener in self.listeners:
                 listener.unlink()
-        # A takeover that is under way is an end as well, if it does not take too long.
+        # A takeover under way ends the daemon as well: it gets half of the drain timeout.
         now, timeout = trio.current_time(), self.daemon.limits.drain_timeout
         self._drained_by = now + timeout
         self.takeover_scope.deadline = min(self.takeover_scope.deadline, now + timeout / 2)
@@ -139,11 +139,11 @@ class DaemonServer(Server):
                     background.start_soon(supervise, name, task)
                 if self.lifecycle.can(Event.START):
                     self.lifecycle.handle(Event.START)
-                self._bind_if_lost()  # while nobody ran, perhaps
+                self._bind_if_lost()  # a socket file may have been removed between two daemons
                 task_status.started(self)
                 await self.lifecycle.wait_stopping()
                 background.cancel_scope.cancel()
-            # A takeover that is under way comes to its end first.
+            # Wait for the end of a takeover under way.
             await self.lifecycle.wait_for(*DRAINING, State.HANDED_OVER)
             if self.lifecycle.handed_over:
                 sessions.cancel_scope.cancel()
@@ -152,7 +152,7 @@ class DaemonServer(Server):
                 self._drain()
 
     def _background_tasks(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
-        """What runs beside the sessions until the daemon is told to stop."""
+        """Names and functions of the tasks that run until the daemon begins to stop."""
         for listener in self.listeners:
             name = f"accepting clients at the socket {listener}"
             yield name, partial(self._acceptor.accept_clients, listener)
@@ -166,8 +166,8 @@ class DaemonServer(Server):
             yield "writing metrics", partial(write_metrics, self.daemon, self._metrics_path)
 
     def _drain(self) -> None:
-        """Have everything answered that was received."""
-        # Whoever is in the backlog has connected in time: it is served as well.
+        """Have every session answer the commands received, and end."""
+        # Clients in the backlog have connected before the stop: serve them as well.
         for listener in self.listeners:
             self._acceptor.accept_backlog(listener)
             listener.close()
@@ -193,35 +193,36 @@ class DaemonServer(Server):
     # -- takeover ------------------------------------------------------------------------------
 
     def drop_duplicates(self, quick: Set[Fd] = frozenset()) -> None:
-        """Close what another daemon goes on with: no connection is shut down, nobody is told.
+        """Close the descriptors and connections that another daemon owns, without shutdown(2) and
+        without events.
 
         Args:
-            quick: stored descriptors whose duplicates are closed without waiting for anybody.
+            quick: stored descriptors whose duplicates can be closed without blocking.
         """
         self.daemon.watchers.clear()
         self.daemon.logs.clear()
-        # The successor serves nobody before all of it is closed: so all at once.  Some may be
-        # closed: the places of descriptors of a takeover that has failed.
+        # All in one call: the successor serves no client until all of it is closed.  Placeholders
+        # of a takeover that has failed may be closed already.
         fds = [fd for fd in self.store.drop_all() if not fd.closed]
         self.daemon.closer.close_duplicates(fds, quick)
         for session in self.sessions:
             session.release()
 
     def readmit(self, stream: FdStream, peer: Peer, groups: frozenset[int], idle: float) -> Session:
-        """Go on with a client of the predecessor, once :meth:`run` runs.
+        """Create a session for a client of the predecessor; :meth:`run` starts to serve it.
 
         Args:
             stream: its connection; owned from here on.
-            peer: who is at its other end.
-            groups: all groups of the peer.
-            idle: seconds since it last asked something.
+            peer: credentials of the client.
+            groups: all groups of the client.
+            idle: seconds since its last command.
         """
         return self._begin(stream, peer, groups, self._policy.access(peer.uid, groups), idle)
 
     # -- connections ---------------------------------------------------------------------------
 
     def handle_accepted(self, sock: trio.socket.SocketType) -> None:
-        """Serve a new client, or tell it why not."""
+        """Serve a new client, or reject it with an error reply."""
         with ExitStack() as stack:
             stream = stack.enter_context(FdStream(sock))
             peer = peer_of(stream.socket)
@@ -250,11 +251,11 @@ class DaemonServer(Server):
         return session
 
     def reject(self, sock: trio.socket.SocketType, reason: QMPError) -> None:
-        """Tell a client why it is not served.
+        """Reject a client with an error reply.
 
         Args:
             sock: its connection; owned from here on.
-            reason: what it is told.
+            reason: the error.
         """
         with FdStream(sock) as stream:
             self._reject(stream, peer_of(stream.socket), reason)
@@ -279,15 +280,15 @@ class DaemonServer(Server):
                 session.refuse_takeover(exc)
             finally:
                 await session.aclose()
-        except Exception:  # noqa: BLE001 - one client's trouble must not become everybody's
+        except Exception:  # noqa: BLE001 - an exception that left this task would end all sessions
             _log.exception("a connection failed")
         finally:
             self.sessions.discard(session)
 
     async def bind_lost_sockets(self) -> None:
-        """Listen anew at each path whose socket file is gone; clients that had connected by the old
-        one are served.  While a takeover is under way, wait until it has failed: the successor is
-        told of the sockets as they are.
+        """Bind a new socket at each path whose socket file is missing; clients in the backlog of
+        the old socket are served.  Wait for the end of a takeover under way: the predecessor has
+        described the sockets to the successor as they were.
         """
         await self.lifecycle.wait_for(State.RUNNING)
         self._bind_if_lost()
@@ -301,7 +302,7 @@ class DaemonServer(Server):
             session.refresh_in_flight()
 
     def _clients(self) -> list[Client]:
-        """Who is connected."""
+        """Describe the connected clients."""
         now = trio.current_time()
         return [session.about(now) for session in self.sessions]
 

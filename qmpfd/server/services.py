@@ -1,4 +1,4 @@
-"""What a connection needs of the daemon."""
+"""Services of the daemon that its sessions use."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .lifecycle import Lifecycle
 
 @asynccontextmanager
 async def held(lock: trio.Lock) -> AsyncGenerator[None, None]:
-    """Hold *lock* while the block runs.  An uncontended lock is acquired without a checkpoint,
-    during which ``async with lock`` would hold it for a pass of the loop.
+    """Hold *lock* while the block runs.  An uncontended lock is acquired without a checkpoint:
+    ``async with lock`` has one after acquiring, and so holds the lock for a pass of the event loop.
     """
     try:
         lock.acquire_nowait()
@@ -35,19 +35,19 @@ async def held(lock: trio.Lock) -> AsyncGenerator[None, None]:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What the daemon gives to each of its connections.
+    """Services of the daemon that its sessions use.
 
     Args:
-        shared: what the commands share: the store, quotas, counters.
-        lifecycle: whether the daemon runs, is paused for a takeover, or ends.
-        durability: whether changes of the store are safe.
+        shared: state shared by the commands: the store, quotas, counters.
+        lifecycle: state of the daemon: running, paused for a takeover, ending.
+        durability: the second copy of the store.
         lock: guards the store.
         input_budget: bytes of incomplete requests, of all connections together.
-        unsent_budget: bytes of replies that clients have not taken, of all connections together.
-        reader: serves clients that ask for little.
-        gate: lets in one client that has much to do in each pass of the loop, in the order in which
-            they come: ``async with gate`` has a checkpoint while it is held.
-        spawn: runs a task of a session beside it; it is given the cancel scope that ends it.
+        unsent_budget: bytes of replies queued for clients, of all connections together.
+        reader: serves light clients, in one task.
+        gate: FIFO lock of heavy clients: ``async with gate`` has a checkpoint while it is held, so
+            one heavy client is served in each pass of the event loop.
+        spawn: starts another task of a session, which is passed the cancel scope that ends it.
     """
 
     shared: SharedState
@@ -61,8 +61,8 @@ class Services:
     spawn: Callable[[Callable[[trio.CancelScope], Awaitable[None]], trio.CancelScope], None]
 
     def turn_ends(self) -> float:
-        """When the turn of the client in the gate is to be over (time.monotonic()): the more others
-        wait for theirs, the sooner.
+        """Return the deadline (time.monotonic()) of the turn of the client that holds the gate: the
+        more clients wait for the gate, the shorter the turn.
         """
         waiting = self.gate.statistics().tasks_waiting
         length = min(TURN_SECONDS, LAP_SECONDS / (waiting + 1))
@@ -73,9 +73,9 @@ class Services:
         return held(self.lock)
 
     def close_stream(self, stream: FdStream, uid: int) -> None:
-        """Close a connection.  Descriptors in its unread input are closed with it, which may block:
-        so that is done off the loop, and counts for the client's user.  After a takeover the
-        connection goes on in the successor: it is closed without shutdown(2).
+        """Close a connection, in the close pool: descriptors in its unread input are closed with
+        it, which may block.  The close is charged to the client's user.  After a takeover the
+        connection is in use by the successor: it is closed without shutdown(2).
         """
         if self.lifecycle.handed_over:
             stream.close()

@@ -1,4 +1,4 @@
-"""``qmpfd.serve``: all that a daemon begins with, in its place, and then a server."""
+"""``qmpfd.serve``: builds a daemon from its initial, inherited and recovered parts, and runs it."""
 
 from __future__ import annotations
 
@@ -47,33 +47,33 @@ async def serve(  # noqa: ASYNC128 - run_daemon does that
 ) -> None:
     """Hold file descriptors for the clients that connect to *paths*.
 
-    Runs until it is cancelled, :meth:`Server.stop` is called or a client says ``quit``; then
-    every stored descriptor is closed and the socket files are removed.  Started with
-    ``await nursery.start(qmpfd.serve, [path])``, it returns once clients can connect, and gives
-    the :class:`Server`.
+    Runs until it is cancelled, :meth:`Server.stop` is called or a client sends ``quit``; then
+    every stored descriptor is closed and the socket files are removed.
+    ``await nursery.start(qmpfd.serve, [path])`` returns the :class:`Server` once clients can
+    connect.
 
     Args:
-        paths: the Unix sockets to listen on, or ``@NAME`` for abstract ones; a stale socket file is
-            replaced.
+        paths: paths of the Unix sockets to listen on, or ``@NAME`` for abstract ones; a stale
+            socket file is replaced.
         dialect: ``"spec"``, the published specification of the commands, or ``"qemu"``, today's
             QEMU.
-        limits: what each client is allowed.
-        policy: who may connect, and do what; by default the daemon's own user and root may do
-            everything, and nobody else.
+        limits: limits of the daemon and of each client.
+        policy: which users may connect, and which commands each may run; by default only the
+            daemon's own user and root may connect, and they may run every command.
         socket_mode: permission bits of the socket files.
-        socket_group: the gid of their group; the process's own by default.
+        socket_group: gid of the socket files; by default the process's own.
         metrics_path: a file to write OpenMetrics text to, every 10 seconds.
-        audit: where to write a line of JSON for each descriptor that comes, goes or is handed out,
-            and for each refusal; it stays the caller's.
-        initial_fds: descriptors to start with: each with the id of its fd set, which is created
-            if need be, or None for a new one, and its opaque text or None; owned by the daemon
-            from here on.
-        listen_fds: Unix sockets that listen already, of a service manager; owned by the daemon
-            from here on.
+        audit: file or pipe to write the audit trail to: a line of JSON for each descriptor that is
+            added, removed or handed out, and for each refusal.  The caller keeps its descriptor.
+        initial_fds: descriptors to store at the start: each with the id of its fd set, which is
+            created if need be, or None for a new one, and its opaque text or None; owned by the
+            daemon from here on.
+        listen_fds: listening Unix sockets, from a service manager; owned by the daemon from here
+            on.
 
     Raises:
         SocketInUse: another daemon listens on one of *paths*.
-        OSError: one of *paths* cannot be used.
+        OSError: one of *paths* cannot be bound.
     """
     await run_daemon(
         partial(DaemonServer, dialect, limits, policy, metrics_path),
@@ -98,18 +98,18 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
     recovered: Recovered | None = None,
     task_status: trio.TaskStatus[DaemonServer] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """As :func:`serve`, for a daemon that is a process: with what was there before it.
+    """Run the daemon of a ``qmpfd serve`` process: :func:`serve`, after a predecessor.
 
     The arguments that are not named here are those of :func:`serve`.
 
     Args:
-        make_server: makes the server, in the event loop.
-        permissions: of the socket files.
-        takeover: of a daemon that serves now, see
+        make_server: creates the server, within the event loop.
+        permissions: permissions of the socket files.
+        takeover: the takeover of a running daemon, see
             :func:`qmpfd.server.takeover.receiver.prepare`; owned by the daemon from here on.
-        recovered: what has come back of a daemon that was here before, see
+        recovered: state and descriptors of a daemon that has crashed, see
             :func:`qmpfd.server.fdstore.recover.recover`; owned by the daemon from here on.
-        task_status: told once clients can connect.
+        task_status: ``started`` is called once clients can connect.
     """
     server = make_server()
     given, inherited = deque(initial_fds), deque(listen_fds)
@@ -120,7 +120,7 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
             listener.close()
 
     async with AsyncExitStack() as stack:
-        if takeover is not None:  # the last to end: by that the old daemon knows that all is closed
+        if takeover is not None:  # closed last: its EOF tells the predecessor that all is closed
             stack.callback(takeover.close)
         stack.push_async_callback(await_closes, server.daemon.closer)
         stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
@@ -147,16 +147,16 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
             fd, fdset_id, opaque = given[0]
             initial += server.daemon.add([fd], fdset_id, opaque, create=True)
             given.popleft()
-        # Each as soon as there is one: the next may fail.
+        # A generator: close_listeners() has each listener before the next one can fail.
         listeners.extend(UnixListener.bind(path, permissions) for path in paths)
-        ours = list(listeners)  # the others are passed to every daemon that is started here
+        ours = list(listeners)  # the service manager passes the others to every process it starts
         while inherited:
             listeners.append(UnixListener.inherit(inherited.popleft()))
-        # Not before the mirror is done: it asks whether the daemon was handed over.
+        # After the mirror has ended: at its end it checks whether the state is HANDED_OVER.
         stack.callback(server.lifecycle.handle, Event.END)
         lifeline = None if takeover is None else takeover.lifeline
         async with mirrored(server, ours, recovered, lifeline=lifeline) as start_mirror:
-            taken_over = finish()  # the last: from here on, nobody is served
+            taken_over = finish()  # as late as possible: it pauses the predecessor
             listeners[:0] = taken_over
             ours[:0] = taken_over
             await start_mirror(None if takeover is None else takeover.journal)
@@ -165,7 +165,7 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
                 server.durability.confirm()
                 for listener in taken_over:
                     listener.change_permissions(permissions)
-            if writer is not None:  # from here on, what is stored is ours
+            if writer is not None:  # not earlier: the predecessor has audited restored descriptors
                 server.daemon.audit = Audit(writer.write)
                 for stored in initial:
                     server.daemon.audit.record("added", stored)

@@ -1,4 +1,4 @@
-"""Accepting clients, even with no descriptor left."""
+"""Accepts clients; rejects them with an error reply when the process is out of descriptors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .listener import ListenerShutDown, UnixListener
 
 _log = logging.getLogger("qmpfd")
 
-#: accept(2): this process, or the system, is out of descriptors or memory.
+#: Errors of accept(2): this process, or the system, is out of descriptors or memory.
 _FULL = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
-#: accept(2): trouble of this one connection; the next may do better.
+#: Errors of accept(2) that concern one connection only: the next one is accepted.
 _GONE = {errno.ECONNABORTED, errno.EPERM, errno.EPROTO}
 
-#: Seconds until the next try where nobody can be accepted, not even to be told so.
+#: Seconds until the next accept(2) after it has failed with the spare descriptor closed as well.
 _PAUSE = 0.2
 
 
@@ -33,10 +33,9 @@ class Acceptor:
     """Accepts clients on all listeners.
 
     Args:
-        lifecycle: while the daemon is paused, nobody is accepted, and who connects waits in the
-            backlog.
+        lifecycle: state of the daemon; while it is paused, clients wait in the backlog.
         handle: serves a client; it owns the connection.
-        reject: tells a client why it is not served; it owns the connection.
+        reject: sends a client an error reply and closes the connection, which it owns.
     """
 
     def __init__(
@@ -48,18 +47,18 @@ class Acceptor:
         self._lifecycle = lifecycle
         self._handle = handle
         self._reject = reject
-        # Kept back, so that a client can be told when there are no other descriptors.
+        # Closed to make room for accept(2) when no other descriptor is free, see _reject_on_emfile.
         self._spare: Fd | None = None
         self._refill_spare()
 
     def _refill_spare(self) -> None:
-        """Have the spare descriptor again, if one can be had."""
+        """Open the spare descriptor again, unless the process is out of descriptors."""
         if self._spare is None:
             with suppress(OSError):
                 self._spare = Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
     def close(self) -> None:
-        """Give up the spare descriptor."""
+        """Close the spare descriptor."""
         if self._spare is not None:
             self._spare.close()
             self._spare = None
@@ -67,11 +66,12 @@ class Acceptor:
     async def accept_clients(self, listener: UnixListener) -> None:
         """Accept clients for as long as the daemon serves.
 
-        With the descriptor table full, a client is accepted in place of the spare descriptor, told
-        why, and closed again: it is not left to wait, and the loop does not spin on it.
+        With the descriptor table full, the spare descriptor is closed to accept a client, which
+        gets an error reply and is disconnected: no client hangs in the backlog, and the loop does
+        not spin on a readable socket.
 
         Raises:
-            OSError: the listening socket cannot be used.
+            OSError: accept(2) cannot work on the listening socket.
         """
         full = False
         while True:
@@ -87,7 +87,7 @@ class Acceptor:
                     "the listening socket %s was shut down from outside: made it again", listener
                 )
             except OSError as exc:
-                # Others may have the socket too, and have been faster (EAGAIN).
+                # EAGAIN: another process that has the same socket has accepted the client.
                 if isinstance(exc, BlockingIOError) or exc.errno in _GONE:
                     continue
                 if exc.errno not in _FULL:
@@ -101,18 +101,18 @@ class Acceptor:
                 if full:
                     _log.warning("clients are served again")
                 full = False
-                self._refill_spare()  # it was lost if the table shrank meanwhile
+                self._refill_spare()  # the last refill may have failed with the table full
                 self._isolated(partial(self._handle, sock))
 
     def accept_backlog(self, listener: UnixListener) -> None:
-        """Accept all clients that have connected already."""
+        """Accept all clients in the backlog."""
         with suppress(OSError):
-            for _ in range(BACKLOG):  # while others connect
+            for _ in range(BACKLOG):  # bounded: new clients may connect meanwhile
                 self._isolated(partial(self._handle, listener.accept_nowait()))
 
     def _reject_on_emfile(self, listener: UnixListener, reason: OSError) -> bool:
-        """Accept one client by means of the spare descriptor, and tell it why it cannot stay;
-        whether that was possible.
+        """Accept one client in place of the spare descriptor and reject it with an error reply;
+        return whether accept(2) succeeded.
         """
         self.close()
         try:
@@ -127,8 +127,8 @@ class Acceptor:
             self._refill_spare()
 
     def _isolated(self, action: Callable[[], None]) -> None:
-        """What goes wrong with one client costs that client only."""
+        """Call *action* for one client, and log any exception: all other clients are served."""
         try:
             action()
-        except Exception:  # noqa: BLE001 - whatever it is, the others are served
+        except Exception:  # noqa: BLE001 - one client's failure must not end the accept loop
             _log.exception("a client could not be served")

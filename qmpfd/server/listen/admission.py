@@ -1,4 +1,4 @@
-"""Who gets in: the policy's answer, and whether there is room; and what others are told."""
+"""Admits or rejects a new client: credentials, policy, limits of connections; log of rejections."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from ...protocol.encode import encode
 
 _log = logging.getLogger("qmpfd")
 
-#: SO_PEERGROUPS (socket(7)): all groups of whoever connected; not in Python's socket module.
+#: SO_PEERGROUPS (socket(7)): all groups of the peer; Python's socket module lacks it.
 _SO_PEERGROUPS = 59
 
-#: Bytes that Python lets an option have; what has more groups than fit is asked by the C library.
+#: Maximum size of an option in Python's getsockopt(); for more groups the C library is called.
 _OPTION_BYTES = 1024
-#: As many groups as a process can have (NGROUPS_MAX, getgroups(2)).
+#: Maximum number of groups of a process (NGROUPS_MAX, getgroups(2)).
 _MAX_GROUPS = 65536
 
 
 class Connected(Protocol):
-    """A connection that is served."""
+    """A connection with its peer's credentials."""
 
     peer: Peer
 
 
 def peer_of(sock: socket.socket) -> Peer:
-    """Who connected (SO_PEERCRED, unix(7))."""
+    """Return the client's credentials (SO_PEERCRED, unix(7))."""
     packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return Peer(*struct.unpack("3i", packed))
 
 
 def groups_of(sock: socket.socket, peer: Peer) -> frozenset[int]:
-    """All groups of whoever connected, supplementary ones included."""
+    """Return all groups of the client, supplementary ones included."""
     groups = array.array("I")
     try:
         groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _OPTION_BYTES))
     except OSError as exc:
         if exc.errno == errno.ERANGE:
             groups = _many_groups(sock)
-        # else a kernel before 4.13
+        # else the kernel is older than 4.13 and lacks SO_PEERGROUPS
     return frozenset([peer.gid, *groups])
 
 
@@ -79,11 +79,11 @@ def admit(
     limits: Limits,
     connected: Collection[Connected],
 ) -> Access:
-    """Let a client in, if there is room beside those that are connected: what it may do.
+    """Admit a client if policy and limits allow; return its access rights.
 
     Raises:
-        PermissionDenied: no rule gives it anything.
-        GenericError: there is no room.
+        PermissionDenied: the policy grants it no right.
+        GenericError: a limit of connections is reached.
     """
     access = policy.access(peer.uid, groups)
     if not access:
@@ -94,27 +94,27 @@ def admit(
     total, most = len(connected), limits.max_connections_per_uid
     if total >= limits.max_connections:
         raise GenericError(f"Too many connections: the limit is {limits.max_connections}")
-    # As a rule there are so few that nobody has to count.
+    # Count one user's connections only when all together reach the limit of one user.
     if total >= most and sum(each.peer.uid == peer.uid for each in connected) >= most:
         raise GenericError(f"Too many connections of uid {peer.uid}: the limit is {most}")
     return access
 
 
 def rejection_reply(reason: QMPError) -> bytes:
-    """What a client is told that is not served, or no longer."""
+    """Return the error reply for a client that is rejected or evicted."""
     told = {"error": {"class": reason.error_class, "desc": reason.desc}}
     return encode(told) + b"\r\n"
 
 
 class RejectionLog:
-    """The lines of the log: of many a second, one, and how many there were."""
+    """Logs rejected clients: one line per REFUSAL_LOG_INTERVAL, with the number left out."""
 
     def __init__(self) -> None:
         self._unsaid = 0
         self._said_at = -inf
 
     def note(self, peer: Peer, reason: QMPError) -> None:
-        """A client was turned away."""
+        """Log the rejection of a client, or count it for a later line."""
         now = trio.current_time()
         if now - self._said_at < REFUSAL_LOG_INTERVAL:
             self._unsaid += 1

@@ -1,4 +1,4 @@
-"""Binding Unix sockets: one process at a time, and nothing is left where it fails."""
+"""Binds Unix sockets: one process at a time per path; a failed attempt leaves no file behind."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import NamedTuple, TypeAlias
 from ...kernel.fd import Fd
 from ...kernel.unix_address import bind, is_abstract, is_served
 
-#: Connections that the kernel holds until they are accepted (listen(2)); it caps this itself.
+#: Backlog for listen(2), which the kernel caps at net.core.somaxconn.
 BACKLOG = 4096
 
 #: Seconds that binding waits for another process that binds the same path.
 LOCK_TIMEOUT = 2.0
 
-#: Which file: device and inode.
+#: Identity of a file: device and inode.
 FileId: TypeAlias = "tuple[int, int]"
 
 
@@ -31,11 +31,11 @@ class SocketInUse(OSError):
 
 
 class Permissions(NamedTuple):
-    """Those of a socket file.
+    """Permissions of a socket file.
 
     Args:
-        mode: its permission bits.
-        group: the gid of its group; None for the process's own.
+        mode: permission bits.
+        group: gid; None for the process's own.
     """
 
     mode: int = 0o600
@@ -48,12 +48,15 @@ OWNER_ONLY = Permissions()
 def listen_at(
     path: Path, permissions: Permissions, timeout: float
 ) -> tuple[socket.socket, FileId | None]:
-    """A socket that listens at *path*, and its file; either all of that, or an error and nothing.
+    """Bind a new socket at *path* and listen; on an error neither socket nor file is left behind.
 
     Args:
-        path: where.
-        permissions: of the file.
+        path: path of the socket file, or ``@NAME``.
+        permissions: permissions of the file.
         timeout: seconds to wait for another process that binds the same path.
+
+    Returns:
+        The socket, and the identity of its file; None for an abstract socket.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -90,20 +93,20 @@ def _bind(sock: socket.socket, path: Path) -> None:
 
 @contextmanager
 def _exclusively(path: Path, timeout: float) -> Iterator[None]:
-    """Be the only process that binds *path* while the block runs.
+    """Exclude other processes from binding *path* while the block runs.
 
-    Between bind(2) and listen(2) a socket looks stale, and so does one that another process is
-    about to replace: two that start at once could remove each other's file.  Holding flock(2) on a
-    file beside it excludes that; the file is removed by whoever holds the lock, so that a lock
-    counts only while its file is still the one at that name.
+    Between bind(2) and listen(2) a socket looks stale: two daemons that start at once could remove
+    each other's socket file.  A lock, flock(2) on a file beside the socket, excludes that.  The
+    holder removes the lock file at the end: a lock counts only if its file is still the one at that
+    name.
 
     Args:
-        path: the socket's.
+        path: path of the socket.
         timeout: seconds to wait for the other process.
 
     Raises:
-        SocketInUse: another process is at it for longer.
-        OSError: no file can be made there.
+        SocketInUse: another process holds the lock for longer.
+        OSError: the lock file cannot be created.
     """
     lock = path.with_name(os.fsdecode(b"." + os.fsencode(path.name)[:240] + b".lock"))
     deadline = time.monotonic() + timeout
@@ -122,7 +125,7 @@ def _exclusively(path: Path, timeout: float) -> Iterator[None]:
                     ) from None
                 time.sleep(0.01)
                 continue
-            except OSError:  # the file system has no locks: nobody is excluded
+            except OSError:  # the file system lacks flock(2): bind without the lock
                 pass
             found = os.fstat(fd.fileno())
             if identity(lock) != (found.st_dev, found.st_ino):
@@ -135,7 +138,7 @@ def _exclusively(path: Path, timeout: float) -> Iterator[None]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove a socket file that nobody listens on; refuse anything else that is in the way."""
+    """Remove a socket file on which no process listens; raise OSError for any other file there."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -150,7 +153,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def identity(path: Path) -> FileId | None:
-    """Which file *path* is."""
+    """Return the identity of the file at *path*, or None if there is none."""
     try:
         found = path.lstat()
     except OSError:

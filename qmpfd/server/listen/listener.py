@@ -1,4 +1,4 @@
-"""Unix sockets to listen on."""
+"""Listening Unix sockets."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ...kernel.unix_address import is_abstract, listens
 from ..saved_state import NOT_OURS, SavedListener
 from .binding import LOCK_TIMEOUT, OWNER_ONLY, FileId, Permissions, identity, listen_at
 
-#: Options that an accepted socket inherits from the listener, each with the value that it needs
-#: here (unix(7); the numbers are those of asm-generic/socket.h).  The first three add a control
-#: message to every read, SO_PASSPIDFD with a descriptor in it; without SO_PASSRIGHTS nobody could
-#: send us descriptors.
+#: Options that an accepted socket inherits from the listener, each with the value required here
+#: (unix(7); the numbers are those of asm-generic/socket.h).  The first three add a control message
+#: to every recvmsg(2), SO_PASSPIDFD with a descriptor in it; without SO_PASSRIGHTS clients could
+#: not pass descriptors to the daemon.
 _INHERITED_OPTIONS = {
     socket.SO_PASSCRED: 0,
     34: 0,  # SO_PASSSEC
@@ -31,20 +31,20 @@ _INHERITED_OPTIONS = {
 
 
 class ListenerShutDown(OSError):
-    """Somebody else who has the listening socket has shut it down (shutdown(2))."""
+    """Another process that has the listening socket has called shutdown(2) on it."""
 
 
 _log = logging.getLogger("qmpfd")
 
 
 class UnixListener:
-    """A listening Unix socket and the file that it is reached by.
+    """A listening Unix socket and its socket file.
 
     Args:
         sock: the socket; owned from here on.
-        path: its file, or ``@NAME``; None if it is not ours.
-        file: which file that was when it was bound: only that one is ever removed.
-        permissions: of the file, where it has to be made anew.
+        path: path of its file, or ``@NAME``; None for a service manager's socket.
+        file: identity of the file that was bound; no other file is ever removed.
+        permissions: permissions of the file, for when it has to be created again.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class UnixListener:
         self.file = file
         self._sock = sock
         self.permissions = permissions
-        #: Called when the socket and the file have been replaced.
+        #: Called when the socket and its file have been replaced.
         self.on_replaced: Callable[[], object] = lambda: None
         self._options = [
             (option, value)
@@ -73,14 +73,14 @@ class UnixListener:
 
     @classmethod
     def inherit(cls, fd: Fd, saved: SavedListener = NOT_OURS) -> UnixListener:
-        """Listen on a socket that somebody else has set up.
+        """Listen on a socket from a predecessor or a service manager.
 
         Args:
             fd: the socket; owned from here on.
-            saved: its file, if that is ours now.
+            saved: its file, if this daemon owns that from here on.
 
         Raises:
-            OSError: it is not a listening Unix stream socket.
+            OSError: *fd* is not a listening Unix stream socket.
         """
         with fd:
             sock = socket.socket(fileno=fd.fileno())
@@ -102,24 +102,24 @@ class UnixListener:
 
         Args:
             where: the path, where a stale socket file is replaced; or ``@NAME``.
-            permissions: of the file.
+            permissions: permissions of the file.
 
         Raises:
             SocketInUse: a daemon listens there.
-            OSError: the path cannot be used; nothing is left there.
+            OSError: the path cannot be bound; no file is left there.
         """
-        # A successor that takes it over may have another working directory.
+        # Absolute, as a successor may have another working directory.
         path = Path(where) if is_abstract(where) else Path(where).absolute()
         sock, file = listen_at(path, permissions, LOCK_TIMEOUT)
         return cls(sock, path, file, permissions)
 
     @property
     def saved(self) -> SavedListener:
-        """What it is, for a successor."""
+        """Description of the socket for a successor."""
         return SavedListener(None if self.path is None else os.fsencode(self.path), self.file)
 
     def change_permissions(self, permissions: Permissions) -> None:
-        """Give the socket file other permissions, if there is one and it is ours."""
+        """Change the permissions of the socket file, if it is still the one that was bound."""
         self.permissions = permissions
         if self.path is None or self.file is None or identity(self.path) != self.file:
             return
@@ -132,7 +132,7 @@ class UnixListener:
             _log.error("cannot set the permissions of %s: %s", self, exc.strerror or exc)
 
     def bind_if_lost(self, accept_backlog: Callable[[UnixListener], object]) -> None:
-        """As :meth:`bind_again`, where the file is gone, or another one is there."""
+        """Call :meth:`bind_again` if the socket file is missing or has been replaced by another."""
         if self.path is None or self.file is None or identity(self.path) == self.file:
             return
         try:
@@ -143,14 +143,14 @@ class UnixListener:
             _log.warning("the socket file %s was missing: made it again", self)
 
     def bind_again(self, accept_backlog: Callable[[UnixListener], object]) -> None:
-        """Listen with a new socket at the same path, under the same number.
+        """Listen with a new socket at the same path, under the same descriptor number.
 
         Args:
-            accept_backlog: accepts the clients that have connected by the old one.
+            accept_backlog: accepts the clients in the backlog of the old socket.
 
         Raises:
             SocketInUse: another program listens there.
-            OSError: the path cannot be used, or the file is not ours.
+            OSError: the path cannot be bound, or the socket is abstract or a service manager's.
         """
         if self.path is None or is_abstract(self.path):
             raise ListenerShutDown(errno.ESHUTDOWN, "the socket was shut down", str(self))
@@ -163,24 +163,24 @@ class UnixListener:
         self.on_replaced()
 
     async def wait_readable(self) -> None:
-        """Wait until :meth:`accept_nowait` is due: a client has connected, or the socket was shut
-        down, closed or replaced.
+        """Wait until a client has connected, or the socket was shut down, closed or replaced; the
+        caller then calls :meth:`accept_nowait`.
         """
         with suppress(trio.ClosedResourceError):
             await trio.lowlevel.wait_readable(self._sock)
 
     def accept_nowait(self) -> trio.socket.SocketType:
-        """A client that has connected already.
+        """Accept a client of the backlog.
 
         Raises:
-            BlockingIOError: there is none.
-            ListenerShutDown: there will be none.
-            OSError: it cannot be accepted.
+            BlockingIOError: the backlog is empty.
+            ListenerShutDown: the backlog is empty and no client can connect any more.
+            OSError: accept(2) failed.
         """
         try:
             sock, _ = self._sock.accept()
         except BlockingIOError:
-            if _is_shut_down(self._sock):  # readable for ever
+            if _is_shut_down(self._sock):  # such a socket stays readable
                 raise ListenerShutDown(
                     errno.ESHUTDOWN, "the socket was shut down", str(self)
                 ) from None
@@ -190,7 +190,7 @@ class UnixListener:
         return trio.socket.from_stdlib_socket(sock)
 
     def abandon(self) -> None:
-        """The socket file is somebody else's from here on."""
+        """Give up the socket file: another daemon owns it from here on."""
         self.path = None
 
     def unlink(self) -> None:
@@ -203,12 +203,12 @@ class UnixListener:
     def close(self) -> None:
         """Stop listening, and remove the socket file if it is still ours."""
         if self.socket.fileno() >= 0:
-            self.unlink()  # first: as long as the socket listens, nobody else takes the path
+            self.unlink()  # before close(2): while this socket listens, no daemon binds the path
             self.socket.close()
 
 
 def _is_shut_down(sock: socket.socket) -> bool:
-    """Whether nobody can connect to *sock* any more, which accept(2) does not tell."""
+    """Return whether *sock* was shut down; accept(2) fails with EAGAIN then, as when it is idle."""
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     return bool(poll.poll(0))
@@ -217,5 +217,5 @@ def _is_shut_down(sock: socket.socket) -> bool:
 def _option(sock: socket.socket, option: int) -> int | None:
     try:
         return sock.getsockopt(socket.SOL_SOCKET, option)
-    except OSError:  # an older kernel
+    except OSError:  # an older kernel lacks the option
         return None
