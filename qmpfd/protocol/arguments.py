@@ -1,8 +1,8 @@
-"""A command's arguments against their types, refused in QEMU's order and words.
+"""Checks a command's arguments against their types, with QEMU's errors in QEMU's order.
 
-msgspec checks the usual case in one go, but says what is wrong in its own way; this says it in
-QEMU's (``qobject-input-visitor.c``): members in the order of the schema, each missing or of the
-wrong type; then members that the command does not know.
+msgspec checks valid arguments in one call, but has other error texts.  This module reports the
+first error as QEMU does (``qobject-input-visitor.c``): missing members and wrong types in the
+order of the schema, then unknown members.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Int64 = typing.Annotated[int, msgspec.Meta(ge=INT64_MIN, le=INT64_MAX)]
 
 
 def bare_type(annotation: Any) -> Any:
-    """*annotation* without what makes it optional or bounded."""
+    """Return the type of *annotation*, without bounds, None and UnsetType."""
     if typing.get_origin(annotation) is typing.Annotated:
         return bare_type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -38,7 +38,7 @@ _TYPE_NAMES = {int: "integer", str: "string", bool: "boolean", list: "array"}
 
 
 def _check(value: Any, kind: Any, name: str) -> None:
-    """Refuse *value* if it is not of *kind*; *name* is what errors call it."""
+    """Raise GenericError if *value* is not of type *kind*; the text calls the value *name*."""
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     json_type: Any = str if choices else typing.get_origin(kind) or kind
     if json_type not in _TYPE_NAMES:
@@ -47,12 +47,12 @@ def _check(value: Any, kind: Any, name: str) -> None:
         expected = _TYPE_NAMES[json_type]
         raise GenericError(f"Invalid parameter type for '{name}', expected: {expected}")
     if choices and value not in choices:
-        # QEMU's visitor does not know the name of an array's element.
+        # QEMU's visitor has no name for an element of an array.
         name = "null" if name.endswith("]") else name
         raise GenericError(f"Parameter '{name}' does not accept value '{value}'")
     if json_type is list:
         (element,) = map(bare_type, typing.get_args(kind))
-        fine: set[str] = set()  # there may be 200,000 of them, all the same
+        fine: set[str] = set()  # of up to 200,000 equal strings, check one
         for number, item in enumerate(value):
             if type(item) is str and item in fine:
                 continue
@@ -62,10 +62,10 @@ def _check(value: Any, kind: Any, name: str) -> None:
 
 
 def convert(members: dict[str, Any], arguments: type[ArgumentsT]) -> ArgumentsT:
-    """*members* as the struct *arguments*.
+    """Convert *members* to the struct *arguments*.
 
     Raises:
-        GenericError: with QEMU's text for the first thing that is wrong.
+        GenericError: a member is invalid, missing or unknown; the text is QEMU's for the first one.
     """
     values: dict[str, Any] = {}
     known: dict[str, None] = {}

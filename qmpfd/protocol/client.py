@@ -1,7 +1,7 @@
-"""The client's end of a connection: commands out; greeting, replies and events in.
+"""Client side of a connection: encodes commands; decodes the greeting, replies and events.
 
-The command line's short verbs stand on this, so it imports nothing that is slow to import: with
-msgspec in place of json, ``qmpfd ls`` would take twice as long.
+The short verbs of the command line use this module, so it imports nothing slow: with msgspec
+instead of json, ``qmpfd ls`` would take twice as long.
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ from .connection import Connection, Event, ProtocolError
 
 
 def _has_noncharacter(text: str) -> bool:
-    """Whether there is a code point that QEMU's parser refuses (Unicode 15, section 23.7)."""
+    """Whether *text* has a noncharacter, which QEMU's parser refuses (Unicode 15, section 23.7)."""
     return any(c >= "\ufdd0" and (c <= "\ufdef" or ord(c) & 0xFFFE == 0xFFFE) for c in text)
 
 
 def _nesting(data: bytes) -> int:
-    """How deep the objects and arrays of a JSON text are nested, at most.  The interpreter has a
-    limit too, which is below QEMU's in Python 3.11 and far above it in 3.14.
+    """Return the nesting depth of a JSON text; 0 if it cannot exceed the limit.
+
+    The interpreter's own limit is below QEMU's in Python 3.11 and far above it in 3.14.
     """
     if data.count(b"[") + data.count(b"{") <= MAX_NESTING:
-        return 0  # not too deep, whatever it is
+        return 0
     steps = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
     outside = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data)
     return max(accumulate(steps.get(byte, 0) for byte in outside))
 
 
 class Reply(NamedTuple):
-    """What the server answered.
+    """Reply of the server.
 
     Args:
-        id: the request's; None if it has none.
-        value: the result; of no meaning with an error.
-        error: why the request was refused; None if it was not.
-        fds: the descriptors that came with it.
+        id: the id of the request; None if the reply has none.
+        value: the result; meaningless if *error* is set.
+        error: the error of a refused request, or None.
+        fds: the descriptors attached to the reply.
     """
 
     id: Any
@@ -52,7 +53,7 @@ class Reply(NamedTuple):
     fds: list[Fd]
 
     def unwrap(self) -> Any:
-        """The result; an error is raised, and the descriptors that came with it are closed."""
+        """Return the result; or close the descriptors and raise the error."""
         if self.error is not None:
             close_all(self.fds)
             raise self.error
@@ -60,12 +61,12 @@ class Reply(NamedTuple):
 
 
 class QMPEvent(NamedTuple):
-    """What the server told unasked (QMP specification, "Asynchronous events").
+    """Event of the server (QMP specification, "Asynchronous events").
 
     Args:
         name: the event's name, such as ``FD_ADDED``.
-        data: its data; empty if it has none.
-        seconds: when it happened, in seconds since the epoch by the server's clock.
+        data: the event's data; empty if it has none.
+        seconds: time of the event, in seconds since the epoch by the server's clock.
     """
 
     name: str
@@ -85,12 +86,14 @@ def _fds_of_reply(message: Any) -> int:
 
 
 class Request:
-    """A request that waits for its reply.  After its ``with`` block, or where the block raises, the
-    reply's descriptors are closed: they are the caller's once :meth:`result` has returned them.
+    """A request and its reply; a context manager for the time in which the reply is awaited.
+
+    The reply's descriptors are closed if it arrives after the block, or if the block raises; after
+    the block the caller owns those that :meth:`result` has returned.
 
     Args:
-        request_id: its id.
-        data: what to send.
+        request_id: the id that the reply echoes.
+        data: the encoded request.
     """
 
     __slots__ = ("data", "id", "on_reply", "over", "reply", "sent")
@@ -98,14 +101,14 @@ class Request:
     def __init__(self, request_id: int, data: bytes) -> None:
         self.id = request_id
         self.data = data
-        self.sent = False  # some of it, so that the server may execute it
+        self.sent = False  # whether a byte was sent: the server may execute the request
         self.reply: Reply | None = None
-        self.over = False  # nobody waits for the reply any more
-        #: Called when the reply has come, or the connection has failed.
+        self.over = False  # whether the block has ended: the reply is not awaited any more
+        #: Called when the reply has been received or the connection has failed.
         self.on_reply: Callable[[], object] = lambda: None
 
     def result(self) -> tuple[Any, list[Fd]]:
-        """The ``return`` member of the reply, and the descriptors with it; the error is raised."""
+        """Return the reply's ``return`` member and descriptors, or raise its error."""
         assert self.reply is not None
         return self.reply.unwrap(), self.reply.fds
 
@@ -119,34 +122,34 @@ class Request:
 
 
 class ClientConnection(Connection):
-    """The client's end: commands out; greeting, replies and events in.
+    """Client side: encodes commands; decodes the greeting, replies and events.
 
     Args:
-        events: where the server's events go.
-        max_reply_bytes: bytes of one reply.
+        events: the queue that receives the server's events; None for a new one.
+        max_reply_bytes: maximum size of a reply.
     """
 
     def __init__(
         self, events: deque[QMPEvent] | None = None, *, max_reply_bytes: int = MAX_REPLY_BYTES
     ) -> None:
         super().__init__(_decode_replies, _fds_of_reply, max_reply_bytes, True)
-        #: What the server said of itself, once it has.
+        #: The ``QMP`` member of the server's greeting; None until it was received.
         self.greeting: dict[str, Any] | None = None
-        #: Why the server turns this client away, if it does.
+        #: The error with which the server has rejected this client, or None.
         self.refusal: QMPError | None = None
-        #: The events that nobody has asked for yet.
+        #: The received events that were not consumed yet.
         self.events = deque(maxlen=MAX_EVENTS) if events is None else events
         self._ids = count(1)
-        #: The requests that were sent and not answered, in that order: an error without an id is
-        #: about the oldest, whose text the server could not read.
+        #: The requests sent and not replied to, oldest first: an error without an id is the reply
+        #: to the oldest, which the server could not parse.
         self.unanswered: dict[int, Request] = {}
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None, request_id: Any) -> bytes:
-        """The bytes that ask for *command*.
+        """Encode a request of *command*.
 
         Raises:
-            ValueError: JSON cannot carry it, or no server reads it: what a server cannot parse gets
-                an error without an id, and one bad text may get several.
+            ValueError: JSON cannot express it, or it exceeds the limits of QEMU's parser: a request
+                that a server cannot parse gets one or more errors without an id.
         """
         request: dict[str, Any] = {"execute": command}
         if arguments:
@@ -172,14 +175,14 @@ class ClientConnection(Connection):
         return data + b"\n"
 
     def negotiated(self) -> None:
-        """The server has accepted ``qmp_capabilities``."""
+        """Enter the command state, after the reply to ``qmp_capabilities``."""
         self._move(Event.CAPABILITIES)
 
     def messages(self) -> Iterator[Reply | QMPEvent]:
-        """The complete replies and events, in the order in which they came.
+        """Pop the complete replies and events, in order of arrival.
 
         Raises:
-            ProtocolError: this is no QMP server.
+            ProtocolError: the peer is no QMP server.
         """
         for value, fds, lost in self._messages():
             if not isinstance(value, dict):
@@ -197,7 +200,7 @@ class ClientConnection(Connection):
             elif lost:
                 yield Reply(value.get("id"), None, FdNotSupplied(lost), fds)
             elif "error" in value:
-                yield Reply(value.get("id"), None, _told(value["error"]), fds)
+                yield Reply(value.get("id"), None, _decode_error(value["error"]), fds)
             elif "return" in value:
                 yield Reply(value.get("id"), value["return"], None, fds)
             else:
@@ -205,21 +208,21 @@ class ClientConnection(Connection):
                 raise ProtocolError("not a QMP server: this is neither a reply nor an event")
 
     def request(self, command: str, arguments: Mapping[str, Any] | None = None) -> Request:
-        """A new request.
+        """Create a request, which is not sent yet.
 
         Raises:
-            ValueError: JSON cannot carry *arguments*.
+            ValueError: *arguments* cannot be sent, see :meth:`execute`.
         """
         request_id = next(self._ids)
         return Request(request_id, self.execute(command, arguments, request_id))
 
     def begun(self, request: Request) -> None:
-        """The first bytes of *request* were sent."""
+        """Record that the first bytes of *request* were sent: a reply to it is due."""
         request.sent = True
         self.unanswered[request.id] = request
 
     def deliver(self) -> None:
-        """Hand out what has come: replies to their requests, and events to :attr:`events`.
+        """Assign the received replies to their requests; append the events to :attr:`events`.
 
         Raises:
             ProtocolError: the peer is no QMP server.
@@ -248,13 +251,13 @@ class ClientConnection(Connection):
             self.refusal = reply.error
 
     def close(self) -> None:
-        """The connection is over: close the descriptors that nobody has asked for."""
+        """End the connection, and close the received descriptors that no reply has delivered."""
         super().close()
         close_all(self.fds_to_close)
         self.fds_to_close.clear()
 
 
-def _told(error: Any) -> QMPError:
+def _decode_error(error: Any) -> QMPError:
     members = error if isinstance(error, dict) else {}
     return error_of_class(str(members.get("class")), str(members.get("desc")))
 

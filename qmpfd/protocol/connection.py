@@ -1,8 +1,8 @@
-"""One QMP connection, without I/O: its states, the same at both ends, and what it receives.
+"""One QMP connection without I/O: the states and the receive buffer, common to both roles.
 
-One class serves both roles; what each of them says is in ``server.py`` and ``client.py``.  The
-states are those of the QEMU Machine Protocol Specification
-(section 2.2, "Server Greeting", section 4, "Capabilities Negotiation"), the same on both sides.
+The messages that each role sends are in ``server.py`` and ``client.py``.  The states are those of
+the QEMU Machine Protocol Specification (section 2.2, "Server Greeting", section 4, "Capabilities
+Negotiation").
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class State(Enum):
-    """Where a connection is; the values go over in a takeover."""
+    """State of a connection; the values are part of the takeover protocol."""
 
-    CONNECTED = "connected"  #: the greeting has not gone over yet
-    NEGOTIATING = "negotiating"  #: only ``qmp_capabilities`` is possible
+    CONNECTED = "connected"  #: the greeting has not been sent yet
+    NEGOTIATING = "negotiating"  #: only ``qmp_capabilities`` is accepted
     COMMANDS = "commands"
     CLOSED = "closed"
 
 
 class Event(Enum):
-    """What moves a connection from one state to another."""
+    """Event that changes the state of a connection."""
 
     GREETING = auto()
     CAPABILITIES = auto()
@@ -47,7 +47,7 @@ class ProtocolError(Exception):
 
 
 class Connection:
-    """What both roles share; made by :class:`ServerConnection` and :class:`ClientConnection`."""
+    """Base class of :class:`ServerConnection` and :class:`ClientConnection`."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Connection:
         budget: Budget | None = None,
         owner: Hashable = None,
     ) -> None:
-        #: Descriptors that nobody takes; whoever does the I/O closes them.
+        #: Descriptors that no message takes; the caller, which does the I/O, closes them.
         self.fds_to_close: list[Fd] = []
         self.state = State.CONNECTED
         self._receive_buffer = ReceiveBuffer(
@@ -70,9 +70,9 @@ class Connection:
             budget=budget,
             owner=owner,
         )
-        #: What has come, and was not asked for yet.
+        #: Complete messages that were received and not fetched yet.
         self.ready = self._receive_buffer.ready
-        #: The descriptors that wait for a command.
+        #: The received descriptors that no command has taken yet.
         self.pending_fds = self._receive_buffer.pending_fds
         #: See :class:`ReceiveBuffer`.
         self.plan = self._receive_buffer.plan
@@ -89,18 +89,16 @@ class Connection:
 
     @property
     def has_pending_input(self) -> bool:
-        """Whether something has come that was not asked for yet; not for blanks alone."""
+        """Whether complete messages were received and not fetched yet; white space is none."""
         return bool(self.ready)
 
     @property
     def has_unassigned_fds(self) -> bool:
-        """Whether descriptors have come that none of the messages takes so far."""
+        """Whether descriptors were received that no complete message takes."""
         return bool(self.fds_to_close or self.pending_fds.fds)
 
     def _messages(self) -> Iterator[tuple[Any, list[Fd], str]]:
-        """What has come, taken away one by one: each value with its descriptors, and why there are
-        less of them than there should be, if so.
-        """
+        """Pop each complete message: its value, its descriptors, and why some were lost, or ""."""
         ready = self.ready
         while ready:
             message = ready.popleft()
@@ -108,14 +106,14 @@ class Connection:
 
     @property
     def waiting_fds(self) -> int:
-        """How many descriptors have come that no command has yet."""
+        """Number of received descriptors that no command has been given yet."""
         count = len(self.pending_fds.fds)
         if self.ready:
             count += sum(len(each[1]) for each in self.ready if type(each) is tuple)
         return count
 
     def refuse_fds(self, why: str) -> None:
-        """Close those descriptors: the commands that should have had them are told why not."""
+        """Discard the descriptors counted by :attr:`waiting_fds`: the commands fail with *why*."""
         for number, message in enumerate(self.ready):
             if type(message) is tuple:
                 value, fds, lost = message
@@ -125,7 +123,7 @@ class Connection:
         self.pending_fds.refuse(why)
 
     def close(self) -> None:
-        """The connection is over: close what waits for a command."""
+        """End the connection; move the descriptors not yet used to :attr:`fds_to_close`."""
         self._move(Event.CLOSE)
         for _, fds, _ in self._messages():
             self.fds_to_close += fds

@@ -1,4 +1,4 @@
-"""JSON as QEMU writes it: one line, ", " and ": " between things, ASCII only."""
+"""JSON encoder with QEMU's format: one line, ", " and ": " as separators, ASCII only."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ import msgspec
 _encode, _format = msgspec.json.Encoder().encode, msgspec.json.format
 
 
-# An escape sequence as msgspec writes it; that of a backslash matches too, and is left alone.
+# An escape sequence as msgspec writes it; that of a backslash matches too, and stays unchanged.
 _ESCAPE = re.compile(rb"\\(?:u00([0-9a-f]{2})|.)")
 
 
 def _upper_case(escape: re.Match[bytes]) -> bytes:
-    """The escape sequence with upper-case hexadecimal digits, as QEMU writes them."""
+    """Return the escape sequence with upper-case hexadecimal digits, as QEMU writes them."""
     return b"\\u00" + escape[1].upper() if escape[1] else escape[0]
 
 
 class _Escapes(dict[int, int | str]):
-    """The escape sequence of each character that needs one, made when str.translate asks for it:
-    a mebibyte of text takes 40 ms so, and six times as long with a regular expression.
+    """Table for str.translate: the escape sequence of each character that needs one.
+
+    Entries are made on demand.  A mebibyte of text takes 40 ms, a sixth of a regular expression's
+    time.
     """
 
     def __missing__(self, code: int) -> int | str:
@@ -40,14 +42,14 @@ class _Escapes(dict[int, int | str]):
 
 
 class RawJSON(bytes):
-    """A result that is encoded already."""
+    """A result that is already encoded."""
 
 
 class JSONStream:
-    """A result that is encoded in small steps, while it is sent, because its text may be long.
+    """A result that is encoded in steps, while it is sent, because its text may be long.
 
     Args:
-        value: the result; None where a subclass produces the text in another way.
+        value: the result; None if a subclass produces the text in :attr:`bits`.
     """
 
     #: The text that a subclass produces; each step of the iteration encodes a part of it.
@@ -57,13 +59,14 @@ class JSONStream:
         self.value = value
 
 
-#: The text of a struct of numbers as a format for ``%``, and what gets these numbers.
+#: JSON text of a struct of integers as a format for ``%``, and a getter of these integers.
 _Template: TypeAlias = tuple[bytes, Callable[[object], object]]
 
 
 class _Templates(dict[type, _Template | None]):
-    """The templates of structs that have numbers only, by type; None for all other types.  The
-    reply to ``add-fd`` takes half the time of msgspec's encoder and formatter.
+    """Templates of the structs that have integers only, by type; None for all other types.
+
+    The reply to ``add-fd`` takes half the time of msgspec's encoder and formatter.
     """
 
     def __missing__(self, kind: type) -> _Template | None:
@@ -81,7 +84,7 @@ templates = _Templates()
 
 
 def encode(value: object) -> bytes:
-    """*value*, built of JSON's types and msgspec structs, as JSON."""
+    """Encode *value*, built of JSON's types and msgspec structs, as JSON."""
     if type(value) is RawJSON:
         return value
     template = templates[type(value)]
@@ -96,31 +99,30 @@ def encode(value: object) -> bytes:
 
 
 class _Verbatim(str):
-    """A piece of JSON text, which is not encoded again."""
+    """A piece of text that is already JSON."""
 
     __slots__ = ()
 
 
 def encode_any(value: Any) -> bytes:
-    """As :func:`encode`, for a value that a client has sent; see :func:`iter_encode`."""
+    """Encode a value that a client has sent, of any depth; see :func:`iter_encode`."""
     kind = type(value)
     if kind is not dict and kind is not list and kind is not float:
         return encode(value)
     return b"".join(iter_encode(value))
 
 
-#: Pieces of text that one step of :func:`iter_encode` yields, and characters of a long piece: a
-#: step takes 0.2 ms.
+#: Number of pieces of text that one step of :func:`iter_encode` joins, and of characters in the
+#: longest piece: a step takes 0.2 ms.
 _PIECES = 256
 LONG_TEXT = 4096
 
 
 def iter_encode(value: Any) -> Iterator[bytes]:
-    """As :func:`encode`, for a value that a client has sent: nested to any depth, of any size, and
-    with floats that are out of range.
+    """Encode a value that a client has sent, in steps: of any depth and size, with any floats.
 
-    A float out of range is written as ``1e999``, which is a JSON number, and the one that the
-    client sent.  (QEMU writes ``inf``, which no JSON parser accepts.)
+    A float out of range is written as ``1e999``: a JSON number out of range, as the client's was.
+    (QEMU writes ``inf``, which no JSON parser accepts.)
     """
     out: list[str] = []
     todo = [_steps(value)]  # a stack instead of recursion: values nest deeper than Python allows
@@ -150,7 +152,7 @@ def _scalar(item: Any) -> str:
 
 
 def _steps(value: Any) -> Iterator[Any]:
-    """The parts of *value* in their order: the values in it, and the text between them."""
+    """Yield the members of *value* and the text between them, in order."""
     if isinstance(value, dict):
         separator = "{"
         for key, item in value.items():

@@ -1,10 +1,10 @@
-"""The tokens of QEMU's JSON dialect, over any split of the bytes.
+"""Lexer of QEMU's JSON dialect, incremental over any split of the bytes.
 
-QEMU's is RFC 8259 with strings in single quotes too, and recovers from an error in a fixed way
-(QEMU Machine Protocol Specification, section 2.2 and "Protocol notes": control characters other
-than a tab, and the bytes FE and FF, force the parser into a known state).  This is a table of
-states by byte, as QEMU's own, because what a client sees after an error depends on every byte of
-it; only the insides of strings and junk are skipped by a regular expression.
+The dialect is RFC 8259 plus single-quoted strings, with a fixed way to recover from an error (QEMU
+Machine Protocol Specification, section 2.2 and "Protocol notes": control characters other than tab,
+and the bytes FE and FF, force the parser into a known state).  The lexer is a table of states by
+byte, as QEMU's own, because the errors that a client gets depend on every byte.  Regular
+expressions skip only white space, the contents of strings, and invalid input.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from enum import IntEnum
 
 
 class Token(IntEnum):
-    """What a token is.  The numbers are table entries, above those of the states."""
+    """Kind of a token.  The numbers are entries of the table, above those of the states."""
 
     LCURLY = 100
     RCURLY = 101
@@ -28,16 +28,16 @@ class Token(IntEnum):
     KEYWORD = 108
     STRING = 109
     ERROR = 110
-    TOO_BIG = 111  # a token that has grown past the limit: not in the table
+    TOO_BIG = 111  # a token beyond the limit: not in the table
 
 
-# States.  A dead end is an entry of Token.ERROR.
+# States.  Token.ERROR is the entry of a byte that the state does not allow.
 _START, _RECOVERY = 0, 1
 _DQ, _DQ_ESCAPE, _SQ, _SQ_ESCAPE = 2, 3, 4, 5
 _SIGN, _ZERO, _DIGITS, _POINT, _FRACTION, _EXP, _EXP_SIGN, _EXP_DIGITS = range(6, 14)
 _KEYWORD = 14
 
-#: Added to an entry: the byte is not part of the token, it is looked at again in the next state.
+#: Added to an entry: the byte is not part of the token, and is examined again in the next state.
 _LOOKAHEAD = 1000
 
 _DIGIT = b"0123456789"
@@ -90,7 +90,7 @@ _TABLE = {
     _KEYWORD: _row(_LOOKAHEAD + Token.KEYWORD, (b"abcdefghijklmnopqrstuvwxyz", _KEYWORD)),
 }
 
-# What a state swallows without leaving it, for those in which that can be long.
+# Bytes that leave a state unchanged, for the states in which many of them may come in a row.
 _RUN = {
     _START: re.compile(rb"[ \t\r\n]*"),
     _RECOVERY: re.compile(rb"[^\x00-\x08\x0a-\x1f\xfe\xff\[\]{}:,]*"),
@@ -100,15 +100,15 @@ _RUN = {
 
 
 class Lexer:
-    """Cuts bytes into tokens; keeps what is incomplete for the next call.
+    """Splits bytes into tokens; an incomplete token is kept for the next call.
 
     Args:
-        max_token: bytes of one token; a longer one is given as TOO_BIG once, and dropped.
+        max_token: maximum size of a token; a longer one is discarded and yielded as TOO_BIG.
     """
 
     def __init__(self, max_token: int) -> None:
         self.max_token = max_token
-        #: Where it is, and what it has of the token in progress: for another lexer to go on.
+        #: The state, and the bytes of the token in progress; both can be saved and restored.
         self.state = _START
         self.begun = bytearray()
 
@@ -119,12 +119,13 @@ class Lexer:
 
     @property
     def buffered(self) -> int:
-        """Bytes kept of the token in progress."""
+        """Number of bytes of the token in progress."""
         return len(self.begun)
 
     def feed(self, data: bytes) -> Iterator[tuple[Token, bytes, int]]:
-        """The tokens that *data* completes: what each is, its bytes, and the offset in *data*
-        behind the last byte that was needed to tell.
+        """Yield the tokens that *data* completes: kind, bytes, and the offset in *data* of the end.
+
+        The end of a number or keyword is known at the byte after it, so the offset may be 0.
         """
         state, begin, at, size = self.state, 0, 0, len(data)
         begun = self.begun
@@ -148,7 +149,7 @@ class Lexer:
                     text = bytes(begun) + text
                     begun.clear()
                 state = _RECOVERY if entry == Token.ERROR else _START
-                # The state is kept before each token is given, so that the consumer may reset it.
+                # Store the state before each yield: the consumer may save or reset it.
                 self.state = state
                 yield Token(entry), text, at
                 state = self.state
@@ -159,6 +160,6 @@ class Lexer:
         if state != _START and state != _RECOVERY:
             begun += data[begin:]
             if len(begun) > self.max_token:
-                # A string is dropped up to its end; anything else up to where QEMU resumes.
+                # The rest of a string is discarded to its end; other input to where QEMU resumes.
                 begun.clear()
                 yield Token.TOO_BIG, b"", size

@@ -1,9 +1,9 @@
-"""JSON values out of tokens, with QEMU's errors and its way to recover from them.
+"""Incremental JSON parser, with QEMU's errors and QEMU's recovery from them.
 
 A value is complete when its braces and brackets balance, or when either count goes below zero
-(QEMU 7.2's ``json-streamer.c``).  The parser builds the value token by token, so that the cost of
-each call is proportional to the bytes of that call.  Of several syntax errors in a value, the first
-one is reported, at the end of the value.
+(QEMU 7.2's ``json-streamer.c``).  The parser builds the value token by token: the cost of each
+call is proportional to the bytes of that call.  Of several syntax errors in a value, the first is
+reported, at the end of the value.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KEYWORDS = {b"true": True, b"false": False, b"null": None}
 
 
 class _Want(Enum):
-    """What the grammar allows next."""
+    """The kind of token that the grammar allows next."""
 
     VALUE = auto()
     VALUE_OR_END = auto()  # after [
@@ -45,15 +45,15 @@ _EMPTY = ((_Want.KEY_OR_END, Token.RCURLY), (_Want.VALUE_OR_END, Token.RSQUARE))
 
 @dataclass(slots=True)
 class _Level:
-    """An object or array whose closing brace or bracket has not come yet."""
+    """An object or array that is not closed yet."""
 
     value: dict[str, Any] | list[Any]
-    is_key: bool  # in the place of a key: an error when it is complete
+    is_key: bool  # stands in the place of a key: an error once it is complete
     key: str = ""
 
 
 def _number(token: Token, text: bytes) -> int | float:
-    """A number with the type that QEMU gives it: int64, else uint64, else double."""
+    """Convert a number to QEMU's type: int64, else uint64, else double."""
     if token is Token.INTEGER and len(text) <= 20:
         value = int(text)
         if INT64_MIN <= value <= _UINT64_MAX:
@@ -62,31 +62,30 @@ def _number(token: Token, text: bytes) -> int | float:
 
 
 class Budget:
-    """The memory that incomplete values of several parsers, or unsent replies of several
-    connections, may take together.
+    """Shared memory limit: of all parsers' incomplete values, or all connections' unsent replies.
 
-    When it is used up, somebody gives up: of the owner with the most memory, whoever was charged
-    the longest time ago.  So neither can clients that send no more, or do not read, hold the memory
-    for ever, nor many connections of one user take it from another user.
+    Beyond the limit, one holder has to free its memory: of the owner with the most memory, the
+    holder that was charged the longest time ago.  So clients that stop sending or reading cannot
+    hold the memory for ever, and many connections of one user cannot take it from another user.
 
     Args:
-        most: bytes.
+        most: the limit in bytes.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.used = 0
-        # By owner; first the one that was charged the longest time ago.
+        # By owner: the size charged for each holder, least recently charged first.
         self._charges: dict[Hashable, dict[Callable[[], object], int]] = {}
         self._of: Counter[Hashable] = Counter()
 
     def charge(self, give_up: Callable[[], object], owner: Hashable, size: int) -> None:
-        """Somebody uses so many bytes from here on.
+        """Set the number of bytes that a holder uses; evict holders while the limit is exceeded.
 
         Args:
-            give_up: called when there is no room for that any more; by it they are told apart.
-            owner: whose memory that is.
-            size: bytes; 0 for no more.
+            give_up: identifies the holder; called to have it free its memory.
+            owner: the user whom the memory counts for.
+            size: the number of bytes; 0 if the holder has none.
         """
         theirs = self._charges.setdefault(owner, {})
         change = size - theirs.pop(give_up, 0)
@@ -104,12 +103,12 @@ class Budget:
 
 
 class Parser:
-    """Turns bytes into JSON values and errors; an incomplete value goes on with the next call.
+    """Parses bytes into JSON values and errors; an incomplete value is kept for the next call.
 
     Args:
-        max_bytes: bytes of all tokens of one value.
-        budget: what incomplete values are charged to; None for no limit.
-        owner: whose memory that is.
+        max_bytes: maximum size of all tokens of one value.
+        budget: limit of the memory for incomplete values; None for no limit.
+        owner: the user whom that memory counts for.
     """
 
     def __init__(
@@ -119,8 +118,8 @@ class Parser:
         self._budget = budget or Budget(sys.maxsize)
         self._lexer = Lexer(max_bytes)
         self._max_bytes = max_bytes
-        self._discarding = False  # the value is beyond a limit: its tokens are dropped
-        self._given_up = False  # likewise, because of the budget; its error is not reported yet
+        self._discarding = False  # the value is beyond a limit: its tokens are discarded
+        self._given_up = False  # the budget is exceeded: discarding, and the error is not reported
         self._reset()
 
     def _reset(self) -> None:
@@ -139,8 +138,8 @@ class Parser:
         return self._tokens == 0 and not self._discarding and self._lexer.idle
 
     def feed(self, data: bytes) -> Iterator[tuple[Any, GenericError | None, int]]:
-        """The values that *data* completes: for each the value, or None and its error, and the
-        offset in *data* of its end.
+        """Yield for each value that *data* completes: the value, or None and the parse error; and
+        the offset of its end in *data*.
         """
         yield from self._report_given_up(0)
         self._lexer.max_token = 0 if self._discarding else self._max_bytes
@@ -159,7 +158,7 @@ class Parser:
                 if limit is not None:
                     yield None, GenericError(f"JSON {limit} limit exceeded"), end
                     if limit == "nesting depth":
-                        self._reset()  # as in QEMU, each closer that is left over is an error
+                        self._reset()  # as in QEMU, each unmatched closing token is an error now
                         continue
                     self._discard()
                 else:
@@ -167,7 +166,7 @@ class Parser:
                     self._accept(token, text)
             if self._braces < 0 or self._brackets < 0 or not (self._braces or self._brackets):
                 if token is Token.TOO_BIG:
-                    continue  # its end is still to come
+                    continue  # the end of the token is still to come
                 value, error, discarded = self._result, self._error, self._discarding
                 self._reset()
                 if not discarded:
@@ -176,7 +175,7 @@ class Parser:
         yield from self._report_given_up(len(data))
 
     def give_up(self) -> None:
-        """Drop the incomplete value, and all of it that is still to come."""
+        """Discard the incomplete value: what is parsed, and what is still to come."""
         if not self._discarding:
             self._discard()
             self._given_up = True
@@ -194,7 +193,7 @@ class Parser:
             yield None, GenericError("JSON token size limit exceeded"), end
 
     def snapshot(self) -> ParserState:
-        """The incomplete value, for :meth:`restore`."""
+        """Return the state of the incomplete value, for :meth:`restore`."""
         return ParserState(
             b"" if self._discarding else bytes(self._text),
             self._discarding,
@@ -206,13 +205,13 @@ class Parser:
         )
 
     def restore(self, saved: ParserState) -> None:
-        """Go on with the value of which another parser gave the :meth:`snapshot`.
+        """Restore the incomplete value of another parser's :meth:`snapshot`.
 
-        The other parser may have had higher limits: a value beyond ours is refused when more of it
-        comes.
+        The other parser may have had higher limits: a value beyond the limits of this one is
+        refused at its next token.
 
         Raises:
-            ValueError: *saved* is no state of a parser.
+            ValueError: *saved* is inconsistent.
         """
         limits = self._max_bytes, self._budget
         self._max_bytes, self._budget = sys.maxsize, Budget(sys.maxsize)
@@ -229,7 +228,7 @@ class Parser:
         self._charge()
 
     def close(self) -> None:
-        """Drop what is incomplete."""
+        """Discard the incomplete value and token."""
         self._lexer = Lexer(self._max_bytes)
         self._given_up = False
         self._reset()
@@ -237,7 +236,7 @@ class Parser:
 
     @property
     def _cost(self) -> int:
-        """Bytes of memory that what is incomplete takes, about."""
+        """Estimated memory of the incomplete value and token, in bytes."""
         kept = 0 if self._discarding else self._tokens * TOKEN_BYTES + self._bytes
         return kept + self._lexer.buffered
 
@@ -256,7 +255,7 @@ class Parser:
     # -- the grammar ---------------------------------------------------------------------------
 
     def _accept(self, token: Token, text: bytes) -> None:
-        """Add one token to the value; keep the first error where the grammar does not allow it."""
+        """Add one token to the value; keep the first syntax error."""
         if self._error is not None:
             return
         want = self._want
@@ -296,7 +295,7 @@ class Parser:
         self._complete(level.value, level.is_key)
 
     def _complete(self, value: Any, is_key: bool) -> None:
-        """Put a complete value into the object or array around it, or make it the result."""
+        """Add a complete value to the enclosing object or array, or make it the result."""
         if not self._stack:
             self._result = value
             return
@@ -317,7 +316,7 @@ class Parser:
 
 
 def _scalar(token: Token, text: bytes) -> Any:
-    """The value of a token that is one by itself."""
+    """Return the value of a string, number or keyword token."""
     if token is Token.STRING:
         return unquote(text)
     if token is Token.INTEGER or token is Token.FLOAT:

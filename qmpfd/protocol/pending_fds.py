@@ -1,8 +1,9 @@
-"""Which command gets which descriptor: the rule, apart from bytes and sockets.
+"""Assignment of received descriptors to commands, without bytes and sockets.
 
-Descriptors come with a *segment*, the bytes of one send.  They wait for the first command that
-takes some and that ends behind the segment's first byte.  Commands sent in the same segment take
-them in order; what is left when the segment is over, and one was taken, belongs to nobody.
+Descriptors arrive with a *segment*, the bytes of one sendmsg(2).  They stay pending for the first
+command that takes descriptors and ends after the segment's first byte.  Commands of the same
+segment take them in order.  If a command has taken some, the rest is discarded when the segment
+ends.
 """
 
 from __future__ import annotations
@@ -13,24 +14,26 @@ from ..kernel.fd import Fd
 
 
 class SegmentState(Enum):
-    """Where the segment is that the descriptors came with; the values go over in a takeover."""
+    """State of the segment that carried the descriptors; the values are part of the takeover
+    protocol.
+    """
 
-    SPENT = "spent"  #: over, and a command has taken some: whatever else there was is given up
-    OPEN = "open"  #: more of its bytes are to come
-    OPEN_TAKEN = "open taken"  #: likewise, and a command in it has taken some
-    STRADDLED = "straddled"  #: over, but the message that it ended in is not
-    STRADDLED_TAKEN = "straddled taken"  #: likewise, and a command in it has taken some
-    OVER = "over"  #: the descriptors wait for the next command that takes some
+    SPENT = "spent"  #: ended, and a command has taken some: the rest was discarded
+    OPEN = "open"  #: some bytes of the segment are still to be read
+    OPEN_TAKEN = "open taken"  #: likewise, and a command in the segment has taken some
+    STRADDLED = "straddled"  #: ended inside a message that is not complete yet
+    STRADDLED_TAKEN = "straddled taken"  #: likewise, and a command in the segment has taken some
+    OVER = "over"  #: ended: the descriptors are pending for the next command that takes some
 
 
 class _Event(Enum):
     TAKE = auto()  # a command takes descriptors
     END = auto()  # the segment ends between two messages
-    END_INSIDE = auto()  # the segment ends inside of a message
+    END_INSIDE = auto()  # the segment ends inside a message
     MESSAGE_END = auto()
 
 
-#: What is not here leaves the state as it is.
+#: An event that is not in the table leaves the state unchanged.
 _TRANSITIONS = {
     (SegmentState.OVER, _Event.TAKE): SegmentState.SPENT,
     (SegmentState.OPEN, _Event.TAKE): SegmentState.OPEN_TAKEN,
@@ -48,29 +51,29 @@ class PendingFds:
     """The descriptors of one segment that no command has taken yet.
 
     Args:
-        fds_to_close: where those go that nobody will take; its owner closes them.
+        fds_to_close: receives the descriptors that no command takes; the caller closes them.
     """
 
     __slots__ = ("_fds_to_close", "fds", "lost", "state")
 
     def __init__(self, fds_to_close: list[Fd]) -> None:
         self._fds_to_close = fds_to_close
-        #: Those that wait.
+        #: The pending descriptors.
         self.fds: list[Fd] = []
-        #: Why descriptors of this segment are gone; empty if none are.
+        #: Why descriptors of this segment were lost; empty if none were.
         self.lost = ""
         self.state = SegmentState.SPENT
 
     def restore(self, fds: list[Fd], state: SegmentState, lost: str) -> None:
-        """Go on where another was; *fds* are owned from here on."""
+        """Restore the state of another instance; *fds* are owned from here on."""
         self.fds, self.state, self.lost = fds, state, lost
 
     def begin_segment(self, fds: list[Fd], lost: str) -> None:
-        """A new segment begins; what still waits of an older one is given up.
+        """Begin a new segment, and discard the pending descriptors of an older one.
 
         Args:
-            fds: what came with it.
-            lost: why the kernel dropped some of them, if it did: then none is kept.
+            fds: the descriptors that came with the segment.
+            lost: why the kernel dropped some of them, or "": if it did, all are discarded.
         """
         self.discard()
         if lost:
@@ -80,24 +83,24 @@ class PendingFds:
         self.lost, self.state = lost, SegmentState.OPEN
 
     def take(self, most: int) -> tuple[list[Fd], str]:
-        """Those that a command gets which takes up to *most*, and why some are missing, if so."""
+        """Pop up to *most* descriptors for a command; return them and why some were lost, or ""."""
         fds, self.fds = self.fds[:most], self.fds[most:]
         lost, self.lost = self.lost, ""
         self._move(_Event.TAKE)
         return fds, lost
 
     def refuse(self, why: str) -> None:
-        """Give up what waits; the command that should have had it is told *why*."""
+        """Discard the pending descriptors; the command that would take them fails with *why*."""
         if self.fds:
             self.discard()
             self.lost = why
 
     def end_segment(self, *, inside_message: bool) -> None:
-        """The last byte of the segment was seen; *inside_message*: a message goes on after it."""
+        """End the segment; *inside_message*: whether its last message is still incomplete."""
         self._move(_Event.END_INSIDE if inside_message else _Event.END)
 
     def end_message(self) -> None:
-        """A message is complete."""
+        """End a message, whose last byte was read."""
         self._move(_Event.MESSAGE_END)
 
     def _move(self, event: _Event) -> None:
@@ -106,7 +109,7 @@ class PendingFds:
             self.discard()
 
     def discard(self) -> None:
-        """Give up what waits."""
+        """Move the pending descriptors to those that the caller closes."""
         if self.fds:
             self._fds_to_close += self.fds
             self.fds = []

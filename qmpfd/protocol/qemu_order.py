@@ -1,12 +1,12 @@
-"""The order in which QEMU comes across the members of an object.
+"""Order in which QEMU iterates over the members of an object.
 
-Where several members are wrong, QEMU names the first that it meets, in the order of its hash
-tables, and clients' tests compare the text.  Both tables are modelled here as far as that order
-needs: QEMU's own QDict (``qobject/qdict.c``) and GLib's GHashTable (``ghash.c``), which holds the
-arguments while they are checked.  Held to a live QEMU over thousands of random members.
+Of several invalid members, QEMU names the first in the order of its hash tables, and clients' tests
+compare the text.  Both tables are modelled as far as that order needs: QEMU's own QDict
+(``qobject/qdict.c``) and GLib's GHashTable (``ghash.c``), which holds the arguments while they are
+checked.  The model was compared with a running QEMU over thousands of random members.
 
-Who sends very many members, or very long ones, learns of the one that came first: a mebibyte of
-them would take a second here, and hours if their names are made to get in each other's way.
+For very many or very long members the order is that of the request: ordering a mebibyte of them
+would take a second here, and hours with names chosen to collide.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collections.abc import Iterable
 
 _WORD = 0xFFFFFFFF
 
-#: Members, and characters of their names in all, up to which the order is QEMU's.
+#: Number of members, and of characters in all their names, up to which the order is QEMU's.
 _MOST_MEMBERS, _MOST_CHARACTERS = 256, 4096
 
 
 def _encoded(key: str) -> bytes:
-    """A key as QEMU keeps it: in UTF-8, with NUL as C0 80."""
+    """Encode a key as QEMU stores it: UTF-8, with NUL as C0 80."""
     return key.encode("utf-8").replace(b"\0", b"\xc0\x80")
 
 
 def _bucket(key: str) -> int:
-    """Which of a QDict's 512 buckets *key* is in (tdb_hash)."""
+    """Return the index of the bucket, of a QDict's 512, that holds *key* (tdb_hash)."""
     raw = _encoded(key)
     value = 0x238F13AF * len(raw)
     for number, byte in enumerate(raw):
@@ -38,7 +38,10 @@ def _too_much(keys: list[str]) -> bool:
 
 
 def qdict_order(keys: Iterable[str]) -> list[str]:
-    """*keys*, in the order of insertion, as a QDict gives them; in a bucket, the last is first."""
+    """Return *keys*, given in order of insertion, in the order of iteration over a QDict.
+
+    Within a bucket the key inserted last comes first.
+    """
     ordered = list(keys)
     if _too_much(ordered):
         return ordered
@@ -53,24 +56,25 @@ _SMALLEST = 3
 
 
 class _GHashTable:
-    """The slots of a GHashTable to which keys are added first, and from which some are removed
-    then: a key, nothing, or where a key was (a tombstone: False).
+    """Slots of a GHashTable: all keys are added first, then some are removed.
+
+    A slot holds a key, None (unused), or False (a tombstone, whose key was removed).
     """
 
     def __init__(self) -> None:
-        self._count = self._occupied = 0  # keys; and tombstones with them
+        self._count = self._occupied = 0  # number of keys; of keys and tombstones
         self._modulus = _PRIMES[_SMALLEST]
         self.slots: list[str | bool | None] = [None] * (1 << _SMALLEST)
 
     def _home(self, key: str) -> int:
         value = 5381
-        for byte in _encoded(key):  # g_str_hash: of signed chars
+        for byte in _encoded(key):  # g_str_hash works on signed chars
             value = value * 33 + (byte - 256 if byte > 127 else byte) & _WORD
         value = max(value, 2)  # 0 and 1 mean unused and tombstone
         return (value * 11 & _WORD) % self._modulus
 
     def _find(self, key: str) -> int:
-        """The slot that holds *key*, or else the one for it."""
+        """Return the slot that holds *key*, or else the unused slot for it."""
         slot, step = self._home(key), 0
         while self.slots[slot] not in (None, key):
             step += 1
@@ -106,7 +110,7 @@ class _GHashTable:
             if key is None or moved[start]:
                 continue
             slots[start] = None
-            while key is not None:  # whoever is in the way has to move next
+            while key is not None:  # the key displaced by this one has to move next
                 slot, step = self._home(key), 0
                 while moved[slot]:
                     step += 1
@@ -118,7 +122,7 @@ class _GHashTable:
 
 
 def first_left_over(members: Iterable[str], known: Iterable[str]) -> str:
-    """Which of the *members* that are not *known* QEMU complains of; there has to be one."""
+    """Return the member that QEMU reports as unknown; at least one must not be *known*."""
     ordered = qdict_order(members)
     if _too_much(ordered):
         known = frozenset(known)

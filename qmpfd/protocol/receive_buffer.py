@@ -1,11 +1,11 @@
-"""Bytes and descriptors in, messages with the descriptors that were sent with them out.
+"""Receive buffer: turns bytes and descriptors into messages, each with its own descriptors.
 
-The kernel hands over both in chunks: a read ends after the segment that descriptors came with,
-and joins whatever plain bytes are queued before it.  So a chunk alone does not tell which of its
-messages the descriptors were sent with.  But a read never returns a descriptor before the first
-byte that it was sent with: reading up to the end of a message gives that message's descriptors
-and no later ones.  Hence the receive buffer is shown the bytes before they are consumed (MSG_PEEK),
-plans the reads, and is told afterwards which of them brought descriptors.
+A recvmsg(2) returns the plain bytes that are queued before a segment with descriptors, joined to
+that segment, and ends there.  So one read does not show which of its messages the descriptors were
+sent with.  But no read returns a descriptor without the first byte that it was sent with: a read up
+to the end of a message returns the descriptors of that message and no later ones.  Therefore
+the transport peeks at the bytes (MSG_PEEK), the buffer plans the lengths of the reads, and the
+transport reports which of them returned descriptors.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ from .saved import ReceiveBufferState
 if TYPE_CHECKING:
     from .parser import Budget, Parser
 
-#: Decodes a chunk of whole messages at once; None where only the slow path can tell.  A server's
-#: gives requests, whose ``takes`` says how many descriptors each takes at most.
+#: Decodes a chunk of complete messages at once; returns None if the parser has to do it.  The
+#: server's returns requests, whose ``takes`` is the maximum number of descriptors.
 ChunkDecoder: TypeAlias = "Callable[[bytes], list[Any] | None]"
 
-#: A value, or its error, and where it ends in the bytes that were seen.
+#: A value or a parse error, and the offset of its end in the peeked bytes.
 _Found: TypeAlias = "tuple[Any, int]"
 
 _takes = attrgetter("takes")
 _WHITESPACE = b" \t\r\n"
-#: Where no descriptor came; never changed.
+#: The descriptors of a message that has none; never modified.
 NO_FDS: list[Fd] = []
 
-#: Bytes of lines that are no message each, and are looked at more closely, at 4 us a byte.
+#: Bytes of lines that are not one message each which are passed to the parser, at 4 us a byte.
 _MOST_UNREADABLE = 2 * READ_BYTES
 
-#: Bytes that are decoded in one go where it does not matter with which of them descriptors come.
+#: Bytes that are decoded in one step if no descriptors follow.
 _STEP = 8 << 10
 
 
-#: A message that descriptors came with, or should have: a value or typed request, the descriptors
-#: that it takes, and if some that it should have had are gone, why.  No other message is a tuple.
+#: A message with descriptors, or whose descriptors were lost: a value or typed request, the
+#: descriptors, and why some were lost, or "".  No other message is a tuple.
 Received: TypeAlias = "tuple[Any, list[Fd], str]"
 
 
 class ReceiveBuffer:
-    """What a peer has sent.
+    """Received input of a connection: complete messages, and the incomplete rest.
 
     Args:
-        decode: the quick way for a chunk of whole messages.
-        max_fds: how many descriptors a message takes at most; 0 for one that takes none.
-        max_bytes: bytes of one message.
-        fds_to_close: where descriptors go that nobody takes; its owner closes them.
-        lines: every message ends with a line end, so that an incomplete line can wait for the
-            rest of it: so do replies, but not requests.
-        budget: the memory that incomplete messages share with other connections.
-        owner: for whom it is.
+        decode: the fast path, for a chunk of complete messages.
+        max_fds: returns the maximum number of descriptors that a message takes; 0 for none.
+        max_bytes: maximum size of a message.
+        fds_to_close: receives the descriptors that no message takes; the caller closes them.
+        lines: whether every message ends with a line end, so that an incomplete line is kept
+            unparsed: true of replies, not of requests.
+        budget: limit of the memory for incomplete messages, shared with other connections.
+        owner: the user whom that memory counts for.
     """
 
     def __init__(
@@ -77,38 +77,38 @@ class ReceiveBuffer:
         self._max_fds = max_fds
         self._budget = budget
         self._owner = owner
-        self._parser: Parser | None = None  # made once something is not plain
+        self._parser: Parser | None = None  # created for the first chunk that *decode* refuses
         self._max_bytes = max_bytes
-        #: The descriptors that wait for a command.
+        #: The received descriptors that no command has taken yet.
         self.pending_fds = PendingFds(fds_to_close)
-        #: Complete messages, for whoever asks for them to take from the left: values or typed
-        #: requests, or the errors that their texts have; those that have to do with descriptors
-        #: are :class:`Received`.
+        #: Complete messages, oldest first, for the caller to pop: values, typed requests or parse
+        #: errors; those with descriptors, or whose descriptors were lost, are :class:`Received`.
         self.ready: deque[Any] = deque()
-        self._reads: list[list[Any]] = []  # planned: the messages that each read completes
-        self._whole: list[Any] | None = None  # likewise, of a single read that completes all
-        self._behind = 0  # bytes of the segment that are behind the reads planned
-        self._segment_left = 0  # of the segment that descriptors came with, the bytes still to see
+        self._reads: list[list[Any]] = []  # the messages that each planned read completes
+        self._whole: list[Any] | None = None  # the same for a plan of one read that completes all
+        self._behind = 0  # bytes of the segment that the planned reads leave queued
+        self._segment_left = 0  # unread bytes of the segment that carried the pending descriptors
         self._lines = lines
-        self._max_whole = 0 if lines else max_bytes  # bytes that are decoded as whole messages
-        self._line = bytearray()  # with lines: an incomplete one
+        self._max_whole = 0 if lines else max_bytes  # size of the largest chunk for the fast path
+        self._line = bytearray()  # if lines: the incomplete line
 
-    # -- in ------------------------------------------------------------------------------------
+    # -- input ---------------------------------------------------------------------------------
 
     def plan(self, data: bytes, fds_follow: bool) -> tuple[Sequence[int], int]:
-        """Plan how to read *data*, the next bytes of the peer.
+        """Plan the reads of *data*, the bytes at the head of the socket's receive queue.
 
         Args:
-            data: the bytes, not empty, and not consumed yet.
-            fds_follow: whether descriptors come with the last of them.
+            data: the peeked bytes, not empty.
+            fds_follow: whether descriptors come with the last segment of them.
 
         Returns:
-            The lengths of the reads to make, one after the other until one of them brings
-            descriptors; the others bring none.  If *fds_follow*, :meth:`received` is due once they
-            are made.  What is behind them is shown again next time; then, how many bytes of that
-            are a line end or blanks, which need not be shown if descriptors came before them.
+            The lengths of the reads, to be made one by one until one returns descriptors; the bytes
+            of the remaining ones are to be discarded.  If *fds_follow*, the caller has to report
+            the result to :meth:`received`.  Bytes after the planned reads are peeked at again.
+            Second, how many of those bytes are white space: they may be discarded unseen if the
+            planned read returns descriptors.
         """
-        if self._segment_left:  # newer descriptors come behind it
+        if self._segment_left:  # read the segment to its end: newer descriptors come after it
             data, fds_follow = data[: self._segment_left], False
         elif len(data) > _STEP and not (fds_follow or self._lines):
             data = data[: data.rfind(b"\n", 0, _STEP) + 1 or None]
@@ -118,12 +118,12 @@ class ReceiveBuffer:
             messages = self._decode(data)
         if messages is not None and fds_follow:
             if len(messages) < 2 or not any(map(_takes, messages[:-1])):
-                # Cut behind the last, the only one that may take descriptors: they may have come
-                # with the blank behind it.
+                # Read up to the end of the last message, the only one that may take descriptors:
+                # white space after it may belong to a later segment, which carries them instead.
                 length = len(data.rstrip(_WHITESPACE)) or size
                 self._whole = messages
                 return (length,), size - length
-            messages = None  # it matters where each of them ends
+            messages = None  # only the parser shows where each message ends
         if messages is None:
             found, size = self._messages(data, fds_follow)
             if fds_follow:
@@ -137,10 +137,10 @@ class ReceiveBuffer:
         return (size,), 0
 
     def received(self, number: int, fds: list[Fd], lost: str) -> None:
-        """The planned reads are made; the messages that they complete are ready.
+        """Append the messages that the planned reads complete to :attr:`ready`.
 
         Args:
-            number: which of them brought descriptors, or should have.
+            number: index of the read that returned descriptors or lost some.
             fds: the descriptors, owned from here on.
             lost: why the kernel dropped some of them; empty if it did not.
         """
@@ -149,7 +149,7 @@ class ReceiveBuffer:
         if whole is not None:
             if whole and fds and not (lost or pending.fds or pending.lost):
                 last = whole[-1]
-                if len(fds) <= last.takes:  # as nearly always: none waits, and none will
+                if len(fds) <= last.takes:  # the usual case: no descriptor is or stays pending
                     whole[-1] = (last, fds, "")
                     self.ready += whole
                     return
@@ -164,10 +164,10 @@ class ReceiveBuffer:
             self._end_segment()
 
     def _assign_fds(self, messages: list[Any]) -> None:
-        """Have *messages* ready, each with the descriptors that it takes.
+        """Append *messages* to :attr:`ready`, each with the pending descriptors that it takes.
 
-        A message whose text is broken takes all descriptors that wait with it: nobody can tell
-        any more whom they were for.
+        A message with a parse error discards all pending descriptors: which command they were
+        sent with can no longer be known.
         """
         pending = self.pending_fds
         if not (pending.fds or pending.lost):
@@ -185,9 +185,12 @@ class ReceiveBuffer:
             pending.end_message()
 
     def _cut(self, found: list[_Found], size: int) -> list[int]:
-        """Cut what was seen behind each message for which it matters: the lengths of the reads."""
+        """Plan a read up to the end of each message that takes or discards descriptors.
+
+        Return the lengths of the reads.
+        """
         if found and not found[0][1]:
-            # It ended before these bytes, and only they tell so: a number, or a bare word.
+            # A number or a bare word that ended before these bytes: only the next byte ends it.
             self._assign_fds([found.pop(0)[0]])
         sizes: list[int] = []
         at = 0
@@ -206,19 +209,19 @@ class ReceiveBuffer:
         return sizes
 
     def _end_segment(self) -> None:
-        """If that was all of the segment that descriptors came with, it is over."""
+        """End the segment that carried descriptors, if all of its bytes were read."""
         if not self._segment_left:
             self.pending_fds.end_segment(inside_message=not self._idle or bool(self._line))
 
     def _messages(self, data: bytes, fds_follow: bool) -> tuple[list[_Found], int]:
-        """The messages that *data* completes, and how far was read."""
+        """Return the messages that *data* completes, and the number of bytes examined."""
         if self._lines and self._idle:
             return self._by_lines(data, fds_follow), len(data)
         data = data[:SLOW_PATH_BYTES]
         return list(self._feed(data)), len(data)
 
     def _by_lines(self, data: bytes, fds_follow: bool) -> list[_Found]:
-        """The messages of whole lines; an incomplete one is kept until the rest of it comes."""
+        """Return the messages of complete lines; keep an incomplete line for the next call."""
         kept = len(self._line)
         cut = data.rfind(b"\n") + 1
         self._line += data
@@ -231,22 +234,22 @@ class ReceiveBuffer:
         line = bytes(self._line)
         self._line.clear()
         if values is None and len(line) > _MOST_UNREADABLE:
-            # A message that is written over several lines begins with a short one.
+            # A message written over several lines begins with a short line: this one is broken.
             return [(GenericError("JSON parse error, no whole message in a long line"), len(data))]
         found: list[_Found] = []
         for value, end in self._feed(line):
             found.append((value, max(end - kept, 0)))
-            if type(value) is GenericError:  # that is no server: whatever else it says
+            if type(value) is GenericError:  # the peer is no QMP server: ignore the rest
                 break
         return found
 
     @property
     def _idle(self) -> bool:
-        """Whether what comes next begins a message."""
+        """Whether no message is incomplete: the next token begins one."""
         return self._parser is None or self._parser.idle
 
     def _feed(self, data: bytes) -> Iterator[_Found]:
-        """Give *data* to the parser."""
+        """Pass *data* to the parser, which is created if there is none."""
         if self._parser is None:
             from .parser import Parser  # noqa: PLC0415 - the short verbs never need it
 
@@ -256,11 +259,12 @@ class ReceiveBuffer:
             for value, error, end in self._parser.feed(data)
         )
 
-    # -- over ----------------------------------------------------------------------------------
+    # -- takeover and end ----------------------------------------------------------------------
 
     def snapshot(self) -> tuple[ReceiveBufferState, list[Fd]]:
-        """What has come and is not done with, and the descriptors, which stay here; for
-        :meth:`restore`.  Complete messages are not in it.
+        """Return the incomplete input and the pending descriptors, for :meth:`restore`.
+
+        The descriptors stay owned by this buffer.  Complete messages are not part of the state.
         """
         pending = self.pending_fds
         parser = None if self._idle or self._parser is None else self._parser.snapshot()
@@ -270,18 +274,16 @@ class ReceiveBuffer:
         return state, pending.fds
 
     def restore(self, saved: ReceiveBufferState, fds: list[Fd]) -> None:
-        """Go on where another was when it gave :meth:`snapshot`; the descriptors are owned here
-        from now on.
-        """
+        """Restore the state of another buffer's :meth:`snapshot`; own *fds* from here on."""
         if saved.parser is not None:
-            self._feed(b"")  # have a parser
+            self._feed(b"")  # creates the parser
             assert self._parser is not None
             self._parser.restore(saved.parser)
         self.pending_fds.restore(fds, saved.segment, saved.lost)
         self._segment_left = saved.segment_left
 
     def close(self) -> None:
-        """The peer is gone: give up what waits."""
+        """Discard the pending descriptors and the incomplete message."""
         self.pending_fds.discard()
         if self._parser is not None:
             self._parser.close()

@@ -1,9 +1,8 @@
-"""The requests that a server understands, built from its commands' argument types.
+"""Decodes requests, by the argument types of the server's commands.
 
-Two ways lead to a request.  The quick one decodes and checks a whole chunk of requests in one
-call of msgspec, and gives up at anything that is not plain.  The careful one starts from a value
-of our own parser and finds QEMU's error for it.  Where the quick one answers, both agree; the
-tests hold them to it.
+The fast path decodes and checks a whole chunk of requests in one call of msgspec; it returns None
+for anything unusual.  The slow path checks a value of our own parser, and raises QEMU's error for
+it.  For every chunk that the fast path decodes both return the same requests; tests compare them.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from .qemu_order import qdict_order
 
 
 class Request(Struct):
-    """A request that is well-formed and whose arguments have the right types.
+    """A well-formed request, whose arguments have the right types.
 
-    The subclasses, one a command, have the members ``arguments`` (the command's struct; absent
-    when the request has none and needs none) and ``id``.
+    Each command has a subclass, with the members ``arguments`` (the command's struct; UNSET if the
+    request has none and none are required) and ``id``.
     """
 
-    #: How many descriptors the command takes at most.
+    #: Maximum number of descriptors that the command takes.
     takes: ClassVar[int] = 0
     arguments: Any = UNSET
     id: Any = UNSET
 
 
 class Spec(Struct, frozen=True):
-    """What the protocol needs to know of a command.
+    """Properties of a command that the protocol needs.
 
     Args:
         arguments: the struct of its arguments.
-        fds: how many descriptors it takes at most.
+        fds: maximum number of descriptors that it takes.
         allow_oob: whether it may be executed out of band.
     """
 
@@ -47,15 +46,15 @@ class Spec(Struct, frozen=True):
     allow_oob: bool = False
 
 
-#: The ids that the quick way echoes; any other JSON value goes the careful way.
+#: The types of an id on the fast path; any other JSON value takes the slow path.
 _PlainId = Annotated[int, Meta(ge=INT64_MIN, le=(1 << 63) - 1)] | str | UnsetType
 
 _encoder = msgspec.json.Encoder()
-_BACKSLASH = ord("\\")  # bytes contain a number ten times as fast as bytes
+_BACKSLASH = ord("\\")  # an int: searching bytes for an int is ten times as fast as for bytes
 
 
 def _request_type(name: str, spec: Spec) -> type[Request]:
-    """The struct of a request of the command *name*, for the quick way."""
+    """Define the request struct of the command *name*, for msgspec to decode."""
     needed = any(field.required for field in msgspec.structs.fields(spec.arguments))
     given: Any = spec.arguments
     members: Any = [
@@ -76,10 +75,10 @@ def _request_type(name: str, spec: Spec) -> type[Request]:
 
 
 class RequestDecoder:
-    """The commands of a server.
+    """Decodes the requests of a server's commands.
 
     Args:
-        commands: what there is to know of each, by name.
+        commands: the properties of each command, by name.
     """
 
     def __init__(self, commands: Mapping[str, Spec]) -> None:
@@ -94,22 +93,22 @@ class RequestDecoder:
         self._decode_lines = msgspec.json.Decoder(union).decode_lines
 
     def decode_chunk(self, data: bytes) -> list[Request] | None:
-        """All requests in *data*, the quick way; None if it has to go the careful way."""
+        """Decode all requests in *data* on the fast path; return None if the slow path has to."""
         if not data.isascii() or _BACKSLASH in data:
             return None
         try:
             requests: list[Request] = self._decode_lines(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
-        # Of a key that occurs twice, msgspec takes the last and says nothing.  Each key has one
-        # colon: where none occurs twice, what is encoded again has as many, as without escapes the
-        # colons inside of strings are the same.
+        # msgspec accepts a duplicate key and keeps its last value; QEMU refuses it.  Each key has
+        # one colon, and without escapes strings keep theirs, so the requests encoded again have as
+        # many colons as *data* only if no key was a duplicate.
         if data.count(b":") != _encoder.encode(requests).count(b":"):
             return None
         return requests
 
     def max_fds(self, message: Any) -> int:
-        """How many descriptors *message*, a request or a value still to be checked, takes."""
+        """Return how many descriptors *message* takes: a request, or a value of the parser."""
         if isinstance(message, Request):
             return message.takes
         if isinstance(message, dict):
@@ -120,12 +119,12 @@ class RequestDecoder:
         return 0
 
     def request(self, value: Any, *, oob_enabled: bool, only: str | None = None) -> Request:
-        """The careful way: *value* as a request.
+        """Check *value* and convert it to a request: the slow path.
 
         Args:
-            value: what the parser gave.
+            value: a value of the parser.
             oob_enabled: whether the client has enabled out-of-band execution.
-            only: the one command that is known in this state; None for all.
+            only: the one command that the state allows; None for all.
 
         Raises:
             GenericError, CommandNotFound: with QEMU's text (``qmp-dispatch.c``).
@@ -143,7 +142,7 @@ class RequestDecoder:
 
 
 def _check_envelope(value: Any, oob_enabled: bool) -> dict[str, Any]:
-    """*value* as the members of a request, checked in the order in which QEMU comes across them."""
+    """Return the members of a request, checked in the order in which QEMU checks them."""
     if not isinstance(value, dict):
         raise GenericError("QMP input must be a JSON object")
     execute: str | None = None

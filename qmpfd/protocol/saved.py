@@ -1,6 +1,6 @@
-"""What a peer has sent and is not done with, as it goes over to another process.
+"""State of incomplete input, for the transfer to a successor daemon.
 
-Named tuples, which msgspec encodes too: a short verb has a receive buffer, and imports no msgspec.
+Named tuples, which msgspec can encode: the short verbs use the receive buffer without msgspec.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from .pending_fds import SegmentState
 
 
 class ParserState(NamedTuple):
-    """What a parser has of an incomplete value.
+    """State of a parser inside an incomplete value.
 
     Args:
-        text: its tokens so far.
-        discarding: the rest of it is dropped.
-        braces: how many of them are open, if it is dropped.
-        brackets: the same of brackets.
-        lexer_state: where the lexer is.
-        begun: what it has of the token in progress.
-        given_up: it is dropped, and that is still to be told.
+        text: the tokens of the value so far; empty if it is discarded.
+        discarding: whether the value is discarded up to its end.
+        braces: number of open braces, for a discarded value.
+        brackets: number of open brackets, for a discarded value.
+        lexer_state: the state of the lexer.
+        begun: the bytes of the token in progress.
+        given_up: whether the value is discarded and its error was not reported yet.
     """
 
     text: bytes
@@ -33,14 +33,14 @@ class ParserState(NamedTuple):
 
 
 class ReceiveBufferState(NamedTuple):
-    """What has come over a connection and is not done with, but for the descriptors themselves.
+    """State of a receive buffer, without the descriptors themselves.
 
     Args:
-        parser: the incomplete message, if there is one.
-        fds: how many descriptors wait for a command.
-        segment: where the segment is that they came with.
-        lost: why descriptors of that segment are gone; empty if none are.
-        segment_left: bytes of it that are still to come.
+        parser: state of the parser; None if no message is incomplete.
+        fds: number of pending descriptors.
+        segment: state of the segment that carried them.
+        lost: why descriptors of that segment were lost; empty if none were.
+        segment_left: number of bytes of that segment that are still to be read.
     """
 
     parser: ParserState | None

@@ -1,4 +1,4 @@
-"""The server's end of a connection: requests in, replies out."""
+"""Server side of a connection: decodes requests, encodes replies."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .request_decoder import Request, RequestDecoder
 from .saved import ReceiveBufferState
 from .streamed_reply import StreamedReply
 
-#: A request, or the error that it is refused with; its id; its descriptors.
+#: A request, or the error that refuses it; its id; its descriptors.
 ReceivedRequest: TypeAlias = "tuple[Request | Error, Any, list[Fd]]"
 
 
 class MessageState(Struct, forbid_unknown_fields=True):
-    """A message that has come whole and was not carried out yet.
+    """A complete message that was not executed yet.
 
     Args:
-        text: its JSON; empty if it was broken.
-        error: what its client is to be told of it, if it was.
-        fds: the number of descriptors that it takes; None if it does not take any.
-        lost: why it has less of them than it should have; empty if it has not.
+        text: its JSON; empty if it has a parse error.
+        error: the text of that error; empty if it has none.
+        fds: number of its descriptors; None if it is not :class:`Received`.
+        lost: why descriptors of the message were lost; empty if none were.
     """
 
     text: bytes
@@ -43,14 +43,14 @@ class MessageState(Struct, forbid_unknown_fields=True):
 
 
 class ConnectionState(Struct, forbid_unknown_fields=True):
-    """Where a connection is, but for the descriptors themselves.
+    """State of a connection, without the descriptors themselves.
 
     Args:
-        state: its state.
+        state: greeting, negotiation or commands.
         oob_enabled: whether the client has enabled out-of-band execution.
-        errors_in_a_row: errors since the last valid request.
-        receive_buffer: what has come and is not complete.
-        messages: what has come and is complete.
+        errors_in_a_row: number of errors since the last valid request.
+        receive_buffer: the incomplete input.
+        messages: the complete messages that were not executed yet.
     """
 
     state: State
@@ -61,14 +61,14 @@ class ConnectionState(Struct, forbid_unknown_fields=True):
 
 
 class ServerConnection(Connection):
-    """The server's end: requests in, replies and events out.
+    """Server side: decodes requests, encodes replies and events.
 
     Args:
-        decoder: the commands there are.
-        max_request_bytes: bytes of one request.
-        qemu_classes: tell only the error classes that today's QEMU has.
-        budget: the memory that incomplete requests share with other connections.
-        owner: whose this one is.
+        decoder: the commands of the server.
+        max_request_bytes: maximum size of a request.
+        qemu_classes: whether errors have only the classes of current QEMU.
+        budget: limit of the memory for incomplete requests, shared with other connections.
+        owner: the user whom that memory counts for.
     """
 
     def __init__(
@@ -92,16 +92,19 @@ class ServerConnection(Connection):
         self._qemu_classes = qemu_classes
         self._oob_enabled = False
         self._errors_in_a_row = 0
-        # The types of the requests that are carried out without another look: in most states, none.
+        # The request types that need no check of the state: all in COMMANDS, else none.
         self._usual: Container[type] = ()
 
     def greeting(self, version: object) -> bytes:
-        """What to send first; *version* is the result of ``query-version``."""
+        """Return the greeting to send; *version* is the result of ``query-version``."""
         self._move(Event.GREETING)
         return encode({"QMP": {"version": version, "capabilities": ["oob"]}}) + b"\r\n"
 
     def snapshot(self) -> tuple[ConnectionState, list[Fd]]:
-        """Where it is, and its descriptors, which stay here; for :meth:`restore`."""
+        """Return the state and the received descriptors, for :meth:`restore`.
+
+        The descriptors stay owned by this connection.
+        """
         receive_buffer, fds = self._receive_buffer.snapshot()
         fds = list(fds)
         messages = []
@@ -123,14 +126,14 @@ class ServerConnection(Connection):
         return state, fds
 
     def restore(self, saved: ConnectionState, fds: Iterator[Fd]) -> None:
-        """Go on where another was when it gave :meth:`snapshot`.
+        """Restore the state of another connection's :meth:`snapshot`.
 
         Args:
             saved: the state.
-            fds: the descriptors, owned here from now on; as many as there are are taken.
+            fds: the descriptors, owned from here on; those that the state counts are consumed.
 
         Raises:
-            ValueError: the state makes no sense.
+            ValueError: the state is inconsistent.
         """
         self._enter(saved.state)
         self._oob_enabled = saved.oob_enabled
@@ -145,7 +148,7 @@ class ServerConnection(Connection):
             self.ready.append(value)
 
     def _decoded(self, text: bytes) -> Any:
-        """The message that *text* is."""
+        """Return the message that *text* encodes: a typed request, or else a value."""
         requests = self._decoder.decode_chunk(text)
         if requests is not None and len(requests) == 1:
             return requests[0]
@@ -153,10 +156,10 @@ class ServerConnection(Connection):
         return found[0]
 
     def negotiate(self, capabilities: list[str]) -> None:
-        """Carry out ``qmp_capabilities``.
+        """Execute ``qmp_capabilities``.
 
         Raises:
-            CommandNotFound: that was done before.
+            CommandNotFound: negotiation was completed before.
         """
         if self.state is not State.NEGOTIATING:
             raise CommandNotFound("Capabilities negotiation is already complete, command ignored")
@@ -168,9 +171,9 @@ class ServerConnection(Connection):
         self._usual = self._decoder.names if state is State.COMMANDS else ()
 
     def next_request(self) -> ReceivedRequest | None:
-        """The next complete request, in the order in which they came; None if there is none.
+        """Pop the next complete request, in order of arrival; None if there is none.
 
-        Carry it out before asking for the next: whether that is possible may depend on it.
+        Execute it before the next call: the next request is checked against the resulting state.
         """
         ready = self.ready
         while ready:
@@ -185,7 +188,10 @@ class ServerConnection(Connection):
         return None
 
     def _checked(self, value: Any, fds: list[Fd], lost: str) -> ReceivedRequest | None:
-        """A message as a request, or the error that it is refused with; None for one of a flood."""
+        """Return a message as a request or as the error that refuses it.
+
+        Returns None for a parse error beyond ``MAX_ERRORS_IN_A_ROW``, which gets no reply.
+        """
         if isinstance(value, Request):
             request_id = value.id
         else:
@@ -199,7 +205,7 @@ class ServerConnection(Connection):
         except QMPError as exc:
             self.fds_to_close += fds
             if not isinstance(value, dict | Request):
-                # Not a request that waits for an answer: of a flood, one is told a read.
+                # Input that is no request: in a flood of these, one error a read is replied.
                 self._errors_in_a_row += 1
                 told = self._errors_in_a_row <= MAX_ERRORS_IN_A_ROW + 1
                 if not self.ready:
@@ -211,7 +217,7 @@ class ServerConnection(Connection):
         return request, request_id, fds
 
     def _request(self, value: Any) -> Request:
-        """*value* as a request that may be carried out in this state."""
+        """Return *value* as a request; raise QMPError if the current state does not allow it."""
         decoder = self._decoder
         if self.state is State.COMMANDS:
             if isinstance(value, Request):
@@ -229,8 +235,8 @@ class ServerConnection(Connection):
         raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
 
     def answer(self, result: Outcome[object], request_id: Any) -> bytes | StreamedReply:
-        """The reply to a request: its result, or its QMPError; bit by bit, where it may be long."""
-        if request_id is UNSET and type(result) is Value:  # as nearly always
+        """Encode the reply to a request: its result or QMPError; as a stream if it may be long."""
+        if request_id is UNSET and type(result) is Value:  # the usual case
             value = result.value
             if type(value) is RawJSON:
                 return b'{"return": %b}\r\n' % value
@@ -242,7 +248,7 @@ class ServerConnection(Connection):
         return self.reply(result, request_id)
 
     def reply(self, result: Outcome[object], request_id: Any) -> bytes:
-        """The same, whole."""
+        """Encode the reply to a request as one piece."""
         if type(result) is Value:
             returned = encode(result.value)
             if request_id is UNSET:
@@ -254,7 +260,7 @@ class ServerConnection(Connection):
         return b'{"id": ' + encode_any(request_id) + b", " + body
 
     def _error(self, result: Outcome[object]) -> dict[str, str]:
-        """The ``error`` member of a reply."""
+        """Return the ``error`` member of a reply."""
         assert isinstance(result, Error)
         error = result.error
         assert isinstance(error, QMPError)
@@ -270,13 +276,11 @@ class ServerConnection(Connection):
             return True
         if type(result) is Value:
             return isinstance(result.value, JSONStream)
-        # It may quote what the client has sent.
+        # An error's text may quote the client's input.
         return isinstance(result, Error) and len(str(result.error)) > LONG_TEXT
 
     def streamed_reply(self, result: Outcome[object], request_id: Any) -> StreamedReply:
-        """The same, bit by bit: a listing may be megabytes, and an id any value that fits in a
-        request.
-        """
+        """Encode the reply to a request in parts: listings and ids may be megabytes long."""
         id_member = {} if request_id is UNSET else {"id": request_id}
         if not isinstance(result, Value):
             return StreamedReply({**id_member, "error": self._error(result)})

@@ -1,4 +1,4 @@
-"""A reply that is made bit by bit, because it may be long, and can be gone on with elsewhere."""
+"""Reply that is encoded in parts, because it may be long; a successor daemon can resume it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from .encode import JSONStream, iter_encode
 
-#: What stands before a result.
+#: The text before a result.
 _RETURN = b'{"return": '
 
 
 class StreamedReply:
-    """Gives the text of a reply, bit by bit.
+    """Iterable over the parts of a reply's text.
 
-    A result that is made while it is sent, such as a listing, knows itself how far it is; of the
-    text of everything else the bytes are counted.
+    A result that is produced while it is sent, such as a listing, keeps its own position.  The
+    position in all other text is the number of bytes yielded.
 
     Args:
         members: the members of the reply, built of JSON's types.
-        result: the ``return`` member, if that is made while it is sent.
-        written: bytes of the reply that were given already, those of *result* not counted.
-        source: what it was made of, which lives as long.
+        result: the ``return`` member, if it is produced while it is sent.
+        written: bytes of the reply that were yielded before, not counting those of *result*.
+        source: the object that *members* were built from; a reference keeps it alive.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class StreamedReply:
             yield from self._count(chain(iter_encode(self.members), (b"\r\n",)))
         else:
             yield from self._count((_RETURN,))
-            for bit in self.result.bits:  # noqa: UP028 - that would end them with this iteration
+            for bit in self.result.bits:  # noqa: UP028 - "yield from" would close the generator
                 yield bit
             rest = [
                 chain((b', "%b": ' % name.encode(),), iter_encode(value))
@@ -52,8 +52,10 @@ class StreamedReply:
             yield from self._count(chain(*rest, (b"}\r\n",)))
 
     def _count(self, bits: Iterable[bytes]) -> Iterator[bytes]:
-        """The bits that were not given already: empty where they were, as making them takes time
-        as well.
+        """Yield the parts without the bytes that were yielded before.
+
+        A part that is skipped whole is yielded empty: encoding it took time, so the consumer should
+        get its turn.
         """
         for bit in bits:
             skip = min(self._skip, len(bit))

@@ -1,10 +1,10 @@
-"""The insides of a JSON string: escapes and UTF-8, by QEMU's rules.
+"""Contents of a JSON string: escapes and UTF-8, by QEMU's rules.
 
-Noncharacters and lone surrogates are refused, whether raw or escaped; the overlong ``C0 80`` is
-read as NUL, QEMU's "modified UTF-8".
+Noncharacters and lone surrogates are refused, raw or escaped; the overlong ``C0 80`` is decoded as
+NUL (QEMU's "modified UTF-8").
 
-A string may be as long as a request, and nothing but escapes: no step here is taken for each of
-them in Python, which would hold up everybody else for a fifth of a second.
+A string may be as long as a request and consist of escapes only, so no Python code runs for each
+escape: that would block the event loop for a fifth of a second.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..errors import GenericError
 
 
 def syntax_error(what: str) -> GenericError:
-    """What QEMU answers to text that it cannot parse."""
+    """Return QEMU's error for text that it cannot parse."""
     return GenericError(f"JSON parse error, {what}")
 
 
-# All up to the first escape that is refused; nothing is ever given back (the last plus sign).
+# All up to the first escape that is refused; possessive (the last plus sign): no backtracking.
 _ALLOWED = re.compile(
     rb"""(?: [^\\]+ | \\["'\\/bfnrt]
     | \\u (?! [dD][89a-fA-F] | [fF][dD][dDeE] | [fF]{3}[eEfF] ) [0-9a-fA-F]{4}
@@ -34,12 +34,12 @@ _UNIT = re.compile(rb"\\u[0-9a-fA-F]{4}")
 _NONCHARACTER = re.compile(
     rb"\xef\xb7[\x90-\xaf]|(?:\xef|[\xf0-\xf4][\x8f\x9f\xaf\xbf])\xbf[\xbe\xbf]"
 )
-_OF_NONCHARACTERS = (b"\xef\xb7", b"\xbf\xbe", b"\xbf\xbf")  # of which each has one
-_json = json.JSONDecoder(strict=False)  # NUL may stand for itself
+_OF_NONCHARACTERS = (b"\xef\xb7", b"\xbf\xbe", b"\xbf\xbf")  # each noncharacter contains one
+_json = json.JSONDecoder(strict=False)  # allows an unescaped NUL
 
 
 def _checked(text: bytes) -> bytes:
-    """*text* in proper UTF-8."""
+    """Return *text* in standard UTF-8; raise GenericError for other bytes and noncharacters."""
     if text.isascii():
         return text
     text = text.replace(b"\xc0\x80", b"\0")
@@ -53,7 +53,7 @@ def _checked(text: bytes) -> bytes:
 
 
 def _refused(escape: bytes) -> GenericError:
-    """Why the escape that *escape* begins with is refused."""
+    """Return the error for the invalid escape at the start of *escape*."""
     if escape[1:2] != b"u":
         return syntax_error("invalid escape sequence in string")
     whole = _PAIR.match(escape) or _UNIT.match(escape)
@@ -62,10 +62,10 @@ def _refused(escape: bytes) -> GenericError:
 
 
 def unquote(token: bytes) -> str:
-    """The text of a string token, quotes included in *token*.
+    """Return the text of a string token; *token* includes the quotes.
 
     Raises:
-        GenericError: an escape or a sequence of bytes that the dialect refuses.
+        GenericError: *token* contains an escape or a byte sequence that the dialect refuses.
     """
     text = token[1:-1]
     if b"\\" not in text:
@@ -75,8 +75,8 @@ def unquote(token: bytes) -> str:
     good = _checked(text[: match.end()])
     if match.end() < len(text):
         raise _refused(text[match.end() :])
-    # To plain JSON: an apostrophe is no escape there, and a quotation mark always is one.  What
-    # stands for two backslashes in between is no byte of a string.
+    # Convert to standard JSON, where \' is no escape and a quotation mark has to be escaped.  The
+    # placeholder of two backslashes, \1, cannot occur in a string token.
     good = good.replace(rb"\\", b"\1").replace(rb"\'", b"'")
     good = good.replace(rb"\"", b'"').replace(b'"', rb"\"").replace(b"\1", rb"\\")
     decoded: str = _json.decode('"' + good.decode("utf-8") + '"')
