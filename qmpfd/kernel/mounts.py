@@ -24,6 +24,9 @@ Device = tuple[int, int]
 #: same device number takes longer.
 _POLL_INTERVAL = 0.001
 
+#: Seconds until the table is read again after a failure.
+_RETRY_INTERVAL = 1.0
+
 #: File systems on which close is over at once: those on local disks, and those in memory.
 LOCAL = frozenset(
     (
@@ -95,27 +98,30 @@ class LocalFileSystems:
 
     def _read(self) -> None:
         seen, began = self._changes_seen, monotonic()
-        devices = self._read_table()
+        try:
+            devices, pause = self._read_table(), 0.0
+        except (OSError, MemoryError):  # no device counts as local until the next try
+            devices, pause = _NONE, _RETRY_INTERVAL
         with self._lock:
-            if seen == self._changes_seen:
+            if seen != self._changes_seen:
+                # Mounts come and go: leave the interpreter to the event loop for as long.
+                pause = max(pause, monotonic() - began)
+            elif not pause:
                 self._devices, self.is_current = devices, True
-            else:  # mounts come and go: leave the interpreter to the event loop for as long
-                self._poll_at = 2 * monotonic() - began
+            if pause:
+                self._poll_at = monotonic() + pause
             self._thread_runs = False
             self._lock.notify_all()
 
     def _read_table(self) -> Set[Device]:
-        try:
-            # The kernel gives a page of it in each read, so that this thread gives up the
-            # interpreter's lock after about thirty lines.
-            with open(self._table.fileno(), "rb", closefd=False) as table:
-                table.seek(0)
-                lines = takewhile(lambda _: not self._closed, table)
-                found = [match.groups() for match in map(_LINE.match, lines) if match is not None]
-            return {
-                (int(major), int(minor))
-                for major, minor, kind in found
-                if kind.decode("ascii", "replace") in LOCAL
-            }
-        except OSError:  # no memory: no device counts as local
-            return _NONE
+        # The kernel gives a page of it in each read, so that this thread gives up the interpreter's
+        # lock after about thirty lines.
+        with open(self._table.fileno(), "rb", closefd=False) as table:
+            table.seek(0)
+            lines = takewhile(lambda _: not self._closed, table)
+            found = [match.groups() for match in map(_LINE.match, lines) if match is not None]
+        return {
+            (int(major), int(minor))
+            for major, minor, kind in found
+            if kind.decode("ascii", "replace") in LOCAL
+        }

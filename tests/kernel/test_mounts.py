@@ -81,6 +81,30 @@ def test_after_a_change_nothing_counts_until_it_is_read(
     until(lambda: local.is_current and mounted not in local.devices())
 
 
+class _OutOfMemory(LocalFileSystems):
+    """Cannot hold the table at the first try."""
+
+    def __init__(self) -> None:
+        self.tries = 0
+        super().__init__()
+
+    def _read_table(self) -> Set[Device]:
+        self.tries += 1
+        if self.tries == 1:
+            raise MemoryError
+        return super()._read_table()
+
+
+def test_out_of_memory() -> None:
+    """No device counts as local, close() does not wait for ever, and the table is read again."""
+    with closing(_OutOfMemory()) as found:
+        until(lambda: not found._thread_runs)
+        assert not found.devices()
+    with closing(_OutOfMemory()) as found:
+        until(lambda: bool(found.devices()))
+        assert found.tries == 2
+
+
 def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """A later question tries again."""
 
