@@ -1,4 +1,4 @@
-"""The command line.  Only ``serve`` and ``tap`` import Trio: the short verbs must start fast."""
+"""The command line.  Only ``serve`` and ``tap`` import Trio: all other verbs must start fast."""
 
 from .main import main, program
 

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _opened(
     arguments: argparse.Namespace, stack: ExitStack
 ) -> tuple[list[FileDescriptorLike], str]:
-    """The descriptors to add, and what is said of them besides."""
+    """Open the descriptors to add; return them, and a note to append to the result."""
     if arguments.fd is not None:
         check_open(arguments.fd, f" (example: qmpfd add --fd {arguments.fd} {arguments.fd}< FILE)")
         return [arguments.fd], ""
@@ -100,7 +100,7 @@ def _opened(
 def _execute(
     client: BlockingClient, arguments: argparse.Namespace, fds: list[FileDescriptorLike]
 ) -> dict[str, Any]:
-    """Add the descriptors; the result, in the form of ``add-fds``."""
+    """Add the descriptors; return the result in the form of ``add-fds``."""
     where = members(fdset_id=arguments.fdset, opaque=arguments.name)
     more = members(
         if_exists=None if arguments.if_exists == "add" else arguments.if_exists,
@@ -111,7 +111,7 @@ def _execute(
     if more or len(fds) > 1:
         added: dict[str, Any] = client.execute("add-fds", {**where, **more}, fds)
         return added
-    info = client.execute("add-fd", where, fds)  # which a QEMU has too
+    info = client.execute("add-fd", where, fds)  # not add-fds, which QEMU lacks
     fd = members(fd=info["fd"], opaque=arguments.name)
     return {"fdset-id": info["fdset-id"], "fds": [fd]}
 
@@ -119,7 +119,7 @@ def _execute(
 def _report(arguments: argparse.Namespace, added: dict[str, Any], note: str) -> None:
     fdset_id, numbers = added["fdset-id"], [fd["fd"] for fd in added["fds"]]
     if arguments.json:
-        # Of one descriptor, what add-fd returns; of several, what add-fds does.
+        # The members of an add-fd reply for one descriptor, of an add-fds reply for several.
         print_result({"fdset-id": fdset_id, "fd": numbers[0]} if len(numbers) == 1 else added)
     elif arguments.quiet:
         print_result(" ".join(map(str, [fdset_id, *numbers])))

@@ -1,8 +1,8 @@
-"""``qmpfd completion``: what a shell offers behind ``qmpfd``.
+"""``qmpfd completion``: completion of ``qmpfd`` command lines in a shell.
 
-The scripts only ask: each Tab runs ``qmpfd completion SHELL -- LINE``, and what may stand at the
-end of the line follows from the parsers.  The line is not evaluated: whoever presses Tab has not
-asked for the commands in it to be run.
+The scripts run ``qmpfd completion SHELL -- LINE`` for each Tab; the candidates for the end of the
+line come from the argument parsers.  The line is not evaluated: pressing Tab must not run the
+command substitutions in it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from .exit_codes import UsageError
 from .options import client_of, option
 from .targets import listed
 
-#: In place of candidates: the shell is to complete the name of a file, or of a command.
+#: Output in place of candidates: the shell completes names of files, or of commands.
 _FILES, _COMMANDS = ":files", ":commands"
 
-#: Values of these are files.
+#: Metavars of options and arguments that take the name of a file.
 _PATHS = ("PATH", "PATH|-", "FILE", "QMP_SOCKET", "LISTEN", "SERVER")
 
-#: The names of descriptors that no shell wants to be quoted: the others are not offered.
+#: Names of descriptors that need no quotes in any of the shells: no others are offered.
 _UNQUOTED = re.compile(r"[-A-Za-z0-9_.:,+%/]+")
 
-#: Seconds that the daemon has to say what is stored.
+#: Seconds that the daemon has to list the stored descriptors.
 _TIMEOUT = 1.0
 
 _SCRIPTS = {
-    # bash replaces $2 alone: to bash, words end at = and : as well.
+    # bash replaces $2 only, which begins after the last = or : of a word.
     "bash": """\
 _qmpfd() {
     local found=$(qmpfd completion bash -- "${COMP_LINE:0:COMP_POINT}" "$2" 2>/dev/null)
@@ -107,19 +107,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _words(line: str) -> tuple[list[str], str]:
-    """The words of an unfinished command line, and the one that is being typed."""
+    """Split an unfinished command line into its words and the last, perhaps empty, word."""
     for end in ("", "'", '"'):
         try:
             *before, word = shlex.split(f"{line}\0{end}")
-        except ValueError:  # a quotation has no end
+        except ValueError:  # a quotation is not closed
             continue
         return before, word[:-1]
     raise UsageError("the line cannot be read")
 
 
 def _candidates(before: list[str], word: str) -> dict[str, str] | str:
-    """What may stand in place of *word* behind the words *before*, each with its help; or what the
-    shell is to complete.
+    """Return the candidates for *word* after the words *before*, each with its help; or _FILES or
+    _COMMANDS.
     """
     from .main import _parser, _verb_first
 
@@ -148,7 +148,7 @@ def _candidates(before: list[str], word: str) -> dict[str, str] | str:
 
 
 def _parts(word: str) -> list[str]:
-    """A word; of ``--option=value``, both."""
+    """Split ``--option=value`` into two parts; return any other word as one."""
     return word.split("=", 1) if word.startswith("--") else [word]
 
 
@@ -161,7 +161,7 @@ def _options(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def _values(action: argparse.Action | None, before: list[str]) -> Iterable[str]:
-    """The values of an option or an argument; what the shell is to complete, if that is a text."""
+    """Return the possible values of an option or an argument; or _FILES."""
     metavar = "" if action is None else str(action.metavar)
     if action is not None and action.choices is not None:
         return map(str, action.choices)
@@ -171,7 +171,7 @@ def _values(action: argparse.Action | None, before: list[str]) -> Iterable[str]:
 
 
 def _targets(before: list[str]) -> Iterator[str]:
-    """The fd sets, and the names of descriptors, of the daemon that the line names."""
+    """List the fd sets, and the names of descriptors, of the daemon that the line names."""
     named = [value for option, value in pairwise(before) if option == "--socket"]
     socket = os.path.expanduser(named[-1]) if named else None
     with client_of(argparse.Namespace(socket=socket, timeout=_TIMEOUT)) as client:

@@ -46,21 +46,21 @@ def run(
     store_size: int,
     successor: Spare | None,
 ) -> None:
-    """Serve until told to end.
+    """Serve until a signal or ``quit`` ends the daemon.
 
     Args:
         serve: :func:`run_daemon` with its arguments.
-        takeover: one of these.
-        listening: the new sockets, for the log.
-        before: those that another daemon, or this one before a restart, has served.
-        policy_path: the policy file, if there is one.
-        ready_fd: told once clients can connect, and closed.
-        parent: the parent of ``serve --supervise``, if there is one.
-        store_size: how many descriptors the parent keeps.
-        successor: the spare worker that this process has left behind; owned from here on.
+        takeover: the takeover among these arguments, or None.
+        listening: names of the new sockets, for the log.
+        before: names of the sockets of the predecessor, or of this daemon before a restart.
+        policy_path: the policy file, or None.
+        ready_fd: gets a newline once clients can connect, and is closed.
+        parent: connection to the parent of ``serve --supervise``, or None.
+        store_size: number of descriptors that the parent keeps at most.
+        successor: the spare worker that this process has forked; owned from here on.
 
     Raises:
-        OSError: one of the sockets cannot be made.
+        OSError: one of the sockets cannot be bound.
     """
     spares = None if parent is None else SpareKeeper(parent, store_size, successor)
 
@@ -77,7 +77,7 @@ def run(
                 await process.run(signals, spares)
 
     trio.run(main)
-    set_up_signals(())  # all is done: a second SIGTERM does not change the status
+    set_up_signals(())  # the daemon has ended: another SIGTERM must not change the exit status
 
 
 async def _started(
@@ -86,15 +86,15 @@ async def _started(
     takeover: Takeover | None,
     stack: ExitStack,
 ) -> tuple[DaemonServer, AsyncIterator[int]]:
-    """Start the daemon: it, and the signals that come from here on."""
+    """Start the daemon; return the server, and an iterator over the signals received since."""
     if takeover is None:
         signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
         server: DaemonServer = await serving.start(start)
-        gc.freeze()  # as _exempt_from_collection, without the time that it takes
+        gc.freeze()  # as _exempt_from_collection, without the time of a collection
         gc.enable()
         return server, signals
     takeover.before_pausing = _exempt_from_collection
-    # Until then a signal ends us at once, and the old daemon goes on with everything.
+    # Before that, a signal ends this process at once, and the predecessor goes on serving.
     takeover.before_confirming = partial(signal.pthread_sigmask, signal.SIG_BLOCK, _SIGNALS)
     server = await serving.start(start)
     signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
@@ -103,7 +103,7 @@ async def _started(
 
 
 def _exempt_from_collection() -> None:
-    """Have the garbage collector skip all present objects (gc.freeze): a pass takes it 20 ms."""
+    """Exempt all present objects from garbage collection (gc.freeze): a full one takes 20 ms."""
     gc.collect()
     gc.freeze()
 
@@ -120,20 +120,18 @@ def _log_sockets(names: Sequence[str], before: Sequence[str], how: str) -> None:
 
 @dataclass
 class _Process:
-    """What the process of a daemon does beside serving: it handles signals, and keeps the service
-    manager informed.
+    """Tasks of a daemon's process beside serving: signals, and messages to the service manager.
 
     The first SIGTERM or SIGINT ends the daemon gracefully, a second one at once.  SIGHUP reads the
-    policy again, and makes lost socket files anew.  The newest SIGHUP counts: a reload that hangs,
-    on a FIFO in the file's place or a name service that does not answer, is abandoned for the next
-    one and at the daemon's end.
+    policy again, and binds sockets whose files are missing.  The next SIGHUP, and the daemon's end,
+    cancel a reload that hangs, on a FIFO in the file's place or a name service without an answer.
 
     Args:
         server: the daemon.
-        serving: cancelled, it ends the daemon at once.
-        notifications: tells the service manager.
-        parent: the parent of ``serve --supervise``, which forwards signals too.
-        policy_path: the policy file, if there is one.
+        serving: nursery of the daemon; cancelling it ends the daemon at once.
+        notifications: messages to the service manager.
+        parent: connection to the parent of ``serve --supervise``, which forwards signals; or None.
+        policy_path: the policy file, or None.
     """
 
     server: DaemonServer
@@ -146,7 +144,7 @@ class _Process:
     _reloading: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     async def run(self, signals: AsyncIterator[int], spares: SpareKeeper | None) -> None:
-        """Do so until the daemon has ended."""
+        """Run these tasks until the daemon has ended."""
         self._tell_ready()
         tasks: dict[str, Callable[[], Awaitable[None]]] = {
             "handling signals": partial(self._handle_signals, signals),
@@ -184,7 +182,7 @@ class _Process:
                 while self.parent.receive():
                     pass
             forwarded = self.parent.signals
-        # One that was sent to the parent and to us is not a second one.
+        # A signal sent to both the parent and this process (Ctrl-C) counts once.
         if max(forwarded, self._stops - forwarded) > 1:
             _log.warning("%s again: stopping at once", name)
             self.serving.cancel_scope.cancel()
@@ -201,7 +199,7 @@ class _Process:
                 self.notifications.tell(
                     "RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
                 )
-                async with trio.open_nursery() as nursery:  # either may have to wait
+                async with trio.open_nursery() as nursery:  # neither waits for the other
                     nursery.start_soon(self.server.bind_lost_sockets)
                     nursery.start_soon(self._reload_policy)
                 self._tell_ready()
@@ -212,12 +210,12 @@ class _Process:
             _log.warning("SIGHUP: there is no policy file to read again")
             return
         try:
-            # In a thread of its own, as the names in it may be looked up over the network.
+            # In a thread, with a limiter of its own: NSS may look up names over the network.
             policy = await trio.to_thread.run_sync(
                 load_policy, path, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
             )
             self.server.change_policy(policy)
-        except Exception as exc:  # noqa: BLE001 - TOML, the file system and NSS raise what they like
+        except Exception as exc:  # noqa: BLE001 - of TOML, the file system or NSS: of any class
             _log.error(
                 "SIGHUP: the policy stays as it was, because the file cannot be used: %s",
                 str(exc) or repr(exc),
@@ -226,11 +224,11 @@ class _Process:
             _log.info("SIGHUP: the policy is read again from %s", path)
 
     def _tell_ready(self) -> None:
-        # After a takeover, the process that the service manager started no longer serves.
+        # MAINPID: after a takeover this process is not the one that the service manager started.
         self.notifications.tell("READY=1", f"MAINPID={os.getpid()}")
 
     async def _report_status(self) -> None:
-        """Tell the service manager now and then how full we are."""
+        """Send the numbers of descriptors and connections every STATUS_INTERVAL, if changed."""
         reported = ""
         while True:
             store, sessions = self.server.store, self.server.sessions
@@ -244,7 +242,7 @@ class _Process:
             await trio.sleep(STATUS_INTERVAL)
 
     async def _feed_watchdog(self, limit: float) -> None:
-        """Tell the service manager that the loop still turns."""
+        """Send WATCHDOG=1 twice per *limit* seconds, while the event loop runs."""
         while True:
             self.notifications.tell("WATCHDOG=1")
             await trio.sleep(limit / 2)

@@ -25,11 +25,11 @@ from .targets import Target, open_target, target
 #: A shell's exit statuses for a program that does not exist, or cannot be run (POSIX, sh, 2.8.2).
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
-#: The first of the descriptors that sd_listen_fds(3) counts.
+#: SD_LISTEN_FDS_START, the number of the first descriptor (sd_listen_fds(3)).
 _LISTEN_FDS_START = 3
 
-#: The longest name of a descriptor, in bytes, and the name of one that has none (FDNAME=,
-#: sd_notify(3); sd_listen_fds_with_names(3)).
+#: Maximum length of a descriptor's name in bytes, and the name of a descriptor without a name
+#: (FDNAME=, sd_notify(3); sd_listen_fds_with_names(3)).
 _MOST_NAME_BYTES, _NO_NAME = 255, "unknown"
 
 SUMMARY = "run a command with stored descriptors"
@@ -91,25 +91,25 @@ def run(arguments: argparse.Namespace) -> int:
                 info, passed = open_target(client, each)
                 fds.append(stack.enter_context(one_fd(info, passed)))
                 infos.append(info)
-            if arguments.take and which(command[0]):  # else nothing is run, so nothing is taken
+            if arguments.take and which(command[0]):  # remove nothing if CMD cannot run
                 _take(client, infos, fds)
-        # The connection is closed by now: its number may be one of the places.
+        # After the connection is closed: its descriptor number may be one of *places*.
         if arguments.rewind:
             for fd in fds:
-                with suppress(OSError):  # a pipe or a socket has no position
+                with suppress(OSError):  # a pipe or a socket has no file offset
                     os.lseek(fd.fileno(), 0, os.SEEK_SET)
         _put_in_place(fds, places)
         for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES"):
-            os.environ.pop(name, None)  # of another set of descriptors, which CMD does not get
+            os.environ.pop(name, None)  # they describe descriptors that CMD does not get
         if arguments.listen_fds:
             _announce(infos, places)
         for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(ignored, signal.SIG_DFL)  # Python ignores them, the command would too
+            signal.signal(ignored, signal.SIG_DFL)  # Python ignores them; execve(2) preserves that
         return _replace_by(command)
 
 
 def _places(targets: list[Target], listen_fds: bool) -> list[int]:
-    """The number at which CMD gets each descriptor; for LISTEN_FDS, in a row from 3 on."""
+    """Return the number at which CMD gets each descriptor; with LISTEN_FDS from 3 on, in a row."""
     taken = [each.at for each in targets if each.at is not None]
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if len(set(taken)) < len(taken):
@@ -127,8 +127,8 @@ def _places(targets: list[Target], listen_fds: bool) -> list[int]:
 
 
 def _take(client: BlockingClient, infos: list[dict[str, Any]], fds: list[Fd]) -> None:
-    """Take what was opened out of the store: all of it, or nothing."""
-    # One may be named twice.
+    """Remove the opened descriptors from the daemon's store: all of them or none."""
+    # A dict: two targets may name the same descriptor.
     opened = {
         (info["fdset-id"], info["fd"]): (info, fd) for info, fd in zip(infos, fds, strict=True)
     }
@@ -143,7 +143,7 @@ def _take(client: BlockingClient, infos: list[dict[str, Any]], fds: list[Fd]) ->
             with suppress(QMPError, NoDaemon):
                 try:
                     client.execute("add-fd", {"fdset-id": info["fdset-id"], **name}, [fd])
-                except InvalidParameterValue:  # its set is gone
+                except InvalidParameterValue:  # its fd set has been removed
                     client.execute("add-fd", name, [fd])
         raise
 
@@ -156,31 +156,31 @@ def _announce(infos: list[dict[str, Any]], places: list[int]) -> None:
         if place >= _LISTEN_FDS_START
     ]
     os.environ["LISTEN_FDS"] = str(len(names))
-    os.environ["LISTEN_PID"] = str(os.getpid())  # execve(2) keeps it
+    os.environ["LISTEN_PID"] = str(os.getpid())  # execve(2) preserves the pid
     os.environ["LISTEN_FDNAMES"] = ":".join(names)
 
 
 def _fd_name(opaque: str | None) -> str:
-    """A descriptor's name in LISTEN_FDNAMES: ASCII without control characters and colons."""
+    """Return a name valid in LISTEN_FDNAMES: ASCII without control characters and colons."""
     name = "".join(c if " " <= c <= "~" and c != ":" else "_" for c in opaque or "")
     return name[:_MOST_NAME_BYTES] or _NO_NAME
 
 
 def _replace_by(command: list[str]) -> int:
-    """Replace this process by the command (execvp(3)); the exit status where that fails."""
+    """Replace this process by the command (execvp(3)); return an exit status if that fails."""
     try:
-        if not command[0]:  # a ValueError to Python
+        if not command[0]:  # os.execvp would raise ValueError
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         os.execvp(command[0], command)
     except OSError as exc:
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # the status does not depend on a reader
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # without a reader, the status stays the same
         with suppress(OSError):
             os.write(2, f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}\n".encode())
         return _NOT_FOUND if isinstance(exc, FileNotFoundError) else _NOT_EXECUTABLE
 
 
 def _put_in_place(fds: list[Fd], places: list[int]) -> None:
-    """Move each descriptor to its number, and let the command inherit no others but the standard
+    """Move each descriptor to its number, and set close-on-exec on all others but the standard
     streams.
     """
     for fd in fds:
@@ -191,18 +191,18 @@ def _put_in_place(fds: list[Fd], places: list[int]) -> None:
         os.dup2(fd.fileno(), place, inheritable=True)
     try:
         numbers = [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:  # without /proc, all that there may be
+    except OSError:  # /proc is not mounted: try all numbers
         numbers = list(range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16)))
     for number in numbers:
         if number > 2 and number not in places:
-            # Not closed but marked: some of them are still in use here until the very end.
-            with suppress(OSError):  # the listing's own, or one that is not open
+            # Not closed: this process still uses some of them until execve(2).
+            with suppress(OSError):  # listdir's own descriptor, or a number that is not open
                 os.set_inheritable(number, False)
 
 
 def _aside(fd: Fd, places: list[int]) -> Fd:
-    """A duplicate of *fd* out of the way: at no place, and at no standard stream's either, where
-    an error message would go into it.
+    """Duplicate *fd* to a number that is neither in *places* nor a standard stream's: an error
+    message would be written into it.
     """
     least = 3
     while (moved := Fd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least))).fileno() in places:

@@ -1,4 +1,4 @@
-"""Exit statuses, and the errors that lead to them."""
+"""Exit statuses, and the error for wrong usage."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ DONE, REFUSED, USAGE, NO_DAEMON = range(4)
 
 
 class UsageError(Exception):
-    """The command line cannot be carried out: exit status 2."""
+    """The command line is invalid, or names things that do not exist: exit status 2."""

@@ -1,4 +1,4 @@
-"""QEMU up to 9.0 closes what nothing in it uses when its last QMP client disconnects."""
+"""QEMU up to 9.0 closes unused descriptors of its fd sets when its last QMP client disconnects."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ..client.blocking import BlockingClient
 from ..client.errors import NoDaemon
 from .output import print_error
 
-#: The last version that does so: 9.1 dropped the clean-up of unused descriptors.
+#: The last such version: 9.1 dropped the clean-up of unused descriptors.
 _LAST = (9, 0)
 
 
 def stay_or_warn(client: BlockingClient, stay: bool, advice: str) -> None:
-    """Stay connected until the server closes the connection; else warn on standard error, where a
-    QEMU will close the added descriptors at disconnect.
+    """If *stay*, stay connected until the server closes the connection; else warn on standard
+    error that such a QEMU closes the added descriptors.
     """
     if stay:
         with suppress(NoDaemon):

@@ -13,7 +13,7 @@ from ..kernel.streams import write_nowait
 from ..protocol.encode import encode
 from .output import printable
 
-#: syslog(3)'s priorities, as the journal reads them from the beginning of a line (sd-daemon(3)).
+#: Priorities of syslog(3), which the journal reads from the prefix of a line (sd-daemon(3)).
 _PRIORITIES = {
     logging.DEBUG: 7,
     logging.INFO: 6,
@@ -27,17 +27,17 @@ _FIELDS = ("pid", "uid", "command", "fdset_id", "fd", "opaque", "outcome")
 
 
 def _stamp(record: logging.LogRecord) -> str:
-    """When it was, in UTC."""
+    """Format the time of the record, in UTC."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
     return f"{stamp}.{int(record.msecs):03}Z"
 
 
 class _TextFormatter(logging.Formatter):
-    """One line for people, and more only for a traceback.
+    """Formats a record as one line of text, and a traceback as further lines.
 
     Args:
-        journal: the journal reads along: each line begins with its priority.
-        timed: nobody else adds the time.
+        journal: whether each line begins with its priority, for the journal.
+        timed: whether each line begins with the time: the reader of the log adds none.
     """
 
     def __init__(self, *, journal: bool, timed: bool) -> None:
@@ -57,7 +57,7 @@ class _TextFormatter(logging.Formatter):
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """Formats a record as a JSON object on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         told: dict[str, Any] = {
@@ -72,28 +72,28 @@ class _JsonFormatter(logging.Formatter):
         if record.exc_info:
             told["exception"] = self.formatException(record.exc_info)
         for field, value in told.items():
-            if isinstance(value, str):  # a path, say, which need not be UTF-8
+            if isinstance(value, str):  # may have surrogates: a path need not be UTF-8
                 told[field] = value.encode("utf-8", "backslashreplace").decode()
         return encode(told).decode("ascii")
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes without waiting for the reader: lines that do not fit are dropped and counted."""
+    """Writes without blocking: lines for which the pipe has no room are dropped and counted."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._left_out = 0
-        self._rest = b""  # of a long line, of which only the beginning was taken
+        self._rest = b""  # the unwritten end of the last line
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             number = self.stream.fileno()
-        except (OSError, ValueError):  # no descriptor behind it
+        except (OSError, ValueError):  # the stream has no descriptor
             super().emit(record)
             return
         try:
             self._emit(number, record)
-        except OSError:  # nobody will read it
+        except OSError:  # the pipe has no reader any more
             self._rest = b""
 
     def _emit(self, number: int, record: logging.LogRecord) -> None:
@@ -120,13 +120,13 @@ def _text_formatter(stream: TextIO) -> _TextFormatter:
         return _TextFormatter(journal=False, timed=False)
     # The reader of a pipe or socket (s6-log, a container's engine, the journal) adds the time.
     timed = stat.S_ISREG(found.st_mode) or stream.isatty()
-    # Whatever is started inherits the variable, also with its output elsewhere (systemd.exec(5)).
+    # Compare: a process whose output is redirected inherits the variable too (systemd.exec(5)).
     journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
     return _TextFormatter(journal=journal, timed=timed)
 
 
 def set_up(form: str, level: str) -> None:
-    """Log to standard error, as ``text`` or ``json``."""
+    """Log to standard error in the format *form*: ``text`` or ``json``."""
     handler = _Handler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if form == "json" else _text_formatter(sys.stderr))
     log = logging.getLogger("qmpfd")

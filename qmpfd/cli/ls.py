@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _sets(rows: list[Row]) -> list[dict[str, Any]]:
-    """The rows as ``query-fdsets`` returns them."""
+    """Group the rows by fd set, as in a ``query-fdsets`` reply."""
     sets: dict[int, list[dict[str, Any]]] = {}
     for fdset_id, fd in rows:
         sets.setdefault(fdset_id, []).append(fd)
@@ -86,7 +86,7 @@ def _long_row(fd: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _what(fd: dict[str, Any]) -> str:
-    """The target of a descriptor; for a socket, its addresses."""
+    """Describe the file behind a descriptor; a socket by its addresses."""
     if "address" not in fd:
         return str(fd["target"])
     if fd.get("listening"):

@@ -1,4 +1,4 @@
-"""The command line: arguments in, exit status out, one line for each error."""
+"""The command line: parses arguments, runs a verb, reports errors in one line, returns a status."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .exit_codes import DONE, NO_DAEMON, REFUSED, USAGE, UsageError
 from .options import Formatter
 from .output import Nowhere, drop, print_error, printable
 
-#: The module of each verb, in the order of the help.  It has the verb's SUMMARY, DESCRIPTION,
-#: EXAMPLES and OPTIONS, and the function *run*, which returns the exit status, None for 0; it may
-#: have an EXIT_STATUS and a USAGE.  Just one is imported to run a verb.
+#: The module of each verb, in the order of the help.  A module has the verb's SUMMARY, DESCRIPTION,
+#: EXAMPLES and OPTIONS, and the function *run*, which returns the exit status or None for 0; it may
+#: have an EXIT_STATUS and a USAGE.  To run a verb, only its module is imported.
 _VERBS = {
     "serve": "serve",
     "add": "add",
@@ -37,13 +37,13 @@ _VERBS = {
     "tap": "tap",
 }
 
-#: The exit statuses of most verbs; others have an EXIT_STATUS of their own.
+#: Help on exit statuses of verbs that have no EXIT_STATUS of their own.
 _EXIT_STATUS = "  0 done, 1 the daemon refused, 2 usage, 3 no daemon"
 
-#: Options that may stand before the verb, and whether a value comes behind them.
+#: Options that may precede the verb, and whether each takes a value.
 _SHARED = {"--socket": True, "--timeout": True, "--json": False}
 
-#: What to do next, by an error's class and a part of its text.
+#: Advice for an error, by its class and a part of its text.
 _ADVICE = [
     ("FdNotFound", "' not found", "qmpfd ls lists the stored descriptors"),
     (
@@ -62,7 +62,7 @@ _ADVICE = [
 
 
 class _Parser(argparse.ArgumentParser):
-    """As argparse has it, but with one line for an error."""
+    """An argument parser that reports an error in one line."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=Formatter, **options)
@@ -71,14 +71,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if file is sys.stdout:  # argparse would not tell whether it can be written
+        if file is sys.stdout:  # argparse would ignore an OSError of the write
             print(message, end="", flush=True)
         else:
             print_error(message.removesuffix("\n"))
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
-    """The parser for *verb*; for all verbs if there is no such."""
+    """Build the parser for *verb*, or for all verbs if *verb* is not one."""
     parser: argparse.ArgumentParser = _Parser(
         prog="qmpfd",
         description="Store open file descriptors for other programs. The daemon speaks QMP, the "
@@ -110,16 +110,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 the daemon refused, 2 usage, 3 no daemon.
     """
-    # Where one is closed, Python has None, and says on the one what was meant for the other.
+    # Python has None for a closed stream, and argparse would print to the other one instead.
     sys.stdin = sys.stdin or io.StringIO()
     sys.stdout = sys.stdout or Nowhere()
     sys.stderr = sys.stderr or Nowhere()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what this locale has no sign for
+        sys.stdout.reconfigure(errors="backslashreplace")  # characters that the locale lacks
     words = _verb_first(list(sys.argv[1:] if argv is None else argv))
     command: list[str] = []
     if words[:1] in (["exec"], ["completion"]) and "--" in words:
-        # Whatever is behind it is the command's, options and further dashes too.
+        # All words after the first -- belong to the command, options and a second -- too.
         cut = words.index("--")
         words, command = words[:cut], words[cut + 1 :]
     arguments = argparse.Namespace()
@@ -136,30 +136,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QMPError as exc:
         return _fail(f"{exc.error_class}: {exc.desc}{_advice(exc)}", REFUSED)
     except OSError as exc:
-        drop(sys.stdout)  # most likely it was that
-        if isinstance(exc, BrokenPipeError):  # as if SIGPIPE had ended us: the reader is gone
+        drop(sys.stdout)  # the error most likely comes from printing to it
+        if isinstance(exc, BrokenPipeError):  # no reader: exit as if SIGPIPE had killed us
             return 128 + signal.SIGPIPE
         done = (
             f" (the output failed; this was done: {output.unprinted})" if output.unprinted else ""
         )
         return _fail(f"{exc.strerror or exc}{done}", REFUSED)
-    except (MemoryError, ImportError) as exc:  # which says so of a library
+    except (MemoryError, ImportError) as exc:  # ImportError: a library could not be loaded
         return _fail(str(exc) or "this process is out of memory", REFUSED)
     except Exception as exc:
-        # A verb takes each reply for what its command returns; a server may say anything.
-        if not hasattr(arguments, "timeout"):  # a verb without a server
+        # Verbs do not check the types in replies; a server that is not qmpfd may send others.
+        if not hasattr(arguments, "timeout"):  # the verb does not connect to a server
             raise
         return _fail(f"the server's reply is not what the command returns: {exc!r}", NO_DAEMON)
     except KeyboardInterrupt:
         if sys.stderr.isatty():
-            print_error("")  # behind the ^C
+            print_error("")  # end the line in which the terminal has echoed ^C
         return 130
     return status
 
 
 def _verb_first(words: list[str]) -> list[str]:
-    """The words with the verb in front, and the options that stood before it behind it;
-    ``help VERB`` is ``VERB --help``.
+    """Move options that precede the verb behind it, and return the words; replace ``help VERB`` by
+    ``VERB --help``.
     """
     at = 0
     while at < len(words) and words[at].partition("=")[0] in _SHARED:
@@ -181,16 +181,16 @@ def _verb_first(words: list[str]) -> list[str]:
 
 
 def program() -> int:
-    """The ``qmpfd`` command: the command line, and then the end of the process."""
+    """Run the command line as the ``qmpfd`` command, and prepare the end of the process."""
     status = main()
-    # At exit, the interpreter need not look through all that was loaded once more: a tenth of the
-    # time of a short verb.
+    # Exempt all objects from the interpreter's garbage collection at exit, which takes a tenth of
+    # the time of a short verb.
     gc.freeze()
     return status
 
 
 def _advice(error: QMPError) -> str:
-    """Advice for an error whose text has none."""
+    """Return advice for an error of the daemon, in brackets; empty if there is none."""
     for error_class, text, advice in _ADVICE:
         if error.error_class == error_class and text in error.desc:
             return f" ({advice})"

@@ -13,25 +13,25 @@ from ..limits import NOTIFY_RETRY
 class Notifications:
     """Messages to the service manager, or to the parent of ``serve --supervise``.
 
-    Each is sent again until it was taken: the queue of the socket may be full, the service manager
-    busy with its own restart, or this process out of descriptors.  The socket stays open, so that
-    a full table is no reason for silence.
+    A message is retried until it is sent: the queue of the socket may be full, the service manager
+    may restart, or this process may be out of descriptors.  The socket stays open: with a full
+    descriptor table messages can still be sent.
 
     Args:
-        parent: the connection to the parent, which stays the caller's; None where there is none.
+        parent: connection to the parent, which the caller keeps; or None.
     """
 
     def __init__(self, parent: Notifier | None) -> None:
         self._parent = parent
         self._notifier = parent
-        #: Whether anybody is to be told.
+        #: Whether a parent or a service manager receives messages.
         self.wanted = parent is not None or bool(os.environ.get("NOTIFY_SOCKET"))
-        self._messages: dict[str, str] = {}  # those not taken yet, by the name of their first line
+        self._messages: dict[str, str] = {}  # unsent messages, by the variable of their first line
         self._unsent = trio.Event()
 
     def tell(self, *assignments: str) -> None:
-        """Send a message, such as ``"READY=1"``; it replaces an older one of that name that was
-        not taken yet.
+        """Send a message, such as ``"READY=1"``; it replaces an unsent message that begins with the
+        same variable.
         """
         if self.wanted:
             name = assignments[0].partition("=")[0]
@@ -40,7 +40,7 @@ class Notifications:
             self._flush()
 
     async def resend(self) -> None:
-        """Send again what was not taken, for as long as the daemon runs."""
+        """Retry unsent messages every NOTIFY_RETRY seconds, for as long as the daemon runs."""
         while True:
             await self._unsent.wait()
             await trio.sleep(NOTIFY_RETRY)
@@ -48,7 +48,7 @@ class Notifications:
             self._flush()
 
     def close(self) -> None:
-        """End the connection, if it is of our own."""
+        """Close the connection, unless it is the parent's."""
         if self._notifier is not None and self._notifier is not self._parent:
             self._notifier.close()
             self._notifier = None
@@ -62,7 +62,7 @@ class Notifications:
                 del self._messages[name]
         except BlockingIOError:
             pass
-        except OSError:  # a service manager that was restarted may have made its socket anew
+        except OSError:  # connect again: a restarted service manager may have a new socket
             self.close()
         if self._messages:
             self._unsent.set()
