@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from msgspec import UNSET, Struct
+from msgspec import Struct
 
 from ..errors import QMPError
 from ..fdsets import Peer, StoredFd
@@ -60,7 +60,7 @@ class Audit:
         """Record that a command or a connection was refused."""
         members = {"set": "fdset_id", "fd": "fd", "opaque": "opaque", "name": "fdname"}
         given = {key: getattr(arguments, member, None) for key, member in members.items()}
-        fields = {key: value for key, value in given.items() if value is not UNSET}
+        fields = {key: value for key, value in given.items() if value is not None}
         self._put(f"{error.error_class}: {error.desc}", **fields)
 
     def _put(self, outcome: str, **fields: Any) -> None:

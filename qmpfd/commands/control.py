@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from msgspec import UNSET
-
 from .._version import __version__
 from ..errors import InvalidParameterValue
 from ..limits import TAKEOVER_FORMAT
@@ -34,7 +32,7 @@ VERSION = version_info(__version__)
 def qmp_capabilities(context: Context, arguments: Capabilities) -> None:
     """Enable capabilities and enter command mode; the first command of every connection."""
     enable = arguments.enable
-    context.connection.negotiate([] if enable is UNSET else list(enable))
+    context.connection.negotiate([] if enable is None else list(enable))
 
 
 @table.command("query-version", Arguments, VersionInfo)

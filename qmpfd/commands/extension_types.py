@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from msgspec import UNSET, UnsetType
-
 from ..protocol.arguments import Int64
 from .selectors import Selector
 from .types import AddFd, AddfdInfo, Arguments, Result
@@ -21,8 +19,8 @@ class OpenFdset(Selector):
             the reply is sent, the descriptor is put back.
     """
 
-    access: Literal["rdonly", "wronly", "rdwr"] | UnsetType = UNSET
-    remove: bool | UnsetType = UNSET
+    access: Literal["rdonly", "wronly", "rdwr"] | None = None
+    remove: bool | None = None
 
 
 class OpenedFd(AddfdInfo):
@@ -48,10 +46,10 @@ class AddFds(AddFd):
             ``fail``, or ``replace`` the older ones.
     """
 
-    lifetime: Literal["daemon", "connection"] | UnsetType = UNSET
-    expires: Int64 | UnsetType = UNSET
-    watch_hangup: bool | UnsetType = UNSET
-    if_exists: Literal["add", "fail", "replace"] | UnsetType = UNSET
+    lifetime: Literal["daemon", "connection"] | None = None
+    expires: Int64 | None = None
+    watch_hangup: bool | None = None
+    if_exists: Literal["add", "fail", "replace"] | None = None
 
 
 class PeerInfo(Result):

@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 
-from msgspec import UNSET
-
 from ..errors import FdExists, FdNotFound, GenericError, InvalidParameterValue
 from ..fdsets import PERMANENT, Lifetime, Peer, StoredFd
 from ..kernel.close_pool import Duplicate
@@ -51,7 +49,7 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
     descriptor that matches is taken.
     """
     access, shared = context.access, context.shared
-    access.require("open", None if arguments.fdset_id is UNSET else arguments.fdset_id)
+    access.require("open", arguments.fdset_id)
     arguments.check()
     stored = _newest(context, arguments)
     if arguments.remove is True:
@@ -85,8 +83,7 @@ def _newest(context: Context, arguments: OpenFdset) -> StoredFd:
         FdNotFound: there is none that the client can know of.
         PermissionDenied: there are some, but the client may open none of them.
     """
-    wanted = None if arguments.access is UNSET else arguments.access
-    by_number = arguments.by_number
+    wanted, by_number = arguments.access, arguments.by_number
     newest: StoredFd | None = None
     modes: set[str] = set()
     refused = False
@@ -125,8 +122,7 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
     """Add all the file descriptors that were passed with the command to an fd set, or none."""
     context.first_fd()
     shared = context.shared
-    fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
-    opaque = None if arguments.opaque is UNSET else arguments.opaque
+    fdset_id, opaque = arguments.fdset_id, arguments.opaque
     older = _older(context, arguments)
     if fdset_id is None:
         fdset_id = _emptied(older, shared.store.next_id)
@@ -154,9 +150,9 @@ def _older(context: Context, arguments: AddFds) -> list[StoredFd]:
         FdExists: there are some, and that is an error.
         PermissionDenied: the client may not remove one of them.
     """
-    if arguments.if_exists is UNSET or arguments.if_exists == "add":
+    if arguments.if_exists in (None, "add"):
         return []
-    if arguments.opaque is UNSET:
+    if arguments.opaque is None:
         raise GenericError("Parameter 'if-exists' expects 'opaque' as well")
     selector = Selector(fdset_id=arguments.fdset_id, opaque=arguments.opaque)
     found, refused = choose(context.shared.store, selector, context.access, "remove")
@@ -180,8 +176,7 @@ def _emptied(older: list[StoredFd], next_id: int) -> int | None:
 @table.command("remove-fds", Selector, list[FdsetInfo])
 def remove_fds(context: Context, arguments: Selector) -> list[FdsetInfo] | JSONStream:
     """Remove the file descriptors that are selected, all or none, and close them."""
-    fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
-    context.access.require("remove", fdset_id)
+    context.access.require("remove", arguments.fdset_id)
     arguments.check()
     found, refused = choose(context.shared.store, arguments, context.access, "remove")
     if refused:
@@ -219,11 +214,11 @@ def _is_long(entries: list[StoredFd]) -> bool:
 
 def _lifetime(context: Context, arguments: AddFds, now: float) -> Lifetime:
     expires = arguments.expires
-    if expires is not UNSET and expires <= 0:
+    if expires is not None and expires <= 0:
         raise InvalidParameterValue("Parameter 'expires' expects a positive number of seconds")
     lifetime = Lifetime(
         owner=context if arguments.lifetime == "connection" else None,
-        expires_at=None if expires is UNSET else now + expires,
+        expires_at=None if expires is None else now + expires,
         watch_hangup=arguments.watch_hangup is True,
     )
     return PERMANENT if lifetime == PERMANENT else lifetime
@@ -237,8 +232,7 @@ def query_fds(context: Context, arguments: Selector) -> JSONStream | RawJSON:
     A long listing is made bit by bit, and others are served meanwhile: what they remove before its
     turn comes is left out.
     """
-    fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
-    access = context.access
+    fdset_id, access = arguments.fdset_id, context.access
     access.require("query", fdset_id)
     # Who may not see everything is told of no set whether it is there.
     if fdset_id is not None and access.unlimited and context.shared.store.get(fdset_id) is None:

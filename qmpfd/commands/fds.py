@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from msgspec import UNSET
-
 from ..errors import FdNotFound, InvalidParameterValue, PermissionDenied
 from ..fdsets import FdSet, StoredFd
 from ..policy import Access
@@ -25,8 +23,7 @@ table: Table[Context] = Table()
 def add_fd(context: Context, arguments: AddFd) -> AddfdInfo:
     """Add the file descriptor that was passed with the command to an fd set."""
     number = context.fds[0].number if context.fds else context.first_fd().number
-    fdset_id = None if arguments.fdset_id is UNSET else arguments.fdset_id
-    opaque = None if arguments.opaque is UNSET else arguments.opaque
+    fdset_id, opaque = arguments.fdset_id, arguments.opaque
     check_add(context, fdset_id, opaque, 1)
     shared = context.shared
     create = shared.dialect == "qemu"
@@ -102,7 +99,7 @@ def remove_fd(context: Context, arguments: RemoveFd) -> None:
     fdset_id, number = arguments.fdset_id, arguments.fd
     shared, access = context.shared, context.access
     fdset = shared.store.get(fdset_id)
-    chosen = [] if fdset is None else fdset.select(None if number is UNSET else number)
+    chosen = [] if fdset is None else fdset.select(number)
     if not access.unlimited:
         access.require("remove", fdset_id)
         known = [rights(access, stored, "remove", by_number=True) for stored in chosen]

@@ -16,7 +16,7 @@ from enum import Enum
 from math import ceil, inf
 from typing import Any
 
-from msgspec import UNSET, Struct, to_builtins
+from msgspec import Struct, to_builtins
 
 from ..fdsets import FdSet, Progress, StoredFd
 from ..kernel.fdinfo import access_mode, flags, kind, size, target
@@ -137,7 +137,7 @@ class Listing(JSONStream):
         if self._fdset is not None:
             yield self._fdset
         query = self._query
-        only = None if query is None or query.fdset_id is UNSET else query.fdset_id
+        only = None if query is None else query.fdset_id
         if only is not None:  # as the first that comes, and then no other does
             self._below = min(self._below, only + 1)
         for fdset in self._context.shared.store.iter_stable(self._below):

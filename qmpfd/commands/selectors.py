@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from msgspec import UNSET, UnsetType
-
 from ..errors import FdNotFound, GenericError, PermissionDenied
 from ..fdsets import FdSet, FdSets, StoredFd
 from ..policy import Access, Right
@@ -28,18 +26,18 @@ class Selector(Arguments):
         added_by_uid: the user with this uid added the descriptor.
     """
 
-    fdset_id: Int64 | UnsetType = UNSET
-    fd: Int64 | UnsetType = UNSET
-    opaque: str | UnsetType = UNSET
-    opaque_prefix: str | UnsetType = UNSET
-    added_by_pid: Int64 | UnsetType = UNSET
-    added_by_uid: Int64 | UnsetType = UNSET
+    fdset_id: Int64 | None = None
+    fd: Int64 | None = None
+    opaque: str | None = None
+    opaque_prefix: str | None = None
+    added_by_pid: Int64 | None = None
+    added_by_uid: Int64 | None = None
 
     def given(self) -> dict[str, int | str]:
         """The members that are given, by their names on the wire."""
         values = {name: getattr(self, name) for name in Selector.__struct_fields__}
         return {
-            name.replace("_", "-"): value for name, value in values.items() if value is not UNSET
+            name.replace("_", "-"): value for name, value in values.items() if value is not None
         }
 
     @property
@@ -53,34 +51,34 @@ class Selector(Arguments):
         Raises:
             GenericError: it is one.
         """
-        if self.fdset_id is UNSET and not self.given():
+        if self.fdset_id is None and not self.given():
             raise GenericError("Parameter 'fdset-id' is missing, or another member of the selector")
 
     def matches(self, stored: StoredFd) -> bool:
         """Whether it chooses *stored*."""
         opaque, peer = stored.opaque, stored.added_by
         return (
-            (self.opaque is UNSET or opaque == self.opaque)
-            and (self.fdset_id is UNSET or stored.fdset.id == self.fdset_id)
-            and (self.fd is UNSET or stored.fd.number == self.fd)
+            (self.opaque is None or opaque == self.opaque)
+            and (self.fdset_id is None or stored.fdset.id == self.fdset_id)
+            and (self.fd is None or stored.fd.number == self.fd)
             and (
-                self.opaque_prefix is UNSET
+                self.opaque_prefix is None
                 or (opaque is not None and opaque.startswith(self.opaque_prefix))
             )
-            and (self.added_by_pid is UNSET or (peer is not None and peer.pid == self.added_by_pid))
-            and (self.added_by_uid is UNSET or (peer is not None and peer.uid == self.added_by_uid))
+            and (self.added_by_pid is None or (peer is not None and peer.pid == self.added_by_pid))
+            and (self.added_by_uid is None or (peer is not None and peer.uid == self.added_by_uid))
         )
 
     def sets(self, store: FdSets) -> Iterable[FdSet]:
         """The sets that it can choose from, by descending id."""
-        if self.fdset_id is UNSET:
+        if self.fdset_id is None:
             return store
         fdset = store.get(self.fdset_id)
         return () if fdset is None else (fdset,)
 
     def entries(self, fdset: FdSet) -> list[StoredFd]:
         """The descriptors of *fdset* that it can choose, oldest first."""
-        return fdset.select(None if self.fd is UNSET else self.fd)
+        return fdset.select(self.fd)
 
     def __str__(self) -> str:
         return ", ".join(f"{name}:{str(value)[:_QUOTED]}" for name, value in self.given().items())

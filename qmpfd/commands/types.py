@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import Struct
 
 from ..protocol.arguments import Int64
 from ..protocol.encode import RawJSON
 
 
-class Arguments(Struct, forbid_unknown_fields=True, rename="kebab", gc=False):
-    """What a command takes; without members of its own: nothing."""
+class Arguments(Struct, forbid_unknown_fields=True, rename="kebab", omit_defaults=True, gc=False):
+    """What a command takes; without members of its own: nothing.  What is absent is None."""
 
 
 class Result(Struct, rename="kebab", omit_defaults=True, gc=False):
@@ -28,7 +28,7 @@ class Capabilities(Arguments):
         enable: the capabilities to enable.
     """
 
-    enable: list[Literal["oob"]] | UnsetType = UNSET
+    enable: list[Literal["oob"]] | None = None
 
 
 class AddFd(Arguments):
@@ -39,8 +39,8 @@ class AddFd(Arguments):
         opaque: the opaque text, a name to find the descriptor by.
     """
 
-    fdset_id: Int64 | UnsetType = UNSET
-    opaque: str | UnsetType = UNSET
+    fdset_id: Int64 | None = None
+    opaque: str | None = None
 
 
 class RemoveFd(Arguments):
@@ -52,7 +52,7 @@ class RemoveFd(Arguments):
     """
 
     fdset_id: Int64
-    fd: Int64 | UnsetType = UNSET
+    fd: Int64 | None = None
 
 
 class FdName(Arguments, rename=None):

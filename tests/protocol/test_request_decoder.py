@@ -161,6 +161,7 @@ def test_what_clients_usually_send_goes_the_quick_way(data: bytes) -> None:
         b'{"execute":"query-version"',
         b'{"execute":"query-version"}{"exec',
         b'{"execute":"query-version","id":null}',
+        b'{"execute":"add-fd","arguments":{"opaque":null}}',
         b'{"execute":"query-version","id":1.5}',
         b'{"execute":"query-version","id":18446744073709551615}',
         b'{"exec-oob":"query-version"}',
