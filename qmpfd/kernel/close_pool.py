@@ -1,7 +1,7 @@
 """Closes descriptors without blocking the event loop.
 
-Descriptors whose close cannot block (:mod:`.close_risk`) are closed at once; all others by threads,
-and whoever needs to know when that is done is told.
+Descriptors whose close cannot block (:mod:`.close_risk`) are closed at once, all others by threads;
+callbacks report the completion.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from time import monotonic
 from .close_risk import CloseRisks, Risk
 from .fd import Fd, FileDescriptorLike, close_all, fileno
 
-#: Threads that may hang in a close at a time, of each lane.  More descriptors wait, open.
+#: Maximum number of threads of a lane.  If all of them block in close(2), other descriptors of the
+#: lane stay open.
 _MAX_THREADS = 32
 
-#: Seconds that a descriptor stays open here at most because a duplicate is not closed yet.
+#: Seconds that the close of a descriptor waits at most for the close of its duplicates.
 _MAX_WAIT = 1.0
 
-_NO_RISK = Risk.NONE  # found faster than a member of an enumeration
+_NO_RISK = Risk.NONE  # a local name: looking up an Enum member is slow before Python 3.12
 
 
 class Duplicate(Fd):
-    """A duplicate of another descriptor here: :class:`ClosePool` closes that one after it.
+    """A duplicate of another descriptor, which :class:`ClosePool` closes after the duplicate.
 
     Args:
-        original: the other one.
+        original: the other descriptor.
 
     Raises:
         OSError: this process is out of descriptors.
@@ -44,7 +45,7 @@ class Duplicate(Fd):
 
 
 class Closing:
-    """Descriptors that threads close for one caller."""
+    """Progress of one :meth:`ClosePool.close`, for the descriptors that threads close."""
 
     __slots__ = ("_callbacks", "_left", "_lock")
 
@@ -55,11 +56,11 @@ class Closing:
 
     @property
     def is_done(self) -> bool:
-        """Whether all of them are closed."""
+        """Whether all of the descriptors are closed."""
         return not self._left
 
     def when_done(self, callback: Callable[[], object]) -> None:
-        """Have *callback* called once all of them are closed: by a thread, or here if they are."""
+        """Call *callback* once all are closed: in a thread, or at once if they are closed."""
         with self._lock:
             if self._left:
                 self._callbacks.append(callback)
@@ -67,14 +68,14 @@ class Closing:
         callback()
 
     def _closed_one(self) -> list[Callable[[], object]]:
-        """One more is closed, and the lock is held: what is to be called now."""
+        """Count one close; return the callbacks to call now.  The caller holds the lock."""
         self._left -= 1
         return [] if self._left else self._callbacks
 
 
 @dataclass(slots=True, eq=False)
 class _Lane:
-    """Descriptors that count for one user, are of one device, and wait for a thread.
+    """Queue of the descriptors of one user and one device, and the number of its threads.
 
     Args:
         uid: the user; None for the daemon itself.
@@ -86,38 +87,38 @@ class _Lane:
 
 
 class ClosePool:
-    """Closes descriptors: at once those that cannot block, the others in threads.
+    """Closes descriptors: at once if the close cannot block, else in threads.
 
-    Each user has threads of its own, and of these each device or file system: a close that hangs
-    holds up no other.
+    Each pair of a user and a device or file system has its own threads (a lane), so that a blocked
+    close delays no others.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._lanes: dict[Hashable, _Lane] = {}
-        #: How many closes are under way, or wait for a thread, by the user whom they count for.
+        #: Number of closes that run or are queued for a thread, by user.
         self.pending_by_uid: dict[int | None, int] = {}
         self._when_idle: list[Callable[[], object]] = []
-        self._after: dict[Fd, list[threading.Event]] = {}  # what each is closed after
-        self._deferred: set[Fd] = set()  # threads are to close them
-        self._quick: set[Fd] = set()  # known not to block; their close comes next
+        self._after: dict[Fd, list[threading.Event]] = {}  # set when its duplicates are closed
+        self._deferred: set[Fd] = set()  # queued for a thread, or being closed by one
+        self._quick: set[Fd] = set()  # known not to block, until the next close()
         self._risks = CloseRisks()
         #: Whether closing a descriptor may block, see :meth:`.CloseRisks.find`.
         self.risk = self._risks.find
-        #: Whether closing a duplicate waits for nobody.
+        #: Whether closing a duplicate never blocks, see :meth:`.CloseRisks.is_quick_duplicate`.
         self.is_quick_duplicate = self._risks.is_quick_duplicate
 
     def shut_down(self) -> None:
-        """The daemon ends: closes under way go on, and no more are asked for."""
+        """Free the resources at the daemon's end; closes that run go on, no more may be made."""
         self._risks.close()
 
     @property
     def pending(self) -> int:
-        """The number of closes that run, or wait for a thread."""
+        """Number of closes that run or are queued for a thread."""
         return sum(list(self.pending_by_uid.values()))
 
     def when_idle(self, callback: Callable[[], object]) -> None:
-        """Have *callback* called once no close is under way: by a thread, or here if none is."""
+        """Call *callback* once no close is pending: in a thread, or at once if none is."""
         with self._lock:
             if self.pending_by_uid:
                 self._when_idle.append(callback)
@@ -125,15 +126,15 @@ class ClosePool:
         callback()
 
     def close(self, fds: Iterable[Fd], uid: int | None = None) -> Closing | None:
-        """Close each of *fds*; returns at once.
+        """Close each of *fds*, without blocking.
 
         Args:
             fds: the descriptors; owned from here on.
-            uid: the user whom those count for, until they are closed, that count for no other;
-                None for the daemon itself.
+            uid: the user whose quota counts, until they are closed, those without a ``uid`` of
+                their own; None for the daemon itself.
 
         Returns:
-            What tells when all are closed; None where they are already.
+            The progress of the closes by threads; None if all are closed already.
         """
         deferred: list[tuple[Risk, Fd]] = []
         for fd in fds:
@@ -159,11 +160,11 @@ class ClosePool:
         return self._close_in_threads(deferred, uid) if deferred else None
 
     def _is_open(self, fd: Fd) -> bool:
-        """Whether nobody has asked for the close of *fd* yet."""
+        """Whether *fd* is open and no close of it is pending."""
         return fd.number >= 0 and fd not in self._deferred
 
     def _close_duplicate(self, fd: Duplicate, uid: int | None) -> None:
-        """Close what is not the last of its file here."""
+        """Close a duplicate whose original is open."""
         if self.is_quick_duplicate(fd.number):
             fd.close()
             return
@@ -172,8 +173,9 @@ class ClosePool:
         self._close_in_threads([(Risk.HIGH, fd)], uid).when_done(closed.set)
 
     def may_block(self, fd: FileDescriptorLike) -> bool:
-        """Whether the close of a descriptor may take long, of this one or of a duplicate.  Where it
-        cannot, the next :meth:`close` does not find out once more.
+        """Whether closing a descriptor or its duplicate is likely to block.
+
+        If it cannot block, that is remembered for the next :meth:`close` of the descriptor.
         """
         try:
             risk = self.risk(fileno(fd))
@@ -184,28 +186,29 @@ class ClosePool:
         return risk is Risk.HIGH
 
     def lane(self, fd: FileDescriptorLike, uid: int | None = None) -> str:
-        """What may hang together with a descriptor: those of the same device that count for the
-        same user; for another process that closes a duplicate of it.
+        """Return the name of a descriptor's lane: its user and device.
+
+        For another process, which closes a duplicate: closes of one lane may block together.
         """
         found = self._risks.status(fileno(fd))
         return f"{uid}:{found and found[4:]}"
 
     def close_after(self, fd: Fd, closed: threading.Event) -> None:
-        """Close *fd*, once that is asked for, after its duplicate elsewhere.
+        """Delay a later close of *fd* until its duplicate in another process is closed.
 
         Args:
             fd: a descriptor whose close may block, so that a thread closes it.
-            closed: is set when the duplicate is closed.
+            closed: the event that is set when the duplicate is closed.
         """
         before = self._after.get(fd, ())
         self._after[fd] = [closed, *(event for event in before if not event.is_set())]
 
     def close_duplicates(self, fds: Iterable[Fd], quick: Container[Fd] = ()) -> None:
-        """Close descriptors of files that another process has open as well.
+        """Close descriptors whose files another process has open too.
 
         Args:
             fds: the descriptors; owned from here on.
-            quick: those of which :meth:`is_quick_duplicate` is known to be true.
+            quick: those for which :meth:`is_quick_duplicate` is known to be true.
         """
         at_once: list[Fd] = []
         others: list[Fd] = []
@@ -231,23 +234,23 @@ class ClosePool:
                 lane.waiting.append((fd, self._after.pop(fd, []), closing))
                 self._deferred.add(fd)
                 to_start[key] = lane
-            # And those for which no thread could be started before.
+            # Retry the lanes for which no thread could be started before.
             to_start |= {key: lane for key, lane in self._lanes.items() if not lane.threads}
         for key, lane in to_start.items():
             self._start_thread(key, lane)
         return closing
 
     def _start_thread(self, key: Hashable, lane: _Lane) -> None:
-        """Have one more thread for *lane*, if there may be one and there is something to close."""
+        """Start one more thread for *lane*, unless it has the maximum or its queue is empty."""
         with self._lock:
             if lane.threads == _MAX_THREADS or not lane.waiting:
                 return
             lane.threads += 1
         try:
-            # Not threading.Thread: its start waits until the thread runs, which can take
-            # milliseconds.  The process may end while a close hangs.
+            # Not threading.Thread: its start() waits until the thread runs, which can take
+            # milliseconds, and at exit the process would wait for a close that blocks.
             _thread.start_new_thread(self._work, (key, lane))
-        except RuntimeError:  # no more threads: those there are, or the next one, will do it
+        except RuntimeError:  # no more threads: a running one, or the next one, closes the rest
             with self._lock:
                 lane.threads -= 1
 
@@ -261,7 +264,7 @@ class ClosePool:
                     return
                 fd, after, closing = lane.waiting.popleft()
                 more = bool(lane.waiting)
-            if more:  # this one may hang: not the rest behind it
+            if more:  # this close may block: another thread closes the rest of the queue
                 self._start_thread(key, lane)
             until = monotonic() + _MAX_WAIT
             for closed in after:

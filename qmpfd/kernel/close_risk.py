@@ -1,8 +1,8 @@
-"""Whether closing a descriptor may block, found out without waiting for anything.
+"""Finds out, without blocking, whether closing a descriptor may block.
 
-``close`` can block: on a TCP socket with SO_LINGER and unsent data for all of the linger time, on
-a file of a FUSE or network file system for as long as its server does not answer, on a serial
-line until it has drained; and on a Unix socket in whose queue such a descriptor was left behind.
+close(2) can block: on a TCP socket with SO_LINGER and unsent data for the linger time; on a file of
+a FUSE or network file system until its server answers; on a serial line until it has drained; and
+on a Unix socket whose receive queue holds such a descriptor.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .fd import Fd, unread_bytes
 from .fdinfo import Status, make_statx
 from .mounts import LocalFileSystems
 
-#: Open files of the 64-bit kernel have it; sockets, pipes and anonymous inodes do not.
+#: 64-bit kernels set it on files that were opened; sockets, pipes and anonymous inodes lack it.
 _O_LARGEFILE = 0o100000
 
-# A module's own names are found faster.
+# Local names, for speed.
 _F_GETFL, _O_PATH = fcntl.F_GETFL, os.O_PATH
 
-#: A file without a name gives its blocks back when it is closed, which takes time.
+#: Size of an unlinked file beyond which its close is slow, as the last close frees the blocks.
 _SLOW_BYTES = 64 << 20
 
 # Character devices: memory (null, zero, random), and pseudo-terminals.
@@ -33,32 +33,32 @@ _QUICK_MAJORS = frozenset([1, *range(136, 144)])
 _PTMX = (5, 2)
 _FORMAT = stat.S_IFMT(0o777777)
 _PLAIN = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFIFO)
-# Not inotify: it waits until all CPUs have let go of its marks, 3 ms each time.
+# Without inotify, whose close takes 3 ms: it waits until no CPU uses the marks (RCU).
 _QUICK_ANONYMOUS = re.compile(r"anon_inode:\[?(eventfd|timerfd|signalfd|pidfd)\]?|pipe:\[\d+\]")
-_LARGE_ANONYMOUS = re.compile(r"anon_inode:\[?eventpoll\]?")  # as slow as it holds much
+_LARGE_ANONYMOUS = re.compile(r"anon_inode:\[?eventpoll\]?")  # slow if it watches many descriptors
 
 
 class Risk(Enum):
     """Whether a close may block."""
 
     NONE = auto()
-    SLIGHT = auto()  #: only if somebody makes it so on purpose, right now
+    SLIGHT = auto()  #: only if another process causes it on purpose right now
     HIGH = auto()
 
 
-_NO_RISK = Risk.NONE  # finding a member of an enumeration takes as long as two calls
+_NO_RISK = Risk.NONE  # a local name: looking up an Enum member is slow before Python 3.12
 
 
 def _risk_of_socket(number: int) -> Risk:
     try:
         sock = socket.socket(fileno=number)
-    except OSError:  # O_PATH: a file that a socket is bound to
+    except OSError:  # opened with O_PATH: the file of a bound socket
         return Risk.HIGH
     try:
         if sock.family == socket.AF_UNIX:
             return _risk_of_unix_socket(sock)
         if sock.family not in (socket.AF_INET, socket.AF_INET6):
-            return Risk.HIGH  # a packet socket waits for all other CPUs, and so on
+            return Risk.HIGH  # for one, closing a packet socket waits for all other CPUs
         if sock.proto in (socket.IPPROTO_UDP, socket.IPPROTO_ICMP):
             return Risk.NONE  # never lingers
         onoff = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)[:4]
@@ -70,11 +70,11 @@ def _risk_of_socket(number: int) -> Risk:
 
 
 def _risk_of_unix_socket(sock: socket.socket) -> Risk:
-    """The socket's queue is closed with it, and with that all descriptors in the queue."""
+    """Return the risk of a Unix socket: its close also closes all descriptors in its queue."""
     if sock.type == socket.SOCK_STREAM:
         poll = select.poll()
         poll.register(sock, select.POLLRDHUP)
-        # The other end is shut: nothing can come any more, so that it stays empty.
+        # The peer has shut down its sending side: an empty queue stays empty.
         over = any(events & select.POLLRDHUP for _, events in poll.poll(0))
         if over and not unread_bytes(sock):
             return Risk.NONE
@@ -82,10 +82,10 @@ def _risk_of_unix_socket(sock: socket.socket) -> Risk:
 
 
 class CloseRisks:
-    """Tells whether a close may block; for one thread."""
+    """Finds out whether closing a descriptor may block; for use by one thread."""
 
     def __init__(self) -> None:
-        #: What a descriptor is, see :func:`.make_statx`.
+        #: The status of a descriptor, see :func:`.make_statx`.
         self.status = make_statx()
         self._memfds = self._memfd_device()
         try:
@@ -94,9 +94,8 @@ class CloseRisks:
             self._file_systems = None
 
     def _memfd_device(self) -> tuple[int, int] | None:
-        """Where the kernel keeps what memfd_create(2) makes: a tmpfs that is mounted nowhere, and
-        always there.  Another one that is mounted nowhere gives back all its memory with the last
-        descriptor, in 0.8 s a gigabyte.
+        """Return the device of memfds: the kernel's internal tmpfs, which is never unmounted.  An
+        unmounted tmpfs is freed by the close of its last descriptor, in 0.8 s a gigabyte.
         """
         try:
             with Fd(os.memfd_create("qmpfd")) as fd:
@@ -106,13 +105,13 @@ class CloseRisks:
         return found and found[6:]
 
     def close(self) -> None:
-        """Let go of what this has open."""
+        """Close the table of mounts."""
         if self._file_systems is not None:
             self._file_systems.close()
             self._file_systems = None
 
     def find(self, number: int) -> Risk:
-        """Whether closing the descriptor *number* may wait for somebody.
+        """Return the risk that closing the descriptor *number* blocks.
 
         Raises:
             OSError: this process is out of descriptors, or the file's name is too long.
@@ -123,8 +122,7 @@ class CloseRisks:
         nlink, mode, size, blocks, major, minor, fs_major, fs_minor = found
         kind = mode & _FORMAT
         if kind in _PLAIN:
-            # Memory can be reserved beyond the end of a file, and a file can be longer than it is
-            # big.
+            # A file may have blocks beyond its end (fallocate(2)), or be sparse: check both sizes.
             if not nlink and (size > _SLOW_BYTES or blocks * 512 > _SLOW_BYTES):
                 return Risk.HIGH
             if self._is_local((fs_major, fs_minor)):
@@ -136,9 +134,10 @@ class CloseRisks:
         return self._risk_by_link(number, found)
 
     def is_quick_duplicate(self, number: int) -> bool:
-        """Whether closing the descriptor waits for nobody while another process has its file open
-        as well: only a file system is asked at each close (``flush``, Linux's vfs.rst), everything
-        else waits for the last.
+        """Whether closing the descriptor never blocks while another process has its file open.
+
+        Each close(2) calls only the file system (``flush``, Linux's vfs.rst); all other work is
+        done at the last close.
         """
         try:
             flags = fcntl.fcntl(number, _F_GETFL)
@@ -147,9 +146,10 @@ class CloseRisks:
             return False
 
     def _is_local(self, device: tuple[int, ...]) -> bool:
-        """Whether a close waits for nobody on the file system of that device, found without asking
-        it.  One that is not mounted any more is unmounted by the close of the last descriptor
-        (umount2(2), MNT_DETACH), also of one with O_PATH.
+        """Whether *device* is a mounted local file system, on which close(2) never blocks.
+
+        A detached file system (umount2(2), MNT_DETACH) does not count: the close of its last
+        descriptor, also of one with O_PATH, unmounts it.
         """
         file_systems = self._file_systems
         if file_systems is not None and device in file_systems.devices():
@@ -157,7 +157,7 @@ class CloseRisks:
         return device == self._memfds
 
     def _risk_by_link(self, number: int, found: Status | None) -> Risk:
-        """The risk of what is on no file system; a block device, say, writes back what it holds."""
+        """Return the risk by the link in /proc/self/fd: closing a block device writes back data."""
         if fcntl.fcntl(number, _F_GETFL) & _O_PATH:
             return Risk.HIGH if found is None or not self._is_local(found[6:]) else _NO_RISK
         link = os.readlink(f"/proc/self/fd/{number}")

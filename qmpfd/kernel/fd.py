@@ -1,10 +1,9 @@
-"""File descriptors with exactly one owner each, and the system calls that carry them.
+"""File descriptors with exactly one owner each, and the system calls that pass them.
 
-Nothing else in this package closes a descriptor, and nothing else reads or writes control
-messages, but for :mod:`qmpfd.supervisor`: a program of its own, which loads no more than it needs
-of the standard library.  All calls here are synchronous and never wait: the sockets are
-non-blocking, and who waits for them (Trio, or a poll in the command line) is the business of the
-floors above.
+Only this module closes descriptors and reads or writes control messages; the exception is
+:mod:`qmpfd.supervisor`, a program of its own that imports little.  All calls are synchronous and
+never block, because the sockets are non-blocking; waiting (by Trio, or by poll(2) in the command
+line) is left to the callers.
 """
 
 from __future__ import annotations
@@ -39,9 +38,8 @@ FileDescriptorLike: TypeAlias = "int | HasFileno"
 class Fd:
     """The one owner of an open descriptor.
 
-    The number is given up before it is closed, so that no error and no second call can close a
-    descriptor that has meanwhile been given to somebody else (close(2), "Dealing with error
-    returns": it is closed even where close reports an error).
+    The number is set to -1 before close(2), which closes the descriptor even if it reports an error
+    ("Dealing with error returns"): a second close could hit a new descriptor of that number.
 
     Args:
         number: an open descriptor that nobody else will close.
@@ -50,18 +48,18 @@ class Fd:
     __slots__ = ("number", "uid")
 
     def __init__(self, number: int) -> None:
-        #: For reading only: the descriptor's number, -1 once it is closed or detached.
+        #: The descriptor's number, -1 once it is closed or detached; read-only for callers.
         self.number = number
-        #: The user that it counts for until its close is done; None if nobody has said.
+        #: The user whose quota the descriptor counts for until it is closed; None if not set.
         self.uid: int | None = None
 
     def fileno(self) -> int:
-        """The descriptor's number; ValueError once it is closed or detached."""
+        """Return the descriptor's number; raise ValueError once it is closed or detached."""
         if self.number < 0:
             raise ValueError("the descriptor is closed")
         return self.number
 
-    #: A descriptor can stand for its number: ``os.read(fd, 10)``, ``open(fd.detach())``.
+    #: An Fd can be used as an integer: ``os.read(fd, 10)``.
     __index__ = fileno
 
     @property
@@ -70,17 +68,17 @@ class Fd:
         return self.number < 0
 
     def detach(self) -> int:
-        """Stop owning the descriptor: the caller owns the number that is returned."""
+        """Return the number and give up ownership: the caller has to close the descriptor."""
         number = self.fileno()
         self.number = -1
         return number
 
     def dup(self) -> Fd:
-        """A second descriptor of the same open file description, close-on-exec (dup(2))."""
+        """Duplicate the descriptor, close-on-exec: the same open file description (dup(2))."""
         return Fd(os.dup(self.fileno()))
 
     def move_to(self, number: int) -> None:
-        """Give the descriptor another number, and close what has that number (dup2(2)).
+        """Renumber the descriptor; dup2(2) closes the descriptor that had that number.
 
         Raises:
             OSError: the number is beyond RLIMIT_NOFILE.
@@ -90,7 +88,7 @@ class Fd:
         self.number = moved
 
     def adopt(self, other: Fd) -> None:
-        """Own the descriptor of *other* instead of this one, which is closed."""
+        """Take over the descriptor that *other* owns; this object must be closed."""
         assert self.number < 0
         self.number = other.detach()
 
@@ -101,8 +99,8 @@ class Fd:
             try:
                 os.close(number)
             except OSError:
-                # EIO and the like speak of lost writes of the file, which is its writer's business;
-                # the descriptor is gone in any case.
+                # The descriptor is closed in any case.  EIO and the like report lost writes, which
+                # concern the process that wrote.
                 pass
 
     def __enter__(self) -> Fd:
@@ -121,7 +119,7 @@ class Fd:
 
 
 def close_all(fds: Iterable[Fd]) -> None:
-    """Close each of *fds*, those of consecutive numbers with one system call (close_range(2))."""
+    """Close all of *fds*, each run of consecutive numbers by one close_range(2)."""
     start = end = -1
     for fd in fds:
         number, fd.number = fd.number, -1
@@ -141,7 +139,7 @@ def _close_range(start: int, end: int) -> None:
 
 
 def fileno(fd: FileDescriptorLike) -> int:
-    """The number of *fd*, an int or anything with ``fileno()``; ValueError when it is negative."""
+    """Return the number of *fd*, an int or an object with ``fileno()``; ValueError if negative."""
     number = fd if isinstance(fd, int) else fd.fileno()
     if number < 0:
         raise ValueError(f"{number} is no file descriptor")
@@ -149,7 +147,7 @@ def fileno(fd: FileDescriptorLike) -> int:
 
 
 def pipe() -> tuple[Fd, Fd]:
-    """A pipe: its read end and its write end, which never block (pipe(7)).
+    """Create a non-blocking pipe (pipe(7)); return its read end and its write end.
 
     Raises:
         OSError: this process is out of descriptors.
@@ -159,35 +157,35 @@ def pipe() -> tuple[Fd, Fd]:
 
 
 def is_in_memory(fd: int) -> bool:
-    """Whether *fd* is of a file that is kept in memory, a memfd for one.  A name tells nothing:
-    a file of another mount namespace can be called ``/memfd:x`` as well.
+    """Whether *fd* refers to a file in memory, such as a memfd.  The name is no proof: a file of
+    another mount namespace can be called ``/memfd:x`` too.
     """
     try:
-        fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # EINVAL on everything else (fcntl(2))
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)  # EINVAL for every other file (fcntl(2))
     except OSError:
         return False
     return True
 
 
 def open_files_limit() -> int:
-    """How many descriptors this process may have open (RLIMIT_NOFILE, the soft limit)."""
+    """Return the maximum number of open descriptors (the soft limit RLIMIT_NOFILE)."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def unread_bytes(sock: socket.socket) -> int:
-    """How many bytes wait to be read from a Unix stream socket (SIOCINQ, unix(7))."""
-    return _ask(sock, termios.FIONREAD)
+    """Return the number of unread bytes of a Unix stream socket (SIOCINQ, unix(7))."""
+    return _ioctl_int(sock, termios.FIONREAD)
 
 
 def max_unreceived_messages(sock: socket.socket) -> int:
-    """How many messages the peer of a Unix stream socket can have left unread at most (SIOCOUTQ,
-    unix(7), which tells the memory that they take); 0 if there is none.
+    """Return an upper bound of the messages that a Unix stream socket's peer has not read, from the
+    memory that they take (SIOCOUTQ, unix(7)).
     """
-    return -(-_ask(sock, termios.TIOCOUTQ) // _MESSAGE_BYTES)
+    return -(-_ioctl_int(sock, termios.TIOCOUTQ) // _MESSAGE_BYTES)
 
 
-def _ask(sock: socket.socket, question: int) -> int:
-    """What ioctl(2) answers; into a buffer that can be written to, it takes half of the time."""
+def _ioctl_int(sock: socket.socket, question: int) -> int:
+    """Return the int that ioctl(2) writes; with a mutable buffer the call takes half the time."""
     answer = bytearray(_INT_BYTES)
     fcntl.ioctl(sock.fileno(), question, answer)
     found: int
@@ -195,22 +193,22 @@ def _ask(sock: socket.socket, question: int) -> int:
     return found
 
 
-#: What the command is told whose descriptors the kernel has dropped (MSG_CTRUNC, recvmsg(2)).
+#: Error texts of a command whose descriptors the kernel has dropped (MSG_CTRUNC, recvmsg(2)).
 _WERE_LOST = "File descriptors sent via SCM_RIGHTS were lost: "
 OUT_OF_FDS = _WERE_LOST + "the receiver is out of file descriptors"
 DENIED = _WERE_LOST + "the kernel's security module denied them to the receiver"
 
-# Room for one control message with as many descriptors as the kernel passes at a time.
+# Size of one control message with the maximum number of descriptors.
 _CONTROL_BYTES = socket.CMSG_SPACE(SCM_MAX_FD * array.array("i").itemsize)
 
-# As plain numbers: the enumerations of the socket module take microseconds to combine.
+# Plain ints: combining members of the socket module's Enums takes microseconds.
 _PEEK, _CLOEXEC = int(socket.MSG_PEEK), int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED = int(socket.MSG_CTRUNC)
 _SEND_FLAGS = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 _SOCKET_LEVEL, _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 _SCM_PIDFD = 4  # linux/socket.h; not in Python's socket module
 
-# Bytes of memory that a message takes on its way at least: its sk_buff and skb_shared_info.
+# Minimum bytes of kernel memory of a queued message: its sk_buff and skb_shared_info.
 _MESSAGE_BYTES = 512
 
 _one = struct.Struct("i")
@@ -219,24 +217,23 @@ _unpack = _one.unpack
 
 
 def peek(sock: socket.socket, most: int = READ_BYTES) -> tuple[bytes, bool]:
-    """See what the next read would return, without consuming it: its bytes, and whether
-    descriptors come with the last of them.
+    """Peek at the next read: return its bytes, and whether their last segment carries descriptors.
 
-    The kernel ends a read after the bytes that descriptors were sent with.  Without room for
-    control messages it leaves the descriptors where they are and says MSG_CTRUNC (recvmsg(2)).
-    Where all *most* bytes are there, they may have been sent with bytes further behind.
+    The kernel ends a read after the segment that carries descriptors.  Without space for control
+    messages MSG_PEEK leaves the descriptors in the queue and sets MSG_CTRUNC (recvmsg(2)).  If
+    *most* bytes are returned, that segment may have more bytes.
 
     Args:
         sock: the socket.
-        most: bytes to see at most.
+        most: maximum number of bytes.
 
     Raises:
-        BlockingIOError: nothing is there yet.
+        BlockingIOError: no input is queued.
     """
     data, _, flags, _ = sock.recvmsg(most, 0, _PEEK)
     fds_follow = flags & _TRUNCATED != 0
     if fds_follow and len(data) == READ_BYTES:
-        # What they were sent with may go on behind these bytes: show it whole, the next time.
+        # The segment may have more bytes: leave it out, so that the next peek shows it whole.
         data = data[:-SEGMENT_BYTES]
     return data, fds_follow
 
@@ -244,17 +241,17 @@ def peek(sock: socket.socket, most: int = READ_BYTES) -> tuple[bytes, bool]:
 def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], str]:
     """Read up to *count* bytes and the descriptors that were sent with them.
 
-    The descriptors are close-on-exec and owned from here on.  The text is not empty if the kernel
-    had to drop some of them (MSG_CTRUNC), and says why.
+    Return the bytes, the descriptors (close-on-exec, owned by the caller), and why the kernel
+    dropped some of them (MSG_CTRUNC), or "".
 
     Raises:
-        BlockingIOError: nothing is there yet.
+        BlockingIOError: no input is queued.
     """
     data, control, flags, _ = sock.recvmsg(count, _CONTROL_BYTES, _CLOEXEC)
     fds: list[Fd] = []
     for level, kind, payload in control:
         if kind == _RIGHTS and level == _SOCKET_LEVEL:
-            if len(payload) == _INT_BYTES:  # as nearly always
+            if len(payload) == _INT_BYTES:  # the usual case
                 (number,) = _unpack(payload)
                 fds.append(Fd(number))
             else:
@@ -265,7 +262,7 @@ def receive(sock: socket.socket, count: int) -> tuple[bytes, list[Fd], str]:
 
 
 def _why_lost(sock: socket.socket) -> str:
-    """Why the kernel has dropped descriptors: it does not say, but whether there is room tells."""
+    """Return why the kernel has dropped descriptors, by whether dup(2) succeeds."""
     try:
         Fd(os.dup(sock.fileno())).close()
     except OSError:
@@ -274,8 +271,9 @@ def _why_lost(sock: socket.socket) -> str:
 
 
 def receive_planned(sock: socket.socket, lengths: Sequence[int]) -> tuple[int, list[Fd], str]:
-    """Make reads of these *lengths*, one after the other until one of them brings descriptors, and
-    discard what the others would read; as :func:`receive`, with the number of that read first.
+    """Make reads of these *lengths* until one returns descriptors; discard the remaining bytes.
+
+    Return the index of that read, its descriptors, and why some were lost, as :func:`receive` does.
     """
     number = 0
     _, fds, lost = receive(sock, lengths[0])
@@ -289,15 +287,15 @@ def receive_planned(sock: socket.socket, lengths: Sequence[int]) -> tuple[int, l
 
 
 def discard(sock: socket.socket, count: int) -> None:
-    """Read *count* bytes that were seen already, and with which no descriptors come."""
+    """Read *count* bytes that were peeked at, and that carry no descriptors."""
     sock.recv(count)
 
 
 def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescriptorLike]) -> int:
-    """Send *data*, with duplicates of *fds* attached to its first byte; how many bytes went.
+    """Send *data*, with *fds* attached to its first byte; return the number of bytes sent.
 
     Raises:
-        BlockingIOError: the peer has to read first; nothing was sent.
+        BlockingIOError: the send buffer is full; nothing was sent.
     """
     if not fds:
         return sock.send(data, _SEND_FLAGS)
@@ -306,7 +304,7 @@ def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescri
 
 
 def peer_address(fd: FileDescriptorLike) -> str | bytes:
-    """The address that the Unix socket *fd* is connected to; empty where there is none."""
+    """Return the address that the Unix socket *fd* is connected to; empty if there is none."""
     try:
         sock = socket.socket(fileno=fileno(fd))
     except OSError:  # no socket
@@ -324,8 +322,9 @@ _UNLIMITED_IN_FLIGHT = 1 << 21 | 1 << 24
 
 
 def in_flight_is_limited() -> bool:
-    """Whether this process meets the limit that :class:`InFlightProbe` is about: root does as well,
-    where a service manager has taken both capabilities from it.
+    """Whether the limit of descriptors in flight applies to this process (:class:`InFlightProbe`).
+
+    It applies to root too, if a service manager has removed both capabilities.
     """
     try:
         with open("/proc/self/status", "rb") as status:
@@ -336,9 +335,11 @@ def in_flight_is_limited() -> bool:
 
 
 class InFlightProbe:
-    """Tells whether descriptors can be passed at all: of an unprivileged user, all processes
-    together may have only so many on their way that nobody has received yet (ETOOMANYREFS,
-    unix(7)), and a send that meets that limit is a reply that cannot go out.
+    """Tests whether the kernel's limit of descriptors in flight is reached.
+
+    The descriptors that all processes of an unprivileged user have sent and no peer has received
+    are limited; beyond the limit sendmsg(2) fails with ETOOMANYREFS (unix(7)), and replies with
+    descriptors cannot be sent.
 
     Raises:
         OSError: this process is out of descriptors.
@@ -351,14 +352,14 @@ class InFlightProbe:
             self._open = stack.pop_all()
 
     def exhausted(self) -> bool:
-        """Whether it would fail now."""
+        """Whether sending a descriptor fails now."""
         try:
             send(self._near, b" ", [self._null])
         except OSError as exc:
             return exc.errno == errno.ETOOMANYREFS
-        discard(self._far, 1)  # and with it the descriptor
+        discard(self._far, 1)  # the kernel drops the descriptor with it
         return False
 
     def close(self) -> None:
-        """Close what this takes."""
+        """Close the socket pair and the descriptor that is sent."""
         self._open.close()

@@ -1,8 +1,8 @@
-"""Descriptions of a descriptor, made without waiting for any file system.
+"""Properties of a descriptor, found without waiting for its file system.
 
-``fstat`` asks the file system, and one that hangs would hang us (a FUSE server that does not
-answer).  These do not: fcntl F_GETFL, the link in /proc/self/fd, and statx(2) with
-AT_STATX_DONT_SYNC, which answers from what the kernel has at hand.
+fstat(2) asks the file system, and would block on a FUSE server that does not answer.  These calls
+do not: F_GETFL (fcntl(2)), the link in /proc/self/fd, and statx(2) with AT_STATX_DONT_SYNC, which
+returns the attributes that the kernel has cached.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _ACCESS: dict[int, Access] = {os.O_RDONLY: "rdonly", os.O_WRONLY: "wronly", os.O
 
 
 def access_mode(fd: int) -> Access:
-    """How *fd* was opened (open(2), access modes).
+    """Return the access mode of *fd* (open(2)).
 
-    ``"path"`` stands for what can be neither read nor written: a descriptor with O_PATH, and one
-    of Linux's access mode 3, which serves ioctl(2) alone.
+    ``"path"`` means neither readable nor writable: opened with O_PATH, or with Linux's access mode
+    3, which allows ioctl(2) only.
     """
     status = fcntl.fcntl(fd, fcntl.F_GETFL)
     return "path" if status & os.O_PATH else _ACCESS.get(status & os.O_ACCMODE, "path")
 
 
-#: What F_GETFL may return beside the access mode (fcntl(2), open(2)), in the order of O_ names.
-#: O_SYNC is O_DSYNC and a bit of its own; O_TMPFILE is O_DIRECTORY and one; the kernel sets
-#: O_LARGEFILE by itself, and so it says nothing.
+#: Flags that F_GETFL may return besides the access mode (fcntl(2), open(2)), in alphabetical order.
+#: O_SYNC includes O_DSYNC, and O_TMPFILE includes O_DIRECTORY.  O_LARGEFILE is left out: the kernel
+#: sets it by itself.
 _FLAGS: dict[str, int] = {
     "append": os.O_APPEND,
     "async": os.O_ASYNC,
@@ -52,7 +52,7 @@ _FLAGS: dict[str, int] = {
 
 
 def flags(fd: int) -> list[str]:
-    """The file status flags of *fd* by name, in alphabetical order."""
+    """Return the names of the file status flags of *fd*, in alphabetical order."""
     status = fcntl.fcntl(fd, fcntl.F_GETFL)
     found = {name for name, flag in _FLAGS.items() if status & flag == flag}
     if "sync" in found:
@@ -63,18 +63,16 @@ def flags(fd: int) -> list[str]:
 
 
 def size(fd: int) -> int | None:
-    """How many bytes the file of *fd* has, as far as the kernel has it at hand; None where it does
-    not tell.
-    """
+    """Return the size of the file in bytes, as the kernel has it cached; None if unknown."""
     found = make_statx()(fd)
     return None if found is None else found[2]
 
 
 def target(fd: int) -> str:
-    """What *fd* refers to, as /proc/PID/fd shows it (proc(5)): a path, or ``socket:[INODE]``.
+    """Return the link of *fd* in /proc/PID/fd (proc(5)): a path, or ``socket:[INODE]``.
 
-    A path may be anything: bytes in it that are no UTF-8 are written as ``\\xff``, and one that is
-    too long for the kernel to show (PATH_MAX) is empty.
+    Bytes of a path that are not UTF-8 are written as ``\\xff``.  The result is empty for a path
+    that is too long for the kernel to show (PATH_MAX).
     """
     try:
         link = os.readlink(b"/proc/self/fd/%d" % fd)
@@ -97,7 +95,7 @@ _MODES = {
 
 
 def kind(fd: int, link: str) -> str:
-    """The kind of file that *fd* refers to.
+    """Return the kind of file that *fd* refers to.
 
     Args:
         fd: the descriptor.
@@ -105,8 +103,8 @@ def kind(fd: int, link: str) -> str:
 
     Returns:
         ``file``, ``dir``, ``chr``, ``blk``, ``pipe``, ``socket``, ``link``, ``memfd``,
-        ``eventfd``, ``epoll``, or the kernel's own word for an anonymous inode (``timerfd``,
-        ``signalfd``, ``inotify``, ``pidfd``); ``unknown`` where nothing tells.
+        ``eventfd``, ``epoll``, or the kernel's name of an anonymous inode (``timerfd``,
+        ``signalfd``, ``inotify``, ``pidfd``); ``unknown`` if statx(2) fails.
     """
     if link.startswith("socket:["):
         return "socket"
@@ -121,12 +119,12 @@ def kind(fd: int, link: str) -> str:
     return "unknown" if found is None else _MODES.get(stat.S_IFMT(found[1]), "unknown")
 
 
-#: The result of statx(2) with AT_STATX_DONT_SYNC (compare stat(2)): how many names it has, its
-#: type and permissions, its bytes, its blocks of 512 bytes; of the device that it is, if it is one,
-#: and of its file system, each the major and the minor number.
+#: Result of statx(2) with AT_STATX_DONT_SYNC (compare stat(2)): number of links, mode, size, number
+#: of 512-byte blocks; major and minor number of the device that a device file stands for, and of
+#: the device of the file system.
 Status: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 
-#: The members of ``struct statx`` that are looked at (statx(2)); it is 256 bytes long.
+#: The members of ``struct statx`` (statx(2)) that are used; the struct has 256 bytes.
 _STATX = struct.Struct("=16xI8xH10xQQ72xIIII112x")
 _AT_EMPTY_PATH, _AT_STATX_DONT_SYNC = 0x1000, 0x4000
 _STATX_TYPE, _STATX_MODE, _STATX_NLINK, _STATX_SIZE, _STATX_BLOCKS = 0x1, 0x2, 0x4, 0x200, 0x400
@@ -134,13 +132,13 @@ _WANTED = _STATX_TYPE | _STATX_MODE | _STATX_NLINK | _STATX_SIZE | _STATX_BLOCKS
 _STATX_FLAGS = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
 
 
-#: The C library's, which Python has from 3.15 on and glibc since 2.28.
+#: statx(2) of the C library (glibc 2.28 or newer); Python has a statx of its own from 3.15 on.
 _statx: Callable[..., int] | None = getattr(ctypes.CDLL(None), "statx", None)
 
 
 def make_statx() -> Callable[[int], Status | None]:
-    """Make a function that calls statx(2) on a descriptor without asking the file system; None
-    where the call fails.  Each thread needs its own function, because each function has one result
+    """Return a function that calls statx(2) without asking the file system; its result is None if
+    the call fails.  Each thread needs its own function, because each function has one result
     buffer: allocating one takes longer than the call.
     """
     statx, unpack, flags, wanted = _statx, _STATX.unpack_from, _STATX_FLAGS, _WANTED

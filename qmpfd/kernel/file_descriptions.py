@@ -1,7 +1,7 @@
-"""Which descriptors are of the same open file description (open(2)).
+"""Finds descriptors that refer to the same open file description (open(2)).
 
-The service manager keeps one descriptor of each, and drops a second one without a word.  Nothing
-here asks a file system, and so nothing waits for one.
+The service manager stores one descriptor of each description, and silently drops a second one.  No
+call here asks a file system, so none can block.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from bisect import bisect_left
 from collections.abc import Callable
 from functools import cache, cmp_to_key
 
-#: kcmp(2) by machine; most others have the number of the generic table.
+#: System call number of kcmp(2) by machine; most others have the number of the generic table.
 _KCMP = {"x86_64": 312, "i386": 349, "i686": 349, "armv7l": 378, "ppc64le": 354, "s390x": 343}
 _KCMP_GENERIC = 272
 _KCMP_FILE = 0
 
-#: fcntl(2): whether two descriptors are of the same description; since Linux 6.10.
+#: fcntl(2): whether two descriptors refer to the same description; since Linux 6.10.
 _F_DUPFD_QUERY = 1027
 
 
@@ -30,10 +30,10 @@ def _syscall() -> Callable[..., int]:
 
 
 def compare(one: int, other: int) -> int:
-    """-1, 0 or 1: an order of the open file descriptions of two descriptors.
+    """Compare the open file descriptions of two descriptors by kcmp(2); return -1, 0 or 1.
 
     Raises:
-        OSError: kcmp(2) is not there, or not permitted.
+        OSError: kcmp(2) is not implemented or not permitted.
     """
     number = _KCMP.get(platform.machine(), _KCMP_GENERIC)
     pid = os.getpid()
@@ -45,26 +45,26 @@ def compare(one: int, other: int) -> int:
 
 
 def is_same(one: int, other: int) -> bool:
-    """Whether two descriptors are of the same open file description.
+    """Whether two descriptors refer to the same open file description.
 
     Raises:
-        OSError: fcntl(2) cannot tell, before Linux 6.10.
+        OSError: the kernel is older than Linux 6.10.
     """
     return fcntl.fcntl(one, _F_DUPFD_QUERY, other) == 1
 
 
 class Descriptions:
-    """Open file descriptions, each known by one descriptor of it.
+    """Set of open file descriptions, each represented by one of its descriptors.
 
     Raises:
-        OSError: there is no means to compare them here.
+        OSError: neither kcmp(2) nor F_DUPFD_QUERY works here.
     """
 
     def __init__(self) -> None:
         try:
             compare(0, 0)
         except OSError as exc:
-            self._ordered = exc.errno == errno.EBADF  # nothing is open there, but it was asked
+            self._ordered = exc.errno == errno.EBADF  # descriptor 0 is closed, but kcmp(2) works
             if not self._ordered:
                 is_same(0, 0)
         else:
@@ -72,24 +72,25 @@ class Descriptions:
         self._known: list[int] = []
 
     def find(self, number: int) -> int | None:
-        """The known descriptor of the same description as *number*, or None."""
+        """Return the descriptor that represents the description of *number*, or None."""
         at, found = self._search(number)
         return self._known[at] if found else None
 
     def add(self, number: int) -> None:
-        """Know a description that is not known yet by *number*."""
+        """Add the description of *number*, which must not be in the set yet."""
         self._known.insert(self._search(number)[0], number)
 
     def replace(self, number: int, by: int | None) -> None:
-        """If a description is known by *number*, know it by another descriptor of it; None to
-        forget it.  *number* may be of another description by now.
+        """Have *by* represent the description that *number* represents; None removes it.
+
+        Without effect if *number* represents none.  *number* may be closed or reused by now.
         """
         if number in self._known:
             at = self._known.index(number)
             self._known[at : at + 1] = [] if by is None else [by]
 
     def _search(self, number: int) -> tuple[int, bool]:
-        """Where in the list it is, or belongs; whether it is there."""
+        """Return the index of the description in the list, or for it; and whether it is there."""
         known = self._known
         if not self._ordered:
             for at, other in enumerate(known):

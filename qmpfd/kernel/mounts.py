@@ -1,7 +1,7 @@
-"""Which mounted file systems are local, so that close(2) on them never waits for a server.
+"""Finds the mounted local file systems, on which close(2) never waits for a server.
 
-The table of mounts (/proc/self/mountinfo, proc(5)) takes 10 us a mount to read, so that a machine
-with 15,000 mounts would stop the event loop for 160 ms: a thread reads it.
+A thread reads the table of mounts (/proc/self/mountinfo, proc(5)): reading takes 10 us a mount, so
+15,000 mounts would block the event loop for 160 ms.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _POLL_INTERVAL = 0.001
 #: Seconds until the table is read again after a failure.
 _RETRY_INTERVAL = 1.0
 
-#: File systems on which close is over at once: those on local disks, and those in memory.
+#: File systems whose close(2) never blocks: those on local disks, and those in memory.
 LOCAL = frozenset(
     (
         *("bpf", "btrfs", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "devtmpfs"),
@@ -44,17 +44,17 @@ _NONE: Set[Device] = frozenset()
 
 
 class LocalFileSystems:
-    """The devices of the local file systems that are mounted here.
+    """Devices of the mounted local file systems.
 
-    While the table has not been read, after the start and after each change, no device counts as
-    local.
+    After the start and after each change of the table, no device counts as local until the thread
+    has read the table.
 
     Raises:
-        OSError: there is no /proc.
+        OSError: /proc is not mounted.
     """
 
     def __init__(self) -> None:
-        # Open from the start: later there may be no descriptor left for it.
+        # Opened at the start: later the process may be out of descriptors.
         self._table = Fd(os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC))
         self._changes = select.poll()
         self._changes.register(self._table, select.POLLPRI)
@@ -69,11 +69,11 @@ class LocalFileSystems:
         self._start_thread()
 
     def devices(self) -> Set[Device]:
-        """The devices of file systems on which close is quick; returns at once."""
+        """Return the devices of local file systems, without blocking."""
         now = monotonic()
         if now > self._poll_at:
             self._poll_at = now + _POLL_INTERVAL
-            # A device number may belong to another file system now (proc(5), /proc/PID/mounts).
+            # The table has changed (proc(5), /proc/PID/mounts): device numbers may be reused.
             if self._changes.poll(0):
                 with self._lock:
                     self._devices, self.is_current = _NONE, False
@@ -83,7 +83,7 @@ class LocalFileSystems:
         return self._devices
 
     def close(self) -> None:
-        """Close the table, after the page of it that is being read."""
+        """Close the table, after the thread has finished the page that it is reading."""
         self._closed = True
         with self._lock:
             self._lock.wait_for(lambda: not self._thread_runs)
@@ -104,7 +104,7 @@ class LocalFileSystems:
             devices, pause = _NONE, _RETRY_INTERVAL
         with self._lock:
             if seen != self._changes_seen:
-                # Mounts come and go: leave the interpreter to the event loop for as long.
+                # The table changes often: leave the event loop as much time as this read took.
                 pause = max(pause, monotonic() - began)
             elif not pause:
                 self._devices, self.is_current = devices, True
@@ -114,8 +114,8 @@ class LocalFileSystems:
             self._lock.notify_all()
 
     def _read_table(self) -> Set[Device]:
-        # The kernel gives a page of it in each read, so that this thread gives up the interpreter's
-        # lock after about thirty lines.
+        # Each read(2) returns a page of the table, so this thread releases the GIL after about
+        # thirty lines.
         with open(self._table.fileno(), "rb", closefd=False) as table:
             table.seek(0)
             lines = takewhile(lambda _: not self._closed, table)

@@ -1,6 +1,6 @@
-"""The addresses of a socket, and whether it listens.
+"""Addresses of a socket, and whether it listens.
 
-Nothing here waits: getsockname(2), getpeername(2) and getsockopt(2) ask no file system and no peer.
+No call here blocks: getsockname(2), getpeername(2) and getsockopt(2) ask no file system or peer.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from typing import Any
 
 
 def describe_socket(fd: int) -> tuple[str | None, str | None, bool]:
-    """The address of the socket *fd*, that of its other end, and whether it accepts connections
-    (SO_ACCEPTCONN).
+    """Return the socket's address, its peer's address, and whether it listens (SO_ACCEPTCONN).
 
-    Addresses are written as ``HOST:PORT``, ``[V6]:PORT``, ``unix:PATH``, ``unix:@NAME`` for an
-    abstract one, and ``vsock:CID:PORT``; None where there is none, or one of a family that is not
-    known here.
+    Addresses have the form ``HOST:PORT``, ``[V6]:PORT``, ``unix:PATH``, ``unix:@NAME`` (abstract)
+    or ``vsock:CID:PORT``; None if there is no address, or for another family.
     """
     try:
         sock = socket.socket(fileno=fd)
-    except OSError:  # a family that Python cannot read the address of
+    except OSError:  # a family whose addresses Python does not know
         return None, None, False
     address = peer = None
     listening = False
@@ -38,7 +36,7 @@ def describe_socket(fd: int) -> tuple[str | None, str | None, bool]:
 
 
 def _text(family: int, address: Any) -> str | None:
-    """*address*, as Python's socket module gives it, for people; None where there is none."""
+    """Format *address*, as returned by the socket module; return None if there is none."""
     if family == socket.AF_UNIX:
         raw = address if isinstance(address, bytes) else os.fsencode(address)
         if not raw:

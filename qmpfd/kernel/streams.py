@@ -1,4 +1,4 @@
-"""Writing to standard streams, which others share and nobody may be reading."""
+"""Non-blocking writes to standard streams, which other processes share and may not read."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .fd import Fd
 
 
 def write_nowait(number: int, data: bytes) -> int:
-    """Write what can be written to a stream without waiting for its reader; how many bytes of
-    *data* that was.  Up to PIPE_BUF bytes go whole or not at all (pipe(7)).
+    """Write as much of *data* as possible without blocking; return the number of bytes written.
 
-    O_NONBLOCK is a flag of the open file description, which the shell and other programs share: so
-    a pipe or terminal is opened anew with it, and a socket is written with MSG_DONTWAIT.
+    Up to PIPE_BUF bytes are written whole or not at all (pipe(7)).  O_NONBLOCK is a flag of the
+    open file description, which other programs share: therefore a pipe or terminal is opened a
+    second time with O_NONBLOCK, and a socket is written to with MSG_DONTWAIT.
 
     Args:
         number: the stream's descriptor.
-        data: what to write.
+        data: the bytes.
 
     Raises:
-        OSError: nobody will ever read it (EPIPE, EIO), or the disk is full.
+        OSError: the reader has closed its end (EPIPE, EIO), or the disk is full.
     """
     mode = os.fstat(number).st_mode
     try:
@@ -43,9 +43,9 @@ def _write_anew(number: int, data: bytes) -> int:
     flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         opened = Fd(os.open(f"/proc/self/fd/{number}", flags))
-    except OSError:  # no /proc, no permission, no descriptors
-        # With room for PIPE_BUF bytes, poll(2) says that the pipe is ready; select(2) works where
-        # no descriptors are allowed any more, and poll(2) fails.
+    except OSError:  # no /proc, no permission, or out of descriptors
+        # A pipe is writable if it has room for PIPE_BUF bytes.  select(2), because poll(2) fails if
+        # RLIMIT_NOFILE is 0.
         if not select.select([], [number], [], 0)[1]:
             return 0
         return os.write(number, data[: select.PIPE_BUF])

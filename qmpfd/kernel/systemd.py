@@ -1,9 +1,8 @@
-"""Service managers that speak systemd's protocols: inherited sockets, readiness, watchdog, and
-the file-descriptor store.
+"""systemd's protocols for services: inherited sockets, readiness, watchdog, file descriptor store.
 
-See sd_listen_fds(3), sd_notify(3), sd_pid_notify_with_fds(3) and sd_watchdog_enabled(3).  Nothing
-here needs systemd itself, and without its environment variables nothing here does anything.  The
-parent of ``serve --supervise`` speaks the same, over a socket that its worker inherits.
+See sd_listen_fds(3), sd_notify(3), sd_pid_notify_with_fds(3) and sd_watchdog_enabled(3).  systemd
+itself is not needed: without its environment variables, nothing here has an effect.  The parent
+of ``serve --supervise`` speaks the same protocols, over a socket that its worker inherits.
 """
 
 from __future__ import annotations
@@ -28,35 +27,33 @@ _log = logging.getLogger("qmpfd")
 
 _DONTWAIT = int(socket.MSG_DONTWAIT)
 
-#: Microseconds that the parent has to answer, before others are served meanwhile: the kernel waits
-#: until its next tick, of 1 to 10 ms (socket(7), SO_RCVTIMEO).
+#: Microseconds for which the event loop may block for the parent's acknowledgement; the kernel
+#: rounds up to its next tick, of 1 to 10 ms (socket(7), SO_RCVTIMEO).
 _ANSWER_USEC = 1000
 _TIMEVAL = struct.Struct("ll")
 
 #: The first inherited descriptor (SD_LISTEN_FDS_START).
 _FIRST = 3
 
-#: Bytes of a message of the parent at most: the names of as many descriptors as can come with one.
+#: Maximum size of a message of the parent: the names of the descriptors that one can carry.
 _MESSAGE_BYTES = 128 << 10
 
-#: What the parent of ``serve --supervise`` calls an inherited descriptor that has its number among
-#: those that are passed: it is none of them.
+#: Name in LISTEN_FDNAMES by which the parent of ``serve --supervise`` marks a descriptor whose
+#: number lies among those of the passed descriptors, but which is none of them.
 _IN_PLACE = "qmpfd-inherited"
 
 
 class InheritedFd(NamedTuple):
-    """A descriptor that the service manager has passed to us, close-on-exec from here on; and its
-    name there.
-    """
+    """A descriptor passed by the service manager, close-on-exec, and its LISTEN_FDNAMES name."""
 
     fd: Fd
     name: str
 
 
 def take_listen_fds() -> list[InheritedFd]:
-    """The descriptors that were passed to this process, with their names.
+    """Return the descriptors that were passed to this process, with their names.
 
-    The variables that tell of them are removed: children are not to take them for theirs.
+    The environment variables are removed: they must not reach child processes.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     # A name becomes an opaque text, which is UTF-8.
@@ -66,7 +63,7 @@ def take_listen_fds() -> list[InheritedFd]:
     if not pid and not count:
         return []
     if pid != str(os.getpid()) or not count.isdecimal():
-        # A shell or another program between the service manager and us, which is to exec(2).
+        # The service manager has started a shell or another program, which did not exec(2) us.
         _log.warning(
             "LISTEN_PID=%s LISTEN_FDS=%s are not for this process, %d: no descriptor is taken",
             *(pid, count, os.getpid()),
@@ -79,36 +76,35 @@ def take_listen_fds() -> list[InheritedFd]:
             continue
         try:
             os.set_inheritable(_FIRST + index, False)
-        except OSError:  # it was not passed after all
+        except OSError:  # not open, so not passed
             continue
         taken.append(InheritedFd(Fd(_FIRST + index), name))
     return taken
 
 
 class Notifier:
-    """A connection to whoever started this process, for datagrams and descriptors with them.
+    """Connection to the service manager or supervising parent; sends messages with descriptors.
 
     Args:
-        sock: the socket, connected; owned from here on.
-        is_parent: it is the parent of ``serve --supervise``, which tells us by closing its end
-            that it is gone.
+        sock: the connected socket; owned from here on.
+        is_parent: whether the peer is the parent of ``serve --supervise``: then the end of the
+            connection means that the parent has exited.
     """
 
     def __init__(self, sock: socket.socket, is_parent: bool) -> None:
-        # Calls that are not to wait have MSG_DONTWAIT; SO_RCVTIMEO bounds the one that is.
+        # All calls have MSG_DONTWAIT, but for one recv(2), whose waiting SO_RCVTIMEO bounds.
         sock.setblocking(True)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, _ANSWER_USEC))
         self._sock = sock
         self.is_parent = is_parent
-        #: Called with each message of the parent, see :mod:`qmpfd.supervisor`, that is not about
-        #: signals.
+        #: Called with each message of the parent, see :mod:`qmpfd.supervisor`, except SIGNALS=.
         self.on_message: Callable[[str], object] = lambda _: None
-        #: How many signals that end this process it has forwarded so far.
+        #: Number of terminating signals that the parent has forwarded so far.
         self.signals = 0
 
     @classmethod
     def connect(cls) -> Notifier | None:
-        """The service manager at ``$NOTIFY_SOCKET``; None if it cannot be reached."""
+        """Connect to the service manager at ``$NOTIFY_SOCKET``; return None if that fails."""
         path = os.environ.get("NOTIFY_SOCKET", "")
         if not path.startswith(("/", "@")):
             return None
@@ -117,23 +113,22 @@ class Notifier:
                 sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
                 sock.connect(stack.enter_context(connectable(path)))
                 stack.pop_all()
-        except OSError:  # this process may be out of descriptors as well
+        except OSError:  # no such socket, or out of descriptors
             return None
         return cls(sock, is_parent=False)
 
     def fileno(self) -> int:
-        """Of the socket: writable when there is room, readable when the parent is gone."""
+        """Return the socket's descriptor; it is readable once the parent has exited."""
         return self._sock.fileno()
 
     def receive_fds(self, timeout: float | None) -> tuple[str, list[Fd]]:
-        """Wait for the parent's next message, and the descriptors with it; an empty one if the
-        parent is gone.
+        """Receive the parent's next message and its descriptors; "" if the parent has exited.
 
         Args:
-            timeout: seconds to wait, None for any time.
+            timeout: maximum seconds to wait; None for no limit.
 
         Raises:
-            OSError: not all of the descriptors can be had here, or it does not answer in time.
+            OSError: the kernel dropped some of the descriptors, or the time is over.
         """
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
@@ -149,13 +144,13 @@ class Notifier:
         return data.decode("utf-8", "backslashreplace"), received
 
     def receive(self, *, wait: bool = False) -> bool:
-        """Receive one message of the parent, and handle it; whether there was one.
+        """Receive one message of the parent, and handle it; return whether there was one.
 
         Args:
-            wait: wait for it for some milliseconds at most.
+            wait: whether to block for it, for a few milliseconds at most.
 
         Raises:
-            EOFError: the parent is gone.
+            EOFError: the parent has exited.
         """
         try:
             message = self._sock.recv(4096, 0 if wait else _DONTWAIT).decode("ascii", "replace")
@@ -172,7 +167,7 @@ class Notifier:
         return True
 
     def move_to(self, number: int) -> None:
-        """As :meth:`qmpfd.kernel.fd.Fd.move_to`."""
+        """Renumber the socket, see :meth:`qmpfd.kernel.fd.Fd.move_to`."""
         with Fd(self._sock.detach()) as fd:
             fd.move_to(number)
             self._sock = socket.socket(fileno=fd.detach())
@@ -181,63 +176,62 @@ class Notifier:
         """Send one message.
 
         Args:
-            text: its lines.
-            passed: descriptors whose duplicates go with it.
+            text: the lines of the message.
+            passed: descriptors whose duplicates are attached.
 
         Raises:
-            BlockingIOError: there is no room for it.
-            OSError: nobody will get it.
+            BlockingIOError: the receiver's queue is full.
+            OSError: the receiver has closed its socket, or refuses the descriptors.
         """
         fds.send(self._sock, text.encode(), passed)
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the socket."""
         self._sock.close()
 
 
-#: The variable that tells a worker the number of its socket to the parent.
+#: Environment variable with the number of the worker's socket to the parent.
 PARENT_VARIABLE = "QMPFD_NOTIFY_FD"
 
 
 def take_parent() -> Notifier | None:
-    """The parent of ``serve --supervise``, if this process is its worker: the parent gets the
-    messages that the service manager would get.
+    """Return the connection to the parent of ``serve --supervise``; None if there is no parent.
+
+    The parent receives the messages that are meant for the service manager.
     """
     number = os.environ.pop(PARENT_VARIABLE, "")
     try:
         if not number.isdecimal() or not stat.S_ISSOCK(os.fstat(int(number)).st_mode):
             return None
-    except OSError:  # nothing is open there
+    except OSError:  # no descriptor of that number
         return None
     os.set_inheritable(int(number), False)
     return Notifier(socket.socket(fileno=int(number)), is_parent=True)
 
 
 def invocation_id() -> str | None:
-    """Which run of which service this process belongs to, if it does (systemd.exec(5))."""
+    """Return the id of the service's run that this process belongs to (systemd.exec(5))."""
     found = os.environ.get("INVOCATION_ID", "")
     return found if found.isascii() and found.isalnum() else None
 
 
 def take_store_size() -> int:
-    """How many descriptors whoever started this process keeps for it (``$FDSTORE``)."""
+    """Return the capacity of the fd store (``$FDSTORE``); 0 without one."""
     size = os.environ.pop("FDSTORE", "")
     return int(size) if size.isdecimal() else 0
 
 
 def announce_ready(fd: Fd) -> None:
-    """Write a newline to *fd* and close it: readiness as s6 has it (its page notifywhenup).
+    """Write a newline to *fd* and close it: s6's readiness protocol (its page notifywhenup).
 
-    The reader may be gone, or so slow that the pipe is full: that is no reason to wait or to end.
+    Errors are ignored: the reader may have closed its end, and the pipe may be full.
     """
     with fd, suppress(OSError):
         write_nowait(fd.fileno(), b"\n")
 
 
 def watchdog_interval() -> float | None:
-    """Seconds within which the service manager wants to hear ``"WATCHDOG=1"``; None if it does
-    not.
-    """
+    """Return the watchdog's timeout in seconds; None if the service manager has set none."""
     limit, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID")
     if not limit.isdecimal() or pid not in (None, str(os.getpid())):
         return None

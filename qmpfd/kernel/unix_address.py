@@ -1,8 +1,7 @@
 """Addresses of Unix sockets: paths of any length, and abstract names (unix(7)).
 
-A ``sockaddr_un`` has room for 107 bytes of path.  A longer one is reached through
-``/proc/self/fd``: connect(2) follows the link there to the socket file itself, bind(2) the one to
-its folder.
+A ``sockaddr_un`` has room for 107 bytes of path.  A longer path is replaced by one through
+``/proc/self/fd``: connect(2) follows the link to the socket file, bind(2) the link to its folder.
 """
 
 from __future__ import annotations
@@ -15,24 +14,24 @@ from contextlib import contextmanager
 
 from .fd import Fd, FileDescriptorLike, fileno
 
-#: Bytes of a path that ``sun_path`` holds beside the final NUL.
+#: Maximum size of a path in ``sun_path``, without the final NUL.
 _MAX_PATH = 107
 
 
 def is_abstract(path: str | os.PathLike[str]) -> bool:
-    """Whether *path* is ``@NAME``, an abstract socket: it has no file."""
+    """Whether *path* is ``@NAME``: an abstract socket, without a file."""
     return os.fspath(path).startswith("@")
 
 
 @contextmanager
 def connectable(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """The address for connect(2) to reach the socket at *path*, valid while the block runs.
+    """Yield the address of the socket at *path* for connect(2), valid inside the block.
 
     Args:
-        path: its file, or ``@NAME``.
+        path: the socket's file, or ``@NAME``.
 
     Raises:
-        OSError: it is too long, and cannot be opened: there is none, or no way to it.
+        OSError: *path* is too long for an address and cannot be opened, or the name is too long.
     """
     name = os.fsencode(path)
     if is_abstract(path):
@@ -45,21 +44,21 @@ def connectable(path: str | os.PathLike[str]) -> Iterator[bytes]:
 
 
 def bind(sock: socket.socket, path: str | os.PathLike[str]) -> None:
-    """Bind a socket to *path*, where nothing may be yet, with permission for the owner only.
+    """Bind a socket to *path*, with permissions for the owner only.
 
     Args:
         sock: an unbound Unix socket.
-        path: its file, or ``@NAME``.
+        path: the file to create, or ``@NAME``.
 
     Raises:
-        OSError: there is something already (EADDRINUSE), or no such folder, or no permission.
+        OSError: *path* exists (EADDRINUSE), or its folder does not, or permission is denied.
     """
     name = os.fsencode(path)
     if is_abstract(path):
         sock.bind(_abstract(name))
         return
-    # Nobody else may connect before the owner has set the mode: so the umask, which is the whole
-    # process's, is another one for the time of the call.
+    # bind(2) creates the file with the umask, which is the process's: it is changed for the call,
+    # because no other user may connect before the daemon has set the mode.
     umask = os.umask(0o177)
     try:
         if len(name) <= _MAX_PATH:
@@ -71,10 +70,10 @@ def bind(sock: socket.socket, path: str | os.PathLike[str]) -> None:
 
 
 def is_served(path: str | os.PathLike[str]) -> bool:
-    """Whether a program listens at *path*.
+    """Whether a process listens at *path*.
 
     Raises:
-        OSError: it may not be asked, or *path* is of another kind of socket.
+        OSError: permission is denied, or the socket is not a stream socket.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
@@ -83,7 +82,7 @@ def is_served(path: str | os.PathLike[str]) -> bool:
                 probe.connect(address)
         except (FileNotFoundError, ConnectionRefusedError):
             return False
-        except BlockingIOError:  # its backlog is full: very much alive
+        except BlockingIOError:  # the backlog is full, so a process listens
             pass
     return True
 
@@ -92,7 +91,7 @@ def listens(fd: FileDescriptorLike) -> bool:
     """Whether *fd* is a Unix stream socket that listens (SO_ACCEPTCONN, socket(7))."""
     try:
         sock = socket.socket(fileno=fileno(fd))
-    except OSError:  # no socket
+    except OSError:  # not a socket
         return False
     try:
         return (
@@ -110,7 +109,8 @@ def _bind_in_folder(sock: socket.socket, folder: bytes, name: bytes) -> None:
         if len(here + name) <= _MAX_PATH:
             sock.bind(here + name)
             return
-        # The name alone is too long: link(2) gives it one, and fails where there is something.
+        # The file name alone is too long: bind a short one, and link(2) it, which fails if the
+        # long one exists.
         short = b".qmpfd.%d" % os.getpid()
         sock.bind(here + short)
         try:
