@@ -1,4 +1,4 @@
-"""Descriptors that a verb takes to the daemon: a file, an inherited one, a listening socket."""
+"""Opens the descriptors that a verb passes to the daemon: files and listening sockets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..kernel.fd import Fd
 from .exit_codes import UsageError
 from .output import printable
 
-#: What to do about a file that cannot be opened.
+#: Advice for a file that cannot be opened, by errno.
 _OPEN_ADVICE = {
     errno.EACCES: "run qmpfd add as a user who may open it: the daemon needs no permission",
     errno.EISDIR: "a directory needs --mode r",
@@ -21,10 +21,10 @@ _OPEN_ADVICE = {
 
 
 def open_file(path: str, flags: int) -> Fd:
-    """Open *path* without waiting for anybody, as a FIFO would for its other end.
+    """Open *path* with O_NONBLOCK, which is cleared afterwards: open(2) of a FIFO must not block.
 
     Raises:
-        UsageError: it cannot be opened.
+        UsageError: open(2) failed.
     """
     try:
         fd = Fd(os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666))
@@ -33,7 +33,7 @@ def open_file(path: str, flags: int) -> Fd:
         shown = path or "''"
         told = f"cannot open {shown}: {exc.strerror}" + (f" ({advice})" if advice else "")
         raise UsageError(told) from None
-    except ValueError as exc:  # a null byte
+    except ValueError as exc:  # a null byte in *path*
         raise UsageError(f"cannot open {path!r}: {exc}") from None
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
@@ -44,7 +44,7 @@ def open_file(path: str, flags: int) -> Fd:
 
 
 def check_open(number: int, advice: str = "") -> None:
-    """Raises UsageError, with that advice, if that descriptor is not open here."""
+    """Raise UsageError, with *advice* appended, if descriptor *number* is not open here."""
     try:
         fcntl.fcntl(number, fcntl.F_GETFD)
     except OSError:
@@ -52,13 +52,13 @@ def check_open(number: int, advice: str = "") -> None:
 
 
 def listening_socket(address: str) -> tuple[Fd, str]:
-    """A socket that listens, and its address as the kernel has it.
+    """Create a listening socket; return it, and its address from getsockname(2).
 
     Args:
         address: ``HOST:PORT``, ``[V6]:PORT``, ``unix:PATH`` or ``unix:@NAME``.
 
     Raises:
-        UsageError: it is no address, or cannot be had.
+        UsageError: *address* is invalid, or cannot be bound.
     """
     try:
         if address.startswith("unix:"):
@@ -80,7 +80,7 @@ def _listening_tcp(address: str) -> tuple[Fd, str]:
         flags=socket.AI_PASSIVE,
     )[0]
     with socket.socket(family, kind, protocol) as sock:
-        # As every server does: connections of a former one may linger in TIME_WAIT (tcp(7)).
+        # Connections of a former server on this port may be in TIME_WAIT (tcp(7)).
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(where)
         sock.listen(socket.SOMAXCONN)
@@ -90,7 +90,7 @@ def _listening_tcp(address: str) -> tuple[Fd, str]:
 
 
 def _listening_unix(path: str) -> tuple[Fd, str]:
-    from pathlib import Path  # for this alone
+    from pathlib import Path  # slow to import, and only needed here
 
     from ..server.listen.binding import LOCK_TIMEOUT, OWNER_ONLY, SocketInUse, listen_at
 
@@ -98,6 +98,6 @@ def _listening_unix(path: str) -> tuple[Fd, str]:
         raise ValueError("unix: needs a path")
     try:
         sock, _ = listen_at(Path(path), OWNER_ONLY, LOCK_TIMEOUT)
-    except SocketInUse as exc:  # "a daemon is already listening": whoever it is
+    except SocketInUse as exc:  # its text says "a daemon", but the listener may be any program
         raise OSError(exc.errno, os.strerror(errno.EADDRINUSE)) from None
     return Fd(sock.detach()), f"unix:{path}"

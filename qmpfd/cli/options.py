@@ -1,4 +1,4 @@
-"""Options that several verbs share, and the types of their values."""
+"""Options common to several verbs, and the types of option values."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Option: TypeAlias = "Callable[[argparse._ActionsContainer], object]"
 def option(
     usage: str, told: str, kind: Callable[[str], Any] | None = None, **settings: Any
 ) -> Option:
-    """An option or an argument of a verb.
+    """Define an option or an argument of a verb.
 
     Args:
-        usage: its names and its value, as in ``-n --number N``; the name alone of a switch, or of
-            an argument.
-        told: its help.
-        kind: reads the value.
-        settings: whatever else argparse is to know.
+        usage: its names and its value, as in ``-n --number N``; for a switch or an argument, the
+            name only.
+        told: its help text.
+        kind: converts the value.
+        settings: further arguments of ``add_argument``.
     """
     *names, last = usage.split()
     if names and not last.startswith("-"):
@@ -45,7 +45,7 @@ def option(
 
 
 def one_of(*options: Option, required: bool = False) -> Option:
-    """Options of which a command line has one at most; just one if one is *required*."""
+    """Define options that exclude each other; if *required*, one of them must be given."""
 
     def add(parser: argparse._ActionsContainer) -> None:
         group = parser.add_mutually_exclusive_group(required=required)
@@ -56,7 +56,7 @@ def one_of(*options: Option, required: bool = False) -> Option:
 
 
 class Formatter(argparse.HelpFormatter):
-    """Leaves text of several lines as it is: the examples at the end of a help."""
+    """Help formatter that does not refill text of several lines: the examples of a verb."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=terminal_width() - 2)
@@ -67,12 +67,12 @@ class Formatter(argparse.HelpFormatter):
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
         if isinstance(action, argparse._SubParsersAction):
-            # Room for the longest verb: argparse forgets that verbs are indented.
+            # Make room for the longest verb: argparse ignores that verbs are indented.
             self._action_max_length += self._indent_increment
 
 
 def default_socket() -> str:
-    """Where the daemon is: ``$QMPFD_SOCKET``, else the user's runtime directory, else /run."""
+    """Return the path ``$QMPFD_SOCKET``, else one in $XDG_RUNTIME_DIR, else /run/qmpfd.sock."""
     if named := os.environ.get("QMPFD_SOCKET"):
         return named
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
@@ -80,29 +80,29 @@ def default_socket() -> str:
     return _SYSTEM_SOCKET
 
 
-#: Where a daemon of the whole system serves.
+#: Default socket of a daemon that runs as a system service.
 _SYSTEM_SOCKET = "/run/qmpfd.sock"
 
 
 def client_of(arguments: argparse.Namespace) -> BlockingClient:
-    """The daemon that a verb's options name.
+    """Connect to the daemon that a verb's options name.
 
     Raises:
-        NoDaemon: nobody answers there.
+        NoDaemon: no daemon answers there.
         QMPError: the daemon refuses this user's connection.
     """
     path = arguments.socket or default_socket()
     try:
         return BlockingClient(path, arguments.timeout)
     except FileNotFoundError as exc:
-        # The user's own is looked for first, and a login session always has a folder for it.
+        # In a login session $XDG_RUNTIME_DIR is always set, so the default is the user's daemon.
         if arguments.socket or path == _SYSTEM_SOCKET or not os.path.exists(_SYSTEM_SOCKET):
             raise
         why = f"no daemon at {path}; there is one at {_SYSTEM_SOCKET} (--socket {_SYSTEM_SOCKET})"
         raise NoDaemon(why) from exc
 
 
-#: Seconds between two tries to reach a daemon that does not serve yet.
+#: Seconds between two attempts to connect to a daemon that does not run yet.
 _RETRY = 0.05
 
 
@@ -121,13 +121,13 @@ def client_within(arguments: argparse.Namespace, patience: float) -> BlockingCli
 def bounded(
     convert: Callable[[str], NumberT], least: NumberT, most: NumberT, wrong: str
 ) -> Callable[[str], NumberT]:
-    """The type of an option that takes a number.
+    """Make the type of an option that takes a number.
 
     Args:
-        convert: reads it; may raise ValueError.
-        least: the lowest that it may be.
-        most: the highest.
-        wrong: what an error says behind the text that was given.
+        convert: converts the text to a number, or raises ValueError.
+        least: the lowest valid number.
+        most: the highest valid number.
+        wrong: text of the error, behind the given value.
     """
 
     def parse(text: str) -> NumberT:
@@ -143,13 +143,13 @@ def bounded(
 
 
 def number(name: str, least: int = 0, most: int = INT64_MAX) -> Callable[[str], int]:
-    """The type of an option that takes a whole number, called *name* in errors."""
+    """Make the type of an option that takes a whole number, called *name* in errors."""
     bounds = f"{least} or more" if most == INT64_MAX else f"{least} to {most}"
     return bounded(int, least, most, f": the {name} is a whole number, {bounds}")
 
 
 def text(value: str) -> str:
-    """The type of an option that goes to the daemon as a JSON string."""
+    """Check the value of an option that is sent as a JSON string: it must be UTF-8."""
     if not value.isascii():
         try:
             value.encode()
@@ -159,19 +159,19 @@ def text(value: str) -> str:
 
 
 def socket_path(text: str) -> str:
-    """The type of an option that names a socket: an empty one is a shell's unset variable."""
+    """Check the value of an option that names a socket; "" often is a shell's unset variable."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not the path of a socket")
     return text
 
 
-#: The type of an option that takes a time; poll(2) takes milliseconds, as a C int.
+#: Type of an option that takes a time; the maximum fits poll(2), which takes milliseconds as int.
 seconds = bounded(
     float, sys.float_info.min, 1e6, " is not a time: a number of seconds above 0, up to 1000000"
 )
 
 
-#: What all verbs share that connect to a daemon.
+#: Options of all verbs that connect to a daemon.
 CONNECTION = [
     option(
         "--socket PATH",

@@ -1,4 +1,4 @@
-"""Output for people, and for programs."""
+"""Output of the verbs: JSON, tables, errors; escaping and colours for a terminal."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any, TextIO
 
 from ..kernel.fd import Fd
 
-#: The result of a verb that has changed something, while it is being printed.
+#: Result of a verb that has changed the store, while print_result prints it; for the error message.
 unprinted = ""
 
 
 def print_json(value: Any) -> None:
-    """*value* as one line of JSON."""
-    print(json.dumps(value), flush=True)  # at once: an event is to be seen when it happens
+    """Print *value* as one line of JSON."""
+    print(json.dumps(value), flush=True)  # flush: events must appear when they happen
 
 
 def print_result(result: Any) -> None:
-    """Print what a verb has done.  Where that fails, it was done all the same: see
-    :data:`unprinted`.
+    """Print the result of a verb that has changed the store.  If printing fails, :data:`unprinted`
+    has the text: the change was made all the same.
 
     Args:
-        result: what it has done: a text, or what is to be JSON.
+        result: a text, or a value to print as JSON.
     """
     global unprinted  # noqa: PLW0603 - for the one place that reports a failed print
     unprinted = result if isinstance(result, str) else json.dumps(result)
@@ -34,15 +34,15 @@ def print_result(result: Any) -> None:
 
 
 class Nowhere(io.TextIOBase):
-    """What stands for a closed stream.  Not /dev/null, which would take its number."""
+    """Discards output; replaces a closed stream.  /dev/null would occupy the stream's number."""
 
     def write(self, text: str) -> int:
         return len(text)
 
 
 def print_error(text: str) -> None:
-    """Print a line to standard error, where that is possible: what is to be done goes on, and the
-    exit status tells how it ended.
+    """Print a line to standard error, and ignore a failure: the verb goes on, and its exit status
+    says how it ended.
     """
     try:
         print(text, file=sys.stderr, flush=True)
@@ -51,24 +51,24 @@ def print_error(text: str) -> None:
 
 
 def drop(stream: TextIO | Nowhere) -> None:
-    """Print nothing more there.  What is still buffered has nowhere to go, and the interpreter must
-    not try again at exit.
+    """Redirect *stream* to /dev/null: the interpreter flushes its buffer at exit, and would report
+    the same error again.
     """
     if not isinstance(stream, Nowhere):
         number = stream.fileno()
-        Fd(number).close()  # first: this process may be out of descriptors
+        Fd(number).close()  # close before open: this process may be out of descriptors
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def printable(text: str) -> str:
-    """*text* on one line, with what would disturb a terminal escaped."""
+    """Return *text* with line breaks and control characters escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def duration(seconds: int) -> str:
-    """A time span in its two largest units: ``2d4h``, ``3m20s``."""
+    """Format a time span in its two largest units: ``2d4h``, ``3m20s``."""
     parts = []
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         count, seconds = divmod(seconds, size)
@@ -78,7 +78,7 @@ def duration(seconds: int) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes with three digits at most: ``512``, ``4.0K``, ``20M``."""
+    """Format a number of bytes, above 1023 in three digits at most: ``512``, ``4.0K``, ``20M``."""
     if count < 1024:
         return str(count)
     amount, units = count / 1024, iter("KMGTPE")
@@ -89,8 +89,8 @@ def size(count: int) -> str:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal; 80 if there is none.  The stdlib's own is in shutil, which takes a
-    tenth of a short verb's time to import.
+    """Return the number of columns of the terminal, 80 without one.  shutil.get_terminal_size is
+    not used: importing shutil takes a tenth of a short verb's time.
     """
     named = os.environ.get("COLUMNS", "")
     if named.isdecimal() and int(named):
@@ -101,22 +101,23 @@ def terminal_width() -> int:
         return 80
 
 
-#: The least that is worth showing of a column that does not fit.
+#: Minimum width of a shortened column.
 _LEAST = 12
 
-#: Columns that may run over the end of a line: it can still be read.
+#: Tables with no more columns are not shortened: lines that wrap stay readable.
 _FEW = 3
 
 
-#: The styles of the columns that the eye looks for.
+#: Styles of the columns that are coloured.
 _STYLES = {"FDSET": "1;36", "FD": "36", "NAME": "32", "PID": "36", "COMMAND": "32"}
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Aligned columns.
+    """Print a table with aligned columns.
 
-    On a terminal, with a bold header, and in colours.  Where the columns are too wide for it, the
-    widest are shortened; if that leaves too little, each row is shown as a block of lines.
+    On a terminal, the header is bold and some columns are coloured.  If the table is too wide, the
+    widest columns are shortened, down to _LEAST; if it still does not fit, each row is printed as a
+    block of lines.
     """
     widths = [max(map(_width, column)) for column in zip(header, *rows, strict=True)]
     if sys.stdout.isatty() and len(widths) > _FEW:
@@ -141,7 +142,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _fit(widths: Sequence[int], room: int) -> list[int] | None:
-    """Widths that fit, for which the widest give way; None if that leaves too little of them."""
+    """Reduce the widest of *widths* until the row fits; return None if that leaves too little."""
     fitting = [min(width, room) for width in widths]
     while sum(fitting) + 2 * (len(fitting) - 1) > room:
         widest = max(fitting)
@@ -152,7 +153,7 @@ def _fit(widths: Sequence[int], room: int) -> list[int] | None:
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """A line for each name and its value, aligned; on a terminal, with bold names."""
+    """Print a line for each name and its value, aligned; on a terminal, with bold names."""
     paint = painter()
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
@@ -160,8 +161,8 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def painter() -> Callable[[str, str], str]:
-    """A function that puts text in one of the terminal's styles (``1``: bold, ``32``: green;
-    console_codes(4)), where colours are wanted (https://no-color.org) and understood.
+    """Return a function that formats text in one of the terminal's styles (``1``: bold, ``32``:
+    green; console_codes(4)), or not at all with $NO_COLOR (https://no-color.org) or no terminal.
     """
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     if not wanted or not sys.stdout.isatty():
@@ -170,7 +171,7 @@ def painter() -> Callable[[str, str], str]:
 
 
 def _width(text: str) -> int:
-    """Columns of a terminal that *text* takes."""
+    """Return the number of terminal columns that *text* takes."""
     if text.isascii():
         return len(text)
     import unicodedata
@@ -182,13 +183,13 @@ def _width(text: str) -> int:
 
 
 def _shortened(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """The start of each cell, and the end of the last: the end of a path says most."""
+    """Shorten the cells at their end, but the last at its start: the end of a path says most."""
     cells = [_beginning(cell, width) for cell, width in zip(row[:-1], widths, strict=False)]
     return [*cells, _beginning(row[-1][::-1], widths[-1])[::-1]]
 
 
 def _beginning(text: str, width: int) -> str:
-    """As much of *text* as fits."""
+    """Shorten *text* to *width* columns."""
     if _width(text) <= width:
         return text
     text = text[:width]

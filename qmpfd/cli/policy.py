@@ -31,7 +31,7 @@ OPTIONS = [
 
 
 def read_policy(path: Path) -> Policy:
-    """The policy at *path*; a UsageError if it cannot be used."""
+    """Load the policy at *path*; raise UsageError if it is invalid or cannot be read."""
     try:
         return load_policy(path)
     except BadPolicy as exc:
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _user(name: str) -> tuple[int, set[int]]:
-    """A user's uid and all of its groups, by name or by number."""
+    """Return the uid and all groups of a user, given by name or by number."""
     try:
         entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
     except KeyError:
@@ -95,7 +95,7 @@ def _place(rule: RuleInForce) -> str:
 
 
 def _whom(rule: RuleInForce) -> str:
-    """Whom it is for."""
+    """Describe the users that a rule applies to."""
     who = {"uid": rule.uid, "gid": rule.gid}
     named = [f"{name} {value}" for name, value in who.items() if value is not None]
     return " with ".join(named) or "everybody"
@@ -110,16 +110,16 @@ def _in_words(grant: Grant) -> str:
     return words
 
 
-#: (gid_t) -1.
+#: (gid_t) -1, which chown(2) takes for "do not change".
 _NO_GID = (1 << 32) - 1
 
 
 def group_id(name: str) -> int:
-    """The type of an option that names a group, or gives its number."""
+    """Convert the value of an option, a group's name or number, to a gid."""
     try:
         gid = int(name) if name.isascii() and name.isdecimal() else grp.getgrnam(name).gr_gid
-    except (KeyError, ValueError, OSError):  # a NUL; a text that is not UTF-8; a name service
+    except (KeyError, ValueError, OSError):  # Value: a null byte, not UTF-8; OS: a name service
         raise argparse.ArgumentTypeError(f"no group {name!r}") from None
-    if not 0 <= gid < _NO_GID:  # chown(2) takes the last one for "leave it as it is"
+    if not 0 <= gid < _NO_GID:
         raise argparse.ArgumentTypeError(f"{name!r} is not a group: a name, or 0 to {_NO_GID - 1}")
     return gid

@@ -17,7 +17,7 @@ from .options import CONNECTION, JSON, client_of, client_within, number, option,
 from .output import print_error, print_result
 from .targets import Row, Target, listed, open_target, select, target
 
-#: Seconds within which a server is reached again from which copies are to be removed.
+#: Seconds of attempts to connect again to a server from which copies have to be removed.
 _PATIENCE = 1.0
 
 SUMMARY = "copy stored descriptors to another QMP server, such as a QEMU"
@@ -59,11 +59,11 @@ def run(arguments: argparse.Namespace) -> None:
         client_of(arguments) as source,
         BlockingClient(arguments.to, arguments.timeout) as sink,
     ):
-        # The access mode is told by query-fds alone, which has the newest first.
+        # Only query-fds has the access mode; its entries are reversed: it lists the newest first.
         stored = listed(source) if wanted.access is None else listed(source, long=True)[::-1]
         rows, missing = select([wanted], stored)
         if missing:
-            _, fds = open_target(source, wanted)  # is refused, in the daemon's words
+            _, fds = open_target(source, wanted)  # raises the daemon's own error
             close_all(fds)
             raise FdNotFound(f"no such descriptor: {wanted.word}")
         with _all_or_nothing(arguments, sink) as added:
@@ -85,14 +85,15 @@ def _copy(
     fdset_id: int | None,
     added: list[dict[str, Any]],
 ) -> None:
-    """Add duplicates of the rows to one fd set of *sink*.
+    """Add duplicates of the descriptors in *rows* to one fd set of *sink*.
 
     Args:
-        source: where the rows are stored.
-        sink: where they go.
-        rows: what to copy.
+        source: the server that stores them.
+        sink: the server to copy to.
+        rows: the descriptors.
         fdset_id: the fd set; a new one if None.
-        added: gets what was added; at an error, last what may have been: it has no ``fd``.
+        added: list to append the added descriptors to; if a reply is lost, the last entry has no
+            ``fd``: *sink* may have added that descriptor or not.
     """
     for source_id, fd in rows:
         where = {"fdset-id": source_id, "fd": fd["fd"]}
@@ -116,11 +117,11 @@ def _copy(
 def _all_or_nothing(
     arguments: argparse.Namespace, sink: BlockingClient
 ) -> Iterator[list[dict[str, Any]]]:
-    """After an error, remove what the block has added: over a new connection, if the old one may be
-    broken; what may be left there is said.
+    """After an error, remove the descriptors that the block has added: over a new connection, if
+    the old one may be broken.  Warn about descriptors that may be left.
     """
     before: set[tuple[int, int]] = set()
-    with suppress(QMPError):  # who may add need not be allowed to query
+    with suppress(QMPError):  # the policy may allow to add, but not to query
         before = {(fdset_id, fd["fd"]) for fdset_id, fd in listed(sink)}
     added: list[dict[str, Any]] = []
     try:
@@ -129,7 +130,7 @@ def _all_or_nothing(
         _take_back(sink, before, added)
         raise
     except BaseException:
-        sink.close()  # a QEMU serves one client at a time, and takes a moment to let it go
+        sink.close()  # a QEMU serves one client at a time, and takes a moment to accept the next
         there = argparse.Namespace(socket=arguments.to, timeout=arguments.timeout)
         try:
             with client_within(there, _PATIENCE) as again:
@@ -144,7 +145,7 @@ def _all_or_nothing(
 def _take_back(
     sink: BlockingClient, before: set[tuple[int, int]], added: list[dict[str, Any]]
 ) -> None:
-    """Remove what was added; whoever else removed it meanwhile has done so."""
+    """Remove the added descriptors; ignore errors: another client may have removed some."""
     ours = {(each["fdset-id"], each["fd"]) for each in added if "fd" in each}
     if added and "fd" not in added[-1]:
         ours |= _unanswered(_described(sink), before, ours, added[-1])
@@ -159,12 +160,12 @@ def _unanswered(
     ours: set[tuple[int, int]],
     members: dict[str, Any],
 ) -> set[tuple[int, int]]:
-    """What an ``add-fd`` with these *members* has added, whose reply was lost, as far as that can
-    be told: a qmpfd says which process has added a descriptor.
+    """Find the descriptor that an ``add-fd`` with these *members* has added, whose reply was lost.
+    A qmpfd says which process has added a descriptor; with several candidates, warn.
     """
     me = os.getpid()
     adders = {(fdset_id, fd["fd"]): fd.get("added-by", {}).get("pid", me) for fdset_id, fd in rows}
-    # Through a relay, or in a container, this process has another number.
+    # Through a relay, or in a container, the server sees this process under another pid.
     pids = {me} | {adders[each] for each in ours & adders.keys()}
     found = {
         (fdset_id, fd["fd"])
@@ -181,7 +182,7 @@ def _unanswered(
 
 
 def _described(sink: BlockingClient) -> list[Row]:
-    """All descriptors of another server; of a qmpfd, with who has added them."""
+    """List all descriptors of a server; a qmpfd's entries say which process has added each."""
     try:
         return listed(sink, long=True)
     except CommandNotFound:

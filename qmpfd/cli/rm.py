@@ -13,7 +13,7 @@ from .options import CONNECTION, JSON, client_of, number, option
 from .output import print_error, print_result, printable
 from .targets import TARGETS, Target, described, first_found, listed
 
-#: A removed fd set, with its removed descriptors if they are known.
+#: A removed fd set, with its removed descriptors if the reply lists them.
 Removed = dict[str, Any]
 
 SUMMARY = "remove fd sets or descriptors"
@@ -54,8 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _remove_all(
     client: BlockingClient, arguments: argparse.Namespace, removed: list[Removed]
 ) -> bool:
-    """Remove what the arguments name, and append it to *removed*; whether one target of several
-    was refused.
+    """Remove the descriptors that the arguments name, and append them to *removed*; return whether
+    one target of several was refused.
     """
     if arguments.all:
         sets = dict.fromkeys(fdset_id for fdset_id, _ in listed(client))
@@ -95,7 +95,7 @@ def _remove_target(client: BlockingClient, target: Target, removed: list[Removed
 def _remove(
     client: BlockingClient, members: dict[str, Any], fd: dict[str, Any] | None = None
 ) -> Removed:
-    """``remove-fd``, which a QEMU has too."""
+    """Execute ``remove-fd``, which QEMU has as well."""
     client.execute("remove-fd", members)
     if fd is None and "fd" in members:
         fd = {"fd": members["fd"]}

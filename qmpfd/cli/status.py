@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     with client_within(arguments, arguments.wait) as client:
         version = client.execute("query-version")
         stats, untold = None, "this is not qmpfd"
-        if server_name(version).startswith("qmpfd "):  # QEMU's query-stats is about something else
+        if server_name(version).startswith("qmpfd "):  # QEMU's query-stats is another command
             try:
                 stats, untold = client.execute("query-stats"), ""
             except QMPError as exc:
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def server_name(version: Any) -> str:
-    """The server's name and version, by its ``query-version`` reply, which may hold anything."""
+    """Format the server's name and version; *version* is a ``query-version`` reply of any form."""
     told = version if isinstance(version, dict) else {}
     package = printable(str(told.get("package", "")))
     if package.startswith("qmpfd "):
@@ -73,7 +73,7 @@ _UNSAFE = "no: a crash of the daemon loses the stored descriptors (see serve --s
 
 def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
     limits = stats["limits"]
-    # Who may not query everything is not told how much there is.
+    # For a user without the right to query everything, the daemon leaves out these counts.
     commands = sum(each["count"] for each in stats.get("commands", ()))
     errors = sum(each["count"] for each in stats.get("errors", ()))
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() - stats["uptime"]))
@@ -109,7 +109,7 @@ def _counted(connections: int, commands: int) -> str:
 
 
 def _gauge(used: int, limits: dict[str, Any], name: str) -> str:
-    """How much of a limit is used up."""
+    """Format the use of a limit."""
     full = "FULL: " if used >= limits[name] else ""
     return f"{full}{used} of {limits[name]}, of one user at most {limits[f'{name}-per-uid']}"
 
@@ -119,7 +119,7 @@ def _gauge(used: int, limits: dict[str, Any], name: str) -> str:
 
 def _print_peers(stats: dict[str, Any]) -> None:
     peers = stats["peers"]
-    # Process numbers mean something here only where the daemon knows us by ours.
+    # The pids are valid here only if the daemon is in the same pid namespace, and so has our pid.
     named = any(peer["pid"] == os.getpid() for peer in peers)
     print()
     print_table(
@@ -152,7 +152,7 @@ def _user(uid: int) -> str:
 
 
 def _command(pid: int) -> str:
-    """The name of a process; empty if it is gone or hidden."""
+    """Return the name of a process; empty if it has ended or /proc hides it."""
     if pid == os.getpid():
         return "(this one)"
     try:

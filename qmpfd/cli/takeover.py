@@ -16,30 +16,31 @@ from ..server.takeover import receiver
 
 
 def prepare(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> receiver.Takeover:
-    """Begin to take over from the daemon at *path*, which goes on serving.
+    """Begin a takeover of the daemon at *path*, which goes on serving.
 
     Args:
         path: its socket.
-        movable: descriptors that may get other numbers, if these are in the way.
-        has_parent: what is kept of it is not with the service manager.
+        movable: descriptors that may be moved out of the way.
+        has_parent: whether this process has a parent of ``serve --supervise``, and so does not use
+            the service manager's fd store.
 
     Raises:
-        NoDaemon: nobody serves there, or it cannot be taken over from here.
-        QMPError: it refuses.
+        NoDaemon: no daemon serves there, or this process cannot take over from it.
+        QMPError: the daemon refuses.
     """
     try:
         takeover = receiver.prepare(path, TAKEOVER_TIMEOUT, _progress, movable)
     except (ValueError, MemoryError) as exc:
-        reason = str(exc) or "this process is out of memory"  # a MemoryError says nothing
+        reason = str(exc) or "this process is out of memory"  # str(MemoryError()) is empty
         raise NoDaemon(f"the daemon at {path} cannot be taken over: {reason}") from None
-    except TimeoutError as exc:  # for which the other verbs advise --timeout
+    except TimeoutError as exc:  # main() would advise --timeout, which serve does not have
         raise NoDaemon(str(exc)) from None
     state, service = takeover.state, invocation_id()
     why = ""
     if service is not None and not has_parent and state.store == service:
         why = "and its fd store belong to this service: restart the service instead"
     elif state.service not in (None, service) and any(ls.path is None for ls in state.listeners):
-        # The service manager would start another one in its place, with the same socket.
+        # The service manager would restart that service, with the same socket.
         why = "has its socket from a service manager: restart the service instead"
     if why:
         takeover.close()
@@ -48,7 +49,7 @@ def prepare(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> rece
 
 
 def still_to_bind(paths: Iterable[Path], listeners: Iterable[SavedListener]) -> list[Path]:
-    """Those of *paths* that are not among the old daemon's *listeners*."""
+    """Return those of *paths* that are not among the predecessor's *listeners*."""
     served = [Path(os.fsdecode(each.path)) for each in listeners if each.path is not None]
     return [path for path in paths if not any(_is_same(path, old) for old in served)]
 
@@ -61,7 +62,7 @@ def _is_same(path: Path, other: Path) -> bool:
 
 
 def _progress(come: int, total: int) -> None:
-    """A line that grows, on a terminal."""
+    """Show the progress on a terminal, in one line that is overwritten."""
     if sys.stderr.isatty():
         end = "\n" if come == total else ""
         print(f"\rqmpfd: {come} of {total} descriptors", end=end, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""``qmpfd tap``: the lines between QMP clients and a server."""
+"""``qmpfd tap``: shows the lines between QMP clients and a server."""
 
 from __future__ import annotations
 

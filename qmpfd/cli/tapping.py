@@ -19,7 +19,7 @@ from ..limits import READ_BYTES
 from ..transport import FdStream
 from .output import painter, print_error, printable, terminal_width
 
-#: Told of each line: whether the client sent it, the line, how many descriptors went with it.
+#: Called for each line: whether the client sent it, the line, its number of descriptors.
 Show: TypeAlias = Callable[[bool, str, int], None]
 
 paint = painter()
@@ -27,7 +27,7 @@ WIDTH = max(40, min(80, terminal_width()))
 
 
 def show(from_client: bool, line: str, fds: int) -> None:
-    """Print a line of the wire, folded to the terminal's width."""
+    """Print a line, folded to the terminal's width."""
     arrow, style = ("->", "36") if from_client else ("<-", "32")
     for part in textwrap.wrap(printable(line), WIDTH - 5, break_on_hyphens=False) or [""]:
         print(f"  {paint(style, f'{arrow} {part}')}")
@@ -38,9 +38,9 @@ def show(from_client: bool, line: str, fds: int) -> None:
 
 
 async def _carry(source: FdStream, sink: FdStream, shown: Callable[[str, int], None]) -> None:
-    """Pass on all that *source* sends, line by line to *shown* as well."""
+    """Relay bytes and descriptors from *source* to *sink*, and call *shown* for each line."""
     unfinished, fds_of_line = b"", 0
-    # One side has gone without reading all.
+    # These errors: one side has closed its connection with unread data.
     with suppress(ConnectionError, trio.BrokenResourceError):
         while True:
             await source.wait_readable()
@@ -49,7 +49,7 @@ async def _carry(source: FdStream, sink: FdStream, shown: Callable[[str, int], N
                 if not data:
                     break
                 *lines, unfinished = (unfinished + data).split(b"\n")
-                # A read ends after the bytes that descriptors came with: they are its last line's.
+                # recvmsg(2) stops after bytes sent with descriptors: they belong to the last line.
                 fds_of_line += len(fds)
                 for number, line in enumerate(lines, 1):
                     text = line.decode(errors="replace").rstrip("\r")
@@ -58,7 +58,7 @@ async def _carry(source: FdStream, sink: FdStream, shown: Callable[[str, int], N
                 await sink.send_all(data, fds)
             finally:
                 close_all(fds)
-    with suppress(OSError):  # it is gone already
+    with suppress(OSError):  # the connection is closed already
         sink.socket.shutdown(socket.SHUT_WR)
 
 
@@ -82,7 +82,7 @@ async def tapped(
 ) -> AsyncGenerator[None, None]:
     """Listen at *listen*, relay each client to *server*, and show the lines of both.
 
-    Ends when its clients have gone, so that all their lines are shown.
+    The block's end waits until all clients have disconnected: all their lines are shown.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         bind(sock, listen)
@@ -102,11 +102,11 @@ async def tapped(
 
 
 def run(listen: str, server: str) -> None:
-    """Tap until interrupted.
+    """Relay until interrupted.
 
     Raises:
-        OSError: *listen* cannot be made.
-        KeyboardInterrupt: interrupted.
+        OSError: *listen* cannot be bound.
+        KeyboardInterrupt: on SIGINT.
     """
 
     async def main() -> None:
@@ -115,6 +115,6 @@ def run(listen: str, server: str) -> None:
 
     try:
         trio.run(main)
-    except* KeyboardInterrupt:  # in the groups of the nurseries
+    except* KeyboardInterrupt:  # each nursery wraps it in an ExceptionGroup
         pass
     raise KeyboardInterrupt

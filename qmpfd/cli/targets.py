@@ -1,7 +1,7 @@
-"""Targets: how the command line names stored descriptors, ``SET[/FD][:ACCESS][=AT]``.
+"""Targets: names of stored descriptors on the command line, ``SET[/FD][:ACCESS][=AT]``.
 
-SET is the number of a fd set, or ``@NAME`` for the descriptor whose opaque text is NAME.  The
-suffixes are read from the end, because a name may have any of these characters in it.
+SET is the number of an fd set, or ``@NAME`` for the descriptors whose opaque text is NAME.  The
+suffixes are parsed from the end, because NAME may contain any of these characters.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 ResultT = TypeVar("ResultT")
 
-#: A descriptor of a listing: its fd set, and its entry.
+#: A descriptor of a listing: the id of its fd set, and its entry in the reply.
 Row = tuple[int, dict[str, Any]]
 
 _ACCESS = {"r": "rdonly", "w": "wronly", "rw": "rdwr"}
-# Compiled where there is a target: most short verbs have none.
+# Compiled on use, by re.fullmatch: most calls have no target.
 _AT = r"(?s)(.*)=([^=/:]*)"
 _MODE = r"(?s)(.*):(r|w|rw|rdonly|wronly|rdwr)"
 _FD = r"(?s)(.+)/([0-9]{1,10})"
 
 
 class Target(NamedTuple):
-    """The stored descriptors that a word of the command line names.
+    """A word of the command line that names stored descriptors.
 
     Args:
-        word: as it was typed.
+        word: the word as typed.
         fdset_id: the number of the fd set; None with a name.
         name: the opaque text, or with wildcards a pattern of opaque texts; None with a number.
-        fd: the descriptor's number in the daemon, if it is named.
-        access: the access mode, as QMP calls it, if it is named.
-        at: the number that a command gets it at, if it is named.
+        fd: the descriptor's number in the daemon, or None.
+        access: the access mode, as QMP calls it, or None.
+        at: the number at which CMD gets the descriptor, or None.
     """
 
     word: str
@@ -52,24 +52,24 @@ class Target(NamedTuple):
 
     @property
     def is_pattern(self) -> bool:
-        """Whether the name has wildcards in it (glob(7))."""
+        """Whether the name has wildcards (glob(7))."""
         return self.name is not None and any(char in self.name for char in "*?[")
 
     @property
     def selector(self) -> dict[str, Any]:
-        """The members of a QMP command that select it."""
+        """Arguments of a QMP command that select the descriptors."""
         return members(fdset_id=self.fdset_id, opaque=self.name, fd=self.fd, access=self.access)
 
     def alternatives(self) -> Iterator[Target]:
-        """The readings of the word, the likelier first: ``@disk/3`` is the name "disk/3", and
-        where there is none of that name, descriptor 3 of the name "disk".
+        """Iterate over the readings of the word, the likelier first: ``@disk/3`` is the name
+        "disk/3" or, if no descriptor has that name, descriptor 3 with the name "disk".
         """
         yield self
         if self.name is not None and (match := re.fullmatch(_FD, self.name)):
             yield self._replace(name=match[1], fd=int(match[2]))
 
     def matches(self, fdset_id: int, fd: dict[str, Any]) -> bool:
-        """Whether a descriptor of a listing is meant."""
+        """Return whether the target names this descriptor of a listing."""
         return any(each._matches(fdset_id, fd) for each in self.alternatives())
 
     def _matches(self, fdset_id: int, fd: dict[str, Any]) -> bool:
@@ -81,14 +81,14 @@ class Target(NamedTuple):
         if opaque is None:
             return False
         if self.is_pattern:
-            from fnmatch import fnmatchcase  # loads re's compiler: needed for patterns alone
+            from fnmatch import fnmatchcase  # slow to import, and only needed for patterns
 
             return fnmatchcase(opaque, self.name)
         return bool(self.name == opaque)
 
 
 def target(word: str) -> Target:
-    """The type of an argument that names stored descriptors."""
+    """Parse an argument that names stored descriptors."""
     rest, at, access, fd = word, None, None, None
     if match := re.fullmatch(_AT, rest):
         if match[2].isdecimal():
@@ -115,7 +115,7 @@ def target(word: str) -> Target:
 
 
 def stored_target(word: str) -> Target:
-    """As :func:`target`, for verbs that hand nothing out: without ``:ACCESS`` and ``=AT``."""
+    """Parse a target of a verb that hands out no descriptors: without ``:ACCESS`` and ``=AT``."""
     found = target(word)
     if found.at is not None or found.access is not None:
         raise argparse.ArgumentTypeError(f"{word!r}: the target must be SET, SET/FD or @NAME")
@@ -133,10 +133,10 @@ TARGETS = option(
 
 
 def first_found(wanted: Target, ask: Callable[[Target], ResultT]) -> ResultT:
-    """The result for the first reading of a target that names something.
+    """Return the result of *ask* for the first reading of a target that it finds.
 
     Raises:
-        FdNotFound: there is nothing by any reading; what the likeliest was answered.
+        FdNotFound: no reading names a stored descriptor; the error for the likeliest.
     """
     refused: FdNotFound | None = None
     for reading in wanted.alternatives():
@@ -149,7 +149,7 @@ def first_found(wanted: Target, ask: Callable[[Target], ResultT]) -> ResultT:
 
 
 def open_target(client: BlockingClient, wanted: Target) -> tuple[dict[str, Any], list[Any]]:
-    """``open-fdset`` for a target; its reply, and the descriptor.
+    """Execute ``open-fdset`` for a target; return the result and the descriptor.
 
     Raises:
         QMPError: the daemon refuses, or has no such descriptor.
@@ -159,8 +159,8 @@ def open_target(client: BlockingClient, wanted: Target) -> tuple[dict[str, Any],
 
 
 def select(targets: list[Target], rows: list[Row]) -> tuple[list[Row], list[Target]]:
-    """The rows of a listing that one of the targets names, all if there are no targets; and the
-    targets that name none.
+    """Return the rows of a listing that one of the targets names, or all rows without targets; and
+    the targets that name none.
     """
     if not targets:
         return rows, []
@@ -170,7 +170,7 @@ def select(targets: list[Target], rows: list[Row]) -> tuple[list[Row], list[Targ
 
 
 def listed(client: BlockingClient, *, long: bool = False) -> list[Row]:
-    """All descriptors of ``query-fdsets``, or the long entries of ``query-fds``."""
+    """List all descriptors with ``query-fdsets``, or with ``query-fds`` for long entries."""
     if long:
         return [(fd["fdset-id"], fd) for fd in client.execute("query-fds")]
     sets = client.execute("query-fdsets")
@@ -178,6 +178,6 @@ def listed(client: BlockingClient, *, long: bool = False) -> list[Row]:
 
 
 def described(fdset_id: int, fd: dict[str, Any]) -> str:
-    """A descriptor in words."""
+    """Describe a descriptor in words."""
     words = f"fd set {fdset_id}, fd {fd['fd']}"
     return f"{words}  {printable(fd['opaque'])}" if "opaque" in fd else words

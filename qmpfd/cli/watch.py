@@ -53,7 +53,7 @@ def _show(event: QMPEvent, as_json: bool) -> None:
 
 
 def formatted(name: str, data: dict[str, Any]) -> str:
-    """An event in words."""
+    """Describe an event in words."""
     if name not in _WORDS:
         return f"{printable(name)} {printable(str(data))}"
     words = f"{_WORDS[name]:<8} {described(data['fdset-id'], data)}"
