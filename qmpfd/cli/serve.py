@@ -193,6 +193,7 @@ def run(arguments: argparse.Namespace) -> None:
         movable += [fd for fd, _, _ in initial if fd not in movable]
         predecessor = takeover.prepare(reached, movable, has_parent=parent is not None)
         there = predecessor.state.listeners
+        takeover.follow_moved([reached, *paths], there)
     paths = takeover.still_to_bind(paths, there)
     from ..server.listen.binding import Permissions
     from ..server.server import DaemonServer

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..client.blocking import NoDaemon
 from ..kernel.systemd import invocation_id
 from ..limits import TAKEOVER_TIMEOUT
+from ..server.listen.binding import identity
 from ..server.renumber import Movable
 from ..server.saved_state import SavedListener
 from ..server.takeover import receiver
@@ -46,6 +47,19 @@ def prepare(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> rece
         takeover.close()
         raise NoDaemon(f"the daemon at {path} {why}, and nothing is lost")
     return takeover
+
+
+def follow_moved(paths: Iterable[Path], listeners: Iterable[SavedListener]) -> None:
+    """Where the socket file of one of the *listeners* is at one of *paths*, and not where the old
+    daemon bound it (a rename(2), another mount namespace), that path is the listener's from now on.
+    """
+    for path in map(Path.resolve, paths):
+        found = identity(path)
+        for each in listeners:
+            if each.path is None or found is None or each.file != found:
+                continue
+            if identity(Path(os.fsdecode(each.path))) != found:
+                each.path = os.fsencode(path)
 
 
 def still_to_bind(paths: Iterable[Path], listeners: Iterable[SavedListener]) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -111,7 +111,6 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
             :func:`qmpfd.server.fdstore.recover.recover`; owned by the daemon from here on.
         task_status: ``started`` is called once clients can connect.
     """
-    server = make_server()
     given, inherited = deque(initial_fds), deque(listen_fds)
     listeners: list[UnixListener] = []
 
@@ -122,11 +121,10 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
     async with AsyncExitStack() as stack:
         if takeover is not None:  # closed last: its EOF tells the predecessor that all is closed
             stack.callback(takeover.close)
-        stack.push_async_callback(await_closes, server.daemon.closer)
         stack.callback(lambda: close_all([*(fd for fd, _, _ in given), *inherited]))
-        writer = None if audit is None else AuditWriter(audit)
-        if writer is not None:
-            stack.callback(writer.close)
+        writer = None if audit is None else stack.enter_context(closing(AuditWriter(audit)))
+        server = make_server()
+        stack.push_async_callback(await_closes, server.daemon.closer)
         stack.callback(server.close)
         if in_flight_is_limited():
             server.daemon.in_flight_probe = InFlightProbe()

@@ -225,6 +225,15 @@ def test_a_torn_line_is_ended(tmp_path: Path) -> None:
         assert end.read(1 << 20) == b'\n"whole"\n'
 
 
+async def test_a_descriptor_that_is_not_open(path: Path) -> None:
+    """A daemon that cannot start closes what it has opened."""
+    with pipes(1) as (pipe,):
+        reader = Fd(os.dup(pipe.fileno()))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            await qmpfd.serve([path], audit=1 << 20, initial_fds=[(reader, None, None)])
+        assert reader.closed
+
+
 @pytest.mark.parametrize("where", ["none/audit", ".", "fifo"])
 def test_a_path_that_cannot_be_opened(path: Path, tmp_path: Path, where: str) -> None:
     """One line, and status 2; a FIFO that nobody reads does not hold up the start."""

@@ -34,6 +34,12 @@ _RETRY = 0.01
 #: What the parent answers, with the number of the barrier, see :mod:`qmpfd.supervisor`.
 _SYNC = "QMPFD_SYNC="
 
+_NOT_KEPT = "the descriptors are no longer kept safe"
+_PARENT_GONE = (
+    f"{_NOT_KEPT}: the parent process is gone "
+    "(qmpfd serve --takeover --supervise starts a new one, and nothing is lost)"
+)
+
 #: sendmsg(2), unix(7): no room now, for the message or the descriptor with it.
 _NO_ROOM = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
@@ -199,7 +205,8 @@ class BarrierLink:
                 self._write(barrier)
             self._send(barrier)
         except OSError as exc:
-            self.end(f"the descriptors are no longer kept safe: {exc.strerror or exc}")
+            gone = self._notifier.is_parent and isinstance(exc, ConnectionError)
+            self.end(_PARENT_GONE if gone else f"{_NOT_KEPT}: {exc.strerror or exc}")
         if barrier and self._state is _SENT and self._notifier.is_parent:
             # It answers in less time than one pass of the event loop takes.
             self._receive(wait=True)
@@ -322,10 +329,7 @@ class BarrierLink:
         try:
             self._notifier.receive(wait=wait)
         except EOFError:
-            self.end(
-                "the descriptors are no longer kept safe: the parent process is gone "
-                "(qmpfd serve --takeover --supervise starts a new one, and nothing is lost)"
-            )
+            self.end(_PARENT_GONE)
 
     def _hear(self, message: str) -> None:
         if message == self._answer and self._state in _ON_ANSWER:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fake_parent import kept_daemon, silent, unanswered
 from helpers import ADD, Pipe, Wire, pipes, request, settle, value
 
 from qmpfd import Limits
+from qmpfd.kernel.fd import Fd
 
 REMOVE = request("remove-fd", {"fdset-id": 0})
 
@@ -131,6 +133,17 @@ async def test_the_daemon_ends_meanwhile(path: Path) -> None:
         parent.go_on()
         (reply,) = await wire.rest()
         assert value(reply)["fdset-id"] == 0
+
+
+async def test_a_parent_that_dies_before_a_change(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says what to do, whichever system call tells that it is gone."""
+    async with kept_daemon(path) as (server, parent):
+        server.daemon.add([Fd(os.dup(0))], None, None, create=True)
+        parent.die()
+        await server.durability.sync()  # sendmsg(2) tells it, before the link's task is woken
+        assert "--takeover --supervise" in caplog.text
 
 
 async def test_nobody_is_idle_who_waits_for_a_reply(path: Path) -> None:

@@ -138,6 +138,32 @@ def test_another_socket_whose_file_is_gone(path: Path, start: Callable[..., Step
         assert client.execute("query-fdsets") == []
 
 
+@pytest.mark.parametrize("supervised", [[], ["--supervise"]])
+def test_socket_files_that_were_renamed(path: Path, tmp_path: Path, supervised: list[str]) -> None:
+    """The newcomer serves at the paths of its command line, and removes the files there."""
+    others = [path.with_name(name) for name in ("b", "c", "d")]
+    with ExitStack() as stack:
+        command = [*SERVE, "--socket", str(path), "--socket", str(others[0])]
+        old = stack.enter_context(served(command, tmp_path / "old.log"))
+        with BlockingClient(path, PATIENCE) as client:
+            client.execute("add-fd", {"opaque": "kept"}, [0])
+        path.rename(others[1])
+        others[0].rename(others[2])
+        command = [*SERVE, *supervised, "--takeover"]
+        for moved in others[1:]:
+            command += ["--socket", str(moved)]
+        log = tmp_path / "new.log"
+        stack.enter_context(served(command, log))
+        assert old.wait(PATIENCE) == 0
+        for moved in others[1:]:
+            assert str(moved) in log.read_text()
+            with BlockingClient(moved, PATIENCE) as client:
+                assert len(client.execute("query-fdsets")) == 1
+        assert not path.exists()
+        assert not others[0].exists()
+    assert not any(moved.exists() for moved in others)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to any group")
 def test_the_group_of_the_socket(path: Path, start: Callable[..., Stepped]) -> None:
     old = start("--socket-group", "4242")
