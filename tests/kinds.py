@@ -97,6 +97,7 @@ _MAKERS: dict[str, _Maker] = {
     "/dev/zero, read": _path("/dev/zero", os.O_RDONLY),
     "terminal": lambda folder: os.openpty(),
     "/proc file": _path("/proc/self/status", os.O_RDONLY),
+    "namespace": _path("/proc/self/ns/net", os.O_RDONLY),
 }
 
 KINDS = list(_MAKERS)

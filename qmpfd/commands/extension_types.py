@@ -73,7 +73,8 @@ class FdInfo(Result):
         fdset_id: the fd set it is in.
         fd: its number in the server.
         access: its access mode; ``path`` for a descriptor opened with O_PATH (open(2)).
-        kind: the kind of file: file, dir, chr, blk, pipe, socket, memfd, eventfd, epoll and others.
+        kind: the kind of file: file, dir, chr, blk, pipe, socket, memfd, eventfd, epoll, net, mnt
+            (namespaces) and others.
         target: what it refers to, as /proc/PID/fd shows it.
         flags: its file status flags (open(2)): append, direct, nonblock and others.
         age: seconds since it was added.
@@ -81,7 +82,8 @@ class FdInfo(Result):
         watch_hangup: whether it is removed when its other end is closed.
         opaque: its opaque text, if any.
         size: the size in bytes of a regular file or a memfd.
-        address: the address of a socket: HOST:PORT, [V6]:PORT, unix:PATH, unix:@NAME.
+        address: the address of a socket: HOST:PORT, [V6]:PORT, unix:PATH, unix:@NAME,
+            vsock:CID:PORT, netlink:PORT:GROUPS or packet:INTERFACE:PROTOCOL.
         peer: the address of a socket's other end.
         listening: whether a socket accepts connections.
         expires: seconds until it is removed, if it expires.

@@ -81,6 +81,9 @@ def target(fd: int) -> str:
     return link.decode("utf-8", "backslashreplace")
 
 
+#: The link of what has no path: ``socket:[INODE]``, ``pipe:[INODE]``, and ``net:[INODE]`` and the
+#: like for a namespace (namespaces(7)); and of an anonymous inode.
+_NUMBERED = re.compile(r"(\w+):\[\d+\]")
 _ANONYMOUS = re.compile(r"anon_inode:\[?([^\]]*)\]?")
 _NAMES = {"eventpoll": "epoll"}
 _MODES = {
@@ -104,17 +107,14 @@ def kind(fd: int, link: str) -> str:
     Returns:
         ``file``, ``dir``, ``chr``, ``blk``, ``pipe``, ``socket``, ``link``, ``memfd``,
         ``eventfd``, ``epoll``, or the kernel's name of an anonymous inode (``timerfd``,
-        ``signalfd``, ``inotify``, ``pidfd``); ``unknown`` if statx(2) fails.
+        ``signalfd``, ``inotify``, ``pidfd``) or a namespace (``net``, ``mnt``, ``user``);
+        ``unknown`` if statx(2) fails.
     """
-    if link.startswith("socket:["):
-        return "socket"
-    if link.startswith("pipe:["):
-        return "pipe"
     if link.startswith("/memfd:") and is_in_memory(fd):
         return "memfd"
-    anonymous = _ANONYMOUS.fullmatch(link)
-    if anonymous is not None:
-        return _NAMES.get(anonymous[1], anonymous[1])
+    pathless = _NUMBERED.fullmatch(link) or _ANONYMOUS.fullmatch(link)
+    if pathless is not None:
+        return _NAMES.get(pathless[1], pathless[1])
     found = make_statx()(fd)
     return "unknown" if found is None else _MODES.get(stat.S_IFMT(found[1]), "unknown")
 

@@ -10,17 +10,22 @@ import socket
 from contextlib import suppress
 from typing import Any
 
+#: The families whose addresses are written with the family's name.
+_NAMED = (socket.AF_VSOCK, socket.AF_NETLINK, socket.AF_PACKET)
 
-def describe_socket(fd: int) -> tuple[str | None, str | None, bool]:
-    """Return the socket's address, its peer's address, and whether it listens (SO_ACCEPTCONN).
 
-    Addresses have the form ``HOST:PORT``, ``[V6]:PORT``, ``unix:PATH``, ``unix:@NAME`` (abstract)
-    or ``vsock:CID:PORT``; None if there is no address, or for another family.
+def describe_socket(fd: int) -> tuple[str | None, str | None, bool | None]:
+    """Return the socket's address, its peer's address, and whether it listens (SO_ACCEPTCONN); None
+    for all three if *fd* is the file of a socket, opened with O_PATH.
+
+    Addresses have the form ``HOST:PORT``, ``[V6]:PORT``, ``unix:PATH``, ``unix:@NAME`` (abstract),
+    ``vsock:CID:PORT``, ``netlink:PORT:GROUPS`` or ``packet:INTERFACE:PROTOCOL``; None if there is
+    no address, or for another family.
     """
     try:
         sock = socket.socket(fileno=fd)
-    except OSError:  # a family whose addresses Python does not know
-        return None, None, False
+    except OSError:
+        return None, None, None
     address = peer = None
     listening = False
     try:
@@ -50,7 +55,7 @@ def _text(family: int, address: Any) -> str | None:
         host, port, _, scope = address
         zone = f"%{scope}" if scope and "%" not in host else ""
         return f"[{host}{zone}]:{port}"
-    if family == socket.AF_VSOCK:
-        cid, port = address
-        return f"vsock:{cid}:{port}"
+    if family in _NAMED:
+        name = socket.AddressFamily(family).name.removeprefix("AF_").lower()
+        return f"{name}:{address[0]}:{address[1]}"
     return None

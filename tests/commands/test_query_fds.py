@@ -51,6 +51,7 @@ EXPECTED = {
     "/dev/zero, read": ("chr", "rdonly"),
     "terminal": ("chr", "rdwr"),
     "/proc file": ("file", "rdonly"),
+    "namespace": ("net", "rdonly"),
 }
 
 
@@ -136,7 +137,7 @@ async def test_sizes_and_addresses(path: Path, tmp_path: Path) -> None:
                 (unix, (None, f"unix:{tmp_path}/s", None, True)),
                 (abstract, (None, f"unix:@qmpfd-{os.getpid()}", None, True)),
                 (udp, (None, "0.0.0.0:0", None, False)),
-                (netlink, (None, None, None, False)),
+                (netlink, (None, "netlink:0:0", "netlink:0:0", False)),
                 (visitor, (None, own, f"127.0.0.1:{port}", False)),
                 (pair[0], (None, None, None, False)),
             ]
@@ -144,6 +145,45 @@ async def test_sizes_and_addresses(path: Path, tmp_path: Path) -> None:
                 info = await client.add_fd(each)
                 [found] = await client.query_fds(fd=info.fd)
                 assert (found.size, found.address, found.peer, found.listening) == members
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "family, kind, bind_to, written",
+    [
+        (socket.AF_NETLINK, socket.SOCK_RAW, (0, 5), "netlink:{}:{}"),
+        (socket.AF_PACKET, socket.SOCK_RAW, ("lo", 3), "packet:{}:{}"),
+        (socket.AF_VSOCK, socket.SOCK_STREAM, (socket.VMADDR_CID_ANY, 4711), "vsock:{}:{}"),
+        (socket.AF_INET6, socket.SOCK_DGRAM, ("::ffff:127.0.0.1", 0), "[{}]:{}"),
+    ],
+)
+async def test_families(family: int, kind: int, bind_to: Any, written: str, path: Path) -> None:
+    """The address of a socket of any family that Python reads the addresses of."""
+    try:
+        sock = socket.socket(family, kind)
+    except OSError as exc:
+        pytest.skip(f"no such sockets here: {exc}")
+    with sock:
+        sock.bind(bind_to)
+        async with daemon(path), qmpfd.connect(path) as client:
+            await client.add_fd(sock)
+            [found] = await client.query_fds()
+            assert found.address == written.format(*sock.getsockname())
+            assert found.listening is False
+
+
+async def test_the_file_of_a_socket(path: Path, tmp_path: Path) -> None:
+    """A descriptor with O_PATH of the file is no socket, so nothing is said of the socket."""
+    with listening(socket.AF_UNIX, str(tmp_path / "s")):
+        number = os.open(tmp_path / "s", os.O_PATH | os.O_CLOEXEC)
+    try:
+        async with daemon(path), qmpfd.connect(path) as client:
+            await client.add_fd(number)
+            [found] = await client.query_fds()
+            assert (found.kind, found.access) == ("socket", "path")
+            assert (found.address, found.peer, found.listening) == (None, None, None)
+    finally:
+        os.close(number)
 
 
 async def test_the_reply(path: Path, tmp_path: Path) -> None:
