@@ -46,7 +46,7 @@ class Quotas:
     clock: Callable[[], float]
     closer: ClosePool
     refresh_in_flight: Callable[[], None] = lambda: None
-    fds_total: int = 0  #: descriptors kept for clients, those of ``getfd`` included
+    fds_total: int = 0  #: descriptors kept, those of ``getfd`` and inherited ones included
     fds_by_uid: dict[int, int] = field(default_factory=dict)
     opaque_total: int = 0  #: bytes of the stored opaque texts, and of names
     opaque_by_uid: dict[int, int] = field(default_factory=dict)
@@ -63,17 +63,19 @@ class Quotas:
     # -- what is kept ----------------------------------------------------------------------------
 
     def charge(self, peer: Peer | None, text: str | None, count: int = 1) -> None:
-        """Count *count* more descriptors of *peer*, each with that opaque text or name."""
+        """Count *count* more descriptors of *peer*, each with that opaque text or name; None if the
+        daemon has inherited them.
+        """
+        self.fds_total += count
         if peer is not None:
-            self.fds_total += count
             self.fds_by_uid[peer.uid] = self.fds_by_uid.get(peer.uid, 0) + count
         if text:
             self._count_text(peer, count * memory_size(text))
 
     def refund(self, peer: Peer | None, text: str | None) -> None:
-        """Undo :meth:`charge`."""
+        """Undo :meth:`charge`, of one."""
+        self.fds_total -= 1
         if peer is not None:
-            self.fds_total -= 1
             _add(self.fds_by_uid, peer.uid, -1)
         if text:
             self._count_text(peer, -memory_size(text))
@@ -117,9 +119,8 @@ class Quotas:
         gained = 0  # places of this user
         for stored in replaced:
             gained += stored.added_by is not None and stored.added_by.uid == uid
-        # What is replaced still takes a place until it is closed, so only its user gains.
         closing = self.closer.pending_by_uid.get(uid, 0)  # of nobody else: that is their affair
-        if self.fds_total + closing + count > limits.max_fds:
+        if self.fds_total + closing + count - len(replaced) > limits.max_fds:
             raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
         if opaque:
             size = memory_size(opaque)

@@ -237,9 +237,10 @@ async def test_replace(path: Path) -> None:
             assert await texts(wire) == [(2, ["new"]), (1, ["log"]), (0, ["web"])]
 
 
-async def test_replace_at_the_limit(path: Path) -> None:
+@pytest.mark.parametrize("limit", ["max_fds", "max_fds_per_uid"])
+async def test_replace_at_the_limit(limit: str, path: Path) -> None:
     """A user who has as much as is allowed may still replace it."""
-    async with daemon(path, limits=qmpfd.Limits(max_fds_per_uid=2)):
+    async with daemon(path, limits=qmpfd.Limits()._replace(**{limit: 2})):
         with await Wire.session(path) as wire, pipes(2) as made:
             value(await wire.call("add-fds", {"opaque": "a"}, made))
             value(await wire.call("add-fds", {"opaque": "a", "if-exists": "replace"}, made))

@@ -201,6 +201,21 @@ async def test_nobody_is_idle_by_default(path: Path, autojump_clock: MockClock) 
             assert value(await wire.call("query-name")) == {}
 
 
+async def test_inherited_descriptors_count(path: Path) -> None:
+    """Those of ``--add-fd`` are stored descriptors like all others."""
+    with pipes(1) as made:
+        number = made[0].fileno()
+        options = ["--max-fds", "2", "--add-fd", f"fd={number},set=0"]
+        with daemon_process(path, *options, pass_fds=[number]), await Wire.session(path) as wire:
+            assert value(await wire.call("query-stats"))["fds-kept"] == 1
+            value(await wire.call("add-fd", None, made))
+            refused = await wire.call("add-fd", None, made)
+            assert refused["error"]["desc"] == "Too many file descriptors: the limit is 2"
+            value(await wire.call("remove-fd", {"fdset-id": 0}))
+            assert value(await wire.call("query-stats"))["fds-kept"] == 1
+            value(await wire.call("add-fd", None, made))
+
+
 async def test_no_more_than_the_process_may_have(path: Path) -> None:
     """Whatever the options say: room is left for other users, and for what waits."""
     options = ["--max-fds", "100000", "--max-fds-per-uid", "100000"]
