@@ -29,7 +29,7 @@ from .spare import is_spare, wait
 if TYPE_CHECKING:
     from ..server.renumber import Movable
 
-#: Advice where a socket cannot be made.
+#: Advice for a socket that cannot be bound, by errno.
 _ADVICE = {
     errno.EADDRINUSE: "qmpfd status shows the daemon; --replace takes over from it; ",
     errno.ENOENT: "make the directory first; ",
@@ -54,15 +54,18 @@ EXIT_STATUS = (
 OPTIONS = serve_options.OPTIONS
 
 
-#: A descriptor to start with, the fd set that it goes into (None: a new one), and its opaque text.
+#: An initial descriptor, the id of its fd set (None: a new one), and its opaque text.
 _Initial: TypeAlias = "tuple[Fd, int | None, str | None]"
 
 
 def _take_inherited(
     options: list[InheritedFd], ready_fd: int | None
 ) -> tuple[list[_Initial], Fd | None, list[int]]:
-    """Duplicates of the descriptors that ``--add-fd`` and ``--ready-fd`` name, whose originals are
-    closed; and the numbers of ``--add-fd`` that were not passed to this process.
+    """Duplicate the descriptors of ``--add-fd`` and ``--ready-fd``, and close the originals.
+
+    Returns:
+        The initial descriptors, the one of ``--ready-fd`` or None, and the numbers of ``--add-fd``
+        that this process has not inherited.
     """
     numbers = [option.fd for option in options]
     wanted = {*numbers, *([] if ready_fd is None else [ready_fd])}
@@ -78,8 +81,8 @@ def _take_inherited(
 
 
 def _sort_passed(passed: list[Passed]) -> tuple[list[Passed], list[_Initial]]:
-    """Split the service manager's descriptors: Unix sockets that listen, and others, which go into
-    an fd set each under their names (``OpenFile=``, or a ``.socket`` unit of another kind).
+    """Split the service manager's descriptors into listening Unix sockets and others
+    (``OpenFile=``, or a ``.socket`` unit of another kind), which are stored in an fd set each.
     """
     listeners = [given for given in passed if listens(given.fd)]
     others = [(given.fd, None, given.name) for given in passed if not listens(given.fd)]
@@ -87,7 +90,7 @@ def _sort_passed(passed: list[Passed]) -> tuple[list[Passed], list[_Initial]]:
 
 
 def _was_inherited(number: int) -> bool:
-    """Whether a descriptor is there that this process has not opened itself (PEP 446)."""
+    """Return whether *number* was inherited: Python opens with close-on-exec (PEP 446)."""
     try:
         return os.get_inheritable(number)
     except OSError:
@@ -95,7 +98,7 @@ def _was_inherited(number: int) -> bool:
 
 
 def _is_served(path: Path) -> bool:
-    """Whether there is a daemon to take over from; one that cannot be asked says why later."""
+    """Return whether to take over at *path*; after an OSError the takeover itself says why not."""
     try:
         return is_served(path)
     except OSError:
@@ -103,26 +106,26 @@ def _is_served(path: Path) -> bool:
 
 
 def _fill_standard_streams() -> None:
-    """Open /dev/null where 0, 1 or 2 is closed: no socket may get a standard stream's number."""
+    """Open /dev/null at closed standard streams: no socket may get the number 0, 1 or 2."""
     while (fd := Fd(os.open(os.devnull, os.O_RDWR))).fileno() <= 2:
         fd.detach()
     fd.close()
 
 
 class _Stray(Fd):
-    """An inherited descriptor that nothing here knows.  It may get another number, and is never
+    """An inherited descriptor of unknown purpose: it may be moved to another number, but is never
     closed.
     """
 
     __slots__ = ()
 
     def __del__(self) -> None:
-        """Leave it open."""
+        """Leave the descriptor open."""
 
 
 def _inherited_strays() -> list[_Stray]:
-    """Inherited descriptors that nothing here knows, such as a shell's of the script that started
-    us: they may get other numbers.  Not if the command line has a path like /dev/fd/9.
+    """Return inherited descriptors of unknown purpose, such as a shell script's; none if the
+    command line has a path like /dev/fd/9, as that descriptor must keep its number.
     """
     if any("/fd/" in word for word in sys.argv):
         return []
@@ -134,8 +137,8 @@ def _inherited_strays() -> list[_Stray]:
 
 
 def _import_all() -> None:
-    """Import what a worker needs that starts again."""
-    from ..commands import schema  # noqa: F401 - only to be there
+    """Import the modules that a spare worker needs when it takes the worker's place."""
+    from ..commands import schema  # noqa: F401 - imported to be loaded
     from ..server import startup  # noqa: F401 - likewise
     from ..server.fdstore import fetch  # noqa: F401 - likewise
     from . import daemon, takeover  # noqa: F401 - likewise
@@ -150,7 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
     from . import logs, takeover
 
     logs.set_up(arguments.log_format, arguments.log_level)
-    # As many descriptors as we may have: they are what this process is for.
+    # Raise the soft limit to the hard limit: this process stores descriptors.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     start = None
@@ -158,10 +161,10 @@ def run(arguments: argparse.Namespace) -> None:
         start = wait(parent, _import_all)
         parent = start.parent
     inherited = take_listen_fds() if start is None else start.sockets
-    # All stored descriptors get their numbers before anything is imported that opens others.
+    # Restored descriptors get their numbers before the import of modules that open others.
     initial, ready, missing = _take_inherited(arguments.add_fd, arguments.ready_fd)
     number = arguments.ready_fd
-    if ready is None and number is not None and parent is None:  # a worker may have none any more
+    if ready is None and number is not None and parent is None:  # a restarted worker has none
         raise UsageError(f"--ready-fd: descriptor {number} was not passed to this process")
     movable: list[Movable] = [fd for fd, _, _ in initial]
     movable += [given for given in (ready, parent) if given is not None]
@@ -170,12 +173,12 @@ def run(arguments: argparse.Namespace) -> None:
     if recovered.handed_over and parent is not None:
         with recovered:
             close_all(fd for fd, _, _ in initial)
-            return  # a successor has it all; this was started because it was not told so
+            return  # a successor owns everything, but the parent did not know and restarted us
     if missing and not recovered.has_state:
         raise UsageError(f"--add-fd: this process has not inherited descriptor {missing[0]}")
     listen_fds, passed = _sort_passed(recovered.sockets)
     initial += passed
-    if recovered.has_state:  # they are part of it
+    if recovered.has_state:  # the recovered state has the initial descriptors already
         close_all(fd for fd, _, _ in initial)
         initial = []
     paths = arguments.socket or ([] if listen_fds else [Path(default_socket())])
@@ -230,7 +233,7 @@ def run(arguments: argparse.Namespace) -> None:
             successor=None if start is None else start.successor,
         )
     except* (OSError, NoDaemon, QMPError, MemoryError, KeyboardInterrupt) as group:
-        failure = group  # a nursery's: there is one cause, the first
+        failure = group  # of nested nurseries: the first exception is the cause
         while isinstance(failure, BaseExceptionGroup):
             failure = failure.exceptions[0]
     finally:
@@ -243,11 +246,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _as_usage_error(failure: BaseException) -> BaseException:
-    """A failed start as a UsageError; as it is, where the old daemon has kept everything."""
+    """Convert an OSError to a UsageError; return others, as of a failed takeover, unchanged."""
     if not isinstance(failure, OSError) or isinstance(failure, NoDaemon):
         return failure
     reason = failure.strerror or failure
-    if failure.filename is None:  # no socket
+    if failure.filename is None:  # the error does not concern a socket
         return UsageError(f"the daemon cannot start: {reason}")
     advice = _ADVICE.get(failure.errno or 0, "")
     return UsageError(f"{failure.filename}: {reason} ({advice}--socket PATH names another one)")

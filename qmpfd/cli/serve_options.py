@@ -18,7 +18,7 @@ _inherited = number("fd (0 to 2 are the standard streams)", 3, (1 << 31) - 1)
 
 
 class InheritedFd(NamedTuple):
-    """One ``--add-fd``."""
+    """Value of one ``--add-fd``."""
 
     fd: int
     fdset_id: int
@@ -26,7 +26,7 @@ class InheritedFd(NamedTuple):
 
 
 def _inherited_fd(text: str) -> InheritedFd:
-    """QEMU's ``-add-fd``: ``fd=N,set=ID[,opaque=S]``, where ``,,`` in S is a comma."""
+    """Parse a value of ``--add-fd`` as QEMU does: ``fd=N,set=ID[,opaque=S]``, ``,,`` is a comma."""
     values: dict[str, str] = {}
     for part in text.replace(",,", "\0").split(","):
         key, equals, value = part.replace("\0", ",").partition("=")
@@ -44,7 +44,7 @@ def _inherited_fd(text: str) -> InheritedFd:
 
 
 def _limit(usage: str, told: str, kind: Callable[[str], float]) -> Option:
-    """An option for a field of :class:`Limits`."""
+    """Define an option for a field of :class:`Limits`."""
     default = _DEFAULTS[usage.partition(" ")[0].removeprefix("--").replace("-", "_")]
     shown = "never" if default is None else f"{default:.16g}"
     return option(usage, f"{told} (default: {shown})", kind, default=default)
@@ -165,5 +165,5 @@ OPTIONS = [
 
 
 def limits(arguments: argparse.Namespace) -> Limits:
-    """The limits that a command line sets."""
+    """Return the limits that a command line sets."""
     return Limits(*(getattr(arguments, name) for name in Limits._fields))

@@ -1,12 +1,13 @@
-"""A spare worker: a process that has imported all that a worker needs, and waits.
+"""A spare worker: a process that has imported a worker's modules, and waits.
 
-When the worker dies, the parent of ``serve --supervise`` has the spare worker take its place: that
-saves the start of an interpreter and its imports, most of the time of a restart.  Until then the
-spare worker has no stored descriptor and no client's connection, but a socket to the parent.  The
-policy is read, and paths are looked at, after that.
+When the worker dies, the spare worker takes its place under the parent of ``serve --supervise``:
+that saves the start of an interpreter and its imports, most of the time of a restart.  A waiting
+spare worker has no stored descriptors and no client's connection, only a socket to the parent.  It
+reads the policy, and checks paths, only after START.
 
-The worker starts the first spare worker.  Each forks another one (fork(2)) when it is needed, which
-becomes the parent's child when the worker dies (prctl(2), PR_SET_CHILD_SUBREAPER).
+The worker starts the first spare worker.  Before a spare worker starts to serve, it forks the next
+one (fork(2)), which becomes the parent's child when the worker dies (prctl(2),
+PR_SET_CHILD_SUBREAPER).
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from typing import NamedTuple, NoReturn
 from ..kernel.fd import Fd, close_all, pipe
 from ..kernel.systemd import PARENT_VARIABLE, InheritedFd, Notifier
 
-#: The variable that tells a process to be a spare worker.
+#: Environment variable that makes a process a spare worker.
 _VARIABLE = "QMPFD_SPARE"
 
-#: Milliseconds that are waited at most, as nobody is served meanwhile: the close of a file may hang
-#: there, of a FUSE mount that does not answer.
+#: Maximum wait for execve(2) in milliseconds, during which no client is served: a close in the new
+#: process may hang, of a file of a FUSE mount that does not answer.
 _EXEC_TIMEOUT = 50
 
-#: What ps(1) calls it (proc(5), comm).
+#: Name of a waiting spare worker in ps(1) (proc(5), comm).
 _NAME = "qmpfd-spare"
 
-#: What a spare worker says when it has imported everything.
+#: Message of a spare worker that has imported everything.
 READY = b"SPARE"
 
 
 class Spare(NamedTuple):
-    """A spare worker, as the process sees it that has started it.
+    """Handle of a spare worker, in the process that has started it.
 
     Args:
-        pid: its process, a child.
+        pid: the spare worker, a child process.
         sock: the parent's end of the socket to it.
     """
 
@@ -51,13 +52,13 @@ class Spare(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What a spare worker is told when it is needed.
+    """Start of a spare worker as the worker: the messages of the parent.
 
     Args:
-        parent: the connection to the parent.
-        sockets: the service manager's, with their names.
-        names: those of the descriptors that the parent keeps.
-        successor: the next spare worker, if there is one.
+        parent: connection to the parent.
+        sockets: the service manager's sockets, with their names.
+        names: names of the descriptors that the parent keeps.
+        successor: the next spare worker, or None.
     """
 
     parent: Notifier
@@ -67,25 +68,25 @@ class Start(NamedTuple):
 
 
 def is_spare() -> bool:
-    """Whether this process is to be a spare worker; asked once."""
+    """Return whether this process is a spare worker, and remove the environment variable."""
     return bool(os.environ.pop(_VARIABLE, ""))
 
 
 def spawn(store_size: int) -> Spare:
-    """Start a spare worker: this program once more.  It says READY at *sock* when it is one.
+    """Start this program again, as a spare worker.  It sends READY over *sock* after its imports.
 
     Args:
-        store_size: how many descriptors the parent keeps.
+        store_size: number of descriptors that the parent keeps at most.
 
     Raises:
-        OSError: that is not possible now.
+        OSError: this process is out of descriptors, or no process can be started.
     """
     with ExitStack() as stack:
         sock, theirs = map(stack.enter_context, _socket_pair())
         number = theirs.fileno()
         ours = {PARENT_VARIABLE: str(number), "FDSTORE": str(store_size), _VARIABLE: "1"}
-        # A dup2(2) of a number to itself has the new process inherit it.  No fork(2) in a process
-        # with other people's descriptors: posix_spawn(3) does not wait until they are closed there.
+        # POSIX_SPAWN_DUP2 of a number to itself clears close-on-exec.  posix_spawn(3), not fork(2):
+        # the child closes the stored descriptors at execve(2), and the parent does not wait.
         actions = [(os.POSIX_SPAWN_DUP2, number, number)]
         command = [sys.executable, *sys.orig_argv[1:]]
         executed, writer = map(stack.enter_context, pipe())
@@ -99,9 +100,9 @@ def spawn(store_size: int) -> Spare:
 
 
 def _wait_hangup(executed: Fd) -> None:
-    """Wait until a new process has executed the program.  It continues this one before it closes
-    what it has inherited (execve(2), close-on-exec), the lowest number first: until then, what is
-    removed and closed here is open there.
+    """Wait until the new process has closed all inherited descriptors: posix_spawn(3) returns
+    before execve(2) has closed those with close-on-exec, lowest number first.  Until then, a
+    descriptor that is removed and closed here is still open there.
     """
     poll = select.poll()
     poll.register(executed, 0)
@@ -109,28 +110,28 @@ def _wait_hangup(executed: Fd) -> None:
 
 
 def _socket_pair() -> tuple[Fd, Fd]:
-    """The parent's end of a socket, and the one for a spare worker."""
+    """Create a socket pair; return the parent's end, and the spare worker's."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return Fd(ours.detach()), Fd(theirs.detach())
 
 
 def wait(parent: Notifier, prepare: Callable[[], object]) -> Start:
-    """Be a spare worker until it is needed.
+    """Wait as a spare worker until the parent sends START.
 
     Args:
-        parent: the connection to the parent.
-        prepare: imports what a worker needs.
+        parent: connection to the parent.
+        prepare: imports the modules that a worker needs.
     """
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a worker lives through it
-    # A low number: this end is closed early then when this process dies, and the parent hears of it
-    # even where another close hangs.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a worker survives SIGHUP as well
+    # Move this end to a low number: when this process dies, the kernel closes it early, and the
+    # parent gets EOF even if the close of another descriptor hangs.
     parent.move_to(os.dup(parent.fileno()))
     prepare()
     gc.collect()
-    gc.freeze()  # so that nothing of it is copied when it is forked
+    gc.freeze()  # a later collection would write to these objects, and copy pages after fork(2)
     try:
         parent.send(READY.decode())
-    except OSError:  # the worker has died meanwhile
+    except OSError:  # the worker has died
         _end()
     while True:
         sockets, names = _wait_for_start(parent)
@@ -140,18 +141,18 @@ def wait(parent: Notifier, prepare: Callable[[], object]) -> Start:
         close_all(each.fd for each in sockets)
         parent.close()
         parent = Notifier(socket.socket(fileno=theirs.detach()), True)
-    gc.disable()  # until it serves: what is restored stays
+    gc.disable()  # until the daemon serves: restored objects are not garbage
     os.environ["WATCHDOG_PID"] = str(os.getpid())
     return Start(parent, sockets, names, successor)
 
 
 def _fork() -> tuple[Spare | None, Fd | None]:
-    """Leave a spare worker behind: that, None if it cannot be done now.  There, its socket."""
+    """Fork the next spare worker; return its handle, or None, and in the child its socket."""
     with ExitStack() as stack:
         try:
             sock, theirs = map(stack.enter_context, _socket_pair())
             pid = os.fork()
-        except OSError:  # another one is started later
+        except OSError:  # SpareKeeper starts one later
             return None, None
         stack.pop_all()
     if pid:
@@ -162,7 +163,7 @@ def _fork() -> tuple[Spare | None, Fd | None]:
 
 
 def _wait_for_start(parent: Notifier) -> tuple[list[InheritedFd], list[str]]:
-    """Wait until the parent says START: the sockets and names that it told before that."""
+    """Wait until the parent sends START; return the sockets and names that it has sent before."""
     sockets: list[InheritedFd] = []
     names: list[str] = []
     own_name = ""
@@ -186,12 +187,12 @@ def _wait_for_start(parent: Notifier) -> tuple[list[InheritedFd], list[str]]:
 
 
 def _end() -> NoReturn:
-    """End: the parent does not need this process any more.  Nothing here is to be cleaned up."""
+    """Exit: the parent has closed the connection.  A spare worker needs no clean-up."""
     os._exit(0)
 
 
 def _name_process(name: str) -> str:
-    """Change what ps(1) calls this process; what it was called, empty if it is called so still."""
+    """Change this process's name in ps(1); return the previous name, or "" if /proc is missing."""
     try:
         with open("/proc/self/comm", "r+", encoding="utf-8") as comm:
             previous = comm.read().strip()

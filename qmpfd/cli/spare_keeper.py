@@ -1,4 +1,4 @@
-"""Sees to it that there is a spare worker while a worker serves."""
+"""Keeps a spare worker running while a worker serves."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from .spare import Spare
 
 _log = logging.getLogger("qmpfd")
 
-#: Seconds from when a worker serves to the start of a spare one: it has better things to do then.
-#: Doubled whenever a spare worker dies.
+#: Seconds from the start of a worker to that of a spare one: clients are served first.  Doubled
+#: whenever a spare worker dies.
 FIRST_DELAY, LAST_DELAY = 1.0, 60.0
 
 #: Seconds that a spare worker has for its imports.
 _IMPORT_TIMEOUT = 60.0
 
-#: Seconds that it is waited for when it was killed.
+#: Seconds to wait for the end of a spare worker after SIGKILL.
 _END_TIMEOUT = 1.0
 
-#: Seconds until a message to the parent is sent again that it had no room for.
+#: Seconds until a message is retried for which the parent had no room.
 _RETRY = 0.1
 
 
 class SpareKeeper:
-    """Starts a spare worker whenever there is none, and has the parent know of it.
+    """Starts a spare worker whenever none runs, and passes its socket to the parent.
 
     Args:
-        parent: the connection to the parent.
-        store_size: how many descriptors it keeps.
-        successor: the spare worker that this one has left behind; owned from here on.
+        parent: connection to the parent.
+        store_size: number of descriptors that the parent keeps at most.
+        successor: the spare worker that this process has forked; owned from here on.
     """
 
     def __init__(self, parent: Notifier, store_size: int, successor: Spare | None) -> None:
@@ -46,7 +46,7 @@ class SpareKeeper:
         self._spare = successor
 
     async def run(self) -> None:
-        """Do so until cancelled, or until the parent is gone; then there is none any more."""
+        """Keep a spare worker running until cancelled, or until the parent dies; then end it."""
         delay = FIRST_DELAY
         with trio.open_signal_receiver(signal.SIGCHLD) as deaths:
             try:
@@ -63,14 +63,14 @@ class SpareKeeper:
                         await _end_of(self._spare.pid, deaths)
                         self._spare = None
                         _log.warning("the spare worker has ended: starting another in %g s", delay)
-            except ConnectionError:  # the parent is gone
+            except ConnectionError:  # the parent has died
                 _log.info("there is no spare worker any more: nobody could start it")
             finally:
                 with trio.move_on_after(_END_TIMEOUT, shield=True):
                     await self._end_spare(deaths)
 
     async def _started(self) -> bool:
-        """Start a spare worker; whether it is one by now."""
+        """Start a spare worker; return whether it has imported its modules in time."""
         try:
             started = self._spare = spare.spawn(self._store_size)
         except OSError:  # out of processes, memory or descriptors
@@ -82,34 +82,34 @@ class SpareKeeper:
         return False
 
     def _offer(self, started: Spare) -> bool:
-        """Give the parent the socket to it; whether it has been taken.
+        """Send the parent the socket to the spare worker; return whether there was room for it.
 
         Raises:
-            ConnectionError: there is no parent any more.
+            ConnectionError: the parent has died.
         """
         try:
             self._parent.send(f"QMPFD_SPARE={started.pid}", [started.sock])
         except OSError as exc:
-            # It has no room now, or other processes of this user have too much on its way.
+            # The parent's queue is full, or this user has too many descriptors in flight (unix(7)).
             if exc.errno in (errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM):
                 return False
             raise
-        # From here on the parent's is the only one: with it, the spare worker ends.
+        # From here on only the parent has this socket: the spare worker ends when the parent does.
         started.sock.close()
         return True
 
     async def _end_spare(self, deaths: AsyncIterator[int]) -> None:
-        """End it and wait for it.  Its end may hang, as that of a process does that has inherited a
-        file of a FUSE mount that does not answer: there is no other one until then.
+        """Kill the spare worker and wait for its end.  The end may hang, if the process has a file
+        of a FUSE mount that does not answer: no other spare worker is started until then.
         """
         ended, self._spare = self._spare, None
         if ended is not None:
             ended.sock.close()
-            os.kill(ended.pid, signal.SIGKILL)  # no other process has its pid: nobody waited for it
+            os.kill(ended.pid, signal.SIGKILL)  # the pid is not reused before waitpid(2)
             await _end_of(ended.pid, deaths)
 
 
 async def _end_of(pid: int, deaths: AsyncIterator[int]) -> None:
-    """Wait for the end of a child: *deaths* are the signals of such."""
+    """Wait for the end of a child process; *deaths* iterates over SIGCHLD signals."""
     while os.waitpid(pid, os.WNOHANG) == (0, 0):  # noqa: ASYNC222 - with WNOHANG it does not wait
         await anext(deaths)

@@ -1,4 +1,4 @@
-"""``serve --supervise``, and the service manager's store: what a restart needs."""
+"""``serve --supervise`` and the service manager's fd store: the start and restart of a daemon."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _log = logging.getLogger("qmpfd")
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
-#: Descriptors that the parent and its worker need to store any.
+#: Minimum of RLIMIT_NOFILE with which the parent and its worker can store descriptors.
 _LEAST_FILES = 128
 
-#: The program that starts the parent where the package is in a zipapp, whose folders cannot be run.
+#: Program of the parent when the package is in a zipapp: a directory in it cannot be run.
 _IN_A_ZIP = """\
 import sys
 sys.path.append(sys.argv.pop(1))
@@ -40,18 +40,18 @@ sys.exit(main(sys.argv[1:]))
 
 
 def has_store(size: int) -> bool:
-    """Whether the service manager keeps descriptors for us."""
+    """Return whether the service manager has an fd store for this process."""
     return size > 0 and bool(os.environ.get("NOTIFY_SOCKET"))
 
 
 def become_supervisor(arguments: argparse.Namespace) -> NoReturn:
-    """Become the small parent; it starts this command line again, as its worker.
+    """Execute the parent program, which starts this command line again as its worker.
 
     Args:
-        arguments: those of ``serve``.
+        arguments: the arguments of ``serve``.
 
     Raises:
-        UsageError: too few descriptors are allowed.
+        UsageError: RLIMIT_NOFILE is too low.
     """
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # both processes raise theirs to it
     if limit < _LEAST_FILES:
@@ -61,11 +61,11 @@ def become_supervisor(arguments: argparse.Namespace) -> NoReturn:
     assert spec.submodule_search_locations is not None
     folder = spec.submodule_search_locations[0]
     program = [folder] if os.path.isdir(folder) else ["-c", _IN_A_ZIP, os.path.dirname(folder)]
-    # Without the environment's and the site's modules: nothing but its own files and the library.
+    # -I -S: import only the program's own files and the standard library.
     python = [sys.executable, "-I", "-S", "-W", "ignore", *program]
-    if sys.dont_write_bytecode:  # -I does not look at the environment, which says so as a rule
+    if sys.dont_write_bytecode:  # -I ignores $PYTHONDONTWRITEBYTECODE
         python.insert(1, "-B")
-    for stream in range(3):  # one that had to be filled would be closed, and something else there
+    for stream in range(3):  # /dev/null opened here would be closed, and its number reused
         os.set_inheritable(stream, True)
     _adopt_orphans()
     passed = {option.fd for option in arguments.add_fd} | {arguments.ready_fd} - {None}
@@ -81,8 +81,8 @@ def _too_few(limit: int) -> UsageError:
 
 
 def _adopt_orphans() -> None:
-    """Have the spare worker become a child of this process when the worker dies that has started
-    it.  Without that, no spare worker can be used.  This outlasts an execve(2).
+    """Make this process a subreaper (prctl(2)): a spare worker becomes its child when the worker
+    that has started it dies.  Without that, no spare worker can be used.  execve(2) preserves it.
     """
     with suppress(ImportError, OSError, AttributeError):
         import ctypes
@@ -93,15 +93,15 @@ def _adopt_orphans() -> None:
 def recover(
     inherited: Sequence[InheritedFd], others: Sequence[Movable], start: Start | None
 ) -> Recovered:
-    """Sort out what this process was started with.
+    """Recover state and descriptors of a daemon that has crashed, if there are any.
 
     Args:
-        inherited: what came with $LISTEN_FDS; owned from here on.
-        others: more descriptors that may get other numbers.
-        start: what a spare worker was told.
+        inherited: the descriptors of $LISTEN_FDS; owned from here on.
+        others: more descriptors that may be moved out of the way.
+        start: the messages of the parent to a spare worker, or None.
 
     Raises:
-        UsageError: what has come back cannot be used.
+        UsageError: the state cannot be read, or the descriptors cannot be received.
     """
     from ..server.fdstore import recover as recovering
 
@@ -117,7 +117,7 @@ def recover(
             recovered = recovering.recover([*inherited, *fetched], [*others, *own], history)
     except ValueError as exc:
         raise UsageError(str(exc)) from None
-    except OSError as exc:  # the parent starts another one, which inherits what it keeps
+    except OSError as exc:  # the parent then starts a new process that inherits the descriptors
         raise UsageError(f"the parent's descriptors cannot be had: {exc.strerror or exc}") from None
     if recovered.has_state:
         _log.info(
@@ -129,11 +129,11 @@ def recover(
 
 
 def connect(parent: Notifier | None, size: int) -> FdStoreConfig | None:
-    """The keeper of the second copy of the store: our parent or systemd; None if there is none.
+    """Return the fd store for the second copy: the parent's or systemd's; None if there is none.
 
     Args:
-        parent: our own, if there is one.
-        size: how many descriptors are kept.
+        parent: connection to the parent of ``serve --supervise``, or None.
+        size: number of descriptors that the fd store keeps at most.
     """
     from ..kernel.file_descriptions import Descriptions
     from ..server.fdstore.mirror import FdStoreConfig

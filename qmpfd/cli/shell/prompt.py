@@ -1,4 +1,4 @@
-"""Where ``qmpfd shell`` gets its lines on a terminal: prompt_toolkit, or readline without it."""
+"""Reads the lines of ``qmpfd shell`` from a terminal: with prompt_toolkit, else with readline."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 PROMPT, MORE = "qmp> ", "...> "
 
-#: Lines that are kept from one shell to the next.
+#: Maximum number of lines in the history file.
 _HISTORY = 2000
 
 
 def lines(session: Session) -> Iterator[str]:
-    """What the person types, command by command; ends when that person is done.
+    """Iterate over the commands that the user types, until Ctrl-D.
 
-    An interrupt drops the line that is being typed.
+    SIGINT discards the line that is being typed.
     """
     try:
         import prompt_toolkit  # noqa: F401 - whether it is installed
@@ -35,7 +35,7 @@ def lines(session: Session) -> Iterator[str]:
 
 
 def _history_file(name: str) -> Path | None:
-    """A file that only its owner can read; None if there can be none."""
+    """Return the path of a history file with mode 0600; None if it cannot be created."""
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     path = Path(state, "qmpfd", name)
     try:
@@ -60,7 +60,7 @@ def _with_prompt_toolkit(session: Session) -> Iterator[str]:
     schema = session.schema
 
     class Names(Completer):
-        """Commands, arguments and values out of the schema."""
+        """Completes commands, arguments and values from the schema."""
 
         def get_completions(
             self, document: Document, complete_event: CompleteEvent
@@ -103,7 +103,7 @@ def _with_prompt_toolkit(session: Session) -> Iterator[str]:
 def _with_readline(session: Session) -> Iterator[str]:
     try:
         import readline
-    except ImportError:  # a Python without it: input() does what it can
+    except ImportError:  # this Python lacks readline: input() without history and completion
         yield from _typed(lambda: "")
         return
     history = _history_file("shell-history.readline")
@@ -118,7 +118,7 @@ def _with_readline(session: Session) -> Iterator[str]:
     readline.parse_and_bind("tab: complete")
 
     def show(text: str) -> None:
-        # Above the line that is being typed, which is drawn again below.
+        # Print *text* above the line that is being typed, and draw that line again.
         sys.stdout.write(f"\r\x1b[K{text}\n{PROMPT}{readline.get_line_buffer()}")
         sys.stdout.flush()
 
@@ -141,7 +141,7 @@ def _completer(
         for text, meta in schema.complete(buffer()[: begin()] + word):
             found.append(text)
             if text.endswith("="):
-                # readline puts a blank behind a word that it is sure of; with two it is not.
+                # readline appends a blank to a single candidate: offer a second one.
                 found.append(f"{text}<{meta}>")
         return found[state] if state < len(found) else None
 

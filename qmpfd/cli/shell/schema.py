@@ -8,14 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-#: Commands that take a descriptor: the one thing that a schema does not tell.
+#: Commands that take a descriptor: a schema does not say so.
 TAKES_FDS = frozenset({"add-fd", "add-fds", "getfd"})
 
-#: In JSON, where a command's name is being typed.
+#: End of a JSON line in which the name of a command is being typed.
 _EXECUTE = re.compile(r'"execute"\s*:\s*"([\w-]*)$')
 
 
-#: Arguments that one line can show; blockdev-add has more than a hundred.
+#: Maximum number of arguments in a signature; blockdev-add has more than a hundred.
 _MANY = 8
 
 
@@ -23,11 +23,11 @@ class Argument(NamedTuple):
     """An argument of a command.
 
     Args:
-        name: what it is called.
+        name: its name.
         type: its type, in words.
-        json_type: that of its JSON value; empty if it may be several.
+        json_type: the JSON type of its value; empty if it may have several.
         optional: whether it may be left out.
-        values: those that there are, of an enumeration.
+        values: the values of an enumeration.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Schema:
         self._entries = {str(entry.get("name")): entry for entry in entries}
 
     def commands(self) -> list[str]:
-        """Their names."""
+        """Return the names of the commands."""
         return sorted(n for n, e in self._entries.items() if e.get("meta-type") == "command")
 
     def arguments(self, command: str) -> dict[str, Argument]:
-        """Those of *command*, by name; those that must be given first."""
+        """Return the arguments of *command* by name, mandatory ones first."""
         entry = self._entries.get(command, {})
         if entry.get("meta-type") != "command":
             return {}
@@ -78,7 +78,7 @@ class Schema:
         return found
 
     def words(self, name: str, depth: int = 2) -> str:
-        """A type in words."""
+        """Describe a type in words."""
         entry = self._entries.get(name, {})
         match entry.get("meta-type"):
             case "builtin":
@@ -101,7 +101,7 @@ class Schema:
                 return "{...}"
 
     def convert(self, command: str, name: str, text: str) -> Any:
-        """*text* as a value of the argument's type; where that is unknown, as JSON or else text."""
+        """Convert *text* to the argument's type; if that is unknown, as JSON, or else return it."""
         argument = self.arguments(command).get(name)
         json_type = argument.json_type if argument is not None else ""
         if json_type == "string":
@@ -114,7 +114,7 @@ class Schema:
             return text
 
     def signature(self, command: str) -> str:
-        """One line that shows how *command* is written."""
+        """Return the syntax of *command* in one line."""
         words = [command]
         arguments = self.arguments(command).values()
         for argument in arguments:
@@ -130,7 +130,7 @@ class Schema:
         return " ".join(words)
 
     def help(self, command: str) -> str:
-        """The help text of *command*."""
+        """Return the help text of *command*."""
         arguments = self.arguments(command).values()
         width = max((len(argument.name) for argument in arguments), default=0)
         lines = [self.signature(command)]
@@ -144,7 +144,7 @@ class Schema:
         return "\n".join(lines)
 
     def complete(self, before: str) -> list[tuple[str, str]]:
-        """Completions for the last word of *before*, each with its type."""
+        """Return the completions for the last word of *before*, each with its type."""
         if in_json := _EXECUTE.search(before):
             return [(f'"{name}"', "") for name in self.commands() if name.startswith(in_json[1])]
         done, blank, last = before.rpartition(" ")
@@ -174,10 +174,10 @@ class Schema:
 
 
 def _values(enum: Mapping[str, Any]) -> list[str]:
-    """The values of an enumeration; QEMU has them in one of two members, or in both."""
+    """Return the values of an enumeration; QEMU has them in one of two members, or in both."""
     return enum.get("values") or [member["name"] for member in enum.get("members", ())]
 
 
 def _short(text: str) -> str:
-    """A type that leaves room on the line for more than itself."""
+    """Shorten the description of a type to 48 characters."""
     return text if len(text) <= 48 else f"{text[:45]}..."

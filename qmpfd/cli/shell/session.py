@@ -1,4 +1,4 @@
-"""The connection behind ``qmpfd shell``: commands go out, replies and events are shown."""
+"""The connection of ``qmpfd shell``: sends commands, shows replies and events."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from .syntax import BadInput, Typed, parse
 
 
 class Session:
-    """A connection to a QMP server, in which one task asks and a thread shows events.
+    """A connection to a QMP server: the main thread sends commands, another one shows events.
 
     Args:
         arguments: the verb's options.
-        for_a_person: connect again where the server has closed the connection. A script is not
-            told, so it must not go on without what belonged to that connection.
+        for_a_person: whether to connect again after the server has closed the connection.  A
+            script must not go on without the state that belonged to the lost connection.
     """
 
     def __init__(self, arguments: argparse.Namespace, *, for_a_person: bool) -> None:
         self._arguments = arguments
-        self._as_json: bool = arguments.json  # one value a line, instead of what people read
+        self._as_json: bool = arguments.json  # print one JSON value a line instead of text
         self._for_a_person = for_a_person
         #: Guards the connection and the output: the thread shows events while a line is typed.
         self._lock = threading.Lock()
@@ -46,18 +46,18 @@ class Session:
         self._listener: threading.Thread | None = None
         self._wake: Fd | None = None
         self._handed_out: list[Fd] = []
-        #: How the thread shows a line while another is being typed.
+        #: Prints a line from the thread while the user types another.
         self.show: Callable[[str], None] = _print
-        #: Asked before a command that ends the server.
+        #: Asks the user to confirm a command that ends the server.
         self.confirm: Callable[[str], bool] = lambda _: True
 
     # -- the connection ------------------------------------------------------------------------
 
     def _open(self) -> BlockingClient:
-        """The connection; whoever calls this has the lock.
+        """Return the connection, made on first use.  The caller holds the lock.
 
         Raises:
-            NoDaemon: nobody answers.
+            NoDaemon: no server answers.
             QMPError: the server refuses the connection.
         """
         if self._listener is not None and not self._listener.is_alive() and self._for_a_person:
@@ -92,7 +92,7 @@ class Session:
                     self.show(self._event_line(event))
 
     def close(self) -> None:
-        """Close the connection, and what it has handed out."""
+        """Close the connection, and the descriptors received in replies."""
         self._disconnect()
         while self._handed_out:
             self._handed_out.pop().close()
@@ -108,33 +108,33 @@ class Session:
         client.close()
 
     def connect(self) -> Mapping[str, Any]:
-        """Connect; the server's greeting.
+        """Connect; return the server's greeting.
 
         Raises:
-            NoDaemon, QMPError: nobody answers, or it turns us away.
+            NoDaemon, QMPError: no server answers, or it refuses the connection.
         """
         with self._lock:
             return self._open().greeting
 
     @property
     def schema(self) -> Schema:
-        """The server's own description of its commands; asked for once."""
+        """The server's own description of its commands, queried on first use."""
         if self._schema is None:
             with self._lock:
                 try:
                     self._schema = Schema(self._open().execute("query-qmp-schema"))
-                except QMPError:  # a server without one, or one that does not tell us
+                except QMPError:  # the server lacks the command, or the policy forbids it
                     self._schema = Schema()
         return self._schema
 
     # -- commands ------------------------------------------------------------------------------
 
     def run(self, text: str) -> bool:
-        """Do what *text* says, if it says anything; whether the shell goes on.
+        """Execute a line, unless it is empty or a comment; return whether the shell goes on.
 
         Raises:
-            BadInput, UsageError: it cannot be asked.
-            QMPError: the server refused it.
+            BadInput, UsageError: the line is invalid.
+            QMPError: the server refused the command.
             NoDaemon: the server does not answer.
         """
         words = text.split()
@@ -156,7 +156,7 @@ class Session:
         return True
 
     def _convert(self, command: str, name: str, text: str) -> Any:
-        return self.schema.convert(command, name, text)  # asked for only where it is needed
+        return self.schema.convert(command, name, text)  # the schema is queried here, on first use
 
     def _ask(self, typed: Typed) -> None:
         with ExitStack() as stack:
@@ -178,7 +178,7 @@ class Session:
                 self._show_reply(value, passed, typed)
                 try:
                     events = client.take_events()
-                except NoDaemon:  # a reply is a reply: whoever asks next is told
+                except NoDaemon:  # this command has its reply: the next one reports the error
                     return
                 for event in events:
                     _print(self._event_line(event))
@@ -222,7 +222,7 @@ class Session:
 
 
 def readable(value: Any) -> str:
-    """A reply for people: on one line if it fits, else on several."""
+    """Format a reply as JSON: on one line if it fits, else indented on several."""
     line = json.dumps(value, ensure_ascii=False)
     if len(line) <= terminal_width():
         return printable(line)
@@ -231,7 +231,7 @@ def readable(value: Any) -> str:
 
 
 def message(error: Exception) -> str:
-    """The text of an error, on one line."""
+    """Format an error in one line."""
     if isinstance(error, QMPError):
         return printable(f"{error.error_class}: {error.desc}")
     return printable(str(error))

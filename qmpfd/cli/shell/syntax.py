@@ -1,9 +1,9 @@
-"""The input of ``qmpfd shell``: JSON, or a short form of it.
+"""Parser for the input of ``qmpfd shell``: JSON, or a short form.
 
-The short form is a command's name, then its arguments as ``name=value``.  A value is read as its
-type in the server's schema has it; in quotes, brackets or braces it is JSON.  Descriptors are
-named as in sh: ``< FILE``, ``> FILE``, ``>> FILE``, ``<> FILE``; or ``--fd N`` for one that the
-shell has open.
+The short form is a command's name, then its arguments as ``name=value``.  A value is converted to
+its type in the server's schema; in quotes, brackets or braces it is JSON.  Descriptors are named
+as in sh: ``< FILE``, ``> FILE``, ``>> FILE``, ``<> FILE``; or ``--fd N`` for an open descriptor of
+the shell.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-#: How sh opens what is behind each of them.
+#: Flags for open(2) of each redirection of sh.
 _REDIRECTIONS = {
     "<": os.O_RDONLY,
     "<>": os.O_RDWR | os.O_CREAT,
@@ -22,18 +22,18 @@ _REDIRECTIONS = {
     ">>": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
 }
 
-#: No descriptor's number has more.
+#: Maximum number of digits of a descriptor's number.
 _DIGITS = 9
 
 _PAIRS = {"{": "}", "[": "]"}
 
 
 class BadInput(Exception):
-    """The input is no command."""
+    """The input is not a valid command."""
 
 
 class Passed(NamedTuple):
-    """A descriptor to pass: a file to open in some way, or a number."""
+    """A descriptor to pass: a file to open with *flags*, or the number of an open descriptor."""
 
     path: str = ""
     flags: int = 0
@@ -41,7 +41,7 @@ class Passed(NamedTuple):
 
 
 class Typed(NamedTuple):
-    """A command as it was typed; *id* is the member of the reply that repeats its id."""
+    """A parsed command; *id* has the member ``id`` of the request, for the reply."""
 
     command: str
     arguments: dict[str, Any]
@@ -50,12 +50,12 @@ class Typed(NamedTuple):
 
 
 class Scanner:
-    """Cuts text at blanks, but for those in quotes, brackets or braces; all of these are kept."""
+    """Splits text at blanks outside of quotes, brackets and braces, which stay in the words."""
 
     def __init__(self) -> None:
         self._words: list[str] = []
         self._word: list[str] = []
-        self._ends: list[str] = []  # the brackets, braces and the quote that are waited for
+        self._ends: list[str] = []  # stack of the closing brackets, braces and quote to come
         self._escaped = False
 
     def feed(self, text: str) -> None:
@@ -89,27 +89,27 @@ class Scanner:
         return bool(self._ends)
 
     def words(self) -> list[str]:
-        """The words; nothing is fed any more."""
+        """End the input and return its words."""
         self._end_word()
         return self._words
 
 
 def unfinished(text: str) -> bool:
-    """Whether another line is to follow, see :class:`Scanner`."""
+    """Return whether a bracket, a brace or a quote in *text* is still open."""
     scanner = Scanner()
     scanner.feed(text)
     return scanner.unfinished
 
 
 def parse(text: str, convert: Callable[[str, str, str], Any]) -> Typed:
-    """The command that *text* is.
+    """Parse a command.
 
     Args:
-        text: what was typed; not blank.
-        convert: given a command, the name of an argument and its value as text, that value.
+        text: the input; not blank.
+        convert: converts the value of an argument; called with command, argument and text.
 
     Raises:
-        BadInput: it is no command; the text says why.
+        BadInput: *text* is not a valid command; the message says why.
     """
     scanner = Scanner()
     scanner.feed(text)
@@ -135,7 +135,7 @@ def parse(text: str, convert: Callable[[str, str, str], Any]) -> Typed:
 
 
 def _check_sendable(value: list[Any]) -> None:
-    """Refuse what Python's JSON has and QMP's has not: a server's parser would lose its place."""
+    """Refuse values that Python's json can write but QMP cannot carry: NaN, lone surrogates."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
@@ -155,7 +155,7 @@ def _request(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _passed(found: list[str]) -> tuple[list[Passed], list[str]]:
-    """The descriptors among words, and the other words."""
+    """Split words into descriptors to pass and other words."""
     passed: list[Passed] = []
     rest: list[str] = []
     waiting = iter(found)
@@ -178,7 +178,7 @@ def _passed(found: list[str]) -> tuple[list[Passed], list[str]]:
 
 
 def _put(arguments: dict[str, Any], name: str, value: Any) -> None:
-    """Enter ``a.b=value`` as the member b of the object a."""
+    """Set an argument; ``a.b=value`` sets member b of the object a."""
     *parents, last = name.split(".")
     for parent in parents:
         arguments = arguments.setdefault(parent, {})

@@ -1,4 +1,4 @@
-"""``qmpfd shell``: QMP by hand, or from a script."""
+"""``qmpfd shell``: sends QMP commands that are typed, or read from a script."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _script(session: Session, commands: Iterable[tuple[int, str]], unit: str) -> int:
-    """Run all commands, also behind one that fails; a NoDaemon ends it."""
+    """Run all commands, even after one has failed, until NoDaemon; return the exit status."""
     status = DONE
     for number, text in commands:
         try:
@@ -74,9 +74,9 @@ def _script(session: Session, commands: Iterable[tuple[int, str]], unit: str) ->
 
 
 def _from_stdin() -> Iterator[tuple[int, str]]:
-    """Commands, each with the number of its first line."""
+    """Iterate over the commands on standard input, each with the number of its first line."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # the server says that it is not UTF-8
+        sys.stdin.reconfigure(errors="surrogateescape")  # parse() refuses what is not UTF-8
     lines_: list[str] = []
     first, scanner = 0, Scanner()
     for number, line in enumerate(sys.stdin, 1):
