@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from msgspec import Struct
-
 from ..errors import QMPError
 from ..fdsets import Peer, StoredFd
 from ..protocol.encode import encode
@@ -29,7 +27,8 @@ class Audit:
       the error.
     - ``pid``, ``uid``: the process that asked for it, and its user; absent if the daemon did it by
       itself.
-    - ``command``: absent where there was none: a time was over, a connection ended.
+    - ``command``: absent where there was none: a time was over, a connection ended, a request was
+      no valid one.
     - ``set``, ``fd``: the fd set, and the number in the daemon.
     - ``opaque``: the opaque text, its first 1,024 characters.
     - ``name``: the name, of a descriptor of ``getfd``.
@@ -56,12 +55,16 @@ class Audit:
         """Record that a descriptor of ``getfd`` was added or removed."""
         self._put(outcome, fd=fd, name=name)
 
-    def refuse(self, error: QMPError, arguments: Struct | None = None) -> None:
-        """Record that a command or a connection was refused."""
+    def refuse(
+        self, peer: Peer, command: str | None, error: QMPError, arguments: object = None
+    ) -> None:
+        """Record that a command of *peer*, or its connection, was refused."""
+        self.begin(peer, command)
         members = {"set": "fdset_id", "fd": "fd", "opaque": "opaque", "name": "fdname"}
         given = {key: getattr(arguments, member, None) for key, member in members.items()}
         fields = {key: value for key, value in given.items() if value is not None}
         self._put(f"{error.error_class}: {error.desc}", **fields)
+        self.end()
 
     def _put(self, outcome: str, **fields: Any) -> None:
         seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)

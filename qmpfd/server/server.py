@@ -264,9 +264,7 @@ class DaemonServer(Server):
         self.daemon.stats.turned_away += 1
         self._rejections.note(peer, reason)
         if self.daemon.audit is not None:
-            self.daemon.audit.begin(peer, None)
-            self.daemon.audit.refuse(reason)
-            self.daemon.audit.end()
+            self.daemon.audit.refuse(peer, None, reason)
         with suppress(trio.BrokenResourceError, OSError):
             stream.send_nowait(rejection_reply(reason))
         self.services.close_stream(stream, peer.uid)

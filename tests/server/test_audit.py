@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import Pipe, Wire, daemon, daemon_process, error, pipes, settle, value
+from helpers import Pipe, Wire, daemon, daemon_process, error, pipes, request, settle, value
 from trio.testing import MockClock
 
 import qmpfd
@@ -123,6 +123,56 @@ async def test_refusals(path: Path, tmp_path: Path) -> None:
     assert [line["outcome"].partition(":")[0] for line in told] == ["PermissionDenied"] * 3
     assert [line["command"] for line in told] == ["add-fd", "quit", "open-fdset"]
     assert (told[2]["set"], told[2]["fd"]) == (3, 4)
+
+
+async def test_refused_requests(path: Path, tmp_path: Path) -> None:
+    """A descriptor that comes with a request that no command carries out is refused as well."""
+    bad = (
+        b'{"execute": "add-fd", "arguments": {"fdset-id": "0"}}',
+        b'{"execute": "nonsense"}',
+        b"[1,, 2]",
+        b'{"execute": "qmp_capabilities"}',
+    )
+    file = tmp_path / "audit"
+    with file.open("w") as out, Pipe() as pipe:
+        async with daemon(path, audit=out):
+            with await Wire.session(path) as wire:
+                told = []
+                for text in bad:
+                    wire.send(text, [pipe])
+                    told.append((await wire.reply())["error"])
+    found = lines(file)
+    assert [line.pop("outcome") for line in found] == [
+        f"{error['class']}: {error['desc']}" for error in told
+    ]
+    assert found == [ME, ME, ME, {**ME, "command": "qmp_capabilities"}]
+
+
+#: SO_PASSRIGHTS (Linux 6.16): whether a socket takes descriptors.
+SO_PASSRIGHTS = 83
+
+
+@pytest.mark.parametrize("request_id", [1, "x" * 5000])
+async def test_a_client_that_refuses_descriptors(
+    request_id: int | str, path: Path, tmp_path: Path
+) -> None:
+    """It is not handed out after all: a refusal, also in the counters and in the log."""
+    file = tmp_path / "audit"
+    with file.open("w") as out, Pipe() as pipe:
+        async with daemon(path, audit=out):
+            with await Wire.session(path) as wire:
+                value(await wire.call("add-fd", None, [pipe]))
+                try:
+                    wire.sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+                except OSError as exc:
+                    pytest.skip(f"no SO_PASSRIGHTS: {exc}")
+                wire.send(request("open-fdset", {"fdset-id": 0}, id=request_id))
+                reply = await wire.reply()
+                assert error(reply) == "GenericError"
+                stats = value(await wire.call("query-stats"))
+                assert stats["errors"] == [{"name": "GenericError", "count": 1}]
+    outcome = f"GenericError: {reply['error']['desc']}"
+    assert [line["outcome"] for line in lines(file)] == ["added", "opened", outcome, "ended"]
 
 
 async def test_a_client_that_is_turned_away(path: Path, tmp_path: Path) -> None:

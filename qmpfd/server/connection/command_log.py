@@ -1,4 +1,4 @@
-"""Counts errors, and logs each command with its outcome at level debug."""
+"""Counts and audits errors, and logs each command with its outcome at level debug."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 from outcome import Error, Outcome, Value
 
-from ...commands import DECODER, OpenedFd, Stats
+from ...commands import DECODER, OpenedFd, SharedState
 from ...errors import QMPError
 from ...fdsets import Peer
 from ...protocol.request_decoder import Request
@@ -17,22 +17,26 @@ _log = logging.getLogger("qmpfd")
 _QUOTED = 64
 
 
-def note(stats: Stats, peer: Peer, request: Request | Error, result: Outcome[object]) -> None:
-    """Count *result* if it is an error, and log the command at level debug.
+def note(
+    shared: SharedState, peer: Peer, request: Request | Error, result: Outcome[object]
+) -> None:
+    """Count and audit *result* if it is an error, and log the command at level debug.
 
     Args:
-        stats: the error counters.
+        shared: the error counters and the audit trail.
         peer: the client.
         request: the request; an error if the client's message is no valid request.
         result: the outcome of the command.
     """
-    if isinstance(result, Error):
-        assert isinstance(result.error, QMPError)
-        stats.errors[result.error.error_class] += 1
-    if not _log.isEnabledFor(logging.DEBUG):
-        return
     name = None if isinstance(request, Error) else DECODER.names[type(request)]
     arguments = None if isinstance(request, Error) else request.arguments
+    if isinstance(result, Error):
+        assert isinstance(result.error, QMPError)
+        shared.stats.errors[result.error.error_class] += 1
+        if shared.audit is not None:
+            shared.audit.refuse(peer, name, result.error, arguments)
+    if not _log.isEnabledFor(logging.DEBUG):
+        return
     told = result.error if isinstance(result, Error) else "done"
     value = result.value if isinstance(result, Value) else None
     handed_out = value if isinstance(value, OpenedFd) else None

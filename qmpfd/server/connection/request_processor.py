@@ -16,6 +16,7 @@ from outcome import Error, Outcome
 from ...commands import Context, Ending, execute
 from ...errors import QMPError
 from ...limits import MAX_FDS_A_TURN, REPLY_BYTES_A_TURN
+from ...protocol.request_decoder import Request
 from ...protocol.server import ServerConnection
 from ...protocol.streamed_reply import StreamedReply
 from ..durability import Unproven
@@ -186,7 +187,7 @@ class RequestProcessor:
                 result = execute(context, request, fds)
                 self.active_since_check = True
             if self._verbose or type(result) is Error:
-                note(context.shared.stats, context.peer, request, result)
+                note(context.shared, context.peer, request, result)
             ending = context.ending
             if ending is _TAKEOVER:
                 self.takeover_id = request_id
@@ -199,7 +200,7 @@ class RequestProcessor:
                 break
             if context.reply_fds or durability.unproven is not None:
                 reply_fds, taken, unproven = context.reply_fds, context.taken, durability.unproven
-                refusal = partial(self._refusal, request_id)
+                refusal = partial(self._refusal, request, request_id)
                 self._replies += (
                     Unsent(b"".join(replies), []),
                     Unsent(reply, reply_fds, refusal, taken, unproven),
@@ -220,9 +221,11 @@ class RequestProcessor:
         self.state = (_ON_CHANGED if waits else _ON_EXECUTED)[self.state]
         return not (ready or context.ending or self.streamed_reply)
 
-    def _refusal(self, request_id: Any, error: QMPError) -> bytes:
+    def _refusal(self, request: Request | Error, request_id: Any, error: QMPError) -> bytes:
         """The error reply for a command that has failed after its execution."""
-        return self._connection.reply(Error(error), request_id)
+        result = Error(error)
+        note(self._context.shared, self._context.peer, request, result)
+        return self._connection.reply(result, request_id)
 
     def _flush_replies(self) -> bool:
         """Close removed descriptors, then send the replies; return False where a close has to be
@@ -364,7 +367,9 @@ class RequestProcessor:
         is streamed as well.
         """
         request_id = reply.members.get("id", UNSET)
-        self.streamed_reply = self._connection.streamed_reply(Error(error), request_id)
+        result = Error(error)
+        note(self._context.shared, self._context.peer, result, result)
+        self.streamed_reply = self._connection.streamed_reply(result, request_id)
         return b""
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from ...protocol.server import ServerConnection
 from ...transport import Arrival, FdStream
 from ..listen.admission import rejection_reply
 from ..services import Services
+from .command_log import note
 from .fd_accounting import CLOSES_A_STEP, FdAccounting
 from .request_processor import BatchState, RequestProcessor
 from .send_buffer import SendBuffer
@@ -226,7 +227,9 @@ class Session:
         """Answer the request for a takeover with an error, without waiting: another takeover may be
         under way.  A successor reads its replies.
         """
-        reply = self._connection.reply(Error(reason), self.processor.takeover_id)
+        result = Error(reason)
+        note(self._services.shared, self.peer, result, result)
+        reply = self._connection.reply(result, self.processor.takeover_id)
         if not self.send_buffer.size:
             with suppress(trio.BrokenResourceError):
                 self.stream.send_nowait(reply)
