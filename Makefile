@@ -1,5 +1,5 @@
-# Every target makes the virtual environment it needs, and makes it again when the files that
-# describe it change. Other interpreter: make PYTHON=python3.13 clean test
+# Every target makes the virtual environment that it needs, and updates it when the files that
+# describe it change. For another interpreter: make PYTHON=python3.13 clean test
 
 PYTHON ?= python3
 ARGS ?=
@@ -8,7 +8,7 @@ SYSTEM ?= sid
 
 VENV := .venv
 BIN  := $(VENV)/bin
-# One set of versions for everybody: the pinned ones, also where only the runtime is needed.
+# Pinned versions, also for the runtime dependencies.
 PIP  := $(BIN)/python -m pip --quiet --disable-pip-version-check install --constraint requirements-dev.txt
 
 .PHONY: help demo run test elsewhere lint format types docs links reference package bench figures stress fuzz clean

@@ -1,10 +1,10 @@
-"""What the daemon costs, beside others that keep descriptors: ``make bench``.
+"""Compare the daemon's CPU time, latency and memory with other servers': ``make bench``.
 
-One run starts all of them, and gives each the same work in turns, round after round; what counts
-are the medians, and the ratios between them.  The CPU time is the server's own
-(/proc/PID/schedstat).  Its clients, a C program, are measured on the CPU of the server, where they
-take turns and the server hardly ever waits, and on another CPU, where each request wakes it up.
-Peers that are not installed are left out, and named with the command that installs them.
+One run starts all servers and measures each with the same work in every round.  The results are
+medians over the rounds, and ratios between them.  CPU time is that of the server processes alone
+(/proc/PID/schedstat).  The clients, a C program, run once on the server's CPU, where the server
+hardly ever sleeps, and once on another CPU, where each request wakes the server up.  Servers that
+are not installed are skipped; the output names the command that installs each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PAIRS = Scale(3, 200, 1_000_000, (0,), _CLIENTS, 0, 0, 0, 0, 0)
 #: The servers that the goals of ``--pairs`` compare.
 _COMPARED = ("loop", "trio", "qmpfd", "supervised")
 
-#: Descriptors that a server needs besides those that it stores: its clients, and its own.
+#: Descriptors that a server needs beside the stored ones: client sockets and its own files.
 _SPARE = 1200
 
 
@@ -64,7 +64,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _scale(options: argparse.Namespace) -> Scale:
-    """How much to do: as asked, and as far as this process may."""
+    """Return the scale that the options ask for, within the hard limit on open descriptors."""
     scale = _PAIRS if options.pairs else _QUICK if options.quick else _WHOLE
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -82,9 +82,9 @@ def _scale(options: argparse.Namespace) -> Scale:
 
 
 def _names(options: argparse.Namespace) -> list[str]:
-    """The servers to measure, after telling which cannot be."""
+    """Return the servers to measure; print which of the chosen ones are not installed."""
     absent = missing()
-    if "loop" in absent:  # so is the load client
+    if "loop" in absent:  # the load client needs the same compiler
         raise Failed(f"there is no C compiler: {absent['loop']}")
     chosen = options.only or (_COMPARED if options.pairs else KINDS)
     wanted = [name for name in KINDS if name in chosen]
@@ -95,7 +95,7 @@ def _names(options: argparse.Namespace) -> list[str]:
 
 
 class _Progress:
-    """One line on a terminal that says what is going on."""
+    """Status line on standard error, if that is a terminal."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
@@ -108,7 +108,7 @@ class _Progress:
             )
 
     def over(self) -> None:
-        """Take the line away again."""
+        """Erase the status line."""
         if self._shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -118,7 +118,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, and tell."""
+    """Measure, print and write the results; return the exit status."""
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     began = time.monotonic()

@@ -1,8 +1,8 @@
-"""Builds sdist and wheel, and tries them as a user meets them: ``make package``.
+"""Build sdist and wheel, install the wheel, and test it as a user would: ``make package``.
 
-In an empty environment, outside of the checkout: the command, a daemon, the library, and types, by
-mypy and by pyright.  Two builds have to give the same bytes.  Ends at the first thing that is
-wrong.
+The tests run in an empty virtual environment outside of the checkout: the command, a daemon, the
+library, and its types with mypy and pyright.  Two builds must give the same bytes.  The first
+failure ends the script.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import TypeAlias
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: Seconds that a step may take: to install downloads a few packages.
+#: Timeout of a step in seconds: the installation downloads a few packages.
 PATIENCE = 120.0
 
-#: Any time will do, if it is the same for both builds: that of 2020-01-01.
+#: $SOURCE_DATE_EPOCH of both builds, 2020-01-01: any time, if both have the same.
 EPOCH = "1577836800"
 
 USER_MODULE = """
@@ -49,7 +49,7 @@ def limits() -> qmpfd.Limits:
     return qmpfd.Limits(max_fds=10)
 """
 
-#: Each is wrong in one place, which a type checker has to find.
+#: Replacements in USER_MODULE; each makes one type error, which a type checker must find.
 WRONG = [
     ("await one.query_fdsets()", "one.query_fdsets()"),
     ("fd=stored.fd", "fd=stored.opaque"),
@@ -62,11 +62,11 @@ Words: TypeAlias = Sequence[str | os.PathLike[str]]
 
 
 class Wrong(Exception):
-    """The package does not do what it promises."""
+    """The package does not behave as documented."""
 
 
 def run(command: Words, folder: Path, status: int = 0, **environ: str) -> str:
-    """Run a command outside of the checkout; what it printed."""
+    """Run a command in *folder*; return its output; raise Wrong if it exits with another status."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "QMPFD_"))}
     done = subprocess.run(
         command,
@@ -87,28 +87,28 @@ def run(command: Words, folder: Path, status: int = 0, **environ: str) -> str:
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Say what is done, and how long it took."""
+    """Print the name of a step with the seconds that it took."""
     started = time.monotonic()
     yield
     print(f"{time.monotonic() - started:6.1f} s  {name}", flush=True)
 
 
 def build(folder: Path) -> dict[str, bytes]:
-    """Build into *folder*, the wheel from the sdist; what was built, by name."""
+    """Build the sdist, and the wheel from it, into *folder*; return the content of each by name."""
     words: Words = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
     run(words, folder, SOURCE_DATE_EPOCH=EPOCH)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def check_same(one: dict[str, bytes], other: dict[str, bytes]) -> None:
-    """Two builds have to be the same, byte by byte."""
+    """Check that two builds are the same, byte by byte."""
     digests = [{n: hashlib.sha256(d).hexdigest() for n, d in b.items()} for b in (one, other)]
     if digests[0] != digests[1]:
         raise Wrong(f"two builds differ: {digests}")
 
 
 def check_content(folder: Path) -> Path:
-    """What has to be in the two archives; the path of the wheel."""
+    """Check the files and metadata in the two archives; return the path of the wheel."""
     (wheel,) = folder.glob("*.whl")
     (sdist,) = folder.glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
@@ -139,7 +139,7 @@ def check_content(folder: Path) -> Path:
 
 
 def check_command(bin_: Path, folder: Path) -> None:
-    """The command, and a round trip through a daemon."""
+    """Check ``qmpfd --version``, a daemon, and a round trip with ``add`` and ``ls``."""
     version = run([bin_ / "qmpfd", "--version"], folder)
     if not version.startswith("qmpfd "):
         raise Wrong(f"--version says {version!r}")
@@ -164,7 +164,7 @@ def check_command(bin_: Path, folder: Path) -> None:
 
 
 def check_library(bin_: Path, folder: Path) -> None:
-    """All public names, from the installed package; the manual pages and units in their place."""
+    """Check that the installed package has all public names, its types, and the units."""
     program = "import qmpfd; [getattr(qmpfd, n) for n in qmpfd.__all__]; print(qmpfd.__file__)"
     where = run([bin_ / "python", "-W", "error", "-c", program], folder).strip()
     if not Path(where).is_relative_to(bin_.parent):
@@ -176,7 +176,7 @@ def check_library(bin_: Path, folder: Path) -> None:
 
 
 def check_types(bin_: Path, folder: Path, checker: Sequence[str]) -> None:
-    """A user's module is right, and is found wrong where it is."""
+    """Check that *checker* passes a user's module, and fails each variant with a type error."""
     module = folder / "user_module.py"
     module.write_text(USER_MODULE)
     run([*checker, module], folder)
@@ -188,7 +188,7 @@ def check_types(bin_: Path, folder: Path, checker: Sequence[str]) -> None:
 
 
 def checkers(bin_: Path) -> dict[str, list[str]]:
-    """The type checkers that are installed here, and how they are called to look there."""
+    """Return the command line of each installed type checker, for the environment *bin_*."""
     python = str(bin_ / "python")
     found = {"mypy": [sys.executable, "-m", "mypy", "--strict", "--python-executable", python]}
     if importlib.util.find_spec("basedpyright"):
@@ -200,7 +200,7 @@ def checkers(bin_: Path) -> dict[str, list[str]]:
 
 
 def main() -> int:
-    """Do it all; the exit status."""
+    """Run all steps; return the exit status."""
     with tempfile.TemporaryDirectory(prefix="qmpfd-package-") as name:
         folder = Path(name)
         for each in ("one", "other", "work"):

@@ -1,8 +1,8 @@
-"""A qmpfd daemon as a process of its own, for the other scripts here.
+"""Run a qmpfd daemon as a child process, for the other scripts in this folder.
 
     python scripts/daemon.py USER [ARGUMENT]...
 
-is ``qmpfd serve ARGUMENT...`` as USER, also where USER may not read this Python.
+runs ``qmpfd serve ARGUMENT...`` as USER, even if USER may not read this Python.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ import trio
 
 import qmpfd
 
-#: Seconds for what takes milliseconds when all is well: to start, to end.
+#: Timeout in seconds for a start or an end, which take milliseconds.
 PATIENCE = 10.0
 
 
 class Broken(Exception):
-    """The daemon does not do what it promises."""
+    """The daemon does not behave as documented."""
 
 
 @dataclass
 class DaemonProcess:
-    """A running daemon: where it listens, and what it holds open."""
+    """A running daemon: its socket, its process and its log."""
 
     socket: Path
     pid: int
-    process: trio.Process | None = None  # None: somebody else started it
+    process: trio.Process | None = None  # None: this script did not start the daemon
     log: bytearray = field(default_factory=bytearray)
 
     def fd_count(self) -> int:
-        """How many descriptors it has open."""
+        """Return the number of descriptors that the daemon has open."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     async def settles_at(self, count: int) -> bool:
-        """Whether it has just *count* descriptors open, or will soon: that a client has gone, it
-        hears in its own time.
+        """Wait until the daemon has *count* descriptors open; return whether that happened in time.
+
+        The daemon closes a client's descriptors only when it has read the end of the connection.
         """
         for _ in range(int(PATIENCE / 0.01)):
             if self.fd_count() == count:
@@ -53,25 +54,25 @@ class DaemonProcess:
         return False
 
     def file_behind(self, fd: int) -> tuple[int, int] | None:
-        """Which file its descriptor *fd* is, by device and inode; None if it is not open."""
+        """Return device and inode of the daemon's descriptor *fd*; None if *fd* is not open."""
         try:
             return identity(os.stat(f"/proc/{self.pid}/fd/{fd}"))
         except FileNotFoundError:
             return None
 
     def access_of(self, fd: int) -> int:
-        """The access mode of its descriptor *fd*: O_RDONLY, O_WRONLY or O_RDWR."""
+        """Return the access mode of the daemon's descriptor *fd*: O_RDONLY, O_WRONLY or O_RDWR."""
         with open(f"/proc/{self.pid}/fdinfo/{fd}") as info:
             flags = next(line for line in info if line.startswith("flags:"))
         return int(flags.split()[1], 8) & os.O_ACCMODE
 
     def said(self) -> str:
-        """What it wrote to its standard error."""
+        """Return the daemon's log as text."""
         return self.log.decode(errors="replace").strip() or "(it said nothing)"
 
 
 def identity(found: os.stat_result) -> tuple[int, int]:
-    """A file's device and inode: no two files that exist share both."""
+    """Return a file's device and inode, which no other existing file has."""
     return found.st_dev, found.st_ino
 
 
@@ -79,15 +80,15 @@ def identity(found: os.stat_result) -> tuple[int, int]:
 async def running_daemon(
     socket: Path, *options: str, user: str | None = None
 ) -> AsyncGenerator[DaemonProcess, None]:
-    """Start a daemon that listens on *socket*; at the end, ask it to go, and see that it does.
+    """Start a daemon; at the end, send SIGTERM and check that the daemon exits cleanly.
 
     Args:
-        socket: where it listens.
+        socket: path of its socket.
         options: further options of ``qmpfd serve``.
-        user: whom it runs as; whoever runs this if None.
+        user: name of the daemon's user; None for the user of this process.
 
     Raises:
-        Broken: it does not start, or does not end as it should.
+        Broken: the daemon does not start, or does not exit with status 0.
     """
     start = ["-m", "qmpfd", "serve"] if user is None else [__file__, user]
     command = [sys.executable, *start, f"--socket={socket}", *options]
@@ -120,7 +121,7 @@ async def running_daemon(
 
 
 async def _read_log(daemon: DaemonProcess, listening: trio.Event) -> None:
-    """Keep what the daemon says, and note when it says that clients may come, or is gone."""
+    """Collect the daemon's log; set *listening* when the daemon listens or has exited."""
     assert daemon.process is not None
     assert daemon.process.stderr is not None
     async with daemon.process.stderr as log:
@@ -132,14 +133,14 @@ async def _read_log(daemon: DaemonProcess, listening: trio.Event) -> None:
 
 
 async def end_on_sigterm(scope: trio.CancelScope) -> None:
-    """Cancel *scope* when this process is told to end, so that it cleans up as it goes."""
+    """Cancel *scope* on SIGTERM: the script then cleans up before it exits."""
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
         async for _ in signals:
             scope.cancel()
 
 
 def become(user: str) -> None:
-    """Give up all rights that *user* does not have, for good."""
+    """Set this process's uid, gid and groups to *user*'s, irrevocably."""
     entry = pwd.getpwnam(user)
     os.setgroups([])
     os.setgid(entry.pw_gid)
@@ -147,7 +148,7 @@ def become(user: str) -> None:
 
 
 def run(main: Callable[[], Awaitable[int]]) -> int:
-    """Run a script's main function; its exit status, with one line for each expected failure."""
+    """Run a script's main function; print each expected failure; return the exit status."""
     try:
         return trio.run(main)
     except (Exception, BaseExceptionGroup, KeyboardInterrupt) as exc:
@@ -163,7 +164,7 @@ def run(main: Callable[[], Awaitable[int]]) -> int:
 
 
 def leaves(exc: BaseException) -> Iterator[BaseException]:
-    """The exceptions in a group, and in the groups in it."""
+    """Yield the exceptions in a group and in its nested groups."""
     if isinstance(exc, BaseExceptionGroup):
         for part in exc.exceptions:
             yield from leaves(part)
@@ -172,7 +173,7 @@ def leaves(exc: BaseException) -> Iterator[BaseException]:
 
 
 if __name__ == "__main__":
-    # All that it will need: that user may not be able to read where it is.
+    # All modules that the daemon needs: USER may not be able to read them.
     import qmpfd.cli.daemon
     import qmpfd.cli.logs
     import qmpfd.cli.serve

@@ -1,8 +1,8 @@
 """A guided tour of qmpfd, on real descriptors: ``make demo``.
 
-It starts a daemon as a process of its own on a socket in a temporary folder, uses it as any
-program would, through ``qmpfd.connect``, and shows every QMP line that goes over the wire.  What
-it claims it checks, in the daemon's own ``/proc/PID/fd`` too: a broken daemon makes it fail.
+The tour starts a daemon as a child process on a socket in a temporary folder, connects to it with
+``qmpfd.connect``, and prints every QMP line sent and received.  The tour checks each of its claims,
+also in the daemon's ``/proc/PID/fd``, and fails if one is not true.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from raw import raw_connect
 import qmpfd
 from qmpfd.cli.tapping import WIDTH, paint, show, tapped
 
-#: Seconds for all of the tour, which takes two or three.
+#: Timeout of the whole tour in seconds; it takes two or three.
 _PATIENCE = 60.0
 
 
@@ -39,7 +39,7 @@ def say(text: str) -> None:
 
 
 def claim(truth: bool, text: str) -> None:
-    """Print what was found true, or end the tour."""
+    """Print *text* if it is true, else raise Broken."""
     if not truth:
         raise Broken(f"this should be true, and is not: {text}")
     mark = paint("1;32", "ok")
@@ -53,32 +53,32 @@ def note(text: str) -> None:
 
 
 class BriefWire:
-    """Shows the lines of a connection, but for the first few, which are always the same."""
+    """Prints the lines of a connection, except the first *hidden* ones, which never differ."""
 
     def __init__(self, hidden: int) -> None:
         self._hidden = hidden
 
     def __call__(self, from_client: bool, line: str, fds: int) -> None:
-        """Show a line, or not."""
+        """Print a line, unless it is one of the first."""
         if self._hidden:
             self._hidden -= 1
         else:
             show(from_client, line, fds)
 
 
-#: How a connection begins: the greeting, ``qmp_capabilities``, and the reply to that.
+#: Number of lines at the start of a connection: greeting, ``qmp_capabilities``, reply.
 _HANDSHAKE = 3
 
 
 @dataclass
 class Tour:
-    """What the steps share.
+    """State that the steps share.
 
     Args:
-        daemon: the daemon, and its socket.
-        folder: where files may be made; nobody but the owner can look into it.
-        run_folder: where the sockets are: a folder of the daemon's user.
-        user: whom the daemon and the worker run as; None: the same as this process.
+        daemon: the daemon.
+        folder: folder for files; other users cannot enter it.
+        run_folder: folder for sockets, owned by the daemon's user.
+        user: user of the daemon and the worker; None for the user of this process.
     """
 
     daemon: DaemonProcess
@@ -94,7 +94,7 @@ class Tour:
 
     @asynccontextmanager
     async def client(self, *, handshake: bool = False) -> AsyncGenerator[qmpfd.Client, None]:
-        """A connection to the daemon, with what goes over it shown, *handshake* included or not."""
+        """Connect to the daemon, and print the lines of the connection after its handshake."""
         tap = self.run_folder / "tap.sock"
         if not handshake:
             note("a new connection; greeting and negotiation as above")
@@ -103,7 +103,7 @@ class Tour:
             yield client
 
     def holds(self, fd: int, file: os.stat_result) -> bool:
-        """Whether the daemon's descriptor *fd* is an open one of *file*."""
+        """Return whether the daemon's descriptor *fd* refers to *file*."""
         return self.daemon.file_behind(fd) == identity(file)
 
 
@@ -167,7 +167,7 @@ async def share(tour: Tour) -> None:
 async def work(
     connect: Callable[[Path], AbstractAsyncContextManager[qmpfd.Client]], socket: Path, image: Path
 ) -> None:
-    """What the second process does."""
+    """Run the second process: open, read, write and remove descriptors of the set."""
     note(f"the second process: pid {os.getpid()}, uid {os.getuid()}")
     try:
         image.open("rb").close()
@@ -321,7 +321,7 @@ async def shell(tour: Tour) -> None:
 
 
 async def _qmpfd(tour: Tour, *arguments: str) -> str:
-    """Run the ``qmpfd`` command, show it and its output, and return that."""
+    """Run the ``qmpfd`` command, print command and output, and return the output."""
     shown = shlex.join(["qmpfd", *arguments]).replace(f"{tour.folder}/", "")
     print("  " + paint("36", f"$ {shown}"), flush=True)
     done = await trio.run_process(
@@ -353,7 +353,7 @@ async def leave(tour: Tour) -> None:
     )
 
 
-#: In this order; the title is the first line of each one's description.
+#: The steps in order; the first line of a step's docstring is its title.
 STEPS = (park, share, remove, number, refuse, shell, leave)
 
 
@@ -361,11 +361,11 @@ STEPS = (park, share, remove, number, refuse, shell, leave)
 
 
 async def _other_user(folder: Path) -> str | None:
-    """A user without rights, if this is root, may become that user, and the user can reach
-    *folder*, which is theirs then; else None: stay who we are.
+    """Return an unprivileged user who owns *folder* from now on; None if there is no such user.
 
-    It is not ``nobody``: that is the kernel's name for users whom it cannot map too
-    (/proc/sys/kernel/overflowuid), and so never the daemon's own user.
+    None: this process is not root, may not call setuid(2), or the user cannot reach *folder*.  The
+    user is not ``nobody``: the kernel uses that uid for users whom it cannot map too
+    (/proc/sys/kernel/overflowuid), so qmpfd never takes it for the daemon's own.
     """
     user = "daemon"
     if os.geteuid() != 0:
@@ -383,8 +383,8 @@ async def _other_user(folder: Path) -> str | None:
 
 
 async def tour(folder: Path) -> None:
-    """All the steps, one after the other, in an empty *folder*."""
-    folder.chmod(0o711)  # others may pass through to what they know the name of
+    """Run all the steps in an empty *folder*."""
+    folder.chmod(0o711)  # the daemon's user must reach its own folder below
     private, run_folder = folder / "private", folder / "run"
     private.mkdir(mode=0o700)
     run_folder.mkdir(mode=0o700)
@@ -404,13 +404,13 @@ async def tour(folder: Path) -> None:
 
 
 async def main() -> int:
-    """The tour, or the second process in it."""
+    """Run the tour, or its second process; return the exit status."""
     status = 128 + signal.SIGTERM
     async with trio.open_nursery() as nursery:
         nursery.start_soon(end_on_sigterm, nursery.cancel_scope)
         with trio.move_on_after(_PATIENCE) as patience:
             if sys.argv[1:2] == ["--worker"]:
-                connect = qmpfd.connect  # imported now, while this Python can still be read
+                connect = qmpfd.connect  # imported now: *user* may be unable to read the package
                 for user in sys.argv[4:]:
                     become(user)
                 await work(connect, Path(sys.argv[2]), Path(sys.argv[3]))

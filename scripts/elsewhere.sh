@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Runs a command, as a rule the suite, on a copy of this checkout in another Debian: the newest
-# Python, QEMU, systemd and s6 that there are, on the machine that one has.
+# Run a command, by default the tests, on a copy of this checkout in another release of Debian, for
+# instance with the newest Python, QEMU, systemd and s6.
 #
 #     scripts/elsewhere.sh [--system sid] [--python python3.13] [COMMAND...]
 #
-# The system is made by debootstrap in build/elsewhere/SYSTEM ($ELSEWHERE/SYSTEM, where that is
-# set) and is kept there: the first run takes two minutes more.  SYSTEM is a release of Debian's,
-# sid by default; the Python is its newest one by default.  The command gets mounts, processes, a
-# /proc, a /dev and a /sys of its own, and the network of the machine.
+# debootstrap installs the system in build/elsewhere/SYSTEM ($ELSEWHERE/SYSTEM, if that is set),
+# which takes two minutes; later runs use it again.  SYSTEM is a release of Debian, by default sid;
+# the default Python is the newest of that release.  The command runs in mount, pid, ipc and uts
+# namespaces of its own, with its own /proc, /dev and /sys, and in the machine's network namespace.
 set -euo pipefail
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 
-# What the suite talks to, and what a virtual environment for a new Python is built with.
+# The programs that the tests run, and the tools to build packages for a new Python.
 PACKAGES=(make gcc libc6-dev git ca-certificates iproute2 procps qemu-system-x86 systemd s6 runit zsh fish)
 
 die() { printf 'elsewhere: %s\n' "$*" >&2; exit 2; }
 
 # --- making a system ---
 
-# The machine's own way to packages: the mirror of its first source, and every setting beside it.
+# The machine's first mirror; share_settings copies its apt, certificate and network settings.
 mirror() { apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | head -n 1; }
 
 share_settings() {
@@ -33,7 +33,7 @@ share_settings() {
 
 apt() { DEBIAN_FRONTEND=noninteractive chroot "$root" apt-get -q "$@"; }
 
-# The newest interpreter of the system, which need not be the one that it calls python3.
+# The newest interpreter of the system: python3 may be an older one.
 newest_python() {
     chroot "$root" apt-cache search --names-only '^python3\.[0-9]+$' | cut -d' ' -f1 | sort -V | tail -n 1
 }
@@ -46,7 +46,7 @@ make_system() {
     mkdir -p "$root"
     debootstrap --variant=minbase "$system" "$root" "$url"
     share_settings
-    # No package starts a daemon here (Debian policy 9.3.3).
+    # Keep packages from starting daemons (Debian policy 9.3.3).
     printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
     chmod +x "$root/usr/sbin/policy-rc.d"
     apt update
@@ -56,7 +56,7 @@ make_system() {
 
 # --- running in it ---
 
-# Tracked files and new ones, as they are.
+# Copy tracked and untracked files, with uncommitted changes; skip ignored files.
 copy_checkout() {
     cd "$1"
     git ls-files -z --cached --others --exclude-standard |
@@ -64,7 +64,8 @@ copy_checkout() {
         tar --null --files-from=- --create | tar --directory="$2" --extract --no-same-owner
 }
 
-# In namespaces of its own: the system becomes the root, so that mountinfo(5) tells of nothing else.
+# Runs in new namespaces.  pivot_root(2) rather than chroot(2): mountinfo(5) then lists only mounts of
+# the system.
 enter() {
     local root=$1 checkout=$2 python=$3 place
     shift 3
@@ -76,7 +77,7 @@ enter() {
     mount -t devpts -o newinstance,mode=620,gid=5,ptmxmode=666 devpts "$root/dev/pts"
     for place in tmp dev/shm; do mount -t tmpfs -o mode=1777 tmpfs "$root/$place"; done
     for place in run srv; do mount -t tmpfs -o mode=755 tmpfs "$root/$place"; done
-    # The copy goes with this run, its virtual environment stays for the next one.
+    # The copy is on a tmpfs and ends with this run; the virtual environment stays on disk.
     place=srv/$(basename "$checkout")
     mkdir -p "$root/$place/.venv" "$root/var/cache/$python/$place"
     mount --bind "$root/var/cache/$python/$place" "$root/$place/.venv"
@@ -85,7 +86,7 @@ enter() {
     pivot_root . mnt
     cd "/$place"
     umount --lazy /mnt
-    "$@"  # not exec: this shell is process 1 there, and reaps whom nobody waits for
+    "$@"  # not exec: this shell is process 1 of the pid namespace, and reaps orphans
 }
 
 system=sid python=

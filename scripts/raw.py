@@ -1,4 +1,4 @@
-"""QMP by hand: what a client library does not let you send, or is too orderly for."""
+"""QMP client on a plain socket: sends what ``qmpfd.connect`` does not permit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from daemon import Broken
 
 
 class RawClient:
-    """A connection on which nothing happens by itself; made by :func:`raw_connect`."""
+    """A connection that sends and reads only when told; made by :func:`raw_connect`."""
 
     def __init__(self, sock: trio.socket.SocketType) -> None:
         self._sock = sock
@@ -24,14 +24,14 @@ class RawClient:
         self._lines: deque[bytes] = deque()
 
     async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Send bytes, with descriptors on the first of them, if any."""
+        """Send bytes, with *fds* on the first byte."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         while data:
             data = data[await self._sock.sendmsg([data], rights) :]
             rights = []
 
     async def ask(self, command: str, request_id: object = None, **arguments: object) -> None:
-        """Send a command without waiting for its reply; ``fds`` is what goes with it."""
+        """Send a command and *fds*; do not wait for the reply."""
         fds = arguments.pop("fds", ())
         assert isinstance(fds, Sequence)
         members = {name.replace("_", "-"): value for name, value in arguments.items()}
@@ -43,10 +43,10 @@ class RawClient:
         await self.send(json.dumps(request).encode(), fds)
 
     async def read(self) -> dict[str, Any]:
-        """The next object that the server sends.
+        """Read and return the next JSON object.
 
         Raises:
-            Broken: it closes the connection, or sends something else.
+            Broken: the server closes the connection, or sends something else.
         """
         while not self._lines:
             try:
@@ -67,7 +67,7 @@ class RawClient:
         return value
 
     async def negotiate(self) -> None:
-        """Take the greeting, and enter command mode."""
+        """Read the greeting, and enter command mode with ``qmp_capabilities``."""
         if "QMP" not in await self.read():
             raise Broken("the daemon does not greet")
         await self.ask("qmp_capabilities")
@@ -77,7 +77,7 @@ class RawClient:
 
 @asynccontextmanager
 async def raw_connect(path: str | os.PathLike[str]) -> AsyncGenerator[RawClient, None]:
-    """Connect to the server at *path*; nothing is sent or read yet."""
+    """Connect to the server at *path*; send and read nothing."""
     with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         await sock.connect(os.fspath(path))
         yield RawClient(sock)

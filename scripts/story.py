@@ -1,4 +1,4 @@
-"""What the three stories share: saying what happens, and checking that it is so."""
+"""Functions that the three stories share: print and check what happens."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pathlib import Path
 import trio
 from daemon import Broken, run
 
-#: Seconds for a whole story, which takes one or two.
+#: Timeout of a story in seconds; a story takes one or two.
 _PATIENCE = 60.0
 
-#: Our own command line, of the same version as the daemon.
+#: Start of a ``qmpfd`` command line, of the same version as the daemon.
 QMPFD = (sys.executable, "-m", "qmpfd")
 
 
 def say(text: str) -> None:
-    """Tell what happens next."""
+    """Print a sentence of the story."""
     print(" ".join(text.split()), flush=True)
 
 
 def check(truth: bool, text: str) -> None:
-    """Tell what was found true, or end the story."""
+    """Print *text* if it is true, else raise Broken."""
     if not truth:
         raise Broken(f"this should be true, and is not: {text}")
     print(f"  ok: {text}", flush=True)
 
 
 def tell(story: Callable[[Path], Awaitable[None]]) -> int:
-    """Run a story in a folder of its own, where others may pass through; its exit status."""
+    """Run a story in a temporary folder of mode 711; return the exit status."""
 
     async def main() -> int:
         with tempfile.TemporaryDirectory(prefix="qmpfd-story-") as name:

@@ -1,8 +1,9 @@
-"""A QEMU that may open nothing gets its disk pushed into it, and opens it.
+"""``qmpfd push`` gives a running QEMU its disk, which QEMU itself may not open.
 
-The image is collected beforehand, by whoever may open it.  The QEMU, run as ``nobody`` when this
-is root, is given the fd set while it runs and told to open ``/dev/fdset/N``; it takes the
-descriptor of the set that has the access mode it needs, which is why there have to be two.
+Another process opens the image beforehand and stores its descriptors.  QEMU runs as ``nobody`` if
+this script runs as root.  ``qmpfd push`` adds the fd set to QEMU, whose client then tells it to
+open ``/dev/fdset/N``.  QEMU selects a descriptor by access mode: the set needs one that is
+read-only and one that is read-write.
 
     python scripts/story_qemu.py      (needs a QEMU: apt-get install qemu-system-x86)
 """
@@ -30,10 +31,10 @@ QEMU = "qemu-system-x86_64"
 
 @asynccontextmanager
 async def running_qemu(*monitors: Path) -> AsyncGenerator[None, None]:
-    """A machine without hardware, and a QMP server on each of *monitors*: QEMU serves one client
-    at a time on each.  The block has to end with ``quit``.
+    """Run a QEMU without hardware, with a QMP monitor on each path of *monitors*: each serves one
+    client at a time.  The block must end QEMU with ``quit``.
 
-    The sockets listen already when QEMU inherits them, so there is nothing to wait for.
+    QEMU inherits sockets that already listen: clients can connect at once.
     """
     command = [QEMU, "-nodefaults", "-machine", "none", "-display", "none"]
     listeners = []
@@ -44,7 +45,7 @@ async def running_qemu(*monitors: Path) -> AsyncGenerator[None, None]:
         listeners.append(listener)
         chardev = f"socket,id=qmp{number},fd={listener.fileno()},server=on,wait=off"
         command += ["-chardev", chardev, "-qmp", f"chardev:qmp{number}"]
-    # What root may open proves nothing.
+    # Root may open every image.
     become = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
     process = await trio.lowlevel.open_process(
         command,
@@ -64,7 +65,7 @@ async def running_qemu(*monitors: Path) -> AsyncGenerator[None, None]:
 
 
 async def shell(*words: str) -> str:
-    """Run a ``qmpfd`` command, as one would type it; what it says."""
+    """Run a ``qmpfd`` command, print command and output, and return the output."""
     say("$ qmpfd " + " ".join(words))
     done = await trio.run_process([*QMPFD, *words], capture_stdout=True, stderr=STDOUT)
     output = done.stdout.decode()
@@ -73,7 +74,7 @@ async def shell(*words: str) -> str:
 
 
 async def story(folder: Path) -> None:
-    """Begin to end."""
+    """Store the image, start QEMU, push the fd set, and check what QEMU wrote."""
     if shutil.which(QEMU) is None:
         raise Broken("this needs a real QEMU: apt-get install qemu-system-x86")
     image = folder / "disk.img"
@@ -97,7 +98,7 @@ async def story(folder: Path) -> None:
 
 
 async def use(qemu: qmpfd.Client, image: Path, another: Path) -> None:
-    """Push the set into QEMU, and see to it that QEMU works with it."""
+    """Push the fd set into QEMU, and check that QEMU reads and writes the disk."""
     disk = {"driver": "file", "node-name": "disk", "read-only": False}
     try:
         await qemu.execute("blockdev-add", {**disk, "filename": str(image)})
@@ -105,8 +106,8 @@ async def use(qemu: qmpfd.Client, image: Path, another: Path) -> None:
         check(True, f"QEMU cannot open the image: {exc}")
     else:
         check(False, "QEMU cannot open the image")
-    # Its manager is connected all the while: up to version 9.0, QEMU closes what is in its sets,
-    # and not in use, when its last client leaves.
+    # *qemu* stays connected: up to version 9.0, QEMU closes the unused descriptors of its fd sets
+    # when its last client disconnects.
     await shell("push", "0", "--to", str(another), "--fdset", "5")
     [fdset] = await qemu.query_fdsets()
     check([fd.opaque for fd in fdset.fds] == ["rdonly:disk", "rdwr:disk"], f"QEMU has {fdset}")
@@ -117,7 +118,7 @@ async def use(qemu: qmpfd.Client, image: Path, another: Path) -> None:
     check(size == 1 << 20, f"QEMU sees a disk of {size} bytes")
     line = f'qemu-io disk "write -P {ord("Q")} 512 512"'
     await qemu.execute("human-monitor-command", {"command-line": line})
-    # What it has opened is its own: neither set is needed any more.
+    # QEMU has duplicated the descriptor that it uses: it needs neither fd set any more.
     await qemu.remove_fd(5)
     await qemu.execute("blockdev-del", {"node-name": "disk"})
     check(await qemu.query_fdsets() == [], "QEMU has closed the disk, and has no fd sets any more")

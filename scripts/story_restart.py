@@ -1,9 +1,9 @@
-"""A listening socket outlives its server: restarted three times, and nobody is refused.
+"""A server is restarted three times, and no connection to its listening socket is refused.
 
-The socket is opened once and kept by the daemon.  Each server gets a duplicate of it from ``qmpfd
-exec`` and ends when it is told to.  While there is none, connections wait in the socket's backlog:
-for as long as anybody has the socket open, the kernel accepts them.  Visitors come all the time,
-and every single one of them has to be answered.
+The socket is opened once and stored in the daemon.  Each server gets a duplicate from ``qmpfd
+exec`` and exits on SIGTERM.  While no server runs, connections wait in the socket's backlog
+(listen(2)): the kernel completes connections as long as any process has the socket open.  Clients
+connect all the time, and each must get its reply.
 
     python scripts/story_restart.py
 """
@@ -29,19 +29,19 @@ import qmpfd
 
 VISITORS = 8
 RESTARTS = 3
-#: Visits to see in each generation, before the next one.
+#: Connections that each server must answer before the next one starts.
 VISITS = 100
-#: Seconds in which there is no server at all.
+#: Seconds without any server.
 GAP = 0.2
 
 READY = b"serving\n"
 
 
-# -- the server: what this file is when it is started with a generation ------------------------
+# -- the server: this file, started with a generation as its argument --------------------------
 
 
 async def serve(generation: str) -> None:
-    """Answer each connection on descriptor 3 with *generation*; on SIGTERM accept no more."""
+    """Answer each connection to descriptor 3 with *generation*; on SIGTERM stop accepting."""
     listener = trio.SocketListener(trio.socket.from_stdlib_socket(socket.socket(fileno=3)))
 
     async def answer(visitor: trio.SocketStream) -> None:
@@ -50,7 +50,7 @@ async def serve(generation: str) -> None:
             await visitor.send_all(generation.encode() + b" " + question)
 
     with trio.open_signal_receiver(signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:  # ends once everybody is answered
+        async with trio.open_nursery() as nursery:  # ends when all accepted clients are answered
             with trio.CancelScope() as accepting:
 
                 async def stop() -> None:
@@ -67,7 +67,7 @@ async def serve(generation: str) -> None:
 
 
 class Visits:
-    """What the visitors have seen."""
+    """Counts the answers that clients get, by server."""
 
     def __init__(self) -> None:
         self.of: Counter[str] = Counter()
@@ -75,7 +75,7 @@ class Visits:
         self.longest = 0.0
 
     async def visit(self, address: tuple[str, int]) -> None:
-        """Come again and again; whoever is refused, or cut off, ends the story."""
+        """Connect repeatedly; a refused or broken connection ends the story."""
         for number in count():
             begin = perf_counter()
             async with await trio.open_tcp_stream(*address) as stream:
@@ -91,7 +91,7 @@ class Visits:
 
 
 async def start_server(nursery: trio.Nursery, qmp: Path, generation: str) -> trio.Process:
-    """Start a server that gets the socket out of fd set 0; return once it accepts."""
+    """Start a server with the socket of fd set 0; return when the server accepts."""
     command = [*QMPFD, "exec", f"--socket={qmp}", "0=3", "--", sys.executable, __file__, generation]
     start = partial(trio.run_process, command, stdout=subprocess.PIPE)
     server: trio.Process = await nursery.start(start)
@@ -102,7 +102,7 @@ async def start_server(nursery: trio.Nursery, qmp: Path, generation: str) -> tri
 
 
 async def story(folder: Path) -> None:
-    """Begin to end."""
+    """Store the listening socket, start the clients, and restart the server."""
     qmp = folder / "qmpfd.sock"
     async with running_daemon(qmp):
         with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:

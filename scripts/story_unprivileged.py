@@ -1,9 +1,9 @@
-"""A privileged process opens a disk image, and an unprivileged one works on it.
+"""A privileged process opens a disk image, and an unprivileged process reads and writes it.
 
-The two never meet.  The first opens the image and leaves it with the daemon; the second may not
-open it, not even see it, but gets the descriptor and reads and writes.  Run as root, the second
-is ``nobody``, and a policy says what that user may have; run as anybody else, it is the same user,
-kept out by the image's permissions alone.
+The first process stores its descriptors in the daemon and exits.  The second process may not open
+the image, but gets duplicates of the descriptors.  If this script runs as root, the second process
+runs as ``nobody``, and a policy grants access to that user; else it runs as the same user, and the
+image has mode 0.
 
     python scripts/story_unprivileged.py
 """
@@ -23,7 +23,7 @@ from story import check, say, tell
 
 import qmpfd
 
-#: What user nobody may do: look at this one machine's disks, and open them.  No more than that.
+#: User nobody may query and open the disks of machine vm1, and nothing else.
 POLICY = """
 [[rule]]
 user = "nobody"
@@ -37,7 +37,7 @@ SECTOR = b"written by the worker"
 
 
 async def privileged(socket: Path, image: Path, secret: Path) -> None:
-    """Open the image twice, to read and to write too, and something else that is nobody's."""
+    """Store the image twice, read-only and read-write, and a file that the policy hides."""
     async with qmpfd.connect(socket) as client:
         with image.open("rb") as to_read, image.open("r+b") as to_write, secret.open("rb") as other:
             disk = await client.add_fd(to_read, opaque="vm1:disk,ro")
@@ -47,7 +47,7 @@ async def privileged(socket: Path, image: Path, secret: Path) -> None:
 
 
 async def worker(connect: Connect, socket: Path, image: Path) -> None:
-    """What the unprivileged process does."""
+    """Run the unprivileged process: find, open, read and write the image."""
     say(f"The worker is pid {os.getpid()}, uid {os.geteuid()}.")
     try:
         image.open("rb").close()
@@ -79,7 +79,7 @@ async def worker(connect: Connect, socket: Path, image: Path) -> None:
 
 
 async def refused(client: qmpfd.Client, fdset_id: int) -> None:
-    """What the policy does not give; whoever the daemon runs as may do all of it."""
+    """Check that the policy denies everything else; the daemon's own user may do all of it."""
     shown = [fdset.fdset_id for fdset in await client.query_fdsets()]
     check(shown == [fdset_id], f"it sees fd set {fdset_id} and no other")
     for what, command, arguments in (
@@ -95,7 +95,7 @@ async def refused(client: qmpfd.Client, fdset_id: int) -> None:
 
 
 async def story(folder: Path) -> None:
-    """Begin to end."""
+    """Run the privileged process, then the worker, and check what the worker wrote."""
     as_nobody = os.geteuid() == 0
     image, secret, socket = folder / "disk.img", folder / "secret", folder / "qmpfd.sock"
     image.write_bytes(b"boot sector".ljust(1 << 20, b"\0"))
@@ -116,9 +116,9 @@ async def story(folder: Path) -> None:
 
 
 async def main() -> int:
-    """The second process."""
+    """Run the second process; return its exit status."""
     _, _, socket, image, *user = sys.argv
-    connect = qmpfd.connect  # imported now: later this Python may be out of reach
+    connect = qmpfd.connect  # imported now: *user* may be unable to read the package
     if user:
         become(user[0])
     await worker(connect, Path(socket), Path(image))

@@ -1,8 +1,8 @@
-"""Many clients at once, not all of them well-behaved: ``make stress``.
+"""Many concurrent clients, some of them hostile: ``make stress``.
 
-Each client goes through random scenes of a client's life against one daemon process, all at the
-same time.  After each step, what the daemon answers and what it has open (``/proc/PID/fd``) is
-compared with what the client knows must be true.  The exit status is 1 if anything was not.
+All clients run random scenes against one daemon process at the same time.  After each step, a
+client compares the daemon's replies and its open descriptors (``/proc/PID/fd``) with what the
+client has stored.  The exit status is 1 if any comparison failed.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from raw import RawClient, raw_connect
 
 import qmpfd
 
-#: Seconds until a reply counts as lost.
+#: Seconds after which a scene fails: a reply is lost.
 _REPLY = 30.0
 
-#: Broken invariants that are told in full; one fault may show a thousand times.
+#: Failures that are printed in full: one fault may cause thousands.
 _TOLD = 10
 
-#: Descriptors that one client needs at most, here and in the daemon: a scene's, and a socket.
+#: Most descriptors that one client needs, here and in the daemon: those of a scene, and a socket.
 _FDS_A_CLIENT = 24
 
-#: What no honest client sends.  ESC resets QEMU's parser; none of it is a whole command.
+#: Invalid input; no item is a complete command.  ESC resets QEMU's parser.
 _GARBAGE = (
     b"\x1b",
     b"\x00\xff\xfe",
@@ -58,11 +58,11 @@ _GARBAGE = (
 
 @dataclass
 class Stress:
-    """What all clients share.
+    """State that all clients share.
 
     Args:
         daemon: the daemon.
-        hubs: the ids of the fd sets that stay all the time, and that everybody joins.
+        hubs: ids of the fd sets that exist all the time, and that all clients add to.
     """
 
     daemon: DaemonProcess
@@ -72,7 +72,7 @@ class Stress:
     broken: list[str] = field(default_factory=list)
     slowest: float = 0.0
     started: float = field(default_factory=time.monotonic)
-    #: The time is up: scenes end, and no other begins.
+    #: Whether the time is up: no further scene begins.
     over: bool = False
 
     @property
@@ -83,7 +83,7 @@ class Stress:
 
 @contextmanager
 def new_file() -> Iterator[int]:
-    """A descriptor of a file that nothing else is a descriptor of."""
+    """Make a file and yield its only descriptor."""
     fd = os.memfd_create("stress")
     try:
         yield fd
@@ -93,7 +93,7 @@ def new_file() -> Iterator[int]:
 
 @dataclass
 class Held:
-    """A descriptor that the daemon holds for a client: its set, its opaque text, its file."""
+    """A descriptor that a client has stored: fd set, opaque text, device and inode."""
 
     fdset_id: int
     opaque: str
@@ -101,12 +101,12 @@ class Held:
 
 
 class Player:
-    """One client after the other, under one name.
+    """Runs one client after the other, all under one name.
 
     Args:
-        stress: what it shares with the others.
-        number: its own number; its opaque texts begin with it.
-        seed: of its random choices.
+        stress: the shared state.
+        number: the player's number, with which its opaque texts begin.
+        seed: seed of the random choices.
     """
 
     def __init__(self, stress: Stress, number: int, seed: str) -> None:
@@ -126,7 +126,7 @@ class Player:
         }
 
     async def play(self) -> None:
-        """Scene after scene, until it is over."""
+        """Run scenes until the time is up."""
         while not self._stress.over:
             name = self._random.choice(list(self._scenes))
             try:
@@ -134,34 +134,34 @@ class Player:
                     await self._scenes[name]()
                 if patience.cancelled_caught:
                     raise Broken(f"not over after {_REPLY:g} s: a reply is lost")
-            except Exception as exc:  # noqa: BLE001 - whatever it is, it is the result
+            except Exception as exc:  # noqa: BLE001 - every exception is a failed scene
                 causes = "; ".join(f"{type(e).__name__}: {e}" for e in leaves(exc))
                 self._stress.broken.append(f"{self._name}{name}: {causes}")
-                await trio.sleep(0.1)  # if the daemon is gone, so is every other scene
+                await trio.sleep(0.1)  # if the daemon has ended, every further scene fails at once
             self._stress.scenes[name] += 1
             await trio.lowlevel.checkpoint()
 
     # -- what must be true -------------------------------------------------------------------
 
     def _text(self) -> str:
-        """An opaque text that nobody has used."""
+        """Return a new opaque text."""
         self._texts += 1
         return f"{self._name}{self._texts}"
 
     def _check_held(self, held: Mapping[int, Held]) -> None:
-        """The daemon's descriptors are the files that were sent."""
+        """Check that the daemon's descriptors refer to the files that were sent."""
         for fd, one in held.items():
             if self._daemon.file_behind(fd) != one.file:
                 raise Broken(f"the daemon's descriptor {fd} is not the file that was added")
 
     def _check_gone(self, removed: Mapping[int, Held]) -> None:
-        """The daemon's descriptors are closed; their numbers may be somebody else's by now."""
+        """Check that the daemon has closed the descriptors; it may have reused their numbers."""
         for fd, one in removed.items():
             if self._daemon.file_behind(fd) == one.file:
                 raise Broken(f"the daemon's descriptor {fd} is still open after its removal")
 
     def _check_listing(self, listing: Any, held: Mapping[int, Held]) -> None:
-        """A reply to ``query-fdsets`` is in order, and has of this client's what it must have."""
+        """Check a reply to ``query-fdsets``: its order, and that *held* is all of this client's."""
         ids = [fdset["fdset-id"] for fdset in listing]
         if ids != sorted(set(ids), reverse=True):
             raise Broken(f"sets are not listed by descending id: {ids}")
@@ -216,7 +216,7 @@ class Player:
         held[info["fd"]] = Held(info["fdset-id"], text, file)
 
     async def _drop(self, client: qmpfd.Client, held: dict[int, Held], fd: int) -> None:
-        """Remove one; its set too, where it is the client's own."""
+        """Remove a descriptor, or its whole fd set if that is the client's own."""
         one = held.pop(fd)
         if one.fdset_id not in self._stress.hubs and self._random.random() < 0.5:
             await self._execute(client, "remove-fd", fdset_id=one.fdset_id)
@@ -225,7 +225,7 @@ class Player:
         self._check_gone({fd: one})
 
     async def _open(self, client: qmpfd.Client, held: Mapping[int, Held], fd: int) -> None:
-        """Get a descriptor back: a duplicate of what was added."""
+        """Open a descriptor and check that the duplicate refers to the file that was added."""
         with await client.open_fdset(held[fd].fdset_id, fd=fd) as opened:
             if identity(os.fstat(opened.fileno())) != held[fd].file:
                 raise Broken(f"handed out for {fd} was not the file that was added")
@@ -234,11 +234,11 @@ class Player:
         self._stress.commands["open-fdset"] += 1
 
     def _where(self) -> int | None:
-        """The set for the next descriptor: one that all share, or a new one."""
+        """Choose the fd set of the next descriptor: a shared one, or a new one (None)."""
         return self._random.choice([None, *self._stress.hubs])
 
     async def _tidy(self) -> None:
-        """One call after the other; what is added is listed, is what it should be, and goes."""
+        """Add, list, open and remove descriptors, one call after the other."""
         held: dict[int, Held] = {}
         async with self._client() as client:
             for _ in range(self._random.randint(1, 12)):
@@ -254,7 +254,7 @@ class Player:
             self._check_listing(await self._execute(client, "query-fdsets"), held)
 
     async def _at_once(self) -> None:
-        """Many tasks share one connection."""
+        """Add, open and remove descriptors from many tasks over one connection."""
         held: dict[int, Held] = {}
         async with self._client() as client:
             async with trio.open_nursery() as nursery:
@@ -272,7 +272,7 @@ class Player:
     # -- clients in a hurry --------------------------------------------------------------------
 
     async def _pipelined(self) -> None:
-        """Commands without waiting for replies: one each, in order, and each with its own fd."""
+        """Send commands without waiting: replies come in order, each for its own descriptor."""
         held: dict[int, Held] = {}
         async with raw_connect(self._daemon.socket) as client:
             await client.negotiate()
@@ -284,7 +284,8 @@ class Player:
                         fd = files.enter_context(new_file())
                         hub = self._random.choice(self._stress.hubs)
                         one = Held(hub, self._text(), identity(os.fstat(fd)))
-                        # One is taken, the surplus closed: nothing is left for the next add-fd.
+                        # add-fd takes one descriptor; the daemon must close the others, rather
+                        # than leave them for the next add-fd.
                         fds = [fd] * self._random.randint(1, 3)
                         await client.ask("add-fd", number, fds=fds, fdset_id=hub, opaque=one.opaque)
                         sent.append(("with", one))
@@ -322,7 +323,7 @@ class Player:
         return reply
 
     async def _slow_reader(self) -> None:
-        """Asks for more than the socket holds, reads late, and still gets every reply."""
+        """Send requests for more than the socket buffers, read late, and get every reply."""
         count = self._random.randint(5, 20)
         async with raw_connect(self._daemon.socket) as client:
             await client.negotiate()
@@ -335,7 +336,7 @@ class Player:
     # -- clients that go in the middle -----------------------------------------------------------
 
     async def _cancelled(self) -> None:
-        """The client's calls are cancelled at some point: what is answered is done."""
+        """Cancel the client's calls at a random point; answered commands have been executed."""
         held: dict[int, Held] = {}
         first = self._texts + 1
         with self._tether() as (end, over):
@@ -351,7 +352,7 @@ class Player:
         await self._reap(first, {one.opaque for one in held.values()}, exactly=False)
 
     async def _died(self) -> None:
-        """Gone without reading a reply: every complete command is carried out, and no other."""
+        """Disconnect without reading a reply: the daemon executes exactly the complete commands."""
         first = self._texts + 1
         complete: set[str] = set()
         with self._tether() as (end, over):
@@ -367,7 +368,7 @@ class Player:
                         text = self._text()
                         await client.ask("add-fd", fds=[fd], opaque=text)
                         complete.add(text)
-                        # Never read, so the descriptors on the replies go down with the socket.
+                        # The reply is never read: the kernel closes its descriptor with the socket.
                         await client.ask("open-fdset", fdset_id=self._stress.hubs[0])
                 if self._random.random() < 0.5:
                     with new_file() as fd:
@@ -384,11 +385,11 @@ class Player:
 
     @contextmanager
     def _tether(self) -> Iterator[tuple[FileIO, Callable[[], Awaitable[None]]]]:
-        """How to know that the daemon is done with a connection whose client is gone.
+        """Yield a pipe's write end, and a function that waits until the daemon has closed it.
 
-        What ``getfd`` keeps is closed at the end of the connection, after everything else.  So
-        the client sends the writing end of a pipe that way, and closes its own; then waiting for
-        the end of the file is waiting for that.
+        The daemon closes the descriptors of ``getfd`` at the end of a connection, after all other
+        clean-up.  The client sends the write end with ``getfd`` and closes its own: the read end
+        then reports the end of the file when the daemon has finished with the connection.
         """
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         end = FileIO(writer, "wb")
@@ -404,12 +405,12 @@ class Player:
             os.close(reader)
 
     async def _reap(self, first: int, must: set[str], *, exactly: bool) -> None:
-        """Remove what a client has left that is gone.
+        """Check and remove the descriptors of a client that has disconnected.
 
         Args:
             first: the number in its first opaque text.
-            must: the opaque texts of what must be there.
-            exactly: whether nothing else may be.
+            must: opaque texts of the descriptors that must be stored.
+            exactly: whether the client may have no others.
         """
         may = {f"{self._name}{number}" for number in range(first, self._texts + 1)}
         async with self._client() as client:
@@ -429,14 +430,14 @@ class Player:
             self._check_listing(await self._execute(client, "query-fdsets"), {})
 
     async def _fds_to_close(self) -> None:
-        """Sends nonsense, with descriptors too; is told so, and can go on after it."""
+        """Send invalid input with descriptors: the daemon replies with errors and continues."""
         async with raw_connect(self._daemon.socket) as client:
             await client.negotiate()
             for number in range(self._random.randint(1, 6)):
                 with new_file() as fd:
                     fds = [fd] * self._random.randint(0, 5)
                     await client.send(self._nonsense(), fds)
-                await client.send(b"\x1b")  # resets the parser, at the price of one error
+                await client.send(b"\x1b")  # resets the parser; the reply is one error
                 await client.ask("query-name", number)
                 while "id" not in (reply := await client.read()):
                     _refused(reply, None)
@@ -467,7 +468,7 @@ def _refused(reply: dict[str, Any], error_class: str | None) -> None:
 
 
 async def stress(daemon: DaemonProcess, options: argparse.Namespace) -> int:
-    """Let the clients play; the exit status."""
+    """Run the clients and the final checks; return the exit status."""
     at_start = daemon.fd_count()
     shared = Stress(daemon)
     async with qmpfd.connect(daemon.socket) as client:
@@ -499,7 +500,7 @@ async def stress(daemon: DaemonProcess, options: argparse.Namespace) -> int:
 
 
 async def _watch(shared: Stress, options: argparse.Namespace) -> None:
-    """End it when the time is up, or the daemon is gone; until then, tell how it goes."""
+    """Print the progress, and end the run when the time is up or the daemon has ended."""
     while True:
         await trio.sleep(0.25)
         if not os.path.exists(f"/proc/{shared.daemon.pid}/fd/0"):
@@ -567,7 +568,7 @@ def _options() -> argparse.Namespace:
 
 
 def _process_at(path: Path) -> DaemonProcess:
-    """The daemon that listens at *path*."""
+    """Return the process of the daemon that listens at *path*."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.connect(os.fspath(path))
         packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -576,7 +577,7 @@ def _process_at(path: Path) -> DaemonProcess:
 
 
 async def main(options: argparse.Namespace) -> int:
-    """Stress the daemon named, or one of our own."""
+    """Run against the daemon of ``--socket``, or against a new one; return the exit status."""
     status = 128 + signal.SIGTERM
     async with trio.open_nursery() as nursery:
         nursery.start_soon(end_on_sigterm, nursery.cancel_scope)

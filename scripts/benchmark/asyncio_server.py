@@ -1,9 +1,9 @@
-"""What one would write without qmpfd: an fd holder in asyncio, with json, and nothing besides.
+"""Minimal fd holder in asyncio and json: what somebody without qmpfd would write.
 
     python asyncio_server.py SOCKET
 
-It has the same few commands and no limits, no rights, no error classes; it trusts every client
-to send one command a line, whole, and its descriptors with it.
+The server has six commands, and no limits, no access rights and no error classes.  It relies on
+clients that send each command as one whole line, with the command's descriptors on it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SETS: dict[int, list[int]] = {}
 
 
 def add_fd(arguments: dict[str, Any], fds: list[int]) -> Any:
-    """Into a new set under the lowest free id, or into the one that is named."""
+    """Add a descriptor to the set named, or to a new set with the lowest free id."""
     fdset_id = arguments.get("fdset-id")
     if fdset_id is None:
         fdset_id = 0
@@ -37,7 +37,7 @@ def add_fd(arguments: dict[str, Any], fds: list[int]) -> Any:
 
 
 def add_fds(arguments: dict[str, Any], fds: list[int]) -> Any:
-    """All that came, into one set."""
+    """Add all received descriptors to one set."""
     first = add_fd(arguments, fds)
     found = SETS[first["fdset-id"]]
     found += fds
@@ -46,7 +46,7 @@ def add_fds(arguments: dict[str, Any], fds: list[int]) -> Any:
 
 
 def remove_fd(arguments: dict[str, Any], fds: list[int]) -> Any:
-    """One descriptor, or the whole set."""
+    """Remove and close one descriptor, or all descriptors of a set."""
     fdset = SETS[arguments["fdset-id"]]
     for fd in [arguments["fd"]] if "fd" in arguments else list(fdset):
         fdset.remove(fd)
@@ -57,7 +57,7 @@ def remove_fd(arguments: dict[str, Any], fds: list[int]) -> Any:
 
 
 def query_fdsets(arguments: dict[str, Any], fds: list[int]) -> Any:
-    """All sets."""
+    """List all sets, by descending id."""
     return [
         {"fdset-id": fdset_id, "fds": [{"fd": fd} for fd in SETS[fdset_id]]}
         for fdset_id in sorted(SETS, reverse=True)
@@ -65,7 +65,7 @@ def query_fdsets(arguments: dict[str, Any], fds: list[int]) -> Any:
 
 
 def open_fdset(arguments: dict[str, Any], fds: list[int]) -> Any:
-    """The newest of a set, to go with the reply."""
+    """Send the newest descriptor of a set with the reply."""
     fdset_id = arguments["fdset-id"]
     fd = SETS[fdset_id][-1]
     fds.append(fd)
@@ -85,7 +85,7 @@ COMMANDS: dict[str, Callable[[dict[str, Any], list[int]], Any]] = {
 class Client:
     """One connection.
 
-    asyncio's own streams and transports drop descriptors, so the socket is read by hand.
+    asyncio's streams and transports drop received descriptors: this class calls recvmsg(2) itself.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -144,7 +144,7 @@ class Client:
 
 
 async def main(path: str) -> None:
-    """Accept clients for ever."""
+    """Accept clients until the process is killed."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(4096)

@@ -1,4 +1,4 @@
-"""What the daemon is held to: ratios within one run, because machines differ."""
+"""Upper bounds for the daemon's figures: mostly ratios within one run, because machines differ."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from .load import Run
 from .plan import Cell, Results, Scale
 from .servers import OTHER, SAME
 
-#: CPU time of one client on the CPU of the server, times bare Trio's, by requests in flight.
+#: Upper bounds of qmpfd's CPU time divided by bare Trio's, by requests in flight: one client, on
+#: the server's CPU.
 _IN_FLIGHT = {1: 2.0, 8: 1.4, 64: 1.0}
-#: CPU time of the parent and the worker of ``--supervise``, times the unsupervised daemon's, by
-#: clients and requests in flight; None clients are the fewest of the rows with many.
+#: Upper bounds of the CPU time of ``--supervise`` (parent and worker) divided by the unsupervised
+#: daemon's, by clients and requests in flight.  None: the first number of the scale's clients.
 _SUPERVISED = {(1, 1): 2.5, (None, 1): 2.0, (1, 64): 1.8}
 
-#: Half of the 75 calls and 52 changes of file that one add-fd took in the version before.
+#: Half of the 75 calls and 52 changes of file that one add-fd took in the previous version.
 _CALLS, _CHANGES = 37, 26
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One goal, and how it went.
+    """One goal, and the value measured.
 
     Args:
-        what: the figure.
-        wanted: its upper bound.
-        measured: the figure; None if a peer is missing.
-        unit: of the figure.
+        what: description of the figure.
+        wanted: upper bound of the figure.
+        measured: the value; None if a peer is not installed.
+        unit: unit of both values.
     """
 
     what: str
@@ -38,37 +39,37 @@ class Goal:
 
     @property
     def met(self) -> bool | None:
-        """Whether it is met; None if that is not known."""
+        """Whether the value is within the bound; None if it was not measured."""
         return None if self.measured is None else self.measured <= self.wanted
 
 
 def cpu(run: Run) -> float:
-    """CPU time per command."""
+    """Return the server's CPU time per command, in microseconds."""
     return run.cpu_us
 
 
 def p50(run: Run) -> float:
-    """Nanoseconds that half of the replies take at most."""
+    """Return the median round trip in nanoseconds."""
     return run.p50_ns
 
 
 def p99(run: Run) -> float:
-    """Nanoseconds that 99 % of the replies take at most."""
+    """Return the 99th percentile of the round trips in nanoseconds."""
     return run.p99_ns
 
 
 def stored_a_second(run: Run) -> float:
-    """Messages of descriptors stored, per second of CPU time."""
+    """Return the number of add commands per second of CPU time."""
     return run.commands / 2 * 1e9 / run.cpu_ns
 
 
 def turned_over_a_second(run: Run) -> float:
-    """Messages of descriptors stored and removed again, per second of CPU time."""
+    """Return the number of pairs of add and remove commands per second of CPU time."""
     return run.commands / 2 * 1e9 / (run.cpu_ns + run.removal_cpu_ns)
 
 
 def shape(cell: Cell) -> str:
-    """Clients x requests in flight of each."""
+    """Return a label: clients x requests in flight of each."""
     return f"{cell.clients:,} x {cell.in_flight}"
 
 
@@ -78,7 +79,7 @@ _FIGURES: dict[Callable[[Run], float], str] = {cpu: "CPU", p50: "p50", p99: "p99
 def _against(
     results: Results, cell: Cell, peer: str, value: Callable[[Run], float], wanted: float
 ) -> Goal:
-    """At most so many times what the peer takes for the same."""
+    """Return the goal that *cell*'s value is at most *wanted* times the peer's."""
     where = {SAME: "same CPU", OTHER: "other CPU"}[cell.place]
     label = {"trio": "bare Trio", "loop": "bare C", "qmpfd": "unsupervised"}[peer]
     subject = "supervised, " if cell.server == "supervised" else ""
@@ -87,7 +88,7 @@ def _against(
 
 
 def _commands(results: Results, scale: Scale) -> list[Goal]:
-    """CPU time and round trips of add-fd and remove-fd."""
+    """Return the goals for CPU time and round trips of add-fd and remove-fd."""
     one = Cell("qmpfd", 0, "pair")
     alone, crowds = (
         replace(one, place=OTHER),
@@ -116,7 +117,7 @@ def _commands(results: Results, scale: Scale) -> list[Goal]:
 
 
 def _path(results: Results) -> list[Goal]:
-    """The calls of one add-fd."""
+    """Return the goals for the Python calls of one add-fd."""
     found = results.walk
     calls, changes = (None, None) if found is None else (len(found.calls), found.changes)
     return [
@@ -126,7 +127,7 @@ def _path(results: Results) -> list[Goal]:
 
 
 def _waits(results: Results, scale: Scale) -> list[Goal]:
-    """The longest wait of others: the median of the rounds, and the worst of all attacks."""
+    """Return the goals for the longest waits: medians of the rounds, and the worst attack."""
     slowest = max(results.attacks.values(), default=None)
     found = []
     for what, wanted in {"takeover": 100, "supervised crash": 200}.items():
@@ -138,7 +139,7 @@ def _waits(results: Results, scale: Scale) -> list[Goal]:
 
 
 def _stored(results: Results, scale: Scale) -> list[Goal]:
-    """What depends on how much is stored, and memory."""
+    """Return the goals for a full store, memory, and the start of ``qmpfd ls``."""
     few, full = Cell("qmpfd", 0, "pair"), Cell("qmpfd", scale.most, "pair")
     wait = results.median(Cell("qmpfd", scale.most, "worst wait", clients=2), lambda r: r.max_ns)
     memory = results.memory.get("qmpfd", {})
@@ -172,6 +173,6 @@ def _stored(results: Results, scale: Scale) -> list[Goal]:
 
 
 def goals(results: Results, scale: Scale) -> list[Goal]:
-    """All goals, of what was measured at this scale."""
+    """Return all goals that the results at this scale can be judged by."""
     found = _commands(results, scale) + _path(results)
     return found + _waits(results, scale) + _stored(results, scale) if scale.most else found

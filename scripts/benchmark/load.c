@@ -1,13 +1,13 @@
-/* The clients of the bench: any number of them, in one thread, each with so many commands in
- * flight.  In C, so that they cost little beside the server that is measured.
+/* Load client of the benchmark: one thread, any number of connections, each with a fixed number
+ * of commands in flight.  Written in C to cost little CPU time beside the server.
  *
  *     load SOCKET PID[,PID]... qmp|s6 WORK [NAME=NUMBER]...
  *
- * WORK is pair (add-fd, then remove-fd of what was added), fill (add-fd, and leave it there),
- * stock (add all, then remove all, again and again), query, open, or idle (connect, say so, wait
- * for a line of standard input).  At the end there is one line of JSON on standard output: how many
- * commands, the CPU time of all threads of the server's processes meanwhile, and how long the
- * replies took.  Every reply is checked.
+ * WORK is pair (add-fd, then remove-fd of the descriptor added), fill (add-fd only), stock (add
+ * all, then remove all, repeatedly), query, open, or idle (connect, print "ready", wait for a line
+ * on standard input).  At the end the client prints one line of JSON: the number of commands, the
+ * CPU time of all threads of the server's processes, and the latency of the replies.  Every reply
+ * is checked.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -29,7 +29,7 @@
 
 enum { MAX_FDS = 253, PATIENCE = 20, LONGEST_RUN = 120 };
 
-struct command { /* one that is not answered yet */
+struct command { /* sent, and not answered yet */
     uint64_t sent, server_cpu;
     long set;
     enum kind kind;
@@ -39,14 +39,14 @@ struct client {
     int sock;
     char *buffer;
     size_t have, room;
-    struct command *ring; /* answered in order */
+    struct command *ring; /* pending commands; the server answers in order */
     long head, count;
-    int passed; /* descriptors that came with replies */
+    int passed; /* descriptors received with replies, less those accounted for */
 };
 
-/* The options, and what they are when nothing is said. */
+/* The options and their defaults. */
 static long clients = 1, in_flight = 1, commands = 1000000000, milliseconds = 60000, fds = 1,
-            expect = -1, watch = 0, together = 0; /* beside a second load client */
+            expect = -1, watch = 0, together = 0; /* together: a second load client runs too */
 static const struct { const char *name; long *value; } options[] = {
     {"clients", &clients}, {"in-flight", &in_flight}, {"commands", &commands},
     {"milliseconds", &milliseconds}, {"fds", &fds}, {"expect", &expect}, {"watch", &watch},
@@ -56,12 +56,12 @@ static const struct { const char *name; long *value; } options[] = {
 static int s6, file, own_thread = -1;
 static const char *work, *pids;
 static uint64_t deadline, slowest, slowest_cpu;
-static long started, done, total, serial; /* with s6, the client names what it stores */
-static long *sets; /* with stock: what was added */
+static long started, done, total, serial; /* serial: s6 identifiers are chosen by the client */
+static long *sets; /* with stock: ids of the sets added */
 static long n_sets, next_set, removing;
-static uint32_t *waits; /* nanoseconds of each reply */
+static uint32_t *waits; /* round trip of each command, in nanoseconds */
 static size_t n_waits, max_waits;
-static size_t listing; /* length of the first reply to a query */
+static size_t listing; /* length of the first listing, in bytes */
 
 static uint64_t now(void)
 {
@@ -99,12 +99,12 @@ static void send_command(struct client *c, enum kind kind, long set)
         fail("cannot send: %s", strerror(errno));
 }
 
-/* Send whatever is next, if anything is. */
+/* Send the next command, unless the run has reached its number of commands or its deadline. */
 static void send_next(struct client *c, const struct command *last, long set)
 {
     int over = started >= commands || now() >= deadline;
     if (!strcmp(work, "stock")) {
-        over = started >= commands; /* all of it, however long that takes */
+        over = started >= commands; /* no deadline within one fill-and-empty cycle */
         if (last && last->kind == ADD)
             sets[n_sets++] = set;
         if (removing && next_set < n_sets)
@@ -160,7 +160,7 @@ static void answered(struct client *c, const char *text, size_t length)
     send_next(c, &command, set);
 }
 
-/* Read once; how many bytes came. */
+/* Call recvmsg(2) once; return the number of bytes received. */
 static size_t receive(struct client *c, int flags)
 {
     if (c->have == c->room) {
@@ -230,7 +230,7 @@ static void connect_to(struct client *c, const char *path)
     }
 }
 
-/* Commands on all connections, until there are no more to send and all are answered. */
+/* Send commands on all connections until the run is over and every command is answered. */
 static void run(struct client *all, int poll)
 {
     struct epoll_event events[64];
@@ -260,7 +260,7 @@ int main(int argc, char **argv)
     pids = argv[2];
     s6 = !strcmp(argv[3], "s6");
     work = argv[4];
-    serial = strcmp(work, "fill") ? 1000000 : 0; /* what was filled in is bench-0, and so on */
+    serial = strcmp(work, "fill") ? 1000000 : 0; /* fill stores bench-0, bench-1 and so on */
     for (int i = 5; i < argc; i++) {
         size_t length = strcspn(argv[i], "="), known = 0;
         for (size_t n = 0; n < sizeof options / sizeof *options; n++)
@@ -271,7 +271,7 @@ int main(int argc, char **argv)
         if (!known)
             fail("unknown option %s", argv[i]);
     }
-    char path[] = "/tmp/bench.XXXXXX"; /* what is passed: a file, open for both, as a disk image */
+    char path[] = "/tmp/bench.XXXXXX"; /* the descriptor sent: O_RDWR, as that of a disk image */
     if ((file = mkostemp(path, O_CLOEXEC)) < 0 || unlink(path))
         fail("cannot make a file: %s", strerror(errno));
     max_waits = 1 << 21;
@@ -301,7 +301,7 @@ int main(int argc, char **argv)
     uint64_t cpu = 0, removal_cpu = 0, begun = now();
     int stock = !strcmp(work, "stock");
     deadline = begun + milliseconds * 1000000ull;
-    do { /* with stock, that many again and again; with all else, once */
+    do { /* stock repeats this until the deadline */
         uint64_t before = server_cpu(pids), between;
         started = done = n_sets = next_set = removing = 0;
         run(all, poll);

@@ -1,4 +1,4 @@
-"""Runs the load client, and says what came of it."""
+"""Run the load client (``load.c``) and decode its results."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import msgspec
 
 from .servers import SAME, Failed, Server, Servers, end, on_cpus
 
-#: Seconds after which a run counts as hung; the client itself gives up before.
+#: Seconds after which a run counts as hung; longer than the client's own alarm(2), LONGEST_RUN.
 _TIMEOUT = 150
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the load client; the members are its own, see ``load.c``."""
+    """Results of one run of the load client: the members of the JSON that ``load.c`` prints."""
 
     commands: int
     cpu_ns: int
@@ -75,10 +75,10 @@ def _started(
 
 
 def run(servers: Servers, server: Server, work: str, place: str = SAME, **options: int) -> Run:
-    """Run *work* against *server*, with the clients in that place; see ``load.c``.
+    """Run *work* (see ``load.c``) against *server*, with clients on CPU *place*, SAME or OTHER.
 
     Raises:
-        Failed: a reply was wrong, or did not come.
+        Failed: a reply was wrong or missing.
     """
     server.settle()
     with _started(servers, server, work, options, place) as process:
@@ -86,7 +86,7 @@ def run(servers: Servers, server: Server, work: str, place: str = SAME, **option
 
 
 def run_beside(servers: Servers, server: Server, other: dict[str, int], **options: int) -> Run:
-    """What pairs of commands meet with while another client lists everything, again and again."""
+    """Measure pairs of commands while another client repeats ``query-fdsets``."""
     server.settle()
     with (
         _started(servers, server, "query", {"together": 1, **other}) as lister,
@@ -105,7 +105,7 @@ def run_beside(servers: Servers, server: Server, other: dict[str, int], **option
 
 @contextmanager
 def idle(servers: Servers, server: Server, clients: int) -> Iterator[None]:
-    """While this lasts, so many clients are connected, and ask nothing."""
+    """Keep *clients* idle clients connected while the block runs."""
     with _started(servers, server, "idle", {"clients": clients}) as process:
         assert process.stdout is not None
         if not process.stdout.readline():

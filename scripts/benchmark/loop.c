@@ -1,5 +1,5 @@
-/* The floor: a server that does nothing but the system calls.  It closes every descriptor that it
- * is sent, and answers each line with the same text, whatever was asked.
+/* Lower bound in C: a server that makes the system calls and nothing else.  The server closes every
+ * received descriptor, and answers each line with the same text, whatever the command.
  *
  *     loop SOCKET
  */
@@ -19,7 +19,7 @@ enum { MAX_FDS = 253 };
 static const char greeting[] = "{\"QMP\": {}}\r\n";
 static const char reply[] = "{\"return\": {\"fdset-id\": 0, \"fd\": 9}}\r\n";
 
-/* Answer what one client has sent; 0 once it is gone. */
+/* Receive once and answer every line; return 0 when the client has disconnected. */
 static int serve(int client)
 {
     static char text[1 << 16], replies[1 << 16];

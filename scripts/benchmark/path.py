@@ -1,13 +1,13 @@
-"""The path of one add-fd through the daemon: its Python calls, their files, and their bytecodes.
+"""Trace one add-fd through the daemon: Python calls, changes of file, and bytecodes.
 
     python scripts/benchmark/path.py [--list]
 
-The daemon runs in this process, inside a Trio program, and a client in another task sends
-``add-fd`` with a descriptor.  Counted is what all tasks but the client's do, from the arrival of
-the request until the connection waits for the next one: each Python function of the package that
-is entered or, as a coroutine, resumed.  A change of file is a call from one file of the package to
-another one after it.  Builtins, Trio and the standard library do not count.  Bytecodes are those
-that the interpreter executes, Trio's too: about what the command costs in Python, without a clock.
+The daemon runs in this process, in a Trio nursery; a client in another task sends ``add-fd`` with a
+descriptor.  The trace covers all tasks but the client's, from the arrival of the request until the
+connection waits for the next one.  A call is a Python function of the package that is entered or,
+as a coroutine, resumed; builtins, Trio and the standard library do not count.  A change of file is
+a call into another file than the call before it.  The bytecodes are all those that the interpreter
+executes, Trio's too: a measure of the command's cost in Python that needs no clock.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ import trio.testing
 import qmpfd
 from qmpfd import limits
 
-# Traced, no request takes as little time as it should.
+# Tracing slows requests down: the limits on time are raised to keep the usual path.
 limits.LIGHT_SECONDS = limits.PASS_SECONDS = 10.0
 
-#: Requests that are measured; before them, as many that only warm up.
+#: Number of requests measured, after as many that warm up the daemon.
 _REQUESTS = 20
 
 _PACKAGE = str(Path(qmpfd.__file__).parent)
@@ -44,8 +44,8 @@ class Call:
     """A function of the package that was entered or resumed.
 
     Args:
-        file: its file, relative to the package.
-        function: its qualified name.
+        file: the function's file, relative to the package.
+        function: qualified name.
     """
 
     file: str
@@ -54,12 +54,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Walk:
-    """What one request took.
+    """Trace of one request.
 
     Args:
-        calls: in their order.
-        steps: how often the event loop ran a task of the daemon.
-        bytecodes: by folder of the package, and under ``Trio`` those of everything else.
+        calls: the calls, in order.
+        steps: number of times that the event loop ran a task of the daemon.
+        bytecodes: number of bytecodes by folder of the package; ``Trio`` is all other code.
     """
 
     calls: tuple[Call, ...]
@@ -68,25 +68,25 @@ class Walk:
 
     @property
     def changes(self) -> int:
-        """How often the next call is one into another file."""
+        """Number of calls into another file than the call before."""
         return sum(a.file != b.file for a, b in zip(self.calls, self.calls[1:], strict=False))
 
 
 class _Recorder(trio.abc.Instrument):
-    """Traces each step of each task but *client*."""
+    """Trio instrument that traces the steps of all tasks but *client*."""
 
     def __init__(self, client: trio.lowlevel.Task) -> None:
         self._client = client
         self.clear()
 
     def clear(self) -> None:
-        """Begin a new walk."""
+        """Begin a new trace."""
         self._calls: list[Call] = []
         self._steps = 0
         self._bytecodes: Counter[str] = Counter()
 
     def walk(self) -> Walk:
-        """What was recorded since."""
+        """Return the trace since the last ``clear``."""
         return Walk(tuple(self._calls), self._steps, tuple(sorted(self._bytecodes.items())))
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
@@ -150,14 +150,14 @@ async def _record(path: Path) -> list[Walk]:
 
 
 def walk() -> Walk:
-    """The path that most requests take: now and then one does more, for instance FIONREAD."""
+    """Return the most frequent trace: some requests do more, such as an ioctl(2) FIONREAD."""
     with tempfile.TemporaryDirectory(prefix="qmpfd-bench-") as folder:
         walks = trio.run(_record, Path(folder) / "socket")
     return Counter(walks).most_common(1)[0][0]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Count, and say so."""
+    """Trace one add-fd and print the counts."""
     parser = argparse.ArgumentParser(prog="path.py", description="The path of one add-fd.")
     parser.add_argument("--list", action="store_true", help="name each call, in order")
     options = parser.parse_args(arguments)

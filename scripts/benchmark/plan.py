@@ -1,4 +1,4 @@
-"""What is measured: which work, on which servers, with how much stored."""
+"""The measurements of the benchmark: which work, on which servers, with how many fds stored."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from .load import Run
 from .path import Walk, walk
 from .servers import KINDS, SAME, Failed, Server, Servers, environment
 
-#: Commands in flight of a single client, and clients with one each.
+#: Numbers of commands in flight of a single client.
 IN_FLIGHT = (1, 8, 64)
-#: Descriptors that ``add-fds`` is sent with, the most that the kernel passes at a time.
+#: Descriptors of one ``add-fds``: the most that one message can carry (unix(7), SCM_MAX_FD).
 BATCH = 253
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is done.
+    """Amount of work in one benchmark.
 
     Args:
-        rounds: how often everything is measured.
-        milliseconds: that one run lasts, about.
-        commands: that one run has at most.
-        steps: how many descriptors are stored, from none to the most.
-        clients: with one command in flight each.
-        starts: of a bare Python, and of ``qmpfd ls``, a round.
-        slow_most: the most descriptors for a server that gets slow with them.
-        outage: how many descriptors are stored in a takeover and in a crash.
-        attacks: how many kinds of attacks.
-        attack: seconds that each of them lasts.
+        rounds: number of rounds; each round measures every cell once.
+        milliseconds: approximate duration of one run.
+        commands: most commands in one run.
+        steps: numbers of descriptors stored, ascending from 0.
+        clients: numbers of clients with one command in flight each.
+        starts: starts of a bare Python, and of ``qmpfd ls``, in a round.
+        slow_most: most descriptors stored in a server whose commands get slower with each.
+        outage: number of descriptors stored during a takeover and a crash.
+        attacks: number of kinds of attacks.
+        attack: duration of one attack in seconds.
     """
 
     rounds: int
@@ -52,21 +52,21 @@ class Scale:
 
     @property
     def most(self) -> int:
-        """The most descriptors that are stored."""
+        """Largest number of descriptors stored."""
         return self.steps[-1]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of the table: a work on a server.
+    """One cell of the result tables: a kind of work on a server.
 
     Args:
-        server: its name.
-        stored: how many descriptors it keeps meanwhile.
-        work: as the load client calls it, or ``worst wait``.
-        in_flight: commands that each client has under way.
-        clients: how many there are.
-        place: on which CPU they are, SAME or OTHER.
+        server: name in KINDS.
+        stored: number of descriptors that the server holds.
+        work: a WORK of ``load.c``, or ``worst wait``.
+        in_flight: commands in flight of each client.
+        clients: number of clients.
+        place: CPU of the clients, SAME or OTHER.
     """
 
     server: str
@@ -79,12 +79,12 @@ class Cell:
 
 @dataclass
 class Results:
-    """What was measured: a run for each cell and round, and the rest by name."""
+    """All measurements: a run for each cell and round, and the other figures by name."""
 
     runs: dict[Cell, list[Run]] = field(default_factory=dict)
-    #: Bytes, by server and by what they are spent on.
+    #: Bytes, by server and by kind of object.
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
-    #: CPU seconds that each start of a bare Python, and of ``qmpfd ls``, took.
+    #: CPU seconds of each start of a bare Python, and of ``qmpfd ls``.
     starts: dict[str, list[float]] = field(default_factory=dict)
     #: The longest wait of a client, in seconds, of each round: in a takeover, and in a crash.
     outages: dict[str, list[float]] = field(default_factory=dict)
@@ -94,16 +94,16 @@ class Results:
     walk: Walk | None = None
 
     def each(self, cell: Cell, value: Callable[[Run], float]) -> list[float]:
-        """A value of each run of *cell*; none if it was not measured."""
+        """Return the value of each run of *cell*; an empty list if the cell was not measured."""
         return [value(run) for run in self.runs.get(cell, ())]
 
     def median(self, cell: Cell, value: Callable[[Run], float]) -> float | None:
-        """The median of a value over all rounds."""
+        """Return the median of a value over all rounds; None if the cell was not measured."""
         values = self.each(cell, value)
         return statistics.median(values) if values else None
 
     def ratio(self, cell: Cell, other: Cell, value: Callable[[Run], float]) -> float | None:
-        """How many times the *other* cell's value it is: the median over the rounds."""
+        """Return the median, over the rounds, of *cell*'s value divided by *other*'s."""
         mine, its = self.each(cell, value), self.each(other, value)
         if not mine or not its:
             return None
@@ -111,13 +111,15 @@ class Results:
 
 
 def pairs(scale: Scale, place: str) -> list[Cell]:
-    """The rows of add-fd and remove-fd, by clients and requests in flight."""
+    """Return the cells of add-fd and remove-fd, by clients and requests in flight."""
     one = [Cell("", 0, "pair", in_flight, place=place) for in_flight in IN_FLIGHT]
     return one + [Cell("", 0, "pair", clients=clients, place=place) for clients in scale.clients]
 
 
 def cells(scale: Scale, names: list[str], places: Collection[str]) -> list[Cell]:
-    """All cells, in an order in which each server has a pause before its next turn."""
+    """Return all cells that the servers support, ordered by work, then by server: a server can
+    close the connections of its last run before it is measured again.
+    """
     wanted = [cell for place in places for cell in pairs(scale, place)]
     if scale.most:
         wanted += [
@@ -145,14 +147,14 @@ def cells(scale: Scale, names: list[str], places: Collection[str]) -> list[Cell]
 
 
 def stocked(servers: Servers, name: str, stored: int, batch: int = 1) -> Server:
-    """A new server that keeps *stored* descriptors, each in a set of its own, or *batch* in one."""
+    """Start a server and store descriptors in it, *batch* in each set."""
     server = servers.start(name, stored)
     fill(servers, server, stored, batch)
     return server
 
 
 def fill(servers: Servers, server: Server, stored: int, batch: int = 1) -> None:
-    """Give a server descriptors to keep."""
+    """Store *stored* descriptors in a server, *batch* in each set."""
     if stored:
         in_flight = 32 if server.kind.pipelines else 1
         shape = {"commands": stored // batch, "fds": batch, "in_flight": in_flight}
@@ -160,7 +162,7 @@ def fill(servers: Servers, server: Server, stored: int, batch: int = 1) -> None:
 
 
 def measure(servers: Servers, server: Server, cell: Cell, scale: Scale) -> Run:
-    """One run of one cell."""
+    """Run one cell once."""
     limits = {"milliseconds": scale.milliseconds, "commands": scale.commands}
     expect = {"expect": cell.stored} if server.kind.keeps else {}
     if cell.work == "worst wait":
@@ -177,7 +179,7 @@ def measure(servers: Servers, server: Server, cell: Cell, scale: Scale) -> Run:
 
 
 def measure_memory(servers: Servers, name: str, scale: Scale) -> dict[str, float]:
-    """Bytes for each idle connection, and for each descriptor, of a fresh server."""
+    """Return the bytes per idle connection and per stored descriptor of freshly started servers."""
     kind = KINDS[name]
     clients = min(scale.clients[-1], kind.most_clients - 1)
     found: dict[str, float] = {}
@@ -208,7 +210,7 @@ def _warm(servers: Servers, name: str) -> Server:
 
 
 def measure_starts(servers: Servers, server: Server, scale: Scale) -> dict[str, list[float]]:
-    """CPU seconds that a bare Python takes from start to end, and ``qmpfd ls``, in turns."""
+    """Return the CPU seconds of runs of a bare Python and of ``qmpfd ls``, in alternation."""
     script = Path(sys.executable).with_name("qmpfd")
     qmpfd = [str(script)] if script.exists() else [sys.executable, "-m", "qmpfd"]
     commands = {
@@ -219,7 +221,7 @@ def measure_starts(servers: Servers, server: Server, scale: Scale) -> dict[str, 
     for turn in range(scale.starts + 1):
         for name, command in commands.items():
             taken = _cpu_of(command)
-            if turn:  # the first may have had bytecode to write
+            if turn:  # the first run may have written bytecode files
                 found[name].append(taken)
     return found
 
@@ -238,7 +240,7 @@ def _cpu_of(command: list[str]) -> float:
 def measure_outages(
     servers: Servers, scale: Scale, results: Results, progress: Callable[[str], None]
 ) -> None:
-    """The longest waits in takeovers, each from the last newcomer, and in crashes."""
+    """Measure the longest waits in takeovers, each by the successor of the last, and in crashes."""
     server = stocked(servers, "qmpfd", scale.outage)
     supervised = stocked(servers, "supervised", scale.outage)
     results.outages = {"takeover": [], "supervised crash": []}
@@ -252,7 +254,7 @@ def measure_outages(
 def measure_all(
     servers: Servers, scale: Scale, names: list[str], progress: Callable[[str], None]
 ) -> Results:
-    """Everything, round by round, each server taking its turn in each."""
+    """Run all measurements: the cells round by round, then memory, outages, attacks, the trace."""
     results = Results()
     plan = cells(scale, names, servers.cpus)
     running: dict[tuple[str, int], Server] = {}
@@ -290,5 +292,5 @@ def measure_all(
 
 
 def timed(since: float) -> str:
-    """How long it has been."""
+    """Return the time since *since* (time.monotonic) as text."""
     return f"{time.monotonic() - since:.0f} s"

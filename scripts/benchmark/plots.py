@@ -1,4 +1,4 @@
-"""The plots of the documentation: dot plots, as SVG that follows the light or dark theme."""
+"""Dot plots for the documentation, as SVG with a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .load import Run
 from .plan import Cell, Results, Scale, pairs
 from .servers import KINDS, OTHER, SAME
 
-#: Of each server: its colour, of those that differ for the colour-blind too and show on white and
-#: on black (Okabe and Ito's, and grey), and the outline of its mark, around the origin.
+#: Colour of each server and outline of its mark around the origin.  The colours are grey and Okabe
+#: and Ito's, which the colour-blind can tell apart; all are visible on white and on black.
 _MARKS = {
     "loop": ("#888888", "M-4,-4h8v8h-8z"),
     "s6": ("#0072b2", "M0,-5.5L5.5,0L0,5.5L-5.5,0z"),
@@ -25,7 +25,7 @@ _MARKS = {
     "qemu": ("#d55e00", "M0,-5.5L5.5,0L0,5.5L-5.5,0z"),
 }
 
-#: The picture has its own background: a page may have another theme than its reader's system.
+#: The picture has a background of its own: the page's theme may differ from the system's.
 _STYLE = """
 svg { font: 13px system-ui, sans-serif; color-scheme: light dark }
 .page { fill: #ffffff } text { fill: #222222 } .grid { stroke: #dddddd }
@@ -43,8 +43,8 @@ class Row:
     """A row of a dot plot.
 
     Args:
-        label: what it is about.
-        values: by server.
+        label: text to the left of the row.
+        values: value of each server, by its name in KINDS.
     """
 
     label: str
@@ -52,12 +52,12 @@ class Row:
 
 
 def dot_plot(title: str, axis: str, rows: Sequence[Row]) -> str:
-    """An SVG picture: a row for each of *rows*, a mark for each server, a logarithmic scale.
+    """Return a dot plot as SVG: one mark for each server in each row, on a logarithmic scale.
 
     Args:
-        title: what is shown.
-        axis: what the scale says, with its unit.
-        rows: from the top; at least one value in all.
+        title: title of the plot.
+        axis: label of the scale, with its unit.
+        rows: the rows from top to bottom; at least one has a value.
     """
     every = [value for row in rows for value in row.values.values()]
     low, high = math.log10(min(every) / 1.2), math.log10(max(every) * 1.2)
@@ -91,7 +91,7 @@ def dot_plot(title: str, axis: str, rows: Sequence[Row]) -> str:
 
 
 def _mark(name: str, x: float, y: float, told: str) -> str:
-    """The mark of a server, with what it says to the pointer and to a screen reader."""
+    """Return the mark of a server, with a title for the pointer and for screen readers."""
     colour, outline = _MARKS[name]
     at = f'transform="translate({x:.1f},{y})"'
     return f'<path {at} d="{outline}" fill="{colour}"><title>{told}</title></path>'
@@ -108,7 +108,7 @@ def _legend(names: Sequence[str]) -> list[str]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10 and so on; over many decades, powers of ten only."""
+    """Return ticks at 1, 2, 5, 10 and so on, or at powers of ten if the scale spans many."""
     steps = (1, 2, 5) if high - low < 2.6 else (1,)
     powers = range(math.floor(low), math.ceil(high) + 1)
     values = [step * 10.0**power for power in powers for step in steps]
@@ -119,7 +119,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def draw(results: Results, scale: Scale, names: list[str], folder: Path) -> list[Path]:
-    """Draw all plots into *folder*; the files."""
+    """Draw all plots that have values into *folder*; return the files."""
     where = {SAME: "client on the server's CPU", OTHER: "client on another CPU"}
     shapes = "microseconds; clients x requests in flight; less is better"
     pictures: dict[str, tuple[str, str, list[Row]]] = {}

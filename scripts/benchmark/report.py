@@ -1,4 +1,4 @@
-"""The table that people read, and the JSON that programs read."""
+"""Format the results: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from .load import Run
 from .plan import BATCH, IN_FLIGHT, Cell, Results, Scale, pairs
 from .servers import KINDS, OTHER, SAME
 
-#: A row of a table: what it says, and its cell, of whichever server.
+#: A row of a table: its label, and its cell without a server.
 Row = tuple[str, Cell]
 
 _NOTHING = "-"
 
 _GOALS = ("", "at most", "measured", "met")
 
-#: All tables of servers have columns of one width, so that they stand below each other.
+#: Width of the columns in all tables of servers: the columns of all tables are aligned.
 _COLUMN = 10
 
 
 def table(
     title: str, head: Sequence[str], rows: Sequence[Sequence[str]], column: int = _COLUMN
 ) -> str:
-    """*rows*, aligned: the first column to the left; the others, so wide at least, to the right."""
+    """Return an aligned table: the first column to the left, the others to the right.
+
+    The first column is as wide as its texts, each other one at least *column* characters.
+    """
     lines = [head, *rows]
     widths = [max(column if n else 0, *(len(line[n]) for line in lines)) for n in range(len(head))]
     told = [title]
@@ -51,7 +54,7 @@ def _figure(value: float | None) -> str:
 
 
 def _rows(scale: Scale, place: str) -> list[Row]:
-    """The rows of add-fd and remove-fd."""
+    """Return the rows of add-fd and remove-fd."""
     return [(shape(cell), cell) for cell in pairs(scale, place)]
 
 
@@ -70,7 +73,7 @@ def _tell(
     rows: list[Row],
     values: Sequence[Callable[[Run], float]],
 ) -> str:
-    """A table with a column for each server, and one or two values in each field."""
+    """Return a table with a column for each server and the medians of *values* in each field."""
 
     def field(cell: Cell) -> str:
         medians = [results.median(cell, value) for value in values]
@@ -105,7 +108,7 @@ def _starts(results: Results) -> str:
 
 
 def _waits(results: Results, scale: Scale) -> list[str]:
-    """The longest waits of others, where they were measured."""
+    """Return the tables of the longest waits, if those were measured."""
     told = []
     rows = [
         [f"{what}, {scale.outage:,} stored", *(_figure(statistics.median(each) * 1e3),)]
@@ -135,7 +138,7 @@ def _few_digits(value: float) -> str:
 
 
 def _judged(goal: Goal) -> tuple[str, str, str, str]:
-    """What a goal is about, its bound, the figure, and whether it is met."""
+    """Return the texts for a goal: its figure, its bound, the value, and whether it is met."""
     unit = f" {goal.unit}" if goal.unit else ""
     measured = _NOTHING if goal.measured is None else _few_digits(goal.measured) + unit
     met = {True: "yes", False: "NO", None: "not known"}[goal.met]
@@ -143,15 +146,15 @@ def _judged(goal: Goal) -> tuple[str, str, str, str]:
 
 
 def tell_goals(found: list[Goal]) -> str:
-    """The goals, and whether each is met."""
+    """Return the table of goals."""
     return table("Goals", _GOALS, [_judged(goal) for goal in found], column=0)
 
 
 def goals_page(text: str, found: list[Goal]) -> str:
-    """A page in Markdown, *text*, with its table of goals made anew.
+    """Return the Markdown page *text* with its table of goals replaced.
 
     Raises:
-        ValueError: the page has no such table.
+        ValueError: the page has no table of goals, or several.
     """
     lines = ["| goal | at most | measured | met |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(_judged(goal))} |" for goal in found]
@@ -164,7 +167,7 @@ def goals_page(text: str, found: list[Goal]) -> str:
 
 
 def tell(results: Results, scale: Scale, names: list[str]) -> str:
-    """All that was measured, for people."""
+    """Return all results as tables."""
     told = []
     work = "add-fd + remove-fd, by clients x requests in flight"
     for place, where in {SAME: "the server's CPU", OTHER: "another CPU"}.items():
@@ -184,7 +187,7 @@ def tell(results: Results, scale: Scale, names: list[str]) -> str:
 
 
 def _tell_stored(results: Results, scale: Scale, names: list[str]) -> list[str]:
-    """What depends on how much is stored; nothing of the floors, which keep nothing."""
+    """Return the tables that depend on the number of stored fds, for servers that store any."""
     wait = Cell("", scale.most, "worst wait", clients=2)
 
     def tell_rows(title: str, rows: list[Row], *values: Callable[[Run], float]) -> str:
@@ -211,7 +214,7 @@ def _tell_stored(results: Results, scale: Scale, names: list[str]) -> list[str]:
 
 
 def as_json(results: Results, scale: Scale, found: list[Goal]) -> bytes:
-    """All that was measured, for programs."""
+    """Return all results as JSON."""
     whole: dict[str, Any] = {
         "machine": {
             "cpus": os.cpu_count(),
@@ -242,7 +245,7 @@ def as_json(results: Results, scale: Scale, found: list[Goal]) -> bytes:
 
 
 def _lines(whole: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The members of an object as JSON; a list has a line for each item, so that they compare."""
+    """Yield the members of an object as JSON; each item of a list is a line, for diff(1)."""
     for name, value in whole.items():
         text = msgspec.json.encode(value).decode()
         if isinstance(value, list):

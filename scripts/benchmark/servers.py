@@ -1,4 +1,4 @@
-"""The servers that are measured: how each is started, and what it can do."""
+"""The servers that the benchmark compares: how to start each, and what each supports."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-#: Where a client runs: on the CPU of its server, where they take turns, or on another one, where
-#: each request wakes the server up.
+#: CPU of a client: the server's CPU, which the two share, or another one, where each request
+#: wakes the server up.
 SAME, OTHER = "same", "other"
 
-#: Seconds for what takes milliseconds when all is well: to start, to end.
+#: Timeout in seconds for a start or an end, which take milliseconds.
 PATIENCE = 15.0
 
 
 def placement() -> dict[str, int]:
-    """The CPU of the servers, which is that of some clients, and the CPU of the others if any."""
+    """Return the CPU of the servers (SAME), and that of other clients if there are two (OTHER)."""
     cpus = sorted(os.sched_getaffinity(0))
     return {SAME: cpus[-1]} | ({OTHER: cpus[0]} if len(cpus) > 1 else {})
 
 
 class Failed(Exception):
-    """Something cannot be measured."""
+    """A measurement is not possible."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A server there is.
+    """A server program.
 
     Args:
-        label: what the table calls it.
-        protocol: what the load client speaks with it.
-        most_clients: that it serves at a time.
-        pipelines: whether it takes a command while another is not answered yet.
-        needs: the program that has to be there, or None.
-        install: the command that installs it.
-        works: the commands that it has, as the load client calls them.
+        label: its name in the tables.
+        protocol: protocol of the load client, qmp or s6.
+        most_clients: most clients that it serves at a time.
+        pipelines: whether it reads a command before the last one is answered.
+        needs: program that has to be installed, or None.
+        install: command that installs that program.
+        works: each WORK of ``load.c`` that it supports.
         batches: whether it takes many descriptors in one command.
-        slow_when_full: whether a command costs the more, the more is stored.
-        keeps: whether it is measured with descriptors stored, too; else it only shows what an
-            add-fd and a remove-fd take.
+        slow_when_full: whether its commands get slower with each stored descriptor.
+        keeps: whether it is also measured with descriptors stored, rather than only by pairs of
+            add-fd and remove-fd.
     """
 
     label: str
@@ -91,7 +91,7 @@ KINDS: dict[str, Kind] = {
 
 
 def missing() -> dict[str, str]:
-    """The peers that are not installed: the command that installs each."""
+    """Return the servers that are not installed, with the command that installs each."""
     return {
         name: kind.install
         for name, kind in KINDS.items()
@@ -104,10 +104,10 @@ class Server:
     """A running server.
 
     Args:
-        name: which of KINDS it is.
-        pids: its processes: the one that serves, and with ``--supervise`` its parent.
-        path: its socket.
-        stored: how many descriptors it was given to keep.
+        name: name in KINDS.
+        pids: the serving process, and with ``--supervise`` its parent.
+        path: path of the socket.
+        stored: number of descriptors stored after the start.
     """
 
     name: str
@@ -117,22 +117,22 @@ class Server:
 
     @property
     def kind(self) -> Kind:
-        """What it can do."""
+        """The server program."""
         return KINDS[self.name]
 
     def cpu(self) -> int:
-        """Nanoseconds of CPU time of all its threads (proc(5), schedstat)."""
+        """Return the CPU time of all threads in nanoseconds (proc(5), schedstat)."""
         total = 0
         for pid in self.pids:
             for task in Path(f"/proc/{pid}/task").iterdir():
                 try:
                     total += int((task / "schedstat").read_text().split()[0])
-                except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                except (FileNotFoundError, ProcessLookupError):  # the thread has just ended
                     continue
         return total
 
     def settle(self) -> None:
-        """Wait until it has nothing left to do, such as to close the last run's connections."""
+        """Wait until the server uses no CPU time: it may still close the last run's connections."""
         deadline = time.monotonic() + PATIENCE
         before, now = -1, self.cpu()
         while now != before and time.monotonic() < deadline:
@@ -140,7 +140,7 @@ class Server:
             before, now = now, self.cpu()
 
     def resident(self) -> int:
-        """Bytes of memory that it occupies (proc(5), smaps_rollup)."""
+        """Return the resident memory in bytes (proc(5), smaps_rollup)."""
         for line in Path(f"/proc/{self.pids[0]}/smaps_rollup").read_text().splitlines():
             if line.startswith("Rss:"):
                 return int(line.split()[1]) * 1024
@@ -148,12 +148,12 @@ class Server:
 
 
 class Servers:
-    """Starts servers, and ends them.
+    """Starts and ends servers.
 
     Args:
-        folder: where their sockets and programs are.
-        stack: ends what was started.
-        cpus: where they run, and where their clients do, by what the table calls it.
+        folder: folder for sockets, logs and compiled programs.
+        stack: its exit ends all started processes.
+        cpus: CPU numbers by SAME and OTHER; servers run on SAME.
     """
 
     def __init__(self, folder: Path, stack: ExitStack, cpus: Mapping[str, int]) -> None:
@@ -164,7 +164,7 @@ class Servers:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def build(self, name: str) -> Path:
-        """Compile one of the C programs beside this file."""
+        """Compile one of the C programs beside this file; return the program."""
         program = self.folder / name
         if not program.exists():
             command = ["gcc", "-O2", "-o", str(program), str(HERE / f"{name}.c")]
@@ -174,7 +174,7 @@ class Servers:
         return program
 
     def start(self, name: str, stored: int) -> Server:
-        """Start a server, and wait until it takes clients."""
+        """Start a server, and wait until it accepts connections."""
         folder = self.new_folder()
         path = folder / "socket"
         with on_cpus({self.cpus[SAME]}):
@@ -186,14 +186,15 @@ class Servers:
                 raise Failed(f"{name} does not start: {said or '(it said nothing)'}")
             time.sleep(0.02)
         if name == "qemu":
-            # It forgets its fd sets with the last monitor's client, so one more stays all the time.
+            # Up to version 9.0, QEMU drops its fd sets when the last client of its monitors
+            # disconnects: this connection stays open.
             second = self._stack.enter_context(socket.socket(socket.AF_UNIX))
             second.connect(str(folder / _SECOND_MONITOR))
         pids = (*children(process.pid), process.pid) if name == "supervised" else (process.pid,)
         return Server(name, pids, path, stored)
 
     def new_folder(self) -> Path:
-        """A folder for one more server."""
+        """Make a folder for one more server."""
         self._count += 1
         folder = self.folder / f"{self._count}"
         folder.mkdir()
@@ -202,7 +203,7 @@ class Servers:
     def spawn(
         self, folder: Path, command: list[str], stdin: socket.socket | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a process that writes to a log of its own; it is ended with all the others."""
+        """Start a process that logs into *folder*, and that the exit of the stack ends."""
         with (folder / "log").open("ab") as log:
             process = subprocess.Popen(
                 command,
@@ -216,18 +217,18 @@ class Servers:
         return process
 
     def end(self, server: Server) -> None:
-        """End one server, before all others are."""
+        """End one server before the others."""
         end(self._processes[server.pids[-1]])
 
 
 def children(pid: int) -> tuple[int, ...]:
-    """The processes that *pid* has started (proc(5), children)."""
+    """Return the child processes of *pid* (proc(5), children)."""
     return tuple(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 @contextmanager
 def on_cpus(cpus: Collection[int]) -> Iterator[None]:
-    """Start processes and threads on these CPUs only (sched_setaffinity(2) is inherited)."""
+    """Bind processes and threads started in the block to *cpus* (sched_setaffinity(2))."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
     try:
@@ -237,7 +238,7 @@ def on_cpus(cpus: Collection[int]) -> Iterator[None]:
 
 
 def environment() -> Mapping[str, str]:
-    """For the Pythons that are measured: as installed, that is with their bytecode cached."""
+    """Return the environment of measured processes: without variables that slow Python down."""
     return {k: v for k, v in os.environ.items() if k not in _SLOWER_PYTHON}
 
 
@@ -245,7 +246,7 @@ _SLOWER_PYTHON = ("PYTHONDONTWRITEBYTECODE", "PYTHONDEVMODE", "PYTHONWARNINGS")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that was started here, and wait until it is gone."""
+    """Terminate a process, wait until it has ended, and close its pipes."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -276,7 +277,7 @@ def _start_script(servers: Servers, folder: Path, path: Path, name: str) -> subp
 
 
 def serve_command(path: Path, *options: str) -> list[str]:
-    """The command line of a qmpfd that listens there."""
+    """Return the command line of a qmpfd that listens at *path*."""
     return [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path), *options]
 
 
@@ -297,7 +298,7 @@ def _start_qemu(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[
 
 
 def _start_s6(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
-    """Its socket is its standard input; who may do what are files in a folder."""
+    """Start s6-fdholderd: its standard input is the socket, and files state the access rights."""
     rule = folder / "rules" / "uid" / str(os.getuid())
     (rule / "env").mkdir(parents=True)
     (rule / "allow").touch()

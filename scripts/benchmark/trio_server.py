@@ -1,10 +1,10 @@
-"""The floor of a server that is a Trio program: what Trio, the system calls and msgspec cost.
+"""Lower bound for a server in Trio: the cost of Trio, the system calls and msgspec.
 
     python trio_server.py SOCKET
 
-One task for each connection: wait_readable, recvmsg, decode, carry out, encode, send.  It has
-``add-fd`` and ``remove-fd`` only, checks nothing, limits nothing, and trusts every client to send
-one command a line, its descriptor with it, and to read the replies.
+One task for each connection: wait_readable, recvmsg, decode, execute, encode, send.  The server
+has only ``add-fd`` and ``remove-fd``, no checks and no limits.  It relies on clients that send one
+command a line, with the command's descriptor on it, and that read the replies.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def execute(request: Request, fds: list[int]) -> dict[str, int]:
-    """Carry out one command; what it returns."""
+    """Execute one command; return its value."""
     if request.execute == "add-fd":
         fdset_id, fd = next(_ids), fds.pop(0)
         SETS[fdset_id] = [fd]
@@ -49,7 +49,7 @@ def execute(request: Request, fds: list[int]) -> dict[str, int]:
 
 
 async def serve(sock: socket.socket) -> None:
-    """Serve one client until it hangs up."""
+    """Serve one client until it disconnects."""
     rest = b""
     with sock, suppress(ConnectionError):
         sock.send(b'{"QMP": {}}\r\n')
@@ -68,7 +68,7 @@ async def serve(sock: socket.socket) -> None:
 
 
 async def main(path: str) -> None:
-    """Accept clients for ever."""
+    """Accept clients until the process is killed."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(4096)

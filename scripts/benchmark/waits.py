@@ -1,4 +1,4 @@
-"""How long well-behaved clients wait at most: in a takeover, in a crash, and beside attacks."""
+"""Measure the longest wait of well-behaved clients: in a takeover, a crash, and under attack."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pathlib import Path
 
 from .servers import PATIENCE, Failed, Server, Servers, children, on_cpus, serve_command
 
-#: The attacks, and the client that measures beside them, are those of the tests.
+#: Folder of the tests that has the attacks, and the client that measures its waits meanwhile.
 FAULTS = Path(__file__).parents[2] / "tests" / "faults"
 
-#: Clients that ask once a millisecond while the daemon is replaced or killed.
+#: Clients that send a request every millisecond while the daemon is replaced or killed.
 _ASKERS = 8
-#: Answers that each of them gets before and after that.
+#: Replies that each of those clients awaits before and after the event.
 _ANSWERS = 50
 
 
@@ -32,11 +32,11 @@ _ANSWERS = 50
 
 
 class _Asker(threading.Thread):
-    """A client that asks once a millisecond, and connects again where the connection ends.
+    """Client that sends a request every millisecond, and reconnects when the connection ends.
 
     Args:
         path: the daemon's socket.
-        adds: whether it adds a descriptor and removes it again; else it asks ``query-name``.
+        adds: whether to send ``add-fd`` and ``remove-fd`` in turns; else ``query-name``.
     """
 
     def __init__(self, path: Path, adds: bool) -> None:
@@ -44,13 +44,13 @@ class _Asker(threading.Thread):
         self._path = path
         self._adds = adds
         self._over = threading.Event()
-        self._fdset_id: int | None = None  # what it has added
+        self._fdset_id: int | None = None  # of the descriptor added last
         self.answers = 0
         self.longest = 0.0
         self.failure: Exception | None = None
 
     def run(self) -> None:
-        """Ask until told to stop."""
+        """Send requests until ``stop`` is called."""
         try:
             with ExitStack() as stack:
                 sock = self._connect(stack)
@@ -62,11 +62,11 @@ class _Asker(threading.Thread):
                     self.longest = max(self.longest, time.monotonic() - began)
                     self.answers += 1
                     self._over.wait(0.001)
-        except Exception as exc:  # noqa: BLE001 - told by the main thread
+        except Exception as exc:  # noqa: BLE001 - raised again by stop()
             self.failure = exc
 
     def stop(self) -> float:
-        """The longest wait, of all that it asked."""
+        """Stop; return the longest wait of a request in seconds, or raise Failed."""
         self._over.set()
         self.join(PATIENCE)
         if self.failure is not None:
@@ -93,7 +93,7 @@ class _Asker(threading.Thread):
             time.sleep(0.001)
 
     def _ask(self, sock: socket.socket) -> bool:
-        """Ask once; False if the connection has ended without an answer."""
+        """Send one request; return False if the connection ends before the reply."""
         control = []
         if not self._adds:
             text = b'{"execute": "query-name"}\n'
@@ -114,7 +114,7 @@ class _Asker(threading.Thread):
 
 
 def _line(sock: socket.socket) -> bytes:
-    """One line; empty if the connection ends before."""
+    """Read one line; return an empty one if the connection ends before."""
     line = b""
     while not line.endswith(b"\n"):
         data = sock.recv(4096)
@@ -125,7 +125,7 @@ def _line(sock: socket.socket) -> bytes:
 
 
 def _longest_wait(server: Server, event: Callable[[], None]) -> float:
-    """The longest that one of the askers waits, while something happens to the daemon."""
+    """Return the longest wait of a client, in seconds, before, during and after *event*."""
     askers = [_Asker(server.path, adds=bool(number % 2)) for number in range(_ASKERS)]
 
     def answered() -> None:
@@ -155,13 +155,13 @@ def _until(condition: Callable[[], bool], otherwise: str) -> None:
 
 
 def _everywhere(servers: Servers, server: Server) -> None:
-    """Let a server run on any CPU, as it does when nobody measures what a command costs."""
+    """Allow a server all CPUs, as outside of the benchmark."""
     for pid in server.pids:
         os.sched_setaffinity(pid, servers.cpus.values())
 
 
 def takeover(servers: Servers, server: Server) -> tuple[float, Server]:
-    """Let a new daemon take over; the longest wait in seconds, and the new one."""
+    """Run a takeover; return the longest wait in seconds, and the successor."""
     _everywhere(servers, server)
     (old,) = server.pids
     started: list[int] = []
@@ -184,8 +184,8 @@ def takeover(servers: Servers, server: Server) -> tuple[float, Server]:
 
 
 def crash(servers: Servers, server: Server) -> float:
-    """Kill the worker of a supervised daemon, once there is a spare one, a second after its start;
-    the longest wait in seconds.
+    """Kill the worker of a supervised daemon once its spare worker is ready, a second after the
+    start; return the longest wait in seconds.
     """
     parent = server.pids[-1]
     (worker,) = children(parent)
@@ -196,7 +196,7 @@ def crash(servers: Servers, server: Server) -> float:
 
 
 def _is_spare(pid: int) -> bool:
-    """Whether a process calls itself a spare worker, as it does once it is ready to be one."""
+    """Return whether a process is a ready spare worker, which has set its name."""
     return Path(f"/proc/{pid}/comm").read_text() == "qmpfd-spare\n"
 
 
@@ -205,12 +205,12 @@ def _is_spare(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Attack:
-    """Clients that mean harm.
+    """Processes that attack the daemon.
 
     Args:
-        name: what the table calls it.
-        attackers: the arguments of each process of ``attacks.py``.
-        stored: how many descriptors the daemon keeps meanwhile.
+        name: name in the table.
+        attackers: arguments of each process of ``attacks.py``.
+        stored: number of descriptors that the daemon holds.
     """
 
     name: str
@@ -219,7 +219,7 @@ class Attack:
 
 
 def attacks() -> list[Attack]:
-    """All attacks of the tests that take no more than a daemon and some processes."""
+    """Return the attacks of the tests that need only a daemon and attacking processes."""
     streams = runpy.run_path(str(FAULTS / "attacks.py"))["STREAMS"]
     deaf = {"requests": 50, "schemas": 50, "opened": 200, "closers": 6, "watching": 6}
     return [
@@ -235,7 +235,7 @@ def attacks() -> list[Attack]:
 
 @contextmanager
 def _program(name: str, *words: object) -> Iterator[subprocess.Popen[str]]:
-    """A program of the tests, once it says that it is ready; killed at the end."""
+    """Start a program of the tests, wait for its line "ready", and kill it at the end."""
     process = subprocess.Popen(
         [sys.executable, "-S", "-E", str(FAULTS / name), *map(str, words)],
         stdin=subprocess.PIPE,
@@ -253,8 +253,8 @@ def _program(name: str, *words: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def beside(servers: Servers, server: Server, attack: Attack, seconds: float) -> float:
-    """Attack; the longest that a client waits that asks once a millisecond, in seconds, without
-    the time for which the machine ran something else, such as the attackers.
+    """Attack for *seconds*; return the longest wait, in seconds, of a client that sends a request
+    every millisecond, less the time for which the CPU ran other processes, such as the attackers.
     """
     _everywhere(servers, server)
     with on_cpus(servers.cpus.values()), _program("probe.py", server.path) as probe:

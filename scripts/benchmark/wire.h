@@ -1,4 +1,4 @@
-/* What load.c writes and reads: the two protocols, and the kernel's account of the server. */
+/* The two protocols of load.c, QMP and s6-fdholder, and the server's CPU time from /proc. */
 #include <dirent.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -28,7 +28,7 @@ static uint64_t cpu_of(int schedstat)
     return strtoull(text, NULL, 10);
 }
 
-/* What all threads of a process have used (proc(5), schedstat: nanoseconds). */
+/* CPU time of all threads of a process, in nanoseconds (proc(5), schedstat). */
 static uint64_t process_cpu(int pid)
 {
     char path[300];
@@ -50,7 +50,7 @@ static uint64_t process_cpu(int pid)
     return sum;
 }
 
-/* The same for several processes, separated by commas. */
+/* CPU time of several processes; their ids are separated by commas. */
 static uint64_t server_cpu(const char *pids)
 {
     uint64_t sum = 0;
@@ -59,7 +59,7 @@ static uint64_t server_cpu(const char *pids)
     return sum;
 }
 
-/* -- requests, into *text*; how long they are ------------------------------------------------- */
+/* -- requests: written into *text*; the functions return the length -------------------------- */
 
 static size_t write_qmp(char *text, enum kind kind, long set, long fds)
 {
@@ -76,18 +76,18 @@ static size_t write_qmp(char *text, enum kind kind, long set, long fds)
     }
 }
 
-/* Its frame: four bytes of length, two of a number of descriptors, both big-endian. */
+/* Frame of s6-fdholder: 4 bytes of length, 2 bytes of the number of descriptors, big-endian. */
 static size_t write_s6(char *text, enum kind kind, long set)
 {
     char *p = text + 6, id[40];
     int length = sprintf(id, "bench-%ld", kind == OPEN ? 0 : set);
     *p++ = "SDLR"[kind];
     if (kind == ADD) {
-        memcpy(p, "\x60\0\0\0\x70\0\0\0\0\0\0\0", 12); /* kept for ever: a TAI64N far ahead */
+        memcpy(p, "\x60\0\0\0\x70\0\0\0\0\0\0\0", 12); /* expiry: a TAI64N label far ahead */
         p += 12;
     }
     if (kind == OPEN)
-        *p++ = 0; /* and do not delete it */
+        *p++ = 0; /* retrieve without deleting */
     if (kind != QUERY) {
         *p++ = length;
         memcpy(p, id, length + 1);
@@ -117,7 +117,7 @@ static long count_of(const char *text, size_t length, const char *name)
     return count;
 }
 
-/* The length of the reply that *text* begins with; 0 if it is not complete. */
+/* Return the length of the first reply in *text*; 0 if that is not complete. */
 static size_t whole_reply(int s6, const char *text, size_t length, size_t looked_at)
 {
     if (s6) {
