@@ -42,7 +42,7 @@ _TOLD = 10
 _FDS_A_CLIENT = 24
 
 #: Invalid input; no item is a complete command.  ESC resets QEMU's parser.
-_GARBAGE = (
+_INVALID = (
     b"\x1b",
     b"\x00\xff\xfe",
     b"]]]}}}",
@@ -122,7 +122,7 @@ class Player:
             "slow reader": self._slow_reader,
             "cancelled": self._cancelled,
             "died": self._died,
-            "fds_to_close": self._fds_to_close,
+            "invalid input": self._invalid_input,
         }
 
     async def play(self) -> None:
@@ -319,7 +319,7 @@ class Player:
         reply = await client.read()
         if reply.get("id") != request_id:
             raise Broken(f"a reply is lost or doubled: instead of id {request_id} came {reply}")
-        self._stress.commands["pipelined, or after garbage"] += 1
+        self._stress.commands["pipelined, or after errors"] += 1
         return reply
 
     async def _slow_reader(self) -> None:
@@ -429,26 +429,26 @@ class Player:
                 await self._execute(client, "remove-fd", fdset_id=fdset_id, fd=number)
             self._check_listing(await self._execute(client, "query-fdsets"), {})
 
-    async def _fds_to_close(self) -> None:
+    async def _invalid_input(self) -> None:
         """Send invalid input with descriptors: the daemon replies with errors and continues."""
         async with raw_connect(self._daemon.socket) as client:
             await client.negotiate()
             for number in range(self._random.randint(1, 6)):
                 with new_file() as fd:
                     fds = [fd] * self._random.randint(0, 5)
-                    await client.send(self._nonsense(), fds)
+                    await client.send(self._random_input(), fds)
                 await client.send(b"\x1b")  # resets the parser; the reply is one error
                 await client.ask("query-name", number)
                 while "id" not in (reply := await client.read()):
                     _refused(reply, None)
                 if reply["id"] != number:
-                    raise Broken(f"after fds_to_close, id {number} was asked and {reply} came")
+                    raise Broken(f"after invalid input, id {number} was asked and {reply} came")
                 _result(reply)
-                self._stress.commands["pipelined, or after garbage"] += 1
+                self._stress.commands["pipelined, or after errors"] += 1
 
-    def _nonsense(self) -> bytes:
+    def _random_input(self) -> bytes:
         if self._random.random() < 0.5:
-            return self._random.choice(_GARBAGE)
+            return self._random.choice(_INVALID)
         return self._random.randbytes(self._random.randint(1, 3000))
 
 
