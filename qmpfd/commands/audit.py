@@ -1,6 +1,4 @@
-"""The audit trail: a JSON line for each descriptor that comes, goes or is handed out, and for each
-refusal.
-"""
+"""Audit trail: one JSON line per descriptor added, removed or handed out, and per refusal."""
 
 from __future__ import annotations
 
@@ -12,26 +10,25 @@ from ..errors import QMPError
 from ..fdsets import Peer, StoredFd
 from ..protocol.encode import encode
 
-#: Characters of an opaque text, or of an error's, that a line repeats.
+#: Maximum characters of an opaque text or error text in a line.
 _QUOTED = 1024
 
 
 class Audit:
-    """Makes the lines of the audit trail, and passes them to *write*, which never blocks.
+    """Formats the lines of the audit trail, and passes them to *write*, which never blocks.
 
     A line has the members
 
-    - ``time``: when, in UTC.
+    - ``time``: time of the event, in UTC.
     - ``outcome``: ``added``, ``opened``, ``removed``, ``replaced``, ``expired``, ``hangup``,
-      ``connection`` (removed with its end), ``ended`` (with the daemon), or the class and text of
-      the error.
-    - ``pid``, ``uid``: the process that asked for it, and its user; absent if the daemon did it by
-      itself.
-    - ``command``: absent where there was none: a time was over, a connection ended, a request was
-      no valid one.
-    - ``set``, ``fd``: the fd set, and the number in the daemon.
-    - ``opaque``: the opaque text, its first 1,024 characters.
-    - ``name``: the name, of a descriptor of ``getfd``.
+      ``connection`` (removed at its end), ``ended`` (removed at the daemon's end), or the class and
+      text of the error.
+    - ``pid``, ``uid``: the client's process and user; absent if the daemon acted by itself.
+    - ``command``: the command; absent after an expiry or the end of a connection, and for an
+      invalid request.
+    - ``set``, ``fd``: the fd set, and the descriptor's number in the daemon.
+    - ``opaque``: the first 1,024 characters of the opaque text.
+    - ``name``: the name of a descriptor of ``getfd``.
     """
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
@@ -87,5 +84,5 @@ class Audit:
 
 
 def _quoted(text: str) -> str:
-    """The beginning of *text*; a surrogate, which JSON cannot carry, is escaped."""
+    """Return the beginning of *text*, with surrogates escaped, which JSON cannot express."""
     return text[:_QUOTED].encode("utf-8", "backslashreplace").decode()

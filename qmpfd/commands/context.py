@@ -1,4 +1,4 @@
-"""One connection, as its commands see it."""
+"""Context in which the commands of one connection are executed."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from .shared import SharedState
 
 
 class Ending(Enum):
-    """What ends a connection, but for its client being gone."""
+    """Command that ends a connection."""
 
     QUIT = auto()  #: ``quit``
-    TAKEOVER = auto()  #: ``takeover``: the client is a daemon that takes this one's place
+    TAKEOVER = auto()  #: ``takeover``: the client is the successor daemon
 
 
 @dataclass(slots=True, eq=False)
 class Context:
-    """One connection, as its commands see it.
+    """Context in which the commands of one connection are executed.
 
     Args:
-        shared: what it shares with the others.
-        connection: its protocol state.
-        peer: who is at the other end.
-        access: what it may do.
-        send_events: sends some of the events that wait; whether more of them can be sent at once.
+        shared: the state that all connections share.
+        connection: the protocol state of the connection.
+        peer: the client's process and user.
+        access: the client's rights.
+        send_events: sends some of the pending events; returns whether more can be sent at once.
         names: the descriptors of ``getfd``, by name; owned here.
-        fds: the descriptors that came with the command being carried out; what the command
-            leaves in the list is closed.
-        reply_fds: the descriptors that go back with the reply; owned here until they are sent.
-        taken: what these were stored as, where the command has taken them out of the store.
-        events: what the client is to be told unasked, while it watches.
-        ending: the command after which no other of the client is carried out.
-        touched_store: a command was carried out that depends on what is stored.
-        closed: the connection is over.
+        fds: the descriptors of the command being executed; those that the command leaves in the
+            list are closed.
+        reply_fds: the descriptors to attach to the reply; owned here until they are sent.
+        taken: the entry that the command has removed from the store for the reply, or None.
+        events: the client's position in the event log; None if it does not watch.
+        ending: the command after which no more commands of the connection are executed.
+        touched_store: whether a command was executed that depends on the store.
+        closed: whether the connection has ended.
     """
 
     shared: SharedState
@@ -59,10 +59,10 @@ class Context:
     closed: bool = False
 
     def first_fd(self) -> Fd:
-        """The descriptor that came with the command.
+        """Return the first descriptor that came with the command.
 
         Raises:
-            FdNotSupplied: none did.
+            FdNotSupplied: the command came without a descriptor.
         """
         if not self.fds:
             raise FdNotSupplied("No file descriptor supplied via SCM_RIGHTS")
@@ -70,11 +70,11 @@ class Context:
 
     @property
     def fd_count(self) -> int:
-        """The number of stored descriptors that are closed when this connection ends."""
+        """Number of stored descriptors that are closed when this connection ends."""
         return len(self.names) + self.shared.store.owned_count(self)
 
     def store_named(self, name: str) -> None:
-        """Keep the descriptor that came with the command under *name*."""
+        """Store the command's descriptor under *name*, and close an older one of that name."""
         self.close_named(name)
         fd = self.fds.pop(0)
         self.adopt_named(name, fd)
@@ -82,12 +82,12 @@ class Context:
             self.shared.audit.record_named("added", name, fd.number)
 
     def adopt_named(self, name: str, fd: Fd) -> None:
-        """Keep *fd* under *name*, which no other has."""
+        """Store *fd* under *name*, which must be unused."""
         self.names[name] = fd
         self.shared.quotas.charge(self.peer, name)
 
     def close_named(self, name: str) -> bool:
-        """Close the descriptor that is kept under *name*; whether there is one."""
+        """Close the descriptor of *name*; return whether there was one."""
         fd = self.names.pop(name, None)
         if fd is None:
             return False
@@ -98,20 +98,22 @@ class Context:
         return True
 
     def put_back(self, stored: StoredFd) -> bool:
-        """The client has not received what was taken out of the store for it: store it again,
-        unless it was kept for the time of a connection that is over; whether it is stored.
+        """Store again an entry that was removed for a reply which was not sent.
+
+        Return whether the entry is stored: not if the connection that limits its lifetime has
+        ended, or its hang-ups cannot be watched any more.
         """
         owner = stored.lifetime.owner
         if isinstance(owner, Context) and owner.closed:
             return False
         try:
             self.shared.put_back(stored)
-        except QMPError:  # its other end cannot be watched any more
+        except QMPError:  # hang-ups cannot be watched
             return False
         return True
 
     def watch(self, enable: bool) -> None:
-        """Begin or stop to send events to this connection."""
+        """Start or stop sending events to this connection."""
         if enable and self.events is None:
             self.events = Watcher(self.shared.log_for(self.access), self.send_events)
             self.shared.watchers.add(self.events)
@@ -121,18 +123,18 @@ class Context:
             self.events = None
 
     def change_access(self, access: Access) -> None:
-        """Replace the client's rights: the policy has changed."""
+        """Replace the client's rights, after a change of the policy."""
         if self.events is not None and access != self.access:
             self.shared.leave_log(self.events.log)
             self.events.move(self.shared.log_for(access))
         self.access = access
 
     def close(self, most: int | None = None) -> bool:
-        """The connection is over, and with it all that was kept for its time only; whether there
-        is more of it.
+        """Remove the descriptors whose lifetime is that of the connection; return whether some are
+        left.
 
         Args:
-            most: how many descriptors are taken out; None for all.
+            most: maximum number of stored, and of named, descriptors to remove; None for all.
         """
         self.watch(False)
         audit = self.shared.audit

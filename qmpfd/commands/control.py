@@ -1,4 +1,4 @@
-"""The commands about the connection and the daemon itself."""
+"""Commands about the connection and the daemon itself."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def query_qmp_schema(context: Context, arguments: Arguments) -> list[dict[str, A
 
 @table.command("takeover", Takeover, Nothing)
 def takeover(context: Context, arguments: Takeover) -> None:
-    """Hand everything over to the client, a daemon that takes this one's place."""
+    """Hand everything over to the client, the successor daemon."""
     context.access.require("admin")
-    if arguments.format < TAKEOVER_FORMAT:  # a newer daemon reads what an older one has written
+    if arguments.format < TAKEOVER_FORMAT:  # a successor can read older formats than its own
         raise InvalidParameterValue(
             f"Parameter 'format' expects {TAKEOVER_FORMAT}, this daemon's, or a newer one"
         )

@@ -1,4 +1,4 @@
-"""Executes requests: finds the command in the table, and returns its result or its error."""
+"""Executes requests: looks up the command in the table, and returns its result or error."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _COMMANDS: dict[type[Request], Command[Context]] = {
 }
 
 
-#: The outcome of most commands.  Shared, and so only read: an Outcome can be unwrapped once.
+#: Outcome of a command without a result.  It is shared: it must not be unwrapped, which works once.
 _DONE: Outcome[object] = Value(NOTHING)
 
 
 def execute(context: Context, request: Request, received: list[Fd]) -> Outcome[object]:
-    """Execute *request*, and return its result or its QMPError.
+    """Execute *request*; return its result or its QMPError.
 
     Args:
-        context: the connection that it came from.
-        request: what to do.
-        received: the descriptors that came with it; what the command does not keep is closed.
+        context: the context of the connection.
+        request: the request.
+        received: its descriptors; those that the command does not store are closed.
     """
     command = _COMMANDS[type(request)]
     arguments = request.arguments
@@ -54,8 +54,8 @@ def execute(context: Context, request: Request, received: list[Fd]) -> Outcome[o
         returned = command.run(context, arguments)
     except QMPError as exc:
         result = Error(exc)
-    except Exception as exc:  # noqa: BLE001 - whatever it is, one command failed and no more
-        # A fault of ours: told to the client as such, and to whoever runs the daemon in full.
+    except Exception as exc:  # noqa: BLE001 - a bug in one command must not end the daemon
+        # The client gets an error without details; the log has the traceback.
         _log.error("%s failed", command.name, exc_info=exc)
         result = Error(GenericError(f"internal error in '{command.name}'"))
     else:

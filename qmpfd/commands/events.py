@@ -1,7 +1,7 @@
-"""Events for watching connections, and a bounded queue of them for those that do not read.
+"""Events for watching connections, in logs of bounded size.
 
-A change costs the same however many watch: it is put into a log, of which each watcher has read
-up to somewhere.  There is a log for each set of rights among the watchers.
+A change of the store is appended to one log for each distinct set of rights among the watchers;
+each watcher has a position in its log.  So the cost of a change does not grow with the watchers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..policy import Access
 from ..protocol.encode import encode
 from .extension_types import FdAdded, FdEventsLost, FdRemoved
 
-#: The events there are, by name: the types of their data.
+#: Types of the events' data, by the event's name.
 EVENTS: dict[str, type[Struct]] = {
     "FD_ADDED": FdAdded,
     "FD_REMOVED": FdRemoved,
@@ -29,17 +29,17 @@ EVENTS: dict[str, type[Struct]] = {
 }
 
 
-#: Bytes that an event takes in memory at most, apart from the opaque text.
+#: Maximum memory of an event in bytes, without the opaque text.
 _EVENT_BYTES = 256
 
 
 class SavedWatch(Struct, forbid_unknown_fields=True):
-    """How far a connection has read the events.
+    """Position of a watcher, for the transfer to a successor daemon.
 
     Args:
-        log: which of the saved logs it reads.
-        behind: how many events have happened since the last that it was sent.
-        lost: how many of those before it has missed, and was not told so yet.
+        log: index of the watcher's log among the saved logs.
+        behind: number of events of the log that were not sent to the watcher.
+        lost: number of older events that were lost and not reported yet.
     """
 
     log: int
@@ -48,13 +48,12 @@ class SavedWatch(Struct, forbid_unknown_fields=True):
 
 
 class Event(Struct, forbid_unknown_fields=True, dict=True):
-    """An event, as it goes over to a successor too.  The first watcher that is sent it has it
-    encoded.
+    """An event; also its format in the transfer to a successor daemon.
 
     Args:
-        name: its name.
-        time: when it happened, in nanoseconds since the epoch.
-        data: what there is to tell, of JSON's types.
+        name: the event's name.
+        time: time of the event, in nanoseconds since the epoch.
+        data: the event's data, of JSON's types.
     """
 
     name: Annotated[str, Meta(pattern="^(FD_ADDED|FD_REMOVED)$")]
@@ -63,51 +62,51 @@ class Event(Struct, forbid_unknown_fields=True, dict=True):
 
     @classmethod
     def added(cls, stored: StoredFd) -> Event:
-        """*stored* was added."""
+        """Create the event for the addition of *stored*."""
         return cls.now("FD_ADDED", FdAdded(stored.fdset.id, stored.fd.fileno(), stored.opaque))
 
     @classmethod
     def removed(cls, stored: StoredFd, reason: str) -> Event:
-        """*stored* was removed, and why."""
+        """Create the event for the removal of *stored*."""
         data = FdRemoved(stored.fdset.id, stored.fd.fileno(), reason, stored.opaque)
         return cls.now("FD_REMOVED", data)
 
     @classmethod
     def now(cls, name: str, data: Struct) -> Event:
-        """An event that happens now."""
+        """Create an event with the current time."""
         return cls(name, time.time_ns(), to_builtins(data))
 
     @cached_property
     def size(self) -> int:
-        """About how many bytes of memory it may take."""
+        """Estimated memory of the event, in bytes."""
         return _EVENT_BYTES + 6 * len(self.data.get("opaque", ""))
 
     @cached_property
     def encoded(self) -> bytes:
-        """The event as it is sent."""
+        """The encoded event, cached for all watchers."""
         seconds, nanoseconds = divmod(self.time, 1_000_000_000)
         stamp = {"seconds": seconds, "microseconds": nanoseconds // 1000}
         return encode({"timestamp": stamp, "event": self.name, "data": self.data}) + b"\r\n"
 
 
 class EventLog:
-    """The newest events, for all watchers who may see the same: each is kept and encoded once."""
+    """The newest events for all watchers with the same rights: stored and encoded once."""
 
     def __init__(self, access: Access) -> None:
         self.access = access
-        self.watchers = 0  #: how many there are
+        self.watchers = 0  #: number of watchers
         self.events: deque[Event] = deque()
         self._size = 0
-        #: The number of the next event; they are numbered from 0.
+        #: Number of the next event; events are numbered from 0.
         self.end = 0
 
     @property
     def begin(self) -> int:
-        """The number of the oldest event that is still there."""
+        """Number of the oldest event that was not discarded."""
         return self.end - len(self.events)
 
     def put(self, event: Event) -> None:
-        """Add *event*, if it may be seen; the oldest are given up for it."""
+        """Append *event* if the watchers may see it; discard the oldest beyond the limits."""
         if not self.may_see(event):
             return
         events = self.events
@@ -122,10 +121,10 @@ class EventLog:
         return self.access.may("query", event.data["fdset-id"], event.data.get("opaque"))
 
     def restore(self, events: Iterable[Event]) -> None:
-        """Add the events of another process, those that may be seen.
+        """Append the events of a predecessor daemon that the watchers may see.
 
         Raises:
-            msgspec.ValidationError: one of them is no event.
+            msgspec.ValidationError: the data of an event is invalid.
         """
         for event in events:
             convert(event.data, EVENTS[event.name])
@@ -133,11 +132,11 @@ class EventLog:
 
 
 class Watcher:
-    """One connection that watches.
+    """Position of one watching connection in a log, which begins at the log's end.
 
     Args:
-        log: where they are; what happened before is not told.
-        send: called to send some of what waits; whether more of it can be sent at once.
+        log: the log of the connection's rights.
+        send: sends some of the pending events; returns whether more can be sent at once.
     """
 
     def __init__(self, log: EventLog, send: Callable[[], bool]) -> None:
@@ -148,11 +147,11 @@ class Watcher:
 
     @property
     def is_behind(self) -> bool:
-        """Whether something waits."""
+        """Whether events, or a report of lost events, are pending."""
         return self._next < self.log.end or self._lost > 0
 
     def next_batch(self) -> bytes:
-        """Some of what waits, at least one event, ready to be sent; empty if nothing does."""
+        """Pop some pending events, at least one, encoded; empty if none is pending."""
         log = self.log
         self._lost += max(0, log.begin - self._next)
         self._next = max(self._next, log.begin)
@@ -171,14 +170,14 @@ class Watcher:
         return b"".join(found)
 
     def save(self, logs: Sequence[EventLog]) -> SavedWatch:
-        """How far it is, for another process that is given *logs*."""
+        """Return the position, for a successor daemon that receives *logs*."""
         return SavedWatch(logs.index(self.log), self.log.end - self._next, self._lost)
 
     def restore(self, behind: int, lost: int) -> None:
-        """Go on where another process was: so many events of the log were not sent."""
+        """Restore a saved position: *behind* events of the log were not sent."""
         self._next, self._lost = self.log.end - behind, lost
 
     def move(self, log: EventLog) -> None:
-        """Read *log* from its end on; unsent events of the former log count as lost."""
+        """Change to the end of *log*; count the unsent events of the former log as lost."""
         self._lost += self.log.end - self._next
         self.log, self._next = log, log.end

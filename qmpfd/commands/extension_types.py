@@ -1,4 +1,4 @@
-"""The arguments and results of the commands that QEMU does not have, in the same style."""
+"""Types of the arguments and results of the commands that QEMU does not have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that QEMU does not have: handing descriptors out again, and watching them."""
+"""Commands that QEMU does not have: opening, adding, querying and watching descriptors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .types import Result as Nothing
 
 table: Table[Context] = Table()
 
-#: Characters of opaque texts, and descriptors, of a reply that is made in one go.
+#: Maximum characters of opaque texts, and number of descriptors, of a reply encoded in one step.
 _FEW_CHARACTERS, _FEW_FDS = 16384, 256
 
 
@@ -45,8 +45,8 @@ _FEW_CHARACTERS, _FEW_FDS = 16384, 256
 def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
     """Hand out a duplicate of a file descriptor, attached to the reply.
 
-    As QEMU does for ``/dev/fdset/N``, the access mode must be equal, and the newest file
-    descriptor that matches is taken.
+    The newest file descriptor that matches is opened; its access mode must be equal to the one
+    requested, as for QEMU's ``/dev/fdset/N``.
     """
     access, shared = context.access, context.shared
     access.require("open", arguments.fdset_id)
@@ -77,11 +77,11 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
 
 
 def _newest(context: Context, arguments: OpenFdset) -> StoredFd:
-    """The newest descriptor that is selected and has the access mode.
+    """Return the newest selected descriptor with the access mode.
 
     Raises:
-        FdNotFound: there is none that the client can know of.
-        PermissionDenied: there are some, but the client may open none of them.
+        FdNotFound: none is visible to the client.
+        PermissionDenied: some are visible, but the client may open none of them.
     """
     wanted, by_number = arguments.access, arguments.by_number
     newest: StoredFd | None = None
@@ -144,10 +144,10 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
 
 
 def _older(context: Context, arguments: AddFds) -> list[StoredFd]:
-    """The descriptors that are to be replaced.
+    """Return the stored descriptors that ``if-exists`` replaces.
 
     Raises:
-        FdExists: there are some, and that is an error.
+        FdExists: some exist, and ``if-exists`` is ``fail``.
         PermissionDenied: the client may not remove one of them.
     """
     if arguments.if_exists in (None, "add"):
@@ -164,8 +164,9 @@ def _older(context: Context, arguments: AddFds) -> list[StoredFd]:
 
 
 def _emptied(older: list[StoredFd], next_id: int) -> int | None:
-    """The lowest id that is free once *older* is gone, if that is one of theirs: a descriptor that
-    replaces all of a set takes its place.
+    """Return the lowest id of the sets that become empty without *older*, if it is below *next_id*.
+
+    So a descriptor that replaces all of a set gets the set's id.
     """
     counts = Counter(stored.fdset for stored in older)
     ids = [fdset.id for fdset, count in counts.items() if count == len(fdset.fds)]
@@ -194,7 +195,7 @@ def remove_fds(context: Context, arguments: Selector) -> list[FdsetInfo] | JSONS
 
 
 def _infos(entries: list[StoredFd], access: Access | None = None) -> list[FdsetInfo]:
-    """The sets of *entries*; with *access*, of the opaque texts those that it may query."""
+    """Return *entries* grouped by set; with *access*, only with opaque texts that it may query."""
 
     def info(stored: StoredFd) -> FdsetFdInfo:
         opaque = stored.opaque if access is None else visible_opaque(access, stored)
@@ -207,7 +208,7 @@ def _infos(entries: list[StoredFd], access: Access | None = None) -> list[FdsetI
 
 
 def _is_long(entries: list[StoredFd]) -> bool:
-    """Whether a reply about *entries* is made bit by bit: a text is said for each of them."""
+    """Whether a reply with *entries* is encoded in steps; it repeats the opaque text of each."""
     size = sum(len(stored.opaque or "") for stored in entries)
     return size > _FEW_CHARACTERS or len(entries) > _FEW_FDS
 
@@ -226,15 +227,14 @@ def _lifetime(context: Context, arguments: AddFds, now: float) -> Lifetime:
 
 @table.command("query-fds", Selector, list[FdInfo])
 def query_fds(context: Context, arguments: Selector) -> JSONStream | RawJSON:
-    """List the stored file descriptors that are selected, or all, with what each is and where it
-    came from.
+    """List the selected file descriptors, or all, with what each is and where it came from.
 
-    A long listing is made bit by bit, and others are served meanwhile: what they remove before its
-    turn comes is left out.
+    A long listing is produced in parts while other clients are served: it leaves out descriptors
+    that they remove before it has reached them.
     """
     fdset_id, access = arguments.fdset_id, context.access
     access.require("query", fdset_id)
-    # Who may not see everything is told of no set whether it is there.
+    # For a client that may not query everything, a missing set is as a hidden one: an empty list.
     if fdset_id is not None and access.unlimited and context.shared.store.get(fdset_id) is None:
         raise Selector(fdset_id=fdset_id).not_found()
     return listing(context, arguments)
@@ -242,7 +242,7 @@ def query_fds(context: Context, arguments: Selector) -> JSONStream | RawJSON:
 
 @table.command("watch-fdsets", WatchFdsets, Nothing)
 def watch_fdsets(context: Context, arguments: WatchFdsets) -> None:
-    """Begin, or cease, to send FD_ADDED and FD_REMOVED events to this connection."""
+    """Start or stop sending FD_ADDED and FD_REMOVED events to this connection."""
     context.access.require("query")
     context.watch(arguments.enable)
 
@@ -251,7 +251,7 @@ def watch_fdsets(context: Context, arguments: WatchFdsets) -> None:
 def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
     """Return the daemon's counters and gauges, its limits, and who is connected.
 
-    A client that may not query everything is not told how much there is.
+    A client that may not query everything gets no counts of descriptors and commands.
     """
     context.access.require("query")
     shared, uid = context.shared, context.peer.uid
@@ -285,9 +285,9 @@ def _counts(counter: Mapping[str, int]) -> list[Count]:
 
 
 def _peers(context: Context, clients: Iterable[Client]) -> list[PeerStats]:
-    """The processes that are connected, those connected for longest first.
+    """Return the connected processes, the longest connected first.
 
-    Whoever may end the daemon is told of all; other clients only of those of their own user.
+    A client with the right ``admin`` sees all, others only those of their own user.
     """
     sees_all = any("admin" in grant.rights for grant in context.access.grants)
     found: dict[Peer, list[Client]] = {}

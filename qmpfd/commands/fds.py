@@ -1,4 +1,4 @@
-"""The commands that keep descriptors."""
+"""QEMU's commands for descriptors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ table: Table[Context] = Table()
 
 @table.command("add-fd", AddFd, AddfdInfo, fds=1)
 def add_fd(context: Context, arguments: AddFd) -> AddfdInfo:
-    """Add the file descriptor that was passed with the command to an fd set."""
+    """Add the file descriptor passed with the command to an fd set."""
     number = context.fds[0].number if context.fds else context.first_fd().number
     fdset_id, opaque = arguments.fdset_id, arguments.opaque
     check_add(context, fdset_id, opaque, 1)
@@ -40,20 +40,20 @@ def check_add(
     lasting: bool = True,
     replaced: Collection[StoredFd] = (),
 ) -> None:
-    """Refuse to add *count* descriptors where the client may not, or where there is no room.
+    """Check rights and quotas for the addition of *count* descriptors.
 
     Args:
-        context: the connection.
+        context: the client's context.
         fdset_id: the set; None for a new one.
-        opaque: the text of each.
-        count: how many.
-        lasting: they outlive the connection.
-        replaced: what goes in the same step.
+        opaque: the opaque text of each.
+        count: number of descriptors.
+        lasting: whether they outlive the connection.
+        replaced: the entries that are removed in the same step.
 
     Raises:
         PermissionDenied: the client may not add to the set.
-        GenericError: there is no room; see :meth:`Quotas.check_quota`.
-        InvalidParameterValue: there is no such set that the client can know of.
+        GenericError: a quota is exceeded; see :meth:`Quotas.check_quota`.
+        InvalidParameterValue: the set is hidden from the client.
     """
     shared = context.shared
     if not context.access.unlimited:
@@ -78,15 +78,17 @@ def _require_add(
 
 
 def _require_sight(access: Access, fdset: FdSet, opaque: str | None, dialect: Dialect) -> None:
-    """Whoever opens the newest of a set gets what was added last: so nobody adds to a set of which
-    something is hidden from it, unless a rule names the set.
+    """Refuse to add to a set with descriptors hidden from the client, unless a rule names the set.
+
+    ``open-fdset`` opens the newest descriptor of a set: the client's would take the place of one
+    that it does not know of.
     """
     if access.names_set("add", fdset.id, opaque) or access.sees_set(fdset.id):
         return
     seen = {access.may("query", fdset.id, stored.opaque) for stored in fdset.fds.values()}
     if False not in seen:
         return
-    if True not in seen and dialect == "spec":  # as if it were not there
+    if True not in seen and dialect == "spec":  # a hidden set has the same error as a missing one
         raise InvalidParameterValue("Parameter 'fdset-id' expects an existing fdset-id")
     raise PermissionDenied(
         f"The right 'query' is needed for all file descriptors in fdset-id:{fdset.id}, to add to it"
@@ -106,7 +108,7 @@ def remove_fd(context: Context, arguments: RemoveFd) -> None:
         if (True, True) in known or (True, False) in known:
             if any(not may_remove for _, may_remove in known):
                 raise denied("remove", Selector(fdset_id=fdset_id, fd=number))
-        else:  # as if it were not there
+        else:  # hidden descriptors have the same error as missing ones
             chosen = []
     if not chosen:
         raise Selector(fdset_id=fdset_id, fd=number).not_found()
@@ -122,7 +124,7 @@ def query_fdsets(context: Context, arguments: Arguments) -> JSONStream | RawJSON
 
 @table.command("getfd", FdName, Nothing, fds=1)
 def getfd(context: Context, arguments: FdName) -> None:
-    """Keep the file descriptor that was passed with the command under a name of this connection."""
+    """Store the file descriptor passed with the command under a name of this connection."""
     context.first_fd()
     context.access.require("add")
     if "0" <= arguments.fdname[:1] <= "9":
@@ -135,6 +137,6 @@ def getfd(context: Context, arguments: FdName) -> None:
 
 @table.command("closefd", FdName, Nothing)
 def closefd(context: Context, arguments: FdName) -> None:
-    """Close a file descriptor that was kept by ``getfd``."""
+    """Close a file descriptor that ``getfd`` has stored."""
     if not context.close_named(arguments.fdname):
         raise FdNotFound(f"File descriptor named '{arguments.fdname}' not found")

@@ -1,12 +1,11 @@
-"""Listings, which may be long: they are made bit by bit, and others are served between two bits.
+"""Listings, which may be long: produced in parts, between which other clients are served.
 
-A listing is of what was stored when it was asked for; what is removed before its turn comes is
-left out.  A descriptor is looked at in the same step in which it is found in its set, so that
-its number cannot mean another one by then.
+A listing has the descriptors that were stored when it was requested, without those removed before
+their turn.  Each descriptor is examined in the step that finds it in its set, before its number
+can be reused.
 
-Between two bits, what a listing was asked and how far it is can be saved, and another process that
-has the same store can go on with it: a takeover does not wait for the end of a listing, and nobody
-needs the memory for the rest of it.
+Between two parts, the query and the position can be saved, and a successor daemon with the same
+store can continue the listing: a takeover need not wait for its end, nor buffer the rest of it.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ from .extension_types import FdInfo, PeerInfo
 from .selectors import Selector
 from .types import FdsetFdInfo, FdsetInfo
 
-# A step is over after so much work, about a millisecond.  The opaque texts count by the character.
+# A step ends after this much work, about a millisecond.  Opaque texts cost 1 a character.
 _STEP = 4096
 _COPYING, _ENCODING, _LOOKING = 4, 16, 64
 
-#: A listing up to this size is made in one go.
+#: A listing up to this size is produced in one step.
 _FEW_FDS, _FEW_CHARACTERS = 256, 16384
 
-#: Bytes of what is said of a set, up to which they are kept for the next time.
+#: Maximum size of a set's part of ``query-fdsets`` that is cached.
 _KEPT_BYTES = 512
 
 
 def listing(context: Context, query: Selector | None) -> JSONStream | RawJSON:
-    """What ``query-fds`` returns for a selector, and ``query-fdsets`` for None."""
+    """Return the result of ``query-fds`` for a selector, or of ``query-fdsets`` for None."""
     shared = context.shared
     listed = Listing(context, query, shared.clock())
     few = shared.store.fd_count <= _FEW_FDS and shared.quotas.opaque_total <= _FEW_CHARACTERS
@@ -48,30 +47,30 @@ def listing(context: Context, query: Selector | None) -> JSONStream | RawJSON:
 
 
 class Stage(Enum):
-    """How the text of a listing ends so far."""
+    """The last part of a listing's text so far."""
 
-    #: There is none.
+    #: No text.
     EMPTY = "empty"
-    #: With an entry: a set of ``query-fdsets``, a descriptor of ``query-fds``.
+    #: A complete entry: a set of ``query-fdsets``, or a descriptor of ``query-fds``.
     ENTRY = "entry"
-    #: With a descriptor of a set of ``query-fdsets``, the rest of which is to come.
+    #: A descriptor in a set of ``query-fdsets``, which is not closed yet.
     IN_SET = "in set"
-    #: With the end of the listing.
+    #: The end of the listing.
     COMPLETE = "complete"
 
 
 class SavedListing(Struct, forbid_unknown_fields=True):
-    """A listing of which a part was written.
+    """State of a listing that was written in part.
 
     Args:
-        query: what ``query-fds`` was asked; None for ``query-fdsets``.
-        age: seconds since then: what was stored later is left out.
-        stage: how the text ends that was written.
-        below: only sets of lower ids are still to be listed, but for the one in progress.
-        fdset_id: the set in progress: some of its descriptors were listed.
-        next_fd: the descriptor of that set that comes next; None if none does.
-        entry: a descriptor of which a part was written, without its opaque text.
-        written: how many bytes of it.
+        query: the selector of ``query-fds``; None for ``query-fdsets``.
+        age: seconds since the request: descriptors stored later are left out.
+        stage: the last part of the text that was written.
+        below: sets of lower ids are still to be listed, besides the one in progress.
+        fdset_id: the set in progress, of which some descriptors were listed, or None.
+        next_fd: the next descriptor of that set; None if there is none.
+        entry: an entry that was written in part, without its opaque text, or None.
+        written: number of bytes of that entry that were written.
     """
 
     query: Selector | None
@@ -95,14 +94,14 @@ class Listing(JSONStream):
         self._asked_at = asked_at
         self._stage = Stage.EMPTY
         self._below: float = inf
-        self._fdset: FdSet | None = None  # in progress
-        self._progress = Progress()  # through that set
-        self._entry: dict[str, Any] | None = None  # in progress, since it is long
-        self._written = 0  # bytes of that entry
+        self._fdset: FdSet | None = None  # the set in progress
+        self._progress = Progress()  # the position in that set
+        self._entry: dict[str, Any] | None = None  # the long entry in progress
+        self._written = 0  # bytes of that entry that were written
 
     def save(self, now: float) -> tuple[SavedListing, str | None]:
-        """The listing between two of its bits, for :meth:`restore`; and the opaque text of the
-        entry in progress, which other listings may have in progress too.
+        """Return the state between two parts, for :meth:`restore`, and the opaque text of the entry
+        in progress: separate, because several listings may be at the same long entry.
         """
         fdset = self._fdset
         entry, opaque = self._entry, None
@@ -122,7 +121,7 @@ class Listing(JSONStream):
         return saved, opaque
 
     def restore(self, saved: SavedListing, opaque: str | None) -> None:
-        """Go on where another listing was when :meth:`save` gave this."""
+        """Restore the state that :meth:`save` has returned."""
         self._stage = saved.stage
         self._below = inf if saved.below is None else saved.below
         if saved.fdset_id is not None and saved.next_fd is not None:
@@ -133,12 +132,12 @@ class Listing(JSONStream):
             self._entry, self._written = {**saved.entry, "opaque": opaque}, saved.written
 
     def _sets(self) -> Iterator[FdSet]:
-        """The sets that are still to be listed, the one in progress first."""
+        """Yield the sets that are still to be listed, the one in progress first."""
         if self._fdset is not None:
             yield self._fdset
         query = self._query
         only = None if query is None else query.fdset_id
-        if only is not None:  # as the first that comes, and then no other does
+        if only is not None:  # start at that set; the loop ends after it
             self._below = min(self._below, only + 1)
         for fdset in self._context.shared.store.iter_stable(self._below):
             if only is not None and fdset.id != only:
@@ -148,13 +147,13 @@ class Listing(JSONStream):
         self._fdset = None
 
     def _make_bits(self) -> Iterator[bytes]:
-        """The text in pieces.  At each yield, the attributes say where the next piece begins."""
+        """Yield the text in parts; at each yield the attributes are the position of the next."""
         context, query, asked_at = self._context, self._query, self._asked_at
         out: list[bytes] = []
         work = 0
         if self._entry is not None:
             yield from self._long_entry(self._entry)
-        if self._stage is Stage.IN_SET and self._fdset is None:  # nothing of the set is left
+        if self._stage is Stage.IN_SET and self._fdset is None:  # the rest of the set was removed
             out.append(self._close_set())
         for fdset in self._sets():
             in_set = self._stage is Stage.IN_SET
@@ -202,11 +201,11 @@ class Listing(JSONStream):
             yield b"".join(out)
 
     def _separator(self) -> bytes:
-        """The separator before an entry."""
+        """Return the separator before an entry."""
         return b"[" if self._stage is Stage.EMPTY else b", "
 
     def _begin_fd(self, fdset_id: int) -> bytes:
-        """The text before a descriptor of a set of ``query-fdsets``."""
+        """Return the text before a descriptor of a set of ``query-fdsets``."""
         if self._stage is Stage.IN_SET:
             return b", "
         begin = self._separator() + b'{"fdset-id": %d, "fds": [' % fdset_id
@@ -218,7 +217,7 @@ class Listing(JSONStream):
         return b"]}"
 
     def _long_entry(self, entry: dict[str, Any]) -> Iterator[bytes]:
-        """The rest of an entry whose opaque text is long."""
+        """Yield the rest of an entry whose opaque text is long."""
         skip = self._written
         for bit in iter_encode(entry):
             self._written += max(0, len(bit) - skip)
@@ -227,9 +226,10 @@ class Listing(JSONStream):
         self._entry = None
 
     def _whole(self, fdset: FdSet) -> bytes | None:
-        """What ``query-fdsets`` says of *fdset*, if that is short and the client sees all of it: of
-        15,000 sets, few have changed since the last time, and what was said of the others is still
-        right.
+        """Return the cached entry of ``query-fdsets`` for *fdset*; None if it is too long for the
+        cache, or the client may not see all of it.
+
+        Of 15,000 sets, few change between two listings.
         """
         if not self._context.access.unlimited:
             return None
@@ -244,7 +244,7 @@ class Listing(JSONStream):
 
 
 def _describe(stored: StoredFd, now: float) -> FdInfo:
-    """The ``query-fds`` entry of *stored*, at the time *now*."""
+    """Return the ``query-fds`` entry of *stored*, at the time *now*."""
     number, lifetime = stored.fd.fileno(), stored.lifetime
     link = target(number)
     what = kind(number, link)
@@ -264,6 +264,6 @@ def _describe(stored: StoredFd, now: float) -> FdInfo:
     )
     if what == "socket":
         info.address, info.peer, info.listening = describe_socket(number)
-    if lifetime.expires_at is not None:  # a float near its end may round up beyond an int64
+    if lifetime.expires_at is not None:  # a float near INT64_MAX may round up beyond it
         info.expires = min(max(0, ceil(lifetime.expires_at - now)), INT64_MAX)
     return info

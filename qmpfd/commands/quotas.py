@@ -1,4 +1,4 @@
-"""Limits on what the daemon holds for clients: descriptors, opaque texts, passed descriptors."""
+"""Quotas of clients: stored descriptors, opaque texts, descriptors pending in connections."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..policy import is_owner
 
 
 def memory_size(text: str) -> int:
-    """Bytes that *text* takes in memory, at most.
+    """Return the maximum memory of *text* in bytes; one wide character makes all of them wide.
 
-    It depends on nothing but the text: :func:`sys.getsizeof` grows once a text was encoded, and so
-    gives back more, or less, than was counted.  One wide character makes all of them wide.
+    The result is the same for charge and refund.  That of :func:`sys.getsizeof` is not: it grows
+    when the text is encoded for the first time.
     """
     return len(text) if text.isascii() else 4 * len(text)
 
 
 def _add(counts: dict[int, int], uid: int, more: int) -> None:
-    """Count so many more, or fewer, for *uid*; users with none are forgotten."""
+    """Add *more*, which may be negative, to the count of *uid*; delete a count of 0."""
     counts[uid] = left = counts.get(uid, 0) + more
     if not left:
         del counts[uid]
@@ -33,38 +33,38 @@ def _add(counts: dict[int, int], uid: int, more: int) -> None:
 
 @dataclass(slots=True)
 class Quotas:
-    """Counts of what the daemon keeps for clients, in all and by user, and their limits.
+    """Counts what the daemon holds for clients, in all and by user, and checks the limits.
 
     Args:
-        limits: what each client is allowed.
-        clock: the time in seconds, never set back.
-        closer: what hangs in its close still takes a place.
-        refresh_in_flight: counts what clients have received meanwhile no more as waiting.
+        limits: the configured limits.
+        clock: returns the time in seconds, monotonic.
+        closer: counts the descriptors whose close is pending: they count for the quotas too.
+        refresh_in_flight: refunds the descriptors that clients have received since the last call.
     """
 
     limits: Limits
     clock: Callable[[], float]
     closer: ClosePool
     refresh_in_flight: Callable[[], None] = lambda: None
-    fds_total: int = 0  #: descriptors kept, those of ``getfd`` and inherited ones included
+    fds_total: int = 0  #: stored descriptors, those of ``getfd`` and inherited ones included
     fds_by_uid: dict[int, int] = field(default_factory=dict)
-    opaque_total: int = 0  #: bytes of the stored opaque texts, and of names
+    opaque_total: int = 0  #: bytes of the stored opaque texts and names
     opaque_by_uid: dict[int, int] = field(default_factory=dict)
-    waiting: int = 0  #: descriptors that no command has yet, and that their clients do not take
+    waiting: int = 0  #: received descriptors without a command, and sent ones not yet received
     waiting_by_uid: dict[int, int] = field(default_factory=dict)
-    waiting_limit: int = field(init=False)  #: of those, and of one user's: half of the table
-    refreshed_at: float = -inf  #: when clients were last asked what they have received
+    waiting_limit: int = field(init=False)  #: half of RLIMIT_NOFILE, in all and by user
+    refreshed_at: float = -inf  #: time of the last refresh_in_flight()
 
     def __post_init__(self) -> None:
         table = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.limits = self.limits.within(table)
         self.waiting_limit = table // 2
 
-    # -- what is kept ----------------------------------------------------------------------------
+    # -- stored descriptors and texts ------------------------------------------------------------
 
     def charge(self, peer: Peer | None, text: str | None, count: int = 1) -> None:
-        """Count *count* more descriptors of *peer*, each with that opaque text or name; None if the
-        daemon has inherited them.
+        """Count *count* more descriptors of *peer*, or inherited ones (None), each with the opaque
+        text or name *text*.
         """
         self.fds_total += count
         if peer is not None:
@@ -73,7 +73,7 @@ class Quotas:
             self._count_text(peer, count * memory_size(text))
 
     def refund(self, peer: Peer | None, text: str | None) -> None:
-        """Undo :meth:`charge`, of one."""
+        """Undo :meth:`charge` for one descriptor."""
         self.fds_total -= 1
         if peer is not None:
             _add(self.fds_by_uid, peer.uid, -1)
@@ -81,8 +81,8 @@ class Quotas:
             self._count_text(peer, -memory_size(text))
 
     def hold(self, holder: object, peer: Peer, texts: Iterable[str]) -> None:
-        """Count opaque texts that are stored no more for *peer*, as long as *holder* exists, which
-        keeps them in memory: a reply that a client does not read.
+        """Count opaque texts of removed descriptors for *peer* as long as *holder* exists: a reply,
+        which keeps them in memory until the client has read it.
         """
         size = sum(map(memory_size, texts))
         self._count_text(peer, size)
@@ -96,17 +96,16 @@ class Quotas:
     def check_quota(
         self, uid: int, count: int, opaque: str | None = None, replaced: Collection[StoredFd] = ()
     ) -> None:
-        """Refuse to keep *count* more descriptors for a client of *uid*, each with that opaque
-        text, when that is too much.
+        """Check the quotas for *count* more descriptors of a client.
 
         Args:
-            uid: the client's.
-            count: how many.
-            opaque: the text of each.
-            replaced: what is kept no more in the same step.
+            uid: the client's user.
+            count: number of descriptors.
+            opaque: the opaque text of each.
+            replaced: the entries that are removed in the same step.
 
         Raises:
-            GenericError: naming the limit.
+            GenericError: a quota is exceeded; the text names the limit.
         """
         limits = self.limits
         total = self.fds_total + count
@@ -115,11 +114,11 @@ class Quotas:
             and total <= limits.max_fds_per_uid
             and not (opaque or self.closer.pending_by_uid)
         ):
-            return  # as nearly always: nobody has more than there are in all
-        gained = 0  # places of this user
+            return  # the usual case: no user has more than the total
+        gained = 0  # replaced descriptors of this user
         for stored in replaced:
             gained += stored.added_by is not None and stored.added_by.uid == uid
-        closing = self.closer.pending_by_uid.get(uid, 0)  # of nobody else: that is their affair
+        closing = self.closer.pending_by_uid.get(uid, 0)  # other users' do not count for this one
         if self.fds_total + closing + count - len(replaced) > limits.max_fds:
             raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
         if opaque:
@@ -140,35 +139,38 @@ class Quotas:
                 raise GenericError(f"Too many file descriptors of uid {uid}: the limit is {most}")
 
     def fds_limit(self, uid: int) -> int:
-        """How many descriptors clients of *uid* may have kept: half of the process's table, but for
-        root and the daemon's own user, as others have to find room as well.
+        """Return how many descriptors the clients of *uid* may store.
+
+        At most half of RLIMIT_NOFILE, so that other users find room too; root and the daemon's own
+        user are exempt.
         """
         most = self.limits.max_fds_per_uid
         return most if is_owner(uid) else min(most, self.waiting_limit)
 
-    # -- what waits in connections ---------------------------------------------------------------
+    # -- descriptors pending in connections ------------------------------------------------------
 
     def fds_at_once(self) -> int:
-        """How many descriptors a connection may take before the first of their commands is carried
-        out: one, where the table may be full before that, and what is removed makes room.
+        """Return how many descriptors a connection may receive before it executes their commands.
+
+        One if the descriptor table may become full: the commands may remove descriptors first.
         """
         full = self.fds_total + self.waiting + FDS_AT_ONCE > self.limits.max_fds
         return 1 if full else FDS_AT_ONCE
 
     def charge_waiting(self, uid: int, more: int) -> None:
-        """So many descriptors more, or fewer, wait in connections of *uid*."""
+        """Add *more*, which may be negative, to the descriptors pending in connections of *uid*."""
         self.waiting += more
         _add(self.waiting_by_uid, uid, more)
 
     def check_waiting(self, uid: int, more: int) -> None:
-        """Refuse to let *more* descriptors wait in a connection of *uid* when that is too much.
+        """Check the quota for *more* pending descriptors in a connection of *uid*.
 
-        Root and the daemon's own user may have all that is left.  Every other user may have as
-        many as are left free after that, and no more: one has half of what may wait in all, each
-        of two a third, and some are left for whoever comes next.
+        Root and the daemon's own user may use all that is free.  Any other user may have as many as
+        remain free afterwards: one user gets half of the limit, each of two a third, and some are
+        always free for the next user.
 
         Raises:
-            GenericError: it is.
+            GenericError: the quota is exceeded; the text names the limit.
         """
         refused = self._refused_waiting(uid, more)
         if refused and self.clock() - self.refreshed_at > LOOK_INTERVAL:

@@ -1,7 +1,7 @@
-"""``query-qmp-schema``: the table of commands, in the form in which QEMU describes its own.
+"""Result of ``query-qmp-schema``, derived from the table of commands.
 
-The form is that of ``qapi/introspect.json`` (SchemaInfo).  Where QEMU hides the names of types
-behind numbers, because they are no part of its promise, ours are shown.
+The format is that of ``qapi/introspect.json`` (SchemaInfo).  QEMU replaces the names of types by
+numbers, because the names are not part of its interface; here the names are shown.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _EMPTY = "q_empty"
 
 
 class _Schema:
-    """Collects entries: each type once, behind what refers to it."""
+    """Collects the entries of the schema, each type once."""
 
     def __init__(self) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
 
     def type_name(self, annotation: Any) -> str:
-        """The name under which *annotation* is described."""
+        """Return the name of the entry for *annotation*, which is added if it is missing."""
         kind = bare_type(annotation)
         entry: dict[str, Any]
         if kind in _BUILTINS:
@@ -72,9 +72,9 @@ class _Schema:
         return name
 
 
-@cache  # a daemon has one table, which does not change
+@cache  # a daemon has one table, which never changes
 def schema(table: Table[Any]) -> list[dict[str, Any]]:
-    """All commands of *table* and all events, with the types that they refer to."""
+    """Return the entries of all commands of *table*, all events, and the types that they use."""
     collected = _Schema()
     entries = collected.entries
     for command in table.commands.values():

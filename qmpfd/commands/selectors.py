@@ -10,7 +10,7 @@ from ..policy import Access, Right
 from ..protocol.arguments import Int64
 from .types import Arguments
 
-#: Characters of a text that an error quotes, which was in the request.
+#: Maximum characters of a selector's text that an error quotes.
 _QUOTED = 64
 
 
@@ -34,7 +34,7 @@ class Selector(Arguments):
     added_by_uid: Int64 | None = None
 
     def given(self) -> dict[str, int | str]:
-        """The members that are given, by their names on the wire."""
+        """Return the members that are present, by their names on the wire."""
         values = {name: getattr(self, name) for name in Selector.__struct_fields__}
         return {
             name.replace("_", "-"): value for name, value in values.items() if value is not None
@@ -42,20 +42,20 @@ class Selector(Arguments):
 
     @property
     def by_number(self) -> bool:
-        """Whether it names descriptors by number only, so that nothing is searched."""
+        """Whether the selector has only numbers of sets and descriptors: nothing is searched."""
         return self.given().keys() <= {"fdset-id", "fd"}
 
     def check(self) -> None:
-        """Refuse a selector without members.
+        """Check that the selector has at least one member.
 
         Raises:
-            GenericError: it is one.
+            GenericError: it has none.
         """
         if self.fdset_id is None and not self.given():
             raise GenericError("Parameter 'fdset-id' is missing, or another member of the selector")
 
     def matches(self, stored: StoredFd) -> bool:
-        """Whether it chooses *stored*."""
+        """Whether *stored* meets all conditions."""
         opaque, peer = stored.opaque, stored.added_by
         return (
             (self.opaque is None or opaque == self.opaque)
@@ -70,35 +70,35 @@ class Selector(Arguments):
         )
 
     def sets(self, store: FdSets) -> Iterable[FdSet]:
-        """The sets that it can choose from, by descending id."""
+        """Return the sets that may have matching descriptors, by descending id."""
         if self.fdset_id is None:
             return store
         fdset = store.get(self.fdset_id)
         return () if fdset is None else (fdset,)
 
     def entries(self, fdset: FdSet) -> list[StoredFd]:
-        """The descriptors of *fdset* that it can choose, oldest first."""
+        """Return the descriptors of *fdset* that may match, oldest first."""
         return fdset.select(self.fd)
 
     def __str__(self) -> str:
         return ", ".join(f"{name}:{str(value)[:_QUOTED]}" for name, value in self.given().items())
 
     def not_found(self) -> FdNotFound:
-        """The error where it chooses nothing, in the words of QEMU's ``remove-fd``."""
+        """Return the error if no descriptor matches, with the text of QEMU's ``remove-fd``."""
         return FdNotFound(f"File descriptor named '{self}' not found")
 
 
 def choose(
     store: FdSets, selector: Selector, access: Access, right: Right
 ) -> tuple[list[StoredFd], bool]:
-    """The descriptors that *selector* chooses among those that the client can know of.
+    """Select descriptors among those that are visible to the client.
 
-    A client can know of a descriptor that it may query.  A client that names a descriptor by set
-    and number searches nothing: there, *right* alone is enough.
+    A descriptor is visible if the client may query it, or if the selector names it by number and
+    the client has *right* for it.
 
     Returns:
-        Those that the client has *right* for, by descending set id, the oldest first; and whether
-        there are more, which the client may query only.
+        The matching descriptors that the client has *right* for, by descending set id, oldest
+        first; and whether more descriptors match, which the client may only query.
     """
     allowed: list[StoredFd] = []
     refused = False
@@ -114,7 +114,7 @@ def choose(
 
 
 def rights(access: Access, stored: StoredFd, right: Right, by_number: bool) -> tuple[bool, bool]:
-    """Whether a client can know of *stored*, and whether it may use *right* on it."""
+    """Return whether *stored* is visible to a client, and whether the client has *right* for it."""
     if access.unlimited:
         return True, True
     fdset_id, opaque = stored.fdset.id, stored.opaque
@@ -124,11 +124,11 @@ def rights(access: Access, stored: StoredFd, right: Right, by_number: bool) -> t
 
 
 def visible_opaque(access: Access, stored: StoredFd) -> str | None:
-    """The opaque text of *stored*, which a client that may not query it is not told."""
+    """Return the opaque text of *stored*; None if the client may not query the descriptor."""
     may_query = access.may("query", stored.fdset.id, stored.opaque)
     return stored.opaque if may_query else None
 
 
 def denied(right: Right, selector: Selector) -> PermissionDenied:
-    """The error where a client lacks *right* for something that is chosen."""
+    """Return the error of a client that lacks *right* for a selected descriptor."""
     return PermissionDenied(f"The right '{right}' is needed for all of '{selector}'")

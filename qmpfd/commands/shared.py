@@ -1,4 +1,4 @@
-"""The state that all connections share: the store, and what follows each change of it."""
+"""State that all connections share: the store, and what has to follow each change of it."""
 
 from __future__ import annotations
 
@@ -28,46 +28,46 @@ def _zeros() -> dict[str, int]:
 
 @dataclass(slots=True)
 class Stats:
-    """Counters since the start.
+    """Counters since the daemon's start.
 
     Args:
-        started_at: when that was, by the daemon's clock.
+        started_at: time of the start, by the daemon's clock.
     """
 
     started_at: float
-    accepted: int = 0  #: clients ever served
-    turned_away: int = 0  #: clients refused
-    # No Counter: each addition to one takes as long as a call, as it has a __delitem__ of its own.
-    commands: dict[str, int] = field(default_factory=_zeros)  #: carried out, by name
-    errors: dict[str, int] = field(default_factory=_zeros)  #: replies, by error class
+    accepted: int = 0  #: accepted connections
+    turned_away: int = 0  #: rejected connections
+    # Not Counter, whose methods are Python functions: each addition would take a call's time.
+    commands: dict[str, int] = field(default_factory=_zeros)  #: executed commands, by name
+    errors: dict[str, int] = field(default_factory=_zeros)  #: error replies, by error class
 
 
 class FdStoreMirror(Protocol):
-    """The second copy of what is stored, see :mod:`qmpfd.server.fdstore.mirror`."""
+    """Mirror of the store in the fd store, see :mod:`qmpfd.server.fdstore.mirror`."""
 
     @property
     def is_over(self) -> bool:
-        """Whether mirroring has ended for good."""
+        """Whether mirroring has ended permanently."""
 
     def check_quota(self, count: int, opaque: str | None) -> None:
-        """Refuse to add so many, with a GenericError."""
+        """Raise GenericError if the fd store has no room for *count* more descriptors."""
 
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
-        """*stored* is about to be in *fdset*, unless this raises."""
+        """Mirror *stored* before it is added to *fdset*; if this raises, it is not added."""
 
     def removed(self, stored: StoredFd) -> None:
-        """*stored* is about to be taken out of its set; it is still open."""
+        """Mirror the removal of *stored* from its set, before the descriptor is closed."""
 
 
 class Client(NamedTuple):
     """A connected client.
 
     Args:
-        peer: who it is.
-        age: seconds since it connected, or came from a predecessor.
-        idle: seconds since it asked something, or connected.
-        fds: descriptors that are kept until it is gone.
-        watching: whether it is told of changes.
+        peer: its process and user.
+        age: seconds since it connected, or was transferred from a predecessor.
+        idle: seconds since its last request, or since it connected.
+        fds: number of descriptors that are removed when its connection ends.
+        watching: whether it receives events.
     """
 
     peer: Peer
@@ -83,18 +83,18 @@ class SharedState:
 
     Args:
         dialect: ``"spec"`` or ``"qemu"``.
-        limits: what each client is allowed.
-        clock: the time in seconds, never set back.
-        stop: ends the daemon, gracefully.
-        table: the commands there are.
-        closer: closes what was removed.
-        hangups: watches sockets and pipes for their other end's close.
-        clients: tells who is connected.
-        audit: records what comes, goes, is handed out or refused; None where nobody wants that.
-        on_event: called when an event waits for those who watch.
-        on_expiry: called when a descriptor was stored that expires.
-        in_flight_probe: tells whether descriptors can be handed out, where that is not sure.
-        addresses: of this daemon's own sockets.
+        limits: the configured limits.
+        clock: returns the time in seconds, monotonic.
+        stop: ends the daemon gracefully.
+        table: the table of commands.
+        closer: closes removed descriptors.
+        hangups: watches stored sockets and pipes for hang-ups.
+        clients: returns the connected clients.
+        audit: records additions, removals, openings and refusals; None without an audit trail.
+        on_event: called when an event was added to a log.
+        on_expiry: called when a descriptor that expires was stored.
+        in_flight_probe: tests whether descriptors can be sent; None if there is no limit.
+        addresses: addresses of the daemon's own listening sockets.
     """
 
     dialect: Dialect
@@ -106,14 +106,14 @@ class SharedState:
     hangups: Hangups[StoredFd]
     clients: Callable[[], Collection[Client]] = tuple
     store: FdSets = field(default_factory=FdSets)
-    mirror: FdStoreMirror | None = None  #: where there is one
+    mirror: FdStoreMirror | None = None  #: None without an fd store
     audit: Audit | None = None
     on_event: Callable[[], None] = lambda: None
     on_expiry: Callable[[], None] = lambda: None
     in_flight_probe: InFlightProbe | None = None
     addresses: set[str | bytes] = field(default_factory=set)
     watchers: set[Watcher] = field(default_factory=set)
-    logs: dict[Access, EventLog] = field(default_factory=dict)  #: of the events, by who may see
+    logs: dict[Access, EventLog] = field(default_factory=dict)  #: event logs by watchers' rights
     quotas: Quotas = field(init=False)
     stats: Stats = field(init=False)
 
@@ -123,12 +123,13 @@ class SharedState:
         self.stats = Stats(self.clock())
 
     def check_no_client_end(self, fds: Iterable[Fd]) -> None:
-        """Refuse to keep a client's end of a connection to this daemon until a connection ends.
+        """Check that none of *fds* is a client's end of a connection to this daemon.
 
-        It would keep that connection up by itself, also when all clients are gone.
+        With the lifetime of a connection, the stored descriptor would keep that connection open
+        after the client has exited.
 
         Raises:
-            GenericError: one of *fds* is one.
+            GenericError: one of *fds* is such an end.
         """
         for fd in fds:
             if peer_address(fd) in self.addresses:
@@ -150,18 +151,18 @@ class SharedState:
         create: bool = False,
         now: float | None = None,
     ) -> list[StoredFd]:
-        """Store descriptors, all or none; the entries made of them.
+        """Store descriptors, all or none; return their entries.
 
-        All that can fail comes before the store is changed.
+        Everything that can fail is done before the store is changed.
 
         Args:
-            fds: the descriptors: taken out of this list once they are stored.
-            fdset_id: the set to join; None for a new set under the lowest free id.
-            opaque: a free-form text to find them by.
-            added_by: the client that they are charged to, or None.
-            lifetime: how long they are kept.
-            create: create the set of that id where there is none.
-            now: when they were added, by the daemon's clock; None for now.
+            fds: the descriptors; the list is emptied once they are stored.
+            fdset_id: the set to add to; None for a new set under the lowest free id.
+            opaque: free-form text, a name to find the descriptors by.
+            added_by: the client whose quota they count for, or None.
+            lifetime: when they are removed without a command.
+            create: whether to create a set of that id if none exists.
+            now: the time of addition, by the daemon's clock; None for now.
 
         Raises:
             QMPError: they cannot be stored; see :meth:`FdSets.prepare`, :meth:`Hangups.watch`.
@@ -181,8 +182,8 @@ class SharedState:
         return entries
 
     def put_back(self, stored: StoredFd) -> None:
-        """Store again what was taken out, as the newest of its set; in a new set if there is
-        another one of that id by now.
+        """Store a removed entry again, as the newest of its set; in a new set if another set has
+        its id by now.
 
         Raises:
             QMPError: see :meth:`Hangups.watch`.
@@ -195,7 +196,7 @@ class SharedState:
         self.add([stored.fd], fdset_id, opaque, added_by, lifetime, create=True, now=now)
 
     def _note_added(self, entries: list[StoredFd]) -> None:
-        """Tell the audit trail and those who watch."""
+        """Record additions in the audit trail and in the event logs."""
         for stored in entries:
             if self.audit is not None:
                 self.audit.record("added", stored)
@@ -203,7 +204,7 @@ class SharedState:
                 self._log_event(Event.added(stored))
 
     def _announce(self, entries: list[StoredFd]) -> None:
-        """Have *entries* watched and mirrored before they are stored: all of them, or none."""
+        """Watch and mirror *entries* before they are stored; undo all if one fails."""
         mirror = self.mirror
         watched: list[StoredFd] = []
         mirrored: list[StoredFd] = []
@@ -225,12 +226,12 @@ class SharedState:
             raise
 
     def remove(self, entries: Iterable[StoredFd], reason: str, fds_to_close: list[Fd]) -> None:
-        """Take descriptors out of the store.
+        """Remove descriptors from the store.
 
         Args:
-            entries: what is stored.
-            reason: why, as watchers are told.
-            fds_to_close: where the descriptors go, whose owner this list is from then on.
+            entries: the entries to remove.
+            reason: the reason in events and the audit trail.
+            fds_to_close: receives the descriptors; its owner owns and closes them.
         """
         for stored in entries:
             if stored.added_by is not None:
@@ -253,16 +254,16 @@ class SharedState:
             log.put(event)
         self.on_event()
 
-    # -- who watches -----------------------------------------------------------------------------
+    # -- event logs ------------------------------------------------------------------------------
 
     def log_for(self, access: Access) -> EventLog:
-        """The events for one more watcher who may do that."""
+        """Return the event log of *access* for one more watcher."""
         log = self.logs.setdefault(access, EventLog(access))
         log.watchers += 1
         return log
 
     def leave_log(self, log: EventLog) -> None:
-        """A watcher reads *log* no more."""
+        """Release the log of a watcher; delete a log without watchers."""
         log.watchers -= 1
         if not log.watchers:
             self.logs.pop(log.access, None)

@@ -1,4 +1,4 @@
-"""The one table of commands: from it come dispatch, argument checks, listings, schema and docs."""
+"""Table of commands: the source of dispatch, argument checks, listings, schema and docs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ ContextT = TypeVar("ContextT")
 
 @dataclass(frozen=True, slots=True)
 class Command(Generic[ContextT]):
-    """A command; a context (for the daemon's commands, a connection) executes it.
+    """A command.
 
     Args:
-        name: what clients call it.
+        name: its name on the wire.
         arguments: the struct of its arguments.
         returns: the type of its result.
-        run: carries it out; may raise QMPError.  It never waits.
-        fds: how many descriptors it takes at most.
-        nothing: arguments of a request that has none, if none are needed.
-        touches_store: whether its result depends on what is stored, or it changes that.
+        run: executes it in a context; never waits, and may raise QMPError.
+        fds: maximum number of descriptors that it takes.
+        nothing: the arguments of a request without any; None if some are required.
+        touches_store: whether it reads or changes the store.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Command(Generic[ContextT]):
 
     @property
     def doc(self) -> str:
-        """The description for people: the docstring of *run*."""
+        """Description for users: the docstring of *run*."""
         return self.run.__doc__ or ""
 
 
@@ -47,12 +47,12 @@ class Table(Generic[ContextT]):
     """Commands by name, in the order in which they are listed."""
 
     commands: dict[str, Command[ContextT]] = field(default_factory=dict)
-    touches_store: bool = True  #: whether these are about the store
+    touches_store: bool = True  #: whether these commands read or change the store
 
     def command(
         self, name: str, arguments: type[ArgumentsT], returns: Any, *, fds: int = 0
     ) -> Callable[[Callable[[ContextT, ArgumentsT], Any]], Callable[[ContextT, ArgumentsT], Any]]:
-        """Enter the decorated function as the command *name*."""
+        """Decorator: enter a function in the table as the command *name*."""
 
         def enter(
             run: Callable[[ContextT, ArgumentsT], Any],
@@ -67,5 +67,5 @@ class Table(Generic[ContextT]):
         return enter
 
     def specs(self) -> dict[str, Spec]:
-        """The argument types and descriptor counts, for the protocol."""
+        """Return the argument types and descriptor counts, for the request decoder."""
         return {name: Spec(c.arguments, c.fds) for name, c in self.commands.items()}

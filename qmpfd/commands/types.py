@@ -1,4 +1,4 @@
-"""The arguments and results of QEMU's commands, as types: what QAPI would generate.
+"""Types of the arguments and results of QEMU's commands, as QAPI would generate them.
 
 Names and members are those of QEMU's schema (``qapi/misc.json``, ``qapi/control.json``).
 """
@@ -14,11 +14,11 @@ from ..protocol.encode import RawJSON
 
 
 class Arguments(Struct, forbid_unknown_fields=True, rename="kebab", omit_defaults=True, gc=False):
-    """What a command takes; without members of its own: nothing.  What is absent is None."""
+    """Arguments of a command; without members here: none.  An absent member is None."""
 
 
 class Result(Struct, rename="kebab", omit_defaults=True, gc=False):
-    """What a command returns; without members of its own: nothing.  What is None is left out."""
+    """Result of a command; without members here: empty.  A member that is None is left out."""
 
 
 class Capabilities(Arguments):
@@ -146,7 +146,7 @@ class SchemaInfo(Result):
 
 
 def version_info(version: str) -> VersionInfo:
-    """*version*, three numbers with points between them, as QMP has it."""
+    """Convert *version*, of the form ``1.2.3``, to QMP's type."""
     major, minor, micro = map(int, version.split("."))
     return VersionInfo(VersionTriple(micro, minor, major), f"qmpfd {version}")
 
