@@ -40,7 +40,8 @@ class AddFds(AddFd):
         lifetime: ``daemon`` (until removed, the default) or ``connection`` (until this connection
             ends).
         expires: the descriptors are removed after so many seconds.
-        watch_hangup: remove each socket or pipe when its other end is closed.
+        watch_hangup: remove each socket or pipe when its other end is closed; a socket has to be
+            connected, or to listen.
         if_exists: if descriptors with this opaque text are stored already (in the fd set of
             ``fdset-id``, or in any if that is absent): ``add`` these beside them (the default),
             ``fail``, or ``replace`` the older ones.

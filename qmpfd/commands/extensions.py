@@ -12,6 +12,7 @@ from ..errors import FdExists, FdNotFound, GenericError, InvalidParameterValue
 from ..fdsets import PERMANENT, Lifetime, Peer, StoredFd
 from ..kernel.close_pool import Duplicate
 from ..kernel.fdinfo import access_mode
+from ..kernel.hangups import require_peer
 from ..limits import MAX_PEERS, SCM_MAX_FD
 from ..policy import Access
 from ..protocol.encode import JSONStream, RawJSON
@@ -129,6 +130,9 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
     lasting = arguments.lifetime != "connection"
     if not lasting:
         shared.check_no_client_end(context.fds)
+    if arguments.watch_hangup:
+        for fd in context.fds:
+            require_peer(fd)
     check_add(context, fdset_id, opaque, len(context.fds), lasting=lasting, replaced=older)
     entries = shared.add(
         context.fds,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import fcntl
 import select
+import socket
 import termios
 from contextlib import suppress
 from typing import Generic, TypeVar
@@ -98,6 +99,26 @@ class Hangups(Generic[EntryT]):
     def close(self) -> None:
         """Close the epoll."""
         self._epoll.close()
+
+
+def require_peer(fd: Fd) -> None:
+    """Refuse a socket that is not connected: poll(2) reports POLLHUP of one that never was, too.
+
+    Raises:
+        InvalidParameterValue: *fd* is one, with nothing left to read.
+    """
+    number = fd.fileno()
+    if kind(number, target(number)) != "socket" or not _is_over(number, _events(number)):
+        return
+    sock = socket.socket(fileno=number)
+    try:
+        sock.getpeername()
+    except OSError:  # ENOTCONN
+        raise InvalidParameterValue(
+            "Parameter 'watch-hangup' expects connected sockets only"
+        ) from None
+    finally:
+        sock.detach()
 
 
 def _events(number: int) -> int:

@@ -494,6 +494,59 @@ async def test_no_other_end(kind: str, path: Path, tmp_path: Path) -> None:
                     await hung_up(client)
 
 
+def _stream(family: int, address: Any) -> socket.socket:
+    sock = socket.socket(family)
+    if address is not None:
+        sock.bind(address)
+    return sock
+
+
+@pytest.mark.parametrize(
+    "family, address",
+    [
+        (socket.AF_INET, None),
+        (socket.AF_INET6, ("::1", 0)),
+        (socket.AF_UNIX, None),
+        (socket.AF_UNIX, b""),
+    ],
+)
+async def test_never_connected(family: int, address: Any, path: Path) -> None:
+    """The kernel says that it hangs up: it would be gone at once, though nobody has hung up."""
+    with _stream(family, address) as sock, pipes(1) as made:
+        async with daemon(path), qmpfd.connect(path) as client:
+            with pytest.raises(qmpfd.InvalidParameterValue, match="connected sockets only"):
+                await client.add_fds([*made, sock], watch_hangup=True)
+            assert await client.query_fds() == []
+
+
+async def test_a_listening_socket_stays(path: Path) -> None:
+    with _stream(socket.AF_INET, ("127.0.0.1", 0)) as sock:
+        sock.listen()
+        async with daemon(path) as server, qmpfd.connect(path) as client:
+            await client.add_fds([sock], watch_hangup=True)
+            server.daemon.hangups.look()
+            assert not server.daemon.hangups.due
+
+
+@pytest.mark.parametrize("unread", [b"", b"x"])
+async def test_reset_before_it_was_added(unread: bytes, path: Path) -> None:
+    """Accepted as long as there is something to read."""
+    with _stream(socket.AF_INET, ("127.0.0.1", 0)) as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()) as sock:
+            peer, _ = listener.accept()
+            peer.sendall(unread)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            peer.close()
+            async with daemon(path), qmpfd.connect(path) as client:
+                if unread:
+                    await client.add_fds([sock], watch_hangup=True)
+                    assert len(await client.query_fds()) == 1
+                else:
+                    with pytest.raises(qmpfd.InvalidParameterValue, match="connected sockets"):
+                        await client.add_fds([sock], watch_hangup=True)
+
+
 async def test_a_terminal_has_no_other_end(path: Path) -> None:
     with ExitStack() as stack:
         for number in (ends := pty.openpty()):
