@@ -1,7 +1,7 @@
 """qmpfd holds open file descriptors for other programs, over QEMU's QMP.
 
-The names below are the public ones.  They are loaded when first used: the command line's short
-verbs start four times faster without Trio.
+The public names are those below.  Each is imported at its first use: the command line's short verbs
+start four times faster without Trio.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The errors of QMP: the daemon sends them as replies, and the clients raise them.
+"""QMP errors: one exception per error class, for both roles.
 
-One exception per QMP error class, used by both roles: the server raises it and sends it, the
-client reads it and raises it.  The texts are QEMU's (``qapi/qmp/qerror.h`` and the commands'
-sources), because clients in the wild match on them.
+The server raises them in commands and sends them as replies; the client raises them for error
+replies.  The texts are QEMU's (``qapi/qmp/qerror.h`` and the commands' sources), because existing
+clients compare them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ class QMPError(Exception):
     """An error reply of the QMP server.
 
     Args:
-        desc: the text for people, the reply's ``desc`` member.
+        desc: the error text, the reply's ``desc`` member.
         error_class: the reply's ``class`` member; by default the exception's own name.
     """
 
@@ -55,11 +55,11 @@ class PermissionDenied(QMPError):
 
 _BY_NAME = {cls.__name__: cls for cls in QMPError.__subclasses__()}
 
-#: The classes that today's QEMU still has (``qapi/error.json``, ``QapiErrorClass``) and that we
-#: can meet; the others are told as ``GenericError`` in the ``qemu`` dialect.
+#: The classes of current QEMU (``qapi/error.json``, ``QapiErrorClass``) that occur here; in the
+#: ``qemu`` dialect, all others are sent as ``GenericError``.
 QEMU_CLASSES = frozenset({"GenericError", "CommandNotFound"})
 
 
 def error_of_class(error_class: str, desc: str) -> QMPError:
-    """The exception for an error reply; a class that we do not know becomes a plain QMPError."""
+    """Return the exception for an error reply; a QMPError itself for an unknown class."""
     return _BY_NAME.get(error_class, QMPError)(desc, error_class)

@@ -1,177 +1,176 @@
-"""Every bound of the daemon, each with its reason."""
+"""Limits, intervals and timeouts of the daemon, each with its reason."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-#: The kernel passes at most this many descriptors in one message (``SCM_MAX_FD``, unix(7)).
+#: Maximum number of descriptors in one message (the kernel's ``SCM_MAX_FD``, unix(7)).
 SCM_MAX_FD = 253
 
-#: Nesting of ``{`` and ``[`` together (QEMU's ``MAX_NESTING``).  Ours to keep: the limits of the
-#: interpreter differ tenfold between Python versions.
+#: Nesting of ``{`` and ``[`` together (QEMU's ``MAX_NESTING``).  The interpreter's limits differ
+#: tenfold between Python versions.
 MAX_NESTING = 1024
 
 #: Tokens in one JSON value (QEMU's ``MAX_TOKEN_COUNT``).
 MAX_TOKENS = 2 << 20
 
-#: Bytes of one request, all its tokens together.  QEMU allows 64 MiB; nothing that a client of an
-#: fd holder has to say comes near a mebibyte, and a hundred clients may try at once.
+#: Bytes of one request, all its tokens together.  QEMU allows 64 MiB; no real request comes near a
+#: mebibyte here, and a hundred clients may send large ones at once.
 MAX_REQUEST_BYTES = 1 << 20
 
 #: Bytes of one reply that our client accepts: a listing of 100,000 descriptors with long opaques.
 MAX_REPLY_BYTES = 256 << 20
 
-#: Bytes that the incomplete requests of all connections together may take in memory.
+#: Bytes of memory for the incomplete requests of all connections together.
 MAX_INCOMPLETE_BYTES = 32 << 20
 
-#: Bytes of all opaque texts together: what clients can make the daemon remember; and how much of
-#: it those of one user may, other than root and the daemon's own.
+#: Bytes of memory for the opaque texts of all users, and of each user except root and the daemon's
+#: own.
 MAX_OPAQUE_TOTAL = 32 << 20
 MAX_OPAQUE_PER_UID = 8 << 20
 
 #: Bytes of a policy file: some thousand rules.
 MAX_POLICY_BYTES = 256 << 10
 
-#: Bytes of lines that wait to be written to the audit trail.
+#: Bytes of queued lines of the audit trail.
 MAX_AUDIT_BYTES = 4 << 20
 
-#: Bytes that a token takes in memory on top of its text, at most: an empty array's.
+#: Maximum bytes of memory of a token besides its text: those of an empty array.
 TOKEN_BYTES = 72
 
-#: Seconds within which a client has to say ``qmp_capabilities``.
+#: Seconds within which a client has to send ``qmp_capabilities``.
 NEGOTIATION_TIMEOUT = 60.0
 
-#: Seconds between two writes of the metrics, and between two looks for clients to be evicted.
+#: Seconds between two writes of the metrics, and between two checks for clients to disconnect.
 METRICS_INTERVAL = 10.0
 EVICTION_INTERVAL = 1.0
 
-#: Seconds until a background task of the daemon's own runs again after an exception: the first
-#: time, and at most.
+#: Seconds until a background task of the daemon is restarted after an exception: at first, and at
+#: most.
 MIN_RESTART_DELAY, MAX_RESTART_DELAY = 0.1, 60.0
 
-#: Seconds between two looks at all clients for what they have taken of their replies.
+#: Seconds between two checks of how much of their replies all clients have received.
 LOOK_INTERVAL = 0.1
 
-#: Seconds between two lines of the log about clients that are turned away.
+#: Seconds between two log lines about rejected clients.
 REFUSAL_LOG_INTERVAL = 0.2
 
-#: Seconds that a client's requests are carried out in a row before others have their turn: of one
-#: that asks for little, and of one that asks for much.
+#: Seconds for which a client's requests are executed without a checkpoint: in a light piece of
+#: work, and in a turn of a client that has queued at the gate because it has more to do.
 LIGHT_SECONDS, TURN_SECONDS = 0.0005, 0.002
 
-#: Seconds that those who ask for little are served before the event loop goes round.
+#: Seconds for which light pieces of many clients are done before the event loop runs other tasks.
 PASS_SECONDS = 0.001
 
-#: Seconds within which each of those who ask for much has had a turn, as far as turns can be that
-#: short.
+#: Seconds in which all clients queued at the gate get one turn, down to a minimum length of turns.
 LAP_SECONDS = 0.04
 
-#: Bytes that a client may have sent to be served without queueing: to decode more takes a while.
+#: Bytes of input that a light piece may read: decoding more would take too long.
 FEW_BYTES = 4096
 
-#: Seconds that events are sent to one watcher after the other before everybody else is served.
+#: Seconds for which events are sent to watchers before the event loop runs other tasks.
 HERALD_SECONDS = 0.001
 
-#: Bytes of replies that wait for their clients, of all connections together.
+#: Bytes of unsent replies of all connections together.
 MAX_UNSENT_BYTES = 16 << 20
 
 #: Seconds between two status lines for the service manager.
 STATUS_INTERVAL = 5.0
 
-#: Seconds until a notification that the service manager could not take is sent again.
+#: Seconds until a notification that the service manager's full queue refused is sent again.
 NOTIFY_RETRY = 0.5
 
-#: The format of the journal of what is kept safe.
+#: Format of the journal in the fd store.
 JOURNAL_FORMAT = 1
 
-#: Bytes that a journal has before another one is begun: 20,000 changes, so that it is seldom done.
+#: Bytes of a journal before a new one may replace it: 20,000 changes, so that this is rare.
 MIN_JOURNAL_BYTES = 1 << 20
 
-#: Places of the fd store that are reserved: for a journal, the one that replaces it, and two pipes
-#: that show whether anything is kept at all.  A store of no more places is unusable.
+#: Reserved places of the fd store: for the journal, its successor, and two pipes that show whether
+#: descriptors are stored at all.  A store of no more places is unusable.
 KEEPER_SPARE = 4
 
-#: Places of the service manager's fd store that are tried out at the start; whether there are more
-#: is found out when they are needed.  It compares each descriptor with all others: 1,024 places,
-#: with 500 descriptors stored, took systemd 3 s of each restart.
+#: Places of the service manager's fd store that are probed at the start; more are probed when they
+#: are needed.  systemd compares each descriptor with all others: probing 1,024 places with 500
+#: descriptors stored took 3 s of each restart.
 MAX_PROBES = 64
 
 #: Bytes of one string of a process's environment (MAX_ARG_STRLEN, execve(2)).
 MAX_ARGUMENT_BYTES = 128 << 10
 
-#: Seconds that it can take a daemon that was asked to let go to do so, or not.
+#: Seconds in which a predecessor either confirms that it has handed over or has not done so.
 LETTING_GO_TIMEOUT = 3.0
 
-#: Seconds that the daemon's end waits for the service manager to let go of what it kept.
+#: Seconds for which the daemon's end waits for the fd store to remove the descriptors.
 FORGET_TIMEOUT = 1.0
 
-#: Seconds that a reply waits at most for the close of what its command has removed.
+#: Seconds for which a reply waits at most for the close of the removed descriptors.
 CLOSE_TIMEOUT = 1.0
 
-#: The format in which a daemon's state is handed over to its successor: the newest that it reads.
+#: Format of the state in a takeover: the newest that this daemon can read.
 TAKEOVER_FORMAT = 1
 
-#: Seconds that a takeover may take.
+#: Maximum duration of a takeover in seconds.
 TAKEOVER_TIMEOUT = 10.0
 
-#: Seconds of those in which nobody is served: 10,000 descriptors take less than 0.1, and where they
-#: go to a service manager's store as well, 0.5.
+#: Seconds of a takeover in which no client is served: 10,000 descriptors take less than 0.1 s, and
+#: 0.5 s if a service manager's fd store has to store them too.
 MAX_PAUSE = 6.0
 
-#: Seconds that the end of a connection waits for the store: longer than a takeover has it.
+#: Seconds for which the end of a connection waits for the store's lock: longer than a takeover.
 LOCK_TIMEOUT = TAKEOVER_TIMEOUT + 5
 
-#: Errors in a row, without one valid request between them, that are each answered.  The deepest
-#: honest case is a value nested one level too deep: QEMU answers one error for it and one for
-#: each of its closers, and so do we.  Beyond this it is a flood, and answered once per read.
+#: Number of errors in a row, without a valid request between them, that each get a reply.  A value
+#: nested one level too deep needs the most: QEMU replies one error for it and one for each of its
+#: closing brackets, and so does qmpfd.  Errors beyond are a flood: one reply a read.
 MAX_ERRORS_IN_A_ROW = MAX_NESTING + 16
 
-#: Bytes looked at in one read.  The kernel's send buffer holds 208 KiB at most by default and
-#: splits it in pieces of up to 36 KiB, each of which is seen whole.
+#: Bytes that one read peeks at.  The kernel's send buffer holds at most 208 KiB by default, in
+#: segments of up to 36 KiB, each of which fits whole.
 READ_BYTES = 64 << 10
 
-#: Bytes that descriptors can have been sent with, at most, as far as the kernel still tells: one of
-#: those pieces.
+#: Maximum bytes of a segment, the unit with which the kernel associates descriptors.
 SEGMENT_BYTES = 36 << 10
 
-#: Bytes that the careful parser takes in one step, at up to 3 us a byte with the replies, so
-#: that no other client waits for longer than a few milliseconds.
+#: Bytes that the parser takes in one step, at up to 3 us a byte with the replies: no other client
+#: waits longer than a few milliseconds.
 SLOW_PATH_BYTES = 512
 
-#: Bytes of replies, and descriptors with them, after which a client's replies are sent before
-#: more of its requests are carried out: what waits to be sent is bounded by it.
+#: Bytes of a client's replies, and descriptors attached to them, after which they are sent before
+#: more of its requests are executed: the limit of its send buffer.
 REPLY_BYTES_A_TURN = 256 << 10
 MAX_FDS_A_TURN = 64
 
-#: Descriptors that a client has sent one by one and that are taken before the first of the requests
-#: that they came with is carried out: what is done once for all of them is most of the work.
+#: Descriptors, sent one by one, that are received before the first of their requests is executed:
+#: a larger batch costs less per request.
 FDS_AT_ONCE = 16
 
-#: Seconds that cleaning up after a connection may wait for the store.
+#: Seconds for which our client's clean-up waits for the server.
 CLEANUP_TIMEOUT = 5.0
 
-#: Events that wait for those who watch, the newest; whoever misses older ones is told how many.
+#: Number of the newest events that are kept for watchers; one that misses older events is sent
+#: their number.
 MAX_EVENTS = 4096
 
-#: Bytes that those events take in memory: an opaque text in one may be as long as a request, and
-#: takes six times as much in JSON at worst.
+#: Bytes of memory of those events: an opaque text in one may be as long as a request, and takes up
+#: to six times as much in JSON.
 MAX_EVENT_BYTES = 4 << 20
 
-#: Bytes of events that are given to a client at a time: what it does not take waits for it alone.
+#: Bytes of events that are written to a client at a time; its send buffer holds the rest of them.
 EVENT_BYTES_A_TURN = 32 << 10
 
-#: Processes that one reply names as connected; a terminal has no room for more.
+#: Number of connected processes that one reply lists; a terminal has no room for more.
 MAX_PEERS = 256
 
-#: Seconds between two looks at stored sockets and pipes whose other end is gone and that hold
-#: data: nothing tells when it has been read.
+#: Seconds between two checks of stored sockets and pipes that have hung up with unread data: the
+#: kernel does not report when the data has been read.
 HANGUP_RECHECK = 1.0
 
-#: Ids of fd sets and numbers in QMP's ``int`` (QAPI ``int64``).
+#: Range of QMP's ``int`` (QAPI ``int64``), such as fd set ids.
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
-#: Places in the process's table of descriptors that stored ones do not take.
+#: Entries of the process's descriptor table that are reserved for connections and the daemon.
 TABLE_SPARE = 1024
 
 
@@ -187,7 +186,7 @@ class Limits(NamedTuple):
         idle_timeout: seconds without a request after which a client that does not watch is
             disconnected; None: never.
         write_timeout: seconds after which a client that reads no reply is disconnected.
-        drain_timeout: seconds within which the daemon stops when it is told to.
+        drain_timeout: seconds within which the daemon stops after a request to stop.
     """
 
     max_connections: int = 4096
@@ -200,11 +199,11 @@ class Limits(NamedTuple):
     drain_timeout: float = 5.0
 
     def within(self, table: int) -> Limits:
-        """The limits as they hold in this process: room is left for connections and for descriptors
-        that wait, and one user is allowed no more than all.
+        """Return the limits reduced to a process's descriptor table, with a part of it reserved for
+        connections and pending descriptors; and each limit by user to the total.
 
         Args:
-            table: descriptors that the process may have open (RLIMIT_NOFILE).
+            table: size of the table (RLIMIT_NOFILE).
         """
         room = max(1, table - min(TABLE_SPARE, table // 4))
         max_fds = min(self.max_fds, room)

@@ -1,4 +1,4 @@
-"""Shell patterns, many at once."""
+"""Matches texts against many shell patterns at once."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from fnmatch import translate
 
 _WILDCARD = re.compile(r"[*?\[]")
 
-#: Characters of the texts whose verdicts are remembered: all that one user may store.
+#: Maximum characters of the texts whose results are cached: as many as one user may store.
 _REMEMBERED = 8 << 20
 
 
 class Patterns:
-    """Shell patterns (fnmatch), tried all at once.
+    """Set of shell patterns (fnmatch).
 
-    Those that begin with a star and have no other wildcard are looked for together, as the end of
-    the text or anywhere in it.  A verdict is remembered: the same texts are asked for again and
-    again.
+    Patterns of the form ``*text`` are tested by one str.endswith, and those of the form ``*text*``
+    by one regular expression.  Results are cached, because the same texts are tested repeatedly.
 
     Args:
         patterns: the patterns.
@@ -45,7 +44,7 @@ class Patterns:
         self._remembered = 0
 
     def match(self, text: str) -> bool:
-        """Whether one of them matches the whole of *text*."""
+        """Whether one of the patterns matches the whole of *text*."""
         verdict = self._verdicts.get(text)
         if verdict is None:
             verdict = self._match(text)

@@ -1,7 +1,7 @@
-"""The rules of ``--policy``, and the rights that they give to one peer.
+"""Rules of ``--policy``, and the rights that they grant to a client.
 
-A rule names peers and gives them rights, all over or for some fd sets and opaque texts only; what
-several rules give adds up.  The daemon's own user and root always have all rights.
+A rule names clients and grants them rights, for everything or for some fd sets and opaque texts
+only; the rights of several matching rules add up.  The daemon's own user and root always have all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RIGHTS: frozenset[Right] = frozenset(get_args(Right))
 
 
 def _overflow_uid() -> int:
-    """The uid under which the kernel shows every user that has none in this user namespace
+    """Return the uid by which the kernel shows users that are not mapped in this user namespace
     (user_namespaces(7), "Unmapped user and group IDs").
     """
     try:
@@ -42,18 +42,18 @@ _OVERFLOW_UID = _overflow_uid()
 
 
 def is_owner(uid: int) -> bool:
-    """Whether *uid* is root's, or the daemon's own: such a client has all rights.
+    """Whether *uid* is root's or the daemon's own: such a client has all rights.
 
-    The overflow uid is nobody's own: where ids are not mapped, everybody has it.
+    The overflow uid never counts as the daemon's own: all unmapped users share it.
     """
     return uid == 0 or (uid == os.geteuid() and uid != _OVERFLOW_UID)
 
 
 class BadPolicy(Exception):
-    """The policy file cannot be used; the message says where and why."""
+    """The policy file is invalid; the message has the place and the reason."""
 
 
-#: The highest uid and gid that mean somebody: the next one, -1, is "no change" (chown(2)).
+#: A uid or gid; the highest number, -1, means "no change" (chown(2)).
 _Id = Annotated[int, Meta(ge=0, le=(1 << 32) - 2)]
 
 
@@ -61,13 +61,13 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A ``[[rule]]`` of the policy file; a rule that names no user and no group is for everybody.
 
     Args:
-        allow: the rights it gives.
+        allow: the rights that the rule grants.
         user: the name of a user.
         uid: the number of a user.
-        group: the name of a group; the user's primary or a supplementary one.
+        group: the name of a group, the client's primary or a supplementary one.
         gid: the number of such a group.
-        fdsets: the fd sets that the rights are for; all of them if absent.
-        opaque: shell patterns; the rights are for descriptors whose opaque text matches one.
+        fdsets: the fd sets that the rights apply to; all if absent.
+        opaque: shell patterns; the rights apply to descriptors whose opaque text matches one.
     """
 
     allow: list[Right]
@@ -85,12 +85,12 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Rights, and what they are for.
+    """Rights, and the descriptors that they apply to.
 
     Args:
         rights: the rights.
         fdsets: the fd sets; None for all.
-        opaque: the shell patterns; None for any text, and none.
+        opaque: shell patterns of the opaque text; None for all descriptors, with a text or without.
     """
 
     rights: frozenset[Right]
@@ -102,11 +102,11 @@ class Grant:
         object.__setattr__(self, "_patterns", Patterns(self.opaque or ()))
 
     def covers_set(self, fdset_id: int | None) -> bool:
-        """Whether it is for that fd set; None for any."""
+        """Whether the grant applies to the fd set; None for all fd sets."""
         return self.fdsets is None or fdset_id in self.fdsets
 
     def covers(self, fdset_id: int, opaque: str | None) -> bool:
-        """Whether it is for a descriptor in that fd set with that opaque text."""
+        """Whether the grant applies to a descriptor of that fd set and opaque text."""
         if not self.covers_set(fdset_id):
             return False
         if self.opaque is None:
@@ -116,11 +116,11 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The rights of one peer.
+    """Rights of one client.
 
     Args:
-        grants: all that it was given.
-        unlimited: every right for everything: nothing has to be checked.
+        grants: the grants of all matching rules.
+        unlimited: whether the client has every right for everything, so that checks are skipped.
     """
 
     grants: tuple[Grant, ...]
@@ -130,17 +130,17 @@ class Access:
         object.__setattr__(self, "unlimited", Grant(RIGHTS) in self.grants)
 
     def __bool__(self) -> bool:
-        """Whether the peer may do anything at all."""
+        """Whether the client has any right."""
         return any(grant.rights for grant in self.grants)
 
     def may(self, right: Right, fdset_id: int, opaque: str | None) -> bool:
-        """Whether the peer has *right* for such a descriptor."""
+        """Whether the client has *right* for a descriptor of that fd set and opaque text."""
         return self.unlimited or any(
             right in grant.rights and grant.covers(fdset_id, opaque) for grant in self.grants
         )
 
     def names_set(self, right: Right, fdset_id: int, opaque: str | None) -> bool:
-        """Whether a rule that names the fd set gives *right* for such a descriptor."""
+        """Whether a rule that names the fd set grants *right* for a descriptor of that text."""
         return any(
             right in grant.rights and grant.fdsets is not None and grant.covers(fdset_id, opaque)
             for grant in self.grants
@@ -148,21 +148,21 @@ class Access:
 
     @property
     def sees_everything(self) -> bool:
-        """Whether the peer may query whatever is stored."""
+        """Whether the client may query all stored descriptors."""
         return self.sees_set(None)
 
     def sees_set(self, fdset_id: int | None) -> bool:
-        """Whether the peer may query whatever is in the fd set; None for any fd set."""
+        """Whether the client may query all descriptors of the fd set; None for all fd sets."""
         return any(
             "query" in grant.rights and grant.opaque is None and grant.covers_set(fdset_id)
             for grant in self.grants
         )
 
     def require(self, right: Right, fdset_id: int | None = None) -> None:
-        """Refuse a peer that has *right* nowhere, or nowhere in the fd set.
+        """Check that the client has *right* for some descriptors, of the fd set if one is given.
 
         Raises:
-            PermissionDenied: naming the right.
+            PermissionDenied: the client has not; the text names the right.
         """
         if not self.unlimited and not any(
             right in grant.rights and (fdset_id is None or grant.covers_set(fdset_id))
@@ -172,10 +172,10 @@ class Access:
             raise PermissionDenied(f"The right '{right}' is needed{where}")
 
     def require_for(self, right: Right, fdset_id: int, opaque: str | None) -> None:
-        """Refuse a peer that does not have *right* for such a descriptor.
+        """Check that the client has *right* for a descriptor of that fd set and opaque text.
 
         Raises:
-            PermissionDenied: naming the right.
+            PermissionDenied: the client has not; the text names the right.
         """
         if not self.may(right, fdset_id, opaque):
             what = "without opaque text" if opaque is None else "with that opaque text"
@@ -189,14 +189,14 @@ EVERYTHING = Access((Grant(RIGHTS),))
 
 @dataclass(frozen=True, slots=True)
 class RuleInForce:
-    """A rule, with its names looked up.
+    """A rule whose user and group names were looked up.
 
     Args:
-        number: its number in the file, from 1.
-        line: the line of the file where it begins; None where that is not known.
-        uid: the user that it is for; None for all.
-        gid: the group that it is for; None for all.
-        grant: what it gives.
+        number: the rule's number in the file, from 1.
+        line: the line of the file on which the rule begins; None if unknown.
+        uid: the user whom the rule applies to; None for all.
+        gid: the group that the rule applies to; None for all.
+        grant: the rights that the rule grants.
     """
 
     number: int
@@ -231,21 +231,21 @@ class Policy:
         ]
 
     def rules_for(self, uid: int, gids: Iterable[int]) -> list[RuleInForce]:
-        """The rules that are for a peer.
+        """Return the rules that match a client.
 
         Args:
-            uid: its user.
-            gids: its groups, supplementary ones included.
+            uid: the client's user.
+            gids: the client's groups, supplementary ones included.
         """
         gids_or_any = {None, *gids}
         return [rule for rule in self.rules if rule.uid in (None, uid) and rule.gid in gids_or_any]
 
     def access(self, uid: int, gids: Iterable[int]) -> Access:
-        """What a peer may do.
+        """Return the rights of a client.
 
         Args:
-            uid: its user.
-            gids: its groups, supplementary ones included.
+            uid: the client's user.
+            gids: the client's groups, supplementary ones included.
         """
         if is_owner(uid):
             return EVERYTHING
@@ -268,7 +268,7 @@ def _grant(rule: Rule, number: int) -> Grant:
 def _id(
     rule: Rule, number: int, kind: str, id_kind: str, look_up: Callable[[str], int]
 ) -> int | None:
-    """The uid or gid that a rule is for, which names it in one way at most; None for all."""
+    """Return the uid or gid that a rule names, by name or by number; None if it names none."""
     name: str | None = getattr(rule, kind)
     found: int | None = getattr(rule, id_kind)
     if name is None:
@@ -284,13 +284,13 @@ def _id(
 
 
 def load_policy(path: Path) -> Policy:
-    """The policy in the file at *path*.
+    """Read the policy from the file at *path*.
 
     Args:
-        path: a TOML file, as the documentation's page "Policy file" has it.
+        path: a TOML file, see the documentation's page "Policy file".
 
     Raises:
-        BadPolicy: the file cannot be read, is not TOML, or has a rule that cannot be used.
+        BadPolicy: the file cannot be read, is not TOML, or has an invalid rule.
     """
     text = ""
     try:
@@ -303,10 +303,10 @@ def load_policy(path: Path) -> Policy:
         return Policy(rules, _rule_lines(text))
     except OSError as exc:
         raise BadPolicy(f"{path}: {exc.strerror or exc}") from None
-    # TOML, paths, the name service and regular expressions are foreign code.  Beside errors of
-    # their own, nesting that is too deep is a RecursionError, and a number that is too long, or a
-    # NUL in a name, is a ValueError.
-    except Exception as exc:  # noqa: BLE001 - as said
+    # Foreign code runs here: TOML, paths, the name service, regular expressions.  Besides errors of
+    # their own, it raises RecursionError for deep nesting, and ValueError for a number that is too
+    # long or a NUL in a name.
+    except Exception as exc:  # noqa: BLE001 - foreign code, as said
         raise BadPolicy(f"{path}: {_explained(exc, text)}") from None
 
 
@@ -314,10 +314,10 @@ _RULE_HEADER = re.compile(r"^[ \t]*\[\[[ \t]*rule[ \t]*\]\]", re.MULTILINE)
 _PLACE = re.compile(r"\$\.rule\[(\d+)\](?:\.(\w+))?")
 _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 
-#: Characters of an error's text, which may quote the file.
+#: Maximum characters of an error's text, which may quote the file.
 _EXPLAINED = 500
 
-#: The valid values that an error about a member adds.
+#: The list of valid values that is added to an error, by the rule's member; None for the rule.
 _VALID = {
     "allow": f"valid rights: {', '.join(get_args(Right))}",
     None: f"valid in a rule: {', '.join(Rule.__struct_fields__)}",
@@ -325,12 +325,12 @@ _VALID = {
 
 
 def _rule_lines(text: str) -> list[int]:
-    """The lines where the rules begin."""
+    """Return the numbers of the lines on which the rules begin."""
     return [text.count("\n", 0, found.start()) + 1 for found in _RULE_HEADER.finditer(text)]
 
 
 def _explained(exc: Exception, text: str) -> str:
-    """The error in one line, with the line of the file and the valid values."""
+    """Return the error's text as one line, with the line of the file and the valid values."""
     if isinstance(exc, RecursionError):
         return "it is nested too deeply"
     told = " ".join(str(exc).split())[:_EXPLAINED] or type(exc).__name__
@@ -347,7 +347,10 @@ def _explained(exc: Exception, text: str) -> str:
 
 
 def _line_of(text: str, number: int, member: str | None) -> int | None:
-    """The line of a member of a rule, or of the rule; None where it is not written as usual."""
+    """Return the line of a rule's member, or else of the rule; None if the rule is not found.
+
+    Rules that are not written as ``[[rule]]`` tables, but as inline tables, are not found.
+    """
     headers = [found.end() for found in _RULE_HEADER.finditer(text)]
     if number >= len(headers):
         return None

@@ -1,6 +1,6 @@
-"""For the tests of programs that pass descriptors over QMP: a real daemon, and no QEMU.
+"""pytest fixtures for programs that pass descriptors over QMP: a real daemon, without QEMU.
 
-As a pytest plugin, which an installed qmpfd is by itself, it gives these fixtures:
+An installed qmpfd is a pytest plugin with these fixtures:
 
 ``qmpfd_server``
     A daemon in the test's own nursery (with pytest-trio), as a :class:`qmpfd.Server`; it listens
@@ -8,10 +8,10 @@ As a pytest plugin, which an installed qmpfd is by itself, it gives these fixtur
 ``qmpfd_process``
     A daemon as a process of its own, as a :class:`DaemonProcess`; it listens at ``qmpfd_path``.
 ``qmpfd_path``
-    Where the two listen: a path of its own for each test, and short enough for a Unix socket.
+    The socket's path: a new one for each test, short enough for a Unix socket.
 
-:func:`daemon` and :func:`daemon_process` are what they stand on, for other options: with the
-dialect ``qemu``, a daemon answers errors as QEMU does.
+:func:`daemon` and :func:`daemon_process` start daemons with other options: with the dialect
+``qemu``, a daemon replies with QEMU's error classes.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 
 __all__ = ["DaemonProcess", "daemon", "daemon_process"]
 
-#: Seconds for what takes a fraction of one: a daemon's start, and its end.
+#: Seconds to wait for a daemon's start or end, which takes a fraction of one.
 _PATIENCE = 20.0
 
 
 @asynccontextmanager
 async def daemon(*paths: str | os.PathLike[str], **options: Any) -> AsyncIterator[Server]:
-    """A daemon in a nursery of its own, in this event loop; it is stopped after the block.
+    """Run a daemon in this event loop, in a nursery of its own; stop it after the block.
 
     Args:
         paths: the sockets to listen on.
@@ -70,7 +70,7 @@ async def _start(
 
 
 class DaemonProcess:
-    """A daemon that runs as a process of its own; it is stopped at the end of the test.
+    """A daemon as a process of its own; it is stopped at the end of the test.
 
     Args:
         path: the socket that it listens on.
@@ -85,23 +85,23 @@ class DaemonProcess:
 
     @property
     def log(self) -> list[str]:
-        """What it has said on standard error so far, line by line."""
+        """The lines that the daemon has written to standard error so far."""
         self._read_stderr()
         return self._said.decode(errors="replace").splitlines()
 
     def _read_stderr(self) -> None:
         if not self._stderr.closed:
             number = self._stderr.fileno()
-            # Reading would move the position, which is the daemon's too.
+            # pread(2), because read(2) would move the file offset, which the daemon shares.
             self._said = os.pread(number, os.fstat(number).st_size, 0)
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The daemon's process id."""
         return self.process.pid
 
     def open_fds(self) -> dict[int, str]:
-        """Its open descriptors, and what each of them is.
+        """Return the daemon's open descriptors: the link in /proc/PID/fd by number.
 
         Compare two results to see whether a program has removed everything that it added.
         """
@@ -110,18 +110,18 @@ class DaemonProcess:
         for name in os.listdir(folder):
             try:
                 found[int(name)] = os.readlink(f"{folder}/{name}")
-            except FileNotFoundError:  # closed in between
+            except FileNotFoundError:  # closed since listdir()
                 continue
         return found
 
     def kill(self) -> None:
-        """Kill it (SIGKILL), to see what a program does without its daemon."""
+        """Kill the daemon (SIGKILL), to test a program whose daemon has crashed."""
         self.process.kill()
         self.process.wait()
         self.stop()
 
     def stop(self) -> int:
-        """End it gracefully, if it still runs; its exit status."""
+        """Stop the daemon gracefully, if it runs; return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)  # a test may have stopped it
             self.process.terminate()
@@ -136,18 +136,18 @@ class DaemonProcess:
 
 @contextmanager
 def daemon_process(path: str | os.PathLike[str], *options: str) -> Iterator[DaemonProcess]:
-    """A daemon as a process of its own, which serves clients; it is stopped after the block.
+    """Run a daemon as a process of its own, which serves clients; stop it after the block.
 
     Args:
         path: the socket to listen on.
         options: options of ``qmpfd serve``, such as ``--dialect=qemu``.
 
     Raises:
-        RuntimeError: it does not start; the text has its output.
+        RuntimeError: the daemon does not start; the text has its output.
     """
     command = [sys.executable, "-m", "qmpfd", "serve", "--socket", os.fspath(path), *options]
     reader, writer = os.pipe()
-    # A file for what it says: a daemon must not wait for a pipe that is full.
+    # A file for standard error: a pipe that is full would block the daemon.
     with tempfile.TemporaryFile() as stderr, open(reader, "rb") as ready:
         with open(writer, "wb"):
             process = subprocess.Popen(
@@ -170,8 +170,8 @@ def daemon_process(path: str | os.PathLike[str], *options: str) -> Iterator[Daem
 
 @pytest.fixture
 def qmpfd_path() -> Iterator[Path]:
-    """Where this test's daemon listens."""
-    # Not in tmp_path: that has the test's name in it, and a socket's path 107 bytes at most.
+    """The path of the socket of this test's daemon."""
+    # Not in tmp_path, which contains the test's name: a socket's path has at most 107 bytes.
     folder = tempfile.mkdtemp(prefix="qmpfd-")
     yield Path(folder) / "qmp.sock"
     shutil.rmtree(folder)
