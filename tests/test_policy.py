@@ -576,7 +576,17 @@ def test_check_policy_of_nobody_who_may(tmp_path: Path, capsys: pytest.CaptureFi
     assert told == (0, f"uid {NOBODY} may not connect\n", "")
 
 
-@pytest.mark.parametrize("words", [["--user", "no-such-user"], []], ids=["user", "file"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--user", "no-such-user"],
+        ["--user", "4294967295"],  # (uid_t) -1
+        ["--user", "9" * 5000],
+        ["--user", "\u0661"],
+        [],
+    ],
+    ids=["user", "no uid", "long", "digits of another script", "file"],
+)
 def test_check_policy_fails(
     words: list[str], rules: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,5 @@
 """The command line.  Only ``serve`` and ``tap`` import Trio: all other verbs must start fast."""
 
-from .main import main, program
+from .main import main
 
-__all__ = ["main", "program"]
+__all__ = ["main"]

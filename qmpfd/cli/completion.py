@@ -121,30 +121,32 @@ def _candidates(before: list[str], word: str) -> dict[str, str] | str:
     """Return the candidates for *word* after the words *before*, each with its help; or _FILES or
     _COMMANDS.
     """
-    from .main import _parser, _verb_first
+    from .main import _SHARED, _parser, _verb_first
 
     *option, value = _parts(word)
-    before = _verb_first([part for each in before for part in _parts(each)]) + option
-    parser = _parser(before[0] if before else "")
-    (verbs,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    if not before or before[0].startswith("-"):
-        return {each.dest: each.help or "" for each in verbs._choices_actions} | _options(parser)
+    before = [part for each in before for part in _parts(each)] + option
+    verb = "".join(_verb_first(before)[:1])
+    top = _parser(verb)
+    (verbs,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
     if "--" in before:
         return _COMMANDS if before[-1] == "--" else _FILES
-    parser = verbs.choices[before[0]]
+    parser = verbs.choices.get(verb) or verbs.choices["ls"]  # it has all that verbs share
     takers = {
         name: action
         for action in reversed(parser._actions)
         for name in action.option_strings or [""]
         if action.nargs != 0
     }
-    action = takers.get(before[-1])
+    action = takers.get(before[-1]) if before else None
+    if action is None and verb not in verbs.choices:
+        found = {each.dest: each.help or "" for each in verbs._choices_actions} | _options(top)
+        return found | {name: told for name, told in _options(parser).items() if name in _SHARED}
     if action is None and value.startswith("-"):
         return _options(parser)
-    found = _values(action or takers.get(""), before)
-    if isinstance(found, str):
-        return found
-    return {word.removesuffix(value) + name: "" for name in found}
+    values = _values(action or takers.get(""), before)
+    if isinstance(values, str):
+        return values
+    return {word.removesuffix(value) + name: "" for name in values}
 
 
 def _parts(word: str) -> list[str]:

@@ -19,11 +19,17 @@ from ..errors import InvalidParameterValue, QMPError
 from ..kernel.fd import Fd
 from .exit_codes import UsageError
 from .options import CONNECTION, client_of, option
-from .output import printable
+from .output import print_error, printable
 from .targets import Target, open_target, target
 
 #: A shell's exit statuses for a program that does not exist, or cannot be run (POSIX, sh, 2.8.2).
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+
+#: What an error of execve(2) means for a file that exists and may be executed.
+_ADVICE = {
+    errno.ENOENT: " (its interpreter is missing)",
+    errno.ENOEXEC: " (a script needs an interpreter in its first line, such as #!/bin/sh)",
+}
 
 #: SD_LISTEN_FDS_START, the number of the first descriptor (sd_listen_fds(3)).
 _LISTEN_FDS_START = 3
@@ -92,7 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
                 fds.append(stack.enter_context(one_fd(info, passed)))
                 infos.append(info)
             if arguments.take and which(command[0]):  # remove nothing if CMD cannot run
-                _take(client, infos, fds)
+                taken: list[tuple[dict[str, Any], Fd]] = []
+                stack.callback(_give_back, arguments, taken)  # not called if execve(2) succeeds
+                _take(client, infos, fds, taken)
         # After the connection is closed: its descriptor number may be one of *places*.
         if arguments.rewind:
             for fd in fds:
@@ -126,26 +134,36 @@ def _places(targets: list[Target], listen_fds: bool) -> list[int]:
     return [next(free) if each.at is None else each.at for each in targets]
 
 
-def _take(client: BlockingClient, infos: list[dict[str, Any]], fds: list[Fd]) -> None:
-    """Remove the opened descriptors from the daemon's store: all of them or none."""
+def _take(
+    client: BlockingClient,
+    infos: list[dict[str, Any]],
+    fds: list[Fd],
+    taken: list[tuple[dict[str, Any], Fd]],
+) -> None:
+    """Remove the opened descriptors from the daemon's store, and append them to *taken*."""
     # A dict: two targets may name the same descriptor.
     opened = {
         (info["fdset-id"], info["fd"]): (info, fd) for info, fd in zip(infos, fds, strict=True)
     }
-    taken: list[tuple[dict[str, Any], Fd]] = []
+    for (fdset_id, number), each in opened.items():
+        client.execute("remove-fd", {"fdset-id": fdset_id, "fd": number})
+        taken.append(each)
+
+
+def _give_back(arguments: argparse.Namespace, taken: list[tuple[dict[str, Any], Fd]]) -> None:
+    """Store the taken descriptors again, because not all could be taken or CMD cannot run."""
+    if not taken:
+        return
     try:
-        for (fdset_id, number), each in opened.items():
-            client.execute("remove-fd", {"fdset-id": fdset_id, "fd": number})
-            taken.append(each)
-    except BaseException:
-        for info, fd in taken:
-            name = members(opaque=info.get("opaque"))
-            with suppress(QMPError, NoDaemon):
+        with client_of(arguments) as client:
+            for info, fd in taken:
+                name = members(opaque=info.get("opaque"))
                 try:
                     client.execute("add-fd", {"fdset-id": info["fdset-id"], **name}, [fd])
                 except InvalidParameterValue:  # its fd set has been removed
                     client.execute("add-fd", name, [fd])
-        raise
+    except (QMPError, NoDaemon) as exc:
+        print_error(f"qmpfd: not all that was taken can be stored again: {printable(str(exc))}")
 
 
 def _announce(infos: list[dict[str, Any]], places: list[int]) -> None:
@@ -175,7 +193,9 @@ def _replace_by(command: list[str]) -> int:
     except OSError as exc:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # without a reader, the status stays the same
         with suppress(OSError):
-            os.write(2, f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}\n".encode())
+            advice = _ADVICE.get(exc.errno or 0, "") if which(command[0]) else ""
+            told = f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}{advice}\n"
+            os.write(2, told.encode())
         return _NOT_FOUND if isinstance(exc, FileNotFoundError) else _NOT_EXECUTABLE
 
 

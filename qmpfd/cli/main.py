@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import io
 import signal
@@ -165,10 +164,11 @@ def _verb_first(words: list[str]) -> list[str]:
     while at < len(words) and words[at].partition("=")[0] in _SHARED:
         name, equals, _ = words[at].partition("=")
         at += 2 if _SHARED[name] and not equals else 1
-    words = [*words[at : at + 1], *words[:at], *words[at + 1 :]]
-    if words[:1] == ["help"]:
-        words = [*words[1:2], "--help"]
-    verb = words[0] if words else ""
+    if at >= len(words):
+        return []
+    verb = words[at]
+    if verb == "help":
+        return [*_verb_first(words[:at] + words[at + 1 :])[:1], "--help"]
     if verb and not verb.startswith("-") and verb not in _VERBS:
         import difflib
 
@@ -177,16 +177,7 @@ def _verb_first(words: list[str]) -> list[str]:
         _parser("").exit(
             USAGE, f"qmpfd: unknown verb {printable(verb)}{meant} (see qmpfd --help)\n"
         )
-    return words
-
-
-def program() -> int:
-    """Run the command line as the ``qmpfd`` command, and prepare the end of the process."""
-    status = main()
-    # Exempt all objects from the interpreter's garbage collection at exit, which takes a tenth of
-    # the time of a short verb.
-    gc.freeze()
-    return status
+    return [verb, *words[:at], *words[at + 1 :]]
 
 
 def _advice(error: QMPError) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
 
 from ..kernel.fd import Fd
@@ -16,7 +17,7 @@ _OPEN_ADVICE = {
     errno.EACCES: "run qmpfd add as a user who may open it: the daemon needs no permission",
     errno.EISDIR: "a directory needs --mode r",
     errno.EWOULDBLOCK: "another process holds a lease on it: fcntl(2), F_SETLEASE",
-    errno.ENXIO: "open(2) opens no socket, and no FIFO for writing that has no reader",
+    errno.ENXIO: "it is a socket, a FIFO for writing that has no reader, or a missing device",
 }
 
 
@@ -70,12 +71,15 @@ def listening_socket(address: str) -> tuple[Fd, str]:
 
 
 def _listening_tcp(address: str) -> tuple[Fd, str]:
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 0xFFFF or ("]" in host) != ("[" in host):
-        raise UsageError(f"{address!r} is not an address: HOST:PORT, [V6]:PORT or unix:PATH")
+    match = re.fullmatch(r"(\[.*\]|[^][]*):([0-9]{1,5})", address, re.DOTALL)
+    if match is None or int(match[2]) > 0xFFFF:
+        raise UsageError(
+            f"{address!r} is not an address: HOST:PORT, [V6]:PORT or unix:PATH; a PORT is a number "
+            f"from 0 to {0xFFFF}"
+        )
     family, kind, protocol, _, where = socket.getaddrinfo(
-        host.removeprefix("[").removesuffix("]") or None,
-        int(port),
+        match[1].removeprefix("[").removesuffix("]") or None,
+        int(match[2]),
         type=socket.SOCK_STREAM,
         flags=socket.AI_PASSIVE,
     )[0]

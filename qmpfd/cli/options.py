@@ -102,8 +102,8 @@ def client_of(arguments: argparse.Namespace) -> BlockingClient:
         raise NoDaemon(why) from exc
 
 
-#: Seconds between two attempts to connect to a daemon that does not run yet.
-_RETRY = 0.05
+#: Seconds between two attempts to connect to a daemon.
+RETRY = 0.05
 
 
 def client_within(arguments: argparse.Namespace, patience: float) -> BlockingClient:
@@ -115,7 +115,7 @@ def client_within(arguments: argparse.Namespace, patience: float) -> BlockingCli
         except NoDaemon:
             if time.monotonic() >= deadline:
                 raise
-        time.sleep(_RETRY)
+        time.sleep(RETRY)
 
 
 def bounded(
@@ -145,7 +145,14 @@ def bounded(
 def number(name: str, least: int = 0, most: int = INT64_MAX) -> Callable[[str], int]:
     """Make the type of an option that takes a whole number, called *name* in errors."""
     bounds = f"{least} or more" if most == INT64_MAX else f"{least} to {most}"
-    return bounded(int, least, most, f": the {name} is a whole number, {bounds}")
+    return bounded(_decimal, least, most, f": the {name} is a whole number, {bounds}")
+
+
+def _decimal(text: str) -> int:
+    """A whole number in digits alone: Python's *int* takes ``1_0`` for 10, too."""
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError
+    return int(text)
 
 
 def text(value: str) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 from ..kernel.fd import Fd
@@ -92,9 +93,9 @@ def terminal_width() -> int:
     """Return the number of columns of the terminal, 80 without one.  shutil.get_terminal_size is
     not used: importing shutil takes a tenth of a short verb's time.
     """
-    named = os.environ.get("COLUMNS", "")
-    if named.isdecimal() and int(named):
-        return int(named)
+    with suppress(ValueError):
+        if (named := int(os.environ.get("COLUMNS", ""))) > 0:
+            return named
     try:
         return os.get_terminal_size(sys.stdout.fileno()).columns or 80
     except (OSError, ValueError):

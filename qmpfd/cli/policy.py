@@ -6,6 +6,7 @@ import argparse
 import grp
 import os
 import pwd
+import re
 from pathlib import Path
 
 from ..policy import BadPolicy, Grant, Policy, RuleInForce, is_owner, load_policy
@@ -67,12 +68,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _user(name: str) -> tuple[int, set[int]]:
     """Return the uid and all groups of a user, given by name or by number."""
+    uid = int(name) if re.fullmatch("[0-9]{1,10}", name) else _NO_ID
     try:
-        entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+        entry = pwd.getpwnam(name) if uid >= _NO_ID else pwd.getpwuid(uid)
     except KeyError:
-        if not name.isdecimal():
+        if uid >= _NO_ID:
             raise UsageError(f"no user '{name}'") from None
-        return int(name), set()
+        return uid, set()
     return entry.pw_uid, {*os.getgrouplist(entry.pw_name, entry.pw_gid)}
 
 
@@ -110,8 +112,8 @@ def _in_words(grant: Grant) -> str:
     return words
 
 
-#: (gid_t) -1, which chown(2) takes for "do not change".
-_NO_GID = (1 << 32) - 1
+#: (uid_t) -1 and (gid_t) -1, which chown(2) takes for "do not change".
+_NO_ID = (1 << 32) - 1
 
 
 def group_id(name: str) -> int:
@@ -120,6 +122,6 @@ def group_id(name: str) -> int:
         gid = int(name) if name.isascii() and name.isdecimal() else grp.getgrnam(name).gr_gid
     except (KeyError, ValueError, OSError):  # Value: a null byte, not UTF-8; OS: a name service
         raise argparse.ArgumentTypeError(f"no group {name!r}") from None
-    if not 0 <= gid < _NO_GID:
-        raise argparse.ArgumentTypeError(f"{name!r} is not a group: a name, or 0 to {_NO_GID - 1}")
+    if not 0 <= gid < _NO_ID:
+        raise argparse.ArgumentTypeError(f"{name!r} is not a group: a name, or 0 to {_NO_ID - 1}")
     return gid

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..client.blocking import BlockingClient, NoDaemon
@@ -47,7 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
         if removed:
             _report(arguments, removed)
         raise
-    _report(arguments, removed)
+    if removed or arguments.json:
+        _report(arguments, removed)
+    elif arguments.all:
+        print_result("no fd sets")
     return REFUSED if refused else DONE
 
 
@@ -58,8 +61,8 @@ def _remove_all(
     one target of several was refused.
     """
     if arguments.all:
-        sets = dict.fromkeys(fdset_id for fdset_id, _ in listed(client))
-        removed.extend(_remove(client, {"fdset-id": fdset_id}) for fdset_id in sets)
+        sets: dict[int, None] = dict.fromkeys(fdset_id for fdset_id, _ in listed(client))
+        _remove_listed(client, sets.items(), removed)
     elif arguments.pid is not None:
         removed += client.execute("remove-fds", {"added-by-pid": arguments.pid})
     targets: list[Target] = arguments.targets
@@ -83,13 +86,35 @@ def _remove_target(client: BlockingClient, target: Target, removed: list[Removed
         found = [row for row in listed(client) if target.matches(*row)]
         if not found:
             raise FdNotFound(f"no name matches {target.name!r}")
-        removed.extend(
-            _remove(client, {"fdset-id": fdset_id, "fd": fd["fd"]}, fd) for fdset_id, fd in found
-        )
+        _remove_listed(client, found, removed)
     else:
         removed += first_found(
             target, lambda reading: client.execute("remove-fds", reading.selector)
         )
+
+
+def _remove_listed(
+    client: BlockingClient,
+    found: Iterable[tuple[int, dict[str, Any] | None]],
+    removed: list[Removed],
+) -> None:
+    """Remove what a listing has shown, fd sets or descriptors of them, and append it to *removed*.
+
+    What is gone meanwhile need not be removed.
+
+    Raises:
+        QMPError: the first refusal, after all have been tried.
+    """
+    refusal: QMPError | None = None
+    for fdset_id, fd in found:
+        where = {"fdset-id": fdset_id} | ({} if fd is None else {"fd": fd["fd"]})
+        try:
+            removed.append(_remove(client, where, fd))
+        except QMPError as exc:
+            if "' not found" not in exc.desc:  # its class is another one in the dialect qemu
+                refusal = refusal or exc
+    if refusal is not None:
+        raise refusal
 
 
 def _remove(
@@ -106,7 +131,7 @@ def _report(arguments: argparse.Namespace, removed: list[Removed]) -> None:
     if arguments.json:
         print_result(removed)
     else:
-        print_result("\n".join(f"removed {line}" for line in _lines(removed)) or "no fd sets")
+        print_result("\n".join(f"removed {line}" for line in _lines(removed)))
 
 
 def _lines(removed: list[Removed]) -> Iterator[str]:

@@ -85,7 +85,11 @@ async def tapped(
     The block's end waits until all clients have disconnected: all their lines are shown.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        bind(sock, listen)
+        try:
+            bind(sock, listen)
+        except OSError as exc:
+            where = os.fsdecode(listen)
+            raise OSError(exc.errno, f"cannot listen on {where}: {exc.strerror}") from None
         sock.listen()
         try:
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))

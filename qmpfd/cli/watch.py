@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from ..client.errors import NoDaemon
 from ..protocol.client import QMPEvent
-from .options import CONNECTION, JSON, client_of, client_within
+from .options import CONNECTION, JSON, RETRY, client_of, client_within
 from .output import print_error, print_json, printable
 from .targets import described
 
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> NoReturn:
                     _show(event, arguments.json)
             except NoDaemon as exc:
                 print_error(f"qmpfd: {printable(str(exc))}: connecting again")
+        time.sleep(RETRY)  # the next one may be lost at once as well
         client = client_within(arguments, arguments.timeout)
         print_error("qmpfd: connected again; events of the meantime are lost")
 

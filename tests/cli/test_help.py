@@ -296,6 +296,31 @@ def test_each_shell_can_read_it(shell: str, tmp_path: Path) -> None:
     subprocess.run([shell, "-n", str(file)], check=True, timeout=PATIENCE)
 
 
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("qmpfd --t", ["--timeout"]),
+        ("qmpfd --json --", ["--help", "--version", "--socket", "--timeout", "--json"]),
+        ("qmpfd --socket ", [":files"]),
+        ("qmpfd --socket=x", [":files"]),
+        ("qmpfd --timeout ", []),
+        ("qmpfd --socket x che", ["check-policy"]),
+        ("qmpfd --socket ls ad", ["add"]),
+        ("qmpfd --json add --mode ", ["r", "w", "rw"]),
+    ],
+)
+def test_options_before_the_verb(line: str, found: list[str]) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "qmpfd", "completion", "bash", "--", line],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr, ran.stdout.splitlines()) == (0, "", found)
+
+
 @pytest.mark.parametrize("line", ["", "qmpf"])
 def test_a_line_in_which_the_command_is_not_typed_yet(line: str) -> None:
     """Asked by hand, or by a shell that offers something for it."""

@@ -355,6 +355,45 @@ def test_what_was_removed_before_an_error(cli: Cli, path: Path) -> None:
         assert cli("rm", "--all")[:2] == (NO_DAEMON, "removed fd set 8\n")
 
 
+@pytest.mark.parametrize("error_class", ["FdNotFound", "GenericError"])
+@pytest.mark.parametrize("target, shown", [("--all", "8\n"), ("@*", "8, fd 4  y\n")])
+def test_what_another_client_has_removed_meanwhile(
+    cli: Cli, path: Path, target: str, shown: str, error_class: str
+) -> None:
+    sets = '{"fdset-id": 9, "fds": [{"fd": 3, "opaque": "x"}]}, '
+    sets += '{"fdset-id": 8, "fds": [{"fd": 4, "opaque": "y"}]}'
+    gone = f"""{{"class": "{error_class}", "desc": "File descriptor named 'x' not found"}}"""
+    told = [
+        GREETING,
+        b'{"return": {}, "id": 1}\r\n',
+        f'{{"return": [{sets}], "id": 2}}\r\n'.encode(),
+        f'{{"error": {gone}, "id": 3}}\r\n'.encode(),
+        b'{"return": {}, "id": 4}\r\n',
+    ]
+    with _saying(path, *told):
+        assert cli.done("rm", target) == f"removed fd set {shown}"
+
+
+def test_a_refusal_does_not_end_the_removal_of_all(cli: Cli, path: Path) -> None:
+    sets = b'{"return": [{"fdset-id": 9, "fds": []}, {"fdset-id": 8, "fds": []}], "id": 2}\r\n'
+    told = [
+        GREETING,
+        b'{"return": {}, "id": 1}\r\n',
+        sets.replace(b"[]", b'[{"fd": 3}]'),
+        b'{"error": {"class": "PermissionDenied", "desc": "no"}, "id": 3}\r\n',
+        b'{"return": {}, "id": 4}\r\n',
+    ]
+    with _saying(path, *told):
+        status, shown, error = cli("rm", "--all")
+    assert (status, shown) == (REFUSED, "removed fd set 8\n")
+    assert error.startswith("qmpfd: PermissionDenied: no")
+
+
+@pytest.mark.usefixtures("running")
+def test_nothing_is_said_of_all_where_all_is_refused(cli: Cli) -> None:
+    assert cli("rm", "98", "99")[:2] == (REFUSED, "")
+
+
 # -- where the daemon is -----------------------------------------------------------------------
 
 
@@ -562,3 +601,70 @@ def test_any_encoding(path: Path, file: Path, encoding: str) -> None:
         assert ("\u6f22" if encoding == "utf-8" else r"\u6f22") in shown
         assert "\x1b" not in shown
         assert "\u202e" not in shown
+
+
+# -- interrupts --------------------------------------------------------------------------------
+
+#: Sends its process a SIGINT when the module that $AT names is imported, or at the end.
+_INTERRUPTS_ITSELF = """
+import atexit, os, signal, sys
+
+class Interrupts:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == os.environ["AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts)
+if os.environ["AT"] == "end":
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(
+    "at, status",
+    [
+        ("qmpfd.cli.main", -signal.SIGINT),
+        ("qmpfd.protocol.client", -signal.SIGINT),
+        ("qmpfd.cli.policy", 130),
+        ("end", -signal.SIGINT),
+    ],
+)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_interrupted_at_any_time(tmp_path: Path, at: str, status: int, ignored: bool) -> None:
+    """No traceback; and a background job, whose SIGINT is ignored, goes on (POSIX, sh, 2.11)."""
+    (tmp_path / "sitecustomize.py").write_text(_INTERRUPTS_ITSELF)
+    (tmp_path / "policy").touch()
+    ran = run(
+        "check-policy",
+        str(tmp_path / "policy"),
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "AT": at},
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL
+        ),
+    )
+    assert (ran.returncode, ran.stderr) == (DONE if ignored else status, "")
+
+
+# -- values ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ["1_0", "+10", " 10", "10 ", "\u0661\u0660", "9" * 5000])
+def test_what_only_python_takes_for_a_number(cli: Cli, path: Path, number: str) -> None:
+    for words in (
+        ["ls", number],
+        ["rm", f"0/{number}"],
+        ["rm", "--pid", number],
+        ["exec", f"0={number}", "--", "true"],
+        ["add", "--fd", number],
+        ["add", "--listen", f"127.0.0.1:{number}"],
+        ["serve", "--max-fds", number],
+        ["serve", "--add-fd", f"fd={number},set=0"],
+    ):
+        status, shown, error = cli(words[0], *words[1:])
+        assert (status, shown, error.count("\n")) == (USAGE, "", 1), words
+
+
+def test_columns_without_end(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "9" * 5000)
+    assert cli.done("ls", "--help").startswith("usage: ")

@@ -249,6 +249,27 @@ def test_take(named: Cli) -> None:
     assert names(named) == []
 
 
+@pytest.mark.parametrize(
+    "status, program, advice",
+    [
+        (126, "echo no interpreter line", "interpreter in its first line, such as #!/bin/sh"),
+        (126, "", "interpreter in its first line"),
+        (127, "#!/no/such/interpreter", "its interpreter is missing"),
+    ],
+)
+def test_take_for_what_only_execve_refuses(
+    named: Cli, tmp_path: Path, status: int, program: str, advice: str
+) -> None:
+    """What was taken is stored again, with its name and in its fd set."""
+    script = tmp_path / "script"
+    script.write_text(program)
+    script.chmod(0o700)
+    before = names(named)
+    words = ("--take", "@vm1:a", "@vm1:b=0", "@vm2:a=9", "--", script)
+    assert advice in named.fails(status, "exec", *words)
+    assert sorted(names(named)) == sorted(before)
+
+
 @pytest.mark.root
 def test_take_gives_back_what_it_took() -> None:
     """Where one may not be removed, all stay, also one that was alone in its set."""
@@ -370,6 +391,29 @@ def test_options_before_the_verb(cli: Cli) -> None:
     ):
         ran = run(*words)
         assert (ran.returncode, ran.stdout) == (DONE, "[]\n"), ran
+
+
+@pytest.mark.parametrize(
+    "words, usage",
+    [
+        (["help", "ls"], "usage: qmpfd ls "),
+        (["--json", "--socket=x", "help", "ls"], "usage: qmpfd ls "),
+        (["help", "--socket", "x", "ls", "rm"], "usage: qmpfd ls "),
+        (["help", "--json"], "usage: qmpfd [-h]"),
+        (["help", "help"], "usage: qmpfd [-h]"),
+    ],
+)
+def test_help_of_a_verb(words: list[str], usage: str) -> None:
+    ran = run(*words)
+    assert (ran.returncode, ran.stderr) == (DONE, "")
+    assert ran.stdout.startswith(usage)
+
+
+@pytest.mark.parametrize("words", [["--socket"], ["--socket", "ls"], ["--json"], []])
+def test_options_without_a_verb(words: list[str]) -> None:
+    ran = run(*words)
+    assert ran.returncode == USAGE
+    assert "required: VERB" in ran.stderr
 
 
 def test_what_was_done_is_said_where_output_fails(cli: Cli, files: list[Path]) -> None:

@@ -10,9 +10,16 @@ from pathlib import Path
 
 from helpers import PATIENCE, ROOT, daemon_process
 
-from .command import DONE, run
+from .command import DONE, REFUSED, run
 
 INTERRUPTED = 130
+
+
+def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+    for listen in (tmp_path, tmp_path / "no" / "folder"):
+        ran = run("tap", str(listen), "/nowhere")
+        assert (ran.returncode, ran.stderr.count("\n")) == (REFUSED, 1)
+        assert f"cannot listen on {listen}: " in ran.stderr
 
 
 def test_tap(path: Path) -> None:

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 from helpers import PATIENCE, ROOT, Pipe, daemon_thread
 
+from qmpfd.cli.options import RETRY
 from qmpfd.client.blocking import BlockingClient
 
 from .command import ENV, NO_DAEMON, Cli
@@ -124,3 +127,26 @@ def test_watch_goes_on_after_a_restart(path: Path, tmp_path: Path) -> None:
 
 def test_nobody_there(path: Path) -> None:
     Cli(path).fails(NO_DAEMON, "watch")
+
+
+def test_a_server_that_closes_each_connection(path: Path) -> None:
+    """It is not asked as fast as it can be: there is a pause before each further connection."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        process = subprocess.Popen(
+            Cli(path).argv("watch"), cwd=ROOT, stderr=subprocess.DEVNULL, env=ENV
+        )
+        with process:
+            lost = None
+            for _ in range(3):
+                with listener.accept()[0] as sock, sock.makefile("rw") as wire:
+                    assert lost is None or time.monotonic() - lost >= RETRY
+                    wire.write('{"QMP": {"version": {}, "capabilities": []}}\n')
+                    for number in (1, 2):
+                        wire.flush()
+                        wire.readline()
+                        wire.write(f'{{"return": {{}}, "id": {number}}}\n')
+                    wire.flush()
+                    lost = time.monotonic()
+            process.kill()
