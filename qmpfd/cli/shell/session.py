@@ -23,7 +23,7 @@ from ..opening import check_open, open_file
 from ..options import client_of
 from ..output import print_result, printable, terminal_width
 from .schema import Schema
-from .syntax import BadInput, Typed, parse
+from .syntax import Typed, parse
 
 
 class Session:
@@ -133,7 +133,7 @@ class Session:
         """Execute a line, unless it is empty or a comment; return whether the shell goes on.
 
         Raises:
-            BadInput, UsageError: the line is invalid.
+            UsageError, ValueError: the line is invalid.
             QMPError: the server refused the command.
             NoDaemon: the server does not answer.
         """
@@ -217,7 +217,7 @@ class Session:
             return
         for name in names:
             if name not in known:
-                raise BadInput(f"the server has no command {name!r} (help lists its commands)")
+                raise UsageError(f"the server has no command {name!r} (help lists its commands)")
             _print(self.schema.help(name))
 
 
@@ -238,7 +238,7 @@ def message(error: Exception) -> str:
 
 
 #: Errors of one command, after which the shell goes on.
-ERRORS = (BadInput, UsageError, QMPError)
+ERRORS = (UsageError, ValueError, QMPError)
 
 
 def _print(text: str) -> None:

@@ -15,7 +15,7 @@ from ..output import print_error
 from ..status import server_name
 from .prompt import lines
 from .session import ERRORS, Session, message
-from .syntax import Scanner
+from .syntax import unfinished
 
 SUMMARY = "send QMP commands, typed or from a script"
 DESCRIPTION = (
@@ -76,21 +76,18 @@ def _script(session: Session, commands: Iterable[tuple[int, str]], unit: str) ->
 def _from_stdin() -> Iterator[tuple[int, str]]:
     """Iterate over the commands on standard input, each with the number of its first line."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # parse() refuses what is not UTF-8
-    lines_: list[str] = []
-    first, scanner = 0, Scanner()
+        sys.stdin.reconfigure(errors="surrogateescape")  # the client refuses what is not UTF-8
+    first, text = 0, ""
     for number, line in enumerate(sys.stdin, 1):
-        if not lines_:
-            if line.lstrip().startswith("#"):
-                continue
-            first = number
-        lines_.append(line)
-        scanner.feed(line)
-        if not scanner.unfinished:
-            yield first, "".join(lines_)
-            lines_, scanner = [], Scanner()
-    if lines_:
-        yield first, "".join(lines_)
+        first = first if text else number
+        # Inside an object, only a line with a closing brace can end it: no other is worth a parse.
+        may_end = "}" in line or not text
+        text += line
+        if may_end and not unfinished(text):
+            yield first, text
+            text = ""
+    if text:
+        yield first, text
 
 
 def _interactive(session: Session) -> None:
