@@ -21,20 +21,10 @@ from .output import Nowhere, drop, print_error, printable
 #: The module of each verb, in the order of the help.  A module has the verb's SUMMARY, DESCRIPTION,
 #: EXAMPLES and OPTIONS, and the function *run*, which returns the exit status or None for 0; it may
 #: have an EXIT_STATUS and a USAGE.  To run a verb, only its module is imported.
-_VERBS = {
-    "serve": "serve",
-    "add": "add",
-    "ls": "ls",
-    "rm": "rm",
-    "exec": "exec",
-    "push": "push",
-    "watch": "watch",
-    "shell": "shell.verb",
-    "status": "status",
-    "check-policy": "policy",
-    "completion": "completion",
-    "tap": "tap",
-}
+_VERBS = (
+    *("serve", "add", "ls", "rm", "exec", "push", "watch", "shell", "status", "check-policy"),
+    *("completion", "tap"),
+)
 
 #: Help on exit statuses of verbs that have no EXIT_STATUS of their own.
 _EXIT_STATUS = "  0 done, 1 the daemon refused, 2 usage, 3 no daemon"
@@ -87,7 +77,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qmpfd {__version__}")
     commands = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for name in [verb] if verb in _VERBS else _VERBS:
-        module = importlib.import_module(f".{_VERBS[name]}", __package__)
+        module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
         examples = "\n".join(f"  {example}" for example in module.EXAMPLES)
         status = getattr(module, "EXIT_STATUS", _EXIT_STATUS)
         command = commands.add_parser(

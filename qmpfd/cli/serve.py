@@ -20,9 +20,9 @@ from ..kernel.unix_address import is_served, listens
 from ..supervisor.signals import FORWARDED, set_up_signals
 from . import serve_options
 from . import supervise as keeping
+from .check_policy import read_policy
 from .exit_codes import UsageError
 from .options import default_socket
-from .policy import read_policy
 from .serve_options import InheritedFd, limits
 from .spare import is_spare, wait
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..limits import Limits
+from .check_policy import group_id
 from .options import Option, bounded, number, one_of, option, seconds, socket_path
 from .options import text as json_text
-from .policy import group_id
 
 _DEFAULTS = Limits()._asdict()
 _connections, _descriptors = number("number of connections", 1), number("number of descriptors", 1)
