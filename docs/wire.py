@@ -274,7 +274,7 @@ def _members(what: str, struct: type[Struct], before: str = "") -> list[str]:
 
 
 def _command(command: Command[Any]) -> list[str]:
-    doc = inspect.cleandoc(command.doc).partition("\n\nRaises:")[0].replace("``", "`")
+    doc = inspect.cleandoc(command.run.__doc__ or "").partition("\n\nRaises:")[0].replace("``", "`")
     right = RIGHTS.get(command.name)
     takes = {0: "", 1: "Takes 1 descriptor."}.get(
         command.fds, f"Takes up to {SCM_MAX_FD} descriptors."

@@ -18,14 +18,16 @@ from .types import (
     NameInfo,
     SchemaInfo,
     VersionInfo,
-    version_info,
+    VersionTriple,
 )
 from .types import Result as Nothing
 
 table: Table[Context] = Table(touches_store=False)
 
 #: This daemon's version, for query-version and the greeting.
-VERSION = version_info(__version__)
+VERSION = VersionInfo(
+    VersionTriple(*reversed([int(part) for part in __version__.split(".")])), f"qmpfd {__version__}"
+)
 
 
 @table.command("qmp_capabilities", Capabilities, Nothing)

@@ -21,7 +21,7 @@ _log = logging.getLogger("qmpfd")
 TABLE: Table[Context] = Table(
     {**control.table.commands, **fds.table.commands, **own.table.commands}
 )
-DECODER = RequestDecoder(TABLE.specs())
+DECODER = RequestDecoder(TABLE.commands)
 _COMMANDS: dict[type[Request], Command[Context]] = {
     request: TABLE.commands[name] for request, name in DECODER.names.items()
 }

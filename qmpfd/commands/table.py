@@ -15,31 +15,22 @@ ContextT = TypeVar("ContextT")
 
 
 @dataclass(frozen=True, slots=True)
-class Command(Generic[ContextT]):
+class Command(Spec, Generic[ContextT]):
     """A command.
 
     Args:
         name: its name on the wire.
-        arguments: the struct of its arguments.
         returns: the type of its result.
         run: executes it in a context; never waits, and may raise QMPError.
-        fds: maximum number of descriptors that it takes.
         nothing: the arguments of a request without any; None if some are required.
         touches_store: whether it reads or changes the store.
     """
 
     name: str
-    arguments: type[Struct]
     returns: Any
     run: Callable[[ContextT, Any], Any]
-    fds: int
     nothing: Struct | None
     touches_store: bool
-
-    @property
-    def doc(self) -> str:
-        """Description for users: the docstring of *run*."""
-        return self.run.__doc__ or ""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,12 +51,8 @@ class Table(Generic[ContextT]):
             needs = any(member.required for member in structs.fields(arguments))
             nothing = None if needs else arguments()
             self.commands[name] = Command(
-                name, arguments, returns, run, fds, nothing, self.touches_store
+                arguments, fds, name, returns, run, nothing, self.touches_store
             )
             return run
 
         return enter
-
-    def specs(self) -> dict[str, Spec]:
-        """Return the argument types and descriptor counts, for the request decoder."""
-        return {name: Spec(c.arguments, c.fds) for name, c in self.commands.items()}

@@ -145,11 +145,5 @@ class SchemaInfo(Result):
     meta_type: Literal["builtin", "enum", "array", "object", "command", "event"]
 
 
-def version_info(version: str) -> VersionInfo:
-    """Convert *version*, of the form ``1.2.3``, to QMP's type."""
-    major, minor, micro = map(int, version.split("."))
-    return VersionInfo(VersionTriple(micro, minor, major), f"qmpfd {version}")
-
-
 #: The result of a command without a result: an empty object.
 NOTHING = RawJSON(b"{}")

@@ -18,6 +18,7 @@ from ..errors import FdNotSupplied, QMPError, error_of_class
 from ..kernel.fd import Fd, close_all
 from ..limits import MAX_EVENTS, MAX_NESTING, MAX_REPLY_BYTES, MAX_REQUEST_BYTES, SCM_MAX_FD
 from .connection import Connection, Event, ProtocolError
+from .receive_buffer import ReceiveBuffer
 
 
 def _has_noncharacter(text: str) -> bool:
@@ -132,7 +133,9 @@ class ClientConnection(Connection):
     def __init__(
         self, events: deque[QMPEvent] | None = None, *, max_reply_bytes: int = MAX_REPLY_BYTES
     ) -> None:
-        super().__init__(_decode_replies, _fds_of_reply, max_reply_bytes, True)
+        super().__init__(
+            ReceiveBuffer(_decode_replies, _fds_of_reply, max_bytes=max_reply_bytes, lines=True)
+        )
         #: The ``QMP`` member of the server's greeting; None until it was received.
         self.greeting: dict[str, Any] | None = None
         #: The error with which the server has rejected this client, or None.

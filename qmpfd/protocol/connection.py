@@ -7,15 +7,12 @@ Negotiation").
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..kernel.fd import Fd
-from .receive_buffer import NO_FDS, ChunkDecoder, ReceiveBuffer
-
-if TYPE_CHECKING:
-    from .parser import Budget
+from .receive_buffer import NO_FDS, ReceiveBuffer
 
 
 class State(Enum):
@@ -49,34 +46,18 @@ class ProtocolError(Exception):
 class Connection:
     """Base class of :class:`ServerConnection` and :class:`ClientConnection`."""
 
-    def __init__(
-        self,
-        decode: ChunkDecoder,
-        max_fds: Callable[[Any], int],
-        max_bytes: int,
-        lines: bool,
-        budget: Budget | None = None,
-        owner: Hashable = None,
-    ) -> None:
-        #: Descriptors that no message takes; the caller, which does the I/O, closes them.
-        self.fds_to_close: list[Fd] = []
+    def __init__(self, receive_buffer: ReceiveBuffer) -> None:
         self.state = State.CONNECTED
-        self._receive_buffer = ReceiveBuffer(
-            decode,
-            max_fds,
-            max_bytes=max_bytes,
-            fds_to_close=self.fds_to_close,
-            lines=lines,
-            budget=budget,
-            owner=owner,
-        )
+        self._receive_buffer = receive_buffer
         #: Complete messages that were received and not fetched yet.
-        self.ready = self._receive_buffer.ready
+        self.ready = receive_buffer.ready
         #: The received descriptors that no command has taken yet.
-        self.pending_fds = self._receive_buffer.pending_fds
+        self.pending_fds = receive_buffer.pending_fds
+        #: Descriptors that no message takes; the caller, which does the I/O, closes them.
+        self.fds_to_close = self.pending_fds.fds_to_close
         #: See :class:`ReceiveBuffer`.
-        self.plan = self._receive_buffer.plan
-        self.received = self._receive_buffer.received
+        self.plan = receive_buffer.plan
+        self.received = receive_buffer.received
 
     def _move(self, event: Event) -> None:
         try:

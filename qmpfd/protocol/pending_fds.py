@@ -48,16 +48,13 @@ _TRANSITIONS = {
 
 
 class PendingFds:
-    """The descriptors of one segment that no command has taken yet.
+    """The descriptors of one segment that no command has taken yet."""
 
-    Args:
-        fds_to_close: receives the descriptors that no command takes; the caller closes them.
-    """
+    __slots__ = ("fds", "fds_to_close", "lost", "state")
 
-    __slots__ = ("_fds_to_close", "fds", "lost", "state")
-
-    def __init__(self, fds_to_close: list[Fd]) -> None:
-        self._fds_to_close = fds_to_close
+    def __init__(self) -> None:
+        #: Descriptors that no command takes; the caller closes them.
+        self.fds_to_close: list[Fd] = []
         #: The pending descriptors.
         self.fds: list[Fd] = []
         #: Why descriptors of this segment were lost; empty if none were.
@@ -77,7 +74,7 @@ class PendingFds:
         """
         self.discard()
         if lost:
-            self._fds_to_close += fds
+            self.fds_to_close += fds
         else:
             self.fds = fds
         self.lost, self.state = lost, SegmentState.OPEN
@@ -111,6 +108,6 @@ class PendingFds:
     def discard(self) -> None:
         """Move the pending descriptors to those that the caller closes."""
         if self.fds:
-            self._fds_to_close += self.fds
+            self.fds_to_close += self.fds
             self.fds = []
         self.lost = ""

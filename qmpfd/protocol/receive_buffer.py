@@ -55,7 +55,6 @@ class ReceiveBuffer:
         decode: the fast path, for a chunk of complete messages.
         max_fds: returns the maximum number of descriptors that a message takes; 0 for none.
         max_bytes: maximum size of a message.
-        fds_to_close: receives the descriptors that no message takes; the caller closes them.
         lines: whether every message ends with a line end, so that an incomplete line is kept
             unparsed: true of replies, not of requests.
         budget: limit of the memory for incomplete messages, shared with other connections.
@@ -68,7 +67,6 @@ class ReceiveBuffer:
         max_fds: Callable[[Any], int],
         *,
         max_bytes: int,
-        fds_to_close: list[Fd],
         lines: bool = False,
         budget: Budget | None = None,
         owner: Hashable = None,
@@ -80,7 +78,7 @@ class ReceiveBuffer:
         self._parser: Parser | None = None  # created for the first chunk that *decode* refuses
         self._max_bytes = max_bytes
         #: The received descriptors that no command has taken yet.
-        self.pending_fds = PendingFds(fds_to_close)
+        self.pending_fds = PendingFds()
         #: Complete messages, oldest first, for the caller to pop: values, typed requests or parse
         #: errors; those with descriptors, or whose descriptors were lost, are :class:`Received`.
         self.ready: deque[Any] = deque()

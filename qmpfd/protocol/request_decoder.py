@@ -8,6 +8,7 @@ it.  For every chunk that the fast path decodes both return the same requests; t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Union, cast
 
 import msgspec
@@ -32,18 +33,17 @@ class Request(Struct):
     id: Any = UNSET
 
 
-class Spec(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Spec:
     """Properties of a command that the protocol needs.
 
     Args:
         arguments: the struct of its arguments.
         fds: maximum number of descriptors that it takes.
-        allow_oob: whether it may be executed out of band.
     """
 
     arguments: type[Struct]
-    fds: int = 0
-    allow_oob: bool = False
+    fds: int
 
 
 #: The types of an id on the fast path; any other JSON value takes the slow path.
@@ -135,7 +135,7 @@ class RequestDecoder:
         if name not in self._commands or (only is not None and name != only):
             raise CommandNotFound(f"The command {name} has not been found")
         spec = self._commands[name]
-        if oob and not spec.allow_oob:
+        if oob:  # which QEMU allows for few commands, and none of these
             raise GenericError(f"The command {name} does not support OOB")
         arguments = convert(members.get("arguments", {}), spec.arguments)
         return self._types[name](arguments=arguments, id=members.get("id", UNSET))

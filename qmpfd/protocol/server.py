@@ -17,7 +17,7 @@ from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
 from .connection import Connection, Event, State
 from .encode import LONG_TEXT, JSONStream, RawJSON, encode, encode_any, templates
 from .parser import Budget, Parser
-from .receive_buffer import NO_FDS
+from .receive_buffer import NO_FDS, ReceiveBuffer
 from .request_decoder import Request, RequestDecoder
 from .saved import ReceiveBufferState
 from .streamed_reply import StreamedReply
@@ -81,12 +81,13 @@ class ServerConnection(Connection):
         owner: Hashable = None,
     ) -> None:
         super().__init__(
-            decoder.decode_chunk,
-            decoder.max_fds,
-            max_request_bytes,
-            False,
-            budget,
-            owner,
+            ReceiveBuffer(
+                decoder.decode_chunk,
+                decoder.max_fds,
+                max_bytes=max_request_bytes,
+                budget=budget,
+                owner=owner,
+            )
         )
         self._decoder = decoder
         self._qemu_classes = qemu_classes

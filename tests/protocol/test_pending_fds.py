@@ -19,13 +19,13 @@ def fds() -> Iterator[list[Fd]]:
 
 
 @pytest.fixture
-def fds_to_close() -> list[Fd]:
-    return []
+def pending() -> PendingFds:
+    return PendingFds()
 
 
 @pytest.fixture
-def pending(fds_to_close: list[Fd]) -> PendingFds:
-    return PendingFds(fds_to_close)
+def fds_to_close(pending: PendingFds) -> list[Fd]:
+    return pending.fds_to_close
 
 
 def test_nothing_waits_at_first(pending: PendingFds, fds_to_close: list[Fd]) -> None:

@@ -34,11 +34,11 @@ class Number(Struct, forbid_unknown_fields=True):
 
 DECODER = RequestDecoder(
     {
-        "qmp_capabilities": Spec(Anything),
+        "qmp_capabilities": Spec(Anything, fds=0),
         "take": Spec(Anything, fds=1),
         "take-all": Spec(Anything, fds=SCM_MAX_FD),
         "take-checked": Spec(Number, fds=1),
-        "look": Spec(Anything),
+        "look": Spec(Anything, fds=0),
     }
 )
 
