@@ -1,17 +1,16 @@
 """Reads a journal: what was stored, in the end.
 
-It is read frame by frame: a journal can be several times as large as what it comes to.  Whatever is
-wrong with one record, all the others count.
+It is read frame by frame, where it is: it can be several times as large as what it comes to.
+Whatever is wrong with one record, all the others count.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from mmap import PROT_READ, mmap
 from zlib import crc32
 
 import msgspec
@@ -31,12 +30,6 @@ from .journal import (
 )
 
 _log = logging.getLogger("qmpfd")
-
-#: A journal, or what is in it.
-Source: TypeAlias = "Fd | bytes"
-
-#: Bytes that are read at a time.
-_READ_BYTES = 256 << 10
 
 #: Frames at the end of a journal whose descriptors may not have been sent yet: of each client one,
 #: at most, before the fd store has them and the reply is sent.
@@ -167,14 +160,25 @@ class History:
         )
 
 
-def replay(source: Source) -> History:
+def replay(journal: Fd) -> History:
     """What a journal says in the end.
 
     Raises:
         ValueError: it is no journal, or one of another format.
+        OSError: this process is out of descriptors or memory.
+    """
+    with mmap(journal.fileno(), 0, prot=PROT_READ) as data:  # ValueError if it is empty
+        return follow(data)
+
+
+def follow(data: bytes | mmap) -> History:
+    """What a journal says in the end that has these bytes.
+
+    Raises:
+        ValueError: as :func:`replay`.
     """
     history: History | None = None
-    for records in frames(source):
+    for records in frames(data):
         begun = records[0] if records else None
         if isinstance(begun, SnapshotHeader):
             if not 1 <= begun.format <= JOURNAL_FORMAT:
@@ -188,19 +192,17 @@ def replay(source: Source) -> History:
     return history
 
 
-def frames(source: Source) -> Iterator[list[Record]]:
+def frames(data: bytes | mmap) -> Iterator[list[Record]]:
     """The records of each whole frame.  One that is broken is logged and left out, but for those at
     the end: there, it was being written.
     """
-    window = _Window(source)
     at, broken = 0, 0
-    while len(header := window.read(at, HEADER.size)) == HEADER.size:
-        length, checksum = HEADER.unpack(header)
-        if not length:
+    while at + HEADER.size <= len(data):
+        length, checksum = HEADER.unpack_from(data, at)
+        at += HEADER.size
+        if not length or at + length > len(data):
             return
-        body = window.read(at + HEADER.size, length)
-        if len(body) < length:
-            return
+        body = data[at : at + length]
         if crc32(body) == checksum:
             if broken:
                 _log.error("%d changes in the journal cannot be read and are lost", broken)
@@ -208,7 +210,7 @@ def frames(source: Source) -> Iterator[list[Record]]:
             yield _decode(body, at)
         else:
             broken += 1
-        at += HEADER.size + length
+        at += length
 
 
 def _decode(body: bytes, at: int) -> list[Record]:
@@ -229,24 +231,3 @@ def _decode(body: bytes, at: int) -> list[Record]:
         except _UNREADABLE as exc:
             _log.error("a change in the journal cannot be read and is lost: %s (byte %d)", exc, at)
     return records
-
-
-class _Window:
-    """The part of a journal that is in memory."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._start = 0
-        self._data = b""
-
-    def read(self, at: int, count: int) -> bytes:
-        """*count* bytes from *at* on; fewer at the end."""
-        offset = at - self._start
-        if not 0 <= offset <= len(self._data) - count:
-            self._start, offset = at, 0
-            most = max(count, _READ_BYTES)
-            if isinstance(self._source, bytes):
-                self._data = self._source[at : at + most]
-            else:
-                self._data = os.pread(self._source.fileno(), most, at)
-        return self._data[offset : offset + count]
