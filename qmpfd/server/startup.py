@@ -132,9 +132,8 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
             if isinstance(server.durability, FdStoreMirror):
                 server.durability.in_flight_probe = server.daemon.in_flight_probe
         stack.callback(close_listeners)
-        if recovered is not None:
-            stack.enter_context(recovered)
-            restore_recovered(server, recovered, listeners)
+        recovered = stack.enter_context(recovered or Recovered())
+        restore_recovered(server, recovered, listeners)
         finish: Callable[[], list[UnixListener]] = list
         if takeover is not None:
             finish = stack.enter_context(taking_over(server, takeover))

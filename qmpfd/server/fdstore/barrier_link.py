@@ -34,10 +34,9 @@ _RETRY = 0.01
 #: What the parent answers, with the number of the barrier, see :mod:`qmpfd.supervisor`.
 _SYNC = "QMPFD_SYNC="
 
-_NOT_KEPT = "the descriptors are no longer kept safe"
 _PARENT_GONE = (
-    f"{_NOT_KEPT}: the parent process is gone "
-    "(qmpfd serve --takeover --supervise starts a new one, and nothing is lost)"
+    "the parent process is gone (qmpfd serve --takeover --supervise starts a new one, and nothing "
+    "is lost)"
 )
 
 #: sendmsg(2), unix(7): no room now, for the message or the descriptor with it.
@@ -86,11 +85,11 @@ class BarrierLink:
         notifier: the connection to it; the caller's, until the daemon has ended.
         write: writes down what was changed before that is sent, and is told whether a barrier is
             behind it; not called once this has ended.  If it raises an OSError, this ends.
-        ended: called whenever this has ended.
+        ended: called whenever this has ended; with the reason, where that is a misfortune.
     """
 
     def __init__(
-        self, notifier: Notifier, write: Callable[[bool], None], ended: Callable[[], None]
+        self, notifier: Notifier, write: Callable[[bool], None], ended: Callable[[str], None]
     ) -> None:
         self._notifier = notifier
         self._write = write
@@ -206,7 +205,7 @@ class BarrierLink:
             self._send(barrier)
         except OSError as exc:
             gone = self._notifier.is_parent and isinstance(exc, ConnectionError)
-            self.end(_PARENT_GONE if gone else f"{_NOT_KEPT}: {exc.strerror or exc}")
+            self.end(_PARENT_GONE if gone else exc.strerror or str(exc))
         if barrier and self._state is _SENT and self._notifier.is_parent:
             # It answers in less time than one pass of the event loop takes.
             self._receive(wait=True)
@@ -290,7 +289,7 @@ class BarrierLink:
                 yield
                 nursery.cancel_scope.cancel()
         finally:
-            self.end(None)
+            self.end()
 
     async def _run(self) -> None:
         try:
@@ -347,12 +346,10 @@ class BarrierLink:
         if closed := self._closes.pop(name, None):
             closed.set()
 
-    def end(self, reason: str | None) -> None:
+    def end(self, reason: str = "") -> None:
         """Nothing is kept from here on; *reason* says why, where that is a misfortune."""
-        if not self.is_over and reason is not None:
-            _log.error("%s; more are refused", reason)
         self._move(_ON_END)
-        self._ended()
+        self._ended(reason)
         self._outgoing.clear()
         for closed in self._closes.values():
             closed.set()

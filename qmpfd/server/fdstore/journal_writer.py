@@ -81,7 +81,7 @@ class JournalWriter:
         Raises:
             OSError: it is more than was reserved, and there is no memory for it.
         """
-        if not self._records:
+        if not self._records or not self._journals:  # none could be begun: all is released again
             return
         data = frame(self._records)
         self._records.clear()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ...kernel.fd import Fd
 from ...kernel.file_descriptions import Descriptions
 from .barrier_link import BarrierLink
+from .names import PIPES
+from .recover import Recovered
 
 
 class KeptFds:
@@ -25,24 +25,35 @@ class KeptFds:
         self.by_number: dict[int, str] = {}
         # The numbers that rest on a name: all of one open file description.
         self._resting: dict[str, dict[int, None]] = {}
+        self._former: set[str] = set()  # names of what is there from before
 
     @property
     def names(self) -> int:
         """How many names are in use, those included that are being removed."""
         return len(self._link.names.used)
 
-    def is_shared(self, number: int) -> bool:
-        """Whether others rest on the same name."""
-        return len(self._resting.get(self.by_number[number], ())) > 1
-
     def by_name(self) -> dict[str, int]:
         """One number of each name that something rests on."""
         return {name: number for number, name in self.by_number.items()}
 
-    def claim(self, names: Iterable[str]) -> None:
-        """These names are in use: something of a predecessor is kept under them."""
-        for name in names:
+    def claim(self, recovered: Recovered) -> None:
+        """The names of what is there from before are in use; what is stale and stands in the way of
+        what is new is removed.
+        """
+        self._former = {*recovered.names.values(), *recovered.stale_names}
+        for name in self._former:
             self._link.names.claim(name)
+        # What does not count goes before anything new could have the same names; and pipes, as the
+        # journal needs their places.
+        is_valid = recovered.has_state
+        first = {name for name in self._former if name.startswith(PIPES) or not is_valid}
+        self._link.remove(*first)
+        self._former -= first
+
+    def remove_former(self) -> None:
+        """All is there that is to be kept: remove what is left from before."""
+        self._link.remove(*(self._former - self.by_name().keys()))
+        self._former.clear()
 
     def keep(self, number: int, fd: Fd | int, name: str | None = None) -> str:
         """Have a descriptor kept; what it is kept as.

@@ -16,7 +16,7 @@ from ..lifecycle import State
 from ..listen.listener import UnixListener
 from ..services import Services
 from .mirror import FdStoreMirror
-from .recover import Holdings, Recovered
+from .recover import Recovered
 
 if TYPE_CHECKING:
     from ..server import DaemonServer
@@ -33,7 +33,7 @@ def _remove(services: Services, entries: Iterable[StoredFd]) -> None:
 async def mirrored(
     server: DaemonServer,
     listeners: Sequence[UnixListener],
-    recovered: Recovered | None,
+    recovered: Recovered,
     *,
     lifeline: Fd | None,
 ) -> AsyncGenerator[Callable[[Fd | None], Awaitable[None]], None]:
@@ -43,32 +43,31 @@ async def mirrored(
     Args:
         server: the daemon; it does not run yet.
         listeners: the sockets that the fd store gets too, once all is there.
-        recovered: what came back from there, if anything may have.
+        recovered: what came back from there.
         lifeline: of a takeover: the store has placeholders of what is about to come.
 
     Raises:
         GenericError: it is more than the fd store holds.
     """
-    stale_fds = [] if recovered is None else recovered.stale_fds
     mirror = server.durability
-    holdings = Holdings() if recovered is None else recovered.holdings
-    kept = set(holdings.names)
+    kept = set(recovered.names)
 
     async def start(previous: Fd | None) -> None:
         if isinstance(mirror, FdStoreMirror):
-            await mirror.start(server.store, listeners, holdings, lifeline, previous)
+            await mirror.start(listeners, recovered, previous)
             kept.update(listener.socket.fileno() for listener in listeners)
             server.daemon.mirror = mirror
-        server.daemon.closer.close(stale_fds)
+        server.daemon.closer.close(recovered.stale_fds)
 
     if not isinstance(mirror, FdStoreMirror):
         yield start
         return
-    mirror.room.on_refused = partial(_remove, server.services)
+    mirror.on_refused = partial(_remove, server.services)
     async with mirror.running():
-        if lifeline is not None and mirror.prepare(server.store, holdings, lifeline):
-            server.daemon.mirror = mirror
         try:
+            mirror.claim(server.store, recovered, lifeline)
+            if mirror.is_parent:
+                server.daemon.mirror = mirror
             yield start
         except Exception:
             if not mirror.is_ours:  # the old daemon goes on, and closes what it is told to
@@ -81,10 +80,10 @@ async def mirrored(
                         listener.abandon()
             raise
         answers = mirror.is_synced  # or else the end has waited for it long enough
+        if not server.lifecycle.handed_over:
+            mirror.finish()
         if server.lifecycle.state is State.QUITTING:
             mirror.release_all()
-        elif not server.lifecycle.handed_over:
-            mirror.finish()
         if answers:
             with trio.move_on_after(FORGET_TIMEOUT):
                 await mirror.sync()

@@ -32,6 +32,7 @@ class KeptListeners:
         self._journals = journals
         self._has_files = has_files
         self._by_number: dict[int, SavedListener] = {}
+        self._former: list[str] = []  # names of those that are closed here
 
     def add(self, listener: UnixListener, name: str | None) -> None:
         """Have a socket kept.
@@ -43,26 +44,27 @@ class KeptListeners:
         number = listener.socket.fileno()
         self._kept.keep(number, number, name)
         self._by_number[number] = listener.saved
-        listener.on_replaced = partial(self._replaced, listener)
+        listener.on_changed = partial(self._changed, listener, number)
+        self._journals.note(ListenerAdded(self._kept.by_number[number], listener.saved))
 
     def records(self) -> Iterator[ListenerAdded]:
         """What a journal begins with."""
         for number, saved in self._by_number.items():
             yield ListenerAdded(self._kept.by_number[number], saved)
 
-    def _replaced(self, listener: UnixListener) -> None:
-        """There is another socket behind the listener's number, and another file at its path."""
-        number = listener.socket.fileno()
+    def _changed(self, listener: UnixListener, number: int) -> None:
+        """There is another socket behind the listener's *number*, and another file at its path; or
+        it is closed, and what is stored next may get that number.
+        """
         if number not in self._by_number or number not in self._kept.by_number:
             return
-        self._journals.note(ListenerRemoved(self._kept.by_number[number]))
-        former = self._kept.discard(number)
-        if former is not None:
-            self._link.remove(former)
-        self.add(listener, None)
-        self._journals.note(ListenerAdded(self._kept.by_number[number], listener.saved))
-        self.tell_files()
-        self._link.push()
+        del self._by_number[number]
+        self._former.append(self._kept.by_number[number])
+        self._kept.discard(number)
+        if listener.socket.fileno() >= 0:
+            self.add(listener, None)
+            self.tell_files()
+            self.remove_former()
 
     def tell_files(self, *, ours: bool = True) -> None:
         """Tell the parent which files to remove; none where they are not *ours* any more."""
@@ -74,13 +76,10 @@ class KeptListeners:
             ]
             self._link.tell(f"QMPFD_SOCKETS={' '.join(files)}")
 
-    def finish(self) -> None:
-        """The daemon ends, and its sockets with it: they may be closed here already."""
-        for number in self._by_number:
-            if number in self._kept.by_number:
-                name = self._kept.by_number[number]
-                self._journals.note(ListenerRemoved(name))
-                if not self._kept.is_shared(number):
-                    self._link.remove(name)
-        self._by_number.clear()
+    def remove_former(self) -> None:
+        """Have those that are closed here closed there too."""
+        for name in self._former:
+            self._journals.note(ListenerRemoved(name))
+        self._link.remove(*(set(self._former) - self._kept.by_name().keys()))
+        self._former.clear()
         self._link.push()

@@ -17,7 +17,6 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
-from enum import Enum, auto
 from functools import partial
 from typing import NamedTuple
 
@@ -45,9 +44,8 @@ from .journal import (
 from .journal_writer import JournalWriter
 from .kept import KeptFds
 from .listeners import KeptListeners
-from .names import LIFELINE, PIPES, PREVIOUS, Names
-from .recover import Holdings
-from .room import Room
+from .names import LIFELINE, PREVIOUS, Names
+from .recover import Recovered
 from .sentinel import Evidence
 
 _log = logging.getLogger("qmpfd")
@@ -56,29 +54,9 @@ _log = logging.getLogger("qmpfd")
 _TAKEOVER_PLACES = 2
 
 _DROPPED = (
-    "the descriptors are no longer kept safe: the service manager dropped one (either "
-    "NotifyAccess= allows main only and this is not the main process of the service, or "
-    "FileDescriptorStoreMax= is less than $FDSTORE)"
+    "the service manager dropped one (either NotifyAccess= allows main only and this is not the "
+    "main process of the service, or FileDescriptorStoreMax= is less than $FDSTORE)"
 )
-
-
-class State(Enum):
-    """What becomes of what is stored."""
-
-    KEPT = auto()  #: it is kept
-    DISTRUSTED = auto()  #: it may not be: no more is sent, but what is removed is removed there too
-    OVER = auto()  #: nobody is there to keep it
-
-    # As of any object: that of Enum is a Python function.
-    __hash__ = object.__hash__
-
-
-#: What the states become when the service manager does not keep what it is sent, and when the link
-#: has ended; a state that is not here stays.
-_ON_DROPPED = {State.KEPT: State.DISTRUSTED}
-_ON_END = dict.fromkeys(State, State.OVER)
-
-_KEPT, _OVER = State.KEPT, State.OVER  # found faster than a member of an enumeration
 
 
 class FdStoreConfig(NamedTuple):
@@ -107,17 +85,18 @@ class FdStoreMirror:
     def __init__(self, keeping: FdStoreConfig, closer: ClosePool) -> None:
         self._link = BarrierLink(keeping.notifier, self._write, self._ended)
         self._journals = JournalWriter(self._link, self._snapshot)
-        self._is_parent = keeping.notifier.is_parent
+        #: Whether the parent of ``serve --supervise`` has it, and no service manager.
+        self.is_parent = keeping.notifier.is_parent
         self._closer = closer
         self._size = keeping.size
-        self._capacity = min(keeping.size - KEEPER_SPARE, Names.MOST)
-        self._state = State.KEPT
+        self._refusal = ""  # why nothing more is kept, and what was kept may be lost
         self._kept = KeptFds(self._link, keeping.descriptions)
         # Where it is a service manager, what shows what it keeps.
         self._evidence: Evidence | None = None
-        self.room = Room(self._kept, self._journals)
+        #: Told what a service manager has no room for.
+        self.on_refused: Callable[[list[StoredFd]], object] = lambda _: None
         self.unproven: Unproven | None = None
-        self._listeners = KeptListeners(self._link, self._kept, self._journals, self._is_parent)
+        self._listeners = KeptListeners(self._link, self._kept, self._journals, self.is_parent)
         self._store = FdSets()
         self._lifeline: Fd | None = None  # of the takeover under way
         #: Tells whether descriptors can be sent at all, where that is not sure.
@@ -126,13 +105,26 @@ class FdStoreMirror:
     @property
     def is_over(self) -> bool:
         """Whether nothing more is kept, and what was kept may be lost."""
-        return self._state is not State.KEPT
+        return bool(self._refusal)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether what is kept is not that of an old daemon which may go on."""
+        return self._lifeline is None
+
+    @property
+    def _capacity(self) -> int:
+        """How many descriptors can be kept.  The parent has places to spare for a takeover's."""
+        spare = KEEPER_SPARE + (0 if self.is_parent or self.is_ours else _TAKEOVER_PLACES)
+        return min(self._size - spare, Names.MOST)
 
     def _distrust(self, reason: str) -> None:
-        """Say that what is sent is not kept."""
-        if self._state is State.KEPT:
-            _log.error("%s; more are refused", reason)
-        self._state = _ON_DROPPED.get(self._state, self._state)
+        """Say that what is sent is not kept: no more is sent, but what is removed is removed there
+        too, if somebody is there.
+        """
+        if not self._refusal:
+            _log.error("the descriptors are no longer kept safe: %s; more are refused", reason)
+            self._refusal = reason
 
     # -- what the commands see -----------------------------------------------------------------
 
@@ -143,16 +135,12 @@ class FdStoreMirror:
         Raises:
             GenericError: saying why.
         """
-        if self._state is not _KEPT:
+        if self._refusal:
+            raise GenericError(f"The file descriptor cannot be kept safe: {self._refusal}")
+        capacity = self._capacity
+        if self._kept.names + count > capacity:
             raise GenericError(
-                "The file descriptor cannot be kept safe: the parent of this daemon is gone "
-                "(qmpfd serve --takeover --supervise starts a new one)"
-                if self._is_parent
-                else "The file descriptor cannot be kept safe: the service manager drops it"
-            )
-        if self._kept.names + count > self._capacity:
-            raise GenericError(
-                f"Too many file descriptors: the limit of those kept safe is {self._capacity}"
+                f"Too many file descriptors: the limit of those kept safe is {capacity}"
             )
         if self.in_flight_probe is not None and self.in_flight_probe.exhausted():
             # It would wait for whoever hoards them, and every later change would wait behind it.
@@ -171,23 +159,23 @@ class FdStoreMirror:
 
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
         """A descriptor was stored: keep it too, unless it ends with its connection anyway."""
-        if self._state is _KEPT and stored.lifetime.owner is None:
+        if not self._refusal and stored.lifetime.owner is None:
             name = self._kept.keep(stored.fd.number, stored.fd)
             self._journals.note(self._journals.added(name, stored))
             if self._evidence is not None:
-                self.unproven = self.room.put(stored)
+                self.unproven = self._evidence.added(stored)
 
     def removed(self, stored: StoredFd) -> None:
         """A descriptor was taken out of the store; it is still open."""
         number = stored.fd.number
-        if self._state is _OVER or number not in self._kept.by_number:
+        if number not in self._kept.by_number:
             return
         self._journals.note(Removed(number))
         name = self._kept.discard(number)
         if name is not None:
             # A service manager closes in a thread anyway; the parent has to be told if the close
             # may block, and the descriptor is closed here after it was closed there.
-            if self._is_parent and self._closer.may_block(stored.fd):
+            if self.is_parent and self._closer.may_block(stored.fd):
                 lane = self._closer.lane(stored.fd, stored.fd.uid)
                 self._closer.close_after(stored.fd, self._link.remove_slowly(name, lane))
             else:
@@ -238,17 +226,17 @@ class FdStoreMirror:
     def _write(self, barrier: bool) -> None:
         self._journals.write()
         if barrier and self._evidence is not None:
-            self.room.show(self._evidence)
+            self._evidence.show()
 
     @property
     def store(self) -> str | None:
         """Which service's it is, where it is a service manager's store (systemd.exec(5))."""
-        return None if self._is_parent else invocation_id()
+        return None if self.is_parent else invocation_id()
 
     @property
     def journal(self) -> Fd | None:
         """The journal, for a successor: it tells whether the takeover was done."""
-        return None if self._state is State.OVER else self._journals.fd
+        return None if self._link.is_over else self._journals.fd
 
     # -- its life ------------------------------------------------------------------------------
 
@@ -260,105 +248,71 @@ class FdStoreMirror:
             yield
             nursery.cancel_scope.cancel()
 
-    async def _find_size(self, evidence: Evidence, taken: int) -> None:
-        """Find out whether it takes as many descriptors as $FDSTORE says, beside those *taken*."""
-        room, is_all = await evidence.count_room(self._size - taken)
-        self.room.begin(self._kept.names + room)
-        if is_all:
-            self._size = taken + room
-            self._capacity = min(self._capacity, self._size - KEEPER_SPARE)
-            _log.warning(
-                "the service manager stores %d descriptors, fewer than $FDSTORE: more are "
-                "refused (FileDescriptorStoreMax=)",
-                self._size,
-            )
+    def claim(self, store: FdSets, recovered: Recovered, lifeline: Fd | None) -> None:
+        """Go on with what is there.  Nothing is sent before :meth:`start`.
 
-    def prepare(self, store: FdSets, holdings: Holdings, lifeline: Fd) -> bool:
-        """Write down what a takeover brings, before it has come: while the old daemon serves.
-        Nothing is sent before :meth:`start`, and changes until then count.
+        With a parent, all that is stored is written down: it may be the places of what a takeover
+        brings, while the old daemon serves, and changes count from here on.  Of a service manager's
+        store, each open file description has to be compared with all others, so that waits for
+        :meth:`start`.
 
         Args:
             store: where the changes come from, from here on.
-            holdings: what is there from before.
-            lifeline: of the takeover.  The parent gets it first, and closes it last.
-
-        Returns:
-            Whether that is possible: of a service manager's store, each open file description has
-            to be compared with all others, and what is stored here are placeholders.
+            recovered: what is there from before.
+            lifeline: of a takeover, before it is confirmed; None if all this is ours.
 
         Raises:
             OSError: there is no descriptor, or no memory, for the journal.
         """
-        if not self._is_parent:
-            return False
-        self._claim(store, holdings)
-        self._begin_takeover(lifeline)
-        self._keep_all(holdings)
-        self._journals.begin()
-        return True
+        self._store, self._lifeline = store, lifeline
+        self._journals.generation = recovered.generation
+        self._kept.claim(recovered)
+        if self.is_parent:
+            self._keep_all(recovered)
 
-    def _begin_takeover(self, lifeline: Fd) -> None:
-        self._lifeline = lifeline
-        if not self._is_parent:  # which has places to spare for two pipes, and gets none
-            self._capacity -= _TAKEOVER_PLACES
-        self._link.store(LIFELINE, lifeline)
-
-    def _claim(self, store: FdSets, holdings: Holdings) -> None:
-        self._store = store
-        self._journals.generation = holdings.generation
-        self._kept.claim({*holdings.names.values(), *holdings.others})
-        if not holdings.valid:  # before anything new could have the same names
-            self._link.remove(*holdings.others)
-        pipes = [name for name in holdings.others if name.startswith(PIPES)]
-        self._link.remove(*pipes)  # the journal needs the place
-
-    def _keep_all(self, holdings: Holdings) -> None:
+    def _keep_all(self, recovered: Recovered) -> None:
+        if self._lifeline is not None:  # first, as it is closed last
+            self._link.store(LIFELINE, self._lifeline)
         for fdset in self._store:
             for number, stored in fdset.fds.items():
                 if stored.lifetime.owner is None:
-                    self._kept.keep(number, stored.fd, holdings.names.get(number))
+                    self._kept.keep(number, stored.fd, recovered.names.get(number))
+        self._journals.begin()  # behind them: without it, they count for nothing
 
     async def start(
-        self,
-        store: FdSets,
-        listeners: Iterable[UnixListener],
-        holdings: Holdings,
-        lifeline: Fd | None,
-        previous: Fd | None,
+        self, listeners: Iterable[UnixListener], recovered: Recovered, previous: Fd | None
     ) -> None:
         """Have all of it kept, before anybody is served.
 
         Args:
-            store: where the changes come from, from here on.
             listeners: the sockets that are to be kept.
-            holdings: what is there from before.
-            lifeline: of the takeover, before it is confirmed; None if all this is ours.
+            recovered: what is there from before.
             previous: the journal of the daemon that all this is of, if there is one.
 
         Raises:
             GenericError: it is more than can be kept.
             OSError: there is no descriptor, or no memory, for the journal.
         """
-        prepared = not self.is_ours
         self._link.open()
-        if not prepared:
-            self._claim(store, holdings)
-            await self.sync()  # the places are needed
-        if not self._is_parent:  # the oldest, which is dropped first
-            drop, generation = partial(self._distrust, _DROPPED), holdings.generation + 1
-            self._evidence = Evidence(
-                self._link, generation, holdings.sentinel, drop, self.room.on_shown
-            )
-        if lifeline is not None and not prepared:  # before all that it is about
-            self._begin_takeover(lifeline)
         if previous is not None:
             self._link.store(PREVIOUS, previous)
-        if not prepared:
-            self._keep_all(holdings)
+        if not self.is_parent:
+            await self.sync()  # the places of what is stale are needed
+            self._evidence = Evidence(  # the oldest, which is dropped first
+                self._link,
+                self._kept,
+                self._journals,
+                recovered.sentinel,
+                partial(self._distrust, _DROPPED),
+                self.on_refused,
+            )
+            self._keep_all(recovered)
         for listener in listeners:
             number = listener.socket.fileno()
-            if number in holdings.names or self._kept.names < self._capacity:  # it can be made anew
-                self._listeners.add(listener, holdings.names.get(number))
+            if (
+                number in recovered.names or self._kept.names < self._capacity
+            ):  # it can be made anew
+                self._listeners.add(listener, recovered.names.get(number))
         if self._kept.names > self._capacity:
             too_many = (
                 f"{self._kept.names} descriptors are more than the {self._capacity} that can be "
@@ -368,11 +322,6 @@ class FdStoreMirror:
                 raise GenericError(too_many)
             # What came back stays where it is, and here, until there are fewer, or more room.
             self._distrust(too_many)
-        if prepared:  # it has begun, and does not count before the takeover is confirmed
-            for record in self._listeners.records():
-                self._journals.note(record)
-        else:  # the journal comes last: without it, the others count for nothing
-            self._journals.begin()
         if self.is_ours:
             self._listeners.tell_files()
         if self._evidence is not None and not await self._evidence.is_stored():
@@ -380,25 +329,16 @@ class FdStoreMirror:
         await self.sync()
         if self.is_over:  # remove nothing: what is there may be all there is
             return
-        if holdings.valid:
-            self._link.remove(*(name for name in holdings.others if not name.startswith(PIPES)))
-        self._link.remove(*(set(holdings.names.values()) - self._kept.by_name().keys()))
+        self._kept.remove_former()
         await self.sync()
         if self._evidence is not None:
             self._nursery.start_soon(self._evidence.watch)
-            taken = self._kept.names + 2 + (not self.is_ours) + (previous is not None)
-            await self._find_size(self._evidence, taken)
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether what is kept is not that of an old daemon which may go on."""
-        return self._lifeline is None
+            others = 2 + (not self.is_ours) + (previous is not None)  # with journal and sentinel
+            self._size = await self._evidence.find_size(self._size, others)
 
     def confirm(self) -> None:
         """A takeover is done: all this is ours."""
         self._lifeline = None
-        if not self._is_parent:
-            self._capacity += _TAKEOVER_PLACES
         self._listeners.tell_files()
         self._note(Confirmed(), PREVIOUS, LIFELINE)
 
@@ -414,7 +354,7 @@ class FdStoreMirror:
         Args:
             quick: descriptors that are closed without waiting for anybody.
         """
-        if self._state is State.OVER:
+        if self._link.is_over:
             return
         self._journals.note(HandedOver(True))
         if self._evidence is not None:
@@ -422,7 +362,7 @@ class FdStoreMirror:
         known = {fd.number for fd in quick}
         names = []
         for name, number in self._kept.by_name().items():
-            if self._is_parent and number not in known and self._closer.may_block(number):
+            if self.is_parent and number not in known and self._closer.may_block(number):
                 self._link.remove_slowly(name, self._closer.lane(number))
             else:
                 names.append(name)
@@ -437,17 +377,18 @@ class FdStoreMirror:
         """The daemon ends.  What is stored stays with a service manager, which may start another
         daemon; the listening sockets do not.
         """
-        if self._state is not State.OVER:
-            self._listeners.finish()
+        if not self._link.is_over:
+            self._listeners.remove_former()
 
     def _note(self, record: Record, *removed: str) -> None:
-        if self._state is not State.OVER:
+        if not self._link.is_over:
             self._journals.note(record)
             self._link.remove(*removed)
             self._link.push()
 
-    def _ended(self) -> None:
-        self._state = _ON_END[self._state]
+    def _ended(self, reason: str) -> None:
+        if reason:
+            self._distrust(reason)
         if self._evidence is not None:
             self._evidence.close()
         self._kept.clear()

@@ -31,48 +31,35 @@ _log = logging.getLogger("qmpfd")
 
 
 @dataclass(slots=True)
-class Holdings:
-    """What the fd store has from before.
-
-    Args:
-        names: the names of stored descriptors and listening sockets, by their number here.
-        others: names of stale descriptors.
-        generation: of the last journal.
-        valid: that journal counts, until there is another.
-        sentinel: name and write end of the sentinel there, if it counts too; owned by whoever owns
-            what is stale.
-    """
-
-    names: dict[int, str] = field(default_factory=dict)
-    others: list[str] = field(default_factory=list)
-    generation: int = 0
-    valid: bool = False
-    sentinel: tuple[str, Fd] | None = None
-
-
-@dataclass(slots=True)
 class Recovered:
-    """What has come back.
+    """What has come back from the fd store, and what is still there.
 
     Args:
         state: what it is; there may be nothing.
         stored: the stored descriptors by number; owned here until they are taken out.
         others: the listening sockets, in the order of *state*; owned here likewise.
-        holdings: what the fd store has.
+        names: what these are called there, by their number here.
+        stale_names: what is there and means nothing.
         stale_fds: descriptors that are to be closed, which may block; owned here likewise.
+        sentinel: name and write end of the sentinel there, if it counts; one of the stale ones.
         sockets: the service manager's own, to listen on; owned here likewise.
-        has_state: there was a daemon here before, and this is what it had.
+        generation: of the last journal there.
+        has_state: there was a daemon here before, and this is what it had: that journal counts,
+            until there is another.
         handed_over: another daemon has taken over what was here.
     """
 
-    state: SavedState
-    stored: dict[int, Fd]
-    others: deque[Fd]
-    holdings: Holdings
-    stale_fds: list[Fd]
-    sockets: list[InheritedFd]
-    has_state: bool
-    handed_over: bool
+    state: SavedState = field(default_factory=lambda: SavedState(time.monotonic(), [], []))
+    stored: dict[int, Fd] = field(default_factory=dict)
+    others: deque[Fd] = field(default_factory=deque)
+    names: dict[int, str] = field(default_factory=dict)
+    stale_names: list[str] = field(default_factory=list)
+    stale_fds: list[Fd] = field(default_factory=list)
+    sentinel: tuple[str, Fd] | None = None
+    sockets: list[InheritedFd] = field(default_factory=list)
+    generation: int = 0
+    has_state: bool = False
+    handed_over: bool = False
 
     def __enter__(self) -> Recovered:
         return self
@@ -109,12 +96,14 @@ def _recover(
 ) -> Recovered:
     ours: dict[str, Fd] = {}
     sockets = []
+    again = []  # under a name that is there already
     for given in inherited:
-        if is_ours(given.name):
-            ours[given.name] = given.fd
-        else:
+        if not is_ours(given.name):
             sockets.append(given)
-    again = [given.fd for given in inherited if ours.get(given.name, given.fd) is not given.fd]
+        elif given.name in ours:
+            again.append(given.fd)
+        else:
+            ours[given.name] = given.fd
     if history is None:
         history = newest([fd for name, fd in ours.items() if name.startswith(JOURNAL)])
     # With that evidence, they are of a takeover that had not come far: the old daemon has all.
@@ -127,10 +116,21 @@ def _recover(
     if not has_state:
         history = _nothing()
     history.forget_unfinished(ours.__contains__)
-    returned = _Returned(ours)
+    untaken = dict(ours)
+
+    def take(name: str) -> Fd | None:
+        """What came under that name, a duplicate of it if it is taken already; None if nothing did,
+        or there is no descriptor for the duplicate.
+        """
+        fd = untaken.pop(name, None)
+        if fd is None and name in ours:
+            with suppress(OSError):
+                return ours[name].dup()
+        return fd
+
     stored: dict[int, Fd] = {}
     for number, saved in list(history.entries.items()):
-        fd = returned.take(saved.name)
+        fd = take(saved.name)
         if fd is not None:
             stored[number] = fd
             continue
@@ -141,55 +141,27 @@ def _recover(
             number,
             saved.fdset_id,
         )
-    listeners = {name: fd for name in history.listeners if (fd := returned.take(name))}
+    listeners = {name: fd for name in history.listeners if (fd := take(name))}
     history.listeners = {name: history.listeners[name] for name in listeners}
     state = history.state(ours.__contains__)
-    stale_fds = [*returned.untaken.values(), *again]
-    sentinels = sorted(name for name in returned.untaken if has_state and name.startswith(SENTINEL))
-    stale = [name for name in returned.untaken if name not in sentinels[:1]]
-    own = [given.fd for given in sockets]
-    renumber(stored, [*listeners.values(), *stale_fds, *own, *others])
+    stale_fds = [*untaken.values(), *again]
+    sentinels = sorted(name for name in untaken if has_state and name.startswith(SENTINEL))[:1]
+    renumber(stored, [*listeners.values(), *stale_fds, *(each.fd for each in sockets), *others])
     names = {stored[saved.number].number: saved.name for saved in state.fds}
     names |= {fd.number: name for name, fd in listeners.items()}
     return Recovered(
         state,
         stored,
         deque(listeners.values()),
-        Holdings(
-            names,
-            stale,
-            generation,
-            has_state,
-            (sentinels[0], returned.untaken[sentinels[0]]) if sentinels else None,
-        ),
+        names,
+        [name for name in untaken if name not in sentinels],
         stale_fds,
+        (sentinels[0], untaken[sentinels[0]]) if sentinels else None,
         sockets,
+        generation,
         has_state,
         handed_over,
     )
-
-
-class _Returned:
-    """The descriptors that the fd store has given back.
-
-    Args:
-        ours: them by their names.
-    """
-
-    def __init__(self, ours: Mapping[str, Fd]) -> None:
-        self._ours = ours
-        #: Those that nobody has taken.
-        self.untaken = dict(ours)
-
-    def take(self, name: str) -> Fd | None:
-        """What came under that name, a duplicate of it if it is taken already; None if nothing did,
-        or there is no descriptor for the duplicate.
-        """
-        fd = self.untaken.pop(name, None)
-        if fd is None and name in self._ours:
-            with suppress(OSError):
-                return self._ours[name].dup()
-        return fd
 
 
 def _without_journal(ours: Mapping[str, Fd]) -> History:
@@ -220,13 +192,13 @@ def newest(journals: Sequence[Fd]) -> History:
     """What the newest journal says; nothing if there is none.
 
     Raises:
-        ValueError: there are some, and none of them can be read.
+        ValueError, OSError: there are some, and none of them can be read.
     """
     histories, problems = [], []
     for journal in journals:
         try:
             histories.append(replay(journal))
-        except ValueError as exc:
+        except (ValueError, OSError) as exc:
             problems.append(exc)
     if problems and not histories:
         raise problems[0]

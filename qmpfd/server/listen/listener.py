@@ -59,8 +59,8 @@ class UnixListener:
         self.file = file
         self._sock = sock
         self.permissions = permissions
-        #: Called when the socket and its file have been replaced.
-        self.on_replaced: Callable[[], object] = lambda: None
+        #: Called when the socket and its file have been replaced, or the socket is closed.
+        self.on_changed: Callable[[], object] = lambda: None
         self._options = [
             (option, value)
             for option, value in _INHERITED_OPTIONS.items()
@@ -160,7 +160,7 @@ class UnixListener:
             accept_backlog(self)
             trio.lowlevel.notify_closing(self._sock)
             os.dup2(sock.fileno(), self._sock.fileno(), inheritable=False)
-        self.on_replaced()
+        self.on_changed()
 
     async def wait_readable(self) -> None:
         """Wait until a client has connected, or the socket was shut down, closed or replaced; the
@@ -205,6 +205,7 @@ class UnixListener:
         if self.socket.fileno() >= 0:
             self.unlink()  # before close(2): while this socket listens, no daemon binds the path
             self.socket.close()
+            self.on_changed()
 
 
 def _is_shut_down(sock: socket.socket) -> bool:

@@ -7,22 +7,23 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_store import INVOCATION, Store, fake_store
-from helpers import ADD, CAPABILITIES, ROOT, Wire, daemon, send_now, value
+from helpers import ADD, CAPABILITIES, ROOT, Wire, daemon, send_now, settle, value
 from supervised import COMMAND, DEADLINE, connected, lasting, supervised, until
 
 from qmpfd.client.blocking import BlockingClient, NoDaemon
 from qmpfd.errors import QMPError
 from qmpfd.kernel.fd import Fd, close_all
-from qmpfd.kernel.file_descriptions import Descriptions
+from qmpfd.kernel.file_descriptions import Descriptions, compare
 from qmpfd.kernel.systemd import Notifier
 from qmpfd.server.fdstore.mirror import FdStoreConfig
+from qmpfd.server.server import DaemonServer
 
 
 @pytest.fixture
@@ -498,28 +499,63 @@ def test_a_maximum_that_is_lowered_again_after_a_restart(tmp_path: Path, path: P
         assert not store.traps
 
 
+@asynccontextmanager
+async def kept_daemon(
+    path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[DaemonServer]:
+    """A daemon in this process that is the service of *store*."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(store.path))
+    notifier = Notifier.connect()
+    assert notifier is not None
+    with closing(notifier):
+        keeping = FdStoreConfig(notifier, 512, Descriptions())
+        async with daemon(path, keeping=keeping) as server:
+            yield server
+
+
 async def test_more_places_than_are_tried_out(
     tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where there are fewer than $FDSTORE says, that is found out before the reply."""
     monkeypatch.setattr("qmpfd.server.fdstore.sentinel.MAX_PROBES", 8)
     with fake_store(tmp_path, size=40) as store:
-        monkeypatch.setenv("NOTIFY_SOCKET", str(store.path))
-        notifier = Notifier.connect()
-        assert notifier is not None
-        with closing(notifier):
-            keeping = FdStoreConfig(notifier, 512, Descriptions())
-            async with daemon(path, keeping=keeping):
-                with await Wire.session(path) as wire:
-                    added, reply = 0, dict[str, Any]()
-                    while "error" not in reply:
-                        assert len(entries(store)) == added + 1  # and the socket
-                        with Fd(os.memfd_create("x")) as memory:
-                            reply = await wire.call("add-fd", None, [memory])
-                        added += 1
-                    assert "cannot be kept safe" in reply["error"]["desc"]
-                    assert value(await wire.call("query-stats"))["kept-safe"]
-                    assert 20 < added < 40
+        async with kept_daemon(path, store, monkeypatch):
+            with await Wire.session(path) as wire:
+                added, reply = 0, dict[str, Any]()
+                while "error" not in reply:
+                    assert len(entries(store)) == added + 1  # and the socket
+                    with Fd(os.memfd_create("x")) as memory:
+                        reply = await wire.call("add-fd", None, [memory])
+                    added += 1
+                assert "cannot be kept safe" in reply["error"]["desc"]
+                assert value(await wire.call("query-stats"))["kept-safe"]
+                assert 20 < added < 40
+
+
+async def test_added_while_the_daemon_ends(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets the number of the listening socket, which is closed by then, and stays there."""
+    async with kept_daemon(path, store, monkeypatch) as server:
+        with (
+            await Wire.session(path) as wire,
+            Fd(os.memfd_create("x")) as memory,
+            ExitStack() as fillers,
+        ):
+            (listener,) = server.listeners
+            number = listener.socket.fileno()
+            while fillers.enter_context(memory.dup()).fileno() < number:
+                pass
+            async with server.services.lock:
+                wire.send(ADD, [memory])
+                server.stop()
+                await settle()
+            assert value(await wire.reply())["fd"] == number
+            await server.ended.wait()
+            (name,) = entries(store)
+            with store.take(name) as kept:
+                assert compare(kept.fileno(), memory.fileno()) == 0
+    assert not store.traps
 
 
 def _pipelined(path: Path, count: int) -> list[str]:
