@@ -182,7 +182,7 @@ class LimitsInfo(Result):
         max_request_bytes: the size of one request, in bytes.
         max_open_files: descriptors that the process may have open (RLIMIT_NOFILE).
         write_timeout: the time after which a client that reads no reply is disconnected.
-        drain_timeout: the time within which the daemon stops when it is told to.
+        drain_timeout: the time within which the daemon stops after a request to stop.
         idle_timeout: the time without a request after which a client is disconnected; absent:
             never.
     """

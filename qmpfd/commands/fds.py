@@ -71,7 +71,7 @@ def _require_add(
         fdset = shared.store.get(fdset_id)
         if fdset is not None:
             _require_sight(access, fdset, opaque, shared.dialect)
-    elif not access.may("add", shared.store.next_id, opaque):  # which id is not told
+    elif not access.may("add", shared.store.next_id, opaque):  # the id may tell of hidden sets
         raise PermissionDenied(
             "The right 'add' is needed for a file descriptor of this name in a new set"
         )

@@ -130,8 +130,8 @@ class ClosePool:
 
         Args:
             fds: the descriptors; owned from here on.
-            uid: the user whose quota counts, until they are closed, those without a ``uid`` of
-                their own; None for the daemon itself.
+            uid: the user whom the descriptors without a ``uid`` of their own count for until they
+                are closed; None for the daemon itself.
 
         Returns:
             The progress of the closes by threads; None if all are closed already.

@@ -33,7 +33,7 @@ _QUICK_MAJORS = frozenset([1, *range(136, 144)])
 _PTMX = (5, 2)
 _FORMAT = stat.S_IFMT(0o777777)
 _PLAIN = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFIFO)
-# Without inotify, whose close takes 3 ms: it waits until no CPU uses the marks (RCU).
+# Not inotify, whose close takes 3 ms: it waits until no CPU uses its marks.
 _QUICK_ANONYMOUS = re.compile(r"anon_inode:\[?(eventfd|timerfd|signalfd|pidfd)\]?|pipe:\[\d+\]")
 _LARGE_ANONYMOUS = re.compile(r"anon_inode:\[?eventpoll\]?")  # slow if it watches many descriptors
 

@@ -42,7 +42,7 @@ class Fd:
     ("Dealing with error returns"): a second close could hit a new descriptor of that number.
 
     Args:
-        number: an open descriptor that nobody else will close.
+        number: an open descriptor; owned from here on.
     """
 
     __slots__ = ("number", "uid")

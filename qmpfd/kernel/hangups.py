@@ -86,7 +86,7 @@ class Hangups(Generic[EntryT]):
         over = []
         due, self.due = self.due[:limit], self.due[limit:]
         for number in due:
-            if number not in self._draining:  # removed meanwhile
+            if number not in self._draining:  # unwatched since look()
                 continue
             events = _events(number)
             if not events:  # a FIFO has a writer again, or a process has fetched the error

@@ -128,7 +128,7 @@ class Notifier:
             timeout: maximum seconds to wait; None for no limit.
 
         Raises:
-            OSError: the kernel dropped some of the descriptors, or the time is over.
+            OSError: the kernel dropped some of the descriptors, or *timeout* has passed.
         """
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
