@@ -87,7 +87,7 @@ def test_a_bad_value_as_a_process(path: Path) -> None:
 
 
 def test_paths_that_cannot_be_used(path: Path, tmp_path: Path) -> None:
-    for bad in (tmp_path, tmp_path / "none" / "q.sock", tmp_path / ("x" * 256)):
+    for bad in (Path("/"), tmp_path, tmp_path / "none" / "q.sock", tmp_path / ("x" * 256)):
         assert str(bad) in _fails("--socket", str(bad))
     path.write_text("precious")
     assert "is not a socket" in _fails("--socket", str(path))

@@ -108,7 +108,7 @@ def _exclusively(path: Path, timeout: float) -> Iterator[None]:
         SocketInUse: another process holds the lock for longer.
         OSError: the lock file cannot be created.
     """
-    lock = path.with_name(os.fsdecode(b"." + os.fsencode(path.name)[:240] + b".lock"))
+    lock = path.parent / os.fsdecode(b"." + os.fsencode(path.name)[:240] + b".lock")
     deadline = time.monotonic() + timeout
     while True:
         try:
