@@ -1,4 +1,4 @@
-"""Cancels a task at its k-th step, for every k."""
+"""Cancel a scope at the k-th step of some tasks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import trio
 
 
 class CancelAt(trio.abc.Instrument):
-    """Cancels a scope at the k-th step of the tasks that *which* picks, from 1.
+    """Trio instrument that cancels a scope at the k-th step of the tasks that *which* selects.
 
     Args:
-        which: tells the tasks whose steps are counted.
-        scope: what to cancel.
-        step: k.
-        before: cancel before the step, so that the task meets it at the next checkpoint that it
-            comes to; else after it, so that it is met by a task that waits.
+        which: whether a task's steps count.
+        scope: the scope.
+        step: k, from 1.
+        before: cancel before the step: Cancelled is raised at the next checkpoint in the step.
+            Else cancel after the step: Cancelled is raised where the task waits.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class CancelAt(trio.abc.Instrument):
 
     @property
     def done(self) -> bool:
-        """Whether the step has come."""
+        """Whether the scope has been cancelled."""
         return self._left <= 0
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:

@@ -1,4 +1,4 @@
-"""What holds for every test: no descriptor leaks, and nothing takes forever."""
+"""Fixtures and hooks for every test: no descriptor leaks, and no test hangs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from installed import EXPECTED_SKIPS, required, will_be_skipped
 from trio.abc import Clock, Instrument
 
 _DEADLINE = 30.0
-_SLOW_DEADLINE = 100.0  # below pytest-timeout's, which ends the whole process
+_SLOW_DEADLINE = 100.0  # below the timeout of pytest-timeout, which ends the whole process
 
 
 @pytest.fixture(autouse=True)
 def no_leaked_descriptors() -> Iterator[None]:
-    """Fails a test that leaves descriptors open, or closes one that is not its own."""
+    """Fail a test that leaves descriptors open, or closes descriptors that it did not open."""
     before = open_fds()
     yield
     after = open_fds()
     if after != before:
-        gc.collect()  # an owner that was forgotten says so in a ResourceWarning: an error here
+        gc.collect()  # a lost owner raises a ResourceWarning, which is an error here
         after = open_fds()
     gone = {number: before[number] for number in before.keys() - after.keys()}
     left = {n: link for n, link in after.items() if before.get(n) != link}
@@ -37,14 +37,14 @@ def no_leaked_descriptors() -> Iterator[None]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the daemon of this test listens."""
+    """Path of the daemon's socket."""
     return tmp_path / "q.sock"
 
 
 def _run_with(deadline: float) -> Callable[..., None]:
-    """trio.run with a deadline: a test that hangs fails alone, and says where it was.
+    """Return a trio.run with a deadline: a test that hangs fails alone, with a traceback.
 
-    With a clock of its own a test has its own time, and a good deal of it.
+    With a clock of the test's own, a MockClock, the deadline is 1e6 s of that clock.
     """
 
     def run(
@@ -63,11 +63,11 @@ def _run_with(deadline: float) -> Callable[..., None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A script's background job has these ignored (POSIX, sh, 2.11), a job of nohup(1) SIGHUP, and
-    # so would all that the tests start and send them to.  A handler is back to the default in
-    # another program (execve(2)).
+    # A shell starts background jobs with SIGINT and SIGQUIT ignored (POSIX, sh, 2.11), nohup(1)
+    # with SIGHUP ignored, and the processes that the tests start would inherit that.  A handler
+    # becomes the default action in another program (execve(2)).
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # Python's own
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # Python ignores both
         if signal.getsignal(number) is signal.SIG_IGN:
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, default)
@@ -80,7 +80,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Where nothing may be lacking, a test that is skipped without being expected is an error."""
+    """With QMPFD_REQUIRE_PEERS set, fail the run if a test outside of EXPECTED_SKIPS is skipped."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if not required() or reporter is None:
         return
@@ -91,7 +91,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-# Before the rest is sorted out pytest-trio marks the async tests; the first mark's runner is used.
+# pytest-trio has marked the async tests by now; it uses the run function of the first mark.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

@@ -1,4 +1,4 @@
-"""The fenced blocks of a Markdown page, and what comes of them when they are run."""
+"""Run the fenced blocks of a Markdown page, and compare their output with the page."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from helpers import PATIENCE, daemon_process, send_now
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, its text, the number of its first line, and why it is not
-    run, where the page says so in a comment before it.
+    """A fenced block: language, text, number of its first line, and the reason not to run it, which
+    the page gives in a comment before the block.
     """
 
     language: str
@@ -34,14 +34,14 @@ _BLOCK = re.compile(
 
 
 def blocks(markdown: str) -> list[Block]:
-    """The fenced blocks of a text."""
+    """Return the fenced blocks of a text."""
     return [
         Block(match[2], match[3], markdown.count("\n", 0, match.start(3)) + 1, match[1])
         for match in _BLOCK.finditer(markdown)
     ]
 
 
-#: A descriptor's number, as QMP, the command line, its table, and Python write it.
+#: The number of a descriptor, in the output of QMP, the command line, its table, and Python.
 _FD = re.compile(
     r'(?<="fd": )\d+|(?<=, fd )\d+|(?<=: fd )\d+|(?<=: fd \d\d, )\d+|(?<=fd=)\d+|(?<=^\d {6})\d+',
     re.MULTILINE,
@@ -49,14 +49,14 @@ _FD = re.compile(
 
 
 def without_numbers(text: str) -> str:
-    """*text* with descriptor numbers replaced by which number it is, the first, the second."""
+    """Return *text* with descriptor numbers replaced by FD0, FD1 and so on, as they first occur."""
     seen: dict[str, str] = {}
     named = _FD.sub(lambda match: seen.setdefault(match[0], f"FD{len(seen)}"), text)
     return re.sub(" {2,}", "  ", named)  # the columns of a table are as wide as the numbers
 
 
 def run_console(text: str, folder: Path, env: dict[str, str]) -> str:
-    """Run the commands of a console block; the block as it looks now."""
+    """Run the commands of a console block; return the block with the actual output."""
     seen = ""
     for line in text.splitlines(keepends=True):
         if not line.startswith("$ "):
@@ -77,7 +77,7 @@ def run_console(text: str, folder: Path, env: dict[str, str]) -> str:
 
 
 def run_qmp(text: str, path: Path, folder: Path) -> str:
-    """Send the requests of a session; the session as it looks now."""
+    """Send the requests of a session; return the session with the actual replies."""
     seen = ""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(PATIENCE)
@@ -89,7 +89,7 @@ def run_qmp(text: str, path: Path, folder: Path) -> str:
                 request = json.loads(line)
                 if "execute" not in request:
                     continue
-                # The page cannot show descriptors: one goes with each add-fd that succeeds.
+                # The page cannot show descriptors: each add-fd that shall succeed gets one.
                 if request["execute"] == "add-fd" and "return" in json.loads(expected):
                     opaque = request.get("arguments", {}).get("opaque", "")
                     flags = os.O_RDWR if opaque.startswith("rdwr") else os.O_RDONLY
@@ -104,14 +104,13 @@ def run_qmp(text: str, path: Path, folder: Path) -> str:
     return seen.replace("\r\n", "\n")
 
 
-#: Languages of blocks that are shown only: the shell commands of a checkout, and what is no
-#: program.
+#: Languages of blocks that are not run: shell commands for a checkout, and text that is no program.
 _SHOWN = ("sh", "text", "ini")
 
 
 @contextmanager
 def ended_afterwards(folder: Path, env: dict[str, str]) -> Iterator[None]:
-    """Ends what the examples started and left running; each left its process id in a file."""
+    """Kill the processes that the examples have left running, by their ``*.pid`` files."""
     try:
         yield
     finally:
@@ -121,15 +120,15 @@ def ended_afterwards(folder: Path, env: dict[str, str]) -> Iterator[None]:
                 environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 if f"QMPFD_SOCKET={env['QMPFD_SOCKET']}".encode() in environ:
                     os.kill(pid, signal.SIGKILL)
-            except (FileNotFoundError, ProcessLookupError):  # it has ended, as it should
+            except (FileNotFoundError, ProcessLookupError):  # the process has ended by itself
                 continue
 
 
 def run_page(page: Path, folder: Path) -> list[str]:
-    """Run the examples of a page in their order, against one daemon.
+    """Run the examples of a page in order, against one daemon, and compare their output.
 
-    What comes of them has to be what the page says, but for the numbers of descriptors.  A block
-    of Python or TOML is a file; its first line has its name.
+    The numbers of descriptors may differ.  A block of Python or TOML is a file, and its first line
+    has the file's name.
 
     Returns:
         The languages of the blocks that were run.
@@ -142,7 +141,7 @@ def run_page(page: Path, folder: Path) -> list[str]:
         for block in blocks(page.read_text()):
             where = f"{page.name}, line {block.line}"
             if block.not_run or block.language in _SHOWN or block.language.startswith("{"):
-                continue  # in braces: what Sphinx makes of it is no example
+                continue  # in braces: a directive of Sphinx
             if block.language in ("python", "toml"):
                 name = re.match(r"# (\w+\.\w+)\n", block.text)
                 assert name, f"{where}: the first line of an example names its file"
@@ -160,7 +159,7 @@ def run_page(page: Path, folder: Path) -> list[str]:
 
 
 def unused_files(page: Path) -> list[str]:
-    """The files that a page shows, and no command of it names."""
+    """Return the files that a page shows, but that none of its commands names."""
     found = blocks(page.read_text())
     commands = [block.text for block in found if block.language == "console" and not block.not_run]
     files = [

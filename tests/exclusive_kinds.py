@@ -1,5 +1,5 @@
-"""Descriptors of which one shows whether it is closed everywhere: as long as it is open, another
-one like it cannot be opened, or its other end shows it.
+"""Descriptors that show whether all their duplicates are closed: while one is open, a second one
+cannot be opened, or the peer's end shows that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pytest
 
 from qmpfd.kernel.fd import Fd
 
-#: Opens the next one: OSError while the one before is open.
+#: Opens the next descriptor; raises OSError while a duplicate of the last one is open.
 Opener: TypeAlias = Callable[[], Fd]
 
 Kind: TypeAlias = Callable[[Path], AbstractContextManager[Opener]]
@@ -36,7 +36,7 @@ Kind: TypeAlias = Callable[[Path], AbstractContextManager[Opener]]
 
 @contextmanager
 def _bound(_: Path, family: int, kind: int, address: Any) -> Iterator[Opener]:
-    """A socket at the one address that is there."""
+    """Open sockets that are bound to one address: bind(2) fails while another one has it."""
     with socket.socket(family, kind) as first:
         first.bind(address)
         address = first.getsockname()
@@ -53,7 +53,7 @@ def _bound(_: Path, family: int, kind: int, address: Any) -> Iterator[Opener]:
 
 # -- one end shows that the other is closed ----------------------------------------------------
 
-#: One end, the other, and what raises an OSError while the first is open.
+#: One end, the other end, and a function that raises OSError while the first is open.
 _Pair: TypeAlias = tuple[Fd, Fd, Callable[[Fd], object]]
 
 
@@ -109,7 +109,11 @@ def _lingering() -> _Pair:
 
 
 def _in_a_queue(*, itself: bool = False) -> _Pair:
-    """A pipe's end in the queue of a Unix socket, which is what is passed; perhaps in a cycle."""
+    """Make a Unix socket, to be sent, with a pipe's write end in its queue.
+
+    Args:
+        itself: whether the socket's peer is in the queue too, a cycle of references.
+    """
     writer, reader, is_gone = _pipe()
     left, right = socket.socketpair()
     with left, right, writer:
@@ -146,7 +150,7 @@ def _ofd_lock(number: int) -> None:
 def _lease(folder: Path) -> Iterator[Opener]:
     path = folder / "leased"
     path.touch()
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # tells that a lease is broken
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # sent when a lease is broken
 
     def opened() -> Fd:
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
@@ -162,7 +166,7 @@ def _lease(folder: Path) -> Iterator[Opener]:
 
 @contextmanager
 def _written_program(folder: Path) -> Iterator[Opener]:
-    """ETXTBSY, execve(2)."""
+    """Open a program for writing: execve(2) fails with ETXTBSY while it is open."""
     path = folder / "true"
     shutil.copy(shutil.which("true") or "/bin/true", path)
 
@@ -207,7 +211,7 @@ def _block_device(folder: Path) -> Iterator[Opener]:
 
     def opened() -> Fd:
         fd = Fd(os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
-        os.pwrite(fd.fileno(), os.urandom(1 << 18), 0)  # to be written back
+        os.pwrite(fd.fileno(), os.urandom(1 << 18), 0)  # dirty pages: the close has to flush them
         return fd
 
     try:
@@ -225,7 +229,7 @@ def _checked(result: int) -> int:
 
 @contextmanager
 def _userfaultfd(_: Path) -> Iterator[Opener]:
-    """A range of memory has one at a time (ioctl_userfaultfd(2), UFFDIO_REGISTER)."""
+    """Register a memory range, which can have one userfaultfd at a time (UFFDIO_REGISTER)."""
     libc = ctypes.CDLL(None, use_errno=True)
     memory = mmap.mmap(-1, mmap.PAGESIZE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -246,8 +250,8 @@ def _userfaultfd(_: Path) -> Iterator[Opener]:
     yield opened
 
 
-#: A process with namespaces of its own, so that it may set limits, and mount: it opens what is
-#: asked for, and says which error there was.
+#: Program of a process in namespaces of its own, which may set limits and mount: it opens a
+#: descriptor for each byte received, and sends the descriptor or the errno.
 _ELSEWHERE = """
 import array, ctypes, os, socket, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -277,7 +281,7 @@ elif what == "namespace":
         fd = os.open("/proc/self/ns/uts", os.O_RDONLY)
         checked(libc.setns(own, 0))
         return fd
-else:  # a mount that nobody else sees
+else:  # a mount in a private mount namespace
     checked(libc.mount(b"none", b"/", None, 0x44000, None))  # MS_REC | MS_PRIVATE
     mounted = []
     def opened():
@@ -329,7 +333,7 @@ _IP, _UNIX, _STREAM, _DATAGRAM = (
 )
 _LOOPBACK = ("127.0.0.1", 0)
 
-#: What an ordinary user can open.
+#: Kinds that an ordinary user can open.
 KINDS: dict[str, Kind] = {
     "TCP, listening": partial(_bound, family=_IP, kind=_STREAM, address=_LOOPBACK),
     "UDP": partial(_bound, family=_IP, kind=_DATAGRAM, address=_LOOPBACK),
@@ -359,7 +363,7 @@ def _mounted(folder: Path, flags: int) -> AbstractContextManager[Opener]:
     return _elsewhere(folder, str(flags), "--mount")
 
 
-#: What takes root, and namespaces.
+#: Kinds that need root and namespaces.
 ROOT_KINDS: dict[str, Kind] = {
     "TAP": _tap,
     "block device": _block_device,

@@ -1,6 +1,6 @@
-"""The receiving end of a Unix stream socket: the kernel's own, and a fake of it.
+"""Receive queue of a Unix stream socket: the kernel's, and a fake.
 
-Both pass the same tests (``test_receive_buffer.py``): what holds on the fake holds on the other.
+Both pass the same tests (``test_receive_buffer.py``), which verify the fake.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.limits import READ_BYTES, SEGMENT_BYTES
 from qmpfd.protocol.connection import Connection
 
-#: What Linux keeps of a send in one buffer, on pages of 4 KiB; descriptors are on the first one
-#: (``unix_stream_sendmsg``: SKB_MAX_HEAD(0) + UNIX_SKB_FRAGS_SZ).
+#: Most bytes of a send in one buffer of Linux (sk_buff) with pages of 4 KiB; descriptors are on the
+#: first buffer of a send (``unix_stream_sendmsg``: SKB_MAX_HEAD(0) + UNIX_SKB_FRAGS_SZ).
 BUFFER_BYTES = 36544
 
 
 class Queue(Protocol):
-    """What was sent to a socket and not read yet."""
+    """Unread data and descriptors of a socket."""
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Queue *data*, with duplicates of *fds* on its first byte."""
@@ -37,7 +37,7 @@ class Queue(Protocol):
         """As :func:`qmpfd.kernel.fd.unread_bytes`."""
 
     def close(self) -> None:
-        """Close everything that is still on its way."""
+        """Close the queue, and all descriptors in it."""
 
 
 class Segment:
@@ -47,15 +47,15 @@ class Segment:
 
 
 class FakeQueue:
-    """The queue as ``unix_stream_read_generic`` treats it, without a socket.
+    """Fake queue with the rules of ``unix_stream_read_generic``.
 
-    Reads join segments, and end after one that carried descriptors; those go with the first byte
-    that is read of it.
+    A read joins segments, and ends after a segment that carries descriptors; the read of the
+    segment's first byte returns them.
     """
 
     def __init__(self) -> None:
         self._segments: deque[Segment] = deque()
-        #: How many more descriptors this process may have; None: any number.
+        #: Number of descriptors that the process may still receive; None: no limit.
         self.room: int | None = None
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
@@ -70,10 +70,10 @@ class FakeQueue:
             raise BlockingIOError
         seen = bytearray()
         for segment in self._segments:
-            # The kernel goes on when the room is used up, and tells of descriptors further behind.
+            # The kernel continues when the buffer is full, and reports descriptors further behind.
             seen += segment.data[: READ_BYTES - len(seen)]
             if segment.fds:
-                # As kernel.fd does it: what may go on behind these bytes is shown the next time.
+                # As kernel.fd.peek: the next peek shows a segment that may continue behind these.
                 shown = len(seen) if len(seen) < READ_BYTES else READ_BYTES - SEGMENT_BYTES
                 return bytes(seen[:shown]), True
         return bytes(seen), False
@@ -112,7 +112,7 @@ class FakeQueue:
 
 
 class SocketQueue:
-    """The same, by the kernel."""
+    """Queue of a real socket."""
 
     def __init__(self) -> None:
         self._sender, self._receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -120,7 +120,7 @@ class SocketQueue:
         self._receiver.setblocking(False)
 
     def detach_receiver(self) -> socket.socket:
-        """The receiving end, for the caller to read and close."""
+        """Return the receiving end; the caller reads and closes it."""
         receiver, self._receiver = self._receiver, self._receiver.dup()
         return receiver
 
@@ -142,7 +142,7 @@ class SocketQueue:
 
 
 def read_once(queue: Queue, connection: Connection) -> bool:
-    """One read, as ``transport.FdStream.receive_nowait`` does it; False if nothing was there."""
+    """Read once, as ``transport.FdStream.receive_nowait``; return False if the queue is empty."""
     try:
         data, fds_follow = queue.peek()
     except BlockingIOError:
@@ -170,22 +170,18 @@ def read_once(queue: Queue, connection: Connection) -> bool:
 
 
 class Tags:
-    """Files that can be told apart through any descriptor of theirs.
-
-    Args:
-        count: how many.
-    """
+    """*count* numbered files: any descriptor shows the number of its file."""
 
     def __init__(self, count: int) -> None:
         self.fds = [Fd(os.memfd_create(f"tag{number}")) for number in range(count)]
         self._inodes = {os.fstat(fd.fileno()).st_ino: n for n, fd in enumerate(self.fds)}
 
     def __getitem__(self, number: int) -> int:
-        """A descriptor of the file of that number."""
+        """Return a descriptor of the file with that number."""
         return self.fds[number].fileno()
 
     def which(self, fd: Fd) -> int:
-        """The number of the file that *fd* is of."""
+        """Return the number of the file of *fd*."""
         return self._inodes[os.fstat(fd.fileno()).st_ino]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The parent of ``serve --supervise``, played by the test in the event loop of the daemon."""
+"""Fake parent of ``serve --supervise``, in the daemon's event loop."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from qmpfd.server.server import DaemonServer
 
 
 class Parent:
-    """The other side."""
+    """The parent's end of the socket pair, and the descriptors that it stores."""
 
     def __init__(self) -> None:
         self._sock, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.setblocking(False)
         self.kept: dict[str, Fd] = {}
         self.barriers = 0
-        #: How many descriptors more it has no place for, and their names.
+        #: Number of further descriptors to reject for want of room, and names of the rejected ones.
         self.lose = 0
         self.lost: set[str] = set()
         self._going = trio.Event()
         self._going.set()
 
     def turn(self, most: int = 1 << 30) -> int:
-        """Do what has come, so many messages of it; how many that were."""
+        """Process at most *most* messages; return the number of messages processed."""
         count = 0
         with suppress(BlockingIOError):
             while count < most:
@@ -71,7 +71,7 @@ class Parent:
         return count
 
     async def serve(self) -> None:
-        """Do everything at once, but while :meth:`stop` holds."""
+        """Process every message on arrival, except between :meth:`stop` and :meth:`go_on`."""
         with suppress(trio.ClosedResourceError):
             while self._sock.fileno() >= 0:
                 await trio.lowlevel.wait_readable(self._sock)
@@ -79,20 +79,20 @@ class Parent:
                 self.turn()
 
     def stop(self) -> None:
-        """Do nothing more by itself."""
+        """Stop processing messages on arrival."""
         self._going = trio.Event()
 
     def go_on(self) -> None:
-        """Do everything at once again."""
+        """Process messages on arrival again."""
         self._going.set()
 
     def die(self) -> None:
-        """Be gone."""
+        """Close the parent's end, as if the parent had died."""
         trio.lowlevel.notify_closing(self._sock)
         self._sock.close()
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close both ends and all stored descriptors."""
         self._sock.close()
         close_all(self.kept.values())
         if self.theirs.fileno() >= 0:
@@ -103,11 +103,11 @@ class Parent:
 async def kept_daemon(
     path: Path, size: int = 1000, **options: Any
 ) -> AsyncIterator[tuple[DaemonServer, Parent]]:
-    """A daemon that has started, and its parent."""
+    """Run a daemon with a fake parent, whose fd store has *size* places."""
     with closing(Parent()) as parent, closing(Notifier(parent.theirs, is_parent=True)) as notifier:
         config = FdStoreConfig(notifier, size, None)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(parent.serve)  # noqa: ASYNC113 - it need not have begun
+            nursery.start_soon(parent.serve)  # noqa: ASYNC113 - the daemon can start before it
             async with daemon(path, keeping=config, **options) as server:
                 yield server, parent
                 parent.go_on()
@@ -120,8 +120,8 @@ async def kept_daemon(
 async def unanswered(
     path: Path, **options: Any
 ) -> AsyncIterator[tuple[DaemonServer, Parent, Wire, Pipe]]:
-    """A daemon, its parent, which is stopped, and a client whose add-fd waits for the parent; and
-    what the client has added.
+    """Yield a daemon, its stopped parent, a client whose add-fd waits for the parent, and the pipe
+    whose write end the client has sent.
     """
     async with kept_daemon(path, **options) as (server, parent):
         with await Wire.session(path) as wire, Pipe() as pipe:
@@ -132,7 +132,7 @@ async def unanswered(
 
 
 async def silent(wire: Wire) -> bool:
-    """Whether nothing is told for now."""
+    """Return whether the client has received nothing when all tasks wait."""
     await settle()
     with suppress(BlockingIOError):
         return wire.sock.recv(1, socket.MSG_PEEK) == b""

@@ -1,14 +1,14 @@
-"""A service manager with a file-descriptor store, as systemd 252 and later have it.
+"""Fake service manager with a file-descriptor store, with the rules of systemd 252 and later.
 
-Its rules are those of src/core/service.c (service_add_fd_store, service_remove_fd_store,
-service_notify_message) and manager.c (manager_process_barrier_fd), with all that surprises:
+The rules are those of src/core/service.c (service_add_fd_store, service_remove_fd_store,
+service_notify_message) and manager.c (manager_process_barrier_fd), including the surprising ones:
 
-* a second descriptor of an open file description that is there already is dropped, without a word;
-* so is what is beyond FileDescriptorStoreMax=, and what comes with FDSTOREREMOVE=1;
-* a name that is not allowed becomes "stored";
-* with FDPOLL=1, and without FDPOLL=, what hangs up is closed;
-* nothing is acknowledged but BARRIER=1, which has to be alone and to have one descriptor;
-* what is passed back to the service has no order.
+* a second descriptor of a stored open file description is dropped silently;
+* so are descriptors beyond FileDescriptorStoreMax=, and those sent with FDSTOREREMOVE=1;
+* an invalid name becomes "stored";
+* with FDPOLL=1, and without FDPOLL=, a descriptor is closed on POLLHUP and POLLERR;
+* only BARRIER=1 is acknowledged, and must be the only line, with one descriptor;
+* the service gets the stored descriptors in no defined order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from supervised import COMMAND, DEADLINE, until
 from qmpfd.kernel.fd import Fd, close_all, receive
 from qmpfd.kernel.file_descriptions import compare
 
-#: Puts descriptors at 3 and on, with their names, and becomes the service.
+#: Program that moves the descriptors to 3 and up, sets $LISTEN_FDS, and executes the service.
 _LAUNCH = """
 import os, sys
 count = int(sys.argv[1]); fds = list(map(int, sys.argv[2:2 + count]))
@@ -47,12 +47,12 @@ os.execv(sys.argv[2 + count], sys.argv[2 + count:])
 """
 
 
-#: Which start of the service it is.
+#: $INVOCATION_ID of the service.
 INVOCATION = "0123456789abcdef0123456789abcdef"
 
 
 def good_name(name: str) -> bool:
-    """fdname_is_valid() of systemd."""
+    """Return whether systemd accepts a name: its fdname_is_valid()."""
     return 0 < len(name) <= 255 and all(" " <= char < "\x7f" and char != ":" for char in name)
 
 
@@ -64,7 +64,7 @@ class Store:
         self.size = size
         self.seed = 0
         self.told: list[str] = []
-        self.traps: list[str] = []  # what was dropped, and why
+        self.traps: list[str] = []  # messages that systemd would drop or change, and why
         self.barriers = 0
         self._paused = self._stands = False
         self._kept: list[tuple[str, Fd, bool]] = []
@@ -77,19 +77,19 @@ class Store:
         self._thread.start()
 
     def close(self) -> None:
-        """Let go of everything."""
+        """End the manager, and close all stored descriptors."""
         self._over = True
         self._thread.join()
         self._sock.close()
         close_all(fd for _, fd, _ in self._kept)
 
     def pause(self, pause: bool = True) -> None:
-        """Do nothing for a while, as if stopped; or go on."""
+        """Stop processing messages, as on SIGSTOP, or continue."""
         self._paused = pause
         until(lambda: self._stands == pause)
 
     def lower(self, size: int) -> None:
-        """Have FileDescriptorStoreMax= lowered, and the configuration read again: the oldest go."""
+        """Lower FileDescriptorStoreMax=, as by daemon-reload: the oldest descriptors are closed."""
         with self._lock:
             self.size = size
             dropped, self._kept = self._kept[:-size], self._kept[-size:]
@@ -158,29 +158,29 @@ class Store:
 
     @property
     def names(self) -> list[str]:
-        """What is kept."""
+        """Names of the stored descriptors."""
         with self._lock:
             return [name for name, _, _ in self._kept]
 
     def put(self, name: str, fd: Fd) -> None:
-        """Have a descriptor among what is kept; owned from here on."""
+        """Store *fd*; the store owns it from now on."""
         with self._lock:
             self._kept.append((name, fd, False))
 
     def take(self, name: str) -> Fd:
-        """A duplicate of what is kept under a name."""
+        """Return a duplicate of the descriptor with that name."""
         with self._lock:
             return next(fd.dup() for each, fd, _ in self._kept if each == name)
 
     def lose(self, name: str) -> None:
-        """Drop one without a word."""
+        """Drop a descriptor silently."""
         with self._lock:
             lost = next(entry for entry in self._kept if entry[0] == name)
             self._kept.remove(lost)
             lost[1].close()
 
     def until(self, line: str, count: int = 1) -> None:
-        """Wait until it was told so, so many times."""
+        """Wait until *count* messages with a line that begins with *line* have come."""
         until(lambda: sum(each.startswith(line) for each in list(self.told)) >= count, line)
 
     @contextmanager
@@ -192,7 +192,7 @@ class Store:
         ready: bool = True,
         expected: int | None = 0,
     ) -> Iterator[subprocess.Popen[bytes]]:
-        """Start the service, with all that is kept; afterwards it is ended, if it has not."""
+        """Start the service with all stored descriptors; end it at the end of the block."""
         with self._lock:
             given = [(name, fd.fileno()) for name, fd, _ in self._kept]
             given += [(name, sock.fileno()) for name, sock in sockets]
@@ -236,7 +236,7 @@ class Store:
 
 @contextmanager
 def fake_store(folder: Path, size: int = 512) -> Iterator[Store]:
-    """A manager, with all that it keeps let go afterwards."""
+    """Run a manager; close its stored descriptors at the end."""
     store = Store(folder, size)
     try:
         yield store

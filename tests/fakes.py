@@ -1,4 +1,4 @@
-"""A QMP server that does what a test says, to show how a client takes it."""
+"""Fake QMP server that follows a script, for tests of the clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Script = Callable[[Wire], Awaitable[None]]
 
 @asynccontextmanager
 async def fake_server(path: Path, script: Script) -> AsyncIterator[None]:
-    """A server that does what *script* says, for each connection."""
+    """Run a server that runs *script* for each connection."""
     async with trio.open_nursery() as nursery:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.setblocking(False)
@@ -42,11 +42,11 @@ async def fake_server(path: Path, script: Script) -> AsyncIterator[None]:
 
 
 async def ask(wire: Wire) -> int:
-    """The id of the next request that a fake server gets."""
+    """Read the next request; return its id."""
     return int((await wire.receive())["id"])
 
 
 async def negotiate(wire: Wire) -> None:
-    """A fake server's part up to command mode."""
+    """Send the greeting, and answer the client's ``qmp_capabilities``."""
     wire.send(GREETING)
     wire.send(b'{"return": {}, "id": %d}\r\n' % await ask(wire))

@@ -1,7 +1,7 @@
-"""What the tests of the daemon, the client and the command line share.
+"""Helpers that the tests of the daemon, the client and the command line share.
 
-Nothing here is a mock: daemons are real ones, in the test's own event loop, in a thread or in a
-process of their own, and descriptors are real descriptors.
+There are no mocks: the daemons are real, in the test's event loop, in a thread or in a process,
+and so are the descriptors.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from qmpfd.server.startup import run_daemon
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 20.0
-"""Seconds until something that must happen is given up."""
+"""Timeout in seconds for a wait that must end."""
 
 
 def open_fds(pid: int | str = "self") -> dict[int, str]:
-    """The open descriptors of a process, and what each of them is."""
+    """Return the open descriptors of a process, each with its link in /proc/PID/fd."""
     found = {}
     folder = f"/proc/{pid}/fd"
     for name in os.listdir(folder):
-        with suppress(FileNotFoundError):  # the one that lists the folder
+        with suppress(FileNotFoundError):  # the descriptor of os.listdir itself
             found[int(name)] = os.readlink(f"{folder}/{name}").removesuffix(" (deleted)")
     return found
 
@@ -48,7 +48,7 @@ def open_fds(pid: int | str = "self") -> dict[int, str]:
 
 
 def request(command: str, arguments: Mapping[str, Any] | None = None, **members: Any) -> bytes:
-    """One request; *members* are the others that it has, such as ``id``."""
+    """Return a request as JSON; *members* are its other members, such as ``id``."""
     whole = {"execute": command, **members}
     if arguments is not None:
         whole["arguments"] = arguments
@@ -61,13 +61,13 @@ CAPABILITIES = request("qmp_capabilities")
 
 
 def value(reply: dict[str, Any]) -> Any:
-    """What a reply returns; it is no error."""
+    """Return the value of a reply that is no error."""
     assert "return" in reply, reply
     return reply["return"]
 
 
 def error(reply: dict[str, Any]) -> str:
-    """The class of a reply's error."""
+    """Return the class of an error reply."""
     assert "error" in reply, reply
     assert reply["error"].keys() == {"class", "desc"}
     return str(reply["error"]["class"])
@@ -77,23 +77,23 @@ def error(reply: dict[str, Any]) -> str:
 
 
 class Pipe:
-    """A pipe, to see whether anybody still holds what was passed on: its writing end."""
+    """A pipe whose write end a test sends; the read end shows whether a write end is still open."""
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def fileno(self) -> int:
-        """The writing end."""
+        """Return the write end."""
         return self._writer
 
     def release(self) -> None:
-        """Close our own writing end."""
+        """Close the test's own write end."""
         number, self._writer = self._writer, -1
         if number >= 0:
             os.close(number)
 
     def held(self) -> bool:
-        """Whether another writing end is open, in some process or on the way there."""
+        """Return whether a write end is open, in a process or in a socket's queue."""
         assert self._writer < 0, "released first, or it is held by ourselves"
         try:
             return os.read(self._reader, 1) != b""
@@ -110,7 +110,7 @@ class Pipe:
 
 @contextmanager
 def pipes(count: int) -> Iterator[list[Pipe]]:
-    """*count* of them."""
+    """Yield *count* pipes."""
     with ExitStack() as stack:
         yield [stack.enter_context(Pipe()) for _ in range(count)]
 
@@ -126,10 +126,10 @@ def send_now(sock: socket.socket, data: bytes, fds: Sequence[FileDescriptorLike]
 
 
 class Wire:
-    """A connection as bytes and descriptors, whichever end of it.
+    """One end of a connection: bytes and descriptors, a client's or a server's.
 
-    Sending never waits and never yields to the event loop: what is sent in a row lies in the
-    socket before a daemon in the same loop gets to read any of it.
+    ``send`` never blocks and has no checkpoint: data of consecutive calls is in the socket before a
+    daemon in the same event loop can read any of it.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -139,7 +139,7 @@ class Wire:
 
     @classmethod
     async def connect(cls, path: Path) -> Self:
-        """Connect; the greeting is not read yet."""
+        """Connect, without reading the greeting."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
@@ -167,7 +167,7 @@ class Wire:
         send_now(self.sock, data, fds)
 
     async def send_all(self, data: bytes) -> None:
-        """Send what may be too much for the socket's buffer."""
+        """Send *data*, waiting while the socket's buffer is full."""
         while data:
             try:
                 data = data[self.sock.send(data) :]
@@ -175,18 +175,18 @@ class Wire:
                 await trio.lowlevel.wait_writable(self.sock)
 
     async def _receive(self) -> bytes:
-        """What comes next; nothing once the peer has closed."""
+        """Return the next bytes; none at the end of the connection."""
         while True:
             try:
                 return self.sock.recv(1 << 16)
             except BlockingIOError:
                 pass
-            except ConnectionResetError:  # closed, with something of ours unread
+            except ConnectionResetError:  # the peer has closed with our data unread
                 return b""
             await trio.lowlevel.wait_readable(self.sock)
 
     async def line(self) -> bytes | None:
-        """The next line, its end included; None once the peer has closed."""
+        """Return the next line with its end; None at the end of the connection."""
         while (end := self._received.find(b"\n")) < 0:
             data = await self._receive()
             if not data:
@@ -198,7 +198,7 @@ class Wire:
         return line
 
     async def reply(self) -> dict[str, Any]:
-        """The next reply, or greeting, or event."""
+        """Return the next reply, greeting or event."""
         line = await self.line()
         assert line is not None, "closed, where a reply was due"
         assert line.endswith(b"\r\n")
@@ -208,22 +208,22 @@ class Wire:
         return reply
 
     async def receive(self) -> dict[str, Any]:
-        """The next request, for those who play the server; empty once the client has closed."""
+        """Return the next request, for a fake server; an empty one at the end of the connection."""
         return dict(json.loads(await self.line() or b"{}"))
 
     async def replies(self, count: int) -> list[dict[str, Any]]:
-        """The next *count* of them."""
+        """Return the next *count* replies."""
         return [await self.reply() for _ in range(count)]
 
     async def rest(self) -> list[dict[str, Any]]:
-        """All that comes until the peer closes."""
+        """Return all replies and events until the end of the connection."""
         lines = []
         while (line := await self.line()) is not None:
             lines.append(json.loads(line))
         return lines
 
     async def drain(self) -> bytes:
-        """All bytes that come until the peer closes, whole lines or not."""
+        """Return all bytes until the end of the connection, also an incomplete line."""
         while data := await self._receive():
             self._received += data
         return bytes(self._received)
@@ -234,18 +234,18 @@ class Wire:
         arguments: Mapping[str, Any] | None = None,
         fds: Sequence[FileDescriptorLike] = (),
     ) -> dict[str, Any]:
-        """Send one command; its reply."""
+        """Send a command; return its reply."""
         self.send(request(command, arguments), fds)
         return await self.reply()
 
     def shut_write(self) -> None:
-        """Send nothing more, and tell the peer."""
+        """Shut down the sending direction."""
         self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Close the connection."""
         if self.sock.fileno() >= 0:
-            with suppress(RuntimeError):  # no event loop any more, so nobody waits
+            with suppress(RuntimeError):  # the event loop has ended: no task waits for the socket
                 trio.lowlevel.notify_closing(self.sock)
             self.sock.close()
 
@@ -257,7 +257,7 @@ class Wire:
 
 
 async def remove(wire: Wire, info: Mapping[str, Any]) -> None:
-    """Remove what ``add-fd`` returned *info* for."""
+    """Remove the descriptor for which ``add-fd`` returned *info*."""
     arguments = {"fdset-id": info["fdset-id"], "fd": info["fd"]}
     assert await wire.call("remove-fd", arguments) == {"return": {}}
 
@@ -267,7 +267,7 @@ async def remove(wire: Wire, info: Mapping[str, Any]) -> None:
 
 @asynccontextmanager
 async def daemon(*paths: Path, **options: Any) -> AsyncIterator[DaemonServer]:
-    """A daemon in the test's own event loop; told to end, and waited for, afterwards."""
+    """Run a daemon in the test's event loop; stop it at the end of the block."""
     names = {"dialect", "limits", "policy", "metrics_path", "keeping"} & options.keys()
     make_server = partial(DaemonServer, **{name: options.pop(name) for name in names})
     permissions = Permissions(options.pop("socket_mode", 0o600), options.pop("socket_group", None))
@@ -279,13 +279,13 @@ async def daemon(*paths: Path, **options: Any) -> AsyncIterator[DaemonServer]:
 
 
 async def settle() -> None:
-    """Wait until the daemon in this event loop has done all that it can do for now."""
+    """Wait until all other tasks of this event loop, such as the daemon's, wait for events."""
     await trio.testing.wait_all_tasks_blocked()
 
 
 @contextmanager
 def daemon_thread(path: Path, **options: Any) -> Iterator[None]:
-    """A daemon in a thread with an event loop of its own, for tests without one."""
+    """Run a daemon in a thread with an event loop of its own, for tests without event loop."""
     started: list[tuple[qmpfd.Server, trio.lowlevel.TrioToken]] = []
     ready = threading.Event()
 
@@ -309,14 +309,14 @@ def daemon_thread(path: Path, **options: Any) -> Iterator[None]:
         yield
     finally:
         for server, token in started:
-            with suppress(trio.RunFinishedError):  # a client said "quit"
+            with suppress(trio.RunFinishedError):  # a client has sent "quit"
                 trio.from_thread.run_sync(server.stop, trio_token=token)
         thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
 class DaemonProcess:
-    """``python -m qmpfd serve``, as a process of its own."""
+    """A process that runs ``python -m qmpfd serve``."""
 
     def __init__(self, process: subprocess.Popen[str], path: Path) -> None:
         self.process = process
@@ -325,22 +325,22 @@ class DaemonProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id."""
         return self.process.pid
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send a signal to the daemon."""
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """Wait for its end; its exit status."""
+        """Wait for the daemon's end; return its exit status."""
         status = self.process.wait(PATIENCE)
         assert self.process.stderr is not None
         self.log += self.process.stderr.read().splitlines()
         return status
 
     def await_line(self, found: Callable[[str], bool]) -> None:
-        """Read what it says on standard error until it says that."""
+        """Read the daemon's log up to a line for which *found* is true."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line.rstrip("\n"))
@@ -358,10 +358,10 @@ def daemon_process(
     env: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
 ) -> Iterator[DaemonProcess]:
-    """Start a daemon, wait until it listens, and end it afterwards where it has not.
+    """Start a daemon, wait until it listens, and end it at the end of the block.
 
-    *named* tells it the path by an option; without, it has to find it by itself, in *env*.
-    *prefix* is a command that starts it, such as prlimit.
+    *named*: pass *path* as an option; else the daemon must find it, for instance in *env*.
+    *prefix*: command that starts the daemon, such as prlimit(1).
     """
     command = [*prefix, sys.executable, "-m", "qmpfd", "serve", *options]
     if named:

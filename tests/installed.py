@@ -1,4 +1,4 @@
-"""Other people's programs that the tests talk to, and what is skipped where they are not there."""
+"""Programs that the tests need: skip or fail a test whose program is not installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QEMU = "qemu-system-x86_64"
 
 INIT = "/lib/systemd/systemd"
 
-#: All of them, each with the Debian package that has it.
+#: Debian package of each program.
 PACKAGES = {
     QEMU: "qemu-system-x86",
     "cc": "gcc libc6-dev",
@@ -32,7 +32,7 @@ PACKAGES = {
     "zsh": "zsh",
 }
 
-#: What is skipped on a machine that lacks nothing, by a part of the reason.
+#: Parts of the reasons of tests that are skipped even with all programs installed.
 EXPECTED_SKIPS = (
     "QEMU races with itself",
     "has no FileDescriptorStorePreserve=",  # of systemd, before 254
@@ -41,13 +41,13 @@ EXPECTED_SKIPS = (
 
 
 def required() -> bool:
-    """Whether a test fails, rather than being skipped, where it lacks something."""
+    """Return whether a test whose program is missing fails instead of being skipped."""
     return bool(os.environ.get("QMPFD_REQUIRE_PEERS"))
 
 
 def need(program: str) -> str:
-    """The path of *program*.  Where it is not installed the test is skipped, and names the command
-    that installs it; where QMPFD_REQUIRE_PEERS is set, it fails.
+    """Return the path of *program*.  If it is not installed, skip the test with the command that
+    installs it as the reason, or fail the test if QMPFD_REQUIRE_PEERS is set.
     """
     found = shutil.which(program)
     if found is None:
@@ -56,8 +56,10 @@ def need(program: str) -> str:
 
 
 def need_namespaces(*kinds: str) -> None:
-    """Skip the test, or fail it, as `need` does, where namespaces of these kinds, which are options
-    of unshare(1), are not to be had.
+    """Skip or fail the test as `need` does if namespaces of these kinds cannot be made.
+
+    Args:
+        kinds: options of unshare(1).
     """
     command = [need("unshare"), *kinds, "true"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -72,7 +74,7 @@ def _lacking(message: str) -> NoReturn:
 
 
 def will_be_skipped() -> Iterator[str]:
-    """What the tests will lack, and how to get it."""
+    """Yield a line for each group of tests that will be skipped, with what they need."""
     missing = [program for program in PACKAGES if shutil.which(program) is None]
     if missing:
         packages = sorted({PACKAGES[program] for program in missing})

@@ -1,4 +1,4 @@
-"""Descriptors of every kind that there is to pass."""
+"""Descriptors of every kind that a client may send."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-#: Opens what is to be passed; the rest of what it opened comes behind it.
+#: Opens the descriptor to be sent; returns it first, then others to be closed, such as its peer.
 _Maker: TypeAlias = Callable[[Path], tuple[int, ...]]
 
 
@@ -105,7 +105,7 @@ KINDS = list(_MAKERS)
 
 @contextmanager
 def open_kind(kind: str, folder: Path) -> Iterator[int]:
-    """A descriptor of that kind."""
+    """Yield a descriptor of that kind."""
     fds = _MAKERS[kind](folder)
     try:
         yield fds[0]

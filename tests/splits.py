@@ -1,4 +1,4 @@
-"""Inputs in every split: whole, byte by byte, and cut at random."""
+"""Split inputs into chunks: byte by byte, or at random."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BLANK_OR_BAD = [
     b"\xc0\x80",
     b"\xed\xa0",
 ]
-#: Any bytes, and those that a parser of JSON has to mind more often than others.
+#: Random bytes in which tokens of JSON, blanks and invalid bytes are frequent.
 json_soup = st.lists(
     st.sampled_from([*_SPECIALS.split(), *_BLANK_OR_BAD]) | st.binary(min_size=1, max_size=3),
     max_size=30,
@@ -30,18 +30,18 @@ json_soup = st.lists(
 
 
 def pieces(data: bytes, cuts: Sequence[int]) -> Iterator[bytes]:
-    """*data* in the pieces between *cuts*."""
+    """Yield *data* in pieces, cut at the offsets *cuts*."""
     edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
     for begin, end in pairwise(edges):
         yield data[begin:end]
 
 
 def bytewise(data: bytes) -> Iterator[bytes]:
-    """*data*, byte by byte."""
+    """Yield *data* byte by byte."""
     for at in range(len(data)):
         yield data[at : at + 1]
 
 
 def fed(feed: Callable[[bytes], Iterator[T]], chunks: Iterator[bytes]) -> list[T]:
-    """All that *feed* yields for *chunks*, one after the other."""
+    """Return all items that *feed* yields for *chunks*, in order."""
     return [item for chunk in chunks for item in feed(chunk)]

@@ -1,7 +1,7 @@
-"""Runs qmpfd's command line in processes that stop or kill themselves at some line of the source.
+"""Run qmpfd in processes that send themselves a signal at the n-th line executed of some files.
 
-Run as a program it takes one order a line, as JSON, and answers each with one number.  It has
-everything imported already and forks for each daemon, so that hundreds of them take seconds.
+As a program, this file reads one order a line, as JSON, and answers each with a line.  The program
+has imported qmpfd and forks for each daemon: hundreds of daemons take seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Stepper:
-    """The program, from the outside."""
+    """Starts the program, and sends it orders."""
 
     def __init__(self) -> None:
         self._program = subprocess.Popen(
@@ -46,16 +46,17 @@ class Stepper:
         """Start ``qmpfd`` with *argv*.
 
         Args:
-            argv: its arguments.
-            log: where its standard error goes.
-            where: the files whose lines are counted, by their paths below qmpfd/server; of each
-                these functions only, or all of them if there is none.
-            step: at which of these lines it sends a signal to itself; 0 for never.
+            argv: arguments of ``qmpfd``.
+            log: file for its standard error.
+            where: files whose executed lines count, by path below qmpfd/server, each with the
+                functions that count, or with none if all do.
+            step: number of the executed line at which the process sends itself the signal; 0 for
+                never.
             number: the signal.
-            patches: what else is different in it: values of names in modules.
-            most_files: its RLIMIT_NOFILE; 0 for as it is.
+            patches: values for names in modules, such as constants.
+            most_files: RLIMIT_NOFILE of the process; 0 to leave it.
         """
-        log.write_bytes(b"")  # not what an earlier one said
+        log.write_bytes(b"")  # a process before may have written to the same file
         order = {
             "argv": list(argv),
             "log": str(log),
@@ -68,7 +69,7 @@ class Stepper:
         return Stepped(self, self.ask(order), log)
 
     def ask(self, order: Mapping[str, Any]) -> Any:
-        """Give an order; the answer."""
+        """Send an order; return the answer."""
         assert self._program.stdin is not None
         assert self._program.stdout is not None
         self._program.stdin.write(json.dumps(order).encode() + b"\n")
@@ -83,12 +84,12 @@ class Stepper:
 
 
 class Stepped:
-    """One process of it.
+    """A qmpfd process started by a Stepper.
 
     Args:
         stepper: its parent.
         pid: its process id.
-        log: where its standard error went.
+        log: file of its standard error.
     """
 
     def __init__(self, stepper: Stepper, pid: int, log: Path) -> None:
@@ -96,32 +97,32 @@ class Stepped:
         self._log = log
         self._status: int | None = None
         self.pid = pid
-        #: Once it has ended: how much memory it had at most, in MiB (ru_maxrss, getrusage(2)).
+        #: Peak memory in MiB (ru_maxrss, getrusage(2)); known when the process has ended.
         self.peak = 0
 
     @property
     def said(self) -> str:
-        """Its standard error."""
+        """Standard error of the process."""
         return self._log.read_text()
 
     @property
     def place(self) -> str:
-        """The file, line and function at which it was stopped or killed; empty if it was not."""
+        """File, line and function at which the process signalled itself; empty if it did not."""
         lines = self.said.splitlines()
         return next((line.removeprefix("STEP ") for line in lines if line[:5] == "STEP "), "")
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send a signal to the process."""
         os.kill(self.pid, number)
 
     def poll(self) -> int | None:
-        """Its exit status, negative for a signal; None while it runs."""
+        """Return the exit status, negative for a signal; None while the process runs."""
         if self._status is None:
             self._status, self.peak = self._stepper.ask({"poll": self.pid})
         return self._status
 
     def wait(self, seconds: float = 20.0) -> int:
-        """Wait for its end; its exit status."""
+        """Wait for the end of the process; return the exit status."""
         deadline = time.monotonic() + seconds
         while (status := self.poll()) is None:
             assert time.monotonic() < deadline, f"it does not end: {self.said}"
@@ -129,21 +130,21 @@ class Stepped:
         return status
 
     def until(self, *texts: str, seconds: float = 20.0) -> None:
-        """Wait until it has said one of *texts*, or has ended."""
+        """Wait until the log contains one of *texts*, or the process has ended."""
         deadline = time.monotonic() + seconds
         while not any(text in self.said for text in texts) and self.poll() is None:
             assert time.monotonic() < deadline, f"it does not say {texts}: {self.said}"
             time.sleep(0.002)
 
     def end(self) -> None:
-        """End it, if it has not ended."""
+        """End the process with SIGTERM if it still runs."""
         if self.poll() is None:
             self.signal(signal.SIGCONT)
             self.signal(signal.SIGTERM)
             self.wait()
 
 
-# -- inside ------------------------------------------------------------------------------------
+# -- the program -------------------------------------------------------------------------------
 
 
 def _tracer(where: Mapping[str, Sequence[str]], step: int, number: int) -> Callable[..., Any]:
@@ -195,11 +196,11 @@ def _run(order: Mapping[str, Any]) -> NoReturn:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
-        os._exit(status)  # nothing of the parent's is to be cleaned up here
+        os._exit(status)  # skip the clean-up inherited from the parent
 
 
 def _obey() -> None:
-    # All that a daemon imports.
+    # Import what a daemon imports, once for all.
     for name in ("cli.serve", "cli.daemon", "cli.logs", "cli.takeover", "protocol.parser"):
         importlib.import_module(f"qmpfd.{name}")
     for line in sys.stdin.buffer:

@@ -1,4 +1,4 @@
-"""``serve --supervise`` as a process, for the tests that kill parts of it."""
+"""Run ``serve --supervise``, for tests that kill the worker or the parent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMAND = [sys.executable, "-m", "qmpfd", "serve"]
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started and that live."""
+    """Return the running child processes of a process."""
     try:
         return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:
@@ -29,7 +29,7 @@ def children(pid: int) -> list[int]:
 
 
 def until(happened: Any, what: str = "it") -> Any:
-    """Wait until a function returns something true: that."""
+    """Wait until a function returns something true; return that."""
     deadline = time.monotonic() + DEADLINE
     while not (result := happened()):
         assert time.monotonic() < deadline, f"{what} did not happen"
@@ -38,7 +38,7 @@ def until(happened: Any, what: str = "it") -> Any:
 
 
 class Supervised:
-    """A parent and its worker."""
+    """A supervising parent and its worker."""
 
     def __init__(self, process: subprocess.Popen[bytes], path: Path, log: Path) -> None:
         self.process = process
@@ -47,16 +47,16 @@ class Supervised:
 
     @property
     def pid(self) -> int:
-        """The parent."""
+        """Process id of the parent."""
         return self.process.pid
 
     @property
     def log(self) -> str:
-        """All that was said so far."""
+        """Log of both processes."""
         return self._log.read_text()
 
     def worker(self) -> int:
-        """The worker, once there is one that serves."""
+        """Wait until a worker serves; return its process id."""
 
         def served() -> int:
             assert self.process.poll() is None, self.log
@@ -68,22 +68,22 @@ class Supervised:
     _deaths = 0
 
     def kill_worker(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """Kill the worker that serves."""
+        """Send a signal to the serving worker."""
         pid = self.worker()
         self._deaths = self.log.count("listening on")
         os.kill(pid, number)
 
     def client(self) -> BlockingClient:
-        """A connection, as soon as it is served."""
+        """Connect, as soon as a worker serves."""
         return connected(self.path)
 
     def open_fds(self) -> int:
-        """How many descriptors the parent has."""
+        """Return the number of descriptors that the parent has open."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
 
 def connected(path: Path) -> BlockingClient:
-    """A connection to a daemon that may be starting again at the moment."""
+    """Connect to a daemon, and retry while it restarts."""
     deadline = time.monotonic() + DEADLINE
     while True:
         try:
@@ -103,8 +103,10 @@ def supervised(
     named: bool = True,
     open_files: int | None = None,
 ) -> Iterator[Supervised]:
-    """Both processes, ended with SIGTERM where they have not ended; `status` is the parent's, None
-    for any; `open_files`, how many descriptors each of them may have.
+    """Run a supervised daemon; end it with SIGTERM at the end, and check its log.
+
+    *status*: expected exit status of the parent, None for any.  *open_files*: RLIMIT_NOFILE of
+    both processes.
     """
     log = path.with_name(f"{path.name}-{time.monotonic_ns()}.log")
     where = ["--socket", os.fspath(path)] if named else []
@@ -136,5 +138,5 @@ def supervised(
 
 
 def lasting(fds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is known of descriptors, but for what changes with time."""
+    """Return the listed descriptors without the members that change with time."""
     return [{k: v for k, v in fd.items() if k not in ("age", "expires")} for fd in fds]

@@ -1,4 +1,4 @@
-"""What a person sees: the command line in a real terminal, of any width, in any locale."""
+"""Run the command line on a real terminal, of any width and encoding."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from contextlib import suppress
 
 from helpers import PATIENCE, ROOT
 
-#: Runs the command line.
+#: Program that runs the command line.
 _MAIN = "import sys; from qmpfd.cli import main; sys.exit(main(sys.argv[1:]))"
 
-#: What would make another terminal of it.
+#: Environment variables that change how a program writes to a terminal.
 _STRANGE = ("NO_COLOR", "COLUMNS", "TERM", "FORCE_COLOR", "PYTHONIOENCODING", "PYTHONUTF8")
 
 
@@ -26,14 +26,14 @@ def on_a_terminal(
     encoding: str = "utf-8",
     env: Mapping[str, str] | None = None,
 ) -> str:
-    """What is shown, escape sequences and all.
+    """Run a program on a terminal; return its output, with escape sequences.
 
     Args:
         words: the arguments.
-        columns: the terminal's width.
-        code: the program; by default, the command line.
-        encoding: the terminal's.
-        env: what else is to be in the environment.
+        columns: width of the terminal.
+        code: Python code of the program; by default, the command line.
+        encoding: encoding of the terminal.
+        env: further environment variables.
     """
     master, slave = os.openpty()
     clean = {key: value for key, value in os.environ.items() if key not in _STRANGE}
@@ -50,7 +50,7 @@ def on_a_terminal(
     finally:
         os.close(slave)
     shown = b""
-    with suppress(OSError):  # EIO: nobody has the other end open any more
+    with suppress(OSError):  # EIO: the other end is closed everywhere
         while data := os.read(master, 1 << 16):
             shown += data
     os.close(master)

@@ -1,4 +1,4 @@
-"""The command line as a process, for the tests of its verbs."""
+"""Run the command line as a process, for the tests of its verbs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from qmpfd.client.blocking import BlockingClient
 
 DONE, REFUSED, USAGE, NO_DAEMON = range(4)
 
-#: As a user has it: output to a pipe or file is buffered.
+#: Environment without PYTHONUNBUFFERED: a user's Python buffers output to pipes and files.
 ENV = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
-#: Prints the numbers of its open descriptors and what they are; its own listing's is closed.
+#: Program that prints its open descriptors as JSON: number and link in /proc/self/fd.
 SHOW_PROGRAM = """
 import json, os
 found = {}
@@ -35,7 +35,7 @@ SHOW = [sys.executable, "-c", SHOW_PROGRAM]
 
 
 def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run ``qmpfd`` with these words to its end."""
+    """Run ``qmpfd`` with these arguments to its end."""
     return subprocess.run(
         [sys.executable, "-m", "qmpfd", *words],
         cwd=ROOT,
@@ -47,7 +47,8 @@ def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-#: The command line as nobody, who may not read any more of this Python than there is by then.
+#: Program that runs the command line as nobody.  It imports everything first: nobody may be unable
+#: to read this Python.
 _AS_NOBODY = """
 import copy, locale, os, shutil, sys
 import qmpfd.cli.exec, qmpfd.cli.status
@@ -57,7 +58,7 @@ sys.exit(qmpfd.cli.main(sys.argv[1:]))
 
 
 def run_as_nobody(*words: str) -> subprocess.CompletedProcess[str]:
-    """As :func:`run`, as another user; for a test that is marked with root."""
+    """As :func:`run`, as user nobody; the test must have the mark ``root``."""
     return subprocess.run(
         [sys.executable, "-c", _AS_NOBODY, *words],
         cwd=ROOT,
@@ -69,7 +70,7 @@ def run_as_nobody(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_on_full_disk(argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a program whose output cannot be written to its end; what it says on standard error."""
+    """Run a program with /dev/full as its standard output, where write(2) fails with ENOSPC."""
     with open("/dev/full", "w") as full:
         return subprocess.run(
             argv,
@@ -84,38 +85,38 @@ def run_on_full_disk(argv: Sequence[str], **options: Any) -> subprocess.Complete
 
 
 class Cli:
-    """The command line as a process."""
+    """Runs the command line against one daemon."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def argv(self, verb: str, *words: object) -> list[str]:
-        """How it is started."""
+        """Return the command line of a verb."""
         command = [sys.executable, "-m", "qmpfd", verb, "--socket", str(self.path)]
         return [*command, *map(str, words)]
 
     def __call__(
         self, verb: str, *words: object, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Run it to its end."""
+        """Run a verb to its end."""
         options = {"stdin": subprocess.DEVNULL, "env": ENV, **options}
         return run(verb, "--socket", str(self.path), *map(str, words), **options)
 
     def done(self, verb: str, *words: object, **options: Any) -> str:
-        """What it says when it succeeds."""
+        """Run a verb that must succeed; return its output."""
         ran = self(verb, *words, **options)
         assert (ran.returncode, ran.stderr) == (DONE, "")
         return ran.stdout
 
     def fails(self, status: int, verb: str, *words: object, **options: Any) -> str:
-        """What it says when it fails so: one line."""
+        """Run a verb that must fail with *status* and one line of error; return that line."""
         ran = self(verb, *words, **options)
         assert (ran.returncode, ran.stdout) == (status, ""), ran
         assert re.fullmatch(r"qmpfd[^\n]*: [^\n]+\n", ran.stderr), ran.stderr
         return ran.stderr
 
     def add(self, file: Path, flags: int, fdset_id: int | None = None, **more: object) -> int:
-        """Open *file* and add it; its number in the daemon."""
+        """Open *file* and add its descriptor; return its number in the daemon."""
         number = os.open(file, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             with BlockingClient(self.path, PATIENCE) as client:
@@ -126,5 +127,5 @@ class Cli:
 
 
 def shown(out: str) -> dict[int, str]:
-    """What SHOW printed, without the standard streams."""
+    """Return the descriptors that SHOW has printed, without the standard streams."""
     return {int(n): link for n, link in json.loads(out).items() if int(n) > 2}

@@ -1,4 +1,4 @@
-"""A daemon, and the command line that asks it."""
+"""Fixtures: a daemon, and the command line."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .command import Cli
 
 @pytest.fixture
 def running(path: Path) -> Iterator[None]:
-    """A daemon in a thread."""
+    """Run a daemon in a thread."""
     with daemon_thread(path):
         yield
 
 
 @pytest.fixture
 def cli(path: Path, running: None) -> Cli:
-    """With a daemon that runs."""
+    """Command line for a running daemon."""
     return Cli(path)
 
 
 @pytest.fixture
 def file(cli: Cli, tmp_path: Path) -> Path:
-    """A file that is in set 0, first to read and then to read and write."""
+    """File with two descriptors in set 0: the first O_RDONLY, the second O_RDWR."""
     found = tmp_path / "file"
     found.write_text("content\n")
     cli.add(found, os.O_RDONLY)

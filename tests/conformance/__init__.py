@@ -1,1 +1,1 @@
-"""Does the daemon answer as QEMU does?  Every test here can be pointed at a real QEMU too."""
+"""Compare the daemon's replies with QEMU's; every test can run against a real QEMU too."""

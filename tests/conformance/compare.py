@@ -1,7 +1,7 @@
-"""When are two replies the same?  One answer, for recorded and for live ones.
+"""Compare replies, recorded ones and live ones.
 
-Strict by default: the JSON values must be equal, each line ASCII and ended by CRLF.  What is
-looked at less closely is listed here, and nowhere else.
+The comparison is strict: the JSON values must be equal, and each line must be ASCII and end with
+CRLF.  All exceptions are in this file.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ SHARED_COMMANDS = frozenset(
         "quit",
     )
 )
-"""What both sides have: QEMU has 205 commands more, and we have some of our own."""
+"""Commands of both servers: QEMU has 205 others, and qmpfd has some of its own."""
 
 PARSE_ERROR = "JSON parse error, "
-"""The wording after it is a parser's own, and has changed from one QEMU to the next."""
+"""Start of a parse error; the rest differs between parsers and between versions of QEMU."""
 
 NESTED_TOO_DEEP = "JSON nesting depth limit exceeded"
 
 NOT_JSON = {"id": "a number that JSON does not have"}
-"""Stands for a reply with a bare `inf`: QEMU's answer to the id 1e999."""
+"""Stands for a reply with the id `inf`, which is no JSON: QEMU's reply to the id 1e999."""
 
 _INF = re.compile(rb'"id": -?inf\b')
 _PARSE_ERROR = re.compile(r"(\d+:\d+: )?" + re.escape(PARSE_ERROR))
-"""QEMU 11.1 begins with line and column."""
+"""Since QEMU 11.1 a parse error begins with line and column."""
 
 _FD_IN_DESC = re.compile(r"(?<= fd:)\d+(?=' not found)")
 
 
 class FdNames:
-    """One side's descriptor numbers, named in the order in which they came up.
+    """Names for one server's descriptor numbers, in the order of their first occurrence.
 
-    The numbers themselves are whatever was free in that process.  A number that comes back after
-    a close gets a new name, so it does not matter when exactly a side closes.
+    The numbers depend on which were free in that process.  A number that is used again after a
+    close gets a new name: the time of the close does not matter.
     """
 
     def __init__(self) -> None:
@@ -62,11 +62,11 @@ class FdNames:
         return self.name(number)
 
     def is_current(self, index: int) -> bool:
-        """Whether the number of that name has not been given to a later one."""
+        """Return whether the number of that name has not been used again for a later name."""
         return self._current[self.numbers[index]] == index
 
     def name(self, number: int) -> str:
-        """The name, for a number that has one; also for one that is 2**32 off such a number."""
+        """Return the name of a number, or of a number plus 2**32; other numbers as text."""
         if number in self._current:
             return f"fd {self._current[number]}"
         if number - 2**32 in self._current:
@@ -79,7 +79,7 @@ Reply = dict[str, str]
 
 
 def canonical(line: bytes, names: FdNames) -> Reply:
-    """`line` as a value that equals that of every line which says the same."""
+    """Return `line` as a value; equivalent lines give equal values."""
     with _deep_recursion():
         return _canonical(line, names)
 
@@ -108,7 +108,7 @@ def _canonical(line: bytes, names: FdNames) -> Reply:
     if "timestamp" in reply:
         assert {type(v) for v in reply["timestamp"].values()} == {int}
         reply["timestamp"] = "the time of day"
-    # As text because it tells 1 from true, and compares without recursion.
+    # As text: 1 differs from true, and the comparison needs no recursion.
     return {key: json.dumps(value, sort_keys=True) for key, value in reply.items()}
 
 
@@ -131,7 +131,7 @@ def _result(result: Any, names: FdNames) -> Any:
 
 
 def _version(version: Any) -> str:
-    """Ours are other numbers than QEMU's, in the same shape."""
+    """Check the types of a version: its numbers differ between the servers."""
     assert set(version) == {"qemu", "package"}, version
     assert set(version["qemu"]) == {"major", "minor", "micro"}, version
     assert {type(number) for number in version["qemu"].values()} == {int}, version
@@ -146,7 +146,7 @@ def _desc(desc: str, names: FdNames) -> str:
 
 
 def _schema(schema: list[dict[str, Any]]) -> dict[str, Any]:
-    """The commands that both have, each with its types written out: type names are arbitrary."""
+    """Return the shared commands with their types resolved: type names are arbitrary."""
     entries = {entry["name"]: entry for entry in schema}
     assert len(entries) == len(schema), "a name comes up twice in the schema"
 
@@ -161,7 +161,7 @@ def _schema(schema: list[dict[str, Any]]) -> dict[str, Any]:
             case {"meta-type": "builtin", "json-type": kind}:
                 return kind
             case entry:
-                # The schema describes itself by a union, which is as far as we follow it.
+                # A union, as the schema of query-qmp-schema: not resolved any further.
                 return entry["meta-type"]
 
     commands = {}
@@ -177,9 +177,9 @@ def _schema(schema: list[dict[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def _deep_recursion() -> Iterator[None]:
-    """Room for an id that is nested as deeply as QEMU takes it, 1023 levels.
+    """Raise the recursion limit for an id with 1023 levels, the most that QEMU accepts.
 
-    Only for the moment: elsewhere the usual limit may be what brings a mistake to light.
+    Only in the block: elsewhere the usual limit may reveal a mistake.
     """
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(before + 10_000)
@@ -196,7 +196,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_float(text: str) -> float:
-    """1 for 1.0, which is the same number in JSON: QEMU echoes an id that way, we as it came."""
+    """Return 1 for 1.0, the same number in JSON: QEMU echoes the id 1.0 as 1, qmpfd as it came."""
     value = float(text)
     return int(value) if value.is_integer() else value
 

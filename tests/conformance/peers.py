@@ -1,8 +1,4 @@
-"""The servers under comparison, each a process of its own, and a wire to talk to them.
-
-All of it is plain blocking sockets: what is compared is what leaves the other process, so there
-is nothing here for an event loop to do.
-"""
+"""The servers under comparison, each a process, and a blocking client for them."""
 
 from __future__ import annotations
 
@@ -23,17 +19,17 @@ import pytest
 from installed import QEMU, need
 
 DEADLINE = 10.0
-"""Seconds until a reply that must come is given up; nothing waits this long when all is well."""
+"""Timeout in seconds for a reply, which takes milliseconds."""
 
 POLL = 0.01
 ROOT = Path(__file__).resolve().parents[2]
 
 ESC = b"\x1b"
-"""Resets the parser from any state it can be in, at the price of exactly one error."""
+"""Resets the parser in any state; the reply is exactly one error."""
 
 
 class Wire:
-    """One connection: bytes and descriptors out, lines in."""
+    """One connection: sends bytes and descriptors, reads lines."""
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -56,28 +52,28 @@ class Wire:
         self._socket.close()
 
     def send(self, data: bytes, fds: Sequence[int] = (), *, bytewise: bool = False) -> None:
-        """Send `data`, the descriptors with it: as one write, or with the first of many."""
+        """Send `data` in one write, or byte by byte, with the descriptors on the first write."""
         pieces = [data[i : i + 1] for i in range(len(data))] if bytewise else [data]
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         for piece in pieces:
             try:
                 sent = self._socket.sendmsg([piece], rights)
             except BrokenPipeError:
-                return  # closed after an earlier byte, `quit`'s last: the replies will tell
-            rights = []  # a write cut short has handed them over with its first byte
-            if sent < len(piece):  # sending nothing to a peer that has closed is an error too
+                return  # the peer has closed, for instance after `quit`: the replies show that
+            rights = []  # a short write has sent the descriptors with its first byte
+            if sent < len(piece):  # an empty send to a closed peer would be an error
                 self._socket.sendall(piece[sent:])
 
     def shut_write(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
 
     def line(self) -> bytes | None:
-        """The next line, its end included; None when the peer has closed."""
+        """Return the next line with its end; None at the end of the connection."""
         while (end := self._buffer.find(b"\n")) < 0:
             try:
                 chunk = self._socket.recv(65536)
             except ConnectionResetError:
-                chunk = b""  # closed as well, with something of ours still unread
+                chunk = b""  # the peer has closed with our data unread
             if not chunk:
                 assert not self._buffer, f"closed in the middle of a line: {self._buffer!r}"
                 return None
@@ -87,7 +83,7 @@ class Wire:
         return line
 
     def lines(self, count: int) -> list[bytes]:
-        """`count` lines, or fewer if the peer closes or falls silent: a reply is missing then."""
+        """Return `count` lines, or fewer if the peer closes or sends nothing until the timeout."""
         got: list[bytes] = []
         try:
             while len(got) < count and (line := self.line()) is not None:
@@ -97,20 +93,20 @@ class Wire:
         return got
 
     def send_probe(self, *, reset: bool = False) -> None:
-        """Ask for something harmless under an id of its own, see `until_probe`.
+        """Send a probe, a harmless command with a unique id; see `until_probe`.
 
-        A parser in the middle of a message would take the probe for a part of it: `reset` is for
-        when it may be there.
+        `reset`: the parser may be in the middle of a message, of which the probe would become a
+        part.
         """
         self._probes += 1
         probe = b'{"execute":"query-name","id":"probe %d"}' % self._probes
         self.send(ESC + probe if reset else probe)
 
     def until_probe(self) -> list[bytes]:
-        """All that came before the answer to the last probe: what is not here was never sent.
+        """Return all lines before the reply to the last probe.
 
-        This is what stands in for waiting a while to see whether anything more comes.  One
-        reply each, in order, is the protocol, and the probe is last in line.
+        Replies come in order: a line that is not before that reply was never sent.  No test has
+        to wait for silence.
         """
         got: list[bytes] = []
         mark = b'"probe %d"' % self._probes
@@ -122,7 +118,7 @@ class Wire:
         return got if line is not None else [*got, b"(closed)"]
 
     def call(self, command: bytes) -> list[bytes]:
-        """All replies to `command`, which has to be complete."""
+        """Return all replies to `command`, which must be complete."""
         self.send(command)
         self.send_probe()
         return self.until_probe()
@@ -133,11 +129,11 @@ class Peer:
     """A running server."""
 
     name: str
-    paths: tuple[str, ...]  # of its sockets: QEMU serves one client on each, qmpfd any number
+    paths: tuple[str, ...]  # the sockets: QEMU serves one client on each, qmpfd any number
     process: subprocess.Popen[bytes]
     log: Path
     version: tuple[int, int] = (0, 0)
-    """Major and minor, as it greets."""
+    """Major and minor of the greeting."""
 
     @property
     def is_qemu(self) -> bool:
@@ -145,8 +141,10 @@ class Peer:
 
     @property
     def swallows_what_is_nested_too_deep(self) -> bool:
-        """The parser of QEMU since 11.1 answers it once; the older one answers all that is left of
-        it, and so do we, since a client may have learned to count.
+        """Whether one error is the only reply to a message that is nested too deep.
+
+        True for QEMU since 11.1.  Older ones, and qmpfd, also reply to the rest of the message:
+        clients may rely on the number of replies.
         """
         return self.is_qemu and self.version >= (11, 1)
 
@@ -154,19 +152,19 @@ class Peer:
         return Wire(self.paths[socket_number % len(self.paths)])
 
     def session(self, socket_number: int = 0) -> Wire:
-        """A connection past its negotiation."""
+        """Connect and negotiate."""
         wire = self.connect(socket_number)
         assert wire.line() is not None, f"no greeting from {self.name}: {self.said()}"
         assert wire.call(b'{"execute":"qmp_capabilities"}') == [b'{"return": {}}\r\n']
         return wire
 
     def said(self) -> str:
-        """What the process wrote to its standard error."""
+        """Return the standard error of the process."""
         return self.log.read_text(errors="replace").strip() or "(nothing on standard error)"
 
 
 def qemu_command(paths: Sequence[str]) -> list[str]:
-    """The smallest QEMU that has fd sets, with one monitor on each path."""
+    """Return the command line of a QEMU without hardware, with one monitor on each path."""
     command = [QEMU, "-nodefaults", "-machine", "none", "-display", "none"]
     for path in paths:
         command += ["-qmp", f"unix:{path},server=on,wait=off"]
@@ -196,10 +194,10 @@ def start_daemon(dialect: str = "qemu") -> Iterator[Peer]:
 
 @contextmanager
 def qemu_at(path: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
-    """What starts a QEMU that serves *path*; each is killed at the end, where it has not ended.
+    """Yield a function that starts a QEMU at *path*; kill all started processes at the end.
 
-    The socket listens from the start and is handed over: so nobody has to try until QEMU's own is
-    there, and whoever tries would be its one client for a moment.
+    QEMU inherits a socket that already listens.  Else a test would have to retry connect(2), and
+    each attempt might be the monitor's only client for a moment.
     """
     need(QEMU)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, ExitStack() as started:
@@ -219,7 +217,7 @@ def qemu_at(path: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder with a short name: the path of a Unix socket has room for 107 bytes."""
+    """Make a folder with a short name: the path of a Unix socket has at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="qmpfd-") as name:
         yield Path(name)
 
@@ -244,10 +242,7 @@ def _started(name: str, command: list[str], paths: tuple[str, ...], log: Path) -
 
 
 def _await_socket(peer: Peer) -> None:
-    """Return once all sockets take connections.
-
-    There is no other sign that both kinds of peer give, hence the polling.
-    """
+    """Wait until all sockets accept connections: poll, as both servers have no other common sign."""
     give_up = time.monotonic() + DEADLINE
     for number in range(len(peer.paths)):
         while True:
@@ -255,7 +250,7 @@ def _await_socket(peer: Peer) -> None:
                 with peer.connect(number) as wire:
                     greeting = wire.line()
                     while greeting is not None and b'"event"' in greeting:
-                        greeting = wire.line()  # a QEMU that starts just now tells so first
+                        greeting = wire.line()  # a QEMU that has just started sends an event first
                     peer.version = _version(greeting)
                 break
             except (FileNotFoundError, ConnectionRefusedError):
@@ -271,7 +266,7 @@ def _version(greeting: bytes | None) -> tuple[int, int]:
 
 
 class Pool:
-    """A running peer for the next test: the last one, unless it is gone."""
+    """Keeps a peer running for several tests; starts another one if it has ended."""
 
     def __init__(self, start: Callable[[], AbstractContextManager[Peer]]) -> None:
         self._start = start

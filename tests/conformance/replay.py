@@ -1,8 +1,8 @@
-"""The recorded exchanges with QEMU 7.2.22, and how to have one again with another server.
+"""Replay recorded exchanges with QEMU 7.2.22 on another server.
 
-A case is a list of steps; a step sends bytes and descriptors, and tells the lines to come.
-`send` is the exact text, with bytes that are not UTF-8 as lone surrogates.  Descriptor numbers in
-it are those of the recording, so they are translated on the way.
+A case is a list of steps; a step has the bytes and descriptors to send, and the expected lines.
+`send` is the exact text; bytes that are not UTF-8 are lone surrogates.  The descriptor numbers in
+it are those of the recording, and are translated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 
 RECORDED = 239
 RECORDED_NAMES = "401264cfb51a24a68e0fcc802591bdb289757cd4de35d0e0ac197e69d4151fc2"
-"""SHA-256 of all their names, sorted, one a line: so that none is lost unseen."""
+"""SHA-256 of the names of all recorded cases, sorted, one a line: detects a lost case."""
 
 CASES: dict[str, dict[str, Any]] = {
     case["name"]: case
@@ -32,11 +32,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 DROPPED: dict[str, list[str]] = json.loads((HERE / "dropped.json").read_text())
-"""Of the recording, the cases that are not in `transcripts.jsonl`, by the reason why not."""
+"""Recorded cases that are not in `transcripts.jsonl`, by reason."""
 
 RACY_IN_QEMU = frozenset({"oob/pipelined-add-fd-two-writes"})
-"""With out-of-band on, QEMU reads ahead of what it executes and can hand the first command the
-descriptor of the second: 94 of 300 times with 7.2.  We promise it cannot happen here."""
+"""With out-of-band execution, QEMU reads ahead, and may give the first command the descriptor of
+the second: 94 of 300 times with 7.2.  qmpfd never does."""
 
 _FD_IN_SEND = re.compile(r'(?<="fd":)\d+')
 
@@ -59,14 +59,14 @@ _OPENERS: dict[str, Callable[[], int]] = {
 
 
 def open_fd(stack: ExitStack, kind: str = "rdonly") -> int:
-    """A descriptor of that kind, open for as long as `stack` is."""
+    """Return a descriptor of that kind; `stack` closes it."""
     fd = _OPENERS[kind]()
     stack.callback(os.close, fd)
     return fd
 
 
 def empty(peer: Peer) -> None:
-    """Remove every set, as none is there at the start of a case."""
+    """Remove every fd set: each case starts without any."""
     with peer.session() as wire:
         (line,) = wire.call(b'{"execute":"query-fdsets"}')
         for fdset in json.loads(line)["return"]:
@@ -77,7 +77,7 @@ def empty(peer: Peer) -> None:
 
 @dataclass
 class Replay:
-    """One case, carried out against `peer`; `run` raises AssertionError at the first difference."""
+    """One case, replayed on `peer`; `run` raises AssertionError at the first difference."""
 
     peer: Peer
     case: dict[str, Any]
@@ -132,7 +132,7 @@ class Replay:
             wire.send(text.encode("utf-8", "surrogateescape"), fds, bytewise=self.bytewise)
 
     def _number(self, recorded: int) -> int:
-        """The number here of the descriptor that had the number `recorded` there."""
+        """Return the peer's number of the descriptor that has the number `recorded` in the case."""
         for offset in (0, 2**32):
             if recorded - offset in self.recorded_fds.numbers:
                 index = self.recorded_fds.numbers.index(recorded - offset)
@@ -142,12 +142,12 @@ class Replay:
     def _compare(self, wire: Wire, recorded: list[str], where: str) -> None:
         wanted = [canonical(line.encode(), self.recorded_fds) for line in recorded]
         if not self.peer.is_qemu:
-            wanted = [reply for reply in wanted if "event" not in reply]  # we send none unasked
+            wanted = [reply for reply in wanted if "event" not in reply]  # qmpfd: only if enabled
         if self.peer.swallows_what_is_nested_too_deep:
             wanted = _up_to_nesting(wanted)
         got = [canonical(line, self.our_fds) for line in wire.lines(len(wanted))]
         if not self.peer.is_qemu:
-            # The one kind of reply that is better than QEMU's: we do not send what is not JSON.
+            # QEMU echoes the id 1e999 as inf, which is no JSON; qmpfd may differ there only.
             wanted = [
                 ours if theirs == NOT_JSON and ours != NOT_JSON else theirs
                 for theirs, ours in zip(wanted, got, strict=True)
@@ -155,7 +155,7 @@ class Replay:
         assert got == wanted, where
 
     def _compare_list(self, wire: Wire, recorded: list[dict[str, Any]], where: str) -> None:
-        """For the two replies of which only the part about descriptors was recorded."""
+        """Compare one of the two replies of which only the part about descriptors was recorded."""
         (line,) = wire.lines(1)
         result = {entry["name"]: entry for entry in json.loads(line)["return"]}
         for entry in recorded:
@@ -171,7 +171,7 @@ class Replay:
 
 
 def _up_to_nesting(replies: list[Reply]) -> list[Reply]:
-    """What is left of the replies to a message where what comes after that error has none."""
+    """Return the replies up to the nesting error, for a peer that sends none after it."""
     for count, reply in enumerate(replies, 1):
         if "error" in reply and json.loads(reply["error"])["desc"] == NESTED_TOO_DEEP:
             return replies[:count]

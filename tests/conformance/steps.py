@@ -1,7 +1,7 @@
-"""What a random walk is made of: hypothesis strategies for steps, valid and broken.
+"""Hypothesis strategies for the steps of a random walk, valid ones and broken ones.
 
-A step is what is sent between two quiet moments.  What both sides are known to answer
-differently, on purpose, is in `DIFFERENCES`, each with its reason, and nothing of it is generated.
+A step has the bytes to send before the next wait for replies.  `DIFFERENCES` has the intended
+differences between qmpfd and QEMU, with reasons; the strategies generate none of them.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 DIFFERENCES = {
-    "0e1 and its like": "valid JSON, which QEMU refuses (to 11.1) and we accept",
+    "0e1 and similar numbers": "valid JSON, which QEMU up to 11.1 refuses and qmpfd accepts",
     "floats beyond 1.8e308": "QEMU echoes the id 1e999 as inf, which is not JSON",
-    "limits: nesting, tokens, size": "ours are other ones, and each answers once, not in floods",
-    "quit": "ends the peer; QEMU sends an event first.  test_transcripts.py has it",
+    "limits: nesting, tokens, size": "qmpfd has other limits, and sends one error for each excess",
+    "quit": "ends the peer; QEMU sends an event first.  test_transcripts.py tests it",
     "commands that one side lacks": "stop, migrate-pause; open-fdset, query-stats",
-    "an fd left by a refused add-fd or getfd": "QEMU keeps it for the next one, we close it",
-    "fds with text that does not parse": "QEMU keeps them, we close them",
-    "fds before the negotiation": "QEMU keeps them, we close those of a refused add-fd",
-    "two commands in one send that take an fd, and fds": "each gets its own from us, only the "
-    "first from QEMU",
+    "the fd of a refused add-fd or getfd": "QEMU keeps it for the next command, qmpfd closes it",
+    "fds with text that does not parse": "QEMU keeps them, qmpfd closes them",
+    "fds before the negotiation": "QEMU keeps them, qmpfd closes those of a refused add-fd",
+    "two commands in one send that take an fd, and fds": "qmpfd gives an fd to each, QEMU only to "
+    "the first",
     "exec-oob next to other commands": "QEMU's two threads answer in either order",
-    "reconnecting": "QEMU drops the sets with its last client and keeps the names of getfd, so "
-    "there are few names, and a walk starts with forgetting them",
+    "reconnecting": "QEMU drops the sets with its last client and keeps the names of getfd; a walk "
+    "uses few names, and begins by closing them",
 }
 
 OURS_ALONE = {"open-fdset", "add-fds", "query-fds", "watch-fdsets", "query-stats"}
 
 NO_QEMU_NUMBER = re.compile(rb"0[eE]|[eE]\+?\d{3}")
-"""Sieves out the first two of the differences, and some harmless text with them."""
+"""Finds the first two differences, and some harmless text."""
 
 OUT_OF_BAND = re.compile(rb"exec-oob|\\u002d\\u006f\\u006f\\u0062")
-"""Keeps such commands out of company, however they are written."""
+"""Finds out-of-band commands, which may not be sent with other commands, also if escaped."""
 
 FD = b"@fd%d@"
-"""Stands for the number of the descriptor that came up n-th: it differs from peer to peer."""
+"""Placeholder for the n-th descriptor number: the numbers differ between the peers."""
 
 FD_ALIAS = b"@alias%d@"
-"""The same, 2**32 off: a peer that cuts the number to 32 bits would find it."""
+"""Placeholder for that number plus 2**32, which a peer with 32-bit numbers would find."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Send:
 
 @dataclass(frozen=True)
 class Step:
-    """Some sends without a wait between them, and what is known about where they lead."""
+    """Sends without a wait in between."""
 
     sends: tuple[Send, ...]
     clean: bool = True
-    """All of it is complete messages: the parser is at rest afterwards."""
+    """Whether the sends are complete messages, which leave the parser in its initial state."""
     connection: int = 0
 
     @property
@@ -77,14 +77,14 @@ _ESCAPES |= {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def _escaped(char: str) -> str:
-    """`char` as one \\uXXXX, or two."""
+    """Return `char` as one \\uXXXX, or as a pair of surrogates."""
     utf16 = char.encode("utf-16-be").hex()
     return "".join(f"\\u{utf16[i : i + 4]}" for i in range(0, len(utf16), 4))
 
 
 @st.composite
 def literals(draw: st.DrawFn, of: st.SearchStrategy[str] = strings) -> str:
-    """A string as JSON text, in one of the many ways to write it that QEMU takes."""
+    """Draw a string as JSON text, in one of the notations that QEMU accepts."""
     value = draw(of)
     style = draw(st.sampled_from(["plain", "plain", "raw", "single", "escaped"]))
     if style == "plain":
@@ -121,7 +121,7 @@ def _object(members: list[tuple[str, str]]) -> str:
     return "{" + ", ".join(f"{key}: {value}" for key, value in members) + "}"
 
 
-# Keys are drawn from few, so that some come twice: a parse error, whichever way they are written.
+# Keys are drawn from a few: a key that occurs twice is a parse error, in any notation.
 values = st.recursive(
     scalars,
     lambda inner: st.one_of(
@@ -137,14 +137,14 @@ fdset_ids = st.one_of(
 fd_numbers = st.one_of(
     st.integers(0, 12).map(lambda n: (FD % n).decode()),
     st.integers(0, 12).map(lambda n: (FD_ALIAS % n).decode()),
-    # Small numbers but for the standard streams are live descriptors in one peer or the other.
+    # No other small numbers: they may be open descriptors in one peer only.
     st.sampled_from(["-1", "0", "2", "99999", "-9223372036854775808", *NOT_INTEGERS]),
     values,
 )
 
 
 FD_NAMES = ["", "a", "b", "9a", "-1", "a b", "a\0b", "é"]
-"""Few, because QEMU keeps them beyond the end of a connection: see FORGET_NAMES."""
+"""Only a few, because QEMU keeps them after the end of a connection: see FORGET_NAMES."""
 
 FORGET_NAMES = b"".join(
     b'{"execute":"closefd","arguments":{"fdname":%s}}' % json.dumps(name).encode()
@@ -160,7 +160,7 @@ def _no_string(text: str) -> bool:
 
 @st.composite
 def members(draw: st.DrawFn, *known: tuple[str, st.SearchStrategy[str]]) -> str:
-    """An object with some of the `known` members, sometimes others too, in any order."""
+    """Draw an object with some of the `known` members, and sometimes others, in any order."""
     pairs = [(json.dumps(name), draw(value)) for name, value in known if draw(st.booleans())]
     if draw(st.integers(0, 5)) == 5:
         unknown = st.tuples(literals(st.one_of(short, strings)), values)
@@ -184,7 +184,7 @@ unknown_commands = strings.filter(lambda name: name not in OURS_ALONE)
 
 @st.composite
 def commands(draw: st.DrawFn, *names: str, verb: str = "execute") -> bytes:
-    """One of the commands `names`, with arguments that suit it, or nearly so, and any id."""
+    """Draw one of the commands `names`, with valid or nearly valid arguments and any id."""
     name = draw(st.sampled_from(names)) if names else draw(unknown_commands)
     pairs = [(f'"{verb}"', json.dumps(name) if names else draw(literals(st.just(name))))]
     if name in _arguments or draw(st.integers(0, 9)) == 9:
@@ -194,7 +194,7 @@ def commands(draw: st.DrawFn, *names: str, verb: str = "execute") -> bytes:
     return _object(draw(st.permutations(pairs))).encode("utf-8", "surrogatepass")
 
 
-# Members that are missing, wrong, not known, or too many: QEMU reports the first in hash order.
+# Missing, wrong, unknown or surplus members: QEMU reports the first in the order of its hash table.
 envelopes = st.lists(
     st.tuples(
         literals(st.one_of(st.sampled_from(["execute", "exec-oob", "arguments", "id"]), strings)),
@@ -241,7 +241,7 @@ junk = st.lists(pieces, min_size=1, max_size=10).map(b"".join)
 
 @st.composite
 def _mutated(draw: st.DrawFn) -> bytes:
-    """A command with something in it that may or may not belong there."""
+    """Draw a command with random bytes inserted or replaced."""
     text: bytes = draw(any_command)
     at, end = sorted(draw(st.tuples(*[st.integers(0, len(text))] * 2)))
     piece: bytes = draw(pieces)
@@ -257,7 +257,7 @@ def _step(*sends: Send, clean: bool = True) -> Step:
 
 @st.composite
 def _cut(draw: st.DrawFn, data: bytes, fds: int = 0) -> tuple[Send, ...]:
-    """`data` as several sends; the descriptors come with any one of them."""
+    """Split `data` into sends, with the descriptors on any one of them."""
     cuts = sorted(draw(st.sets(st.integers(1, max(1, len(data) - 1)), max_size=3)))
     parts = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
     parts = [part for part in parts if part]
@@ -272,7 +272,7 @@ bystander = st.sampled_from([b'{"execute":"%s"}' % name.encode() for name in PLA
 
 @st.composite
 def _with_fds(draw: st.DrawFn) -> Step:
-    """One command that takes an fd, in each way that clients are known to send it."""
+    """Draw a command that takes an fd, sent in each way that clients are known to use."""
     command, blank, other = draw(taker), draw(st.sampled_from([b" ", b"\n"])), draw(bystander)
     fds = draw(counts)
     match draw(st.sampled_from(["on", "on", "cut", "blank", "replaced", "between", "joined"])):
@@ -325,7 +325,7 @@ steps = st.builds(
 openings = st.lists(
     st.one_of(any_command, junk).map(lambda data: _step(Send(data), clean=False)), max_size=3
 ).map(lambda found: [step for step in found if _allowed(step)])
-"""Before the negotiation."""
+"""Steps before the negotiation."""
 
 negotiations = st.sampled_from(
     [b'{"execute":"qmp_capabilities"}']
@@ -335,5 +335,5 @@ negotiations = st.sampled_from(
 
 @st.composite
 def walks(draw: st.DrawFn) -> list[Step]:
-    """Of 1 to 40 steps, evenly: a plain list of hypothesis is a short one mostly."""
+    """Draw 1 to 40 steps with equal probability: lists of hypothesis are mostly short."""
     return [draw(steps) for _ in range(draw(st.integers(1, 40)))]

@@ -1,4 +1,4 @@
-"""The comparison itself: it forgives what it says it forgives, and nothing else."""
+"""``compare.py``: the comparison ignores the documented differences, and no others."""
 
 from __future__ import annotations
 

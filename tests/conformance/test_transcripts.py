@@ -1,7 +1,6 @@
-"""Whatever QEMU 7.2.22 was recorded to answer, the daemon answers in the `qemu` dialect.
+"""The daemon answers, in the `qemu` dialect, as the recorded QEMU 7.2.22.
 
-The recording is played to a live QEMU as well.  That is the test of this test: where it could
-not tell right from wrong replies, or took QEMU's own for wrong ones, QEMU would fail it.
+The cases are replayed on a real QEMU too, which verifies the cases and the comparison.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def play(peers: Pool, name: str, bytewise: bool) -> None:
     try:
         _play(peer, name, bytewise)
     except BaseException:
-        peers.close()  # in whatever state it is, it is not for the next case
+        peers.close()  # its state may spoil the next case
         raise
 
 
@@ -56,7 +55,7 @@ def _play(peer: Peer, name: str, bytewise: bool) -> None:
         assert peer.process.poll() is None, f"{peer.name} is gone: {peer.said()}"
 
 
-# Whatever the protocol says is independent of how the bytes are cut, so each case is sent twice.
+# Replies may not depend on how the bytes are split: each case is sent in both ways.
 cut = pytest.mark.parametrize("bytewise", [False, True], ids=["whole", "bytewise"])
 each_case = pytest.mark.parametrize("name", CASES)
 

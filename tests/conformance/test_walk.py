@@ -1,11 +1,11 @@
-"""Random walks, side by side: the daemon and a live QEMU get the same, and answer the same.
+"""Random walks: the daemon and a real QEMU get the same input, and give the same replies.
 
-`QMPFD_WALK_STEPS` sets how many commands one run sends, and makes each run another one:
+`QMPFD_WALK_STEPS` sets the number of commands, and makes each run random:
 
     QMPFD_WALK_STEPS=20000 .venv/bin/pytest tests/conformance/test_walk.py   # some five minutes
 
-A walk that ends in a difference is shrunk by hypothesis to the few steps that matter.  The same
-walks are done with two QEMUs too, which shows that a difference is not of our own making.
+Hypothesis shrinks a walk that ends in a difference.  The same walks run with two QEMUs too, which
+verifies that the comparison itself finds no differences.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .peers import Peer, Pool, Wire, pool_of, start_daemon, start_qemu
 from .replay import empty, open_fd
 from .steps import FORGET_NAMES, Send, Step, negotiations, openings, walks
 
-pytestmark = pytest.mark.qemu  # and not slow: the usual run is a short one
+pytestmark = pytest.mark.qemu  # not slow: a run without QMPFD_WALK_STEPS is short
 
 PER_WALK = 10
-"""Steps in a walk, at least, on average; one has anything from 1 to 40."""
+"""Lower bound of the average number of steps in a walk, which has 1 to 40."""
 
 ASKED = os.environ.get("QMPFD_WALK_STEPS")
 COMMANDS = int(ASKED or 1200)
@@ -43,7 +43,7 @@ _PURGED = b'{"execute":"closefd","arguments":{"fdname":"purge"}}'
 
 @dataclass
 class Side:
-    """One of the two, during one walk."""
+    """One of the two peers, in one walk."""
 
     peer: Peer
     wires: list[Wire]
@@ -51,7 +51,7 @@ class Side:
 
 
 class Walk:
-    """Two sides that have gone the same way so far."""
+    """One walk on two peers."""
 
     def __init__(self, peers: tuple[Peer, Peer], stack: ExitStack) -> None:
         self._fd = open_fd(stack)
@@ -65,24 +65,24 @@ class Walk:
             self._same("the greeting", [side.wires[number].lines(1) for side in self.sides])
 
     def negotiate(self, *commands: bytes) -> None:
-        """The first command of each connection, and what makes both sides equal after it."""
+        """Send the first command of each connection, and close the named fds that QEMU has kept."""
         for number, command in enumerate(commands):
             self.go(Step((Send(command),), connection=number))
-            # With it on, nine errors at once can be the end of QEMU 7.2 (an assertion about the
-            # length of its queue), so what may be many errors takes the other connection.
+            # With out-of-band execution, nine errors at once can abort QEMU 7.2 (an assertion on
+            # the length of its queue): steps with errors use the other connection.
             self._out_of_band |= b"oob" in command
             for side in self.sides:
                 side.wires[number].call(FORGET_NAMES)
 
     def go(self, step: Step) -> None:
-        """One step on both sides, and a look at whether they still agree."""
+        """Run one step on both sides, and compare the replies."""
         if self._out_of_band and not step.clean:
             step = replace(step, connection=1)
         for side in self.sides:
             try:
                 self._send(step, side)
             except BrokenPipeError:
-                pass  # what it said before is in `lines`, with "(closed)" at the end
+                pass  # `lines` below has the replies before that, and "(closed)"
         lines = [side.wires[step.connection].until_probe() for side in self.sides]
         self._same(str(step), lines)
         if step.has_fds:
@@ -95,7 +95,7 @@ class Walk:
         wire.send_probe(reset=not step.clean)
 
     def finish(self) -> None:
-        """What no reply may have shown so far."""
+        """Compare the listings of both sides on both connections."""
         listing = Send(b'{"execute":"query-fdsets"}')
         self.go(Step((listing,)))
         self.go(Step((listing,), connection=1))
@@ -103,7 +103,7 @@ class Walk:
     def _filled_in(self, send: Send, side: Side) -> bytes:
         def number(found: re.Match[bytes]) -> bytes:
             index = int(found[2])
-            # Only where it is clear on both sides which descriptor has that number now.
+            # Only if the number is unambiguous on both sides: not used again after a close.
             if any(
                 index >= len(each.fds.numbers) or not each.fds.is_current(index)
                 for each in self.sides
@@ -126,7 +126,7 @@ class Walk:
             raise AssertionError("\n".join(["they differ after", f"  {what}", *said]))
 
     def _purge(self, step: Step) -> None:
-        """Leave no fd waiting: after a refused command QEMU keeps it, and we do not."""
+        """Make QEMU close the fd that it keeps after a refused command; qmpfd must have none."""
         for side in self.sides:
             wire = side.wires[step.connection]
             answers = [json.loads(line) for line in wire.call(_PURGE)]
@@ -139,7 +139,7 @@ class Walk:
 def _canonical(line: bytes, names: FdNames) -> Reply | str:
     try:
         return canonical(line, names)
-    except AssertionError as malformed:  # equal to nothing, so it is reported with its step
+    except AssertionError as malformed:  # a text that equals no other: reported with its step
         return f"{malformed} {id(malformed)}"
 
 
@@ -162,7 +162,7 @@ def daemons() -> Iterator[Pool]:
 def walk_side_by_side(pools: tuple[Pool, Pool], commands: int) -> None:
     sent = 0
 
-    # A walk leaves no file behind, and the usual run is the same each time: no flaky builds.
+    # No database, and the same examples each time unless QMPFD_WALK_STEPS is set.
     @settings(
         max_examples=max(1, commands // PER_WALK),
         deadline=None,

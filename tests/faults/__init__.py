@@ -1,1 +1,1 @@
-"""Faults injected into a daemon process by others, while a well-behaved client measures."""
+"""Attacks on a daemon process, while a well-behaved client measures its round trips."""

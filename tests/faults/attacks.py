@@ -1,6 +1,6 @@
-"""Clients that mean harm, each as a process of its own: ``attacks.py KIND SOCKET [NUMBER]``.
+"""Hostile clients, each a process: ``attacks.py KIND SOCKET [NUMBER]``.
 
-It says ``ready`` in the middle of its attack, and goes on until it is killed.
+The process prints ``ready`` when its attack is under way, and attacks until it is killed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = b'{"execute":"query-name"}'
 
 
 def connect(path: str, *, negotiate: bool = True) -> socket.socket:
-    """Connect, and do not wait for anything any more."""
+    """Connect and negotiate; return a socket that does not block."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.connect(path)
     if negotiate:
@@ -34,7 +34,7 @@ def connect(path: str, *, negotiate: bool = True) -> socket.socket:
 
 
 def send(sock: socket.socket, data: bytes, fds: list[int] | None = None) -> int:
-    """Send what there is room for, with *fds*; how much that was."""
+    """Send as much of *data* as the socket takes, with *fds*; return the number of bytes sent."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     try:
         return sock.sendmsg([data], rights)
@@ -42,7 +42,7 @@ def send(sock: socket.socket, data: bytes, fds: list[int] | None = None) -> int:
         return 0
 
 
-#: What is sent over and over again, with how many descriptors each time; None: no reading.
+#: By kind: text that is sent repeatedly, and the number of descriptors sent with each.
 STREAMS: dict[str, tuple[bytes, int]] = {
     "requests": (NAME * 1000, 0),
     "lines": ((NAME + b"\n") * 1000, 0),
@@ -76,7 +76,7 @@ STREAMS: dict[str, tuple[bytes, int]] = {
 
 
 def flood(path: str, kind: str, count: int, *, reading: bool) -> Iterator[None]:
-    """Send the same over many connections as fast as they take it."""
+    """Send the text of STREAMS repeatedly over *count* connections; read the replies or not."""
     text, fd_count = STREAMS[kind]
     fds = [os.open("/dev/null", os.O_RDONLY)] * fd_count
     if kind == "opened":
@@ -106,7 +106,7 @@ def flood(path: str, kind: str, count: int, *, reading: bool) -> Iterator[None]:
 
 
 def drain(sock: socket.socket) -> bool:
-    """Read some of what is there; False at the end."""
+    """Read what the socket holds; return False at the end of the connection."""
     try:
         while data := sock.recv(1 << 16):
             if len(data) < 1 << 16:
@@ -117,7 +117,9 @@ def drain(sock: socket.socket) -> bool:
 
 
 def fleeting(path: str, count: int) -> Iterator[None]:
-    """Thousands of descriptors that end together: by their time, and with a connection."""
+    """Add thousands of descriptors that the daemon must close at once: on expiry, and at the end of
+    the connection.
+    """
     fds = [os.open("/dev/null", os.O_RDONLY)] * 250
     while True:
         sock = connect(path)
@@ -131,7 +133,7 @@ def fleeting(path: str, count: int) -> Iterator[None]:
 
 
 def half(path: str, count: int) -> Iterator[None]:
-    """Requests that never end, over many connections."""
+    """Send requests that never end, over *count* connections."""
     socks = [connect(path) for _ in range(count)]
     for sock in socks:
         send(sock, b'{"execute": "')
@@ -143,7 +145,7 @@ def half(path: str, count: int) -> Iterator[None]:
 
 
 def connections(path: str, count: int) -> Iterator[None]:
-    """Connect and hang up, again and again."""
+    """Connect and disconnect repeatedly."""
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
@@ -156,7 +158,7 @@ def connections(path: str, count: int) -> Iterator[None]:
 
 
 def holding(path: str, count: int) -> Iterator[None]:
-    """Connect and stay, without a word."""
+    """Hold *count* connections that send nothing."""
     held = []
     for _ in range(count):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -168,12 +170,12 @@ def holding(path: str, count: int) -> Iterator[None]:
 
 
 def signal_wait() -> None:
-    """Do nothing for a while."""
+    """Sleep for 50 ms."""
     selectors.DefaultSelector().select(0.05)
 
 
 def life(path: str, seed: int) -> Iterator[None]:
-    """A client that does a bit of everything; its parent kills or stops it in the middle of it."""
+    """Send random commands, whole and broken; the test kills or stops this process meanwhile."""
     dice = random.Random(seed)
     fds = [os.memfd_create("life") for _ in range(3)]
     pieces = [
@@ -212,7 +214,7 @@ def life(path: str, seed: int) -> Iterator[None]:
 
 
 def main(kind: str, path: str, number: int) -> None:
-    """Attack."""
+    """Run the attack *kind*, with *number* connections, descriptors or as a seed."""
     steps: Iterator[None]
     if kind == "half":
         steps = half(path, number)

@@ -1,8 +1,8 @@
-"""A FUSE file system that hangs when it is told to: the kernel's own protocol, without a library.
+"""A FUSE file system that hangs on demand: the kernel's protocol, without a library.
 
-Run on its own: ``fuse.py FOLDER`` mounts itself there and says ``mounted``.  A line on its standard
-input names the requests that are not answered from now on, such as ``FLUSH,RELEASE``.  However the
-process ends, its end of /dev/fuse is closed, which aborts the connection: whoever hung goes on.
+``fuse.py FOLDER`` mounts the file system there and prints ``mounted``.  A line on standard input
+names the requests that are not answered from now on, such as ``FLUSH,RELEASE``.  The end of the
+process closes /dev/fuse, which aborts the connection: hanging system calls then fail.
 
 The structures are those of ``linux/fuse.h``, protocol 7.31.
 """
@@ -38,7 +38,7 @@ OPCODES = {
     "BATCH_FORGET": 42,
 }
 _NAMES = {number: name for name, number in OPCODES.items()}
-_SILENT = {"FORGET", "BATCH_FORGET", "INTERRUPT"}  # nobody waits for an answer to these
+_SILENT = {"FORGET", "BATCH_FORGET", "INTERRUPT"}  # requests without an answer
 
 _IN = struct.Struct("<IIQQIIII")  # fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, pad
 _OUT = struct.Struct("<IiQ")  # fuse_out_header: len, error, unique
@@ -60,7 +60,7 @@ def _checked(result: int) -> None:
 
 
 def mount(folder: str) -> int:
-    """Mount a FUSE file system at *folder*; the descriptor that its requests come from."""
+    """Mount a FUSE file system at *folder*; return the descriptor to read its requests from."""
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = f"fd={device},rootmode={stat.S_IFDIR:o},user_id={os.getuid()},group_id={os.getgid()}"
     options += ",allow_other"
@@ -81,7 +81,7 @@ def mount(folder: str) -> int:
 
 
 def unmount(folder: str) -> None:
-    """Take it out of the tree, whoever still uses it."""
+    """Detach the mount at *folder*, also while it is in use (umount2(2), MNT_DETACH)."""
     _checked(_libc.umount2(os.fsencode(folder), _MNT_DETACH))
 
 
@@ -91,12 +91,12 @@ def _attributes(node: int) -> bytes:
 
 
 def _answer(name: str, node: int) -> bytes | int:
-    """The body of the answer, or an error number."""
+    """Return the body of the answer, or an errno."""
     if name == "INIT":
         return _INIT_OUT.pack(7, 31, 1 << 16, 0, 12, 9, 1 << 16, 1, 0, 0, 0)
-    if name == "LOOKUP":  # every name is that of the one file
+    if name == "LOOKUP":  # every name leads to the one file
         return _ENTRY.pack(_FILE, 0, 0, 0, 0, 0) + _attributes(_FILE)
-    if name == "GETATTR":  # to be asked again each time
+    if name == "GETATTR":  # valid for 0 s: the kernel asks each time
         return _ATTR_OUT.pack(0, 0, 0) + _attributes(node)
     if name in ("OPEN", "OPENDIR"):
         return _OPEN_OUT.pack(1, 0, 0)
@@ -108,7 +108,7 @@ def _answer(name: str, node: int) -> bytes | int:
 
 
 def serve(device: int) -> None:
-    """Answer until standard input ends, or the file system is unmounted."""
+    """Answer requests until standard input ends or the file system is unmounted."""
     hang: set[str] = set()
     poll = select.poll()
     poll.register(device, select.POLLIN)
@@ -141,7 +141,7 @@ def serve(device: int) -> None:
             error, body = (body, b"") if isinstance(body, int) else (0, body)
             try:
                 os.write(device, _OUT.pack(_OUT.size + len(body), -error, unique) + body)
-            except FileNotFoundError:  # whoever asked has been killed
+            except FileNotFoundError:  # the process that waited has been killed
                 pass
 
 

@@ -1,10 +1,9 @@
-"""A well-behaved client that asks once a millisecond, and measures; beside it, a control.
+"""Well-behaved client that sends a request every millisecond and measures the round trips.
 
-Run on its own: ``probe.py SOCKET`` says ``ready`` once it measures, and when its standard input
-ends the figures as one JSON object, all in seconds.  The control is an echo in a process of its
-own, asked in the same rhythm: what it does not answer in time, the machine has held up, not the
-daemon.  And of each answer it is measured for how long the daemon was ready to run, but the machine
-ran something else (``run_delay``, /proc/PID/schedstat).
+``probe.py SOCKET`` prints ``ready`` before it measures, and at the end of standard input one JSON
+object with the figures in seconds.  ``control`` has the round trips to an echo process, which get
+long when the machine, not the daemon, is slow.  ``own`` has the daemon's round trips less the time
+for which the daemon was ready to run but had no CPU (``run_delay``, /proc/PID/schedstat).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def _echo(sock: socket.socket) -> None:
 
 
 def _ask(sock: socket.socket, patience: float) -> float:
-    """Ask once; seconds until the answer was complete."""
+    """Send one request; return the seconds until the reply was complete."""
     start = time.perf_counter()
     sock.sendall(_QUESTION)
     answer = b""
@@ -42,7 +41,7 @@ def _ask(sock: socket.socket, patience: float) -> float:
 
 
 def _delay(schedstat: int) -> float:
-    """Seconds for which that process was kept waiting for a CPU so far."""
+    """Return the seconds for which the process has waited for a CPU since its start."""
     return int(os.pread(schedstat, 100, 0).split()[1]) / 1e9
 
 
@@ -57,7 +56,7 @@ def _summary(figures: list[float]) -> dict[str, float]:
 
 
 def main(path: str) -> None:
-    """Measure until told to stop."""
+    """Measure until standard input ends, and print the figures."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     child = os.fork()
     if not child:

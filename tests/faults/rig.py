@@ -1,4 +1,4 @@
-"""A daemon process under attack, a well-behaved client beside it, and what must hold."""
+"""Attack a daemon process, and check that a well-behaved client notices nothing."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from qmpfd.kernel.fd import FileDescriptorLike
 
 HERE = Path(__file__).parent
 SECONDS = float(os.environ.get("QMPFD_FAULT_SECONDS", "0.5"))
-"""How long each attack lasts."""
+"""Duration of each attack in seconds."""
 PATIENCE = 20.0
 SLOWEST = 0.1
-"""No answer to a client that asks once a millisecond takes longer."""
+"""Longest permitted round trip, in seconds, of a client that sends a request every millisecond."""
 MOST_GROWTH = 64 << 20
-"""Bytes that the daemon's memory may grow by, at any time."""
+"""Largest permitted growth of the daemon's peak memory, in bytes."""
 
 Scenario = Callable[["Harness"], None]
 
 
 class Caller:
-    """A client that waits for its answers: QMP over a blocking socket."""
+    """Blocking QMP client."""
 
     def __init__(self, path: Path, *, negotiate: bool = True) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -45,11 +45,11 @@ class Caller:
             assert self.call("qmp_capabilities") == {"return": {}}
 
     def reply(self) -> dict[str, Any]:
-        """The next reply; empty once the daemon has closed."""
+        """Return the next reply; an empty one at the end of the connection."""
         return dict(json.loads(self._lines.readline() or b"{}"))
 
     def send(self, data: bytes, fds: Sequence[FileDescriptorLike] = ()) -> None:
-        """Send *data*, with *fds*."""
+        """Send *data* with *fds*."""
         send_now(self.sock, data, fds)
 
     def call(
@@ -58,7 +58,7 @@ class Caller:
         arguments: Mapping[str, Any] | None = None,
         fds: Sequence[FileDescriptorLike] = (),
     ) -> dict[str, Any]:
-        """Ask, and wait for the answer."""
+        """Send a command; return its reply."""
         self.send(request(command, arguments), fds)
         return self.reply()
 
@@ -75,7 +75,9 @@ class Caller:
 
 
 def _connected(sock: socket.socket, path: Path) -> bool:
-    """Connect; False if the backlog is full, where a timeout is no help (connect(2), EAGAIN)."""
+    """Connect; return False if the backlog is full: the socket's timeout does not cover that case
+    (connect(2), EAGAIN).
+    """
     try:
         sock.connect(os.fspath(path))
     except BlockingIOError:
@@ -84,7 +86,7 @@ def _connected(sock: socket.socket, path: Path) -> bool:
 
 
 class Program:
-    """A program beside this file, as a process of its own, that says when it is ready."""
+    """A program in this folder, run as a process; its first line of output is in ``said``."""
 
     def __init__(self, name: str, *words: object) -> None:
         self.process = subprocess.Popen(
@@ -96,19 +98,19 @@ class Program:
         self.said = self.line()
 
     def line(self) -> str:
-        """The next line that it says."""
+        """Return the program's next line."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
     def tell(self, line: str) -> str:
-        """Tell it something; its answer."""
+        """Send the program a line; return its answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
         return self.line()
 
     def finish(self) -> str:
-        """End its standard input; the last it says."""
+        """Close the program's standard input; return its last line."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         said = self.line()
@@ -116,7 +118,7 @@ class Program:
         return said
 
     def kill(self) -> None:
-        """Kill it with SIGKILL."""
+        """Kill the program with SIGKILL."""
         self.process.kill()
         self.process.wait(PATIENCE)
         for pipe in (self.process.stdin, self.process.stdout):
@@ -135,18 +137,18 @@ class Harness:
         self.threads: list[threading.Thread] = []
 
     def caller(self, *, negotiate: bool = True) -> Caller:
-        """Another client, closed at the end."""
+        """Connect another client, closed at the end of the attack."""
         return self.stack.enter_context(Caller(self.path, negotiate=negotiate))
 
     def attack(self, kind: str, *words: object) -> Program:
-        """One of ``attacks.py``, under way; killed at the end."""
+        """Start an attack of ``attacks.py``, killed at the end."""
         program = Program("attacks.py", kind, self.path, *words)
         self.stack.callback(program.kill)
         assert program.said == "ready", f"{kind}: {program.said}"
         return program
 
     def let_go(self, number: int) -> None:
-        """Close a descriptor of our own, which may hang until the end."""
+        """Close a descriptor of the test's own in a thread: close(2) may hang until the end."""
         thread = threading.Thread(target=_close, args=(number,), daemon=True)
         thread.start()
         thread.join(0.02)
@@ -154,7 +156,7 @@ class Harness:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Let the daemon see what happens in the block only afterwards."""
+        """Stop the daemon with SIGSTOP while the block runs."""
         self.daemon.signal(signal.SIGSTOP)
         try:
             yield
@@ -162,22 +164,22 @@ class Harness:
             self.daemon.signal(signal.SIGCONT)
 
     def cpu(self) -> float:
-        """Seconds of CPU that the daemon has used."""
+        """Return the daemon's CPU time in seconds."""
         words = Path(f"/proc/{self.daemon.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
     def closes_pending(self, caller: Caller) -> int:
-        """How many closes the daemon has under way."""
+        """Return the number of closes that the daemon has pending."""
         return int(value(caller.call("query-stats"))["closes-pending"])
 
 
 def _close(number: int) -> None:
-    with suppress(OSError):  # aborted
+    with suppress(OSError):  # the FUSE connection was aborted
         os.close(number)
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    """Wait until that is so."""
+    """Wait until *condition* returns true; *what* describes it."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"
@@ -185,7 +187,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 
 def memory(pid: int, figure: str) -> int:
-    """Bytes of memory of a process, by their name in /proc/PID/status (proc(5))."""
+    """Return a field of /proc/PID/status (proc(5)), such as VmRSS, in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{figure}:"):
             return int(line.split()[1]) << 10
@@ -193,7 +195,7 @@ def memory(pid: int, figure: str) -> int:
 
 
 def _settled(pid: int) -> dict[int, str]:
-    """The daemon's descriptors once nobody is connected and nothing stored."""
+    """Return the daemon's descriptors when they do not change any more."""
     found = open_fds(pid)
     while True:
         time.sleep(0.02)
@@ -205,7 +207,7 @@ def _settled(pid: int) -> dict[int, str]:
 
 def _clean_up(path: Path) -> None:
     with Caller(path, negotiate=False) as caller:
-        if "error" in caller.reply():  # those who were here before are not quite gone
+        if "error" in caller.reply():  # max-connections: earlier clients still count
             return
         value(caller.call("qmp_capabilities"))
         for fdset in value(caller.call("query-fdsets")):
@@ -213,11 +215,11 @@ def _clean_up(path: Path) -> None:
 
 
 def assert_service_unharmed(path: Path, scenario: Scenario, *options: str) -> None:
-    """Do *scenario* to a daemon: nobody else has to wait, its memory does not grow, and afterwards
-    it holds the descriptors that it started with.
+    """Run *scenario* against a daemon, and check three things: no other client waits long, the
+    daemon's memory does not grow, and its descriptors are afterwards those of the start.
 
-    Where the machine itself held everything up, as the control or the kernel's account shows, it
-    is tried once more; then only the time counts for which the daemon was not kept from running.
+    If a round trip was slow because of the machine, as the control or the run delay shows, the
+    scenario runs once more; then only the daemon's own time counts.
     """
     figures: dict[str, dict[str, float]] = {}
     for _ in range(2):
@@ -239,7 +241,7 @@ def _once(path: Path, scenario: Scenario, *options: str) -> dict[str, dict[str, 
                 caller.call("add-fd", None, [file])
                 caller.call("remove-fd", {"fdset-id": 0})
         before, size = _settled(pid), memory(pid, "VmRSS")
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # begin to measure the peak anew
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # reset the peak, VmHWM (proc(5))
         probe = Program("probe.py", path)
         try:
             assert probe.said == "ready"
@@ -258,8 +260,8 @@ def _once(path: Path, scenario: Scenario, *options: str) -> dict[str, dict[str, 
         assert daemon.process.poll() is None, "the daemon died"
 
         def restored() -> bool:
-            _clean_up(path)  # what the dead had sent is carried out, and may have added something
-            for _ in range(20):  # until the daemon has seen that we are gone
+            _clean_up(path)  # the daemon executes the last commands of killed clients
+            for _ in range(20):  # until the daemon has read the end of our connection
                 if sorted(open_fds(pid).values()) == sorted(before.values()):
                     return True
                 time.sleep(0.005)
@@ -278,23 +280,23 @@ def _once(path: Path, scenario: Scenario, *options: str) -> dict[str, dict[str, 
 
 
 class HungFiles:
-    """A mounted FUSE file system, whose server stops answering when told to."""
+    """A mounted FUSE file system whose server stops answering on demand."""
 
     def __init__(self, folder: Path, server: Program) -> None:
         self.folder = folder
         self._server = server
 
     def hang(self, *operations: str) -> None:
-        """Never answer these any more."""
+        """Do not answer these requests any more."""
         assert self._server.tell(",".join(operations)) == "told"
 
     def abort(self) -> None:
-        """Have whoever hangs go on, with an error."""
+        """Make hanging system calls fail."""
         self._server.kill()  # closes its end of /dev/fuse
 
 
 def _no_fuse() -> str | None:
-    """Why FUSE cannot be used here, or None."""
+    """Return why FUSE cannot be used, or None."""
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as exc:
@@ -312,7 +314,7 @@ needs_fuse = pytest.mark.skipif(
 
 @contextmanager
 def hung_files(folder: Path) -> Iterator[HungFiles]:
-    """Mount one; at the end its connection is aborted, so that whoever hung in it goes on."""
+    """Mount a FUSE file system; abort its connection at the end: hanging system calls then fail."""
     folder.mkdir(exist_ok=True)
     server = Program("fuse.py", folder)
     try:

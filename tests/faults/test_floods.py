@@ -1,4 +1,4 @@
-"""Floods: of bytes, requests, errors, descriptors, half messages and connections, read or not."""
+"""Floods of bytes, requests, errors, descriptors, incomplete messages and connections."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from helpers import request, value
 from .attacks import STREAMS
 from .rig import SECONDS, Harness, assert_service_unharmed
 
-#: Connections of each attacker.  They are few processes: many would leave the daemon no CPU.
+#: Connections of each attacking process; more processes would leave the daemon no CPU.
 _CONNECTIONS = 6
 
 
-#: Those that tell the most; all of them where QMPFD_FAULT_SECONDS is set.
+#: Streams of the usual run; with QMPFD_FAULT_SECONDS set, all are tested.
 _QUICK = (
     *("lines", "closers", "tokens", "schemas", "unclaimed", "adds", "opened", "watching"),
     *("ids", "text", "members"),
@@ -25,7 +25,7 @@ _QUICK = (
 
 @pytest.mark.parametrize("kind", STREAMS if "QMPFD_FAULT_SECONDS" in os.environ else _QUICK)
 def test_taken_as_fast_as_they_come(kind: str, path: Path) -> None:
-    """They read the answers, so nothing holds them up."""
+    """Clients flood the daemon and read the replies: nothing slows them down."""
 
     def scenario(rig: Harness) -> None:
         rig.attack(f"reading:{kind}", _CONNECTIONS)
@@ -36,8 +36,10 @@ def test_taken_as_fast_as_they_come(kind: str, path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["requests", "schemas", "closers", "opened", "watching"])
 def test_never_read(kind: str, path: Path) -> None:
+    """Clients flood the daemon and read no replies."""
+
     def scenario(rig: Harness) -> None:
-        # What a client had sent when it died is carried out all the same, which takes its time.
+        # Few clients: the daemon executes what killed clients have sent, which takes time.
         rig.attack(f"deaf:{kind}", {"closers": 6, "watching": 6}.get(kind, 50))
         time.sleep(SECONDS)
 
@@ -45,7 +47,7 @@ def test_never_read(kind: str, path: Path) -> None:
 
 
 def test_many_never_read(path: Path) -> None:
-    """All at the same time."""
+    """200 clients open descriptors and read no replies."""
 
     def scenario(rig: Harness) -> None:
         rig.attack("deaf:opened", 200)
@@ -56,7 +58,7 @@ def test_many_never_read(path: Path) -> None:
 
 @pytest.mark.parametrize("each", [1, 250], ids=["many sets", "large sets"])
 def test_long_listings(each: int, path: Path) -> None:
-    """Of thousands, by many, again and again."""
+    """Forty clients list 5000 descriptors repeatedly; half of them read the replies."""
 
     def scenario(rig: Harness) -> None:
         caller = rig.caller()
@@ -70,7 +72,7 @@ def test_long_listings(each: int, path: Path) -> None:
 
 
 def test_many_watch(path: Path) -> None:
-    """A set of thousands comes and goes, and each of a hundred watchers is told of each."""
+    """100 clients watch a set of 4000 descriptors come and go; half of them read the events."""
 
     def scenario(rig: Harness) -> None:
         caller = rig.caller()
@@ -97,7 +99,7 @@ def test_thousands_end_together(path: Path) -> None:
 
 
 def test_never_read_long_listings(path: Path) -> None:
-    """Megabytes for each: not all of them can wait for as long as they like."""
+    """80 clients do not read listings of 2 MB: the daemon must limit the sum of unsent replies."""
 
     def scenario(rig: Harness) -> None:
         caller = rig.caller()
@@ -120,7 +122,7 @@ def test_never_read_and_cut_off(path: Path) -> None:
 
 
 def test_half_messages(path: Path) -> None:
-    """Many at a time, each of which may be a mebibyte: more than may be kept of all of them."""
+    """80 incomplete requests of up to 1 MiB each: more than the limit on all of them."""
 
     def scenario(rig: Harness) -> None:
         rig.attack("half", 80)

@@ -1,4 +1,4 @@
-"""Full: the descriptor table, the disk, and the pipe that the log goes to."""
+"""The descriptor table, the disk, or the pipe of the log is full."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .rig import SECONDS, Caller, Harness, assert_service_unharmed, hung_files, 
 
 @contextmanager
 def _no_room(rig: Harness, room: int = 0) -> Iterator[None]:
-    """Leave the daemon room for so many more descriptors; before others notice, it is over."""
+    """Limit the daemon to *room* more descriptors (prlimit(2)), too briefly for others to notice."""
     used = open_fds(rig.daemon.pid)
     limit = max(used) + 1
-    limit += max(0, room - (limit - len(used)))  # what is free below counts
+    limit += max(0, room - (limit - len(used)))  # free numbers below the highest count too
     old = resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE, (limit, old[1]))
     try:
@@ -31,7 +31,7 @@ def _no_room(rig: Harness, room: int = 0) -> Iterator[None]:
 
 
 def test_accept_at_a_full_table(path: Path) -> None:
-    """Whoever connects is told why it cannot stay; nobody spins; then it goes on."""
+    """New clients get an error and are disconnected, without a busy loop; later ones are served."""
 
     def scenario(rig: Harness) -> None:
         caller = rig.caller()
@@ -44,7 +44,7 @@ def test_accept_at_a_full_table(path: Path) -> None:
                 assert other.reply() == {}
             time.sleep(max(SECONDS, 1))
             used = rig.cpu() - before
-            # The one that measures asks a thousand times a second, and little else is done.
+            # The probe's thousand requests a second are the only other work.
             assert used < 0.5 * max(SECONDS, 1), f"{used} s of CPU"
             with Pipe() as pipe:
                 refused = caller.call("add-fd", None, [pipe])
@@ -58,7 +58,7 @@ def test_accept_at_a_full_table(path: Path) -> None:
 
 
 def test_accept_without_the_reserve(path: Path) -> None:
-    """Below what is open already: nobody can be told anything, and nobody spins."""
+    """RLIMIT_NOFILE below the open descriptors: accept4(2) fails, without a busy loop."""
 
     def scenario(rig: Harness) -> None:
         old = resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE)
@@ -69,7 +69,7 @@ def test_accept_without_the_reserve(path: Path) -> None:
         used = rig.cpu() - before
         resource.prlimit(rig.daemon.pid, resource.RLIMIT_NOFILE, old)
         assert used < 0.5, f"{used} s of CPU"
-        for other in waiting:  # served, or told why not
+        for other in waiting:  # served, or rejected with an error
             assert other.reply().keys() <= {"QMP", "error"}
         value(rig.caller().call("query-name"))
 
@@ -120,7 +120,7 @@ def _tiny_disk(folder: Path) -> Iterator[Path]:
 
 @pytest.mark.root
 def test_the_disk_of_the_metrics_is_full(path: Path) -> None:
-    """It costs the metrics, and is said once; what is there stays whole."""
+    """The daemon logs one warning, and leaves the old metrics whole."""
     with _tiny_disk(path.parent / "disk") as disk:
         file = disk / "metrics"
         (disk / "filler").write_bytes(bytes(4096))
@@ -142,14 +142,14 @@ def test_the_disk_of_the_metrics_hangs(path: Path) -> None:
 
         def scenario(rig: Harness) -> None:
             time.sleep(SECONDS)
-            # Before the daemon ends: a process that waits for a file system cannot.
+            # Before the daemon ends: a process that waits for a file system cannot exit.
             rig.stack.callback(files.abort)
 
         assert_service_unharmed(path, scenario, "--metrics", os.fspath(files.folder / "metrics"))
 
 
 def test_nobody_reads_the_log(path: Path) -> None:
-    """The pipe is full, and each command would be logged."""
+    """The pipe of the log is full at level debug, which logs each command."""
 
     def scenario(rig: Harness) -> None:
         caller = rig.caller()
@@ -165,7 +165,7 @@ def test_nobody_reads_the_log(path: Path) -> None:
 
 @pytest.mark.parametrize("count", [200])
 def test_closed_while_requests_wait(count: int, path: Path) -> None:
-    """5 removals and a close, as often as it takes: QEMU loses nearly all of them."""
+    """A client sends 5 removals and disconnects, 200 times: QEMU loses nearly all of them."""
 
     def scenario(rig: Harness) -> None:
         watcher = rig.caller()

@@ -1,4 +1,4 @@
-"""Descriptors whose close hangs, however the daemon comes to close them: nobody waits for it."""
+"""close(2) hangs: no other client waits, whatever makes the daemon close the descriptor."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from qmpfd.limits import CLOSE_TIMEOUT
 
 from .rig import SLOWEST, Caller, Harness, assert_service_unharmed, hung_files, needs_fuse, until
 
-#: Seconds that a close lingers: longer than any test waits for it.
+#: SO_LINGER of the sockets in seconds: longer than any test waits for the close.
 _LINGER = 30
 
-#: Opens one more descriptor that hangs from :data:`Strike` on; makes all of them hang.
+#: A function that opens a descriptor, and one that makes the closes of all of them hang.
 Opened: TypeAlias = "tuple[Callable[[], int], Callable[[], None]]"
 
 
 @contextmanager
 def _files(folder: Path) -> Iterator[Opened]:
-    """Files of a FUSE mount that never answers again."""
+    """Files of a FUSE mount whose server stops answering."""
     with hung_files(folder / "mnt") as files:
 
         def opened() -> int:
@@ -39,7 +39,7 @@ def _files(folder: Path) -> Iterator[Opened]:
 
 @contextmanager
 def _lingering(folder: Path) -> Iterator[Opened]:
-    """TCP sockets that wait for their peer to read."""
+    """TCP sockets with SO_LINGER whose peer does not read."""
     peers: list[socket.socket] = []
 
     def opened() -> int:
@@ -60,7 +60,7 @@ def _lingering(folder: Path) -> Iterator[Opened]:
     try:
         yield opened, lambda: None
     finally:
-        for peer in peers:  # unread data: a reset, which ends the lingering
+        for peer in peers:  # a close with unread data sends a reset, which ends the lingering
             peer.close()
 
 
@@ -92,7 +92,7 @@ def _closed_by_name(rig: Harness, caller: Caller, number: int, hang: Callable[[]
 
 def _refused(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     hang()
-    with rig.stopped():  # or ours were the last close, and lingered
+    with rig.stopped():  # the test closes first: its own close must not be the last one
         caller.send(request("add-fd", {"fdset-id": 99}), [number])
         rig.let_go(number)
 
@@ -105,7 +105,7 @@ def _broken(rig: Harness, caller: Caller, number: int, hang: Callable[[], None])
 
 
 def _superseded(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
-    """It waits for a command, and newer ones take its place."""
+    """The descriptor waits for a command, and newer descriptors replace it."""
     hang()
     caller.send(b" ", [number])
     rig.let_go(number)
@@ -123,11 +123,12 @@ def _disconnected(rig: Harness, caller: Caller, number: int, hang: Callable[[], 
 
 
 def _unread(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
-    """A client with a connection too many: what it sent is never read, but closed with it.  (See
-    below for FUSE.)
+    """A client beyond --max-connections: the kernel closes its unread descriptor with the socket.
+
+    (No close is pending with FUSE: see ``_in_a_queue``.)
     """
     hang()
-    with rig.stopped():  # or it were turned away before it has sent anything
+    with rig.stopped():  # the client sends before the daemon rejects it
         for _ in range(3):
             rig.caller(negotiate=False)
         with_it = rig.caller(negotiate=False)
@@ -138,8 +139,9 @@ def _unread(rig: Harness, caller: Caller, number: int, hang: Callable[[], None])
 
 
 def _in_a_queue(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
-    """It lies in the queue of a Unix socket, and that is what is removed.  (A FUSE server is not
-    waited for then: it is told of the release only, and need not answer.)
+    """The descriptor is in the queue of a Unix socket, which is removed.
+
+    (No close is pending with FUSE: the kernel sends RELEASE then, and does not await the answer.)
     """
     left, right = socket.socketpair()
     with left, right:
@@ -159,12 +161,12 @@ def _expired(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]
 
 
 def _handed_out(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
-    """A file system is told of the close of every duplicate, not just of the last."""
+    """The client drops unread duplicates: the kernel sends FLUSH for the close of each."""
     value(caller.call("add-fd", None, [number]))
     hang()
     rig.let_go(number)
     for _ in range(3):
-        value(caller.call("open-fdset", {"fdset-id": 0}))  # drops what comes with it, unread
+        value(caller.call("open-fdset", {"fdset-id": 0}))  # recv(2) drops the descriptor
     caller.send(request("remove-fd", {"fdset-id": 0}))
 
 
@@ -177,7 +179,7 @@ WAYS = {
 }
 
 
-#: Where it is closed for the client that is asked here, and for no other.
+#: The ways in which the daemon closes the descriptor for the client whose reply is timed.
 ITS_OWN = set(WAYS.values()) - {_disconnected, _unread, _expired}
 
 
@@ -194,9 +196,9 @@ def test_a_close_hangs(
         way(rig, caller, opened(), hang)
         start = time.monotonic()
         assert caller.reply()
-        # Who sent it, or has it removed, waits for the close, but for 1 s only; nobody else does.
+        # The client that sent or removed it waits for the close, for 1 s at most; no other waits.
         assert time.monotonic() - start < (2 * CLOSE_TIMEOUT if way in ITS_OWN else SLOWEST)
-        # It does hang, or nothing is shown here.
+        # The close must hang, else the test shows nothing.
         if kind is not _files or way not in (_in_a_queue, _unread):
             until(lambda: rig.closes_pending(caller) > 0, "hangs")
         value(caller.call("add-fd", None, [0]))
@@ -207,7 +209,7 @@ def test_a_close_hangs(
 
 @needs_fuse
 def test_more_closes_hang_than_there_are_threads(path: Path) -> None:
-    """Those of everybody else go on, and are over when the answer is there."""
+    """Other closes still run, and are complete before the reply."""
 
     def scenario(rig: Harness) -> None:
         opened, hang = rig.stack.enter_context(_files(path.parent))
@@ -232,7 +234,7 @@ def test_more_closes_hang_than_there_are_threads(path: Path) -> None:
 
 @needs_fuse
 def test_the_looks_at_a_hung_file(path: Path) -> None:
-    """What is asked about it is answered without asking its file system."""
+    """query-fds and the checks of add-fds do not ask the descriptor's file system."""
 
     def scenario(rig: Harness) -> None:
         opened, hang = rig.stack.enter_context(_files(path.parent))
@@ -251,7 +253,7 @@ def test_the_looks_at_a_hung_file(path: Path) -> None:
 
 @needs_fuse
 def test_a_hung_file_by_the_name_of_a_memfd(path: Path) -> None:
-    """Of a mount that is no longer in the tree, such as one of another namespace."""
+    """A file on a detached mount, such as another namespace's, may have a memfd's name."""
 
     def scenario(rig: Harness) -> None:
         with hung_files(path.parent / "mnt") as files:
@@ -271,7 +273,7 @@ def test_a_hung_file_by_the_name_of_a_memfd(path: Path) -> None:
 
 
 def test_memory_that_is_slow_to_give_back(path: Path) -> None:
-    """A file without a name and of length 0, with a gigabyte reserved behind its end."""
+    """A memfd of length 0 with 512 MiB allocated behind its end."""
 
     def scenario(rig: Harness) -> None:
         number = os.memfd_create("large")

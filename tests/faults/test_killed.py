@@ -1,4 +1,4 @@
-"""Clients that are killed, or stopped, in the middle of everything."""
+"""Clients are killed or stopped while they send commands."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_killed(path: Path) -> None:
 
 
 def test_stopped(path: Path) -> None:
-    """For longer than their replies are waited for, and going on after it."""
+    """Clients are stopped for longer than --write-timeout, and continue."""
     dice = random.Random(2)
 
     def scenario(rig: Harness) -> None:
@@ -45,7 +45,7 @@ def test_stopped(path: Path) -> None:
 
 
 def test_stopped_while_it_holds_descriptors(path: Path) -> None:
-    """What it has asked for does not hold up others that ask for the same."""
+    """Unread descriptors of a stopped client do not delay others that open the same one."""
 
     def scenario(rig: Harness) -> None:
         rig.attack("deaf:opened", 40).process.send_signal(signal.SIGSTOP)
@@ -61,7 +61,7 @@ def test_stopped_while_it_holds_descriptors(path: Path) -> None:
 
 
 def test_killed_with_a_queue_of_requests(path: Path) -> None:
-    """All that it had sent is carried out, however long that takes."""
+    """The daemon executes all commands of a client that has disconnected."""
 
     def scenario(rig: Harness) -> None:
         caller = rig.caller()

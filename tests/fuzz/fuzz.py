@@ -1,4 +1,4 @@
-"""Runs libFuzzer on the target: ``fuzz.py [OPTION...] CORPUS...`` (see ``make fuzz``)."""
+"""Run libFuzzer on the target: ``fuzz.py [OPTION...] CORPUS...`` (see ``make fuzz``)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What is fuzzed: a server's end of a connection, given any bytes, splits and descriptors.
+"""Fuzz target: a server's end of a connection, with any bytes, splits and descriptors.
 
-No system call is made: the kernel's queue is the fake that passes the kernel's own tests
-(``kernel.py``), and the descriptors are numbers.
+The target makes no system calls: the queue is the verified fake of the kernel's
+(``fake_kernel.py``), and the descriptors are numbers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from qmpfd.limits import MAX_ERRORS_IN_A_ROW, SCM_MAX_FD
 from qmpfd.protocol.request_decoder import Request
 from qmpfd.protocol.server import ServerConnection
 
-#: What one send carries: its bytes, and how many descriptors.
+#: One send: its bytes, and the number of its descriptors.
 Send = tuple[bytes, int]
 
 
 class Number(Fd):
-    """A descriptor that is none."""
+    """A descriptor without an open file."""
 
     __slots__ = ("tag",)
 
@@ -39,14 +39,14 @@ class Number(Fd):
 
 
 class Queue(FakeQueue):
-    """Carries :class:`Number`."""
+    """Fake queue of bytes and :class:`Number`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.passed: list[Number] = []
 
     def put(self, data: bytes, count: int) -> None:
-        """Queue *data*, with so many descriptors."""
+        """Queue *data* with *count* descriptors."""
         numbers = [Number(len(self.passed) + each) for each in range(count)]
         self.passed += numbers
         for at in range(0, len(data), BUFFER_BYTES):
@@ -55,7 +55,7 @@ class Queue(FakeQueue):
 
 
 def sends_of(text: bytes, dice: random.Random) -> list[Send]:
-    """*text* in pieces of any size, some of them with descriptors."""
+    """Return *text* as sends of random sizes, some of them with descriptors."""
     sends = []
     most = dice.choice((1, 3, 20, 200, 1 << 20))
     while text:
@@ -67,11 +67,11 @@ def sends_of(text: bytes, dice: random.Random) -> list[Send]:
 
 
 def converse(sends: list[Send], reads: random.Random | None) -> tuple[list[Any], list[list[int]]]:
-    """Send that to a connection; its replies, and the descriptors that each request got.
+    """Send to a connection; return its replies, and the descriptors that each request got.
 
     Args:
-        sends: what is sent.
-        reads: when the daemon reads in between; None: after each send.
+        sends: the sends.
+        reads: decides whether the daemon reads after a send; None: always.
     """
     queue = Queue()
     connection = ServerConnection(DECODER, max_request_bytes=4096)
@@ -120,8 +120,8 @@ def converse(sends: list[Send], reads: random.Random | None) -> tuple[list[Any],
 
 
 def check(data: bytes) -> None:
-    """Whatever the peer sends and however it is read: no crash, one owner for each descriptor, and
-    the same answers.
+    """Check that any input leads to no crash, that each descriptor has one owner, and that the
+    replies do not depend on when the daemon reads.
     """
     dice = random.Random(data[:2])
     text = b'{"execute":"qmp_capabilities"}' * (dice.random() < 0.9) + data[2:]
@@ -129,6 +129,6 @@ def check(data: bytes) -> None:
     replies, claimed = converse(sends, None)
     for _ in range(2):
         if sum("error" in reply for reply in replies) >= MAX_ERRORS_IN_A_ROW:
-            return  # a flood is answered once a read
+            return  # from here on the daemon sends one error a read, so the replies differ
         again = converse(sends, random.Random(dice.random()))
         assert again == (replies, claimed), "it depends on when it is read"

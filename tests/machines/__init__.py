@@ -1,4 +1,4 @@
-"""The daemon where others run it: under a service manager, in a container, out of cron.
+"""The daemon under service managers, in containers, and from cron.
 
-These tests make namespaces, so most of them need root; each says what it needs.
+Most of these tests need root to make namespaces; each states its needs.
 """

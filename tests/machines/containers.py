@@ -1,7 +1,7 @@
-"""A container, as far as the kernel knows one: namespaces and mounts around a shell script.
+"""Run a shell script in a container made of namespaces and mounts.
 
-The script finds the shell words of ``qmpfd`` in ``$QMPFD``, and the folder that is mounted for it
-at /run/qmpfd.  All that it needs of this machine is where every user can read it.
+In the container, ``$QMPFD`` is the command of ``qmpfd``, and the test's folder is mounted at
+/run/qmpfd.  The checkout and Python are mounted where every user can read them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from installed import need_namespaces
 
 DEADLINE = 60.0
 
-#: Folder below /run/test there, folder here; and what has a Python find it all.
+#: Folders mounted in the container, by name below /run/test; PYTHON and ENVIRONMENT use them.
 BOUND = {
     "checkout": ROOT,
     "python": Path(sys.base_prefix),
@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "LD_LIBRARY_PATH": "/run/test/python/lib",
 }
 
-#: The container's root, for everybody else, where it has users of its own.
+#: Uid, outside, of the root of a container with a user namespace.
 ITS_ROOT = 100_000
 
 _START = r"""
@@ -45,7 +45,7 @@ mkdir /run/qmpfd
 mount --bind "$2" /run/qmpfd
 cd /
 if [ "$3" = no ]; then exec sh -euc "$4"; fi
-# One whose only user is root, and who has another number outside (user_namespaces(7)).
+# A user namespace whose only user is root, with another uid outside (user_namespaces(7)).
 exec setpriv --reuid="$3" --regid="$3" --clear-groups unshare --user --map-root-user sh -euc "$4"
 """
 
@@ -54,13 +54,13 @@ exec setpriv --reuid="$3" --regid="$3" --clear-groups unshare --user --map-root-
 def container(
     folder: Path, script: str, *kinds: str, users: bool = False
 ) -> Iterator[subprocess.Popen[str]]:
-    """Run a script in a container, and end it afterwards where it has not.
+    """Start a script in a container; end it at the end of the block.
 
     Args:
-        folder: what is at /run/qmpfd there.
-        script: for sh.
-        kinds: namespaces besides that of mounts, as options of unshare(1).
-        users: it has a root of its own, who is ITS_ROOT here.
+        folder: mounted at /run/qmpfd.
+        script: script for sh.
+        kinds: namespaces besides the mount namespace, as options of unshare(1).
+        users: whether to make a user namespace; its root is ITS_ROOT outside.
     """
     command = _command(folder, script, kinds, users)
     process = subprocess.Popen(
@@ -75,7 +75,7 @@ def container(
         yield process
     finally:
         if "--fork" in kinds:
-            process.kill()  # unshare does not pass a signal on; its --kill-child ends them all
+            process.kill()  # unshare forwards no signal; --kill-child kills its children with it
         else:
             process.terminate()
         process.communicate(timeout=DEADLINE)
@@ -84,7 +84,7 @@ def container(
 def run(
     folder: Path, script: str, *kinds: str, users: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script in a container to its end.  Arguments as for `container`."""
+    """Run a script in a container to its end, with the arguments of `container`."""
     return subprocess.run(
         _command(folder, script, kinds, users),
         env=_environment(),

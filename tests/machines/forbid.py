@@ -1,4 +1,4 @@
-"""Run a command to which the kernel refuses system calls, as a container's seccomp filter does:
+"""Run a command for which some system calls fail, as with a container's seccomp filter:
 
 forbid.py ERRNO CALL[,CALL...] COMMAND...
 """
@@ -11,7 +11,7 @@ import platform
 import struct
 import sys
 
-#: Their numbers (asm/unistd_64.h, asm-generic/unistd.h), which a C library need not have names for.
+#: Numbers of system calls (asm/unistd_64.h, asm-generic/unistd.h); libc may lack their names.
 NUMBERS = {
     "close_range": 436,
     "flock": 73 if platform.machine() == "x86_64" else 32,
@@ -29,11 +29,11 @@ _SET_NO_NEW_PRIVS, _SET_SECCOMP, _FILTER = 38, 22, 2
 
 
 def program(error: int, numbers: list[int]) -> bytes:
-    """A filter (seccomp(2)) that makes system calls fail.
+    """Return a filter (seccomp(2)) that makes system calls fail.
 
     Args:
-        error: their errno.
-        numbers: which ones.
+        error: errno of the failures.
+        numbers: numbers of the system calls.
     """
     steps = [(_LOAD, 0, 0, 0)]  # the number of the call: the first word of struct seccomp_data
     for left, number in zip(range(len(numbers), 0, -1), numbers, strict=True):

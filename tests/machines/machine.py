@@ -1,9 +1,9 @@
-"""A real systemd as process 1, in namespaces and a control group of its own.
+"""Run a real systemd as process 1, in namespaces and a control group of its own.
 
-Nothing of it reaches the machine that it runs on: the mounts, processes, names, network and
-System V objects are its own, its control group is one below ours, and ``/proc/sys`` is read-only.
-It loads the units of ``packaging/`` as they are, and finds them a ``/usr/bin/qmpfd``, which is
-this checkout's.  All of it is gone when its process 1 is killed.
+The machine outside is unaffected: mount, pid, uts, network and ipc namespaces are separate, the
+control group is below the test's, and ``/proc/sys`` is read-only.  systemd loads the unmodified
+units of ``packaging/``; ``/usr/bin/qmpfd`` runs this checkout.  The end of process 1 ends
+everything.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ DEADLINE = 20.0
 
 _TARGETS = "basic local-fs multi-user paths shutdown slices sockets sysinit timers umount"
 
-#: As pip writes it: a program of Python's, and no shell's, which may leave its file open.
+#: /usr/bin/qmpfd, as pip writes it: a Python script, because a shell keeps its script file open.
 _QMPFD = f"""#!{PYTHON}
 import sys
 from qmpfd.__main__ import program
 sys.exit(program())
 """
 
-#: For all services.  There is no journal.
+#: Drop-in for all services: logs go to files, because there is no journal.
 _SERVICES = "\n".join(
     [
         "[Service]",
@@ -61,8 +61,8 @@ while [ "$1" != -- ]; do
     shift 2
 done
 shift
-mount -t tmpfs -o mode=1777 tmpfs /tmp  # which may have had what is bound
-for folder in usr/bin etc; do  # what is written there stays in the machine
+mount -t tmpfs -o mode=1777 tmpfs /tmp  # after the bind mounts: their sources may be below /tmp
+for folder in usr/bin etc; do  # overlays, so that writes do not reach the machine outside
     mkdir -p "/run/test/upper/$folder" "/run/test/work/$folder"
     mount -t overlay -o "lowerdir=/$folder,upperdir=/run/test/upper/$folder" \
         -o "workdir=/run/test/work/$folder" overlay "/$folder"
@@ -77,7 +77,7 @@ exec env -i PATH="$PATH" container=qmpfd-test SYSTEMD_UNIT_PATH=/run/test/units 
 
 
 def _own_cgroup() -> Path:
-    """A new control group below that of this process."""
+    """Make a control group below that of this process."""
     mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     mounted = next((each[4] for each in mounts if each[each.index("-") + 1] == "cgroup2"), None)
     assert mounted is not None, "no cgroup2 file system is mounted"
@@ -89,7 +89,7 @@ def _own_cgroup() -> Path:
 
 
 def _remove_cgroup(group: Path) -> None:
-    """It and all below it; whoever was in there is dead, but may not be reaped yet."""
+    """Remove a control group and all below; retry until its killed processes are reaped."""
     for folder, _, _ in os.walk(group, topdown=False):
         until(partial(_removed, folder), f"no process in {folder}")
 
@@ -102,7 +102,7 @@ def _removed(folder: str) -> bool:
 
 
 def until(happened: Callable[[], Any], what: str) -> Any:
-    """Wait until a function returns something true: that."""
+    """Wait until a function returns something true; return that."""
     deadline = time.monotonic() + DEADLINE
     while not (result := happened()):
         assert time.monotonic() < deadline, f"not in {DEADLINE} s: {what}"
@@ -111,13 +111,13 @@ def until(happened: Callable[[], Any], what: str) -> Any:
 
 
 class Machine:
-    """A systemd that has come up, and what is asked of it from outside."""
+    """A running systemd, controlled from outside."""
 
     def __init__(self, pid: int) -> None:
-        self._pid = pid  # of its process 1, as we see it
+        self._pid = pid  # of the machine's process 1, outside
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """A command, inside."""
+        """Run a command in the machine."""
         enter = ["nsenter", f"--target={self._pid}", "--mount", "--pid", "--ipc", "--uts", "--net"]
         return subprocess.run(
             [*enter, "--cgroup", "--root", "--wd", *command],
@@ -133,7 +133,7 @@ class Machine:
         return done.stdout.strip()
 
     def show(self, unit: str, name: str) -> str:
-        """A property of a unit."""
+        """Return a property of a unit."""
         return self.systemctl("show", "--value", f"--property={name}", unit)
 
     @property
@@ -141,7 +141,7 @@ class Machine:
         return int(self.run("systemctl", "--version").stdout.split()[1])
 
     def path(self, inside: str) -> Path:
-        """A path of the machine, from here."""
+        """Return the path, outside, of a file in the machine."""
         return Path(f"/proc/{self._pid}/root{inside}")
 
     def log(self, unit: str) -> str:
@@ -151,18 +151,18 @@ class Machine:
         return "\n".join(["", *(log.read_text() for log in self.path("/run").glob("*.log"))])
 
     def drop_in(self, unit: str, *lines: str) -> None:
-        """Settings of a service that come after the unit's own."""
+        """Add settings to a service's unit."""
         folder = self.path(f"/run/test/units/{unit}.d")
         folder.mkdir(exist_ok=True)
         (folder / "test.conf").write_text("\n".join(["[Service]", *lines, ""]))
         self.systemctl("daemon-reload")
 
     def main_pid(self, unit: str) -> int:
-        """The service's main process, as the machine numbers it."""
+        """Return the process id, in the machine, of a service's main process."""
         return int(self.show(unit, "MainPID"))
 
     def kill(self, unit: str, number: signal.Signals = signal.SIGKILL) -> None:
-        """Send the main process of a service a signal; after SIGKILL, wait until it is another."""
+        """Send a signal to the main process of a service; after SIGKILL, await its restart."""
         pid = self.main_pid(unit)
         assert pid, f"{unit} does not run"
         assert self.run("kill", f"-{number.name.removeprefix('SIG')}", str(pid)).returncode == 0
@@ -178,7 +178,7 @@ class Machine:
         until(other, f"{unit} is active again, and no longer process {before}\n{self._logs()}")
 
     def client(self, path: str = "/run/qmpfd.sock") -> BlockingClient:
-        """A connection to a daemon that may be starting."""
+        """Connect to a daemon, and retry while it starts."""
 
         def connected() -> BlockingClient | None:
             with suppress(NoDaemon):
@@ -192,7 +192,7 @@ class Machine:
 
 @contextmanager
 def booted() -> Iterator[Machine]:
-    """A machine that has come up, and that is gone afterwards."""
+    """Boot a machine; kill it at the end."""
     need(INIT)
     need("nsenter")
     spaces = ["--mount", "--pid", "--ipc", "--uts", "--net", "--cgroup", "--fork", "--kill-child"]
@@ -212,14 +212,14 @@ def booted() -> Iterator[Machine]:
     try:
         yield Machine(_init_of(process))
     finally:
-        process.kill()  # unshare's --kill-child takes process 1 with it, and that all others
+        process.kill()  # unshare's --kill-child kills process 1, and the kernel all others
         said = process.communicate(timeout=DEADLINE)[0]
         sys.stdout.write(said.decode(errors="replace"))
         _remove_cgroup(group)
 
 
 def _init_of(process: subprocess.Popen[bytes]) -> int:
-    """The process 1 that `process` has started, once it has come up."""
+    """Wait until systemd is up in the child of `process`; return its process id."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
 
     def pid() -> int:

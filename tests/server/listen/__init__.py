@@ -1,1 +1,1 @@
-"""Where clients connect."""
+"""Tests of ``qmpfd/server/listen/``."""
