@@ -242,7 +242,7 @@ def _started(name: str, command: list[str], paths: tuple[str, ...], log: Path) -
 
 
 def _await_socket(peer: Peer) -> None:
-    """Wait until all sockets accept connections: poll, as both servers have no other common sign."""
+    """Wait until all sockets accept connections, by polling: qmpfd and QEMU share no other sign."""
     give_up = time.monotonic() + DEADLINE
     for number in range(len(peer.paths)):
         while True:

@@ -18,7 +18,7 @@ from .rig import SECONDS, Caller, Harness, assert_service_unharmed, hung_files, 
 
 @contextmanager
 def _no_room(rig: Harness, room: int = 0) -> Iterator[None]:
-    """Limit the daemon to *room* more descriptors (prlimit(2)), too briefly for others to notice."""
+    """Limit the daemon to *room* more descriptors (prlimit(2)) while the block runs."""
     used = open_fds(rig.daemon.pid)
     limit = max(used) + 1
     limit += max(0, room - (limit - len(used)))  # free numbers below the highest count too

@@ -1,4 +1,4 @@
-"""What docs/howto/containers.md says of sockets, users, networks and limits."""
+"""Claims of docs/howto/containers.md on sockets, users, networks and limits."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SUPERVISED = pytest.mark.parametrize("options", ["", " --supervise"], ids=["plai
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What is mounted: everybody may look into it."""
+    """Folder to be mounted; every user may enter it."""
     made = tmp_path / "volume"
     made.mkdir(mode=0o755)
     return made
 
 
 def add(path: Path) -> list[Any]:
-    """Store a descriptor; what is in the sets then."""
+    """Store a descriptor; return the listing."""
     with connected(path) as client:
         client.execute("add-fd", {"opaque": "from outside"}, [0])
     return sets(path)
@@ -54,7 +54,7 @@ def test_root_in_a_container_is_root(folder: Path) -> None:
 
 
 def test_mount_the_folder_of_the_socket(folder: Path) -> None:
-    """A file that is mounted is the socket of that time, whoever makes one under its name since."""
+    """A bind mount of the socket file leads to the old socket after a restart of the daemon."""
     path = folder / "q.sock"
     script = """
         touch /run/alone
@@ -97,7 +97,7 @@ def test_root_of_a_user_namespace_is_a_stranger(folder: Path, uid: int | None) -
 
 
 def test_a_daemon_that_has_users_of_its_own(folder: Path) -> None:
-    """Our root is nobody there: it has no number in that namespace."""
+    """Root outside has no uid in the daemon's user namespace, so the daemon refuses it."""
     os.chown(folder, ITS_ROOT, ITS_ROOT)
     path = folder / "q.sock"
     with container(folder, f"{SERVE} --socket-mode 666", users=True) as process:
@@ -146,7 +146,7 @@ def test_no_proc(folder: Path, options: str) -> None:
 
 @SUPERVISED
 def test_few_descriptors(folder: Path, options: str) -> None:
-    """What does not fit is refused, and what is there stays."""
+    """Beyond the limit, descriptors are refused; stored ones stay."""
     path = folder / "q.sock"
     with container(folder, f"ulimit -n 128; {SERVE}{options}") as process:
         before = add(path)
@@ -162,7 +162,7 @@ def test_few_descriptors(folder: Path, options: str) -> None:
 
 
 def test_a_socket_for_a_container_without_network(folder: Path) -> None:
-    """A descriptor stays in the network that it was made in."""
+    """A socket stays in the network namespace in which it was made."""
     path = folder / "q.sock"
     accept = "import socket; print(socket.socket(fileno=3).accept()[0].recv(100).decode())"
     with daemon_process(path), socket.create_server(("127.0.0.1", 0)) as listener:
@@ -195,7 +195,7 @@ def test_an_abstract_socket_belongs_to_its_network(folder: Path) -> None:
 
 @SUPERVISED
 def test_a_takeover_by_another_container(folder: Path, options: str) -> None:
-    """Neither of them can see the other's process."""
+    """Predecessor and successor are in different pid namespaces."""
     spaces = ("--pid", "--fork", "--kill-child", "--mount-proc")
     path = folder / "q.sock"
     with container(folder, SERVE + options, *spaces) as old:

@@ -1,5 +1,5 @@
-"""In a container whose seccomp filter forbids system calls: older ones know no new calls, and
-answer EPERM as well as ENOSYS.
+"""A seccomp filter forbids system calls: older container runtimes do so for calls that they do not
+know, with EPERM or ENOSYS.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ ERRORS = pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS], ids=["EPE
 
 
 def forbidding(error: int, call: str) -> list[str]:
-    """The beginning of a command to which the kernel refuses *call*."""
+    """Return the start of a command line in which *call* fails with *error*."""
     return [sys.executable, forbid.__file__, str(error), call]
 
 
 def worker(path: Path) -> int:
-    """The process that serves."""
+    """Return the id of the serving process."""
     with connected(path) as client:
         return int(client.execute("query-stats")["pid"])
 
@@ -39,7 +39,7 @@ def worker(path: Path) -> int:
 def test_what_can_be_done_without(
     path: Path, options: Sequence[str], error: int, call: str
 ) -> None:
-    """Nothing stored is lost: by a crash where there is a parent, by a takeover, by a removal."""
+    """Stored descriptors survive a crash of a supervised worker, and a takeover."""
     prefix = forbidding(error, call)
     with daemon_process(path, *options, prefix=prefix) as old:
         with connected(path) as client:

@@ -1,4 +1,4 @@
-"""Under s6 and runit, as process 1 of a container, and out of scripts."""
+"""The daemon under s6 and runit, as process 1 of a container, and with --ready-fd."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DEADLINE = 30.0
 
 
 def write_service(folder: Path, *options: str) -> None:
-    """What s6 and runit both call a service: a folder with a program ``run``."""
+    """Write a service for s6 or runit: a folder with a program ``run``."""
     folder.mkdir(parents=True)
     run = folder / "run"
     log = shlex.quote(str(folder / "log"))
-    # As the services of these managers do: everything comes from the run file.
+    # Working directory and log are set in the run file: the managers have no settings for them.
     run.write_text(
         f"#!/bin/sh\nexec 2>>{log}\ncd {shlex.quote(str(ROOT))}\n"
         f"exec {shlex.join([*SERVE, *options])}\n"
@@ -35,7 +35,7 @@ def write_service(folder: Path, *options: str) -> None:
 
 @contextmanager
 def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A program; told to end afterwards, and waited for."""
+    """Run a program; end it with SIGTERM at the end of the block."""
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         yield process
@@ -45,7 +45,7 @@ def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def store(path: Path) -> list[object]:
-    """Add a descriptor; what is in the sets then."""
+    """Add a descriptor; return the listing."""
     with connected(path) as client:
         client.execute("add-fd", {"opaque": "kept"}, [0])
         return list(client.execute("query-fdsets"))
@@ -64,7 +64,7 @@ def only_child(pid: int) -> int:
 
 @contextmanager
 def s6_service(path: Path, *options: str) -> Iterator[Path]:
-    """The folder of a service that s6 runs, once it has said that it is ready."""
+    """Run the daemon under s6, wait until it is ready, and yield its service folder."""
     scan = path.with_name("scan")
     service = scan / "qmpfd"
     write_service(service, "--socket", str(path), "--ready-fd", "3", *options)
@@ -80,7 +80,7 @@ def s6_service(path: Path, *options: str) -> Iterator[Path]:
 
 
 def s6_pid(service: Path) -> int:
-    """Of the service's process."""
+    """Return the process id of the service."""
     told = subprocess.run(
         ["s6-svstat", "-o", "pid", str(service)], check=True, capture_output=True, text=True
     )
@@ -90,7 +90,7 @@ def s6_pid(service: Path) -> int:
 @pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
 def test_s6_hears_that_it_is_ready(path: Path, options: list[str]) -> None:
     with s6_service(path, *options) as service:
-        assert store(path)  # at once: it was waited for
+        assert store(path)  # s6_service has waited for readiness
         pid = s6_pid(service)
         subprocess.run(["s6-svc", "-wR", "-T", "30000", "-r", str(service)], check=True)
         assert s6_pid(service) != pid
@@ -110,7 +110,7 @@ def test_s6_and_a_worker_that_is_killed(path: Path) -> None:
 
 
 def test_s6_and_a_parent_that_is_killed(path: Path) -> None:
-    """The worker serves on without it; with --replace, what s6 starts then takes over from it."""
+    """The worker serves on; with --replace, the daemon that s6 then starts takes over from it."""
     with s6_service(path, "--supervise", "--replace") as service:
         before = store(path)
         pid = s6_pid(service)
@@ -124,7 +124,7 @@ def test_s6_and_a_parent_that_is_killed(path: Path) -> None:
 def test_runit(path: Path) -> None:
     service = path.with_name("qmpfd")
     write_service(service, "--socket", str(path), "--supervise")
-    check = service / "check"  # what sv start waits for
+    check = service / "check"  # sv start waits until this program succeeds
     check.write_text(
         f"#!/bin/sh\nexec {shlex.join([sys.executable, '-m', 'qmpfd'])} status "
         f"--socket {shlex.quote(str(path))} >/dev/null 2>&1\n"
@@ -146,7 +146,7 @@ def test_runit(path: Path) -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
 def test_as_process_1(path: Path, options: list[str]) -> None:
-    """Of a container, where signals without a handler are ignored (pid_namespaces(7))."""
+    """In a pid namespace, where process 1 ignores signals without handler (pid_namespaces(7))."""
     unshare = ["unshare", "--pid", "--mount", "--fork", "--mount-proc"]
     need_namespaces(*unshare[1:])
     command = [*unshare, *SERVE, "--socket", str(path), *options]

@@ -1,4 +1,6 @@
-"""Out of cron, a script's background, a zip file; by a user without a home, a name or a locale."""
+"""The daemon from cron, in the background of a script, from a zip file, with signals blocked, in an
+ASCII locale, and as a user without a name.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,11 @@ from .containers import DEADLINE, container, run
 SUPERVISED = pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
 QMPFD = [sys.executable, "-m", "qmpfd"]
 
-#: What cron sets (crontab(5)), less HOME; and nothing at all.
+#: Environment of cron (crontab(5)) without HOME, and an empty one.
 CRON = ("PATH=/usr/bin:/bin", "SHELL=/bin/sh", "LOGNAME=cron")
 NO_ENV: dict[str, str] = {}
 
-#: For a program that has the package from elsewhere, and the libraries from here.
+#: Environment for a program that brings the package along, but not its libraries.
 WITH_LIBRARIES = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "PYTHONSAFEPATH": "1"}
 
 NAMELESS = 4242
@@ -37,7 +39,7 @@ NAMELESS = 4242
 def script(
     text: str, *words: str, env: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """A shell script with arguments; ended afterwards."""
+    """Run a shell script with arguments; end it at the end of the block."""
     process = subprocess.Popen(
         ["sh", "-euc", text, "sh", *words],
         cwd=ROOT,
@@ -55,7 +57,7 @@ def script(
 
 
 def verb(path: Path, *words: str, env: Mapping[str, str] | None = None, text: str = "") -> str:
-    """What a verb prints, on both streams, when all goes well."""
+    """Run a verb that must succeed; return its output and errors."""
     name, *rest = words
     done = subprocess.run(
         [*QMPFD, name, "--socket", str(path), *rest],
@@ -74,7 +76,7 @@ def verb(path: Path, *words: str, env: Mapping[str, str] | None = None, text: st
 
 @SUPERVISED
 def test_the_background_of_a_script(path: Path, options: Sequence[str]) -> None:
-    """SIGINT and SIGQUIT are ignored there (POSIX, sh, 2.11); SIGTERM ends the daemon as ever."""
+    """Background jobs ignore SIGINT and SIGQUIT (POSIX, sh, 2.11); SIGTERM ends the daemon."""
     serve = [*QMPFD, "serve", "--socket", str(path), *options]
     text = 'trap "" INT QUIT; "$@" & daemon=$!; echo $daemon; wait $daemon; echo status $?'
     with script(text, *serve) as process:
@@ -88,7 +90,7 @@ def test_the_background_of_a_script(path: Path, options: Sequence[str]) -> None:
 
 
 def test_a_signal_after_all_is_done(path: Path) -> None:
-    """The interpreter takes its time to end: a second SIGTERM does not change the status."""
+    """A second SIGTERM while the interpreter exits does not change the exit status."""
     program = (
         "import os, signal, sys; from qmpfd.cli.main import main; "
         "status = main(sys.argv[1:]); os.kill(os.getpid(), signal.SIGTERM); sys.exit(status)"
@@ -103,7 +105,7 @@ def test_a_signal_after_all_is_done(path: Path) -> None:
 
 @SUPERVISED
 def test_started_with_signals_blocked(path: Path, options: Sequence[str]) -> None:
-    """The signal mask is inherited: by a program that a thread of another one starts, say."""
+    """The signal mask is inherited, for instance from a thread that starts the daemon."""
     block = (
         "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()); "
         "os.execvp(sys.argv[1], sys.argv[1:])"
@@ -119,7 +121,7 @@ def test_started_with_signals_blocked(path: Path, options: Sequence[str]) -> Non
 
 @SUPERVISED
 def test_signals_that_mean_nothing(path: Path, options: Sequence[str]) -> None:
-    """None of them ends the daemon: not one that is sent by mistake, nor the kernel's SIGIO."""
+    """Signals without a meaning for the daemon, such as SIGQUIT and SIGIO, do not end it."""
     mean_something = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL}
     faults = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
     stops = {signal.SIGSTOP, signal.SIGTSTP}
@@ -136,7 +138,7 @@ def test_signals_that_mean_nothing(path: Path, options: Sequence[str]) -> None:
 
 
 def test_cron(path: Path) -> None:
-    """Nothing is in the environment, HOME least of all."""
+    """The environment is empty, also without HOME."""
     with daemon_process(path, prefix=["env", "-i", *CRON]):
         (path.parent / "file").touch()
         assert "fd set 0" in verb(path, "add", "--name", "a", str(path.parent / "file"), env=NO_ENV)
@@ -175,7 +177,7 @@ def test_no_bytecode_is_written(path: Path, tmp_path: Path, options: Sequence[st
 
 @SUPERVISED
 def test_a_zipapp(path: Path, tmp_path: Path, options: Sequence[str]) -> None:
-    """Of the package alone: msgspec's shared library cannot be loaded out of a zip file."""
+    """A zipapp of the package alone: a shared library, msgspec's, cannot be in a zip file."""
     package, program = tmp_path / "package", tmp_path / "qmpfd.pyz"
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "qmpfd", package / "qmpfd", ignore=skip)
@@ -201,7 +203,7 @@ def test_a_zipapp(path: Path, tmp_path: Path, options: Sequence[str]) -> None:
 @pytest.mark.root
 @SUPERVISED
 def test_a_user_without_a_name(tmp_path: Path, options: Sequence[str]) -> None:
-    """Who is not in passwd(5), and has no home; root may connect as well, others may not."""
+    """The user is not in passwd(5), and has no home; root may connect too, other users may not."""
     folder = tmp_path / "volume"
     folder.mkdir()
     os.chown(folder, NAMELESS, NAMELESS)

@@ -1,4 +1,4 @@
-"""The packaged units, as they are, under a systemd that is process 1."""
+"""The packaged units, unmodified, under a systemd that is process 1."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def machine() -> Iterator[Machine]:
 
 @pytest.fixture
 def active(machine: Machine) -> Machine:
-    """With the socket open, and no daemon yet."""
+    """Machine with a listening qmpfd.socket, and no daemon yet."""
     machine.systemctl("start", "qmpfd.socket")
     return machine
 
 
 def fill(machine: Machine, path: str = "/run/qmpfd.sock", count: int = KEPT) -> list[Any]:
-    """Store descriptors; what is in the sets then."""
+    """Store descriptors; return the listing."""
     with machine.client(path) as client:
         for number in range(count):
-            with os.fdopen(os.memfd_create(f"{number}")) as file:  # systemd keeps a file once
+            with os.fdopen(os.memfd_create(f"{number}")) as file:  # systemd stores no duplicates
                 client.execute("add-fd", {"opaque": f"{number}"}, [file])
     return sets(machine, path)
 
@@ -50,7 +50,7 @@ def sets(machine: Machine, path: str = "/run/qmpfd.sock") -> list[Any]:
 
 
 def with_options(options: str) -> tuple[str, str]:
-    """What has the service start with these."""
+    """Return the settings of a service that starts the daemon with *options*."""
     return ("ExecStart=", f"ExecStart=/usr/bin/qmpfd serve {options}")
 
 
@@ -90,7 +90,7 @@ def test_systemd_itself_starts_anew(active: Machine, verb: str) -> None:
     active.systemctl(verb)
     assert active.main_pid(SERVICE) == pid
     assert sets(active) == before
-    after = fill(active, count=1)  # it is heard as before
+    after = fill(active, count=1)  # systemd still stores new descriptors
     active.kill(SERVICE)
     assert sets(active) == after
 
@@ -107,7 +107,7 @@ def test_a_daemon_that_hangs(active: Machine) -> None:
 
 
 def test_a_worker_that_hangs_in_a_service_without_an_fd_store(machine: Machine) -> None:
-    """systemd hears the parent, which starts the worker again: nothing is lost."""
+    """The parent sends the watchdog's heartbeats, and restarts the worker: nothing is lost."""
     machine.drop_in(
         SERVICE,
         *with_options("--supervise"),
@@ -123,7 +123,7 @@ def test_a_worker_that_hangs_in_a_service_without_an_fd_store(machine: Machine) 
     assert sets(machine) == before
     assert machine.main_pid(SERVICE) == parent
     assert machine.show(SERVICE, "NRestarts") == "0"
-    # And goes on hearing it, for longer than it waits.
+    # The heartbeats continue for longer than WatchdogSec.
     heard = int(machine.show(SERVICE, "WatchdogTimestampMonotonic"))
     later = heard + 4_000_000  # us
     until(lambda: int(machine.show(SERVICE, "WatchdogTimestampMonotonic")) > later, "heartbeats")
@@ -145,14 +145,14 @@ def test_a_dynamic_user(machine: Machine) -> None:
     machine.systemctl("start", "qmpfd.socket")
     before = fill(machine)
     uid = machine.path(f"/proc/{machine.main_pid(SERVICE)}").stat().st_uid
-    assert uid >= 61184  # the first of those that systemd gives out
+    assert uid >= 61184  # lowest uid of DynamicUser=
     machine.kill(SERVICE)
     assert sets(machine) == before
 
 
 def test_a_lowered_maximum(active: Machine) -> None:
-    """systemd drops the oldest, and the journal is the oldest: the daemon says that nothing is safe
-    any more, and what is left comes back, though nobody knows its sets and texts.
+    """systemd drops the oldest descriptors, the journal among them.  The daemon logs that nothing
+    is safe any more; after a restart it has the remaining descriptors, without sets and texts.
     """
     fill(active, count=20)
     active.drop_in(SERVICE, "FileDescriptorStoreMax=10", "Environment=FDSTORE=10")
@@ -163,7 +163,7 @@ def test_a_lowered_maximum(active: Machine) -> None:
 
 
 def test_a_maximum_that_is_lowered_to_more_than_there_is(active: Machine) -> None:
-    """systemd drops what is added beyond it, and nothing else: that is refused, the rest safe."""
+    """systemd drops new descriptors beyond the maximum: those are refused, the others stay safe."""
     fill(active, count=20)
     active.drop_in(SERVICE, "FileDescriptorStoreMax=40")
     refused = ""
@@ -200,7 +200,7 @@ def test_two_of_the_template(machine: Machine) -> None:
 
 
 def test_reload(active: Machine) -> None:
-    """systemctl comes back once the new policy is in force; before systemd 253, some time after."""
+    """systemctl reload returns when the new policy is in force; before systemd 253, earlier."""
     policy = active.path("/run/policy.toml")
     policy.write_text("")
     active.drop_in(SERVICE, *with_options("--policy /run/policy.toml"))
@@ -216,7 +216,7 @@ def test_reload(active: Machine) -> None:
 
 
 def test_a_daemon_that_cannot_start(active: Machine) -> None:
-    """Neither it nor its socket is given up, however often it fails and is asked for."""
+    """systemd keeps starting the service, and keeps its socket, however often it fails."""
     before = fill(active)
     policy = active.path("/run/policy.toml")
     policy.write_text("not TOML")
@@ -224,7 +224,7 @@ def test_a_daemon_that_cannot_start(active: Machine) -> None:
     active.run("systemctl", "restart", SERVICE)
     with socket.socket(socket.AF_UNIX) as waiting:
         waiting.connect(os.fspath(active.path("/run/qmpfd.sock")))
-        # More often than a service may be started in 10 s by default.
+        # systemd's default limit is 5 starts in 10 s.
         until(lambda: active.log("qmpfd").count("policy.toml") > 6, "7 starts")
         policy.write_text("")
         assert sets(active) == before
@@ -233,7 +233,7 @@ def test_a_daemon_that_cannot_start(active: Machine) -> None:
 
 
 def test_the_group_of_a_socket(machine: Machine) -> None:
-    """What a drop-in for the template needs: the unit reads its options from a file."""
+    """The template's unit reads the options of an instance from a file."""
     group = grp.getgrgid(1)
     folder = machine.path("/etc/qmpfd")
     folder.mkdir()
