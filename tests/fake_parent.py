@@ -108,7 +108,7 @@ async def kept_daemon(
         config = FdStoreConfig(notifier, size, None)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(parent.serve)  # noqa: ASYNC113 - the daemon can start before it
-            async with daemon(path, keeping=config, **options) as server:
+            async with daemon(path, fd_store=config, **options) as server:
                 yield server, parent
                 parent.go_on()
                 server.stop()

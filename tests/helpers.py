@@ -268,7 +268,7 @@ async def remove(wire: Wire, info: Mapping[str, Any]) -> None:
 @asynccontextmanager
 async def daemon(*paths: Path, **options: Any) -> AsyncIterator[DaemonServer]:
     """Run a daemon in the test's event loop; stop it at the end of the block."""
-    names = {"dialect", "limits", "policy", "metrics_path", "keeping"} & options.keys()
+    names = {"dialect", "limits", "policy", "metrics_path", "fd_store"} & options.keys()
     make_server = partial(DaemonServer, **{name: options.pop(name) for name in names})
     permissions = Permissions(options.pop("socket_mode", 0o600), options.pop("socket_group", None))
     start = partial(run_daemon, make_server, paths, permissions, **options)

@@ -54,8 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     rules = policy.rules_for(uid, gids)
     owner = is_owner(uid)
     if arguments.json:
-        told = {"uid": uid, "gids": sorted(gids), "everything": owner}
-        print_json({**told, "rules": [_as_json(rule) for rule in rules]})
+        user = {"uid": uid, "gids": sorted(gids), "everything": owner}
+        print_json({**user, "rules": [_as_json(rule) for rule in rules]})
     elif owner:
         print(f"uid {uid} has all rights, as root and the daemon's own user always have")
     elif not any(rule.grant.rights for rule in rules):

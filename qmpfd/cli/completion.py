@@ -98,12 +98,12 @@ def run(arguments: argparse.Namespace) -> None:
     if isinstance(found, str):
         print(found)
         return
-    kept = len(word) - len(replaced[0]) if replaced else 0
-    for name, told in found.items():
+    start = len(word) - len(replaced[0]) if replaced else 0
+    for name, meaning in found.items():
         if name.startswith(word):
             escaped = name.replace(":", "\\:")
-            zsh = f"{escaped}:{told}" if told else escaped
-            print({"bash": name[kept:], "zsh": zsh, "fish": f"{name}\t{told}"}[arguments.shell])
+            zsh = f"{escaped}:{meaning}" if meaning else escaped
+            print({"bash": name[start:], "zsh": zsh, "fish": f"{name}\t{meaning}"}[arguments.shell])
 
 
 def _words(line: str) -> tuple[list[str], str]:

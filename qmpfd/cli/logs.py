@@ -60,7 +60,7 @@ class _JsonFormatter(logging.Formatter):
     """Formats a record as a JSON object on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told: dict[str, Any] = {
+        members: dict[str, Any] = {
             "time": _stamp(record),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
@@ -68,13 +68,13 @@ class _JsonFormatter(logging.Formatter):
         for field in _FIELDS:
             value = getattr(record, field, None)
             if value is not None:
-                told[field.replace("_", "-")] = value
+                members[field.replace("_", "-")] = value
         if record.exc_info:
-            told["exception"] = self.formatException(record.exc_info)
-        for field, value in told.items():
+            members["exception"] = self.formatException(record.exc_info)
+        for field, value in members.items():
             if isinstance(value, str):  # may have surrogates: a path need not be UTF-8
-                told[field] = value.encode("utf-8", "backslashreplace").decode()
-        return encode(told).decode("ascii")
+                members[field] = value.encode("utf-8", "backslashreplace").decode()
+        return encode(members).decode("ascii")
 
 
 class _Handler(logging.StreamHandler[TextIO]):

@@ -64,11 +64,11 @@ def _sets(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def _long_row(fd: dict[str, Any]) -> tuple[str, ...]:
-    kept = [fd["lifetime"]] if fd["lifetime"] != "daemon" else []
+    lifetimes = [fd["lifetime"]] if fd["lifetime"] != "daemon" else []
     if "expires" in fd:
-        kept.append(duration(fd["expires"]))
+        lifetimes.append(duration(fd["expires"]))
     if fd["watch-hangup"]:
-        kept.append("hangup")
+        lifetimes.append("hangup")
     by = fd.get("added-by", {})
     return (
         str(fd["fdset-id"]),
@@ -77,7 +77,7 @@ def _long_row(fd: dict[str, Any]) -> tuple[str, ...]:
         fd["kind"],
         size(fd["size"]) if "size" in fd else "-",
         duration(fd["age"]),
-        ",".join(kept) or "-",
+        ",".join(lifetimes) or "-",
         str(by.get("pid", "-")),
         str(by.get("uid", "-")),
         printable(fd.get("opaque", "")) or "-",

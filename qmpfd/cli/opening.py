@@ -32,8 +32,8 @@ def open_file(path: str, flags: int) -> Fd:
     except OSError as exc:
         advice = _OPEN_ADVICE.get(exc.errno or 0)
         shown = path or "''"
-        told = f"cannot open {shown}: {exc.strerror}" + (f" ({advice})" if advice else "")
-        raise UsageError(told) from None
+        message = f"cannot open {shown}: {exc.strerror}" + (f" ({advice})" if advice else "")
+        raise UsageError(message) from None
     except ValueError as exc:  # a null byte in *path*
         raise UsageError(f"cannot open {path!r}: {exc}") from None
     try:

@@ -21,14 +21,14 @@ Option: TypeAlias = "Callable[[argparse._ActionsContainer], object]"
 
 
 def option(
-    usage: str, told: str, kind: Callable[[str], Any] | None = None, **settings: Any
+    usage: str, help_text: str, kind: Callable[[str], Any] | None = None, **settings: Any
 ) -> Option:
     """Define an option or an argument of a verb.
 
     Args:
         usage: its names and its value, as in ``-n --number N``; for a switch or an argument, the
             name only.
-        told: its help text.
+        help_text: its help text.
         kind: converts the value.
         settings: further arguments of ``add_argument``.
     """
@@ -41,7 +41,7 @@ def option(
         settings["type"] = kind
     elif not settings:
         settings["action"] = "store_true"
-    return lambda parser: parser.add_argument(*names, help=told, **settings)
+    return lambda parser: parser.add_argument(*names, help=help_text, **settings)
 
 
 def one_of(*options: Option, required: bool = False) -> Option:

@@ -131,9 +131,9 @@ def _all_or_nothing(
         raise
     except BaseException:
         sink.close()  # a QEMU serves one client at a time, and takes a moment to accept the next
-        there = argparse.Namespace(socket=arguments.to, timeout=arguments.timeout)
+        reconnect = argparse.Namespace(socket=arguments.to, timeout=arguments.timeout)
         try:
-            with client_within(there, _PATIENCE) as again:
+            with client_within(reconnect, _PATIENCE) as again:
                 _take_back(again, before, added)
         except (QMPError, NoDaemon) as exc:
             if added:

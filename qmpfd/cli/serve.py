@@ -18,8 +18,7 @@ from ..kernel.systemd import InheritedFd as Passed
 from ..kernel.systemd import take_listen_fds, take_parent, take_store_size
 from ..kernel.unix_address import is_served, listens
 from ..supervisor.signals import FORWARDED, set_up_signals
-from . import serve_options
-from . import supervise as keeping
+from . import serve_options, supervise
 from .check_policy import read_policy
 from .exit_codes import UsageError
 from .options import default_socket
@@ -148,8 +147,8 @@ def run(arguments: argparse.Namespace) -> None:
     _fill_standard_streams()
     set_up_signals(FORWARDED)
     parent, store_size = take_parent(), take_store_size()
-    if arguments.supervise and parent is None and not keeping.has_store(store_size):
-        keeping.become_supervisor(arguments)
+    if arguments.supervise and parent is None and not supervise.has_store(store_size):
+        supervise.become_supervisor(arguments)
     from . import logs, takeover
 
     logs.set_up(arguments.log_format, arguments.log_level)
@@ -169,7 +168,7 @@ def run(arguments: argparse.Namespace) -> None:
     movable: list[Movable] = [fd for fd, _, _ in initial]
     movable += [given for given in (ready, parent) if given is not None]
     movable += _inherited_strays()
-    recovered = keeping.recover(inherited, movable, start)
+    recovered = supervise.recover(inherited, movable, start)
     if recovered.handed_over and parent is not None:
         with recovered:
             close_all(fd for fd, _, _ in initial)
@@ -184,7 +183,7 @@ def run(arguments: argparse.Namespace) -> None:
     paths = arguments.socket or ([] if listen_fds else [Path(default_socket())])
     policy = None if arguments.policy is None else read_policy(arguments.policy)
     predecessor = None
-    there = recovered.state.listeners
+    listeners = recovered.state.listeners
     if arguments.takeover and not paths:
         raise UsageError(
             "--takeover needs --socket PATH: the socket of the daemon to take over from"
@@ -195,20 +194,20 @@ def run(arguments: argparse.Namespace) -> None:
         movable += [*recovered.stale_fds, *(given.fd for given in listen_fds)]
         movable += [fd for fd, _, _ in initial if fd not in movable]
         predecessor = takeover.prepare(reached, movable, has_parent=parent is not None)
-        there = predecessor.state.listeners
-        takeover.follow_moved([reached, *paths], there)
-    paths = takeover.still_to_bind(paths, there)
+        listeners = predecessor.state.listeners
+        takeover.follow_moved([reached, *paths], listeners)
+    paths = takeover.still_to_bind(paths, listeners)
     from ..server.listen.binding import Permissions
     from ..server.server import DaemonServer
     from ..server.startup import run_daemon
     from . import daemon
 
     audit = None if arguments.audit is None else _open_audit(arguments.audit)
-    kept = keeping.connect(parent, store_size)
+    fd_store = supervise.connect(parent, store_size)
     serve = partial(
         run_daemon,
         partial(
-            DaemonServer, arguments.dialect, limits(arguments), policy, arguments.metrics, kept
+            DaemonServer, arguments.dialect, limits(arguments), policy, arguments.metrics, fd_store
         ),
         paths,
         Permissions(arguments.socket_mode, arguments.socket_group),
@@ -225,7 +224,7 @@ def run(arguments: argparse.Namespace) -> None:
             serve,
             predecessor,
             names,
-            [listener.name for listener in there],
+            [listener.name for listener in listeners],
             policy_path=arguments.policy,
             ready_fd=ready,
             parent=parent,
@@ -239,8 +238,8 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         if audit is not None:
             audit.close()
-        if kept is not None and parent is None:
-            kept.notifier.close()
+        if fd_store is not None and parent is None:
+            fd_store.notifier.close()
     if failure is not None:
         raise _as_usage_error(failure)
 

@@ -43,11 +43,11 @@ def _inherited_fd(text: str) -> InheritedFd:
     )
 
 
-def _limit(usage: str, told: str, kind: Callable[[str], float]) -> Option:
+def _limit(usage: str, help_text: str, kind: Callable[[str], float]) -> Option:
     """Define an option for a field of :class:`Limits`."""
     default = _DEFAULTS[usage.partition(" ")[0].removeprefix("--").replace("-", "_")]
     shown = "never" if default is None else f"{default:.16g}"
-    return option(usage, f"{told} (default: {shown})", kind, default=default)
+    return option(usage, f"{help_text} (default: {shown})", kind, default=default)
 
 
 OPTIONS = [

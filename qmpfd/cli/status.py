@@ -39,18 +39,18 @@ def run(arguments: argparse.Namespace) -> None:
     path = str(arguments.socket or default_socket())
     with client_within(arguments, arguments.wait) as client:
         version = client.execute("query-version")
-        stats, untold = None, "this is not qmpfd"
+        stats, reason = None, "this is not qmpfd"
         if server_name(version).startswith("qmpfd "):  # QEMU's query-stats is another command
             try:
-                stats, untold = client.execute("query-stats"), ""
+                stats, reason = client.execute("query-stats"), ""
             except QMPError as exc:
-                untold = f"{exc.error_class}: {exc.desc}"
+                reason = f"{exc.error_class}: {exc.desc}"
     if arguments.json:
         print_json({"socket": path, "version": version, "stats": stats})
         return
     pairs = [("socket", printable(path)), ("server", server_name(version))]
     if stats is None:
-        print_pairs([*pairs, ("not told", printable(untold))])
+        print_pairs([*pairs, ("not told", printable(reason))])
     else:
         print_pairs([*pairs, *_rows(stats)])
         _print_peers(stats)
@@ -58,11 +58,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def server_name(version: Any) -> str:
     """Format the server's name and version; *version* is a ``query-version`` reply of any form."""
-    told = version if isinstance(version, dict) else {}
-    package = printable(str(told.get("package", "")))
+    members = version if isinstance(version, dict) else {}
+    package = printable(str(members.get("package", "")))
     if package.startswith("qmpfd "):
         return package
-    numbers = told["qemu"] if isinstance(told.get("qemu"), dict) else {}
+    numbers = members["qemu"] if isinstance(members.get("qemu"), dict) else {}
     number = ".".join(str(numbers.get(name, "?")) for name in ("major", "minor", "micro"))
     return f"QEMU {printable(number)} {package}".rstrip()
 

@@ -63,11 +63,11 @@ async def _carry(source: FdStream, sink: FdStream, shown: Callable[[str, int], N
 
 
 async def _relay(server: str, shown: Show, accepted: trio.SocketStream) -> None:
-    there = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with FdStream(accepted.socket) as client, FdStream(there) as upstream:
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with FdStream(accepted.socket) as client, FdStream(sock) as upstream:
         try:
             with connectable(server) as address:
-                await there.connect(address)
+                await sock.connect(address)
         except OSError as exc:
             print_error(f"qmpfd: cannot connect to {printable(server)}: {exc.strerror}")
             return

@@ -35,12 +35,12 @@ async def await_closes(pool: ClosePool) -> None:
         await all_closed(pool)
 
 
-async def _called_back(tell: Callable[[Callable[[], object]], None]) -> None:
+async def _called_back(register: Callable[[Callable[[], object]], None]) -> None:
     event, token = trio.Event(), trio.lowlevel.current_trio_token()
 
     def wake() -> None:
         with suppress(trio.RunFinishedError):  # trio.run() has returned before close(2) did
             token.run_sync_soon(event.set)
 
-    tell(wake)
+    register(wake)
     await event.wait()

@@ -134,7 +134,7 @@ def _restore_sessions(server: DaemonServer, rest: SavedRest, takeover: Takeover)
     for saved in rest.sessions:
         sock = socket.socket(fileno=next(fds).detach())
         stream = FdStream(trio.socket.from_stdlib_socket(sock))
-        session = server.readmit(stream, Peer(*saved.peer), frozenset(saved.groups), saved.idle)
+        session = server.inherit(stream, Peer(*saved.peer), frozenset(saved.groups), saved.idle)
         restore(session, saved, fds)
         sessions.append(session)
     _fill_store(server, rest.at, rest.added, dict(takeover.stored), sessions)

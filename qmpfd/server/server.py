@@ -47,7 +47,7 @@ class DaemonServer(Server):
         limits: limits of the daemon and of each client.
         policy: which users may connect, and which commands each may run.
         metrics_path: a file to write metrics to, or None.
-        keeping: the fd store that keeps a second copy of the store across a restart.
+        fd_store: the fd store that keeps a second copy of the store across a restart.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DaemonServer(Server):
         limits: Limits | None = None,
         policy: Policy | None = None,
         metrics_path: Path | None = None,
-        keeping: FdStoreConfig | None = None,
+        fd_store: FdStoreConfig | None = None,
     ) -> None:
         clock, limits = trio.lowlevel.current_clock().current_time, limits or Limits()
         #: State shared by the commands.
@@ -67,7 +67,7 @@ class DaemonServer(Server):
         self.lifecycle = Lifecycle()
         closer = self.daemon.closer
         self.durability: Durability = (
-            Unmirrored(closer) if keeping is None else FdStoreMirror(keeping, closer)
+            Unmirrored(closer) if fd_store is None else FdStoreMirror(fd_store, closer)
         )
         lock = trio.Lock()
         #: Services for the sessions.
@@ -208,7 +208,7 @@ class DaemonServer(Server):
         for session in self.sessions:
             session.release()
 
-    def readmit(self, stream: FdStream, peer: Peer, groups: frozenset[int], idle: float) -> Session:
+    def inherit(self, stream: FdStream, peer: Peer, groups: frozenset[int], idle: float) -> Session:
         """Create a session for a client of the predecessor; :meth:`run` starts to serve it.
 
         Args:

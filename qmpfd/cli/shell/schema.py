@@ -91,12 +91,12 @@ class Schema:
             case "alternate":
                 return " or ".join(self.words(m["type"], depth) for m in entry["members"])
             case "object" if depth:
-                told = (
+                members = (
                     f"{member['name']}{'?' if 'default' in member else ''}: "
                     + self.words(member["type"], depth - 1)
                     for member in entry.get("members", ())
                 )
-                return "{" + ", ".join(told) + "}"
+                return "{" + ", ".join(members) + "}"
             case _:
                 return "{...}"
 

@@ -102,8 +102,8 @@ def admit(
 
 def rejection_reply(reason: QMPError) -> bytes:
     """Return the error reply for a client that is rejected or evicted."""
-    told = {"error": {"class": reason.error_class, "desc": reason.desc}}
-    return encode(told) + b"\r\n"
+    reply = {"error": {"class": reason.error_class, "desc": reason.desc}}
+    return encode(reply) + b"\r\n"
 
 
 class RejectionLog:

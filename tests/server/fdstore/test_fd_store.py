@@ -508,8 +508,8 @@ async def kept_daemon(
     notifier = Notifier.connect()
     assert notifier is not None
     with closing(notifier):
-        keeping = FdStoreConfig(notifier, 512, Descriptions())
-        async with daemon(path, keeping=keeping) as server:
+        fd_store = FdStoreConfig(notifier, 512, Descriptions())
+        async with daemon(path, fd_store=fd_store) as server:
             yield server
 
 
