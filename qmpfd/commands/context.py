@@ -98,7 +98,8 @@ class Context:
         return True
 
     def put_back(self, stored: StoredFd) -> bool:
-        """Store again an entry that was removed for a reply which was not sent.
+        """Store again an entry that was removed for a reply which was not sent: as the newest of
+        its set; in a new set if another set has its id by now.
 
         Return whether the entry is stored: not if the connection that limits its lifetime has
         ended, or its hang-ups cannot be watched any more.
@@ -106,8 +107,17 @@ class Context:
         owner = stored.lifetime.owner
         if isinstance(owner, Context) and owner.closed:
             return False
+        fdset, shared = stored.fdset, self.shared
         try:
-            self.shared.put_back(stored)
+            shared.add(
+                [stored.fd],
+                fdset.id if shared.store.get(fdset.id) in (None, fdset) else None,
+                stored.opaque,
+                stored.added_by,
+                stored.lifetime,
+                create=True,
+                now=stored.added_at,
+            )
         except QMPError:  # hang-ups cannot be watched
             return False
         return True
@@ -118,14 +128,12 @@ class Context:
             self.events = Watcher(self.shared.log_for(self.access), self.send_events)
             self.shared.watchers.add(self.events)
         elif not enable and self.events is not None:
-            self.shared.leave_log(self.events.log)
             self.shared.watchers.discard(self.events)
             self.events = None
 
     def change_access(self, access: Access) -> None:
         """Replace the client's rights, after a change of the policy."""
         if self.events is not None and access != self.access:
-            self.shared.leave_log(self.events.log)
             self.events.move(self.shared.log_for(access))
         self.access = access
 

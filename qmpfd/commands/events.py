@@ -94,7 +94,6 @@ class EventLog:
 
     def __init__(self, access: Access) -> None:
         self.access = access
-        self.watchers = 0  #: number of watchers
         self.events: deque[Event] = deque()
         self._size = 0
         #: Number of the next event; events are numbered from 0.

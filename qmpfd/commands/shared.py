@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from weakref import WeakValueDictionary
 
 from ..errors import GenericError
 from ..fdsets import PERMANENT, FdSet, FdSets, Lifetime, Peer, StoredFd
@@ -113,7 +114,8 @@ class SharedState:
     in_flight_probe: InFlightProbe | None = None
     addresses: set[str | bytes] = field(default_factory=set)
     watchers: set[Watcher] = field(default_factory=set)
-    logs: dict[Access, EventLog] = field(default_factory=dict)  #: event logs by watchers' rights
+    #: Event logs by watchers' rights.
+    logs: WeakValueDictionary[Access, EventLog] = field(default_factory=WeakValueDictionary)
     quotas: Quotas = field(init=False)
     stats: Stats = field(init=False)
 
@@ -175,32 +177,18 @@ class SharedState:
         self.store.commit(entries)
         fds.clear()
         self.quotas.charge(added_by, opaque, len(entries))
-        if self.audit is not None or self.logs:
+        if self.audit is not None or self.watchers:
             self._note_added(entries)
         if lifetime.expires_at is not None:
             self.on_expiry()
         return entries
-
-    def put_back(self, stored: StoredFd) -> None:
-        """Store a removed entry again, as the newest of its set; in a new set if another set has
-        its id by now.
-
-        Raises:
-            QMPError: see :meth:`Hangups.watch`.
-        """
-        fdset_id: int | None = stored.fdset.id
-        if self.store.get(stored.fdset.id) not in (None, stored.fdset):
-            fdset_id = None
-        opaque, added_by, lifetime = stored.opaque, stored.added_by, stored.lifetime
-        now = stored.added_at
-        self.add([stored.fd], fdset_id, opaque, added_by, lifetime, create=True, now=now)
 
     def _note_added(self, entries: list[StoredFd]) -> None:
         """Record additions in the audit trail and in the event logs."""
         for stored in entries:
             if self.audit is not None:
                 self.audit.record("added", stored)
-            if self.logs:
+            if self.watchers:
                 self._log_event(Event.added(stored))
 
     def _announce(self, entries: list[StoredFd]) -> None:
@@ -240,7 +228,7 @@ class SharedState:
                 self.mirror.removed(stored)
             if stored.lifetime.watch_hangup:
                 self.hangups.unwatch(stored.fd)
-            event = Event.removed(stored, reason) if self.logs else None
+            event = Event.removed(stored, reason) if self.watchers else None
             self.store.pop(stored)
             if self.audit is not None:
                 self.audit.record(reason, stored)
@@ -257,13 +245,8 @@ class SharedState:
     # -- event logs ------------------------------------------------------------------------------
 
     def log_for(self, access: Access) -> EventLog:
-        """Return the event log of *access* for one more watcher."""
-        log = self.logs.setdefault(access, EventLog(access))
-        log.watchers += 1
+        """Return the event log of *access*, which exists as long as it has watchers."""
+        log = self.logs.get(access)
+        if log is None:
+            log = self.logs[access] = EventLog(access)
         return log
-
-    def leave_log(self, log: EventLog) -> None:
-        """Release the log of a watcher; delete a log without watchers."""
-        log.watchers -= 1
-        if not log.watchers:
-            self.logs.pop(log.access, None)

@@ -200,7 +200,6 @@ class DaemonServer(Server):
             quick: stored descriptors whose duplicates can be closed without blocking.
         """
         self.daemon.watchers.clear()
-        self.daemon.logs.clear()
         # All in one call: the successor serves no client until all of it is closed.  Placeholders
         # of a takeover that has failed may be closed already.
         fds = [fd for fd in self.store.drop_all() if not fd.closed]
