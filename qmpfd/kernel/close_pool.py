@@ -98,7 +98,7 @@ class ClosePool:
         self._lanes: dict[Hashable, _Lane] = {}
         #: Number of closes that run or are queued for a thread, by user.
         self.pending_by_uid: dict[int | None, int] = {}
-        self._when_idle: list[Callable[[], object]] = []
+        self._callbacks: list[Callable[[], object]] = []
         self._after: dict[Fd, list[threading.Event]] = {}  # set when its duplicates are closed
         self._deferred: set[Fd] = set()  # queued for a thread, or being closed by one
         self._quick: set[Fd] = set()  # known not to block, until the next close()
@@ -117,11 +117,16 @@ class ClosePool:
         """Number of closes that run or are queued for a thread."""
         return sum(list(self.pending_by_uid.values()))
 
-    def when_idle(self, callback: Callable[[], object]) -> None:
+    @property
+    def is_done(self) -> bool:
+        """Whether no close is pending."""
+        return not self.pending_by_uid
+
+    def when_done(self, callback: Callable[[], object]) -> None:
         """Call *callback* once no close is pending: in a thread, or at once if none is."""
         with self._lock:
             if self.pending_by_uid:
-                self._when_idle.append(callback)
+                self._callbacks.append(callback)
                 return
         callback()
 
@@ -277,7 +282,7 @@ class ClosePool:
                     del self.pending_by_uid[lane.uid]
                 callbacks = closing._closed_one()
                 if not self.pending_by_uid:
-                    callbacks += self._when_idle
-                    self._when_idle.clear()
+                    callbacks += self._callbacks
+                    self._callbacks.clear()
             for callback in callbacks:
                 callback()

@@ -172,9 +172,9 @@ def open_files_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def unread_bytes(sock: socket.socket) -> int:
-    """Return the number of unread bytes of a Unix stream socket (SIOCINQ, unix(7))."""
-    return _ioctl_int(sock, termios.FIONREAD)
+def unread_bytes(fd: FileDescriptorLike) -> int:
+    """Return the number of unread bytes of a pipe or stream socket (FIONREAD, unix(7))."""
+    return _ioctl_int(fd, termios.FIONREAD)
 
 
 def max_unreceived_messages(sock: socket.socket) -> int:
@@ -184,10 +184,10 @@ def max_unreceived_messages(sock: socket.socket) -> int:
     return -(-_ioctl_int(sock, termios.TIOCOUTQ) // _MESSAGE_BYTES)
 
 
-def _ioctl_int(sock: socket.socket, question: int) -> int:
+def _ioctl_int(fd: FileDescriptorLike, question: int) -> int:
     """Return the int that ioctl(2) writes; with a mutable buffer the call takes half the time."""
     answer = bytearray(_INT_BYTES)
-    fcntl.ioctl(sock.fileno(), question, answer)
+    fcntl.ioctl(fd, question, answer)
     found: int
     (found,) = _unpack(answer)
     return found

@@ -7,16 +7,13 @@ that opens the descriptor later (systemd lost such data, its issue 12086).
 
 from __future__ import annotations
 
-import array
-import fcntl
 import select
 import socket
-import termios
 from contextlib import suppress
 from typing import Generic, TypeVar
 
 from ..errors import GenericError, InvalidParameterValue
-from .fd import Fd
+from .fd import Fd, unread_bytes
 from .fdinfo import access_mode, kind, target
 
 EntryT = TypeVar("EntryT")
@@ -136,7 +133,6 @@ def _is_over(number: int, events: int) -> bool:
         return True
     if not events & select.POLLHUP:
         return False
-    count = array.array("i", [0])
-    with suppress(OSError):  # FIONREAD: ioctl_tty(2), unix(7)
-        fcntl.ioctl(number, termios.FIONREAD, count)
-    return count[0] == 0
+    with suppress(OSError):
+        return not unread_bytes(number)
+    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 
 import trio
@@ -11,20 +10,20 @@ from ..kernel.close_pool import ClosePool, Closing
 from ..limits import CLOSE_TIMEOUT
 
 
-async def closed_by_threads(closing: Closing) -> None:
-    """Wait until all descriptors of *closing* are closed; return without a checkpoint if they are
-    closed already.  The caller bounds the wait.
+async def closed(closes: Closing | ClosePool) -> None:
+    """Wait until the close(2) calls of one caller, or all of a pool, have returned; without a
+    checkpoint if they have.  The caller bounds the wait.
     """
-    if not closing.is_done:
-        await _called_back(closing.when_done)
+    if closes.is_done:
+        return
+    event, token = trio.Event(), trio.lowlevel.current_trio_token()
 
+    def wake() -> None:
+        with suppress(trio.RunFinishedError):  # trio.run() has returned before close(2) did
+            token.run_sync_soon(event.set)
 
-async def all_closed(pool: ClosePool) -> None:
-    """Wait until no close(2) is under way; return without a checkpoint if none is.  The caller
-    bounds the wait.
-    """
-    if pool.pending:
-        await _called_back(pool.when_idle)
+    closes.when_done(wake)
+    await event.wait()
 
 
 async def await_closes(pool: ClosePool) -> None:
@@ -32,15 +31,4 @@ async def await_closes(pool: ClosePool) -> None:
     as one of its tasks is left without any of the daemon's descriptors.
     """
     with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
-        await all_closed(pool)
-
-
-async def _called_back(register: Callable[[Callable[[], object]], None]) -> None:
-    event, token = trio.Event(), trio.lowlevel.current_trio_token()
-
-    def wake() -> None:
-        with suppress(trio.RunFinishedError):  # trio.run() has returned before close(2) did
-            token.run_sync_soon(event.set)
-
-    register(wake)
-    await event.wait()
+        await closed(pool)

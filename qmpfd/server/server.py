@@ -82,7 +82,7 @@ class DaemonServer(Server):
             gate=trio.Lock(),
             spawn=self._spawn,
         )
-        self._acceptor = Acceptor(self.lifecycle, self.handle_accepted, self.reject)
+        self._acceptor = Acceptor(self.lifecycle, self._handle_accepted)
         self._broadcaster = Broadcaster(self.services)
         self._rejections = RejectionLog()
         self._policy = policy or Policy()
@@ -220,13 +220,20 @@ class DaemonServer(Server):
 
     # -- connections ---------------------------------------------------------------------------
 
-    def handle_accepted(self, sock: trio.socket.SocketType) -> None:
-        """Serve a new client, or reject it with an error reply."""
+    def _handle_accepted(self, sock: trio.socket.SocketType, reason: QMPError | None) -> None:
+        """Serve a new client, or reject it with an error reply.
+
+        Args:
+            sock: its connection; owned from here on.
+            reason: why it is rejected in any case, or None.
+        """
         with ExitStack() as stack:
             stream = stack.enter_context(FdStream(sock))
             peer = peer_of(stream.socket)
-            groups = groups_of(stream.socket, peer)
             try:
+                if reason is not None:
+                    raise reason
+                groups = groups_of(stream.socket, peer)
                 access = admit(peer, groups, self._policy, self.daemon.limits, self.sessions)
             except QMPError as exc:
                 self._reject(stream, peer, exc)
@@ -248,16 +255,6 @@ class DaemonServer(Server):
         session = Session(self.services, stream, peer, groups, access, idle)
         self.sessions.add(session)
         return session
-
-    def reject(self, sock: trio.socket.SocketType, reason: QMPError) -> None:
-        """Reject a client with an error reply.
-
-        Args:
-            sock: its connection; owned from here on.
-            reason: the error.
-        """
-        with FdStream(sock) as stream:
-            self._reject(stream, peer_of(stream.socket), reason)
 
     def _reject(self, stream: FdStream, peer: Peer, reason: QMPError) -> None:
         self.daemon.stats.turned_away += 1

@@ -26,7 +26,7 @@ from helpers import (
 )
 
 import qmpfd
-from qmpfd.server.closing import all_closed
+from qmpfd.server.closing import closed
 from qmpfd.server.connection.session import Session
 from qmpfd.server.listen.listener import UnixListener
 from qmpfd.server.server import DaemonServer
@@ -166,11 +166,11 @@ async def test_a_session_is_cancelled(path: Path, before: bool, live: Live) -> N
                     await settle()
                 for pipe in made:
                     pipe.release()
-                await all_closed(server.daemon.closer)  # what nobody has a reply about
+                await closed(server.daemon.closer)  # what nobody has a reply about
                 await _empty(path, made)
                 server.stop()
             server.close()
-            await all_closed(server.daemon.closer)
+            await closed(server.daemon.closer)
         cancelled = cancelling.done
         assert open_fds() == open_before
     assert steps > 10

@@ -9,7 +9,7 @@ from ...kernel.close_pool import Closing
 from ...kernel.fd import Fd
 from ...limits import CLOSE_TIMEOUT
 from ...protocol.server import ServerConnection
-from ..closing import closed_by_threads
+from ..closing import closed
 from ..services import Services
 from .send_buffer import SendBuffer
 
@@ -63,7 +63,7 @@ class FdAccounting:
         if closings and not self._services.lifecycle.paused:
             with trio.move_on_after(CLOSE_TIMEOUT) as self._scope:  # noqa: ASYNC912 - there is at least one
                 for closing in closings:
-                    await closed_by_threads(closing)
+                    await closed(closing)
 
     def cancel_wait(self) -> None:
         """Stop waiting for closes: the daemon is being paused."""

@@ -19,7 +19,7 @@ from ...kernel.close_pool import Closing
 from ...kernel.fd import Fd
 from ...limits import CLOSE_TIMEOUT, MAX_UNSENT_BYTES
 from ...transport import FdStream
-from ..closing import closed_by_threads
+from ..closing import closed
 from ..durability import Unproven
 from ..services import Services
 
@@ -265,7 +265,7 @@ class SendBuffer:
         while self.unsent:
             if self._closing is not None:
                 with trio.move_on_after(CLOSE_TIMEOUT):
-                    await closed_by_threads(self._closing)
+                    await closed(self._closing)
                 self._closing = None
             first = self._next()
             try:

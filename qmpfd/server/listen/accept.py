@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 
 import trio
 
@@ -34,19 +33,16 @@ class Acceptor:
 
     Args:
         lifecycle: state of the daemon; while it is paused, clients wait in the backlog.
-        handle: serves a client; it owns the connection.
-        reject: sends a client an error reply and closes the connection, which it owns.
+        handle: serves a client, or rejects it for a given reason; it owns the connection.
     """
 
     def __init__(
         self,
         lifecycle: Lifecycle,
-        handle: Callable[[trio.socket.SocketType], None],
-        reject: Callable[[trio.socket.SocketType, QMPError], None],
+        handle: Callable[[trio.socket.SocketType, QMPError | None], None],
     ) -> None:
         self._lifecycle = lifecycle
         self._handle = handle
-        self._reject = reject
         # Closed to make room for accept(2) when no other descriptor is free, see _reject_on_emfile.
         self._spare: Fd | None = None
         self._refill_spare()
@@ -102,13 +98,13 @@ class Acceptor:
                     _log.warning("clients are served again")
                 full = False
                 self._refill_spare()  # the last refill may have failed with the table full
-                self._isolated(partial(self._handle, sock))
+                self._isolated(sock)
 
     def accept_backlog(self, listener: UnixListener) -> None:
         """Accept all clients in the backlog."""
         with suppress(OSError):
             for _ in range(BACKLOG):  # bounded: new clients may connect meanwhile
-                self._isolated(partial(self._handle, listener.accept_nowait()))
+                self._isolated(listener.accept_nowait())
 
     def _reject_on_emfile(self, listener: UnixListener, reason: OSError) -> bool:
         """Accept one client in place of the spare descriptor and reject it with an error reply;
@@ -121,14 +117,14 @@ class Acceptor:
             return False
         else:
             error = GenericError(f"The daemon is out of file descriptors: {reason.strerror}")
-            self._isolated(partial(self._reject, sock, error))
+            self._isolated(sock, error)
             return True
         finally:
             self._refill_spare()
 
-    def _isolated(self, action: Callable[[], None]) -> None:
-        """Call *action* for one client, and log any exception: all other clients are served."""
+    def _isolated(self, sock: trio.socket.SocketType, reason: QMPError | None = None) -> None:
+        """Handle one client, and log any exception: all other clients are served."""
         try:
-            action()
+            self._handle(sock, reason)
         except Exception:  # noqa: BLE001 - one client's failure must not end the accept loop
             _log.exception("a client could not be served")

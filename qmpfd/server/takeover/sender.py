@@ -35,7 +35,7 @@ from ...kernel.systemd import invocation_id
 from ...limits import CLOSE_TIMEOUT, FORGET_TIMEOUT, MAX_PAUSE, SCM_MAX_FD, TAKEOVER_TIMEOUT
 from ...transport import FdStream
 from .. import saved_state as saved
-from ..closing import all_closed
+from ..closing import closed
 from ..connection.session import Session
 from ..connection.snapshot import SavedRest, describe
 from ..durability import Durability
@@ -151,7 +151,7 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
                         _log.info("pid %d has taken over", pid)
                         with trio.move_on_after(FORGET_TIMEOUT):
                             await services.durability.sync()  # what was kept of it is closed too
-                            await all_closed(services.shared.closer)
+                            await closed(services.shared.closer)
         except trio.BrokenResourceError:
             pass  # the newcomer is gone
         except GenericError as exc:  # it has its reply already: REFUSED has to do
