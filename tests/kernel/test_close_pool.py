@@ -65,7 +65,8 @@ def closed(closing: Closing | None) -> None:
 
 #: Of the kinds that there are, those that are not closed on the spot.
 SLIGHT = {"TCP socket", "TCP socket, listening", "Unix socket", "Unix socket, connected", "epoll"}
-HIGH = {"netlink socket", "pidfd"}  # pidfd: a file system of its own, since Linux 6.9
+# A namespace ends with its last descriptor; pidfd: a file system of its own, since Linux 6.9.
+HIGH = {"netlink socket", "namespace", "pidfd"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
