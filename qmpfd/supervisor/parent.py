@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import time
 from itertools import islice
-from operator import methodcaller
 
 from .log import Log
+from .mailbox import Mailbox
 from .manager import NEVER, Manager
 from .program import NamedFds, Program, inherited_fds
 from .restarts import FIRST_DELAY, Restarts
 from .signals import FORWARDED, QUIT_IGNORED, set_up_signals
 from .states import TOLD_TO_END, TRANSITIONS, Event, State
 from .store import SlowCloser, Store, close
-from .worker import START_TIMEOUT, Spare, Worker
+from .worker import START_TIMEOUT, Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a mebibyte
@@ -43,19 +42,8 @@ _DEATH_TIMEOUT = 1.0
 #: worker has then.
 _GRACE = 1.0
 
-#: Seconds until the log says again that there is no room for a descriptor.
-_LOG_INTERVAL = 10.0
-
 # Found faster than an attribute, or a member of an enumeration.
 _POLLIN, _SERVING, _ENDED = select.POLLIN, State.SERVING, State.ENDED
-
-#: A line of a message is an assignment.
-_split = methodcaller("split", b"=", 1)
-
-#: What a message may be about that is nothing but a change of what is kept; all that is for us, and
-#: not for the service manager: the rest of it means nothing to that.
-_USUAL = {b"FDSTORE", b"FDSTOREREMOVE", b"FDNAME", b"FDPOLL", b"QMPFD_SYNC", b"QMPFD_CLOSE"}
-_OURS = _USUAL | {b"BARRIER", b"MAINPID", b"QMPFD_SOCKETS", b"QMPFD_FETCH", b"QMPFD_SPARE"}
 
 HEARD = (*FORWARDED, signal.SIGQUIT, signal.SIGCHLD)
 
@@ -93,14 +81,12 @@ class Supervisor:
         self._restarts = Restarts()
         inherited = inherited_fds()
         self._passed = passed & inherited
-        self._program = Program(command, sockets, inherited, heartbeat)
+        self._program = Program(log, command, sockets, inherited, heartbeat)
         self._state = State.FIRST_WAIT
         self._since = 0.0  # when the worker's time for what its state waits for began
         self._worker: Worker | None = None
-        self._spare: Spare | None = None
         self._stuck: set[int] = set()  # workers whose end is not waited for
         self._due = 0.0  # when to look for what is due (time.monotonic()); at once after a change
-        self._lost_logged_at = -_LOG_INTERVAL
         self._lifeline = -1  # of a takeover that the worker died in, while the old one may go on
         self._reload = False  # a SIGHUP is to be forwarded once the worker serves
         self._status = 0
@@ -108,6 +94,7 @@ class Supervisor:
         self._wake, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._closer = SlowCloser(writer)
         self._store = Store(self._closer)
+        self._mailbox = Mailbox(log, self._store, self._program)
         self._poll.register(self._wake, select.POLLIN)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         set_up_signals(HEARD)
@@ -122,7 +109,7 @@ class Supervisor:
             except Exception as exc:  # noqa: BLE001 - whoever keeps the descriptors goes on
                 self._log.log("error", f"the parent goes on after an error: {exc!r}")
                 time.sleep(FIRST_DELAY)
-        self._end_spare()
+        self._program.end_spare()
         return self._status
 
     def _turn(self) -> None:
@@ -209,9 +196,9 @@ class Supervisor:
     def _start(self, now: float) -> None:
         """Start a worker."""
         try:
-            worker = self._start_spare() or self._program.start(
-                self._store.fds, self._log_unrunnable
-            )
+            if self._restarts.failures:  # something may be wrong with it
+                self._program.end_spare()
+            worker = self._program.start(self._store.fds, may_hang=bool(self._stuck))
         except OSError as exc:
             delay = self._restarts.failed(now)
             self._log.log(
@@ -221,26 +208,6 @@ class Supervisor:
         self._worker = worker
         self._poll.register(worker.sock, worker.polled_for)
         self._happen(Event.START)
-
-    def _start_spare(self) -> Worker | None:
-        """Start the spare worker, if there is one, and no start has failed: then something may be
-        wrong with it.
-        """
-        spare = self._spare
-        if spare is None or self._restarts.failures or not spare.is_usable(bool(self._stuck)):
-            self._end_spare()
-            return None
-        self._spare = None
-        spare.start(self._program.sockets, list(self._store.fds))
-        return spare
-
-    def _end_spare(self) -> None:
-        if self._spare is not None:
-            self._spare.end()
-            self._spare = None
-
-    def _log_unrunnable(self, reason: str) -> None:
-        self._log.log("error", f"{self._program.command[0]} cannot be run: {reason}")
 
     def _time_out(self, now: float) -> None:
         """The worker has not done in time what it had to."""
@@ -375,67 +342,11 @@ class Supervisor:
                 self._since = time.monotonic()
             else:
                 worker.start_timeout = START_TIMEOUT
-            if self._handle_message(worker, data, fds, truncated) and most is not None:
-                return  # it waits for that: nothing more has come most likely
-
-    def _handle_message(self, worker: Worker, data: bytes, fds: list[int], truncated: bool) -> bool:
-        """Do what one message says; what it came with and is not kept is closed.
-
-        Returns:
-            Whether the worker waits for an answer to it.
-        """
-        try:
-            lines: dict[bytes, bytes] = dict(map(_split, data.split(b"\n")))
-        except ValueError:  # a line is no assignment, and does not count
-            lines = dict(_split(line) for line in data.split(b"\n") if b"=" in line)
-        names = lines.get(b"FDNAME", b"").split(b":")
-        if lines.get(b"FDSTOREREMOVE") == b"1":
-            lane = lines.get(b"QMPFD_CLOSE")
-            for name in names:
-                self._store.remove(name, lane)
-        if lines.get(b"FDSTORE") == b"1" and (len(names) in (1, len(fds)) or truncated):
-            for name, number in zip(names, fds, strict=False):
-                self._store.add(name, number)
-            names, fds = names[len(fds) :], fds[len(names) :]
-            if truncated:
-                self._say_lost(worker, names)
-        if not lines.keys() <= _USUAL:
-            self._handle_others(worker, lines, fds)
-        for number in fds:
-            close(number)
-        sync = lines.get(b"QMPFD_SYNC")
-        if sync is not None:
-            worker.send(b"SYNCED=" + sync)
-        return sync is not None or b"BARRIER" in lines
-
-    def _say_lost(self, worker: Worker, names: list[bytes]) -> None:
-        """Say that there was no room for these descriptors."""
-        now = time.monotonic()
-        if names and self._lost_logged_at + _LOG_INTERVAL < now:  # it comes again soon
-            self._lost_logged_at = now
-            self._log.log(
-                "error",
-                "out of file descriptors: a stored descriptor was not kept safe; its client waits "
-                "until it is",
-            )
-        for name in names:
-            worker.send(b"LOST=" + name)
-
-    def _handle_others(self, worker: Worker, lines: dict[bytes, bytes], fds: list[int]) -> None:
-        """Do what is said more rarely, or is not for us; what is kept of *fds* is taken out."""
-        spare = lines.get(b"QMPFD_SPARE", b"")
-        if spare.isdigit() and len(fds) == 1:
-            self._end_spare()
-            self._spare = Spare(int(spare), socket.socket(fileno=fds.pop()))
-            self._spare.send(b"WAIT")
-        if b"QMPFD_FETCH" in lines:
-            names, numbers = self._store.find(lines[b"QMPFD_FETCH"].split(b":"))
-            worker.send(b"FETCHED=" + b":".join(names), numbers)
-        if b"QMPFD_SOCKETS" in lines:
-            self._store.set_files(lines[b"QMPFD_SOCKETS"].split())
-        others = [b"%b=%b" % item for item in lines.items() if item[0] not in _OURS]
-        if others:
-            self._handle_notification(worker, others)
+            waits, others = self._mailbox.handle(worker, data, fds, truncated)
+            if others:
+                self._handle_notification(worker, others)
+            if waits and most is not None:
+                return  # nothing more has come most likely
 
     def _handle_notification(self, worker: Worker, lines: Sequence[bytes]) -> None:
         """The worker has said something that is for the service manager too."""

@@ -8,12 +8,12 @@ import resource
 import signal
 import socket
 
+from .log import Log
 from .signals import FORWARDED
-from .worker import Worker
+from .worker import Spare, Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a mebibyte
-    from collections.abc import Callable
     from typing import NoReturn
 
 #: The first inherited descriptor (SD_LISTEN_FDS_START).
@@ -29,6 +29,7 @@ class Program:
     """What a worker runs.
 
     Args:
+        log: told if the program cannot be run.
         command: the program, and its arguments.
         sockets: those of the service manager, with their names, for each worker.
         inherited: descriptors that each worker gets at the numbers that they have.
@@ -36,12 +37,18 @@ class Program:
     """
 
     def __init__(
-        self, command: list[str], sockets: NamedFds, inherited: set[int], heartbeat: float
+        self,
+        log: Log,
+        command: list[str],
+        sockets: NamedFds,
+        inherited: set[int],
+        heartbeat: float,
     ) -> None:
-        self.command = command
+        self._log = log
+        self._command = command
+        self._sockets = sockets
         self.inherited = inherited
-        #: Those of the service manager, with their names.
-        self.sockets = sockets
+        self._spare: Spare | None = None
         self._heartbeat = heartbeat
         # Of our table, this is the worker's: the rest is for what is open now, sockets, and
         # descriptors that are on their way or being closed.
@@ -53,16 +60,39 @@ class Program:
         #: How many may be open, those included that are being closed, for one more to have room.
         self.most_open = limit - self._own + 32
 
-    def start(self, kept: dict[bytes, int], failed: Callable[[str], object]) -> Worker:
-        """Start a worker.
+    def take_spare(self, pid: int, sock: socket.socket) -> None:
+        """Have this spare worker take the place of the next worker, and no other one.
+
+        Args:
+            pid: its process.
+            sock: our end of the socket to it; owned from here on.
+        """
+        self.end_spare()
+        self._spare = Spare(pid, sock)
+        self._spare.send(b"WAIT")
+
+    def end_spare(self) -> None:
+        """End the spare worker, if there is one."""
+        if self._spare is not None:
+            self._spare.end()
+            self._spare = None
+
+    def start(self, kept: dict[bytes, int], *, may_hang: bool) -> Worker:
+        """Start a worker: the spare one, if it can be.
 
         Args:
             kept: the descriptors that it is given, by their names.
-            failed: called in the new process if the program cannot be run, with the reason.
+            may_hang: a worker that has started a spare one may hang in its end.
 
         Raises:
             OSError: it is not possible now.
         """
+        spare = self._spare
+        if spare is not None and spare.is_usable(may_hang):
+            self._spare = None
+            spare.start(self._sockets, list(kept))
+            return spare
+        self.end_spare()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
@@ -71,7 +101,7 @@ class Program:
                 try:
                     pid = os.fork()
                     if pid == 0:
-                        self._become(theirs.fileno(), kept, failed)
+                        self._become(theirs.fileno(), kept)
                 finally:
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         except BaseException:
@@ -79,14 +109,12 @@ class Program:
             raise
         return Worker(pid, ours)
 
-    def _become(
-        self, sock: int, kept: dict[bytes, int], failed: Callable[[str], object]
-    ) -> NoReturn:
+    def _become(self, sock: int, kept: dict[bytes, int]) -> NoReturn:
         """Be the worker's program, whatever happens."""
         try:
             self._execute(sock, kept)
         except OSError as exc:
-            failed(exc.strerror or str(exc))
+            self._log.log("error", f"{self._command[0]} cannot be run: {exc.strerror or exc}")
         finally:
             os._exit(126)
 
@@ -101,7 +129,7 @@ class Program:
             os.setpgid(0, 0)
         except OSError:  # a container's seccomp filter; signals to both are counted once anyway
             pass
-        given = [*self.sockets, *((name.decode("ascii"), fd) for name, fd in kept.items())]
+        given = [*self._sockets, *((name.decode("ascii"), fd) for name, fd in kept.items())]
         given.sort(key=lambda each: each[1])
         names, places = [], []
         target = FIRST
@@ -133,7 +161,7 @@ class Program:
             environment["LISTEN_PID"] = pid
             environment["LISTEN_FDS"] = str(len(names))
             environment["LISTEN_FDNAMES"] = ":".join(names)
-        os.execve(self.command[0], self.command, environment)
+        os.execve(self._command[0], self._command, environment)
 
 
 def inherited_sockets() -> NamedFds:

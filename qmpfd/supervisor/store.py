@@ -6,10 +6,6 @@ import _thread
 import os
 import socket
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:  # typing takes a mebibyte
-    from collections.abc import Sequence
-
 #: What the worker's journal is called: without it, the other descriptors mean nothing.
 _JOURNAL = b"qmpfd-journal-"
 
@@ -110,31 +106,6 @@ class SlowCloser:
                 pass
 
 
-class SocketFile:
-    """The file of a listening socket.
-
-    Args:
-        text: ``DEV:INODE:HEXPATH``.
-
-    Raises:
-        ValueError: it is something else.
-    """
-
-    def __init__(self, text: bytes) -> None:
-        device, inode, path = text.split(b":")
-        self._identity = int(device), int(inode)
-        self._path = bytes.fromhex(path.decode("ascii"))
-
-    def remove(self) -> None:
-        """Remove the file, unless there is another one at its path by now."""
-        try:
-            found = os.lstat(self._path)
-            if (found.st_dev, found.st_ino) == self._identity:
-                os.unlink(self._path)
-        except (OSError, ValueError):
-            pass
-
-
 class Store:
     """The descriptors that are kept, by name.
 
@@ -144,7 +115,8 @@ class Store:
 
     def __init__(self, closer: SlowCloser) -> None:
         self._closer = closer
-        self._files: list[SocketFile] = []
+        #: The files of the worker's listening sockets, each as ``DEV:INODE:HEXPATH``.
+        self.files: list[bytes] = []
         #: The descriptors by their names.
         self.fds: dict[bytes, int] = {}
         #: Whether there was ever a journal among them.
@@ -166,11 +138,6 @@ class Store:
         else:
             close(number)
 
-    def find(self, names: Sequence[bytes]) -> tuple[list[bytes], list[int]]:
-        """Those of *names* that are there, and their descriptors."""
-        found = [name for name in names if name in self.fds]
-        return found, [self.fds[name] for name in found]
-
     def remove(self, name: bytes, lane: bytes | None) -> None:
         """Close the descriptor of that name, if there is one: at once, or in threads of *lane*."""
         number = self.fds.pop(name, -1)
@@ -191,17 +158,15 @@ class Store:
         """The worker died in a takeover, and the lifeline says how that has ended: if the old one
         goes on, close all that is the old daemon's, and then the lifeline, for which it waits.
         """
-        if _says(self.lifeline, _REFUSED):
+        sock = socket.socket(fileno=self.lifeline)
+        try:
+            is_refused = sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == _REFUSED
+        except OSError:
+            is_refused = False
+        finally:
+            sock.detach()
+        if is_refused:
             self.clear()
-
-    def set_files(self, texts: Sequence[bytes]) -> None:
-        """Remember the files of the listening sockets, each as a SocketFile takes it."""
-        self._files.clear()
-        for text in texts:
-            try:
-                self._files.append(SocketFile(text))
-            except ValueError:
-                pass
 
     def clear(self) -> None:
         """Close all of them, the lifeline last."""
@@ -209,19 +174,18 @@ class Store:
             self.remove(name, b"")
 
     def remove_files(self) -> None:
-        """Remove the files of the worker's listening sockets."""
-        for file in self._files:
-            file.remove()
-
-
-def _says(lifeline: int, what: bytes) -> bool:
-    sock = socket.socket(fileno=lifeline)
-    try:
-        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == what
-    except OSError:
-        return False
-    finally:
-        sock.detach()
+        """Remove the files of the worker's listening sockets, unless there is another one at the
+        path by now.
+        """
+        for text in self.files:
+            try:
+                device, inode, hex_path = text.split(b":")
+                path = bytes.fromhex(hex_path.decode("ascii"))
+                found = os.lstat(path)
+                if (found.st_dev, found.st_ino) == (int(device), int(inode)):
+                    os.unlink(path)
+            except (OSError, ValueError):
+                pass
 
 
 def is_good_name(name: bytes) -> bool:
