@@ -50,7 +50,7 @@ EVICTION_INTERVAL = 1.0
 MIN_RESTART_DELAY, MAX_RESTART_DELAY = 0.1, 60.0
 
 #: Seconds between two checks of how much of their replies all clients have received.
-LOOK_INTERVAL = 0.1
+REFRESH_INTERVAL = 0.1
 
 #: Seconds between two log lines about rejected clients.
 REFUSAL_LOG_INTERVAL = 0.2
@@ -63,13 +63,13 @@ LIGHT_SECONDS, TURN_SECONDS = 0.0005, 0.002
 PASS_SECONDS = 0.001
 
 #: Seconds in which all clients queued at the gate get one turn, down to a minimum length of turns.
-LAP_SECONDS = 0.04
+ROUND_SECONDS = 0.04
 
 #: Bytes of input that a light piece may read: decoding more would take too long.
-FEW_BYTES = 4096
+LIGHT_BYTES = 4096
 
 #: Seconds for which events are sent to watchers before the event loop runs other tasks.
-HERALD_SECONDS = 0.001
+BROADCAST_SECONDS = 0.001
 
 #: Bytes of unsent replies of all connections together.
 MAX_UNSENT_BYTES = 16 << 20
@@ -88,7 +88,7 @@ MIN_JOURNAL_BYTES = 1 << 20
 
 #: Reserved places of the fd store: for the journal, its successor, and two pipes that show whether
 #: descriptors are stored at all.  A store of no more places is unusable.
-KEEPER_SPARE = 4
+RESERVED_PLACES = 4
 
 #: Places of the service manager's fd store that are probed at the start; more are probed when they
 #: are needed.  systemd compares each descriptor with all others: probing 1,024 places with 500
@@ -99,7 +99,7 @@ MAX_PROBES = 64
 MAX_ARGUMENT_BYTES = 128 << 10
 
 #: Seconds in which a predecessor either confirms that it has handed over or has not done so.
-LETTING_GO_TIMEOUT = 3.0
+HANDOVER_TIMEOUT = 3.0
 
 #: Seconds for which the daemon's end waits for the fd store to remove the descriptors.
 FORGET_TIMEOUT = 1.0
@@ -171,7 +171,7 @@ INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
 #: Entries of the process's descriptor table that are reserved for connections and the daemon.
-TABLE_SPARE = 1024
+RESERVED_FDS = 1024
 
 
 class Limits(NamedTuple):
@@ -205,7 +205,7 @@ class Limits(NamedTuple):
         Args:
             table: size of the table (RLIMIT_NOFILE).
         """
-        room = max(1, table - min(TABLE_SPARE, table // 4))
+        room = max(1, table - min(RESERVED_FDS, table // 4))
         max_fds = min(self.max_fds, room)
         return self._replace(
             max_fds=max_fds,

@@ -9,7 +9,7 @@ from fnmatch import translate
 _WILDCARD = re.compile(r"[*?\[]")
 
 #: Maximum characters of the texts whose results are cached: as many as one user may store.
-_REMEMBERED = 8 << 20
+_MAX_CACHED = 8 << 20
 
 
 class Patterns:
@@ -22,7 +22,7 @@ class Patterns:
         patterns: the patterns.
     """
 
-    __slots__ = ("_others", "_remembered", "_substrings", "_suffixes", "_verdicts")
+    __slots__ = ("_cached_size", "_others", "_results", "_substrings", "_suffixes")
 
     def __init__(self, patterns: Iterable[str]) -> None:
         suffixes: list[str] = []
@@ -40,20 +40,20 @@ class Patterns:
         self._suffixes = tuple(suffixes)
         self._substrings = re.compile("|".join(substrings)) if substrings else None
         self._others = re.compile("|".join(others)) if others else None
-        self._verdicts: dict[str, bool] = {}
-        self._remembered = 0
+        self._results: dict[str, bool] = {}
+        self._cached_size = 0
 
     def match(self, text: str) -> bool:
         """Whether one of the patterns matches the whole of *text*."""
-        verdict = self._verdicts.get(text)
-        if verdict is None:
-            verdict = self._match(text)
-            if self._remembered > _REMEMBERED:
-                self._verdicts.clear()
-                self._remembered = 0
-            self._verdicts[text] = verdict
-            self._remembered += len(text) + 1
-        return verdict
+        result = self._results.get(text)
+        if result is None:
+            result = self._match(text)
+            if self._cached_size > _MAX_CACHED:
+                self._results.clear()
+                self._cached_size = 0
+            self._results[text] = result
+            self._cached_size += len(text) + 1
+        return result
 
     def _match(self, text: str) -> bool:
         if text.endswith(self._suffixes):

@@ -307,7 +307,7 @@ def load_policy(path: Path) -> Policy:
     # their own, it raises RecursionError for deep nesting, and ValueError for a number that is too
     # long or a NUL in a name.
     except Exception as exc:  # noqa: BLE001 - foreign code, as said
-        raise BadPolicy(f"{path}: {_explained(exc, text)}") from None
+        raise BadPolicy(f"{path}: {_error_text(exc, text)}") from None
 
 
 _RULE_HEADER = re.compile(r"^[ \t]*\[\[[ \t]*rule[ \t]*\]\]", re.MULTILINE)
@@ -315,7 +315,7 @@ _PLACE = re.compile(r"\$\.rule\[(\d+)\](?:\.(\w+))?")
 _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 
 #: Maximum characters of an error's text, which may quote the file.
-_EXPLAINED = 500
+_MAX_ERROR_TEXT = 500
 
 #: The list of valid values that is added to an error, by the rule's member; None for the rule.
 _VALID = {
@@ -329,21 +329,21 @@ def _rule_lines(text: str) -> list[int]:
     return [text.count("\n", 0, found.start()) + 1 for found in _RULE_HEADER.finditer(text)]
 
 
-def _explained(exc: Exception, text: str) -> str:
+def _error_text(exc: Exception, text: str) -> str:
     """Return the error's text as one line, with the line of the file and the valid values."""
     if isinstance(exc, RecursionError):
         return "it is nested too deeply"
-    told = " ".join(str(exc).split())[:_EXPLAINED] or type(exc).__name__
-    place = _PLACE.search(told)
+    message = " ".join(str(exc).split())[:_MAX_ERROR_TEXT] or type(exc).__name__
+    place = _PLACE.search(message)
     if place is None:
-        return told
+        return message
     member = place[2]
-    unknown = _UNKNOWN.search(told)
+    unknown = _UNKNOWN.search(message)
     valid = _VALID.get(member)
     if valid is not None and (member is None) == (unknown is not None):
-        told += f" ({valid})"
+        message += f" ({valid})"
     line = _line_of(text, int(place[1]), unknown[1] if unknown is not None else member)
-    return told if line is None else f"line {line}: {told}"
+    return message if line is None else f"line {line}: {message}"
 
 
 def _line_of(text: str, number: int, member: str | None) -> int | None:

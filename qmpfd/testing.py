@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["DaemonProcess", "daemon", "daemon_process"]
 
 #: Seconds to wait for a daemon's start or end, which takes a fraction of one.
-_PATIENCE = 20.0
+_TIMEOUT = 20.0
 
 
 @asynccontextmanager
@@ -81,19 +81,19 @@ class DaemonProcess:
         self.path = path
         self.process = process
         self._stderr = stderr
-        self._said = b""
+        self._output = b""
 
     @property
     def log(self) -> list[str]:
         """The lines that the daemon has written to standard error so far."""
         self._read_stderr()
-        return self._said.decode(errors="replace").splitlines()
+        return self._output.decode(errors="replace").splitlines()
 
     def _read_stderr(self) -> None:
         if not self._stderr.closed:
             number = self._stderr.fileno()
             # pread(2), because read(2) would move the file offset, which the daemon shares.
-            self._said = os.pread(number, os.fstat(number).st_size, 0)
+            self._output = os.pread(number, os.fstat(number).st_size, 0)
 
     @property
     def pid(self) -> int:
@@ -126,7 +126,7 @@ class DaemonProcess:
             self.process.send_signal(signal.SIGCONT)  # a test may have stopped it
             self.process.terminate()
             try:
-                self.process.wait(_PATIENCE)
+                self.process.wait(_TIMEOUT)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()
@@ -159,7 +159,7 @@ def daemon_process(path: str | os.PathLike[str], *options: str) -> Iterator[Daem
             )
         started = DaemonProcess(Path(path), process, stderr)
         try:
-            if not (select.select([ready], [], [], _PATIENCE)[0] and ready.read(1)):
+            if not (select.select([ready], [], [], _TIMEOUT)[0] and ready.read(1)):
                 started.stop()
                 why = " ".join(started.log) or "no word"
                 raise RuntimeError(f"the daemon does not start: {why}")

@@ -44,4 +44,4 @@ def test_what_is_remembered_is_bounded() -> None:
     made = Patterns(["a*"])
     for n in range(300):
         assert made.match(f"a{n}" + "x" * 100_000)
-    assert sum(map(len, made._verdicts)) < 10 << 20
+    assert sum(map(len, made._results)) < 10 << 20

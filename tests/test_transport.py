@@ -14,7 +14,7 @@ from protocol.test_receive_buffer import ITEMS, TAGS, Script, Server, carry_out,
 
 from qmpfd.commands import DECODER, VERSION
 from qmpfd.kernel.fd import close_all
-from qmpfd.limits import FEW_BYTES, SCM_MAX_FD
+from qmpfd.limits import LIGHT_BYTES, SCM_MAX_FD
 from qmpfd.protocol.request_decoder import Request
 from qmpfd.protocol.server import ServerConnection
 from qmpfd.transport import Arrival, FdStream
@@ -62,7 +62,7 @@ async def test_no_more_than_a_few_bytes_at_once() -> None:
     with connected() as (client, stream, connection), pipes(5) as made:
         for pipe in made:
             send_now(client, QUERY * 100 + ADD, [pipe])
-        assert stream.receive_nowait(connection, FEW_BYTES, max_fds=lambda: 5) is Arrival.SOME
+        assert stream.receive_nowait(connection, LIGHT_BYTES, max_fds=lambda: 5) is Arrival.SOME
         assert len(taken(connection)) == 202
 
 

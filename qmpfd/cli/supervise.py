@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..kernel.fd import open_files_limit
 from ..kernel.systemd import InheritedFd, Notifier
-from ..limits import KEEPER_SPARE
+from ..limits import RESERVED_PLACES
 from .exit_codes import UsageError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def connect(parent: Notifier | None, size: int) -> FdStoreConfig | None:
     from ..server.fdstore.mirror import FdStoreConfig
 
     if parent is not None:
-        if size <= KEEPER_SPARE:
+        if size <= RESERVED_PLACES:
             raise _too_few(open_files_limit())
         return FdStoreConfig(parent, size, None)
     if not has_store(size):
@@ -150,7 +150,7 @@ def connect(parent: Notifier | None, size: int) -> FdStoreConfig | None:
     except OSError as exc:
         why = f"kcmp(2): {exc.strerror}"
     else:
-        if size <= KEEPER_SPARE:
+        if size <= RESERVED_PLACES:
             why = f"FileDescriptorStoreMax={size} is too small"
         elif (notifier := Notifier.connect()) is None:
             why = "$NOTIFY_SOCKET cannot be reached"

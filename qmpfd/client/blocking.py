@@ -226,7 +226,7 @@ class BlockingClient:
                 except ConnectionError:  # the server may have sent an error before it closed
                     self._receive()
                 else:
-                    self._connection.begun(request)
+                    self._connection.mark_sent(request)
                     data = data[sent:]
         except BaseException:
             if request.sent:  # sent in part: the next request would be taken as its rest

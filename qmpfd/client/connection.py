@@ -151,7 +151,7 @@ class QMPConnection:
         async with self._sending:
             await self._send_rest()
             sent = await self._stream.send_some(request.data, fds)
-            self._connection.begun(request)
+            self._connection.mark_sent(request)
             self._unsent = request.data[sent:]
             await self._send_rest()
 

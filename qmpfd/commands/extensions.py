@@ -112,9 +112,9 @@ def _newest(context: Context, arguments: OpenFdset) -> StoredFd:
         raise denied("open", arguments)
     if not modes:
         raise arguments.not_found()
-    told = ", ".join(f"'{mode}'" for mode in sorted(modes))
+    available = ", ".join(f"'{mode}'" for mode in sorted(modes))
     raise FdNotFound(
-        f"No file descriptor with access mode '{wanted}' in '{arguments}', only {told}"
+        f"No file descriptor with access mode '{wanted}' in '{arguments}', only {available}"
     )
 
 
@@ -124,9 +124,9 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
     context.first_fd()
     shared = context.shared
     fdset_id, opaque = arguments.fdset_id, arguments.opaque
-    older = _older(context, arguments)
+    older = _replaced(context, arguments)
     if fdset_id is None:
-        fdset_id = _emptied(older, shared.store.next_id)
+        fdset_id = _freed_id(older, shared.store.next_id)
     lasting = arguments.lifetime != "connection"
     if not lasting:
         shared.check_no_client_end(context.fds)
@@ -147,7 +147,7 @@ def add_fds(context: Context, arguments: AddFds) -> FdsetInfo | JSONStream:
     return JSONStream(info) if _is_long(entries) else info
 
 
-def _older(context: Context, arguments: AddFds) -> list[StoredFd]:
+def _replaced(context: Context, arguments: AddFds) -> list[StoredFd]:
     """Return the stored descriptors that ``if-exists`` replaces.
 
     Raises:
@@ -167,7 +167,7 @@ def _older(context: Context, arguments: AddFds) -> list[StoredFd]:
     return found
 
 
-def _emptied(older: list[StoredFd], next_id: int) -> int | None:
+def _freed_id(older: list[StoredFd], next_id: int) -> int | None:
     """Return the lowest id of the sets that become empty without *older*, if it is below *next_id*.
 
     So a descriptor that replaces all of a set gets the set's id.
@@ -194,7 +194,7 @@ def remove_fds(context: Context, arguments: Selector) -> list[FdsetInfo] | JSONS
         return infos
     result = JSONStream(infos)
     texts = (fd.opaque or "" for info in infos for fd in info.fds)
-    context.shared.quotas.hold(result, context.peer, texts)
+    context.shared.quotas.charge_until_freed(result, context.peer, texts)
     return result
 
 

@@ -29,13 +29,13 @@ from .types import FdsetFdInfo, FdsetInfo
 
 # A step ends after this much work, about a millisecond.  Opaque texts cost 1 a character.
 _STEP = 4096
-_COPYING, _ENCODING, _LOOKING = 4, 16, 64
+_COPYING, _ENCODING, _EXAMINING = 4, 16, 64
 
 #: A listing up to this size is produced in one step.
 _FEW_FDS, _FEW_CHARACTERS = 256, 16384
 
 #: Maximum size of a set's part of ``query-fdsets`` that is cached.
-_KEPT_BYTES = 512
+_CACHED_BYTES = 512
 
 
 def listing(context: Context, query: Selector | None) -> JSONStream | RawJSON:
@@ -176,7 +176,7 @@ class Listing(JSONStream):
                         else:
                             out.append(self._separator())
                             self._stage = Stage.ENTRY
-                            work += _LOOKING
+                            work += _EXAMINING
                             entry = _describe(stored, asked_at)
                         if opaque is not None and len(opaque) > LONG_TEXT:
                             self._entry, self._written = to_builtins(entry), 0
@@ -233,12 +233,12 @@ class Listing(JSONStream):
         """
         if not self._context.access.unlimited:
             return None
-        few = len(fdset.fds) <= _KEPT_BYTES // len(b'{"fd": 10}, ')
+        few = len(fdset.fds) <= _CACHED_BYTES // len(b'{"fd": 10}, ')
         if fdset.listing is None and few:
             fds = [FdsetFdInfo(number, stored.opaque) for number, stored in fdset.fds.items()]
-            if sum(len(fd.opaque or "") for fd in fds) <= _KEPT_BYTES:
+            if sum(len(fd.opaque or "") for fd in fds) <= _CACHED_BYTES:
                 whole = encode(FdsetInfo(fdset.id, fds))
-                if len(whole) <= _KEPT_BYTES:
+                if len(whole) <= _CACHED_BYTES:
                     fdset.listing = whole
         return fdset.listing
 

@@ -11,7 +11,7 @@ from math import inf
 from ..errors import GenericError
 from ..fdsets import Peer, StoredFd
 from ..kernel.close_pool import ClosePool
-from ..limits import FDS_AT_ONCE, LOOK_INTERVAL, MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, Limits
+from ..limits import FDS_AT_ONCE, MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, REFRESH_INTERVAL, Limits
 from ..policy import is_owner
 
 
@@ -80,7 +80,7 @@ class Quotas:
         if text:
             self._count_text(peer, -memory_size(text))
 
-    def hold(self, holder: object, peer: Peer, texts: Iterable[str]) -> None:
+    def charge_until_freed(self, holder: object, peer: Peer, texts: Iterable[str]) -> None:
         """Count opaque texts of removed descriptors for *peer* as long as *holder* exists: a reply,
         which keeps them in memory until the client has read it.
         """
@@ -173,7 +173,7 @@ class Quotas:
             GenericError: the quota is exceeded; the text names the limit.
         """
         refused = self._refused_waiting(uid, more)
-        if refused and self.clock() - self.refreshed_at > LOOK_INTERVAL:
+        if refused and self.clock() - self.refreshed_at > REFRESH_INTERVAL:
             self.refreshed_at = self.clock()
             self.refresh_in_flight()
             refused = self._refused_waiting(uid, more)

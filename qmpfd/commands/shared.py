@@ -173,17 +173,17 @@ class SharedState:
             now = self.clock()
         entries = self.store.prepare(fds, fdset_id, opaque, added_by, now, create, lifetime)
         if self.mirror is not None or lifetime.watch_hangup:
-            self._announce(entries)
+            self._watch_and_mirror(entries)
         self.store.commit(entries)
         fds.clear()
         self.quotas.charge(added_by, opaque, len(entries))
         if self.audit is not None or self.watchers:
-            self._note_added(entries)
+            self._record_added(entries)
         if lifetime.expires_at is not None:
             self.on_expiry()
         return entries
 
-    def _note_added(self, entries: list[StoredFd]) -> None:
+    def _record_added(self, entries: list[StoredFd]) -> None:
         """Record additions in the audit trail and in the event logs."""
         for stored in entries:
             if self.audit is not None:
@@ -191,7 +191,7 @@ class SharedState:
             if self.watchers:
                 self._log_event(Event.added(stored))
 
-    def _announce(self, entries: list[StoredFd]) -> None:
+    def _watch_and_mirror(self, entries: list[StoredFd]) -> None:
         """Watch and mirror *entries* before they are stored; undo all if one fails."""
         mirror = self.mirror
         watched: list[StoredFd] = []

@@ -172,7 +172,7 @@ class FdSets:
 
         The caller has to remove each with :meth:`pop`.
         """
-        return list(islice(self.expiries.until(now), limit))
+        return list(islice(self.expiries.pop_expired(now), limit))
 
     def drop_all(self) -> list[Fd]:
         """Empty the store and return all descriptors, which the caller owns from here on.

@@ -128,7 +128,7 @@ Status: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 _STATX = struct.Struct("=16xI8xH10xQQ72xIIII112x")
 _AT_EMPTY_PATH, _AT_STATX_DONT_SYNC = 0x1000, 0x4000
 _STATX_TYPE, _STATX_MODE, _STATX_NLINK, _STATX_SIZE, _STATX_BLOCKS = 0x1, 0x2, 0x4, 0x200, 0x400
-_WANTED = _STATX_TYPE | _STATX_MODE | _STATX_NLINK | _STATX_SIZE | _STATX_BLOCKS
+_STATX_MASK = _STATX_TYPE | _STATX_MODE | _STATX_NLINK | _STATX_SIZE | _STATX_BLOCKS
 _STATX_FLAGS = _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
 
 
@@ -141,12 +141,12 @@ def make_statx() -> Callable[[int], Status | None]:
     the call fails.  Each thread needs its own function, because each function has one result
     buffer: allocating one takes longer than the call.
     """
-    statx, unpack, flags, wanted = _statx, _STATX.unpack_from, _STATX_FLAGS, _WANTED
+    statx, unpack, flags, mask = _statx, _STATX.unpack_from, _STATX_FLAGS, _STATX_MASK
     path, room = ctypes.create_string_buffer(b""), ctypes.create_string_buffer(_STATX.size)
     the_path, the_room = ctypes.byref(path), ctypes.byref(room)
 
     def status(fd: int) -> Status | None:
-        if statx is None or statx(fd, the_path, flags, wanted, the_room):
+        if statx is None or statx(fd, the_path, flags, mask, the_room):
             return None
         found: Status = unpack(room)
         return found

@@ -30,11 +30,11 @@ class Hangups(Generic[EntryT]):
         self._epoll = select.epoll()
         self._watched: dict[int, EntryT] = {}
         self._draining: set[int] = set()
-        #: The descriptors that :meth:`take` still has to examine.
+        #: The descriptors that :meth:`examine` still has to examine.
         self.due: list[int] = []
 
     def fileno(self) -> int:
-        """Return the number of the epoll, which is readable when :meth:`look` is due; epoll(7)."""
+        """Return the number of the epoll, which is readable when :meth:`poll` is due; epoll(7)."""
         return self._epoll.fileno()
 
     @property
@@ -42,12 +42,12 @@ class Hangups(Generic[EntryT]):
         """Whether descriptors have hung up with unread data, or have a pending error.
 
         The kernel does not report when the data has been read, or the error fetched, so the caller
-        has to poll with :meth:`look`.
+        has to poll with :meth:`poll`.
         """
         return bool(self._draining)
 
     def watch(self, fd: Fd, entry: EntryT) -> None:
-        """Watch *fd*; :meth:`take` will return *entry*.
+        """Watch *fd*; :meth:`examine` will return *entry*.
 
         Raises:
             InvalidParameterValue: *fd* is no socket or pipe.
@@ -73,17 +73,17 @@ class Hangups(Generic[EntryT]):
         with suppress(OSError):  # already out of the epoll
             self._epoll.unregister(number)
 
-    def look(self) -> None:
-        """Poll for hang-ups; call :meth:`take` next, until nothing is :attr:`due`."""
+    def poll(self) -> None:
+        """Poll for hang-ups; call :meth:`examine` next, until nothing is :attr:`due`."""
         self._draining.update(number for number, _ in self._epoll.poll(0))
         self.due = list(self._draining)
 
-    def take(self, limit: int) -> list[EntryT]:
+    def examine(self, limit: int) -> list[EntryT]:
         """Examine the next *limit* due descriptors; return entries of those read to the end."""
         over = []
         due, self.due = self.due[:limit], self.due[limit:]
         for number in due:
-            if number not in self._draining:  # unwatched since look()
+            if number not in self._draining:  # unwatched since poll()
                 continue
             events = _events(number)
             if not events:  # a FIFO has a writer again, or a process has fetched the error
@@ -102,7 +102,7 @@ def require_peer(fd: Fd) -> None:
     """Refuse a socket that is not connected: poll(2) reports POLLHUP of one that never was, too.
 
     Raises:
-        InvalidParameterValue: *fd* is one, with nothing left to read.
+        InvalidParameterValue: *fd* is such a socket, and has no unread data.
     """
     number = fd.fileno()
     if kind(number, target(number)) != "socket" or not _is_over(number, _events(number)):

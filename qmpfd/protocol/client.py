@@ -97,14 +97,14 @@ class Request:
         data: the encoded request.
     """
 
-    __slots__ = ("data", "id", "on_reply", "over", "reply", "sent")
+    __slots__ = ("data", "ended", "id", "on_reply", "reply", "sent")
 
     def __init__(self, request_id: int, data: bytes) -> None:
         self.id = request_id
         self.data = data
         self.sent = False  # whether a byte was sent: the server may execute the request
         self.reply: Reply | None = None
-        self.over = False  # whether the block has ended: the reply is not awaited any more
+        self.ended = False  # whether the block has ended: the reply is not awaited any more
         #: Called when the reply has been received or the connection has failed.
         self.on_reply: Callable[[], object] = lambda: None
 
@@ -117,7 +117,7 @@ class Request:
         return self
 
     def __exit__(self, kind: object, *exc_info: object) -> None:
-        self.over = True
+        self.ended = True
         if kind is not None and self.reply is not None:
             close_all(self.reply.fds)
 
@@ -219,7 +219,7 @@ class ClientConnection(Connection):
         request_id = next(self._ids)
         return Request(request_id, self.execute(command, arguments, request_id))
 
-    def begun(self, request: Request) -> None:
+    def mark_sent(self, request: Request) -> None:
         """Record that the first bytes of *request* were sent: a reply to it is due."""
         request.sent = True
         self.unanswered[request.id] = request
@@ -245,7 +245,7 @@ class ClientConnection(Connection):
         if answered is None and reply.error is not None:
             answered = next(iter(self.unanswered), None)
         request = self.unanswered.pop(answered, None) if type(answered) is int else None
-        if request is not None and not request.over:
+        if request is not None and not request.ended:
             request.reply = reply
             request.on_reply()
             return

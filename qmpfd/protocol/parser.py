@@ -28,7 +28,7 @@ _BRACKETS = {Token.LSQUARE: 1, Token.RSQUARE: -1}
 _KEYWORDS = {b"true": True, b"false": False, b"null": None}
 
 
-class _Want(Enum):
+class _Expected(Enum):
     """The kind of token that the grammar allows next."""
 
     VALUE = auto()
@@ -39,8 +39,8 @@ class _Want(Enum):
     COMMA_OR_END = auto()
 
 
-_KEYS = (_Want.KEY, _Want.KEY_OR_END)
-_EMPTY = ((_Want.KEY_OR_END, Token.RCURLY), (_Want.VALUE_OR_END, Token.RSQUARE))
+_KEYS = (_Expected.KEY, _Expected.KEY_OR_END)
+_EMPTY = ((_Expected.KEY_OR_END, Token.RCURLY), (_Expected.VALUE_OR_END, Token.RSQUARE))
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class Budget:
         self.used = 0
         # By owner: the size charged for each holder, least recently charged first.
         self._charges: dict[Hashable, dict[Callable[[], object], int]] = {}
-        self._of: Counter[Hashable] = Counter()
+        self._totals: Counter[Hashable] = Counter()
 
     def charge(self, give_up: Callable[[], object], owner: Hashable, size: int) -> None:
         """Set the number of bytes that a holder uses; evict holders while the limit is exceeded.
@@ -90,13 +90,13 @@ class Budget:
         theirs = self._charges.setdefault(owner, {})
         change = size - theirs.pop(give_up, 0)
         self.used += change
-        self._of[owner] += change
+        self._totals[owner] += change
         if size:
             theirs[give_up] = size
         elif not theirs:
-            del self._charges[owner], self._of[owner]
+            del self._charges[owner], self._totals[owner]
         while self.used > self.most:
-            greediest = max(self._charges, key=self._of.__getitem__)
+            greediest = max(self._charges, key=self._totals.__getitem__)
             victim = next(iter(self._charges[greediest]))
             self.charge(victim, greediest, 0)
             victim()
@@ -125,7 +125,7 @@ class Parser:
     def _reset(self) -> None:
         self._braces = self._brackets = self._tokens = self._bytes = 0
         self._stack: list[_Level] = []
-        self._want = _Want.VALUE
+        self._expected = _Expected.VALUE
         self._error: GenericError | None = None
         self._discarding = False
         self._lexer.max_token = self._max_bytes
@@ -258,33 +258,33 @@ class Parser:
         """Add one token to the value; keep the first syntax error."""
         if self._error is not None:
             return
-        want = self._want
+        expected = self._expected
         try:
-            if want is _Want.COLON:
+            if expected is _Expected.COLON:
                 if token is not Token.COLON:
                     raise syntax_error("missing : in object pair")
-                self._want = _Want.VALUE
-            elif want is _Want.COMMA_OR_END:
+                self._expected = _Expected.VALUE
+            elif expected is _Expected.COMMA_OR_END:
                 self._separate(token)
-            elif (want, token) in _EMPTY:
+            elif (expected, token) in _EMPTY:
                 self._end()
             elif token is Token.LCURLY:
-                self._begin({}, _Want.KEY_OR_END)
+                self._begin({}, _Expected.KEY_OR_END)
             elif token is Token.LSQUARE:
-                self._begin([], _Want.VALUE_OR_END)
+                self._begin([], _Expected.VALUE_OR_END)
             else:
-                self._complete(_scalar(token, text), want in _KEYS)
+                self._complete(_scalar(token, text), expected in _KEYS)
         except GenericError as exc:
             self._error = exc
 
-    def _begin(self, value: dict[str, Any] | list[Any], want: _Want) -> None:
-        self._stack.append(_Level(value, self._want in _KEYS))
-        self._want = want
+    def _begin(self, value: dict[str, Any] | list[Any], expected: _Expected) -> None:
+        self._stack.append(_Level(value, self._expected in _KEYS))
+        self._expected = expected
 
     def _separate(self, token: Token) -> None:
         in_dict = isinstance(self._stack[-1].value, dict)
         if token is Token.COMMA:
-            self._want = _Want.KEY if in_dict else _Want.VALUE
+            self._expected = _Expected.KEY if in_dict else _Expected.VALUE
         elif token is (Token.RCURLY if in_dict else Token.RSQUARE):
             self._end()
         else:
@@ -304,9 +304,9 @@ class Parser:
             if not isinstance(value, str):
                 raise syntax_error("key is not a string in object")
             level.key = value
-            self._want = _Want.COLON
+            self._expected = _Expected.COLON
             return
-        self._want = _Want.COMMA_OR_END
+        self._expected = _Expected.COMMA_OR_END
         if isinstance(level.value, list):
             level.value.append(value)
         elif level.key in level.value:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 _WORD = 0xFFFFFFFF
 
 #: Number of members, and of characters in all their names, up to which the order is QEMU's.
-_MOST_MEMBERS, _MOST_CHARACTERS = 256, 4096
+_MAX_MEMBERS, _MAX_CHARACTERS = 256, 4096
 
 
 def _encoded(key: str) -> bytes:
@@ -33,8 +33,8 @@ def _bucket(key: str) -> int:
     return (value * 1103515243 + 12345 & _WORD) % 512
 
 
-def _too_much(keys: list[str]) -> bool:
-    return len(keys) > _MOST_MEMBERS or sum(map(len, keys)) > _MOST_CHARACTERS
+def _exceeds_limits(keys: list[str]) -> bool:
+    return len(keys) > _MAX_MEMBERS or sum(map(len, keys)) > _MAX_CHARACTERS
 
 
 def qdict_order(keys: Iterable[str]) -> list[str]:
@@ -43,7 +43,7 @@ def qdict_order(keys: Iterable[str]) -> list[str]:
     Within a bucket the key inserted last comes first.
     """
     ordered = list(keys)
-    if _too_much(ordered):
+    if _exceeds_limits(ordered):
         return ordered
     ordered.reverse()
     ordered.sort(key=_bucket)
@@ -124,7 +124,7 @@ class _GHashTable:
 def first_left_over(members: Iterable[str], known: Iterable[str]) -> str:
     """Return the member that QEMU reports as unknown; at least one must not be *known*."""
     ordered = qdict_order(members)
-    if _too_much(ordered):
+    if _exceeds_limits(ordered):
         known = frozenset(known)
         return next(key for key in ordered if key not in known)
     table = _GHashTable()

@@ -37,7 +37,7 @@ _WHITESPACE = b" \t\r\n"
 NO_FDS: list[Fd] = []
 
 #: Bytes of lines that are not one message each which are passed to the parser, at 4 us a byte.
-_MOST_UNREADABLE = 2 * READ_BYTES
+_MAX_PARSED_LINES = 2 * READ_BYTES
 
 #: Bytes that are decoded in one step if no descriptors follow.
 _STEP = 8 << 10
@@ -231,7 +231,7 @@ class ReceiveBuffer:
             return [(value, cut) for value in values]
         line = bytes(self._line)
         self._line.clear()
-        if values is None and len(line) > _MOST_UNREADABLE:
+        if values is None and len(line) > _MAX_PARSED_LINES:
             # A message written over several lines begins with a short line: this one is broken.
             return [(GenericError("JSON parse error, no whole message in a long line"), len(data))]
         found: list[_Found] = []

@@ -94,7 +94,7 @@ class ServerConnection(Connection):
         self._oob_enabled = False
         self._errors_in_a_row = 0
         # The request types that need no check of the state: all in COMMANDS, else none.
-        self._usual: Container[type] = ()
+        self._unchecked_types: Container[type] = ()
 
     def greeting(self, version: object) -> bytes:
         """Return the greeting to send; *version* is the result of ``query-version``."""
@@ -169,7 +169,7 @@ class ServerConnection(Connection):
 
     def _enter(self, state: State) -> None:
         super()._enter(state)
-        self._usual = self._decoder.names if state is State.COMMANDS else ()
+        self._unchecked_types = self._decoder.names if state is State.COMMANDS else ()
 
     def next_request(self) -> ReceivedRequest | None:
         """Pop the next complete request, in order of arrival; None if there is none.
@@ -180,15 +180,15 @@ class ServerConnection(Connection):
         while ready:
             message = ready.popleft()
             value, fds, lost = message if type(message) is tuple else (message, NO_FDS, "")
-            if type(value) in self._usual and not lost:
+            if type(value) in self._unchecked_types and not lost:
                 self._errors_in_a_row = 0
                 return value, value.id, fds
-            received = self._checked(value, fds, lost)
+            received = self._check(value, fds, lost)
             if received is not None:
                 return received
         return None
 
-    def _checked(self, value: Any, fds: list[Fd], lost: str) -> ReceivedRequest | None:
+    def _check(self, value: Any, fds: list[Fd], lost: str) -> ReceivedRequest | None:
         """Return a message as a request or as the error that refuses it.
 
         Returns None for a parse error beyond ``MAX_ERRORS_IN_A_ROW``, which gets no reply.
@@ -208,10 +208,10 @@ class ServerConnection(Connection):
             if not isinstance(value, dict | Request):
                 # Input that is no request: in a flood of these, one error a read is replied.
                 self._errors_in_a_row += 1
-                told = self._errors_in_a_row <= MAX_ERRORS_IN_A_ROW + 1
+                replied = self._errors_in_a_row <= MAX_ERRORS_IN_A_ROW + 1
                 if not self.ready:
                     self._errors_in_a_row = min(self._errors_in_a_row, MAX_ERRORS_IN_A_ROW)
-                if not told:
+                if not replied:
                     return None
             return Error(exc), request_id, []
         self._errors_in_a_row = 0
@@ -265,10 +265,10 @@ class ServerConnection(Connection):
         assert isinstance(result, Error)
         error = result.error
         assert isinstance(error, QMPError)
-        told = error.error_class
-        if self._qemu_classes and told not in QEMU_CLASSES:
-            told = "GenericError"
-        return {"class": told, "desc": error.desc}
+        error_class = error.error_class
+        if self._qemu_classes and error_class not in QEMU_CLASSES:
+            error_class = "GenericError"
+        return {"class": error_class, "desc": error.desc}
 
     @staticmethod
     def _may_be_long(result: Outcome[object], request_id: Any) -> bool:

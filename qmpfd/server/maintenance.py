@@ -16,9 +16,9 @@ import trio
 from ..fdsets import StoredFd
 from ..kernel.fd import Fd
 from ..limits import (
+    BROADCAST_SECONDS,
     EVICTION_INTERVAL,
     HANGUP_RECHECK,
-    HERALD_SECONDS,
     MAX_RESTART_DELAY,
     MIN_RESTART_DELAY,
 )
@@ -91,9 +91,9 @@ async def remove_hung_up(services: Services) -> None:
     while True:
         with trio.move_on_after(HANGUP_RECHECK if hangups.draining else inf):
             await trio.lowlevel.wait_readable(hangups.fileno())
-        hangups.look()
+        hangups.poll()
         while hangups.due:
-            await _remove_due(services, lambda: hangups.take(_A_STEP), "hangup")
+            await _remove_due(services, lambda: hangups.examine(_A_STEP), "hangup")
 
 
 class Broadcaster:
@@ -110,19 +110,19 @@ class Broadcaster:
 
     async def broadcast_events(self) -> None:
         """Send events as they come, to one watcher after the other; other tasks run after every
-        HERALD_SECONDS, however many clients watch.
+        BROADCAST_SECONDS, however many clients watch.
         """
         while True:
             await self._pending.wait()
             self._pending = trio.Event()
-            until = monotonic() + HERALD_SECONDS
+            until = monotonic() + BROADCAST_SECONDS
             for watcher in list(self._watchers):
                 more = True
                 while more:
                     more = watcher.send()
                     if monotonic() > until:
                         await trio.lowlevel.checkpoint()
-                        until = monotonic() + HERALD_SECONDS
+                        until = monotonic() + BROADCAST_SECONDS
 
 
 async def evict_idle(services: Services, sessions: Iterable[Session]) -> None:

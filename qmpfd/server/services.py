@@ -10,7 +10,7 @@ from time import monotonic
 import trio
 
 from ..commands import SharedState
-from ..limits import LAP_SECONDS, LIGHT_SECONDS, TURN_SECONDS
+from ..limits import LIGHT_SECONDS, ROUND_SECONDS, TURN_SECONDS
 from ..protocol.parser import Budget
 from ..transport import FdStream
 from .connection.reader import Reader
@@ -65,7 +65,7 @@ class Services:
         more clients wait for the gate, the shorter the turn.
         """
         waiting = self.gate.statistics().tasks_waiting
-        length = min(TURN_SECONDS, LAP_SECONDS / (waiting + 1))
+        length = min(TURN_SECONDS, ROUND_SECONDS / (waiting + 1))
         return monotonic() + max(LIGHT_SECONDS / 2, length)
 
     def locked(self) -> AbstractAsyncContextManager[None]:

@@ -524,7 +524,7 @@ async def test_a_listening_socket_stays(path: Path) -> None:
         sock.listen()
         async with daemon(path) as server, qmpfd.connect(path) as client:
             await client.add_fds([sock], watch_hangup=True)
-            server.daemon.hangups.look()
+            server.daemon.hangups.poll()
             assert not server.daemon.hangups.due
 
 

@@ -97,14 +97,14 @@ def test_a_fifo_that_was_opened_anew(tmp_path: Path) -> None:
         reader = stack.enter_context(Fd(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)))
         Fd(os.open(fifo, os.O_WRONLY)).close()
         hangups.watch(reader, "entry")
-        hangups.look()
+        hangups.poll()
         assert hangups.due == [reader.fileno()]
         writer = stack.enter_context(Fd(os.open(fifo, os.O_WRONLY)))  # no hang-up any more
-        assert hangups.take(1) == []
+        assert hangups.examine(1) == []
         assert not hangups.draining
         writer.close()
-        hangups.look()
-        assert hangups.take(1) == ["entry"]
+        hangups.poll()
+        assert hangups.examine(1) == ["entry"]
         hangups.unwatch(reader)
 
 

@@ -15,7 +15,7 @@ from ...errors import GenericError, QMPError
 from ...fdsets import Peer
 from ...kernel.fd import Fd
 from ...limits import (
-    FEW_BYTES,
+    LIGHT_BYTES,
     LIGHT_SECONDS,
     LOCK_TIMEOUT,
     NEGOTIATION_TIMEOUT,
@@ -292,7 +292,7 @@ class Session:
 
     def _serve_chunk(self, now: float) -> _Piece | None:
         """Do a light piece, for the reader; return None if nothing is left to do."""
-        arrival = self.stream.receive_nowait(self._connection, FEW_BYTES, self._max_fds)
+        arrival = self.stream.receive_nowait(self._connection, LIGHT_BYTES, self._max_fds)
         done = self.processor.process_nowait(now + LIGHT_SECONDS)
         if done and (arrival is _ALL or arrival is _NOTHING):
             return None

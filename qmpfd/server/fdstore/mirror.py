@@ -28,7 +28,7 @@ from ...kernel.close_pool import ClosePool
 from ...kernel.fd import Fd, InFlightProbe
 from ...kernel.file_descriptions import Descriptions
 from ...kernel.systemd import Notifier, invocation_id
-from ...limits import JOURNAL_FORMAT, KEEPER_SPARE
+from ...limits import JOURNAL_FORMAT, RESERVED_PLACES
 from ..durability import Unproven
 from ..listen.listener import UnixListener
 from .barrier_link import BarrierLink
@@ -115,7 +115,7 @@ class FdStoreMirror:
     @property
     def _capacity(self) -> int:
         """How many descriptors can be kept.  The parent has places to spare for a takeover's."""
-        spare = KEEPER_SPARE + (0 if self.is_parent or self.is_ours else _TAKEOVER_PLACES)
+        spare = RESERVED_PLACES + (0 if self.is_parent or self.is_ours else _TAKEOVER_PLACES)
         return min(self._size - spare, Names.MOST)
 
     def _distrust(self, reason: str) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from ...kernel.fd import Fd, close_all
 from ...kernel.systemd import InheritedFd
-from ...limits import JOURNAL_FORMAT, LETTING_GO_TIMEOUT
+from ...limits import HANDOVER_TIMEOUT, JOURNAL_FORMAT
 from ..renumber import Movable, renumber
 from ..saved_state import SavedFd, SavedState
 from .evidence import has_handed_over
@@ -212,6 +212,4 @@ def _is_ours(history: History, ours: Mapping[str, Fd]) -> bool:
     if history.confirmed:
         return history.begun.generation > 0
     lifeline = ours.get(LIFELINE)
-    return lifeline is not None and has_handed_over(
-        lifeline, ours.get(PREVIOUS), LETTING_GO_TIMEOUT
-    )
+    return lifeline is not None and has_handed_over(lifeline, ours.get(PREVIOUS), HANDOVER_TIMEOUT)
