@@ -1,1 +1,1 @@
-"""The second copy of what is stored: at systemd, or at the parent of ``serve --supervise``."""
+"""The second copy of the store: in systemd's fd store, or the parent's of ``serve --supervise``."""

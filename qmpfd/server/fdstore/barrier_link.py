@@ -1,8 +1,7 @@
-"""What goes to the fd store, and how it is known to have arrived.
+"""Connection to the fd store: sends changes in batches, each followed by a barrier.
 
-Changes are collected, and sent together by one task, with one barrier behind them: an
-acknowledgement stands for all that was sent before it.  One barrier is under way at a time; all
-clients whose changes come meanwhile share the next one (group commit).
+The acknowledgement of a barrier covers all messages sent before it.  One barrier is under way at a
+time; changes made meanwhile, of all clients, are sent together before the next one (group commit).
 
 systemd acknowledges by closing a pipe (sd_notify_barrier(3)); the parent of ``serve --supervise``
 by a message, and takes several descriptors at a time, see :mod:`qmpfd.supervisor`.
@@ -28,10 +27,10 @@ from .outgoing import REMOVE, Outgoing
 
 _log = logging.getLogger("qmpfd")
 
-#: Seconds until the next try where the kernel has no room for a message, and does not tell when.
+#: Seconds until a message is retried for which the kernel had no room: no event reports room.
 _RETRY = 0.01
 
-#: What the parent answers, with the number of the barrier, see :mod:`qmpfd.supervisor`.
+#: Barrier for the parent, with its number, see :mod:`qmpfd.supervisor`.
 _SYNC = "QMPFD_SYNC="
 
 _PARENT_GONE = (
@@ -39,25 +38,25 @@ _PARENT_GONE = (
     "is lost)"
 )
 
-#: sendmsg(2), unix(7): no room now, for the message or the descriptor with it.
+#: Errors of sendmsg(2): no room now for the message, or for the descriptor with it (unix(7)).
 _NO_ROOM = {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 
 class State(Enum):
-    """What the link is doing."""
+    """State of the connection to the fd store."""
 
     SYNCED = auto()  #: every change is acknowledged
-    CHANGED = auto()  #: there are changes, and no barrier is under way
-    BLOCKED = auto()  #: the same, and the kernel had no room for a message
-    SENT = auto()  #: a barrier is under way that stands for every change
-    SENT_CHANGED = auto()  #: the same, and there are changes that it does not stand for
-    OVER = auto()  #: nothing is kept any more
+    CHANGED = auto()  #: changes are pending, no barrier is under way
+    BLOCKED = auto()  #: as CHANGED, and the kernel had no room for a message
+    SENT = auto()  #: the barrier under way covers every change
+    SENT_CHANGED = auto()  #: the barrier under way does not cover the latest changes
+    OVER = auto()  #: the connection has ended: nothing is sent any more
 
-    # As of any object: that of Enum is a Python function.
+    # Hash by identity: Enum.__hash__ is a Python function, and slow as a dict key.
     __hash__ = object.__hash__
 
 
-#: What each event makes of the states; of one that is not here, nothing.
+#: The transitions of each event; in a state that is not listed, the event changes nothing.
 _ON_CHANGE = {State.SYNCED: State.CHANGED, State.SENT: State.SENT_CHANGED}
 _ON_NO_ROOM = {State.CHANGED: State.BLOCKED}
 _ON_BARRIER = {State.CHANGED: State.SENT, State.BLOCKED: State.SENT}
@@ -65,27 +64,27 @@ _ON_LOST = {State.SENT: State.BLOCKED, State.SENT_CHANGED: State.BLOCKED}
 _ON_ANSWER = {State.SENT: State.SYNCED, State.SENT_CHANGED: State.CHANGED}
 _ON_END = dict.fromkeys(State, State.OVER)
 
-# Finding a member of an enumeration takes as long as two calls.
+# local names: looking up an Enum member is slow before Python 3.12
 _SYNCED, _CHANGED, _SENT, _OVER = State.SYNCED, State.CHANGED, State.SENT, State.OVER
 
 
 def _call(actions: Iterable[Callable[[], object]]) -> None:
-    """Call each of *actions*, whatever one of them meets: others wait for theirs."""
+    """Call each of *actions*; an exception in one is logged, and the others are called."""
     for action in actions:
         try:
             action()
-        except Exception:  # noqa: BLE001 - logged; all others go on
+        except Exception:  # noqa: BLE001 - other clients' replies depend on the other actions
             _log.exception("what waited for the fd store failed")
 
 
 class BarrierLink:
-    """The connection to the fd store.
+    """Connection to the fd store.
 
     Args:
-        notifier: the connection to it; the caller's, until the daemon has ended.
-        write: writes down what was changed before that is sent, and is told whether a barrier is
-            behind it; not called once this has ended.  If it raises an OSError, this ends.
-        ended: called whenever this has ended; with the reason, where that is a misfortune.
+        notifier: socket to the fd store; the caller keeps it open until the daemon has ended.
+        write: writes the journal before the changes are sent; called with whether a barrier
+            follows.  If it raises OSError, the connection ends.
+        ended: called when the connection has ended; with the reason, or "" at a regular end.
     """
 
     def __init__(
@@ -96,37 +95,37 @@ class BarrierLink:
         self._ended = ended
         self._state = State.SYNCED
         self._outgoing = Outgoing(SCM_MAX_FD if notifier.is_parent else 1)
-        # What is called, and which names are free, once the barrier under way is answered; and what
-        # waits for the one after it.
+        # Actions that wait for the barrier under way, and for the one after it; and names that
+        # become free with the latter.
         self._sent_actions: list[Callable[[], object]] = []
         self._actions: list[Callable[[], object]] = []
         self._removed: list[str] = []
-        self._answer = ""  # of the parent, to the last barrier
-        self._closes: dict[str, threading.Event] = {}  # under way in the parent, by name
+        self._answer = ""  # the parent's acknowledgement of the last barrier
+        self._closes: dict[str, threading.Event] = {}  # close(2) calls in the parent, by name
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
-        self._reader: tuple[Fd, Fd] | None = None  # of the barrier under way
+        self._reader: tuple[Fd, Fd] | None = None  # read ends of the barrier under way
         self._work = trio.Event()  # set when the link's task has something to do
         self._scope = trio.CancelScope()
         notifier.on_message = self._hear
-        #: The names that are in use there.
+        #: The names in use in the fd store.
         self.names = Names()
-        #: Barriers so far.
+        #: Number of barriers sent.
         self.barriers = 0
 
-    # -- what is to be there -------------------------------------------------------------------
+    # -- changes -------------------------------------------------------------------------------
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is kept any more."""
+        """Whether the connection has ended."""
         return self._state is _OVER
 
     def store(self, name: str, fd: Fd | int) -> None:
-        """Have a descriptor kept under *name*."""
+        """Queue a descriptor to be stored under *name*."""
         self._outgoing.store(name, fd)
         self.changed()
 
     def remove(self, *names: str, command: str = REMOVE) -> None:
-        """Have what is kept under *names* closed there; these are free after that."""
+        """Queue the removal of *names*, which are free once a barrier has covered it."""
         for name in names:
             if not self._outgoing.remove(command, name):
                 self._closed_there(name)
@@ -134,43 +133,43 @@ class BarrierLink:
         self.changed()
 
     def remove_slowly(self, name: str, lane: str) -> threading.Event:
-        """The same for a descriptor whose close may block there; what is set when it is closed, and
-        was not closed by a service manager, which does not say so.
+        """Queue the removal of a descriptor whose close(2) may block in the parent.  Return an
+        event that is set when the parent has closed it.
 
         Args:
-            name: what the descriptor is called.
-            lane: what may hang together with it, see :meth:`ClosePool.lane`.
+            name: the descriptor's name.
+            lane: lane of descriptors whose closes may hang together, see :meth:`ClosePool.lane`.
         """
         closed = self._closes[name] = threading.Event()
         self.remove(name, command=f"{REMOVE}\nQMPFD_CLOSE={lane}")
         return closed
 
     def discard(self, name: str) -> None:
-        """As :meth:`remove`, but nobody waits for it: no barrier stands for it alone."""
+        """Queue the removal of *name* without a barrier: it is sent with the next change."""
         self._outgoing.tell(f"{REMOVE}\nFDNAME={name}")
 
     def tell(self, text: str) -> None:
-        """Have the other side told something that is not about a descriptor."""
+        """Queue a message that concerns no descriptor."""
         self._outgoing.tell(text)
         self.changed()
 
     def changed(self) -> None:
-        """There is something to be written."""
+        """Note a change: journal or queue have something to write or send."""
         self._state = _ON_CHANGE.get(self._state, self._state)
 
     def _move(self, transitions: dict[State, State]) -> None:
         self._state = transitions.get(self._state, self._state)
 
-    # -- waiting until it is safe --------------------------------------------------------------
+    # -- waiting for acknowledgement -----------------------------------------------------------
 
     @property
     def is_synced(self) -> bool:
-        """Whether all that was changed is safe, or will never be."""
+        """Whether every change is acknowledged, or the connection has ended."""
         return self._state is _SYNCED or self._state is _OVER
 
     def on_synced(self, action: Callable[[], object], *, first: bool = False) -> None:
-        """Call *action* when all that was changed so far is safe, or this has ended; before all
-        others if it is *first*: only while no barrier is under way.
+        """Call *action* when every change made so far is acknowledged, or the connection has
+        ended; with *first*, which requires that no barrier is under way, before all others.
         """
         if self.is_synced:
             action()
@@ -180,7 +179,7 @@ class BarrierLink:
             self._actions.insert(0 if first else len(self._actions), action)
 
     async def sync(self) -> None:
-        """Wait until all that was changed so far is safe; without a checkpoint if it is."""
+        """Wait until every change made so far is acknowledged; without a checkpoint if it is."""
         if self.is_synced:
             return
         synced = trio.Event()
@@ -190,13 +189,16 @@ class BarrierLink:
             await synced.wait()
 
     def start(self) -> None:
-        """See to it that all that was changed so far gets safe."""
-        if self._state is _CHANGED:  # the answer to a barrier under way begins the next one
+        """Send the changes made so far, unless a barrier is under way: its acknowledgement then
+        sends them.
+        """
+        if self._state is _CHANGED:
             self.push()
 
     def push(self) -> None:
-        """Send what is to be sent, and see to the rest.  Only the parent's answer to a barrier is
-        waited for, once and until the kernel's next tick at most.
+        """Write the journal, and send the queue and a barrier; what does not fit is sent later by
+        the link's task.  The parent's acknowledgement is awaited here, without a checkpoint, until
+        the kernel's next tick at most.
         """
         barrier = self._state in _ON_BARRIER
         try:
@@ -207,16 +209,16 @@ class BarrierLink:
             gone = self._notifier.is_parent and isinstance(exc, ConnectionError)
             self.end(_PARENT_GONE if gone else exc.strerror or str(exc))
         if barrier and self._state is _SENT and self._notifier.is_parent:
-            # It answers in less time than one pass of the event loop takes.
+            # The parent acknowledges in less time than a pass of the event loop takes.
             self._receive(wait=True)
         if self._state is State.BLOCKED or self._reader is not None:
             self._work.set()
 
     def _send(self, barrier: bool) -> None:
-        """Send what there is, and a *barrier* behind it if none is under way.
+        """Send the queued messages, and then a *barrier*.
 
         Raises:
-            OSError: nobody receives it.
+            OSError: the receiver has closed its socket.
         """
         notifier = self._notifier
         try:
@@ -243,7 +245,7 @@ class BarrierLink:
             reader, writer = self._pipe = self._pipe or pipe()
             self._notifier.send("BARRIER=1", (writer,))
             writer.close()
-            # The second one for its place in the table: the next pipe may find none.
+            # The duplicate reserves a place in the descriptor table for the next pipe.
             self._reader = reader, reader.dup()
             self._pipe = None
         self._barrier_sent()
@@ -259,7 +261,7 @@ class BarrierLink:
             self._removed = []
 
     def _acknowledged(self) -> None:
-        """All that was sent before the barrier is there."""
+        """Handle the acknowledgement of the barrier under way."""
         self._outgoing.all_arrived()
         self._state = _ON_ANSWER[self._state]
         actions, self._sent_actions = self._sent_actions, []
@@ -272,17 +274,17 @@ class BarrierLink:
     # -- its life ------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Take what the first barrier needs.
+        """Create the pipe of the first barrier.
 
         Raises:
-            OSError: there is no descriptor for it.
+            OSError: this process is out of descriptors.
         """
         if not self._notifier.is_parent:
             self._pipe = pipe()
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
-        """Talk to the fd store while the block runs."""
+        """Run the link's task while the block runs."""
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._run)
@@ -302,13 +304,13 @@ class BarrierLink:
             self._close_pipes()
 
     async def _talk(self) -> None:
-        """Send, whenever there is something to send."""
+        """Send what :meth:`push` could not, and wait for systemd's acknowledgements."""
         while True:  # noqa: ASYNC913 - each way round waits
             if self._state is State.BLOCKED:
                 await trio.sleep(_RETRY)
                 await trio.lowlevel.wait_writable(self._notifier)
             elif self._reader is not None:
-                with suppress(trio.ClosedResourceError):  # all is over
+                with suppress(trio.ClosedResourceError):  # _close_pipes() was called
                     await trio.lowlevel.wait_readable(self._reader[0])
                     close_all(self._reader)
                     self._reader = None
@@ -319,7 +321,7 @@ class BarrierLink:
             self._work = trio.Event()
 
     async def _listen(self) -> None:
-        """Hear what the parent says, and when it has ended."""
+        """Receive the parent's messages, until it has ended."""
         while not self.is_over:
             await trio.lowlevel.wait_readable(self._notifier)
             self._receive()
@@ -338,7 +340,7 @@ class BarrierLink:
         if key == "CLOSED":
             self._closed_there(value)
         elif key == "LOST" and self._outgoing.lost(value):
-            # The parent had no place for it: nobody is told that it is safe, until it is.
+            # The parent had no room for the descriptor: replies wait until a second send stored it.
             self._move(_ON_LOST)
             self._work.set()
 
@@ -347,7 +349,7 @@ class BarrierLink:
             closed.set()
 
     def end(self, reason: str = "") -> None:
-        """Nothing is kept from here on; *reason* says why, where that is a misfortune."""
+        """End the connection and call all waiting actions; *reason* is "" at a regular end."""
         self._move(_ON_END)
         self._ended(reason)
         self._outgoing.clear()

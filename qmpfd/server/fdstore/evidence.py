@@ -1,8 +1,8 @@
-"""Tells whether a daemon that was being taken over has handed everything over.
+"""Evidence of a handover: whether the predecessor of a takeover has handed everything over.
 
-It says so on the lifeline: a connected socket of which it has one end, and the newcomer the other
-one, and whoever keeps the newcomer's descriptors a duplicate of that.  They close it after all
-descriptors that they have got: so an old daemon that goes on knows when nobody has a duplicate.
+The predecessor writes the outcome to the lifeline, a socket pair.  It has one end; the successor
+has the other one, and the successor's fd store a duplicate of that.  Both close the lifeline after
+all received descriptors: its EOF tells a predecessor that goes on that no duplicates are left.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from .replay import replay
 
 
 def has_handed_over(lifeline: Fd, journal: Fd | None, timeout: float) -> bool:
-    """Whether the old daemon of a takeover has given up what it held.
+    """Return whether the predecessor of a takeover has handed everything over.
 
     Args:
-        lifeline: what it says so on; if it has ended without a word, it has given up everything.
-        journal: its journal, if it is started again when it dies: unless that says so, not then.
-        timeout: seconds to wait for it.
+        lifeline: the successor's end of the lifeline.  EOF without an outcome: the predecessor has
+            died, and so lost everything, unless it is restarted with *journal*.
+        journal: the predecessor's journal, or None.  After a death without an outcome, it decides.
+        timeout: seconds to wait for the outcome.
     """
     poll = select.poll()
     poll.register(lifeline, select.POLLIN)
-    if not poll.poll(timeout * 1000):  # it is stopped, before it could decide
+    if not poll.poll(timeout * 1000):  # the predecessor is stopped and has not decided
         return False
     sock = socket.socket(fileno=lifeline.fileno())
     try:

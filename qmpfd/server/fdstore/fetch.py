@@ -1,8 +1,8 @@
-"""What a spare worker fetches from its parent when it is needed: descriptors, at their numbers.
+"""Fetches the stored descriptors from the parent into a spare worker, at their numbers.
 
-A descriptor that comes over a socket gets the lowest free number.  So the spare worker has
-something else open at all other numbers, and asks by ascending numbers: nothing has to be moved,
-and no duplicate closed, which could hang (close(2) of a file on a FUSE mount that does not answer).
+The kernel gives a received descriptor the lowest free number.  So the spare worker occupies all
+other numbers, and requests the descriptors by ascending number.  None has to be moved afterwards:
+closing the duplicate could hang (close(2) of a file on a FUSE mount that does not answer).
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from .names import JOURNAL, is_numbered
 from .recover import newest
 from .replay import History
 
-#: Seconds within which the parent answers.
+#: Seconds that the parent has to answer.
 _TIMEOUT = 60.0
 
 
 def fetch(
     parent: Notifier, names: Iterable[str], movable: Sequence[Movable]
 ) -> tuple[list[InheritedFd], History]:
-    """Fetch the descriptors of these names; and what the journal says that they are.
+    """Fetch the descriptors that the parent keeps.
 
     Args:
-        parent: the connection to the parent.
-        names: those that it keeps.
-        movable: descriptors of this process that may get other numbers.
+        parent: connection to the parent.
+        names: the names of these descriptors.
+        movable: descriptors of this process that may be moved out of the way.
+
+    Returns:
+        The descriptors, and the history in the newest journal among them.
 
     Raises:
-        OSError: the parent cannot pass them.
-        ValueError: there is a journal that cannot be read.
+        OSError: the parent cannot pass the descriptors.
+        ValueError: no journal among them can be read.
     """
     names = list(names)
     fetched = _fetch(parent, [name for name in names if not is_numbered(name)])
@@ -59,7 +62,7 @@ def fetch(
 
 
 def _fetch(parent: Notifier, names: Sequence[str]) -> list[InheritedFd]:
-    """Fetch some, in that order.  The next ones are asked for while some are on their way."""
+    """Fetch the descriptors *names* in that order; request each chunk before the last one came."""
     chunks = [names[at : at + SCM_MAX_FD] for at in range(0, len(names), SCM_MAX_FD)]
     fetched: list[InheritedFd] = []
     asked = 0

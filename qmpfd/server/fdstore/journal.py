@@ -1,11 +1,11 @@
-"""What the stored descriptors are, written down where it survives the daemon.
+"""Journal of the store: describes the stored descriptors, and survives the daemon.
 
-The journal is a file in memory (memfd_create(2)) that the fd store has a descriptor of from the
-start: what is written to it needs no message, and stays when the daemon is killed the next moment.
+The journal is a file in memory (memfd_create(2)); the fd store has a descriptor of it.  A record
+needs no message once it is written, and survives a SIGKILL of the daemon the next moment.
 
-It is a row of frames, each of a length, a checksum and MessagePack.  What is done in one critical
-section is one frame, and so is there whole or not at all; a torn one at the end does not count.
-The first frames are a snapshot of everything.  When a journal has grown long, another one is begun.
+A journal is a sequence of frames: length, checksum, MessagePack.  The changes of one critical
+section are one frame, and so are read all or none; a torn frame at the end is ignored.  The first
+frames are a snapshot of the store.  A journal that has become long is replaced by a new one.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from ..saved_state import SavedFd, SavedListener
 #: Length and checksum of the MessagePack that follows.
 HEADER = Layout("<II")
 
-#: Bytes that a frame takes beside its records: the longest head of a list is ``array 32`` of
+#: Bytes of a frame without its records; the longest header of a list is ``array 32`` of
 #: MessagePack's specification.
 FRAME_BYTES = HEADER.size + 5
 
-#: Bytes that are allocated at a time: writing into what is allocated cannot fail.
+#: Bytes allocated at a time: a write to allocated memory cannot fail.
 _CHUNK = 64 << 10
 
-#: Bytes of a record at most, but for its text; and of a removal, if it has a frame of its own.
+#: Maximum bytes of a record without its text; and of a removal in a frame of its own.
 RECORD_BYTES = 128
 REMOVAL_BYTES = 32
 
 
-#: Records of a snapshot in one frame.
+#: Records in one frame of a snapshot.
 SNAPSHOT_RECORDS = 1000
 
 
 class SnapshotHeader(Struct, array_like=True, tag="b"):
-    """A frame of the snapshot begins.
+    """First record of each frame of the snapshot.
 
     Args:
-        format: of this journal.
-        generation: of two journals, the higher one counts.
-        previous: the daemon that all this is being fetched from is described by a descriptor of
-            this name; see :mod:`qmpfd.server.fdstore.recover`.
+        format: the journal's format.
+        generation: the journal's number: of several journals, the highest is valid.
+        previous: in an unconfirmed takeover, the name of the lifeline in the fd store; else None.
+            See :mod:`qmpfd.server.fdstore.recover`.
     """
 
     format: int
@@ -59,11 +59,11 @@ class SnapshotHeader(Struct, array_like=True, tag="b"):
 
 
 class ListenerAdded(Struct, array_like=True, tag="l"):
-    """A listening socket of ours is kept.
+    """A listening socket of the daemon was sent to the fd store.
 
     Args:
-        name: of its descriptor in the fd store.
-        listener: what it is.
+        name: its name in the fd store.
+        listener: its description.
     """
 
     name: str
@@ -71,26 +71,26 @@ class ListenerAdded(Struct, array_like=True, tag="l"):
 
 
 class ListenerRemoved(Struct, array_like=True, tag="e"):
-    """The listening socket of that name is not ours any more."""
+    """The listening socket *name* was closed."""
 
     name: str
 
 
 class Removed(Struct, array_like=True, tag="r"):
-    """The descriptor of that number was removed."""
+    """The stored descriptor with this number was removed."""
 
     number: int
 
 
 class Confirmed(Struct, array_like=True, tag="c"):
-    """The takeover is done: all this is ours."""
+    """The takeover by this daemon is complete: everything in the journal is its own."""
 
 
 class HandedOver(Struct, array_like=True, tag="x"):
-    """Whether a successor has taken over: nothing of this is ours any more, or it still is.
+    """Outcome of a takeover by a successor.
 
     Args:
-        left: None while the takeover may still go either way.
+        left: whether the successor owns everything; None while undecided.
     """
 
     left: bool | None
@@ -104,14 +104,14 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 def frame(records: list[Record]) -> bytes:
-    """*records*, to be there together or not at all."""
+    """Encode *records* as one frame, which a reader applies as a whole or not at all."""
     data = _encode(records)
     return HEADER.pack(len(data), crc32(data)) + data
 
 
 def _snapshot_frames(records: Iterable[Record]) -> Iterator[bytes]:
-    """A snapshot, whose first record is its header, in frames that each begin with that: neither
-    the writer nor a reader needs memory for all of it at once.
+    """Encode a snapshot, whose first record is its header, in frames that each begin with the
+    header: neither writer nor reader needs memory for the whole snapshot.
     """
     iterator = iter(records)
     header = next(iterator)
@@ -121,13 +121,13 @@ def _snapshot_frames(records: Iterable[Record]) -> Iterator[bytes]:
 
 
 class Journal:
-    """A journal that is being written.
+    """A journal that this daemon writes.
 
     Args:
-        records: what it begins with.
+        records: the snapshot.
 
     Raises:
-        OSError: there is no descriptor or no memory for it.
+        OSError: the process is out of descriptors or memory.
     """
 
     def __init__(self, records: Iterable[Record]) -> None:
@@ -137,9 +137,9 @@ class Journal:
             reason = f"{exc.strerror} (memfd_create(2), for the journal of --supervise)"
             raise OSError(exc.errno, reason) from None
         self.size = 0
-        #: Bytes that there is memory for.
+        #: Bytes of the file that have memory allocated.
         self.allocated = 0
-        # Written to as memory: pwrite(2) meets RLIMIT_FSIZE also where room was made before.
+        # Mapped: pwrite(2) would fail beyond RLIMIT_FSIZE even into allocated memory.
         self._memory: mmap | None = None
         try:
             for data in _snapshot_frames(records):
@@ -152,10 +152,10 @@ class Journal:
             raise
 
     def reserve(self, count: int) -> None:
-        """See to it that the next *count* bytes can be written.
+        """Allocate memory for the next *count* bytes.
 
         Raises:
-            OSError: there is no memory for them.
+            OSError: out of memory.
         """
         wanted = self.size + count - self.allocated
         if wanted > 0:
@@ -170,7 +170,7 @@ class Journal:
         """Write one frame.
 
         Raises:
-            OSError: more than was reserved, and no memory for it.
+            OSError: the frame is longer than reserved, and out of memory.
         """
         end = self.size + len(data)
         if end > self.allocated:
@@ -180,7 +180,7 @@ class Journal:
         self.size = end
 
     def close(self) -> None:
-        """Write no more to it."""
+        """Close this process's descriptor and mapping; the fd store keeps the journal."""
         self._unmap()
         self.fd.close()
 

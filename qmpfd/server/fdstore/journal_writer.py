@@ -1,7 +1,7 @@
-"""The journal that counts, and for a while the one that it replaces.
+"""Writes the valid journal, and during a replacement its predecessor as well.
 
-A journal only grows.  When it has grown long, another is begun, which says the same in fewer words;
-until that is in the fd store, both are written, so either is right.
+A journal only grows.  When it has become long, a new one is begun with a snapshot of the store.
+Until the fd store has acknowledged the new journal, every record is written to both.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from .barrier_link import BarrierLink
 from .journal import FRAME_BYTES, REMOVAL_BYTES, Journal, Record, frame
 from .names import JOURNAL
 
-#: Bytes that are reserved for what is neither added nor removed: listeners, a takeover.
+#: Bytes reserved for records of listeners and of a takeover.
 _OTHER_BYTES = 4096
 
 
 class JournalWriter:
-    """What is written down for whoever comes after us.
+    """Writes the journals of this daemon.
 
     Args:
-        link: the connection to the fd store, which has them too.
-        snapshot: all that the journal of a generation begins with.
+        link: connection to the fd store, which keeps the journals.
+        snapshot: returns the records of a snapshot; called with the journal's generation.
     """
 
     def __init__(self, link: BarrierLink, snapshot: Callable[[int], Iterable[Record]]) -> None:
         self._link = link
         self._snapshot = snapshot
-        self._journals: list[Journal] = []  # the last one counts
+        self._journals: list[Journal] = []  # the last one is valid
         self._records: list[Record] = []  # not written yet
-        self._promised = 0  # bytes of these at most, but for removals
-        self._removals = 0  # bytes to be reserved in each journal, for removals
+        self._promised = 0  # maximum bytes of these records, without removals
+        self._removals = 0  # bytes that must stay reserved in each journal for removals
         self._limit = MIN_JOURNAL_BYTES
-        self._offset = time.monotonic() - trio.current_time()  # of the clock of its times
-        #: The last journal is not known to be there yet.
+        self._offset = time.monotonic() - trio.current_time()  # CLOCK_MONOTONIC minus Trio's clock
+        #: Whether the last journal is not acknowledged by the fd store yet.
         self.is_turning = False
-        #: Of the last journal.
+        #: Generation of the last journal.
         self.generation = 0
 
     @property
     def fd(self) -> Fd:
-        """The journal that counts."""
+        """Descriptor of the valid journal."""
         return self._journals[-1].fd
 
     def reserve(self, count: int, removals: int) -> None:
-        """See to it that the next *count* bytes can be written, and so many bytes of removals.
+        """Reserve *count* bytes for the next records, and *removals* bytes for removals.
 
         Raises:
-            OSError: there is no memory for them.
+            OSError: out of memory.
         """
         records = self._records
         self._promised = self._promised + count if records else count
@@ -67,21 +67,21 @@ class JournalWriter:
                 journal.reserve(wanted)
 
     def added(self, name: str, stored: StoredFd) -> SavedFd:
-        """The record of a stored descriptor that is kept as *name*."""
+        """Make the record of a stored descriptor that the fd store has as *name*."""
         return SavedFd.of(stored, self._offset, name)
 
     def note(self, record: Record) -> None:
-        """Have *record* written, in one frame with the others since the last :meth:`write`."""
+        """Queue *record* for the frame that the next :meth:`write` writes."""
         self._records.append(record)
         self._link.changed()
 
     def write(self) -> None:
-        """Write what was noted: what was changed in one critical section is one frame.
+        """Write the queued records, of one critical section, as one frame.
 
         Raises:
-            OSError: it is more than was reserved, and there is no memory for it.
+            OSError: the frame is longer than reserved, and out of memory.
         """
-        if not self._records or not self._journals:  # none could be begun: all is released again
+        if not self._records or not self._journals:  # no journal: the start of the daemon failed
             return
         data = frame(self._records)
         self._records.clear()
@@ -90,14 +90,14 @@ class JournalWriter:
         if not self.is_turning and self._journals[-1].size > self._limit:
             try:
                 self.begin()
-            except OSError:  # out of descriptors, or memory: another time
+            except OSError:  # out of descriptors or memory: try again when it has grown further
                 self._limit += MIN_JOURNAL_BYTES
 
     def begin(self) -> None:
-        """Begin another journal.
+        """Begin a new journal, and send it to the fd store.
 
         Raises:
-            OSError: there is no descriptor or no memory for it.
+            OSError: the process is out of descriptors or memory.
         """
         journal = Journal(self._snapshot(self.generation + 1))
         try:
@@ -113,7 +113,7 @@ class JournalWriter:
         self._link.on_synced(partial(self._end_others, journal))
 
     def withdraw(self) -> None:
-        """The fd store has no room for the journal that was begun: go on with the one before."""
+        """Drop a new journal for which the fd store has no room; its predecessor stays valid."""
         if self.is_turning:
             self._link.remove(f"{JOURNAL}{self.generation}")
             self._journals.pop().close()
@@ -122,7 +122,7 @@ class JournalWriter:
             self.is_turning = False
 
     def _end_others(self, last: Journal) -> None:
-        """The last journal is there: the one before is not needed any more."""
+        """Remove the replaced journals, once the fd store has acknowledged *last*."""
         if self._link.is_over or self._journals[-1] is not last:
             return
         self.is_turning = False
@@ -132,16 +132,16 @@ class JournalWriter:
         del self._journals[:-1]
 
     def forget(self) -> None:
-        """Have all of them closed in the fd store."""
+        """Remove all journals from the fd store."""
         self._link.remove(*self._names())
 
     def close(self) -> None:
-        """Write no more."""
+        """Discard queued records and close the journals; the fd store keeps them."""
         self._records.clear()
         for journal in self._journals:
             journal.close()
 
     def _names(self) -> list[str]:
-        """What they are called in the fd store."""
+        """Return the names of the journals in the fd store."""
         first = self.generation - len(self._journals) + 1
         return [f"{JOURNAL}{number}" for number in range(first, self.generation + 1)]

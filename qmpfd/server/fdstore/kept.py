@@ -1,4 +1,4 @@
-"""Which descriptors are kept under which names."""
+"""Maps descriptor numbers of this process to names in the fd store."""
 
 from __future__ import annotations
 
@@ -10,58 +10,58 @@ from .recover import Recovered
 
 
 class KeptFds:
-    """The descriptors in the fd store, by their numbers here, and the names that are in use there.
+    """The descriptors in the fd store, by their numbers in this process.
 
     Args:
-        link: the connection to it.
-        descriptions: where the fd store keeps one descriptor of each open file description only,
-            what tells which are of the same; None where it keeps all.
+        link: connection to the fd store.
+        descriptions: finds descriptors of the same open file description (kcmp(2)), of which
+            systemd's fd store keeps one only; None with a parent, which keeps all.
     """
 
     def __init__(self, link: BarrierLink, descriptions: Descriptions | None) -> None:
         self._link = link
         self._descriptions = descriptions
-        #: What is kept, by the numbers here.
+        #: Names in the fd store, by descriptor number.
         self.by_number: dict[int, str] = {}
-        # The numbers that rest on a name: all of one open file description.
+        # The numbers that share a name: descriptors of one open file description.
         self._resting: dict[str, dict[int, None]] = {}
-        self._former: set[str] = set()  # names of what is there from before
+        self._former: set[str] = set()  # names in the fd store from before this start
 
     @property
     def names(self) -> int:
-        """How many names are in use, those included that are being removed."""
+        """Number of names in use, including those that are being removed."""
         return len(self._link.names.used)
 
     def by_name(self) -> dict[str, int]:
-        """One number of each name that something rests on."""
+        """Return one descriptor number for each name."""
         return {name: number for number, name in self.by_number.items()}
 
     def claim(self, recovered: Recovered) -> None:
-        """The names of what is there from before are in use; what is stale and stands in the way of
-        what is new is removed.
+        """Mark the names in the fd store from before this start as in use; remove stale entries
+        that stand in the way of new ones.
         """
         self._former = {*recovered.names.values(), *recovered.stale_names}
         for name in self._former:
             self._link.names.claim(name)
-        # What does not count goes before anything new could have the same names; and pipes, as the
-        # journal needs their places.
+        # Entries without a valid journal are removed first: new ones may get the same names.  And
+        # pipes of sentinels: the new journal needs their places.
         is_valid = recovered.has_state
         first = {name for name in self._former if name.startswith(PIPES) or not is_valid}
         self._link.remove(*first)
         self._former -= first
 
     def remove_former(self) -> None:
-        """All is there that is to be kept: remove what is left from before."""
+        """Remove unused entries from before this start, once the fd store has all others."""
         self._link.remove(*(self._former - self.by_name().keys()))
         self._former.clear()
 
     def keep(self, number: int, fd: Fd | int, name: str | None = None) -> str:
-        """Have a descriptor kept; what it is kept as.
+        """Store a descriptor in the fd store; return its name there.
 
         Args:
-            number: of the descriptor.
+            number: the descriptor's number.
             fd: the descriptor.
-            name: what it is kept as already, if it is.
+            name: its name if the fd store has it already, or None.
         """
         descriptions = self._descriptions
         if descriptions is not None:
@@ -80,7 +80,7 @@ class KeptFds:
         return name
 
     def discard(self, number: int) -> str | None:
-        """A descriptor is kept no longer: the name to remove; None where others rest on it."""
+        """Forget a descriptor; return the name to remove, or None if others share the name."""
         name = self.by_number.pop(number)
         if self._descriptions is not None:
             resting = self._resting[name]
@@ -93,6 +93,6 @@ class KeptFds:
         return name
 
     def clear(self) -> None:
-        """Nothing is kept any more."""
+        """Forget all descriptors."""
         self.by_number.clear()
         self._resting.clear()

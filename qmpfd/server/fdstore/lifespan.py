@@ -1,4 +1,4 @@
-"""The mirror of the store, from before the first client until after the last."""
+"""Runs the mirror of the store, from before the first client until after the last."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _remove(services: Services, entries: Iterable[StoredFd]) -> None:
-    """Take out of the store what is not kept safe, and close it."""
+    """Remove and close descriptors for which the fd store has no room."""
     fds: list[Fd] = []
     services.shared.remove(entries, "removed", fds)
     services.durability.close_after_sync(fds)
@@ -37,17 +37,19 @@ async def mirrored(
     *,
     lifeline: Fd | None,
 ) -> AsyncGenerator[Callable[[Fd | None], Awaitable[None]], None]:
-    """Mirror the store while the block runs; gives what is to be called once all is there, with
-    the journal of the daemon that this one takes over from, if there is one.
+    """Mirror the store in the fd store while the block runs.
+
+    The context manager gives a function that starts the mirror; call it once the store is complete,
+    with the predecessor's journal in a takeover, or None.
 
     Args:
         server: the daemon; it does not run yet.
-        listeners: the sockets that the fd store gets too, once all is there.
-        recovered: what came back from there.
-        lifeline: of a takeover: the store has placeholders of what is about to come.
+        listeners: listening sockets to send to the fd store as well; may grow until the start.
+        recovered: state and descriptors from the fd store.
+        lifeline: the lifeline of a takeover, while the store has placeholders; or None.
 
     Raises:
-        GenericError: it is more than the fd store holds.
+        GenericError: the fd store has no room for all descriptors.
     """
     mirror = server.durability
     kept = set(recovered.names)
@@ -70,16 +72,16 @@ async def mirrored(
                 server.daemon.mirror = mirror
             yield start
         except Exception:
-            if not mirror.is_ours:  # the old daemon goes on, and closes what it is told to
+            if not mirror.is_ours:  # the predecessor goes on: remove our duplicates of its store
                 mirror.release_all()
                 with trio.move_on_after(FORGET_TIMEOUT):
                     await mirror.sync()  # noqa: ASYNC120 - a cancellation ends the start as well
-            else:  # whoever starts us again expects the files of those that it has where they are
+            else:  # the fd store keeps these sockets for a restart: leave their files
                 for listener in listeners:
                     if listener.socket.fileno() in kept:
                         listener.abandon()
             raise
-        answers = mirror.is_synced  # or else the end has waited for it long enough
+        answers = mirror.is_synced  # if not, sessions have waited for the fd store in vain
         if not server.lifecycle.handed_over:
             mirror.finish()
         if server.lifecycle.state is State.QUITTING:

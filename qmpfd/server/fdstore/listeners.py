@@ -1,4 +1,4 @@
-"""The daemon's listening sockets, which are kept like what is stored, and their files."""
+"""The daemon's listening sockets in the fd store, and their socket files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class KeptListeners:
     """The listening sockets in the fd store.
 
     Args:
-        link: the connection to it.
-        kept: all descriptors that are kept.
-        journals: tell of them.
-        has_files: whether the other side is told of the sockets' files, which it removes where this
-            process cannot do it any more.
+        link: connection to the fd store.
+        kept: the descriptors in the fd store.
+        journals: the journals, in which the sockets are recorded.
+        has_files: whether the fd store is the parent, which removes the socket files if this
+            process cannot.
     """
 
     def __init__(
@@ -32,14 +32,14 @@ class KeptListeners:
         self._journals = journals
         self._has_files = has_files
         self._by_number: dict[int, SavedListener] = {}
-        self._former: list[str] = []  # names of those that are closed here
+        self._former: list[str] = []  # names of sockets that are closed in this process
 
     def add(self, listener: UnixListener, name: str | None) -> None:
-        """Have a socket kept.
+        """Store a listening socket in the fd store.
 
         Args:
             listener: the socket.
-            name: what it is kept as already, if it is.
+            name: its name if the fd store has it already, or None.
         """
         number = listener.socket.fileno()
         self._kept.keep(number, number, name)
@@ -48,13 +48,13 @@ class KeptListeners:
         self._journals.note(ListenerAdded(self._kept.by_number[number], listener.saved))
 
     def records(self) -> Iterator[ListenerAdded]:
-        """What a journal begins with."""
+        """Make the records of the sockets for a snapshot."""
         for number, saved in self._by_number.items():
             yield ListenerAdded(self._kept.by_number[number], saved)
 
     def _changed(self, listener: UnixListener, number: int) -> None:
-        """There is another socket behind the listener's *number*, and another file at its path; or
-        it is closed, and what is stored next may get that number.
+        """Forget the socket at *number*, which was closed: a stored descriptor may get its number;
+        or was replaced by another, with another file: then store that one.
         """
         if number not in self._by_number or number not in self._kept.by_number:
             return
@@ -67,7 +67,7 @@ class KeptListeners:
             self.remove_former()
 
     def tell_files(self, *, ours: bool = True) -> None:
-        """Tell the parent which files to remove; none where they are not *ours* any more."""
+        """Send the parent the socket files to remove at its end; none if they are not *ours*."""
         if self._has_files and not self._link.is_over:
             files = [
                 f"{saved.file[0]}:{saved.file[1]}:{saved.path.hex()}"
@@ -77,7 +77,7 @@ class KeptListeners:
             self._link.tell(f"QMPFD_SOCKETS={' '.join(files)}")
 
     def remove_former(self) -> None:
-        """Have those that are closed here closed there too."""
+        """Remove sockets that are closed in this process from the fd store."""
         for name in self._former:
             self._journals.note(ListenerRemoved(name))
         self._link.remove(*(set(self._former) - self._kept.by_name().keys()))
