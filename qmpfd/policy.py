@@ -146,12 +146,7 @@ class Access:
             for grant in self.grants
         )
 
-    @property
-    def sees_everything(self) -> bool:
-        """Whether the client may query all stored descriptors."""
-        return self.sees_set(None)
-
-    def sees_set(self, fdset_id: int | None) -> bool:
+    def sees_set(self, fdset_id: int | None = None) -> bool:
         """Whether the client may query all descriptors of the fd set; None for all fd sets."""
         return any(
             "query" in grant.rights and grant.opaque is None and grant.covers_set(fdset_id)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from ..client.blocking import NoDaemon
 from ..errors import QMPError
 from ..kernel.fd import Fd, close_all
-from ..kernel.systemd import InheritedFd as Passed
 from ..kernel.systemd import take_listen_fds, take_parent, take_store_size
 from ..kernel.unix_address import is_served, listens
 from ..supervisor.signals import FORWARDED, set_up_signals
@@ -77,15 +76,6 @@ def _take_inherited(
     ready = Fd(os.dup(ready_fd)) if ready_fd in originals else None
     close_all(originals.values())
     return taken, ready, [number for number in numbers if number not in originals]
-
-
-def _sort_passed(passed: list[Passed]) -> tuple[list[Passed], list[_Initial]]:
-    """Split the service manager's descriptors into listening Unix sockets and others
-    (``OpenFile=``, or a ``.socket`` unit of another kind), which are stored in an fd set each.
-    """
-    listeners = [given for given in passed if listens(given.fd)]
-    others = [(given.fd, None, given.name) for given in passed if not listens(given.fd)]
-    return listeners, [*others]
 
 
 def _was_inherited(number: int) -> bool:
@@ -175,8 +165,11 @@ def run(arguments: argparse.Namespace) -> None:
             return  # a successor owns everything, but the parent did not know and restarted us
     if missing and not recovered.has_state:
         raise UsageError(f"--add-fd: this process has not inherited descriptor {missing[0]}")
-    listen_fds, passed = _sort_passed(recovered.sockets)
-    initial += passed
+    listen_fds = [given for given in recovered.sockets if listens(given.fd)]
+    # Others (OpenFile=, or a .socket unit of another kind) are stored in an fd set each.
+    initial += (
+        (given.fd, None, given.name) for given in recovered.sockets if given not in listen_fds
+    )
     if recovered.has_state:  # the recovered state has the initial descriptors already
         close_all(fd for fd, _, _ in initial)
         initial = []

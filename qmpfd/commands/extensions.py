@@ -274,7 +274,7 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
         ),
         peers=_peers(context, clients),
     )
-    if context.access.sees_everything:
+    if context.access.sees_set():
         info.fdsets = len(shared.store)
         info.fds = shared.store.fd_count
         info.fds_kept = shared.quotas.fds_total

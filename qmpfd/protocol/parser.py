@@ -234,14 +234,10 @@ class Parser:
         self._reset()
         self._charge()
 
-    @property
-    def _cost(self) -> int:
-        """Estimated memory of the incomplete value and token, in bytes."""
-        kept = 0 if self._discarding else self._tokens * TOKEN_BYTES + self._bytes
-        return kept + self._lexer.buffered
-
     def _charge(self) -> None:
-        self._budget.charge(self.give_up, self._owner, self._cost)
+        """Charge the estimated memory of the incomplete value and token."""
+        kept = 0 if self._discarding else self._tokens * TOKEN_BYTES + self._bytes
+        self._budget.charge(self.give_up, self._owner, kept + self._lexer.buffered)
 
     def _limit_passed(self, token: Token) -> str | None:
         if self._bytes > self._max_bytes or token is Token.TOO_BIG:

@@ -81,7 +81,8 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 _PAUSED = frozenset({State.PAUSED, State.PAUSED_STOPPING, State.PAUSED_QUITTING, State.HANDED_OVER})
 #: States of a daemon that ends, accepts no more clients and has no takeover under way.
 DRAINING = frozenset({State.DRAINING, State.QUITTING})
-_STOPPING = DRAINING | _PAUSED - {State.PAUSED} | {State.ENDED}
+#: The daemon was told to end, or has handed over.
+STOPPING = DRAINING | _PAUSED - {State.PAUSED} | {State.ENDED}
 
 
 class Lifecycle:
@@ -115,7 +116,7 @@ class Lifecycle:
         #: Whether no session may read or write: a takeover is in its last step, or complete.
         self.paused = state in _PAUSED
         #: Whether the daemon ends: after stop or quit, or because it has handed over.
-        self.stopping = state in _STOPPING
+        self.stopping = state in STOPPING
 
     @property
     def handed_over(self) -> bool:
@@ -125,11 +126,6 @@ class Lifecycle:
     async def wait_running(self) -> None:
         """Wait while paused (for ever once handed over); without a checkpoint if not paused."""
         while self.paused:
-            await self._changed.wait()
-
-    async def wait_stopping(self) -> None:
-        """Wait until the daemon ends: see :attr:`stopping`."""
-        while not self.stopping:
             await self._changed.wait()
 
     async def wait_for(self, *states: State) -> None:

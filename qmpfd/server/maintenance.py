@@ -96,33 +96,22 @@ async def remove_hung_up(services: Services) -> None:
             await _remove_due(services, lambda: hangups.examine(_A_STEP), "hangup")
 
 
-class Broadcaster:
-    """Sends events to the clients that watch."""
-
-    def __init__(self, services: Services) -> None:
-        self._watchers = services.shared.watchers
-        self._pending = trio.Event()
-        services.shared.on_event = self.notify
-
-    def notify(self) -> None:
-        """Wake :meth:`broadcast_events`: events are pending for some watcher."""
-        self._pending.set()
-
-    async def broadcast_events(self) -> None:
-        """Send events as they come, to one watcher after the other; other tasks run after every
-        BROADCAST_SECONDS, however many clients watch.
-        """
-        while True:
-            await self._pending.wait()
-            self._pending = trio.Event()
-            until = monotonic() + BROADCAST_SECONDS
-            for watcher in list(self._watchers):
-                more = True
-                while more:
-                    more = watcher.send()
-                    if monotonic() > until:
-                        await trio.lowlevel.checkpoint()
-                        until = monotonic() + BROADCAST_SECONDS
+async def broadcast_events(services: Services) -> None:
+    """Send events as they come, to one watcher after the other; other tasks run after every
+    BROADCAST_SECONDS, however many clients watch.
+    """
+    while True:
+        pending = trio.Event()
+        services.shared.on_event = pending.set
+        until = monotonic() + BROADCAST_SECONDS
+        for watcher in list(services.shared.watchers):
+            more = True
+            while more:
+                more = watcher.send()
+                if monotonic() > until:
+                    await trio.lowlevel.checkpoint()
+                    until = monotonic() + BROADCAST_SECONDS
+        await pending.wait()
 
 
 async def evict_idle(services: Services, sessions: Iterable[Session]) -> None:

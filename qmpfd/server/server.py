@@ -27,11 +27,11 @@ from .connection.session_state import SessionEnd
 from .durability import Durability, Unmirrored
 from .fdstore.mirror import FdStoreConfig, FdStoreMirror
 from .handle import Server
-from .lifecycle import DRAINING, Event, Lifecycle, State
+from .lifecycle import DRAINING, STOPPING, Event, Lifecycle, State
 from .listen.accept import Acceptor
 from .listen.admission import RejectionLog, admit, groups_of, peer_of, rejection_reply
 from .listen.listener import UnixListener
-from .maintenance import Broadcaster, evict_idle, remove_expired, remove_hung_up, supervise
+from .maintenance import broadcast_events, evict_idle, remove_expired, remove_hung_up, supervise
 from .metrics import write_metrics
 from .services import Services
 from .takeover.sender import hand_over
@@ -83,7 +83,6 @@ class DaemonServer(Server):
             spawn=self._spawn,
         )
         self._acceptor = Acceptor(self.lifecycle, self._handle_accepted)
-        self._broadcaster = Broadcaster(self.services)
         self._rejections = RejectionLog()
         self._policy = policy or Policy()
         self._metrics_path = metrics_path
@@ -141,7 +140,7 @@ class DaemonServer(Server):
                     self.lifecycle.handle(Event.START)
                 self._bind_if_lost()  # a socket file may have been removed between two daemons
                 task_status.started(self)
-                await self.lifecycle.wait_stopping()
+                await self.lifecycle.wait_for(*STOPPING)
                 background.cancel_scope.cancel()
             # Wait for the end of a takeover under way.
             await self.lifecycle.wait_for(*DRAINING, State.HANDED_OVER)
@@ -160,7 +159,7 @@ class DaemonServer(Server):
         yield "serving clients", services.reader.run
         yield "removing expired descriptors", partial(remove_expired, services)
         yield "removing descriptors whose peer hung up", partial(remove_hung_up, services)
-        yield "sending events", self._broadcaster.broadcast_events
+        yield "sending events", partial(broadcast_events, services)
         yield "disconnecting idle clients", partial(evict_idle, services, self.sessions)
         if self._metrics_path is not None:
             yield "writing metrics", partial(write_metrics, self.daemon, self._metrics_path)

@@ -6,7 +6,7 @@ import pytest
 import trio
 from helpers import settle
 
-from qmpfd.server.lifecycle import TRANSITIONS, Event, Lifecycle, State
+from qmpfd.server.lifecycle import STOPPING, TRANSITIONS, Event, Lifecycle, State
 
 
 def reachable(start: State) -> set[State]:
@@ -91,7 +91,7 @@ async def test_waiting() -> None:
         seen.append("running")
 
     async def wait_stopping() -> None:
-        await lifecycle.wait_stopping()
+        await lifecycle.wait_for(*STOPPING)
         seen.append("stopping")
 
     async with trio.open_nursery() as nursery:
