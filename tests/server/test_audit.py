@@ -1,4 +1,4 @@
-"""``--audit``: who has added, removed, got or was refused what; and that it costs nobody else."""
+"""``--audit``: a record of each descriptor added, removed, handed out or refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ME = {"pid": os.getpid(), "uid": os.geteuid()}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """What is written, without the times, which have to rise."""
+    """Return the records without their times, which must ascend."""
     told = [json.loads(line) for line in path.read_text("ascii").splitlines()]
     times = [line.pop("time") for line in told]
     assert times == sorted(times)
@@ -83,7 +83,7 @@ async def test_what_comes_goes_and_is_handed_out(path: Path, tmp_path: Path) -> 
 async def test_what_the_daemon_does_by_itself(
     path: Path, tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    """A time that is over, another end that is gone, a connection that has ended."""
+    """The daemon closes descriptors on expiry, on a hang-up, and at the end of a connection."""
     file = tmp_path / "audit"
     with file.open("w") as out:
         async with daemon(path, audit=out):
@@ -126,7 +126,7 @@ async def test_refusals(path: Path, tmp_path: Path) -> None:
 
 
 async def test_refused_requests(path: Path, tmp_path: Path) -> None:
-    """A descriptor that comes with a request that no command carries out is refused as well."""
+    """The descriptor of a request that no command executes is recorded as refused."""
     bad = (
         b'{"execute": "add-fd", "arguments": {"fdset-id": "0"}}',
         b'{"execute": "nonsense"}',
@@ -148,7 +148,7 @@ async def test_refused_requests(path: Path, tmp_path: Path) -> None:
     assert found == [ME, ME, ME, {**ME, "command": "qmp_capabilities"}]
 
 
-#: SO_PASSRIGHTS (Linux 6.16): whether a socket takes descriptors.
+#: SO_PASSRIGHTS (Linux 6.16): whether a socket receives descriptors.
 SO_PASSRIGHTS = 83
 
 
@@ -156,7 +156,7 @@ SO_PASSRIGHTS = 83
 async def test_a_client_that_refuses_descriptors(
     request_id: int | str, path: Path, tmp_path: Path
 ) -> None:
-    """It is not handed out after all: a refusal, also in the counters and in the log."""
+    """The failed send is a refusal: in the records, the counters and the log."""
     file = tmp_path / "audit"
     with file.open("w") as out, Pipe() as pipe:
         async with daemon(path, audit=out):
@@ -196,7 +196,7 @@ async def test_long_texts_are_cut(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_text_that_json_cannot_carry() -> None:
-    """An option of the command line may have bytes that are no UTF-8."""
+    """An opaque text of the command line may have bytes that are not UTF-8."""
     written: list[bytes] = []
     with Pipe() as pipe:
         fd = Fd(os.dup(pipe.fileno()))
@@ -207,11 +207,11 @@ def test_a_text_that_json_cannot_carry() -> None:
     assert json.loads(line)["opaque"] == "caf\\udce9"
 
 
-# -- where it cannot be written ----------------------------------------------------------------
+# -- the file cannot be written ----------------------------------------------------------------
 
 
 async def test_nobody_reads_the_pipe(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The clients are served all the same; once it is read, the log says how much was left out."""
+    """Clients are served; when the pipe is read, the log has the number of lost records."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     with Pipe() as pipe, open(reader, "rb", buffering=0) as end:
         with open(writer, "wb", buffering=0) as out:
@@ -225,11 +225,11 @@ async def test_nobody_reads_the_pipe(path: Path, caplog: pytest.LogCaptureFixtur
                     out.close()
                     seen = b""
                     while "lines were left out" not in caplog.text:
-                        # The line that says so comes after one that was written.
+                        # The log line comes after the first record that was written again.
                         seen += await trio.to_thread.run_sync(end.read, 1 << 20)
                         value(await wire.call("query-name"))
                         await wire.call("closefd", {"fdname": "none"})
-                # Its end waits for a second; then the thread goes on by itself.
+                # The daemon waits a second for the writer thread, then leaves it behind.
         while more := end.read(1 << 20):
             seen += more
     for line in seen.splitlines():
@@ -258,7 +258,7 @@ def test_a_full_disk(path: Path) -> None:
 
 
 def test_a_torn_line_is_ended(tmp_path: Path) -> None:
-    """What a full disk took half of is not taken together with the next."""
+    """After a short write, the next record begins on a line of its own."""
     limit = 100
 
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -266,7 +266,7 @@ def test_a_torn_line_is_ended(tmp_path: Path) -> None:
         size = fcntl.fcntl(out, fcntl.F_SETPIPE_SZ, 4096)
         made = AuditWriter(out)
         line = b'"' + b"x" * (size + limit) + b'"\n'
-        made.write(line)  # more than fits: EAGAIN after a part of it
+        made.write(line)  # more than the pipe holds: a short write, then EAGAIN
         while not made._torn:
             os.sched_yield()
         assert len(end.read(1 << 20)) == size
@@ -286,7 +286,7 @@ async def test_a_descriptor_that_is_not_open(path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["none/audit", ".", "fifo"])
 def test_a_path_that_cannot_be_opened(path: Path, tmp_path: Path, where: str) -> None:
-    """One line, and status 2; a FIFO that nobody reads does not hold up the start."""
+    """One line and status 2; a FIFO without reader does not block the start."""
     os.mkfifo(tmp_path / "fifo")
     words = ["serve", "--socket", str(path), "--audit", str(tmp_path / where)]
     ran = subprocess.run(
@@ -298,7 +298,7 @@ def test_a_path_that_cannot_be_opened(path: Path, tmp_path: Path, where: str) ->
 
 
 def test_appended_to_by_each_start(path: Path, tmp_path: Path) -> None:
-    """A file of its owner's only; standard output too."""
+    """Each start appends to the file, which has mode 600; standard output works too."""
     file = tmp_path / "audit"
 
     async def add() -> None:
@@ -315,7 +315,7 @@ def test_appended_to_by_each_start(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_takeover_is_no_removal(path: Path, tmp_path: Path) -> None:
-    """What goes over to a successor stays: neither daemon says that it has come or gone."""
+    """Neither daemon records the descriptors that go over to the successor."""
     file = tmp_path / "audit"
 
     async def add() -> None:
@@ -334,7 +334,7 @@ def test_a_takeover_is_no_removal(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_log_at_level_debug_says_what_was_handed_out(path: Path) -> None:
-    """Set, number and opaque text, in one line whatever the text."""
+    """Fd set, number and opaque text, in one line, whatever the text contains."""
     with daemon_process(path, "--log-level", "debug") as process:
 
         async def use() -> int:

@@ -1,5 +1,5 @@
-"""A cancellation at every point of a client's life, on either side: nothing leaks, the store is
-assert_service_unharmed, and everybody else goes on.
+"""Cancel at every checkpoint of a client's life, on either side: no descriptor leaks, the store
+stays consistent, and other clients are served.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from qmpfd.server.server import DaemonServer
 Live = Callable[[Path, DaemonServer, list[Pipe]], Awaitable[None]]
 
 EACH_WAY = pytest.mark.parametrize("before", [True, False], ids=["running", "waiting"])
-BIG = "x" * 600_000  # more than a socket holds
+BIG = "x" * 600_000  # more than a socket buffers
 
 
 async def _empty(path: Path, held: list[Pipe]) -> None:
-    """The store holds as many descriptors as are listed, works, and lets go of all of them."""
+    """Check that all descriptors of the store are listed, and are closed when removed."""
     with await Wire.session(path) as wire:
         sets = value(await wire.call("query-fdsets"))
         assert sum(pipe.held() for pipe in held) == sum(len(fdset["fds"]) for fdset in sets)
@@ -58,7 +58,7 @@ async def _empty(path: Path, held: list[Pipe]) -> None:
 
 
 class _FirstCancelled(DaemonServer):
-    """A daemon in which one thing goes wrong: its first session is cancelled."""
+    """A daemon whose first session is cancelled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class _FirstCancelled(DaemonServer):
 
 
 async def _live(path: Path, server: DaemonServer, made: list[Pipe]) -> None:
-    """A client's whole life, with everything in it that makes a session wait."""
+    """Run a client that makes its session wait in every possible way."""
     with await Wire.connect(path) as wire:
         await wire.reply()
         await wire.call("qmp_capabilities")
@@ -92,28 +92,28 @@ async def _live(path: Path, server: DaemonServer, made: list[Pipe]) -> None:
             wire.send(ADD + QUERY, [made[3]])
             await settle()
         await wire.replies(2)
-        # More answers than the socket holds, read late.
+        # More replies than the socket buffers, read late.
         wire.send(request("query-commands") * 600)
         await settle()
         await wire.replies(600)
-        for _ in range(4):  # more than a piece: it waits in the gate
+        for _ in range(4):  # more than one time slice: the session waits for its turn
             wire.send(request("query-name") * 200)
             await wire.replies(200)
         await wire.call("remove-fd", {"fdset-id": 0})
-        # Left behind: one that is complete, one that nobody takes, one of a half command.
+        # At the end: a complete command's fd, one that no command takes, one of half a command.
         wire.send(ADD, [made[4]])
         wire.send(b" ", [made[5]])
         wire.send(ADD[:20], [made[6]])
 
 
 async def _answers(wire: Wire, count: int) -> None:
-    """So many replies, with events between them."""
+    """Read *count* replies, and the events between them."""
     while count:
         count -= "event" not in await wire.reply()
 
 
 async def _live_with_our_own(path: Path, server: DaemonServer, made: list[Pipe]) -> None:
-    """As :func:`_live`, with the commands that QEMU does not have."""
+    """As :func:`_live`, with the commands that only qmpfd has."""
     with await Wire.session(path) as wire, await Wire.session(path) as other:
         wire.send(request("watch-fdsets", {"enable": True}))
         wire.send(request("add-fds", {"lifetime": "connection"}), made[:2])
@@ -123,7 +123,7 @@ async def _live_with_our_own(path: Path, server: DaemonServer, made: list[Pipe])
         await _answers(wire, 2)
         wire.send(request("open-fdset", {"fdset-id": 0}) + request("query-fds"))
         await _answers(wire, 2)
-        # More replies with descriptors, and more events, than the socket holds, read late.
+        # More replies with descriptors, and more events, than the socket buffers, read late.
         wire.send(request("open-fdset", {"fdset-id": 0}) * 500)
         for _ in range(300):
             other.send(request("add-fds", {"opaque": "x" * 500}), made[4:5])
@@ -136,7 +136,7 @@ async def _live_with_our_own(path: Path, server: DaemonServer, made: list[Pipe])
             wire.send(request("add-fds", {"lifetime": "connection"}), made[5:6])
             await settle()
         await _answers(wire, 3)
-        # Left behind: one of a client that hangs up while its reply waits.
+        # At the end: the client disconnects while its reply is queued.
         wire.send(request("add-fds") + request("open-fdset", {"fdset-id": 0}) * 500, made[6:])
 
 
@@ -161,12 +161,12 @@ async def test_a_session_is_cancelled(path: Path, before: bool, live: Live) -> N
                     steps,
                     before=before,
                 ) as cancelling:
-                    with suppress(AssertionError, BrokenPipeError):  # cut off: that is the point
+                    with suppress(AssertionError, BrokenPipeError):  # the connection ends
                         await live(path, server, made)
                     await settle()
                 for pipe in made:
                     pipe.release()
-                await closed(server.daemon.closer)  # what nobody has a reply about
+                await closed(server.daemon.closer)  # closes that no reply waits for
                 await _empty(path, made)
                 server.stop()
             server.close()
@@ -180,7 +180,7 @@ async def test_a_session_is_cancelled(path: Path, before: bool, live: Live) -> N
 
 
 class _Started(trio.TaskStatus[Any]):
-    """Tells that the daemon listens, or never will."""
+    """Sets an event when the daemon listens."""
 
     def __init__(self) -> None:
         self.event = trio.Event()
@@ -221,7 +221,7 @@ async def test_the_daemon_is_cancelled(path: Path, before: bool) -> None:
                 with instrument as cancelling:
                     nursery.start_soon(run)
                     await status.event.wait()
-                    with suppress(AssertionError, OSError):  # it is gone: that is the point
+                    with suppress(AssertionError, OSError):  # the daemon ends
                         await _short_life(path, made)
                 cancelled = cancelling.done
                 scope.cancel()
@@ -283,8 +283,8 @@ CALLS: dict[str, Call] = {
 @EACH_WAY
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 async def test_a_call_is_cancelled(call: Call, path: Path, before: bool) -> None:
-    """Calls before it and after it on the same connection have their answers, and so have later
-    ones; what the call has done or not done, the store is whole.
+    """Other calls on the same connection, before, after and later, get their replies; the command
+    of the cancelled call is executed completely or not at all.
     """
     steps = 0
     cancelled = True
@@ -318,7 +318,7 @@ async def _cancelled_call(call: Call, path: Path, steps: int, *, before: bool) -
             for pipe in made[3:]:
                 await client.add_fd(pipe)
             with CancelAt(victims.__contains__, scope, steps, before=before) as at:
-                # Nobody is answered before all of them wait.
+                # The lock holds back all replies until every call waits.
                 async with trio.open_nursery() as nursery, server.services.lock:
                     nursery.start_soon(bystander, made[1])
                     await settle()

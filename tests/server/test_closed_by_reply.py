@@ -1,4 +1,4 @@
-"""What a client has removed is closed when it reads the reply, whatever its kind (INTERFACE.md)."""
+"""A removed descriptor of any kind is closed before its client reads the reply."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from supervised import connected, supervised
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd
 
-#: How often each kind is tried, and each way to be closed.
+#: Repetitions for each kind, and for each way to close.
 _ROUNDS = 15
 
 
@@ -43,7 +43,7 @@ def served(
 
 @contextmanager
 def _others(path: Path) -> Iterator[None]:
-    """Clients that keep the daemon, and this machine, busy."""
+    """Run clients that keep the daemon and this machine busy."""
     stop = threading.Event()
 
     def work() -> None:
@@ -67,7 +67,7 @@ def _others(path: Path) -> Iterator[None]:
 
 
 def _add(client: BlockingClient, fd: Fd, count: int = 1) -> int:
-    """Add duplicates under the name "n", and close *fd* itself: the fd set."""
+    """Add *fd* *count* times with the opaque text "n", close it, and return the fd set's id."""
     with fd:
         return client.add_fds([fd] * count, opaque="n").fdset_id
 
@@ -116,7 +116,7 @@ def _name_given_again(client: BlockingClient, fd: Fd, _: _Daemon) -> None:
 
 
 def _sent(daemon: _Daemon, *parts: tuple[bytes, list[Fd]]) -> None:
-    """Send something, and close it here before the daemon can see it; wait for one reply."""
+    """Send descriptors and close them while the daemon is stopped; wait for one reply."""
     with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as lines:
         sock.settimeout(PATIENCE)
         sock.connect(os.fspath(daemon.path))
@@ -167,7 +167,7 @@ _WAYS: list[_Way] = [
 
 
 def _next(opened: Callable[[], Fd]) -> tuple[Fd, int]:
-    """What is opened in the end, and how often it was busy before."""
+    """Open until it succeeds; return the descriptor and the number of failures before."""
     busy = 0
     while True:
         try:

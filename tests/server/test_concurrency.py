@@ -1,4 +1,4 @@
-"""200 clients at once: no reply is lost, and no descriptor."""
+"""200 concurrent clients: no reply and no descriptor is lost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_many_clients(path: Path, seconds: float) -> None:
 
     with daemon_process(path) as process:
         async with qmpfd.connect(path) as client:
-            await client.query_fdsets()  # by then it has closed what it wrote its log lines with
+            await client.query_fdsets()  # the daemon has finished its start by then
             before = open_fds(process.pid)
         until = trio.current_time() + seconds
         async with trio.open_nursery() as nursery:
@@ -42,18 +42,18 @@ async def test_many_clients(path: Path, seconds: float) -> None:
         assert all(answered), "somebody was starved"
         async with qmpfd.connect(path) as client:
             assert await client.query_fdsets() == []
-        # The last clients' ends are seen before a later client is answered twice.
+        # The daemon reads the ends of the last clients before it answers a later client twice.
         async with qmpfd.connect(path) as client:
             await client.query_fdsets()
             await client.query_fdsets()
             left = open_fds(process.pid)
         assert len(left) == len(before)
-        assert len(before.items() - left.items()) <= 1  # the connection that asks
+        assert len(before.items() - left.items()) <= 1  # the connection of this client
 
 
 async def _turn(client: qmpfd.Client, dice: random.Random, name: str) -> int:
-    """Add some, find exactly them, remove some of them by number and the rest by set; how many
-    answers that took.
+    """Add descriptors, list them, remove some by number and the others by set; return the number
+    of replies.
     """
     made = [Pipe() for _ in range(dice.randint(1, 4))]
     try:
@@ -80,7 +80,7 @@ async def _turn(client: qmpfd.Client, dice: random.Random, name: str) -> int:
 
 
 async def test_one_connection_and_many_tasks(path: Path) -> None:
-    """The same through one client, whose calls are all in flight at once."""
+    """200 tasks share one client, with all calls in flight at once."""
     async with trio.open_nursery() as nursery:
         server: qmpfd.Server = await nursery.start(qmpfd.serve, [path])
         async with qmpfd.connect(path) as client, trio.open_nursery() as calls:

@@ -1,4 +1,4 @@
-"""Many descriptors at a time, and none left: MSG_CTRUNC, and how many can be made to wait."""
+"""Many descriptors in one message, a full descriptor table (MSG_CTRUNC), and pending ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from helpers import (
 
 
 def _limit(process: DaemonProcess, *, room: int) -> None:
-    """Leave the process room for so many more descriptors."""
+    """Leave the process *room* for more descriptors."""
     used = open_fds(process.pid)
     limit = next(n for n in range(1 << 20) if n - sum(fd < n for fd in used) == room)
     hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[1]
@@ -38,7 +38,7 @@ def _unlimit(process: DaemonProcess) -> None:
 async def test_never_more_than_two_messages_worth_wait(path: Path, messages: int) -> None:
     with daemon_process(path) as process, pipes(1) as [pipe]:
         with await Wire.session(path) as wire:
-            # More at any time, and the kernel had to drop some: the last add-fd would tell.
+            # With more pending at any time, the kernel would drop some, and the add-fd would fail.
             _limit(process, room=2 * 253)
             for _ in range(messages):
                 wire.send(b" ", [pipe] * 253)
@@ -52,10 +52,10 @@ async def test_never_more_than_two_messages_worth_wait(path: Path, messages: int
 
 
 async def test_253_commands_with_253_fds_in_one_send(path: Path) -> None:
-    """As many as the kernel passes at a time, each to the command that it came for."""
+    """The most descriptors of one message (SCM_MAX_FD), each for a command of its own."""
     async with daemon(path):
         with await Wire.session(path) as wire, pipes(253) as made:
-            # Without line ends: a chunk of commands is the quick way, this the careful one.
+            # Without line ends, the receive buffer must take its slow path.
             wire.send(ADD.strip() * 253, made)
             for pipe in made:
                 pipe.release()
@@ -67,15 +67,15 @@ async def test_253_commands_with_253_fds_in_one_send(path: Path) -> None:
                 assert not pipe.held()
 
 
-# Where the descriptors come: the pieces that are sent, the first with them.
+# The pieces that are sent; the first one carries the descriptors.
 PIECES = {"the command": [ADD], "a blank": [b" ", ADD], "the first half": [ADD[:6], ADD[6:]]}
 
 
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
 @pytest.mark.parametrize("sent, room", [(1, 0), (3, 0), (3, 1), (253, 252)])
 async def test_out_of_descriptors(path: Path, sent: int, room: int, pieces: list[bytes]) -> None:
-    """An error of its own, to the command that should have had the descriptor and to no other;
-    nothing of what did fit stays open.
+    """Only the command whose descriptor the kernel has dropped gets the error; descriptors that
+    fitted are closed.
     """
     with daemon_process(path) as process, await Wire.session(path) as wire:
         before = open_fds(process.pid)
@@ -105,7 +105,7 @@ async def test_out_of_descriptors(path: Path, sent: int, room: int, pieces: list
 
 
 async def test_out_of_descriptors_then_newer_ones(path: Path) -> None:
-    """Newer descriptors take the place of lost ones as they do of those that wait."""
+    """Newer descriptors replace lost ones, as they replace pending ones."""
     with daemon_process(path) as process:
         with await Wire.session(path) as wire, pipes(3) as made:
             _limit(process, room=1)

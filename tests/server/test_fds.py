@@ -1,8 +1,7 @@
-"""Which command gets which descriptor: INTERFACE, "Which command gets an fd", row by row.
+"""Which command gets which descriptor.
 
-Black boxes: a daemon on one end of a socket, on the other pipes whose writing ends are passed.
-Whether the daemon holds one is seen on its reading end, which command it went to by what happens
-when the set that the command named in its answer is removed.
+Black-box tests: clients send the write ends of pipes.  The read end shows whether the daemon holds
+the write end; removing the fd set of a reply shows which command got it.
 """
 
 from __future__ import annotations
@@ -38,13 +37,12 @@ UNTYPED = request("add-fd", {"fdset-id": "0"})
 
 @dataclass(frozen=True)
 class Row:
-    """What is sent, each piece with its descriptors (letters), and what comes of it.
+    """Input with descriptors, named by letters, and the expected replies.
 
     Args:
-        sent: bytes and descriptors, one system call each.
-        got: one for each reply: the letter of the descriptor that was added, ``OK``, or an
-            error class.
-        waiting: descriptors that are still to be claimed afterwards.
+        sent: bytes and descriptors of each system call.
+        got: for each reply the letter of the descriptor added, ``OK``, or an error class.
+        waiting: descriptors that are pending afterwards.
         negotiated: whether the connection has negotiated before.
     """
 
@@ -60,7 +58,7 @@ class Row:
 
 
 ROWS = [
-    # many sends, each one command with its fd, all read late
+    # several sends, each a command with its fd; the daemon reads late
     Row("each its own", [(ADD, "a"), (ADD, "b"), (ADD, "c")], "abc"),
     Row("no line ends", [(ADD.strip(), "a"), (ADD.strip(), "b")], "ab"),
     Row("twenty", [(ADD, letter) for letter in "abcdefghijklmnopqrst"], "abcdefghijklmnopqrst"),
@@ -87,7 +85,7 @@ ROWS = [
     Row("the others closed", [(ADD, "abc"), (ADD, "")], ["a", NOT_SUPPLIED]),
     Row("the others closed, then more", [(ADD, "abc"), (ADD, "d")], ["a", "d"]),
     Row("three on a blank", [(b" ", "abc"), (ADD, ""), (ADD, "")], ["a", NOT_SUPPLIED]),
-    # the fd on the first half of a command, or on a lone blank before it
+    # the fd on the first half of a command, or on a blank before it
     Row("on the first half", [(LEFT, "a"), (MIDDLE, ""), (RIGHT, "")], "a"),
     Row("on the middle", [(LEFT, ""), (MIDDLE, "a"), (RIGHT, "")], "a"),
     Row("on the end", [(LEFT, ""), (MIDDLE, ""), (RIGHT, "a")], "a"),
@@ -119,12 +117,12 @@ ROWS = [
         [OK, "a", "b", OK, "c"],
     ),
     Row("blanks and not", [(b" ", "a"), (ADD, ""), (ADD, "b"), (b" ", "c"), (ADD, "")], "abc"),
-    # newer fds arrive while older ones still wait
+    # newer fds arrive while older ones are pending
     Row("newer ones", [(b" ", "a"), (b" ", "b"), (ADD, ""), (ADD, "")], ["b", NOT_SUPPLIED]),
     Row("newer ones, others", [(b" ", "a"), (QUERY, ""), (b" ", "b"), (ADD, "")], [OK, "b"]),
     Row("newer ones on a command", [(b" ", "abc"), (ADD, "d"), (ADD, "")], ["d", NOT_SUPPLIED]),
     Row("newer ones, many", [(b" ", "ab"), (b" ", "cd"), (b" ", "ef")], [], waiting="ef"),
-    # the command that takes it is refused for any reason, or its text was broken
+    # the command that takes the fd is refused, or is not valid JSON
     Row(
         "refused by value",
         [(ELSEWHERE, "a"), (ADD, "")],
@@ -190,14 +188,14 @@ async def test_row(row: Row, late: bool, path: Path) -> None:
                 for expected, reply in zip(row.got, replies, strict=True):
                     if expected not in letters:
                         assert (OK if "return" in reply else error(reply)) == expected
-                # What was taken and what waits is held, and nothing else is.
+                # The daemon holds the stored and the pending descriptors, and no others.
                 assert _held(letters) == {*added, *row.waiting}
                 for letter, reply in added.items():
                     await remove(wire, value(reply))
                     assert not letters[letter].held()
                     del letters[letter]
                     assert _held(letters) == {*added, *row.waiting} & letters.keys()
-                # One reply for each, and nothing else waits to be said.
+                # There are no further replies.
                 assert "return" in await wire.call("query-name")
             await settle()
             assert not _held(letters)
@@ -213,7 +211,7 @@ async def _opened(row: Row, path: Path) -> Wire:
 
 @pytest.mark.parametrize("late", [True, False], ids=["late", "step by step"])
 async def test_getfd_takes_its_own_among_others(path: Path, late: bool) -> None:
-    """``getfd`` and ``add-fd`` stand in the same line for descriptors."""
+    """``getfd`` and ``add-fd`` take descriptors from the same queue, in order."""
     named = [request("getfd", {"fdname": name}) for name in "xy"]
     row = Row("", [(named[0], "a"), (b" ", "b"), (ADD, ""), (named[1] + ADD, "cd")], "")
     with _named(row.letters) as letters:
@@ -252,7 +250,7 @@ async def test_getfd_takes_its_own_among_others(path: Path, late: bool) -> None:
 async def test_the_connection_ends(
     sent: list[tuple[bytes, str]], stored: str, late: bool, path: Path
 ) -> None:
-    """All that was complete is carried out, all that nobody took is closed."""
+    """Complete commands are executed; descriptors that no command took are closed."""
     row = Row("", sent, "")
     with _named(row.letters) as letters:
         async with daemon(path):

@@ -1,5 +1,5 @@
-"""Clients that want too much, never listen, talk nonsense or die: nobody else is harmed, and
-nothing is left of them.
+"""Clients that send too much, read nothing, send invalid input or die: other clients are served,
+and no descriptor leaks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import qmpfd
 
 
 async def test_huge_request(path: Path) -> None:
-    """Beyond the limit: one clear error for it, and the connection goes on."""
+    """A request beyond the limit gets one error, and the connection continues."""
     async with daemon(path, limits=qmpfd.Limits(max_request_bytes=4096)):
         with await Wire.session(path) as wire, pipes(2) as made:
             huge = request("add-fd", {"opaque": "x" * 100_000})
@@ -72,13 +72,13 @@ async def test_request_of_almost_a_mebibyte(path: Path) -> None:
                 wire.send(sent[:1], [pipe])
                 nursery.start_soon(wire.send_all, sent[1:])
                 info = value(await wire.reply())
-            # The answer is six times as long, more than the socket holds at a time.
+            # The reply is six times as long, more than the socket buffers.
             [fdset] = value(await wire.call("query-fdsets"))
             assert fdset["fds"] == [{"fd": info["fd"], "opaque": opaque}]
 
 
 async def test_a_client_that_never_reads(path: Path, autojump_clock: MockClock) -> None:
-    """It is cut off after the write timeout, and nobody else waits for it meanwhile."""
+    """The client is disconnected after the write timeout; no other client waits."""
     async with daemon(path, limits=qmpfd.Limits(write_timeout=25)):
         with await Wire.session(path) as wire, await Wire.session(path) as other:
             await _fill(wire)
@@ -95,7 +95,7 @@ async def test_a_client_that_never_reads(path: Path, autojump_clock: MockClock) 
 
 
 async def test_a_client_that_reads_late(path: Path, autojump_clock: MockClock) -> None:
-    """It is not cut off before the write timeout, and no answer is lost."""
+    """The client is not disconnected before the write timeout, and loses no reply."""
     async with daemon(path, limits=qmpfd.Limits(write_timeout=25)):
         with await Wire.session(path) as wire:
             sent = await _fill(wire)
@@ -107,7 +107,7 @@ async def test_a_client_that_reads_late(path: Path, autojump_clock: MockClock) -
 
 
 async def _fill(wire: Wire) -> int:
-    """Send requests until there is no more room for them, nor for the answers; how many."""
+    """Send requests until the socket is full in both directions; return their number."""
     count = 0
     while True:
         try:
@@ -119,7 +119,7 @@ async def _fill(wire: Wire) -> int:
 
 
 async def test_never_read_but_carried_out(path: Path, autojump_clock: MockClock) -> None:
-    """What a client has sent before it was cut off is carried out."""
+    """The daemon executes what a client had sent before it was disconnected."""
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe:
             wire.send(request("query-commands") * 1500)
@@ -134,7 +134,7 @@ async def test_never_read_but_carried_out(path: Path, autojump_clock: MockClock)
 
 
 async def test_too_many_connections(path: Path) -> None:
-    """One too many is told so; there is room again once another is gone."""
+    """A client beyond the limit gets an error; when another one disconnects there is room."""
     async with daemon(path, limits=qmpfd.Limits(max_connections=2)):
         with await Wire.session(path) as one, await Wire.session(path) as two:
             with await Wire.connect(path) as three:
@@ -149,7 +149,7 @@ async def test_too_many_connections(path: Path) -> None:
 
 
 async def test_bytes_that_are_no_qmp(path: Path) -> None:
-    """One clear error for each piece, and the connection goes on."""
+    """Each piece of invalid input gets one error, and the connection continues."""
     async with daemon(path):
         with await Wire.session(path) as wire, socket.socket() as passed:
             for broken in (b"\xff", b"]", b"{,", b'{"execute" "x"}', b"nope", b"{]"):
@@ -203,7 +203,7 @@ async def test_no_leak_when_refused(path: Path, refused: bytes, count: int) -> N
                 while "id" not in (reply := await wire.reply()):
                     replies.append(reply)
                 assert len(replies) >= 3
-                # What nobody took can wait for a command still, but not for two of them.
+                # A surplus descriptor may still be pending for one command, but not for two.
                 await wire.call("add-fd")
                 wire.send(request("remove-fd", {"fdset-id": 0}))
                 await wire.reply()
@@ -213,7 +213,7 @@ async def test_no_leak_when_refused(path: Path, refused: bytes, count: int) -> N
             assert value(await other.call("query-fdsets")) == []
 
 
-#: Runs on its own: connects to the socket in argv, sends some pieces, kills itself.
+#: Program that connects to the socket in argv, sends some pieces, and kills itself.
 VICTIM = """
 import array, ast, os, signal, socket, sys
 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -241,7 +241,7 @@ LIFE: list[tuple[bytes, int]] = [
 
 
 def _dies(path: Path, life: Sequence[tuple[bytes, int]]) -> None:
-    """A process that does that to the daemon at *path*, and is killed."""
+    """Run a process that sends *life* to the daemon at *path*, and kills itself."""
     command = [sys.executable, "-S", "-E", "-c", VICTIM, os.fspath(path), repr(life)]
     assert subprocess.run(command, timeout=PATIENCE, check=False).returncode == -signal.SIGKILL
 
@@ -253,7 +253,7 @@ async def test_killed_at_any_point(path: Path, length: int) -> None:
             before = open_fds()
             await trio.to_thread.run_sync(_dies, path, LIFE[:length])
             await settle()
-            # What was added by complete commands is there, and nothing else is.
+            # The descriptors of complete commands are stored, and no others.
             sets = value(await other.call("query-fdsets"))
             assert len(sets) == sum([length >= 5, length >= 6, length >= 8])
             for fdset in sets:
@@ -262,7 +262,7 @@ async def test_killed_at_any_point(path: Path, length: int) -> None:
 
 
 async def test_many_are_killed(path: Path) -> None:
-    """A daemon of its own, and clients that die at random points, some at a time."""
+    """Several clients at a time are killed at random points."""
     seed = random.Random(7)
     with daemon_process(path) as process, await Wire.session(path) as other:
         before = open_fds(process.pid)
@@ -270,7 +270,7 @@ async def test_many_are_killed(path: Path) -> None:
             for _ in range(20):
                 life = LIFE[: seed.randrange(len(LIFE) + 1)]
                 nursery.start_soon(trio.to_thread.run_sync, _dies, path, life)
-        while True:  # until all that the dead have sent is carried out; the deadline is the test's
+        while True:  # until the commands of all killed clients are executed
             for fdset in value(await other.call("query-fdsets")):
                 await other.call("remove-fd", {"fdset-id": fdset["fdset-id"]})
             if open_fds(process.pid) == before:
@@ -279,7 +279,7 @@ async def test_many_are_killed(path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 8, 19])
 async def test_half_sent_at_any_byte(path: Path, size: int) -> None:
-    """Closed after each byte of a conversation, sent in pieces with a descriptor on each."""
+    """A client disconnects after each byte; each piece that it sends carries a descriptor."""
     whole = CAPABILITIES + ADD + b"  " + ADD
     ends = [len(CAPABILITIES + ADD.rstrip()), len(whole.rstrip())]
     async with daemon(path):
@@ -302,7 +302,7 @@ async def test_half_sent_at_any_byte(path: Path, size: int) -> None:
 
 @pytest.mark.root
 async def test_another_user_is_turned_away() -> None:
-    """By default only the daemon's own user and root may connect; others are told why not."""
+    """By default only the daemon's user and root may connect; other users get an error."""
     script = "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX)\n"
     script += "s.connect(sys.argv[1])\nwhile data := s.recv(999): sys.stdout.buffer.write(data)"
     path = Path(tempfile.mkdtemp(prefix="qmpfd-")) / "q.sock"

@@ -1,4 +1,4 @@
-"""The table of the daemon's states says all that can happen."""
+"""The transition table of the daemon's states is complete and consistent."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def test_an_event_that_is_impossible_changes_nothing() -> None:
 
 
 async def test_a_stop_is_never_lost() -> None:
-    """Whatever becomes of the takeover that is under way."""
+    """A stop is carried out after a takeover, whether that succeeds or fails."""
     for state in State:
         lifecycle = _in(state)
         if lifecycle.can(Event.STOP):
@@ -56,7 +56,7 @@ async def test_a_stop_is_never_lost() -> None:
 
 
 async def test_a_quit_is_never_lost() -> None:
-    """Only a successor keeps what a client has told the daemon to give up."""
+    """After ``quit`` the daemon serves no more, unless a successor has taken over."""
     for state in State:
         lifecycle = _in(state)
         if lifecycle.can(Event.STOP) and state is not State.STARTING:
@@ -68,7 +68,7 @@ async def test_a_quit_is_never_lost() -> None:
 
 
 def _in(state: State) -> Lifecycle:
-    """One that has come to that state by the table."""
+    """Return a lifecycle that transitions of the table have brought to *state*."""
     ways: dict[State, list[Event]] = {State.STARTING: []}
     while state not in ways:
         for (before, event), after in TRANSITIONS.items():
@@ -82,7 +82,7 @@ def _in(state: State) -> Lifecycle:
 
 
 async def test_waiting() -> None:
-    """Who waits for the end of a pause waits on once a successor owns everything."""
+    """A task that waits for the end of a pause waits on when the successor has committed."""
     lifecycle = _in(State.PAUSED)
     seen: list[str] = []
 

@@ -1,4 +1,4 @@
-"""How a daemon begins and ends: socket files, signals, ``quit``, and nothing lost on the way."""
+"""Start and end of a daemon: socket files, signals, ``quit``, and no reply is lost."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ async def test_what_is_no_socket_is_left_alone(path: Path, kind: str) -> None:
 
 
 async def test_one_bad_path_spoils_all(path: Path) -> None:
-    """Nothing is left of the sockets that could be opened, nor of what was given to start with."""
+    """The daemon closes the sockets that it has bound, and the descriptors of ``--add-fd``."""
     missing = path.with_name("missing") / "q.sock"
     with Pipe() as pipe:
         initial = [(qmpfd.kernel.fd.Fd(os.dup(pipe.fileno())), 0, None)]
@@ -128,7 +128,7 @@ async def test_mode_of_the_socket_file(path: Path, mode: int | None, umask: int)
 
 
 async def test_somebody_elses_socket_file_is_not_removed(path: Path) -> None:
-    """The file was replaced meanwhile: it is not ours any more."""
+    """Another program has replaced the socket file: the daemon does not remove it."""
     async with daemon(path):
         path.unlink()
         _leave_stale(path)
@@ -152,14 +152,14 @@ async def test_listening_again_on_the_same_path(path: Path) -> None:
 
 
 async def test_quit(path: Path) -> None:
-    """Answered; what follows in the connection is not; everybody else gets what they asked for."""
+    """``quit`` is answered, later requests of its client are not; other clients get replies."""
     with pipes(3) as made, ExitStack() as stack:
         async with daemon(path) as server:
             wire = stack.enter_context(await Wire.session(path))
             other = stack.enter_context(await Wire.session(path))
             idle = stack.enter_context(await Wire.session(path))
             await wire.call("add-fd", None, [made[0]])
-            # All of it is there before the daemon reads any of it.
+            # All input is in the sockets before the daemon reads.
             other.send(ADD + QUERY, [made[1]])
             wire.send(QUERY + request("quit", id="q") + ADD + QUERY, [made[2]])
             wire.send(ADD + QUERY, [made[2]])
@@ -176,7 +176,7 @@ async def test_quit(path: Path) -> None:
 
 
 async def test_stop_serves_the_backlog(path: Path) -> None:
-    """Whoever has connected before the daemon was told to end is served."""
+    """Clients that connected before the stop are served."""
     with ExitStack() as stack:
         async with daemon(path) as server:
             await settle()
@@ -219,7 +219,7 @@ async def test_stop_waits_for_a_reader_but_not_for_ever(
 
 
 async def test_stop_finishes_a_slow_reader(path: Path, autojump_clock: MockClock) -> None:
-    """Within the drain timeout, no answer is lost."""
+    """A client that reads within the drain timeout loses no reply."""
     async with daemon(path) as server:
         with await Wire.session(path) as wire:
             wire.send(request("query-commands") * 2000)
@@ -230,7 +230,7 @@ async def test_stop_finishes_a_slow_reader(path: Path, autojump_clock: MockClock
 
 
 async def test_cancelled(path: Path) -> None:
-    """As any other task; the socket file goes, and everything is closed."""
+    """A cancelled daemon removes its socket file, and closes everything."""
     with Pipe() as pipe:
         async with trio.open_nursery() as nursery:
             await nursery.start(qmpfd.serve, [path])
@@ -243,7 +243,7 @@ async def test_cancelled(path: Path) -> None:
 
 
 async def test_an_exception_beside_it(path: Path) -> None:
-    """Ends the daemon like any other task of the nursery that it is in, cleanly."""
+    """An exception of another task in its nursery cancels the daemon, which cleans up."""
     with pytest.RaisesGroup(KeyError):
         async with daemon(path):
             await _works(path)
@@ -256,7 +256,7 @@ async def test_an_exception_beside_it(path: Path) -> None:
 
 @contextmanager
 def _stopped(pid: int) -> Iterator[None]:
-    """The process cannot do anything meanwhile."""
+    """Stop the process while the block runs."""
     os.kill(pid, signal.SIGSTOP)
     _, status = os.waitpid(pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
@@ -266,7 +266,7 @@ def _stopped(pid: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_signal(path: Path, number: signal.Signals) -> None:
-    """Everything that was sent before is carried out and answered, whoever sent it."""
+    """The daemon executes and answers everything that was sent before the signal."""
     with daemon_process(path) as process, ExitStack() as stack:
         known = stack.enter_context(await Wire.session(path))
         left, added, late = [stack.enter_context(Pipe()) for _ in range(3)]
@@ -274,7 +274,7 @@ async def test_signal(path: Path, number: signal.Signals) -> None:
             for _ in range(30):
                 known.send(QUERY)
             known.send(ADD, [added])
-            with await Wire.connect(path) as gone:  # closed before the daemon has seen it
+            with await Wire.connect(path) as gone:  # closed before the daemon accepts it
                 gone.send(request("qmp_capabilities"))
                 gone.send(ADD, [left])
             new = stack.enter_context(await Wire.connect(path))
@@ -294,7 +294,7 @@ async def test_signal(path: Path, number: signal.Signals) -> None:
 
 
 async def test_signal_sent_before_close(path: Path) -> None:
-    """Commands sent right before close() and the signal: all are carried out, seen by another."""
+    """The daemon executes commands sent right before close(2) and the signal."""
     with daemon_process(path) as process, await Wire.session(path) as other:
         with _stopped(process.pid), pipes(10) as made:
             with await Wire.connect(path) as gone:
@@ -311,7 +311,7 @@ async def test_signal_sent_before_close(path: Path) -> None:
 
 
 async def test_second_signal_ends_at_once(path: Path) -> None:
-    """Where a client takes no answers, and the drain would take its time."""
+    """A second signal ends the drain, which would wait for a client that does not read."""
     options = ("--drain-timeout", "600", "--write-timeout", "600")
     with daemon_process(path, *options) as process, await Wire.session(path) as wire:
         wire.send(request("query-commands") * 2000)
@@ -343,7 +343,7 @@ async def test_quit_ends_the_process(path: Path) -> None:
 
 
 async def test_killed_and_started_again(path: Path) -> None:
-    """What a killed daemon leaves is a stale socket file: no obstacle."""
+    """A killed daemon leaves a stale socket file, which the next one replaces."""
     with daemon_process(path) as process:
         process.signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -353,7 +353,7 @@ async def test_killed_and_started_again(path: Path) -> None:
 
 
 async def test_standard_descriptors_only(path: Path) -> None:
-    """A daemon inherits nothing that it has no use for: what it has, it opened."""
+    """The daemon keeps no inherited descriptors except the standard streams."""
     with Pipe() as pipe:
         os.set_inheritable(pipe.fileno(), True)
         with daemon_process(path, pass_fds=()) as process:

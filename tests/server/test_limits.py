@@ -1,4 +1,4 @@
-"""Every bound that a client can meet: by its option, with the error that names it."""
+"""Limits on clients: the option of each, and the error that names the limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOO_MANY_FDS = "Too many file descriptors: the limit is 3"
 
 
 async def _refused(wire: Wire, desc: str) -> None:
-    """Every command that keeps a descriptor is refused, and keeps none."""
+    """Check that every command that stores a descriptor is refused and stores none."""
     for name, arguments in (("add-fd", {}), ("add-fds", {}), ("getfd", {"fdname": "more"})):
         with Pipe() as pipe:
             reply = await wire.call(name, arguments, [pipe])
@@ -42,7 +42,7 @@ async def _refused(wire: Wire, desc: str) -> None:
     ],
 )
 async def test_descriptors(option: str, desc: str, path: Path) -> None:
-    """Those of getfd count as well; what is given back makes room."""
+    """Descriptors of getfd count too; removed ones make room."""
     with (
         daemon_process(path, option, "3"),
         pipes(3) as made,
@@ -55,7 +55,7 @@ async def test_descriptors(option: str, desc: str, path: Path) -> None:
         assert reply["error"]["desc"] == desc  # all or nothing
         value(await wire.call("add-fd", None, made[2:]))
         await _refused(wire, desc)
-        # One of that name was there before: it takes its place.
+        # getfd replaces a descriptor of the same name.
         value(await other.call("getfd", {"fdname": "n"}, made[:1]))
         value(await other.call("closefd", {"fdname": "n"}))
         value(await wire.call("add-fd", {"fdset-id": 0}, made[:1]))
@@ -136,7 +136,7 @@ async def test_who_never_negotiates(path: Path, autojump_clock: MockClock) -> No
 
 
 def received(sock: socket.socket) -> bytes:
-    """All that is there now."""
+    """Return all bytes that the socket holds."""
     found = b""
     with suppress(BlockingIOError):
         while True:
@@ -145,14 +145,14 @@ def received(sock: socket.socket) -> bytes:
 
 
 async def test_nothing_is_said_in_the_middle_of_a_reply(path: Path) -> None:
-    """A reply that is cut off, as its client was disconnected, has nothing behind it."""
+    """No error follows an incomplete reply when its client is disconnected."""
     async with daemon(path) as server:
         with await Wire.connect(path) as wire:
             await wire.reply()
             (session,) = server.sessions
             await wire.send_all(request("query-name", id="x" * 100_000) * 4)
             await settle()
-            found = received(wire.sock)  # in one pass of the loop: nothing else is sent
+            found = received(wire.sock)  # no checkpoint until the eviction: nothing else is sent
             session.evict_if_idle(trio.current_time() + NEGOTIATION_TIMEOUT + 1)
             found += await wire.drain()
     *whole, rest = found.split(b"\r\n")
@@ -165,7 +165,7 @@ async def test_nothing_is_said_in_the_middle_of_a_reply(path: Path) -> None:
 
 @pytest.mark.parametrize("said", [b" ", b"7 ", request("query-name")], ids=["blank", "7", "early"])
 async def test_whatever_else_it_says(said: bytes, path: Path, autojump_clock: MockClock) -> None:
-    """Bytes alone, and requests that are refused, gain it no time."""
+    """Blanks and refused requests do not extend the time to negotiate."""
     async with daemon(path):
         with await Wire.connect(path) as wire:
             for _ in range(5):
@@ -202,7 +202,7 @@ async def test_nobody_is_idle_by_default(path: Path, autojump_clock: MockClock) 
 
 
 async def test_inherited_descriptors_count(path: Path) -> None:
-    """Those of ``--add-fd`` are stored descriptors like all others."""
+    """Descriptors of ``--add-fd`` count as stored."""
     with pipes(1) as made:
         number = made[0].fileno()
         options = ["--max-fds", "2", "--add-fd", f"fd={number},set=0"]
@@ -217,7 +217,7 @@ async def test_inherited_descriptors_count(path: Path) -> None:
 
 
 async def test_no_more_than_the_process_may_have(path: Path) -> None:
-    """Whatever the options say: room is left for other users, and for what waits."""
+    """The limits stay below RLIMIT_NOFILE: pending descriptors and other users need room."""
     options = ["--max-fds", "100000", "--max-fds-per-uid", "100000"]
     with (
         daemon_process(path, *options, prefix=["prlimit", "--nofile=400:400"]),
@@ -243,7 +243,7 @@ async def test_a_user_leaves_room_for_others() -> None:
 
 
 async def test_closes_that_hang_count_for_their_user_alone() -> None:
-    """One who may not even store anything takes no room from others so."""
+    """Hanging closes count against the quota of the client's uid only."""
     server = DaemonServer(limits=Limits(max_fds=100, max_fds_per_uid=50))
     quotas, stranger = server.daemon.quotas, os.geteuid() + 1
     server.daemon.closer.pending_by_uid[stranger] = 50
@@ -260,7 +260,7 @@ async def test_closes_that_hang_count_for_their_user_alone() -> None:
 
 
 async def test_one_by_one_where_the_table_may_be_full() -> None:
-    """What a request removes makes room for what comes with the next."""
+    """Near the limit, the daemon receives the descriptors of one request at a time."""
     server = DaemonServer(limits=Limits(max_fds=100))
     counts = server.daemon.quotas
     assert counts.fds_at_once() == FDS_AT_ONCE
@@ -275,7 +275,7 @@ async def test_one_by_one_where_the_table_may_be_full() -> None:
 
 
 async def test_opaque_text_in_all(path: Path) -> None:
-    """What clients can make the daemon remember: names count, and what is gone does not."""
+    """Limit on the sum of all opaque texts: names of getfd count, removed texts do not."""
     text = "x" * 1_000_000
     most = MAX_OPAQUE_TOTAL // len(text)
     async with daemon(path):

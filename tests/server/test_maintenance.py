@@ -1,4 +1,4 @@
-"""The daemon's own tasks: what one of them meets is logged, and it goes on."""
+"""The daemon's own tasks: a failure is logged, and the task runs again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_a_failing_task_runs_again_after_longer_and_longer(
                 len(starts) % 3
             ]
 
-    await supervise("a task of the test", fail)  # and returns when the task does
+    await supervise("a task of the test", fail)  # returns when the task returns
     delays = [after - before for before, after in pairwise(starts)]
     assert delays[:3] == pytest.approx([MIN_RESTART_DELAY * factor for factor in (1, 2, 4)])
     assert delays[-1] == pytest.approx(MAX_RESTART_DELAY)
@@ -48,7 +48,7 @@ async def test_a_failing_task_runs_again_after_longer_and_longer(
 
 
 async def test_the_delay_begins_anew(autojump_clock: MockClock) -> None:
-    """After a failure a day, the task is not away for a minute."""
+    """The delay before a restart is short again when the task has run for long."""
     starts: list[float] = []
 
     async def work() -> None:
@@ -71,24 +71,24 @@ async def test_supervision_is_cancelled() -> None:
 
 
 async def test_an_epoll_that_refuses(path: Path) -> None:
-    """The hang-ups of a daemon whose epoll is broken are not seen; all else goes on."""
+    """A daemon whose epoll fails misses hang-ups, and does everything else."""
     with pipes(2) as made:
         async with daemon(path) as server:
             with await Wire.session(path) as wire:
                 await wire.call("add-fds", {"watch-hangup": True}, made[:1])
                 hangups = server.daemon.hangups
-                Fd(hangups.fileno()).close()  # each call to it is EBADF from here on
+                Fd(hangups.fileno()).close()  # each epoll call fails with EBADF from here on
                 made[0].release()
                 await settle()
                 assert value(await wire.call("query-fdsets"))
                 assert value(await wire.call("remove-fd", {"fdset-id": 0})) == {}
-                # The number is free: let the epoll that is closed at the end be one again.
+                # The daemon closes this number at the end: give it to another epoll.
                 with select.epoll() as other:
                     os.dup2(other.fileno(), hangups.fileno(), inheritable=False)
 
 
 def test_a_fifo_that_was_opened_anew(tmp_path: Path) -> None:
-    """It is watched again: it hangs up once more when its last writer has gone."""
+    """A FIFO that has hung up and was opened again hangs up again with its last writer."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     hangups: Hangups[str] = Hangups()
@@ -99,7 +99,7 @@ def test_a_fifo_that_was_opened_anew(tmp_path: Path) -> None:
         hangups.watch(reader, "entry")
         hangups.poll()
         assert hangups.due == [reader.fileno()]
-        writer = stack.enter_context(Fd(os.open(fifo, os.O_WRONLY)))  # no hang-up any more
+        writer = stack.enter_context(Fd(os.open(fifo, os.O_WRONLY)))  # clears the hang-up
         assert hangups.examine(1) == []
         assert not hangups.draining
         writer.close()
@@ -128,7 +128,7 @@ def test_metrics_that_cannot_be_written(tmp_path: Path, odd: str) -> None:
 
 
 class _Full(FdStream):
-    """A connection that the kernel has no memory for (ENOBUFS, send(2))."""
+    """A connection whose send(2) fails with ENOBUFS."""
 
     def send_nowait(self, data: bytes | memoryview, fds: Sequence[FileDescriptorLike] = ()) -> int:
         raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
@@ -152,7 +152,7 @@ async def test_a_client_cannot_be_told_that_it_is_turned_away(
 
 
 async def test_a_listening_socket_that_somebody_shuts_down(path: Path) -> None:
-    """It is made anew: nobody is refused, and the loop does not spin on it."""
+    """The daemon binds the socket again: no client is refused, and there is no busy loop."""
     async with daemon(path) as server:
         (listener,) = server.listeners
         number = listener.socket.fileno()

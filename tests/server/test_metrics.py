@@ -1,4 +1,4 @@
-"""The metrics file, read by the parser that Prometheus' own client has."""
+"""The metrics file, read with the parser of the Prometheus client library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qmpfd.server.metrics import _write, render
 
 
 def _read(text: str) -> dict[str, float]:
-    """The samples in *text*, by name and labels; it has to be whole and right."""
+    """Parse a complete metrics file; return its samples by name and labels."""
     samples = {}
     for family in text_string_to_metric_families(text):  # type: ignore[no-untyped-call]
         assert family.documentation
@@ -59,11 +59,11 @@ async def test_the_same_as_query_stats(path: Path) -> None:
 
 
 async def test_written_now_and_then(path: Path, tmp_path: Path) -> None:
-    """At once, and again after each interval; a whole file each time, and nothing beside it."""
+    """Written at the start and after each interval: always whole, without temporary files."""
     file = tmp_path / "metrics"
     async with daemon(path, metrics_path=file):
         with await Wire.session(path) as wire:
-            while not file.exists():  # it is written in a thread
+            while not file.exists():  # a thread writes the file
                 await wire.call("query-name")
             assert _read(file.read_text())["qmpfd_fdsets"] == 0
     assert sorted(os.listdir(tmp_path)) == ["metrics"]
@@ -93,7 +93,7 @@ def test_by_its_option(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("through_a_link", [False, True])
 def test_what_is_no_file_stays(path: Path, tmp_path: Path, through_a_link: bool) -> None:
-    """A device that is replaced is gone for everybody; and root may do so to /dev/null."""
+    """A path that is no regular file is not replaced: root could replace /dev/null."""
     fifo = file = tmp_path / "fifo"
     os.mkfifo(fifo)
     if through_a_link:
@@ -116,7 +116,7 @@ def test_through_a_link(path: Path, tmp_path: Path) -> None:
 
 
 def test_not_written_through_anothers_link(tmp_path: Path) -> None:
-    """Who can guess the name of the new file cannot have another one overwritten."""
+    """A symbolic link at the name of the temporary file is not followed."""
     victim, file = tmp_path / "victim", tmp_path / "metrics"
     victim.write_text("precious")
     (tmp_path / f".metrics.{os.getpid()}").symlink_to(victim)

@@ -1,4 +1,4 @@
-"""Descriptors get the numbers that they had in another process, whoever is in the way."""
+"""Descriptors get the numbers that they had in another process; others there are moved."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.server.renumber import keep_free, renumber
 
-BASE = 300  # above whatever the tests have open
+BASE = 300  # above all descriptors of the tests
 
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_arrangement(data: st.DataObject) -> None:
-    """Any of them anywhere, in rings and rows, and some that only have to make way."""
+    """Any permutation, with cycles and chains, and descriptors that are only moved aside."""
     count = data.draw(st.integers(1, 9))
     sources = data.draw(st.permutations(range(BASE, BASE + 12)))[:count]
     targets: list[int | None] = list(data.draw(st.permutations(range(BASE, BASE + 12)))[:count])
@@ -52,8 +52,8 @@ def test_any_arrangement(data: st.DataObject) -> None:
 
 
 def test_numbers_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
-    """In use by something else, or beyond the limit: that one number is lost, the log says so, and
-    whatever sat at a number that another one wants makes way for it.
+    """A number that is in use by others, or beyond the limit: the descriptor keeps another one, and
+    the log says so.  All other descriptors get their numbers.
     """
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     memory = [os.memfd_create("x") for _ in range(5)]
@@ -72,7 +72,7 @@ def test_numbers_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_table_that_is_full() -> None:
-    """No number is free but those that are wanted, and a bystander sits at one of these."""
+    """Only the target numbers are free, and one of them is a bystander's, which is moved."""
     program = """
 import os, resource, sys
 from qmpfd.kernel.fd import Fd
@@ -105,7 +105,7 @@ assert names == [str(number) for number in range(30)], names
 )
 @settings(max_examples=50, deadline=None)
 def test_numbers_that_are_kept_free(wanted: set[int], mine: set[int], strangers: set[int]) -> None:
-    """What is opened next has them, in order; ours make way, what is not ours keeps its number."""
+    """The next descriptors get the free numbers, in order; ours are moved, others' are not."""
     strangers -= mine
     with ExitStack() as stack:
         null = stack.enter_context(Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
@@ -126,7 +126,7 @@ def test_numbers_that_are_kept_free(wanted: set[int], mine: set[int], strangers:
 
 
 def test_numbers_far_apart() -> None:
-    """Nothing is opened at a million numbers for the sake of one."""
+    """A number far above all others is not kept free: that would take thousands of fillers."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert keep_free([most, most + 1, -1], []) == ([], [])
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

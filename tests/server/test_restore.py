@@ -1,4 +1,4 @@
-"""What comes back after a takeover or a restart: one thing that is wrong costs that thing only."""
+"""Restore after a takeover or a restart: one invalid item affects no other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qmpfd.server.server import DaemonServer
 
 
 class NoWatches(Hangups[StoredFd]):
-    """As where fs.epoll.max_user_watches is used up (epoll(7)): ENOSPC."""
+    """Watches whose epoll_ctl(2) fails with ENOSPC: fs.epoll.max_user_watches is used up."""
 
     def watch(self, fd: Fd, entry: StoredFd) -> None:
         raise GenericError("The file descriptor cannot be watched: No space left on device")
@@ -47,7 +47,7 @@ async def test_no_watch_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
 
 
 async def test_one_that_cannot_be_stored(caplog: pytest.LogCaptureFixture) -> None:
-    """An fd set of that id cannot be: after a crash, the others are there."""
+    """One record has an invalid fd set id: all others are restored after a crash."""
     server = DaemonServer()
     with pipes(3) as made:
         fds = {fd.number: fd for fd in (Fd(os.dup(pipe.fileno())) for pipe in made)}
@@ -66,7 +66,7 @@ async def test_one_that_cannot_be_stored(caplog: pytest.LogCaptureFixture) -> No
 
 
 async def test_time() -> None:
-    """Of another process, whose clock goes on meanwhile; or of one in another time namespace."""
+    """Ages and expiries survive a change of process; a time in the future counts as now."""
     server = DaemonServer()
     elapsed = 5.0
     for at, expected in ((monotonic() - elapsed, elapsed), (monotonic() + 1e6, 0.0)):

@@ -1,4 +1,4 @@
-"""The daemon over its socket: what it keeps, what it answers, and when it closes what."""
+"""The daemon over its socket: stored descriptors, replies, and closes."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ import qmpfd
 # -- descriptors of every kind -----------------------------------------------------------------
 
 
-#: Whose close waits for all other CPUs, or for somebody else.
+#: Kinds whose close(2) may take long: a netlink socket waits for an RCU grace period.
 CLOSED_LATER = {"netlink socket"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_every_kind_survives(kind: str, path: Path, tmp_path: Path) -> None:
-    """The daemon holds the same open file description, as it was, close-on-exec, and no more."""
+    """The daemon stores the same open file description, unchanged, with close-on-exec."""
     with open_kind(kind, tmp_path) as fd:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         link = os.readlink(f"/proc/self/fd/{fd}")
@@ -43,7 +43,7 @@ async def test_every_kind_survives(kind: str, path: Path, tmp_path: Path) -> Non
             with await Wire.session(path) as wire:
                 before = open_fds()
                 info = value(await wire.call("add-fd", {"opaque": kind}, [fd]))
-                # The daemon is in this process: its number is one of ours.
+                # The daemon is in this process: its descriptor number is valid here.
                 held = info["fd"]
                 assert open_fds() == {**before, held: link.removesuffix(" (deleted)")}
                 assert _same_description(fd, held)
@@ -54,7 +54,7 @@ async def test_every_kind_survives(kind: str, path: Path, tmp_path: Path) -> Non
                 ]
                 assert fcntl.fcntl(fd, fcntl.F_GETFL) == flags
                 await remove(wire, info)
-                # Closing it may take its time, so it is not the event loop's, which goes on.
+                # A thread closes it, because that may take long.
                 while kind in CLOSED_LATER and open_fds() != before:
                     assert value(await wire.call("query-name")) == {}
                 assert open_fds() == before
@@ -62,9 +62,9 @@ async def test_every_kind_survives(kind: str, path: Path, tmp_path: Path) -> Non
 
 
 def _same_description(one: int, other: int) -> bool:
-    """Whether both are of one open file description: what epoll tells apart, and fstat does not.
+    """Return whether both are descriptors of one open file description.
 
-    A flag set through the one is seen through the other; O_PATH descriptors have no such flags.
+    A flag set through one (fcntl(2), F_SETFL) shows in the other; O_PATH has no such flags.
     """
     flags = fcntl.fcntl(one, fcntl.F_GETFL)
     if flags & os.O_PATH:
@@ -89,7 +89,7 @@ async def test_the_same_descriptor_twice(path: Path) -> None:
 
 
 async def test_a_socket_of_the_daemon_itself(path: Path) -> None:
-    """A client may pass its own connection, and cannot keep it open by that for ever."""
+    """A client may send a descriptor of its own connection; that does not keep it open."""
     async with daemon(path):
         with await Wire.session(path) as other:
             with await Wire.session(path) as wire:
@@ -102,7 +102,7 @@ async def test_a_socket_of_the_daemon_itself(path: Path) -> None:
 
 
 async def test_closed_when_the_answer_is_read(path: Path) -> None:
-    """The other end of the pipe sees its end at once, for one descriptor and for a whole set."""
+    """A removed descriptor, or set, is closed before the reply: the pipe is at its end."""
     async with daemon(path):
         with await Wire.session(path) as wire, pipes(4) as made:
             await wire.call("add-fd", None, made[:1])
@@ -117,7 +117,7 @@ async def test_closed_when_the_answer_is_read(path: Path) -> None:
 
 
 async def test_closed_in_a_chunk_of_many(path: Path) -> None:
-    """Added and removed in one read: closed before the answer to the removal."""
+    """A descriptor added and removed in one read is closed before the reply to the removal."""
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe:
             wire.send(ADD + request("remove-fd", {"fdset-id": 0}) + QUERY, [pipe])
@@ -168,7 +168,7 @@ async def test_names_belong_to_one_connection(path: Path) -> None:
                 assert value(await wire.call("getfd", {"fdname": "n"}, [pipe])) == {}
                 pipe.release()
             assert value(await two.call("query-fdsets")) == []
-            # The same name again: the old one is closed.
+            # The same name again: the daemon closes the old descriptor.
             assert value(await one.call("getfd", {"fdname": "n"}, [made[2]])) == {}
             made[2].release()
             assert [pipe.held() for pipe in made] == [False, True, True]
@@ -268,7 +268,7 @@ async def test_greeting(path: Path) -> None:
 
 @pytest.mark.parametrize("request_id", [{"a": 1}, ["b"], 1.5, None, "c" * 5000])
 async def test_ids_of_every_kind(path: Path, request_id: object) -> None:
-    """On replies that say nothing, which have one outcome in common, and on others."""
+    """Ids on empty replies, which share one value, and on other replies."""
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe:
             for _ in range(2):
@@ -282,7 +282,7 @@ async def test_ids_of_every_kind(path: Path, request_id: object) -> None:
 
 
 async def test_half_close(path: Path) -> None:
-    """A client that says that it sends no more gets all its answers, and then the end."""
+    """A client that has shut down its sending direction gets all replies, and then the end."""
     async with daemon(path):
         with await Wire.session(path) as wire, pipes(2) as made:
             for pipe in made:
@@ -306,7 +306,7 @@ async def test_an_incomplete_request_before_the_half_close(path: Path) -> None:
 @pytest.mark.parametrize("greeted", [True, False], ids=["greeting read", "greeting not read"])
 @pytest.mark.parametrize("count", [1, 50])
 async def test_sent_right_before_close(path: Path, count: int, greeted: bool) -> None:
-    """All of it is carried out, answers or not."""
+    """The daemon executes all commands, though it cannot send the replies."""
     async with daemon(path):
         with pipes(count) as made:
             with await (Wire.session(path) if greeted else Wire.connect(path)) as wire:
@@ -326,7 +326,7 @@ async def test_sent_right_before_close(path: Path, count: int, greeted: bool) ->
 
 
 async def test_many_sockets(path: Path) -> None:
-    """One store behind all of them, and as many clients on each as there are."""
+    """All sockets of a daemon share one store."""
     others = [path.with_name(f"{n}.sock") for n in range(5)]
     async with daemon(path, *others):
         with Pipe() as pipe:

@@ -1,4 +1,4 @@
-"""Descriptors that wait in connections, for a command or to be taken: how many a user may hoard."""
+"""Quota of a uid for descriptors that are pending for a command or queued with a reply."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TABLE = 1000
 
 @contextmanager
 def _user(uid: int) -> Iterator[None]:
-    """Be that user for what is done in the block: connecting, that is."""
+    """Set the effective uid while the block runs, for a connect(2)."""
     os.seteuid(uid)
     try:
         yield
@@ -52,7 +52,7 @@ def _user(uid: int) -> Iterator[None]:
 
 @contextmanager
 def _daemon(*prefix: str, options: Sequence[str] = ()) -> Iterator[DaemonProcess]:
-    """A daemon with a small table, for everybody."""
+    """Run a daemon with a small descriptor table, for all users."""
     folder = Path(tempfile.mkdtemp(prefix="qmpfd-"))
     folder.chmod(0o777)
     policy = folder / "policy.toml"
@@ -76,7 +76,7 @@ async def _session(process: DaemonProcess, uid: int) -> Wire:
 
 
 async def _still_served(process: DaemonProcess) -> None:
-    """Another user can do everything."""
+    """Check that another user can execute all commands."""
     with await _session(process, OTHER) as wire, Pipe() as pipe:
         wire.send(b" ", [pipe] * 100)
         info = value(await wire.call("add-fds"))
@@ -96,12 +96,12 @@ async def test_for_commands_that_never_come() -> None:
             value(await wire.call("query-name"))
         assert len(open_fds(process.pid)) - before <= TABLE // 4
         await _still_served(process)
-        # The first have theirs, the last are told.
+        # The first clients still have their pending descriptors; the last get an error.
         assert len(value(await wires[0].call("add-fds"))["fds"]) == 100
         refused = await wires[-1].call("add-fds")
         assert error(refused) == "FdNotSupplied"
         assert f"of uid {HOARDER} wait" in refused["error"]["desc"]
-        # There is room again, and the connection goes on.
+        # When others disconnect there is room again, and the connection continues.
         for wire in wires[:5]:
             wire.close()
         for _ in range(200):
@@ -119,7 +119,7 @@ async def test_in_replies_that_are_never_read() -> None:
         value(await wires[0].call("add-fd", None, [pipe]))
         before = len(open_fds(process.pid))
         for wire in wires:
-            await wire.send_all(ask * 600)  # more than its socket holds replies
+            await wire.send_all(ask * 600)  # more replies than its socket buffers
         with trio.move_on_after(1):
             while True:
                 held = len(open_fds(process.pid)) - before
@@ -130,8 +130,8 @@ async def test_in_replies_that_are_never_read() -> None:
 
 @contextmanager
 def _unprivileged(*options: str) -> Iterator[DaemonProcess]:
-    """A daemon that may have only so many descriptors on their way, see unix(7)."""
-    # The capability is for where the interpreter is; the others would lift the limit.
+    """Run a daemon whose user has a limit on descriptors in flight (unix(7), ETOOMANYREFS)."""
+    # dac_override, to read the interpreter; other capabilities would lift the limit.
     caps = ["--inh-caps=-all,+dac_override", "--ambient-caps=+dac_override"]
     prefix = ["setpriv", f"--reuid={DAEMON}", "--clear-groups", *caps]
     with _daemon(*prefix, options=options) as process:
@@ -140,7 +140,7 @@ def _unprivileged(*options: str) -> Iterator[DaemonProcess]:
 
 @pytest.mark.root
 async def test_in_replies_on_their_way() -> None:
-    """They count against the daemon's user until they are received."""
+    """Descriptors in flight count against the limit of the daemon's user until received."""
     ask = request("open-fdset", {"fdset-id": 0})
     with _unprivileged() as process, ExitStack() as stack, Pipe() as pipe:
         first = stack.enter_context(await _session(process, HOARDER))
@@ -152,17 +152,17 @@ async def test_in_replies_on_their_way() -> None:
         refused = await first.call("open-fdset", {"fdset-id": 0})
         assert f"of uid {HOARDER} wait" in refused["error"]["desc"]
         stack.close()
-        for _ in range(200):  # until it is seen that they are gone
+        for _ in range(200):  # until the daemon has read the ends of the connections
             with await _session(process, HOARDER) as wire:
                 if "return" in await wire.call("open-fdset", {"fdset-id": 0}):
                     return
             await trio.sleep(0.05)
-        pytest.fail("it is counted for ever")
+        pytest.fail("the descriptors of closed connections still count")
 
 
 @contextmanager
 def _hoarded(sock: socket.socket, pipe: Pipe) -> Iterator[None]:
-    """A process of the daemon's user that has put into *sock* what nobody receives."""
+    """Run a process of the daemon's user that sends descriptors until ETOOMANYREFS."""
     script = (
         "import array, os, resource, socket, sys\n"
         f"os.setuid({DAEMON})\n"
@@ -190,7 +190,7 @@ def _hoarded(sock: socket.socket, pipe: Pipe) -> Iterator[None]:
 
 @pytest.mark.root
 async def test_too_many_on_their_way_by_others() -> None:
-    """A process of the daemon's own user has as many as may be: that is told, not waited for."""
+    """Another process of the daemon's user has used up the limit: open-fdset is refused."""
     near, far = socket.socketpair()
     with _unprivileged() as process, near, far, Pipe() as pipe, ExitStack() as stack:
         wire = stack.enter_context(await _session(process, OTHER))
@@ -205,7 +205,7 @@ async def test_too_many_on_their_way_by_others() -> None:
 
 @pytest.mark.root
 async def test_too_many_on_their_way_to_the_parent() -> None:
-    """What cannot be sent to the parent now is refused; listings and removals go on."""
+    """An add-fd that cannot be sent to the parent is refused; listings and removals work."""
     near, far = socket.socketpair()
     with _unprivileged("--supervise") as process, near, far, Pipe() as pipe, ExitStack() as stack:
         wire = stack.enter_context(await _session(process, OTHER))
@@ -220,7 +220,7 @@ async def test_too_many_on_their_way_to_the_parent() -> None:
 
 
 async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> None:
-    """For commands, in the queue, in replies; taken, given up, left behind by the dead."""
+    """The quota counts pending and unread descriptors; not taken, received or closed ones."""
     async with daemon(path) as server, qmpfd.connect(path) as client:
         counts = server.daemon.quotas
         with pipes(1) as made, await Wire.session(path) as wire:
@@ -241,7 +241,7 @@ async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> Non
         with await Wire.session(path) as wire:
             await wire.send_all(request("open-fdset", {"fdset-id": 0}) * 600)
             await settle()
-            # As many as the socket has room for, and those of one turn.
+            # As many as the socket buffers, and those of one time slice.
             assert 100 < counts.waiting <= 416 + MAX_FDS_A_TURN + 1
             for reply in await wire.replies(600):
                 value(reply)
@@ -254,7 +254,7 @@ async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> Non
 
 
 async def test_a_limit_for_all_together(path: Path) -> None:
-    """For the daemon's own user too."""
+    """The limit on the sum of all uids includes the daemon's own."""
     async with daemon(path) as server:
         server.daemon.quotas.waiting_limit = 10
         with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
@@ -265,7 +265,7 @@ async def test_a_limit_for_all_together(path: Path) -> None:
             refused = await other.call("add-fd")
             assert error(refused) == "FdNotSupplied"
             assert "the limit is 10" in refused["error"]["desc"]
-            value(await other.call("add-fd", None, [pipe]))  # it did not have to wait
+            value(await other.call("add-fd", None, [pipe]))  # complete, so never pending
             opened = await other.call("open-fdset", {"fdset-id": 0})
             assert "the limit is 10" in opened["error"]["desc"]
             value(await wire.call("add-fd"))

@@ -1,4 +1,4 @@
-"""Clients that ask for little are served in turns, by one task, and none of them harms another."""
+"""The reader task serves light clients in turns; a failure of one affects no other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qmpfd.server.lifecycle import Event, Lifecycle
 
 
 class Harness:
-    """A reader, and sockets for it."""
+    """A reader, and clients for it."""
 
     def __init__(self, nursery: trio.Nursery, stack: ExitStack) -> None:
         closer = ClosePool()
@@ -33,7 +33,7 @@ class Harness:
         self._stack = stack
 
     def pair(self) -> tuple[socket.socket, socket.socket]:
-        """A client's end, and ours."""
+        """Return a client's end and the daemon's end of a socket pair."""
         ends = socket.socketpair()
         for end in ends:
             end.setblocking(False)
@@ -44,7 +44,7 @@ class Harness:
     def client(
         self, name: str, served: list[str], piece: Callable[[], object] = lambda: None
     ) -> socket.socket:
-        """A client that is served until *piece* gives something; what came of it is in *served*."""
+        """Connect a client that is served until *piece* returns a value; log into *served*."""
         theirs, ours = self.pair()
 
         def serve(_: float) -> object:
@@ -66,17 +66,17 @@ async def running() -> AsyncGenerator[Harness, None]:
     with ExitStack() as stack:
         async with trio.open_nursery() as nursery:
             harness = Harness(nursery, stack)
-            nursery.start_soon(harness.reader.run)  # noqa: ASYNC113 - it may begin later
+            nursery.start_soon(harness.reader.run)  # noqa: ASYNC113 - no test needs it to run yet
             yield harness
             nursery.cancel_scope.cancel()
 
 
 async def test_one_that_fails_and_one_that_leaves_something_over() -> None:
-    """Each is told in its own task, and the third goes on."""
+    """The task of each gets the exception or the value; the third client is served."""
     served: list[str] = []
     done = trio.Event()
 
-    def piece() -> None:  # what it does not read is there the next time
+    def piece() -> None:  # reads nothing: the socket stays readable
         if served.count("c") == 10:
             done.set()
 
@@ -96,8 +96,8 @@ async def test_one_that_fails_and_one_that_leaves_something_over() -> None:
 
 
 async def test_round_robin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All who are readable have a piece before one has the next, and other tasks run in between."""
-    monkeypatch.setattr(reader_module, "PASS_SECONDS", 1e-9)  # a piece is longer than a pass
+    """Every readable client is served before one is served again; other tasks run meanwhile."""
+    monkeypatch.setattr(reader_module, "PASS_SECONDS", 1e-9)  # one client fills a pass
     served: list[str] = []
     done = trio.Event()
 
@@ -127,8 +127,8 @@ async def test_round_robin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_two_long_pieces_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One alone may have taken long because the machine did something else."""
-    # At the start of each pass, and after each piece: one takes long, the next does not, two do.
+    """A client is heavy after two long pieces in a row: one may be long because of the machine."""
+    # Times at the start of each pass and after each piece: long, short, long, long.
     times = chain([0.0, 1.0], [1.0, 1.0, 2.0], [2.0, 3.0], repeat(3.0))
     monkeypatch.setattr(reader_module, "monotonic", lambda: next(times))
     monkeypatch.setattr(reader_module, "PASS_SECONDS", 0.5)
@@ -136,14 +136,14 @@ async def test_two_long_pieces_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None
     async with running() as harness:
         client = harness.client("a", served)
         await settle()
-        client.send(b"x")  # nobody reads it, so that each pass does a piece
+        client.send(b"x")  # never read: each pass serves the client once
         with trio.fail_after(10):
             await settle()
     assert served == ["a", "a", "a", "a", "a: None"]
 
 
 async def test_a_task_that_works_is_not_told_again() -> None:
-    """Input that waits for it does not keep the loop busy."""
+    """Unread input of a client that its own task serves causes no busy loop."""
     served: list[str] = []
     async with running() as harness:
         client = harness.client("a", served, lambda: "left")
@@ -155,7 +155,7 @@ async def test_a_task_that_works_is_not_told_again() -> None:
 
 
 async def test_cancelled_while_it_waits() -> None:
-    """Nobody is served for it any more; it can be served again, and be forgotten."""
+    """After a cancellation the client is not served; it can be served again, and be forgotten."""
     async with running() as harness:
         theirs, ours = harness.pair()
         served: list[float] = []
@@ -166,7 +166,7 @@ async def test_cancelled_while_it_waits() -> None:
         await settle()
         assert not served
         assert await harness.reader.serve(ours.fileno(), lambda _: "again") == "again"
-        # Another process may have a duplicate of a socket that is closed here.
+        # A duplicate in another process would keep the closed socket in the epoll set.
         copy = os.dup(ours.fileno())
         harness.reader.forget(ours.fileno())
         ours.close()

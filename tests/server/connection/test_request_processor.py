@@ -1,4 +1,4 @@
-"""A client is told of a change once that is safe, and once what it removed is closed."""
+"""Replies wait until their changes are stored in the mirror, and removed fds are closed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DONE = b'{"return": {}}\r\n'
 
 
 class Slow(Unmirrored):
-    """A second copy that has a change once it is told so."""
+    """A mirror that acknowledges changes when the test says so."""
 
     is_synced = True
 
@@ -55,7 +55,7 @@ class Slow(Unmirrored):
         await synced.wait()
 
     def acknowledge(self) -> None:
-        """It has all changes."""
+        """Acknowledge all changes."""
         self.is_synced = True
         actions, self.actions = self.actions, []
         for action in actions:
@@ -63,7 +63,7 @@ class Slow(Unmirrored):
 
 
 class Harness:
-    """One client's requests, and what it is sent."""
+    """A request processor, with the two ends of its connection."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.server = DaemonServer()
@@ -99,21 +99,21 @@ class Harness:
         await self.server.lifecycle.wait_running()
 
     def ask(self, *requests: bytes, fd: Fd | None = None, synced: bool = True) -> bool:
-        """Send requests, and have them carried out; whether that was all."""
+        """Send and process requests; return whether all of them have been processed."""
         fd_module.send(self.its._sock, b"".join(requests), [] if fd is None else [fd])  # type: ignore[attr-defined]
         self.stream.receive_nowait(self.connection)
         self.durability.is_synced = synced
         return self.processor.process_nowait(1e12)
 
     def add(self) -> int:
-        """Add a descriptor, of which the second copy does not know yet; its number."""
+        """Add a descriptor that the mirror has not acknowledged; return its number."""
         with Fd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)) as fd:
             assert self.ask(ADD, fd=fd, synced=False)
         (entry,) = self.server.daemon.store.everything()
         return entry.fd.number
 
     def told(self) -> bytes:
-        """What has come so far."""
+        """Return the bytes that the client has received."""
         try:
             return self.its._sock.recv(4096)  # type: ignore[attr-defined, no-any-return]
         except BlockingIOError:
@@ -126,7 +126,7 @@ class Harness:
         self.processor.pause()
 
     def resume(self) -> None:
-        """Go on after all."""
+        """Resume the daemon, as after a failed takeover."""
         self.server.lifecycle.handle(Event.RESUME)
         self.processor.resume()
 
@@ -154,7 +154,7 @@ async def test_a_change_is_told_once_it_is_safe() -> None:
         assert rig.told() == ADDED % number
         assert not rig.processor.is_busy
         assert rig.processor.unsent == []
-        assert rig.drained == 1  # who watches may be told what it was not told meanwhile
+        assert rig.drained == 1  # events held back meanwhile may be sent now
 
 
 async def test_what_depends_on_no_change_is_told_at_once() -> None:
@@ -171,14 +171,14 @@ async def test_what_is_removed_is_closed_after_that_and_before_the_reply() -> No
         rig.told()
         assert rig.ask(REMOVE, synced=False)
         number = rig.connection.fds_to_close[0].number
-        os.fstat(number)  # still open: the second copy's would not be the last one
+        os.fstat(number)  # still open: the mirror closes its duplicate first
         rig.durability.acknowledge()
         assert rig.connection.fds_to_close == []
         assert rig.told() == DONE
 
 
 async def test_the_next_request_waits() -> None:
-    """In the order of the requests, and by the connection's own task."""
+    """The connection's task processes the next request after the reply, in order."""
     async with running() as rig:
         number = rig.add()
         assert not rig.ask(ASK, synced=False)
@@ -218,7 +218,7 @@ async def test_events_that_come_while_the_lock_is_waited_for() -> None:
 
 
 async def test_events_that_cannot_be_sent(caplog: pytest.LogCaptureFixture) -> None:
-    """That is their client's affair, and not that of whoever sends events to all of them."""
+    """A failed send disconnects that client; the task that sends events gets no exception."""
 
     class Full(FdStream):
         def send_nowait(
@@ -234,7 +234,7 @@ async def test_events_that_cannot_be_sent(caplog: pytest.LogCaptureFixture) -> N
 
 
 async def test_nothing_is_told_while_paused() -> None:
-    """What waits is handed over; where that fails, it is told in the end."""
+    """Uncommitted replies go to the successor, or to the client after a failed takeover."""
     async with running() as rig:
         number = rig.add()
         rig.pause()
@@ -265,7 +265,7 @@ async def test_paused_in_the_middle_of_the_wait() -> None:
 
 
 async def test_closed_while_something_waits() -> None:
-    """Nothing is sent, and the acknowledgement that comes later finds nothing to do."""
+    """A closed processor sends nothing; a later acknowledgement has no effect."""
     async with running() as rig:
         rig.add()
         rig.processor.close()

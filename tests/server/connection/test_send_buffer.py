@@ -1,4 +1,4 @@
-"""What one client is sent: together where that is possible, in order, and no more than it takes."""
+"""Send buffer: joins data, keeps the order, and queues what the socket does not take."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qmpfd.transport import FdStream
 
 
 class _Stream(FdStream):
-    """Takes so many bytes, and tells what was sent in one go."""
+    """A stream that takes *room* bytes, and records each send."""
 
     def __init__(self, sock: trio.socket.SocketType, room: int) -> None:
         super().__init__(sock)
@@ -39,7 +39,7 @@ class _Stream(FdStream):
 
 
 class Harness:
-    """A send buffer, and the stream that it sends to."""
+    """A send buffer and its stream."""
 
     def __init__(self, room: int = 1 << 30) -> None:
         self.server = DaemonServer()
@@ -54,12 +54,12 @@ class Harness:
         )
 
     def connected(self) -> Context:
-        """A connection, as its commands see it."""
+        """Return the context of a connection."""
         connection = ServerConnection(DECODER)
         return Context(self.server.daemon, connection, Peer(1, 0, 0), EVERYTHING, lambda: False)
 
     def take(self, lifetime: Lifetime = PERMANENT) -> Fd:
-        """Have a descriptor stored, and taken out again for a reply."""
+        """Store a descriptor, remove it, and enqueue it with a reply."""
         daemon, fds = self.server.daemon, [_fd()]
         (stored,) = daemon.add(list(fds), opaque="o", lifetime=lifetime)
         daemon.remove([stored], "removed", [])
@@ -92,7 +92,7 @@ async def test_together() -> None:
 
 
 async def test_at_once() -> None:
-    """What the client takes; the rest waits."""
+    """``write`` sends what the socket takes, and queues the rest."""
     async with Harness(room=4) as rig:
         rig.send_buffer.write(b"abc")
         rig.send_buffer.write(b"")
@@ -108,7 +108,7 @@ async def test_at_once() -> None:
 
 
 async def test_not_at_once() -> None:
-    """Behind what waits; nothing when paused or discarding."""
+    """``write`` sends queued data first, and nothing when paused or discarding."""
     async with Harness() as rig:
         rig.send_buffer.enqueue(b"a")
         rig.send_buffer.write(b"b")
@@ -128,7 +128,7 @@ async def test_not_at_once() -> None:
 
 
 async def test_descriptors_begin_anew() -> None:
-    """They arrive with the first byte that they were sent with."""
+    """Each reply with descriptors begins a send: they arrive with the send's first byte."""
     async with Harness() as rig:
         one, two = _fd(), _fd()
         for data, fds in ((b"a", []), (b"b", [one]), (b"c", []), (b"d", [two]), (b"e", [])):
@@ -146,7 +146,7 @@ async def test_what_is_not_taken_waits() -> None:
         rig.send_buffer.enqueue(b"ef")
         rig.send_buffer.flush_nowait()
         assert rig.stream.sent == [(b"abc", 1)]
-        assert fd.closed  # it went with the first byte
+        assert fd.closed  # sent with the first byte
         assert rig.send_buffer.size == 3
         rig.stream.room = 100
         rig.send_buffer.flush_nowait()
@@ -167,7 +167,7 @@ async def test_nothing_goes_out_while_paused() -> None:
 
 
 async def test_two_that_send(autojump_clock: trio.testing.MockClock) -> None:
-    """Replies and events: whole, and in the order in which they were put there."""
+    """Data of two tasks, replies and events, is sent whole and in order."""
     async with Harness(room=1) as rig:
 
         async def send(data: bytes) -> None:
@@ -197,7 +197,7 @@ async def test_too_much_waits(caplog: pytest.LogCaptureFixture) -> None:
 
 
 async def test_a_reply_whose_descriptors_cannot_be_passed() -> None:
-    """Its command's error goes instead, what was to go behind it with it."""
+    """An error reply replaces the reply; data behind it is sent too."""
 
     class Refusing(_Stream):
         def send_nowait(
@@ -237,7 +237,7 @@ async def test_what_was_taken_out_is_closed_before_the_end_of_the_reply() -> Non
 async def test_the_end_of_the_reply_waits_for_a_close_that_may_block() -> None:
     async with Harness() as rig:
         fd = rig.take()
-        closed = threading.Event()  # of a duplicate in another process
+        closed = threading.Event()  # set when another process has closed its duplicate
         rig.server.daemon.closer.close_after(fd, closed)
         rig.send_buffer.flush_nowait()
         rig.send_buffer.enqueue(b"next")
@@ -259,7 +259,7 @@ async def test_what_the_client_does_not_get_is_stored_again() -> None:
         assert rig.fds_to_close == []
         (fdset,) = rig.server.store
         assert (fdset.id, fdset.fds[number].opaque) == (0, "o")
-        rig.take()  # nobody reads it any more
+        rig.take()  # discarding: stored again at once
         assert [len(fdset.fds) for fdset in rig.server.store] == [1, 1]
 
 

@@ -1,4 +1,4 @@
-"""What clients do with the socket itself, and what their sockets are: each costs one command."""
+"""Clients with unusual socket options, messages and descriptors: at most one command fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SO_PASSRIGHTS = 83
 
 
 async def test_out_of_band_bytes_stay_in_the_stream(path: Path) -> None:
-    """One sent with MSG_OOB is a byte like any other, and the loop does not spin on it."""
+    """A byte sent with MSG_OOB is read in order, and causes no busy loop."""
     async with daemon(path):
         with await Wire.session(path) as wire, pipes(2) as made:
             for at in range(1, len(ADD)):
@@ -46,7 +46,7 @@ async def test_out_of_band_bytes_stay_in_the_stream(path: Path) -> None:
                 assert value(await wire.reply())["fdset-id"] == at - 1
             wire.sock.send(b" ", socket.MSG_OOB)
             with trio.fail_after(10):
-                await settle()  # nothing is left to be done
+                await settle()  # no busy loop
             value(await wire.call("query-name"))
 
 
@@ -62,7 +62,7 @@ async def test_out_of_band_bytes_that_were_there_first(path: Path) -> None:
 
 
 async def test_a_client_that_refuses_descriptors(path: Path) -> None:
-    """It is told so, and everything else works."""
+    """open-fdset fails with an error reply; everything else works."""
     async with daemon(path):
         with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
             value(await wire.call("add-fd", None, [pipe]))
@@ -111,7 +111,7 @@ async def test_what_a_client_refuses_to_take_stays_where_it_was(path: Path, long
             before = value(await other.call("query-fdsets"))
             value(await other.call("watch-fdsets", {"enable": True}))
             _refuse_descriptors(wire)
-            # Both of the set, one of another that so ends for a while, and a reply behind these.
+            # Two from one set; the only one of another set, which ends; and a reply behind them.
             await wire.send_all(
                 2 * request("open-fdset", taking)
                 + request("open-fdset", {"fdset-id": 0, "remove": True})
@@ -138,7 +138,7 @@ def _sorted(fdset: dict[str, Any]) -> dict[str, Any]:
 
 
 def io_uring() -> Fd:
-    """A descriptor that the kernel passes to nobody."""
+    """Return a descriptor that the kernel does not send (SCM_RIGHTS)."""
     parameters = ctypes.create_string_buffer(120)  # struct io_uring_params
     number = ctypes.CDLL(None, use_errno=True).syscall(425, 1, parameters)
     if number < 0:
@@ -164,17 +164,19 @@ OWN_END: dict[str, tuple[bytes, int]] = {
 
 
 async def _one_is_left(server: DaemonServer) -> None:
-    """A thread may have to close what was passed before a connection is over: no one event tells
-    that all is done.
+    """Wait until one session is left.
+
+    A connection may end only when a thread has closed the descriptors sent over it, and there is no
+    event for both.
     """
-    with trio.fail_after(PATIENCE):  # noqa: ASYNC912 - it may be so already
-        while len(server.sessions) > 1 or server.daemon.closer.pending:  # noqa: ASYNC110 - as said
+    with trio.fail_after(PATIENCE):  # noqa: ASYNC912 - the loop may end at once
+        while len(server.sessions) > 1 or server.daemon.closer.pending:  # noqa: ASYNC110 - no event
             await trio.lowlevel.checkpoint()
 
 
 @pytest.mark.parametrize("kind", OWN_END)
 async def test_a_client_that_passes_its_own_end(kind: str, path: Path) -> None:
-    """The connection is over when the client is, whatever it has left behind."""
+    """The daemon closes a client's own end with its connection, and so ends the connection."""
     data, count = OWN_END[kind]
     async with daemon(path) as server:
         with await Wire.session(path) as other:
@@ -190,7 +192,7 @@ async def test_a_client_that_passes_its_own_end(kind: str, path: Path) -> None:
 
 
 async def test_an_own_end_may_be_stored(path: Path) -> None:
-    """Until somebody removes it, as any descriptor."""
+    """A stored own end keeps the connection open until it is removed."""
     async with daemon(path) as server:
         with await Wire.session(path) as wire:
             with await Wire.session(path) as one:
@@ -203,7 +205,7 @@ async def test_an_own_end_may_be_stored(path: Path) -> None:
 
 
 async def test_who_asks_for_much_does_not_hold_up_who_asks_for_little(path: Path) -> None:
-    """It is answered long before the others are done, who have sent all of it before."""
+    """A light client gets its reply before heavy clients, whose requests came before, are done."""
     clients, each = 20, 2000
     async with daemon(path) as server:
         with ExitStack() as stack:

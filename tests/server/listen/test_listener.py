@@ -1,4 +1,4 @@
-"""Socket files: bound by one, left by nobody, removed by whoever bound them."""
+"""Socket files: one process binds a path, and removes its file at the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qmpfd.server.listen.listener import UnixListener
 
 
 def stale(path: Path) -> None:
-    """A socket file that nobody listens on."""
+    """Make a socket file without a listening process."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.bind(os.fspath(path))
 
@@ -37,7 +37,7 @@ def other_program(path: Path) -> socket.socket:
 
 # -- binding -----------------------------------------------------------------------------------
 
-#: For each path that it reads: binds it, says what became of it, and keeps it until the next.
+#: Program that binds each path that it reads, prints the outcome, and closes it at the next path.
 CONTENDER = """
 import sys
 from contextlib import closing, nullcontext
@@ -61,7 +61,7 @@ trio.run(main)
 
 
 def test_several_that_start_over_a_stale_file(tmp_path: Path) -> None:
-    """One of them has it, and can be reached; the others say so."""
+    """One process binds the path and accepts clients; all others report that it is in use."""
     contenders = [
         subprocess.Popen(
             [sys.executable, "-c", CONTENDER],
@@ -79,7 +79,7 @@ def test_several_that_start_over_a_stale_file(tmp_path: Path) -> None:
             stale(path)
             for contender in contenders:
                 assert contender.stdin is not None
-                contender.stdin.write(f"{path}\n")  # which closes what it has of the last one
+                contender.stdin.write(f"{path}\n")  # also closes the socket of the last path
             said = [each.stdout.readline() for each in contenders if each.stdout is not None]
             assert sorted(said) == ["bound\n", *["in use\n"] * 3]
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
@@ -153,7 +153,7 @@ async def test_another_programs_file_stays(path: Path) -> None:
 
 
 async def test_sighup_makes_a_lost_file_anew(path: Path) -> None:
-    """With its mode; who connected by the old one is served as well."""
+    """The new file has the old mode; clients of the old socket are served too."""
     with daemon_process(path, "--socket-mode", "640") as process, ExitStack() as stack:
         old = stack.enter_context(await Wire.session(path))
         path.unlink()
@@ -163,7 +163,7 @@ async def test_sighup_makes_a_lost_file_anew(path: Path) -> None:
         new = stack.enter_context(await Wire.session(path))
         for wire in (old, new):
             assert value(await wire.call("query-fdsets")) == []
-        process.signal(signal.SIGHUP)  # nothing is lost: nothing is made
+        process.signal(signal.SIGHUP)  # the file is in place: no new socket
         process.await_line(lambda line: "there is no policy file" in line)
         process.signal(signal.SIGHUP)
         process.await_line(lambda line: "there is no policy file" in line)
@@ -174,7 +174,7 @@ async def test_sighup_makes_a_lost_file_anew(path: Path) -> None:
 
 
 async def test_who_waits_at_a_replaced_socket_is_served(path: Path) -> None:
-    """Whoever has connected, and is not accepted yet, before the socket is replaced."""
+    """Clients in the backlog of a socket that is replaced are served."""
     async with daemon(path) as server:
         [listener] = server.listeners
         number = listener.socket.fileno()
@@ -191,7 +191,7 @@ async def test_who_waits_at_a_replaced_socket_is_served(path: Path) -> None:
 
 
 async def test_sighup_while_a_takeover_is_under_way(path: Path) -> None:
-    """The newcomer is told of the socket as it is; where it gives up, the file is made anew."""
+    """The successor gets the old socket; if the takeover fails, the daemon binds the file again."""
     with daemon_process(path) as process:
         with connect_blocking(path) as newcomer:
             _, passed = newcomer.request("takeover", {"format": TAKEOVER_FORMAT})
@@ -221,7 +221,7 @@ async def test_sighup_leaves_another_programs_file(path: Path) -> None:
 
 
 async def test_quit_removes_the_file_first(path: Path) -> None:
-    """Who has read that the daemon ends can start another one there."""
+    """A client that has read the reply to quit can start another daemon at the path."""
     with pipes(1) as made:
         async with daemon(path):
             with await Wire.session(path) as wire:
@@ -236,8 +236,8 @@ async def test_quit_removes_the_file_first(path: Path) -> None:
 
 
 async def test_options_of_a_service_managers_socket() -> None:
-    """PassCredentials= and its like would add a control message to every read, with a descriptor
-    in it (SO_PASSPIDFD, since Linux 6.5).
+    """Options such as PassCredentials= are unset: they add a control message to every read, and
+    SO_PASSPIDFD (Linux 6.5) a descriptor.
     """
     options = {socket.SO_PASSCRED: 0, 34: 0, 76: 0, 83: 1}  # as in listener.py
     name = f"\0qmpfd-test-{secrets.token_hex(8)}"
@@ -263,5 +263,5 @@ async def test_options_of_a_service_managers_socket() -> None:
                 client.sendall(b"x")
                 data, control, flags, _ = await accepted.recvmsg(1, 4096)
                 assert (data, control, flags) == (b"x", [], 0)
-        for option, wanted in known.items():  # theirs, others use it too
+        for option, wanted in known.items():  # the manager's socket keeps its options
             assert theirs.getsockopt(socket.SOL_SOCKET, option) == 1 - wanted
