@@ -21,8 +21,11 @@ from .kernel.fd import Fd, FileDescriptorLike
 from .limits import READ_BYTES
 from .protocol.connection import Connection
 
-#: Seconds until sendmsg(2) is retried after ETOOMANYREFS (too many descriptors in flight).
-_IN_FLIGHT_RETRY = 0.01
+#: sendmsg(2), unix(7): the kernel has no memory, or this user too many descriptors in flight.
+_NO_ROOM = {errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS}
+
+#: Seconds until sendmsg(2) is retried after one of these.
+_RETRY = 0.01
 
 
 class Arrival(Enum):
@@ -124,7 +127,7 @@ class FdStream:
         await trio.lowlevel.wait_writable(self._trio_sock)
 
     def send_nowait(self, data: bytes | memoryview, fds: Sequence[FileDescriptorLike] = ()) -> int:
-        """Send as much of *data* as the socket has room for; return the number of bytes sent.
+        """Send as much of *data* as there is room for; return the number of bytes sent.
 
         Args:
             data: the bytes, not empty.
@@ -142,7 +145,7 @@ class FdStream:
         except OSError as exc:
             if self.closed:
                 raise trio.ClosedResourceError from None
-            if exc.errno == errno.ETOOMANYREFS:  # see unix(7)
+            if exc.errno in _NO_ROOM:
                 return 0
             if not isinstance(exc, ConnectionError):
                 raise
@@ -159,9 +162,8 @@ class FdStream:
         waited = False
         while not (went := self.send_nowait(data, fds)):
             if waited:
-                # The socket has room, but this user has too many descriptors in flight.  Nothing
-                # signals that another process has received some of them, so poll.
-                await trio.sleep(_IN_FLIGHT_RETRY)
+                # The socket has room, but the kernel has none, and does not signal when: poll.
+                await trio.sleep(_RETRY)
             await self.wait_writable()
             waited = True
         return went

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+from array import array
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import Any
 
+import pytest
 import trio
 from fake_kernel import SocketQueue, Tags
 from helpers import open_fds, pipes, send_now
 from hypothesis import example, given, settings
 from protocol.test_receive_buffer import ITEMS, TAGS, Script, Server, carry_out, scripts
+from trio.testing import MockClock
 
 from qmpfd.commands import DECODER, VERSION
-from qmpfd.kernel.fd import close_all
+from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.limits import LIGHT_BYTES, SCM_MAX_FD
 from qmpfd.protocol.request_decoder import Request
 from qmpfd.protocol.server import ServerConnection
@@ -102,6 +108,45 @@ async def test_the_peer_is_gone() -> None:
         assert stream.receive_nowait(connection, max_fds=lambda: 16) is Arrival.ALL
         assert taken(connection) == [("add-fd", 1)]
         assert stream.receive_nowait(connection, max_fds=lambda: 16) is Arrival.END
+
+
+class _Failing:
+    """A socket whose sends fail, and then do not."""
+
+    def __init__(self, sock: socket.socket, errors: list[int]) -> None:
+        self._sock = sock
+        self._errors = errors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def _fail(self) -> None:
+        if self._errors:
+            number = self._errors.pop()
+            raise OSError(number, os.strerror(number))
+
+    def send(self, *arguments: Any) -> int:
+        self._fail()
+        return self._sock.send(*arguments)
+
+    def sendmsg(self, *arguments: Any) -> int:
+        self._fail()
+        return self._sock.sendmsg(*arguments)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+async def test_the_kernel_has_no_memory_to_send(count: int, autojump_clock: MockClock) -> None:
+    """What cannot be sent now is sent a little later (sendmsg(2), ENOBUFS and ENOMEM)."""
+    with connected() as (client, stream, _), pipes(1) as made:
+        errors = [errno.ENOBUFS, errno.ENOMEM] * 2
+        stream.socket = _Failing(stream.socket, errors)  # type: ignore[assignment]
+        await stream.send_all(b"reply", made[:count])
+        assert not errors
+        data, control, _, _ = client.recvmsg(100, 100)
+        assert data == b"reply"
+        assert len(control) == count
+        for _, _, payload in control:
+            Fd(*array("i", payload)).close()
 
 
 async def test_no_more_while_some_wait() -> None:

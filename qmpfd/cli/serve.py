@@ -95,9 +95,16 @@ def _is_served(path: Path) -> bool:
 
 
 def _fill_standard_streams() -> None:
-    """Open /dev/null at closed standard streams: no socket may get the number 0, 1 or 2."""
-    while (fd := Fd(os.open(os.devnull, os.O_RDWR))).fileno() <= 2:
-        fd.detach()
+    """Open /dev/null at closed standard streams: no socket may get the number 0, 1 or 2.
+
+    Raises:
+        UsageError: it cannot be opened.  Restarts and takeovers need it as well.
+    """
+    try:
+        while (fd := Fd(os.open(os.devnull, os.O_RDWR))).fileno() <= 2:
+            fd.detach()
+    except OSError as exc:
+        raise UsageError(f"{os.devnull}: {exc.strerror}") from None
     fd.close()
 
 

@@ -145,6 +145,14 @@ def test_no_proc(folder: Path, options: str) -> None:
 
 
 @SUPERVISED
+def test_no_dev(folder: Path, options: str) -> None:
+    """A chroot(2) without /dev: one line says what is missing."""
+    ran = run(folder, f"mount -t tmpfs tmpfs /dev; {SERVE}{options}")
+    assert ran.returncode == 2
+    assert ran.stderr == "qmpfd: /dev/null: No such file or directory\n"
+
+
+@SUPERVISED
 def test_few_descriptors(folder: Path, options: str) -> None:
     """Beyond the limit, descriptors are refused; stored ones stay."""
     path = folder / "q.sock"
