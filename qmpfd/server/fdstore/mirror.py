@@ -1,14 +1,14 @@
-"""Keeps a second copy of what is stored where a crash does not reach it.
+"""Mirror of the store in the fd store, a second copy that survives a crash of this process.
 
-That is with whoever started the daemon: systemd's file-descriptor store, or the parent of ``serve
---supervise``, which speaks the same protocol (sd_pid_notify_with_fds(3)).  Each descriptor goes
-there under a name of its own; what it is stands in the journal, which is there as well.
+The fd store is systemd's, or that of the parent of ``serve --supervise``, which speaks the same
+protocol (sd_pid_notify_with_fds(3)).  Each descriptor is stored there under a name of its own.  The
+journal, which is stored there as well, describes them.
 
-The rule is that nobody is told of what a crash would take back.  A change is made, written to the
-journal and sent off without waiting; then whoever has something to say waits in :meth:`sync`
-until the other side has it, see :mod:`qmpfd.server.fdstore.barrier_link`.
+No client is told of a change that a crash would take back.  A change is made, written to the
+journal and sent without waiting.  Replies and events then wait in :meth:`sync` until the fd store
+has acknowledged the change, see :mod:`qmpfd.server.fdstore.barrier_link`.
 
-A removed descriptor is closed here after it was closed there.
+A removed descriptor is closed here after the fd store has removed its duplicate.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from .sentinel import Evidence
 
 _log = logging.getLogger("qmpfd")
 
-#: Places of the fd store for the lifeline of a takeover, and the old daemon's journal.
+#: Places of the fd store for the lifeline of a takeover, and the predecessor's journal.
 _TAKEOVER_PLACES = 2
 
 _DROPPED = (
@@ -60,13 +60,13 @@ _DROPPED = (
 
 
 class FdStoreConfig(NamedTuple):
-    """Who keeps a second copy.
+    """An fd store: systemd's, or the supervising parent's.
 
     Args:
-        notifier: the connection to it; the caller's, until the daemon has ended.
-        size: how many descriptors it keeps.
-        descriptions: where it keeps one descriptor of each open file description only, what tells
-            which are of the same; None where it keeps all.
+        notifier: socket to the fd store; the caller keeps it open until the daemon has ended.
+        size: number of descriptors that the fd store keeps at most.
+        descriptions: finds descriptors of the same open file description (kcmp(2)), of which
+            systemd's fd store keeps one only; None with a parent, which keeps all.
     """
 
     notifier: Notifier
@@ -75,65 +75,65 @@ class FdStoreConfig(NamedTuple):
 
 
 class FdStoreMirror:
-    """Whoever keeps the second copy, as seen from here.
+    """Mirror of the store in the fd store: systemd's, or the supervising parent's.
 
     Args:
-        keeping: how it is reached, and what it does.
-        closer: closes what was removed.
+        keeping: the fd store.
+        closer: closes removed descriptors.
     """
 
     def __init__(self, keeping: FdStoreConfig, closer: ClosePool) -> None:
         self._link = BarrierLink(keeping.notifier, self._write, self._ended)
         self._journals = JournalWriter(self._link, self._snapshot)
-        #: Whether the parent of ``serve --supervise`` has it, and no service manager.
+        #: Whether the fd store is the supervising parent's, not systemd's.
         self.is_parent = keeping.notifier.is_parent
         self._closer = closer
         self._size = keeping.size
-        self._refusal = ""  # why nothing more is kept, and what was kept may be lost
+        self._refusal = ""  # why the fd store is unusable, and stored descriptors may be lost
         self._kept = KeptFds(self._link, keeping.descriptions)
-        # Where it is a service manager, what shows what it keeps.
+        # Evidence of what systemd's fd store keeps; None with a parent, and before the start.
         self._evidence: Evidence | None = None
-        #: Told what a service manager has no room for.
+        #: Called with stored descriptors for which systemd's fd store has no room.
         self.on_refused: Callable[[list[StoredFd]], object] = lambda _: None
         self.unproven: Unproven | None = None
         self._listeners = KeptListeners(self._link, self._kept, self._journals, self.is_parent)
         self._store = FdSets()
-        self._lifeline: Fd | None = None  # of the takeover under way
-        #: Tells whether descriptors can be sent at all, where that is not sure.
+        self._lifeline: Fd | None = None  # of the takeover by this daemon, until it is confirmed
+        #: Tests whether descriptors can be sent, if RLIMIT_NOFILE limits those in flight.
         self.in_flight_probe: InFlightProbe | None = None
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is kept, and what was kept may be lost."""
+        """Whether the fd store is unusable, and stored descriptors may be lost."""
         return bool(self._refusal)
 
     @property
     def is_ours(self) -> bool:
-        """Whether what is kept is not that of an old daemon which may go on."""
+        """Whether this daemon owns the store: not before a takeover by it is confirmed."""
         return self._lifeline is None
 
     @property
     def _capacity(self) -> int:
-        """How many descriptors can be kept.  The parent has places to spare for a takeover's."""
+        """Number of descriptors that can be stored.  A parent has extra places for a takeover."""
         spare = RESERVED_PLACES + (0 if self.is_parent or self.is_ours else _TAKEOVER_PLACES)
         return min(self._size - spare, Names.MOST)
 
     def _distrust(self, reason: str) -> None:
-        """Say that what is sent is not kept: no more is sent, but what is removed is removed there
-        too, if somebody is there.
+        """Log that the fd store does not keep descriptors, and refuse new ones from here on.
+        Removals are still sent.
         """
         if not self._refusal:
             _log.error("the descriptors are no longer kept safe: %s; more are refused", reason)
             self._refusal = reason
 
-    # -- what the commands see -----------------------------------------------------------------
+    # -- called by the commands ----------------------------------------------------------------
 
     def check_quota(self, count: int, opaque: str | None) -> None:
-        """Refuse to add *count* more descriptors, each with that opaque text, if they cannot be
-        kept.
+        """Check that the fd store and the journal have room for *count* more descriptors, each with
+        that opaque text.
 
         Raises:
-            GenericError: saying why.
+            GenericError: they have not; the text says why.
         """
         if self._refusal:
             raise GenericError(f"The file descriptor cannot be kept safe: {self._refusal}")
@@ -143,12 +143,12 @@ class FdStoreMirror:
                 f"Too many file descriptors: the limit of those kept safe is {capacity}"
             )
         if self.in_flight_probe is not None and self.in_flight_probe.exhausted():
-            # It would wait for whoever hoards them, and every later change would wait behind it.
+            # sendmsg(2) would fail with ETOOMANYREFS, and all later changes would have to wait.
             raise GenericError(
                 "The file descriptor cannot be kept safe: too many that processes of "
                 f"uid {os.geteuid()} have sent wait to be received"
             )
-        # Of each that is there, the removal can be written too.
+        # Reserve the records of removal of all stored descriptors too: a removal must not fail.
         size = count * (4 * len(opaque or "") + RECORD_BYTES)
         try:
             self._journals.reserve(size, (len(self._kept.by_number) + count) * REMOVAL_BYTES)
@@ -158,7 +158,7 @@ class FdStoreMirror:
             raise GenericError(f"The file descriptor cannot be kept safe: {exc.strerror}") from None
 
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
-        """A descriptor was stored: keep it too, unless it ends with its connection anyway."""
+        """Mirror a stored descriptor, unless its lifetime ends with its connection."""
         if not self._refusal and stored.lifetime.owner is None:
             name = self._kept.keep(stored.fd.number, stored.fd)
             self._journals.note(self._journals.added(name, stored))
@@ -166,46 +166,46 @@ class FdStoreMirror:
                 self.unproven = self._evidence.added(stored)
 
     def removed(self, stored: StoredFd) -> None:
-        """A descriptor was taken out of the store; it is still open."""
+        """Remove a descriptor, which is still open here, from the fd store."""
         number = stored.fd.number
         if number not in self._kept.by_number:
             return
         self._journals.note(Removed(number))
         name = self._kept.discard(number)
         if name is not None:
-            # A service manager closes in a thread anyway; the parent has to be told if the close
-            # may block, and the descriptor is closed here after it was closed there.
+            # systemd closes in a thread.  The parent has to be told if the close may block; such a
+            # descriptor is closed here only after the parent has closed its duplicate.
             if self.is_parent and self._closer.may_block(stored.fd):
                 lane = self._closer.lane(stored.fd, stored.fd.uid)
                 self._closer.close_after(stored.fd, self._link.remove_slowly(name, lane))
             else:
                 self._link.remove(name)
 
-    # -- waiting until it is safe --------------------------------------------------------------
+    # -- waiting for acknowledgement -----------------------------------------------------------
 
     @property
     def is_synced(self) -> bool:
-        """Whether all that was changed is safe."""
+        """Whether the fd store has acknowledged every change."""
         return self._link.is_synced
 
     async def sync(self) -> None:
-        """Wait until all that was changed so far is safe; without a checkpoint if it is."""
+        """Wait until every change made so far is acknowledged; without a checkpoint if it is."""
         await self._link.sync()
 
     def on_synced(self, action: Callable[[], object]) -> None:
-        """Call *action* once all that was changed so far is safe, or this has ended."""
+        """Call *action* once every change made so far is acknowledged, or the link has ended."""
         self._link.on_synced(action)
 
     def push(self) -> None:
-        """See to it that all that was changed so far gets safe."""
+        """Start sending every change made so far."""
         self._link.start()
 
     def close_after_sync(self, fds: list[Fd], uid: int | None = None) -> None:
-        """Close what was removed, once it is gone from the fd store.
+        """Close removed descriptors, once the fd store has removed its duplicates.
 
         Args:
             fds: the descriptors; owned from here on.
-            uid: the user whom they count for until they are closed.
+            uid: the user whose quota they are charged to until they are closed.
         """
         if self.is_synced:
             self._closer.close(fds, uid)
@@ -230,39 +230,38 @@ class FdStoreMirror:
 
     @property
     def store(self) -> str | None:
-        """Which service's it is, where it is a service manager's store (systemd.exec(5))."""
+        """Invocation id of the service that systemd's fd store belongs to (systemd.exec(5))."""
         return None if self.is_parent else invocation_id()
 
     @property
     def journal(self) -> Fd | None:
-        """The journal, for a successor: it tells whether the takeover was done."""
+        """The journal, in which a successor reads whether the takeover was completed."""
         return None if self._link.is_over else self._journals.fd
 
     # -- its life ------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
-        """Talk to the fd store while the block runs."""
+        """Run the tasks of the mirror while the block runs."""
         async with trio.open_nursery() as nursery, self._link.running():
             self._nursery = nursery
             yield
             nursery.cancel_scope.cancel()
 
     def claim(self, store: FdSets, recovered: Recovered, lifeline: Fd | None) -> None:
-        """Go on with what is there.  Nothing is sent before :meth:`start`.
+        """Adopt the entries in the fd store from before this start.  :meth:`start` sends them.
 
-        With a parent, all that is stored is written down: it may be the places of what a takeover
-        brings, while the old daemon serves, and changes count from here on.  Of a service manager's
-        store, each open file description has to be compared with all others, so that waits for
-        :meth:`start`.
+        With a parent, the whole store is queued here: in a takeover, while the predecessor still
+        serves, these are placeholders.  With systemd that waits for :meth:`start`, as each open
+        file description has to be compared with all others.
 
         Args:
-            store: where the changes come from, from here on.
-            recovered: what is there from before.
-            lifeline: of a takeover, before it is confirmed; None if all this is ours.
+            store: the store to mirror.
+            recovered: state and descriptors from the fd store.
+            lifeline: the lifeline of a takeover that is not confirmed yet, or None.
 
         Raises:
-            OSError: there is no descriptor, or no memory, for the journal.
+            OSError: the process is out of descriptors or memory for the journal.
         """
         self._store, self._lifeline = store, lifeline
         self._journals.generation = recovered.generation
@@ -271,34 +270,34 @@ class FdStoreMirror:
             self._keep_all(recovered)
 
     def _keep_all(self, recovered: Recovered) -> None:
-        if self._lifeline is not None:  # first, as it is closed last
+        if self._lifeline is not None:  # stored first, as a store that is dropped closes it last
             self._link.store(LIFELINE, self._lifeline)
         for fdset in self._store:
             for number, stored in fdset.fds.items():
                 if stored.lifetime.owner is None:
                     self._kept.keep(number, stored.fd, recovered.names.get(number))
-        self._journals.begin()  # behind them: without it, they count for nothing
+        self._journals.begin()  # sent last: entries without a valid journal are ignored
 
     async def start(
         self, listeners: Iterable[UnixListener], recovered: Recovered, previous: Fd | None
     ) -> None:
-        """Have all of it kept, before anybody is served.
+        """Send the whole store to the fd store, before any client is served.
 
         Args:
-            listeners: the sockets that are to be kept.
-            recovered: what is there from before.
-            previous: the journal of the daemon that all this is of, if there is one.
+            listeners: listening sockets to store as well.
+            recovered: state and descriptors from the fd store.
+            previous: the predecessor's journal in a takeover, or None.
 
         Raises:
-            GenericError: it is more than can be kept.
-            OSError: there is no descriptor, or no memory, for the journal.
+            GenericError: in a takeover, the fd store has no room for all descriptors.
+            OSError: the process is out of descriptors or memory for the journal.
         """
         self._link.open()
         if previous is not None:
             self._link.store(PREVIOUS, previous)
         if not self.is_parent:
-            await self.sync()  # the places of what is stale are needed
-            self._evidence = Evidence(  # the oldest, which is dropped first
+            await self.sync()  # wait until stale entries have made room
+            self._evidence = Evidence(  # stores its sentinel first: systemd drops the oldest first
                 self._link,
                 self._kept,
                 self._journals,
@@ -311,48 +310,48 @@ class FdStoreMirror:
             number = listener.socket.fileno()
             if (
                 number in recovered.names or self._kept.names < self._capacity
-            ):  # it can be made anew
+            ):  # a socket for which there is no room can be bound again after a crash
                 self._listeners.add(listener, recovered.names.get(number))
         if self._kept.names > self._capacity:
             too_many = (
                 f"{self._kept.names} descriptors are more than the {self._capacity} that can be "
                 "kept safe"
             )
-            if not self.is_ours:  # whose the descriptors are goes on
+            if not self.is_ours:  # the takeover fails, and the predecessor goes on
                 raise GenericError(too_many)
-            # What came back stays where it is, and here, until there are fewer, or more room.
+            # Recovered descriptors stay in the fd store and in this process.
             self._distrust(too_many)
         if self.is_ours:
             self._listeners.tell_files()
         if self._evidence is not None and not await self._evidence.is_stored():
             self._distrust(_DROPPED)
         await self.sync()
-        if self.is_over:  # remove nothing: what is there may be all there is
+        if self.is_over:  # remove nothing: the old entries may be the only copy
             return
         self._kept.remove_former()
         await self.sync()
         if self._evidence is not None:
             self._nursery.start_soon(self._evidence.watch)
-            others = 2 + (not self.is_ours) + (previous is not None)  # with journal and sentinel
+            others = 2 + (not self.is_ours) + (previous is not None)  # 2: journal and sentinel
             self._size = await self._evidence.find_size(self._size, others)
 
     def confirm(self) -> None:
-        """A takeover is done: all this is ours."""
+        """Record that the takeover by this daemon is complete."""
         self._lifeline = None
         self._listeners.tell_files()
         self._note(Confirmed(), PREVIOUS, LIFELINE)
 
     def log_handover(self, handed_over: bool | None) -> None:
-        """A successor is about to have it all, or will not: for whoever asks if we die now."""
+        """Record the outcome of a takeover by a successor: it reads the journal if we die now."""
         self._listeners.tell_files(ours=not handed_over)
         self._note(HandedOver(handed_over))
 
     def release_all(self, quick: Iterable[Fd] = ()) -> None:
-        """What is kept is to be let go, also if we die this moment; note no more changes.  The
-        journal is closed last: it says that the rest is nobody's.
+        """Remove everything from the fd store, and record no more changes.  If this process dies
+        halfway, the journal, which is removed last, says that the rest is not to be restored.
 
         Args:
-            quick: descriptors that are closed without waiting for anybody.
+            quick: descriptors whose close(2) cannot block.
         """
         if self._link.is_over:
             return
@@ -369,13 +368,13 @@ class FdStoreMirror:
         self._link.remove(*names)
         self._kept.clear()
         self._journals.forget()
-        if not self.is_ours:  # the lifeline comes last: then the old daemon goes on
+        if not self.is_ours:  # the lifeline last: the predecessor waits for its EOF to go on
             self._link.remove(PREVIOUS, LIFELINE)
         self._link.push()
 
     def finish(self) -> None:
-        """The daemon ends.  What is stored stays with a service manager, which may start another
-        daemon; the listening sockets do not.
+        """Remove the listening sockets at the daemon's end.  Stored descriptors stay in systemd's
+        fd store: the service may be started again.
         """
         if not self._link.is_over:
             self._listeners.remove_former()

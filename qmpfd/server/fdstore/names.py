@@ -1,7 +1,7 @@
-"""What stored descriptors are called at whoever keeps them.
+"""Names of the descriptors in the fd store.
 
 All names of a service come back in one environment string, so they are short: a tilde and a number
-in base 62, which is used again when it is free.
+in base 62, which is reused when it is free.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from ...limits import MAX_ARGUMENT_BYTES
 _DIGITS = string.digits + string.ascii_letters
 _MARK = "~"
 
-#: Bytes that a name takes in $LISTEN_FDNAMES, with the colon: there are 238,000 that are so short.
+#: Bytes of a name in $LISTEN_FDNAMES, with the colon: 238,000 names are that short.
 _NAME_BYTES = 5
 
-#: What the name of a journal begins with; its generation follows.
+#: Prefix of the name of a journal, before its generation.
 JOURNAL = "qmpfd-journal-"
 
-#: In the middle of a takeover: the old daemon's journal, if there is one, and the lifeline by which
-#: that daemon says how it ends; see :mod:`.evidence`.
+#: Names during a takeover: the predecessor's journal, if it has one, and the lifeline, on which the
+#: predecessor reports the outcome; see :mod:`.evidence`.
 PREVIOUS, LIFELINE = "qmpfd-previous", "qmpfd-lifeline"
 
-#: Bytes of $LISTEN_FDNAMES that are none of those: for two journals, and sockets of others.
+#: Bytes of $LISTEN_FDNAMES for other names: two journals, and sockets of the service manager.
 _OTHER_BYTES = 4096
 
-#: Likewise of what shows whether anything is kept, see :mod:`.sentinel`: a sentinel, by the
-#: generation of the first journal beside it, and those that are stored to find out how many can be.
-#: What another process has stored there tells nothing.
+#: Prefixes of the names of pipes, see :mod:`.sentinel`: of the sentinel, before the generation of
+#: the first journal that was stored with it, and of probes, before their number.  Pipes stored by
+#: another process are no evidence for this one.
 SENTINEL, PROBE = PIPES = "qmpfd-sentinel-", "qmpfd-probe-"
 
 _OURS = re.compile(
@@ -39,12 +39,12 @@ _OURS = re.compile(
 
 
 def is_ours(name: str) -> bool:
-    """Whether a descriptor of that name is one that this module has named."""
+    """Return whether *name* was made by this module."""
     return _OURS.fullmatch(name) is not None
 
 
 def is_numbered(name: str) -> bool:
-    """Whether it is a stored descriptor's, or a listening socket's."""
+    """Return whether *name* is that of a stored descriptor or a listening socket."""
     return name.startswith(_MARK)
 
 
@@ -58,19 +58,19 @@ def _text(serial: int) -> str:
 
 
 class Names:
-    """The names in use."""
+    """Allocator of names."""
 
     def __init__(self) -> None:
-        #: The numbered ones of them.
+        #: The numbered names in use.
         self.used: set[str] = set()
-        self._free: list[str] = []  # of those below the next serial number
+        self._free: list[str] = []  # free names below the next serial number
         self._next = 0
 
-    #: How many fit into $LISTEN_FDNAMES.
+    #: Maximum number of names that fit into $LISTEN_FDNAMES.
     MOST = (MAX_ARGUMENT_BYTES - _OTHER_BYTES) // _NAME_BYTES
 
     def take(self) -> str:
-        """A name that is free."""
+        """Allocate a free name."""
         if self._free:
             name = self._free.pop()
         else:
@@ -81,12 +81,12 @@ class Names:
         return name
 
     def claim(self, name: str) -> None:
-        """*name* is in use already, before any was taken; one that is not numbered need not be."""
+        """Mark *name* as in use, before the first :meth:`take`; ignore a name without a number."""
         if is_numbered(name):
             self.used.add(name)
 
     def free(self, names: Iterable[str]) -> None:
-        """*names* are free again; those that are not numbered need not have been in use."""
+        """Free *names*; ignore names that are not in use."""
         for name in names:
             if name in self.used:
                 self.used.remove(name)

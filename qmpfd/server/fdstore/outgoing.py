@@ -1,4 +1,4 @@
-"""What goes to the fd store, collected as the messages that it becomes."""
+"""Queue of changes for the fd store, and the messages made of them."""
 
 from __future__ import annotations
 
@@ -8,46 +8,46 @@ from itertools import islice
 
 from ...kernel.fd import Fd
 
-# The lines of a message, but for the names of the descriptors that it is about.  What hangs up
-# stays: whether it may go is for its client to say.
+# Lines of a message, without FDNAME=.  FDPOLL=0: systemd would remove a descriptor that hangs up,
+# but only its client may remove it.
 _STORE = "FDSTORE=1\nFDPOLL=0"
 REMOVE = "FDSTOREREMOVE=1"
 
 
 class Outgoing:
-    """What is to be sent, and what was sent and is not known to have arrived.
+    """Changes to be sent, and changes sent but not acknowledged.
 
-    What is added goes before what is removed, which the journal's reader relies on: so the changes
-    of many clients are two messages.
+    Descriptors to store are sent before names to remove, whoever made which change first: the
+    changes of many clients become two messages.  The reader of the journal relies on that order.
 
     Args:
-        most: names that a message may have.
+        most: maximum number of names in a message.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._texts: deque[str] = deque()  # whole messages, which go first
-        self._stores: dict[str, Fd | int] = {}  # what is to be kept, by name
-        self._removals: dict[str, str] = {}  # by what name what is to be removed, and by what lines
-        self._sent: dict[str, Fd | int] = {}  # what is to be kept, before the barrier
+        self._texts: deque[str] = deque()  # complete messages, sent first
+        self._stores: dict[str, Fd | int] = {}  # descriptors to store, by name
+        self._removals: dict[str, str] = {}  # names to remove, each with the lines of its message
+        self._sent: dict[str, Fd | int] = {}  # descriptors sent but not acknowledged, by name
 
     def __bool__(self) -> bool:
-        """Whether there is something to be sent."""
+        """Whether changes are pending."""
         return bool(self._stores or self._removals or self._texts)
 
     def tell(self, text: str) -> None:
-        """Have a message of its own sent."""
+        """Queue a complete message."""
         self._texts.append(text)
 
     def store(self, name: str, fd: Fd | int) -> None:
-        """Have a descriptor kept under *name*."""
-        if name in self._removals:  # another one of that name, before this one comes
+        """Queue a descriptor to be stored under *name*."""
+        if name in self._removals:  # the removal must be sent before the new one of that name
             self.tell(f"{self._removals.pop(name)}\nFDNAME={name}")
         self._stores[name] = fd
 
     def remove(self, command: str, name: str) -> bool:
-        """Have what is kept under *name* closed there; whether there is something to be sent: not
-        where it has not gone yet, and may be closed here before it would.
+        """Queue the removal of *name*; return False if its descriptor was not sent yet: then
+        neither is sent, as the descriptor may be closed here before.
         """
         if self._stores.pop(name, None) is not None:
             return False
@@ -55,8 +55,8 @@ class Outgoing:
         return True
 
     def messages(self) -> Iterator[tuple[str, list[Fd | int], bool]]:
-        """All messages that are to be sent: the lines of each, the descriptors that go with it, and
-        whether it is the last.  When the next one is asked for, one was sent.
+        """Iterate over the messages to send: lines, descriptors, whether the message is the last.
+        Asking for the next message confirms that the one before was sent.
         """
         texts, stores, removals = self._texts, self._stores, self._removals
         while texts:
@@ -81,12 +81,12 @@ class Outgoing:
                 self._sent.pop(name, None)
 
     def all_arrived(self) -> None:
-        """All that was sent is there."""
+        """Note that the fd store has acknowledged every message sent."""
         self._sent.clear()
 
     def lost(self, name: str) -> bool:
-        """There was no place for what was sent under *name*: it is sent again, unless it is to be
-        removed; whether it is.
+        """Queue a descriptor again that the parent had no room for, unless its removal is queued;
+        return whether it is queued again.
         """
         fd = self._sent.pop(name, None)
         if fd is None or name in self._removals:
@@ -95,7 +95,7 @@ class Outgoing:
         return True
 
     def clear(self) -> None:
-        """Nothing is sent any more."""
+        """Discard all pending and unacknowledged changes."""
         self._texts.clear()
         self._stores.clear()
         self._removals.clear()

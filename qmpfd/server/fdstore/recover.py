@@ -1,11 +1,11 @@
-"""A restart: sorts out what the fd store has given back.
+"""Recovery after a crash: matches descriptors from the fd store with the records of the journal.
 
 The descriptors come in any order, some of them perhaps twice, or stale, or not at all; the newest
-journal says what they are.  Like a takeover this runs before Trio is imported, so that each stored
-descriptor can have its number.  Whatever is wrong with one of them, all the others come back.
+journal describes them.  Like a takeover this runs before the import of Trio: each stored descriptor
+can get its old number.  A fault of one descriptor or record does not affect the others.
 
-The journal may be of a newcomer that died in the middle of a takeover.  Whether the old daemon had
-handed everything over then, is for the lifeline to say, which is in the store too.
+The journal may be that of a successor that died during a takeover.  Then the lifeline, which is in
+the fd store as well, says whether the predecessor had handed everything over.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ _log = logging.getLogger("qmpfd")
 
 @dataclass(slots=True)
 class Recovered:
-    """What has come back from the fd store, and what is still there.
+    """Recovered state and descriptors, and the entries that are still in the fd store.
 
     Args:
-        state: what it is; there may be nothing.
+        state: the recovered state; empty without a predecessor.
         stored: the stored descriptors by number; owned here until they are taken out.
         others: the listening sockets, in the order of *state*; owned here likewise.
-        names: what these are called there, by their number here.
-        stale_names: what is there and means nothing.
-        stale_fds: descriptors that are to be closed, which may block; owned here likewise.
-        sentinel: name and write end of the sentinel there, if it counts; one of the stale ones.
-        sockets: the service manager's own, to listen on; owned here likewise.
-        generation: of the last journal there.
-        has_state: there was a daemon here before, and this is what it had: that journal counts,
-            until there is another.
-        handed_over: another daemon has taken over what was here.
+        names: names in the fd store of *stored* and *others*, by their number here.
+        stale_names: names of unused entries in the fd store.
+        stale_fds: unused descriptors to close, which may block; owned here likewise.
+        sentinel: name and write end of a sentinel that is valid for this process; the write end is
+            among *stale_fds*.
+        sockets: the service manager's own sockets to listen on; owned here likewise.
+        generation: generation of the newest journal.
+        has_state: whether a predecessor has crashed and *state* is its state: its journal is valid
+            until this process has stored another.
+        handed_over: whether the predecessor has handed everything over to another daemon.
     """
 
     state: SavedState = field(default_factory=lambda: SavedState(time.monotonic(), [], []))
@@ -74,15 +75,15 @@ def recover(
     others: Iterable[Movable] = (),
     history: History | None = None,
 ) -> Recovered:
-    """Sort out what this process was started with.
+    """Match the inherited descriptors with the journal.
 
     Args:
-        inherited: the descriptors and their names; owned from here on.
-        others: more descriptors that may get other numbers.
-        history: what the newest journal says, where that is known already.
+        inherited: descriptors from the fd store, and their names; owned from here on.
+        others: more descriptors that may be moved out of the way.
+        history: the history in the newest journal, if it was read before.
 
     Raises:
-        ValueError: there is a journal that cannot be read.
+        ValueError: no journal can be read.
     """
     try:
         return _recover(inherited, others, history)
@@ -96,7 +97,7 @@ def _recover(
 ) -> Recovered:
     ours: dict[str, Fd] = {}
     sockets = []
-    again = []  # under a name that is there already
+    again = []  # descriptors under a name that another one has
     for given in inherited:
         if not is_ours(given.name):
             sockets.append(given)
@@ -106,7 +107,7 @@ def _recover(
             ours[given.name] = given.fd
     if history is None:
         history = newest([fd for name, fd in ours.items() if name.startswith(JOURNAL)])
-    # With that evidence, they are of a takeover that had not come far: the old daemon has all.
+    # With a lifeline, the entries are of a takeover that had barely begun: the predecessor goes on.
     has_journal = any(name.startswith(JOURNAL) for name in ours)
     if LIFELINE not in ours and not has_journal and any(map(is_numbered, ours)):
         history = _without_journal(ours)
@@ -119,8 +120,8 @@ def _recover(
     untaken = dict(ours)
 
     def take(name: str) -> Fd | None:
-        """What came under that name, a duplicate of it if it is taken already; None if nothing did,
-        or there is no descriptor for the duplicate.
+        """Take the descriptor with that name, or a duplicate if it is taken; None if there is no
+        such descriptor, or this process is out of descriptors.
         """
         fd = untaken.pop(name, None)
         if fd is None and name in ours:
@@ -165,9 +166,9 @@ def _recover(
 
 
 def _without_journal(ours: Mapping[str, Fd]) -> History:
-    """What is left where the fd store has dropped the journal: each descriptor in a set of its own.
+    """Make a history for descriptors whose journal the fd store has dropped: one fd set for each.
 
-    A daemon that lets go of everything removes the journal last, so this is none of its leavings.
+    They are not the rest of a store that was released: there, the journal is removed last.
     """
     found = [(name, fd.fileno()) for name, fd in ours.items() if is_numbered(name)]
     _log.error(
@@ -189,10 +190,10 @@ def _nothing() -> History:
 
 
 def newest(journals: Sequence[Fd]) -> History:
-    """What the newest journal says; nothing if there is none.
+    """Read the newest journal; return an empty history if *journals* is empty.
 
     Raises:
-        ValueError, OSError: there are some, and none of them can be read.
+        ValueError, OSError: none of the journals can be read.
     """
     histories, problems = [], []
     for journal in journals:
@@ -208,7 +209,9 @@ def newest(journals: Sequence[Fd]) -> History:
 
 
 def _is_ours(history: History, ours: Mapping[str, Fd]) -> bool:
-    """Whether what it tells of belongs to us: it does not in the middle of a takeover."""
+    """Return whether the store belongs to this daemon: not if the journal is that of a successor
+    to which the predecessor had not handed over.
+    """
     if history.confirmed:
         return history.begun.generation > 0
     lifeline = ours.get(LIFELINE)

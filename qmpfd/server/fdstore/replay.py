@@ -1,7 +1,7 @@
-"""Reads a journal: what was stored, in the end.
+"""Replays a journal: computes the final state of the store.
 
-It is read frame by frame, where it is: it can be several times as large as what it comes to.
-Whatever is wrong with one record, all the others count.
+The journal is mapped and read frame by frame: it can be several times as large as that state.  An
+invalid record is skipped; all others are applied.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .journal import (
 
 _log = logging.getLogger("qmpfd")
 
-#: Frames at the end of a journal whose descriptors may not have been sent yet: of each client one,
-#: at most, before the fd store has them and the reply is sent.
+#: Maximum number of frames at the end of a journal whose descriptors were not sent before a crash:
+#: one per client, as a reply waits until the fd store has the descriptors.
 _MOST_UNFINISHED = 4096
 
-#: What decoding raises; UnicodeDecodeError is a ValueError.
+#: Exceptions of decoding; UnicodeDecodeError is a ValueError.
 _UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 
 _decoder = msgspec.msgpack.Decoder(list[Record])
@@ -44,14 +44,14 @@ _record_decoder: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Recor
 
 
 class History:
-    """What a journal says in the end.
+    """Final state of a journal.
 
     Args:
         begun: its first record.
 
     The members are: *entries*, the stored descriptors by number, oldest first; *listeners*, the
-    paths of the listening sockets by name; *confirmed*, a takeover is done; *left*, a successor
-    has taken over, None where nothing says so or the contrary.
+    listening sockets by name; *confirmed*, whether the writer owned the store (not in an
+    unfinished takeover by it); *left*, whether a successor owns everything, None if unknown.
     """
 
     def __init__(self, begun: SnapshotHeader) -> None:
@@ -60,19 +60,19 @@ class History:
         self.listeners: dict[str, SavedListener] = {}
         self.confirmed = begun.previous is None
         self.left: bool | None = None
-        self._names: Counter[str] = Counter()  # of the entries
-        #: By identity, of each entry that is, or may come to be, among the entries.
+        self._names: Counter[str] = Counter()  # names of the entries
+        #: Order of adding, by id() of each entry that is, or may be again, among the entries.
         self._positions: dict[int, int] = {}
         self._count = 0
-        # What each of the last frames added or removed, with the names that were new in it.
+        # The additions and removals in each of the last frames, and the names that were new in it.
         self._changes: deque[tuple[list[tuple[bool, SavedFd]], set[str]]] = deque(
             maxlen=_MOST_UNFINISHED
         )
 
     def apply_frame(self, records: Sequence[Record]) -> None:
-        """Follow one more frame."""
+        """Apply one more frame."""
         changes: list[tuple[bool, SavedFd]] = []
-        fresh = set()  # the numbers of what the frame has added so far
+        fresh = set()  # the numbers that the frame has added so far
         names = set()
         for record in records:
             if isinstance(record, SavedFd):
@@ -91,14 +91,16 @@ class History:
             self._changes.append((changes, names))
 
     def forget_unfinished(self, kept: Callable[[str], bool]) -> None:
-        """Undo each frame at the end of which a descriptor that was added is not *kept* under its
-        name: nobody was told of any of it, and a command adds all or none.
+        """Undo each frame at the end of the journal with an added descriptor that is not *kept*: no
+        client had its reply, and a command adds all of its descriptors or none.
 
-        The fd store gets what is added in the order of the records, and nothing that is removed
-        before what was added earlier.  So what was removed behind a descriptor that is missing, as
-        what a replacement takes the place of, was not removed there;
-        and whatever was added before one that is kept had been sent: what is not kept of that was
-        lost later, and takes nothing else along.
+        The fd store gets added descriptors in the order of the records, and no removal before an
+        earlier addition.  So a removal recorded after the addition of a missing descriptor, as of
+        a replaced descriptor, was not sent either.  And all descriptors added before one that is
+        kept were sent: a missing one among them was lost later, and its frame is not undone.
+
+        Args:
+            kept: returns whether the fd store has returned a descriptor of that name.
         """
         for changes, names in reversed(self._changes):
             there = {
@@ -117,13 +119,13 @@ class History:
                         self.entries.setdefault(entry.number, entry)
             if any(kept(entry.name) for entry in there.values() if entry.name in names):
                 break
-        # What is there again goes back to its place.  The times do not tell: each is converted from
-        # another clock, and differs by what that took.
+        # Restore the order of adding.  The times of adding do not have it: each is converted from
+        # another clock, with the error of that conversion.
         in_order = sorted(self.entries.values(), key=lambda entry: self._positions[id(entry)])
         self.entries = {entry.number: entry for entry in in_order}
 
     def apply(self, record: Record) -> None:
-        """Follow one more record."""
+        """Apply one more record."""
         match record:
             case SavedFd():
                 self._forget(record.number)
@@ -152,7 +154,7 @@ class History:
                 del self._names[entry.name]
 
     def state(self, kept: Callable[[str], bool]) -> SavedState:
-        """It as what a takeover would have fetched, of what is *kept* under its name."""
+        """Convert to a SavedState with the entries and listeners that are *kept*."""
         return SavedState(
             at=time.monotonic(),
             fds=[entry for entry in self.entries.values() if kept(entry.name)],
@@ -161,10 +163,10 @@ class History:
 
 
 def replay(journal: Fd) -> History:
-    """What a journal says in the end.
+    """Replay a journal.
 
     Raises:
-        ValueError: it is no journal, or one of another format.
+        ValueError: the file is no journal, or has another format.
         OSError: this process is out of descriptors or memory.
     """
     with mmap(journal.fileno(), 0, prot=PROT_READ) as data:  # ValueError if it is empty
@@ -172,7 +174,7 @@ def replay(journal: Fd) -> History:
 
 
 def follow(data: bytes | mmap) -> History:
-    """What a journal says in the end that has these bytes.
+    """Replay the bytes of a journal.
 
     Raises:
         ValueError: as :func:`replay`.
@@ -193,8 +195,8 @@ def follow(data: bytes | mmap) -> History:
 
 
 def frames(data: bytes | mmap) -> Iterator[list[Record]]:
-    """The records of each whole frame.  One that is broken is logged and left out, but for those at
-    the end: there, it was being written.
+    """Iterate over the records of each complete frame.  A frame with a wrong checksum is logged and
+    skipped; at the end, where a crash has interrupted a write, it is not logged.
     """
     at, broken = 0, 0
     while at + HEADER.size <= len(data):
@@ -214,7 +216,7 @@ def frames(data: bytes | mmap) -> Iterator[list[Record]]:
 
 
 def _decode(body: bytes, at: int) -> list[Record]:
-    """The records of a frame, without those that cannot be read."""
+    """Decode the records of a frame; log and skip invalid ones."""
     try:
         return _decoder.decode(body)
     except _UNREADABLE:

@@ -1,10 +1,10 @@
-"""Whether the service manager really keeps what it is sent.
+"""Evidence of what systemd's fd store keeps: pipes whose write end only the fd store has.
 
-A barrier says that messages were read, not that anything was stored: systemd drops a descriptor
-without a word where NotifyAccess= does not allow this process to speak, where a wrapper is the main
-process of a Type=simple service, and beyond FileDescriptorStoreMax=, which may be less than
-$FDSTORE says, and may be lowered at any time.  So a pipe's write end is stored as well, and open
-nowhere else: the read end hangs up as soon as that was dropped.
+The acknowledgement of a barrier says that messages were read, not that descriptors were stored.
+systemd drops a descriptor silently if NotifyAccess= does not allow this process to send, if a
+wrapper is the main process of a Type=simple service, and beyond FileDescriptorStoreMax=, which may
+be less than $FDSTORE and may be lowered at any time.  So the write end of a pipe is stored as well,
+and closed here: the read end hangs up (POLLHUP) when systemd has dropped it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _NO_ROOM = (
     "lowered, or is less than $FDSTORE): they are refused"
 )
 
-#: Probes that are stored at a time behind what was added.
+#: Maximum number of probes stored after added descriptors, before one barrier.
 _MOST_PROBES = 2
 
 
 class Sentinel:
-    """A pipe whose write end is to be stored, or is.
+    """A pipe whose write end is stored in the fd store.
 
     Args:
         reader: the read end; owned from here on.
@@ -55,7 +55,7 @@ class Sentinel:
 
     @classmethod
     def create(cls) -> Sentinel:
-        """A new one.
+        """Create a new pipe.
 
         Raises:
             OSError: this process is out of descriptors.
@@ -64,32 +64,32 @@ class Sentinel:
 
     @classmethod
     def reopen(cls, writer: Fd) -> Sentinel:
-        """The one whose write end has come back from the fd store: its read end went with the
-        process that had it, and is opened anew (proc(5), /proc/pid/fd).
+        """Open a new read end for a write end from the fd store (proc(5), /proc/pid/fd): the
+        crashed process had the old one.
 
         Args:
             writer: the write end; owned from here on.
 
         Raises:
-            OSError: there is no /proc, or this process is out of descriptors.
+            OSError: /proc is not mounted, or this process is out of descriptors.
         """
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
         reader = os.open(f"/proc/self/fd/{writer.fileno()}", flags)
         return cls(Fd(reader), writer)
 
     def sent(self) -> None:
-        """The write end is on its way, or dropped: only the store has it from here on."""
+        """Close the write end here, once it was sent: from here on only the fd store has it."""
         self.writer.close()
 
     @property
     def is_stored(self) -> bool:
-        """Whether somebody has the write end."""
+        """Whether the fd store has the write end."""
         poll = select.poll()
         poll.register(self._reader, 0)
         return not poll.poll(0)
 
     async def wait_dropped(self) -> None:
-        """Wait until nobody has the write end.
+        """Wait until the fd store has dropped the write end.
 
         Raises:
             trio.ClosedResourceError: :meth:`close` was called.
@@ -97,27 +97,29 @@ class Sentinel:
         await trio.lowlevel.wait_readable(self._reader)
 
     def close(self) -> None:
-        """Take no more notice."""
+        """Close both ends; wake :meth:`wait_dropped`."""
         if not self._reader.closed:
             trio.lowlevel.notify_closing(self._reader)
         close_all([self._reader, self.writer])
 
 
 class Evidence:
-    """Of what the service manager stores: the first sentinel, which is dropped before what is sent
-    later; and probes, sentinels that are stored for a moment, behind what is to be shown.
+    """Evidence of what systemd's fd store keeps.
 
-    What was stored since a barrier last showed that there is room is in batches: one for each
-    barrier whose probes have no answer yet, and one for what no probe was sent behind.
+    One sentinel is stored first: systemd drops it before any descriptor sent later.  Probes are
+    sentinels stored for a moment, after added descriptors: if a probe was stored, so were these.
+
+    Descriptors for which room is not proven yet are in batches: one for each barrier whose probes
+    have no answer yet, and one for descriptors after which no probe was sent.
 
     Args:
-        link: the connection to it.
-        kept: the descriptors that were sent to be kept.
-        journals: the journal, which is sent as well.
-        returned: name and write end of the first sentinel of the daemon before, which has come back
-            and is older than all that is sent now; None if there is none.
-        dropped: called when what was kept is found to be kept no longer.
-        refused: called with what there is no room for.
+        link: connection to the fd store.
+        kept: the descriptors sent to the fd store.
+        journals: the journals, which are sent as well.
+        returned: name and write end of the sentinel of the crashed daemon, which is older than all
+            other entries; or None.
+        dropped: called when systemd has dropped the first sentinel.
+        refused: called with stored descriptors for which the fd store has no room.
 
     Raises:
         OSError: this process is out of descriptors.
@@ -137,48 +139,50 @@ class Evidence:
         self._journals = journals
         self._dropped = dropped
         self._refused = refused
-        self._probes: list[Sentinel] = []  # under way
-        self._spare: list[Sentinel] = []  # for the next time
+        self._probes: list[Sentinel] = []  # probes before the barrier under way
+        self._spare: list[Sentinel] = []  # probes for the next barrier
         self._batches: list[Unproven] = []
-        self._shown = 0  # how many there is room for, as was tried out at the start
-        self._full_at: int | None = None  # how many there were when there was no room for more
+        self._shown = 0  # number of descriptors for which find_size has proven room
+        self._full_at: int | None = None  # number of descriptors when room last ran out
         if returned is not None:
             self._name, writer = returned
             try:
                 self._first = Sentinel.reopen(writer)
                 return
-            except OSError:  # there is no /proc
+            except OSError:  # /proc is not mounted
                 link.remove(self._name)
         self._name = f"{SENTINEL}{journals.generation + 1}"
         self._first = Sentinel.create()
         link.store(self._name, self._first.writer)
 
     async def is_stored(self) -> bool:
-        """Whether all is stored that was sent so far: the first of it, and the last."""
+        """Return whether all descriptors sent so far are stored: the sentinel sent first, and a
+        probe sent last.
+        """
         self.prepare()
         probes = self._store_probes(1)
         await self._link.sync()
         self._first.sent()
         are_stored = self._take_back(probes) == 1 and self._first.is_stored
-        self._link.changed()  # they are waited for
+        self._link.changed()  # wait for the removal of the probe
         await self._link.sync()
         return are_stored
 
     async def find_size(self, size: int, others: int) -> int:
-        """Find out how many descriptors it takes.  From here on, what is added has to be shown to
-        have room.
+        """Probe how many places the fd store has, and return that number.  From here on, room for
+        added descriptors has to be proven by probes.
 
         Args:
-            size: how many it takes as it says.
-            others: how many it has beside stored descriptors and sockets.
+            size: number of places by $FDSTORE.
+            others: number of entries beside stored descriptors and listening sockets.
         """
         taken = self._kept.names + others
-        with suppress(OSError):  # out of descriptors: fewer are tried
+        with suppress(OSError):  # out of descriptors: use fewer probes
             self.prepare(min(size - taken, MAX_PROBES))
         probes = self._store_probes(len(self._spare))
         await self._link.sync()
         stored = self._take_back(probes)
-        self._link.changed()  # they are waited for
+        self._link.changed()  # wait for the removal of the probes
         await self._link.sync()
         self._shown = self._kept.names + stored
         self._batches.append(Unproven())
@@ -194,7 +198,7 @@ class Evidence:
         return probes
 
     def _take_back(self, probes: Sequence[Sentinel]) -> int:
-        """The barrier behind *probes* is answered: how many of them are stored."""
+        """Remove *probes* after their barrier was acknowledged; return how many were stored."""
         for probe in probes:
             probe.sent()
         stored = sum(probe.is_stored for probe in probes)
@@ -204,7 +208,7 @@ class Evidence:
         return stored
 
     def prepare(self, count: int = _MOST_PROBES) -> None:
-        """Take what the next *count* probes need.
+        """Create the pipes of the next *count* probes.
 
         Raises:
             OSError: this process is out of descriptors.
@@ -213,8 +217,8 @@ class Evidence:
             self._spare.append(Sentinel.create())
 
     def added(self, stored: StoredFd) -> Unproven | None:
-        """A descriptor was stored: what tells whether there is room for it; None before
-        :meth:`count_room`.
+        """Add a stored descriptor to the last batch and return the batch; None before
+        :meth:`find_size`.
         """
         if not self._batches:
             return None
@@ -222,32 +226,32 @@ class Evidence:
         return self._batches[-1]
 
     def show(self) -> None:
-        """A barrier is sent next: have it show whether there was room for all before it, before
-        anybody is told that the barrier has passed.
+        """Queue probes before the next barrier, if it covers added descriptors.  The probes are
+        checked before all other actions that wait for the barrier.
         """
         is_turning = self._journals.is_turning
         if not self._batches or not (self._batches[-1].entries or is_turning):
             return
-        if self._probes:  # not everything could be sent the last time, and there is more by now
+        if self._probes:  # the last send was blocked: move probes behind what was added since
             for number, probe in enumerate(self._probes):
                 self._link.remove(f"{PROBE}{number}")
                 self._link.store(f"{PROBE}{number}", probe.writer)
         else:
             try:
                 self.prepare()
-            except OSError:  # out of descriptors, and nothing was added: the next barrier shows
+            except OSError:  # nothing was added: check_quota would have created the probes
                 return
-            # Beyond what was tried out, the place for another journal is shown as well.
+            # Beyond the proven number, a second probe proves room for another journal as well.
             is_beyond = self._kept.names > self._shown and not is_turning
             self._probes = self._store_probes(1 + is_beyond)
             self._link.on_synced(partial(self._shown_by, self._probes), first=True)
         self._batches.append(Unproven())
 
     def _shown_by(self, probes: list[Sentinel]) -> None:
-        """There was room for all batches but the last, or not for all of them: then none of these
-        is kept, nor of what was sent since, which has the places of others.
+        """Check *probes*: if they were stored, so were all batches but the last.  If not, refuse
+        all batches, including descriptors sent since: these may have taken the places of others.
         """
-        if self._probes is not probes:  # all is over
+        if self._probes is not probes:  # close() was called
             return
         self._probes = []
         if self._take_back(probes) == len(probes):
@@ -264,18 +268,18 @@ class Evidence:
         self._refused([stored for stored in refused if not stored.removed])
 
     async def watch(self) -> None:
-        """Find out when the first is dropped: what is sent later is dropped later."""
+        """Wait until systemd has dropped the first sentinel, and call *dropped*."""
         with suppress(trio.ClosedResourceError):
             await self._first.wait_dropped()
             self._dropped()
 
     def forget(self) -> None:
-        """Have the first one closed there as well."""
+        """Close all sentinels, and remove the first one from the fd store."""
         self.close()
         self._link.remove(self._name)
 
     def close(self) -> None:
-        """Take no more notice."""
+        """Close all sentinels."""
         for sentinel in (self._first, *self._probes, *self._spare):
             sentinel.close()
         self._probes, self._spare = [], []
