@@ -10,6 +10,7 @@ from typing import Any
 from ..client.blocking import BlockingClient
 from ..client.calls import members
 from ..kernel.fd import FileDescriptorLike
+from ..limits import SCM_MAX_FD
 from .exit_codes import UsageError
 from .forgetful import stay_or_warn
 from .opening import check_open, listening_socket, open_file
@@ -72,6 +73,8 @@ OPTIONS = [
 def run(arguments: argparse.Namespace) -> None:
     if arguments.mode is not None and not arguments.paths:
         raise UsageError("--mode needs PATH: the descriptors of --fd and --listen are open already")
+    if len(arguments.paths) > SCM_MAX_FD:
+        raise UsageError(f"add takes at most {SCM_MAX_FD} PATHs: all are added or none")
     if arguments.if_exists in ("fail", "replace") and arguments.name is None:
         raise UsageError("--if-exists needs --name: it compares names")
     with ExitStack() as stack:

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 from contextlib import ExitStack, suppress
+from itertools import count
 from shutil import which
 from typing import Any
 
@@ -122,16 +123,17 @@ def _places(targets: list[Target], listen_fds: bool) -> list[int]:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if len(set(taken)) < len(taken):
         raise UsageError("two targets have the same number =AT")
-    if any(at >= most for at in taken):
-        raise UsageError(
-            f"={max(taken)}: a descriptor's number is from 0 to {most - 1} here (ulimit -n)"
-        )
     if listen_fds and any(at >= _LISTEN_FDS_START for at in taken):
         raise UsageError(
             "--listen-fds numbers the descriptors from 3 on: =AT may be 0, 1 or 2 only"
         )
-    free = (number for number in range(_LISTEN_FDS_START, most) if number not in taken)
-    return [next(free) if each.at is None else each.at for each in targets]
+    free = (number for number in count(_LISTEN_FDS_START) if number not in taken)
+    places = [next(free) if each.at is None else each.at for each in targets]
+    if max(places) >= most:
+        raise UsageError(
+            f"={max(places)}: a descriptor's number is from 0 to {most - 1} here (ulimit -n)"
+        )
+    return places
 
 
 def _take(

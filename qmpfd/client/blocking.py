@@ -169,7 +169,13 @@ class BlockingClient:
         return self._sock.fileno()
 
     def detach(self) -> socket.socket:
-        """Detach the socket and return it: the caller owns it from here on."""
+        """Detach the socket and return it: the caller owns it from here on.
+
+        Raises:
+            ClientClosed: this client is closed; further calls raise it, too.
+        """
+        self._check_open()
+        self._closed = True
         return socket.socket(fileno=self._sock.detach())
 
     def close(self) -> None:

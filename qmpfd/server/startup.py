@@ -74,7 +74,10 @@ async def serve(  # noqa: ASYNC128 - run_daemon does that
     Raises:
         SocketInUse: another daemon listens on one of *paths*.
         OSError: one of *paths* cannot be bound.
+        TypeError: *paths* is one path.
     """
+    if isinstance(paths, str):  # an iterable of strings, one for each character
+        raise TypeError(f"paths is a list of paths, not one path: [{paths!r}]")
     await run_daemon(
         partial(DaemonServer, dialect, limits, policy, metrics_path),
         paths,

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,15 @@ def test_with_closed_standard_streams(cli: Cli, closed: str) -> None:
 def test_its_exit_status(cli: Cli, status: int) -> None:
     ran = cli("exec", "0", "--", "sh", "-c", f"exit {status}")
     assert (ran.returncode, ran.stdout, ran.stderr) == (status, "", "")
+
+
+@pytest.mark.usefixtures("file")
+def test_more_targets_than_descriptors(cli: Cli) -> None:
+    words = ["0"] * 30 + ["--", "true"]
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (30, 30))
+    ran = cli("exec", *words, preexec_fn=limit)
+    assert ran.returncode == USAGE
+    assert ran.stderr == "qmpfd: =32: a descriptor's number is from 0 to 29 here (ulimit -n)\n"
 
 
 @pytest.mark.usefixtures("file")

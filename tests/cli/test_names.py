@@ -55,6 +55,11 @@ def test_several_files_go_into_one_set(cli: Cli, files: list[Path]) -> None:
     assert names(cli) == [(0, "x")] * 3
 
 
+def test_more_files_than_one_message_takes(cli: Cli, files: list[Path]) -> None:
+    assert "at most 253 PATHs" in cli.fails(USAGE, "add", *[files[0]] * 254)
+    assert names(cli) == []
+
+
 def test_all_or_nothing(cli: Cli, files: list[Path]) -> None:
     assert "no-such" in cli.fails(USAGE, "add", files[0], "no-such", files[1])
     assert names(cli) == []

@@ -281,3 +281,12 @@ def test_any_address(tmp_path: Path, name: str) -> None:
         address = tmp_path / name / "q.sock"
     with daemon_thread(Path(address)), qmpfd.connect_blocking(address) as client:
         assert client.query_fdsets() == []
+
+
+def test_a_client_that_was_given_up_is_closed(client: qmpfd.BlockingClient) -> None:
+    with client.detach() as sock:
+        for call in (client.query_fdsets, client.detach, client.take_events):
+            with pytest.raises(qmpfd.ClientClosed):
+                call()
+        client.close()
+        assert sock.fileno() >= 0

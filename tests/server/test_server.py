@@ -341,3 +341,9 @@ async def test_many_sockets(path: Path) -> None:
                 await remove(wire, info)
             assert not pipe.held()
     assert not any(other.exists() for other in others)
+
+
+async def test_one_path_is_no_list_of_paths(path: Path) -> None:
+    """A text is an iterable of its characters, and a type checker lets it pass."""
+    with pytest.raises(TypeError, match="a list of paths"):
+        await qmpfd.serve(str(path))
