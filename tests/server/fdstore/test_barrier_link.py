@@ -1,4 +1,4 @@
-"""How a change gets safe at the parent of ``serve --supervise``, and how its reply goes out."""
+"""Barriers between the worker and the parent of ``serve --supervise``, and the replies behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Steps(trio.abc.Instrument):
     """Records which tasks run.
 
     Args:
-        own: the test's task, which does not count.
+        own: the test's task, which is not recorded.
     """
 
     def __init__(self, own: trio.lowlevel.Task) -> None:
@@ -34,7 +34,7 @@ class _Steps(trio.abc.Instrument):
 
 
 async def test_no_task_waits_for_the_answer(path: Path) -> None:
-    """One step carries out the command, and one receives the answer and sends the reply."""
+    """One task step executes the command; another receives the answer and sends the reply."""
     async with kept_daemon(path) as (_, _):
         with await Wire.session(path) as wire, Pipe() as pipe:
             for _ in range(3):
@@ -48,14 +48,14 @@ async def test_no_task_waits_for_the_answer(path: Path) -> None:
 
 
 async def test_the_changes_of_many_are_two_messages(path: Path) -> None:
-    """One for all that is added, then one for all that is removed."""
+    """One message has all additions, the next one all removals."""
     async with kept_daemon(path) as (_, parent), AsyncExitStack() as stack:
         wires = [stack.enter_context(await Wire.session(path)) for _ in range(6)]
         pipe = stack.enter_context(Pipe())
         for wire in wires:
             value(await wire.call("add-fd", None, [pipe]))
         parent.stop()
-        wires[0].send(ADD, [pipe])  # the others share the barrier behind that
+        wires[0].send(ADD, [pipe])  # the other changes share the next barrier
         await settle()
         for number, wire in enumerate(wires[1:], 1):
             if number % 2:
@@ -73,7 +73,7 @@ async def test_the_changes_of_many_are_two_messages(path: Path) -> None:
 
 
 async def test_a_client_that_ends_its_input(path: Path) -> None:
-    """It gets the reply that waits, and then the end."""
+    """The client gets its pending reply, and then the end of the connection."""
     async with unanswered(path) as (_, parent, wire, _):
         wire.shut_write()
         assert await silent(wire)
@@ -83,7 +83,7 @@ async def test_a_client_that_ends_its_input(path: Path) -> None:
 
 
 async def test_a_client_that_asks_more(path: Path) -> None:
-    """What it asks meanwhile is carried out once its first reply is out, in order."""
+    """Further requests of the client are executed after its first reply, in order."""
     async with kept_daemon(path) as (_, parent):
         with await Wire.session(path) as wire, pipes(2) as made:
             parent.stop()
@@ -101,7 +101,7 @@ async def test_a_client_that_asks_more(path: Path) -> None:
 
 
 async def test_one_that_waits_and_fails(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """All others that wait for the same answer get theirs."""
+    """An action that fails on the acknowledgement does not affect the other actions."""
     async with unanswered(path) as (server, parent, wire, _):
         called: list[str] = []
         durability = server.services.durability
@@ -126,7 +126,7 @@ async def test_quit_behind_a_change(path: Path) -> None:
 
 
 async def test_the_daemon_ends_meanwhile(path: Path) -> None:
-    """Whoever waits for a reply gets it."""
+    """A client with a pending reply gets it before the daemon ends."""
     async with unanswered(path) as (server, parent, wire, _):
         server.stop()
         assert await silent(wire)
@@ -138,18 +138,18 @@ async def test_the_daemon_ends_meanwhile(path: Path) -> None:
 async def test_a_parent_that_dies_before_a_change(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log says what to do, whichever system call tells that it is gone."""
+    """The log names the remedy, also if sendmsg(2) detects the parent's death."""
     async with kept_daemon(path) as (server, parent):
         server.daemon.add([Fd(os.dup(0))], None, None, create=True)
         parent.die()
-        await server.durability.sync()  # sendmsg(2) tells it, before the link's task is woken
+        await server.durability.sync()  # sendmsg(2) fails before the link's task is woken
         assert "--takeover --supervise" in caplog.text
 
 
 async def test_nobody_is_idle_who_waits_for_a_reply(path: Path) -> None:
     async with unanswered(path, limits=Limits(idle_timeout=1)) as (server, parent, wire, _):
         (session,) = server.sessions
-        for seconds in (10, 20):  # the first time, it has just asked something
+        for seconds in (10, 20):  # the first call sees the request just sent
             session.evict_if_idle(trio.current_time() + seconds)
         assert await silent(wire)
         parent.go_on()
@@ -161,7 +161,7 @@ async def test_nobody_is_idle_who_waits_for_a_reply(path: Path) -> None:
 
 
 async def test_what_the_parent_had_no_room_for(path: Path) -> None:
-    """It is sent again until the parent has it, and only then is it told to be safe."""
+    """The daemon sends the descriptor again until the parent has stored it; the reply waits."""
     async with kept_daemon(path) as (_, parent):
         with await Wire.session(path) as wire, Pipe() as pipe:
             before = len(parent.kept)
@@ -170,7 +170,7 @@ async def test_what_the_parent_had_no_room_for(path: Path) -> None:
             wire.send(ADD, [pipe])
             pipe.release()
             await settle()
-            parent.turn()  # it says that it has lost it
+            parent.turn()  # sends LOST
             assert not parent.lost & parent.kept.keys()
             assert await silent(wire)
             parent.go_on()
@@ -185,7 +185,7 @@ async def test_what_the_parent_had_no_room_for(path: Path) -> None:
 
 
 async def test_removed_before_the_parent_says_that_it_is_lost(path: Path) -> None:
-    """It is not sent again."""
+    """A removed descriptor that the parent has lost is not sent again."""
     async with kept_daemon(path) as (_, parent):
         with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
             before = set(parent.kept)

@@ -1,4 +1,4 @@
-"""The service manager's file-descriptor store: what is there comes back as it was."""
+"""The service manager's fd store: stored descriptors come back unchanged after a restart."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fds(client: BlockingClient) -> list[dict[str, Any]]:
 
 
 def entries(store: Store) -> list[str]:
-    """The names of what is kept but for the journal."""
+    """Return the names of the stored descriptors without the journal."""
     return [name for name in store.names if not name.startswith("qmpfd-")]
 
 
@@ -81,7 +81,7 @@ def test_everything_comes_back(store: Store, path: Path, file: Path, how: signal
                 _, (opened_again,) = client.request("open-fdset", where)
                 with opened_again:
                     assert os.pread(opened_again.fileno(), 10, 0) == b"content"
-        # The lowest id that is free, and the hang-up, are known as well.
+        # The lowest free id and the watched hang-up are restored too.
         with file.open() as opened:
             assert client.execute("add-fd", fds=[opened])["fdset-id"] == 5
         client.execute("watch-fdsets", {"enable": True})
@@ -91,7 +91,7 @@ def test_everything_comes_back(store: Store, path: Path, file: Path, how: signal
 
 
 def test_the_same_description_more_than_once(store: Store, path: Path, file: Path) -> None:
-    """The store keeps one: it goes when the last that rests on it is removed."""
+    """The store has one descriptor for several duplicates, and drops it with the last of them."""
     options = ["--socket", str(path)]
     with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
         listening = len(entries(store))
@@ -106,7 +106,7 @@ def test_the_same_description_more_than_once(store: Store, path: Path, file: Pat
     with store.service(*options, expected=None) as second, BlockingClient(path, DEADLINE) as client:
         assert fds(client) == before
         ones = [fd for fd in before if fd["opaque"] == "one"]
-        # The one whose name it has, and all but the last of the others.
+        # The duplicate whose name the stored descriptor has, and others; one duplicate remains.
         for fd in ones:
             client.execute("remove-fd", {"fdset-id": fd["fdset-id"], "fd": fd["fd"]})
         assert len(entries(store)) - listening == 2
@@ -121,7 +121,7 @@ def test_the_same_description_more_than_once(store: Store, path: Path, file: Pat
 
 
 def fill(client: BlockingClient, file: Path) -> list[dict[str, Any]]:
-    """Add until there is no room."""
+    """Add descriptors until one is refused."""
     added: list[dict[str, Any]] = []
     refusal: QMPError | None = None
     while refusal is None:
@@ -135,7 +135,7 @@ def fill(client: BlockingClient, file: Path) -> list[dict[str, Any]]:
 
 
 def test_a_full_store(tmp_path: Path, path: Path, file: Path) -> None:
-    """What would be dropped there is refused, and nothing is changed."""
+    """Descriptors that systemd would drop are refused, without any change."""
     with fake_store(tmp_path, size=10) as store:
         with store.service("--socket", str(path)), BlockingClient(path, DEADLINE) as client:
             added = fill(client, file)
@@ -145,7 +145,7 @@ def test_a_full_store(tmp_path: Path, path: Path, file: Path) -> None:
             with pytest.raises(QMPError, match="kept safe"):
                 client.execute("add-fds", fds=opened_files)
             assert lasting(client.execute("query-fds")) == lasting(before)
-            # What is not to be kept needs no room there.
+            # Descriptors of a connection need no place in the store.
             client.execute("add-fds", {"lifetime": "connection"}, opened_files)
             client.execute("getfd", {"fdname": "x"}, opened_files[:1])
             client.execute("remove-fd", added[0])
@@ -157,7 +157,7 @@ def test_a_full_store(tmp_path: Path, path: Path, file: Path) -> None:
 
 @pytest.mark.parametrize("size, room", [(1, None), (4, None), (5, 0), (6, 1)])
 def test_a_small_store(tmp_path: Path, path: Path, size: int, room: int | None) -> None:
-    """The journal and the socket have their places; what keeps nothing is not used, and says so."""
+    """Places are reserved for journal and socket; a store without further places is not used."""
     with fake_store(tmp_path, size=size) as store:
         with store.service("--socket", str(path)), BlockingClient(path, DEADLINE) as client:
             added = 0
@@ -180,7 +180,7 @@ def test_quit_lets_go(store: Store, path: Path, file: Path) -> None:
 
 
 def test_activation_sockets_and_stored_ones(store: Store, path: Path, tmp_path: Path) -> None:
-    """The service manager's sockets are listened on; a client's are not, even if they listen."""
+    """The daemon accepts on the manager's sockets, but not on a client's listening sockets."""
     activated, users = tmp_path / "activated", tmp_path / "users"
     with (
         closing(socket.socket(socket.AF_UNIX)) as listener,
@@ -195,7 +195,7 @@ def test_activation_sockets_and_stored_ones(store: Store, path: Path, tmp_path: 
         with store.service(*options, sockets=sockets, expected=None) as first:
             with BlockingClient(activated, DEADLINE) as client:
                 client.execute("add-fd", {"opaque": "server"}, [stored])
-                # And the very one that is listened on.
+                # Also the manager's own listening socket.
                 client.execute("add-fd", {"opaque": "mine"}, [listener])
             first.kill()
             first.wait()
@@ -213,8 +213,8 @@ def test_activation_sockets_and_stored_ones(store: Store, path: Path, tmp_path: 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_what_has_no_record(store: Store, path: Path, file: Path, how: signal.Signals) -> None:
-    """A descriptor that was removed, where the message was not sent any more: under whatever name,
-    also one that would be the next.
+    """The store has a removed descriptor, because the FDSTOREREMOVE message was not sent any more,
+    under any name, also the next one in use.
     """
     options = ["--socket", str(path)]
     with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
@@ -239,7 +239,7 @@ def test_what_has_no_record(store: Store, path: Path, file: Path, how: signal.Si
 
 
 def test_a_takeover_within_one_service(store: Store, path: Path, file: Path) -> None:
-    """It would be one store for two daemons: refused, and nothing is lost."""
+    """Predecessor and successor would share one store: refused, and nothing is lost."""
     with store.service("--socket", str(path)), BlockingClient(path, DEADLINE) as client:
         with file.open() as opened:
             client.execute("add-fd", fds=[opened])
@@ -265,7 +265,7 @@ def test_a_takeover_within_one_service(store: Store, path: Path, file: Path) -> 
 
 
 def test_a_takeover_out_of_a_service(store: Store, path: Path, file: Path) -> None:
-    """What was kept for it is let go: systemd would give it to the service when it starts again."""
+    """The predecessor empties its store: systemd would pass it to the next start of the service."""
     with store.service("--socket", str(path)) as old, BlockingClient(path, DEADLINE) as client:
         with file.open() as opened:
             client.execute("add-fd", fds=[opened])
@@ -280,7 +280,7 @@ def test_a_takeover_out_of_a_service(store: Store, path: Path, file: Path) -> No
 
 
 def test_a_record_without_its_descriptor(store: Store, path: Path, file: Path) -> None:
-    """It was not answered then: it is dropped."""
+    """A journal record without descriptor is dropped: its reply had not been sent."""
     options = ["--socket", str(path)]
     with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
         for text in ("lost", "kept"):
@@ -294,7 +294,7 @@ def test_a_record_without_its_descriptor(store: Store, path: Path, file: Path) -
 
 
 def test_one_of_a_command_that_was_lost(store: Store, path: Path) -> None:
-    """The others that were added with it come back, and the log says which did not."""
+    """One descriptor of an acknowledged add-fds is lost: all others of the command come back."""
     options = ["--socket", str(path)]
     with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
         for count in (5, 1):
@@ -312,7 +312,7 @@ def test_one_of_a_command_that_was_lost(store: Store, path: Path) -> None:
 
 
 def test_a_journal_that_cannot_be_read(store: Store, path: Path, file: Path) -> None:
-    """Better not to start than to lose what it tells of."""
+    """The daemon does not start with an unreadable journal, and leaves the store as it is."""
     options = ["--socket", str(path)]
     with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
         with file.open() as opened:
@@ -353,12 +353,12 @@ def test_a_new_journal_when_it_has_grown(store: Store, path: Path, file: Path) -
 
 
 def cpu(pid: int) -> float:
-    """Seconds of CPU time that a process has used (proc(5), schedstat)."""
+    """Return the CPU time of a process in seconds (proc(5), schedstat)."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 def test_a_manager_that_does_not_answer(store: Store, path: Path, file: Path) -> None:
-    """What is settled is told; what is not waits; the end does not."""
+    """Acknowledged changes are listed, others wait; the end of the daemon does not wait."""
     options = ["--socket", str(path), "--drain-timeout", "1"]
     with store.service(*options) as process, BlockingClient(path, DEADLINE) as client:
         with file.open() as opened:
@@ -372,7 +372,7 @@ def test_a_manager_that_does_not_answer(store: Store, path: Path, file: Path) ->
                 assert cpu(process.pid) - begun < 0.2
             with BlockingClient(
                 path, DEADLINE
-            ) as other:  # what is not about the store need not wait
+            ) as other:  # a reply without store changes does not wait
                 assert other.execute("query-name") == {}
         process.terminate()
         process.wait(DEADLINE)
@@ -400,7 +400,7 @@ def kept_safe(client: BlockingClient) -> bool:
 
 
 def refused(client: BlockingClient) -> str:
-    """What an add-fd is refused with."""
+    """Return the error of an add-fd that must fail."""
     with open("/dev/null") as null, pytest.raises(QMPError) as caught:
         client.execute("add-fd", fds=[null])
     return str(caught.value)
@@ -409,7 +409,7 @@ def refused(client: BlockingClient) -> str:
 def test_a_manager_that_keeps_nothing(
     tmp_path: Path, path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """NotifyAccess=, or a wrapper: it answers each barrier, and drops what it is sent."""
+    """A manager that answers barriers but stores nothing, because of NotifyAccess= or a wrapper."""
     with fake_store(tmp_path) as store:
         store.size = 0
         env = {"FDSTORE": "512"}
@@ -424,8 +424,8 @@ def test_a_manager_that_keeps_nothing(
 
 @pytest.mark.parametrize("size", [20, 90])
 def test_a_manager_that_keeps_fewer_than_it_says(tmp_path: Path, path: Path, size: int) -> None:
-    """What it has no place for is refused: all that was answered comes back.  That is found out at
-    the start, or where there are many places, when they are needed.
+    """$FDSTORE is larger than the store: descriptors without a place are refused, and all others
+    come back.  The daemon probes the size at the start, and a large store on demand.
     """
     options = ["--socket", str(path)]
     with fake_store(tmp_path, size=size) as store:
@@ -452,8 +452,8 @@ def test_a_manager_that_keeps_fewer_than_it_says(tmp_path: Path, path: Path, siz
 
 @pytest.mark.parametrize("left", [3, 30, 48])
 def test_a_maximum_that_is_lowered(tmp_path: Path, path: Path, left: int) -> None:
-    """The oldest go, and the journal may be one of them.  It is found out at once; and whatever is
-    left comes back, and stays where it is.
+    """systemd drops the oldest descriptors, perhaps with the journal.  The daemon notices at once;
+    after a restart it has the remaining ones, and they stay in the store.
     """
     options = ["--socket", str(path)]
     with fake_store(tmp_path) as store:
@@ -478,7 +478,7 @@ def test_a_maximum_that_is_lowered(tmp_path: Path, path: Path, left: int) -> Non
 
 
 def test_a_maximum_that_is_lowered_again_after_a_restart(tmp_path: Path, path: Path) -> None:
-    """It is found out as soon as the first goes."""
+    """The daemon notices the loss of the oldest stored descriptor."""
     options = ["--socket", str(path)]
     with fake_store(tmp_path) as store:
         with (
@@ -503,7 +503,7 @@ def test_a_maximum_that_is_lowered_again_after_a_restart(tmp_path: Path, path: P
 async def kept_daemon(
     path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[DaemonServer]:
-    """A daemon in this process that is the service of *store*."""
+    """Run a daemon in this process, as the service of *store*."""
     monkeypatch.setenv("NOTIFY_SOCKET", str(store.path))
     notifier = Notifier.connect()
     assert notifier is not None
@@ -516,14 +516,14 @@ async def kept_daemon(
 async def test_more_places_than_are_tried_out(
     tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where there are fewer than $FDSTORE says, that is found out before the reply."""
+    """Beyond the places probed at the start, an add-fd without a place is refused."""
     monkeypatch.setattr("qmpfd.server.fdstore.sentinel.MAX_PROBES", 8)
     with fake_store(tmp_path, size=40) as store:
         async with kept_daemon(path, store, monkeypatch):
             with await Wire.session(path) as wire:
                 added, reply = 0, dict[str, Any]()
                 while "error" not in reply:
-                    assert len(entries(store)) == added + 1  # and the socket
+                    assert len(entries(store)) == added + 1  # 1: the socket
                     with Fd(os.memfd_create("x")) as memory:
                         reply = await wire.call("add-fd", None, [memory])
                     added += 1
@@ -535,7 +535,7 @@ async def test_more_places_than_are_tried_out(
 async def test_added_while_the_daemon_ends(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It gets the number of the listening socket, which is closed by then, and stays there."""
+    """The new descriptor gets the number of the closed listening socket, and is stored."""
     async with kept_daemon(path, store, monkeypatch) as server:
         with (
             await Wire.session(path) as wire,
@@ -559,7 +559,7 @@ async def test_added_while_the_daemon_ends(
 
 
 def _pipelined(path: Path, count: int) -> list[str]:
-    """Add so many, and read the replies only then: how many were added, and what was refused."""
+    """Send *count* add-fd; return the text of each error, empty for a success."""
     with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as lines:
         sock.settimeout(DEADLINE)
         sock.connect(str(path))
@@ -575,8 +575,8 @@ def _pipelined(path: Path, count: int) -> list[str]:
 def test_a_maximum_that_is_lowered_to_more_than_there_is(
     tmp_path: Path, path: Path, at_once: int
 ) -> None:
-    """Nothing goes, and so nothing shows it but the next that are added: those that there is no
-    room for are refused, and all others stay safe.
+    """A lowered maximum above the number of stored descriptors: systemd drops only new ones.  Those
+    are refused, and all others stay safe.
     """
     options = ["--socket", str(path)]
     with fake_store(tmp_path) as store:
@@ -596,7 +596,7 @@ def test_a_maximum_that_is_lowered_to_more_than_there_is(
                 "The file descriptor cannot be kept safe: the service manager has no room"
             }
             before = fds(client)
-            assert len(before) == 5 + added == len(entries(store)) - 1  # and the socket
+            assert len(before) == 5 + added == len(entries(store)) - 1  # 1: the socket
             client.remove_fd(0)
             assert _pipelined(path, 1) == [""]
             before = fds(client)
@@ -609,7 +609,7 @@ def test_a_maximum_that_is_lowered_to_more_than_there_is(
 
 
 def test_no_room_for_a_new_journal(tmp_path: Path, path: Path) -> None:
-    """The one before goes on."""
+    """The daemon continues with the old journal."""
     options = ["--socket", str(path)]
     with fake_store(tmp_path) as store:
         with (
@@ -620,7 +620,7 @@ def test_no_room_for_a_new_journal(tmp_path: Path, path: Path) -> None:
             journal = [name for name in store.names if name.startswith("qmpfd-journal")]
             store.size = sum(not name.startswith("qmpfd-probe") for name in store.names)
             opaque = "o" * 100_000
-            for _ in range(30):  # a journal has a mebibyte before another one is begun
+            for _ in range(30):  # a journal larger than 1 MiB is replaced
                 with Fd(os.memfd_create("x")) as memory, suppress(QMPError):
                     client.add_fds([memory], opaque=opaque)
             assert [name for name in store.names if name.startswith("qmpfd-journal")] == journal

@@ -1,4 +1,4 @@
-"""What a spare worker fetches, and where it is then."""
+"""A spare worker fetches the stored descriptors from the parent, with their numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qmpfd.server.fdstore.fetch import fetch
 from qmpfd.server.fdstore.journal import Journal, SnapshotHeader
 from qmpfd.server.saved_state import SavedFd
 
-#: Of the first stored descriptor: above whatever the tests have open.
+#: Number of the first stored descriptor: above all descriptors of the tests.
 BASE = 300
 
 
@@ -25,16 +25,16 @@ BASE = 300
 def parent_with(
     fds: dict[str, int], spoil: Callable[[socket.socket, list[str]], bool] = lambda *_: False
 ) -> Iterator[Notifier]:
-    """The connection to a parent that keeps these descriptors; *spoil* may answer in its place."""
+    """Connect to a fake parent that stores *fds*; *spoil* may answer instead."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def answer() -> None:
-        with suppress(ConnectionError):  # it has had enough
+        with suppress(ConnectionError):  # the worker has closed the connection
             while request := theirs.recv(1 << 16):
                 names = request.decode().removeprefix("QMPFD_FETCH=").split(":")
                 assert len(names) <= 253
                 if not spoil(theirs, names):
-                    send(theirs, b"CLOSED=~0", [])  # of the worker before: nobody waits for that
+                    send(theirs, b"CLOSED=~0", [])  # meant for the worker before: ignored
                     send(theirs, b"FETCHED=" + ":".join(names).encode(), [fds[n] for n in names])
 
     thread = threading.Thread(target=answer)
@@ -54,7 +54,7 @@ def added(name: str, number: int) -> SavedFd:
 
 @pytest.fixture
 def journal() -> Iterator[Journal]:
-    """Of six hundred descriptors, each third number between them free."""
+    """Journal with six hundred descriptors; every third number is free."""
     numbers = [number for number in range(BASE, BASE + 900) if number % 3]
     records = [added(f"~{number:x}", number) for number in reversed(numbers)]
     made = Journal([SnapshotHeader(JOURNAL_FORMAT, 7, None), *records])
@@ -67,7 +67,7 @@ def test_each_at_its_number(journal: Journal) -> None:
     files |= {f"~{n:x}": 0 for n in range(BASE + 3, BASE + 900) if n % 3}
     files |= {"qmpfd-journal-7": journal.fd.fileno(), "~listener": 1}
     with parent_with(files) as parent:
-        # The parent tells the names in any order.
+        # The parent lists the names in any order.
         fetched, history = fetch(parent, reversed(files), [parent])
         try:
             assert history.begun.generation == 7
@@ -85,7 +85,7 @@ def test_each_at_its_number(journal: Journal) -> None:
 
 
 def test_a_number_that_is_in_use(journal: Journal) -> None:
-    """All others have theirs."""
+    """One number is in use: all other descriptors get theirs."""
     numbers = [number for number in range(BASE, BASE + 900) if number % 3]
     files = {f"~{number:x}": 0 for number in numbers}
     files["qmpfd-journal-7"] = journal.fd.fileno()
@@ -117,7 +117,7 @@ def _not_at_all(sock: socket.socket, names: list[str]) -> bool:
 def test_what_cannot_be_passed(
     journal: Journal, spoil: Callable[[socket.socket, list[str]], bool]
 ) -> None:
-    """That start is over, and nothing stays open: the parent has others inherit it all."""
+    """The fetch fails, and nothing stays open; the parent then starts a worker that inherits."""
 
     def spoiled(sock: socket.socket, names: list[str]) -> bool:
         return not names[0].startswith("qmpfd") and spoil(sock, names)

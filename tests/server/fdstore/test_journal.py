@@ -1,4 +1,4 @@
-"""The journal: what it says after any history, and wherever it is cut off."""
+"""The journal: its state after any history, complete or cut off anywhere."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ records = st.lists(entries | st.builds(Removed, number=numbers), max_size=12)
 
 
 def model(done: Sequence[Record]) -> list[SavedFd]:
-    """What is there after all that, by the simplest means: oldest first."""
+    """Return the stored descriptors after *done*, oldest first: a simple model."""
     there: list[SavedFd] = []
     for record in done:
         if isinstance(record, SavedFd):
@@ -66,7 +66,7 @@ def model(done: Sequence[Record]) -> list[SavedFd]:
 
 
 def sensible(done: list[Record]) -> list[Record]:
-    """Without what cannot be: a number is stored once at a time."""
+    """Remove impossible records: a number can be stored only once at a time."""
     there: set[int] = set()
     kept = []
     for record in done:
@@ -83,7 +83,7 @@ def sensible(done: list[Record]) -> list[Record]:
 @given(st.lists(records, max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_any_history_cut_anywhere(sections: list[list[Record]]) -> None:
-    """Cut off within a critical section, it is as if that had not been begun."""
+    """A critical section that is cut off has no effect."""
     flat = sensible([record for section in sections for record in section])
     sections = [flat[at : at + 3] for at in range(0, len(flat), 3)]
     data, ends, states = frame([BEGUN]), [], []
@@ -98,15 +98,15 @@ def test_any_history_cut_anywhere(sections: list[list[Record]]) -> None:
     for cut in range(ends[0], len(data) + 1):
         whole = max(index for index, end in enumerate(ends) if end <= cut)
         assert list(follow(data[:cut]).entries.values()) == states[whole]
-        # Memory that was allocated and not written yet is zero.
+        # Allocated memory that is not written yet is zero.
         assert list(follow(data[:cut] + bytes(50)).entries.values()) == states[whole]
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
 @settings(max_examples=200, deadline=None)
 def test_a_byte_that_is_wrong(at: int, change: int) -> None:
-    """It costs the one change that it is in, and all that follow if that has no end any more;
-    nothing is made up.
+    """A wrong byte loses its change, and all later ones if the frame's length is wrong; no change
+    is invented.
     """
     first = frame([BEGUN])
     data = bytearray(first)
@@ -160,14 +160,14 @@ def test_listeners_and_takeovers() -> None:
 
 @pytest.mark.parametrize("outcome", [True, False])
 def test_the_outcome_of_a_takeover_is_known_at_once(outcome: bool) -> None:
-    """A newcomer's parent keeps what it has only as long as it may be the newcomer's."""
+    """The successor's parent stores its descriptors only until a takeover has failed."""
     journal = Journal([BEGUN])
     with journal.fd:
         for each in (None, outcome):
             journal.append(frame([HandedOver(each)]))
         lifeline, old = map(to_fd, socket.socketpair())
         with lifeline:
-            old.close()  # it is dead: its parent starts it again, unless the journal says otherwise
+            old.close()  # dead: its parent restarts it, unless the journal has HandedOver
             assert has_handed_over(lifeline, None, timeout=1000)
             assert has_handed_over(lifeline, journal.fd, timeout=1000) is outcome
             journal.append(frame([HandedOver(None)]))
@@ -177,7 +177,7 @@ def test_the_outcome_of_a_takeover_is_known_at_once(outcome: bool) -> None:
 
 @pytest.mark.parametrize("outcome", [True, False])
 def test_what_an_old_daemon_says_counts(outcome: bool) -> None:
-    """Also after it has ended; and while it says nothing, it has not handed over."""
+    """The predecessor's word counts, also after its end; without it, nothing is handed over."""
     lifeline, old = map(to_fd, socket.socketpair())
     with lifeline:
         assert not has_handed_over(lifeline, None, timeout=0)
@@ -209,7 +209,7 @@ def test_no_journal(data: bytes) -> None:
 
 
 def test_frames_of_what_is_no_record(caplog: pytest.LogCaptureFixture) -> None:
-    body = b"\x91\x91\xa1z"  # [["z"]]: of a version to come, with a checksum that is right
+    body = b"\x91\x91\xa1z"  # [["z"]]: of a future version, with a valid checksum
     whole = frame([BEGUN])
     whole += struct.pack("<II", len(body), zlib.crc32(body)) + body
     whole += frame([added(3)])
@@ -248,7 +248,7 @@ def test_frames_stop_at_zeros() -> None:
 
 
 def test_added_together_or_not_at_all() -> None:
-    """A command's descriptors come back all, or none of them does: nobody was told of any."""
+    """All descriptors of an unacknowledged command come back, or none."""
 
     def entry(name: str, number: int) -> SavedFd:
         return SavedFd(name, 0, number, None, None, 0.0, None, False)
@@ -265,9 +265,9 @@ def test_added_together_or_not_at_all() -> None:
 
     assert numbers(set("abdef")) == [10, 11, 13, 14, 15]
     assert numbers(set("abde")) == [10, 11, 13]
-    assert numbers(set("bef")) == [11, 14, 15]  # what it began with was there before
+    assert numbers(set("bef")) == [11, 14, 15]  # the snapshot's were stored before
     data = frame(begun) + frame(one) + frame([entry("e", 14), entry("f", 15)])
-    # What came after it had been sent: one that is lost takes no other along.
+    # Sent after the acknowledgement: a lost one affects no other.
     assert numbers(set("abcef")) == [10, 11, 12, 14, 15]
     assert numbers(set("abce")) == [10, 11, 12]
 
@@ -275,7 +275,7 @@ def test_added_together_or_not_at_all() -> None:
 @given(st.integers(0, 5), st.sampled_from(["number", "opaque", "fdset_id", "added_at"]))
 @settings(deadline=None)
 def test_one_record_that_is_wrong(at: int, member: str) -> None:
-    """In a frame whose checksum is right: all others count."""
+    """One invalid record in a frame with a valid checksum: all others count."""
     entries = [added(number, opaque="x") for number in range(3, 9)]
     wrong = msgspec.structs.replace(entries[at], **{member: b"\xff"})
     section: list[Record] = [BEGUN, *entries[:at], wrong, *entries[at + 1 :]]
@@ -291,7 +291,7 @@ def test_a_text_that_is_not_utf8() -> None:
 
 
 def test_a_snapshot_in_several_frames() -> None:
-    """Neither end needs memory for all of it; and one of its descriptors takes no other along."""
+    """A snapshot in several frames saves memory; a lost descriptor affects no other."""
     records: list[Record] = [BEGUN, *(added(number) for number in range(3, 2503))]
     journal = Journal(iter(records))
     with journal.fd:
@@ -307,8 +307,8 @@ def test_a_frame_longer_than_what_is_read_at_a_time() -> None:
 
 
 def test_what_was_to_be_replaced_is_there_until_its_replacement_is() -> None:
-    """Killed between the frame and the descriptor that it speaks of: the older one comes back, in
-    its place.
+    """Killed between the frame and the message with its descriptor: the older descriptor comes
+    back, at its place in the order.
     """
 
     def entry(name: str, number: int, added_at: float) -> SavedFd:

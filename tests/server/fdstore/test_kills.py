@@ -1,4 +1,4 @@
-"""The worker is killed under load, again and again: nothing that was answered is lost."""
+"""The worker is killed under load repeatedly: no acknowledged change is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from supervised import connected, supervised
 from qmpfd.client.blocking import BlockingClient, NoDaemon
 from qmpfd.kernel.fd import Fd, close_all
 
-#: ``QMPFD_KILLS=200`` for the whole promise; it takes two minutes.
+#: Number of kills; ``QMPFD_KILLS=200`` takes two minutes.
 KILLS = int(os.environ.get("QMPFD_KILLS", "5"))
 CLIENTS = 3
 
@@ -22,15 +22,15 @@ Key = tuple[int, int]
 
 
 class Client:
-    """Adds and removes as fast as it can, and knows what has to be there."""
+    """Adds and removes as fast as possible, and records what must be stored."""
 
     def __init__(self, number: int, path: Path, files: list[Path]) -> None:
         self.path = path
         self.files = files
         self.random = Random(number)
         self.prefix = f"client {number} "
-        self.there: dict[Key, str] = {}  # what was answered: the opaque text, by set and number
-        self.unsure: set[Key] = set()  # asked to be removed, not answered
+        self.there: dict[Key, str] = {}  # acknowledged: opaque text by fd set and number
+        self.unsure: set[Key] = set()  # removals without a reply
         self.count = self.rounds = self.checks = 0
         self.failure: Exception | None = None
 
@@ -47,7 +47,7 @@ class Client:
                         continue
             with connected(self.path) as client:
                 self.check(client)
-        except Exception as exc:  # noqa: BLE001 - told by the test
+        except Exception as exc:  # noqa: BLE001 - raised by the test
             self.failure = exc
 
     def step(self, client: BlockingClient) -> None:
@@ -71,7 +71,7 @@ class Client:
             self.there[info["fdset-id"], fd["fd"]] = opaque
 
     def check(self, client: BlockingClient) -> None:
-        """Compare with what is there; whatever was not answered may be there or not."""
+        """Compare with the listing; changes without a reply may be in it or not."""
         self.checks += 1
         listed: list[dict[str, Any]] = client.execute("query-fds", {"opaque-prefix": self.prefix})
         found = {(fd["fdset-id"], fd["fd"]): fd["opaque"] for fd in listed}
@@ -82,7 +82,7 @@ class Client:
         lost = {key: opaque for key, opaque in self.there.items() if found.get(key) != opaque}
         assert not lost, f"lost: {lost}"
         news = {key: opaque for key, opaque in found.items() if key not in self.there}
-        # The one that was not answered: whole or not at all.
+        # The add without a reply: completely or not at all.
         last = f"{self.prefix}{self.count} "
         assert all(opaque.startswith(last) for opaque in news.values()), f"back again: {news}"
         assert len(news) in (0, 1, 5)

@@ -1,6 +1,4 @@
-"""The daemon and whoever keeps its descriptors: what is told when, with the other side played by
-the test.
-"""
+"""The mirror of the store with a fake parent: when replies are sent, and removed fds closed."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ async def test_nothing_is_told_before_it_is_safe(path: Path) -> None:
             assert value(await wire.reply())["fdset-id"] == 0
             assert len(value(await other.reply())) == 1
             assert (await watcher.reply())["event"] == "FD_ADDED"
-            # And so with a removal, which closes it first.
+            # A removal waits too, and closes the daemon's descriptor first.
             wire.send(REMOVE)
             await settle()
             other.send(request("query-fdsets"))
@@ -63,7 +61,7 @@ async def test_it_is_closed_there_first(path: Path) -> None:
             parent.stop()
             wire.send(REMOVE)
             await settle()
-            # It has not said so, even if it has closed it: the daemon has not.
+            # The parent has closed it, but not acknowledged: the daemon's is still open.
             close_all(parent.kept.values())
             assert await silent(wire)
             assert pipe.held()
@@ -80,7 +78,7 @@ async def test_what_is_settled_is_told_at_once(path: Path) -> None:
             assert len(value(await other.call("query-fds"))) == 1
             wire.send(ADD, [pipe])
             await settle()
-            # What does not depend on it, even now; and a client that comes.
+            # Replies without store changes, also to a new client.
             assert value(await other.call("query-name")) == {}
             with await Wire.session(path) as third:
                 assert value(await third.call("query-version"))
@@ -107,7 +105,7 @@ async def test_one_barrier_for_many(path: Path) -> None:
 
 
 async def test_many_at_once(path: Path) -> None:
-    """More than the socket holds; all of it goes over, in order."""
+    """More messages than the socket buffers: all are sent, in order."""
     async with kept_daemon(path) as (_, parent):
         with await Wire.session(path) as wire, Pipe() as pipe:
             parent.stop()
@@ -140,14 +138,14 @@ async def test_connection_end_and_expiry(path: Path) -> None:
             await settle()
             assert pipe.held()
             parent.go_on()
-            with await Wire.session(path) as other:  # told once all of it is settled
+            with await Wire.session(path) as other:  # its reply comes after the acknowledgement
                 assert value(await other.call("query-fds")) == []
             assert not pipe.held()
             assert len(parent.kept) == before
 
 
 async def test_the_parent_dies(path: Path) -> None:
-    """Whatever waits for it is answered; nothing more is taken."""
+    """Pending replies are sent; further descriptors are refused."""
     async with unanswered(path) as (_, parent, wire, pipe):
         parent.die()
         assert value(await wire.reply())
@@ -175,7 +173,7 @@ class _FirstCancelled(DaemonServer):
 
 
 async def _live(path: Path, parent: Parent) -> None:
-    """A client that waits for the parent again and again."""
+    """Run a client whose replies wait for the parent repeatedly."""
     opening = request("open-fdset", {"fdset-id": 0})
     with await Wire.session(path) as wire, pipes(4) as made:
         wire.send(ADD, [made[0]])
@@ -184,7 +182,7 @@ async def _live(path: Path, parent: Parent) -> None:
             parent.stop()
             wire.send(ADD, [pipe])
             wire.send(opening)
-            for data in (opening, REMOVE, request("query-fds")):  # each behind a change that waits
+            for data in (opening, REMOVE, request("query-fds")):  # each after a pending change
                 await settle()
                 wire.send(data)
             await settle()
@@ -202,7 +200,7 @@ async def _live(path: Path, parent: Parent) -> None:
 async def test_cancelled_at_each_step(
     path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing leaks on either side, and others go on."""
+    """No descriptor leaks on either side, and other clients are served."""
     monkeypatch.setattr("helpers.DaemonServer", _FirstCancelled)
     at_first = open_fds()
     for step in range(1, 200):

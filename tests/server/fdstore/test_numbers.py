@@ -1,4 +1,4 @@
-"""Stored descriptors keep their numbers in a restart and a takeover, whatever else has one."""
+"""Stored descriptors keep their numbers in a restart and a takeover; others are moved."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from supervised import DEADLINE, Supervised, lasting, supervised, until
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.errors import QMPError
 
-#: What opens descriptors in each process: as it starts, as a .pth file would, or when ctypes is
-#: imported, as Python 3.14 does itself.
+#: Code that opens descriptors in each process: at the start, as a .pth file would, or on the import
+#: of ctypes, as Python 3.14 does.
 OPENERS = {
     "nothing": "",
     "at start": "import os\nfor _ in range(3): os.open('/dev/null', os.O_RDONLY)\n",
@@ -35,7 +35,7 @@ sys.meta_path.insert(0, Finder)
 
 @pytest.fixture(params=OPENERS)
 def opener(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, str]]:
-    """What opens descriptors in the daemon's processes, and the environment that makes it so."""
+    """Return the name of an opener, and the environment that makes all processes run it."""
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(OPENERS[request.param])
@@ -55,7 +55,7 @@ def fill(client: BlockingClient, count: int) -> None:
 def assert_same_but_for(
     lost: int, before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]], log: str
 ) -> None:
-    """All is back; so many numbers are others at most, and the log says which."""
+    """Check that all descriptors are back; at most some numbers differ, and the log names them."""
     assert before.keys() == after.keys()
     moved = {
         (before[name]["fd"], after[name]["fd"])
@@ -85,7 +85,7 @@ def test_restart(path: Path, opener: tuple[str, dict[str, str]]) -> None:
 def test_restart_with_clients_at_low_numbers(
     path: Path, opener: tuple[str, dict[str, str]]
 ) -> None:
-    """Connections have the numbers at which the parent passes what it keeps."""
+    """Connections have the numbers at which the next worker inherits the stored descriptors."""
     what, env = opener
     with supervised(path, env=env) as daemon, ExitStack() as stack:
         *_, client = [stack.enter_context(daemon.client()) for _ in range(60)]
@@ -132,7 +132,7 @@ def test_takeover(path: Path, opener: tuple[str, dict[str, str]]) -> None:
 
 
 def test_takeover_with_an_inherited_descriptor_in_the_way(path: Path) -> None:
-    """A shell leaves its script open: it makes way, and stays open."""
+    """An inherited descriptor, as a shell's script, is moved aside and stays open."""
     with supervised(path) as old, old.client() as client, open("/dev/zero") as stray:
         fill(client, 100)
         before = by_opaque(client)

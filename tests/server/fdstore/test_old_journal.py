@@ -1,5 +1,5 @@
-"""A journal that an older version has written is read: ``journal-1`` is one of format 1, as version
-0.1.0 writes it.  A file of a format that was released is never made anew.
+"""The daemon reads journals of older versions: ``journal-1`` is of format 1, written by version
+0.1.0.  The file of a released format is never written again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Socket files of a supervised daemon: back after a restart, removed at the end, and no others."""
+"""Socket files of a supervised daemon: kept in a restart, removed at the end; others stay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def opaques(client: BlockingClient) -> list[str]:
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_a_path_that_is_not_utf8(path: Path, log_format: str) -> None:
-    """A path is bytes: it is listened on, comes back and goes over in a takeover."""
+    """A path that is not UTF-8 works: in a restart and a takeover too."""
     path = path.with_name(os.fsdecode(b"caf\xe9.sock"))
     options = "--log-format", log_format
     with supervised(path, *options) as old, old.client() as client:
@@ -41,7 +41,7 @@ def test_a_path_that_is_not_utf8(path: Path, log_format: str) -> None:
 
 @pytest.mark.parametrize("takeover", [False, True], ids=["started", "took over"])
 def test_a_file_that_is_gone(path: Path, takeover: bool) -> None:
-    """The socket is bound anew where the worker comes back and its file is gone."""
+    """A worker whose socket file is missing binds the socket again."""
     with ExitStack() as stack:
         daemon = stack.enter_context(supervised(path))
         with daemon.client() as client:
@@ -54,7 +54,7 @@ def test_a_file_that_is_gone(path: Path, takeover: bool) -> None:
         with connected(path) as again:
             assert opaques(again) == ["mine"]
         before = path.stat().st_ino
-        daemon.kill_worker()  # the new one is kept too
+        daemon.kill_worker()  # the new socket is stored too
         with connected(path) as again:
             assert opaques(again) == ["mine"]
         assert path.stat().st_ino == before
@@ -62,7 +62,7 @@ def test_a_file_that_is_gone(path: Path, takeover: bool) -> None:
 
 
 def test_a_file_of_somebody_else(path: Path) -> None:
-    """Another program has the path by now: that is said, the daemon comes back, and the other
+    """Another program has bound the path: the log says so, the worker restarts, and the other
     program's file stays.
     """
     other = path.with_name("other.sock")
@@ -86,7 +86,7 @@ def test_a_file_of_somebody_else(path: Path) -> None:
 
 
 def test_told_to_end_between_two_workers(path: Path, tmp_path: Path) -> None:
-    """No worker runs that could remove the files: the parent does, those of the daemon only."""
+    """Without a worker, the parent removes the daemon's socket files, and no others."""
     policy, other = tmp_path / "policy.toml", path.with_name("other.sock")
     policy.write_text("")
     with supervised(path, "--socket", str(other), "--policy", str(policy)) as daemon:
@@ -112,7 +112,7 @@ def test_a_worker_killed_at_the_end(path: Path) -> None:
 
 @pytest.mark.parametrize("limit", ["-f 0", "-n 128"], ids=["no journal", "too many"])
 def test_a_start_that_fails(path: Path, limit: str) -> None:
-    """Nobody starts it again: nothing is left of the file that it has made."""
+    """A worker that fails to start for good leaves no socket file."""
     other = path.with_name("other")
     shell = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh"]
     sockets = ["--socket", str(path), "--socket", str(other)]
@@ -134,7 +134,7 @@ def test_a_start_that_fails(path: Path, limit: str) -> None:
 
 
 def test_told_to_end_after_a_takeover(path: Path) -> None:
-    """The old parent has the file's name no more: its successor serves there."""
+    """The predecessor's parent does not remove the file, at which the successor serves."""
     with supervised(path, status=None) as old:
         old.worker()
         with supervised(path, "--takeover") as new:

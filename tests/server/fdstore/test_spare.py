@@ -1,6 +1,4 @@
-"""The spare worker of ``serve --supervise``: it takes the worker's place, and costs nobody anything
-before that.
-"""
+"""The spare worker of ``serve --supervise`` replaces the worker, and affects nothing before."""
 
 from __future__ import annotations
 
@@ -25,13 +23,13 @@ from qmpfd.kernel.fd import Fd
 
 
 def spare_of(daemon: Supervised) -> int:
-    """The spare worker, once it waits."""
+    """Wait until the spare worker is ready; return its process id."""
     worker = daemon.worker()
     return int(until(lambda: [pid for pid in children(worker) if is_spare(pid)], "a spare")[0])
 
 
 def is_spare(pid: int) -> bool:
-    """Whether a process is a spare worker that waits."""
+    """Return whether a process is a ready spare worker."""
     try:
         return Path(f"/proc/{pid}/comm").read_text() == "qmpfd-spare\n"
     except (FileNotFoundError, ProcessLookupError):
@@ -39,7 +37,7 @@ def is_spare(pid: int) -> bool:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether there is no such process any more, not even a dead one."""
+    """Return whether a process has ended and is reaped."""
     return not Path(f"/proc/{pid}").exists()
 
 
@@ -48,7 +46,7 @@ def fds(client: BlockingClient) -> list[dict[str, Any]]:
 
 
 def fill(client: BlockingClient, count: int) -> None:
-    """Store some, with gaps in their numbers."""
+    """Store descriptors, with gaps in their numbers."""
     with open("/dev/null") as null:
         for number in range(count):
             client.execute("add-fd", {"opaque": f"n{number}"}, [null])
@@ -57,7 +55,7 @@ def fill(client: BlockingClient, count: int) -> None:
 
 
 def test_it_takes_the_place_of_the_worker(path: Path) -> None:
-    """Again and again: each leaves another one behind."""
+    """Repeatedly: each new worker has a new spare worker."""
     with supervised(path) as daemon:
         with daemon.client() as client:
             fill(client, 600)
@@ -76,7 +74,7 @@ def test_it_takes_the_place_of_the_worker(path: Path) -> None:
 
 
 def test_it_holds_nothing(path: Path) -> None:
-    """No stored descriptor and no connection, be it the first or one that another left behind."""
+    """A spare worker, the first or a later one, holds no stored descriptor and no connection."""
     with supervised(path) as daemon:
         for _ in range(2):
             with daemon.client() as client, open("/dev/zero") as zero:
@@ -85,7 +83,7 @@ def test_it_holds_nothing(path: Path) -> None:
                 kinds = sorted(
                     target.partition(":")[0]
                     for number, target in open_fds(spare).items()
-                    if number > 2 and "libffi" not in target  # importing ctypes leaves it open
+                    if number > 2 and "libffi" not in target  # left open by the import of ctypes
                 )
                 assert kinds == ["socket"], open_fds(spare)
             daemon.kill_worker()
@@ -93,9 +91,7 @@ def test_it_holds_nothing(path: Path) -> None:
 
 
 def test_it_holds_nothing_when_its_worker_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It closes what it inherits while it executes its program, but not before its worker can do
-    something else.
-    """
+    """``spawn`` returns when the new process has closed all inherited descriptors (execve(2))."""
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-c", ""])
     held = 0
     poll = select.poll()
@@ -107,7 +103,7 @@ def test_it_holds_nothing_when_its_worker_goes_on(monkeypatch: pytest.MonkeyPatc
             with reader, writer:
                 poll.register(reader, 0)
                 started = spare.spawn(1000)
-                writer.close()  # it is removed now
+                writer.close()  # as a removal does
                 held += not poll.poll(0)
                 poll.unregister(reader)
             started.sock.close()
@@ -116,7 +112,7 @@ def test_it_holds_nothing_when_its_worker_goes_on(monkeypatch: pytest.MonkeyPatc
 
 
 def test_removed_is_closed(path: Path) -> None:
-    """Also what came back by way of a spare worker."""
+    """A removed descriptor is closed before the reply, also after a restart by the spare worker."""
     reader, writer = os.pipe()
     with supervised(path) as daemon:
         with daemon.client() as client:
@@ -144,13 +140,13 @@ def test_another_one_is_started(path: Path, number: signal.Signals) -> None:
 
 
 def test_killed_together_with_its_worker(path: Path) -> None:
-    """The parent starts a worker as it would without a spare one."""
+    """Without a spare worker, the parent starts a worker itself."""
     with supervised(path) as daemon:
         with daemon.client() as client:
             fill(client, 30)
             before = fds(client)
         spare = spare_of(daemon)
-        os.kill(daemon.worker(), signal.SIGSTOP)  # it starts no other one meanwhile
+        os.kill(daemon.worker(), signal.SIGSTOP)  # starts no other spare worker meanwhile
         os.kill(spare, signal.SIGKILL)
         daemon.kill_worker()
         with daemon.client() as client:
@@ -173,7 +169,7 @@ def test_one_that_hangs(path: Path) -> None:
 
 
 def test_signals(path: Path) -> None:
-    """It lives through those that a worker lives through."""
+    """A spare worker survives the signals that a worker survives."""
     with supervised(path) as daemon:
         spare = spare_of(daemon)
         for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGALRM):
@@ -196,7 +192,7 @@ def test_the_policy_is_read_when_it_is_needed(path: Path, tmp_path: Path) -> Non
 
 
 def test_the_parent_is_killed(path: Path) -> None:
-    """Then nobody will need it."""
+    """The spare worker ends with the parent."""
     with supervised(path, status=-signal.SIGKILL) as daemon:
         spare, worker = spare_of(daemon), daemon.worker()
         daemon.process.kill()
@@ -223,8 +219,8 @@ def test_all_are_killed(path: Path, order: str) -> None:
 
 
 def test_told_to_end_while_it_starts(path: Path) -> None:
-    """SIGTERM right behind the worker's death: whatever has begun ends.  The status tells of that
-    death where the parent was told to end before it had seen it.
+    """SIGTERM right after the worker's death ends every process that has started.  The exit status
+    is that of the death if the parent had not reaped the worker before the signal.
     """
     with supervised(path, status=None) as daemon:
         spare = spare_of(daemon)
@@ -236,7 +232,7 @@ def test_told_to_end_while_it_starts(path: Path) -> None:
 
 
 def test_where_orphans_are_not_adopted(path: Path) -> None:
-    """Without PR_SET_CHILD_SUBREAPER the parent starts a worker as if there was no spare one."""
+    """Without PR_SET_CHILD_SUBREAPER the parent starts workers itself."""
     parent = [sys.executable, "-I", "-S", "-W", "ignore", *qmpfd.supervisor.__path__]
     command = [sys.executable, "-m", "qmpfd", "serve", "--supervise", "--socket", os.fspath(path)]
     log = path.with_suffix(".log")
@@ -261,10 +257,10 @@ def test_where_orphans_are_not_adopted(path: Path) -> None:
 
 @needs_fuse
 def test_a_file_that_hangs(path: Path, tmp_path: Path) -> None:
-    """Two crashes while a stored file's mount does not answer: all else is there again."""
+    """Two crashes while a stored file's mount hangs: all other descriptors come back."""
     with ExitStack() as stack:
         daemon = stack.enter_context(supervised(path))
-        fd = stack.enter_context(Fd(os.dup(0)))  # closed when the mount is gone: it would hang
+        fd = stack.enter_context(Fd(os.dup(0)))  # closed after the abort: close(2) would hang
         files = stack.enter_context(hung_files(tmp_path / "mnt"))
         with Fd(os.open(files.folder / "file", os.O_RDWR | os.O_CLOEXEC)) as file:
             os.dup2(file.fileno(), fd.fileno(), inheritable=False)
@@ -276,7 +272,7 @@ def test_a_file_that_hangs(path: Path, tmp_path: Path) -> None:
         worker, spare = daemon.worker(), spare_of(daemon)
         files.hang("FLUSH", "RELEASE", "GETATTR", "POLL", "IOCTL", "FSYNC")
         for turn in range(2):
-            os.kill(worker, signal.SIGKILL)  # it hangs in its end, and stays the parent's child
+            os.kill(worker, signal.SIGKILL)  # hangs in exit(2), and stays the parent's child
             with daemon.client() as client:
                 assert client.execute("query-fdsets") == before
                 added = client.execute("add-fd", fds=[0])

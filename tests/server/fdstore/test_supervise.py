@@ -1,4 +1,4 @@
-"""``serve --supervise``: a parent that keeps everything, and starts its worker again."""
+"""``serve --supervise``: the parent stores all descriptors, and restarts its worker."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from qmpfd.client.blocking import BlockingClient
 from qmpfd.errors import QMPError
 from qmpfd.kernel.fd import Fd, close_all
 
-#: ``QMPFD_KILLS=50`` for takeovers that are killed at finer steps.
+#: Number of moments at which a takeover is killed; ``QMPFD_KILLS=50`` for more of them.
 KILLS = int(os.environ.get("QMPFD_KILLS", "5"))
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process occupies."""
+    """Return the resident memory of a process in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
@@ -85,7 +85,7 @@ def test_connects_wait_instead_of_being_refused(path: Path) -> None:
 
 
 def test_arguments_are_checked_first(path: Path) -> None:
-    """The parent's status is the worker's, with the same one line."""
+    """Wrong arguments: the parent exits with the worker's status and its one line."""
     for options in (["--max-fds", "x"], ["--policy", str(path / "none")]):
         ended = [
             subprocess.run(
@@ -140,7 +140,7 @@ def test_a_second_sigterm_ends_at_once(path: Path) -> None:
     with supervised(path, "--drain-timeout", "60") as daemon, daemon.client() as client:
         daemon.worker()
         client.execute("add-fd", fds=[0])
-        sock = client.detach()  # it asks for more than it reads
+        sock = client.detach()  # sends requests and reads no replies
         with sock:
             sock.setblocking(False)
             fill(sock, b'{"execute": "query-qmp-schema"}')
@@ -151,7 +151,7 @@ def test_a_second_sigterm_ends_at_once(path: Path) -> None:
 
 
 def test_a_signal_to_both_cuts_no_reply(path: Path) -> None:
-    """As a service manager sends it, or a person who means all processes; whoever has it first."""
+    """A signal to parent and worker, as a service manager sends it, in any order."""
     for parent_first in (True, False):
         with supervised(path) as daemon, daemon.client() as client:
             worker = daemon.worker()
@@ -171,7 +171,7 @@ def test_a_signal_to_both_cuts_no_reply(path: Path) -> None:
 
 
 def test_a_worker_that_hangs(path: Path) -> None:
-    """It is killed and started again, with all that it had."""
+    """A hanging worker is killed and restarted, with all stored descriptors."""
     with supervised(path, env={"WATCHDOG_USEC": "1500000"}) as daemon:
         with daemon.client() as client:
             client.execute("add-fd", {"opaque": "mine"}, [0])
@@ -181,7 +181,7 @@ def test_a_worker_that_hangs(path: Path) -> None:
         with daemon.client() as client:
             assert fds(client) == there
         worker = daemon.worker()
-        time.sleep(2)  # it is watched as well, and lives
+        time.sleep(2)  # the new worker sends its heartbeats, and lives
         assert daemon.worker() == worker
 
 
@@ -197,7 +197,7 @@ def test_a_worker_that_hangs_and_is_told_to_end(path: Path) -> None:
 
 @pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
 def test_a_terminal_that_stops_those_who_write(path: Path, background: bool) -> None:
-    """stty tostop: the worker is in a process group of its own, and logs."""
+    """With stty tostop, the worker, which is in a process group of its own, can still log."""
     program = f"""
 import fcntl, os, sys, termios
 os.setsid()
@@ -247,14 +247,14 @@ def test_sighup_reads_the_policy(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_socket_that_sighup_has_replaced(path: Path) -> None:
-    """The parent has the new one: who connects while no worker is there waits, and is served."""
+    """The parent stores the new socket: clients that connect without a worker are served later."""
     with supervised(path) as daemon:
         with daemon.client() as client:
             client.execute("add-fd", fds=[0])
         path.unlink()
         daemon.process.send_signal(signal.SIGHUP)
         until(lambda: "made it again" in daemon.log)
-        with daemon.client() as client:  # by now the parent has what came before
+        with daemon.client() as client:  # the parent has read all earlier messages by now
             client.execute("add-fd", fds=[0])
         held = daemon.open_fds()
         found = path.stat().st_ino
@@ -276,7 +276,7 @@ def test_a_socket_that_sighup_has_replaced(path: Path) -> None:
 
 
 def test_dying_at_every_start(path: Path, tmp_path: Path) -> None:
-    """It is tried again for ever, less and less often, with all that is kept; SIGHUP at once."""
+    """The parent retries forever, at growing intervals, and at once on SIGHUP; it keeps all fds."""
     policy = tmp_path / "policy.toml"
     policy.write_text("")
     with supervised(path, "--policy", str(policy)) as daemon:
@@ -293,9 +293,9 @@ def test_dying_at_every_start(path: Path, tmp_path: Path) -> None:
         (line,) = (line for line in daemon.log.splitlines() if hint in line)
         delays = re.findall(r"trying again in ([0-9.]+) s", daemon.log)
         assert delays == ["0.1", "0.2", "0.4", "0.8", "1.6", "3.2", "6.4"]
-        assert "keeps 3 descriptors" in line  # it, the listening socket and the journal
+        assert "keeps 3 descriptors" in line  # one, the listening socket and the journal
         assert daemon.process.poll() is None
-        assert daemon.open_fds() == held - 1  # the worker's socket
+        assert daemon.open_fds() == held - 1  # 1: the worker's socket
         policy.write_text("")
         daemon.process.send_signal(signal.SIGHUP)
         with daemon.client() as client:
@@ -315,8 +315,8 @@ def test_told_to_end_between_two_tries(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_parent_is_killed(path: Path) -> None:
-    """The worker serves on, says so, and takes nothing that it could lose; until a new one has it
-    all.
+    """The worker serves on, logs that, and refuses descriptors, which a crash would lose, until a
+    successor has taken over.
     """
     with supervised(path, status=-signal.SIGKILL) as daemon, daemon.client() as client:
         client.execute("add-fd", {"opaque": "mine"}, [0])
@@ -347,7 +347,7 @@ def test_the_parent_is_killed(path: Path) -> None:
 
 
 def zombie(pid: int) -> bool:
-    """Whether a process has ended."""
+    """Return whether a process has ended and is not reaped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -355,7 +355,7 @@ def zombie(pid: int) -> bool:
 
 
 def test_the_parent_is_stopped(path: Path) -> None:
-    """What is settled is told, what is not waits until it goes on."""
+    """Acknowledged changes are listed; others wait until the parent continues."""
     with supervised(path) as daemon, daemon.client() as client:
         client.execute("add-fd", {"opaque": "mine"}, [0])
         daemon.process.send_signal(signal.SIGSTOP)
@@ -397,7 +397,7 @@ def test_the_worker_ends_although_the_parent_is_stopped(path: Path) -> None:
 
 
 def lingering_socket() -> tuple[socket.socket, socket.socket]:
-    """A TCP socket whose last close takes three seconds, and its other end."""
+    """Return a TCP socket whose last close takes three seconds, and its peer."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -413,7 +413,7 @@ def lingering_socket() -> tuple[socket.socket, socket.socket]:
 
 
 def fill(sock: socket.socket, data: bytes) -> None:
-    """Send until the other end has to read first."""
+    """Send until the socket is full."""
     try:
         while True:
             sock.send(data * 1000)
@@ -429,7 +429,7 @@ def test_a_lingering_socket_holds_up_nobody(path: Path) -> None:
                 client.execute("add-fd", {"opaque": "lingers"}, [sock])
             begun = time.monotonic()
             with ThreadPoolExecutor() as pool, daemon.client() as bystander:
-                # Who removes it waits for a while.
+                # The client that removes it waits for the close.
                 removed = pool.submit(client.execute, "remove-fd", {"fdset-id": 0})
                 until(lambda: not bystander.execute("query-fdsets"))
                 bystander.execute("add-fd", fds=[0])
@@ -470,7 +470,7 @@ def test_what_expires_meanwhile(path: Path) -> None:
 
 
 def test_inherited_descriptors(path: Path, tmp_path: Path) -> None:
-    """They are the first worker's; the next one has them from the parent, under its number."""
+    """The first worker has the descriptors of --add-fd; the next one gets them from the parent."""
     file = tmp_path / "file"
     file.write_text("content")
     number = os.open(file, os.O_RDONLY)
@@ -481,7 +481,7 @@ def test_inherited_descriptors(path: Path, tmp_path: Path) -> None:
                 daemon.worker()
                 there = fds(client)
                 assert [(fd["fdset-id"], fd["opaque"]) for fd in there] == [(7, "mine")]
-                # Once it is told that the worker serves, the parent needs that no more.
+                # When the worker serves, the parent closes its inherited descriptor.
                 until(lambda: list(open_fds(daemon.pid).values()).count(str(file)) == 1)
             for _ in range(2):
                 daemon.kill_worker()
@@ -498,7 +498,7 @@ def test_inherited_descriptors(path: Path, tmp_path: Path) -> None:
 
 
 def test_inherited_descriptors_of_a_newcomer_that_is_killed(path: Path, tmp_path: Path) -> None:
-    """The next one of its workers has them too, whatever it is given besides."""
+    """The successor's next worker has the descriptors of --add-fd too."""
     file = tmp_path / "file"
     file.write_text("content")
     for step in range(4):
@@ -521,7 +521,7 @@ def test_inherited_descriptors_of_a_newcomer_that_is_killed(path: Path, tmp_path
 
 
 def test_without_standard_streams(path: Path) -> None:
-    """Nothing of the parent's or the worker's takes their place."""
+    """With closed standard streams, other descriptors do not get the numbers 0 to 2."""
     shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
     process = subprocess.Popen([*shell, *COMMAND, "--supervise", "--socket", str(path)])
     try:
@@ -554,7 +554,7 @@ def test_log_as_json(path: Path) -> None:
 @pytest.mark.parametrize("old_is", [(), ("--supervise",)], ids=["plain", "supervised"])
 @pytest.mark.parametrize("new_is", [(), ("--supervise",)], ids=["plain", "supervised"])
 def test_takeovers(path: Path, old_is: tuple[str, ...], new_is: tuple[str, ...]) -> None:
-    """Of any by any: connections too, and nobody is left behind."""
+    """Takeovers between all kinds of daemons, with their connections; no process is left."""
     log = path.with_name("log")
     with log.open("wb") as file:
         old = subprocess.Popen([*COMMAND, "--socket", str(path), *old_is], stderr=file)
@@ -585,7 +585,7 @@ def test_takeovers(path: Path, old_is: tuple[str, ...], new_is: tuple[str, ...])
 
 @contextmanager
 def _takeover(path: Path) -> Iterator[tuple[Supervised, Supervised, list[dict[str, Any]]]]:
-    """The old one, a newcomer that is taking over from it, and what there was."""
+    """Yield the predecessor, a successor that is taking over, and the stored descriptors."""
     with supervised(path, status=None) as old, old.client() as client:
         for _ in range(8):
             client.execute("add-fds", fds=[0] * 250)
@@ -596,13 +596,13 @@ def _takeover(path: Path) -> Iterator[tuple[Supervised, Supervised, list[dict[st
 
 @pytest.mark.timeout(60 + 5 * KILLS)
 def test_a_supervised_newcomer_killed_at_any_time(path: Path) -> None:
-    """There is one daemon afterwards, with everything: the old one or the new one."""
+    """One daemon has everything afterwards: the predecessor or the successor."""
     for step in range(KILLS):
         with _takeover(path) as (old, new, before):
             time.sleep(0.05 + 0.5 * step / KILLS)
             for worker in children(new.pid):
                 os.kill(worker, signal.SIGKILL)
-            # It tries again, or comes back with what it has.
+            # The successor retries, or restarts with what its parent has.
             assert old.process.wait(DEADLINE) == 0, old.log + new.log
             with connected(path) as again:
                 assert fds(again) == before
@@ -613,7 +613,7 @@ def test_a_supervised_newcomer_killed_at_any_time(path: Path) -> None:
 
 @pytest.mark.timeout(60 + 5 * KILLS)
 def test_an_old_worker_killed_at_any_time(path: Path) -> None:
-    """Its parent starts it again, or the newcomer has it all: never both."""
+    """Either the predecessor restarts, or the successor has everything: never both."""
     outcomes = set()
     for step in range(KILLS):
         with _takeover(path) as (old, new, before):
@@ -636,7 +636,7 @@ def test_an_old_worker_killed_at_any_time(path: Path) -> None:
 
 
 def test_killed_when_it_had_let_go(path: Path) -> None:
-    """Nothing is left to come back to: its parent ends with it."""
+    """A worker killed after it has handed over does not restart: its parent ends."""
     for moment in (0.0, 0.001, 0.003, 0.01):
         with supervised(path, status=None) as old, old.client() as client:
             for _ in range(8):
@@ -653,7 +653,7 @@ def test_killed_when_it_had_let_go(path: Path) -> None:
 
 
 def test_told_to_end_while_a_worker_starts(path: Path) -> None:
-    """Between fork and exec as well."""
+    """SIGTERM at any moment of a worker's start, also between fork(2) and execve(2)."""
     for moment in range(8):
         with supervised(path, status=None) as daemon:
             with daemon.client() as client:
@@ -676,8 +676,8 @@ def test_status_says_whether_it_is_safe(path: Path) -> None:
 
 
 def test_the_parent_has_no_room(path: Path) -> None:
-    """Its limit of open files is lowered under it (prlimit(2)): nobody is told that a descriptor is
-    safe that is not, and all are once there is room.
+    """The parent's RLIMIT_NOFILE is lowered (prlimit(2)): replies wait until their descriptors are
+    stored, which happens as soon as there is room.
     """
     with supervised(path) as daemon:
         daemon.worker()
@@ -693,7 +693,7 @@ def test_the_parent_has_no_room(path: Path) -> None:
         with ThreadPoolExecutor(20) as threads:
             added = [threads.submit(add, f"n{number}") for number in range(20)]
             until(lambda: "was not kept safe" in daemon.log)
-            with daemon.client() as other:  # who changes nothing waits for nothing
+            with daemon.client() as other:  # replies without changes do not wait
                 other.execute("query-version")
             assert len(answered) < 20
             resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (hard, hard))
@@ -706,7 +706,7 @@ def test_the_parent_has_no_room(path: Path) -> None:
 
 
 def test_killed_while_descriptors_are_replaced(path: Path) -> None:
-    """At any moment there is one of them: the old one, or the new one."""
+    """After a kill, either the old or the new descriptor of a replacement is there."""
     with supervised(path) as daemon:
         with daemon.client() as client:
             client.execute("add-fds", {"opaque": "web"}, [0])
@@ -735,8 +735,8 @@ def test_killed_while_descriptors_are_replaced(path: Path) -> None:
 
 @pytest.mark.parametrize("size", [40 << 10, 256 << 10])
 def test_the_journal_cannot_grow(path: Path, size: int) -> None:
-    """RLIMIT_FSIZE is for a memfd too: what cannot be written down is refused, all that was
-    answered comes back, and what was removed does not.
+    """RLIMIT_FSIZE limits the journal's memfd: changes without room are refused, acknowledged ones
+    come back, and removed descriptors do not.
     """
     with supervised(path) as daemon, daemon.client() as client:
         resource.prlimit(daemon.worker(), resource.RLIMIT_FSIZE, (size, size))
@@ -746,7 +746,7 @@ def test_the_journal_cannot_grow(path: Path, size: int) -> None:
             sock.sendall(request("qmp_capabilities"))
             assert b"QMP" in replies.readline()
             assert b"return" in replies.readline()
-            # Many in one go: each has its room before the next one is carried out.
+            # Pipelined: room is reserved for each command before the next is executed.
             for _ in range(12):
                 os.kill(daemon.worker(), signal.SIGSTOP)
                 for _ in range(16):
