@@ -15,8 +15,8 @@ class OpenFdset(Selector):
     Args:
         access: the access mode that the descriptor must have; any if absent.
         remove: remove it from its fd set in the same step. The daemon has closed its own duplicate
-            when the client reads the reply. If the client refuses descriptors, or is gone before
-            the reply is sent, the descriptor is put back.
+            when the client reads the reply. If the client refuses descriptors, or disconnects
+            before the reply is sent, the descriptor is put back.
     """
 
     access: Literal["rdonly", "wronly", "rdwr"] | None = None
@@ -24,7 +24,7 @@ class OpenFdset(Selector):
 
 
 class OpenedFd(AddfdInfo):
-    """Which descriptor was handed out.
+    """The descriptor that was handed out.
 
     Args:
         opaque: its opaque text, if it has one and the client may query it.
@@ -160,11 +160,11 @@ class Takeover(Arguments):
 
 
 class Count(Result):
-    """How often something happened.
+    """A counter of ``query-stats``.
 
     Args:
-        name: its name.
-        count: how often it happened.
+        name: what is counted: a command or an error class.
+        count: the number.
     """
 
     name: str

@@ -66,7 +66,7 @@ class FdName(Arguments, rename=None):
 
 
 class AddfdInfo(Result):
-    """Where a descriptor was added.
+    """A descriptor, by its fd set and number.
 
     Args:
         fdset_id: the fd set it is in.

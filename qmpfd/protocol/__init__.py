@@ -1,1 +1,1 @@
-"""QMP without I/O: the JSON dialect, requests and replies, and which command gets which fd."""
+"""QMP without I/O: JSON dialect, requests, replies, and assignment of descriptors to commands."""

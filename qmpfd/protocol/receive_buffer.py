@@ -36,7 +36,7 @@ _WHITESPACE = b" \t\r\n"
 #: The descriptors of a message that has none; never modified.
 NO_FDS: list[Fd] = []
 
-#: Bytes of lines that are not one message each which are passed to the parser, at 4 us a byte.
+#: Maximum bytes of undecodable lines that are passed to the parser, which takes 4 us a byte.
 _MAX_PARSED_LINES = 2 * READ_BYTES
 
 #: Bytes that are decoded in one step if no descriptors follow.

@@ -135,7 +135,7 @@ class RequestDecoder:
         if name not in self._commands or (only is not None and name != only):
             raise CommandNotFound(f"The command {name} has not been found")
         spec = self._commands[name]
-        if oob:  # which QEMU allows for few commands, and none of these
+        if oob:  # QEMU allows out-of-band execution for a few commands, none of which exist here
             raise GenericError(f"The command {name} does not support OOB")
         arguments = convert(members.get("arguments", {}), spec.arguments)
         return self._types[name](arguments=arguments, id=members.get("id", UNSET))

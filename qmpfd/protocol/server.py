@@ -206,7 +206,7 @@ class ServerConnection(Connection):
         except QMPError as exc:
             self.fds_to_close += fds
             if not isinstance(value, dict | Request):
-                # Input that is no request: in a flood of these, one error a read is replied.
+                # Input that is no request: a flood of it gets one error reply a read.
                 self._errors_in_a_row += 1
                 replied = self._errors_in_a_row <= MAX_ERRORS_IN_A_ROW + 1
                 if not self.ready:
