@@ -79,7 +79,7 @@ class FdStream:
         """
         sock = self.socket
         arrival = _NOTHING
-        left, count, most = max_bytes, 0, 0
+        bytes_left, count, fd_limit = max_bytes, 0, 0
         while True:
             try:
                 data, fds_follow = fd.peek(sock, max_bytes)
@@ -106,11 +106,11 @@ class FdStream:
                 return _ALL
             arrival = _ALL
             count += len(fds)
-            left -= size
-            # Stop at *most*: when this process is short of descriptors, later ones need the numbers
-            # of these.  Stop while descriptors are unassigned: newer ones would replace them.
-            most = most or max_fds()
-            if count >= most or left <= 0 or not fds or connection.has_unassigned_fds:
+            bytes_left -= size
+            # Stop at *fd_limit*: if this process is short of descriptors, the next ones need the
+            # numbers of these.  Stop while some are unassigned: newer ones would replace them.
+            fd_limit = fd_limit or max_fds()
+            if count >= fd_limit or bytes_left <= 0 or not fds or connection.has_unassigned_fds:
                 return _SOME
 
     def max_unreceived_messages(self) -> int:
@@ -160,13 +160,13 @@ class FdStream:
             trio.BrokenResourceError: the peer has closed the connection.
         """
         waited = False
-        while not (went := self.send_nowait(data, fds)):
+        while not (sent_bytes := self.send_nowait(data, fds)):
             if waited:
                 # The socket has room, but the kernel has none, and does not signal when: poll.
                 await trio.sleep(_RETRY)
             await self.wait_writable()
             waited = True
-        return went
+        return sent_bytes
 
     async def send_all(
         self, data: bytes | memoryview, fds: Sequence[FileDescriptorLike] = ()

@@ -137,24 +137,24 @@ class Context:
             self.events.move(self.shared.log_for(access))
         self.access = access
 
-    def close(self, most: int | None = None) -> bool:
+    def close(self, limit: int | None = None) -> bool:
         """Remove the descriptors whose lifetime is that of the connection; return whether some are
         left.
 
         Args:
-            most: maximum number of stored, and of named, descriptors to remove; None for all.
+            limit: maximum number of stored, and of named, descriptors to remove; None for all.
         """
         self.watch(False)
         audit = self.shared.audit
         if audit is not None:
             audit.begin(self.peer, None)
-        removed = self.shared.store.owned(self, most)
+        removed = self.shared.store.owned(self, limit)
         self.shared.remove(removed, "connection", self.connection.fds_to_close)
-        for name in list(islice(self.names, most)):
+        for name in list(islice(self.names, limit)):
             self.close_named(name)
         if audit is not None:
             audit.end()
         self.connection.fds_to_close += self.reply_fds
         self.reply_fds.clear()
         self.closed = True
-        return bool(self.names) or len(removed) == most
+        return bool(self.names) or len(removed) == limit

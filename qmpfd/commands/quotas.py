@@ -115,9 +115,9 @@ class Quotas:
             and not (opaque or self.closer.pending_by_uid)
         ):
             return  # the usual case: no user has more than the total
-        gained = 0  # replaced descriptors of this user
+        freed = 0  # replaced descriptors of this user
         for stored in replaced:
-            gained += stored.added_by is not None and stored.added_by.uid == uid
+            freed += stored.added_by is not None and stored.added_by.uid == uid
         closing = self.closer.pending_by_uid.get(uid, 0)  # other users' do not count for this one
         if self.fds_total + closing + count - len(replaced) > limits.max_fds:
             raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
@@ -127,16 +127,16 @@ class Quotas:
                 raise GenericError(
                     f"Too much opaque text: the limit is {MAX_OPAQUE_TOTAL} bytes in all"
                 )
-            total = self.opaque_by_uid.get(uid, 0) + (count - gained) * size
+            total = self.opaque_by_uid.get(uid, 0) + (count - freed) * size
             if total > MAX_OPAQUE_PER_UID and not is_owner(uid):
                 raise GenericError(
                     f"Too much opaque text of uid {uid}: the limit is {MAX_OPAQUE_PER_UID} bytes"
                 )
-        kept = self.fds_by_uid.get(uid, 0) + closing + count - gained
-        if kept > limits.max_fds_per_uid or kept > self.waiting_limit:
-            most = self.fds_limit(uid)
-            if kept > most:
-                raise GenericError(f"Too many file descriptors of uid {uid}: the limit is {most}")
+        held = self.fds_by_uid.get(uid, 0) + closing + count - freed
+        if held > limits.max_fds_per_uid or held > self.waiting_limit:
+            limit = self.fds_limit(uid)
+            if held > limit:
+                raise GenericError(f"Too many file descriptors of uid {uid}: the limit is {limit}")
 
     def fds_limit(self, uid: int) -> int:
         """Return how many descriptors the clients of *uid* may store.
@@ -144,8 +144,8 @@ class Quotas:
         At most half of RLIMIT_NOFILE, so that other users find room too; root and the daemon's own
         user are exempt.
         """
-        most = self.limits.max_fds_per_uid
-        return most if is_owner(uid) else min(most, self.waiting_limit)
+        limit = self.limits.max_fds_per_uid
+        return limit if is_owner(uid) else min(limit, self.waiting_limit)
 
     # -- descriptors pending in connections ------------------------------------------------------
 
@@ -182,11 +182,11 @@ class Quotas:
 
     def _refused_waiting(self, uid: int, more: int) -> str:
         free = self.waiting_limit - self.waiting - more
-        theirs = self.waiting_by_uid.get(uid, 0) + self.closer.pending_by_uid.get(uid, 0) + more
-        if theirs > free and not is_owner(uid):
+        held = self.waiting_by_uid.get(uid, 0) + self.closer.pending_by_uid.get(uid, 0) + more
+        if held > free and not is_owner(uid):
             return (
                 f"Too many file descriptors of uid {uid} wait in its connections: "
-                f"the limit is {(theirs + free) // 2}"
+                f"the limit is {(held + free) // 2}"
             )
         if free < 0:
             return (

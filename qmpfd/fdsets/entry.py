@@ -156,12 +156,12 @@ class FdSet:
         if progress is None:
             progress = Progress()
         while True:
-            ahead = list(islice(self._after(progress, until), BATCH))
-            for stored in ahead:
+            batch = list(islice(self._after(progress, until), BATCH))
+            for stored in batch:
                 if not stored.removed:
                     progress.visit(stored)
                     yield stored
-            if len(ahead) < BATCH:
+            if len(batch) < BATCH:
                 return
 
     def _after(self, progress: Progress, until: float) -> Iterator[StoredFd]:

@@ -55,14 +55,14 @@ class FdSets:
             if self._ascending is None:
                 self._ascending = sorted(self._sets)
             end = bisect_left(self._ascending, below)
-            ahead = self._ascending[max(0, end - BATCH) : end]
-            for fdset_id in reversed(ahead):
+            batch = self._ascending[max(0, end - BATCH) : end]
+            for fdset_id in reversed(batch):
                 fdset = self._sets.get(fdset_id)
                 if fdset is not None:
                     yield fdset
-            if len(ahead) < BATCH:
+            if len(batch) < BATCH:
                 return
-            below = ahead[0]
+            below = batch[0]
 
     @property
     def next_id(self) -> int:

@@ -216,21 +216,21 @@ _INT_BYTES = _one.size
 _unpack = _one.unpack
 
 
-def peek(sock: socket.socket, most: int = READ_BYTES) -> tuple[bytes, bool]:
+def peek(sock: socket.socket, max_bytes: int = READ_BYTES) -> tuple[bytes, bool]:
     """Peek at the next read: return its bytes, and whether their last segment carries descriptors.
 
     The kernel ends a read after the segment that carries descriptors.  Without space for control
     messages MSG_PEEK leaves the descriptors in the queue and sets MSG_CTRUNC (recvmsg(2)).  If
-    *most* bytes are returned, that segment may have more bytes.
+    *max_bytes* bytes are returned, that segment may have more bytes.
 
     Args:
         sock: the socket.
-        most: maximum number of bytes.
+        max_bytes: maximum number of bytes.
 
     Raises:
         BlockingIOError: no input is queued.
     """
-    data, _, flags, _ = sock.recvmsg(most, 0, _PEEK)
+    data, _, flags, _ = sock.recvmsg(max_bytes, 0, _PEEK)
     fds_follow = flags & _TRUNCATED != 0
     if fds_follow and len(data) == READ_BYTES:
         # The segment may have more bytes: leave it out, so that the next peek shows it whole.

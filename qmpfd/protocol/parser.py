@@ -69,11 +69,11 @@ class Budget:
     hold the memory for ever, and many connections of one user cannot take it from another user.
 
     Args:
-        most: the limit in bytes.
+        limit: the limit in bytes.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self.used = 0
         # By owner: the size charged for each holder, least recently charged first.
         self._charges: dict[Hashable, dict[Callable[[], object], int]] = {}
@@ -87,18 +87,18 @@ class Budget:
             owner: the user whom the memory counts for.
             size: the number of bytes; 0 if the holder has none.
         """
-        theirs = self._charges.setdefault(owner, {})
-        change = size - theirs.pop(give_up, 0)
+        holders = self._charges.setdefault(owner, {})
+        change = size - holders.pop(give_up, 0)
         self.used += change
         self._totals[owner] += change
         if size:
-            theirs[give_up] = size
-        elif not theirs:
+            holders[give_up] = size
+        elif not holders:
             del self._charges[owner], self._totals[owner]
-        while self.used > self.most:
-            greediest = max(self._charges, key=self._totals.__getitem__)
-            victim = next(iter(self._charges[greediest]))
-            self.charge(victim, greediest, 0)
+        while self.used > self.limit:
+            largest_owner = max(self._charges, key=self._totals.__getitem__)
+            victim = next(iter(self._charges[largest_owner]))
+            self.charge(victim, largest_owner, 0)
             victim()
 
 

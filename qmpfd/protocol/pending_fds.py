@@ -79,9 +79,9 @@ class PendingFds:
             self.fds = fds
         self.lost, self.state = lost, SegmentState.OPEN
 
-    def take(self, most: int) -> tuple[list[Fd], str]:
-        """Pop up to *most* descriptors for a command; return them and why some were lost, or ""."""
-        fds, self.fds = self.fds[:most], self.fds[most:]
+    def take(self, limit: int) -> tuple[list[Fd], str]:
+        """Pop up to *limit* descriptors for a command; return them, and why some were lost."""
+        fds, self.fds = self.fds[:limit], self.fds[limit:]
         lost, self.lost = self.lost, ""
         self._move(_Event.TAKE)
         return fds, lost

@@ -175,8 +175,8 @@ class ReceiveBuffer:
             if type(message) is GenericError:
                 pending.discard()
                 self.ready.append(message)
-            elif most := self._max_fds(message):
-                fds, lost = pending.take(most)
+            elif limit := self._max_fds(message):
+                fds, lost = pending.take(limit)
                 self.ready.append((message, fds, lost))
             else:
                 self.ready.append(message)
