@@ -16,7 +16,7 @@ from io import FileIO, StringIO
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, ROOT, Wire, daemon_process, open_fds, pipes, request, value
+from helpers import PATIENCE, ROOT, Pipe, Wire, daemon_process, open_fds, pipes, request, value
 
 from qmpfd.cli import logs
 from qmpfd.client.blocking import BlockingClient
@@ -147,6 +147,23 @@ async def test_text_of_clients_is_escaped(path: Path) -> None:
     assert all(line.startswith("qmpfd: ") and line.isprintable() for line in process.log)
     assert "a\\nqmpfd: forged" in process.log[2]
     assert "\\x1b]0;title\\x07" in process.log[4]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+async def test_long_texts_of_clients_are_cut(form: str, path: Path) -> None:
+    """A request may be a mebibyte, and an error quotes it."""
+    long = "x" * 100_000
+    with daemon_process(path, "--log-level", "debug", "--log-format", form) as process:
+        with await Wire.session(path) as wire, Pipe() as pipe:
+            wire.send(request(long))
+            assert len((await wire.reply())["error"]["desc"]) > len(long)
+            wire.send(request("add-fd", {"opaque": long}), [pipe])
+            wire.send(request("open-fdset", {"fdset-id": 0}))
+            for reply in await wire.replies(2):
+                assert "return" in reply
+        process.signal(signal.SIGTERM)
+        process.wait()
+    assert max(map(len, process.log)) < 4000
 
 
 def test_less(path: Path) -> None:

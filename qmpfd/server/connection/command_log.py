@@ -13,8 +13,9 @@ from ...protocol.request_decoder import Request
 
 _log = logging.getLogger("qmpfd")
 
-#: Characters of an opaque text in a log line.
-_QUOTED = 64
+#: Characters of an opaque text in a log line; and of it, or of an error that quotes the request, in
+#: a log record.
+_QUOTED, _RECORDED = 64, 1024
 
 
 def note(
@@ -37,17 +38,18 @@ def note(
             shared.audit.refuse(peer, name, result.error, arguments)
     if not _log.isEnabledFor(logging.DEBUG):
         return
-    told = result.error if isinstance(result, Error) else "done"
+    told = str(result.error)[:_RECORDED] if isinstance(result, Error) else "done"
     value = result.value if isinstance(result, Value) else None
     handed_out = value if isinstance(value, OpenedFd) else None
+    opaque = None if handed_out is None else handed_out.opaque
     extra = {
         "pid": peer.pid,
         "uid": peer.uid,
         "command": name,
         "fdset_id": _first_int("fdset_id", value, arguments),
         "fd": _first_int("fd", value, arguments),
-        "opaque": None if handed_out is None else handed_out.opaque,
-        "outcome": str(told),
+        "opaque": opaque and opaque[:_RECORDED],
+        "outcome": told,
     }
     which = "" if handed_out is None else _which(handed_out)
     line = "pid %d, uid %d: %s%s: %s"
