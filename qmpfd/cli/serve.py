@@ -167,9 +167,9 @@ def run(arguments: argparse.Namespace) -> None:
     movable += _inherited_strays()
     recovered = supervise.recover(inherited, movable, start)
     if recovered.handed_over and parent is not None:
-        with recovered:
-            close_all(fd for fd, _, _ in initial)
-            return  # a successor owns everything, but the parent did not know and restarted us
+        recovered.close()
+        close_all(fd for fd, _, _ in initial)
+        return  # a successor owns everything, but the parent did not know and restarted us
     if missing and not recovered.has_state:
         raise UsageError(f"--add-fd: this process has not inherited descriptor {missing[0]}")
     listen_fds = [given for given in recovered.sockets if listens(given.fd)]

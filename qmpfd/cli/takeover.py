@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..client.blocking import NoDaemon
 from ..kernel.systemd import invocation_id
-from ..limits import TAKEOVER_TIMEOUT
 from ..server.listen.binding import identity
 from ..server.renumber import Movable
 from ..server.saved_state import SavedListener
@@ -30,7 +29,7 @@ def prepare(path: Path, movable: Iterable[Movable], *, has_parent: bool) -> rece
         QMPError: the daemon refuses.
     """
     try:
-        takeover = receiver.prepare(path, TAKEOVER_TIMEOUT, _progress, movable)
+        takeover = receiver.prepare(path, _progress, movable)
     except (ValueError, MemoryError) as exc:
         reason = str(exc) or "this process is out of memory"  # str(MemoryError()) is empty
         raise NoDaemon(f"the daemon at {path} cannot be taken over: {reason}") from None

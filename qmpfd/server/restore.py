@@ -91,7 +91,7 @@ def taking_over(
 
     def finish() -> list[UnixListener]:
         with _usable():
-            rest = takeover.receive_rest(TAKEOVER_TIMEOUT, drop)
+            rest = takeover.receive_rest(drop)
             _inherit_listeners(state.listeners, takeover.others, listeners)
             _restore_sessions(server, rest, takeover)
         return listeners

@@ -15,7 +15,7 @@ from ..commands import Dialect
 from ..commands.audit import Audit
 from ..fdsets import StoredFd
 from ..kernel.fd import Fd, FileDescriptorLike, InFlightProbe, close_all, in_flight_is_limited
-from ..limits import TAKEOVER_TIMEOUT, Limits
+from ..limits import Limits
 from ..policy import Policy
 from .audit import AuditWriter
 from .closing import await_closes
@@ -135,7 +135,8 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
             if isinstance(server.durability, FdStoreMirror):
                 server.durability.in_flight_probe = server.daemon.in_flight_probe
         stack.callback(close_listeners)
-        recovered = stack.enter_context(recovered or Recovered())
+        recovered = recovered or Recovered()
+        stack.callback(recovered.close)
         restore_recovered(server, recovered, listeners)
         finish: Callable[[], list[UnixListener]] = list
         if takeover is not None:
@@ -161,7 +162,7 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
             ours[:0] = taken_over
             await start_mirror(None if takeover is None else takeover.journal)
             if takeover is not None:
-                takeover.confirm(TAKEOVER_TIMEOUT)
+                takeover.confirm()
                 server.durability.confirm()
                 for listener in taken_over:
                     listener.change_permissions(permissions)

@@ -100,7 +100,6 @@ class BarrierLink:
         self._sent_actions: list[Callable[[], object]] = []
         self._actions: list[Callable[[], object]] = []
         self._removed: list[str] = []
-        self._answer = ""  # the parent's acknowledgement of the last barrier
         self._closes: dict[str, threading.Event] = {}  # close(2) calls in the parent, by name
         self._pipe: tuple[Fd, Fd] | None = None  # for the next barrier
         self._reader: tuple[Fd, Fd] | None = None  # read ends of the barrier under way
@@ -252,7 +251,6 @@ class BarrierLink:
 
     def _barrier_sent(self) -> None:
         self.barriers += 1
-        self._answer = f"SYNCED={self.barriers}"
         self._state = _ON_BARRIER[self._state]
         self._sent_actions += self._actions
         self._actions.clear()
@@ -333,7 +331,7 @@ class BarrierLink:
             self.end(_PARENT_GONE)
 
     def _hear(self, message: str) -> None:
-        if message == self._answer and self._state in _ON_ANSWER:
+        if message == f"SYNCED={self.barriers}" and self._state in _ON_ANSWER:
             self._acknowledged()
             return
         key, _, value = message.partition("=")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...kernel.fd import Fd
 from ...kernel.file_descriptions import Descriptions
 from .barrier_link import BarrierLink
-from .names import PIPES
+from .names import PIPES, is_numbered
 from .recover import Recovered
 
 
@@ -31,6 +31,11 @@ class KeptFds:
     def names(self) -> int:
         """Number of names in use, including those that are being removed."""
         return len(self._link.names.used)
+
+    @property
+    def unnumbered(self) -> int:
+        """Number of the predecessor's entries that are neither stored descriptors nor sockets."""
+        return sum(not is_numbered(name) for name in self._former)
 
     def by_name(self) -> dict[str, int]:
         """Return one descriptor number for each name."""

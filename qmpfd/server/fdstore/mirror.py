@@ -84,6 +84,10 @@ class FdStoreMirror:
 
     def __init__(self, keeping: FdStoreConfig, closer: ClosePool) -> None:
         self._link = BarrierLink(keeping.notifier, self._write, self._ended)
+        # Methods of Durability that are the link's.
+        self.sync = self._link.sync
+        self.on_synced = self._link.on_synced
+        self.push = self._link.start
         self._journals = JournalWriter(self._link, self._snapshot)
         #: Whether the fd store is the supervising parent's, not systemd's.
         self.is_parent = keeping.notifier.is_parent
@@ -187,18 +191,6 @@ class FdStoreMirror:
     def is_synced(self) -> bool:
         """Whether the fd store has acknowledged every change."""
         return self._link.is_synced
-
-    async def sync(self) -> None:
-        """Wait until every change made so far is acknowledged; without a checkpoint if it is."""
-        await self._link.sync()
-
-    def on_synced(self, action: Callable[[], object]) -> None:
-        """Call *action* once every change made so far is acknowledged, or the link has ended."""
-        self._link.on_synced(action)
-
-    def push(self) -> None:
-        """Start sending every change made so far."""
-        self._link.start()
 
     def close_after_sync(self, fds: list[Fd], uid: int | None = None) -> None:
         """Close removed descriptors, once the fd store has removed its duplicates.
@@ -323,17 +315,20 @@ class FdStoreMirror:
             self._distrust(too_many)
         if self.is_ours:
             self._listeners.tell_files()
-        if self._evidence is not None and not await self._evidence.is_stored():
-            self._distrust(_DROPPED)
+        if self._evidence is not None:
+            # 2: journal and sentinel
+            others = 2 + (not self.is_ours) + (previous is not None) + self._kept.unnumbered
+            size = await self._evidence.find_size(self._size, others)
+            if size is None:
+                self._distrust(_DROPPED)
+            else:
+                self._size = size
+                self._nursery.start_soon(self._evidence.watch)
         await self.sync()
         if self.is_over:  # remove nothing: the old entries may be the only copy
             return
         self._kept.remove_former()
         await self.sync()
-        if self._evidence is not None:
-            self._nursery.start_soon(self._evidence.watch)
-            others = 2 + (not self.is_ours) + (previous is not None)  # 2: journal and sentinel
-            self._size = await self._evidence.find_size(self._size, others)
 
     def confirm(self) -> None:
         """Record that the takeover by this daemon is complete."""

@@ -62,10 +62,8 @@ class Recovered:
     has_state: bool = False
     handed_over: bool = False
 
-    def __enter__(self) -> Recovered:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
+    def close(self) -> None:
+        """Close all that was not taken out."""
         close_all([*self.stored.values(), *self.others, *self.stale_fds])
         close_all(given.fd for given in self.sockets)
 

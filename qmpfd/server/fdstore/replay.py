@@ -75,18 +75,29 @@ class History:
         fresh = set()  # the numbers that the frame has added so far
         names = set()
         for record in records:
-            if isinstance(record, SavedFd):
-                changes.append((True, record))
-                fresh.add(record.number)
-                if record.name not in self._names and record.name not in self.listeners:
-                    names.add(record.name)
-            elif (
-                isinstance(record, Removed)
-                and record.number in self.entries
-                and (record.number not in fresh)
-            ):
-                changes.append((False, self.entries[record.number]))
-            self.apply(record)
+            match record:
+                case SavedFd():
+                    changes.append((True, record))
+                    fresh.add(record.number)
+                    if record.name not in self._names and record.name not in self.listeners:
+                        names.add(record.name)
+                    self._remove(record.number)
+                    self.entries[record.number] = record
+                    self._names[record.name] += 1
+                    self._positions[id(record)] = self._count
+                    self._count += 1
+                case Removed():
+                    former = self._remove(record.number)
+                    if former is not None and record.number not in fresh:
+                        changes.append((False, former))
+                case ListenerAdded():
+                    self.listeners[record.name] = record.listener
+                case ListenerRemoved():
+                    self.listeners.pop(record.name, None)
+                case Confirmed():
+                    self.confirmed = True
+                case HandedOver():
+                    self.left = record.left
         if fresh and not isinstance(records[0], SnapshotHeader):
             self._changes.append((changes, names))
 
@@ -124,34 +135,13 @@ class History:
         in_order = sorted(self.entries.values(), key=lambda entry: self._positions[id(entry)])
         self.entries = {entry.number: entry for entry in in_order}
 
-    def apply(self, record: Record) -> None:
-        """Apply one more record."""
-        match record:
-            case SavedFd():
-                self._forget(record.number)
-                self.entries[record.number] = record
-                self._names[record.name] += 1
-                self._positions[id(record)] = self._count
-                self._count += 1
-            case Removed():
-                self._forget(record.number)
-            case ListenerAdded():
-                self.listeners[record.name] = record.listener
-            case ListenerRemoved():
-                self.listeners.pop(record.name, None)
-            case Confirmed():
-                self.confirmed = True
-            case HandedOver():
-                self.left = record.left
-            case SnapshotHeader():
-                pass
-
-    def _forget(self, number: int) -> None:
+    def _remove(self, number: int) -> SavedFd | None:
         entry = self.entries.pop(number, None)
         if entry is not None:
             self._names[entry.name] -= 1
             if not self._names[entry.name]:
                 del self._names[entry.name]
+        return entry
 
     def state(self, kept: Callable[[str], bool]) -> SavedState:
         """Convert to a SavedState with the entries and listeners that are *kept*."""

@@ -155,35 +155,31 @@ class Evidence:
         self._first = Sentinel.create()
         link.store(self._name, self._first.writer)
 
-    async def is_stored(self) -> bool:
-        """Return whether all descriptors sent so far are stored: the sentinel sent first, and a
-        probe sent last.
-        """
-        self.prepare()
-        probes = self._store_probes(1)
-        await self._link.sync()
-        self._first.sent()
-        are_stored = self._take_back(probes) == 1 and self._first.is_stored
-        self._link.changed()  # wait for the removal of the probe
-        await self._link.sync()
-        return are_stored
-
-    async def find_size(self, size: int, others: int) -> int:
-        """Probe how many places the fd store has, and return that number.  From here on, room for
-        added descriptors has to be proven by probes.
+    async def find_size(self, size: int, others: int) -> int | None:
+        """Probe how many places the fd store has, and return that number; None if it does not have
+        every descriptor sent so far.  From here on, room for added descriptors has to be proven by
+        probes.
 
         Args:
             size: number of places by $FDSTORE.
             others: number of entries beside stored descriptors and listening sockets.
+
+        Raises:
+            OSError: this process is out of descriptors.
         """
+        self.prepare()
         taken = self._kept.names + others
+        count = max(1, min(size - taken, MAX_PROBES))
         with suppress(OSError):  # out of descriptors: use fewer probes
-            self.prepare(min(size - taken, MAX_PROBES))
-        probes = self._store_probes(len(self._spare))
+            self.prepare(count)
+        probes = self._store_probes(min(count, len(self._spare)))
         await self._link.sync()
+        self._first.sent()
         stored = self._take_back(probes)
         self._link.changed()  # wait for the removal of the probes
         await self._link.sync()
+        if not stored or not self._first.is_stored:
+            return None
         self._shown = self._kept.names + stored
         self._batches.append(Unproven())
         if stored == len(probes):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from ...client.blocking import BlockingClient, NoDaemon
 from ...kernel.fd import Fd, close_all, receive
-from ...limits import SCM_MAX_FD, TAKEOVER_FORMAT, Limits
+from ...limits import SCM_MAX_FD, TAKEOVER_FORMAT, TAKEOVER_TIMEOUT, Limits
 from ..fdstore.evidence import has_handed_over
 from ..renumber import Movable, renumber
 from ..saved_state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode, unpack
@@ -107,11 +107,10 @@ class Takeover:
             places = {number: self.stored[number] for number in numbers}
             renumber(places, [*movable, *self._movable, null])
 
-    def receive_rest(self, timeout: float, drop: Callable[[list[int]], None]) -> SavedRest:
+    def receive_rest(self, drop: Callable[[list[int]], None]) -> SavedRest:
         """Have the old daemon pause, and fetch what is left: all descriptors, above all.
 
         Args:
-            timeout: seconds that any step of it may take.
             drop: called with the numbers of what is stored no more, to give it up.
 
         Raises:
@@ -121,12 +120,12 @@ class Takeover:
         self.before_pausing()
         began = time.monotonic()
         try:
-            rest = self._receive_state(timeout)
+            rest = self._receive_state()
             drop(rest.removed)
             for number in rest.removed:
                 del self.stored[number]
             self._fill([fd.number for fd in rest.added])
-            self._receive_fds(len(self.stored) + rest.others, timeout)
+            self._receive_fds(len(self.stored) + rest.others)
         except TimeoutError:
             raise NoDaemon("the old daemon does not answer") from None
         except NoDaemon:
@@ -143,10 +142,10 @@ class Takeover:
         )
         return rest
 
-    def _receive_state(self, timeout: float) -> SavedRest:
+    def _receive_state(self) -> SavedRest:
         from ..connection.snapshot import SavedRest  # noqa: PLC0415 - Trio is there by now
 
-        said, passed, _ = self._old.ask(NEXT, timeout)
+        said, passed, _ = self._old.ask(NEXT)
         try:
             if said != MORE or len(passed) != 1:
                 raise NoDaemon("the old daemon exited before it had sent everything")
@@ -159,7 +158,7 @@ class Takeover:
         """What may get other numbers."""
         return [*self._fillers.values(), self._old, self.lifeline]
 
-    def _receive_fds(self, total: int, timeout: float) -> None:
+    def _receive_fds(self, total: int) -> None:
         """Receive all descriptors, those that are stored in their places.
 
         They come by ascending numbers, and the kernel gives each the lowest number that is free: so
@@ -173,7 +172,7 @@ class Takeover:
         while len(fds) < total:
             # No more than have to come: the old daemon expects CONFIRM after the last.
             more = min(_ASKED_AHEAD, -(-(total - len(fds)) // SCM_MAX_FD)) - asked
-            self._old.say(NEXT * more, timeout)
+            self._old.say(NEXT * more)
             said, chunk, dropped = self._old.hear()
             asked += more - 1
             fds += chunk
@@ -194,17 +193,14 @@ class Takeover:
         close_all(self._fillers.values())
         self._fillers.clear()
 
-    def confirm(self, timeout: float) -> None:
+    def confirm(self) -> None:
         """Everything is in its place: take over.
-
-        Args:
-            timeout: seconds that the old daemon has to let go.
 
         Raises:
             NoDaemon: it has kept everything, and goes on.
         """
         self.before_confirming()
-        self._old.let_go(timeout, self.journal)
+        self._old.let_go(self.journal)
         self.confirmed = True
         self.close()
 
@@ -224,7 +220,7 @@ class Takeover:
 
 
 class _Predecessor:
-    """The old daemon, while it hands over.
+    """The old daemon, while it hands over.  It has :data:`TAKEOVER_TIMEOUT` for each answer.
 
     Args:
         sock: the connection to it; owned from here on.
@@ -245,13 +241,13 @@ class _Predecessor:
             fd.move_to(number)
             self._sock = socket.socket(fileno=fd.detach())
 
-    def say(self, requests: bytes, timeout: float) -> None:
+    def say(self, requests: bytes) -> None:
         """Say something.
 
         Raises:
             TimeoutError: it does not read.
         """
-        self._sock.settimeout(timeout)
+        self._sock.settimeout(TAKEOVER_TIMEOUT)
         try:
             self._sock.sendall(requests)
         except ConnectionError:
@@ -272,23 +268,22 @@ class _Predecessor:
             raise NoDaemon("the old daemon cancelled the takeover and goes on")
         return answer
 
-    def ask(self, request: bytes, timeout: float) -> tuple[bytes, list[Fd], str]:
+    def ask(self, request: bytes) -> tuple[bytes, list[Fd], str]:
         """:meth:`say` and :meth:`hear`."""
-        self.say(request, timeout)
+        self.say(request)
         return self.hear()
 
-    def let_go(self, timeout: float, journal: Fd | None) -> None:
+    def let_go(self, journal: Fd | None) -> None:
         """Have it leave everything to us, and wait until it has.
 
         Args:
-            timeout: seconds that it has for that.
             journal: where it says so too, if it is started again when it dies.
 
         Raises:
             NoDaemon: it goes on.
         """
         try:
-            answer, _, _ = self.ask(CONFIRM, timeout)
+            answer, _, _ = self.ask(CONFIRM)
         except TimeoutError:
             # From here on it cannot say so any more; or it has at the last moment.
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -304,7 +299,7 @@ class _Predecessor:
                 self.hear()
             except TimeoutError:
                 pass
-        elif not has_handed_over(self.lifeline, journal, timeout):
+        elif not has_handed_over(self.lifeline, journal, TAKEOVER_TIMEOUT):
             raise NoDaemon(
                 "the old daemon did not confirm the takeover: it goes on, or its parent starts it "
                 "again with all it had"
@@ -318,7 +313,6 @@ class _Predecessor:
 
 def prepare(
     path: str | os.PathLike[str],
-    timeout: float,
     progress: Callable[[int, int], None],
     movable: Iterable[Movable] = (),
 ) -> Takeover:
@@ -326,7 +320,6 @@ def prepare(
 
     Args:
         path: its socket.
-        timeout: seconds that it may take to answer.
         progress: told how many descriptors have come, of how many, once they come.
         movable: descriptors that are open here and may get other numbers.
 
@@ -336,7 +329,7 @@ def prepare(
         ValueError: what it sends cannot be used here.
         MemoryError: this process is out of memory.
     """
-    with BlockingClient(path, timeout) as client:
+    with BlockingClient(path, TAKEOVER_TIMEOUT) as client:
         _, passed = client.request("takeover", {"format": TAKEOVER_FORMAT})
         if len(passed) != 2:
             close_all(passed)

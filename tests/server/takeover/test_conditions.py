@@ -435,7 +435,9 @@ def test_an_old_daemon_that_is_stopped(path: Path, start: Callable[..., Stepped]
     with BlockingClient(path, PATIENCE) as client:
         client.execute("add-fd", fds=[0])
         old.signal(signal.SIGSTOP)
-        newcomer = start("--takeover", patches={"qmpfd.cli.takeover.TAKEOVER_TIMEOUT": 0.3})
+        newcomer = start(
+            "--takeover", patches={"qmpfd.server.takeover.receiver.TAKEOVER_TIMEOUT": 0.3}
+        )
         assert newcomer.wait() == 3
         old.signal(signal.SIGCONT)
         assert newcomer.said.endswith(
