@@ -1,4 +1,4 @@
-"""Takeovers where something is different: the command line, the namespace, a name, what is full."""
+"""Takeovers with another command line, in another namespace, and with a lack of resources."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def stepper() -> Iterator[Stepper]:
 
 @pytest.fixture
 def start(path: Path, stepper: Stepper) -> Iterator[Callable[..., Stepped]]:
-    """Starts a daemon at *path*."""
+    """Return a function that starts a daemon at *path*."""
     started: list[Stepped] = []
 
     def start(*arguments: str, **options: Any) -> Stepped:
@@ -56,7 +56,7 @@ def start(path: Path, stepper: Stepper) -> Iterator[Callable[..., Stepped]]:
 
 @contextmanager
 def served(command: list[str], log: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A daemon as a process of its own, which ends with status 0."""
+    """Run a daemon process that must end with status 0."""
     with log.open("wb") as file, subprocess.Popen(command, stderr=file, **options) as process:
         try:
             until(lambda: b"listening" in log.read_bytes() or process.poll() is not None)
@@ -75,7 +75,7 @@ SERVE = [sys.executable, "-m", "qmpfd", "serve"]
 
 
 def test_replace(path: Path, start: Callable[..., Stepped]) -> None:
-    """One command line for the first start, and for each that comes."""
+    """--replace starts a daemon, or takes over from a running one: one command line for both."""
     first = start("--replace")
     with BlockingClient(path, PATIENCE) as client, Pipe() as pipe:
         client.execute("add-fd", {"opaque": "kept"}, [pipe])
@@ -113,7 +113,7 @@ def test_replace_and_supervise(path: Path, tmp_path: Path) -> None:
 def test_the_permissions_of_the_socket(
     path: Path, start: Callable[..., Stepped], options: tuple[str, ...], mode: int
 ) -> None:
-    """Those of the new command line, once it has taken over; a takeover that fails leaves them."""
+    """The successor sets the permissions of its command line; a failed takeover changes nothing."""
     old = start("--socket-mode", "640")
     inode = path.stat().st_ino
     where = {"restore.py": ["_restore_sessions"]}
@@ -127,7 +127,7 @@ def test_the_permissions_of_the_socket(
 
 
 def test_another_socket_whose_file_is_gone(path: Path, start: Callable[..., Stepped]) -> None:
-    """It is made anew, with the permissions of the new command line."""
+    """The successor binds the socket again, with the permissions of its command line."""
     other = path.with_name("other.sock")
     old = start("--socket", str(other))
     other.unlink()
@@ -140,7 +140,7 @@ def test_another_socket_whose_file_is_gone(path: Path, start: Callable[..., Step
 
 @pytest.mark.parametrize("supervised", [[], ["--supervise"]])
 def test_socket_files_that_were_renamed(path: Path, tmp_path: Path, supervised: list[str]) -> None:
-    """The newcomer serves at the paths of its command line, and removes the files there."""
+    """The successor serves at the paths of its command line, and removes those files at the end."""
     others = [path.with_name(name) for name in ("b", "c", "d")]
     with ExitStack() as stack:
         command = [*SERVE, "--socket", str(path), "--socket", str(others[0])]
@@ -178,7 +178,7 @@ def test_the_group_of_the_socket(path: Path, start: Callable[..., Stepped]) -> N
 
 @pytest.mark.parametrize("supervised", [[], ["--supervise"]])
 def test_abstract_sockets(path: Path, tmp_path: Path, supervised: list[str]) -> None:
-    """The same command line: whichever of its sockets is the first."""
+    """Abstract sockets of the same command line, in any order."""
     names = [str(path), f"@qmpfd-test-{os.getpid()}-{len(supervised)}"]
     command = [*SERVE, *supervised]
     with ExitStack() as stack:
@@ -198,13 +198,13 @@ def test_abstract_sockets(path: Path, tmp_path: Path, supervised: list[str]) -> 
                     assert len(other.execute("query-fdsets")) == 1
 
 
-# -- who it is ---------------------------------------------------------------------------------
+# -- processes and names -----------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a namespace of processes takes root")
 @pytest.mark.parametrize("inside", ["old", "new"])
 def test_another_pid_namespace(path: Path, tmp_path: Path, inside: str) -> None:
-    """No number of a process means anything to the other."""
+    """Process ids of one side are not valid on the other."""
     need_namespaces("--pid", "--fork")
     prefix = ["unshare", "--pid", "--fork", "--kill-child"]
     first, second = [*SERVE, "--socket", str(path)], [*SERVE, "--takeover", "--socket", str(path)]
@@ -237,7 +237,7 @@ def _answers(path: Path) -> bool:
 
 
 def test_a_socket_of_a_service_manager(path: Path, tmp_path: Path) -> None:
-    """It would start another daemon in the old one's place: so not by hand."""
+    """A takeover from a service is refused: its manager would start another daemon."""
     with socket.socket(socket.AF_UNIX) as listener, Fd(os.memfd_create("x")) as file:
         listener.bind(os.fspath(path))
         listener.listen()
@@ -277,11 +277,11 @@ def test_a_path_that_is_not_utf8(tmp_path: Path, supervised: list[str]) -> None:
     assert not path.exists()
 
 
-# -- what is full, in the way, or does not answer ----------------------------------------------
+# -- full tables, numbers in use, processes that hang ------------------------------------------
 
 
 def test_the_same_limit_is_enough(path: Path, start: Callable[..., Stepped]) -> None:
-    """With the table as full as it gets."""
+    """A full table: the successor needs no higher RLIMIT_NOFILE than the predecessor."""
     most = 400
     old = start(most_files=most)
     with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
@@ -300,7 +300,7 @@ def test_the_same_limit_is_enough(path: Path, start: Callable[..., Stepped]) -> 
 
 
 def test_a_number_that_cannot_be_had(path: Path, start: Callable[..., Stepped]) -> None:
-    """It is beyond the newcomer's limit: that costs the descriptor its number, and nothing else."""
+    """A number beyond the successor's RLIMIT_NOFILE: the descriptor gets another number."""
     old = start()
     with BlockingClient(path, PATIENCE) as client:
         for number in range(20):
@@ -322,7 +322,7 @@ def test_a_number_that_cannot_be_had(path: Path, start: Callable[..., Stepped]) 
 
 
 def test_a_number_that_an_inherited_descriptor_has(path: Path, tmp_path: Path) -> None:
-    """That goes elsewhere."""
+    """An inherited descriptor at a stored descriptor's number is moved aside."""
     command = [*SERVE, "--socket", str(path)]
     with ExitStack() as stack:
         old = stack.enter_context(served(command, tmp_path / "old.log"))
@@ -341,9 +341,9 @@ def test_a_number_that_an_inherited_descriptor_has(path: Path, tmp_path: Path) -
 
 
 def test_what_is_stored_and_removed_meanwhile(path: Path, start: Callable[..., Stepped]) -> None:
-    """While the newcomer gets ready: all of it is there, under its own number."""
+    """Descriptors added and removed while the successor prepares: all have their numbers."""
     first = start()
-    old = start("--takeover")  # has low numbers free, where a newcomer's connections come
+    old = start("--takeover")  # leaves low numbers free, which a successor's connections get
     assert first.wait() == 0
     with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
         made = [stack.enter_context(Pipe()) for _ in range(40)]
@@ -378,14 +378,14 @@ def test_what_is_stored_and_removed_meanwhile(path: Path, start: Callable[..., S
 
 @pytest.mark.parametrize("which", [1, 2])
 def test_no_memory_for_the_state(path: Path, start: Callable[..., Stepped], which: int) -> None:
-    """The old daemon says so and goes on: RLIMIT_FSIZE is about a memfd too."""
+    """RLIMIT_FSIZE limits the memfd of the state: the predecessor logs that, and serves on."""
     old = start()
     with BlockingClient(path, PATIENCE) as client:
         for number in range(20):
             client.execute("add-fd", {"opaque": f"{number}" * 100}, [0])
         _, hard = resource.prlimit(old.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(old.pid, resource.RLIMIT_FSIZE, (500 if which == 1 else 6000, hard))
-        if which == 2:  # what is added then goes over in the second part, and is too much for it
+        if which == 2:  # later additions go into the second part, which gets too large
             where = {"takeover/receiver.py": ["receive_rest"]}
             newcomer = start("--takeover", where=where, step=1, number=signal.SIGSTOP)
             assert newcomer.place or newcomer.poll() is not None
@@ -404,7 +404,7 @@ def test_no_memory_for_the_state(path: Path, start: Callable[..., Stepped], whic
 
 
 def test_no_memory_at_all(path: Path, start: Callable[..., Stepped]) -> None:
-    """Either side that has none says so in one line, and the old daemon goes on."""
+    """Without memory on either side, one line is logged, and the predecessor serves on."""
     old = start()
     with BlockingClient(path, PATIENCE) as client:
         for number in range(20):
@@ -430,7 +430,7 @@ def test_no_memory_at_all(path: Path, start: Callable[..., Stepped]) -> None:
 
 
 def test_an_old_daemon_that_is_stopped(path: Path, start: Callable[..., Stepped]) -> None:
-    """The newcomer gives up in one line, and the old daemon serves once it goes on."""
+    """The successor gives up with one line; the predecessor serves when it continues."""
     old = start()
     with BlockingClient(path, PATIENCE) as client:
         client.execute("add-fd", fds=[0])
@@ -448,7 +448,7 @@ def test_an_old_daemon_that_is_stopped(path: Path, start: Callable[..., Stepped]
 
 
 def test_a_parent_that_is_stopped(path: Path, tmp_path: Path) -> None:
-    """A change that it has not acknowledged does not hold the takeover up; its reply comes."""
+    """A change without acknowledgement does not delay the takeover; its reply is sent later."""
     command = [*SERVE, "--supervise", "--socket", str(path)]
     with ExitStack() as stack:
         old = stack.enter_context(served(command, tmp_path / "old.log"))
@@ -472,8 +472,8 @@ def test_a_parent_that_is_stopped(path: Path, tmp_path: Path) -> None:
 def test_a_supervised_newcomer_whose_worker_is_killed(
     path: Path, tmp_path: Path, start: Callable[..., Stepped]
 ) -> None:
-    """Before the old daemon has let go: that goes on, the newcomer's parent closes what it has, and
-    its next worker takes over, with the descriptor of its own command line.
+    """The worker is killed before the commit: the predecessor serves on, the successor's parent
+    closes its descriptors, and its next worker takes over, with the descriptor of --add-fd.
     """
     old = start(where={"takeover/sender.py": ["_let_go"]}, step=1, number=signal.SIGSTOP)
     with ExitStack() as stack:
@@ -498,7 +498,7 @@ def test_a_supervised_newcomer_whose_worker_is_killed(
         until(lambda: b"was killed" in log.read_bytes())
         old.signal(signal.SIGCONT)
         client.execute("remove-fd", {"fdset-id": 0})
-        assert not pipe.held()  # by the newcomer's parent, either
+        assert not pipe.held()  # the successor's parent has closed it too
         until(lambda: "this daemon goes on" in old.said)
         until(lambda: b"took over" in log.read_bytes())
         assert old.wait() == 0
@@ -516,7 +516,7 @@ def test_a_supervised_newcomer_whose_worker_is_killed(
 def test_what_a_parent_keeps_is_written_down_before_the_pause(
     path: Path, tmp_path: Path, start: Callable[..., Stepped]
 ) -> None:
-    """The journal says all of it while the old daemon still serves, and what changes after that."""
+    """The successor's journal is written while the predecessor serves; later changes follow."""
     where = {"takeover/sender.py": ["_hand_over_paused"]}
     old = start(where=where, step=1, number=signal.SIGSTOP)
     with BlockingClient(path, PATIENCE) as client, Fd(os.memfd_create("x")) as file:
@@ -550,7 +550,7 @@ def test_what_a_parent_keeps_is_written_down_before_the_pause(
 def test_a_supervised_newcomer_that_cannot_have_all(
     path: Path, start: Callable[..., Stepped], limit: str, status: int, reason: str
 ) -> None:
-    """It says so in one line, before its parent has got anything."""
+    """The successor fails with one line before its parent has stored any descriptor."""
     old = start()
     with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
         pipe = stack.enter_context(Pipe())
@@ -570,7 +570,7 @@ def test_a_supervised_newcomer_that_cannot_have_all(
 
 
 def journals(pid: int) -> Iterator[bytes]:
-    """What is in the journals of a process."""
+    """Yield the contents of a process's journals."""
     for each in Path(f"/proc/{pid}/fd").iterdir():
         if "memfd:qmpfd-journal" in os.readlink(each):
             yield each.read_bytes()
@@ -590,7 +590,7 @@ def journals(pid: int) -> Iterator[bytes]:
 def test_one_that_is_interrupted(
     path: Path, start: Callable[..., Stepped], where: dict[str, list[str]]
 ) -> None:
-    """SIGINT, at whatever line: one line at most, and the old daemon goes on."""
+    """SIGINT at any line of the successor: one line at most, and the predecessor serves on."""
     old = start()
     with BlockingClient(path, PATIENCE) as client:
         client.execute("add-fd", {}, [0])
@@ -605,7 +605,7 @@ def test_one_that_is_interrupted(
 
 # -- formats -----------------------------------------------------------------------------------
 
-#: What format 1 is: from here on, every version reads it.
+#: A state of format 1, which every version must read.
 FORMAT_1 = (
     1,
     {
@@ -658,7 +658,7 @@ def test_format_1_is_read() -> None:
     assert isinstance(state, SavedState)
     assert state.stored_numbers == [9]
     rest = msgspec.msgpack.decode(msgspec.msgpack.encode(REST_1), type=SavedRest)
-    # And is what is written: a member that came in would have to have a default.
+    # The encoding is unchanged: a new member would need a default.
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(rest)) == REST_1
 
 

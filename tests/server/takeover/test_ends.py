@@ -1,4 +1,4 @@
-"""Takeovers that are refused, or told to end halfway."""
+"""Takeovers that are refused, or interrupted by signals."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def daemon(stepper: Stepper, path: Path, *arguments: str, **options: Any) -> Ite
 
 
 class Newcomer:
-    """Plays one, by hand."""
+    """Fake successor."""
 
     def __init__(self, path: Path) -> None:
         with BlockingClient(path, PATIENCE) as client:
@@ -72,7 +72,7 @@ class Newcomer:
         self.sock.settimeout(PATIENCE)
 
     def more(self) -> bytes:
-        """Ask for more descriptors; what was said."""
+        """Request more descriptors; return the predecessor's answer."""
         self.sock.sendall(b"n")
         said, fds, _ = receive(self.sock, 1)
         self.passed += fds
@@ -102,7 +102,7 @@ END = [signal.SIGTERM, signal.SIGINT]
 def test_the_old_one_is_told_to_end(
     path: Path, stepper: Stepper, asked: int, number: signal.Signals
 ) -> None:
-    """The newcomer does not go on, so it ends as ever, in time: what was asked is answered."""
+    """SIGTERM while the successor hangs: the predecessor answers requests, and ends in time."""
     patches = {"qmpfd.server.takeover.sender.SCM_MAX_FD": 2}
     with pipes(5) as made:
         with (
@@ -131,7 +131,7 @@ def test_the_old_one_is_told_to_end(
 def test_a_newcomer_finishes_though_the_old_one_is_told_to_end(
     path: Path, stepper: Stepper, told_twice: bool
 ) -> None:
-    """It would end anyway.  Told twice, it ends at once, and the newcomer says so."""
+    """SIGTERM to the predecessor does not stop the takeover; a second SIGTERM does."""
     with pipes(3) as made:
         with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client:
             fill(client, made)
@@ -168,7 +168,7 @@ def test_a_newcomer_finishes_though_the_old_one_is_told_to_end(
 def test_the_newcomer_is_told_to_end(
     path: Path, stepper: Stepper, step: int, number: signal.Signals
 ) -> None:
-    """Until it has begun, as by SIGKILL."""
+    """A signal before the successor serves ends it, as SIGKILL would."""
     with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client, pipes(3) as made:
         fill(client, made)
         with daemon(
@@ -189,7 +189,7 @@ def test_the_newcomer_is_told_to_end(
 
 
 def test_hangups_during_a_takeover(path: Path, stepper: Stepper) -> None:
-    """SIGHUP reloads the policy, before and after."""
+    """SIGHUP during and after a takeover reloads the policy."""
     with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client, pipes(3) as made:
         fill(client, made)
         with Newcomer(path) as newcomer:
@@ -225,7 +225,7 @@ def test_a_client_that_never_takes_its_last_reply(path: Path, stepper: Stepper) 
 
 
 def test_a_client_that_floods(path: Path, stepper: Stepper) -> None:
-    """It asks and asks, and reads all answers: it does not keep the daemon from ending."""
+    """A client that sends requests without end, and reads all replies, does not delay the end."""
     with daemon(stepper, path, "--drain-timeout", "0.5") as old:
         with BlockingClient(path, PATIENCE) as client:
             sock = client.detach()
@@ -262,8 +262,8 @@ def test_a_client_that_floods(path: Path, stepper: Stepper) -> None:
 
 
 def old_to_the_end(listener: socket.socket, path: Path, pipe: Pipe) -> bytes:
-    """Play an old daemon that has stored *pipe*, up to the newcomer's last word; then give up, and
-    wait until it has gone: that word.
+    """Run a fake predecessor that has stored *pipe*, and that aborts after the successor's last
+    message; return that message when the successor has disconnected.
     """
     at = path.stat()
     file = SavedListener(os.fsencode(path), (at.st_dev, at.st_ino))
@@ -300,7 +300,7 @@ def old_to_the_end(listener: socket.socket, path: Path, pipe: Pipe) -> bytes:
 
 @pytest.mark.parametrize("options", [(), ("--supervise",)], ids=["alone", "supervised"])
 def test_a_newcomer_that_is_refused_at_last(path: Path, options: tuple[str, ...]) -> None:
-    """Once it has closed the connection nobody has a duplicate, its parent neither."""
+    """When the successor has disconnected, neither it nor its parent has a duplicate."""
     with socket.socket(socket.AF_UNIX) as listener, Pipe() as pipe:
         listener.bind(str(path))
         listener.listen()
@@ -337,7 +337,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("state", UNREADABLE.values(), ids=UNREADABLE)
 def test_a_state_that_is_not_understood(path: Path, stepper: Stepper, state: object) -> None:
-    """The newcomer says so in one line, and closes the connection without a word."""
+    """The successor fails with one line, and closes the connection."""
     heard: list[bytes] = []
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -372,7 +372,7 @@ def test_what_is_encoded_can_be_decoded() -> None:
 
 
 def test_broken_bytes() -> None:
-    """Whatever has become of the bytes, they are a state or a ValueError."""
+    """Decoding broken bytes gives a state or raises ValueError."""
     saved = SavedFd("", 0, 7, "\N{SNOWMAN}", (1, 2, 3), 0.5, 3.0, watch_hangup=True, owner=2)
     whole = encode(SavedState(1.5, [saved] * 2, [SavedListener(b"/run/q\xff", (1, 2))], "a", "b"))
     rng = random.Random(1)
@@ -405,7 +405,7 @@ NEWER = dict.fromkeys(
 
 
 def test_a_newer_daemon_takes_over_from_an_older_one(path: Path, stepper: Stepper) -> None:
-    """And not the other way round: the older one is told at once, before anybody has to wait."""
+    """An older daemon that takes over from a newer one is refused at once, before the pause."""
     with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client, pipes(1) as made:
         fill(client, made)
         with daemon(stepper, path, "--takeover", patches=NEWER) as newer:
@@ -420,7 +420,7 @@ def test_a_newer_daemon_takes_over_from_an_older_one(path: Path, stepper: Steppe
             assert len(client.execute("query-fdsets")) == 1
 
 
-# -- what else is refused ----------------------------------------------------------------------
+# -- other refusals ----------------------------------------------------------------------------
 
 
 def test_too_few_descriptors(path: Path, stepper: Stepper) -> None:
@@ -437,7 +437,7 @@ def test_too_few_descriptors(path: Path, stepper: Stepper) -> None:
 
 
 def test_another_socket_that_cannot_be_had(path: Path, stepper: Stepper) -> None:
-    """The old daemon's own socket file stays."""
+    """A second socket that is in use: the takeover fails, and the socket file stays."""
     with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client:
         with daemon(stepper, path, "--socket", "/nonexistent/q.sock", "--takeover") as newcomer:
             assert newcomer.wait() == 2
@@ -451,7 +451,7 @@ def test_another_socket_that_cannot_be_had(path: Path, stepper: Stepper) -> None
 
 
 def test_one_that_asks_while_another_takes_over(path: Path, stepper: Stepper) -> None:
-    """Both in the same moment: one of them is told at once; the other has it."""
+    """Of two simultaneous takeovers, one is refused at once."""
     patches = {"qmpfd.server.takeover.sender.TAKEOVER_TIMEOUT": 0.3}
     with (
         daemon(stepper, path, patches=patches) as old,
@@ -474,7 +474,7 @@ def test_one_that_asks_while_another_takes_over(path: Path, stepper: Stepper) ->
                 data, fds, _ = receive(sock, 1000)
                 close_all(fds)
                 told.append(data)
-        # The second may have been left unread, and asked again once the first was gone.
+        # The second may have been read only after the first had disconnected.
         assert b'"return"' in told[0] + told[1]
         assert all(b'"return"' in data or b"is being taken over" in data for data in told)
         assert client.execute("query-name") == {}

@@ -1,4 +1,4 @@
-"""A takeover in which either side is killed, or hangs, at any line of its source."""
+"""Either side of a takeover is killed, or hangs, at any line of its source."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qmpfd.client.blocking import BlockingClient, NoDaemon
 PATIENCE = 20.0
 ALL_STEPS = os.environ.get("QMPFD_ALL_STEPS") == "1"
 
-#: What a newcomer does, and what the old daemon does.
+#: Functions of the successor, and of the predecessor, whose lines are counted.
 NEWCOMER = {
     "takeover/receiver.py": (
         "prepare",
@@ -44,9 +44,9 @@ OLD = {
     "connection/session.py": ("reply_to_takeover",),
     "connection/snapshot.py": ("describe",),
 }
-#: Several messages for a few descriptors.
+#: Few descriptors in a message: several messages.
 SMALL = {"qmpfd.server.takeover.sender.SCM_MAX_FD": 3}
-#: Who hangs is given up sooner.
+#: And a short timeout for a side that hangs.
 IMPATIENT = {**SMALL, "qmpfd.server.takeover.sender.TAKEOVER_TIMEOUT": 0.3}
 
 
@@ -57,7 +57,7 @@ def stepper() -> Iterator[Stepper]:
 
 
 def steps(stride: int, offset: int = 1) -> Iterator[int]:
-    """Which lines: some of them, and other ones for each *offset*, unless all are asked for."""
+    """Yield the lines to test: every *stride*-th from *offset* on, or all with ALL_STEPS."""
     step = 1 if ALL_STEPS else offset
     while True:
         yield step
@@ -65,12 +65,12 @@ def steps(stride: int, offset: int = 1) -> Iterator[int]:
 
 
 class World:
-    """A daemon with all that there is to be lost, and clients that look for it.
+    """A daemon with all kinds of state, and clients that check it.
 
     Args:
-        folder: for its socket and logs.
-        stepper: what starts daemons.
-        options: how the old one is started.
+        folder: folder for socket and logs.
+        stepper: starts the daemons.
+        options: arguments of ``stepper.start`` for the predecessor.
     """
 
     def __init__(self, folder: Path, stepper: Stepper, **options: Any) -> None:
@@ -114,7 +114,7 @@ class World:
         return newcomer
 
     def check(self) -> None:
-        """Everything is there, on every connection, and works; and then nothing is there."""
+        """Check all state on every connection; remove all, and check that nothing is left."""
         assert self.listing() == self.before
         with BlockingClient(self.path, PATIENCE) as other:
             other.execute("remove-fd", {"fdset-id": 1})
@@ -133,7 +133,7 @@ class World:
         assert not any(pipe.held() for pipe in self.pipes)
 
     def is_lost(self) -> bool:
-        """Whether all descriptors are closed: nobody serves any more."""
+        """Return whether all descriptors are closed: no daemon serves."""
         return not any(pipe.held() for pipe in self.pipes)
 
     def __enter__(self) -> World:
@@ -153,13 +153,13 @@ def world(folder: Path, stepper: Stepper, **options: Any) -> Iterator[World]:
 
 
 def test_the_newcomer_is_killed(tmp_path: Path, stepper: Stepper) -> None:
-    """The old daemon goes on at once with everything, until it has let go of it."""
+    """The predecessor serves on at once with everything, unless it has handed over."""
     survived = lost = 0
     for step in steps(9):
         with world(tmp_path, stepper, patches=SMALL) as here:
             newcomer = here.newcomer(where=NEWCOMER, step=step)
             newcomer.until("listening")
-            if newcomer.poll() != -signal.SIGKILL:  # that many lines there are not
+            if newcomer.poll() != -signal.SIGKILL:  # fewer lines than that were executed
                 assert here.old.wait() == 0
                 here.check()
                 break
@@ -167,18 +167,18 @@ def test_the_newcomer_is_killed(tmp_path: Path, stepper: Stepper) -> None:
                 here.check()
                 survived += 1
             except NoDaemon:
-                # The window: DONE is said, and it was not heard yet or not acted on.
+                # The window between the predecessor's commit and the successor's next action.
                 assert re.search(r" (let_go|say|hear|ask)$", newcomer.place)
                 assert here.old.wait() == 0
                 assert here.is_lost()
-                here.path.unlink()  # nobody is left to do so
+                here.path.unlink()  # no process is left that would
                 lost += 1
     assert survived > 5
     assert lost < survived
 
 
 def test_the_old_one_is_killed(tmp_path: Path, stepper: Stepper) -> None:
-    """The newcomer goes on if it has everything; if it has not, it says so."""
+    """The successor serves if it has received everything; else it fails with a message."""
     saved = lost = 0
     for step in steps(11, 2):
         with world(tmp_path, stepper, where=OLD, step=step, patches=SMALL) as here:
@@ -190,7 +190,7 @@ def test_the_old_one_is_killed(tmp_path: Path, stepper: Stepper) -> None:
                     break
                 saved += 1
             else:
-                assert "fetched" not in newcomer.said  # which it says once everything is here
+                assert "fetched" not in newcomer.said  # logged when everything has been received
                 assert here.old.wait() == -signal.SIGKILL
                 assert here.old.place.rpartition(" ")[2] != "leave"
                 assert newcomer.poll() == 3, newcomer.said
@@ -203,7 +203,7 @@ def test_the_old_one_is_killed(tmp_path: Path, stepper: Stepper) -> None:
 
 
 def has_gone(old: Stepped) -> bool:
-    """Whether the old daemon has let go, once it can be told."""
+    """Wait until the predecessor's outcome is certain; return whether it has handed over."""
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline and "this daemon goes on" not in old.said:
         if "has taken over" in old.said:
@@ -213,7 +213,7 @@ def has_gone(old: Stepped) -> bool:
 
 
 def test_the_newcomer_hangs(tmp_path: Path, stepper: Stepper) -> None:
-    """The old daemon goes on after a time; and when the newcomer wakes up, it does not serve."""
+    """The predecessor serves on after a timeout; the successor, when it continues, does not."""
     resumed = 0
     for step in steps(25, 3):
         with world(tmp_path, stepper, patches=IMPATIENT) as here:

@@ -1,4 +1,4 @@
-"""Takeovers under load: clients that do as much as they can, and check each answer, see nothing."""
+"""Takeovers under load: busy clients that check each reply notice nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stepper() -> Iterator[Stepper]:
 
 
 class Load:
-    """Clients, each in a thread, until told to stop; and what the daemon must have said by then.
+    """Client threads, and the expected results of their work.
 
     Args:
         path: the daemon's socket.
@@ -47,14 +47,14 @@ class Load:
         self.longest = 0.0
 
     def start(self, name: str, work: Callable[[str], None]) -> None:
-        """Do *work* over and over."""
+        """Repeat *work* in a thread until the end."""
 
         def run() -> None:
             try:
                 while not self._over.is_set():
                     work(name)
                     self.rounds[name] += 1
-            except Exception as exc:  # noqa: BLE001 - told by the test
+            except Exception as exc:  # noqa: BLE001 - raised by the test
                 self.failures.append(exc)
 
         self._threads.append(threading.Thread(target=run, name=name))
@@ -67,7 +67,7 @@ class Load:
             assert not thread.is_alive()
 
     def holder(self, steady: BlockingClient) -> Callable[[str], None]:
-        """Adds a pipe and a file, has both handed out to another client, removes them."""
+        """Return work: add a pipe and a file, open both from another client, remove them."""
 
         def work(name: str) -> None:
             with Pipe() as pipe, Fd(os.memfd_create(name)) as file:
@@ -91,12 +91,12 @@ class Load:
                     other.release()
                     assert added["fdset-id"] == info["fdset-id"]
                     steady.execute("remove-fd", {"fdset-id": info["fdset-id"]})
-                    assert not other.held()  # by nobody, old or new
+                    assert not other.held()  # closed by predecessor and successor
 
         return work
 
     def pipeliner(self, sock: socket.socket) -> Callable[[str], None]:
-        """Has many requests under way: each is answered once, and in order."""
+        """Return work that pipelines requests: each is answered once, in order."""
         lines = sock.makefile("rb")
         asked = 0
 
@@ -113,7 +113,7 @@ class Load:
         return work
 
     def comer(self, name: str) -> None:
-        """Connects, asks half a question, goes; or leaves at once."""
+        """Connect, perhaps send half a request, and disconnect."""
         BlockingClient(self._path, PATIENCE).close()
         with BlockingClient(self._path, PATIENCE) as passing, Pipe() as pipe:
             passing.execute("add-fds", {"lifetime": "connection", "opaque": name}, [pipe])
@@ -132,7 +132,7 @@ def newcomer(stepper: Stepper, path: Path, number: int) -> Stepped:
 
 
 def kill_one(stepper: Stepper, path: Path, step: int) -> None:
-    """A newcomer that dies before it has confirmed: nobody notices it either."""
+    """Kill a successor before its commit: clients must not notice that either."""
     killed = stepper.start(
         ["serve", "--socket", str(path), "--takeover"],
         path.with_suffix(".killed.log"),
@@ -175,13 +175,13 @@ def test_under_load(path: Path, stepper: Stepper) -> None:
             load.stop()
             assert not load.failures
             assert set(load.rounds) == {*holders, "pipeliner", "comer", "watcher"}
-            # Once the daemon has seen that the last comer is gone, whose descriptor goes with it.
+            # When the daemon has read the end of the last comer, its descriptor is closed.
             until(lambda: keeper.execute("query-fdsets") == before)
             kept.release()
             keeper.execute("remove-fd", {"fdset-id": 0})
             assert not kept.held()
             events.until("kept", 199)
-            # Each event once: of a holder's round there are three, of a comer's one.
+            # Each event came once: a holder's round has three, a comer's one.
             for name in holders:
                 assert events.seen["FD_ADDED", name] == 3 * load.rounds[name]
                 assert events.seen["FD_REMOVED", name] == 3 * load.rounds[name]
@@ -205,13 +205,13 @@ MANY = 10_000
     resource.getrlimit(resource.RLIMIT_NOFILE)[1] < MANY + 1000, reason="needs as many open files"
 )
 def test_many_descriptors_and_connections(path: Path, stepper: Stepper) -> None:
-    """Each has its number and is the file that it was, and each connection goes on."""
+    """Every descriptor keeps its number and file; every connection continues."""
     old = newcomer(stepper, path, 0)
     with Pipe() as pipe, ExitStack() as stack, BlockingClient(path, PATIENCE) as client:
         kinds: list[FileDescriptorLike] = [0, 1, pipe]
         for number in range(MANY // 250):
             client.execute("add-fds", {"opaque": f"{number}"}, [kinds[number % 3]] * 250)
-        for number in range(3, MANY // 250, 7):  # numbers with holes in them
+        for number in range(3, MANY // 250, 7):  # leave gaps in the numbers
             client.execute("remove-fd", {"fdset-id": number})
         others = [stack.enter_context(BlockingClient(path, PATIENCE)) for _ in range(300)]
 
@@ -235,27 +235,27 @@ def test_many_descriptors_and_connections(path: Path, stepper: Stepper) -> None:
 
 
 class Watched:
-    """What a watcher was told: how often of each event and opaque text."""
+    """Counts a watcher's events by name and opaque text."""
 
     def __init__(self, client: BlockingClient) -> None:
         self._client = client
         self.seen: Counter[tuple[str, str]] = Counter()
 
     def take(self, name: str) -> None:
-        """Count what has come; of what was lost nothing is known."""
+        """Count the events received; FDS_LOST stands for unknown ones."""
         for event in self._client.take_events():
             assert event.name != "FD_EVENTS_LOST"
             self.seen[event.name, event.data["opaque"]] += 1
         threading.Event().wait(0.001)
 
     def until(self, opaque: str, count: int) -> None:
-        """Take until so many were removed with that text, which are the last ones."""
+        """Count events until *count* removals with the text *opaque* have come, the last ones."""
         while self.seen["FD_REMOVED", opaque] < count:
             self.take("")
 
 
 def told(client: BlockingClient, expected: int) -> tuple[list[Any], int]:
-    """All events that a slow watcher is told in the end, and how many were lost."""
+    """Return all events that a slow watcher receives, and the number of lost ones."""
     numbers, lost = [], 0
     for event in client.events():
         if event.name == "FD_EVENTS_LOST":
@@ -269,7 +269,7 @@ def told(client: BlockingClient, expected: int) -> tuple[list[Any], int]:
 
 @pytest.mark.parametrize("given_up", [False, True])
 def test_a_watcher_that_is_slow(path: Path, stepper: Stepper, given_up: bool) -> None:
-    """What waits for it comes once, whether the newcomer takes over or gives up."""
+    """Queued events arrive once, whether the takeover succeeds or fails."""
     old = newcomer(stepper, path, 0)
     made = 3000
     with BlockingClient(path, PATIENCE) as watcher, BlockingClient(path, PATIENCE) as client:

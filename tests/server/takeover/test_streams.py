@@ -1,7 +1,7 @@
-"""Takeovers while clients have long listings, events and pipelined requests under way.
+"""Takeovers while clients have unread listings, events and pipelined requests.
 
-Whatever they have not read yet is not made for the takeover's sake: neither daemon needs memory for
-it, nobody waits for it, and all of it comes, whole, from the successor.
+Unread replies are not encoded for the takeover: neither daemon needs memory for them, no client
+waits for them, and the successor sends them completely.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def stepper() -> Iterator[Stepper]:
 
 @pytest.fixture
 def daemons(path: Path, stepper: Stepper) -> Iterator[Callable[..., Stepped]]:
-    """Starts a daemon; each but the first takes over from the one before."""
+    """Return a function that starts a daemon; each but the first takes over from the last."""
     started: list[Stepped] = []
 
     def start(*options: str) -> Stepped:
@@ -60,7 +60,7 @@ def daemons(path: Path, stepper: Stepper) -> Iterator[Callable[..., Stepped]]:
 
 
 class Reader:
-    """A client that asks, and reads when it is told to."""
+    """A client that sends requests, and reads replies only when told."""
 
     def __init__(self, path: Path, *requests: bytes) -> None:
         with BlockingClient(path, PATIENCE) as client:
@@ -71,17 +71,17 @@ class Reader:
         self._lines = self.sock.makefile("rb")
 
     def begin(self) -> None:
-        """Wait until something has come."""
+        """Wait until the first data has come."""
         assert self.sock.recv(1, socket.MSG_PEEK) == b"{"
 
     def raw(self) -> bytes:
-        """The next reply or event, which is whole."""
+        """Return the next reply or event as bytes."""
         line = self._lines.readline()
         assert line.endswith(b"\r\n"), line[-100:]
         return line
 
     def line(self) -> Any:
-        """The same, as a value."""
+        """Return the next reply or event as a value."""
         return json.loads(self.raw())
 
     def __enter__(self) -> Reader:
@@ -93,7 +93,7 @@ class Reader:
 
 
 def end(daemon: Stepped) -> int:
-    """End it; how much memory it had at most, in MiB."""
+    """End a daemon; return its peak memory in MiB."""
     daemon.end()
     return daemon.peak
 
@@ -104,8 +104,8 @@ FDSETS = request("query-fdsets", id="listing")
 
 @pytest.mark.parametrize("asked", [LISTING, FDSETS])
 def test_long_listings(path: Path, daemons: Callable[..., Stepped], asked: bytes) -> None:
-    """Thirty of ten megabytes, of which nobody has read anything."""
-    patient = partial(daemons, "--write-timeout", "600")  # on a busy machine, all this takes long
+    """Thirty unread listings of ten megabytes each."""
+    patient = partial(daemons, "--write-timeout", "600")  # a busy machine takes long for this
     first = patient()
     with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
         for number in range(40):
@@ -132,7 +132,7 @@ def test_long_listings(path: Path, daemons: Callable[..., Stepped], asked: bytes
 
 
 def test_a_text_that_many_are_in_the_middle_of(path: Path, daemons: Callable[..., Stepped]) -> None:
-    """It goes over once."""
+    """A long text in many unread replies goes over once."""
     first = daemons()
     text = "\N{SNOWMAN}" * 300_000
     with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
@@ -148,7 +148,7 @@ def test_a_text_that_many_are_in_the_middle_of(path: Path, daemons: Callable[...
 
 
 def test_what_a_long_removal_has_removed(path: Path, daemons: Callable[..., Stepped]) -> None:
-    """It is no listing, but as long, and nobody has read any of it."""
+    """A long unread reply to remove-fd, which is no listing."""
     daemons()
     with BlockingClient(path, PATIENCE) as client:
         for number in range(20):
@@ -163,7 +163,7 @@ def test_what_a_long_removal_has_removed(path: Path, daemons: Callable[..., Step
 
 
 def test_what_is_pipelined_behind_a_listing(path: Path, daemons: Callable[..., Stepped]) -> None:
-    """Requests, some with descriptors, broken ones and a text that is not complete."""
+    """Pipelined requests with descriptors, invalid ones, and an incomplete one."""
     daemons()
     deep = b'{"execute": "query-name", "id": ' + b"[" * 1000 + b"]" * 1000 + b"}"
     with BlockingClient(path, PATIENCE) as client, Pipe() as pipe:
@@ -204,7 +204,7 @@ def test_what_is_pipelined_behind_a_listing(path: Path, daemons: Callable[..., S
 
 
 def test_many_who_may_only_query(path: Path, daemons: Callable[..., Stepped]) -> None:
-    """Two hundred with a row of listings each: a takeover is possible, and nobody is held up."""
+    """200 clients with 20 unread listings each do not prevent a takeover or delay others."""
     first = daemons()
     with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
         for number in range(20):
@@ -215,15 +215,14 @@ def test_many_who_may_only_query(path: Path, daemons: Callable[..., Stepped]) ->
         began = monotonic()
         second = daemons()
         assert monotonic() - began < 10
-        # Most of them take nothing, so that the bound on unsent replies cuts them off as ever; who
-        # asks is answered.
+        # The limit on unsent replies disconnects most of them; other clients are answered.
         assert client.execute("query-name") == {}
         assert len(client.execute("query-fdsets")) == 20
     assert max(first.peak, end(second)) < 200
 
 
 def test_silent_watchers(path: Path, daemons: Callable[..., Stepped]) -> None:
-    """Three hundred: of what waits for them there is one copy, and each reads all of it."""
+    """300 watchers that do not read share one copy of the events; each gets all of them."""
     first = daemons()
     watch = request("watch-fdsets", {"enable": True})
     with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:
@@ -242,8 +241,8 @@ def test_silent_watchers(path: Path, daemons: Callable[..., Stepped]) -> None:
 
 
 def test_a_newcomer_that_takes_its_time(path: Path, stepper: Stepper) -> None:
-    """What was stored before a listing was asked for is in it: ages count from when they were told,
-    not from when the newcomer comes to them.
+    """A listing has the descriptors stored before its request, with their ages at that time, also
+    if the successor sends it later.
     """
     old = stepper.start(["serve", "--socket", str(path)], path.with_suffix(".old.log"))
     old.until("listening")
@@ -277,7 +276,7 @@ def test_a_newcomer_that_takes_its_time(path: Path, stepper: Stepper) -> None:
 
 
 def test_a_newcomer_that_gives_up(path: Path, daemons: Callable[..., Stepped]) -> None:
-    """Listings and events go on where they were, in the old daemon."""
+    """After a failed takeover, the predecessor continues listings and events."""
     old = daemons()
     watch = request("watch-fdsets", {"enable": True})
     with BlockingClient(path, PATIENCE) as client:
@@ -303,7 +302,7 @@ def test_a_newcomer_that_gives_up(path: Path, daemons: Callable[..., Stepped]) -
 
 
 def unread(sock: socket.socket) -> bytes:
-    """All that has come."""
+    """Return all bytes that the socket holds."""
     came = b""
     try:
         while data := sock.recv(1 << 20):
@@ -314,8 +313,8 @@ def unread(sock: socket.socket) -> bytes:
 
 
 async def paused_while_read(path: Path, watcher: Wire) -> bytes:
-    """Have the daemon of this loop pause, in the pass in which the watcher has read all that it had
-    been sent; then give up.  What a successor would send the watcher from there on.
+    """Pause the daemon of this event loop in the same pass in which the watcher reads all its
+    events, then resume it; return what a successor would send to the watcher.
     """
     newcomer = await Wire.session(path)
     newcomer.send(request("takeover", {"format": TAKEOVER_FORMAT}))
@@ -335,11 +334,11 @@ async def paused_while_read(path: Path, watcher: Wire) -> bytes:
 
 
 async def test_a_watcher_that_reads_as_the_daemon_pauses(path: Path) -> None:
-    """What it was sent in the same pass of the loop is not sent by the successor again."""
+    """Events sent in the pass of the event loop before the pause are not sent again."""
     async with daemon(path):
         watcher, client = await Wire.session(path), await Wire.session(path)
         await watcher.call("watch-fdsets", {"enable": True})
-        for _ in range(10):  # whose task comes first in a pass is left to chance
+        for _ in range(10):  # Trio runs the tasks of a pass in random order
             client.send(request("add-fds", {"opaque": "x" * 2000}), [0] * 250)
             assert "return" in await client.reply()
             await settle()

@@ -1,4 +1,4 @@
-"""A new daemon takes over from a running one, and nobody notices."""
+"""A new daemon takes over from a running one, and clients do not notice."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def start(path: Path, *options: str) -> Daemon:
 
 
 def until_serving(daemon: Daemon) -> None:
-    """Wait for the line that tells so."""
+    """Wait for the log line of a serving daemon."""
     assert daemon.stderr is not None
     told = []
     for line in daemon.stderr:
@@ -39,7 +39,7 @@ def until_serving(daemon: Daemon) -> None:
 
 
 def end(daemon: Daemon) -> None:
-    """End it, if it has not ended, and check that nothing went wrong in it."""
+    """End the daemon if it runs, and check its status and log."""
     daemon.terminate()
     _, errors = daemon.communicate(timeout=DEADLINE)
     assert b"Traceback" not in errors, errors.decode()
@@ -57,7 +57,7 @@ def served(path: Path, *options: str) -> Iterator[Daemon]:
 
 @contextmanager
 def taken_over(path: Path, old: Daemon, *options: str) -> Iterator[Daemon]:
-    """A newcomer in place of `old`, which ends with status 0."""
+    """Run a successor of `old`, which must end with status 0."""
     newcomer = start(path, "--takeover", *options)
     try:
         until_serving(newcomer)
@@ -73,7 +73,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def lasting(fds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is known of descriptors, but for what changes with time."""
+    """Return the listed descriptors without the members that change with time."""
     return [{k: v for k, v in fd.items() if k not in ("age", "expires")} for fd in fds]
 
 
@@ -100,7 +100,7 @@ def test_everything_goes_over(path: Path, tmp_path: Path) -> None:
             _, (fd,) = client.request("open-fdset", {"fdset-id": 3})
             with fd:
                 assert os.pread(fd.fileno(), 10, 0) == b"content"
-            # The lowest free id, the name, the hang-up and the lifetime are all still known.
+            # The lowest free id, the named fd, the watched hang-up and the lifetime have gone over.
             assert client.execute("add-fd", fds=[first])["fdset-id"] == 7
             client.execute("closefd", {"fdname": "mine"})
             with BlockingClient(path, DEADLINE) as other:
@@ -114,7 +114,7 @@ def test_everything_goes_over(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_order_in_a_set(path: Path) -> None:
-    """What is described before the pause and what is described in it stay in one order."""
+    """Descriptors sent before the pause and during it keep their order in a set."""
     kinds: list[dict[str, Any]] = [{}, {"lifetime": "connection"}, {}, {"watch-hangup": True}, {}]
     with served(path) as old, BlockingClient(path, DEADLINE) as client, Pipe() as pipe:
         client.execute("add-fd", fds=[pipe])
@@ -141,7 +141,7 @@ def test_a_half_sent_request_and_its_descriptor(path: Path) -> None:
                 [(1, 1, r.fileno().to_bytes(4, sys.byteorder))],
             )
             close_all([r])
-            # The daemon has it once it answers somebody who came later.
+            # The daemon has read it when it answers a later client.
             with BlockingClient(path, DEADLINE) as other:
                 other.execute("query-name")
             with taken_over(path, old):
@@ -155,7 +155,7 @@ def test_a_half_sent_request_and_its_descriptor(path: Path) -> None:
 
 
 HALVES = [
-    # A request, and what its reply holds.
+    # A request, and a part of its reply.
     (
         b"{'execute':'add-fd','arguments':{'opaque':'it\\'s \\u2603 \xe2\x98\x83'},'id':-1.5e0}",
         b"fd",
@@ -168,7 +168,7 @@ HALVES = [
 
 @pytest.mark.parametrize("request_, reply", HALVES)
 def test_split_anywhere(path: Path, request_: bytes, reply: bytes) -> None:
-    """A request of which one part comes before, one between two takeovers, and one after."""
+    """A request in three parts: before, between and after two takeovers."""
     with served(path) as old, pipes(1) as (pipe,), ExitStack() as stack:
         socks = []
         for at in range(1, len(request_)):
@@ -198,7 +198,7 @@ def test_split_anywhere(path: Path, request_: bytes, reply: bytes) -> None:
 
 
 def test_unsent_replies(path: Path) -> None:
-    """A client that does not read has all its replies once it does, each of them once."""
+    """A client that reads late gets each of its replies once."""
     with served(path) as old, BlockingClient(path, DEADLINE) as client:
         for number in range(50):
             client.execute("add-fd", {"opaque": f"{number}" * 50}, [0])
@@ -222,7 +222,7 @@ def test_unsent_replies(path: Path) -> None:
 
 
 def test_who_may_not(path: Path) -> None:
-    """A takeover that is refused, of a format that is not known, changes nothing."""
+    """A refused takeover, of an unknown format, changes nothing."""
     with served(path) as old, BlockingClient(path, DEADLINE) as client:
         client.execute("add-fd", fds=[0])
         with pytest.raises(QMPError, match="format"):
@@ -233,7 +233,7 @@ def test_who_may_not(path: Path) -> None:
 
 @pytest.mark.parametrize("answers", range(4))
 def test_a_newcomer_that_gives_up(path: Path, answers: int) -> None:
-    """Whenever it does so, the old daemon goes on, and nothing is missing."""
+    """At whatever stage the successor gives up, the predecessor serves on with everything."""
     with served(path), BlockingClient(path, DEADLINE) as client:
         for _ in range(3):
             client.execute("add-fds", fds=[0] * 253)
@@ -257,7 +257,7 @@ def test_a_newcomer_that_gives_up(path: Path, answers: int) -> None:
 
 
 def test_progress_on_a_terminal(path: Path) -> None:
-    """A line that grows; and none of it where nobody looks."""
+    """Progress is one growing line on a terminal, and nothing elsewhere."""
     with served(path) as old, BlockingClient(path, DEADLINE) as client:
         for _ in range(3):
             client.execute("add-fds", fds=[0] * 250)
@@ -270,7 +270,7 @@ def test_progress_on_a_terminal(path: Path) -> None:
             while b"listening" not in shown:
                 shown += os.read(terminal.fileno(), 1000)
             lines = shown.splitlines()
-            total = 752  # with the listener and the client
+            total = 752  # including the listener and the client
             assert f"\rqmpfd: 253 of {total} descriptors".encode() in shown
             assert f"qmpfd: {total} of {total} descriptors".encode() in lines
             assert old.wait(DEADLINE) == 0
@@ -279,7 +279,7 @@ def test_progress_on_a_terminal(path: Path) -> None:
 
 
 def test_another_policy_and_smaller_limits(path: Path, tmp_path: Path) -> None:
-    """What is there stays; what comes is held to them."""
+    """Stored descriptors stay; a smaller limit and a new policy hold for later commands."""
     policy = tmp_path / "policy.toml"
     policy.write_text("[[rule]]\nallow = ['query']\n")
     limits = ["--max-fds", "10", "--max-connections", "2", "--max-request-bytes", "2048"]
