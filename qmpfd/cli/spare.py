@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import os
-import select
 import signal
 import socket
 import sys
@@ -22,15 +21,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import NamedTuple, NoReturn
 
-from ..kernel.fd import Fd, close_all, pipe
+from ..kernel.fd import Fd, close_all, pipe, poll
 from ..kernel.systemd import PARENT_VARIABLE, InheritedFd, Notifier
 
 #: Environment variable that makes a process a spare worker.
 _VARIABLE = "QMPFD_SPARE"
 
-#: Maximum wait for execve(2) in milliseconds, during which no client is served: a close in the new
+#: Maximum wait for execve(2) in seconds, during which no client is served: a close in the new
 #: process may hang, of a file of a FUSE mount that does not answer.
-_EXEC_TIMEOUT = 50
+_EXEC_TIMEOUT = 0.05
 
 #: Name of a waiting spare worker in ps(1) (proc(5), comm).
 _NAME = "qmpfd-spare"
@@ -93,20 +92,12 @@ def spawn(store_size: int) -> Spare:
         writer.move_to(max(map(int, os.listdir("/proc/self/fd"))) + 1)
         pid = os.posix_spawn(sys.executable, command, {**os.environ, **ours}, file_actions=actions)
         close_all([writer, theirs])
-        _wait_hangup(executed)
+        # posix_spawn(3) returns before execve(2) has closed what is close-on-exec, lowest number
+        # first.  Until then, a descriptor that is removed and closed here is still open there.
+        poll(executed, timeout=_EXEC_TIMEOUT)
         executed.close()
         stack.pop_all()
     return Spare(pid, sock)
-
-
-def _wait_hangup(executed: Fd) -> None:
-    """Wait until the new process has closed all inherited descriptors: posix_spawn(3) returns
-    before execve(2) has closed those with close-on-exec, lowest number first.  Until then, a
-    descriptor that is removed and closed here is still open there.
-    """
-    poll = select.poll()
-    poll.register(executed, 0)
-    poll.poll(_EXEC_TIMEOUT)
 
 
 def _socket_pair() -> tuple[Fd, Fd]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from math import inf
 from typing import Any, Concatenate, Self
 
-from ..kernel.fd import Fd, FileDescriptorLike, close_all, discard, peek, receive_planned, send
+from ..kernel.fd import Fd, FileDescriptorLike, close_all, peek, poll, receive_planned, send
 from ..protocol.client import ClientConnection, QMPEvent, Request
 from ..protocol.connection import ProtocolError, State
 from . import calls
@@ -26,8 +26,8 @@ from .errors import ClientClosed, NoAnswer, NoDaemon
 
 __all__ = ["BlockingClient", "NoDaemon", "connect_blocking"]
 
-#: Maximum timeout of poll(2), in milliseconds: a C int.
-_LONGEST = (1 << 31) - 1
+#: Maximum timeout of poll(2), in seconds: a C int of milliseconds.
+_LONGEST = ((1 << 31) - 1) / 1000
 
 
 def _blocking(
@@ -156,9 +156,7 @@ class BlockingClient:
             NoDaemon: the connection is lost.
         """
         with self._call(self._timeout):
-            poll = select.poll()
-            poll.register(self._sock, select.POLLIN)
-            while poll.poll(0):
+            while poll(self._sock, select.POLLIN):
                 self._receive()
             events = list(self._connection.events)
             self._connection.events.clear()
@@ -255,7 +253,7 @@ class BlockingClient:
         if fds_follow:
             self._connection.received(*receive_planned(self._sock, lengths))
         else:
-            discard(self._sock, lengths[0])
+            self._sock.recv(lengths[0])  # as seen above
         try:
             self._connection.deliver()
         except ProtocolError as exc:
@@ -263,11 +261,9 @@ class BlockingClient:
 
     def _wait(self, event: int) -> None:
         self._check_open()
-        poll = select.poll()
-        poll.register(self._sock, event)
-        left = (self._deadline - time.monotonic()) * 1000
+        left = self._deadline - time.monotonic()
         # A timeout of more than 24 days counts as none.
-        if left <= 0 or not poll.poll(None if left > _LONGEST else left):
+        if left <= 0 or not poll(self._sock, event, None if left > _LONGEST else left):
             raise self._silent()
         self._check_open()  # after close() by another thread, the number may be another file's
 

@@ -15,7 +15,7 @@ import socket
 import stat
 from enum import Enum, auto
 
-from .fd import Fd, unread_bytes
+from .fd import BorrowedSocket, Fd, poll, unread_bytes
 from .fdinfo import Status, make_statx
 from .mounts import LocalFileSystems
 
@@ -51,34 +51,25 @@ _NO_RISK = Risk.NONE  # a local name: looking up an Enum member is slow before P
 
 def _risk_of_socket(number: int) -> Risk:
     try:
-        sock = socket.socket(fileno=number)
-    except OSError:  # opened with O_PATH: the file of a bound socket
+        with BorrowedSocket(number) as sock:
+            if sock.family == socket.AF_UNIX:
+                return _risk_of_unix_socket(sock)
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                return Risk.HIGH  # for one, closing a packet socket waits for all other CPUs
+            if sock.proto in (socket.IPPROTO_UDP, socket.IPPROTO_ICMP):
+                return Risk.NONE  # never lingers
+            onoff = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)[:4]
+            return Risk.HIGH if any(onoff) else Risk.SLIGHT
+    except OSError:  # for one, opened with O_PATH: the file of a bound socket
         return Risk.HIGH
-    try:
-        if sock.family == socket.AF_UNIX:
-            return _risk_of_unix_socket(sock)
-        if sock.family not in (socket.AF_INET, socket.AF_INET6):
-            return Risk.HIGH  # for one, closing a packet socket waits for all other CPUs
-        if sock.proto in (socket.IPPROTO_UDP, socket.IPPROTO_ICMP):
-            return Risk.NONE  # never lingers
-        onoff = sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)[:4]
-        return Risk.HIGH if any(onoff) else Risk.SLIGHT
-    except OSError:
-        return Risk.HIGH
-    finally:
-        sock.detach()
 
 
 def _risk_of_unix_socket(sock: socket.socket) -> Risk:
     """Return the risk of a Unix socket: its close also closes all descriptors in its queue."""
-    if sock.type == socket.SOCK_STREAM:
-        poll = select.poll()
-        poll.register(sock, select.POLLRDHUP)
-        # The peer has shut down its sending side: an empty queue stays empty.
-        over = any(events & select.POLLRDHUP for _, events in poll.poll(0))
-        if over and not unread_bytes(sock):
-            return Risk.NONE
-    return Risk.SLIGHT
+    # If the peer has shut down its sending side, an empty queue stays empty.
+    is_stream = sock.type == socket.SOCK_STREAM
+    is_over = is_stream and poll(sock, select.POLLRDHUP) & select.POLLRDHUP
+    return Risk.NONE if is_over and not unread_bytes(sock) else Risk.SLIGHT
 
 
 class CloseRisks:

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import resource
+import select
 import socket
 import struct
 import termios
@@ -167,6 +168,36 @@ def is_in_memory(fd: int) -> bool:
     return True
 
 
+class BorrowedSocket(socket.socket):
+    """A socket object for a descriptor of another owner, which its ``with`` block leaves open.
+
+    Args:
+        fd: the descriptor.
+
+    Raises:
+        OSError: it is no socket.
+    """
+
+    def __init__(self, fd: FileDescriptorLike) -> None:
+        super().__init__(fileno=fileno(fd))
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.detach()
+
+
+def poll(fd: FileDescriptorLike, events: int = 0, timeout: float | None = 0.0) -> int:
+    """Wait for events of one descriptor (poll(2)); return those that there are, or 0.
+
+    Args:
+        fd: the descriptor.
+        events: the requested events; POLLHUP and POLLERR are always reported.
+        timeout: maximum seconds to wait; None for no limit.
+    """
+    poller = select.poll()
+    poller.register(fd, events)
+    return next((found for _, found in poller.poll(timeout and timeout * 1000)), 0)
+
+
 def open_files_limit() -> int:
     """Return the maximum number of open descriptors (the soft limit RLIMIT_NOFILE)."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -306,15 +337,10 @@ def send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[FileDescri
 def peer_address(fd: FileDescriptorLike) -> str | bytes:
     """Return the address that the Unix socket *fd* is connected to; empty if there is none."""
     try:
-        sock = socket.socket(fileno=fileno(fd))
-    except OSError:  # no socket
+        with BorrowedSocket(fd) as sock:
+            return sock.getpeername() if sock.family == socket.AF_UNIX else ""
+    except OSError:  # no socket, or not connected
         return ""
-    try:
-        address: str | bytes = sock.getpeername() if sock.family == socket.AF_UNIX else ""
-    except OSError:  # not connected
-        address = ""
-    sock.detach()
-    return address
 
 
 # capabilities(7): CAP_SYS_ADMIN and CAP_SYS_RESOURCE.

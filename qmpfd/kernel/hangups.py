@@ -8,12 +8,11 @@ that opens the descriptor later (systemd lost such data, its issue 12086).
 from __future__ import annotations
 
 import select
-import socket
 from contextlib import suppress
 from typing import Generic, TypeVar
 
 from ..errors import GenericError, InvalidParameterValue
-from .fd import Fd, unread_bytes
+from .fd import BorrowedSocket, Fd, poll, unread_bytes
 from .fdinfo import access_mode, kind, target
 
 EntryT = TypeVar("EntryT")
@@ -85,7 +84,7 @@ class Hangups(Generic[EntryT]):
         for number in due:
             if number not in self._draining:  # unwatched since poll()
                 continue
-            events = _events(number)
+            events = poll(number)
             if not events:  # a FIFO has a writer again, or a process has fetched the error
                 self._epoll.modify(number, _ONCE)
                 self._draining.discard(number)
@@ -105,24 +104,15 @@ def require_peer(fd: Fd) -> None:
         InvalidParameterValue: *fd* is such a socket, and has no unread data.
     """
     number = fd.fileno()
-    if kind(number, target(number)) != "socket" or not _is_over(number, _events(number)):
+    if kind(number, target(number)) != "socket" or not _is_over(number, poll(number)):
         return
-    sock = socket.socket(fileno=number)
     try:
-        sock.getpeername()
+        with BorrowedSocket(number) as sock:
+            sock.getpeername()
     except OSError:  # ENOTCONN
         raise InvalidParameterValue(
             "Parameter 'watch-hangup' expects connected sockets only"
         ) from None
-    finally:
-        sock.detach()
-
-
-def _events(number: int) -> int:
-    """Return the events that poll(2) always reports: POLLHUP, POLLERR, both or none."""
-    poll = select.poll()
-    poll.register(number, 0)
-    return next((events for _, events in poll.poll(0)), 0)
 
 
 def _is_over(number: int, events: int) -> bool:

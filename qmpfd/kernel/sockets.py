@@ -10,6 +10,8 @@ import socket
 from contextlib import suppress
 from typing import Any
 
+from .fd import BorrowedSocket
+
 #: The families whose addresses are written with the family's name.
 _NAMED = (socket.AF_VSOCK, socket.AF_NETLINK, socket.AF_PACKET)
 
@@ -22,21 +24,18 @@ def describe_socket(fd: int) -> tuple[str | None, str | None, bool | None]:
     ``vsock:CID:PORT``, ``netlink:PORT:GROUPS`` or ``packet:INTERFACE:PROTOCOL``; None if there is
     no address, or for another family.
     """
-    try:
-        sock = socket.socket(fileno=fd)
-    except OSError:
-        return None, None, None
     address = peer = None
     listening = False
     try:
-        with suppress(OSError, ValueError):
-            address = _text(sock.family, sock.getsockname())
-        with suppress(OSError, ValueError):
-            peer = _text(sock.family, sock.getpeername())
-        with suppress(OSError):
-            listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    finally:
-        sock.detach()
+        with BorrowedSocket(fd) as sock:
+            with suppress(OSError, ValueError):
+                address = _text(sock.family, sock.getsockname())
+            with suppress(OSError, ValueError):
+                peer = _text(sock.family, sock.getpeername())
+            with suppress(OSError):
+                listening = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    except OSError:
+        return None, None, None
     return address, peer, listening
 
 

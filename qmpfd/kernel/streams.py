@@ -7,7 +7,7 @@ import select
 import socket
 import stat
 
-from .fd import Fd
+from .fd import BorrowedSocket, Fd
 
 
 def write_nowait(number: int, data: bytes) -> int:
@@ -27,11 +27,8 @@ def write_nowait(number: int, data: bytes) -> int:
     mode = os.fstat(number).st_mode
     try:
         if stat.S_ISSOCK(mode):
-            sock = socket.socket(fileno=number)
-            try:
+            with BorrowedSocket(number) as sock:
                 return sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            finally:
-                sock.detach()
         if stat.S_ISREG(mode):
             return os.write(number, data)
         return _write_anew(number, data)

@@ -130,9 +130,7 @@ class Notifier:
         Raises:
             OSError: the kernel dropped some of the descriptors, or *timeout* has passed.
         """
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        if not poll.poll(None if timeout is None else timeout * 1000):
+        if not fds.poll(self._sock, select.POLLIN, timeout):
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         try:
             data, received, lost = fds.receive(self._sock, _MESSAGE_BYTES)

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .fd import Fd, FileDescriptorLike, fileno
+from .fd import BorrowedSocket, Fd, FileDescriptorLike
 
 #: Maximum size of a path in ``sun_path``, without the final NUL.
 _MAX_PATH = 107
@@ -90,17 +90,11 @@ def is_served(path: str | os.PathLike[str]) -> bool:
 def listens(fd: FileDescriptorLike) -> bool:
     """Whether *fd* is a Unix stream socket that listens (SO_ACCEPTCONN, socket(7))."""
     try:
-        sock = socket.socket(fileno=fileno(fd))
+        with BorrowedSocket(fd) as sock:
+            is_stream = (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM)
+            return is_stream and bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     except OSError:  # not a socket
         return False
-    try:
-        return (
-            sock.family == socket.AF_UNIX
-            and sock.type == socket.SOCK_STREAM
-            and bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-        )
-    finally:
-        sock.detach()
 
 
 def _bind_in_folder(sock: socket.socket, folder: bytes, name: bytes) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import socket
 
-from ...kernel.fd import Fd
+from ...kernel.fd import BorrowedSocket, Fd, poll
 from ..saved_state import DONE
 from .replay import replay
 
@@ -24,17 +24,13 @@ def has_handed_over(lifeline: Fd, journal: Fd | None, timeout: float) -> bool:
         journal: the predecessor's journal, or None.  After a death without an outcome, it decides.
         timeout: seconds to wait for the outcome.
     """
-    poll = select.poll()
-    poll.register(lifeline, select.POLLIN)
-    if not poll.poll(timeout * 1000):  # the predecessor is stopped and has not decided
+    if not poll(lifeline, select.POLLIN, timeout):  # the predecessor is stopped and has not decided
         return False
-    sock = socket.socket(fileno=lifeline.fileno())
     try:
-        said = sock.recv(1, socket.MSG_PEEK)
+        with BorrowedSocket(lifeline) as sock:
+            said = sock.recv(1, socket.MSG_PEEK)
     except ConnectionError:
         said = b""
-    finally:
-        sock.detach()
     if said:
         return said == DONE
     return journal is None or replay(journal).left is True

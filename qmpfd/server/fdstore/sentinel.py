@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,7 +18,7 @@ from functools import partial
 import trio
 
 from ...fdsets import StoredFd
-from ...kernel.fd import Fd, close_all, pipe
+from ...kernel.fd import Fd, close_all, pipe, poll
 from ...limits import MAX_PROBES
 from ..durability import Unproven
 from .barrier_link import BarrierLink
@@ -84,9 +83,7 @@ class Sentinel:
     @property
     def is_stored(self) -> bool:
         """Whether the fd store has the write end."""
-        poll = select.poll()
-        poll.register(self._reader, 0)
-        return not poll.poll(0)
+        return not poll(self._reader)
 
     async def wait_dropped(self) -> None:
         """Wait until the fd store has dropped the write end.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from ...kernel.fd import Fd
+from ...kernel.fd import Fd, poll
 from ...kernel.unix_address import is_abstract, listens
 from ..saved_state import NOT_OURS, SavedListener
 from .binding import LOCK_TIMEOUT, OWNER_ONLY, FileId, Permissions, identity, listen_at
@@ -210,9 +210,7 @@ class UnixListener:
 
 def _is_shut_down(sock: socket.socket) -> bool:
     """Return whether *sock* was shut down; accept(2) fails with EAGAIN then, as when it is idle."""
-    poll = select.poll()
-    poll.register(sock, select.POLLRDHUP)
-    return bool(poll.poll(0))
+    return bool(poll(sock, select.POLLRDHUP))
 
 
 def _option(sock: socket.socket, option: int) -> int | None:
