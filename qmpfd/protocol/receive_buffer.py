@@ -83,11 +83,13 @@ class ReceiveBuffer:
         #: errors; those with descriptors, or whose descriptors were lost, are :class:`Received`.
         self.ready: deque[Any] = deque()
         self._reads: list[list[Any]] = []  # the messages that each planned read completes
-        self._whole: list[Any] | None = None  # the same for a plan of one read that completes all
-        self._behind = 0  # bytes of the segment that the planned reads leave queued
+        self._single_read: list[Any] | None = (
+            None  # the same for a plan of one read that completes all
+        )
+        self._segment_rest = 0  # bytes of the segment that the planned reads leave queued
         self._segment_left = 0  # unread bytes of the segment that carried the pending descriptors
         self._lines = lines
-        self._max_whole = 0 if lines else max_bytes  # size of the largest chunk for the fast path
+        self._fast_limit = 0 if lines else max_bytes  # size of the largest chunk for the fast path
         self._line = bytearray()  # if lines: the incomplete line
 
     # -- input ---------------------------------------------------------------------------------
@@ -112,21 +114,21 @@ class ReceiveBuffer:
             data = data[: data.rfind(b"\n", 0, _STEP) + 1 or None]
         size = len(data)
         messages: list[Any] | None = None
-        if size <= self._max_whole and (self._parser is None or self._parser.idle):
+        if size <= self._fast_limit and (self._parser is None or self._parser.idle):
             messages = self._decode(data)
         if messages is not None and fds_follow:
             if len(messages) < 2 or not any(map(_takes, messages[:-1])):
                 # Read up to the end of the last message, the only one that may take descriptors:
                 # white space after it may belong to a later segment, which carries them instead.
                 length = len(data.rstrip(_WHITESPACE)) or size
-                self._whole = messages
+                self._single_read = messages
                 return (length,), size - length
             messages = None  # only the parser shows where each message ends
         if messages is None:
             found, size = self._messages(data, fds_follow)
             if fds_follow:
-                self._behind = len(data) - size
-                return self._cut(found, size), 0
+                self._segment_rest = len(data) - size
+                return self._plan_reads(found, size), 0
             messages = [value for value, _ in found]
         self._assign_fds(messages)
         if self._segment_left:
@@ -143,7 +145,7 @@ class ReceiveBuffer:
             lost: why the kernel dropped some of them; empty if it did not.
         """
         pending = self.pending_fds
-        whole, self._whole = self._whole, None
+        whole, self._single_read = self._single_read, None
         if whole is not None:
             if whole and fds and not (lost or pending.fds or pending.lost):
                 last = whole[-1]
@@ -151,12 +153,12 @@ class ReceiveBuffer:
                     whole[-1] = (last, fds, "")
                     self.ready += whole
                     return
-            self._reads, self._behind = [whole], 0
+            self._reads, self._segment_rest = [whole], 0
         reads, self._reads = self._reads, []
         for index, messages in enumerate(reads):
             if index == number and (fds or lost):
                 pending.begin_segment(fds, lost)
-                self._segment_left = self._behind
+                self._segment_left = self._segment_rest
             self._assign_fds(messages)
         if fds or lost:
             self._end_segment()
@@ -182,7 +184,7 @@ class ReceiveBuffer:
                 self.ready.append(message)
             pending.end_message()
 
-    def _cut(self, found: list[_Found], size: int) -> list[int]:
+    def _plan_reads(self, found: list[_Found], size: int) -> list[int]:
         """Plan a read up to the end of each message that takes or discards descriptors.
 
         Return the lengths of the reads.
