@@ -73,9 +73,6 @@ _UNSAFE = "no: a crash of the daemon loses the stored descriptors (see serve --s
 
 def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
     limits = stats["limits"]
-    # For a user without the right to query everything, the daemon leaves out these counts.
-    commands = sum(each["count"] for each in stats.get("commands", ()))
-    errors = sum(each["count"] for each in stats.get("errors", ()))
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() - stats["uptime"]))
     fds = _gauge(stats["fds-kept"], limits, "max-fds") if "fds-kept" in stats else "not told"
     connections = _gauge(stats["connections"], limits, "max-connections")
@@ -95,16 +92,18 @@ def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
         ("open files", f"at most {limits['max-open-files']}"),
         ("requests", f"at most {limits['max-request-bytes']} bytes each"),
         ("timeouts", ", ".join(timeouts)),
-        ("served", _counted(stats["connections-accepted"], commands)),
-        ("refused", _counted(stats["connections-refused"], errors)),
+        ("served", _counted(stats["connections-accepted"], stats.get("commands"))),
+        ("refused", _counted(stats["connections-refused"], stats.get("errors"))),
     ]
     if closing := stats.get("closes-pending"):
         pairs.append(("closing", f"{closing} of the removed descriptors: close(2) takes long"))
     return pairs
 
 
-def _counted(connections: int, commands: int) -> str:
-    counts = {"connection": connections, "command": commands}
+def _counted(connections: int, commands: list[dict[str, Any]] | None) -> str:
+    counts = {"connection": connections}
+    if commands is not None:  # which only a user with the right to query everything is told
+        counts["command"] = sum(each["count"] for each in commands)
     return ", ".join(f"{n} {noun}{'' if n == 1 else 's'}" for noun, n in counts.items())
 
 

@@ -124,6 +124,21 @@ def test_some_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.endswith("\n2 more connections are not shown\n")
 
 
+@pytest.mark.root
+def test_a_user_who_may_not_query_everything() -> None:
+    """What the daemon does not tell is not shown as 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path, policy = Path(folder, "q.sock"), Path(folder, "policy")
+        policy.write_text('[[rule]]\nallow = ["query"]\nfdsets = [0]\n')
+        with daemon_process(path, "--policy", str(policy), "--socket-mode", "666"):
+            ran = run_as_nobody("status", "--socket", str(path))
+    assert ran.returncode == DONE, ran.stderr
+    rows = dict(re.findall(r"^(served|refused|fd sets) +(.*)$", ran.stdout, re.MULTILINE))
+    assert rows["fd sets"] == "not told"
+    assert "command" not in rows["served"] + rows["refused"]
+
+
 def test_json(path: Path) -> None:
     with daemon_thread(path):
         found, out, _ = status(path, "--json")
