@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from ...kernel.fd import Fd, close_all
 from ...kernel.systemd import InheritedFd
+from ...kernel.unix_address import listens
 from ...limits import HANDOVER_TIMEOUT, JOURNAL_FORMAT
 from ..renumber import Movable, renumber
 from ..saved_state import SavedFd, SavedState
@@ -140,7 +141,8 @@ def _recover(
             number,
             saved.fdset_id,
         )
-    listeners = {name: fd for name in history.listeners if (fd := take(name))}
+    listening = [name for name in history.listeners if name in ours and listens(ours[name])]
+    listeners = {name: fd for name in listening if (fd := take(name))}
     history.listeners = {name: history.listeners[name] for name in listeners}
     state = history.state(ours.__contains__)
     stale_fds = [*untaken.values(), *again]

@@ -499,6 +499,23 @@ def test_a_maximum_that_is_lowered_again_after_a_restart(tmp_path: Path, path: P
         assert not store.traps
 
 
+def test_a_listening_socket_that_is_none(store: Store, path: Path, file: Path) -> None:
+    """Another one is bound at its path, and all that is stored comes back."""
+    options = ["--socket", str(path)]
+    with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
+        (listener,) = entries(store)
+        with file.open() as opened:
+            client.execute("add-fd", fds=[opened])
+        before = fds(client)
+        first.kill()
+        first.wait()
+    store.lose(listener)
+    store.put(listener, Fd(os.memfd_create("x")))
+    with store.service(*options), BlockingClient(path, DEADLINE) as client:
+        assert fds(client) == before
+        assert kept_safe(client)
+
+
 @asynccontextmanager
 async def kept_daemon(
     path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
