@@ -1,12 +1,12 @@
-"""The newcomer's side of a takeover.
+"""The successor's side of a takeover.
 
-:func:`prepare` runs before anything is imported that opens descriptors: it learns what is stored,
-and has something open under each number that a stored descriptor will have, and under those that
-may be added to them.  While the old daemon goes on serving, the newcomer gets ready; then
-:meth:`Takeover.receive_rest` has the old daemon pause, and fetches all descriptors.
+:func:`prepare` runs before the import of modules that open descriptors: it receives the description
+of the store, and opens a placeholder at the number of each stored descriptor, and at those of
+descriptors that may be added.  The successor gets ready while the predecessor goes on serving; then
+:meth:`Takeover.receive_rest` makes the predecessor pause, and receives all descriptors.
 
-The old daemon owns everything until it has said DONE, see :mod:`.sender`.  Whatever happens before,
-the duplicates here are closed and it goes on as if nothing had been.
+The predecessor owns everything until it has sent DONE, see :mod:`.sender`.  If the takeover fails
+before, the duplicates here are closed, and the predecessor goes on serving.
 """
 
 from __future__ import annotations
@@ -35,55 +35,55 @@ if TYPE_CHECKING:
 _log = logging.getLogger("qmpfd")
 
 
-#: Messages with descriptors that are asked for before the first of them has come, so that the old
-#: daemon sends one while this process takes another in.  Not more: what is on its way counts for
-#: the user of the old daemon (ETOOMANYREFS, unix(7)).
+#: Messages with descriptors that are requested in advance: the predecessor sends one while this
+#: process handles another.  Descriptors in flight are charged to the predecessor's user
+#: (ETOOMANYREFS, unix(7)), hence no more.
 _ASKED_AHEAD = 4
 
-#: Numbers above the stored ones that are kept free for what is stored before the old daemon pauses;
-#: and how many more this process has to have then, or else it does without.
+#: Numbers above the stored ones that are reserved for descriptors added before the predecessor
+#: pauses; and numbers that must be left beyond those, or fewer are reserved.
 _AHEAD, _ROOM = 256, 1024
 
 
 class Takeover:
-    """A takeover that is under way, as the newcomer sees it.
+    """A takeover under way, on the successor's side.
 
     Args:
-        state: what is stored, and may change.
-        old: the old daemon.
-        progress: told how many descriptors have come, of how many.
+        state: the predecessor's state, which may still change.
+        old: connection to the predecessor.
+        progress: called with the number of descriptors received, and of all.
     """
 
     def __init__(
         self, state: SavedState, old: _Predecessor, progress: Callable[[int, int], None]
     ) -> None:
         self.state = state
-        #: What is open in place of each stored descriptor, by its number there; owned by whoever
-        #: stores it, in the end.
+        #: Placeholders, and later the stored descriptors, by number; owned by the store once they
+        #: are stored.
         self.stored: dict[int, Fd] = {}
-        #: The old daemon's journal, if it is one that is started again when it dies.
+        #: The predecessor's journal, if its state survives a crash; or None.
         self.journal: Fd | None = None
-        #: All of it is ours.
+        #: Whether this daemon owns everything.
         self.confirmed = False
-        #: Called when everything is ready for the old daemon to be paused.
+        #: Called just before the predecessor is paused.
         self.before_pausing: Callable[[], object] = lambda: None
-        #: Called when there is no way back any more, or will not be in a moment.
+        #: Called just before CONFIRM is sent, after which the takeover cannot be cancelled.
         self.before_confirming: Callable[[], object] = lambda: None
         self._old = old
         self._progress = progress
-        self._fillers: dict[int, Fd] = {}  # what keeps other numbers free
-        #: What else has come once the old daemon was paused, in the order of :class:`SavedRest`;
-        #: owned here until it is taken out.
+        self._fillers: dict[int, Fd] = {}  # placeholders at other reserved numbers
+        #: Other descriptors of the paused predecessor, in the order of :class:`SavedRest`; owned
+        #: here until they are taken out.
         self.others: deque[Fd] = deque()
 
     def reserve(self, movable: Iterable[Movable]) -> None:
-        """Have something open under each number that is needed, and may be.
+        """Open a placeholder at each number that is needed, or may be.
 
         Args:
-            movable: descriptors that are open here and may get other numbers.
+            movable: open descriptors of this process that may be moved out of the way.
 
         Raises:
-            OSError: this process may not have so many.
+            OSError: RLIMIT_NOFILE does not allow so many descriptors.
         """
         numbers = self.state.stored_numbers
         self._fill(numbers, movable)
@@ -97,7 +97,7 @@ class Takeover:
                     break
 
     def _fill(self, numbers: Sequence[int], movable: Iterable[Movable] = ()) -> None:
-        """Have something open under each of *numbers*, in place of what will be stored there."""
+        """Open a placeholder for a stored descriptor at each of *numbers*."""
         if not numbers:
             return
         with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as null:
@@ -108,14 +108,14 @@ class Takeover:
             renumber(places, [*movable, *self._movable, null])
 
     def receive_rest(self, drop: Callable[[list[int]], None]) -> SavedRest:
-        """Have the old daemon pause, and fetch what is left: all descriptors, above all.
+        """Make the predecessor pause, and receive the rest of its state and all descriptors.
 
         Args:
-            drop: called with the numbers of what is stored no more, to give it up.
+            drop: called with the numbers of descriptors removed since; removes their placeholders.
 
         Raises:
-            NoDaemon: it gives up, or does not answer.
-            ValueError: what it sends cannot be used here.
+            NoDaemon: the predecessor gives up, or does not answer.
+            ValueError: its state is invalid, or this process has no room for it.
         """
         self.before_pausing()
         began = time.monotonic()
@@ -143,7 +143,7 @@ class Takeover:
         return rest
 
     def _receive_state(self) -> SavedRest:
-        from ..connection.snapshot import SavedRest  # noqa: PLC0415 - Trio is there by now
+        from ..connection.snapshot import SavedRest  # noqa: PLC0415 - Trio is imported by now
 
         said, passed, _ = self._old.ask(NEXT)
         try:
@@ -155,14 +155,14 @@ class Takeover:
 
     @property
     def _movable(self) -> list[Movable]:
-        """What may get other numbers."""
+        """The takeover's own descriptors that may be moved out of the way."""
         return [*self._fillers.values(), self._old, self.lifeline]
 
     def _receive_fds(self, total: int) -> None:
-        """Receive all descriptors, those that are stored in their places.
+        """Receive all descriptors; the stored ones replace their placeholders.
 
-        They come by ascending numbers, and the kernel gives each the lowest number that is free: so
-        with all others taken, each comes where it belongs.
+        Descriptors come by ascending number, and the kernel gives each the lowest free number:
+        with all other numbers occupied, each gets its own.
         """
         places = [self.stored[number] for number in sorted(self.stored)]
         targets = [place.fileno() for place in places]
@@ -170,7 +170,7 @@ class Takeover:
         fds = self.others
         asked = 0
         while len(fds) < total:
-            # No more than have to come: the old daemon expects CONFIRM after the last.
+            # Request no more than there are: after the last, the predecessor expects CONFIRM.
             more = min(_ASKED_AHEAD, -(-(total - len(fds)) // SCM_MAX_FD)) - asked
             self._old.say(NEXT * more)
             said, chunk, dropped = self._old.hear()
@@ -194,10 +194,10 @@ class Takeover:
         self._fillers.clear()
 
     def confirm(self) -> None:
-        """Everything is in its place: take over.
+        """Send CONFIRM, and wait until the predecessor has handed everything over.
 
         Raises:
-            NoDaemon: it has kept everything, and goes on.
+            NoDaemon: the predecessor keeps everything, and goes on.
         """
         self.before_confirming()
         self._old.let_go(self.journal)
@@ -206,11 +206,13 @@ class Takeover:
 
     @property
     def lifeline(self) -> Fd:
-        """What the old daemon says on how the takeover ends; see :mod:`..fdstore.evidence`."""
+        """This end of the lifeline, on which the predecessor reports the outcome; see
+        :mod:`..fdstore.evidence`.
+        """
         return self._old.lifeline
 
     def close(self) -> None:
-        """Give up what was not taken out: the connection last, by which the old daemon knows."""
+        """Close what was not taken out, and last the connection: the predecessor waits for EOF."""
         close_all(self.stored.values() if not self.confirmed else ())
         close_all(self._fillers.values())
         close_all(self.others)
@@ -220,11 +222,11 @@ class Takeover:
 
 
 class _Predecessor:
-    """The old daemon, while it hands over.  It has :data:`TAKEOVER_TIMEOUT` for each answer.
+    """Connection to the predecessor, which has :data:`TAKEOVER_TIMEOUT` for each answer.
 
     Args:
-        sock: the connection to it; owned from here on.
-        lifeline: what it says on how the takeover ends; likewise.
+        sock: the connection; owned from here on.
+        lifeline: this end of the lifeline; likewise.
     """
 
     def __init__(self, sock: socket.socket, lifeline: Fd) -> None:
@@ -232,7 +234,7 @@ class _Predecessor:
         self._sock = sock
 
     def fileno(self) -> int:
-        """Of the connection."""
+        """Number of the connection's descriptor."""
         return self._sock.fileno()
 
     def move_to(self, number: int) -> None:
@@ -242,23 +244,23 @@ class _Predecessor:
             self._sock = socket.socket(fileno=fd.detach())
 
     def say(self, requests: bytes) -> None:
-        """Say something.
+        """Send requests.
 
         Raises:
-            TimeoutError: it does not read.
+            TimeoutError: the predecessor does not read.
         """
         self._sock.settimeout(TAKEOVER_TIMEOUT)
         try:
             self._sock.sendall(requests)
         except ConnectionError:
-            pass  # it has closed the connection; what it said before that is still here
+            pass  # the predecessor has closed the connection; its last message can still be read
 
     def hear(self) -> tuple[bytes, list[Fd], str]:
-        """What it says next, see :func:`qmpfd.kernel.fd.receive`; empty once it is gone.
+        """Receive the next message, see :func:`qmpfd.kernel.fd.receive`; empty at EOF.
 
         Raises:
-            NoDaemon: it has given up the takeover.
-            TimeoutError: it does not answer.
+            NoDaemon: the predecessor has cancelled the takeover.
+            TimeoutError: the predecessor does not answer.
         """
         try:
             answer = receive(self._sock, 1)
@@ -269,23 +271,23 @@ class _Predecessor:
         return answer
 
     def ask(self, request: bytes) -> tuple[bytes, list[Fd], str]:
-        """:meth:`say` and :meth:`hear`."""
+        """Send a request, and receive the next message; see :meth:`say` and :meth:`hear`."""
         self.say(request)
         return self.hear()
 
     def let_go(self, journal: Fd | None) -> None:
-        """Have it leave everything to us, and wait until it has.
+        """Send CONFIRM, and wait until the predecessor has closed everything.
 
         Args:
-            journal: where it says so too, if it is started again when it dies.
+            journal: its journal, in which it records the handover too; or None.
 
         Raises:
-            NoDaemon: it goes on.
+            NoDaemon: the predecessor goes on.
         """
         try:
             answer, _, _ = self.ask(CONFIRM)
         except TimeoutError:
-            # From here on it cannot say so any more; or it has at the last moment.
+            # After shutdown(2) it cannot send DONE any more; unless it has just sent it.
             self._sock.shutdown(socket.SHUT_RDWR)
             answer, _, _ = self.hear()
             if answer != DONE:
@@ -293,8 +295,8 @@ class _Predecessor:
                     "the old daemon does not answer: it keeps its fd sets and connections"
                 ) from None
         if answer == DONE:
-            # It closes all that it has, and the connection last.  Whatever keeps it from that, it
-            # serves nobody any more.
+            # Wait for EOF: the predecessor closes everything else before the connection.  If that
+            # takes too long, go on: it serves no client any more.
             try:
                 self.hear()
             except TimeoutError:
@@ -306,7 +308,7 @@ class _Predecessor:
             )
 
     def close(self) -> None:
-        """Close the connection, and the lifeline."""
+        """Close the connection and the lifeline."""
         self._sock.close()
         self.lifeline.close()
 
@@ -316,17 +318,17 @@ def prepare(
     progress: Callable[[int, int], None],
     movable: Iterable[Movable] = (),
 ) -> Takeover:
-    """Begin to take over from the daemon that serves *path*, which goes on serving.
+    """Begin a takeover of the daemon that serves *path*, which goes on serving.
 
     Args:
         path: its socket.
-        progress: told how many descriptors have come, of how many, once they come.
-        movable: descriptors that are open here and may get other numbers.
+        progress: called with the number of descriptors received, and of all.
+        movable: open descriptors of this process that may be moved out of the way.
 
     Raises:
-        NoDaemon: nobody serves there.
-        QMPError: it refuses: this user may not, or it is a newer version.
-        ValueError: what it sends cannot be used here.
+        NoDaemon: no daemon serves there.
+        QMPError: the daemon refuses: the policy forbids it, or the daemon is a newer version.
+        ValueError: its state is invalid, or this process has no room for it.
         MemoryError: this process is out of memory.
     """
     with BlockingClient(path, TAKEOVER_TIMEOUT) as client:
@@ -355,13 +357,13 @@ def prepare(
 
 
 def read_all(memory: Fd) -> bytes:
-    """All that is in the file behind *memory*."""
+    """Return the contents of a file in memory (memfd_create(2))."""
     size = os.lseek(memory.fileno(), 0, os.SEEK_END)
     return os.pread(memory.fileno(), size, 0)
 
 
 def unusable(error: OSError) -> ValueError:
-    """Why what the old daemon has cannot be had here."""
+    """Make the error that says why the predecessor's state cannot be taken over."""
     if error.errno in (errno.EMFILE, errno.EINVAL, errno.EBADF):  # fcntl(2), dup(2)
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return ValueError(f"the limit of {most} open files is too low (ulimit -n)")

@@ -1,16 +1,17 @@
-"""The old daemon's side of a takeover.
+"""The predecessor's side of a takeover.
 
-First, everybody is served as ever, and the newcomer is told what is stored: it gets ready.  Then it
-asks for the rest, and the daemon is paused: nobody is accepted, no session reads, all that is under
-way comes to rest.  What has changed and what the connections are is described, and all descriptors
-are sent.  The newcomer confirms once all of it is in its place.
+First, the daemon sends the successor a description of the store, and goes on serving while the
+successor gets ready.  Then the successor requests the rest, and the daemon is paused: no client is
+accepted, no session reads, commands under way are finished.  The daemon describes its connections
+and the changes made since, and sends all descriptors.  The successor sends CONFIRM once it has
+restored everything.
 
-Who owns it is decided by one system call, that which says DONE.  Before, all of it is ours, and
-everybody goes on when the newcomer dies, hangs or gives up: then DONE cannot be sent any more.
-Whoever has got descriptors of ours closes the lifeline after them, and we wait for that: so what is
-removed here then has really gone.  And we say on the lifeline how it has ended, to whoever has it.
-After it, we serve nobody; and until the newcomer hears that all is closed here, neither does it,
-so that what it removes for a client has really gone by the time of its reply.
+One system call decides who owns everything: the sendmsg(2) of DONE.  Before it, the daemon owns
+everything.  If the successor dies, hangs or gives up, DONE cannot be sent, and the daemon goes on,
+after it has reported the outcome on the lifeline.  Every process with duplicates of its descriptors
+closes the lifeline after them; the daemon waits for that, so a descriptor removed afterwards has no
+duplicate left.  After DONE, the daemon serves no client.  The successor serves none until the
+daemon has closed all its descriptors: again, a removed descriptor has no duplicate left.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ from ..services import Services
 
 _log = logging.getLogger("qmpfd")
 
-#: Seconds between two looks at whether all sessions have come to rest.
+#: Seconds between two checks whether all sessions are quiescent.
 _REST_POLL = 0.001
 
-#: Descriptors that are described in a row, at some 10 us each, before others are served.
+#: Descriptors that are described, at some 10 us each, before other tasks get to run.
 _DESCRIBED_AT_ONCE = 64
 
 
 class Predecessor(Protocol):
-    """What the sender needs of the daemon that is taken over, a :class:`..server.DaemonServer`."""
+    """The daemon that hands over: the part of :class:`..server.DaemonServer` used here."""
 
     services: Services
     listeners: Sequence[UnixListener]
@@ -61,15 +62,15 @@ class Predecessor(Protocol):
     takeover_scope: trio.CancelScope
 
     def drop_duplicates(self, quick: Set[Fd]) -> None:
-        """Close what another daemon goes on with."""
+        """Close the descriptors and connections that another daemon owns."""
 
 
 @contextmanager
 def _offered(server: Predecessor) -> Iterator[None]:
-    """Offer everything to a successor while the block runs, for :data:`TAKEOVER_TIMEOUT` at most.
+    """Be in a state OFFERED while the block runs, for :data:`TAKEOVER_TIMEOUT` at most.
 
     Raises:
-        GenericError: that is done already, or the daemon is ending.
+        GenericError: another takeover is under way, or the daemon is ending.
     """
     lifecycle = server.services.lifecycle
     if not lifecycle.can(Event.OFFER):
@@ -85,8 +86,8 @@ def _offered(server: Predecessor) -> Iterator[None]:
 
 @asynccontextmanager
 async def _paused(server: Predecessor, newcomer: Session) -> AsyncGenerator[list[Session], None]:
-    """Begin nothing while the block runs, and hold the lock; then go on, unless a successor has
-    taken over.  Gives the sessions but for the newcomer's, of which nothing is under way.
+    """Pause the daemon and hold the store's lock while the block runs; resume unless a successor
+    has taken over.  Give all sessions but the successor's, once they are quiescent.
     """
     services, scope = server.services, server.takeover_scope
     services.lifecycle.handle(Event.PAUSE)
@@ -96,9 +97,9 @@ async def _paused(server: Predecessor, newcomer: Session) -> AsyncGenerator[list
         session.pause()
     try:
         while True:
-            # They come to rest within a few passes of the loop, and there is nothing else to do.
-            # Nor does it show before that all have: a task that sends for one of them may have been
-            # woken by its client in this pass, and then sends something still.
+            # Sessions are quiescent within a few passes of the event loop, so polling is cheap.
+            # Sleep before the check: a task that sends for a session may have been woken in this
+            # pass, and still sends in the next.
             await trio.sleep(_REST_POLL)
             others = [session for session in server.sessions if session is not newcomer]
             if all(session.is_quiescent for session in others):
@@ -118,15 +119,15 @@ async def _paused(server: Predecessor, newcomer: Session) -> AsyncGenerator[list
 
 
 async def hand_over(server: Predecessor, newcomer: Session) -> None:
-    """Hand everything over to the client of *newcomer*; its connection is over then.
+    """Hand everything over to the client of *newcomer*; its connection has ended then.
 
     Args:
         server: the daemon.
-        newcomer: the session that asked for it.
+        newcomer: the session of the successor.
 
     Raises:
-        GenericError: it cannot even begin: one is under way already, or the daemon is ending, or
-            out of descriptors or memory.
+        GenericError: another takeover is under way, or the daemon is ending, or out of descriptors
+            or memory.
     """
     services, stream, pid = server.services, newcomer.stream, newcomer.peer.pid
     async with AsyncExitStack() as stack:
@@ -145,16 +146,16 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
                     _log.info("pid %d begins a takeover", pid)
                     others = await stack.enter_async_context(_paused(server, newcomer))
                     if await _hand_over_paused(server, others, known, stream):
-                        with suppress(OSError):  # the newcomer has died just now
+                        with suppress(OSError):  # the successor has died just now
                             lifeline.send(saved.DONE)
                         _release_all(server, quick)
                         _log.info("pid %d has taken over", pid)
                         with trio.move_on_after(FORGET_TIMEOUT):
-                            await services.durability.sync()  # what was kept of it is closed too
+                            await services.durability.sync()  # wait for the fd store's closes too
                             await closed(services.shared.closer)
         except trio.BrokenResourceError:
-            pass  # the newcomer is gone
-        except GenericError as exc:  # it has its reply already: REFUSED has to do
+            pass  # the successor has closed the connection
+        except GenericError as exc:  # the command was answered: only REFUSED can be sent
             _log.error("%s", exc)
         finally:
             if not services.lifecycle.handed_over:
@@ -163,19 +164,19 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     stream.send_nowait(saved.REFUSED)
                 theirs.close()
-                with suppress(OSError):  # nobody has it
+                with suppress(OSError):  # no process has the other end
                     lifeline.send(saved.REFUSED)
         if not services.lifecycle.handed_over:
             with trio.move_on_after(CLOSE_TIMEOUT):
-                await trio.lowlevel.wait_readable(lifeline)  # until nobody has it
+                await trio.lowlevel.wait_readable(lifeline)  # EOF: no duplicates are left
 
 
 async def _hand_over_paused(
     server: Predecessor, others: Sequence[Session], known: Mapping[int, StoredFd], stream: FdStream
 ) -> bool:
-    """Hand over what is left; whether all of it is the newcomer's."""
+    """Send the rest of the state and all descriptors; return whether the successor owns them."""
     durability = server.services.durability
-    # Before the newcomer has anything: its own second copy waits for the outcome.
+    # Before the successor has descriptors: its own fd store decides by the outcome.
     durability.log_handover(None)
     rest, fds = _describe_rest(server, others, known)
     with _in_memory(msgspec.msgpack.encode(rest)) as memory:
@@ -188,21 +189,21 @@ async def _hand_over_paused(
 
 
 def _let_go(durability: Durability, stream: FdStream) -> bool:
-    """Say that all of it is the newcomer's; whether that was possible.
+    """Send DONE; return whether that succeeded.
 
-    Where we are started again when we die, that has to be known before: the newcomer finds it out
-    if we die in between.
+    A daemon with a journal records the handover before: if it dies between the two steps, the
+    restarted daemon and the successor read there that the successor owns everything.
     """
     durability.log_handover(True)
     return stream.send_nowait(saved.DONE) > 0
 
 
 def _release_all(server: Predecessor, quick: Set[Fd]) -> None:
-    """A successor has taken over: let go of everything, without a word to anybody, and end."""
+    """Close everything after a takeover, without shutdown(2) and without events, and end."""
     services = server.services
     services.lifecycle.handle(Event.HAND_OVER)
     services.durability.release_all(quick)
-    services.shared.audit = None  # nothing goes: the successor has it
+    services.shared.audit = None  # no audit lines: the successor still has the descriptors
     server.drop_duplicates(quick)
     for listener in server.listeners:
         listener.abandon()
@@ -211,10 +212,10 @@ def _release_all(server: Predecessor, quick: Set[Fd]) -> None:
 
 @contextmanager
 def _able() -> Iterator[None]:
-    """Being out of descriptors or memory in the block is a reason to refuse.
+    """Convert an error of the block to one for the successor.
 
     Raises:
-        GenericError: saying why.
+        GenericError: the daemon is out of descriptors or memory.
     """
     try:
         yield
@@ -236,7 +237,7 @@ def _in_memory(data: bytes) -> Fd:
 
 
 async def _hear(stream: FdStream) -> bytes:
-    """The next byte that the newcomer says; empty once it is gone."""
+    """Receive the next byte of the successor; b"" at EOF."""
     while True:  # noqa: ASYNC913 - each way round has a checkpoint
         try:
             return stream.socket.recv(1)
@@ -247,8 +248,11 @@ async def _hear(stream: FdStream) -> bytes:
 
 
 async def _describe_store(server: Predecessor) -> tuple[Fd, dict[int, StoredFd], set[Fd]]:
-    """What is stored, while it may change: in a file in memory; the entries of it by number; and
-    those of which a duplicate is closed without waiting for anybody.
+    """Describe the store, while clients are served and it may change.
+
+    Returns:
+        A file in memory with the description; the described entries by number; and the descriptors
+        whose duplicates can be closed without blocking.
     """
     daemon = server.services.shared
     at, now = time.monotonic(), daemon.clock()
@@ -258,7 +262,7 @@ async def _describe_store(server: Predecessor) -> tuple[Fd, dict[int, StoredFd],
     for fdset in daemon.store.iter_stable():
         for stored in fdset.iter_stable(now):
             lifetime = stored.lifetime
-            # What depends on a connection, or on the descriptor itself, goes over with that.
+            # Lifetimes that depend on a session or on a hang-up are handed over by SavedRest.
             if lifetime.owner is None and not lifetime.watch_hangup:
                 number = stored.fd.fileno()
                 known[number] = stored
@@ -276,7 +280,7 @@ async def _describe_store(server: Predecessor) -> tuple[Fd, dict[int, StoredFd],
 def _describe_rest(
     server: Predecessor, sessions: Sequence[Session], known: Mapping[int, StoredFd]
 ) -> tuple[SavedRest, list[int]]:
-    """The rest of the daemon's state, and the numbers of all descriptors that belong to it."""
+    """Describe the rest of the daemon's state; return it, and the numbers of all descriptors."""
     daemon, durability = server.services.shared, server.services.durability
     at, now = time.monotonic(), daemon.clock()
     owners = {id(session.context): number for number, session in enumerate(sessions)}
@@ -284,17 +288,17 @@ def _describe_rest(
     fds: list[int] = []
     added: list[saved.SavedFd] = []
     for fdset in daemon.store:
-        is_behind = False  # behind one of the set that the newcomer does not know
+        is_behind = False  # after an entry of the set that the successor does not know
         for number, stored in fdset.fds.items():
             fds.append(number)
             if known.get(number) is not stored:
                 is_behind = True
-            elif is_behind:  # stored again, so that it comes behind that one there too
+            elif is_behind:  # the successor stores it again: the order in the set stays the same
                 removed.append(number)
             else:
                 continue
             owner = stored.lifetime.owner
-            # A descriptor of the newcomer's own connection would end with it at once.
+            # -1: the lifetime of a descriptor of the successor's own session has ended with that.
             index = None if owner is None else owners.get(id(owner), -1)
             added.append(saved.SavedFd.of(stored, at - now, owner=index))
     fds.sort()
