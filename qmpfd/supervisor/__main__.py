@@ -1,12 +1,12 @@
-"""Run by its folder's path: ``python -I -S -W ignore .../qmpfd/supervisor``."""
+"""The parent program, run by the path of its folder: ``python -I -S -W ignore .../supervisor``."""
 
 import sys
 
 if not __package__:
-    # sys.path[0] is this folder: its parent has the package.  Behind the standard library, nothing
-    # there can be mistaken for a module of that.
+    # sys.path[0] is this folder; replace it by the folder above, which has the package.  At the end
+    # of sys.path, no file there can shadow a module of the standard library.
     sys.path.append(sys.path.pop(0).rpartition("/")[0])
-    __package__ = "supervisor"  # what relative imports go by (PEP 366)
+    __package__ = "supervisor"  # for relative imports (PEP 366)
 
 from .main import main
 

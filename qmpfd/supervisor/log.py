@@ -12,11 +12,11 @@ _PRIORITIES = (7, 6, 4, 3)  # sd-daemon(3)
 
 
 class Log:
-    """Writes lines, and leaves out what nobody reads: the parent never waits for it.
+    """Writes lines without blocking: a line for which the pipe has no room is dropped.
 
     Args:
         form: ``text`` or ``json``.
-        level: the least that is logged: ``debug``, ``info``, ``warning`` or ``error``.
+        level: the lowest level to log: ``debug``, ``info``, ``warning`` or ``error``.
     """
 
     def __init__(self, form: str, level: str) -> None:
@@ -24,7 +24,7 @@ class Log:
         self._least = LEVELS.index(level)
         found = os.fstat(2)
         self._journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
-        self._timed = stat.S_ISREG(found.st_mode) or os.isatty(2)  # nobody else adds the time
+        self._timed = stat.S_ISREG(found.st_mode) or os.isatty(2)  # else the reader adds the time
 
     def log(self, level: str, message: str) -> None:
         """Write one line."""

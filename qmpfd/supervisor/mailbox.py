@@ -1,4 +1,4 @@
-"""What a worker asks of its parent: to keep descriptors, to close them, to send them back."""
+"""Handles the messages of a worker: stores its descriptors, closes them, sends them back."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from .program import Program
 from .store import Store, close
 from .worker import Worker
 
-#: Seconds until the log says again that there is no room for a descriptor.
+#: Minimum seconds between two log lines that say that there is no room for a descriptor.
 _LOG_INTERVAL = 10.0
 
-#: A line of a message is an assignment.
+#: Splits a line of a message, which is an assignment.
 _split = methodcaller("split", b"=", 1)
 
-#: What a message may be about that is nothing but a change of what is kept; all that is for us, and
-#: not for the service manager: the rest of it means nothing to that.
+#: Variables of a message that only changes the store; and all variables that are for the parent and
+#: are not forwarded to its service manager.
 _USUAL = {b"FDSTORE", b"FDSTOREREMOVE", b"FDNAME", b"FDPOLL", b"QMPFD_SYNC", b"QMPFD_CLOSE"}
 _OURS = _USUAL | {b"BARRIER", b"MAINPID", b"QMPFD_SOCKETS", b"QMPFD_FETCH", b"QMPFD_SPARE"}
 
 
 class Mailbox:
-    """Does what the messages of a worker say, see :mod:`supervisor`.
+    """Handles the messages of a worker, see :mod:`supervisor`.
 
     Args:
-        log: told where there is no room.
-        store: the descriptors that are kept.
-        program: gets the spare worker.
+        log: the parent's log.
+        store: the stored descriptors.
+        program: keeps the spare worker.
     """
 
     def __init__(self, log: Log, store: Store, program: Program) -> None:
@@ -41,20 +41,20 @@ class Mailbox:
     def handle(
         self, worker: Worker, data: bytes, fds: list[int], truncated: bool
     ) -> tuple[bool, list[bytes] | None]:
-        """Do what one message says; what it came with and is not kept is closed.
+        """Handle one message; close those of its descriptors that are not stored.
 
         Args:
-            worker: whose message it is.
+            worker: the worker that has sent it.
             data: the message.
-            fds: the descriptors that it came with.
-            truncated: there was no room for all of them.
+            fds: its descriptors.
+            truncated: whether some descriptors were lost, as the parent is out of descriptors.
 
         Returns:
-            Whether the worker waits for an answer to it; and the lines that are not for us.
+            Whether the worker waits for an answer; and the lines for the parent's service manager.
         """
         try:
             lines: dict[bytes, bytes] = dict(map(_split, data.split(b"\n")))
-        except ValueError:  # a line is no assignment, and does not count
+        except ValueError:  # ignore a line that is not an assignment
             lines = dict(_split(line) for line in data.split(b"\n") if b"=" in line)
         names = lines.get(b"FDNAME", b"").split(b":")
         if lines.get(b"FDSTOREREMOVE") == b"1":
@@ -76,9 +76,9 @@ class Mailbox:
         return sync is not None or b"BARRIER" in lines, others
 
     def _say_lost(self, worker: Worker, names: list[bytes]) -> None:
-        """Say that there was no room for these descriptors."""
+        """Log that there was no room for these descriptors, and send LOST for each."""
         now = time.monotonic()
-        if names and self._lost_logged_at + _LOG_INTERVAL < now:  # it comes again soon
+        if names and self._lost_logged_at + _LOG_INTERVAL < now:  # the worker retries often
             self._lost_logged_at = now
             self._log.log(
                 "error",
@@ -91,7 +91,9 @@ class Mailbox:
     def _handle_others(
         self, worker: Worker, lines: dict[bytes, bytes], fds: list[int]
     ) -> list[bytes]:
-        """Do what is said more rarely; what is kept of *fds* is taken out."""
+        """Handle the rarer lines; take a spare worker's socket out of *fds*.  Return the lines for
+        the parent's service manager.
+        """
         spare = lines.get(b"QMPFD_SPARE", b"")
         if spare.isdigit() and len(fds) == 1:
             self._program.take_spare(int(spare), socket.socket(fileno=fds.pop()))

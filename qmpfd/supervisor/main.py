@@ -7,16 +7,16 @@ from .parent import Supervisor
 from .program import inherited_sockets
 from .signals import set_up_signals
 
-#: Seconds that a worker may take to end by default.
+#: Default number of seconds that a worker has to end.
 DRAIN_TIMEOUT = 5.0
 
 
 def main(arguments: list[str]) -> int:
-    """Supervise.
+    """Supervise workers; return the exit status.
 
     Args:
-        arguments: ``--drain-timeout=SECONDS``, if it is not 5; format and level of the log, the
-            descriptors that are for the first worker only, with commas between, and the worker's
+        arguments: ``--drain-timeout=SECONDS``, if it is not 5; format and level of the log; the
+            numbers of descriptors for the first worker only, separated by commas; the worker's
             command line.
     """
     drain_timeout = DRAIN_TIMEOUT
@@ -27,5 +27,5 @@ def main(arguments: list[str]) -> int:
     numbers = {int(number) for number in passed.split(",") if number}
     log = Log(form, level)
     status = Supervisor(log, command, numbers, inherited_sockets(), drain_timeout).run()
-    set_up_signals(())  # one that comes while the interpreter ends does not change the status
+    set_up_signals(())  # a signal while the interpreter ends must not change the exit status
     return status

@@ -1,4 +1,4 @@
-"""The parent's own service manager: notifications for it, and its watchdog (sd_notify(3))."""
+"""Notifications for the parent's own service manager, and its watchdog (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 import socket
 import time
 
-#: A time that does not come.
+#: Deadline that is never reached.
 NEVER = float("inf")
 
-#: Seconds until a notification that could not be sent is sent again.
+#: Seconds until a notification that could not be sent is retried.
 _RETRY = 0.5
 
 
 class Manager:
-    """The service manager at $NOTIFY_SOCKET, if there is one."""
+    """Connection to the service manager at $NOTIFY_SOCKET, if that is set."""
 
     def __init__(self) -> None:
         path = os.environ.get("NOTIFY_SOCKET", "")
@@ -23,17 +23,17 @@ class Manager:
             self._address = "\0" + path[1:] if path.startswith("@") else path
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._sock.setblocking(False)
-        self._unsent: dict[bytes, bytes] = {}  # by the name of the first variable, oldest first
+        self._unsent: dict[bytes, bytes] = {}  # messages by their first variable, oldest first
         self._retry_at = 0.0
         usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID")
-        #: Seconds within which the service manager wants a heartbeat of us; None if it does not.
+        #: Timeout of the service manager's watchdog in seconds; None without a watchdog.
         self.watchdog: float | None = None
         if usec.isdecimal() and len(usec) < 18 and pid in (None, str(os.getpid())):
             self.watchdog = int(usec) / 1e6 or None
         self._feed_at = 0.0
 
     def forward(self, message: bytes) -> None:
-        """Send a notification, now or when it is possible; a newer one of its kind replaces it."""
+        """Send a notification, now or later; one with the same first variable replaces it."""
         if self._address is None:
             return
         kind = message.partition(b"=")[0]
@@ -53,15 +53,15 @@ class Manager:
         assert self._address is not None
         try:
             self._sock.sendto(message, self._address)
-        except (OSError, ValueError):  # it is busy, or is just executing itself again
+        except (OSError, ValueError):  # the service manager is busy, or is being restarted
             return False
         return True
 
     def work(self, now: float) -> float:
-        """Do what is due; when to call this again.
+        """Send pending messages and heartbeats; return the time of the next call.
 
         Args:
-            now: the time, as the result (time.monotonic()).
+            now: the time (time.monotonic()).
         """
         due = NEVER
         if self._unsent:

@@ -1,4 +1,4 @@
-"""The parent: starts workers, keeps their descriptors, and ends with them."""
+"""The parent's main loop: starts workers, handles their messages and deaths, and signals."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a mebibyte
     from collections.abc import Sequence
 
-#: Seconds within which a worker says that its loop turns, where the service manager has no wish.
+#: Watchdog timeout of a worker in seconds, if the parent has no watchdog timeout itself.
 HEARTBEAT = 10.0
 
-#: Messages that are handled before signals have their turn.
+#: Messages that are handled before signals are handled.
 MESSAGES = 512
 
-#: Seconds until the parent looks again for what is due, where nothing is known to be.
+#: Maximum number of seconds of one poll(2).
 _LONGEST_WAIT = 3600.0
 
-#: Seconds that the end of a worker that drains takes beyond --drain-timeout.
+#: Seconds that a draining worker has for its end beyond --drain-timeout.
 _END_TIMEOUT = 2.0
 
-#: Seconds until the parent does not wait any more for the end of a worker that was killed: the
-#: close of a descriptor hangs (a FUSE mount that does not answer).  No code of it runs any more.
+#: Seconds that the parent waits for the end of a worker after SIGKILL.  Its code does not run any
+#: more, but the close of a descriptor may hang (a FUSE mount that does not answer).
 _DEATH_TIMEOUT = 1.0
 
-#: Seconds that a deadline may be met too late before it is not the worker's fault; and that the
-#: worker has then.
+#: If the parent notices a deadline more than this number of seconds late, it was stopped itself:
+#: the worker gets as many seconds more.
 _GRACE = 1.0
 
-# Found faster than an attribute, or a member of an enumeration.
+# local names: looking up an Enum member is slow before Python 3.12
 _POLLIN, _SERVING, _ENDED = select.POLLIN, State.SERVING, State.ENDED
 
 HEARD = (*FORWARDED, signal.SIGQUIT, signal.SIGCHLD)
@@ -52,11 +52,11 @@ class Supervisor:
     """The parent.
 
     Args:
-        log: for what happens to the workers.
+        log: the parent's log.
         command: the worker's program, and its arguments.
-        passed: inherited descriptors that are for the first worker that serves only.
-        sockets: those of the service manager, with their names, for each worker.
-        drain_timeout: seconds that a worker may take to end.
+        passed: numbers of inherited descriptors for the first worker that serves only.
+        sockets: the service manager's sockets, with their names, which each worker gets.
+        drain_timeout: seconds that a worker has to end.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class Supervisor:
         self._log = log
         self._manager = Manager()
         heartbeat = self._manager.watchdog or HEARTBEAT
-        # Seconds that a worker may be in a state, but for its start; while it serves, until it says
-        # something.  What it drains in begins with the first signal.
+        # Maximum seconds of a worker in each state (Worker.start_timeout while it starts); SERVING:
+        # maximum seconds between two messages.  DRAINING: counted from the first signal.
         self._timeouts = {
             State.SERVING: heartbeat,
             State.STOPPING: drain_timeout,
@@ -83,12 +83,12 @@ class Supervisor:
         self._passed = passed & inherited
         self._program = Program(log, command, sockets, inherited, heartbeat)
         self._state = State.FIRST_WAIT
-        self._since = 0.0  # when the worker's time for what its state waits for began
+        self._since = 0.0  # begin of the state's timeout
         self._worker: Worker | None = None
-        self._stuck: set[int] = set()  # workers whose end is not waited for
-        self._due = 0.0  # when to look for what is due (time.monotonic()); at once after a change
-        self._lifeline = -1  # of a takeover that the worker died in, while the old one may go on
-        self._reload = False  # a SIGHUP is to be forwarded once the worker serves
+        self._stuck: set[int] = set()  # pids of killed workers whose end hangs
+        self._due = 0.0  # time of the next _work() (time.monotonic()); 0: at once
+        self._lifeline = -1  # lifeline of a takeover in which the worker died, outcome unknown
+        self._reload = False  # whether to forward SIGHUP once the worker serves
         self._status = 0
         self._poll = select.poll()
         self._wake, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -102,18 +102,18 @@ class Supervisor:
             signal.signal(number, lambda *_: None)
 
     def run(self) -> int:
-        """Supervise until the worker ends, or we are told to; the exit status."""
+        """Supervise until the worker ends by itself or by a signal; return the exit status."""
         while self._state is not _ENDED:
             try:
                 self._turn()
-            except Exception as exc:  # noqa: BLE001 - whoever keeps the descriptors goes on
+            except Exception as exc:  # noqa: BLE001 - the parent has the only copy after a crash
                 self._log.log("error", f"the parent goes on after an error: {exc!r}")
                 time.sleep(FIRST_DELAY)
         self._program.end_spare()
         return self._status
 
     def _turn(self) -> None:
-        """Do what is due, wait, and handle what has come."""
+        """Do one pass of the main loop: due work, poll(2), events."""
         now = time.monotonic()
         if self._due <= now:
             self._due = self._work(now)
@@ -122,7 +122,7 @@ class Supervisor:
             if worker is not None and number == worker.number:
                 if events & _POLLIN:
                     self._receive(worker, MESSAGES)
-                if events & select.POLLHUP:  # it has closed its end, or is dead in a moment
+                if events & select.POLLHUP:  # the worker has closed its end, or is dying
                     self._receive(worker)
                     self._poll.unregister(worker.sock)
                     self._happen(Event.HANGUP)
@@ -137,7 +137,7 @@ class Supervisor:
                 self._due = 0.0
 
     def _work(self, now: float) -> float:
-        """Do what is due; when there is more to do, as far as can be told now."""
+        """Do the work that is due; return the time of the next call."""
         if self._state in (State.FIRST_WAIT, State.WAITING) and self._start_at <= now:
             self._start(now)
         if self._deadline <= now:
@@ -146,18 +146,18 @@ class Supervisor:
 
     @property
     def _start_at(self) -> float:
-        """When the next worker is started: not before it is known how a takeover has ended."""
+        """Time of the next start of a worker; NEVER while the outcome of a takeover is unknown."""
         return NEVER if self._worker is not None or self._lifeline >= 0 else self._restarts.at
 
     @property
     def _deadline(self) -> float:
-        """Until when the worker has to do what its state waits for."""
+        """End of the timeout of the worker's state."""
         if self._worker is None:
             return NEVER
         return self._since + self._timeouts.get(self._state, self._worker.start_timeout)
 
     def _wake_up(self) -> None:
-        """Signals have come, or slow closes are done."""
+        """Handle signals received, and slow closes completed."""
         numbers = os.read(self._wake, 64)
         for name in self._closer.take_closed():
             if self._worker is not None:
@@ -170,8 +170,8 @@ class Supervisor:
         self._due = 0.0
 
     def _listen_to(self, worker: Worker) -> None:
-        """Poll for what the worker's socket has to wait for.  As long as a close makes room that is
-        needed, nothing more is received.
+        """Update the events that the worker's socket is polled for.  With a full descriptor table,
+        no message is received until a close under way has made room.
         """
         full = self._closer.pending and (
             len(self._store.fds) + self._closer.pending >= self._program.most_open
@@ -181,11 +181,11 @@ class Supervisor:
             worker.polled_for = events
             try:
                 self._poll.modify(worker.sock, events)
-            except OSError:  # nobody is at the other end any more
+            except OSError:  # unregistered after a hang-up
                 pass
 
     def _happen(self, event: Event) -> None:
-        """Change the state, and with it what is due."""
+        """Apply the transition for *event*, and restart the timeout."""
         former, self._state = self._state, TRANSITIONS[self._state].get(event, self._state)
         if self._state is not former and self._state is not State.DRAINING:
             self._since = time.monotonic()
@@ -196,7 +196,7 @@ class Supervisor:
     def _start(self, now: float) -> None:
         """Start a worker."""
         try:
-            if self._restarts.failures:  # something may be wrong with it
+            if self._restarts.failures:  # the spare worker may have the same fault
                 self._program.end_spare()
             worker = self._program.start(self._store.fds, may_hang=bool(self._stuck))
         except OSError as exc:
@@ -210,14 +210,14 @@ class Supervisor:
         self._happen(Event.START)
 
     def _time_out(self, now: float) -> None:
-        """The worker has not done in time what it had to."""
+        """Kill a worker that has missed its deadline."""
         worker = self._worker
         assert worker is not None
-        self._receive(worker)  # perhaps it was us who were stopped
+        self._receive(worker)  # its messages may have waited while the parent was stopped
         late = now - self._deadline
         if late < 0:
             return
-        if late > _GRACE:  # we were stopped, and the worker perhaps as well (cgroup freezer)
+        if late > _GRACE:  # the parent was stopped, perhaps with the worker (cgroup freezer)
             self._since += late + _GRACE
             return
         if self._state in (State.HUNG, State.KILLED):
@@ -236,7 +236,7 @@ class Supervisor:
         self._happen(Event.TIMEOUT)
 
     def _reap(self) -> None:
-        """Wait for every child that is dead.  As process 1 we have those of others too."""
+        """Call waitpid(2) for each dead child.  As process 1, the parent has orphans too."""
         while True:
             try:
                 pid, wait_status = os.waitpid(-1, os.WNOHANG)
@@ -249,12 +249,12 @@ class Supervisor:
                 self._bury(self._worker, os.waitstatus_to_exitcode(wait_status))
 
     def _bury(self, worker: Worker, status: int) -> None:
-        """The worker is dead: start another one in time, or end."""
-        # First of all, what it has said: others have been told that it is safe.
+        """Handle the death of the worker: schedule the start of another, or end."""
+        # Handle its last messages first: clients and a successor may rely on them already.
         self._receive(worker)
         try:
             self._poll.unregister(worker.sock)
-        except KeyError:  # its end of the socket was closed before
+        except KeyError:  # unregistered after a hang-up
             pass
         worker.sock.close()
         self._worker = None
@@ -262,13 +262,13 @@ class Supervisor:
         if self._state in TOLD_TO_END:
             if status != 0:
                 self._store.remove_files()
-            # Whatever signal has ended it, ours or another's: it was to end.
+            # 0 after a death by a signal: the worker was told to end.
             return self._end(max(status, 0))
         if status == 0 or (status > 0 and self._state is State.FIRST_START):
-            return self._end(status)  # it has said why itself
+            return self._end(status)  # the worker has logged why
         if not self._store.has_journal:
             self._store.clear()
-            if self._store.had_journal:  # a successor has it all, or nothing is to be left
+            if self._store.had_journal:  # the worker has removed everything: handed over, or quit
                 self._log.log("info", f"the worker {how}, after another daemon took over: ending")
                 return self._end(0)
         self._start_again(worker, how)
@@ -312,12 +312,12 @@ class Supervisor:
             self._log.log("warning", QUIT_IGNORED)
 
     def _handle_hangup(self) -> None:
-        """Have the policy read again: by a worker that is started now, or by the one that runs."""
+        """Handle SIGHUP: start the next worker at once, or forward the signal."""
         if self._worker is None:
             self._restarts = Restarts()
         elif self._state is State.SERVING:
             self._worker.kill(signal.SIGHUP)
-        else:  # it would be killed by it
+        else:  # SIGHUP would kill a worker that does not handle it yet
             self._reload = True
 
     def _handle_stop(self, number: int) -> None:
@@ -326,17 +326,17 @@ class Supervisor:
             self._store.remove_files()
             self._end(0)
             return
-        # The worker may have got the same signal from whoever sent us ours: that is no second one.
+        # SIGNALS= lets the worker tell a forwarded signal from one that was sent to both processes.
         worker.stops += 1
         worker.send(b"SIGNALS=%d" % worker.stops)
-        # A program that starts has no answer to SIGINT but an error.
+        # While the worker starts, SIGINT would end it with a traceback.
         worker.kill(signal.SIGTERM if worker.ready_at is None else number)
         self._happen(Event.STOP)
 
-    # -- what the worker says ------------------------------------------------------------------
+    # -- messages of the worker ----------------------------------------------------------------
 
     def _receive(self, worker: Worker, most: int | None = None) -> None:
-        """Handle what the worker has sent; *most* messages of it, all by default."""
+        """Handle the worker's pending messages, *most* of them or all."""
         for data, fds, truncated in islice(iter(worker.receive, None), most):
             if self._state is _SERVING:
                 self._since = time.monotonic()
@@ -346,10 +346,10 @@ class Supervisor:
             if others:
                 self._handle_notification(worker, others)
             if waits and most is not None:
-                return  # nothing more has come most likely
+                return  # the worker waits for an answer: most likely it has sent nothing more
 
     def _handle_notification(self, worker: Worker, lines: Sequence[bytes]) -> None:
-        """The worker has said something that is for the service manager too."""
+        """Handle lines of a message that are for the service manager too."""
         if b"READY=1" in lines:
             if worker.ready_at is None:
                 worker.ready_at = time.monotonic()

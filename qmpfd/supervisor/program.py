@@ -1,4 +1,4 @@
-"""What a worker runs, and how it is started with the descriptors that are kept."""
+"""Starts workers: executes their program with the stored and inherited descriptors."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:  # typing takes a mebibyte
 #: The first inherited descriptor (SD_LISTEN_FDS_START).
 FIRST = 3
 
-#: What an inherited descriptor is called that has a number among those that are passed.
+#: LISTEN_FDNAMES name of an inherited descriptor whose number is among those passed.
 _IN_PLACE = "qmpfd-inherited"
 
 NamedFds = list["tuple[str, int]"]
 
 
 class Program:
-    """What a worker runs.
+    """The worker's program, and the spare worker.
 
     Args:
-        log: told if the program cannot be run.
+        log: the parent's log.
         command: the program, and its arguments.
-        sockets: those of the service manager, with their names, for each worker.
-        inherited: descriptors that each worker gets at the numbers that they have.
-        heartbeat: seconds within which it is to say that its loop turns.
+        sockets: the service manager's sockets, with their names, which each worker gets.
+        inherited: other descriptors that each worker gets, under the same numbers.
+        heartbeat: watchdog timeout of a worker, in seconds.
     """
 
     def __init__(
@@ -50,42 +50,42 @@ class Program:
         self.inherited = inherited
         self._spare: Spare | None = None
         self._heartbeat = heartbeat
-        # Of our table, this is the worker's: the rest is for what is open now, sockets, and
-        # descriptors that are on their way or being closed.
+        # Places of the descriptor table that are not for stored descriptors: those open now, 32
+        # for sockets and received descriptors, 32 for descriptors being closed.
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         self._own = len(_open_fds()) + 64
-        #: How many descriptors can be kept.
+        #: Maximum number of stored descriptors.
         self.store_size = max(limit - self._own, 0)
-        #: How many may be open, those included that are being closed, for one more to have room.
+        #: Maximum number of stored descriptors and closes under way at which messages are received.
         self.most_open = limit - self._own + 32
 
     def take_spare(self, pid: int, sock: socket.socket) -> None:
-        """Have this spare worker take the place of the next worker, and no other one.
+        """Use this spare worker as the next worker, and end a former spare worker.
 
         Args:
             pid: its process.
-            sock: our end of the socket to it; owned from here on.
+            sock: the parent's end of the socket to it; owned from here on.
         """
         self.end_spare()
         self._spare = Spare(pid, sock)
         self._spare.send(b"WAIT")
 
     def end_spare(self) -> None:
-        """End the spare worker, if there is one."""
+        """End the spare worker, if one waits."""
         if self._spare is not None:
             self._spare.end()
             self._spare = None
 
     def start(self, kept: dict[bytes, int], *, may_hang: bool) -> Worker:
-        """Start a worker: the spare one, if it can be.
+        """Start a worker: the spare worker, if it is usable, or a new process.
 
         Args:
-            kept: the descriptors that it is given, by their names.
-            may_hang: a worker that has started a spare one may hang in its end.
+            kept: the stored descriptors, by name.
+            may_hang: whether the end of the worker that has started the spare worker may hang.
 
         Raises:
-            OSError: it is not possible now.
+            OSError: the parent is out of descriptors or processes.
         """
         spare = self._spare
         if spare is not None and spare.is_usable(may_hang):
@@ -96,7 +96,7 @@ class Program:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                # What is forwarded before the worker's program runs is to end it, not to be lost.
+                # Blocked until the child has default handlers: the parent's would swallow a signal.
                 signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
                 try:
                     pid = os.fork()
@@ -110,7 +110,7 @@ class Program:
         return Worker(pid, ours)
 
     def _become(self, sock: int, kept: dict[bytes, int]) -> NoReturn:
-        """Be the worker's program, whatever happens."""
+        """Execute the worker's program in the child, or exit with status 126."""
         try:
             self._execute(sock, kept)
         except OSError as exc:
@@ -122,12 +122,12 @@ class Program:
         signal.set_wakeup_fd(-1)
         for each in FORWARDED:
             signal.signal(each, signal.SIG_DFL)
-        signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # as all else that we ignore
+        signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # like all other signals that are ignored
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-        # A group of its own: a terminal's Ctrl-C is for us, and we forward it.
+        # A process group of its own: the terminal sends Ctrl-C to the parent only, which forwards.
         try:
             os.setpgid(0, 0)
-        except OSError:  # a container's seccomp filter; signals to both are counted once anyway
+        except OSError:  # a container's seccomp filter; the worker counts a signal to both once
             pass
         given = [*self._sockets, *((name.decode("ascii"), fd) for name, fd in kept.items())]
         given.sort(key=lambda each: each[1])
@@ -142,7 +142,7 @@ class Program:
             target += 1
         if sock < target:
             sock = fcntl.fcntl(sock, fcntl.F_DUPFD, target)
-        # By rising numbers: each moves down, if at all, to one that is done with.
+        # By ascending numbers: each descriptor moves down, if at all, to a number no longer needed.
         for place, (_, number) in zip(places, given, strict=True):
             if number == place:
                 os.set_inheritable(number, True)
@@ -165,7 +165,7 @@ class Program:
 
 
 def inherited_sockets() -> NamedFds:
-    """What the service manager has passed to us."""
+    """Return the sockets passed by the service manager (sd_listen_fds(3)), with their names."""
     count = os.environ.get("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
         return []
@@ -180,22 +180,22 @@ def inherited_sockets() -> NamedFds:
 
 
 def inherited_fds() -> set[int]:
-    """The other descriptors that whoever started us has passed, beyond the standard streams."""
+    """Return the numbers of other inherited descriptors, without the standard streams."""
     return {number for number in _open_fds() if number >= FIRST and _is_inheritable(number)}
 
 
 def _is_inheritable(number: int) -> bool:
     try:
         return os.get_inheritable(number)
-    except OSError:  # the one that the folder was listed with
+    except OSError:  # the descriptor that listdir had open
         return False
 
 
 def _open_fds() -> list[int]:
-    """The descriptors that are open."""
+    """Return the numbers of open descriptors."""
     try:
         return [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:  # there is no /proc
+    except OSError:  # /proc is not mounted
         return [number for number in range(1024) if _is_open(number)]
 
 

@@ -1,4 +1,4 @@
-"""Which signals mean something to the daemon's processes: all others are ignored."""
+"""Signal dispositions of the daemon's processes: which signals are handled, which ignored."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a mebibyte
     from collections.abc import Collection
 
-#: Signals that end the worker or have it read its policy again: those are forwarded.
+#: Signals that the parent forwards: they end the worker, or make it read its policy again.
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-#: Signals that keep what they do by default: faults, job control, what nobody can change, and the
-#: end of a child, which nobody could wait for if it were ignored (waitpid(2)).
+#: Signals that keep their default action: faults, job control, SIGKILL and SIGSTOP, and SIGCHLD:
+#: if it were ignored, waitpid(2) would not return the status of children.
 _BY_DEFAULT = {
     signal.SIGKILL,
     signal.SIGSTOP,
@@ -28,17 +28,17 @@ _BY_DEFAULT = {
     signal.SIGTRAP,
 }
 
-#: What is said of SIGQUIT, which a user may expect to end a program.
+#: Log message for SIGQUIT, which users may expect to end a program.
 QUIT_IGNORED = "SIGQUIT is ignored: SIGTERM ends the daemon, a second one at once"
 
 
 def set_up_signals(heard: Collection[int]) -> None:
-    """Ignore every signal that would end or stop this process and is none of *heard*, and block
-    none: the signal mask is inherited (signal(7)).
+    """Ignore all signals that would end or stop this process, except *heard*, and clear the signal
+    mask, which is inherited (signal(7)).
 
-    Anybody who may signal the process can send one by mistake, and the kernel sends SIGIO for a
-    descriptor with O_ASYNC (fcntl(2), F_SETOWN).  SIGTTOU is one of them: with ``stty tostop``, it
-    would stop a process that logs to its terminal.
+    Such a signal may be sent by mistake; the kernel sends SIGIO for a descriptor with O_ASYNC
+    (fcntl(2), F_SETOWN).  SIGTTOU is ignored as well: with ``stty tostop``, it would stop a process
+    that logs to its terminal.
     """
     for number in signal.valid_signals() - _BY_DEFAULT - set(heard):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The states of a worker, as its parent sees it, and what changes them."""
+"""The states of a worker in its parent, and every transition between them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class State(Enum):
-    """What there is of a worker."""
+    """State of the worker."""
 
     FIRST_WAIT = "none has served yet, and none runs"
     FIRST_START = "none has served yet, and one starts"
@@ -22,7 +22,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What happens to a worker."""
+    """Event that changes the state of the worker."""
 
     START = "it is started"
     READY = "it says READY=1"
@@ -41,7 +41,7 @@ _STARTING = {
     Event.TIMEOUT: State.HUNG,
 } | _TO_THE_END
 
-#: What is not here changes nothing.
+#: The transitions of each state; an event that is not listed does not change the state.
 TRANSITIONS = {
     State.FIRST_WAIT: {Event.START: State.FIRST_START} | _TO_THE_END,
     State.FIRST_START: {Event.DIED: State.FIRST_WAIT} | _STARTING,
@@ -67,5 +67,5 @@ TRANSITIONS = {
     State.ENDED: {},
 }
 
-#: In these, the worker was told to end.
+#: States of a worker that was told to end.
 TOLD_TO_END = (State.STOPPING, State.DRAINING, State.KILLED)

@@ -1,4 +1,4 @@
-"""The descriptors that the parent keeps, and how they are closed."""
+"""The parent's fd store, and the threads that close descriptors which may block."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import _thread
 import os
 import socket
 
-#: What the worker's journal is called: without it, the other descriptors mean nothing.
+#: Prefix of the name of the worker's journal: without it, the other descriptors cannot be restored.
 _JOURNAL = b"qmpfd-journal-"
 
-#: The lifeline of a takeover (qmpfd.server.fdstore.evidence), until that is done; and what the old
-#: daemon says on it when it goes on with all it had.
+#: Name of the lifeline during a takeover (qmpfd.server.fdstore.evidence); and the predecessor's
+#: message on it that the takeover has failed.
 _LIFELINE, _REFUSED = b"qmpfd-lifeline", b"x"
 
-#: What a name may consist of: printable ASCII but the colon, which stands between names.
+#: Bytes valid in a name: printable ASCII without the colon, which separates names.
 _GOOD_BYTES = bytes({*range(0x20, 0x7F)} - {ord(":")})
 
-#: Closes of a lane that may hang at a time; more wait for one of them.
+#: Maximum number of threads of a lane; more descriptors wait for one of them.
 _MAX_THREADS = 32
 
 
 def close(number: int) -> None:
-    """Close a descriptor; whatever close reports, it is closed (close(2))."""
+    """Close a descriptor, and ignore errors: Linux closes it in any case (close(2))."""
     try:
         os.close(number)
     except OSError:
@@ -29,7 +29,7 @@ def close(number: int) -> None:
 
 
 class Lane:
-    """Descriptors of one user and one device, which may hang together."""
+    """Descriptors of one user and one device, whose closes may hang together."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[bytes, int]] = []
@@ -37,10 +37,10 @@ class Lane:
 
 
 class SlowCloser:
-    """Closes in threads what may hang in its close.
+    """Closes, in threads, descriptors whose close may hang.
 
     Args:
-        wake: a descriptor that a byte is written to after each close.
+        wake: a descriptor to which a byte is written after each close.
     """
 
     def __init__(self, wake: int) -> None:
@@ -49,11 +49,11 @@ class SlowCloser:
         self._lanes: dict[bytes, Lane] = {}
         self._closed: list[bytes] = []
         self._last = -1
-        #: Descriptors that are not closed yet.
+        #: Number of descriptors that are not closed yet.
         self.pending = 0
 
     def close(self, name: bytes, number: int, lane_name: bytes) -> None:
-        """Close a descriptor, some time: whatever hangs in another lane."""
+        """Close a descriptor in a thread of its lane; :meth:`take_closed` then has *name*."""
         with self._lock:
             self.pending += 1
             lane = self._lanes.get(lane_name)
@@ -65,12 +65,12 @@ class SlowCloser:
             lane.threads += 1
         try:
             _thread.start_new_thread(self._work, (lane_name, lane))
-        except RuntimeError:  # no more threads: the next one of the lane does it
+        except RuntimeError:  # no thread can be started: the next thread of the lane closes it
             with self._lock:
                 lane.threads -= 1
 
     def close_last(self, number: int) -> None:
-        """Close a descriptor as soon as none of the others is open."""
+        """Close a descriptor once all others are closed."""
         with self._lock:
             self._last = number
             self._close_last()
@@ -81,7 +81,7 @@ class SlowCloser:
             self._last = -1
 
     def take_closed(self) -> list[bytes]:
-        """The names of what has been closed since the last call."""
+        """Return the names of the descriptors closed since the last call."""
         with self._lock:
             closed, self._closed = self._closed, []
         return closed
@@ -102,15 +102,15 @@ class SlowCloser:
                 self._close_last()
             try:
                 os.write(self._wake, b"\0")
-            except OSError:  # full: the parent wakes up anyway
+            except OSError:  # the pipe is full: the parent wakes up anyway
                 pass
 
 
 class Store:
-    """The descriptors that are kept, by name.
+    """The stored descriptors, by name.
 
     Args:
-        closer: closes those that may hang.
+        closer: closes descriptors whose close may hang.
     """
 
     def __init__(self, closer: SlowCloser) -> None:
@@ -119,18 +119,16 @@ class Store:
         self.files: list[bytes] = []
         #: The descriptors by their names.
         self.fds: dict[bytes, int] = {}
-        #: Whether there was ever a journal among them.
+        #: Whether a journal was ever stored.
         self.had_journal = False
 
     @property
     def has_journal(self) -> bool:
-        """Whether a journal says what all the others are."""
+        """Whether a journal is stored, which describes the other descriptors."""
         return any(name.startswith(_JOURNAL) for name in self.fds)
 
     def add(self, name: bytes, number: int) -> None:
-        """Keep a descriptor in place of the one of that name; close it where there can be no such
-        name.
-        """
+        """Store a descriptor in place of a former one; close it if *name* is invalid."""
         if is_good_name(name):
             self.remove(name, None)
             self.fds[name] = number
@@ -139,7 +137,7 @@ class Store:
             close(number)
 
     def remove(self, name: bytes, lane: bytes | None) -> None:
-        """Close the descriptor of that name, if there is one: at once, or in threads of *lane*."""
+        """Close the descriptor of that name, if stored: at once, or in a thread of *lane*."""
         number = self.fds.pop(name, -1)
         if number >= 0:
             if name == _LIFELINE:
@@ -151,12 +149,12 @@ class Store:
 
     @property
     def lifeline(self) -> int:
-        """The lifeline of a takeover that is not known to be done; -1 if there is none."""
+        """The lifeline of a takeover that is not confirmed; -1 if there is none."""
         return self.fds.get(_LIFELINE, -1)
 
     def settle_takeover(self) -> None:
-        """The worker died in a takeover, and the lifeline says how that has ended: if the old one
-        goes on, close all that is the old daemon's, and then the lifeline, for which it waits.
+        """Read the outcome of a takeover in which the worker died from the lifeline.  If the
+        predecessor goes on, close its descriptors and then the lifeline: it waits for that EOF.
         """
         sock = socket.socket(fileno=self.lifeline)
         try:
@@ -169,13 +167,13 @@ class Store:
             self.clear()
 
     def clear(self) -> None:
-        """Close all of them, the lifeline last."""
+        """Close all descriptors, the lifeline last."""
         for name in sorted(self.fds, key=_LIFELINE.__eq__):
             self.remove(name, b"")
 
     def remove_files(self) -> None:
-        """Remove the files of the worker's listening sockets, unless there is another one at the
-        path by now.
+        """Remove the files of the worker's listening sockets, unless another file has replaced
+        them.
         """
         for text in self.files:
             try:
@@ -189,5 +187,5 @@ class Store:
 
 
 def is_good_name(name: bytes) -> bool:
-    """Whether a descriptor may have that name (sd_pid_notify_with_fds(3), FDNAME)."""
+    """Return whether *name* is valid (sd_pid_notify_with_fds(3), FDNAME=)."""
     return 0 < len(name) <= 255 and not name.translate(None, _GOOD_BYTES)

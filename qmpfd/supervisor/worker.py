@@ -12,20 +12,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a mebibyte
     from collections.abc import Sequence
 
-#: Seconds within which a worker serves.  A takeover may take a while.
+#: Seconds that a worker has until it serves; a takeover may take a while.
 START_TIMEOUT = 120.0
 
-#: Seconds within which a spare worker asks for what is kept: it has nothing else to do.
+#: Seconds that a spare worker has, after START, until it fetches descriptors.
 SPARE_TIMEOUT = 5.0
 
-#: Bytes of a message: the longest names socket files.
+#: Maximum size of a message in bytes; QMPFD_SOCKETS= makes the longest.
 _MESSAGE = 32 << 10
 
-#: Messages without bytes in a row that show that nobody is left at the other end: recvmsg(2) does
-#: not tell such a message from the end.
+#: Number of empty messages in a row that count as EOF: recvmsg(2) returns b"" for both.
 _EMPTY_MESSAGES = 8
 
-#: Room for one control message with as many descriptors as the kernel passes at a time.
+#: Size of a control message with the maximum number of descriptors (SCM_MAX_FD, unix(7)).
 _MOST_FDS = 253
 _CONTROL = socket.CMSG_SPACE(_MOST_FDS * 4)
 _FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
@@ -38,43 +37,46 @@ class Worker:
     """A running worker.
 
     Args:
-        pid: its process, a child of ours.
-        sock: our end of the socket to it.
-        timeout: seconds until it has to say something for the first time.
+        pid: its process, a child of the parent.
+        sock: the parent's end of the socket to it.
+        timeout: seconds that it has until its first message.
     """
 
     def __init__(self, pid: int, sock: socket.socket, timeout: float = START_TIMEOUT) -> None:
         self.pid = pid
         self.sock = sock
         self.number = sock.fileno()
-        #: Seconds from its start until it has to serve, or to say something.
+        #: Seconds that it has from its start until it serves; at first, until its first message.
         self.start_timeout = timeout
         self.ready_at: float | None = None
-        #: Signals forwarded that end it.
+        #: Number of terminating signals forwarded to it.
         self.stops = 0
-        #: What its socket is polled for.
+        #: The events that its socket is polled for (poll(2)).
         self.polled_for: int = select.POLLIN
-        self._empty = 0  # messages without bytes, in a row
-        #: What there was no room for yet.
+        self._empty = 0  # number of empty messages in a row
+        #: Messages and descriptors for which its queue had no room.
         self.unsent: list[tuple[bytes, Sequence[int]]] = []
 
     def kill(self, number: int) -> None:
-        """Send a signal.  Until we wait for it, no other process can have its pid."""
+        """Send a signal.  The kernel does not reuse the pid before waitpid(2)."""
         try:
             os.kill(self.pid, number)
         except OSError:
             pass
 
     def receive(self) -> tuple[bytes, list[int], bool] | None:
-        """The next message, its descriptors, and whether some of these were lost for want of room;
-        None if there is none now, or never again.
+        """Receive the next message.
+
+        Returns:
+            The message, its descriptors, and whether the kernel has dropped some of these; None if
+            no message is queued, or at EOF.
         """
         try:
             data, control, flags, _ = self.sock.recvmsg(_MESSAGE, _CONTROL, _FLAGS)
-        except OSError:  # BlockingIOError if there is none now
+        except OSError:  # BlockingIOError: no message is queued
             return None
         fds: list[int] = []
-        for _, _, payload in control:  # SCM_RIGHTS: nothing else was asked for
+        for _, _, payload in control:  # SCM_RIGHTS only: no other kind was enabled
             fds += array("i", payload)
         if data:
             self._empty = 0
@@ -85,18 +87,18 @@ class Worker:
         return data, fds, flags & _TRUNCATED != 0
 
     def send(self, message: bytes, fds: Sequence[int] = ()) -> None:
-        """Send a message and descriptors, now or with :meth:`flush`."""
+        """Send a message with descriptors, or queue it for :meth:`flush`."""
         if self.unsent or not self._send_nowait(message, fds):
             self.unsent.append((message, fds))
 
     def flush(self) -> bool:
-        """Send what could not be sent before; whether something is still left."""
+        """Send queued messages; return whether some are left."""
         while self.unsent and self._send_nowait(*self.unsent[0]):
             del self.unsent[0]
         return bool(self.unsent)
 
     def _send_nowait(self, message: bytes, fds: Sequence[int]) -> bool:
-        """Send a message; whether it needs not be sent again."""
+        """Send a message; return False if it has to be queued."""
         try:
             if fds:
                 rights = [(*_RIGHTS, array("i", fds))]
@@ -106,41 +108,41 @@ class Worker:
         except BlockingIOError:
             return False
         except OSError:
-            # The worker is dead; or this user has too many descriptors on their way
-            # (ETOOMANYREFS), and it asks for no more where these do not come.
+            # The worker is dead; or this user has too many descriptors in flight (ETOOMANYREFS):
+            # send the message without them, which the worker treats as an error.
             return not fds or self._send_nowait(message, ())
         return True
 
 
 class Spare(Worker):
-    """A worker that waits until it is needed."""
+    """A spare worker, which waits for START."""
 
     def __init__(self, pid: int, sock: socket.socket) -> None:
         super().__init__(pid, sock, SPARE_TIMEOUT)
 
     @property
     def is_child(self) -> bool:
-        """Whether it lives, and is a child of ours: it was another's before that died."""
+        """Whether it lives and is a child of the parent; before, the worker that started it was."""
         try:
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         except ChildProcessError:
             return False
 
     def is_usable(self, may_be_others: bool) -> bool:
-        """Whether it lives and can be started.
+        """Return whether it lives and can be started.
 
         Args:
-            may_be_others: the worker that has started it hangs in its end, and so it is not a child
-                of ours yet: its end is heard of from its socket meanwhile.
+            may_be_others: whether the worker that has started it may hang in its end, and so still
+                be its parent: then its socket shows whether it lives.
         """
         return self.is_child or (may_be_others and self.receive() is None)
 
     def start(self, sockets: Sequence[tuple[str, int]], names: Sequence[bytes]) -> None:
-        """Have it take over.
+        """Start it as the worker.
 
         Args:
-            sockets: those of the service manager, with their names.
-            names: those of the descriptors that it may fetch.
+            sockets: the service manager's sockets, with their names.
+            names: the names of the stored descriptors, which it fetches.
         """
         for at in range(0, len(sockets), _MOST_FDS):
             some = sockets[at : at + _MOST_FDS]
@@ -151,7 +153,7 @@ class Spare(Worker):
         self.send(b"START")
 
     def end(self) -> None:
-        """It is not needed any more."""
+        """Kill it, if it is a child, and close the socket, which ends it otherwise."""
         if self.is_child:
             self.kill(signal.SIGKILL)
         self.sock.close()
