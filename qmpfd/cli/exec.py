@@ -17,7 +17,7 @@ from ..client.blocking import BlockingClient
 from ..client.calls import members, one_fd
 from ..client.errors import NoDaemon
 from ..errors import InvalidParameterValue, QMPError
-from ..kernel.fd import Fd
+from ..kernel.fd import Fd, open_numbers
 from .exit_codes import UsageError
 from .options import CONNECTION, client_of, option
 from .output import print_error, printable
@@ -211,15 +211,10 @@ def _put_in_place(fds: list[Fd], places: list[int]) -> None:
         fd.adopt(aside)
     for fd, place in zip(fds, places, strict=True):
         os.dup2(fd.fileno(), place, inheritable=True)
-    try:
-        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:  # /proc is not mounted: try all numbers
-        numbers = list(range(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16)))
-    for number in numbers:
+    for number in open_numbers():
         if number > 2 and number not in places:
             # Not closed: this process still uses some of them until execve(2).
-            with suppress(OSError):  # listdir's own descriptor, or a number that is not open
-                os.set_inheritable(number, False)
+            os.set_inheritable(number, False)
 
 
 def _aside(fd: Fd, places: list[int]) -> Fd:

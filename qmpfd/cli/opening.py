@@ -8,7 +8,7 @@ import os
 import re
 import socket
 
-from ..kernel.fd import Fd
+from ..kernel.fd import Fd, is_open
 from .exit_codes import UsageError
 from .output import printable
 
@@ -46,10 +46,8 @@ def open_file(path: str, flags: int) -> Fd:
 
 def check_open(number: int, advice: str = "") -> None:
     """Raise UsageError, with *advice* appended, if descriptor *number* is not open here."""
-    try:
-        fcntl.fcntl(number, fcntl.F_GETFD)
-    except OSError:
-        raise UsageError(f"descriptor {number} is not open here{advice}") from None
+    if not is_open(number):
+        raise UsageError(f"descriptor {number} is not open here{advice}")
 
 
 def listening_socket(address: str) -> tuple[Fd, str]:

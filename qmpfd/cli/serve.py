@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ..client.blocking import NoDaemon
 from ..errors import QMPError
-from ..kernel.fd import Fd, close_all
+from ..kernel.fd import Fd, close_all, open_numbers
 from ..kernel.systemd import take_listen_fds, take_parent, take_store_size
 from ..kernel.unix_address import is_served, listens
 from ..supervisor.signals import FORWARDED, set_up_signals
@@ -125,11 +125,7 @@ def _inherited_strays() -> list[_Stray]:
     """
     if any("/fd/" in word for word in sys.argv):
         return []
-    try:
-        numbers = [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:
-        return []
-    return [_Stray(number) for number in numbers if number > 2 and _was_inherited(number)]
+    return [_Stray(number) for number in open_numbers() if number > 2 and _was_inherited(number)]
 
 
 def _import_all() -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import NamedTuple, NoReturn
 
-from ..kernel.fd import Fd, close_all, pipe, poll
+from ..kernel.fd import Fd, close_all, open_numbers, pipe, poll
 from ..kernel.systemd import PARENT_VARIABLE, InheritedFd, Notifier
 
 #: Environment variable that makes a process a spare worker.
@@ -89,7 +89,7 @@ def spawn(store_size: int) -> Spare:
         actions = [(os.POSIX_SPAWN_DUP2, number, number)]
         command = [sys.executable, *sys.orig_argv[1:]]
         executed, writer = map(stack.enter_context, pipe())
-        writer.move_to(max(map(int, os.listdir("/proc/self/fd"))) + 1)
+        writer.move_to(max(open_numbers()) + 1)
         pid = os.posix_spawn(sys.executable, command, {**os.environ, **ours}, file_actions=actions)
         close_all([writer, theirs])
         # posix_spawn(3) returns before execve(2) has closed what is close-on-exec, lowest number

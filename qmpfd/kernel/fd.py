@@ -203,6 +203,27 @@ def open_files_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+def is_open(number: int) -> bool:
+    """Return whether a descriptor of this number is open."""
+    try:
+        fcntl.fcntl(number, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
+
+
+def open_numbers(end: int | None = None) -> list[int]:
+    """Return the numbers of the open descriptors below *end*; None for all, without /proc for
+    65,536.
+    """
+    try:
+        numbers: Iterable[int] = map(int, os.listdir("/proc/self/fd"))
+    except OSError:  # /proc is not mounted
+        numbers = range(min(open_files_limit(), end or 1 << 16))
+    # listdir's own descriptor is closed again.
+    return [number for number in numbers if (end is None or number < end) and is_open(number)]
+
+
 def unread_bytes(fd: FileDescriptorLike) -> int:
     """Return the number of unread bytes of a pipe or stream socket (FIONREAD, unix(7))."""
     return _ioctl_int(fd, termios.FIONREAD)

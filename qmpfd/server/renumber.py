@@ -13,7 +13,7 @@ import resource
 from collections.abc import Container, Iterable, Mapping
 from typing import Protocol
 
-from ..kernel.fd import Fd
+from ..kernel.fd import Fd, is_open, open_numbers
 
 _log = logging.getLogger("qmpfd")
 
@@ -46,7 +46,7 @@ def renumber(fds: Mapping[int, Fd], others: Iterable[Movable] = ()) -> None:
     wanted = {
         number: fd
         for number, fd in fds.items()
-        if 0 <= number < most and (number in at or not _is_open(number))
+        if 0 <= number < most and (number in at or not is_open(number))
     }
     for number in wanted:  # targets that are free, and those that become free thereby
         _fill(number, wanted, at)
@@ -91,7 +91,7 @@ def keep_free(numbers: Iterable[int], movable: Iterable[Movable]) -> tuple[list[
         if each.fileno() in targets:
             aside = fcntl.fcntl(each.fileno(), fcntl.F_DUPFD_CLOEXEC, end)
             each.move_to(aside)
-    open_ = _open_numbers(end)
+    open_ = set(open_numbers(end))
     fillers: list[Fd] = []
     with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as null:
         null.move_to(fcntl.fcntl(null.fileno(), fcntl.F_DUPFD_CLOEXEC, end))
@@ -101,15 +101,6 @@ def keep_free(numbers: Iterable[int], movable: Iterable[Movable]) -> tuple[list[
             if number not in targets and number not in open_
         )
     return [number for number in wanted if number not in open_], fillers
-
-
-def _open_numbers(end: int) -> set[int]:
-    """Return the numbers below *end* that are open."""
-    try:
-        # _is_open leaves out the descriptor that listdir itself had open.
-        return {n for n in map(int, os.listdir("/proc/self/fd")) if n < end and _is_open(n)}
-    except OSError:  # /proc is not mounted
-        return {number for number in range(end) if _is_open(number)}
 
 
 def _fill(number: int, wanted: Mapping[int, Movable], at: dict[int, Movable]) -> None:
@@ -137,11 +128,3 @@ def _move_aside(number: int, wanted: Container[int], at: dict[int, Movable]) -> 
                 at[movable.fileno()] = movable
                 return True
             lowest = spare.fileno() + 1
-
-
-def _is_open(number: int) -> bool:
-    try:
-        fcntl.fcntl(number, fcntl.F_GETFD)
-    except OSError:
-        return False
-    return True
