@@ -1,4 +1,4 @@
-"""DESIGN.md, "Floors": a module imports only from its own folder or from floors below."""
+"""Layers (docs/architecture.md): a module imports only from its own folder or from floors below."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ _FD_ON_BLANK = Script([_TAKE, _BLANK, _TAKE], [_END, _END + 1], [0, 1, 0], [0, 1
 @example(_FD_ON_BLANK)
 @settings(max_examples=500, deadline=None)
 def test_which_command_gets_which_fd(script: Script) -> None:
-    """As INTERFACE.md has it, however the bytes are cut and read."""
+    """The rule of docs/differences-from-qemu.md holds however the bytes are split and read."""
 
     async def received() -> list[tuple[int | None, list[int]]]:
         with closing(Tags(TAGS)) as tags:

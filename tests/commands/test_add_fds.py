@@ -1,4 +1,4 @@
-"""``add-fds``: all or nothing, and the three ways in which a descriptor's time can end."""
+"""``add-fds``: all descriptors or none; the end of a connection, expiry and hang-ups."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HANGUP = "Parameter 'watch-hangup' expects sockets or pipes only"
 
 
 async def opaques(client: qmpfd.Client) -> list[str | None]:
-    """What is stored, by opaque text, in the order in which it is listed."""
+    """Return the opaque texts of all stored descriptors, in the order of the listing."""
     return [fd.opaque for fdset in await client.query_fdsets() for fd in fdset.fds]
 
 
@@ -55,7 +55,7 @@ async def test_so_many(path: Path, count: int) -> None:
             assert added.fdset_id == 0
             assert len({fd.fd for fd in added.fds}) == count
             assert await client.query_fdsets() == [added]
-            # In the order in which they were passed.
+            # In the order in which they were sent.
             await client.remove_fd(0, added.fds[-1].fd)
             assert [pipe.held() for pipe in made] == [True] * (count - 1) + [False]
             if count > 1:
@@ -64,7 +64,7 @@ async def test_so_many(path: Path, count: int) -> None:
 
 
 async def test_the_reply(path: Path) -> None:
-    """Its shape, with and without an opaque text."""
+    """The reply's members, with and without an opaque text."""
     async with daemon(path):
         with await Wire.session(path) as wire, pipes(2) as made:
             added = value(await wire.call("add-fds", {"opaque": "o"}, made))
@@ -78,7 +78,7 @@ async def test_the_reply(path: Path) -> None:
 
 
 async def test_the_fds_on_a_blank_before(path: Path) -> None:
-    """As qemu.qmp sends them."""
+    """Descriptors on a blank before the command, as qemu.qmp sends them."""
     async with daemon(path):
         with await Wire.session(path) as wire, pipes(3) as made:
             wire.send(b" ", made)
@@ -86,7 +86,7 @@ async def test_the_fds_on_a_blank_before(path: Path) -> None:
 
 
 async def test_among_add_fd(path: Path) -> None:
-    """Each command has its own, under pipelining."""
+    """Pipelined add-fds and add-fd get their own descriptors each."""
     async with daemon(path):
         with await Wire.session(path) as wire, pipes(6) as made:
             wire.send(request("add-fd"), made[:1])
@@ -124,7 +124,7 @@ async def test_among_add_fd(path: Path) -> None:
     ids=str,
 )
 async def test_refused(path: Path, arguments: dict[str, Any], error_class: str) -> None:
-    """Nothing of it is kept, and the connection goes on."""
+    """A refused add-fds stores no descriptor, and the connection continues."""
     async with daemon(path):
         with await Wire.session(path) as wire, pipes(3) as made:
             assert error(await wire.call("add-fds", arguments, made)) == error_class
@@ -143,7 +143,7 @@ async def test_none_at_all(path: Path) -> None:
 
 
 async def test_no_room_for_all(path: Path) -> None:
-    """Then none is kept, though there were room for some."""
+    """Without room for all descriptors, none is stored."""
     async with daemon(path, limits=qmpfd.Limits(max_fds=5)), qmpfd.connect(path) as client:
         with pipes(6) as made:
             await client.add_fds(made[:3])
@@ -170,7 +170,7 @@ async def test_the_other_dialect_creates_the_set(path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["close", "half close", "broken"])
 async def test_until_the_connection_ends(path: Path, how: str) -> None:
-    """That of the one who added them; others see and open them until then."""
+    """Lifetime "connection": the end of the adding connection removes the descriptors."""
     async with daemon(path), qmpfd.connect(path) as other:
         with pipes(3) as made:
             wire = await Wire.session(path)
@@ -192,14 +192,14 @@ async def test_until_the_connection_ends(path: Path, how: str) -> None:
                     wire.close()
                 await settle()
                 if how == "broken":
-                    assert made[0].held()  # half a command is no end
+                    assert made[0].held()  # an incomplete command does not end the connection
                     wire.close()
                     await settle()
                 assert [pipe.held() for pipe in made] == [False, False, True]
                 assert await opaques(other) == ["lasting"]
 
 
-#: Adds its standard input until its connection ends, says so, and waits to be killed.
+#: Program that adds its standard input with lifetime "connection", and waits to be killed.
 ADDER = """
 import os, socket, sys
 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -215,7 +215,7 @@ sock.recv(1)
 
 
 async def test_until_its_process_is_killed(path: Path) -> None:
-    """The kernel ends the connection then, however the process ended."""
+    """SIGKILL of the client ends its connection too."""
     async with daemon(path), qmpfd.connect(path) as client, client.watch_fdsets() as events:
         with Pipe() as pipe:
             command = [sys.executable, "-c", ADDER, os.fspath(path)]
@@ -233,7 +233,7 @@ async def test_until_its_process_is_killed(path: Path) -> None:
 
 
 async def test_removed_before_the_connection_ends(path: Path) -> None:
-    """By whomever: the end of the connection then closes nobody else's descriptor."""
+    """The end of the connection does not close a later descriptor with the same number."""
     async with daemon(path), qmpfd.connect(path) as other:
         with pipes(2) as made:
             async with qmpfd.connect(path) as client:
@@ -251,7 +251,7 @@ async def test_removed_before_the_connection_ends(path: Path) -> None:
 
 
 async def test_expires(path: Path, autojump_clock: MockClock) -> None:
-    """At its time, and not before, each by itself; in whatever order they were added."""
+    """Each descriptor expires at its own time, whatever the order of additions."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipes(4) as made:
             for pipe, seconds in zip(made, [30, 10, 20, None], strict=True):
@@ -272,7 +272,7 @@ async def test_expires(path: Path, autojump_clock: MockClock) -> None:
 
 
 async def test_removed_before_it_expires(path: Path, autojump_clock: MockClock) -> None:
-    """Its time then ends nobody else's descriptor, and it does not keep others from theirs."""
+    """The expiry of a removed descriptor affects no later one, and delays no other expiry."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipes(3) as made:
             first = await client.add_fds([made[0]], expires=10)
@@ -289,7 +289,7 @@ async def test_removed_before_it_expires(path: Path, autojump_clock: MockClock) 
 
 
 async def test_a_very_long_time(path: Path, mock_clock: MockClock) -> None:
-    """From time 0 on, a float's end of it lies beyond the last int64."""
+    """The longest time: as a float it would exceed an int64."""
     async with daemon(path), qmpfd.connect(path) as client:
         with Pipe() as pipe:
             await client.add_fds([pipe], expires=(1 << 63) - 1)
@@ -323,7 +323,7 @@ async def test_many_that_expire_at_once(path: Path, autojump_clock: MockClock) -
 
 @contextmanager
 def pipe_ends() -> Iterator[dict[str, int]]:
-    """A pipe: its ends, which a test may close (and take out) itself."""
+    """Yield the ends of a pipe; a test may close one after removing it from the mapping."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     ends = {"read": reader, "write": writer}
     try:
@@ -334,14 +334,14 @@ def pipe_ends() -> Iterator[dict[str, int]]:
 
 
 async def hung_up(client: qmpfd.Client) -> None:
-    """Wait for the event that tells of a hang-up, the next one there is."""
+    """Wait for the next event, which must report a hang-up."""
     event = await anext(client.events())
     assert (event.name, event.data["reason"]) == ("FD_REMOVED", "hangup")
 
 
 @pytest.mark.parametrize("kept", ["read", "write"])
 async def test_the_other_end_of_a_pipe(path: Path, kept: str) -> None:
-    """Kept while it is there, whoever else has it; removed once its last copy is closed."""
+    """A hang-up is the close of the last duplicate of the other end."""
     gone = "write" if kept == "read" else "read"
     async with daemon(path), qmpfd.connect(path) as client:
         with pipe_ends() as ends:
@@ -363,7 +363,7 @@ async def test_the_other_end_of_a_unix_socket(path: Path, kind: socket.SocketKin
         with here, there:
             await client.add_fds([here], watch_hangup=True)
             await client.execute("watch-fdsets", {"enable": True})
-            there.shutdown(socket.SHUT_WR)  # it may still read
+            there.shutdown(socket.SHUT_WR)  # no hang-up: the peer can still read
             await settle()
             assert len(await client.query_fds()) == 1
             there.close()
@@ -372,7 +372,7 @@ async def test_the_other_end_of_a_unix_socket(path: Path, kind: socket.SocketKin
 
 
 async def test_the_other_end_of_a_tcp_socket(path: Path) -> None:
-    """That it sends nothing more does not tell that it is gone (tcp(7)): a reset does."""
+    """A FIN of the peer is no hang-up, since the peer may still read; a reset is one."""
     async with daemon(path), qmpfd.connect(path) as client:
         with (
             socket.create_server(("127.0.0.1", 0)) as listener,
@@ -388,11 +388,11 @@ async def test_the_other_end_of_a_tcp_socket(path: Path) -> None:
             there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             there.close()
             await hung_up(client)
-            assert len(await client.query_fds()) == 1  # a listening socket has no other end
+            assert len(await client.query_fds()) == 1  # a listening socket has no peer
 
 
 async def test_gone_before_it_was_added(path: Path) -> None:
-    """It is added, and removed again."""
+    """A descriptor whose peer has closed before is added, and removed at once."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipe_ends() as ends:
             os.close(ends.pop("write"))
@@ -404,7 +404,7 @@ async def test_gone_before_it_was_added(path: Path) -> None:
 
 @pytest.mark.parametrize("made_by", ["pipe", "socket"])
 async def test_unread_data_is_not_lost(path: Path, made_by: str, autojump_clock: MockClock) -> None:
-    """As long as somebody could still read it the descriptor is kept; a second later it is not."""
+    """With unread data, a descriptor that has hung up stays; it goes a second after the read."""
     with ExitStack() as stack:
         if made_by == "pipe":
             reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -428,7 +428,7 @@ async def test_unread_data_is_not_lost(path: Path, made_by: str, autojump_clock:
 async def test_a_fifo_that_is_opened_again(
     path: Path, tmp_path: Path, autojump_clock: MockClock
 ) -> None:
-    """Its other end is back before the last words of the former one were read: it stays."""
+    """A FIFO with unread data that is opened for writing again before the read stays."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with ExitStack() as stack:
@@ -444,14 +444,14 @@ async def test_a_fifo_that_is_opened_again(
             assert os.read(reader, 100) == b"last words"
             await trio.sleep(10)
             assert len(await client.query_fds()) == 1
-            assert not server.daemon.hangups.draining  # it is waited for again, not looked at
+            assert not server.daemon.hangups.draining  # epoll watches it again, without polling
             os.close(writer)
             await trio.sleep(10)
             assert await client.query_fds() == []
 
 
 async def test_an_error_is_no_hangup(path: Path, autojump_clock: MockClock) -> None:
-    """A UDP socket has a pending error when nobody listens there: it can be used all the same."""
+    """A pending error of a UDP socket, which stays usable, is no hang-up."""
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
@@ -461,7 +461,7 @@ async def test_an_error_is_no_hangup(path: Path, autojump_clock: MockClock) -> N
         nobody.close()
         async with daemon(path), qmpfd.connect(path) as client:
             await client.add_fds([sock], watch_hangup=True)
-            sock.send(b"x")  # refused: ICMP on the loopback interface is there at once
+            sock.send(b"x")  # refused: ICMP arrives at once on the loopback interface
             poll = select.poll()
             poll.register(sock, 0)
             assert [events for _, events in poll.poll(0)] == [select.POLLERR]
@@ -476,7 +476,7 @@ async def test_an_error_is_no_hangup(path: Path, autojump_clock: MockClock) -> N
     ["file, read and write", "directory", "/dev/null", "memfd", "eventfd", "epoll", "O_PATH"],
 )
 async def test_no_other_end(kind: str, path: Path, tmp_path: Path) -> None:
-    """Refused as a whole, also behind others that could be watched."""
+    """add-fds refuses all descriptors if one of them cannot hang up."""
     with open_kind(kind, tmp_path) as number, pipes(2) as made:
         async with daemon(path), qmpfd.connect(path) as client:
             with pytest.raises(qmpfd.InvalidParameterValue, match=HANGUP):
@@ -485,7 +485,7 @@ async def test_no_other_end(kind: str, path: Path, tmp_path: Path) -> None:
                 pipe.release()
             assert not any(pipe.held() for pipe in made)
             assert await client.query_fds() == []
-            # Nothing of it is left that a later one could stumble upon.
+            # The refused command has left no watch behind.
             with pipe_ends() as ends:
                 await client.add_fds([ends["read"]] * 3, watch_hangup=True)
                 await client.execute("watch-fdsets", {"enable": True})
@@ -511,7 +511,7 @@ def _stream(family: int, address: Any) -> socket.socket:
     ],
 )
 async def test_never_connected(family: int, address: Any, path: Path) -> None:
-    """The kernel says that it hangs up: it would be gone at once, though nobody has hung up."""
+    """An unconnected socket is refused: the kernel reports POLLHUP for it at once."""
     with _stream(family, address) as sock, pipes(1) as made:
         async with daemon(path), qmpfd.connect(path) as client:
             with pytest.raises(qmpfd.InvalidParameterValue, match="connected sockets only"):
@@ -530,7 +530,7 @@ async def test_a_listening_socket_stays(path: Path) -> None:
 
 @pytest.mark.parametrize("unread", [b"", b"x"])
 async def test_reset_before_it_was_added(unread: bytes, path: Path) -> None:
-    """Accepted as long as there is something to read."""
+    """A socket that has been reset is accepted if it has unread data."""
     with _stream(socket.AF_INET, ("127.0.0.1", 0)) as listener:
         listener.listen()
         with socket.create_connection(listener.getsockname()) as sock:
@@ -557,7 +557,7 @@ async def test_a_terminal_has_no_other_end(path: Path) -> None:
 
 
 async def test_removed_while_watched(path: Path) -> None:
-    """The hang-up comes later, under a number that is somebody else's by then."""
+    """A hang-up after the removal does not affect a later descriptor with the same number."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipe_ends() as ends, pipes(1) as made:
             first = await client.add_fds([ends["read"]], watch_hangup=True)
@@ -570,12 +570,12 @@ async def test_removed_while_watched(path: Path) -> None:
 
 
 async def test_removed_with_unread_data(path: Path, autojump_clock: MockClock) -> None:
-    """The other end is gone, the data was not read, and the number is somebody else's."""
+    """Removed after the hang-up with unread data: a later one with the same number stays."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipe_ends() as ends, pipe_ends() as others:
             os.write(ends["write"], b"x")
             first = await client.add_fds([ends["read"]], watch_hangup=True)
-            os.dup2(others["write"], ends["write"])  # closed, but its number stays in use
+            os.dup2(others["write"], ends["write"])  # closes the end, and reuses its number
             await trio.sleep(5)
             await client.remove_fd(0)
             again = await client.add_fds([others["read"]], watch_hangup=True)
@@ -589,7 +589,7 @@ async def test_removed_with_unread_data(path: Path, autojump_clock: MockClock) -
 
 
 async def test_only_the_watched_ones(path: Path) -> None:
-    """The same descriptor, added without: it stays."""
+    """The same descriptor, added without watch-hangup, stays."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipe_ends() as ends:
             await client.add_fds([ends["read"]], opaque="watched", watch_hangup=True)
@@ -617,7 +617,7 @@ async def test_many_hang_up_at_once(path: Path) -> None:
 
 
 async def test_whatever_comes_first(path: Path, autojump_clock: MockClock) -> None:
-    """All three ends of one descriptor: the first counts, the others find nothing."""
+    """Expiry, hang-up and end of the connection: the first removes, the others have no effect."""
     async with daemon(path), qmpfd.connect(path) as other, other.watch_fdsets() as events:
         for first in ("connection", "expired", "hangup"):
             with pipe_ends() as ends:
@@ -637,13 +637,13 @@ async def test_whatever_comes_first(path: Path, autojump_clock: MockClock) -> No
 
 
 def _cpu_ticks(pid: int) -> int:
-    """What a process has taken of the processors, in hundredths of a second (proc(5))."""
+    """Return the CPU time of a process in hundredths of a second (proc(5))."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
 
 
 async def test_an_idle_daemon_does_not_spin(path: Path) -> None:
-    """Nor does one with a hang-up that is told again and again, because of unread data."""
+    """No busy loop, also with a hang-up that epoll reports repeatedly because of unread data."""
     with daemon_process(path) as process:
         async with qmpfd.connect(path) as client:
             with pipe_ends() as ends:
@@ -653,14 +653,14 @@ async def test_an_idle_daemon_does_not_spin(path: Path) -> None:
 
                 await client.query_fds()
                 before = _cpu_ticks(process.pid)
-                with trio.move_on_after(0.5):  # in which a loop that spins takes 50 of them
+                with trio.move_on_after(0.5):  # a busy loop would use 50 ticks
                     await anext(client.events())
                 assert _cpu_ticks(process.pid) - before < 10
                 assert len(await client.query_fds()) == 1
 
 
 async def test_status_flags_are_left_alone(path: Path) -> None:
-    """A watched descriptor's too: its sender shares them."""
+    """The daemon changes no status flags, which it shares with the sender."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipe_ends() as ends:
             before = fcntl.fcntl(ends["read"], fcntl.F_GETFL)

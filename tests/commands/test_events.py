@@ -1,4 +1,4 @@
-"""``watch-fdsets``: who is told what, when, and what becomes of one who does not listen."""
+"""``watch-fdsets``: the events, and clients that do not read them."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from qmpfd.limits import EVENT_BYTES_A_TURN, MAX_EVENT_BYTES, MAX_EVENTS, MAX_RE
 from qmpfd.policy import EVERYTHING, Access, Grant
 from qmpfd.protocol.server import ServerConnection
 
-#: What the two ends of a Unix socket hold for sure, at most: Linux doubles what it is asked for.
+#: Upper bound of the bytes in both buffers of a Unix socket: Linux doubles SO_SNDBUF.
 SOCKET_BYTES = 1 << 20
 
 
 async def watching(path: Path) -> Wire:
-    """A connection that watches."""
+    """Connect and enable events."""
     wire = await Wire.session(path)
     assert value(await wire.call("watch-fdsets", {"enable": True})) == {}
     return wire
 
 
 async def told_nothing_else(wire: Wire) -> None:
-    """Nothing has come, and nothing is on its way: the next line answers the next question."""
+    """Check that no event is pending: the next line is the reply to the next request."""
     await settle()
     assert "return" in await wire.call("query-name")
 
 
-# -- what is told ------------------------------------------------------------------------------
+# -- the events --------------------------------------------------------------------------------
 
 
 async def test_the_shape(path: Path) -> None:
@@ -76,7 +76,7 @@ async def test_without_an_opaque_text(path: Path) -> None:
 
 
 async def test_one_for_each_descriptor(path: Path) -> None:
-    """In the order in which they are listed."""
+    """One event for each descriptor, in the order of the listing."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipes(5) as made:
             async with client.watch_fdsets() as events:
@@ -89,7 +89,7 @@ async def test_one_for_each_descriptor(path: Path) -> None:
 
 
 async def test_reasons(path: Path, autojump_clock: MockClock) -> None:
-    """Each way in which a descriptor can leave, whoever brought it."""
+    """The reason of each kind of removal."""
     async with daemon(path), qmpfd.connect(path) as client, client.watch_fdsets() as events:
 
         async def reason() -> str:
@@ -108,7 +108,7 @@ async def test_reasons(path: Path, autojump_clock: MockClock) -> None:
                 await other.add_fds(made[:1], lifetime="connection")
             assert await reason() == "connection"
             async with qmpfd.connect(path) as other:
-                await other.execute("getfd", {"fdname": "x"}, fds=made[:1])  # in no set
+                await other.execute("getfd", {"fdname": "x"}, fds=made[:1])  # no event
             here, there = socket.socketpair()
             with here, there:
                 await client.add_fds([here], watch_hangup=True)
@@ -117,7 +117,7 @@ async def test_reasons(path: Path, autojump_clock: MockClock) -> None:
 
 
 async def test_nothing_unasked(path: Path) -> None:
-    """Not to one who never asked, not for what failed, not for reading."""
+    """No events without watch-fdsets, for failed commands, or for queries."""
     async with daemon(path):
         with await Wire.session(path) as plain, await watching(path) as wire, Pipe() as pipe:
             info = value(await plain.call("add-fd", None, [pipe]))
@@ -143,7 +143,7 @@ async def test_not_for_what_was_there_before(path: Path) -> None:
 
 
 async def test_enable_and_disable(path: Path) -> None:
-    """Twice is as good as once; after the reply to disable nothing comes any more."""
+    """Enabling twice has no effect; no event follows the reply to disable."""
     async with daemon(path):
         with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
             for enable in (False, True, True):
@@ -151,7 +151,7 @@ async def test_enable_and_disable(path: Path) -> None:
             value(await other.call("add-fd", None, [pipe]))
             assert (await wire.reply())["event"] == "FD_ADDED"
             await told_nothing_else(wire)
-            for _ in range(3):  # an event is on its way when it is told to stop
+            for _ in range(3):  # an event is pending at the disable
                 other.send(request("add-fd"), [pipe])
             wire.send(request("watch-fdsets", {"enable": False}, id="stop"))
             while (line := await wire.reply()).get("id") != "stop":
@@ -168,7 +168,7 @@ async def test_arguments(path: Path) -> None:
 
 
 async def test_many_watchers(path: Path) -> None:
-    """Each is told all, in the same order."""
+    """All watchers get all events, in the same order."""
     seen: list[list[Any]] = []
 
     async def listen(wire: Wire) -> None:
@@ -187,7 +187,7 @@ async def test_many_watchers(path: Path) -> None:
 
 
 async def test_between_replies(path: Path) -> None:
-    """Whole lines, whatever is being answered at the time."""
+    """Events are whole lines between replies."""
     async with daemon(path):
         with await watching(path) as wire, await Wire.session(path) as other, pipes(1) as made:
             for start in range(0, 100, 20):
@@ -200,11 +200,11 @@ async def test_between_replies(path: Path) -> None:
                 assert sum(line.get("event") == "FD_ADDED" for line in lines) == 20
 
 
-# -- one who does not listen -------------------------------------------------------------------
+# -- watchers that do not read -----------------------------------------------------------------
 
 
 async def churn(client: qmpfd.Client, pipe: Pipe, rounds: int) -> int:
-    """Add and remove; how many events that makes."""
+    """Add and remove descriptors; return the number of events."""
     for _ in range(rounds):
         info = await client.add_fds([pipe] * 250)
         await client.remove_fd(info.fdset_id)
@@ -212,7 +212,7 @@ async def churn(client: qmpfd.Client, pipe: Pipe, rounds: int) -> int:
 
 
 async def test_a_slow_watcher_is_told_what_it_missed(path: Path) -> None:
-    """All that was not lost comes in order; the loss is told where it happened; then it goes on."""
+    """A slow watcher gets the events in order, with FD_EVENTS_LOST in the place of lost ones."""
     async with daemon(path), qmpfd.connect(path) as client:
         with await watching(path) as wire, Pipe() as pipe:
             made = await churn(client, pipe, 60)
@@ -225,7 +225,7 @@ async def test_a_slow_watcher_is_told_what_it_missed(path: Path) -> None:
                     lost += event["data"]["count"]
                     losses += 1
                     continue
-                if not losses:  # up to there nothing is missing
+                if not losses:  # before the first loss nothing is missing
                     expected = "FD_ADDED" if told % 500 < 250 else "FD_REMOVED"
                     assert event["event"] == expected
                 told += 1
@@ -238,7 +238,7 @@ async def test_a_slow_watcher_is_told_what_it_missed(path: Path) -> None:
 
 
 async def test_long_texts_do_not_fill_the_daemon(path: Path) -> None:
-    """What waits is bounded in bytes too."""
+    """Queued events are limited in bytes too."""
     long = "x" * 20_000
     async with daemon(path), qmpfd.connect(path) as client:
         with await watching(path) as wire, Pipe() as pipe:
@@ -257,12 +257,12 @@ async def test_long_texts_do_not_fill_the_daemon(path: Path) -> None:
                 else:
                     assert event["data"]["opaque"] == long
                     told += 1
-            # Some in the socket, some being sent, some waiting.
+            # In the socket, in the send buffer, and in the queue.
             assert size < SOCKET_BYTES + 2 * MAX_EVENT_BYTES
 
 
 async def test_the_longest_text_of_all(path: Path) -> None:
-    """As long as a request may be, six times that in the events: yet they get through."""
+    """Events with the longest possible opaque text, six times as long as the request, arrive."""
     long = "\u20ac" * (MAX_REQUEST_BYTES // 3 - 100)
     async with daemon(path):
         with await watching(path) as wire, Pipe() as pipe:
@@ -277,19 +277,19 @@ async def test_the_longest_text_of_all(path: Path) -> None:
 
 
 def event(number: int, size: int = 256) -> Event:
-    """One that is about that descriptor, as large as that."""
+    """Return an event of *size* bytes for the descriptor *number*."""
     return Event.now("FD_ADDED", FdAdded(0, number, "x" * ((size - 256) // 6) or None))
 
 
 def told(watcher: Watcher) -> list[Any]:
-    """All that waits: the descriptors, and how many were lost."""
+    """Return the queued events of a watcher: descriptors, and numbers of lost events."""
     lines = b"".join(iter(watcher.next_batch, b"")).splitlines()
     data = [json.loads(line)["data"] for line in lines]
     return [each["fd"] if "fd" in each else f"{each['count']} lost" for each in data]
 
 
 def test_the_newest_are_kept() -> None:
-    """The count stands where the lost ones would; each watcher has its own."""
+    """Each watcher has its own count of lost events, in their place."""
     log = EventLog(EVERYTHING)
     first = Watcher(log, lambda: False)
     long = MAX_EVENT_BYTES // 2
@@ -303,7 +303,7 @@ def test_the_newest_are_kept() -> None:
     assert told(first) == []
     assert told(second) == [3, 4]
     log.put(event(5))
-    log.put(event(6, 2 * long))  # alone it may be longer
+    log.put(event(6, 2 * long))  # a single event may exceed the limit
     assert told(first) == told(second) == ["1 lost", 6]
 
 
@@ -316,7 +316,7 @@ def test_as_many_as_there_may_be() -> None:
 
 
 def test_a_little_is_taken_at_a_time() -> None:
-    """What a client does not take is kept for it alone."""
+    """A watcher takes a limited batch of events at a time."""
     log = EventLog(EVERYTHING)
     watcher = Watcher(log, lambda: False)
     for number in range(MAX_EVENTS):
@@ -327,7 +327,7 @@ def test_a_little_is_taken_at_a_time() -> None:
 
 
 def test_a_change_costs_the_same_however_many_watch() -> None:
-    """It is kept once, looked at once for each set of rights, and one call tells of it."""
+    """An event is stored once, checked once for each set of rights, and announced by one call."""
     calls = 0
 
     def news() -> None:
@@ -372,8 +372,8 @@ def test_a_change_costs_the_same_however_many_watch() -> None:
 
 
 async def test_the_rights_of_the_time(path: Path) -> None:
-    """Who may see less from now on is told what it could see before, if it has taken it; else
-    that it was lost.
+    """After a policy change, a watcher gets queued events by its new rights, without a count of
+    those that it may not see any more.
     """
     async with daemon(path) as server, qmpfd.connect(path) as client:
         with await watching(path) as wire, Pipe() as pipe:
@@ -391,7 +391,7 @@ async def test_the_rights_of_the_time(path: Path) -> None:
 
 
 async def test_others_are_not_held_up(path: Path) -> None:
-    """Nor is the one itself: its replies come behind the events that were sent already."""
+    """A watcher that does not read delays no other; its own replies follow the sent events."""
     async with daemon(path), qmpfd.connect(path) as client:
         with await watching(path) as deaf, await watching(path) as wire, Pipe() as pipe:
             await churn(client, pipe, 30)
@@ -404,7 +404,7 @@ async def test_others_are_not_held_up(path: Path) -> None:
 
 
 async def test_it_never_listens_again(path: Path, autojump_clock: MockClock) -> None:
-    """Cut off after the write timeout, like any client that does not take what it is sent."""
+    """A watcher that does not read is disconnected after the write timeout."""
     async with daemon(path), qmpfd.connect(path) as client:
         before = open_fds()
         with await watching(path) as wire, Pipe() as pipe:
@@ -420,7 +420,7 @@ async def test_it_never_listens_again(path: Path, autojump_clock: MockClock) -> 
 
 @pytest.mark.parametrize("how", ["close", "half close"])
 async def test_it_dies(path: Path, how: str) -> None:
-    """With events unread, and more on their way: nothing of it is left, others are not harmed."""
+    """A watcher ends with unread and queued events: nothing leaks, other clients are served."""
     async with daemon(path), qmpfd.connect(path) as client:
         before = open_fds()
         with Pipe() as pipe:
@@ -440,7 +440,7 @@ async def test_it_dies(path: Path, how: str) -> None:
 
 
 async def test_a_watcher_is_not_idle(path: Path, autojump_clock: MockClock) -> None:
-    """It has nothing to ask: it is there to listen."""
+    """The idle timeout does not apply to watchers, which send no requests."""
     async with (
         daemon(path, limits=qmpfd.Limits(idle_timeout=10)),
         qmpfd.connect(path) as client,
@@ -453,11 +453,11 @@ async def test_a_watcher_is_not_idle(path: Path, autojump_clock: MockClock) -> N
             assert (await wire.reply())["event"] == "FD_ADDED"
 
 
-# -- our client --------------------------------------------------------------------------------
+# -- the client library ------------------------------------------------------------------------
 
 
 async def test_the_client_begins_afresh(path: Path) -> None:
-    """A block's events are those of that block, not what an earlier one left unread."""
+    """A second watch block does not get events that the first has left unread."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipes(3) as made:
             async with client.watch_fdsets():
@@ -469,7 +469,7 @@ async def test_the_client_begins_afresh(path: Path) -> None:
 
 
 async def test_two_blocks_at_a_time(path: Path) -> None:
-    """The end of one does not end the other."""
+    """The end of one watch block does not end another."""
     async with daemon(path), qmpfd.connect(path) as client:
         with Pipe() as pipe:
             async with client.watch_fdsets() as events:
@@ -481,7 +481,7 @@ async def test_two_blocks_at_a_time(path: Path) -> None:
 
 async def test_the_client_knows_when_the_daemon_ends(path: Path) -> None:
     async with daemon(path) as server, qmpfd.connect(path) as client:
-        with pytest.raises(trio.BrokenResourceError):  # noqa: PT012 - out of the block
+        with pytest.raises(trio.BrokenResourceError):  # noqa: PT012 - raised by the block
             async with client.watch_fdsets() as events:
                 server.stop()
                 await anext(events)

@@ -1,4 +1,4 @@
-"""Long replies: made bit by bit, with others served and the store changing in between."""
+"""Streamed replies: encoded in steps, between which others are served and the store changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMMANDS = ["query-fdsets", "query-fds"]
 
 
 class Counting(Access):
-    """Counts how often it is asked, which is once for each descriptor that is looked at."""
+    """Access rights that count their checks, one for each descriptor visited."""
 
     looks = 0
 
@@ -45,7 +45,7 @@ class Counting(Access):
 
 @contextmanager
 def core(access: Access = EVERYTHING) -> Iterator[Context]:
-    """A daemon without any I/O, as a connection sees it; its clock stands still."""
+    """Yield the context of a connection to a daemon without I/O, whose clock stands still."""
 
     def unused() -> None:
         raise AssertionError
@@ -61,7 +61,7 @@ def core(access: Access = EVERYTHING) -> Iterator[Context]:
 
 
 def fill(shared: SharedState, count: int, *, each: int = 1, opaque: str | None = None) -> None:
-    """Add so many descriptors, so many to a set."""
+    """Add *count* descriptors, *each* to a set."""
     number = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     for n in range(count):
         shared.add([Fd(os.dup(number))], n // each, opaque, create=True, now=n // 7 / 1000)
@@ -69,22 +69,22 @@ def fill(shared: SharedState, count: int, *, each: int = 1, opaque: str | None =
 
 
 def bits(context: Context, command: str) -> JSONStream | RawJSON:
-    """What the command returns."""
+    """Return the value of a command."""
     return listing(context, None if command == "query-fdsets" else Selector())
 
 
 def numbers(listing: Any) -> list[int]:
-    """The descriptors that are listed."""
+    """Return the numbers of the listed descriptors."""
     return [fd["fd"] for entry in listing for fd in entry.get("fds", [entry])]
 
 
-# -- how much is done in a step ----------------------------------------------------------------
+# -- limits of a step --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("each", [1, 5000])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_step_looks_at_few(command: str, each: int) -> None:
-    """Whoever is restricted by a policy too, and whether there are many sets or large ones."""
+    """A step visits few descriptors, with and without a policy, of many sets or large ones."""
     with core(Counting((Grant(frozenset({"query"})),))) as context:
         fill(context.shared, 1000, each=each)
         listing = bits(context, command)
@@ -103,7 +103,7 @@ def test_a_step_looks_at_few(command: str, each: int) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_step_encodes_little(command: str) -> None:
-    """However long the opaque texts are: no more than one that is long."""
+    """A step encodes at most one long opaque text."""
     with core() as context:
         fill(context.shared, 50, opaque="x" * 100_000)
         listing = bits(context, command)
@@ -112,7 +112,7 @@ def test_a_step_encodes_little(command: str) -> None:
 
 
 def test_what_is_kept_of_a_listing_is_little() -> None:
-    """Or else the texts took their memory twice, and six times with escapes."""
+    """A listing under way holds no copies of the texts, which may be six times as long escaped."""
     with core() as context:
         store = context.shared.store
         fill(context.shared, 300, opaque="\x01" * 200)
@@ -141,7 +141,7 @@ def test_nothing_may_be_seen(command: str, count: int) -> None:
 @pytest.mark.parametrize("each", [1, 100, 5000])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_goes_and_what_comes(command: str, each: int) -> None:
-    """What stays is listed, once; what goes before its turn is not; numbers are used again."""
+    """Descriptors that stay are listed once, removed ones not, though numbers are reused."""
     with core() as context:
         store = context.shared.store
         fill(context.shared, 2000, each=each)
@@ -157,7 +157,7 @@ def test_what_goes_and_what_comes(command: str, each: int) -> None:
         context.shared.remove(gone, "removed", closed)
         close_all(closed)
         reused = {stored.fd.fileno() for stored in kept}
-        fill(context.shared, 500, each=1)  # under the same numbers
+        fill(context.shared, 500, each=1)  # reuses the numbers
         text += b"".join(listing.bits)
         found = numbers(json.loads(text))
         assert [number for number in found[shown:] if number in reused] == [
@@ -169,7 +169,7 @@ def test_what_goes_and_what_comes(command: str, each: int) -> None:
 
 
 def test_a_number_that_means_another_by_now() -> None:
-    """It is not described in place of the one that had it."""
+    """A reused number is not listed as the removed descriptor."""
     with core() as context, Pipe() as pipe:
         store = context.shared.store
         fill(context.shared, 1000, opaque="ours")
@@ -182,7 +182,7 @@ def test_a_number_that_means_another_by_now() -> None:
         number = stored.fd.fileno()
         context.shared.remove([stored], "removed", [])
         stored.fd.close()
-        os.dup2(pipe.fileno(), number)  # somebody else's: it is in no set
+        os.dup2(pipe.fileno(), number)  # another descriptor, in no set
         try:
             text += b"".join(listing.bits)
         finally:
@@ -193,7 +193,7 @@ def test_a_number_that_means_another_by_now() -> None:
 
 @pytest.mark.parametrize("each", [1, 5000])
 def test_a_walk_ends(each: int) -> None:
-    """Though descriptors are added all the time."""
+    """An iteration ends, though descriptors are added all the time."""
     with core() as context:
         store = context.shared.store
         fill(context.shared, 600, each=each)
@@ -218,7 +218,7 @@ async def fill_by(client: qmpfd.Client, pipe: Pipe, sets: int, **arguments: Any)
 
 @pytest.mark.parametrize("command", COMMANDS)
 async def test_others_are_served_meanwhile(command: str, path: Path) -> None:
-    """Those who ask for little are answered many times while one listing is made."""
+    """Light clients get many replies while one listing is encoded."""
     async with daemon(path), qmpfd.connect(path) as client:
         with Pipe() as pipe, await Wire.session(path) as wire, await Wire.session(path) as other:
             await fill_by(client, pipe, 16, opaque="\u20ac" * 200)
@@ -242,7 +242,7 @@ async def test_others_are_served_meanwhile(command: str, path: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 async def test_replies_stay_in_order(command: str, path: Path) -> None:
-    """Before it, behind it, and with events that come meanwhile."""
+    """Replies before and behind a listing, and events, keep their order."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipes(1) as [pipe], await Wire.session(path) as wire:
             await fill_by(client, pipe, 8)
@@ -261,7 +261,7 @@ async def test_replies_stay_in_order(command: str, path: Path) -> None:
 
 
 async def test_one_who_does_not_read_it(path: Path, autojump_clock: MockClock) -> None:
-    """It is cut off in time, and nobody else is held up."""
+    """A client that does not read a listing is disconnected; it delays no other."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipes(1) as [pipe]:
             await fill_by(client, pipe, 8, opaque="x" * 2000)
@@ -276,7 +276,7 @@ async def test_one_who_does_not_read_it(path: Path, autojump_clock: MockClock) -
 
 
 async def test_larger_than_what_may_wait_for_one(path: Path) -> None:
-    """Whoever reads gets all of it: others cannot make the listing too long for it."""
+    """A client that reads gets a listing longer than the limit on unsent replies."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipes(1) as [pipe]:
             await fill_by(client, pipe, 1, opaque="\x01" * 16_000)
@@ -308,7 +308,7 @@ async def test_an_id_may_be_anything(kind: str, path: Path) -> None:
 
 
 async def test_a_descriptor_comes_with_a_long_id(path: Path) -> None:
-    """With the first byte of the reply to whom it belongs."""
+    """The descriptor comes with the first byte of its reply, also if the id is long."""
     async with daemon(path), qmpfd.connect(path) as client:
         with await Wire.session(path) as wire, Pipe() as pipe:
             await client.add_fd(pipe)
@@ -322,7 +322,7 @@ async def test_a_descriptor_comes_with_a_long_id(path: Path) -> None:
 
 
 async def test_an_id_is_echoed_step_by_step(path: Path) -> None:
-    """A mebibyte of it, while others are served."""
+    """An id of 1 MiB is echoed in steps, while others are served."""
     async with daemon(path):
         with await Wire.session(path) as wire, await Wire.session(path) as other:
             connection = ServerConnection(DECODER)
@@ -336,9 +336,7 @@ async def test_an_id_is_echoed_step_by_step(path: Path) -> None:
 
 
 async def test_many_at_once_take_turns(path: Path) -> None:
-    """Each step of each is a turn of its own: only one of them is taken between two passes of the
-    loop.
-    """
+    """Several listings take turns: between two passes of the event loop, only one step is done."""
     async with daemon(path), qmpfd.connect(path) as client:
         with Pipe() as pipe:
             await fill_by(client, pipe, 4)
@@ -361,11 +359,11 @@ async def test_many_at_once_take_turns(path: Path) -> None:
             assert passes >= 2 * len(wires)
 
 
-# -- gone on with elsewhere --------------------------------------------------------------------
+# -- continued by a successor ------------------------------------------------------------------
 
 
 def resumed(context: Context, reply: StreamedReply) -> StreamedReply:
-    """The same reply, as another process that has the same store goes on with it."""
+    """Return the reply as a successor with the same store continues it."""
     assert isinstance(reply.result, Listing)
     saved, opaque = reply.result.save(context.shared.clock())
     packed = msgspec.msgpack.encode(saved)
@@ -379,7 +377,7 @@ def resumed(context: Context, reply: StreamedReply) -> StreamedReply:
 @pytest.mark.parametrize("each", [1, 90, 5000])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_listing_goes_on_elsewhere(command: str, each: int, access: Access) -> None:
-    """From each of its bits; its text is what it would have been."""
+    """A successor continues a listing from any step, with the same text."""
     with core(access) as context:
         fill(context.shared, 600, each=each)
         context.shared.add([Fd(os.dup(2))], 9999, "\N{SNOWMAN}" * 20_000, create=True, now=5.0)
@@ -401,7 +399,7 @@ def test_a_listing_goes_on_elsewhere(command: str, each: int, access: Access) ->
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_listing_goes_on_here(command: str) -> None:
-    """Where a takeover has failed: another iteration begins where the last has stopped."""
+    """After a failed takeover, a new iteration continues where the last one has stopped."""
     with core() as context:
         fill(context.shared, 3000, each=1)
 
@@ -421,7 +419,7 @@ def test_a_listing_goes_on_here(command: str) -> None:
 @pytest.mark.parametrize("each", [1, 40, 5000])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_listing_goes_on_after_changes(command: str, each: int) -> None:
-    """What goes before its turn is left out, also where the listing is in the middle of its set."""
+    """A successor leaves out removed descriptors, also in a set that is partly listed."""
     with core() as context:
         store = context.shared.store
         fill(context.shared, 800, each=each)
@@ -445,7 +443,7 @@ def test_a_listing_goes_on_after_changes(command: str, each: int) -> None:
 
 
 def test_the_text_of_a_value_goes_on_elsewhere() -> None:
-    """From each of its bits: of a result, or of an id, that is long."""
+    """A successor continues the text of a long value or id from any step."""
     members = {"return": [{"n": n, "x": "\x01" * n} for n in range(300)], "id": ["y" * 9000, 1.5]}
     whole = list(StreamedReply(members))
     for taken in range(len(whole)):

@@ -1,4 +1,4 @@
-"""``open-fdset``: which descriptor comes back, that it is the same one, and with whose reply."""
+"""``open-fdset``: which descriptor is sent, of which file, and with which reply."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COUNT = 1000
 
 @contextmanager
 def opened(path: Path, *modes: str) -> Iterator[list[int]]:
-    """The file at *path*, open once in each of *modes*."""
+    """Open the file at *path* once in each of *modes*."""
     with ExitStack() as stack:
         fds = []
         for mode in modes:
@@ -38,7 +38,7 @@ def opened(path: Path, *modes: str) -> Iterator[list[int]]:
 
 @contextmanager
 def memfds(count: int) -> Iterator[list[int]]:
-    """*count* files, the first holding "0", the next "1", and so on."""
+    """Make *count* files with the contents "0", "1", and so on."""
     with ExitStack() as stack:
         fds = []
         for number in range(count):
@@ -50,7 +50,7 @@ def memfds(count: int) -> Iterator[list[int]]:
 
 @pytest.fixture
 def many_descriptors() -> Iterator[None]:
-    """Room for more descriptors in this process than a login shell has."""
+    """Raise this process's limit on open descriptors while the block runs."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
     if wanted < 2 * COUNT:
@@ -61,8 +61,8 @@ def many_descriptors() -> Iterator[None]:
 
 
 async def reply_with_fds(wire: Wire) -> tuple[dict[str, Any], list[Fd]]:
-    """The next line, and the descriptors that came with it and with no other: never is more
-    consumed than up to the line's end, which is found by looking without taking.
+    """Return the next line and its descriptors: MSG_PEEK finds the line's end, and recvmsg(2) reads
+    no further.
     """
     line, fds = bytearray(), array.array("i")
     while not line.endswith(b"\n"):
@@ -84,21 +84,21 @@ async def reply_with_fds(wire: Wire) -> tuple[dict[str, Any], list[Fd]]:
 
 
 def content(fd: Fd) -> bytes:
-    """What is in the file, wherever its position is."""
+    """Return the content of the file, whatever the file position."""
     return os.pread(fd.fileno(), 10, 0)
 
 
 def identity(fd: int) -> tuple[int, int]:
-    """Which file it is."""
+    """Return device and inode of the file."""
     found = os.fstat(fd)
     return found.st_dev, found.st_ino
 
 
-# -- which one ---------------------------------------------------------------------------------
+# -- which descriptor --------------------------------------------------------------------------
 
 
 async def test_equal_access_mode(path: Path, tmp_path: Path) -> None:
-    """A descriptor that can do more does not match: QEMU's rule for /dev/fdset/N."""
+    """The access mode must be equal, QEMU's rule for /dev/fdset/N: rdwr does not match rdonly."""
     async with daemon(path), qmpfd.connect(path) as client:
         with opened(tmp_path / "file", "rdonly", "wronly", "rdwr") as fds:
             infos = [await client.add_fd(fd, None if n == 0 else 0) for n, fd in enumerate(fds)]
@@ -111,7 +111,7 @@ async def test_equal_access_mode(path: Path, tmp_path: Path) -> None:
 
 
 async def test_newest_first(path: Path, tmp_path: Path) -> None:
-    """Of all, and of those with the access mode; once it is gone, the next one."""
+    """The newest of all, or of those with the access mode; after its removal, the next one."""
     async with daemon(path), qmpfd.connect(path) as client:
         with opened(tmp_path / "file", "rdonly", "rdwr", "rdonly", "rdwr", "wronly") as fds:
             infos = [await client.add_fd(fd, 0 if n else None, str(n)) for n, fd in enumerate(fds)]
@@ -149,7 +149,7 @@ async def test_the_opaque_text_comes_along(path: Path) -> None:
 
 
 async def test_errors(path: Path, tmp_path: Path) -> None:
-    """Each says what there is instead, and comes without a descriptor."""
+    """Each error names the alternatives, and carries no descriptor."""
     with opened(tmp_path / "file", "rdwr", "rdonly", "rdwr") as fds:
         place = os.open(tmp_path, os.O_PATH | os.O_CLOEXEC)
         try:
@@ -173,7 +173,7 @@ async def test_errors(path: Path, tmp_path: Path) -> None:
                         {"fdset-id": 0, "fd": number, "access": "rdonly"},
                         f"{none} 'rdonly' in 'fdset-id:0, fd:{number}', only 'rdwr'",
                     ),
-                    # O_PATH is no mode to read or write in (its O_ACCMODE bits are O_RDONLY's).
+                    # O_PATH is no access mode, though its O_ACCMODE bits are those of O_RDONLY.
                     (
                         {"fdset-id": 1, "access": "rdonly"},
                         f"{none} 'rdonly' in 'fdset-id:1', only 'path'",
@@ -206,7 +206,7 @@ async def test_arguments(path: Path) -> None:
 
 
 async def test_the_other_dialect(path: Path) -> None:
-    """There the class is QEMU's; the text is the same."""
+    """In the qemu dialect the class is QEMU's; the text is the same."""
     async with daemon(path, dialect="qemu"), qmpfd.connect(path) as client:
         with pytest.raises(qmpfd.GenericError, match="'fdset-id:7' not found"):
             await client.open_fdset(7)
@@ -216,11 +216,11 @@ async def test_the_other_dialect(path: Path) -> None:
                 assert content(fd) == b"0"
 
 
-# -- the same one ------------------------------------------------------------------------------
+# -- the same open file description ------------------------------------------------------------
 
 
 async def test_the_same_open_file_description(path: Path, tmp_path: Path) -> None:
-    """Position and status flags are shared, both ways; close-on-exec is set."""
+    """File position and status flags are shared; close-on-exec is set."""
     async with daemon(path), qmpfd.connect(path) as client:
         with opened(tmp_path / "file", "rdwr") as (mine,):
             os.write(mine, b"0123456789")
@@ -238,7 +238,7 @@ async def test_the_same_open_file_description(path: Path, tmp_path: Path) -> Non
 
 
 async def test_it_outlives_all_the_others(path: Path) -> None:
-    """Removed from the set, its opener gone, the daemon gone: it still works."""
+    """A duplicate works after its removal, and after the ends of its opener and the daemon."""
     async with daemon(path), qmpfd.connect(path) as client:
         with memfds(1) as fds:
             await client.add_fd(fds[0])
@@ -250,7 +250,7 @@ async def test_it_outlives_all_the_others(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_every_kind(kind: str, path: Path, tmp_path: Path) -> None:
-    """The very same one, unchanged, whether it is listed, opened or removed."""
+    """Listing, opening and removing leave the open file description unchanged."""
     with open_kind(kind, tmp_path) as mine:
         flags = fcntl.fcntl(mine, fcntl.F_GETFL)
         async with daemon(path), qmpfd.connect(path) as client:
@@ -280,7 +280,7 @@ async def test_a_listening_socket_is_usable(path: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             address = listener.getsockname()
             await client.add_fd(listener)
-        # Nobody but the daemon has it now: a connection is not refused, and waits.
+        # Only the daemon has the socket now: connections are not refused, and wait.
         with socket.create_connection(address) as visitor:
             visitor.sendall(b"hello")
             fd = await client.open_fdset(0)
@@ -291,7 +291,7 @@ async def test_a_listening_socket_is_usable(path: Path) -> None:
 
 
 async def test_a_pipe_is_usable(path: Path) -> None:
-    """Both ends, told apart by their access modes."""
+    """Both ends of a pipe, selected by their access modes."""
     async with daemon(path), qmpfd.connect(path) as client:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         await client.add_fds([reader, writer])
@@ -316,11 +316,11 @@ async def test_a_device_is_usable(path: Path) -> None:
             assert os.read(fd.fileno(), 4) == b"\0\0\0\0"
 
 
-# -- with whose reply --------------------------------------------------------------------------
+# -- with which reply --------------------------------------------------------------------------
 
 
 async def test_pipelined(path: Path) -> None:
-    """Among other commands, refused ones and events, read late: each reply has its own."""
+    """Each of many pipelined replies, read late, carries its own descriptor."""
     async with daemon(path):
         with await Wire.session(path) as wire, memfds(20) as fds:
             wire.send(request("add-fds"), fds)
@@ -363,8 +363,8 @@ async def test_pipelined(path: Path) -> None:
 
 
 async def test_the_socket_is_full_in_the_middle_of_a_reply(path: Path) -> None:
-    """Replies longer than what the socket holds: a descriptor goes with its reply's first part,
-    and never twice.
+    """A reply longer than the socket buffers: its descriptor goes with the first part, and only
+    once.
     """
     long = "x" * 100_000
     async with daemon(path):
@@ -377,7 +377,7 @@ async def test_the_socket_is_full_in_the_middle_of_a_reply(path: Path) -> None:
                 value(await wire.reply())
             for n in range(30):
                 wire.send(request("open-fdset", {"fdset-id": n}))
-            await settle()  # the daemon is stuck by now, some megabytes short
+            await settle()  # the daemon waits now, with megabytes unsent
             for n in range(30):
                 reply, passed = await reply_with_fds(wire)
                 assert value(reply)["fdset-id"] == n
@@ -409,7 +409,7 @@ async def test_our_client_with_a_full_socket(path: Path) -> None:
 
 
 async def test_gone_with_replies_unread(path: Path) -> None:
-    """What a client has not fetched is closed, also what had not even been sent."""
+    """Unread and unsent descriptors of a client that has disconnected are closed."""
     async with daemon(path):
         before = open_fds()
         with memfds(1) as fds, await Wire.session(path) as other:
@@ -433,7 +433,7 @@ async def test_gone_with_replies_unread(path: Path) -> None:
 @pytest.mark.usefixtures("many_descriptors")
 @pytest.mark.parametrize("connections", [1, 100])
 async def test_a_thousand_at_once(path: Path, connections: int) -> None:
-    """All are open at the same time, all work, and the daemon is left with what it had."""
+    """1000 duplicates at the same time all work, and the daemon leaks none."""
     got: list[Fd] = []
 
     async def one(client: qmpfd.Client) -> None:
@@ -458,7 +458,7 @@ async def test_a_thousand_at_once(path: Path, connections: int) -> None:
             finally:
                 for fd in got:
                     fd.close()
-            # That its clients have gone, a daemon hears in its own time.
+            # The daemon may not have read the ends of earlier connections yet.
             connections = 2
             while connections > 1:
                 connections = (await client.execute("query-stats"))["connections"]
@@ -468,14 +468,14 @@ async def test_a_thousand_at_once(path: Path, connections: int) -> None:
 
 
 async def test_no_room_for_a_duplicate(path: Path) -> None:
-    """Out of descriptors, the daemon says so; once there is room again, it goes on."""
+    """With a full descriptor table, open-fdset fails; with room again, it works."""
     with daemon_process(path) as process:
         async with qmpfd.connect(path) as client:
             with memfds(1) as fds:
                 await client.add_fd(fds[0])
             limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
             full = (max(open_fds(process.pid)) + 1, limits[1])
-            # Numbers below the highest may be free: take them all.
+            # Numbers below the highest may be free: use all of them.
             free = [n for n in range(full[0]) if n not in open_fds(process.pid)]
             with memfds(len(free)) as fillers:
                 for filler in fillers:

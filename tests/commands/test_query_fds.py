@@ -1,4 +1,4 @@
-"""``query-fds``: what each descriptor is, whose, how old, and for how long."""
+"""``query-fds``: kind, flags, owner, age and lifetime of each descriptor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trio.testing import MockClock
 import qmpfd
 from qmpfd.kernel.fd import Fd
 
-#: What ``kinds.py`` makes, by what we call it, and how it was opened.
+#: Expected kind and access mode of each descriptor of ``kinds.py``.
 EXPECTED = {
     "file, read": ("file", "rdonly"),
     "file, write": ("file", "wronly"),
@@ -64,7 +64,7 @@ async def test_kind_and_access(kind: str, path: Path, tmp_path: Path) -> None:
             assert (found.kind, found.access) == EXPECTED[kind]
 
 
-#: Whatever fcntl(2) may return for F_GETFL, by the flags of open(2).
+#: Expected access mode and flags for any flags of open(2).
 FLAGS = {
     os.O_RDWR | os.O_WRONLY: ("path", []),  # mode 3: only for ioctl(2)
     os.O_RDWR | os.O_WRONLY | os.O_NONBLOCK: ("path", ["nonblock"]),
@@ -80,7 +80,7 @@ FLAGS = {
 @pytest.mark.root
 @pytest.mark.parametrize("flags", FLAGS)
 async def test_any_flags(path: Path, tmp_path: Path, flags: int) -> None:
-    """It is listed, opened and removed, in a short list and in a long one."""
+    """A descriptor with any flags can be listed, opened and removed."""
     (tmp_path / "file").write_bytes(b"12345")
     number = os.open(tmp_path / "file", flags | os.O_CLOEXEC)
     try:
@@ -158,7 +158,7 @@ async def test_sizes_and_addresses(path: Path, tmp_path: Path) -> None:
     ],
 )
 async def test_families(family: int, kind: int, bind_to: Any, written: str, path: Path) -> None:
-    """The address of a socket of any family that Python reads the addresses of."""
+    """The address of a socket, for every family that Python supports."""
     try:
         sock = socket.socket(family, kind)
     except OSError as exc:
@@ -173,7 +173,7 @@ async def test_families(family: int, kind: int, bind_to: Any, written: str, path
 
 
 async def test_the_file_of_a_socket(path: Path, tmp_path: Path) -> None:
-    """A descriptor with O_PATH of the file is no socket, so nothing is said of the socket."""
+    """An O_PATH descriptor of a socket's file is no socket, and has no address."""
     with listening(socket.AF_UNIX, str(tmp_path / "s")):
         number = os.open(tmp_path / "s", os.O_PATH | os.O_CLOEXEC)
     try:
@@ -187,7 +187,7 @@ async def test_the_file_of_a_socket(path: Path, tmp_path: Path) -> None:
 
 
 async def test_the_reply(path: Path, tmp_path: Path) -> None:
-    """All members, with their types; those that there are not are left out."""
+    """All members, with their types; inapplicable ones are left out."""
     (tmp_path / "file").touch()
     async with daemon(path):
         with await Wire.session(path) as wire, (tmp_path / "file").open("r+") as file:
@@ -211,7 +211,7 @@ async def test_the_reply(path: Path, tmp_path: Path) -> None:
 
 
 async def test_the_target_follows_the_file(path: Path, tmp_path: Path) -> None:
-    """Renamed, unlinked: as /proc/PID/fd shows it."""
+    """The target of a renamed or unlinked file is that of /proc/PID/fd."""
     file = tmp_path / "one"
     file.touch()
     async with daemon(path), qmpfd.connect(path) as client:
@@ -236,7 +236,7 @@ async def test_the_target_follows_the_file(path: Path, tmp_path: Path) -> None:
     ],
 )
 async def test_odd_names(path: Path, tmp_path: Path, name: bytes, shown: str) -> None:
-    """Whatever a file is called, it is listed, and so are all others."""
+    """Files with unusual names are listed, and all others too."""
     number = os.open(os.fsencode(tmp_path) + b"/" + name, os.O_CREAT | os.O_CLOEXEC)
     try:
         async with daemon(path), qmpfd.connect(path) as client:
@@ -249,7 +249,7 @@ async def test_odd_names(path: Path, tmp_path: Path, name: bytes, shown: str) ->
 
 
 async def test_a_path_longer_than_the_kernel_shows(path: Path, tmp_path: Path) -> None:
-    """One user's odd file does not keep others from a list."""
+    """A path beyond PATH_MAX does not make the listing fail."""
     with ExitStack() as stack, Pipe() as pipe:
         place = os.open(tmp_path, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, place)
@@ -286,7 +286,7 @@ async def test_by_set_and_prefix(path: Path) -> None:
             assert await found(opaque="vm1:disk") == ["vm1:disk"]
             assert await found(opaque="") == [""]
             assert await found(opaque_prefix="*") == []
-            # Whatever begins with nothing has a text, be it empty.
+            # The empty prefix matches every text, also the empty one, but not a missing one.
             assert await found(opaque_prefix="") == ["Vm1:", "", "vm10:disk", "vm1:disk", "vm1:net"]
             assert await found(fdset_id=0) == ["vm1:disk", None, "vm1:net"]
             assert await found(fdset_id=0, opaque_prefix="vm1:n") == ["vm1:net"]
@@ -316,7 +316,7 @@ async def test_age(path: Path, autojump_clock: MockClock) -> None:
 
 
 def test_added_by_another_process(path: Path) -> None:
-    """As the kernel vouches, and also once it is gone."""
+    """added-by has the kernel's credentials of the client, also after its end."""
     with daemon_process(path):
         program = [sys.executable, "-m", "qmpfd", "add", "--socket", str(path), "/dev/null"]
         with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.DEVNULL) as adder:
@@ -332,7 +332,7 @@ async def _query(path: Path) -> list[qmpfd.FdInfo]:
         return await client.query_fds()
 
 
-#: Gives up all rights, then adds its standard input.
+#: Program that changes to user nobody and adds its standard input.
 ADDER = """
 import os, socket, sys
 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -351,7 +351,7 @@ while said.count(b"return") < 2:
 
 @pytest.mark.root
 def test_added_by_another_user(path: Path, tmp_path: Path) -> None:
-    """Who connected counts, not who opened the file."""
+    """added-by has the user that connected, not the one that opened the file."""
     policy = tmp_path / "policy.toml"
     tmp_path.chmod(0o711)
     policy.write_text('[[rule]]\nuid = 65534\nallow = ["query", "add"]\n')
@@ -365,7 +365,7 @@ def test_added_by_another_user(path: Path, tmp_path: Path) -> None:
 
 
 def test_there_from_the_start(path: Path) -> None:
-    """Nobody has added it, so ``added-by`` is left out."""
+    """Descriptors of ``--add-fd`` have no ``added-by``."""
     with Pipe() as pipe:
         number = pipe.fileno()
         option = f"fd={number},set=3,opaque=inherited"
@@ -381,7 +381,7 @@ def test_there_from_the_start(path: Path) -> None:
 
 @contextmanager
 def fuse(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A FUSE file system at *folder*; it takes what not to answer on its standard input."""
+    """Mount a FUSE file system that hangs on the requests named on its standard input."""
     if not os.access("/dev/fuse", os.R_OK):
         pytest.skip("no FUSE here")
     folder.mkdir()
@@ -402,7 +402,7 @@ def fuse(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.root
 def test_a_dead_file_system(path: Path, tmp_path: Path) -> None:
-    """None of our commands waits for it: not to describe, watch or hand out, nor to remove."""
+    """No command waits for a file system that hangs: listing, watching, opening or removing."""
     with daemon_process(path), fuse(tmp_path / "mount") as server:
         assert server.stdin is not None
         assert server.stdout is not None
@@ -413,7 +413,7 @@ def test_a_dead_file_system(path: Path, tmp_path: Path) -> None:
             got = None
             try:
                 got = trio.run(_use, path, file.fileno(), str(tmp_path / "mount" / "file"))
-            finally:  # our own closes are to be answered
+            finally:  # the test's own closes must not hang
                 server.stdin.write("\n")
                 server.stdin.flush()
                 assert server.stdout.readline() == "told\n"
@@ -436,7 +436,7 @@ async def _use(path: Path, number: int, target: str) -> Fd:
 
 
 def test_as_json(path: Path) -> None:
-    """What a shell gets is what the command returns."""
+    """``qmpfd ls --json`` prints the value of the command."""
 
     def run(*words: str) -> bytes:
         command = [sys.executable, "-m", "qmpfd", *words, "--socket", str(path)]

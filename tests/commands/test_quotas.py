@@ -1,4 +1,4 @@
-"""Quotas: what one user can take, and what is left for the others."""
+"""Quotas of a uid, and what they leave for others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qmpfd.kernel.close_pool import ClosePool
 
 @pytest.fixture
 def quotas() -> Iterator[Quotas]:
-    """With room for 100 descriptors that wait."""
+    """Quotas for 100 pending descriptors."""
     closer = ClosePool()
     made = Quotas(qmpfd.Limits(), lambda: 0.0, closer)
     made.waiting_limit = 100
@@ -24,7 +24,7 @@ def quotas() -> Iterator[Quotas]:
 
 
 def hoard(quotas: Quotas, uid: int) -> int:
-    """How many descriptors *uid* can let wait, one by one."""
+    """Charge pending descriptors to *uid* up to its quota; return their number."""
     count = 0
     while True:
         try:
@@ -36,7 +36,7 @@ def hoard(quotas: Quotas, uid: int) -> int:
 
 
 def test_however_many_hoard_something_is_left(quotas: Quotas) -> None:
-    """For the next user, and for root and the daemon's own, who have all that is left."""
+    """Each uid gets half of what is left; root and the daemon's user get all of it."""
     assert hoard(quotas, 1001) == 50
     assert hoard(quotas, 1002) == 25
     assert hoard(quotas, 1003) == 12
@@ -54,7 +54,7 @@ def test_what_is_taken_again_counts_no_more(quotas: Quotas) -> None:
 
 
 def test_many_at_once(quotas: Quotas) -> None:
-    """All of a message, or the message is refused."""
+    """The descriptors of a message are charged all or not at all."""
     quotas.check_waiting(1001, 50)
     with pytest.raises(GenericError, match="uid 1001"):
         quotas.check_waiting(1001, 51)

@@ -1,4 +1,4 @@
-"""``query-qmp-schema``: complete, closed, and true of what the daemon takes and says."""
+"""``query-qmp-schema``: complete, closed, and consistent with requests, replies and events."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_every_reference_leads_to_an_entry(path: Path) -> None:
 
 
 async def test_nothing_is_left_over(path: Path) -> None:
-    """Every type is reached from a command or an event."""
+    """Every type is reachable from a command or an event."""
     async with daemon(path):
         with await Wire.session(path) as wire:
             found = await entries(wire)
@@ -99,7 +99,7 @@ async def test_all_commands_and_events(path: Path) -> None:
 
 
 async def test_a_client_that_follows(path: Path) -> None:
-    """From a command's name to what it takes and returns, all the way down."""
+    """Resolve the arguments and the value of a command completely."""
     async with daemon(path):
         with await Wire.session(path) as wire:
             found = await entries(wire)
@@ -139,7 +139,7 @@ async def test_a_client_that_follows(path: Path) -> None:
 
 
 def fits(found: dict[str, Entry], name: str, what: Any) -> bool:
-    """Whether *what* is of the type of that name."""
+    """Return whether *what* is a value of the type *name*."""
     entry = found[name]
     match entry["meta-type"]:
         case "builtin":
@@ -161,7 +161,7 @@ def fits(found: dict[str, Entry], name: str, what: Any) -> bool:
 
 
 async def test_what_is_said_is_as_described(path: Path) -> None:
-    """Each of our commands' results and each event, as they go over the wire."""
+    """The values of all commands, and all events, have the types of the schema."""
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe:
             found = await entries(wire)

@@ -1,5 +1,5 @@
-"""Selectors: ``open-fdset``, ``query-fds`` and ``remove-fds`` choose alike, and what is hidden from
-a client is not there for any of them.
+"""Selectors: ``open-fdset``, ``query-fds`` and ``remove-fds`` select alike; for all of them, hidden
+descriptors do not exist.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import qmpfd
 from qmpfd.limits import MAX_OPAQUE_TOTAL
 from qmpfd.policy import Access, Grant, Right
 
-#: What is stored: set by set, the oldest first.
+#: The stored descriptors: fd set id and opaque text, by set, the oldest first.
 STORED = [(0, "vm1:disk"), (0, "vm1:net"), (1, "vm10:disk"), (2, None), (2, "vm1:disk"), (3, "")]
 
 
 def grant(*rights: Right, fdsets: list[int] | None = None, opaque: str | None = None) -> Grant:
-    """Rights for these sets and that pattern."""
+    """Return a grant for fd sets and a pattern."""
     return Grant(
         frozenset(rights),
         None if fdsets is None else frozenset(fdsets),
@@ -31,7 +31,7 @@ def grant(*rights: Right, fdsets: list[int] | None = None, opaque: str | None = 
 
 
 async def fill(wire: Wire, made: list[Pipe]) -> list[int]:
-    """Store STORED; the numbers."""
+    """Store STORED; return the numbers."""
     numbers = []
     for n, (fdset_id, text) in enumerate(STORED):
         arguments: dict[str, Any] = {} if text is None else {"opaque": text}
@@ -43,7 +43,7 @@ async def fill(wire: Wire, made: list[Pipe]) -> list[int]:
 
 @asynccontextmanager
 async def filled(path: Path, **options: Any) -> AsyncIterator[tuple[Wire, list[int]]]:
-    """A daemon that holds STORED, a client of its own user, and the numbers."""
+    """Yield a client of a daemon that holds STORED, and the numbers."""
     async with daemon(path, **options):
         with await Wire.session(path) as wire, pipes(len(STORED)) as made:
             yield wire, await fill(wire, made)
@@ -51,7 +51,7 @@ async def filled(path: Path, **options: Any) -> AsyncIterator[tuple[Wire, list[i
 
 @asynccontextmanager
 async def limited(path: Path, *grants: Grant, **options: Any) -> AsyncIterator[tuple[Wire, Wire]]:
-    """A daemon that holds STORED, a client that may do that only, and one that may do all."""
+    """Yield two clients of a daemon that holds STORED: one with *grants*, one with all rights."""
     async with daemon(path, **options) as server:
         with await Wire.session(path) as client:
             [session] = server.sessions
@@ -82,7 +82,7 @@ SELECTORS: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 @pytest.mark.parametrize("selector, expected", SELECTORS.values(), ids=SELECTORS)
 async def test_what_is_chosen(path: Path, selector: dict[str, Any], expected: list[int]) -> None:
-    """The same by all three; the newest is handed out."""
+    """All three commands select the same; open-fdset opens the newest."""
     async with filled(path) as (wire, numbers):
         listed = await wire.call("query-fds", selector)
         opened = await wire.call("open-fdset", selector)
@@ -119,7 +119,7 @@ async def test_by_number_alone(path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["open-fdset", "remove-fds"])
 async def test_an_empty_selector(path: Path, command: str) -> None:
-    """It would choose everything: a member left out by mistake is not to remove all there is."""
+    """An empty selector is refused: a forgotten member must not remove everything."""
     async with filled(path) as (wire, numbers):
         refused = await wire.call(command)
         assert error(refused) == "GenericError"
@@ -150,11 +150,11 @@ async def test_a_long_reply(path: Path) -> None:
             assert value(await wire.call("query-fdsets")) == []
 
 
-# -- taken out ---------------------------------------------------------------------------------
+# -- open-fdset with remove --------------------------------------------------------------------
 
 
 async def test_open_and_remove(path: Path) -> None:
-    """One step: the store has it no more, and only what was handed out keeps it open."""
+    """The daemon sends the descriptor and closes its own in one step."""
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe, await Wire.session(path) as other:
             value(await other.call("watch-fdsets", {"enable": True}))
@@ -190,7 +190,7 @@ async def test_open_and_remove_needs_both_rights(path: Path) -> None:
 
 
 async def texts(wire: Wire) -> list[tuple[int, list[str | None]]]:
-    """What is stored, by set."""
+    """Return the stored opaque texts by set."""
     return [
         (fdset["fdset-id"], [fd.get("opaque") for fd in fdset["fds"]])
         for fdset in value(await wire.call("query-fdsets"))
@@ -208,7 +208,7 @@ async def test_fail_where_there_is_one(path: Path, dialect: str) -> None:
                 assert error(refused) == ("FdExists" if dialect == "spec" else "GenericError")
                 assert "opaque:vm1:disk" in refused["error"]["desc"]
             assert await texts(wire) == before
-            # In another set there is none; nor is a text that only begins so.
+            # The text exists in no other set; a longer text does not match.
             value(await wire.call("add-fds", {**fail, "fdset-id": 1}, [pipe]))
             value(await wire.call("add-fds", {"opaque": "vm1", "if-exists": "fail"}, [pipe]))
             pipe.release()
@@ -216,7 +216,7 @@ async def test_fail_where_there_is_one(path: Path, dialect: str) -> None:
 
 
 async def test_replace(path: Path) -> None:
-    """Everywhere, or in the named set; what goes is closed by the time of the reply."""
+    """Replace in all sets or in the named one; replaced descriptors are closed before the reply."""
     async with daemon(path):
         with await Wire.session(path) as wire, pipes(5) as made:
             for pipe in made[:2]:
@@ -228,18 +228,18 @@ async def test_replace(path: Path) -> None:
             assert added["fdset-id"] == 1
             assert await texts(wire) == [(1, ["log", "web", "web"]), (0, ["web"])]
             assert [pipe.held() for pipe in made[:2]] == [True, False]
-            # Nothing else is in set 0: the newcomer takes its place.
+            # Set 0 has only the replaced descriptor: the new one gets its place.
             again = value(await wire.call("add-fds", replace, made[4:]))
             assert again["fdset-id"] == 0
             assert await texts(wire) == [(1, ["log"]), (0, ["web"])]
-            # Nothing there: it is simply added.
+            # No match: the descriptor is added.
             value(await wire.call("add-fds", {"opaque": "new", "if-exists": "replace"}, made[4:]))
             assert await texts(wire) == [(2, ["new"]), (1, ["log"]), (0, ["web"])]
 
 
 @pytest.mark.parametrize("limit", ["max_fds", "max_fds_per_uid"])
 async def test_replace_at_the_limit(limit: str, path: Path) -> None:
-    """A user who has as much as is allowed may still replace it."""
+    """A replacement works at the limit."""
     async with daemon(path, limits=qmpfd.Limits()._replace(**{limit: 2})):
         with await Wire.session(path) as wire, pipes(2) as made:
             value(await wire.call("add-fds", {"opaque": "a"}, made))
@@ -268,9 +268,9 @@ async def test_if_exists_needs_a_text(path: Path) -> None:
             assert error(await wire.call("add-fds", {"if-exists": "no"}, [pipe])) == "GenericError"
 
 
-# -- what is hidden ----------------------------------------------------------------------------
+# -- hidden descriptors ------------------------------------------------------------------------
 
-#: Of a set that is hidden, and of one that is absent.
+#: Arguments for a hidden fd set, and for one that does not exist.
 HIDDEN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "open-fdset": ("open-fdset", {"fdset-id": 1}, {"fdset-id": 9}),
     "open-fdset, text": ("open-fdset", {"opaque": "vm10:disk"}, {"opaque": "vm99:disk"}),
@@ -292,7 +292,7 @@ HIDDEN: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 async def test_hidden_is_absent(
     path: Path, command: str, hidden: dict[str, Any], absent: dict[str, Any]
 ) -> None:
-    """The same answer, but for the words of the request in it."""
+    """The replies differ only in quotations of the request."""
     rights: tuple[Right, ...] = ("query", "open", "remove", "add")
     async with limited(path, grant(*rights, opaque="vm1:*")) as (client, root):
         before = value(await root.call("query-fds"))
@@ -306,7 +306,7 @@ async def test_hidden_is_absent(
 
 
 async def test_errors_quote_nothing_that_is_hidden(path: Path) -> None:
-    """Of a set that is seen in part: neither texts, nor numbers, nor access modes."""
+    """Errors for a partly visible set do not quote hidden texts, numbers or access modes."""
     async with limited(path, grant("query", "open", "remove", opaque="vm1:*")) as (client, root):
         with (path.parent / "file").open("wb") as file:
             secret = {"fdset-id": 2, "opaque": "secret"}
@@ -326,7 +326,7 @@ async def test_errors_quote_nothing_that_is_hidden(path: Path) -> None:
             assert "rdonly" not in desc.replace("only 'wronly'", "")
             assert error(reply) in ("FdNotFound", "PermissionDenied")
         seen = value(await client.call("open-fdset", {"fdset-id": 2}))
-        assert seen["opaque"] == "vm1:disk"  # not the newest, which is hidden
+        assert seen["opaque"] == "vm1:disk"  # the newest one is hidden
 
 
 async def test_what_may_be_queried_but_no_more(path: Path) -> None:
@@ -341,7 +341,7 @@ async def test_what_may_be_queried_but_no_more(path: Path) -> None:
 
 
 async def test_replacing_sees_what_may_be_queried(path: Path) -> None:
-    """What is hidden is beside the newcomer; what may only be seen is not removed."""
+    """A hidden descriptor is not replaced; one that may only be queried is not removed."""
     rights = grant("add", fdsets=[0, 1, 2, 3, 4, 5])
     async with limited(path, rights, grant("query", fdsets=[0]), grant("remove", fdsets=[1])) as (
         client,
@@ -364,16 +364,16 @@ async def test_replacing_sees_what_may_be_queried(path: Path) -> None:
 @pytest.mark.parametrize("dialect", ["spec", "qemu"])
 @pytest.mark.parametrize("command", ["add-fd", "add-fds"])
 async def test_nobody_adds_in_front_of_a_stranger(path: Path, command: str, dialect: str) -> None:
-    """The how-to's rule: who opens the newest of set 1 is not to get what another has put there."""
+    """A client may not add to a set with hidden descriptors: others open the set's newest one."""
     mine = grant("add", "query", opaque="vm1:*")
     async with limited(path, mine, dialect=dialect) as (client, root):
         before = await texts(root)
         with Pipe() as pipe:
-            for fdset_id in (1, 2, 3):  # hidden, seen in part, hidden
+            for fdset_id in (1, 2, 3):  # hidden, partly visible, hidden
                 arguments = {"fdset-id": fdset_id, "opaque": "vm1:x"}
                 refused = await client.call(command, arguments, [pipe])
                 classes = {"spec": "PermissionDenied", "qemu": "GenericError"}
-                if dialect == "spec" and fdset_id != 2:  # as if it were not there
+                if dialect == "spec" and fdset_id != 2:  # as for a set that does not exist
                     assert error(refused) == "InvalidParameterValue"
                 else:
                     assert error(refused) == classes[dialect]
@@ -393,7 +393,7 @@ async def test_a_rule_that_names_the_set_is_enough(path: Path) -> None:
 
 
 async def test_a_removal_whose_reply_nobody_reads(path: Path) -> None:
-    """The texts in it count as long as they take memory, though nothing has them stored."""
+    """The texts of an unsent reply count against the limit on opaque texts."""
     text = "x" * 900_000
 
     async def store() -> None:

@@ -1,4 +1,4 @@
-"""Changes of the store: what can fail comes first, and what follows a change is told of it once."""
+"""Changes of the store: all checks come first, and each change is reported once."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PEER = Peer(1, 1, 1)
 
 @dataclass
 class FullMirror:
-    """A second copy that has room for so many."""
+    """A mirror with *room* places."""
 
     room: int
     is_over: bool = False
     entries: list[StoredFd] = field(default_factory=list)
 
     def check_quota(self, count: int, opaque: str | None) -> None:
-        """Nobody knows before it is tried."""
+        """Permit everything: only the addition itself fails."""
 
     def added(self, fdset: FdSet, stored: StoredFd) -> None:
         assert not stored.removed
@@ -62,7 +62,7 @@ def shared_state() -> Iterator[SharedState]:
 @pytest.mark.parametrize("room", range(3))
 @pytest.mark.parametrize("watch_hangup", [False, True])
 def test_all_or_none(room: int, watch_hangup: bool) -> None:
-    """A mirror that fails at any of them leaves everything as it was."""
+    """If the mirror fails at any descriptor of a command, nothing is changed."""
     with shared_state() as shared, pipes(3) as made:
         mirror = shared.mirror = FullMirror(room)
         fds = [Fd(os.dup(pipe.fileno())) for pipe in made]
@@ -84,7 +84,7 @@ def test_all_or_none(room: int, watch_hangup: bool) -> None:
 
 @pytest.mark.parametrize("command", ["add-fd", "add-fds"])
 async def test_no_closed_descriptor_is_listed(path: Path, command: str) -> None:
-    """Where the second copy fails, the command fails, and the descriptor is in no set."""
+    """If the mirror fails, the command fails, and the descriptor is in no set."""
     async with daemon(path) as server:
         server.daemon.mirror = FullMirror(1)
         with Pipe() as pipe, await Wire.session(path) as wire:
@@ -101,7 +101,7 @@ async def test_no_closed_descriptor_is_listed(path: Path, command: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "vm", "é", "\N{LATIN SMALL LETTER A WITH MACRON}x", "😀" * 9])
 def test_the_size_of_a_text_is_always_the_same(text: str) -> None:
-    """sys.getsizeof grows once a text was encoded (PEP 393 keeps the UTF-8 form with it)."""
+    """sys.getsizeof grows after an encoding: PEP 393 caches the UTF-8 form in the string."""
     fresh = "".join(list(text))
     before = memory_size(fresh)
     msgspec.json.encode(fresh)
@@ -109,7 +109,7 @@ def test_the_size_of_a_text_is_always_the_same(text: str) -> None:
 
 
 def test_what_was_charged_is_refunded() -> None:
-    """After a listing too, which encodes the texts."""
+    """The refund equals the charge, also after a listing, which encodes the texts."""
     with shared_state() as shared, Pipe() as pipe:
         for n in range(50):
             shared.add([Fd(os.dup(pipe.fileno()))], None, "é" * (n + 1), PEER)

@@ -1,4 +1,4 @@
-"""``query-stats``: counters that count, gauges that fall again, limits that are those in force."""
+"""``query-stats``: counters, gauges, and the limits in force."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from qmpfd.policy import Access, Grant
 
 
 async def stats(wire: Wire) -> dict[str, Any]:
-    """What the daemon says of itself."""
+    """Return the value of query-stats."""
     return dict(value(await wire.call("query-stats")))
 
 
 def counts(listed: list[dict[str, Any]]) -> dict[str, int]:
-    """Names and counts, as a mapping."""
+    """Return listed names and counts as a mapping."""
     names = [each["name"] for each in listed]
     assert names == sorted(set(names))
     return {each["name"]: each["count"] for each in listed}
 
 
 def one_peer(**others: object) -> dict[str, object]:
-    """This process, with one connection, as it is listed."""
+    """Return the expected entry of this process, with one connection."""
     told: dict[str, object] = {"pid": os.getpid(), "uid": os.getuid(), "gid": os.getgid()}
     told |= {"connections": 1, "age": 0, "idle": 0, "fds": 0, "watching": False}
     return told | others
@@ -64,7 +64,7 @@ async def test_at_the_start(path: Path) -> None:
 
 
 async def test_limits(path: Path) -> None:
-    """Those that are in force, times in seconds."""
+    """The limits in force, with times in seconds."""
     limits = qmpfd.Limits(
         max_connections=9,
         max_connections_per_uid=8,
@@ -93,7 +93,7 @@ async def test_limits(path: Path) -> None:
 
 
 async def test_commands_and_errors(path: Path) -> None:
-    """A command that fails is counted in both; what was no command, in the errors only."""
+    """A failed command counts in both; input that is no command counts as an error only."""
     async with daemon(path):
         with await Wire.session(path) as wire:
             await wire.call("query-name")
@@ -176,7 +176,7 @@ async def test_arguments(path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["getfd", "expires", "hangup"])
 async def test_what_is_kept_is_given_back(path: Path, how: str, autojump_clock: MockClock) -> None:
-    """By whatever way it left: else the limit would be used up in time."""
+    """Every kind of removal lowers the gauges: else the limits would be used up over time."""
     async with daemon(path, limits=qmpfd.Limits(max_fds=2, max_fds_per_uid=2)):
         with await Wire.session(path) as wire:
             for _ in range(5):
@@ -198,16 +198,16 @@ async def test_what_is_kept_is_given_back(path: Path, how: str, autojump_clock: 
 async def test_what_is_not_kept_is_not_counted(path: Path) -> None:
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe:
-            wire.send(b" ", [pipe])  # it waits for a command
+            wire.send(b" ", [pipe])  # pending
             await settle()
             assert (await stats(wire))["fds-kept"] == 0
 
 
-# -- who is connected --------------------------------------------------------------------------
+# -- peers -------------------------------------------------------------------------------------
 
 
 async def peers(wire: Wire) -> list[dict[str, Any]]:
-    """Who is connected."""
+    """Return the connected peers."""
     listed: list[dict[str, Any]] = (await stats(wire))["peers"]
     return listed
 
@@ -228,7 +228,7 @@ async def test_a_process_with_several_connections(path: Path) -> None:
 
 
 async def test_ages(path: Path, autojump_clock: MockClock) -> None:
-    """The longest connection's, and the time since the last request of any; that to a second."""
+    """Age of the oldest connection, and seconds since the last request of any."""
     async with daemon(path):
         with await Wire.session(path) as wire:
             await trio.sleep(10.5)
@@ -252,7 +252,7 @@ with socket.socket(socket.AF_UNIX) as sock:
 
 
 async def test_other_processes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those there longest come first; of too many, the others are left out."""
+    """The peers connected longest come first; those beyond the limit are left out."""
     async with daemon(path):
         with await Wire.session(path) as wire:
             command = [sys.executable, "-c", _CONNECT, str(path)]
@@ -270,9 +270,9 @@ async def test_other_processes(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             assert [peer["pid"] for peer in await peers(wire)] == [os.getpid()]
 
 
-# -- what is not told --------------------------------------------------------------------------
+# -- restricted clients ------------------------------------------------------------------------
 
-#: How much there is, and has been.
+#: Members with totals.
 TOTALS = {"fdsets", "fds", "fds-kept", "closes-pending", "commands", "errors"}
 
 
@@ -283,7 +283,7 @@ TOTALS = {"fdsets", "fds", "fds-kept", "closes-pending", "commands", "errors"}
 async def test_totals_are_for_those_who_see_all(
     path: Path, fdsets: frozenset[int] | None, opaque: tuple[str, ...] | None, told: bool
 ) -> None:
-    """A count tells that something is there as well as a list does."""
+    """A client that may not see all descriptors gets no totals, which would reveal others."""
     async with daemon(path) as server:
         with await Wire.session(path) as wire:
             [session] = server.sessions
@@ -294,7 +294,7 @@ async def test_totals_are_for_those_who_see_all(
 
 
 async def test_no_limit_of_one_user_is_above_that_of_all(path: Path) -> None:
-    """As they hold, in a process whose table has no room for more."""
+    """Limits in force in a process with a small descriptor table."""
     async with daemon(path) as server:
         with await Wire.session(path) as wire:
             table = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -1,4 +1,4 @@
-"""Arguments against their types, refused in QEMU's order and words (QEMU.md, 2.2)."""
+"""Check of arguments against their types: errors in QEMU's order and words."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_wrong_type(name: str, kind: str, value: Any) -> None:
         ({**GOOD, "other": 1}, "Parameter 'other' is unexpected"),
         ({**GOOD, "the_number": 1}, "Parameter 'the_number' is unexpected"),
         ({**GOOD, "": 1}, "Parameter '' is unexpected"),
-        # What is missing or wrong comes before what is unknown; the first in the schema first.
+        # Missing and wrong members come before unknown ones, in the order of the schema.
         ({"text": "x", "other": 1}, "Parameter 'the-number' is missing"),
         ({**GOOD, "other": 1, "flag": 1}, "Invalid parameter type for 'flag', expected: boolean"),
         ({"the-number": "x"}, "Invalid parameter type for 'the-number', expected: integer"),

@@ -1,4 +1,4 @@
-"""Who gives up when all together use too much."""
+"""Budget: which connection is the victim when the sum is too large."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PART = 1000
 
 
 def test_the_oldest_of_the_user_that_has_the_most() -> None:
-    """However many do not read, another user's connection is not disconnected for them."""
+    """The victim is the oldest connection of the uid with the most, never another uid's."""
     budget = Budget(100 * PART)
     victims: list[tuple[int, int]] = []
     budget.charge(partial(victims.append, (0, 0)), 0, PART)
@@ -29,7 +29,7 @@ def test_what_is_used_no_more_does_not_count() -> None:
         budget.charge(user, 0, PART)
     for user in users[:50]:
         budget.charge(user, 0, 0)
-        budget.charge(user, 0, 0)  # harmless
+        budget.charge(user, 0, 0)  # no effect
     for user in users[100:150]:
         budget.charge(user, 1, PART)
     assert victims == []

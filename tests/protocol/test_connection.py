@@ -1,4 +1,4 @@
-"""The connection's states, what it says and what it makes of the peer's words; either role."""
+"""States, output and parsing of a connection, as server and as client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEGOTIATE_FIRST = "Expecting capabilities negotiation with 'qmp_capabilities'"
 
 
 def receive(connection: Connection, data: bytes) -> None:
-    """Hand over *data*, without descriptors, in as many steps as are asked for."""
+    """Pass *data*, without descriptors, to the connection, in the reads that it plans."""
     while data:
         (length,), _ = connection.plan(data, False)
         assert 0 < length <= len(data)
@@ -34,7 +34,7 @@ def receive(connection: Connection, data: bytes) -> None:
 
 
 def asked(connection: ServerConnection, data: bytes) -> list[tuple[str, Any]]:
-    """What came of *data*: commands' names or errors' texts, and ids."""
+    """Return the requests in *data*: names of commands or texts of errors, and ids."""
     receive(connection, data)
     requests = iter(connection.next_request, None)
     return [heard(request, request_id) for request, request_id, _ in requests]
@@ -48,7 +48,7 @@ def heard(request: Request | Error, request_id: Any) -> tuple[str, Any]:
 
 
 def state(connection: Connection) -> State:
-    """Its state; mypy takes the attribute for one that does not change."""
+    """Return the connection's state: mypy assumes that the attribute itself does not change."""
     return connection.state
 
 
@@ -115,7 +115,7 @@ def test_the_class_of_a_command_before_negotiation(server: ServerConnection) -> 
 
 
 def test_negotiation_takes_effect_on_what_follows_it(server: ServerConnection) -> None:
-    """All in one chunk: each request is checked when it is asked for."""
+    """Requests of one chunk are checked one by one, after the negotiation before them."""
     server.greeting({})
     receive(server, b'{"execute":"query-name","id":1}{"execute":"qmp_capabilities"}' * 2)
     found = []
@@ -226,17 +226,17 @@ def test_a_flood_of_errors_is_answered_within_bounds(ready: ServerConnection) ->
     for count in (SLOW_PATH_BYTES, 1, 1, 2, SLOW_PATH_BYTES):
         receive(ready, b"}" * count)
         told = 0
-        while ready.has_pending_input:  # nobody asks for more than there is
+        while ready.has_pending_input:
             told += ready.next_request() is not None
         assert told == 1
-    # A good request ends the flood, and is answered in any case.
+    # A valid request ends the flood, and is always answered.
     found = asked(ready, b"}" * 10 + b'{"execute":"query-name"}' + b"}" * 10)
     assert found[1] == ("query-name", UNSET)
     assert len(found) == 12
 
 
 def test_the_deepest_honest_mistake_is_no_flood(ready: ServerConnection) -> None:
-    """One level too deep: one error, and one for each closer (QEMU.md, 2.5)."""
+    """Nesting one level too deep gives one error, and one for each closing bracket, as QEMU."""
     found = asked(ready, b"[" * (MAX_NESTING + 1) + b"]" * (MAX_NESTING + 1))
     assert len(found) == MAX_NESTING + 2
 
@@ -251,7 +251,7 @@ def test_a_request_that_is_refused_is_always_answered(ready: ServerConnection) -
 @pytest.mark.parametrize("quotes", [b'"', b"'"])
 @pytest.mark.parametrize("bytes_at_a_time", [7, 100_000])
 def test_max_request_bytes(spare: int, quotes: bytes, bytes_at_a_time: int) -> None:
-    """The same limit whichever way a request is read, and however it comes."""
+    """The limit is the same on the fast and the slow path, and for any split."""
     data = b'{"execute":"add-fd","arguments":{"opaque":"%s"}}' % (b"x" * 1000)
     data = data.replace(b'"', quotes)
     server = ServerConnection(DECODER, max_request_bytes=len(data) - 1 + spare)
@@ -376,7 +376,7 @@ def test_messages_byte_by_byte(client: ClientConnection) -> None:
 
 
 def test_pretty_replies(client: ClientConnection) -> None:
-    """A real QEMU with pretty=on: replies of many lines, one after the other."""
+    """Replies of several lines, as QEMU sends them with pretty=on."""
     pretty = b'{\r\n    "return": {\r\n    },\r\n    "id": 1\r\n}\r\n'
     assert list(map(shown, told(client, pretty * 2))) == [(1, {}), (1, {})]
     found = [shown(message) for byte in bytewise(pretty) for message in told(client, byte)]
@@ -407,7 +407,7 @@ def test_no_qmp_server(data: bytes) -> None:
     ],
 )
 def test_a_server_that_says_odd_things(data: bytes) -> None:
-    """It may be told what it is; it must not make the client fail in any other way."""
+    """Invalid messages of a server raise ProtocolError or are decoded; nothing else happens."""
     client = ClientConnection()
     try:
         found = told(client, data + b"\r\n")
@@ -433,7 +433,7 @@ def test_a_reply_that_never_ends() -> None:
 @pytest.mark.parametrize("said", [b"x", b"[", b'{"a":', b'"text" ', b"{}"])
 @pytest.mark.parametrize("end", [b"", b"\n"], ids=["endless", "line"])
 def test_a_long_line_that_is_no_message(said: bytes, end: bytes) -> None:
-    """It is not taken apart token by token, which takes 40 s a mebibyte for some."""
+    """A long invalid line is not parsed token by token, which can take 40 s for 1 MiB."""
     client = ClientConnection(max_reply_bytes=1 << 20)
     with pytest.raises(ProtocolError, match="no whole message in a long line"):
         told(client, said * (1 << 20) + said + end)

@@ -1,4 +1,4 @@
-"""What goes out: one line of ASCII, as QEMU writes it (QEMU.md, 2.6)."""
+"""Encoding: one line of ASCII, as QEMU writes it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_encode_any_is_encode(value: Any) -> None:
 
 @given(values)
 def test_encode_any_reads_back(value: Any) -> None:
-    """Infinite numbers too: 1e999 is valid JSON, and what is read as infinite."""
+    """Infinite numbers are encoded as 1e999, which is valid JSON and decodes as infinity."""
     data = encode_any(value)
     assert data.isascii()
     assert not any(byte < 0x20 for byte in data)

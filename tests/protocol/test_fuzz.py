@@ -1,4 +1,4 @@
-"""The fuzzed target, without a fuzzer: what it has found before, and a good deal of chance."""
+"""The fuzz target without a fuzzer: the corpus, and random input."""
 
 from __future__ import annotations
 

@@ -46,12 +46,12 @@ CASES: list[tuple[bytes, list[tuple[str, bytes]]]] = [
     (b"1E+5 ", [("FLOAT", b"1E+5")]),
     (b"1.5e-5 ", [("FLOAT", b"1.5e-5")]),
     (b"0e1 ", [("FLOAT", b"0e1")]),  # valid JSON, which QEMU refuses
-    (b"1-", [("INTEGER", b"1")]),  # and a sign in progress
+    (b"1-", [("INTEGER", b"1")]),  # the sign begins an incomplete token
     (b"true ", [("KEYWORD", b"true")]),
     (b"nan}", [("KEYWORD", b"nan"), ("RCURLY", b"}")]),
     (b"true{", [("KEYWORD", b"true"), ("LCURLY", b"{")]),
     (b'1"a"', [("INTEGER", b"1"), ("STRING", b'"a"')]),
-    # Lexical errors: the token with the byte that broke it; then junk is skipped.
+    # Lexical errors: the token up to the invalid byte; the bytes behind it are skipped.
     (b"@", [("ERROR", b"@")]),
     (b"@@@ xyz", [("ERROR", b"@")]),
     (b"@ junk\t{", [("ERROR", b"@"), ("LCURLY", b"{")]),
@@ -86,7 +86,7 @@ CASES: list[tuple[bytes, list[tuple[str, bytes]]]] = [
 def test_tokens(data: bytes, expected: list[tuple[str, bytes]]) -> None:
     assert tokens(iter([data])) == expected
     assert tokens(bytewise(data)) == expected
-    # A control byte is an error of its own in every state, unless it is the one that ends a token.
+    # A control byte is an error in every state, unless it ends a token.
     last = tokens(iter([data + b"\x1b\x1b"]))[-1]
     assert last == ("ERROR", b"\x1b")
 
@@ -98,7 +98,7 @@ def test_any_split_gives_the_same_tokens(data: bytes, cuts: list[int]) -> None:
 
 @given(json_soup, st.lists(st.integers(1, 60), max_size=8))
 def test_tokens_are_the_bytes_in_their_order(data: bytes, cuts: list[int]) -> None:
-    """Nothing is invented, nothing is said twice, and ends never go back."""
+    """Tokens are consecutive slices of the input, and their ends ascend."""
     lexer = Lexer(LIMIT)
     rest = data
     for chunk in pieces(data, cuts):

@@ -1,4 +1,4 @@
-"""Random commands from several connections, against the daemon and against a few lines of model."""
+"""Random commands from several connections, compared with a simple model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 
 
 class Connection:
-    """One client, with what the model knows of it."""
+    """One client, and its state in the model."""
 
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -35,7 +35,7 @@ class Connection:
         assert "QMP" in self.reply()
         self.send(request("qmp_capabilities"))
         assert self.reply() == {"return": {}}
-        self.waiting: list[Pipe] = []  # what no command has taken yet
+        self.waiting: list[Pipe] = []  # pending descriptors
         self.names: dict[str, Pipe] = {}
 
     def send(self, data: bytes, passed: list[Pipe] | None = None) -> None:
@@ -47,12 +47,13 @@ class Connection:
         return dict(json.loads(self._lines.readline()))
 
     def end(self) -> bool:
-        """Whether the daemon has closed, and said nothing before."""
+        """Return whether the daemon has closed the connection without sending anything."""
         return self._lines.readline() == b""
 
     def take(self, passed: list[Pipe]) -> Pipe | None:
-        """The rule, for a command that takes one: of those sent with it, else of those that wait;
-        what else there is, is closed.
+        """Take a descriptor for a command: the first one sent with it, else the first pending one.
+
+        All other descriptors are closed.
         """
         waiting, self.waiting = passed or self.waiting, []
         return waiting[0] if waiting else None
@@ -69,7 +70,7 @@ COUNTS = st.integers(0, 3)
 
 
 class Model(RuleBasedStateMachine):
-    """The daemon, and what it should be like."""
+    """The daemon, and the model of its state."""
 
     dialect: Literal["spec", "qemu"] = "spec"
     connections = Bundle[Connection]("connections")
@@ -117,8 +118,8 @@ class Model(RuleBasedStateMachine):
 
     @rule(connection=consumes(connections))
     def disconnect(self, connection: Connection) -> None:
-        # The daemon has seen the end when it answers with one, and is done with it when it
-        # answers somebody else.
+        # The daemon has read the end when it closes too, and has cleaned up when it answers
+        # another client.
         connection.sock.shutdown(socket.SHUT_WR)
         assert connection.end()
         connection.close()
@@ -129,7 +130,7 @@ class Model(RuleBasedStateMachine):
     def pass_on_a_blank(self, connection: Connection, count: int) -> None:
         connection.waiting = self.new_pipes(count)
         connection.send(b" ", connection.waiting)
-        self.query(connection)  # so that it has been read when the next invariant is checked
+        self.query(connection)  # the daemon has read all input before the next invariant is checked
 
     # -- fd sets -------------------------------------------------------------------------------
 
@@ -162,7 +163,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(connection=connections, fdset_id=IDS, number=st.none() | st.integers(-1, 4))
     def remove(self, connection: Connection, fdset_id: int, number: int | None) -> None:
-        """*number* counts within the set; one that is not in it is asked for as it is."""
+        """Remove the descriptor with the index *number* in the set, else with that number."""
         fds = self.sets.get(fdset_id, {})
         arguments = {"fdset-id": fdset_id}
         if number is not None:
@@ -198,7 +199,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(connection=connections, count=st.integers(1, 5), passed=st.integers(0, 6))
     def add_many(self, connection: Connection, count: int, passed: int) -> None:
-        """In one send: each takes the next, what is left is closed."""
+        """Send several add-fd with descriptors at once: each takes the next; the rest is closed."""
         made = self.new_pipes(passed)
         connection.send(request("add-fd") * count, made)
         line: list[Pipe | None] = [*made]
@@ -241,11 +242,11 @@ class Model(RuleBasedStateMachine):
         else:
             assert value(reply) == {}
 
-    # -- what nobody may take ------------------------------------------------------------------
+    # -- invalid input -------------------------------------------------------------------------
 
     @rule(connection=connections, count=COUNTS)
     def broken(self, connection: Connection, count: int) -> None:
-        """It takes all that waits with it."""
+        """Send invalid input, which closes all pending descriptors."""
         connection.send(b"]", self.new_pipes(count))
         assert error(connection.reply()) == "GenericError"
         connection.waiting = []
@@ -257,7 +258,7 @@ class Model(RuleBasedStateMachine):
         assert error(connection.reply()) == "GenericError"
         connection.take(passed)
 
-    # -- what holds at any time ----------------------------------------------------------------
+    # -- invariants ----------------------------------------------------------------------------
 
     @invariant()
     def holds_what_it_should(self) -> None:
@@ -268,7 +269,7 @@ class Model(RuleBasedStateMachine):
 
 
 class QemuModel(Model):
-    """As QEMU has it."""
+    """Model of the qemu dialect."""
 
     dialect = "qemu"
 

@@ -1,4 +1,4 @@
-"""JSON values and errors, as QEMU 7.2 gives them (QEMU.md, 2.4 and 2.5), over any split."""
+"""JSON values and errors are those of QEMU 7.2, for any split of the input."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LIMIT = 1 << 20
 
 
 class Bad(str):
-    """An error's text, behind "JSON parse error, " """
+    """Text of an error after "JSON parse error, "."""
 
     __slots__ = ()
 
 
 def outcomes(chunks: Iterable[bytes], limit: int = LIMIT) -> list[Any]:
-    """The values, each with its type, and the errors' texts."""
+    """Return the values with their types, and the texts of the errors."""
     return results(Parser(limit), chunks)
 
 
@@ -44,7 +44,7 @@ def results(parser: Parser, chunks: Iterable[bytes]) -> list[Any]:
 
 
 def typed(value: Any) -> Any:
-    """*value* in a form in which 1, 1.0 and True differ, 0.0 and -0.0 too, and nan is itself."""
+    """Return *value* in a form that distinguishes 1, 1.0, True, 0.0 and -0.0; nan equals nan."""
     return json.loads(json.dumps(value), parse_float=lambda text: ("float", text))
 
 
@@ -62,7 +62,7 @@ VALUE, KEY, DUPLICATE = map(
 COLON = parse_error("missing : in object pair")
 IN_DICT, IN_LIST = (parse_error(f"expected separator in {kind}") for kind in ("dict", "list"))
 
-# Each ends in a state in which another value can follow a line end.
+# After each input, another value can follow a line end.
 CASES: list[tuple[bytes, list[Any]]] = [
     (b"{}", [{}]),
     (b"[]", [[]]),
@@ -123,7 +123,7 @@ CASES: list[tuple[bytes, list[Any]]] = [
     (b"[1 2]", [IN_LIST]),
     (b"[1:2]", [IN_LIST]),
     (b"[:]", [VALUE]),
-    # Where a value ends: braces and brackets balance, or one count is negative.
+    # A value ends when braces and brackets balance, or one count is negative.
     (b"}", [VALUE]),
     (b"]", [VALUE]),
     (b"}}]", [VALUE, VALUE, VALUE]),
@@ -132,9 +132,9 @@ CASES: list[tuple[bytes, list[Any]]] = [
     (b"{}}", [{}, VALUE]),
     (b",", [VALUE]),
     (b":", [VALUE]),
-    (b'{"a":["b"}]', [IN_LIST]),  # its brace alone does not end it
+    (b'{"a":["b"}]', [IN_LIST]),  # the first brace does not end the value
     (b'{"a":1]', [IN_DICT]),
-    # Lexical errors: everything so far is dropped, junk is skipped, what is left has errors too.
+    # Lexical errors: the value and the invalid bytes are dropped; the rest gives further errors.
     (b"@", [stray("@")]),
     (b'{"execute": @}', [stray("@"), VALUE]),
     (b'{"a": @ "x" 1}', [stray("@"), VALUE]),
@@ -208,7 +208,7 @@ def test_an_incomplete_value_waits_and_a_control_byte_ends_it(data: bytes) -> No
 
 @pytest.mark.parametrize("reset", [b"\x1b", b"\0", b"\xff", b"\xfe"])
 def test_one_error_for_each_control_byte(reset: bytes) -> None:
-    """After an incomplete command (QEMU.md, 2.5)."""
+    """A control byte after an incomplete command gives one error."""
     found = outcomes([b'{"execute": ' + reset * 5 + b"{}"])
     assert len(found) == 6
     assert all(isinstance(error, Bad) for error in found[:5])
@@ -232,12 +232,12 @@ def test_recovers_from_any_bytes(data: bytes, limit: int) -> None:
 
 @given(json_soup)
 def test_ends(data: bytes) -> None:
-    """What a value's end tells: the same value comes of the bytes up to there."""
+    """The bytes up to a value's end give the same value."""
     found = list(Parser(LIMIT).feed(data))
     ends = [end for _, _, end in found]
     assert ends == sorted(ends)
     for number, end in enumerate(ends, 1):
-        # A number or word is certain only with the byte behind it, which is not part of it.
+        # A number or word is complete only with the next byte, which is not part of it.
         shorter = len(list(Parser(LIMIT).feed(data[:end])))
         assert shorter == number or (
             shorter == number - 1 and len(list(Parser(LIMIT).feed(data[: end + 1]))) >= number
@@ -274,7 +274,7 @@ def test_reads_what_the_json_module_writes(
 
 @given(json_soup)
 def test_what_we_accept_the_json_module_accepts(data: bytes) -> None:
-    """But for single quotes, and the overlong NUL."""
+    """Except for single quotes, and the overlong NUL."""
     if b"'" in data or b"\xc0\x80" in data:
         return
     for value, error, _ in Parser(LIMIT).feed(data + b"\n"):
@@ -311,21 +311,21 @@ def test_nesting(opener: bytes, closer: bytes, bytes_at_a_time: int) -> None:
     found = [error.desc for error in errors if error is not None]
     assert found[0] == "JSON nesting depth limit exceeded"
     # "each surplus closer gives another error (1024 deep -> 1 + 1025 replies)", and a value that
-    # was left inside is one too.
+    # was incomplete inside is an error too.
     assert found[-(MAX_NESTING + 1) :] == [VALUE] * (MAX_NESTING + 1)
     assert len(found) <= 1 + MAX_NESTING + 1 + 1
     assert results(parser, [b"{}"]) == [{}]
 
 
 def test_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert MAX_TOKENS == 2 << 20  # as QEMU's; too many for a quick test
+    assert MAX_TOKENS == 2 << 20  # QEMU's limit; too high for a fast test
     monkeypatch.setattr("qmpfd.protocol.parser.MAX_TOKENS", 1001)
     parser = Parser(LIMIT)
     assert results(parser, [b"[" + b"1," * 499 + b"1]"]) == [[1] * 500]
     assert results(parser, [b"[" + b"1," * 500]) == []
     assert results(parser, [b"1]"]) == [Bad("JSON token count limit exceeded")]
     assert results(parser, [b"[" + b"1," * 501]) == [Bad("JSON token count limit exceeded")]
-    # The rest is dropped up to its end.
+    # The rest of the value is dropped.
     assert results(parser, [b'1, {"a": [1, 2, 3], "b": nan}, 5]', b"{}"]) == [{}]
 
 
@@ -352,14 +352,14 @@ def test_size(data: bytes, idle: bool, bytes_at_a_time: int) -> None:
 
 @pytest.mark.parametrize("cut", range(200, 214))
 def test_what_follows_one_that_is_too_big(cut: int) -> None:
-    """Wherever the chunk ends that has the end of the one and the beginning of the other in it."""
+    """The value after one that is too large is read, for any split between the two."""
     data = b"[" + b"1," * 99 + b'1]{"name": 12}'
     found = results(Parser(100), [data[:150], data[150:cut], data[cut:]])
     assert found == [Bad("JSON token size limit exceeded"), {"name": 12}]
 
 
 def test_size_at_the_limit() -> None:
-    """The bytes of all tokens together; blanks are none."""
+    """The limit is on the sum of the tokens; blanks do not count."""
     parser = Parser(100)
     assert results(parser, [b" " * 200 + b'"' + b"x" * 98 + b'"']) == ["x" * 98]
     assert results(parser, [b"[" + b"1 ,  " * 48 + b"10]"]) == [[1] * 48 + [10]]
@@ -368,7 +368,7 @@ def test_size_at_the_limit() -> None:
 
 
 def test_memory_is_bounded_by_the_limit() -> None:
-    """Much input of each sort that never ends a value, at a limit of 2 kB."""
+    """Long input of each kind that never ends a value, with a limit of 2 kB."""
     tracemalloc.start()
     try:
         for data in (b"x", b'"x', b"[", b"[[1,", b'{"a":', b"[1,", b"@ ", b'["a",', b"-1", b"{}"):
@@ -393,13 +393,13 @@ def test_parsers_share_a_budget() -> None:
     too_big = Bad("JSON token size limit exceeded")
     refused: list[Any] = []
     for parser, data in zip(greedy, (b"x", b"1", b"y", b"[],"), strict=True):
-        # A string, a number and a word in progress, and many small values.
+        # An incomplete string, number and word, and many small values.
         refused += results(parser, [{b"x": b'["', b"[],": b"["}.get(data, b"")])
         for _ in range(100):
             refused += results(parser, [data * 4096])
     assert set(refused) == {too_big}
     assert budget.used < 50_000 + 4 * 4096
-    # Whoever asks for little is served meanwhile, and what is over is given back.
+    # A small request is read meanwhile; the end of a value refunds its bytes.
     assert results(modest, [b'{"a": "' + b"x" * 4000, b'"}']) == [{"a": "x" * 4000}]
     for parser in greedy:
         parser.close()
@@ -413,8 +413,8 @@ TOO_BIG = Bad("JSON token size limit exceeded")
 
 
 def test_the_silent_do_not_keep_the_budget() -> None:
-    """Who comes last gets what it needs; who has said nothing for the longest time is told later,
-    and once.
+    """The last parser gets its bytes; the parser without input for the longest time is the victim,
+    and reports one error with its next input.
     """
     budget = Budget(100_000)
     silent = [Parser(LIMIT, budget, "same") for _ in range(10)]
@@ -428,7 +428,7 @@ def test_the_silent_do_not_keep_the_budget() -> None:
 
 
 def test_many_of_one_owner_do_not_take_the_budget_of_another() -> None:
-    """Though they make progress all the time."""
+    """Many parsers of one uid, all with progress, do not use up another uid's budget."""
     budget = Budget(100_000)
     greedy = [Parser(LIMIT, budget, "greedy") for _ in range(50)]
     modest = Parser(LIMIT, budget, "modest")
@@ -443,7 +443,7 @@ def test_many_of_one_owner_do_not_take_the_budget_of_another() -> None:
 
 
 def test_a_snapshot_of_one_that_was_given_up() -> None:
-    """What is still to be told is told by the other."""
+    """The successor reports the error of a victim that has not reported it yet."""
     budget = Budget(10_000)
     parser = Parser(LIMIT, budget)
     results(parser, [b'["' + b"x" * 9_000])
@@ -483,13 +483,13 @@ def test_idle() -> None:
 
 
 def test_infinite_numbers_are_kept_as_such() -> None:
-    """QEMU does so, too; what is said of them is the business of encode."""
+    """Infinite numbers are values, as in QEMU; encode.py decides how to write them."""
     values = [value for value, _, _ in Parser(LIMIT).feed(b"1e999 -1e999 ")]
     assert values == [math.inf, -math.inf]
 
 
 def test_the_work_does_not_grow_with_what_is_pending() -> None:
-    """Byte by byte, an open string of n bytes is not looked at n times: that were 10**11 bytes."""
+    """The parser does not scan an incomplete string again for each byte: that would be O(n**2)."""
     parser = Parser(LIMIT)
     list(parser.feed(b'"'))
     for _ in range(500_000):

@@ -1,4 +1,4 @@
-"""The rule by itself, apart from bytes: what waits, who takes it, when it is given up."""
+"""Pending descriptors, without bytes: which message takes them, and when they are closed."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_what_was_cut_short_is_given_up_whole(
     pending.begin_segment(fds, "full")
     assert fds_to_close == fds
     assert pending.take(1) == ([], "full")
-    assert pending.take(1) == ([], "")  # told once
+    assert pending.take(1) == ([], "")  # the loss is reported once
 
 
 @pytest.mark.parametrize("newer", [False, True])

@@ -1,4 +1,4 @@
-"""Which command gets which descriptor, under every way in which the kernel joins and cuts."""
+"""Which command gets which descriptor, however the kernel joins and splits the sends."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DECODER = RequestDecoder(
     }
 )
 
-#: What became of a request: its id and the files that it got, or the id and the error's text.
+#: Result of a request: its id, and the files that it got or the text of its error.
 Result = tuple[Any, list[int] | str]
 
 TAGS = 12
@@ -56,7 +56,7 @@ def tags() -> Iterator[Tags]:
 
 
 class Server:
-    """The server's end of a connection, and what became of each request."""
+    """The server's end of a connection, and the result of each request."""
 
     def __init__(self, queue: Queue, tags: Tags, *, max_request_bytes: int = 1 << 20) -> None:
         self.queue = queue
@@ -70,7 +70,7 @@ class Server:
         self.queue.send(data, [self._tags[tag] for tag in tags])
 
     def read(self, most: int = 1) -> bool:
-        """Read, so often at most, and carry out; False if nothing was there."""
+        """Read at most *most* times and execute; return False if the queue was empty."""
         if not self.receive(most):
             return False
         for request, sent_id, fds in iter(self.connection.next_request, None):
@@ -86,7 +86,7 @@ class Server:
         return True
 
     def receive(self, most: int) -> bool:
-        """Read, so often at most; False if nothing was there."""
+        """Read at most *most* times; return False if the queue was empty."""
         if not read_once(self.queue, self.connection):
             return False
         for _ in range(most - 1):
@@ -121,7 +121,7 @@ def take(number: int) -> bytes:
 
 
 def take_slowly(number: int) -> bytes:
-    """The same for the careful parser."""
+    """As ``take``, in a form that needs the slow path."""
     return b"{'execute':'take','id':%d}" % number
 
 
@@ -129,7 +129,7 @@ def look(number: int) -> bytes:
     return b'{"execute":"look","id":%d}' % number
 
 
-# -- INTERFACE.md, "Which command gets an fd", row by row -----------------------------------------
+# -- docs/differences-from-qemu.md, "Which command gets a descriptor" -----------------------------
 
 Command = Callable[[int], bytes]
 both_ways = pytest.mark.parametrize("take", [take, take_slowly], ids=["quick", "careful"])
@@ -247,7 +247,7 @@ def test_two_fds_and_the_second_command_not_all_in_the_send(server: Server, take
 def test_blank_and_fd_then_command_over_and_over(
     server: Server, take: Command, reads: bool
 ) -> None:
-    """As qemu.qmp sends it, all joined by the kernel."""
+    """Blank with descriptor, then command, as qemu.qmp sends them, joined by the kernel."""
     for number in range(TAGS):
         server.send(b" ", number)
         server.send(take(number))
@@ -257,7 +257,7 @@ def test_blank_and_fd_then_command_over_and_over(
 
 
 def test_blank_of_the_next_command_does_not_overtake(server: Server) -> None:
-    """DESIGN.md: " "+fd1, then A and " "+fd2 joined; A must not get fd2."""
+    """A blank with fd 1, then command A and a blank with fd 2 joined: A does not get fd 2."""
     server.send(b" ", 1)
     server.send(take(1))
     server.send(b" ", 2)
@@ -327,7 +327,7 @@ def test_pending_fds_are_closed_with_the_connection(server: Server, tags: Tags) 
     server.send(b" ", 1, 2)
     server.read_all()
     server.send(look(1), 3)
-    read_once(server.queue, server.connection)  # received, and never asked for
+    read_once(server.queue, server.connection)  # received, and taken by no request
     server.connection.close()
     assert sorted(map(tags.which, server.connection.fds_to_close)) == [1, 2, 3]
     assert server.connection.state is State.CLOSED
@@ -335,7 +335,7 @@ def test_pending_fds_are_closed_with_the_connection(server: Server, tags: Tags) 
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_who_stops_asking_leaves_nothing_behind(server: Server, tags: Tags, joined: bool) -> None:
-    """``quit`` does so: what was pipelined behind it is not carried out."""
+    """After ``quit``, pipelined requests are not executed, and their descriptors are closed."""
     if joined:
         server.send(look(1) + take(2))
         server.send(take(3), 1, 2)
@@ -361,7 +361,7 @@ def test_253_fds_arrive(server: Server) -> None:
 
 
 def test_never_more_than_two_messages_of_unclaimed_fds(tags: Tags) -> None:
-    """Counted at the worst time: after a read, before ``fds_to_close`` is closed."""
+    """At most two messages' descriptors are open, counted before ``fds_to_close`` is closed."""
     opened = 0
 
     class Counting(FakeQueue):
@@ -384,7 +384,7 @@ def test_never_more_than_two_messages_of_unclaimed_fds(tags: Tags) -> None:
     server.close()
 
 
-# -- what the kernel could not deliver ------------------------------------------------------------
+# -- descriptors that the kernel has dropped ------------------------------------------------------
 
 
 @pytest.fixture
@@ -428,7 +428,7 @@ def test_truncation_is_forgotten_when_newer_fds_arrive(short: Server) -> None:
 
 
 def test_truncation_of_a_refused_command(short: Server) -> None:
-    """Its own error is told, not that of the descriptors."""
+    """A refused command reports its own error, not that its descriptors were dropped."""
     set_room(short, 0)
     short.send(b'{"execute":"take-checked","id":1}', 1)
     short.send(take(2))
@@ -447,7 +447,7 @@ def padded(command: str, number: int, size: int, *, slowly: bool) -> bytes:
 @pytest.mark.parametrize("slowly", [False, True])
 @pytest.mark.parametrize("size", [SLOW_PATH_BYTES - 60, SLOW_PATH_BYTES, 40_000, 2 * READ_BYTES])
 def test_surplus_fds_of_a_long_command_are_closed(server: Server, slowly: bool, size: int) -> None:
-    """A segment that is read in several steps ends where it ends, not earlier or later."""
+    """A segment that is read in several steps keeps its exact end."""
     server.send(padded("take", 1, size, slowly=slowly), 1, 2)
     server.send(take(2))
     server.send(take(3), 3)
@@ -464,7 +464,7 @@ def test_fds_in_order_in_a_long_segment(server: Server, slowly: bool) -> None:
 
 
 def test_a_long_segment_of_many_lines(server: Server) -> None:
-    """Its descriptors are for all that was sent with them, however many steps that takes."""
+    """All commands of a segment get its descriptors in order, over any number of reads."""
     count = 1000
     between = b"".join(look(number) + b"\n" for number in range(count))
     server.send(take(1) + b"\n" + between + take(2), 1, 2)
@@ -477,7 +477,7 @@ def test_a_long_segment_of_many_lines(server: Server) -> None:
 def test_segment_across_the_end_of_what_is_looked_at(
     server: Server, slowly: bool, ahead: int
 ) -> None:
-    """With much queued before it, a segment with descriptors is not seen whole at first."""
+    """With much data queued before it, a peek shows only the start of a segment with fds."""
     lead = padded("look", 1, 20_000, slowly=slowly)
     server.send(lead)
     server.send(b" " * (BUFFER_BYTES - 1))
@@ -488,7 +488,7 @@ def test_segment_across_the_end_of_what_is_looked_at(
     assert server.read_all() == expected
 
 
-# -- any sends at all, against the table ----------------------------------------------------------
+# -- random sends, compared with the rule ---------------------------------------------------------
 
 Kind = Literal["take", "take-all", "look", "broken", "number", "blank"]
 
@@ -500,7 +500,7 @@ class Item:
     """A message, or blanks between two."""
 
     kind: Kind
-    text: str  # with %d for its number
+    text: str  # %d: the item's number
 
     def data(self, number: int) -> bytes:
         return self.text.replace("%d", str(number)).encode()
@@ -527,16 +527,16 @@ ITEMS = [
 
 @dataclass
 class Script:
-    """What is sent, in which pieces and with which descriptors, and when it is read."""
+    """Messages, the sends that carry them with their descriptors, and the reads."""
 
     items: list[Item]
-    cuts: list[int]  # in bytes, ascending: where one send ends and the next begins
-    fds: list[int]  # how many come with each send
-    reads: list[int]  # how many reads there are after each send
+    cuts: list[int]  # offsets in bytes between the sends, ascending
+    fds: list[int]  # number of descriptors of each send
+    reads: list[int]  # number of reads after each send
     careful_bytes: int = SLOW_PATH_BYTES
-    at_once: int = 1  # how many reads there are before anything is carried out
+    at_once: int = 1  # number of reads before requests are executed
     data: bytes = field(init=False)
-    spans: list[tuple[int, int, Kind]] = field(init=False)  # of each message
+    spans: list[tuple[int, int, Kind]] = field(init=False)  # start, end and kind of each message
 
     def __post_init__(self) -> None:
         data = bytearray()
@@ -544,11 +544,11 @@ class Script:
         for number, item in enumerate(self.items):
             text = item.data(number)
             if data[-1:].isalnum() and text[:1].isalnum():
-                data += b" "  # else the two were one word
+                data += b" "  # separates two words
             begin = len(data) + len(text) - len(text.lstrip())
             data += text
             self.spans.append((begin, begin + len(text.strip()), item.kind))
-        self.data = bytes(data) + b"\n"  # which ends a number
+        self.data = bytes(data) + b"\n"  # the line end completes a number
 
     def sends(self) -> Iterator[tuple[bytes, list[int], int]]:
         tag = 0
@@ -559,9 +559,11 @@ class Script:
             tag += fds
 
     def expected(self) -> list[tuple[int | None, list[int]]]:
-        """INTERFACE.md, "Which command gets an fd": by sends, whatever the kernel makes of them.
+        """Apply the rule to the sends: docs/differences-from-qemu.md, "Which command gets a
+        descriptor".
 
-        Of each message, its number, or None for an error, and the descriptors that it gets.
+        Returns:
+            For each message its number, or None for an error, and its descriptors.
         """
         batches = [fds for _, fds, _ in self.sends()]
 
@@ -570,14 +572,14 @@ class Script:
 
         results: list[tuple[int | None, list[int]]] = []
         current = -1  # the newest send with descriptors so far
-        left: list[int] = []  # its descriptors that nobody has yet
-        touched = False  # whether some of them were taken
+        left: list[int] = []  # its descriptors that no message has taken
+        touched = False  # whether a message has taken some of them
         for number, (begin, end, kind) in enumerate(self.spans):
             if kind == "blank":
                 continue
             first, last = send_of(begin), send_of(end - 1)
             newest = max((n for n in range(last + 1) if batches[n]), default=-1)
-            if newest != current:  # the older ones are closed
+            if newest != current:  # older descriptors are closed
                 current, left, touched = newest, batches[newest], False
             sent_with_it = first <= current
             if kind == "broken":
@@ -598,7 +600,7 @@ def scripts(draw: st.DrawFn) -> Script:
     items = draw(st.lists(st.sampled_from(ITEMS), min_size=1, max_size=10))
     size = len(Script(items, [], [0], [0]).data)
     cuts: list[int] = sorted(draw(st.sets(st.integers(1, size - 1), max_size=8)))
-    if draw(st.booleans()):  # as most clients do: whole commands
+    if draw(st.booleans()):  # whole commands, as most clients send them
         edges = {e for b, e, _ in Script(items, [], [0], [0]).spans if 0 < e < size}
         cuts = sorted(draw(st.sets(st.sampled_from(sorted(edges))))) if edges else []
     count = len(cuts) + 1
@@ -641,7 +643,7 @@ def test_any_sends_in_the_kernel(tags: Tags, script: Script) -> None:
 
 
 def test_the_reference_is_the_table() -> None:
-    """One row of INTERFACE.md each, worked out by hand."""
+    """The rule itself, against results worked out by hand."""
     take, look, blank = ITEMS[0], ITEMS[5], ITEMS[13]
     one = len(take.data(0))
 
@@ -699,7 +701,7 @@ def test_fake_and_kernel_cannot_be_told_apart(tags: Tags, operations: list[Opera
         for operation, size, fds in operations:
             if operation == "send":
                 if queued + size > 80_000:
-                    continue  # the kernel's send buffer is not faked
+                    continue  # the fake has no limited send buffer
                 queued += size
                 letter += 1
                 passed = [tags[(letter + n) % TAGS] for n in range(fds)]
@@ -737,7 +739,7 @@ def replies(queue: Queue, tags: Tags, connection: ClientConnection) -> list[tupl
 def test_each_reply_has_its_own_fds(
     tags: Tags, fds: list[int], cuts: set[int], eager: bool, kernel: bool
 ) -> None:
-    """One send a reply, as a server does it, but cut further, after the descriptors."""
+    """One send for each reply, as a server does, with further cuts after the descriptors."""
     queue: Queue = SocketQueue() if kernel else FakeQueue()
     connection = ClientConnection()
     found: list[tuple[Any, list[int]]] = []

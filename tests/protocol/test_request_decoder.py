@@ -1,4 +1,4 @@
-"""Requests: the quick way and the careful way, and QEMU's errors (QEMU.md, 2.2)."""
+"""Requests: the fast and the slow path, and QEMU's errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Outcome = tuple[str, Any, Any]
 
 
 def plain(request: Request) -> Outcome:
-    """What *request* asks for: no arguments and empty ones are the same."""
+    """Return *request* in a form in which missing and empty arguments are equal."""
     name = DECODER.names[type(request)]
     arguments = request.arguments
     if arguments is UNSET:
@@ -45,9 +45,9 @@ def carefully(data: bytes) -> list[Outcome | str]:
     return found
 
 
-# -- the quick way is the careful way -------------------------------------------------------------
+# -- the fast path and the slow path are equivalent ------------------------------------------------
 
-# A list of literals would need quotes round each, and escapes in some.
+# As one text: a list would need quotes around each, and escapes in some.
 _STRINGS = 'a rdwr:disk.img a:b { } }{ "," execute : :: [ oob 0 é \\ " \x7f'.split()  # noqa: SIM905 - see above
 strings = st.sampled_from([*_STRINGS, "", " ", "'", "\n", "\0", "{'a': 1}", '{"a": 1}'])
 _NUMBERS = b"""
@@ -70,7 +70,7 @@ GOOD: dict[str, st.SearchStrategy[bytes]] = {
 
 
 def assemble(members: list[tuple[str, bytes]]) -> list[bytes]:
-    """The tokens of an object."""
+    """Return the tokens of an object."""
     parts = [b"{"]
     for key, value in members:
         parts += [json.dumps(key).encode(), b":", value, b","]
@@ -79,7 +79,7 @@ def assemble(members: list[tuple[str, bytes]]) -> list[bytes]:
 
 @st.composite
 def requests(draw: st.DrawFn) -> bytes:
-    """One request; of three, two have a fault or something rare somewhere."""
+    """Draw a request; two of three have an error or something rare."""
     name = draw(st.sampled_from(sorted(TABLE.commands)))
     known = TABLE.commands[name].arguments.__struct_encode_fields__
     arguments = [(key, draw(GOOD.get(key, values))) for key in known if draw(st.booleans())]
@@ -218,7 +218,7 @@ LACKS = "QMP input lacks member 'execute'"
         ],
         ({"exec-oob": "query-name"}, "QMP input member 'exec-oob' is unexpected"),
         ({"exec-oob": 1, "execute": 2}, "QMP input member 'exec-oob' is unexpected"),
-        # The first in QEMU's order: exec-oob, execute, arguments, id.
+        # The first error in QEMU's order: exec-oob, execute, arguments, id.
         ({"arguments": 1, "execute": 1}, "QMP input member 'execute' must be a string"),
         ({"id": 1, "arguments": 1}, "QMP input member 'arguments' must be an object"),
         ({"execute": "add-fd", "arguments": {"x": 1}}, "Parameter 'x' is unexpected"),
@@ -312,7 +312,7 @@ def test_wanted_fds(read: Callable[[bytes], Any], text: bytes, count: int) -> No
 @pytest.mark.parametrize(
     "value, count",
     [
-        ({"execute": "add-fd", "arguments": 1}, 1),  # it will be refused; they go with it
+        ({"execute": "add-fd", "arguments": 1}, 1),  # to be refused, with its descriptors
         ({"exec-oob": "add-fd"}, 1),
         ({"execute": "no-such"}, 0),
         ({"execute": ["add-fd"]}, 0),

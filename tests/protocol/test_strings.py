@@ -1,4 +1,4 @@
-"""The insides of strings, by QEMU's rules (QEMU.md, 2.4)."""
+"""The contents of strings, by QEMU's rules."""
 
 from __future__ import annotations
 
@@ -156,11 +156,11 @@ def test_raw_bytes_as_python_reads_them(raw: bytes) -> None:
 def test_any_escapes_give_text_or_its_error(parts: list[bytes]) -> None:
     body = b"".join(parts)
     if (len(body) - len(body.rstrip(b"\\"))) % 2:
-        body += b"\\"  # the lexer gives no token that ends in half an escape
+        body += b"\\"  # the lexer yields no token with an incomplete escape
     try:
         text = unquote(b'"%s"' % body)
     except GenericError:
-        # Whatever we refuse, either Python refuses or it is half of a surrogate pair.
+        # What qmpfd refuses, Python refuses too, except for half a surrogate pair.
         try:
             assert re.search("[\ud800-\udfff]", json.loads(b'"%s"' % body))
         except ValueError:

@@ -234,8 +234,8 @@ class RequestProcessor:
         send_buffer, connection = self._send_buffer, self._connection
         fd_accounting = self._fd_accounting
         if (connection.fds_to_close or fd_accounting.closings) and not fd_accounting.close_some():
-            # INTERFACE: closed by the time the reply is read.  More than one step's worth is left
-            # (a whole set), or threads are closing some.
+            # Removed descriptors are closed before the reply is sent: more are left than one step
+            # closes, as of a whole fd set, or threads are closing some.
             return False
         self.state = _ON_CLOSED[self.state]
         if self._replies:

@@ -242,7 +242,7 @@ class Watched:
         self.seen: Counter[tuple[str, str]] = Counter()
 
     def take(self, name: str) -> None:
-        """Count the events received; FDS_LOST stands for unknown ones."""
+        """Count the events received; none may be lost."""
         for event in self._client.take_events():
             assert event.name != "FD_EVENTS_LOST"
             self.seen[event.name, event.data["opaque"]] += 1
