@@ -76,7 +76,7 @@ class Event(Struct, forbid_unknown_fields=True, dict=True):
         """Create an event with the current time."""
         return cls(name, time.time_ns(), to_builtins(data))
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Estimated memory of the event, in bytes."""
         return _EVENT_BYTES + 6 * len(self.data.get("opaque", ""))

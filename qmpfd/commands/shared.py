@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 from weakref import WeakValueDictionary
@@ -185,11 +185,11 @@ class SharedState:
 
     def _record_added(self, entries: list[StoredFd]) -> None:
         """Record additions in the audit trail and in the event logs."""
-        for stored in entries:
-            if self.audit is not None:
+        if self.audit is not None:
+            for stored in entries:
                 self.audit.record("added", stored)
-            if self.watchers:
-                self._log_event(Event.added(stored))
+        if self.watchers:
+            self._log_events(Event.added(stored) for stored in entries)
 
     def _watch_and_mirror(self, entries: list[StoredFd]) -> None:
         """Watch and mirror *entries* before they are stored; undo all if one fails."""
@@ -213,7 +213,7 @@ class SharedState:
                 mirror.removed(stored)
             raise
 
-    def remove(self, entries: Iterable[StoredFd], reason: str, fds_to_close: list[Fd]) -> None:
+    def remove(self, entries: Sequence[StoredFd], reason: str, fds_to_close: list[Fd]) -> None:
         """Remove descriptors from the store.
 
         Args:
@@ -228,18 +228,19 @@ class SharedState:
                 self.mirror.removed(stored)
             if stored.lifetime.watch_hangup:
                 self.hangups.unwatch(stored.fd)
-            event = Event.removed(stored, reason) if self.watchers else None
             self.store.pop(stored)
             if self.audit is not None:
                 self.audit.record(reason, stored)
             fds_to_close.append(stored.fd)
             self.quotas.refund(stored.added_by, stored.opaque)
-            if event is not None:
-                self._log_event(event)
+        if self.watchers:
+            self._log_events(Event.removed(stored, reason) for stored in entries)
 
-    def _log_event(self, event: Event) -> None:
-        for log in self.logs.values():
-            log.put(event)
+    def _log_events(self, events: Iterable[Event]) -> None:
+        logs = list(self.logs.values())
+        for event in events:
+            for log in logs:
+                log.put(event)
         self.on_event()
 
     # -- event logs ------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..server import DaemonServer
 
 
-def _remove(services: Services, entries: Iterable[StoredFd]) -> None:
+def _remove(services: Services, entries: Sequence[StoredFd]) -> None:
     """Remove and close descriptors for which the fd store has no room."""
     fds: list[Fd] = []
     services.shared.remove(entries, "removed", fds)
