@@ -44,15 +44,13 @@ class Duplicate(Fd):
         self.original = original
 
 
+@dataclass(slots=True, eq=False)
 class Closing:
     """Progress of one :meth:`ClosePool.close`, for the descriptors that threads close."""
 
-    __slots__ = ("_callbacks", "_left", "_lock")
-
-    def __init__(self, count: int, lock: threading.Lock) -> None:
-        self._left = count
-        self._lock = lock
-        self._callbacks: list[Callable[[], object]] = []
+    _left: int
+    _lock: threading.Lock
+    _callbacks: list[Callable[[], object]] = field(default_factory=list)
 
     @property
     def is_done(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -12,6 +13,7 @@ from .encode import JSONStream, iter_encode
 _RETURN = b'{"return": '
 
 
+@dataclass(eq=False)
 class StreamedReply:
     """Iterable over the parts of a reply's text.
 
@@ -25,17 +27,10 @@ class StreamedReply:
         source: the object that *members* were built from; a reference keeps it alive.
     """
 
-    def __init__(
-        self,
-        members: dict[str, Any],
-        result: JSONStream | None = None,
-        written: int = 0,
-        source: object = None,
-    ) -> None:
-        self.members = members
-        self._source = source
-        self.result = result
-        self.written = written
+    members: dict[str, Any]
+    result: JSONStream | None = None
+    written: int = 0
+    source: object = None
 
     def __iter__(self) -> Iterator[bytes]:
         self._skip = self.written

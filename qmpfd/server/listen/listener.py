@@ -83,14 +83,10 @@ class UnixListener:
             OSError: *fd* is not a listening Unix stream socket.
         """
         with fd:
-            sock = socket.socket(fileno=fd.fileno())
-            fd.detach()
-        if not listens(sock):
-            number = sock.fileno()
-            sock.close()
-            raise OSError(
-                errno.EINVAL, f"inherited descriptor {number} is not a listening Unix stream socket"
-            )
+            if not listens(fd):
+                why = f"inherited descriptor {fd.number} is not a listening Unix stream socket"
+                raise OSError(errno.EINVAL, why)
+            sock = socket.socket(fileno=fd.detach())
         path = None if saved.path is None else Path(os.fsdecode(saved.path))
         return cls(sock, path, saved.file)
 
