@@ -1,4 +1,4 @@
-"""``qmpfd.connect_blocking``: the client for programs without an event loop."""
+"""``qmpfd.connect_blocking``: client for programs without an event loop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def client(path: Path) -> Iterator[qmpfd.BlockingClient]:
 
 
 def test_it_has_what_the_trio_client_has() -> None:
-    """The same names, and the same arguments in the same order."""
+    """BlockingClient has the methods of Client, with the same arguments in the same order."""
     for name, method in inspect.getmembers(qmpfd.Client, inspect.isfunction):
         if not name.startswith("_"):
             ours = inspect.signature(getattr(qmpfd.BlockingClient, name))
@@ -64,7 +64,7 @@ def test_events(client: qmpfd.BlockingClient) -> None:
 
 @contextmanager
 def _scripted(path: Path, said: bytes, fds: Sequence[int] = ()) -> Iterator[None]:
-    """A server that says something once it is negotiated with, and nothing else."""
+    """Run a server that sends *said* after the negotiation, and nothing else."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(path))
         listener.listen()
@@ -75,7 +75,7 @@ def _scripted(path: Path, said: bytes, fds: Sequence[int] = ()) -> Iterator[None
                 sock.sendall(GREETING)
                 request = json.loads(lines.readline())
                 sock.sendall(b'{"return": {}, "id": %d}\r\n' % request["id"])
-                with suppress(ConnectionError):  # the client need not wait for the end
+                with suppress(ConnectionError):  # the client may disconnect first
                     sock.sendall(said[socket.send_fds(sock, [said], fds) :])
                     lines.read()
 
@@ -88,7 +88,7 @@ def _scripted(path: Path, said: bytes, fds: Sequence[int] = ()) -> Iterator[None
 
 
 def test_the_newest_events_are_kept(path: Path) -> None:
-    """A client that asks for none of them does not grow for ever."""
+    """A client that takes no events stores a limited number, the newest."""
     said = [b'{"event": "X", "data": {"n": %d}}\r\n' % n for n in range(MAX_EVENTS + 5)]
     last = b'{"return": {}, "id": 2}\r\n'
     with (
@@ -112,7 +112,7 @@ def test_it_is_told_why_it_is_turned_away_while_it_waits_for_events(path: Path) 
 
 
 def test_replies_that_nobody_asked_for(path: Path) -> None:
-    """They are dropped by who waits for events, and their descriptors are closed."""
+    """A wait for events drops unexpected replies, and closes their descriptors."""
     said = b'{"return": {}, "id": 1}\r\n{"event": "X"}\r\n'
     with (
         Pipe() as pipe,
@@ -151,7 +151,7 @@ def test_what_json_cannot_carry(client: qmpfd.BlockingClient, text: str) -> None
 
 
 def test_many_threads(client: qmpfd.BlockingClient) -> None:
-    """As asyncio.to_thread has it: the calls wait for each other, and each gets its own reply."""
+    """Calls from several threads, as with asyncio.to_thread, run in turn; each gets its reply."""
     numbers: list[int] = []
 
     def work() -> None:
@@ -182,11 +182,11 @@ _CALLS: dict[str, Callable[[qmpfd.BlockingClient], object]] = {
 @pytest.mark.parametrize("by", ["thread", "signal"])
 @pytest.mark.parametrize("call", _CALLS)
 def test_closed_while_a_call_waits(path: Path, call: str, by: str) -> None:
-    """By another thread, or by the handler of a signal that interrupts the call."""
+    """close() in another thread, or in the handler of a signal that interrupts the call."""
     main = threading.get_ident()
 
     def close() -> None:
-        while waiting._calling.acquire(blocking=False):  # no call has begun
+        while waiting._calling.acquire(blocking=False):  # until the call has begun
             waiting._calling.release()
         if by == "thread":
             waiting.close()
@@ -206,7 +206,7 @@ def test_closed_while_a_call_waits(path: Path, call: str, by: str) -> None:
 
 
 def test_nobody_reads_all_of_a_request(path: Path) -> None:
-    """It is given up in time, and with it the connection: the next one would go into its middle."""
+    """A request that cannot be sent in time fails and closes the connection."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(path))
         listener.listen()
@@ -229,7 +229,7 @@ def test_nobody_reads_all_of_a_request(path: Path) -> None:
 
 
 def test_a_forked_child_closes_its_copy(path: Path) -> None:
-    """In a process that has one thread, as fork(2) needs it."""
+    """After a fork(2), in a process with one thread, the child can close its copy."""
     script = (
         "import os, sys, qmpfd\n"
         "with qmpfd.connect_blocking(sys.argv[1]) as client:\n"
@@ -246,7 +246,7 @@ def test_a_forked_child_closes_its_copy(path: Path) -> None:
 
 @pytest.mark.parametrize("timeout", [1e7, 1e300])
 def test_a_long_timeout(path: Path, timeout: float) -> None:
-    """Longer than poll(2) can wait."""
+    """A timeout longer than the maximum of poll(2)."""
     with daemon_thread(path), qmpfd.connect_blocking(path, timeout=timeout) as client:
         assert client.query_fdsets() == []
 
@@ -262,7 +262,7 @@ def test_from_asyncio(path: Path) -> None:
 
 
 def test_silence(path: Path) -> None:
-    """A server that says nothing is given up; a call of another is, and the next one too."""
+    """A server that sends no greeting, or no reply: the call fails, and the next one too."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(path))
         listener.listen()
@@ -273,7 +273,7 @@ def test_silence(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["long" * 40, "@abstract"])
 def test_any_address(tmp_path: Path, name: str) -> None:
-    """Longer than sun_path, and without a file (unix(7))."""
+    """Paths longer than sun_path, and abstract addresses (unix(7))."""
     if name.startswith("@"):
         address: str | Path = f"{name}-{os.getpid()}"
     else:

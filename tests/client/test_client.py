@@ -1,4 +1,4 @@
-"""The Trio client: against the daemon, against a real QEMU, and against peers that misbehave."""
+"""The Trio client: with the daemon, a real QEMU, and faulty servers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_errors_are_exceptions(path: Path) -> None:
             await client.execute("remove-fd")
         with pytest.raises(qmpfd.GenericError, match="expected: integer"):
             await client.execute("remove-fd", {"fdset-id": "7"})
-        # And none of them has harmed the connection.
+        # The errors do not affect the connection.
         assert await client.query_fdsets() == []
 
 
@@ -75,7 +75,7 @@ async def test_an_error_of_another_class(path: Path) -> None:
 
 
 async def test_calls_from_many_tasks(path: Path) -> None:
-    """Each has its own answer."""
+    """Calls from many tasks each get their own reply."""
     found: dict[int, int] = {}
 
     async def one(number: int) -> None:
@@ -100,7 +100,7 @@ async def test_calls_from_many_tasks(path: Path) -> None:
 
 
 async def test_the_callers_descriptor_stays_the_callers(path: Path) -> None:
-    """Open and unchanged, whether it is a number or has one."""
+    """The client leaves a caller's descriptor open and unchanged."""
     async with daemon(path), qmpfd.connect(path) as client:
         with (ROOT / "pyproject.toml").open("rb") as file:
             await client.add_fd(file)
@@ -109,11 +109,11 @@ async def test_the_callers_descriptor_stays_the_callers(path: Path) -> None:
 
 
 async def test_an_exception_in_the_block(path: Path) -> None:
-    """It comes out as it is, in no group, and nothing is left of the connection."""
+    """The exception is raised outside of a group, and the connection is closed."""
     async with daemon(path):
         before = open_fds()
         for wrong in (KeyError("mine"), qmpfd.GenericError("mine"), trio.ClosedResourceError()):
-            with pytest.raises(type(wrong)) as info:  # noqa: PT012 - it is about the block's end
+            with pytest.raises(type(wrong)) as info:  # noqa: PT012 - raised at the block's end
                 async with qmpfd.connect(path) as client:
                     await client.query_fdsets()
                     raise wrong
@@ -123,8 +123,8 @@ async def test_an_exception_in_the_block(path: Path) -> None:
 
 
 async def test_more_to_send_than_anybody_reads(path: Path) -> None:
-    """RequestProcessor that nobody waits for any more do not stand in the way of a long request."""
-    opaque = "x" * 900_000  # more than a socket holds, in either direction
+    """Unread replies of cancelled calls do not block a long request."""
+    opaque = "x" * 900_000  # more than the socket buffers, in either direction
     async with daemon(path) as server, qmpfd.connect(path) as client:
         with pipes(2) as made:
             await client.add_fd(made[0], opaque=opaque)
@@ -160,7 +160,7 @@ class _Odd:
     ids=["negative", "closed object", "not open", "too large", "too many"],
 )
 async def test_odd_descriptors(path: Path, fds: Sequence[int], expected: type[Exception]) -> None:
-    """Refused at once, by name; the connection goes on as if nothing had been asked."""
+    """Invalid descriptors raise before anything is sent; the connection continues."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pytest.raises(expected):
             await client.execute("add-fd", fds=fds)
@@ -232,7 +232,7 @@ async def test_closed_while_calls_wait(path: Path) -> None:
         qmpfd.connect(path) as client,
     ):
         for _ in range(3):
-            nursery.start_soon(call, client)  # noqa: ASYNC111 - it is closed under them
+            nursery.start_soon(call, client)  # noqa: ASYNC111 - closed while the calls wait
         await settle()
 
 
@@ -273,7 +273,7 @@ async def test_nobody_there(path: Path) -> None:
 
 
 async def test_turned_away(path: Path) -> None:
-    """The reason is the exception."""
+    """The exception has the server's reason."""
     async with daemon(path, limits=qmpfd.Limits(max_connections=1)), qmpfd.connect(path):
         with pytest.raises(qmpfd.QMPError, match="Too many connections"):
             async with qmpfd.connect(path):

@@ -1,4 +1,4 @@
-"""What one call, or the server, does wrong stays that call's trouble."""
+"""An error of one call, or of the server, does not affect other calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qmpfd.server.server import DaemonServer
 
 
 async def test_connect_waits_while_the_backlog_is_full(path: Path) -> None:
-    """connect(2) of a Unix socket says EAGAIN then, and Trio takes that for success."""
+    """connect(2) then fails with EAGAIN, which Trio's connect takes for success."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(path))
         listener.listen(0)
@@ -47,14 +47,14 @@ async def test_connect_waits_while_the_backlog_is_full(path: Path) -> None:
             assert not connected.is_set()
             for client in clients:
                 client.close()
-            while not connected.is_set():  # there is room again: it comes, and is answered
+            while not connected.is_set():  # room in the backlog: the client connects
                 sock, _ = await trio.to_thread.run_sync(listener.accept)
                 with sock:
                     await _answer(sock, connected)
 
 
 async def _answer(sock: socket.socket, connected: trio.Event) -> None:
-    """A server's part of the negotiation; nothing to one that has gone already."""
+    """Answer the negotiation as a server; ignore a client that has disconnected."""
     try:
         sock.sendall(b'{"QMP": {"version": {}, "capabilities": []}}\r\n')
         data = await trio.to_thread.run_sync(sock.recv, 4096)
@@ -81,7 +81,7 @@ def _nested(levels: int) -> list[object]:
 
 @pytest.fixture
 def deep() -> Iterator[None]:
-    """Let the json module nest as deep as it does by itself since Python 3.12."""
+    """Raise the recursion limit: the json module nests as deep as with Python 3.12."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(20_000)
     yield
@@ -91,13 +91,13 @@ def deep() -> Iterator[None]:
 @pytest.mark.parametrize("levels", [MAX_NESTING - 1, 5000])
 @pytest.mark.usefixtures("deep")
 async def test_what_is_nested_too_deep(path: Path, levels: int) -> None:
-    """A server answers an error for each of its closers, without an id: they would be taken for
-    the answers to other calls.
+    """The client refuses values that are nested too deep: the server's errors, one for each closing
+    bracket and without ids, would be taken for the replies to other calls.
     """
     async with daemon(path), qmpfd.connect(path) as client:
         with pytest.raises(ValueError, match="nested deeper than 1024 levels"):
             await client.execute("query-name", {"a": _nested(levels)})
-        # Brackets in a text count for nothing, nor do those beside each other.
+        # Brackets in a text, or beside each other, do not count as nesting.
         with pytest.raises(qmpfd.GenericError, match="'a' is unexpected"):
             await client.execute("query-name", {"a": [_nested(1000), [], "[" * 2000 + '"\\']})
         assert await client.query_fdsets() == []
@@ -119,7 +119,7 @@ async def test_what_is_nested_too_deep(path: Path, levels: int) -> None:
     ids=range(9),
 )
 async def test_what_json_cannot_carry(path: Path, arguments: dict[str, object]) -> None:
-    """It is that call's ValueError; a call that waits at the same time gets its reply."""
+    """The call raises ValueError; another call at the same time gets its reply."""
 
     async def script(wire: Wire) -> None:
         await negotiate(wire)
@@ -148,7 +148,7 @@ async def test_what_json_cannot_carry(path: Path, arguments: dict[str, object]) 
 
 
 async def test_an_error_without_an_id_is_the_oldest_requests(path: Path) -> None:
-    """The server could not read that one; the next one is answered."""
+    """An error without id is the reply to the oldest request, which the server could not read."""
 
     async def script(wire: Wire) -> None:
         await negotiate(wire)
@@ -192,13 +192,13 @@ async def test_what_breaks_the_connection_is_not_sent_for_ever(path: Path) -> No
 
 
 async def test_a_server_that_reads_nothing_is_not_tried_for_ever(path: Path) -> None:
-    """No byte of the request is ever sent, so that it could be tried again each time."""
+    """A request of which no byte was sent is not retried forever."""
     times = 0
 
     async def script(wire: Wire) -> None:
         nonlocal times
         times += 1
-        await negotiate(wire)  # and closes the connection
+        await negotiate(wire)  # then the connection is closed
 
     async with fake_server(path, script), qmpfd.connect(path, reconnect=60) as client:
         with pytest.raises(trio.BrokenResourceError), trio.fail_after(20):
@@ -219,11 +219,11 @@ async def test_a_server_that_reads_nothing_is_not_tried_for_ever(path: Path) -> 
     ids=["text", "huge", "inf", "name", "deep", "neither"],
 )
 async def test_no_call_hangs_after_a_protocol_error(path: Path, said: bytes) -> None:
-    """Those that wait, one of them to send, and those that are made later."""
+    """Waiting calls, one of them sending, and later ones raise."""
 
     async def script(wire: Wire) -> None:
         await negotiate(wire)
-        await wire.receive()  # and leaves the rest: the client cannot send all of it
+        await wire.receive()  # reads no more: the client cannot send everything
         wire.send(said)
         await trio.sleep_forever()
 
@@ -242,15 +242,15 @@ async def test_no_call_hangs_after_a_protocol_error(path: Path, said: bytes) -> 
 
 
 async def _at_rest(server: qmpfd.Server) -> dict[int, str]:
-    """What is open here once the daemon has seen that its clients are gone."""
+    """Return the open descriptors of this process when the daemon has no sessions."""
     assert isinstance(server, DaemonServer)
-    while server.sessions or server.daemon.closer.pending:  # noqa: ASYNC110 - no one event tells
+    while server.sessions or server.daemon.closer.pending:  # noqa: ASYNC110 - no event
         await trio.lowlevel.checkpoint()
     return open_fds()
 
 
 async def test_open_fdset_while_the_client_is_closed(path: Path) -> None:
-    """It raises, or gives an open descriptor: never one that close() has closed."""
+    """open_fdset during a close() raises or returns an open descriptor, never a closed one."""
     given = 0
 
     async def use(client: qmpfd.Client) -> None:

@@ -1,4 +1,4 @@
-"""``qmpfd.fdset_opener``: ``open("/dev/fdset/N")`` for Python's own open."""
+"""``qmpfd.fdset_opener``: an opener for ``open("/dev/fdset/N")``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Opener = Callable[[str, int], int]
 
 @pytest.fixture
 def opener(path: Path) -> Iterator[Opener]:
-    """That of a daemon that runs."""
+    """Opener for a running daemon."""
     with daemon_thread(path):
         yield qmpfd.fdset_opener(path)
 
 
 def add(path: Path, file: Path, flags: int, **arguments: object) -> None:
-    """Open *file* and add it."""
+    """Open *file* and add the descriptor."""
     number = os.open(file, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         with BlockingClient(path, 10) as client:
@@ -37,7 +37,7 @@ def add(path: Path, file: Path, flags: int, **arguments: object) -> None:
 
 @pytest.fixture
 def file(path: Path, tmp_path: Path, opener: Opener) -> Path:
-    """A file that is in set 0 three times, once with each access mode."""
+    """File with three descriptors in set 0, one for each access mode."""
     found = tmp_path / "file"
     found.write_bytes(b"line 1\nline 2\n")
     add(path, found, os.O_RDONLY)
@@ -54,14 +54,14 @@ def test_reading(opener: Opener) -> None:
         text.seek(0)
     with open("/dev/fdset/0", "rb", buffering=0, opener=opener) as raw:
         assert raw.read(4) == b"line"
-    # The same open file description: where that one stopped, this one begins.
+    # The same open file description: reading continues at its position.
     with io.open(Path("/dev/fdset/0"), "rb", opener=opener) as file:  # noqa: UP020 - by its name
         assert file.read() == b" 1\nline 2\n"
 
 
 @pytest.mark.parametrize("mode", ["wb", "ab", "xb"])
 def test_writing_truncates_nothing(file: Path, opener: Opener, mode: str) -> None:
-    """It was opened long ago: what else its mode asks for has had its time (as in QEMU)."""
+    """Mode "w" does not truncate: the file was opened before (as in QEMU)."""
     with open("/dev/fdset/0", mode, opener=opener) as out:
         out.seek(5)
         out.write(b"X")
@@ -114,7 +114,7 @@ def test_no_such_set(opener: Opener, number: str) -> None:
 )
 @pytest.mark.usefixtures("file")
 def test_names_that_are_none(opener: Opener, name: str) -> None:
-    """No fd set is meant; and no such file is there."""
+    """Names that are no fd set raise FileNotFoundError."""
     with (
         pytest.raises(FileNotFoundError, match="No such file or directory"),
         open(name, opener=opener),
@@ -164,7 +164,7 @@ def test_a_silent_daemon(path: Path) -> None:
 
 
 def test_a_daemon_of_the_other_dialect(path: Path) -> None:
-    """There are no classes of errors there that could tell why."""
+    """In the qemu dialect there are no error classes for a precise exception."""
     opener = qmpfd.fdset_opener(path)
     with (
         daemon_thread(path, dialect="qemu"),

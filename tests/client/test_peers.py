@@ -1,4 +1,4 @@
-"""The Trio client against peers that are silent, odd, or no QMP servers at all."""
+"""The Trio client with servers that are silent, faulty, or no QMP servers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def test_never_greeted(path: Path, autojump_clock: MockClock) -> None:
 
 
 async def test_never_answered(path: Path, autojump_clock: MockClock) -> None:
-    """A call that is given up breaks no other, and its late answer is nobody else's."""
+    """A cancelled call affects no other, and its late reply is no other call's."""
 
     async def script(wire: Wire) -> None:
         await negotiate(wire)
@@ -106,7 +106,7 @@ async def test_a_result_of_the_wrong_type(path: Path, result: bytes) -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 async def test_answers_in_pieces(path: Path, size: int) -> None:
-    """Split anywhere, line ends of both kinds, events in between, answers out of order."""
+    """Replies split anywhere, with LF or CRLF, with events in between, and out of order."""
 
     async def script(wire: Wire) -> None:
         await negotiate(wire)
@@ -136,7 +136,7 @@ async def test_answers_in_pieces(path: Path, size: int) -> None:
 
 
 async def test_descriptors_that_nobody_asked_for(path: Path) -> None:
-    """With a greeting, an event, an answer, and one that nobody waits for: all are closed."""
+    """Descriptors with a greeting, an event, or an unexpected reply are closed."""
     with Pipe() as pipe:
 
         async def script(wire: Wire) -> None:

@@ -1,4 +1,4 @@
-"""Clients that others wrote, against the daemon; and ours, against a QEMU."""
+"""Other projects' clients with the daemon; the client library with a QEMU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QMP_SHELL = Path(sys.executable).with_name("qmp-shell")
 
 @pytest.fixture(params=["spec", "qemu"])
 def dialect(request: pytest.FixtureRequest, path: Path) -> Iterator[str]:
-    """A daemon that speaks it."""
+    """Run a daemon with each dialect."""
     with daemon_thread(path, dialect=request.param):
         yield request.param
 
@@ -42,7 +42,7 @@ async def _connect(path: Path) -> QMPClient:
 
 
 def test_qemu_qmp(path: Path, dialect: str) -> None:
-    """Its whole repertoire for fd sets: the descriptor goes on a blank of its own."""
+    """All fd set commands with qemu.qmp, which sends a descriptor on a blank of its own."""
 
     async def main() -> None:
         client = await _connect(path)
@@ -89,7 +89,7 @@ def test_qemu_qmp_sees_the_classes(path: Path, dialect: str) -> None:
 
 @pytest.mark.usefixtures("dialect")
 def test_qemu_qmp_hears_the_events(path: Path) -> None:
-    """Its listener gets ours like any other, once they were asked for."""
+    """The listener of qemu.qmp gets the daemon's events, if enabled."""
 
     async def main() -> None:
         client = await _connect(path)
@@ -117,7 +117,7 @@ def test_qemu_qmp_hears_the_events(path: Path) -> None:
 
 @pytest.mark.usefixtures("dialect")
 def test_fifty_of_them_at_once(path: Path) -> None:
-    """Each with its own descriptor; all that they added is theirs alone to remove."""
+    """Fifty qemu.qmp clients at once add and remove their own descriptors."""
 
     async def one(number: int) -> int:
         client = await _connect(path)
@@ -146,7 +146,7 @@ def test_fifty_of_them_at_once(path: Path) -> None:
 
 @pytest.mark.usefixtures("dialect")
 def test_qmp_shell(path: Path, tmp_path: Path) -> None:
-    """As a person types it; it completes from query-commands when it starts."""
+    """qmp-shell, which reads query-commands for its completion at the start."""
     typed = "query-version\nquery-fdsets\nremove-fd fdset-id=7\nquery-fds opaque=x\nno-such\n"
     ran = subprocess.run(
         [sys.executable, str(QMP_SHELL), os.fspath(path)],
@@ -172,7 +172,7 @@ def test_qmp_shell(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.qemu
 async def test_qemu_opens_what_our_client_adds(tmp_path: Path) -> None:
-    """By access mode, as ``open-fdset`` does: two descriptors of one image, and a node on each."""
+    """QEMU selects by access mode: a node for each of two descriptors of one image."""
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
     with start_qemu() as qemu:
@@ -193,7 +193,7 @@ async def test_qemu_opens_what_our_client_adds(tmp_path: Path) -> None:
             await client.execute("blockdev-add", node("rw", read_only=False))
             nodes = await client.execute("query-named-block-nodes")
             assert {each["node-name"]: each["ro"] for each in nodes} == {"ro": True, "rw": False}
-            # Without one that fits, it says so; and what it has open outlives the set.
+            # Without a matching descriptor QEMU fails; its open nodes outlive the set.
             await client.remove_fd(3)
             with pytest.raises(qmpfd.GenericError):
                 await client.execute("blockdev-add", node("again", read_only=True))
@@ -204,7 +204,7 @@ async def test_qemu_opens_what_our_client_adds(tmp_path: Path) -> None:
 
 @pytest.mark.qemu
 async def test_what_only_qmpfd_has(tmp_path: Path) -> None:
-    """It is refused by name, nothing leaks, and the connection goes on."""
+    """QEMU refuses qmpfd's own commands; nothing leaks, and the connection continues."""
     with start_qemu(1) as qemu:
         async with qmpfd.connect(qemu.paths[0]) as client:
             with Pipe() as pipe:

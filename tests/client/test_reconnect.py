@@ -1,4 +1,4 @@
-"""The Trio client makes a broken connection anew, when it is asked to."""
+"""The Trio client with ``reconnect`` replaces a broken connection."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import qmpfd
 
 
 class Restarted:
-    """A daemon that ends and begins again."""
+    """A daemon that the test stops and starts again."""
 
     def __init__(self, path: Path, nursery: trio.Nursery) -> None:
         self._path = path
@@ -52,7 +52,7 @@ async def restartable(path: Path) -> AsyncIterator[Restarted]:
 
 
 async def test_calls_go_on(path: Path) -> None:
-    """What was never sent is sent over the new connection, whatever it is."""
+    """Requests that were not sent are sent over the new connection, whatever the command."""
     async with restartable(path) as restarted, qmpfd.connect(path, reconnect=10) as client:
         for _ in range(3):
             with Pipe() as pipe:
@@ -96,7 +96,7 @@ async def test_many_calls_make_one_connection(path: Path) -> None:
 
 
 class Lossy:
-    """A server that closes the connection when it gets certain commands, and counts all."""
+    """A server that closes the connection on certain commands, and counts all commands."""
 
     def __init__(self, lost: str, times: int = 1) -> None:
         self._lost = lost
@@ -116,7 +116,7 @@ class Lossy:
 
 @pytest.mark.parametrize("command", ["add-fd", "remove-fd", "quit", "blockdev-add", "getfd"])
 async def test_a_reply_is_lost(path: Path, command: str) -> None:
-    """It may have been carried out: that is for the caller to find out."""
+    """A lost reply raises: the command may have been executed."""
     server = Lossy(command)
     with Pipe() as pipe:
         async with fake_server(path, server), qmpfd.connect(path, reconnect=10) as client:
@@ -154,7 +154,7 @@ async def test_nobody_is_there_in_time(path: Path, autojump_clock: MockClock) ->
 async def test_it_is_turned_away_for_a_while(
     path: Path, autojump_clock: MockClock, said: bytes
 ) -> None:
-    """Or met by somebody who is no QMP server, or closes at once."""
+    """The client retries while the server rejects it, speaks no QMP, or closes at once."""
     turns = itertools.count()
 
     async def script(wire: Wire) -> None:
@@ -202,7 +202,7 @@ async def test_it_is_closed_while_calls_wait(path: Path) -> None:
 
 
 async def test_watching_goes_on(path: Path) -> None:
-    """Who watches is told that something may be missing, and of all that comes then."""
+    """After a reconnection a watcher gets FD_EVENTS_LOST, and then all new events."""
     send, told = trio.open_memory_channel[tuple[str, Any]](10)
 
     async def pass_on(events: AsyncIterator[qmpfd.QMPEvent]) -> None:
@@ -240,7 +240,7 @@ async def test_what_was_not_asked_for_comes_first(path: Path) -> None:
             names = [(await anext(events)).name for _ in range(4)]
             assert names == ["FD_ADDED", "FD_ADDED", "FD_EVENTS_LOST", "FD_ADDED"]
             await restarted.again()
-        # The block is over without a connection; the next one does not watch.
+        # The watch block ends without a connection: the next connection does not watch.
         await client.add_fd(0)
         assert (await client.execute("query-stats"))["commands"][0]["name"] == "add-fd"
         with trio.move_on_after(0.05) as scope:
@@ -255,7 +255,7 @@ async def test_what_was_not_asked_for_comes_first(path: Path) -> None:
 @pytest.mark.parametrize("before", [True, False], ids=["running", "waiting"])
 @pytest.mark.parametrize("watching", [False, True])
 async def test_a_call_that_connects_is_cancelled(path: Path, before: bool, watching: bool) -> None:
-    """At every step: nothing leaks, and the next call has a connection."""
+    """Cancelled at every step: nothing leaks, and the next call has a connection."""
     steps, cancelled = 0, True
     while cancelled:
         steps += 1
@@ -299,7 +299,7 @@ async def _cancelled(path: Path, step: int, *, before: bool, watching: bool) -> 
 
 @pytest.mark.qemu
 async def test_a_qemu_that_is_started_again(path: Path) -> None:
-    """The second one gets the same listening socket."""
+    """A second QEMU inherits the same listening socket."""
     with qemu_at(path) as start:
         process = start()
         async with qmpfd.connect(path, reconnect=PATIENCE) as client:

@@ -1,4 +1,4 @@
-"""Closing: what is closed at once, and what is left to threads."""
+"""ClosePool: which descriptors are closed at once, and which by threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEBIBYTE = 1 << 20
 
 @pytest.fixture
 def closer() -> Iterator[ClosePool]:
-    """One that has nothing to do any more at the end."""
+    """A pool that must be idle at the end."""
     closer = ClosePool()
     knows_mounts(closer)
     yield closer
@@ -38,7 +38,7 @@ def closer() -> Iterator[ClosePool]:
 
 
 def until(happened: Callable[[], bool]) -> None:
-    """Wait for a thread."""
+    """Wait until a function returns true: a thread makes it so."""
     deadline = time.monotonic() + PATIENCE
     while not happened():
         assert time.monotonic() < deadline
@@ -46,14 +46,14 @@ def until(happened: Callable[[], bool]) -> None:
 
 
 def knows_mounts(closer: ClosePool) -> None:
-    """Wait until the mounted file systems are known."""
+    """Wait until the pool has read the table of mounts."""
     found = closer._risks._file_systems
     assert found is not None
     until(lambda: bool(found.devices()) and found.is_current)
 
 
 def closed(closing: Closing | None) -> None:
-    """Wait until all that was to be closed is."""
+    """Wait until a closing is complete."""
     if closing is not None:
         done = threading.Event()
         closing.when_done(done.set)
@@ -63,9 +63,9 @@ def closed(closing: Closing | None) -> None:
 
 # -- the risk ----------------------------------------------------------------------------------
 
-#: Of the kinds that there are, those that are not closed on the spot.
+#: Kinds of ``kinds.py`` that are not always closed at once.
 SLIGHT = {"TCP socket", "TCP socket, listening", "Unix socket", "Unix socket, connected", "epoll"}
-# A namespace ends with its last descriptor; pidfd: a file system of its own, since Linux 6.9.
+# A namespace ends with its last descriptor; pidfds have their own file system since Linux 6.9.
 HIGH = {"netlink socket", "namespace", "pidfd"}
 
 
@@ -83,7 +83,7 @@ def test_ordinary_descriptors(kind: str, closer: ClosePool, tmp_path: Path) -> N
 
 @contextmanager
 def _lingering() -> Iterator[socket.socket]:
-    """Connected, with data that its peer does not take; lingers for 30 s, or until it is over."""
+    """Yield a connected socket with SO_LINGER of 30 s whose peer does not read."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         listener.bind(("127.0.0.1", 0))
@@ -107,7 +107,7 @@ def test_a_lingering_socket(closer: ClosePool) -> None:
 
 
 def test_a_unix_socket_whose_peer_is_gone(closer: ClosePool) -> None:
-    """Nothing can come any more: it matters whether something is there."""
+    """The peer has closed: the risk depends on whether data is queued."""
     left, right = socket.socketpair()
     with left:
         with right:
@@ -119,7 +119,7 @@ def test_a_unix_socket_whose_peer_is_gone(closer: ClosePool) -> None:
 
 
 def test_a_datagram_without_a_byte(closer: ClosePool) -> None:
-    """It can carry descriptors, and is no byte to be counted."""
+    """An empty datagram can carry descriptors, and has no bytes for FIONREAD to count."""
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with left:
         with right:
@@ -157,7 +157,7 @@ def test_much_memory_without_a_name(closer: ClosePool) -> None:
         assert closer.risk(fd.fileno()) is Risk.HIGH
         os.ftruncate(fd.fileno(), 0)
         assert closer.risk(fd.fileno()) is Risk.NONE
-        # What is reserved behind the end does not count as its length.
+        # Memory allocated behind the end is not part of the length.
         subprocess.run(
             ["fallocate", "--keep-size", "--length", "65M", f"/proc/self/fd/{fd.fileno()}"],
             pass_fds=[fd.fileno()],
@@ -168,7 +168,7 @@ def test_much_memory_without_a_name(closer: ClosePool) -> None:
 
 
 def test_a_large_file_with_a_name(closer: ClosePool, tmp_path: Path) -> None:
-    """A disk image: its blocks stay when it is closed."""
+    """A large file with a name, such as a disk image: the close frees no blocks."""
     with open(tmp_path / "image", "wb") as file:
         file.truncate(100 * MEBIBYTE)
         assert closer.risk(file.fileno()) is Risk.NONE
@@ -205,17 +205,17 @@ def test_an_unknown_file_system(
 
 @pytest.mark.root
 def test_mounts_come_and_go(closer: ClosePool, tmp_path: Path) -> None:
-    """A number can come to mean another file system."""
+    """A device number can be reused for another file system."""
     for kind, risk in (("tmpfs", Risk.NONE), ("ramfs", Risk.NONE), ("tmpfs", Risk.NONE)):
         subprocess.run(["mount", "-t", kind, "test", tmp_path], check=True)
         try:
             with open(tmp_path / "file", "w") as file:
-                # Not known to be local at first.
+                # Not known to be local before the table is read again.
                 assert closer.risk(file.fileno()) is Risk.HIGH
                 knows_mounts(closer)
                 assert closer.risk(file.fileno()) is risk
                 subprocess.run(["umount", "-l", tmp_path], check=True)
-                # The last descriptor closes the file system, with all that is in it.
+                # The close of the last descriptor ends the file system.
                 assert closer.risk(file.fileno()) is Risk.HIGH
         except BaseException:
             subprocess.run(["umount", "-l", tmp_path], check=False)
@@ -226,7 +226,7 @@ def test_mounts_come_and_go(closer: ClosePool, tmp_path: Path) -> None:
 def test_a_place_on_a_file_system_that_nobody_mounts_any_more(
     closer: ClosePool, tmp_path: Path
 ) -> None:
-    """Its last descriptor unmounts it, one with O_PATH too: that takes as long as it takes."""
+    """The last descriptor on a detached mount, also with O_PATH, unmounts it, which may be slow."""
     subprocess.run(["mount", "-t", "tmpfs", "test", tmp_path], check=True)
     with Fd(os.open(tmp_path, os.O_PATH)) as fd:
         knows_mounts(closer)
@@ -241,7 +241,7 @@ def test_a_place_that_is_no_file_of_a_mount(closer: ClosePool) -> None:
 
 
 def test_what_may_hang_together(closer: ClosePool, tmp_path: Path) -> None:
-    """Descriptors of one device that count for one user."""
+    """Descriptors of one device, charged to one uid, share a lane of threads."""
     with (
         open(tmp_path / "one", "w") as one,
         open(tmp_path / "other", "w") as other,
@@ -257,7 +257,7 @@ def test_what_may_hang_together(closer: ClosePool, tmp_path: Path) -> None:
 
 
 def _threads() -> int:
-    """How many this process has."""
+    """Return the number of threads of this process."""
     return len(os.listdir("/proc/self/task"))
 
 
@@ -274,14 +274,14 @@ def test_ordinary_ones_are_closed_without_a_thread(closer: ClosePool, tmp_path: 
 
 
 def test_duplicates(closer: ClosePool, tmp_path: Path) -> None:
-    """What may wait at its last close only is closed on the spot."""
+    """A duplicate of a kind that only the last close may block is closed at once."""
     threads = _threads()
     with _lingering() as sock, open(tmp_path / "file", "w") as file:
         fds = [Fd(os.dup(sock.fileno())), Fd(os.dup(file.fileno()))]
         assert all(closer.is_quick_duplicate(fd.fileno()) for fd in fds)
         closer.close_duplicates(fds)
         assert all(fd.closed for fd in fds)
-        closer.shut_down()  # no file system is known to be a local one
+        closer.shut_down()  # no file system is known to be local
         unknown, quick = Fd(os.dup(file.fileno())), Fd(os.dup(file.fileno()))
         assert not closer.is_quick_duplicate(unknown.fileno())
         closer.close_duplicates([quick], {quick})
@@ -308,19 +308,19 @@ def test_closed_twice(closer: ClosePool) -> None:
 
 
 def _cloak(sock: socket.socket) -> tuple[Fd, socket.socket]:
-    """A Unix socket in whose queue *sock* was left; the other end of it."""
+    """Return a Unix socket with *sock* in its queue, and its peer."""
     left, right = socket.socketpair()
     send_now(left, b"x", [sock])
     return Fd(right.detach()), left
 
 
 def test_who_hangs_is_not_waited_for(closer: ClosePool) -> None:
-    """Not even where it cannot be foreseen, and others behind it are closed all the same."""
+    """A close that hangs unexpectedly delays no other."""
     with _lingering() as sock:
         duplicate = Fd(os.dup(sock.fileno()))
         cloaked, left = _cloak(sock)
         sock.close()
-        closed(closer.close([duplicate]))  # not the last of it, so it does not hang
+        closed(closer.close([duplicate]))  # not the last duplicate: the close does not hang
         ours, its = socket.socketpair()
         with ours, left:
             left.close()
@@ -335,7 +335,7 @@ def test_who_hangs_is_not_waited_for(closer: ClosePool) -> None:
 def test_who_hangs_holds_up_no_other_user(
     closer: ClosePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has threads of its own, and what is not closed counts for whose it is."""
+    """Each uid has threads of its own, and its pending closes count against it."""
     monkeypatch.setattr(close_pool, "_MAX_WAIT", PATIENCE)
     closed_there = threading.Event()
     for _ in range(100):
@@ -348,7 +348,7 @@ def test_who_hangs_holds_up_no_other_user(
     assert mine.closed
     assert closer.pending_by_uid.get(2, 0) == 0
     assert closer.pending_by_uid.get(1, 0) == 100
-    # Nor one who removes what the other has sent: that counts for the other.
+    # A removal by another uid counts against the uid that added the descriptor.
     theirs = Fd(socket.socket().detach())
     theirs.uid = 1
     closer.close_after(theirs, closed_there)
@@ -358,7 +358,7 @@ def test_who_hangs_holds_up_no_other_user(
 
 
 def test_closed_after_its_duplicate(closer: ClosePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of another process, which says so."""
+    """The descriptor is closed after its duplicate in another process, which confirms that."""
     monkeypatch.setattr(close_pool, "_MAX_WAIT", PATIENCE)
     fd, closed_there = Fd(socket.socket().detach()), threading.Event()
     closer.close_after(fd, closed_there)
@@ -379,7 +379,7 @@ def test_more_than_there_are_threads(closer: ClosePool) -> None:
 
 
 def test_who_closes_starts_one_thread(closer: ClosePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes a while on a busy machine: the threads start each other."""
+    """Starting a thread may be slow: the caller starts one, which starts the others."""
     starters = []
     start = _thread.start_new_thread
 
@@ -395,7 +395,7 @@ def test_who_closes_starts_one_thread(closer: ClosePool, monkeypatch: pytest.Mon
 
 
 def test_no_thread_to_be_had(closer: ClosePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next one does what was left."""
+    """If no thread can be started, the next close starts one for all that is pending."""
 
     def fails(function: Callable[[], None], arguments: tuple[()]) -> int:
         raise RuntimeError("can't start new thread")
@@ -406,19 +406,19 @@ def test_no_thread_to_be_had(closer: ClosePool, monkeypatch: pytest.MonkeyPatch)
         closer.close([fd])
         assert not fd.closed
         assert closer.pending == 1
-    closer.close([Fd(_inotify())], uid=1000)  # of whomever it is
+    closer.close([Fd(_inotify())], uid=1000)  # any uid
     until(lambda: fd.closed)
 
 
 def test_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file is as if it were on a file system that nobody knows, unless it is in memory."""
+    """Without /proc every file system is unknown, except those in memory."""
 
     def fails() -> None:
         raise FileNotFoundError
 
     monkeypatch.setattr(close_risk, "LocalFileSystems", fails)
     closer = ClosePool()
-    with open("/proc/self/status") as file:  # no temporary file: /tmp is in memory on many machines
+    with open("/proc/self/status") as file:  # no temporary file: /tmp is often in memory
         assert closer.risk(file.fileno()) is Risk.HIGH
     closer.shut_down()
 
@@ -428,8 +428,8 @@ def test_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_closed_after_a_duplicate_here(
     closer: ClosePool, monkeypatch: pytest.MonkeyPatch, in_file_system: bool, mounted: bool
 ) -> None:
-    """The duplicate is closed at once where that waits for nobody, being not the last; or else by a
-    thread, and the original after it: a file system is asked at each close.
+    """A duplicate whose close cannot block, because another one is open, is closed at once; else a
+    thread closes it, and then the original: the file system gets a FLUSH at each close.
     """
     monkeypatch.setattr(closer._risks, "_file_systems", None)  # no file system is known to be local
     fd = Fd(os.open("/proc/self/status", os.O_RDONLY) if in_file_system else _inotify())
@@ -446,7 +446,7 @@ def test_closed_after_a_duplicate_here(
     monkeypatch.setattr(Fd, "close", noting)
     closer.close([duplicate])
     assert duplicate.closed != in_file_system
-    if mounted:  # the close of the original is known not to block now
+    if mounted:  # the close of the original cannot block now
         monkeypatch.setattr(closer, "risk", lambda _: Risk.NONE)
         assert not closer.may_block(fd)
     closing = closer.close([fd])
@@ -458,7 +458,7 @@ def test_closed_after_a_duplicate_here(
 
 
 def test_a_duplicate_that_outlives_its_original(closer: ClosePool) -> None:
-    """It may be the last one by then: a thread closes it."""
+    """A duplicate that is closed after its original may be the last: a thread closes it."""
     fd = Fd(_inotify())
     duplicate = Duplicate(fd)
     first, second = closer.close([fd]), closer.close([duplicate])

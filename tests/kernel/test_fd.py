@@ -1,4 +1,4 @@
-"""Descriptors and their owners, and the system calls that carry them."""
+"""Owners of descriptors, and the system calls that send and receive them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_close_once(fd: Fd) -> None:
     assert repr(fd) == "<Fd closed>"
     assert fd.closed
     assert not is_open(number)
-    assert os.open("/dev/null", os.O_RDONLY) == number  # somebody else's now
+    assert os.open("/dev/null", os.O_RDONLY) == number  # reused
     fd.close()
     fd.__exit__()
     assert is_open(number)
@@ -103,7 +103,7 @@ def test_dup(fd: Fd) -> None:
 
 
 def test_close_that_reports_an_error_has_closed() -> None:
-    """close(2) tells of lost writes, and of a number that is not open at all."""
+    """close(2) may report an error, such as a lost write, though it has closed the descriptor."""
     number = os.open("/dev/null", os.O_RDONLY)
     fd = Fd(number)
     os.close(number)
@@ -118,7 +118,7 @@ def test_close_all(fd: Fd) -> None:
 
 
 def test_close_all_in_rows(fd: Fd) -> None:
-    """Of consecutive numbers, in whatever order; those between them stay open."""
+    """close_range(2) for consecutive numbers, in any order; others between them stay open."""
     fds = [fd.dup() for _ in range(12)]
     numbers = [each.number for each in fds]
     left = [fds[2], fds[7], fds[11]]
@@ -200,7 +200,7 @@ def test_a_read_never_has_a_descriptor_before_its_first_byte(pair: Pair, fd: Fd)
 
 
 def test_status_flags_are_not_touched(pair: Pair, fd: Fd) -> None:
-    """Their owner shares them (INTERFACE.md; QEMU clears O_NONBLOCK)."""
+    """Status flags are not changed, because the sender shares them (QEMU clears O_NONBLOCK)."""
     flags = fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) | os.O_NONBLOCK | os.O_APPEND
     fcntl.fcntl(fd.fileno(), fcntl.F_SETFL, flags)
     send(pair[1], b"x", [fd])
@@ -220,7 +220,7 @@ def test_as_many_as_the_kernel_passes(pair: Pair, fd: Fd) -> None:
 
 @contextmanager
 def room_for(count: int) -> Iterator[None]:
-    """A process that can open *count* more descriptors."""
+    """Limit this process to *count* more descriptors."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     try:
@@ -279,7 +279,7 @@ def test_full(pair: Pair, fd: Fd) -> None:
     seen: list[Fd] = []
     while not seen:
         _, seen, _ = receive(pair[0], READ_BYTES)
-    assert len(seen) == 1  # once, although it was tried twice
+    assert len(seen) == 1  # sent once, though tried twice
     close_all(seen)
 
 
@@ -293,7 +293,7 @@ def test_peer_is_gone(pair: Pair, fd: Fd) -> None:
 
 @pytest.mark.parametrize("ahead", [READ_BYTES - SEGMENT_BYTES, READ_BYTES - 10, READ_BYTES - 1])
 def test_what_carries_fds_is_shown_whole(pair: Pair, fd: Fd, ahead: int) -> None:
-    """Or else nobody could tell where it ends."""
+    """A peek shows a segment with descriptors completely, up to its end."""
     half = ahead // 2
     send(pair[1], b"a" * half, ())
     send(pair[1], b"b" * (ahead - half), ())
@@ -314,7 +314,7 @@ def test_what_carries_fds_is_shown_whole(pair: Pair, fd: Fd, ahead: int) -> None
 
 
 def test_the_kernels_pieces_are_no_larger_than_we_think(pair: Pair, fd: Fd) -> None:
-    """Descriptors are on the first piece of a send; the next one is read apart from it."""
+    """Descriptors are on the first buffer of a send, of at most SEGMENT_BYTES."""
     pair[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     assert send(pair[1], bytes(100_000), [fd]) > SEGMENT_BYTES
     data, fds, _ = receive(pair[0], 1 << 20)
@@ -323,7 +323,7 @@ def test_the_kernels_pieces_are_no_larger_than_we_think(pair: Pair, fd: Fd) -> N
 
 
 def test_peeking_from_many_threads() -> None:
-    """Each sees its own connection's bytes: what one thread looks at is not another's."""
+    """Threads that peek at the same time each get their own socket's bytes."""
     rounds, failures = 3000, []
 
     def look(tag: bytes) -> None:
@@ -347,8 +347,8 @@ def test_peeking_from_many_threads() -> None:
 def test_what_is_lost_with_room_for_it_was_denied(
     pair: Pair, fd: Fd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A security module of the kernel makes it drop descriptors as well.  There is none to be had
-    here: without room for the control message they are dropped in the same way.
+    """A security module can make the kernel drop descriptors though the table has room.  Here a
+    control buffer that is too small has the same effect.
     """
     monkeypatch.setattr("qmpfd.kernel.fd._CONTROL_BYTES", 0)
     send(pair[1], b"x", [fd])
@@ -356,7 +356,7 @@ def test_what_is_lost_with_room_for_it_was_denied(
 
 
 def test_the_limit_of_descriptors_in_flight() -> None:
-    """Root meets it where both capabilities were taken from it."""
+    """Without CAP_SYS_RESOURCE and CAP_SYS_ADMIN, root has the limit too (unix(7))."""
     setpriv = shutil.which("setpriv")
     if in_flight_is_limited() or setpriv is None:
         pytest.skip("needs root with one of both capabilities, and setpriv")

@@ -1,4 +1,4 @@
-"""Which descriptors are of the same open file description."""
+"""Find descriptors of the same open file description, with kcmp(2) or without."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qmpfd.kernel.file_descriptions import Descriptions, compare, is_same
 
 @contextmanager
 def copies(counts: list[int]) -> Iterator[list[list[int]]]:
-    """So many descriptors of each description."""
+    """Yield groups of duplicates: *counts* has the size of each group."""
     fds: list[list[Fd]] = []
     try:
         for count in counts:
@@ -68,7 +68,7 @@ def test_any_order_of_events(kcmp: bool, data: st.DataObject) -> None:
 
 
 def test_without_any_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Better not to be used than to let the service manager drop things."""
+    """Without kcmp(2) and its replacement the fd store is not used: systemd drops duplicates."""
 
     def fails(*_: int) -> int:
         raise OSError(38, "Function not implemented")

@@ -1,4 +1,4 @@
-"""Which file systems are local: the table is read by a thread, and again when it has changed."""
+"""Local file systems: a thread reads the table of mounts, again after each change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qmpfd.kernel.mounts import Device, LocalFileSystems
 
 
 def until(happened: Callable[[], bool]) -> None:
-    """Wait for the thread."""
+    """Wait until a function returns true: the thread makes it so."""
     deadline = time.monotonic() + PATIENCE
     while not happened():
         assert time.monotonic() < deadline
@@ -42,7 +42,7 @@ def test_what_every_machine_has(local: LocalFileSystems) -> None:
 
 
 class _Held(LocalFileSystems):
-    """Reads the table when it is told to."""
+    """Reads the table when the test permits it."""
 
     def __init__(self) -> None:
         self.go_on = threading.Event()
@@ -56,7 +56,7 @@ class _Held(LocalFileSystems):
 
 
 def test_who_asks_does_not_wait() -> None:
-    """A machine may have 15,000 mounts: until they are read, nothing counts as local."""
+    """A query does not wait for the table, which may have 15,000 mounts: nothing is local yet."""
     with closing(_Held()) as found:
         assert found.devices() == set()
         assert not found.is_current
@@ -82,7 +82,7 @@ def test_after_a_change_nothing_counts_until_it_is_read(
 
 
 class _OutOfMemory(LocalFileSystems):
-    """Cannot hold the table at the first try."""
+    """Raises MemoryError at the first read."""
 
     def __init__(self) -> None:
         self.tries = 0
@@ -96,7 +96,7 @@ class _OutOfMemory(LocalFileSystems):
 
 
 def test_out_of_memory() -> None:
-    """No device counts as local, close() does not wait for ever, and the table is read again."""
+    """No device is local, close() does not wait, and the table is read again later."""
     with closing(_OutOfMemory()) as found:
         until(lambda: not found._thread_runs)
         assert not found.devices()
@@ -106,7 +106,7 @@ def test_out_of_memory() -> None:
 
 
 def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A later question tries again."""
+    """If no thread can be started, a later query tries again."""
 
     def fails(function: Callable[[], None], arguments: tuple[()]) -> int:
         raise RuntimeError("can't start new thread")

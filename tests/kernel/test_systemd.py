@@ -1,4 +1,4 @@
-"""Service managers: inherited sockets, readiness, status, reload, watchdog."""
+"""Service managers: inherited sockets, readiness, status, reload and watchdog."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEADLINE = 20.0
 
 
 class Manager:
-    """A service manager's notify socket."""
+    """Fake service manager: the notify socket."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,7 +33,7 @@ class Manager:
         self._socket.settimeout(DEADLINE)
 
     def until(self, line: str) -> list[str]:
-        """All that is told, up to the first message with a line that begins so."""
+        """Return all messages up to the first with a line that begins with *line*."""
         told: list[str] = []
         while not any(each.startswith(line) for each in told):
             told += self._socket.recv(4096).decode().splitlines()
@@ -45,8 +45,8 @@ class Manager:
 
 @contextmanager
 def daemon(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`serve` as a process; ended with SIGTERM."""
-    # LISTEN_PID has to be the daemon's own: the shell that becomes it knows the number.
+    """Run `serve` as a process; end it with SIGTERM."""
+    # LISTEN_PID must be the daemon's pid: the shell sets it before it executes the daemon.
     shell = ["sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *SERVE, *arguments]
     process = subprocess.Popen(
         shell, env={**os.environ, **environment}, close_fds=False, stderr=subprocess.PIPE
@@ -59,7 +59,7 @@ def daemon(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[byt
         assert b"Traceback" not in errors
 
 
-#: Becomes a daemon that has so many descriptors from number 3 on: it is given their numbers here.
+#: Program that moves the descriptors given to 3 and up, and executes the daemon.
 PASS = """
 import fcntl, os, sys
 numbers = [fcntl.fcntl(int(n), fcntl.F_DUPFD, 100) for n in sys.argv[1].split(",")]
@@ -75,7 +75,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 def passing(
     passed: list[tuple[str, int]], *arguments: str, **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`serve` with such descriptors, each with its name (sd_listen_fds_with_names(3))."""
+    """Run `serve` with inherited descriptors and their names (sd_listen_fds_with_names(3))."""
     told = {"LISTEN_FDS": str(len(passed)), "LISTEN_FDNAMES": ":".join(name for name, _ in passed)}
     numbers = [number for _, number in passed]
     process = subprocess.Popen(
@@ -98,7 +98,7 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 
 @contextmanager
 def at_number_three(sock: socket.socket) -> Iterator[None]:
-    """`sock` inheritable under the number at which inherited sockets begin, whatever was there."""
+    """Make `sock` inheritable at number 3, the first of sd_listen_fds(3)."""
     before = os.dup(3) if os.path.exists("/proc/self/fd/3") else None
     os.dup2(sock.fileno(), 3, inheritable=True)
     try:
@@ -128,7 +128,7 @@ def test_reload(manager: Manager, tmp_path: Path) -> None:
     arguments = ["--socket", str(tmp_path / "s"), "--policy", str(policy)]
     with daemon(*arguments, NOTIFY_SOCKET=str(manager.path)) as process:
         manager.until("READY=1")
-        for content in ("", "bad"):  # either way, the reload has an end
+        for content in ("", "bad"):  # READY=1 follows in both cases
             policy.write_text(content)
             process.send_signal(signal.SIGHUP)
             told = manager.until("RELOADING=1")
@@ -172,8 +172,8 @@ def test_an_inherited_socket(manager: Manager, tmp_path: Path) -> None:
 def test_inherited_descriptors_of_every_kind(
     manager: Manager, tmp_path: Path, options: list[str]
 ) -> None:
-    """Unix sockets that listen serve; each other one is in a set of its own, under its name, and
-    not twice after a crash.
+    """The daemon accepts on listening Unix sockets, and stores every other descriptor in a set of
+    its own, under its name; after a crash it does not store them twice.
     """
     path = tmp_path / "activated"
     with ExitStack() as stack:
@@ -200,7 +200,7 @@ def test_inherited_descriptors_of_every_kind(
 
 
 def test_nothing_that_listens_is_passed(manager: Manager, tmp_path: Path) -> None:
-    """Then the daemon listens where it does without a service manager."""
+    """Without an inherited listening socket, the daemon listens at its default path."""
     path = tmp_path / "s"
     environment = {"QMPFD_SOCKET": str(path), "NOTIFY_SOCKET": str(manager.path)}
     with Pipe() as pipe, passing([("p", fileno(pipe))], LISTEN_FDNAMES="", **environment):
@@ -211,7 +211,7 @@ def test_nothing_that_listens_is_passed(manager: Manager, tmp_path: Path) -> Non
 
 
 def test_sockets_for_somebody_else(manager: Manager, tmp_path: Path) -> None:
-    """They are not touched, and the log says why."""
+    """With another LISTEN_PID the sockets are left alone, and the log says so."""
     path = tmp_path / "s"
     environment = {"NOTIFY_SOCKET": str(manager.path), "LISTEN_FDS": "1", "LISTEN_PID": "1"}
     process = subprocess.Popen(
@@ -265,7 +265,7 @@ def analyze(*words: str) -> str:
 
 
 def test_units_are_right(tmp_path: Path) -> None:
-    """Nothing in them contradicts itself, or is unknown but for a type that is younger than 253."""
+    """systemd-analyze verify finds no errors, except an unknown Type= before systemd 253."""
     for unit in UNITS:
         text = unit.read_text().replace("/usr/bin/qmpfd", "/bin/true")
         lines = [line for line in text.splitlines() if not line.startswith("Documentation=")]
@@ -284,7 +284,7 @@ def test_units_are_hardened(unit: str) -> None:
 
 
 def test_the_store_of_the_units() -> None:
-    """systemd before 254 does not say how much it keeps: the unit says it twice."""
+    """The unit has the size of the store twice: systemd before 254 does not set $FDSTORE."""
     for unit in UNITS:
         if unit.suffix == ".service":
             lines = dict(

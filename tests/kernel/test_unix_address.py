@@ -1,4 +1,4 @@
-"""Addresses of Unix sockets of any length, and without a file."""
+"""Addresses of Unix sockets: paths of any length, and abstract names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qmpfd.kernel.unix_address import bind, connectable, is_abstract
 
 
 def names(folder: Path) -> list[Path]:
-    """Names of all lengths that differ in how the socket is reached."""
+    """Return paths of lengths that need different system calls."""
     deep = folder.joinpath(*["d" * 100] * 3)
     deep.mkdir(parents=True, exist_ok=True)
     return [
