@@ -1,4 +1,4 @@
-"""``qmpfd exec``: a command gets descriptors out of the fd sets."""
+"""``qmpfd exec``: a command inherits descriptors from fd sets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127
     ],
 )
 def test_exactly_these(cli: Cli, file: Path, words: list[str], numbers: set[int]) -> None:
-    """At these numbers, whatever else was open here: the connection, what was inherited."""
+    """CMD has the descriptors at the given numbers, and no others of the process."""
     with Pipe() as pipe:
         number = pipe.fileno()
         out = cli.done("exec", *words, "--", *SHOW, pass_fds=[number])
@@ -44,7 +44,7 @@ def test_exactly_these(cli: Cli, file: Path, words: list[str], numbers: set[int]
 
 
 def test_the_one_asked_for(cli: Cli, tmp_path: Path) -> None:
-    """By set and access mode, each at its own number, though all of them have to move."""
+    """Descriptors by fd set and access mode, at numbers that make all of them move."""
     for n in range(6):
         (tmp_path / str(n)).write_text(str(n))
         cli.add(tmp_path / str(n), os.O_RDONLY if n % 2 else os.O_RDWR, n // 2 if n % 2 else None)
@@ -66,10 +66,10 @@ def test_as_standard_output_and_error(cli: Cli, file: Path) -> None:
 
 
 def test_the_same_open_file_description(cli: Cli, file: Path) -> None:
-    """One command goes on where the other stopped."""
+    """A second command continues at the file position of the first."""
     file.write_text("first\nsecond\n")
     read = ["sh", "-c", "read line <&3 && echo $line"]
-    # dash reads a byte at a time, so as not to take what is another's.
+    # dash reads a byte at a time, and so not beyond the line.
     assert cli.done("exec", "0:r", "--", *read) == "first\n"
     assert cli.done("exec", "0:r", "--", *read) == "second\n"
 
@@ -87,7 +87,7 @@ def test_the_highest_number_there_is(cli: Cli) -> None:
 @pytest.mark.usefixtures("file")
 @pytest.mark.parametrize("closed", ["0", "1", "2", "012"])
 def test_with_closed_standard_streams(cli: Cli, closed: str) -> None:
-    """Nothing of ours takes their place."""
+    """With closed standard streams, no other descriptor gets their numbers."""
     look = "import os; ns = [n for n in range(9) if os.path.exists(f'/proc/self/fd/{n}')]; "
     look += "os.write(9, repr(ns).encode())"
     argv = cli.argv("exec", "0:r=5", "1:w=9", "--", sys.executable, "-I", "-c", look)
@@ -133,7 +133,7 @@ def test_more_targets_than_descriptors(cli: Cli) -> None:
 
 @pytest.mark.usefixtures("file")
 def test_its_own_arguments(cli: Cli) -> None:
-    """As they are: options, dashes, nothing at all."""
+    """CMD's arguments are passed unchanged: options, dashes, empty ones."""
     out = cli.done("exec", "0", "--", "printf", "%s|", "--", "-x", "--socket", "", "a b", "0:r=3")
     assert out == "--|-x|--socket||a b|0:r=3|"
 
@@ -143,7 +143,7 @@ def test_its_own_arguments(cli: Cli) -> None:
     "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGPIPE]
 )
 def test_signals_reach_it(cli: Cli, number: signal.Signals) -> None:
-    """It is the process that was started; and none is ignored on its way there."""
+    """CMD replaces the process of qmpfd, and no signal is ignored."""
     program = "echo here; exec cat"
     process = subprocess.Popen(
         cli.argv("exec", "0", "--", "sh", "-c", program),
@@ -160,7 +160,7 @@ def test_signals_reach_it(cli: Cli, number: signal.Signals) -> None:
 
 @pytest.mark.usefixtures("file")
 def test_a_handler_of_its_own(cli: Cli) -> None:
-    # Not Python's signal.pause(): a signal that comes just before it is not seen in there.
+    # Not Python's signal.pause(): a signal just before it would not end the pause.
     program = "trap 'exit 7' TERM; echo here; while :; do sleep 0.1; done"
     process = subprocess.Popen(
         cli.argv("exec", "0", "--", "sh", "-c", program),
@@ -176,7 +176,7 @@ def test_a_handler_of_its_own(cli: Cli) -> None:
 
 @pytest.mark.usefixtures("file")
 def test_no_signal_is_ignored(cli: Cli) -> None:
-    """What Python ignores for itself, it must not hand down: ``yes | head`` has to end."""
+    """SIGPIPE, which Python ignores, is not ignored in CMD: ``yes | head`` must end."""
     out = cli.done("exec", "0", "--", "grep", "SigIgn", "/proc/self/status")
     mask = int(out.split()[1], 16)
     ignored = {number for number in range(1, 65) if mask & 1 << (number - 1)}
@@ -185,7 +185,7 @@ def test_no_signal_is_ignored(cli: Cli) -> None:
 
 @pytest.mark.usefixtures("file")
 def test_no_such_command(cli: Cli, tmp_path: Path) -> None:
-    """As a shell answers (POSIX, sh, 2.8.2)."""
+    """Exit status 127, as of a shell (POSIX, sh, 2.8.2)."""
     said = cli.fails(NOT_FOUND, "exec", "0", "--", "no-such-command")
     assert "no-such-command" in said
     assert "No such file" in cli.fails(NOT_FOUND, "exec", "0", "--", tmp_path / "no\nsuch")
@@ -202,7 +202,7 @@ def test_not_executable(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_the_error_goes_to_nobody_elses_file(cli: Cli, file: Path) -> None:
-    """With no standard error, its number must not be the file's when the error is written."""
+    """With standard error closed, the error is not written into a descriptor at number 2."""
     argv = cli.argv("exec", "0:rw", "--", "no-such-command")
     program = f"import os; os.close(2); os.execv({argv[0]!r}, {argv!r})"
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=PATIENCE, check=False)
@@ -252,7 +252,7 @@ def test_usage(cli: Cli, status: int, words: list[str], text: str) -> None:
 
 
 def test_add_fd_then_exec(cli: Cli) -> None:
-    """What the shell opened goes in by number, and comes out in another program."""
+    """A descriptor that the shell has opened is added by number, and passed to a program."""
     with Pipe() as pipe:
         number = pipe.fileno()
         inode = os.fstat(number).st_ino

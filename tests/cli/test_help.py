@@ -1,4 +1,4 @@
-"""What a person sees of the command line: help, completion, tables, and what to do next."""
+"""Help, completion, tables, and advice of the command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     return dict(verbs.choices)
 
 
-# -- help --------------------------------------------------------------------------------------
+# -- help texts --------------------------------------------------------------------------------
 
 
 def test_every_verb_has_a_parser() -> None:
@@ -48,13 +48,13 @@ def test_help_explains_every_argument(verb: str) -> None:
         assert action.help, action
 
 
-#: In place of the programs in the examples: qmpfd notes what was typed, the others do nothing.
+#: Shell functions for the programs in the examples: qmpfd records its arguments.
 _STUBS = "source() { :; }; jq() { :; }; qmpfd() { printf '%s\\n' \"$@\" >> typed; }"
 
 
 @pytest.mark.parametrize("verb", _VERBS)
 def test_examples_can_be_typed(verb: str, tmp_path: Path) -> None:
-    """A shell reads them, and the parser knows all that is in them."""
+    """A shell can read the examples, and the parser accepts them."""
     for name in ("commands", "disk.img"):
         (tmp_path / name).touch()
     examples = (parsers()[verb].epilog or "").partition("\n\n")[0].splitlines()[1:]
@@ -84,7 +84,7 @@ def test_without_a_verb(capfd: pytest.CaptureFixture[str]) -> None:
     assert "--help" in capfd.readouterr().err
 
 
-# -- what to do next ---------------------------------------------------------------------------
+# -- advice ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ SHOW = f"from qmpfd.cli.output import print_table; print_table({HEADER!r}, {ROWS
 
 
 def shown(columns: int) -> str:
-    """The table above, as a terminal of that width gets it."""
+    """Return the table above as printed on a terminal of that width."""
     return on_a_terminal([], columns, code=SHOW)
 
 
 def bare(text: str) -> list[str]:
-    """The lines of *text* without colours, and without the blanks at their ends."""
+    """Return the lines of *text* without colours and trailing blanks."""
     return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
 
 
@@ -145,7 +145,7 @@ def test_a_table_that_fits(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_colours_change_nothing_else() -> None:
-    """The columns that the eye looks for are coloured, where colours are wanted."""
+    """Some columns are coloured if the terminal permits; the text is the same."""
     code = SHOW.replace("'LONG'", "'NAME'")
     colourful = on_a_terminal([], code=code)
     assert "\n1   \x1b[32mx\x1b[0m     caf" in colourful
@@ -168,7 +168,7 @@ def test_a_table_that_does_not_fit() -> None:
 
 
 def test_a_long_text_leaves_a_table() -> None:
-    """It does not fit, but the other columns do: it is the one that gives way."""
+    """A long text makes way for the other columns of a table."""
     code = (
         "from qmpfd.cli.output import print_table\n"
         "print_table(('A', 'B', 'C', 'D'), [('1', 'x' * 1000, 'y', '/' * 50), ('2', *'abc')])"
@@ -194,12 +194,12 @@ def completion(shell: str, folder: Path) -> Path:
     return file
 
 
-#: The scripts ask the command itself.
+#: $PATH with qmpfd, which the completion scripts run.
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def bash_completes(file: Path, *words: str, env: dict[str, str] | None = None) -> list[str]:
-    """What bash offers for the last of *words*; it cuts ``--socket=PATH`` into three."""
+    """Return bash's completions of the last word; bash splits ``--socket=PATH`` into three."""
     code = (
         f'source "{file}"; COMP_LINE=$1; COMP_POINT=${{#1}}; _qmpfd qmpfd "$2"; '
         'printf "%s\\n" "${COMPREPLY[@]}"'
@@ -239,7 +239,7 @@ def test_bash(tmp_path: Path, path: Path) -> None:
 
 
 def test_bash_asks_the_daemon_that_the_line_names(tmp_path: Path, path: Path) -> None:
-    """Also behind ``--socket=``, which it cuts into three words; but it runs nothing for that."""
+    """Completion reads ``--socket=PATH``, which bash splits, without evaluating the word."""
     file = completion("bash", tmp_path)
     env = {"QMPFD_SOCKET": "/nowhere", "HOME": str(path.parent)}
     with daemon_process(path), open(os.devnull) as null, BlockingClient(path, PATIENCE) as client:
@@ -323,7 +323,7 @@ def test_options_before_the_verb(line: str, found: list[str]) -> None:
 
 @pytest.mark.parametrize("line", ["", "qmpf"])
 def test_a_line_in_which_the_command_is_not_typed_yet(line: str) -> None:
-    """Asked by hand, or by a shell that offers something for it."""
+    """Completion of a line without the command's name gives nothing and no error."""
     ran = subprocess.run(
         [sys.executable, "-m", "qmpfd", "completion", "bash", "--", line],
         cwd=ROOT,

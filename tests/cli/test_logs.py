@@ -1,4 +1,4 @@
-"""What the daemon says of itself: to people, to the journal, to programs."""
+"""The daemon's log: as text, for the journal, and as JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
 async def _some_commands(path: Path) -> int:
-    """Use the daemon; the descriptor that was added."""
+    """Send some commands; return the number of the descriptor added."""
     with pipes(1) as made, await Wire.session(path) as wire:
         info = value(await wire.call("add-fd", {"opaque": "x"}, made))
         await wire.call("remove-fd", {"fdset-id": 7})
@@ -89,7 +89,7 @@ async def test_json(path: Path) -> None:
 
 @pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
 def test_the_journal_is_told_the_priority(path: Path, options: list[str]) -> None:
-    """Where it reads this very stream; its variable is inherited by whatever is started."""
+    """Priorities are logged if $JOURNAL_STREAM names this stream: the variable is inherited."""
     for reads_along in (True, False):
         reader, writer = os.pipe2(os.O_CLOEXEC)
         with open(reader) as said, open(writer, "w") as stream:
@@ -110,7 +110,7 @@ def test_the_journal_is_told_the_priority(path: Path, options: list[str]) -> Non
 
 
 def test_a_file_has_times(path: Path, tmp_path: Path) -> None:
-    """Nobody else adds them there."""
+    """Log lines in a file begin with the time."""
     file = tmp_path / "log"
     command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path / "none")]
     with file.open("w") as stream:
@@ -133,7 +133,7 @@ def test_a_file_has_times(path: Path, tmp_path: Path) -> None:
 
 
 async def test_text_of_clients_is_escaped(path: Path) -> None:
-    """It begins no line of its own, and gives no orders to a terminal."""
+    """Line ends and escape sequences in clients' texts are escaped."""
     names = ["a\nqmpfd: forged", "\x1b]0;title\x07", "\u202eright to left", "\u2028", "\x7f"]
     with daemon_process(path, "--log-level", "debug") as process:
         with await Wire.session(path) as wire:
@@ -151,7 +151,7 @@ async def test_text_of_clients_is_escaped(path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["text", "json"])
 async def test_long_texts_of_clients_are_cut(form: str, path: Path) -> None:
-    """A request may be a mebibyte, and an error quotes it."""
+    """Long texts are cut: a request may have 1 MiB, and errors quote it."""
     long = "x" * 100_000
     with daemon_process(path, "--log-level", "debug", "--log-format", form) as process:
         with await Wire.session(path) as wire, Pipe() as pipe:
@@ -167,7 +167,7 @@ async def test_long_texts_of_clients_are_cut(form: str, path: Path) -> None:
 
 
 def test_less(path: Path) -> None:
-    """At the level of warnings it does not even say where it listens."""
+    """At level warning, not even the listening sockets are logged."""
     with daemon_process(path, "--log-level", "info") as process:
         process.signal(signal.SIGHUP)
         process.await_line(lambda line: "no policy file" in line)
@@ -175,7 +175,7 @@ def test_less(path: Path) -> None:
 
 
 async def test_who_is_turned_away(path: Path) -> None:
-    """Named, but not each of a flood."""
+    """Rejected clients are logged, but not each of a flood."""
     with daemon_process(path, "--max-connections", "1") as process:
         with await Wire.session(path):
             for _ in range(100):
@@ -189,12 +189,12 @@ async def test_who_is_turned_away(path: Path) -> None:
     assert len(lines) < 20
 
 
-# -- where nobody takes it ---------------------------------------------------------------------
+# -- a log that nobody reads -------------------------------------------------------------------
 
 
 @pytest.fixture
 def log() -> Iterator[logging.Logger]:
-    """The daemon's log, as it was afterwards."""
+    """The daemon's logger; its handlers are restored afterwards."""
     log = logging.getLogger("qmpfd")
     handlers, level, propagate = log.handlers[:], log.level, log.propagate
     yield log
@@ -203,7 +203,7 @@ def log() -> Iterator[logging.Logger]:
 
 
 def test_a_full_pipe(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for whoever should read it; what was left out is counted."""
+    """A full pipe does not block the daemon; lost lines are counted."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     with open(reader, "rb", buffering=0) as taken, open(writer, "w") as stream:
         monkeypatch.setattr("sys.stderr", stream)
@@ -225,7 +225,7 @@ def test_a_full_pipe(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_long_line_for_a_reader_that_stalls(
     kind: str, log: logging.Logger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A line longer than there is room for is not waited for: its rest comes when there is room."""
+    """A line longer than the pipe's room does not block; its rest is written when there is room."""
     if kind == "pipe":
         reader, writer = os.pipe2(os.O_CLOEXEC)
     elif kind == "terminal":

@@ -1,4 +1,4 @@
-"""``qmpfd ls --long``: what each descriptor is, and whose."""
+"""``qmpfd ls --long``: kind and owner of each descriptor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The short verbs, in process against a daemon in a thread, and once each as a process."""
+"""The short verbs, run in this process with a daemon in a thread, and once each as a process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Cli:
         self._capfd = capfd
 
     def __call__(self, verb: str, *words: object, at: bool = True) -> tuple[int, str, str]:
-        """Run a verb: its exit status, standard output, standard error."""
+        """Run a verb; return its exit status, standard output and standard error."""
         argv = [verb, *(["--socket", str(self.path)] if at else []), *map(str, words)]
         self._capfd.readouterr()
         status: int | str | None
@@ -46,20 +46,20 @@ class Cli:
         return status, *self._capfd.readouterr()
 
     def done(self, verb: str, *words: object) -> str:
-        """What a verb says that succeeds."""
+        """Run a verb that must succeed; return its output."""
         status, out, err = self(verb, *words)
         assert (status, err) == (DONE, "")
         return out
 
     def json(self, verb: str, *words: object) -> Any:
-        """The same with ``--json``: one value, one line."""
+        """Run a verb with ``--json``; return the value of its one line."""
         out = self.done(verb, "--json", *words)
         assert out.count("\n") == 1
         assert out.isascii()
         return json.loads(out)
 
     def fails(self, status: int, verb: str, *words: object, at: bool = True) -> str:
-        """What a verb says that fails in this way: one line."""
+        """Run a verb that must fail with *status* and one line; return that line."""
         found, out, err = self(verb, *words, at=at)
         assert (found, out) == (status, "")
         assert re.fullmatch(r"qmpfd[^\n]*: [^\n]+\n", err), err
@@ -79,7 +79,7 @@ def file(tmp_path: Path) -> Path:
     return found
 
 
-# -- what they do ------------------------------------------------------------------------------
+# -- success -----------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("running")
@@ -106,7 +106,7 @@ def test_add_ls_rm(cli: Cli, file: Path) -> None:
 )
 def test_add_opens_in_the_mode(cli: Cli, file: Path, mode: str | None, flags: int) -> None:
     info = cli.json("add", *(["--mode", mode] if mode else []), file)
-    # The daemon is a thread of this process: its descriptors are ours.
+    # The daemon is a thread of this process: its descriptor numbers are valid here.
     text = Path(f"/proc/self/fdinfo/{info['fd']}").read_text()
     found = re.search(r"^flags:\s*(\d+)$", text, re.MULTILINE)
     assert found is not None
@@ -132,7 +132,7 @@ def test_add_of_a_fifo_does_not_wait(cli: Cli, tmp_path: Path) -> None:
     cli.done("add", tmp_path / "fifo")
 
 
-# -- what goes wrong ---------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("running")
@@ -210,7 +210,7 @@ def test_any_time_is_a_timeout(cli: Cli, timeout: str) -> None:
     assert err.count("\n") == (status != DONE)
 
 
-# -- nobody there, or nobody who answers -------------------------------------------------------
+# -- no daemon, or one that does not answer ----------------------------------------------------
 
 
 def test_no_daemon(cli: Cli, path: Path, file: Path) -> None:
@@ -235,7 +235,7 @@ def _listening(path: Path, backlog: int = 5) -> Iterator[socket.socket]:
 
 
 def _does_not_answer(cli: Cli) -> None:
-    """It is given up after --timeout, and not much later."""
+    """Check that a verb fails soon after --timeout."""
     start = time.monotonic()
     assert "does not answer" in cli.fails(NO_DAEMON, "ls", *SHORT)
     assert 0.2 <= time.monotonic() - start < 5
@@ -256,7 +256,7 @@ def test_full_backlog(cli: Cli, path: Path) -> None:
             except BlockingIOError:
                 _does_not_answer(cli)
                 start = time.monotonic()
-                cli.fails(NO_DAEMON, "ls", "--timeout", "1e-7")  # 0 to the kernel is for ever
+                cli.fails(NO_DAEMON, "ls", "--timeout", "1e-7")  # not 0, no timeout
                 assert time.monotonic() - start < 5
                 return
 
@@ -271,7 +271,7 @@ def test_stopped_daemon(cli: Cli, path: Path) -> None:
 
 @contextmanager
 def _saying(path: Path, *pieces: bytes) -> Iterator[None]:
-    """A server that says these, one for each thing that it hears, and closes."""
+    """Run a server that sends the next of *pieces* for each request, and then closes."""
 
     def serve() -> None:
         client, _ = listener.accept()
@@ -307,7 +307,7 @@ GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
 )
 def test_odd_servers(cli: Cli, path: Path, status: int, pieces: Sequence[bytes]) -> None:
     with _saying(path, *pieces):
-        cli.fails(status, "ls", "--timeout", "1")  # one of them ends nothing that it says
+        cli.fails(status, "ls", "--timeout", "1")  # one line never ends
 
 
 @pytest.mark.parametrize("version", ["{}", "[]", '{"qemu": 7}', '{"package": "\\u001b[31m"}'])
@@ -333,7 +333,7 @@ def test_a_reply_that_the_command_does_not_have(
     with _saying(path, *said), daemon_thread(tmp_path / "other"):
         arguments = [*words.split(), tmp_path / "other"] if words.endswith("to") else words.split()
         status, _, told = cli(*arguments)
-    assert status in (DONE, NO_DAEMON)  # a removal's reply is not looked at
+    assert status in (DONE, NO_DAEMON)  # rm ignores the value
     assert status == DONE or told.startswith("qmpfd: ")
 
 
@@ -351,7 +351,7 @@ def test_what_was_removed_before_an_error(cli: Cli, path: Path) -> None:
     assert (status, shown) == (REFUSED, "removed fd set 8\n")
     assert error.startswith("qmpfd: PermissionDenied: no")
     path.unlink()
-    with _saying(path, *told[:-1]):  # which closes the connection then
+    with _saying(path, *told[:-1]):  # then closes the connection
         assert cli("rm", "--all")[:2] == (NO_DAEMON, "removed fd set 8\n")
 
 
@@ -394,7 +394,7 @@ def test_nothing_is_said_of_all_where_all_is_refused(cli: Cli) -> None:
     assert cli("rm", "98", "99")[:2] == (REFUSED, "")
 
 
-# -- where the daemon is -----------------------------------------------------------------------
+# -- the path of the socket --------------------------------------------------------------------
 
 
 def test_default_socket(path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +451,7 @@ def test_short_verbs_do_without_trio(path: Path, file: Path) -> None:
 
 @pytest.mark.usefixtures("running")
 def test_nobody_reads_the_output(path: Path) -> None:
-    """One line where it cannot be written, and nothing where its reader has seen enough."""
+    """A write error gives one line of error; a closed pipe gives none."""
     command = [sys.executable, "-m", "qmpfd", "ls", "--socket", os.fspath(path)]
     with open("/dev/full", "w") as full:
         ran = subprocess.run(
@@ -474,14 +474,14 @@ def test_nobody_reads_the_output(path: Path) -> None:
     "words", ["help", "--help", "--version", "add --help", "ls --json", "status", "status --json"]
 )
 def test_the_disk_is_full(path: Path, words: str) -> None:
-    """One line says so, and not that anything was done."""
+    """A full disk (/dev/full) gives one line of error."""
     env = {**os.environ, "QMPFD_SOCKET": str(path)}
     ran = run_on_full_disk([sys.executable, "-m", "qmpfd", *words.split()], env=env)
     assert (ran.returncode, ran.stderr) == (REFUSED, "qmpfd: No space left on device\n")
 
 
 def _limited(limit: str, *words: str) -> tuple[int, str]:
-    """The exit status of a verb whose process has a limit, and its errors."""
+    """Run a verb with a limit of prlimit(1); return its exit status and errors."""
     script = (
         "import sys, threading, qmpfd.client.blocking\n"
         "from resource import RLIMIT_NOFILE, setrlimit\n"
@@ -517,7 +517,7 @@ def test_a_process_that_may_open_nothing(path: Path) -> None:
 
 @pytest.mark.usefixtures("running")
 def test_a_process_that_may_start_no_thread(path: Path) -> None:
-    """Here it has no room for its stack."""
+    """No thread can be started, for want of memory for its stack."""
     words = ["shell", "--socket", str(path), "-c", "query-name"]
     told = _limited("threading.stack_size(1 << 46)", *words)
     assert told == (REFUSED, "qmpfd: can't start new thread (ulimit -u)\n")
@@ -554,7 +554,7 @@ def test_the_status_does_not_depend_on_standard_error(path: Path, words: str, st
 @pytest.mark.usefixtures("running")
 @pytest.mark.parametrize("closed", ["0", "1", "2", "1 2", "0 1 2"])
 def test_closed_streams(path: Path, closed: str) -> None:
-    """What is said goes nowhere, and not into what has got the number meanwhile."""
+    """Output to a closed stream is not written into another descriptor with its number."""
 
     def run(verb: str) -> subprocess.CompletedProcess[str]:
         redirections = " ".join(f"{number}>&-" for number in closed.split())
@@ -585,7 +585,7 @@ def test_closed_streams(path: Path, closed: str) -> None:
 @pytest.mark.usefixtures("running")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_encoding(path: Path, file: Path, encoding: str) -> None:
-    """What the terminal cannot show is shown as escapes."""
+    """Characters that the encoding lacks are written as escapes."""
     _run(path, "add", str(file), "--opaque", "\u6f22 \x1b[31m\u202e")
     for verb in (["ls"], ["ls", "--long"], ["shell", "-c", "query-fdsets"]):
         ran = subprocess.run(
@@ -605,7 +605,7 @@ def test_any_encoding(path: Path, file: Path, encoding: str) -> None:
 
 # -- interrupts --------------------------------------------------------------------------------
 
-#: Sends its process a SIGINT when the module that $AT names is imported, or at the end.
+#: Program that sends itself SIGINT at the import of the module $AT, or at the end.
 _INTERRUPTS_ITSELF = """
 import atexit, os, signal, sys
 
@@ -632,7 +632,7 @@ if os.environ["AT"] == "end":
 )
 @pytest.mark.parametrize("ignored", [False, True])
 def test_interrupted_at_any_time(tmp_path: Path, at: str, status: int, ignored: bool) -> None:
-    """No traceback; and a background job, whose SIGINT is ignored, goes on (POSIX, sh, 2.11)."""
+    """SIGINT gives no traceback; background jobs, which ignore it, continue (POSIX, sh, 2.11)."""
     (tmp_path / "sitecustomize.py").write_text(_INTERRUPTS_ITSELF)
     (tmp_path / "policy").touch()
     ran = run(

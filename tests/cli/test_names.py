@@ -1,4 +1,4 @@
-"""Handles for people: names, several targets, listening sockets, and what exec sets up."""
+"""Names, several targets, listening sockets, and the environment of exec."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_expires_and_watch_hangup(cli: Cli) -> None:
 
 
 def test_connection(cli: Cli, files: list[Path]) -> None:
-    """It is there while the command runs, and gone with it."""
+    """add --connection: the descriptors are stored while the command runs."""
     process = subprocess.Popen(
         cli.argv("add", "--connection", "--name", "mine", files[0]),
         cwd=ROOT,
@@ -119,7 +119,7 @@ def test_listen(cli: Cli, address: str, tmp_path: Path) -> None:
             client.connect(os.fspath(at))
         assert "already in use" in cli.fails(USAGE, "add", "--listen", f"unix:{at}")
         cli.done("rm", 0)
-        cli.done("add", "--listen", f"unix:{at}")  # nobody listens there any more
+        cli.done("add", "--listen", f"unix:{at}")  # replaces the stale socket file
     else:
         host, _, port = where.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
@@ -139,7 +139,7 @@ def test_listen_nowhere(cli: Cli, address: str) -> None:
 
 
 def test_listen_leaves_another_file_alone(cli: Cli, tmp_path: Path) -> None:
-    """connect(2) refuses a regular file as it does a socket on which nobody listens."""
+    """A regular file is not replaced, though connect(2) fails as for a stale socket file."""
     file = tmp_path / "letter"
     file.write_text("dear")
     assert "not a socket" in cli.fails(USAGE, "add", "--listen", f"unix:{file}")
@@ -222,14 +222,14 @@ def test_listen_fds(named: Cli) -> None:
     out = named.done("exec", "--listen-fds", "@vm2:a", "@vm1:a", "--", *SHOW)
     assert {number: Path(link).name for number, link in shown(out).items()} == {3: "c", 4: "a"}
     named.fails(USAGE, "exec", "--listen-fds", "@vm2:a=5", "--", "true")
-    # Those of another set of descriptors are not CMD's.
+    # Variables for other descriptors are not passed to CMD.
     env = {**ENV, "LISTEN_FDS": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "x"}
     ran = named.done("exec", "0", "--", *program, env=env)
     assert json.loads(ran)[1:] == [None, None, None]
 
 
 def test_systemd_sees_them(cli: Cli) -> None:
-    """What sd_listen_fds(3) checks, by systemd's own program if it is here."""
+    """CMD's environment passes the checks of sd_listen_fds(3), in systemd's own program."""
     cli.done("add", "--listen", "127.0.0.1:0", "--name", "web")
     check = (
         "import os, socket; n = int(os.environ['LISTEN_FDS']); "
@@ -246,7 +246,7 @@ def test_take(named: Cli) -> None:
     # All of them or none.
     assert "FdNotFound" in named.fails(REFUSED, "exec", "--take", "@vm1:b", "@no", "--", "true")
     assert [name for _, name in names(named)] == ["vm2:a", "vm1:b"]
-    # A command that cannot be run gets nothing.
+    # Nothing is taken for a command that cannot be executed.
     for status, command in ((127, "no-such-program"), (127, ""), (126, os.devnull)):
         named.fails(status, "exec", "--take", "@vm1:b", "--", command)
     assert [name for _, name in names(named)] == ["vm2:a", "vm1:b"]
@@ -265,7 +265,7 @@ def test_take(named: Cli) -> None:
 def test_take_for_what_only_execve_refuses(
     named: Cli, tmp_path: Path, status: int, program: str, advice: str
 ) -> None:
-    """What was taken is stored again, with its name and in its fd set."""
+    """If execve(2) fails, taken descriptors are stored again, with name and fd set."""
     script = tmp_path / "script"
     script.write_text(program)
     script.chmod(0o700)
@@ -277,7 +277,7 @@ def test_take_for_what_only_execve_refuses(
 
 @pytest.mark.root
 def test_take_gives_back_what_it_took() -> None:
-    """Where one may not be removed, all stay, also one that was alone in its set."""
+    """If one descriptor may not be removed, all stay, also one that is alone in its set."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         path, policy = Path(folder, "q.sock"), Path(folder, "policy")
@@ -297,7 +297,7 @@ def test_take_gives_back_what_it_took() -> None:
 
 
 def test_rewind(named: Cli) -> None:
-    """All who have the descriptor share its position."""
+    """--rewind changes the file position, which all duplicates share."""
     cat = ("@vm1:a=0", "--", "cat")
     assert named.done("exec", *cat) == "content of a\n"
     assert named.done("exec", *cat) == ""
@@ -305,7 +305,7 @@ def test_rewind(named: Cli) -> None:
     with Pipe() as pipe:
         number = pipe.fileno()
         named.done("add", "--name", "pipe", "--fd", number, pass_fds=[number])
-        named.done("exec", "--rewind", "@pipe", "--", "true")  # has no position
+        named.done("exec", "--rewind", "@pipe", "--", "true")  # a pipe has no position
 
 
 def test_one_of_a_set(cli: Cli, files: list[Path]) -> None:
@@ -338,12 +338,12 @@ server.serve_forever()
 
 
 def test_a_server_restarts_without_losing_a_connection(cli: Cli) -> None:
-    """Clients that come while no server runs wait in the backlog of the socket."""
+    """Clients that connect while no server runs wait in the socket's backlog."""
     out = cli.done("add", "--listen", "127.0.0.1:0", "--name", "web")
     port = int(out.rpartition(":")[2])
     served = 0
     for _ in range(3):
-        with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:  # nobody serves
+        with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:  # no server runs
             client.sendall(b"GET / HTTP/1.0\r\n\r\n")
             argv = cli.argv("exec", "--listen-fds", "@web", "--", sys.executable, "-c", SERVER)
             with subprocess.Popen(argv, cwd=ROOT, env=ENV) as server:
@@ -386,7 +386,7 @@ def test_hold_ends_with_the_server(named: Cli, tmp_path: Path) -> None:
             assert process.wait(PATIENCE) == DONE
 
 
-# -- the words before and around the verb ------------------------------------------------------
+# -- options around the verb -------------------------------------------------------------------
 
 
 def test_options_before_the_verb(cli: Cli) -> None:

@@ -1,4 +1,4 @@
-"""What the service manager is told arrives, also where it cannot be told at first."""
+"""Notifications reach the service manager, also after failed attempts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ async def test_a_manager_that_is_restarted(path: Path, autojump_clock: MockClock
 
 
 async def test_a_manager_that_does_not_read(path: Path, autojump_clock: MockClock) -> None:
-    """Its queue is full (net.unix.max_dgram_qlen); the newest of each kind waits for room."""
+    """A full queue (net.unix.max_dgram_qlen): the newest message of each kind is sent later."""
     async with notifications() as told:
         with manager(path) as sock:
             for number in range(2000):
@@ -99,7 +99,7 @@ async def test_no_descriptor_for_a_socket(path: Path, autojump_clock: MockClock)
             assert received(sock) == ["READY=1", "WATCHDOG=1"]
             resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
             try:
-                told.tell("STATUS=full")  # the socket is open by now
+                told.tell("STATUS=full")  # the notifier's socket is open
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             assert received(sock) == ["STATUS=full"]

@@ -1,4 +1,4 @@
-"""``qmpfd push``: stored descriptors go into another server, a real QEMU too."""
+"""``qmpfd push``: copy stored descriptors to another server, also to a real QEMU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .command import NO_DAEMON, REFUSED, USAGE, Cli
 
 
 def test_push(cli: Cli, file: Path, tmp_path: Path) -> None:
-    """All of a set, the oldest first, with their texts, and nothing is removed here."""
+    """All descriptors of a set, the oldest first, with their texts; they stay stored here."""
     cli.add(file, os.O_WRONLY, 0, opaque="o\u20ac")
     to = tmp_path / "other.sock"
     with daemon_thread(to):
@@ -61,8 +61,8 @@ def test_push_what_cannot_be(cli: Cli, file: Path, tmp_path: Path) -> None:
 
 @contextmanager
 def _losing(path: Path, to: Path, request: int, *, executed: bool) -> Iterator[None]:
-    """A relay to another server that closes its first connection at the n-th request, without the
-    reply, or without the request.
+    """Run a relay to another server that closes its first connection at the request number
+    *request*, before or after the server has executed it.
     """
 
     def relay(most: int) -> None:
@@ -86,7 +86,7 @@ def _losing(path: Path, to: Path, request: int, *, executed: bool) -> Iterator[N
                     client.sendall(reply)
 
     def serve() -> None:
-        with suppress(OSError):  # nobody comes again
+        with suppress(OSError):  # no further connection
             relay(request)
             relay(sys.maxsize)
 
@@ -107,7 +107,7 @@ def _losing(path: Path, to: Path, request: int, *, executed: bool) -> Iterator[N
 def test_the_connection_is_lost_halfway(
     cli: Cli, file: Path, tmp_path: Path, request_: int, executed: bool
 ) -> None:
-    """Nothing stays there, and what others have there stays."""
+    """A lost connection leaves no pushed descriptors on the other server, and removes no others."""
     cli.add(file, os.O_WRONLY, 0, opaque="o")
     to, relay = tmp_path / "other.sock", tmp_path / "relay.sock"
     with daemon_thread(to), _losing(relay, to, request_, executed=executed):
@@ -119,7 +119,7 @@ def test_the_connection_is_lost_halfway(
         assert ran.returncode == NO_DAEMON
         assert "has closed the connection" in told
         after = there.done("ls", "--json")
-        if (request_, executed) == (3, True):  # it may be that of any other client of the relay
+        if (request_, executed) == (3, True):  # push cannot know that the descriptor is its own
             assert after != before
             assert "may be left of this" in told
         else:
@@ -127,7 +127,7 @@ def test_the_connection_is_lost_halfway(
 
 
 def qmp(wire: QemuWire, command: str, arguments: Any = None) -> Any:
-    """Carry out a command of a QEMU; what it returns."""
+    """Execute a command of a QEMU; return its value."""
     request = {"execute": command, **({"arguments": arguments} if arguments else {})}
     [line] = wire.call(json.dumps(request).encode())
     reply = json.loads(line)
@@ -137,14 +137,14 @@ def qmp(wire: QemuWire, command: str, arguments: Any = None) -> Any:
 
 @pytest.mark.qemu
 def test_push_to_qemu(cli: Cli, tmp_path: Path) -> None:
-    """QEMU opens the image that it could not have named, to read and to write, and closes it."""
+    """QEMU opens the pushed image read-only and read-write, and closes it."""
     image = tmp_path / "disk.img"
     image.write_bytes(b"boot sector".ljust(1 << 20, b"\0"))
     cli.add(image, os.O_RDONLY, opaque="rdonly:disk")
     cli.add(image, os.O_RDWR, 0, opaque="rdwr:disk")
     image.unlink()
-    # Who watches over the machine is connected all the time: QEMU up to 9.0 drops what nobody has
-    # opened when its last monitor connection ends.
+    # One client stays connected: up to version 9.0, QEMU drops unused descriptors when its last
+    # monitor connection ends.
     with start_qemu(2) as qemu, qemu.session(1) as wire:
         ran = cli("push", 0, "--to", qemu.paths[0], "--fdset", 5, "--json")
         assert json.loads(ran.stdout)["fdset-id"] == 5
@@ -166,7 +166,7 @@ def test_push_to_qemu(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.qemu
 def test_qemu_has_none_of_ours() -> None:
-    """What only qmpfd can do fails on a QEMU with its own words, and no traceback."""
+    """Verbs that need qmpfd's own commands fail on a QEMU with one line."""
     with start_qemu(2) as qemu:
         other = Cli(Path(qemu.paths[0]))
         text = "CommandNotFound: The command open-fdset has not been found"

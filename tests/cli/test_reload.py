@@ -1,4 +1,4 @@
-"""SIGHUP: whatever the policy file does, the daemon goes on, and ends when it is told to."""
+"""SIGHUP: whatever the policy file contains, the daemon serves on, and ends on SIGTERM."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers import Wire, daemon_process, value
 
 GOOD = b'[[rule]]\nuid = 12345\nallow = ["query"]\n'
 
-#: What a file can have in it that makes parsers and name services raise something of their own.
+#: Contents for which parsers and name services raise unusual exceptions.
 ODD = {
     "not UTF-8": b'[[rule]]\nuser = "caf\xe9"\nallow = []\n',
     "a NUL in a user's name": b'[[rule]]\nuser = "a\\u0000b"\nallow = []\n',
@@ -65,13 +65,13 @@ async def test_a_policy_path_that_is_odd(path: Path, tmp_path: Path, kind: str) 
 
 
 async def test_a_reload_that_hangs(path: Path, tmp_path: Path) -> None:
-    """A FIFO in the file's place is opened for ever: the next SIGHUP and SIGTERM are heard."""
+    """open(2) of a FIFO as policy file hangs: later SIGHUP and SIGTERM still work."""
     file = tmp_path / "policy.toml"
     file.write_bytes(GOOD)
     with daemon_process(path, "--policy", os.fspath(file)) as process:
         file.unlink()
         os.mkfifo(file)
-        for _ in range(50):  # more than there are threads in Trio's pool
+        for _ in range(50):  # more than Trio's limit of threads
             process.signal(signal.SIGHUP)
             with await Wire.session(path) as wire:
                 assert value(await wire.call("query-fdsets")) == []

@@ -1,4 +1,4 @@
-"""``qmpfd serve``: its options, its errors, and the descriptors that it starts with."""
+"""``qmpfd serve``: options, errors, and inherited descriptors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .command import USAGE, run
 
 
 def _fails(*words: str, pass_fds: Sequence[int] = (), env: dict[str, str] | None = None) -> str:
-    """What a daemon says that does not start: one line."""
+    """Run a daemon that must fail to start with one line; return that line."""
     ran = run("serve", *words, pass_fds=pass_fds, env={**os.environ, **(env or {})})
     assert (ran.returncode, ran.stdout) == (USAGE, ""), ran
     assert re.fullmatch(r"qmpfd[^\n]*: [^\n]+\n", ran.stderr), ran.stderr
@@ -69,7 +69,7 @@ BAD = {
     "option, bad", [(option, bad) for option, values in BAD.items() for bad in values]
 )
 def test_bad_values(option: str, bad: str, path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One line, which names the option, and exit status 2."""
+    """A bad value gives one line that names the option, and exit status 2."""
     status: int | str | None
     try:
         status = main(["serve", "--socket", str(path), f"{option}={bad}"])
@@ -135,8 +135,8 @@ async def test_options_reach_the_daemon(path: Path) -> None:
 
 
 async def test_add_fd(path: Path) -> None:
-    """In the sets before the first client is served, in the order given; the daemon has one
-    descriptor for each, and none of them twice.
+    """Descriptors of --add-fd are stored before the first client is served, in order; the daemon
+    has one descriptor for each.
     """
     with pipes(4) as made:
         a, b, c, unused = [pipe.fileno() for pipe in made]
@@ -160,7 +160,7 @@ async def test_add_fd(path: Path) -> None:
 
 
 def test_add_fd_that_was_not_passed(path: Path) -> None:
-    """Not inherited: closed, or close-on-exec and so one of the interpreter's own."""
+    """A number that was not inherited: closed, or one of the interpreter, with close-on-exec."""
     with Pipe() as pipe:
         said = _fails("--socket", str(path), "--add-fd", f"fd={pipe.fileno()},set=0")
         assert f"this process has not inherited descriptor {pipe.fileno()}" in said
@@ -174,7 +174,7 @@ def test_add_fd_that_was_not_passed(path: Path) -> None:
 
 
 def test_without_standard_streams(path: Path) -> None:
-    """No socket gets the number of one, where whatever is said would go into it."""
+    """With closed standard streams, no socket gets the number of one."""
     command = 'exec "$0" -m qmpfd serve --socket "$1" <&- >&- 2>&-'
     with subprocess.Popen(["sh", "-c", command, sys.executable, path], cwd=ROOT) as daemon:
         try:
@@ -189,7 +189,7 @@ def test_without_standard_streams(path: Path) -> None:
 
 
 def test_what_a_person_is_told(path: Path) -> None:
-    """On a terminal, how to end it; a service manager is not told."""
+    """On a terminal the log says how to end the daemon; for a service manager it does not."""
     master, slave = os.openpty()
     command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path)]
     with subprocess.Popen(command, cwd=ROOT, stderr=slave, stdin=subprocess.DEVNULL) as daemon:

@@ -1,4 +1,4 @@
-"""``qmpfd shell``: what can be typed, as a script and on a terminal."""
+"""``qmpfd shell``: its input, from a script and on a terminal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .command import DONE, NO_DAEMON, REFUSED, run, run_on_full_disk
 SCHEMA = Schema(schema(TABLE))
 
 
-# -- what is typed -----------------------------------------------------------------------------
+# -- parsing -----------------------------------------------------------------------------------
 
 
 def arguments_of(text: str) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def test_commands_as_words(path: Path, capfd: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.usefixtures("running")
 def test_bytes_that_no_one_meant(path: Path) -> None:
-    """No traceback, whatever comes through the pipe."""
+    """Any bytes from a pipe give no traceback."""
     lines = [b"\xff\xfe", b"add-fd opaque=\xff < /dev/null", b"add-fd < a\x00b", b"[[[", b"\x1b"]
     for line in [*lines, b"add-fd " * 1000, b'{"execute": "x", "id": ' + b"[" * 5000]:
         ran = subprocess.run(
@@ -294,7 +294,7 @@ def test_a_real_qemu(path: Path) -> None:
 
 
 class Terminal:
-    """A shell on a terminal of its own."""
+    """A shell that runs on a pseudo-terminal."""
 
     def __init__(self, master: int, process: subprocess.Popen[bytes]) -> None:
         self._master = master
@@ -305,10 +305,10 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def until(self, text: str) -> None:
-        """Read until that is on the screen, and forget what was before it."""
+        """Read the output up to *text*, and drop it."""
         while text.encode() not in self.seen:
             data = os.read(self._master, 4096)
-            if b"\x1b[6n" in data:  # where is the cursor?
+            if b"\x1b[6n" in data:  # query of the cursor position
                 os.write(self._master, b"\x1b[1;1R")
             self.seen += data
         self.seen = self.seen.partition(text.encode())[2]
@@ -330,7 +330,7 @@ def terminal(path: Path, home: Path, *, plain: bool) -> Iterator[Terminal]:
         )
     finally:
         os.close(slave)
-    ended = threading.Timer(PATIENCE, process.kill)  # then the read above fails
+    ended = threading.Timer(PATIENCE, process.kill)  # makes a hanging read fail
     ended.start()
     try:
         with process:
@@ -379,7 +379,7 @@ def test_on_a_terminal(path: Path, tmp_path: Path, plain: bool) -> None:
 
 @pytest.mark.usefixtures("running")
 def test_a_request_that_the_server_cannot_read_is_answered(path: Path) -> None:
-    """Its error has no id: there was none to be read."""
+    """The error for a request that the server cannot read has no id, and is shown."""
     twice: dict[Any, int] = {1: 0, "1": 0}  # both become the member "1"
     with BlockingClient(path, PATIENCE) as client, pytest.raises(GenericError, match="JSON parse"):
         client.execute("query-name", twice)

@@ -1,4 +1,4 @@
-"""``qmpfd status``: what is typed first when something is wrong; each thing that can be wrong."""
+"""``qmpfd status``: the state of a daemon, and each kind of failure."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .command import DONE, NO_DAEMON, REFUSED, run, run_as_nobody
 
 
 def status(path: Path, *words: str) -> tuple[int, str, str]:
-    """Its exit status, standard output, standard error."""
+    """Run the verb; return its exit status, standard output and standard error."""
     ran = run("status", "--socket", os.fspath(path), *words)
     assert ran.stderr.count("\n") == (ran.returncode != DONE), ran.stderr
     return ran.returncode, ran.stdout, ran.stderr
 
 
 def told(path: Path) -> dict[str, str]:
-    """What it tells, line by line, up to the table."""
+    """Return the lines before the table as a mapping."""
     found, out, _ = status(path)
     assert found == DONE
     lines = out.partition("\n\n")[0].splitlines()
@@ -85,7 +85,7 @@ def test_who_is_connected(path: Path) -> None:
 
 
 def test_a_name_that_would_disturb_the_terminal(path: Path) -> None:
-    """PR_SET_NAME (prctl(2)) takes any bytes."""
+    """A process name may have any bytes: PR_SET_NAME (prctl(2))."""
     before = Path("/proc/self/comm").read_bytes().strip()
     libc = ctypes.CDLL(None)
     with daemon_thread(path), BlockingClient(path, PATIENCE):
@@ -111,7 +111,7 @@ PEER = {
 
 
 def test_process_numbers_of_another_namespace(capsys: pytest.CaptureFixture[str]) -> None:
-    """We are not listed under our own number, so none of them means anything here."""
+    """The client is not listed under its own pid: the daemon is in another pid namespace."""
     _print_peers({"connections": 5, "peers": [PEER, {**PEER, "pid": 0}]})
     _, first, second = capsys.readouterr().out.strip().splitlines()
     assert first.split() == ["1", "4000000", "-", "3", "7s", "0s", "0", "no"]
@@ -126,7 +126,7 @@ def test_some_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.root
 def test_a_user_who_may_not_query_everything() -> None:
-    """What the daemon does not tell is not shown as 0."""
+    """Missing members of query-stats are not shown as 0."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         path, policy = Path(folder, "q.sock"), Path(folder, "policy")
@@ -161,7 +161,7 @@ def test_in_a_terminal(path: Path, columns: int) -> None:
 
 @pytest.mark.qemu
 def test_a_qemu() -> None:
-    """It has a query-stats of its own, about something else."""
+    """QEMU has an unrelated query-stats."""
     with start_qemu(1) as qemu:
         said = told(Path(qemu.paths[0]))
         assert said["server"].startswith("QEMU ")
@@ -203,7 +203,7 @@ def test_a_silent_one(path: Path) -> None:
 
 @pytest.mark.root
 def test_one_that_may_not_be_asked() -> None:
-    """The file's permissions, the policy, and a policy that lets in but does not let query."""
+    """No access: by file permissions, by the policy, or by a policy without the right to query."""
 
     def ask() -> tuple[int, str, str]:
         ran = run_as_nobody("status", "--socket", str(path))

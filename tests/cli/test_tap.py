@@ -1,4 +1,4 @@
-"""``qmpfd tap``: the lines between a client and a server, and the descriptors with them."""
+"""``qmpfd tap``: relay and print lines and descriptors between a client and a server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
 
 
 def test_tap(path: Path) -> None:
-    """All that a client says and gets passes through, also what it passes; nothing is left."""
+    """All lines and descriptors pass in both directions, and no descriptor is left."""
     listen = path.with_name("tap.sock")
     with daemon_process(path):
         command = [sys.executable, "-m", "qmpfd", "tap", os.fspath(listen), os.fspath(path)]

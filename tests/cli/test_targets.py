@@ -1,4 +1,4 @@
-"""How the command line names stored descriptors."""
+"""Targets: how the command line names stored descriptors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_where_nothing_is_handed_out(word: str) -> None:
 
 
 def test_a_name_that_ends_like_a_number() -> None:
-    """The name as a whole comes first; then descriptor 12 of the rest."""
+    """The whole word is tried as a name first, then as a name with a descriptor number."""
     first, second = target("@/dev/vfio/12").alternatives()
     assert first.selector == {"opaque": "/dev/vfio/12"}
     assert second.selector == {"opaque": "/dev/vfio", "fd": 12}

@@ -1,4 +1,4 @@
-"""``qmpfd watch``: events as they come."""
+"""``qmpfd watch``: prints events when they arrive."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .command import ENV, NO_DAEMON, Cli
 
 @contextmanager
 def watching(cli: Cli, *words: str) -> Iterator[Any]:
-    """``qmpfd watch``, as a process."""
+    """Run ``qmpfd watch`` as a process."""
     process = subprocess.Popen(
         cli.argv("watch", *words),
         cwd=ROOT,
@@ -37,7 +37,7 @@ def watching(cli: Cli, *words: str) -> Iterator[Any]:
     with process:
         try:
             with BlockingClient(cli.path, PATIENCE) as client:
-                # It says nothing before there is something to say.
+                # It prints nothing before the first event.
                 while not any(
                     each["name"] == "watch-fdsets"
                     for each in client.execute("query-stats")["commands"]
@@ -49,7 +49,7 @@ def watching(cli: Cli, *words: str) -> Iterator[Any]:
 
 
 def test_watch(cli: Cli, tmp_path: Path) -> None:
-    """Each event is there when it happens, though it goes into a pipe."""
+    """Each event is printed at once, also into a pipe."""
     with watching(cli) as process:
         number = cli.add(tmp_path / "file", os.O_RDWR, opaque="two\nlines")
         line = process.stdout.readline()
@@ -65,7 +65,7 @@ def test_watch(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_watch_as_json(cli: Cli, tmp_path: Path) -> None:
-    """One line each."""
+    """One line of JSON for each event."""
     with watching(cli, "--json") as process:
         number = cli.add(tmp_path / "file", os.O_RDWR, opaque="two\nlines")
         data = {"fdset-id": 0, "fd": number, "opaque": "two\nlines"}
@@ -88,7 +88,7 @@ def test_watch_is_interrupted(cli: Cli, number: signal.Signals, status: int) -> 
 
 
 def test_watch_when_nobody_reads_any_more(cli: Cli, tmp_path: Path) -> None:
-    """``qmpfd watch | head -1``: it ends with the next event, and says nothing."""
+    """``qmpfd watch | head -1`` ends silently with the next event."""
     with watching(cli, "--json") as process:
         process.stdout.close()
         cli.add(tmp_path / "file", os.O_RDWR)
@@ -130,7 +130,7 @@ def test_nobody_there(path: Path) -> None:
 
 
 def test_a_server_that_closes_each_connection(path: Path) -> None:
-    """It is not asked as fast as it can be: there is a pause before each further connection."""
+    """Watch waits before each reconnection."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
