@@ -21,7 +21,8 @@ MAX_REQUEST_BYTES = 1 << 20
 #: Bytes of one reply that our client accepts: a listing of 100,000 descriptors with long opaques.
 MAX_REPLY_BYTES = 256 << 20
 
-#: Bytes of memory for the incomplete requests of all connections together.
+#: Bytes of memory for the incomplete requests of all connections together; twice the size of one
+#: request, if that is more.
 MAX_INCOMPLETE_BYTES = 32 << 20
 
 #: Bytes of memory for the opaque texts of all users, and of each user except root and the daemon's

@@ -168,9 +168,10 @@ class Wire:
 
     async def send_all(self, data: bytes) -> None:
         """Send *data*, waiting while the socket's buffer is full."""
-        while data:
+        rest = memoryview(data)
+        while rest:
             try:
-                data = data[self.sock.send(data) :]
+                rest = rest[self.sock.send(rest) :]
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self.sock)
 

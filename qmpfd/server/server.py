@@ -76,7 +76,7 @@ class DaemonServer(Server):
             lifecycle=self.lifecycle,
             durability=self.durability,
             lock=lock,
-            input_budget=Budget(MAX_INCOMPLETE_BYTES),
+            input_budget=Budget(max(MAX_INCOMPLETE_BYTES, 2 * limits.max_request_bytes)),
             unsent_budget=Budget(MAX_UNSENT_BYTES),
             reader=Reader(self.lifecycle, lock, self.durability),
             gate=trio.Lock(),

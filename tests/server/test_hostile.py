@@ -37,6 +37,7 @@ from helpers import (
 from trio.testing import MockClock
 
 import qmpfd
+from qmpfd.limits import MAX_INCOMPLETE_BYTES
 
 
 async def test_huge_request(path: Path) -> None:
@@ -59,6 +60,21 @@ async def test_huge_request(path: Path) -> None:
             wire.send(fits, [made[1]])
             made[1].release()
             await remove(wire, value(await wire.reply()))
+
+
+async def test_a_large_request_that_is_permitted(path: Path) -> None:
+    """Larger than all incomplete requests together by default, and another client has begun one."""
+    most = MAX_INCOMPLETE_BYTES + (8 << 20)
+    text = b'{"execute": "remove-fds", "arguments": {"opaque": "%s"}}'
+    text %= b"x" * (most - len(text) - 100)
+    async with daemon(path, limits=qmpfd.Limits(max_request_bytes=most)):
+        with await Wire.session(path) as wire, await Wire.session(path) as other:
+            other.send(b'{"execute": "query-')
+            with trio.fail_after(PATIENCE):
+                await wire.send_all(text)
+                assert error(await wire.reply()) == "FdNotFound"
+            other.send(b'name"}')
+            assert await other.reply() == {"return": {}}
 
 
 async def test_request_of_almost_a_mebibyte(path: Path) -> None:
