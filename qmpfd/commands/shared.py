@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 from weakref import WeakValueDictionary
 
 from ..errors import GenericError
-from ..fdsets import PERMANENT, FdSet, FdSets, Lifetime, Peer, StoredFd
+from ..fdsets import PERMANENT, FdSets, Lifetime, Peer, StoredFd
 from ..kernel.close_pool import ClosePool
 from ..kernel.fd import Fd, InFlightProbe, peer_address
 from ..kernel.hangups import Hangups
@@ -53,8 +53,8 @@ class FdStoreMirror(Protocol):
     def check_quota(self, count: int, opaque: str | None) -> None:
         """Raise GenericError if the fd store has no room for *count* more descriptors."""
 
-    def added(self, fdset: FdSet, stored: StoredFd) -> None:
-        """Mirror *stored* before it is added to *fdset*; if this raises, it is not added."""
+    def added(self, stored: StoredFd) -> None:
+        """Mirror *stored* before it is added to its set; if this raises, it is not added."""
 
     def removed(self, stored: StoredFd) -> None:
         """Mirror the removal of *stored* from its set, before the descriptor is closed."""
@@ -203,7 +203,7 @@ class SharedState:
                     watched.append(stored)
             for stored in entries:
                 if mirror is not None:
-                    mirror.added(stored.fdset, stored)
+                    mirror.added(stored)
                     mirrored.append(stored)
         except BaseException:
             for stored in watched:

@@ -15,7 +15,7 @@ from helpers import Pipe, Wire, daemon, error, pipes, value
 import qmpfd
 from qmpfd.commands import TABLE, SharedState
 from qmpfd.commands.quotas import memory_size
-from qmpfd.fdsets import FdSet, Lifetime, Peer, StoredFd
+from qmpfd.fdsets import Lifetime, Peer, StoredFd
 from qmpfd.kernel.close_pool import ClosePool
 from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.kernel.hangups import Hangups
@@ -34,7 +34,7 @@ class FullMirror:
     def check_quota(self, count: int, opaque: str | None) -> None:
         """Permit everything: only the addition itself fails."""
 
-    def added(self, fdset: FdSet, stored: StoredFd) -> None:
+    def added(self, stored: StoredFd) -> None:
         assert not stored.removed
         if len(self.entries) == self.room:
             raise OSError("no room")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,7 +104,7 @@ def _with_readline(session: Session) -> Iterator[str]:
     try:
         import readline
     except ImportError:  # this Python lacks readline: input() without history and completion
-        yield from _typed(lambda: "")
+        yield from _typed()
         return
     history = _history_file("shell-history.readline")
     if history is not None:
@@ -114,41 +114,34 @@ def _with_readline(session: Session) -> Iterator[str]:
             history = None
     readline.set_history_length(_HISTORY)
     readline.set_completer_delims(" \t\n")
-    readline.set_completer(_completer(session, readline.get_line_buffer, readline.get_begidx))
     readline.parse_and_bind("tab: complete")
+
+    def complete(word: str, state: int) -> str | None:
+        found: list[str] = []
+        before = readline.get_line_buffer()[: readline.get_begidx()]
+        for text, meta in session.schema.complete(before + word):
+            found.append(text)
+            if text.endswith("="):
+                # readline appends a blank to a sole match: with a second match it does not.
+                found.append(f"{text}<{meta}>")
+        return found[state] if state < len(found) else None
 
     def show(text: str) -> None:
         # Print *text* above the line that is being typed, and draw that line again.
         sys.stdout.write(f"\r\x1b[K{text}\n{PROMPT}{readline.get_line_buffer()}")
         sys.stdout.flush()
 
+    readline.set_completer(complete)
     session.show = show
     try:
-        yield from _typed(readline.get_line_buffer)
+        yield from _typed()
     finally:
         readline.set_completer(None)
         if history is not None:
             readline.write_history_file(history)
 
 
-def _completer(
-    session: Session, buffer: Callable[[], str], begin: Callable[[], int]
-) -> Callable[[str, int], str | None]:
-    schema = session.schema
-
-    def complete(word: str, state: int) -> str | None:
-        found: list[str] = []
-        for text, meta in schema.complete(buffer()[: begin()] + word):
-            found.append(text)
-            if text.endswith("="):
-                # readline appends a blank to a single candidate: offer a second one.
-                found.append(f"{text}<{meta}>")
-        return found[state] if state < len(found) else None
-
-    return complete
-
-
-def _typed(buffer: Callable[[], str]) -> Iterator[str]:
+def _typed() -> Iterator[str]:
     text = ""
     while True:
         try:

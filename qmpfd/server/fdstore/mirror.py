@@ -23,7 +23,7 @@ from typing import NamedTuple
 import trio
 
 from ...errors import GenericError
-from ...fdsets import FdSet, FdSets, StoredFd
+from ...fdsets import FdSets, StoredFd
 from ...kernel.close_pool import ClosePool
 from ...kernel.fd import Fd, InFlightProbe
 from ...kernel.file_descriptions import Descriptions
@@ -161,7 +161,7 @@ class FdStoreMirror:
         except OSError as exc:
             raise GenericError(f"The file descriptor cannot be kept safe: {exc.strerror}") from None
 
-    def added(self, fdset: FdSet, stored: StoredFd) -> None:
+    def added(self, stored: StoredFd) -> None:
         """Mirror a stored descriptor, unless its lifetime ends with its connection."""
         if not self._refusal and stored.lifetime.owner is None:
             name = self._kept.keep(stored.fd.number, stored.fd)
