@@ -1,4 +1,4 @@
-"""``make bench``: every figure comes out, and every reply was right.  Never how long it took."""
+"""``make bench``: all figures are measured, and all replies are valid.  No times are checked."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from benchmark.report import as_json, goals_page, tell, tell_goals
 from benchmark.servers import KINDS, OTHER, SAME, missing, placement
 from benchmark.waits import attacks
 
-#: As little as there can be of everything.
+#: Options for the smallest run.
 _SMALL = ["--quick", "--rounds=1", "--commands=100", "--stored=300", "--clients=4", "--attacks=2"]
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the bench, as a person would."""
+    """Run the benchmark as a process."""
     command = [sys.executable, str(ROOT / "scripts" / "bench.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """What a small run says, for programs; and for people, under ``text``."""
+    """JSON of a small run, with the tables as ``text``."""
     absent = missing()
     if absent and os.environ.get("QMPFD_REQUIRE_PEERS"):
         pytest.fail(f"missing: {absent}")
@@ -59,7 +59,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
 
 @pytest.mark.slow
 def test_every_figure_comes_out(report: Mapping[str, Any]) -> None:
-    """Each server has one run of each work that it can do; the client has checked the replies."""
+    """Each server has one run of each work that it supports; the client has checked the replies."""
     there = [name for name in KINDS if name not in missing()]
     scale = Scale(1, 0, 100, (0, 300), (4,), 1, 1000, 300, 2, 0)
     expected = {
@@ -85,7 +85,7 @@ def test_every_figure_comes_out(report: Mapping[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_every_goal_is_told(report: Mapping[str, Any]) -> None:
-    """Nothing is left unknown but what a missing peer, or a second CPU, would tell."""
+    """Only goals that need a missing peer, or a second CPU, are unknown."""
     if not missing() and OTHER in placement():
         assert None not in [goal["met"] for goal in report["goals"]]
     text = report["text"]
@@ -97,7 +97,7 @@ def test_every_goal_is_told(report: Mapping[str, Any]) -> None:
 
 
 def run(microseconds: float) -> Run:
-    """A run of a hundred commands that took so long each."""
+    """Return a run of a hundred commands of *microseconds* each."""
     nanoseconds = int(microseconds * 1000)
     return Run(100, nanoseconds * 100, nanoseconds * 100, 10**9, 1, 2, 3, 4)
 
@@ -106,7 +106,7 @@ SCALE = Scale(3, 100, 100, (0, 15000), (50,), 1, 1000, 10000, 0, 0)
 
 
 def test_a_ratio_is_the_median_of_the_rounds() -> None:
-    """A round in which the machine was busy does not count."""
+    """The median ignores a round in which the machine was busy."""
     mine, its = Cell("qmpfd", 0, "pair"), Cell("loop", 0, "pair")
     results = Results({mine: [run(10), run(90), run(12)], its: [run(5), run(5), run(4)]})
     assert results.ratio(mine, its, lambda r: r.cpu_us) == 3
@@ -114,7 +114,7 @@ def test_a_ratio_is_the_median_of_the_rounds() -> None:
 
 
 def test_a_goal_is_met_or_not_or_not_known() -> None:
-    """At most so much; and not known without the peer that it compares with."""
+    """A goal is met up to its bound, and unknown without its peer."""
     assert Goal("x", 6, 6).met
     assert not Goal("x", 6, 6.1).met
     assert Goal("x", 10, None).met is None
@@ -124,7 +124,7 @@ def test_a_goal_is_met_or_not_or_not_known() -> None:
 
 
 def test_each_goal_compares_runs_of_one_shape_and_place() -> None:
-    """With all servers equally fast, each ratio to another server is one."""
+    """With equally fast servers, each ratio of two servers is 1."""
     plan = cells(SCALE, list(KINDS), [SAME, OTHER])
     found = goals(Results({cell: [run(10)] for cell in plan}), SCALE)
     ratios = [goal for goal in found if " / " in goal.what]
@@ -133,7 +133,7 @@ def test_each_goal_compares_runs_of_one_shape_and_place() -> None:
 
 
 def test_the_page_has_the_goals_of_the_last_figures() -> None:
-    """``make figures`` writes both; neither is changed by hand."""
+    """``make figures`` writes page and figures together."""
     figures = json.loads((ROOT / "docs/bench/results.json").read_bytes())
     found = [Goal(g["what"], g["wanted"], g["measured"], g["unit"]) for g in figures["goals"]]
     page = (ROOT / "docs/performance.md").read_text()
@@ -141,7 +141,7 @@ def test_the_page_has_the_goals_of_the_last_figures() -> None:
 
 
 def test_a_dot_plot_names_its_figures() -> None:
-    """As text, also for who does not see it."""
+    """A dot plot has its values as text, for screen readers."""
     rows = [Row("1 x 1", {"qmpfd": 20, "loop": 2.25}), Row("1 x 8", {"qmpfd": 10})]
     picture = ElementTree.fromstring(dot_plot("CPU & time", "us", rows))
     assert picture.attrib["aria-label"] == "CPU & time"
@@ -150,7 +150,7 @@ def test_a_dot_plot_names_its_figures() -> None:
 
 
 def test_without_peers_there_is_still_a_table() -> None:
-    """What is missing is a dash, and no goal about it is known."""
+    """Without peers, their figures are dashes, and their goals unknown."""
     plan = cells(SCALE, ["qmpfd"], [SAME])
     results = Results({cell: [run(10)] for cell in plan}, {"qmpfd": {}})
     found = goals(results, SCALE)
@@ -162,7 +162,7 @@ def test_without_peers_there_is_still_a_table() -> None:
 
 
 def test_pairs_alone_have_goals_of_their_own() -> None:
-    """Nothing is stored, so nothing else is measured, and nothing else is asked for."""
+    """``--pairs`` measures and judges only pairs of add-fd and remove-fd."""
     scale = Scale(3, 100, 100, (0,), (20,), 0, 0, 0, 0, 0)
     plan = cells(scale, ["trio", "qmpfd"], [SAME])
     assert {cell.work for cell in plan} == {"pair"}
@@ -170,7 +170,7 @@ def test_pairs_alone_have_goals_of_their_own() -> None:
 
 
 def test_a_peer_does_only_what_it_can() -> None:
-    """QEMU serves one client a monitor; s6-fdholderd takes one command at a time."""
+    """QEMU serves one client on a monitor; s6-fdholderd takes one command at a time."""
     plan = cells(SCALE, list(KINDS), [SAME])
     assert {cell.clients for cell in plan if cell.server == "qemu"} == {1}
     assert {cell.in_flight for cell in plan if cell.server == "s6"} == {1}
@@ -178,28 +178,28 @@ def test_a_peer_does_only_what_it_can() -> None:
 
 
 def test_the_path_of_an_add_fd_goes_through_the_floors() -> None:
-    """Counted are calls into the package, from the connection's task down to the store."""
+    """The trace has the calls into the package, from the connection's task to the store."""
     found = walk()
     assert {call.file.split("/")[0] for call in found.calls} >= {"server", "commands", "fdsets"}
     assert found.steps >= 1
 
 
 def test_a_change_of_file_is_a_call_into_another_one() -> None:
-    """Several calls into one file in a row are none."""
+    """Consecutive calls into one file are no change of file."""
     calls = tuple(Call(file, "f") for file in ("a", "a", "b", "a", "c", "c"))
     assert Walk(calls, 1).changes == 3
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nginx"], ["--rounds", "many"]])
 def test_bad_usage(arguments: list[str]) -> None:
-    """It says so, and does nothing."""
+    """Bad options give an error, and no run."""
     done = bench(*arguments)
     assert done.returncode == 2
     assert "usage:" in done.stderr
 
 
 def test_parts_are_documented() -> None:
-    """Each file of the bench begins with what it is for."""
+    """Each file of the benchmark begins with a description."""
     for file in (ROOT / "scripts" / "benchmark").iterdir():
         if file.suffix in (".py", ".c", ".h"):
             assert file.read_text().startswith(('"""', "/* ")), Path(file).name

@@ -1,4 +1,4 @@
-"""The documentation: its examples do what it says, and its reference says what the daemon does."""
+"""The documentation: its examples work, and its reference is complete."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ else:
         importlib.import_module, ("command_line", "generate", "wire")
     )
 
-#: Pages whose examples another test runs.
+#: Pages whose examples another test file runs.
 _ELSEWHERE = {"howto/testing.md"}
 
 PAGES = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md"))}
 
 
 def has_examples(page: Path) -> bool:
-    """Whether there is anything on it to be run."""
+    """Return whether a page has examples that are run."""
     return any(
         b.language in ("console", "json") and not b.not_run for b in blocks(page.read_text())
     )
@@ -69,7 +69,7 @@ def test_the_examples(name: str, tmp_path: Path) -> None:
 
 
 def test_the_python_examples_have_types(tmp_path: Path) -> None:
-    """As a reader's own mypy, strict, has it."""
+    """The Python examples pass mypy --strict."""
     examples = []
     for name, page in {**PAGES, "README.md": ROOT / "README.md"}.items():
         for block in blocks(page.read_text()):
@@ -97,10 +97,10 @@ def test_every_program_is_used(name: str) -> None:
     assert unused_files(PAGES[name]) == []
 
 
-# -- what is generated -------------------------------------------------------------------------
+# -- generated parts ---------------------------------------------------------------------------
 
 OLDEST = (3, 11)
-"""The Python that `make reference` is run with: the oldest that is supported."""
+"""The oldest supported Python, with which `make reference` must be run."""
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -112,14 +112,14 @@ def test_what_is_generated_is_not_stale(name: str) -> None:
 
 
 def words_of_a_page(text: str) -> list[str]:
-    """The words of a page in Markdown, without its title and where its links lead."""
+    """Return the words of a Markdown page without title and link targets."""
     for markup in (r"(?s)\A#.*?\n|<!--.*?-->", r"(?m)^```.*$", r"\]\([^)]*\)", r"\\"):
         text = re.sub(markup, "", text)
     return re.findall(r"\w+", text.casefold())
 
 
 def words_of_a_manual_page(text: str) -> list[str]:
-    """The words between its name and those of its authors."""
+    """Return the words of a manual page between its name and its authors."""
     text = text.partition("\n.SH NAME\n")[2].partition("\n")[2].partition("\n.SH Author\n")[0]
     assert "\n.TS\n" not in text, "a definition list fits a terminal better than a table"
     text = re.sub(r"(?m)^\.(SH|SS|B) |^\..*$", "", text)
@@ -170,11 +170,11 @@ def test_every_verb_and_option_is_there() -> None:
                     assert re.search(rf"`{option}[ `]", section), f"{verb} {option}"
 
 
-# -- what is written beside the table: rights and errors ---------------------------------------
+# -- rights and errors of commands -------------------------------------------------------------
 
 
 def arguments_of(command: str) -> dict[str, Any]:
-    """Arguments with which a command gets as far as its check of rights."""
+    """Return arguments that pass all checks before the check of rights."""
     known: dict[str, dict[str, Any]] = {
         "remove-fd": {"fdset_id": 0},
         "open-fdset": {"fdset_id": 0},
@@ -187,18 +187,18 @@ def arguments_of(command: str) -> dict[str, Any]:
 
 
 class Negotiated:
-    """The protocol state of a connection, as far as commands touch it."""
+    """The part of a connection that commands use."""
 
     def __init__(self) -> None:
         self.fds_to_close: list[Fd] = []
 
     def negotiate(self, capabilities: list[str]) -> None:
-        """Nothing is asked of it here."""
+        """Do nothing."""
 
 
 @contextmanager
 def context_with(*rights: Right) -> Iterator[Context]:
-    """A connection whose peer has these rights, and has sent a descriptor."""
+    """Yield the context of a connection whose peer has *rights*, and has sent a descriptor."""
     daemon = SharedState("spec", Limits(), lambda: 0.0, lambda: None, TABLE, ClosePool(), Hangups())
     daemon.add([Fd(os.dup(0))], 0, create=True)
     connection: Any = Negotiated()

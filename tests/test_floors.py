@@ -14,7 +14,7 @@ import qmpfd
 
 PACKAGE = Path(qmpfd.__file__).parent
 
-#: From the bottom.  What stands on one floor does not import each other.
+#: Layers from the bottom; modules of one layer do not import each other.
 FLOORS = [
     {"errors", "limits", "patterns", "_version", "supervisor"},
     {"kernel", "policy"},
@@ -28,8 +28,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
-#: Where Trio is known.
-#: Those that import it in cli/: no verb that has to start fast.
+#: Modules of cli/ that may import Trio: none of a verb that must start fast.
 TRIO_IN_CLI = {"cli.daemon", "cli.notifications", "cli.spare_keeper", "cli.tapping"}
 TRIO = {"transport", "client", "server", "testing", *TRIO_IN_CLI}
 
@@ -43,7 +42,7 @@ def tree(module: str) -> ast.Module:
 
 
 def imports(module: str) -> Iterator[str]:
-    """Every module that *module* imports, at its top or anywhere, for the type checker or not."""
+    """Yield every module that *module* imports, anywhere, also for the type checker only."""
     package = ["qmpfd", *module.split(".")[:-1]]
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
@@ -58,12 +57,12 @@ def imports(module: str) -> Iterator[str]:
 
 
 def room(module: str) -> str:
-    """The folder or file directly under the package."""
+    """Return the folder or file directly under the package."""
     return module.split(".", maxsplit=1)[0]
 
 
 def own(module: str) -> set[str]:
-    """The rooms of the package that *module* imports from."""
+    """Return the folders and files of the package that *module* imports from."""
     names = {name.removeprefix("qmpfd.") for name in imports(module) if name.startswith("qmpfd.")}
     return {room(name) for name in names}
 
@@ -95,7 +94,7 @@ def test_trio_on_the_top_floors_only(module: str) -> None:
 
 
 def test_a_restart_opens_nothing_before_the_numbers_are_given() -> None:
-    """Importing ctypes, as Trio does, leaves a descriptor open since Python 3.14."""
+    """Since Python 3.14, the import of ctypes, as by Trio, leaves a descriptor open."""
     program = """
 import sys
 import qmpfd.cli.serve, qmpfd.cli.logs, qmpfd.cli.supervise, qmpfd.cli.takeover
@@ -109,7 +108,7 @@ assert {"ctypes", "trio"} <= sys.modules.keys()
 
 
 def test_trio_is_where_we_say() -> None:
-    """Or else the test above looks at nothing."""
+    """The modules named above do import Trio: else the test before would check nothing."""
     users = {module for module in MODULES if "trio" in imports(module)}
     assert {room(module) for module in users} | TRIO_IN_CLI == {*TRIO, "cli"}
 
@@ -125,7 +124,7 @@ def calls_of_os_close(module: str) -> list[int]:
     return lines
 
 
-#: The calls in each: that of one descriptor, and in kernel.fd that of consecutive ones as well.
+#: Numbers of calls of close(2) and close_range(2) in each module.
 #: ``supervisor`` is a program of its own, which imports nothing of the package.
 CLOSES = {"kernel.fd": 2, "supervisor.store": 1}
 
@@ -142,7 +141,7 @@ def test_that_place_is_one(module: str) -> None:
 
 @pytest.mark.parametrize("module", [module for module in inner if room(module) == "supervisor"])
 def test_the_supervisor_stands_alone(module: str) -> None:
-    """It must be small, and nothing of the rest may be what it dies of."""
+    """The supervisor imports nothing of the package: a fault there must not end it."""
     assert own(module) <= {"supervisor"}
     tops = {name.split(".")[0] for name in imports(module)} - {"qmpfd"}
     assert not tops & {"json", "argparse", "threading", "subprocess", "logging", "re"}
@@ -164,7 +163,7 @@ def test_the_middle_does_no_io(module: str) -> None:
 
 
 def module_imports(module: str) -> set[str]:
-    """The modules of the package that *module* imports, those for the type checker too."""
+    """Return the modules of the package that *module* imports, also for the type checker only."""
     found = set()
     package = ["qmpfd", *module.split(".")[:-1]]
     for node in ast.walk(tree(module)):
@@ -178,7 +177,7 @@ def module_imports(module: str) -> set[str]:
 
 
 def circles(edges: dict[str, set[str]]) -> list[str]:
-    """What is left when everything that imports nothing else is taken away, again and again."""
+    """Return the modules in import cycles: those left after removing leaves repeatedly."""
     edges = {name: needed & set(edges) for name, needed in edges.items()}
     while True:
         leaves = {name for name, needed in edges.items() if not needed & set(edges)}
@@ -189,30 +188,30 @@ def circles(edges: dict[str, set[str]]) -> list[str]:
         edges = {n: needed - free for n, needed in edges.items() if n not in free}
 
 
-#: What still has to be untangled; this list only ever gets shorter.
+#: Known import cycles; this set may only shrink.
 KNOWN_CIRCLES: set[str] = set()
 
 
 def test_no_circle_between_modules() -> None:
-    """Imports for the type checker counted: a circle there is one in the head of the reader.
+    """There is no import cycle, imports for the type checker included.
 
-    A package's ``__init__`` shows the names of its modules, and so is no part of a circle.
+    A package's ``__init__`` does not count: it only exports names of its modules.
     """
     edges = {m: module_imports(m) for m in inner if not m.endswith("__init__")}
     assert set(circles(edges)) == KNOWN_CIRCLES
 
 
 def folder(module: str) -> str:
-    """The folder of a module; a file directly under the package is a room of its own."""
+    """Return the folder of a module; a file directly under the package counts as a folder."""
     return module.rpartition(".")[0] or module
 
 
-#: Likewise, between folders.
+#: Known import cycles between folders; this set may only shrink.
 KNOWN_FOLDER_CIRCLES: set[str] = set()
 
 
 def test_no_circle_between_folders() -> None:
-    """A folder and the one that it stands in count as one room with an alcove."""
+    """There is no import cycle between folders; a folder and its parent count as one."""
     edges: dict[str, set[str]] = {}
     for module in inner:
         here = folder(module)

@@ -1,4 +1,4 @@
-"""The pages that people read: their links, the names in them, and their words."""
+"""The pages of the documentation: links, names and words."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 
 
 def prose(text: str) -> str:
-    """A page without its examples, comments and names in backquotes; as long as it was, line by
-    line, so that a place in it is a place in the page.
+    """Return a page with examples, comments and names in backquotes replaced by blanks: positions
+    are those of the page.
     """
     for pattern in (_CODE, _COMMENT, _INLINE):
         text = pattern.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
@@ -40,14 +40,14 @@ def prose(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """What a link can name on a page: its headings, as GitHub and MyST spell them."""
+    """Return the anchors of a page: its headings, as GitHub and MyST spell them."""
     headings = re.findall(r"^#+ (.+)$", _CODE.sub("", text), re.MULTILINE)
     plain = (_LINK.sub(r"\1", heading).replace("`", "").lower() for heading in headings)
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
 
 
 def links(name: str) -> list[str]:
-    """Where the links of a page lead."""
+    """Return the targets of a page's links."""
     return [target for _, target in _LINK.findall(_CODE.sub("", TEXTS[name]))]
 
 
@@ -85,7 +85,7 @@ def test_dead_links_of_the_built_pages_are_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_files_that_are_named_exist(name: str) -> None:
-    """From the root, or from a folder that the page has named before."""
+    """Named files exist, below the root or a folder that the page has named before."""
     folders = [ROOT / name for name in ("", "qmpfd", "qmpfd/server", "scripts", "tests/faults")]
     named = re.findall(
         r"`((?:[\w.-]+/)*(?:test_\w+\.py|\w+/|\w+\.py))`", _CODE.sub("", TEXTS[name])
@@ -103,8 +103,8 @@ def test_targets_of_make_exist(name: str) -> None:
 
 # -- words ---------------------------------------------------------------------------------------
 
-#: Terms that a reader need not know: a page that uses one links to its entry.  (Not those below
-#: reference/, of which manual pages are made.)
+#: Terms of the glossary: a page that uses one must link to its entry, except pages in reference/,
+#: which become manual pages.
 EXPLAINED = (
     "barrier",
     "dialect",
@@ -120,7 +120,7 @@ EXPLAINED = (
     "worker",
 )
 
-#: Words of the program's inside, and riddles, with what a page says instead.
+#: Words that pages may not use, and what they use instead.
 PRIVATE = {
     r"newcomers?": "the new daemon",
     r"keepers?": "the fd store, the parent, systemd",

@@ -1,4 +1,4 @@
-"""Shell patterns, tried all at once: what fnmatch says of each of them."""
+"""Shell patterns, matched all at once, with the results of fnmatch for each."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ TEXT = st.text("ab*?[]!-\\\n\N{EURO SIGN}", max_size=6)
 @given(st.lists(TEXT, max_size=5), st.lists(TEXT, min_size=1, max_size=5))
 def test_as_fnmatch(patterns: list[str], texts: list[str]) -> None:
     made = Patterns(patterns)
-    for text in texts * 2:  # the second time from memory
+    for text in texts * 2:  # the second time from the cache
         assert made.match(text) == any(fnmatchcase(text, pattern) for pattern in patterns)
 
 
 @pytest.mark.parametrize("form", ["vm{}:*", "*:disk{}", "vm{}", "*x{}*", "v?{}:[ab]*", "*{}??-"])
 def test_each_text_is_matched_once(form: str) -> None:
-    """Three hundred patterns and fifteen thousand texts, as often as somebody asks."""
+    """300 patterns and 15,000 texts: each text is matched once for any number of queries."""
 
     class Counting(Patterns):
         __slots__ = ("matched",)
@@ -42,7 +42,7 @@ def test_each_text_is_matched_once(form: str) -> None:
 
 
 class _Counting:
-    """A regular expression that counts how often it is tried."""
+    """A regular expression that counts its matches."""
 
     def __init__(self, expression: Any) -> None:
         self._expression = expression
@@ -57,7 +57,7 @@ class _Counting:
     "form", ["vm*:disk{}", "*vm*-{}", "vm*-disk{}-*", "[v-z]*/disk{}/*", "v?*disk{}-?", "*k{}"]
 )
 def test_wildcards_inside(form: str) -> None:
-    """Of three hundred expressions, few are tried for each of the texts, or none."""
+    """Of 300 expressions, few or none are tried for a text."""
     made = Patterns(form.format(n) for n in range(300))
     counting = [_Counting(each) for each in (*made._ends.values(), made._others) if each]
     made._ends = dict(zip(made._ends, counting, strict=False))  # type: ignore[arg-type]

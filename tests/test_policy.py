@@ -1,4 +1,4 @@
-"""Who may connect, and do what: the rules, in a daemon and on their own, and how they change."""
+"""The policy: who may connect and do what; its file; and changes of it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from qmpfd.limits import MAX_POLICY_BYTES
 from qmpfd.policy import RIGHTS, Access, BadPolicy, Grant, Policy, is_owner, load_policy
 
 NOBODY = 65534
-#: A group that nobody is a member of.
+#: A group without members.
 GROUP = 54321
 
-#: Run as somebody else: sends commands with descriptors or without, and prints what comes back.
+#: Program that changes its user, sends commands with or without descriptors, and prints replies.
 CLIENT = """
 import array, json, os, socket, sys
 path, uid, gid, groups, calls = json.loads(sys.argv[1])
@@ -52,7 +52,7 @@ CAPABILITIES: Call = ("qmp_capabilities", {}, 0)
 async def _ask(
     path: Path, *calls: Call, uid: int = NOBODY, gid: int = NOBODY, groups: tuple[int, ...] = ()
 ) -> list[dict[str, Any]]:
-    """What the daemon says to that user: its greeting, then the replies."""
+    """Send commands as another user; return the greeting and the replies."""
     told = json.dumps([os.fspath(path), uid, gid, groups, calls])
     command = [sys.executable, "-S", "-E", "-c", CLIENT, told]
     run = partial(
@@ -69,7 +69,7 @@ async def _ask(
 
 @pytest.fixture
 def open_path() -> Iterator[Path]:
-    """A path that every user can get to."""
+    """Path in a folder that every user can enter."""
     folder = Path(tempfile.mkdtemp(prefix="qmpfd-"))
     folder.chmod(0o755)
     yield folder / "q.sock"
@@ -121,7 +121,7 @@ async def test_who_a_rule_is_for(who: str, admitted: bool, open_path: Path) -> N
 
 @pytest.mark.root
 async def test_more_groups_than_fit(open_path: Path) -> None:
-    """Python's getsockopt has room for 256 of them."""
+    """More than 256 groups, the size of Python's getsockopt buffer for SO_PEERGROUPS."""
     policy = _policy(open_path.parent, f'[[rule]]\ngid = {GROUP}\nallow = ["query"]\n')
     async with daemon(open_path, socket_mode=0o666, policy=policy):
         groups = (*range(10_000, 10_900), GROUP)
@@ -138,7 +138,7 @@ async def test_root_and_ourselves_may_everything(path: Path, tmp_path: Path) -> 
 
 
 def qmpfd_session(path: Path) -> Any:
-    """A session that is closed at the end."""
+    """Return a session, closed at the end."""
 
     class _Session:
         async def __aenter__(self) -> Wire:
@@ -151,7 +151,7 @@ def qmpfd_session(path: Path) -> Any:
     return _Session()
 
 
-# -- what --------------------------------------------------------------------------------------
+# -- rights ------------------------------------------------------------------------------------
 
 #: A command, its arguments, its descriptors, and the right that it needs.
 NEEDS: dict[str, tuple[Call, str]] = {
@@ -175,7 +175,7 @@ NEEDS: dict[str, tuple[Call, str]] = {
 @pytest.mark.root
 @pytest.mark.parametrize("rights, uids", [(["query"], {NOBODY}), (["query", "admin"], {0, NOBODY})])
 async def test_who_sees_whom(rights: list[str], uids: set[int], open_path: Path) -> None:
-    """Who may end the daemon is told of all clients, others of their own user's."""
+    """A client with the right to quit sees all peers; others see those of their own uid."""
     policy = _policy(open_path.parent, f"[[rule]]\nuid = {NOBODY}\nallow = {rights}\n")
     running = daemon(open_path, socket_mode=0o666, policy=policy)
     async with running, qmpfd_session(open_path):
@@ -187,11 +187,11 @@ async def test_who_sees_whom(rights: list[str], uids: set[int], open_path: Path)
 @pytest.mark.root
 @pytest.mark.parametrize("call, right", NEEDS.values(), ids=NEEDS)
 async def test_each_command_needs_its_right(call: Call, right: str, open_path: Path) -> None:
-    """With all others it is refused, and names the one; with that one alone it is done."""
+    """A command fails without its right, which the error names, and works with that right alone."""
     everything = sorted(RIGHTS - {right}), [right]
     for allow in everything:
         rule = f"[[rule]]\nallow = {json.dumps(allow)}\n"
-        if allow == ["add"] and call[1]:  # who may not query what is in a set needs it named
+        if allow == ["add"] and call[1]:  # without the right to query, the rule must name the set
             rule += "fdsets = [0]\n"
         policy = _policy(open_path.parent, rule)
         async with daemon(open_path, socket_mode=0o666, policy=policy):
@@ -207,7 +207,7 @@ async def test_each_command_needs_its_right(call: Call, right: str, open_path: P
 
 
 async def test_a_refused_quit_ends_nothing(path: Path) -> None:
-    """What is pipelined behind it is carried out, and so is what comes later."""
+    """After a refused quit, pipelined and later commands are executed."""
     async with daemon(path) as server:
         with await Wire.session(path) as wire, Pipe() as pipe:
             [session] = server.sessions
@@ -251,7 +251,7 @@ async def test_what_may_not_be_queried_is_not_shown(open_path: Path) -> None:
 async def test_an_opaque_text_is_not_shown_either(
     command: str, right: str, query: bool, open_path: Path
 ) -> None:
-    """By a command that names the descriptor by its set, for which its own right is enough."""
+    """A command that names the set does not reveal the opaque text without the right to query."""
     allow = json.dumps([right, *(["query"] if query else [])])
     policy = _policy(open_path.parent, f"[[rule]]\nallow = {allow}\n")
     async with daemon(open_path, socket_mode=0o666, policy=policy):
@@ -363,7 +363,7 @@ BAD = {
     "a carriage return": ("a = 1\rb = 2", ""),
 }
 
-#: What is wrong, the line, and what would be right.
+#: Errors: the text, its line, and the correction that the message suggests.
 TOLD = {
     "right": ("allow = ['query']\n[[rule]]\nuid = 1\nallow = ['opne']", 5, "query, open, add"),
     "member": ("allow = []\nusr = 'x'", 3, "user, uid, group, gid, fdsets, opaque"),
@@ -399,7 +399,7 @@ def test_a_path_that_cannot_be_opened(name: bytes, tmp_path: Path) -> None:
 def test_whatever_the_name_service_raises(
     raised: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An NSS module is code of others: sssd, LDAP, systemd-userdb."""
+    """NSS modules, such as sssd, LDAP and systemd-userdb, may raise anything."""
 
     def getpwnam(name: str) -> pwd.struct_passwd:
         raise raised
@@ -413,7 +413,7 @@ def test_whatever_the_name_service_raises(
 
 
 def test_the_overflow_uid_is_nobodys_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a user namespace where ids are not mapped, everybody has it, the daemon too."""
+    """Without a uid map, every user has the overflow uid, the daemon's own user too."""
     overflow = int(Path("/proc/sys/kernel/overflowuid").read_text())
     for own, theirs, expected in [
         (overflow, overflow, False),
@@ -455,7 +455,7 @@ def test_a_daemon_with_a_bad_file_does_not_start(tmp_path: Path) -> None:
 
 @pytest.mark.root
 async def test_sighup(open_path: Path) -> None:
-    """It is read again, for those who are connected too; a bad one changes nothing, and says so."""
+    """SIGHUP reloads the policy, also for connected clients; an invalid one is only logged."""
     file = open_path.parent / "policy.toml"
     good = '[[rule]]\nallow = ["query"]\n'
     file.write_text(good)
@@ -529,7 +529,7 @@ def rules(tmp_path: Path) -> str:
 
 
 def test_check_policy(rules: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Which rule gives what to whom; and to one user."""
+    """The output lists the grants of each rule, or those of one user."""
     first = "open, query; in fd sets 0, 3; with opaque text like vm1:* or vm2:*"
     whole = (
         f"{rules} is a valid policy\n"

@@ -1,4 +1,4 @@
-"""The public names: one list, three places, and each of them documented."""
+"""The public names: three equal lists, and documentation for each name."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import pytest
 
 import qmpfd
 
-#: What Trio's nursery.start gives by itself.
+#: Parameters that callers do not pass.
 CONVENTIONS = {"self", "cls", "task_status"}
 
 NAMES = sorted(set(qmpfd.__all__) - {"__version__"})
 
 
 def typing_imports(package: ModuleType) -> dict[str, str]:
-    """What the type checker sees: names and the modules that they are imported from."""
+    """Return the imports for the type checker: names and their modules."""
     assert package.__file__ is not None
     found: dict[str, str] = {}
     for node in ast.parse(Path(package.__file__).read_text()).body:
@@ -42,7 +42,7 @@ def typing_imports(package: ModuleType) -> dict[str, str]:
 
 
 def lazy_packages() -> list[ModuleType]:
-    """Those that load a name when it is first used."""
+    """Return the packages that load names on first use."""
     names = [m.name for m in pkgutil.iter_modules(qmpfd.__path__, "qmpfd.") if m.ispkg]
     return [p for p in map(importlib.import_module, ["qmpfd", *names]) if hasattr(p, "_HOMES")]
 
@@ -62,7 +62,7 @@ def test_all_three_lists_agree(package: ModuleType) -> None:
 
 @pytest.mark.parametrize("package", LAZY, ids=lambda package: package.__name__)
 def test_no_name_is_that_of_a_module(package: ModuleType) -> None:
-    """Once the module is loaded, the name would be the module."""
+    """No exported name is that of a submodule, which would replace it when loaded."""
     modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
     assert not modules & set(package._HOMES)
 
@@ -107,7 +107,7 @@ def test_what_a_folder_exports_is_there(package: str) -> None:
 
 
 def parameters(thing: Any) -> list[str]:
-    """What the caller of *thing* passes; of a struct or dataclass, its fields."""
+    """Return the parameters of *thing*, or the fields of a struct or dataclass."""
     if inspect.isclass(thing):
         if issubclass(thing, msgspec.Struct):
             return list(thing.__struct_fields__)
@@ -116,13 +116,13 @@ def parameters(thing: Any) -> list[str]:
         if issubclass(thing, tuple):
             return list(getattr(thing, "_fields", ()))
         if "__init__" not in vars(thing):
-            return []  # as its parent
+            return []  # documented by its base class
     names = inspect.signature(thing).parameters
     return [name for name in names if name not in CONVENTIONS]
 
 
 def documented(thing: Any) -> list[str]:
-    """The names in the docstring's section "Args"."""
+    """Return the names in the docstring's section "Args"."""
     doc = inspect.cleandoc(thing.__doc__ or "")
     section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", doc, re.MULTILINE)
     if section is None:
@@ -155,7 +155,7 @@ def test_documented(name: str) -> None:
     assert doc.splitlines()[0].strip(), "the first line says what it is"
     names = parameters(thing)
     if "." in name and len(names) == 1 and not documented(thing):
-        return  # of a method's one argument, the first line can say enough
+        return  # the first line may describe a method's single argument
     assert documented(thing) == names
 
 
@@ -191,7 +191,7 @@ def test_error_classes_are_the_specifications() -> None:
 
 # -- signatures ------------------------------------------------------------------------------------
 
-#: What a signature may name besides: of the standard library, of Trio, and bounds of an int.
+#: Other names that a signature may have: of the standard library, of Trio, and bounds of an int.
 FOREIGN = {
     *("Any", "Callable", "Int64", "Literal", "None", "Path", "PathLike", "Self", "Unpack"),
     *("AsyncGenerator", "AsyncIterator", "Iterable", "Iterator", "Mapping", "Sequence"),
@@ -199,7 +199,7 @@ FOREIGN = {
 }
 
 
-#: What the policy's own parts call; these are still to be kept apart from what its users call.
+#: Methods for internal use; still to be separated from those for users.
 INTERNAL = {name for name in THINGS if name.startswith("Policy.")}
 
 

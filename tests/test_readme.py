@@ -1,4 +1,4 @@
-"""The README's examples do what it says, run in its order against one daemon."""
+"""The README's examples work, in order, against one daemon."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qmpfd.commands import TABLE
 
 PAGE = ROOT / "README.md"
 
-#: The page that lists what there is.
+#: The page that lists the commands and verbs.
 INDEX = (ROOT / "docs" / "index.md").read_text()
 
 
@@ -39,5 +39,5 @@ def test_every_verb_is_named_and_no_other() -> None:
 
 
 def rows(table: str) -> list[str]:
-    """The rows of a Markdown table, below its head."""
+    """Return the rows of a Markdown table without its head."""
     return [line for line in table.splitlines() if line.startswith("| ")]

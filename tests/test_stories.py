@@ -1,4 +1,4 @@
-"""The three stories run, and their checks hold; and one that is wrong does not."""
+"""The three stories run, and fail if one of their checks is false."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "stories.md"
 
 
 def run(script: Path) -> subprocess.CompletedProcess[str]:
-    """Run it as one would, with warnings as errors."""
+    """Run a script with warnings as errors."""
     return subprocess.run(
         [sys.executable, "-W", "error", str(script)],
         cwd=ROOT,
@@ -59,7 +59,7 @@ def test_it_runs(name: str) -> None:
     ],
 )
 def test_it_can_fail(name: str, true: str, false: str, complaint: str, tmp_path: Path) -> None:
-    """With a flaw in it, it says what is not as it should be, and no more."""
+    """A story with an error fails with one message."""
     text = (SCRIPTS / name).read_text()
     assert text.count(true) == 1
     flawed = tmp_path / name

@@ -1,4 +1,4 @@
-"""The parent alone, with workers that are told what to do: it survives whatever they send."""
+"""The parent with scripted workers: it survives whatever they send."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qmpfd.supervisor.store import is_good_name
 
 PARENT = [sys.executable, "-I", "-S", "-W", "ignore", *qmpfd.supervisor.__path__]
 
-#: What each worker begins with: the socket to its parent, and what it was given.
+#: Start of each worker's program: the socket to its parent, and inherited descriptors.
 _PRELUDE = """
 import array, os, signal, socket, sys, time
 parent = socket.socket(fileno=int(os.environ["QMPFD_NOTIFY_FD"]))
@@ -49,7 +49,7 @@ def note(text):
 def supervise(
     work: str, *, prefix: Sequence[str] = (), **environment: str
 ) -> tuple[int, list[str], str]:
-    """Run a parent whose workers do that; its status, what they note, and what it says."""
+    """Run a parent with scripted workers; return its status, the workers' notes, and its log."""
     program = _PRELUDE + textwrap.dedent(work)
     command = [*prefix, *PARENT, "text", "info", "", sys.executable, "-c", program]
     done = subprocess.run(
@@ -106,7 +106,7 @@ def _file(folder: Path) -> Path:
 
 
 def test_what_was_sent_last_counts() -> None:
-    """A worker that dies right behind its message: whoever was told of it was told the truth."""
+    """The last message of a worker that dies right after it is processed."""
     status, notes, said = supervise(
         """
         turn = len(given)
@@ -123,14 +123,14 @@ def test_what_was_sent_last_counts() -> None:
 
 def test_statuses() -> None:
     assert supervise("sys.exit(0)")[0] == 0
-    status, _, said = supervise("sys.exit(3)")  # it has said why
+    status, _, said = supervise("sys.exit(3)")  # the worker has logged the reason
     assert (status, said) == (3, "")
     status, _, said = supervise("os.closerange(0, 3); tell(b'READY=1'); note")
     assert status == 0
 
 
 def test_a_signal_after_all_is_done() -> None:
-    """One that comes while the interpreter ends does not change the status."""
+    """A signal while the interpreter exits does not change the status."""
     program = """
         import os, signal, sys
         from qmpfd.supervisor.main import main
@@ -157,7 +157,7 @@ def test_a_program_that_cannot_be_run() -> None:
 
 
 def test_what_is_kept_means_nothing_without_a_journal() -> None:
-    """A first worker that dies before it has told what it has: the next one begins anew."""
+    """If the first worker dies before its journal is stored, the next one starts empty."""
     status, notes, said = supervise(
         """
         if os.path.exists(os.environ["MARK"]):
@@ -243,7 +243,7 @@ def test_signals_reach_the_worker() -> None:
 
 
 def test_many_deaths_do_not_spin() -> None:
-    """A worker that dies as soon as it serves is started again, but not as fast as can be."""
+    """A worker that dies as soon as it serves is restarted with pauses."""
     program = _PRELUDE + "tell(b'READY=1'); os.kill(os.getpid(), signal.SIGKILL)"
     process = subprocess.Popen(
         [*PARENT, "text", "error", "", sys.executable, "-I", "-S", "-c", program]
@@ -259,7 +259,7 @@ def test_many_deaths_do_not_spin() -> None:
 
 
 def test_what_it_passes_on(tmp_path: Path) -> None:
-    """To its own service manager goes what the worker says of itself, nothing of descriptors."""
+    """The parent forwards the worker's notifications to its manager, but not the descriptors."""
     path = tmp_path / "manager"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(path))
@@ -300,7 +300,7 @@ def test_names(name: bytes, good: bool) -> None:
 
 
 def test_a_log_that_nobody_reads() -> None:
-    """It is left out: the parent has better things to do than to wait."""
+    """Log lines are dropped when the log blocks: the parent does not wait."""
     reader, writer = os.pipe()
     saved = os.dup(2)
     try:
@@ -323,7 +323,7 @@ def test_levels(capfd: pytest.CaptureFixture[str]) -> None:
     log = Log("text", "error")
     log.log("warning", "one")
     log.log("error", "other")
-    time_, line = capfd.readouterr().err.split(" ", 1)  # pytest has a file there
+    time_, line = capfd.readouterr().err.split(" ", 1)  # standard error is a file: with times
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", time_)
     assert line == "qmpfd: other\n"
 
@@ -332,7 +332,7 @@ def test_levels(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_worker_that_hangs_is_killed() -> None:
-    """Its heartbeats stay out: it is killed, and the next one has what was kept."""
+    """A worker without heartbeats is killed; the next one has the stored descriptors."""
     status, notes, said = supervise(
         """
         if given:
@@ -354,7 +354,7 @@ def test_a_worker_that_hangs_is_killed() -> None:
 
 
 def test_both_were_stopped() -> None:
-    """As by a container's freezer: the worker is given time to say that it lives."""
+    """Parent and worker were stopped, as by a freezer: the worker gets time for a heartbeat."""
     program = _PRELUDE + textwrap.dedent(
         """
         tell(b"READY=1")
@@ -372,7 +372,7 @@ def test_both_were_stopped() -> None:
             os.kill(pid, signal.SIGSTOP)
         time.sleep(2)
         process.send_signal(signal.SIGCONT)
-        # The parent has found out that its time is over, and waits.
+        # The parent has noticed the missed heartbeat, and waits.
         until(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "S")
         os.kill(worker, signal.SIGCONT)
         process.terminate()
@@ -382,7 +382,7 @@ def test_both_were_stopped() -> None:
 
 
 def test_a_worker_that_closes_its_socket() -> None:
-    """It is dead in a moment, or is killed: nobody could hear of what it does."""
+    """A worker that closes its socket must end, or is killed."""
     status, notes, said = supervise(
         """
         if given:
@@ -400,7 +400,7 @@ def test_a_worker_that_closes_its_socket() -> None:
 
 
 def test_a_worker_that_does_not_end_is_killed() -> None:
-    """Within the drain timeout, if it does not even say that it ends."""
+    """A worker that ignores SIGTERM is killed after the drain timeout."""
     program = _PRELUDE + textwrap.dedent(
         """
         signal.signal(signal.SIGTERM, lambda *_: note("told"))
@@ -425,7 +425,7 @@ def test_a_worker_that_does_not_end_is_killed() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
 def test_a_worker_killed_when_it_was_told_to_end(number: int, tmp_path: Path) -> None:
-    """The parent has done what it was told: it ends with status 0, and removes the socket file."""
+    """The parent ends with status 0 and removes the socket file."""
     path = tmp_path / "socket"
     status, _, said = supervise(
         f"""
@@ -448,7 +448,7 @@ def test_a_worker_killed_when_it_was_told_to_end(number: int, tmp_path: Path) ->
 
 @contextmanager
 def started(program: str, *options: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A parent whose workers run that program; killed at the end if it has not ended."""
+    """Start a parent with scripted workers; kill it at the end if it runs."""
     process = subprocess.Popen(
         [*PARENT, *options, "text", "info", "", sys.executable, "-c", program],
         stdout=subprocess.PIPE,
@@ -466,14 +466,14 @@ def started(program: str, *options: str, **environment: str) -> Iterator[subproc
 
 # -- a spare worker ----------------------------------------------------------------------------
 
-#: Runs a parent that orphans of its workers become children of.
+#: Command that runs a parent as a child subreaper (prctl(2)).
 _SUBREAPER = [
     sys.executable,
     "-c",
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(36, 1); os.execv(sys.argv[1], sys.argv[1:])",
 ]
 
-#: A worker that leaves a spare one behind and dies; *spare* is what that does.
+#: Program of a worker that leaves a spare worker, which runs *spare*, and dies.
 _SPARE = r"""
 if given: note("another"); sys.exit(0)
 tell(b"FDSTORE=1\nFDNAME=qmpfd-journal-1", [os.memfd_create("journal")])
@@ -498,7 +498,7 @@ def _with_spare(work: str) -> str:
 
 
 def test_a_spare_worker() -> None:
-    """It is told what there is, and fetches it; then it is the worker, and its end is heard of."""
+    """A spare worker gets the names, fetches the descriptors, and becomes the worker."""
     work = """
         def hear(): return socket.recv_fds(parent, 4096, 9)[:2]
         for expected in (b"WAIT", b"NAMES=qmpfd-journal-1:x", b"START"):
@@ -522,13 +522,13 @@ def test_a_spare_worker() -> None:
 
 @pytest.mark.parametrize("work", ["os.kill(os.getpid(), 9)", "assert parent.recv(99) and 0"])
 def test_a_spare_worker_that_dies(work: str) -> None:
-    """Before it is needed, or then: another one is started, which inherits what is kept."""
+    """If the spare worker dies, the parent starts a worker that inherits the descriptors."""
     status, notes, said = supervise(_with_spare(f"\n{work}\n"), prefix=_SUBREAPER)
     assert (status, notes) == (0, ["another"]), said
 
 
 def test_a_spare_worker_that_is_not_adopted() -> None:
-    """It is some other process's child: it hears that nobody needs it."""
+    """A spare worker that the parent cannot adopt is told to end."""
     work = """
         while parent.recv(4096): pass
         note("over")
@@ -541,7 +541,7 @@ def test_a_spare_worker_that_is_not_adopted() -> None:
 
 
 def test_a_hangup_while_a_worker_starts() -> None:
-    """It is forwarded when the worker knows what to do with it."""
+    """SIGHUP is forwarded when the worker can handle it."""
     program = _PRELUDE + textwrap.dedent(
         """
         note("starts")
@@ -559,7 +559,7 @@ def test_a_hangup_while_a_worker_starts() -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == b"starts\n"
             process.send_signal(signal.SIGHUP)
-            # The signal is handled before the parent takes anything else.
+            # The parent handles the signal before any other event.
             until(lambda: not pending(process.pid, signal.SIGHUP))
             os.write(writer, b"\n")
             assert process.stdout.readline() == b"reloads\n"
@@ -571,7 +571,7 @@ def test_a_hangup_while_a_worker_starts() -> None:
 
 
 def pending(pid: int, number: signal.Signals) -> bool:
-    """Whether a signal waits for a process (proc(5), ShdPnd)."""
+    """Return whether a signal is pending for a process (proc(5), ShdPnd)."""
     (line,) = (
         line
         for line in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -581,7 +581,7 @@ def pending(pid: int, number: signal.Signals) -> bool:
 
 
 def test_signals_that_mean_nothing() -> None:
-    """None of them ends the parent, nor the worker; SIGQUIT is answered in the log."""
+    """Signals without a meaning end neither parent nor worker; SIGQUIT gives a log line."""
     program = _PRELUDE + "tell(b'READY=1'); note('ready')\nwhile True: time.sleep(9)"
     with started(program) as process:
         assert process.stdout is not None
@@ -601,7 +601,7 @@ def test_signals_that_mean_nothing() -> None:
 
 
 def test_a_signal_to_both_is_counted_once() -> None:
-    """The worker learns how many of the signals came from the parent, before they come."""
+    """The parent announces the signals that it forwards: the worker does not count them twice."""
     status, notes, said = supervise(
         """
         def hear(*_):
@@ -620,7 +620,7 @@ def test_a_signal_to_both_is_counted_once() -> None:
 
 
 def test_as_process_1(tmp_path: Path) -> None:
-    """It reaps the orphans of others."""
+    """As process 1, the parent reaps all orphans."""
     program = _PRELUDE + textwrap.dedent(
         """
         assert os.getppid() == 1
@@ -654,7 +654,7 @@ def test_as_process_1(tmp_path: Path) -> None:
 
 
 def test_no_pidfd() -> None:
-    """Where pidfd_open(2) is forbidden, or fails once, nothing is different."""
+    """The parent works the same if pidfd_open(2) is forbidden, or fails once."""
     for folder in qmpfd.supervisor.__path__:
         for file in Path(folder).glob("*.py"):
             assert "pidfd" not in file.read_text()
@@ -664,7 +664,7 @@ def test_no_pidfd() -> None:
 
 
 def test_notifications_are_repeated(tmp_path: Path) -> None:
-    """The service manager is away for a moment: it is told when it is back."""
+    """Notifications are sent again when the service manager is back."""
     path = tmp_path / "manager"
     program = _PRELUDE + textwrap.dedent(
         """
@@ -686,7 +686,7 @@ def test_notifications_are_repeated(tmp_path: Path) -> None:
 
 
 def test_the_parent_feeds_the_watchdog(tmp_path: Path) -> None:
-    """While no worker runs, too: the service manager is not to kill what is kept."""
+    """The parent sends heartbeats to the manager, also without a worker: it holds descriptors."""
     path = tmp_path / "manager"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(path))
@@ -702,7 +702,7 @@ def test_the_parent_feeds_the_watchdog(tmp_path: Path) -> None:
 
 
 def test_a_full_table_is_answered() -> None:
-    """What cannot be kept is said, before anything that comes later is answered."""
+    """A descriptor without a place is reported as lost before later messages are answered."""
     status, notes, said = supervise(
         """
         import resource
@@ -729,7 +729,7 @@ def test_a_full_table_is_answered() -> None:
     assert "was not kept safe" in said
 
 
-#: A user of whom nobody else has processes, who may read this Python's files.
+#: Command that runs as a user without other processes, who may read this Python.
 _USER = [
     *("setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"),
     *("--inh-caps=+dac_override", "--ambient-caps=+dac_override"),
@@ -737,7 +737,7 @@ _USER = [
 
 
 def test_no_more_processes() -> None:
-    """RLIMIT_NPROC: what is kept stays, and the next worker is started when there may be one."""
+    """RLIMIT_NPROC: the descriptors stay, and a worker is started when the limit permits."""
     if os.getuid():
         pytest.skip("needs root")
     need("setpriv")
@@ -783,7 +783,7 @@ def test_slow_closes_are_answered() -> None:
 
 
 def test_inherited_descriptors_keep_their_numbers(tmp_path: Path) -> None:
-    """For each worker, although what is kept for it comes from number 3 on."""
+    """--add-fd has its numbers in each worker, though stored descriptors are passed from 3 on."""
     file = _file(tmp_path)
     program = _PRELUDE + textwrap.dedent(
         """

@@ -1,4 +1,4 @@
-"""``qmpfd.testing``: its fixtures, in the examples of its page and by themselves."""
+"""``qmpfd.testing``: the fixtures, and the examples of their page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXAMPLES = {
 
 
 def run_pytest(folder: Path) -> subprocess.CompletedProcess[str]:
-    """pytest as another project has it: nothing of ours but what is installed."""
+    """Run pytest as another project, with only the installed package."""
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-W", "error", "-o", "trio_mode=true", "--rootdir=."],
         cwd=folder,
@@ -70,7 +70,7 @@ async def test_the_server_is_in_this_loop(qmpfd_server: qmpfd.Server, qmpfd_path
     async with qmpfd.connect(qmpfd_path) as client:
         with tempfile.TemporaryFile() as file:
             info = await client.add_fd(file)
-            assert os.path.sameopenfile(info.fd, file.fileno())  # it is a number of this process
+            assert os.path.sameopenfile(info.fd, file.fileno())  # the daemon is in this process
 
 
 async def test_the_server_may_end_before_the_test(
@@ -108,7 +108,7 @@ def test_a_daemon_that_does_not_start_says_why(qmpfd_path: Path) -> None:
 
 
 def test_much_that_it_says_does_not_stop_it(qmpfd_path: Path) -> None:
-    """More than a pipe holds."""
+    """A daemon can log more than a pipe holds."""
     with qmpfd.testing.daemon_process(qmpfd_path, "--log-level=debug") as daemon:
         with BlockingClient(qmpfd_path, PATIENCE) as client:
             for _ in range(2000):

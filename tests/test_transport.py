@@ -1,4 +1,4 @@
-"""What one look at a socket takes, and what it leaves for the next."""
+"""FdStream: what one read takes from a socket, and what it leaves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUERY = b'{"execute": "query-name"}\n'
 
 @contextmanager
 def connected() -> Iterator[tuple[socket.socket, FdStream, ServerConnection]]:
-    """A client's end; the server's, and the state of the connection, which is negotiated."""
+    """Yield a client's socket, the server's stream, and its negotiated connection."""
     client, server = socket.socketpair()
     connection = ServerConnection(DECODER)
     connection.greeting(VERSION)
@@ -43,7 +43,7 @@ def connected() -> Iterator[tuple[socket.socket, FdStream, ServerConnection]]:
 
 
 def taken(connection: ServerConnection) -> list[tuple[str, int]]:
-    """The commands that have come, and with how many descriptors."""
+    """Return the received commands with their numbers of descriptors."""
     found = []
     for request, _, fds in iter(connection.next_request, None):
         assert isinstance(request, Request)
@@ -53,7 +53,7 @@ def taken(connection: ServerConnection) -> list[tuple[str, int]]:
 
 
 async def test_several_at_once() -> None:
-    """As many descriptors as are asked for; what is behind them waits."""
+    """One call receives at most *max_fds* descriptors; the rest stays in the socket."""
     with connected() as (client, stream, connection), pipes(5) as made:
         for pipe in made:
             send_now(client, QUERY + ADD, [pipe])
@@ -64,7 +64,7 @@ async def test_several_at_once() -> None:
 
 
 async def test_no_more_than_a_few_bytes_at_once() -> None:
-    """To decode more takes a while, and others wait."""
+    """A read takes a limited number of bytes: decoding more would delay other clients."""
     with connected() as (client, stream, connection), pipes(5) as made:
         for pipe in made:
             send_now(client, QUERY * 100 + ADD, [pipe])
@@ -73,7 +73,7 @@ async def test_no_more_than_a_few_bytes_at_once() -> None:
 
 
 async def test_one_after_the_other() -> None:
-    """Each is taken when it comes, and the last of a burst is known to be the last."""
+    """A request that comes alone is received with Arrival.ALL: the socket is empty."""
     with connected() as (client, stream, connection), pipes(30) as made:
         for pipe in made:
             send_now(client, ADD, [pipe])
@@ -88,7 +88,7 @@ async def test_one_after_the_other() -> None:
 
 
 async def test_nothing_is_left_where_more_can_be_seen() -> None:
-    """A request that is looked at in steps, because of its escape: the steps go on to its end."""
+    """A request on the slow path, because of an escape, is read to its end in several steps."""
     with connected() as (client, stream, connection), pipes(1) as made:
         request_id = b"\\u0041" + b"x" * 3000
         send_now(client, ADD + b'{"execute": "query-name", "id": "%b"}' % request_id, made)
@@ -101,7 +101,7 @@ async def test_nothing_is_left_where_more_can_be_seen() -> None:
 
 
 async def test_the_peer_is_gone() -> None:
-    """What it has sent comes first."""
+    """All data comes before the end of the connection."""
     with connected() as (client, stream, connection), pipes(1) as made:
         send_now(client, ADD, made)
         client.close()
@@ -111,7 +111,7 @@ async def test_the_peer_is_gone() -> None:
 
 
 class _Failing:
-    """A socket whose sends fail, and then do not."""
+    """A socket whose first sends fail."""
 
     def __init__(self, sock: socket.socket, errors: list[int]) -> None:
         self._sock = sock
@@ -136,7 +136,7 @@ class _Failing:
 
 @pytest.mark.parametrize("count", [0, 1])
 async def test_the_kernel_has_no_memory_to_send(count: int, autojump_clock: MockClock) -> None:
-    """What cannot be sent now is sent a little later (sendmsg(2), ENOBUFS and ENOMEM)."""
+    """A send that fails with ENOBUFS or ENOMEM (sendmsg(2)) is retried later."""
     with connected() as (client, stream, _), pipes(1) as made:
         errors = [errno.ENOBUFS, errno.ENOMEM] * 2
         stream.socket = _Failing(stream.socket, errors)  # type: ignore[assignment]
@@ -150,7 +150,7 @@ async def test_the_kernel_has_no_memory_to_send(count: int, autojump_clock: Mock
 
 
 async def test_no_more_while_some_wait() -> None:
-    """At no time does a connection hold more than two messages' worth of descriptors that wait."""
+    """A connection never has more pending descriptors than those of two messages."""
     with connected() as (client, stream, connection), pipes(1) as made:
         for count in (SCM_MAX_FD, 1, 1, SCM_MAX_FD, SCM_MAX_FD):
             send_now(client, b" ", made * count)
@@ -164,7 +164,7 @@ async def test_no_more_while_some_wait() -> None:
 
 
 class _Received(Server):
-    """As the server's end of the tests of the rule, but by the transport."""
+    """Server of test_receive_buffer.py that reads with the transport."""
 
     def __init__(self, queue: SocketQueue, tags: Tags) -> None:
         super().__init__(queue, tags)
@@ -182,7 +182,7 @@ class _Received(Server):
 
 _TAKE, _BLANK = ITEMS[0], ITEMS[13]
 _END = len(_TAKE.data(0))
-#: All that is there when it is read is a command, and a descriptor on the blank behind it.
+#: The socket holds only a command, and a blank with a descriptor behind it.
 _FD_ON_BLANK = Script([_TAKE, _BLANK, _TAKE], [_END, _END + 1], [0, 1, 0], [0, 1, 0])
 
 

@@ -1,4 +1,4 @@
-"""The lowest free id."""
+"""Pool of fd set ids: the lowest free id."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_lowest_gap_first() -> None:
     used.add(3)
     assert ids.lowest() == 5
     used.add(5)
-    used.add(7)  # by name
+    used.add(7)  # named by a command
     assert ids.lowest() == 9
 
 
@@ -53,7 +53,7 @@ def test_against_counting(steps: list[tuple[str, int]]) -> None:
 
 
 def test_cost_does_not_grow_with_what_is_stored() -> None:
-    """Counted in look-ups: a search from zero would take half a billion."""
+    """The number of look-ups stays small; a search from zero would need half a billion."""
 
     class Counting(set[int]):
         lookups = 0
@@ -82,5 +82,5 @@ def test_memory_does_not_grow_with_what_was_done() -> None:
     for _ in range(1000):
         used.remove(0)
         ids.free(0)
-        used.add(0)  # by name: the pool does not hear of it
+        used.add(0)  # named by a command: the pool is not called
     assert len(ids._gaps) == len(ids._known_gaps) == 1

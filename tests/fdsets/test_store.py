@@ -1,4 +1,4 @@
-"""The store by itself: sets, ids, order, errors, lifetimes."""
+"""The store: fd sets, ids, order, errors and lifetimes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Listing = list[tuple[int, list[tuple[int, str | None]]]]
 
 
 def listing(store: FdSets) -> Listing:
-    """What there is, in the order in which it is listed."""
+    """Return the content of the store in the order of the listing."""
     return [
         (fdset.id, [(number, stored.opaque) for number, stored in fdset.fds.items()])
         for fdset in store
@@ -36,7 +36,7 @@ def close(removed: list[StoredFd]) -> None:
 
 
 class Store(FdSets):
-    """As the daemon uses it: what is to be changed is found first, then changed."""
+    """Store with the daemon's calls: select first, then change."""
 
     def add(self, fd: Fd, *arguments: Any, **named: Any) -> FdSet:
         entries = self.prepare([fd], *arguments, **named)
@@ -71,7 +71,7 @@ def store() -> Iterator[Store]:
 
 
 def add(store: Store, fdset_id: int | None = None, opaque: str | None = None) -> int:
-    """Add a descriptor; its number."""
+    """Add a descriptor; return its number."""
     fd = new_fd()
     store.add(fd, fdset_id, opaque, create=True)
     return fd.fileno()
@@ -135,7 +135,7 @@ def test_add_refused(store: Store, fdset_id: int, create: bool, desc: str) -> No
         with pytest.raises(InvalidParameterValue) as caught:
             store.add(fd, fdset_id, create=create)
         assert caught.value.desc == desc
-        assert not fd.closed  # it is still ours
+        assert not fd.closed  # the caller still owns it
     assert listing(store) == before
     assert store.add(new_fd()).id == 0
 
@@ -239,7 +239,7 @@ def test_expiries_are_counted_and_do_not_pile_up(store: Store) -> None:
         assert len(store.expiries) == 8 - removed
         assert store.expiries.next() == (None if removed == 8 else 3 + removed)
     kept = store.add(new_fd(), 1, create=True, lifetime=Lifetime(expires_at=5))
-    for _ in range(500):  # never waiting for the time to come, nor asking when it does
+    for _ in range(500):  # without any expiry or query of the next one
         store.add(new_fd(), 0, create=True, lifetime=Lifetime(expires_at=1000))
         close(store.remove(0))
     assert len(store.expiries) == 1
@@ -249,7 +249,7 @@ def test_expiries_are_counted_and_do_not_pile_up(store: Store) -> None:
 
 
 class Machine(RuleBasedStateMachine):
-    """Any calls, against lists that are searched from the start."""
+    """Random calls, compared with a model of plain lists."""
 
     ids = st.integers(-1, 6) | st.sampled_from([2**63 - 1])
 
