@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -10,17 +11,21 @@ import subprocess
 import sys
 import textwrap
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from installed import need
 from supervised import DEADLINE, children, until
 
 import qmpfd.supervisor
+from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.supervisor.log import Log
 from qmpfd.supervisor.store import is_good_name
+from qmpfd.supervisor.worker import Worker
 
 PARENT = [sys.executable, "-I", "-S", "-W", "ignore", *qmpfd.supervisor.__path__]
 
@@ -807,3 +812,39 @@ def test_inherited_descriptors_keep_their_numbers(tmp_path: Path) -> None:
     shell = ["sh", "-c", 'exec "$@" 5<"$0"', str(file)]
     done = subprocess.run([*shell, *command], capture_output=True, timeout=DEADLINE, check=False)
     assert (done.returncode, done.stdout) == (0, b"fine\n"), done.stderr
+
+
+class _OutOfMemory(socket.socket):
+    """A socket whose first sends fail, as sendmsg(2) does where the kernel has no memory."""
+
+    errors: Sequence[int] = ()
+
+    def _fail(self) -> None:
+        if self.errors:
+            number, *self.errors = self.errors
+            raise OSError(number, os.strerror(number))
+
+    def send(self, *arguments: Any) -> int:
+        self._fail()
+        return super().send(*arguments)
+
+    def sendmsg(self, *arguments: Any) -> int:
+        self._fail()
+        return super().sendmsg(*arguments)
+
+
+@pytest.mark.parametrize("fds", [[], [0]])
+def test_no_memory_to_answer_a_worker(fds: list[int]) -> None:
+    """The answer is sent later: a worker that waits for it would wait for ever."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, _OutOfMemory(fileno=ours.detach()) as sock:
+        sock.errors = [errno.ENOBUFS, errno.ENOMEM]
+        worker = Worker(os.getpid(), sock)
+        worker.send(b"SYNCED=1", fds)
+        worker.send(b"SYNCED=2")
+        assert worker.flush()
+        assert not worker.flush()
+        data, control, _, _ = theirs.recvmsg(100, 100)
+        assert (data, len(control)) == (b"SYNCED=1", len(fds))
+        close_all(Fd(number) for _, _, payload in control for number in array("i", payload))
+        assert theirs.recv(100) == b"SYNCED=2"

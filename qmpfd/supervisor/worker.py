@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -31,6 +32,9 @@ _FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
 _RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
 _SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _TRUNCATED = int(socket.MSG_CTRUNC)
+
+#: sendmsg(2): the socket has no room now, or the kernel no memory.
+_NO_ROOM = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Worker:
@@ -105,9 +109,9 @@ class Worker:
                 self.sock.sendmsg([message], rights, _SEND_FLAGS)
             else:
                 self.sock.send(message, _SEND_FLAGS)
-        except BlockingIOError:
-            return False
-        except OSError:
+        except OSError as exc:
+            if exc.errno in _NO_ROOM:
+                return False
             # The worker is dead; or this user has too many descriptors in flight (ETOOMANYREFS):
             # send the message without them, which the worker treats as an error.
             return not fds or self._send_nowait(message, ())
