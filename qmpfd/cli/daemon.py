@@ -145,7 +145,7 @@ class _Process:
 
     async def run(self, signals: AsyncIterator[int], spares: SpareKeeper | None) -> None:
         """Run these tasks until the daemon has ended."""
-        self._tell_ready()
+        self._notify_ready()
         tasks: dict[str, Callable[[], Awaitable[None]]] = {
             "handling signals": partial(self._handle_signals, signals),
             "reloading": self._reload,
@@ -188,7 +188,7 @@ class _Process:
             self.serving.cancel_scope.cancel()
         elif self._stops == 1:
             _log.info("%s: stopping after the received requests", name)
-            self.notifications.tell("STOPPING=1")
+            self.notifications.notify("STOPPING=1")
             self.server.stop()
 
     async def _reload(self) -> None:
@@ -196,13 +196,13 @@ class _Process:
             await self._reload_requested.wait()
             self._reload_requested = trio.Event()
             with trio.CancelScope() as self._reloading:
-                self.notifications.tell(
+                self.notifications.notify(
                     "RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
                 )
                 async with trio.open_nursery() as nursery:  # neither waits for the other
                     nursery.start_soon(self.server.bind_lost_sockets)
                     nursery.start_soon(self._reload_policy)
-                self._tell_ready()
+                self._notify_ready()
 
     async def _reload_policy(self) -> None:
         path = self.policy_path
@@ -223,9 +223,9 @@ class _Process:
         else:
             _log.info("SIGHUP: the policy is read again from %s", path)
 
-    def _tell_ready(self) -> None:
+    def _notify_ready(self) -> None:
         # MAINPID: after a takeover this process is not the one that the service manager started.
-        self.notifications.tell("READY=1", f"MAINPID={os.getpid()}")
+        self.notifications.notify("READY=1", f"MAINPID={os.getpid()}")
 
     async def _report_status(self) -> None:
         """Send the numbers of descriptors and connections every STATUS_INTERVAL, if changed."""
@@ -237,12 +237,12 @@ class _Process:
                 f"{len(sessions)} connections"
             )
             if status != reported:
-                self.notifications.tell(status)
+                self.notifications.notify(status)
             reported = status
             await trio.sleep(STATUS_INTERVAL)
 
     async def _feed_watchdog(self, limit: float) -> None:
         """Send WATCHDOG=1 twice per *limit* seconds, while the event loop runs."""
         while True:
-            self.notifications.tell("WATCHDOG=1")
+            self.notifications.notify("WATCHDOG=1")
             await trio.sleep(limit / 2)

@@ -29,7 +29,7 @@ class Notifications:
         self._messages: dict[str, str] = {}  # unsent messages, by the variable of their first line
         self._unsent = trio.Event()
 
-    def tell(self, *assignments: str) -> None:
+    def notify(self, *assignments: str) -> None:
         """Send a message, such as ``"READY=1"``; it replaces an unsent message that begins with the
         same variable.
         """

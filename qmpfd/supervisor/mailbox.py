@@ -66,7 +66,7 @@ class Mailbox:
                 self._store.add(name, number)
             names, fds = names[len(fds) :], fds[len(names) :]
             if truncated:
-                self._say_lost(worker, names)
+                self._report_lost(worker, names)
         others = None if lines.keys() <= _USUAL else self._handle_others(worker, lines, fds)
         for number in fds:
             close(number)
@@ -75,7 +75,7 @@ class Mailbox:
             worker.send(b"SYNCED=" + sync)
         return sync is not None or b"BARRIER" in lines, others
 
-    def _say_lost(self, worker: Worker, names: list[bytes]) -> None:
+    def _report_lost(self, worker: Worker, names: list[bytes]) -> None:
         """Log that there was no room for these descriptors, and send LOST for each."""
         now = time.monotonic()
         if names and self._lost_logged_at + _LOG_INTERVAL < now:  # the worker retries often
@@ -98,9 +98,9 @@ class Mailbox:
         if spare.isdigit() and len(fds) == 1:
             self._program.take_spare(int(spare), socket.socket(fileno=fds.pop()))
         if b"QMPFD_FETCH" in lines:
-            kept = self._store.fds
-            names = [name for name in lines[b"QMPFD_FETCH"].split(b":") if name in kept]
-            worker.send(b"FETCHED=" + b":".join(names), [kept[name] for name in names])
+            stored = self._store.fds
+            names = [name for name in lines[b"QMPFD_FETCH"].split(b":") if name in stored]
+            worker.send(b"FETCHED=" + b":".join(names), [stored[name] for name in names])
         if b"QMPFD_SOCKETS" in lines:
             self._store.files = lines[b"QMPFD_SOCKETS"].split()
         return [b"%b=%b" % item for item in lines.items() if item[0] not in _OURS]

@@ -14,7 +14,7 @@ from .manager import NEVER, Manager
 from .program import NamedFds, Program, inherited_fds
 from .restarts import FIRST_DELAY, Restarts
 from .signals import FORWARDED, QUIT_IGNORED, set_up_signals
-from .states import TOLD_TO_END, TRANSITIONS, Event, State
+from .states import ENDING, TRANSITIONS, Event, State
 from .store import SlowCloser, Store, close
 from .worker import START_TIMEOUT, Worker
 
@@ -45,7 +45,7 @@ _GRACE = 1.0
 # local names: looking up an Enum member is slow before Python 3.12
 _POLLIN, _SERVING, _ENDED = select.POLLIN, State.SERVING, State.ENDED
 
-HEARD = (*FORWARDED, signal.SIGQUIT, signal.SIGCHLD)
+HANDLED = (*FORWARDED, signal.SIGQUIT, signal.SIGCHLD)
 
 
 class Supervisor:
@@ -97,8 +97,8 @@ class Supervisor:
         self._mailbox = Mailbox(log, self._store, self._program)
         self._poll.register(self._wake, select.POLLIN)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        set_up_signals(HEARD)
-        for number in HEARD:
+        set_up_signals(HANDLED)
+        for number in HANDLED:
             signal.signal(number, lambda *_: None)
 
     def run(self) -> int:
@@ -125,11 +125,11 @@ class Supervisor:
                 if events & select.POLLHUP:  # the worker has closed its end, or is dying
                     self._receive(worker)
                     self._poll.unregister(worker.sock)
-                    self._happen(Event.HANGUP)
+                    self._apply(Event.HANGUP)
                 elif worker.unsent or self._closer.pending or worker.polled_for != _POLLIN:
-                    self._listen_to(worker)
+                    self._update_poll(worker)
             elif number == self._wake:
-                self._wake_up()
+                self._handle_wakeup()
             elif number == self._lifeline:
                 self._poll.unregister(number)
                 self._lifeline = -1
@@ -156,7 +156,7 @@ class Supervisor:
             return NEVER
         return self._since + self._timeouts.get(self._state, self._worker.start_timeout)
 
-    def _wake_up(self) -> None:
+    def _handle_wakeup(self) -> None:
         """Handle signals received, and slow closes completed."""
         numbers = os.read(self._wake, 64)
         for name in self._closer.take_closed():
@@ -166,10 +166,10 @@ class Supervisor:
             if number:
                 self._handle_signal(number)
         if self._worker is not None and self._state is not State.ENDED:
-            self._listen_to(self._worker)
+            self._update_poll(self._worker)
         self._due = 0.0
 
-    def _listen_to(self, worker: Worker) -> None:
+    def _update_poll(self, worker: Worker) -> None:
         """Update the events that the worker's socket is polled for.  With a full descriptor table,
         no message is received until a close under way has made room.
         """
@@ -184,7 +184,7 @@ class Supervisor:
             except OSError:  # unregistered after a hang-up
                 pass
 
-    def _happen(self, event: Event) -> None:
+    def _apply(self, event: Event) -> None:
         """Apply the transition for *event*, and restart the timeout."""
         former, self._state = self._state, TRANSITIONS[self._state].get(event, self._state)
         if self._state is not former and self._state is not State.DRAINING:
@@ -207,7 +207,7 @@ class Supervisor:
             return
         self._worker = worker
         self._poll.register(worker.sock, worker.polled_for)
-        self._happen(Event.START)
+        self._apply(Event.START)
 
     def _time_out(self, now: float) -> None:
         """Kill a worker that has missed its deadline."""
@@ -223,9 +223,9 @@ class Supervisor:
         if self._state in (State.HUNG, State.KILLED):
             self._log.log("error", "the worker was killed and does not end: not waiting for it")
             self._stuck.add(worker.pid)
-            self._bury(worker, -signal.SIGKILL)
+            self._handle_death(worker, -signal.SIGKILL)
             return
-        if self._state in TOLD_TO_END:
+        if self._state in ENDING:
             what = f"has not ended {now - self._since:.1f} s after it was told to"
         elif self._state is State.GONE:
             what = "has closed its socket and does not end"
@@ -233,7 +233,7 @@ class Supervisor:
             what = f"has not answered for {now - self._since:.1f} s"
         self._log.log("error", f"the worker {what}: killing it")
         worker.kill(signal.SIGKILL)
-        self._happen(Event.TIMEOUT)
+        self._apply(Event.TIMEOUT)
 
     def _reap(self) -> None:
         """Call waitpid(2) for each dead child.  As process 1, the parent has orphans too."""
@@ -246,9 +246,9 @@ class Supervisor:
                 return
             self._stuck.discard(pid)
             if self._worker is not None and pid == self._worker.pid:
-                self._bury(self._worker, os.waitstatus_to_exitcode(wait_status))
+                self._handle_death(self._worker, os.waitstatus_to_exitcode(wait_status))
 
-    def _bury(self, worker: Worker, status: int) -> None:
+    def _handle_death(self, worker: Worker, status: int) -> None:
         """Handle the death of the worker: schedule the start of another, or end."""
         # Handle its last messages first: clients and a successor may rely on them already.
         self._receive(worker)
@@ -259,7 +259,7 @@ class Supervisor:
         worker.sock.close()
         self._worker = None
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        if self._state in TOLD_TO_END:
+        if self._state in ENDING:
             if status != 0:
                 self._store.remove_files()
             # 0 after a death by a signal: the worker was told to end.
@@ -275,11 +275,11 @@ class Supervisor:
         self._lifeline = self._store.lifeline
         if self._lifeline >= 0:
             self._poll.register(self._lifeline, select.POLLIN)
-        return self._happen(Event.DIED)
+        return self._apply(Event.DIED)
 
     def _end(self, status: int) -> None:
         self._status = status
-        self._happen(Event.END)
+        self._apply(Event.END)
 
     def _start_again(self, worker: Worker, how: str) -> None:
         now = time.monotonic()
@@ -331,7 +331,7 @@ class Supervisor:
         worker.send(b"SIGNALS=%d" % worker.stops)
         # While the worker starts, SIGINT would end it with a traceback.
         worker.kill(signal.SIGTERM if worker.ready_at is None else number)
-        self._happen(Event.STOP)
+        self._apply(Event.STOP)
 
     # -- messages of the worker ----------------------------------------------------------------
 
@@ -357,11 +357,11 @@ class Supervisor:
                 number = self._passed.pop()
                 self._program.inherited.discard(number)
                 close(number)
-            self._happen(Event.READY)
+            self._apply(Event.READY)
             if self._reload and self._state is State.SERVING:
                 self._reload = False
                 worker.kill(signal.SIGHUP)
         if b"STOPPING=1" in lines:
-            self._happen(Event.STOPS)
+            self._apply(Event.STOPS)
         self._manager.forward(b"\n".join(lines))
         self._due = 0.0

@@ -77,11 +77,11 @@ class Program:
             self._spare.end()
             self._spare = None
 
-    def start(self, kept: dict[bytes, int], *, may_hang: bool) -> Worker:
+    def start(self, stored: dict[bytes, int], *, may_hang: bool) -> Worker:
         """Start a worker: the spare worker, if it is usable, or a new process.
 
         Args:
-            kept: the stored descriptors, by name.
+            stored: the stored descriptors, by name.
             may_hang: whether the end of the worker that has started the spare worker may hang.
 
         Raises:
@@ -90,7 +90,7 @@ class Program:
         spare = self._spare
         if spare is not None and spare.is_usable(may_hang):
             self._spare = None
-            spare.start(self._sockets, list(kept))
+            spare.start(self._sockets, list(stored))
             return spare
         self.end_spare()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -101,7 +101,7 @@ class Program:
                 try:
                     pid = os.fork()
                     if pid == 0:
-                        self._become(theirs.fileno(), kept)
+                        self._become(theirs.fileno(), stored)
                 finally:
                     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         except BaseException:
@@ -109,16 +109,16 @@ class Program:
             raise
         return Worker(pid, ours)
 
-    def _become(self, sock: int, kept: dict[bytes, int]) -> NoReturn:
+    def _become(self, sock: int, stored: dict[bytes, int]) -> NoReturn:
         """Execute the worker's program in the child, or exit with status 126."""
         try:
-            self._execute(sock, kept)
+            self._execute(sock, stored)
         except OSError as exc:
             self._log.log("error", f"{self._command[0]} cannot be run: {exc.strerror or exc}")
         finally:
             os._exit(126)
 
-    def _execute(self, sock: int, kept: dict[bytes, int]) -> None:
+    def _execute(self, sock: int, stored: dict[bytes, int]) -> None:
         signal.set_wakeup_fd(-1)
         for each in FORWARDED:
             signal.signal(each, signal.SIG_DFL)
@@ -129,7 +129,7 @@ class Program:
             os.setpgid(0, 0)
         except OSError:  # a container's seccomp filter; the worker counts a signal to both once
             pass
-        given = [*self._sockets, *((name.decode("ascii"), fd) for name, fd in kept.items())]
+        given = [*self._sockets, *((name.decode("ascii"), fd) for name, fd in stored.items())]
         given.sort(key=lambda each: each[1])
         names, places = [], []
         target = FIRST

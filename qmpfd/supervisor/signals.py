@@ -32,14 +32,14 @@ _BY_DEFAULT = {
 QUIT_IGNORED = "SIGQUIT is ignored: SIGTERM ends the daemon, a second one at once"
 
 
-def set_up_signals(heard: Collection[int]) -> None:
-    """Ignore all signals that would end or stop this process, except *heard*, and clear the signal
-    mask, which is inherited (signal(7)).
+def set_up_signals(handled: Collection[int]) -> None:
+    """Ignore all signals that would end or stop this process, except *handled*, and clear the
+    signal mask, which is inherited (signal(7)).
 
     Such a signal may be sent by mistake; the kernel sends SIGIO for a descriptor with O_ASYNC
     (fcntl(2), F_SETOWN).  SIGTTOU is ignored as well: with ``stty tostop``, it would stop a process
     that logs to its terminal.
     """
-    for number in signal.valid_signals() - _BY_DEFAULT - set(heard):
+    for number in signal.valid_signals() - _BY_DEFAULT - set(handled):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -8,30 +8,30 @@ from enum import Enum
 class State(Enum):
     """State of the worker."""
 
-    FIRST_WAIT = "none has served yet, and none runs"
-    FIRST_START = "none has served yet, and one starts"
-    WAITING = "none runs; the next one is started at some time"
-    STARTING = "one starts again"
-    SERVING = "it serves"
-    GONE = "it has closed its socket to the parent: it is dead in a moment"
-    HUNG = "it did not answer in time and was killed"
-    STOPPING = "it was told to end"
-    DRAINING = "it was told to end, and has said that it does"
-    KILLED = "it was told to end, did not in time and was killed"
-    ENDED = "it has ended, and so does the parent"
+    FIRST_WAIT = "no worker has served yet, and none runs"
+    FIRST_START = "no worker has served yet, and one starts"
+    WAITING = "no worker runs; the next start is scheduled"
+    STARTING = "a worker starts again"
+    SERVING = "the worker serves"
+    GONE = "the worker has closed its socket to the parent: it is dying"
+    HUNG = "the worker missed a deadline and was killed"
+    STOPPING = "the worker was sent SIGTERM or SIGINT"
+    DRAINING = "the worker has answered STOPPING=1"
+    KILLED = "the worker did not stop in time and was killed"
+    ENDED = "the worker has ended, and so does the parent"
 
 
 class Event(Enum):
     """Event that changes the state of the worker."""
 
-    START = "it is started"
-    READY = "it says READY=1"
-    STOP = "it is to end: SIGTERM or SIGINT"
-    STOPS = "it says STOPPING=1"
-    TIMEOUT = "it does not answer in time"
-    HANGUP = "it has closed its socket"
-    DIED = "it is dead, and is to be started again"
-    END = "it is dead, and the parent ends too"
+    START = "the worker is started"
+    READY = "the worker sends READY=1"
+    STOP = "the parent receives SIGTERM or SIGINT"
+    STOPS = "the worker sends STOPPING=1"
+    TIMEOUT = "the worker misses a deadline"
+    HANGUP = "the worker closes its socket"
+    DIED = "the worker dies, and is to be restarted"
+    END = "the worker dies, and the parent ends too"
 
 
 _TO_THE_END = {Event.END: State.ENDED}
@@ -68,4 +68,4 @@ TRANSITIONS = {
 }
 
 #: States of a worker that was told to end.
-TOLD_TO_END = (State.STOPPING, State.DRAINING, State.KILLED)
+ENDING = (State.STOPPING, State.DRAINING, State.KILLED)

@@ -53,9 +53,9 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 async def test_a_manager_that_is_not_there_yet(path: Path, autojump_clock: MockClock) -> None:
     async with notifications() as told:
-        told.tell("READY=1", "MAINPID=1")
-        told.tell("STATUS=old")
-        told.tell("STATUS=new")
+        told.notify("READY=1", "MAINPID=1")
+        told.notify("STATUS=old")
+        told.notify("STATUS=new")
         await trio.sleep(10)
         with manager(path) as sock:
             await trio.sleep(2 * NOTIFY_RETRY)
@@ -66,7 +66,7 @@ async def test_a_manager_that_is_restarted(path: Path, autojump_clock: MockClock
     async with notifications() as told:
         for message in ("READY=1", "STATUS=1", "STATUS=2"):
             with manager(path) as sock:
-                told.tell(message)
+                told.notify(message)
                 await trio.sleep(2 * NOTIFY_RETRY)
                 assert received(sock) == [message]
 
@@ -76,8 +76,8 @@ async def test_a_manager_that_does_not_read(path: Path, autojump_clock: MockCloc
     async with notifications() as told:
         with manager(path) as sock:
             for number in range(2000):
-                told.tell(f"STATUS={number}")
-            told.tell("STOPPING=1")
+                told.notify(f"STATUS={number}")
+            told.notify("STOPPING=1")
             assert received(sock)[-1] != "STOPPING=1"
             await trio.sleep(2 * NOTIFY_RETRY)
             assert received(sock) == ["STATUS=1999", "STOPPING=1"]
@@ -89,8 +89,8 @@ async def test_no_descriptor_for_a_socket(path: Path, autojump_clock: MockClock)
         async with notifications() as told:
             resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
             try:
-                told.tell("READY=1")
-                told.tell("WATCHDOG=1")
+                told.notify("READY=1")
+                told.notify("WATCHDOG=1")
                 await trio.sleep(2 * NOTIFY_RETRY)
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -99,7 +99,7 @@ async def test_no_descriptor_for_a_socket(path: Path, autojump_clock: MockClock)
             assert received(sock) == ["READY=1", "WATCHDOG=1"]
             resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
             try:
-                told.tell("STATUS=full")  # the notifier's socket is open
+                told.notify("STATUS=full")  # the notifier's socket is open
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             assert received(sock) == ["STATUS=full"]
@@ -109,4 +109,4 @@ async def test_nobody_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     async with notifications() as told:
         assert not told.wanted
-        told.tell("READY=1")
+        told.notify("READY=1")

@@ -105,7 +105,7 @@ class BarrierLink:
         self._reader: tuple[Fd, Fd] | None = None  # read ends of the barrier under way
         self._work = trio.Event()  # set when the link's task has something to do
         self._scope = trio.CancelScope()
-        notifier.on_message = self._hear
+        notifier.on_message = self._handle_message
         #: The names in use in the fd store.
         self.names = Names()
         #: Number of barriers sent.
@@ -127,7 +127,7 @@ class BarrierLink:
         """Queue the removal of *names*, which are free once a barrier has covered it."""
         for name in names:
             if not self._outgoing.remove(command, name):
-                self._closed_there(name)
+                self._note_closed(name)
         self._removed += names
         self.changed()
 
@@ -145,11 +145,11 @@ class BarrierLink:
 
     def discard(self, name: str) -> None:
         """Queue the removal of *name* without a barrier: it is sent with the next change."""
-        self._outgoing.tell(f"{REMOVE}\nFDNAME={name}")
+        self._outgoing.queue(f"{REMOVE}\nFDNAME={name}")
 
-    def tell(self, text: str) -> None:
+    def queue(self, text: str) -> None:
         """Queue a message that concerns no descriptor."""
-        self._outgoing.tell(text)
+        self._outgoing.queue(text)
         self.changed()
 
     def changed(self) -> None:
@@ -330,19 +330,19 @@ class BarrierLink:
         except EOFError:
             self.end(_PARENT_GONE)
 
-    def _hear(self, message: str) -> None:
+    def _handle_message(self, message: str) -> None:
         if message == f"SYNCED={self.barriers}" and self._state in _ON_ANSWER:
             self._acknowledged()
             return
         key, _, value = message.partition("=")
         if key == "CLOSED":
-            self._closed_there(value)
+            self._note_closed(value)
         elif key == "LOST" and self._outgoing.lost(value):
             # The parent had no room for the descriptor: replies wait until a second send stored it.
             self._move(_ON_LOST)
             self._work.set()
 
-    def _closed_there(self, name: str) -> None:
+    def _note_closed(self, name: str) -> None:
         if closed := self._closes.pop(name, None):
             closed.set()
 

@@ -51,8 +51,8 @@ def fetch(
         try:
             placed = [at[number] for number in targets]
             fetched += _fetch(parent, placed)
-            there = {given.name for given in fetched}
-            fetched += _fetch(parent, [name for name in names if name not in there])
+            received = {given.name for given in fetched}
+            fetched += _fetch(parent, [name for name in names if name not in received])
         finally:
             close_all(fillers)
     except BaseException:

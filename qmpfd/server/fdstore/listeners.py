@@ -63,10 +63,10 @@ class KeptListeners:
         self._kept.discard(number)
         if listener.socket.fileno() >= 0:
             self.add(listener, None)
-            self.tell_files()
+            self.send_files()
             self.remove_former()
 
-    def tell_files(self, *, ours: bool = True) -> None:
+    def send_files(self, *, ours: bool = True) -> None:
         """Send the parent the socket files to remove at its end; none if they are not *ours*."""
         if self._has_files and not self._link.is_over:
             files = [
@@ -74,7 +74,7 @@ class KeptListeners:
                 for saved in self._by_number.values()
                 if ours and saved.file and saved.path
             ]
-            self._link.tell(f"QMPFD_SOCKETS={' '.join(files)}")
+            self._link.queue(f"QMPFD_SOCKETS={' '.join(files)}")
 
     def remove_former(self) -> None:
         """Remove sockets that are closed in this process from the fd store."""

@@ -78,23 +78,23 @@ class FdStoreMirror:
     """Mirror of the store in the fd store: systemd's, or the supervising parent's.
 
     Args:
-        keeping: the fd store.
+        fd_store: the fd store.
         closer: closes removed descriptors.
     """
 
-    def __init__(self, keeping: FdStoreConfig, closer: ClosePool) -> None:
-        self._link = BarrierLink(keeping.notifier, self._write, self._ended)
+    def __init__(self, fd_store: FdStoreConfig, closer: ClosePool) -> None:
+        self._link = BarrierLink(fd_store.notifier, self._write, self._ended)
         # Methods of Durability that are the link's.
         self.sync = self._link.sync
         self.on_synced = self._link.on_synced
         self.push = self._link.start
         self._journals = JournalWriter(self._link, self._snapshot)
         #: Whether the fd store is the supervising parent's, not systemd's.
-        self.is_parent = keeping.notifier.is_parent
+        self.is_parent = fd_store.notifier.is_parent
         self._closer = closer
-        self._size = keeping.size
+        self._size = fd_store.size
         self._refusal = ""  # why the fd store is unusable, and stored descriptors may be lost
-        self._kept = KeptFds(self._link, keeping.descriptions)
+        self._kept = KeptFds(self._link, fd_store.descriptions)
         # Evidence of what systemd's fd store keeps; None with a parent, and before the start.
         self._evidence: Evidence | None = None
         #: Called with stored descriptors for which systemd's fd store has no room.
@@ -314,7 +314,7 @@ class FdStoreMirror:
             # Recovered descriptors stay in the fd store and in this process.
             self._distrust(too_many)
         if self.is_ours:
-            self._listeners.tell_files()
+            self._listeners.send_files()
         if self._evidence is not None:
             # 2: journal and sentinel
             others = 2 + (not self.is_ours) + (previous is not None) + self._kept.unnumbered
@@ -333,12 +333,12 @@ class FdStoreMirror:
     def confirm(self) -> None:
         """Record that the takeover by this daemon is complete."""
         self._lifeline = None
-        self._listeners.tell_files()
+        self._listeners.send_files()
         self._note(Confirmed(), PREVIOUS, LIFELINE)
 
     def log_handover(self, handed_over: bool | None) -> None:
         """Record the outcome of a takeover by a successor: it reads the journal if we die now."""
-        self._listeners.tell_files(ours=not handed_over)
+        self._listeners.send_files(ours=not handed_over)
         self._note(HandedOver(handed_over))
 
     def release_all(self, quick: Iterable[Fd] = ()) -> None:

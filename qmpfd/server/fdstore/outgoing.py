@@ -35,14 +35,14 @@ class Outgoing:
         """Whether changes are pending."""
         return bool(self._stores or self._removals or self._texts)
 
-    def tell(self, text: str) -> None:
+    def queue(self, text: str) -> None:
         """Queue a complete message."""
         self._texts.append(text)
 
     def store(self, name: str, fd: Fd | int) -> None:
         """Queue a descriptor to be stored under *name*."""
         if name in self._removals:  # the removal must be sent before the new one of that name
-            self.tell(f"{self._removals.pop(name)}\nFDNAME={name}")
+            self.queue(f"{self._removals.pop(name)}\nFDNAME={name}")
         self._stores[name] = fd
 
     def remove(self, command: str, name: str) -> bool:

@@ -1,1 +1,1 @@
-"""The two ends of a takeover: the old daemon sends, the newcomer receives."""
+"""The two sides of a takeover: the predecessor sends, the successor receives."""

@@ -50,12 +50,12 @@ class Takeover:
 
     Args:
         state: the predecessor's state, which may still change.
-        old: connection to the predecessor.
+        predecessor: connection to the predecessor.
         progress: called with the number of descriptors received, and of all.
     """
 
     def __init__(
-        self, state: SavedState, old: _Predecessor, progress: Callable[[int, int], None]
+        self, state: SavedState, predecessor: _Predecessor, progress: Callable[[int, int], None]
     ) -> None:
         self.state = state
         #: Placeholders, and later the stored descriptors, by number; owned by the store once they
@@ -69,7 +69,7 @@ class Takeover:
         self.before_pausing: Callable[[], object] = lambda: None
         #: Called just before CONFIRM is sent, after which the takeover cannot be cancelled.
         self.before_confirming: Callable[[], object] = lambda: None
-        self._old = old
+        self._predecessor = predecessor
         self._progress = progress
         self._fillers: dict[int, Fd] = {}  # placeholders at other reserved numbers
         #: Other descriptors of the paused predecessor, in the order of :class:`SavedRest`; owned
@@ -145,9 +145,9 @@ class Takeover:
     def _receive_state(self) -> SavedRest:
         from ..connection.snapshot import SavedRest  # noqa: PLC0415 - Trio is imported by now
 
-        said, passed, _ = self._old.ask(NEXT)
+        message, passed, _ = self._predecessor.request(NEXT)
         try:
-            if said != MORE or len(passed) != 1:
+            if message != MORE or len(passed) != 1:
                 raise NoDaemon("the old daemon exited before it had sent everything")
             return unpack(read_all(passed[0]), SavedRest)
         finally:
@@ -156,7 +156,7 @@ class Takeover:
     @property
     def _movable(self) -> list[Movable]:
         """The takeover's own descriptors that may be moved out of the way."""
-        return [*self._fillers.values(), self._old, self.lifeline]
+        return [*self._fillers.values(), self._predecessor, self.lifeline]
 
     def _receive_fds(self, total: int) -> None:
         """Receive all descriptors; the stored ones replace their placeholders.
@@ -172,13 +172,13 @@ class Takeover:
         while len(fds) < total:
             # Request no more than there are: after the last, the predecessor expects CONFIRM.
             more = min(_ASKED_AHEAD, -(-(total - len(fds)) // SCM_MAX_FD)) - asked
-            self._old.say(NEXT * more)
-            said, chunk, dropped = self._old.hear()
+            self._predecessor.send(NEXT * more)
+            message, chunk, dropped = self._predecessor.receive()
             asked += more - 1
             fds += chunk
             if dropped:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            if said != MORE or not chunk or len(fds) > total:
+            if message != MORE or not chunk or len(fds) > total:
                 raise NoDaemon("the old daemon exited before it had sent everything")
             self._progress(len(fds), total)
         stored = {target: fds.popleft() for target in targets}
@@ -200,7 +200,7 @@ class Takeover:
             NoDaemon: the predecessor keeps everything, and goes on.
         """
         self.before_confirming()
-        self._old.let_go(self.journal)
+        self._predecessor.await_handover(self.journal)
         self.confirmed = True
         self.close()
 
@@ -209,7 +209,7 @@ class Takeover:
         """This end of the lifeline, on which the predecessor reports the outcome; see
         :mod:`..fdstore.evidence`.
         """
-        return self._old.lifeline
+        return self._predecessor.lifeline
 
     def close(self) -> None:
         """Close what was not taken out, and last the connection: the predecessor waits for EOF."""
@@ -218,7 +218,7 @@ class Takeover:
         close_all(self.others)
         if self.journal is not None:
             self.journal.close()
-        self._old.close()
+        self._predecessor.close()
 
 
 class _Predecessor:
@@ -243,7 +243,7 @@ class _Predecessor:
             fd.move_to(number)
             self._sock = socket.socket(fileno=fd.detach())
 
-    def say(self, requests: bytes) -> None:
+    def send(self, requests: bytes) -> None:
         """Send requests.
 
         Raises:
@@ -255,7 +255,7 @@ class _Predecessor:
         except ConnectionError:
             pass  # the predecessor has closed the connection; its last message can still be read
 
-    def hear(self) -> tuple[bytes, list[Fd], str]:
+    def receive(self) -> tuple[bytes, list[Fd], str]:
         """Receive the next message, see :func:`qmpfd.kernel.fd.receive`; empty at EOF.
 
         Raises:
@@ -270,12 +270,12 @@ class _Predecessor:
             raise NoDaemon("the old daemon cancelled the takeover and goes on")
         return answer
 
-    def ask(self, request: bytes) -> tuple[bytes, list[Fd], str]:
-        """Send a request, and receive the next message; see :meth:`say` and :meth:`hear`."""
-        self.say(request)
-        return self.hear()
+    def request(self, request: bytes) -> tuple[bytes, list[Fd], str]:
+        """Send a request, and receive the next message; see :meth:`send` and :meth:`receive`."""
+        self.send(request)
+        return self.receive()
 
-    def let_go(self, journal: Fd | None) -> None:
+    def await_handover(self, journal: Fd | None) -> None:
         """Send CONFIRM, and wait until the predecessor has closed everything.
 
         Args:
@@ -285,11 +285,11 @@ class _Predecessor:
             NoDaemon: the predecessor goes on.
         """
         try:
-            answer, _, _ = self.ask(CONFIRM)
+            answer, _, _ = self.request(CONFIRM)
         except TimeoutError:
             # After shutdown(2) it cannot send DONE any more; unless it has just sent it.
             self._sock.shutdown(socket.SHUT_RDWR)
-            answer, _, _ = self.hear()
+            answer, _, _ = self.receive()
             if answer != DONE:
                 raise NoDaemon(
                     "the old daemon does not answer: it keeps its fd sets and connections"
@@ -298,7 +298,7 @@ class _Predecessor:
             # Wait for EOF: the predecessor closes everything else before the connection.  If that
             # takes too long, go on: it serves no client any more.
             try:
-                self.hear()
+                self.receive()
             except TimeoutError:
                 pass
         elif not has_handed_over(self.lifeline, journal, TAKEOVER_TIMEOUT):
@@ -337,9 +337,9 @@ def prepare(
             close_all(passed)
             raise ValueError("the daemon sends no state")
         memory, lifeline = passed
-        old = _Predecessor(client.detach(), lifeline)
+        predecessor = _Predecessor(client.detach(), lifeline)
     with ExitStack() as stack:
-        stack.callback(old.close)
+        stack.callback(predecessor.close)
         stack.callback(memory.close)
         try:
             state = decode(read_all(memory))
@@ -347,7 +347,7 @@ def prepare(
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             if len(state.stored_numbers) > Limits(max_fds=most).within(most).max_fds:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            takeover = Takeover(state, old, progress)
+            takeover = Takeover(state, predecessor, progress)
             stack.callback(takeover.close)
             takeover.reserve(movable)
         except OSError as exc:

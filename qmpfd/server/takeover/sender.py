@@ -85,7 +85,7 @@ def _offered(server: Predecessor) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def _paused(server: Predecessor, newcomer: Session) -> AsyncGenerator[list[Session], None]:
+async def _paused(server: Predecessor, successor: Session) -> AsyncGenerator[list[Session], None]:
     """Pause the daemon and hold the store's lock while the block runs; resume unless a successor
     has taken over.  Give all sessions but the successor's, once they are quiescent.
     """
@@ -101,7 +101,7 @@ async def _paused(server: Predecessor, newcomer: Session) -> AsyncGenerator[list
             # Sleep before the check: a task that sends for a session may have been woken in this
             # pass, and still sends in the next.
             await trio.sleep(_REST_POLL)
-            others = [session for session in server.sessions if session is not newcomer]
+            others = [session for session in server.sessions if session is not successor]
             if all(session.is_quiescent for session in others):
                 with suppress(trio.WouldBlock):
                     services.lock.acquire_nowait()
@@ -118,18 +118,18 @@ async def _paused(server: Predecessor, newcomer: Session) -> AsyncGenerator[list
             services.shared.on_event()
 
 
-async def hand_over(server: Predecessor, newcomer: Session) -> None:
-    """Hand everything over to the client of *newcomer*; its connection has ended then.
+async def hand_over(server: Predecessor, successor: Session) -> None:
+    """Hand everything over to the client of *successor*; its connection has ended then.
 
     Args:
         server: the daemon.
-        newcomer: the session of the successor.
+        successor: its session.
 
     Raises:
         GenericError: another takeover is under way, or the daemon is ending, or out of descriptors
             or memory.
     """
-    services, stream, pid = server.services, newcomer.stream, newcomer.peer.pid
+    services, stream, pid = server.services, successor.stream, successor.peer.pid
     async with AsyncExitStack() as stack:
         stack.enter_context(_offered(server))
         with _able():
@@ -140,11 +140,11 @@ async def hand_over(server: Predecessor, newcomer: Session) -> None:
         lifeline.setblocking(False)
         try:
             with _able():
-                await newcomer.reply_to_takeover(memory, theirs)
+                await successor.reply_to_takeover(memory, theirs)
                 theirs.close()
-                if await _hear(stream) == saved.NEXT:
+                if await _receive(stream) == saved.NEXT:
                     _log.info("pid %d begins a takeover", pid)
-                    others = await stack.enter_async_context(_paused(server, newcomer))
+                    others = await stack.enter_async_context(_paused(server, successor))
                     if await _hand_over_paused(server, others, known, stream):
                         with suppress(OSError):  # the successor has died just now
                             lifeline.send(saved.DONE)
@@ -182,13 +182,13 @@ async def _hand_over_paused(
     with _in_memory(msgspec.msgpack.encode(rest)) as memory:
         await stream.send_all(saved.MORE, [memory])
     for start in range(0, len(fds), SCM_MAX_FD):
-        if await _hear(stream) != saved.NEXT:
+        if await _receive(stream) != saved.NEXT:
             return False
         await stream.send_all(saved.MORE, fds[start : start + SCM_MAX_FD])
-    return await _hear(stream) == saved.CONFIRM and _let_go(durability, stream)
+    return await _receive(stream) == saved.CONFIRM and _send_done(durability, stream)
 
 
-def _let_go(durability: Durability, stream: FdStream) -> bool:
+def _send_done(durability: Durability, stream: FdStream) -> bool:
     """Send DONE; return whether that succeeded.
 
     A daemon with a journal records the handover before: if it dies between the two steps, the
@@ -236,7 +236,7 @@ def _in_memory(data: bytes) -> Fd:
     return memory
 
 
-async def _hear(stream: FdStream) -> bytes:
+async def _receive(stream: FdStream) -> bytes:
     """Receive the next byte of the successor; b"" at EOF."""
     while True:  # noqa: ASYNC913 - each way round has a checkpoint
         try:

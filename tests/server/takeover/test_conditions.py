@@ -475,7 +475,7 @@ def test_a_supervised_newcomer_whose_worker_is_killed(
     """The worker is killed before the commit: the predecessor serves on, the successor's parent
     closes its descriptors, and its next worker takes over, with the descriptor of --add-fd.
     """
-    old = start(where={"takeover/sender.py": ["_let_go"]}, step=1, number=signal.SIGSTOP)
+    old = start(where={"takeover/sender.py": ["_send_done"]}, step=1, number=signal.SIGSTOP)
     with ExitStack() as stack:
         client = stack.enter_context(BlockingClient(path, PATIENCE))
         pipe, other = stack.enter_context(Pipe()), stack.enter_context(Pipe())

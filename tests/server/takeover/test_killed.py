@@ -31,10 +31,10 @@ NEWCOMER = {
         "receive_rest",
         "_receive_state",
         "_receive_fds",
-        "ask",
-        "say",
-        "hear",
-        "let_go",
+        "request",
+        "send",
+        "receive",
+        "await_handover",
     ),
     "restore.py": ("finish", "_inherit_listeners", "_restore_sessions", "_fill_store"),
 }
@@ -168,7 +168,7 @@ def test_the_newcomer_is_killed(tmp_path: Path, stepper: Stepper) -> None:
                 survived += 1
             except NoDaemon:
                 # The window between the predecessor's commit and the successor's next action.
-                assert re.search(r" (let_go|say|hear|ask)$", newcomer.place)
+                assert re.search(r" (await_handover|send|receive|request)$", newcomer.place)
                 assert here.old.wait() == 0
                 assert here.is_lost()
                 here.path.unlink()  # no process is left that would
