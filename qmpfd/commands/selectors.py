@@ -35,10 +35,8 @@ class Selector(Arguments):
 
     def given(self) -> dict[str, int | str]:
         """Return the members that are present, by their names on the wire."""
-        values = {name: getattr(self, name) for name in Selector.__struct_fields__}
-        return {
-            name.replace("_", "-"): value for name, value in values.items() if value is not None
-        }
+        given = ((name, getattr(self, name)) for name in Selector.__struct_fields__)
+        return {name.replace("_", "-"): value for name, value in given if value is not None}
 
     @property
     def by_number(self) -> bool:

@@ -626,7 +626,7 @@ if os.environ["AT"] == "end":
     [
         ("qmpfd.cli.main", -signal.SIGINT),
         ("qmpfd.protocol.client", -signal.SIGINT),
-        ("qmpfd.cli.policy", 130),
+        ("qmpfd.cli.check_policy", 130),
         ("end", -signal.SIGINT),
     ],
 )
