@@ -56,7 +56,7 @@ def supervise(
 ) -> tuple[int, list[str], str]:
     """Run a parent with scripted workers; return its status, the workers' notes, and its log."""
     program = _PRELUDE + textwrap.dedent(work)
-    command = [*prefix, *PARENT, "text", "info", "", sys.executable, "-c", program]
+    command = [*prefix, *PARENT, "text", "info", "5", "", sys.executable, "-c", program]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -145,14 +145,14 @@ def test_a_signal_after_all_is_done() -> None:
         last = Last()
         sys.exit(main(sys.argv[1:]))
     """
-    worker = ["text", "info", "", sys.executable, "-c", ""]
+    worker = ["text", "info", "5", "", sys.executable, "-c", ""]
     command = [sys.executable, "-c", textwrap.dedent(program), *worker]
     assert subprocess.run(command, timeout=DEADLINE, check=False).returncode == 0
 
 
 def test_a_program_that_cannot_be_run() -> None:
     done = subprocess.run(
-        [*PARENT, "text", "info", "", "/nowhere"],
+        [*PARENT, "text", "info", "5", "", "/nowhere"],
         capture_output=True,
         timeout=DEADLINE,
         check=False,
@@ -236,7 +236,7 @@ def test_signals_reach_the_worker() -> None:
         """
     )
     process = subprocess.Popen(
-        [*PARENT, "text", "info", "", sys.executable, "-c", program], stdout=subprocess.PIPE
+        [*PARENT, "text", "info", "5", "", sys.executable, "-c", program], stdout=subprocess.PIPE
     )
     with process:
         assert process.stdout is not None
@@ -251,7 +251,7 @@ def test_many_deaths_do_not_spin() -> None:
     """A worker that dies as soon as it serves is restarted with pauses."""
     program = _PRELUDE + "tell(b'READY=1'); os.kill(os.getpid(), signal.SIGKILL)"
     process = subprocess.Popen(
-        [*PARENT, "text", "error", "", sys.executable, "-I", "-S", "-c", program]
+        [*PARENT, "text", "error", "5", "", sys.executable, "-I", "-S", "-c", program]
     )
     with process:
         time.sleep(0.5)
@@ -414,7 +414,7 @@ def test_a_worker_that_does_not_end_is_killed() -> None:
         while True: signal.pause()
         """
     )
-    with started(program, "--drain-timeout=0.4") as process:
+    with started(program, "0.4") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         (worker,) = children(process.pid)
@@ -452,10 +452,12 @@ def test_a_worker_killed_when_it_was_told_to_end(number: int, tmp_path: Path) ->
 
 
 @contextmanager
-def started(program: str, *options: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    program: str, drain_timeout: str = "5", **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """Start a parent with scripted workers; kill it at the end if it runs."""
     process = subprocess.Popen(
-        [*PARENT, *options, "text", "info", "", sys.executable, "-c", program],
+        [*PARENT, "text", "info", drain_timeout, "", sys.executable, "-c", program],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, **environment},
@@ -646,7 +648,7 @@ def test_as_process_1(tmp_path: Path) -> None:
         """
     )
     need("unshare")
-    command = [*PARENT, "text", "info", "", sys.executable, "-c", program]
+    command = [*PARENT, "text", "info", "5", "", sys.executable, "-c", program]
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", *command],
         capture_output=True,
@@ -759,7 +761,7 @@ def test_no_more_processes() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         """
     )
-    command = [*_USER, *PARENT, "text", "info", "", sys.executable, "-c", program]
+    command = [*_USER, *PARENT, "text", "info", "5", "", sys.executable, "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -808,7 +810,7 @@ def test_inherited_descriptors_keep_their_numbers(tmp_path: Path) -> None:
         note("fine")
         """
     )
-    command = [*PARENT, "text", "info", "", sys.executable, "-c", program]
+    command = [*PARENT, "text", "info", "5", "", sys.executable, "-c", program]
     shell = ["sh", "-c", 'exec "$@" 5<"$0"', str(file)]
     done = subprocess.run([*shell, *command], capture_output=True, timeout=DEADLINE, check=False)
     assert (done.returncode, done.stdout) == (0, b"fine\n"), done.stderr

@@ -90,22 +90,15 @@ async def _started(
     if takeover is None:
         signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
         server: DaemonServer = await serving.start(start)
-        gc.freeze()  # as _exempt_from_collection, without the time of a collection
+        gc.freeze()  # exempt all present objects, without the time of a collection
         gc.enable()
         return server, signals
-    takeover.before_pausing = _exempt_from_collection
     # Before that, a signal ends this process at once, and the predecessor goes on serving.
     takeover.before_confirming = partial(signal.pthread_sigmask, signal.SIG_BLOCK, _SIGNALS)
     server = await serving.start(start)
     signals = stack.enter_context(trio.open_signal_receiver(*_SIGNALS))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     return server, signals
-
-
-def _exempt_from_collection() -> None:
-    """Exempt all present objects from garbage collection (gc.freeze): a full one takes 20 ms."""
-    gc.collect()
-    gc.freeze()
 
 
 def _log_sockets(names: Sequence[str], before: Sequence[str], how: str) -> None:

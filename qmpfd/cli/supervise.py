@@ -69,8 +69,8 @@ def become_supervisor(arguments: argparse.Namespace) -> NoReturn:
         os.set_inheritable(stream, True)
     _adopt_orphans()
     passed = {option.fd for option in arguments.add_fd} | {arguments.ready_fd} - {None}
-    options = [f"--drain-timeout={arguments.drain_timeout}", arguments.log_format]
-    options += [arguments.log_level, ",".join(map(str, passed))]
+    options = [arguments.log_format, arguments.log_level, str(arguments.drain_timeout)]
+    options.append(",".join(map(str, passed)))
     os.execv(sys.executable, [*python, *options, sys.executable, *sys.orig_argv[1:]])
 
 

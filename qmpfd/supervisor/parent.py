@@ -138,7 +138,7 @@ class Supervisor:
 
     def _work(self, now: float) -> float:
         """Do the work that is due; return the time of the next call."""
-        if self._state in (State.FIRST_WAIT, State.WAITING) and self._start_at <= now:
+        if self._start_at <= now:
             self._start(now)
         if self._deadline <= now:
             self._time_out(now)

@@ -54,11 +54,11 @@ class Program:
         # for sockets and received descriptors, 32 for descriptors being closed.
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        self._own = len(_open_fds()) + 64
+        own = len(_open_fds()) + 64
         #: Maximum number of stored descriptors.
-        self.store_size = max(limit - self._own, 0)
+        self.store_size = max(limit - own, 0)
         #: Maximum number of stored descriptors and closes under way at which messages are received.
-        self.most_open = limit - self._own + 32
+        self.most_open = limit - own + 32
 
     def take_spare(self, pid: int, sock: socket.socket) -> None:
         """Use this spare worker as the next worker, and end a former spare worker.

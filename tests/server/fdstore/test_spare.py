@@ -238,7 +238,7 @@ def test_where_orphans_are_not_adopted(path: Path) -> None:
     log = path.with_suffix(".log")
     with log.open("wb") as file, ExitStack() as stack:
         process = stack.enter_context(
-            subprocess.Popen([*parent, "text", "info", "", *command], stderr=file, cwd=ROOT)
+            subprocess.Popen([*parent, "text", "info", "5", "", *command], stderr=file, cwd=ROOT)
         )
         stack.callback(process.kill)
         daemon = Supervised(process, path, log)
