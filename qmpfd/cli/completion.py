@@ -130,7 +130,7 @@ def _candidates(before: list[str], word: str) -> dict[str, str] | str:
     (verbs,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
     if "--" in before:
         return _COMMANDS if before[-1] == "--" else _FILES
-    parser = verbs.choices.get(verb) or verbs.choices["ls"]  # it has all that verbs share
+    parser = verbs.choices.get(verb) or verbs.choices["ls"]  # ls has all common options
     takers = {
         name: action
         for action in reversed(parser._actions)

@@ -26,7 +26,7 @@ from .targets import Target, open_target, target
 #: A shell's exit statuses for a program that does not exist, or cannot be run (POSIX, sh, 2.8.2).
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
-#: What an error of execve(2) means for a file that exists and may be executed.
+#: Explanation of an error of execve(2) for a file that exists and is executable.
 _ADVICE = {
     errno.ENOENT: " (its interpreter is missing)",
     errno.ENOEXEC: " (a script needs an interpreter in its first line, such as #!/bin/sh)",

@@ -149,7 +149,7 @@ def number(name: str, least: int = 0, most: int = INT64_MAX) -> Callable[[str], 
 
 
 def _decimal(text: str) -> int:
-    """A whole number in digits alone: Python's *int* takes ``1_0`` for 10, too."""
+    """Convert decimal digits to a number; *int* would accept ``1_0`` for 10 as well."""
     if not (text.isascii() and text.isdecimal()):
         raise ValueError
     return int(text)

@@ -98,9 +98,9 @@ def _remove_listed(
     found: Iterable[tuple[int, dict[str, Any] | None]],
     removed: list[Removed],
 ) -> None:
-    """Remove what a listing has shown, fd sets or descriptors of them, and append it to *removed*.
+    """Remove listed fd sets or descriptors, and append them to *removed*.
 
-    What is gone meanwhile need not be removed.
+    Ignore those that another client has removed since.
 
     Raises:
         QMPError: the first refusal, after all have been tried.
@@ -111,7 +111,7 @@ def _remove_listed(
         try:
             removed.append(_remove(client, where, fd))
         except QMPError as exc:
-            if "' not found" not in exc.desc:  # its class is another one in the dialect qemu
+            if "' not found" not in exc.desc:  # by text: the dialect qemu has another class
                 refusal = refusal or exc
     if refusal is not None:
         raise refusal

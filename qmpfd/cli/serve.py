@@ -98,7 +98,7 @@ def _fill_standard_streams() -> None:
     """Open /dev/null at closed standard streams: no socket may get the number 0, 1 or 2.
 
     Raises:
-        UsageError: it cannot be opened.  Restarts and takeovers need it as well.
+        UsageError: /dev/null cannot be opened.  Restarts and takeovers need it as well.
     """
     try:
         while (fd := Fd(os.open(os.devnull, os.O_RDWR))).fileno() <= 2:

@@ -92,8 +92,8 @@ def spawn(store_size: int) -> Spare:
         writer.move_to(max(open_numbers()) + 1)
         pid = os.posix_spawn(sys.executable, command, {**os.environ, **ours}, file_actions=actions)
         close_all([writer, theirs])
-        # posix_spawn(3) returns before execve(2) has closed what is close-on-exec, lowest number
-        # first.  Until then, a descriptor that is removed and closed here is still open there.
+        # posix_spawn(3) returns before execve(2) has closed descriptors with close-on-exec, lowest
+        # number first.  Until then, a descriptor removed and closed here is still open there.
         poll(executed, timeout=_EXEC_TIMEOUT)
         executed.close()
         stack.pop_all()

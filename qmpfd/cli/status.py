@@ -102,7 +102,7 @@ def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _counted(connections: int, commands: list[dict[str, Any]] | None) -> str:
     counts = {"connection": connections}
-    if commands is not None:  # which only a user with the right to query everything is told
+    if commands is not None:  # None for a user without the right to query everything
         counts["command"] = sum(each["count"] for each in commands)
     return ", ".join(f"{n} {noun}{'' if n == 1 else 's'}" for noun, n in counts.items())
 

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> NoReturn:
                     _show(event, arguments.json)
             except NoDaemon as exc:
                 print_error(f"qmpfd: {printable(str(exc))}: connecting again")
-        time.sleep(RETRY)  # the next one may be lost at once as well
+        time.sleep(RETRY)  # no busy loop if the next connection is lost at once as well
         client = client_within(arguments, arguments.timeout)
         print_error("qmpfd: connected again; events of the meantime are lost")
 

@@ -253,7 +253,7 @@ class BlockingClient:
         if fds_follow:
             self._connection.received(*receive_planned(self._sock, lengths))
         else:
-            self._sock.recv(lengths[0])  # as seen above
+            self._sock.recv(lengths[0])  # consume the bytes that peek() has returned
         try:
             self._connection.deliver()
         except ProtocolError as exc:

@@ -81,7 +81,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 _PAUSED = frozenset({State.PAUSED, State.PAUSED_STOPPING, State.PAUSED_QUITTING, State.HANDED_OVER})
 #: States of a daemon that ends, accepts no more clients and has no takeover under way.
 DRAINING = frozenset({State.DRAINING, State.QUITTING})
-#: The daemon was told to end, or has handed over.
+#: States of a daemon that ends, after stop or quit, or because it has handed over.
 STOPPING = DRAINING | _PAUSED - {State.PAUSED} | {State.ENDED}
 
 

@@ -74,9 +74,9 @@ async def serve(  # noqa: ASYNC128 - run_daemon does that
     Raises:
         SocketInUse: another daemon listens on one of *paths*.
         OSError: one of *paths* cannot be bound.
-        TypeError: *paths* is one path.
+        TypeError: *paths* is a single string.
     """
-    if isinstance(paths, str):  # an iterable of strings, one for each character
+    if isinstance(paths, str):  # a string is an iterable of strings too: its characters
         raise TypeError(f"paths is a list of paths, not one path: [{paths!r}]")
     await run_daemon(
         partial(DaemonServer, dialect, limits, policy, metrics_path),

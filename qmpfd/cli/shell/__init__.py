@@ -80,7 +80,7 @@ def _from_stdin() -> Iterator[tuple[int, str]]:
     first, text = 0, ""
     for number, line in enumerate(sys.stdin, 1):
         first = first if text else number
-        # Inside an object, only a line with a closing brace can end it: no other is worth a parse.
+        # Only a line with a closing brace can end a JSON object: parse only then.
         may_end = "}" in line or not text
         text += line
         if may_end and not unfinished(text):

@@ -48,7 +48,7 @@ class Typed(NamedTuple):
 
 
 def unfinished(text: str) -> bool:
-    """Return whether *text* is the beginning of a JSON object, which goes on on the next line."""
+    """Return whether *text* is an incomplete JSON object, which continues in the next line."""
     text = text.strip()
     try:
         if text.startswith("{"):

@@ -1,1 +1,1 @@
-"""Where clients connect: listening sockets, the accept loop, who is admitted."""
+"""Listening sockets, the accept loop, and the admission of clients."""
