@@ -238,7 +238,7 @@ class StatsInfo(Result):
         fds_kept: descriptors in fd sets, and those of ``getfd``.
         closes_pending: removed descriptors whose close(2) has not returned yet.
         commands: commands executed since the start, by name; failed ones are counted too.
-        errors: error replies since the start, by class.
+        errors: error replies since the start, by the class that they have in the dialect ``spec``.
     """
 
     pid: Int64
