@@ -6,26 +6,27 @@ import argparse
 import errno
 import os
 import resource
-import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from ..client.blocking import NoDaemon
 from ..errors import QMPError
-from ..kernel.fd import Fd, close_all, open_numbers
-from ..kernel.systemd import take_listen_fds, take_parent, take_store_size
-from ..kernel.unix_address import is_served, listens
+from ..kernel.fd import Fd
+from ..kernel.systemd import take_parent, take_store_size
+from ..kernel.unix_address import is_served
 from ..supervisor.signals import FORWARDED, set_up_signals
 from . import serve_options, supervise
 from .check_policy import read_policy
 from .exit_codes import UsageError
+from .inheritance import Origin, inherit
 from .options import default_socket
-from .serve_options import InheritedFd, limits
-from .spare import is_spare, wait
+from .serve_options import limits
 
 if TYPE_CHECKING:
-    from ..server.renumber import Movable
+    from ..server.takeover.receiver import Takeover
 
 #: Advice for a socket that cannot be bound, by errno.
 _ADVICE = {
@@ -52,40 +53,6 @@ EXIT_STATUS = (
 OPTIONS = serve_options.OPTIONS
 
 
-#: An initial descriptor, the id of its fd set (None: a new one), and its opaque text.
-_Initial: TypeAlias = "tuple[Fd, int | None, str | None]"
-
-
-def _take_inherited(
-    options: list[InheritedFd], ready_fd: int | None
-) -> tuple[list[_Initial], Fd | None, list[int]]:
-    """Duplicate the descriptors of ``--add-fd`` and ``--ready-fd``, and close the originals.
-
-    Returns:
-        The initial descriptors, the one of ``--ready-fd`` or None, and the numbers of ``--add-fd``
-        that this process has not inherited.
-    """
-    numbers = [option.fd for option in options]
-    wanted = {*numbers, *([] if ready_fd is None else [ready_fd])}
-    originals = {number: Fd(number) for number in wanted if _was_inherited(number)}
-    taken: list[_Initial] = [
-        (Fd(os.dup(option.fd)), option.fdset_id, option.opaque)
-        for option in options
-        if option.fd in originals
-    ]
-    ready = Fd(os.dup(ready_fd)) if ready_fd in originals else None
-    close_all(originals.values())
-    return taken, ready, [number for number in numbers if number not in originals]
-
-
-def _was_inherited(number: int) -> bool:
-    """Return whether *number* was inherited: Python opens with close-on-exec (PEP 446)."""
-    try:
-        return os.get_inheritable(number)
-    except OSError:
-        return False
-
-
 def _is_served(path: Path) -> bool:
     """Return whether to take over at *path*; after an OSError the takeover itself says why not."""
     try:
@@ -108,26 +75,6 @@ def _fill_standard_streams() -> None:
     fd.close()
 
 
-class _Stray(Fd):
-    """An inherited descriptor of unknown purpose: it may be moved to another number, but is never
-    closed.
-    """
-
-    __slots__ = ()
-
-    def __del__(self) -> None:
-        """Leave the descriptor open."""
-
-
-def _inherited_strays() -> list[_Stray]:
-    """Return inherited descriptors of unknown purpose, such as a shell script's; none if the
-    command line has a path like /dev/fd/9, as that descriptor must keep its number.
-    """
-    if any("/fd/" in word for word in sys.argv):
-        return []
-    return [_Stray(number) for number in open_numbers() if number > 2 and _was_inherited(number)]
-
-
 def _import_all() -> None:
     """Import the modules that a spare worker needs when it takes the worker's place."""
     from ..commands import schema  # noqa: F401 - imported to be loaded
@@ -142,100 +89,102 @@ def run(arguments: argparse.Namespace) -> None:
     parent, store_size = take_parent(), take_store_size()
     if arguments.supervise and parent is None and not supervise.has_store(store_size):
         supervise.become_supervisor(arguments)
-    from . import logs, takeover
+    from . import logs
 
     logs.set_up(arguments.log_format, arguments.log_level)
     # Raise the soft limit to the hard limit: this process stores descriptors.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    start = None
-    if is_spare() and parent is not None:
-        start = wait(parent, _import_all)
-        parent = start.parent
-    inherited = take_listen_fds() if start is None else start.sockets
-    # Restored descriptors get their numbers before the import of modules that open others.
-    initial, ready, missing = _take_inherited(arguments.add_fd, arguments.ready_fd)
-    number = arguments.ready_fd
-    if ready is None and number is not None and parent is None:  # a restarted worker has none
-        raise UsageError(f"--ready-fd: descriptor {number} was not passed to this process")
-    movable: list[Movable] = [fd for fd, _, _ in initial]
-    movable += [given for given in (ready, parent) if given is not None]
-    movable += _inherited_strays()
-    recovered = supervise.recover(inherited, movable, start)
-    if recovered.handed_over and parent is not None:
-        recovered.close()
-        close_all(fd for fd, _, _ in initial)
-        return  # a successor owns everything, but the parent did not know and restarted us
-    if missing and not recovered.has_state:
-        raise UsageError(f"--add-fd: this process has not inherited descriptor {missing[0]}")
-    listen_fds = [given for given in recovered.sockets if listens(given.fd)]
-    # Others (OpenFile=, or a .socket unit of another kind) are stored in an fd set each.
-    initial += (
-        (given.fd, None, given.name) for given in recovered.sockets if given not in listen_fds
-    )
-    if recovered.has_state:  # the recovered state has the initial descriptors already
-        close_all(fd for fd, _, _ in initial)
-        initial = []
-    paths = arguments.socket or ([] if listen_fds else [Path(default_socket())])
+    origin = inherit(arguments, parent, _import_all)
+    if origin is not None:
+        _serve(arguments, origin, store_size)
+
+
+def _serve(arguments: argparse.Namespace, origin: Origin, store_size: int) -> None:
+    """Run the daemon until it ends."""
+    from . import takeover
+
+    paths = arguments.socket or ([] if origin.sockets else [Path(default_socket())])
     policy = None if arguments.policy is None else read_policy(arguments.policy)
-    predecessor = None
-    listeners = recovered.state.listeners
-    if arguments.takeover and not paths:
-        raise UsageError(
-            "--takeover needs --socket PATH: the socket of the daemon to take over from"
-        )
-    takes_over = arguments.takeover or (arguments.replace and any(map(_is_served, paths[:1])))
-    if takes_over and not recovered.has_state:
-        reached, *paths = paths
-        movable += [*recovered.stale_fds, *(given.fd for given in listen_fds)]
-        movable += [fd for fd, _, _ in initial if fd not in movable]
-        predecessor = takeover.prepare(reached, movable, has_parent=parent is not None)
-        listeners = predecessor.state.listeners
-        takeover.follow_moved([reached, *paths], listeners)
-    paths = takeover.still_to_bind(paths, listeners)
+    predecessor = _prepare_takeover(arguments, origin, paths)
+    state = origin.recovered.state
+    if predecessor is not None:
+        state, paths = predecessor.state, paths[1:]
+    paths = takeover.still_to_bind(paths, state.listeners)
+    # Only now: the import of Trio opens a descriptor, which must not get a restored one's number.
     from ..server.listen.binding import Permissions
     from ..server.server import DaemonServer
     from ..server.startup import run_daemon
     from . import daemon
 
     audit = None if arguments.audit is None else _open_audit(arguments.audit)
-    fd_store = supervise.connect(parent, store_size)
+    fd_store = supervise.connect(origin.parent, store_size)
+    server = partial(
+        DaemonServer, arguments.dialect, limits(arguments), policy, arguments.metrics, fd_store
+    )
     serve = partial(
         run_daemon,
-        partial(
-            DaemonServer, arguments.dialect, limits(arguments), policy, arguments.metrics, fd_store
-        ),
+        server,
         paths,
         Permissions(arguments.socket_mode, arguments.socket_group),
         audit,
-        initial,
-        [given.fd for given in listen_fds],
+        origin.initial,
+        [each.fd for each in origin.sockets],
         takeover=predecessor,
-        recovered=recovered,
+        recovered=origin.recovered,
     )
-    names = [*map(str, paths), *(f"the inherited socket '{given.name}'" for given in listen_fds)]
-    failure: BaseException | None = None
-    try:
+    names = [*map(str, paths), *(f"the inherited socket '{each.name}'" for each in origin.sockets)]
+    with ExitStack() as stack:
+        stack.enter_context(_one_cause())
+        if audit is not None:
+            stack.callback(audit.close)
+        if fd_store is not None and origin.parent is None:
+            stack.callback(fd_store.notifier.close)
         daemon.run(
             serve,
             predecessor,
             names,
-            [listener.name for listener in listeners],
+            [listener.name for listener in state.listeners],
             policy_path=arguments.policy,
-            ready_fd=ready,
-            parent=parent,
+            ready_fd=origin.ready,
+            parent=origin.parent,
             store_size=store_size,
-            successor=None if start is None else start.successor,
+            successor=origin.successor,
         )
+
+
+def _prepare_takeover(
+    arguments: argparse.Namespace, origin: Origin, paths: list[Path]
+) -> Takeover | None:
+    """Begin a takeover at the first of *paths*, if the command line asks for one; else None.
+
+    A restarted worker begins none: it has the state that a takeover has brought.
+    """
+    from . import takeover
+
+    if arguments.takeover and not paths:
+        raise UsageError(
+            "--takeover needs --socket PATH: the socket of the daemon to take over from"
+        )
+    takes_over = arguments.takeover or (arguments.replace and any(map(_is_served, paths[:1])))
+    if not takes_over or origin.recovered.has_state:
+        return None
+    has_parent = origin.parent is not None
+    predecessor = takeover.prepare(paths[0], origin.movable, has_parent=has_parent)
+    takeover.follow_moved(paths, predecessor.state.listeners)
+    return predecessor
+
+
+@contextmanager
+def _one_cause() -> Iterator[None]:
+    """Raise the first exception of nested nurseries, the cause, in place of their groups."""
+    failure: BaseException | None = None
+    try:
+        yield
     except* (OSError, NoDaemon, QMPError, MemoryError, KeyboardInterrupt) as group:
-        failure = group  # of nested nurseries: the first exception is the cause
+        failure = group
         while isinstance(failure, BaseExceptionGroup):
             failure = failure.exceptions[0]
-    finally:
-        if audit is not None:
-            audit.close()
-        if fd_store is not None and parent is None:
-            fd_store.notifier.close()
     if failure is not None:
         raise _as_usage_error(failure)
 

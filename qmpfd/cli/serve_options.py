@@ -17,7 +17,7 @@ _connections, _descriptors = number("number of connections", 1), number("number 
 _inherited = number("fd (0 to 2 are the standard streams)", 3, (1 << 31) - 1)
 
 
-class InheritedFd(NamedTuple):
+class InitialFd(NamedTuple):
     """Value of one ``--add-fd``."""
 
     fd: int
@@ -25,7 +25,7 @@ class InheritedFd(NamedTuple):
     opaque: str | None
 
 
-def _inherited_fd(text: str) -> InheritedFd:
+def _inherited_fd(text: str) -> InitialFd:
     """Parse a value of ``--add-fd`` as QEMU does: ``fd=N,set=ID[,opaque=S]``, ``,,`` is a comma."""
     values: dict[str, str] = {}
     for part in text.replace(",,", "\0").split(","):
@@ -36,7 +36,7 @@ def _inherited_fd(text: str) -> InheritedFd:
     for key in ("fd", "set"):
         if key not in values:
             raise argparse.ArgumentTypeError(f"{text!r} lacks {key}=")
-    return InheritedFd(
+    return InitialFd(
         _inherited(values["fd"]),
         number("set", 0, (1 << 63) - 1)(values["set"]),
         None if "opaque" not in values else json_text(values["opaque"]),

@@ -1,0 +1,148 @@
+"""What ``qmpfd serve`` was started with: inherited descriptors, and a crashed daemon's state.
+
+Restored descriptors get their numbers here, before the import of modules that open others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from ..kernel.fd import Fd, close_all, open_numbers
+from ..kernel.systemd import InheritedFd, Notifier, take_listen_fds
+from ..kernel.unix_address import listens
+from . import supervise
+from .exit_codes import UsageError
+from .serve_options import InitialFd
+from .spare import Spare, is_spare, wait
+
+if TYPE_CHECKING:
+    from ..server.fdstore.recover import Recovered
+    from ..server.renumber import Movable
+
+#: An initial descriptor, the id of its fd set (None: a new one), and its opaque text.
+Initial: TypeAlias = "tuple[Fd, int | None, str | None]"
+
+
+def _take_inherited(
+    options: list[InitialFd], ready_fd: int | None
+) -> tuple[list[Initial], Fd | None, list[int]]:
+    """Duplicate the descriptors of ``--add-fd`` and ``--ready-fd``, and close the originals.
+
+    Returns:
+        The initial descriptors, the one of ``--ready-fd`` or None, and the numbers of ``--add-fd``
+        that this process has not inherited.
+    """
+    numbers = [option.fd for option in options]
+    wanted = {*numbers, *([] if ready_fd is None else [ready_fd])}
+    originals = {number: Fd(number) for number in wanted if _was_inherited(number)}
+    taken: list[Initial] = [
+        (Fd(os.dup(option.fd)), option.fdset_id, option.opaque)
+        for option in options
+        if option.fd in originals
+    ]
+    ready = Fd(os.dup(ready_fd)) if ready_fd in originals else None
+    close_all(originals.values())
+    return taken, ready, [number for number in numbers if number not in originals]
+
+
+def _was_inherited(number: int) -> bool:
+    """Return whether *number* was inherited: Python opens with close-on-exec (PEP 446)."""
+    try:
+        return os.get_inheritable(number)
+    except OSError:
+        return False
+
+
+class _Stray(Fd):
+    """An inherited descriptor of unknown purpose: it may be moved to another number, but is never
+    closed.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        """Leave the descriptor open."""
+
+
+def _inherited_strays() -> list[_Stray]:
+    """Return inherited descriptors of unknown purpose, such as a shell script's; none if the
+    command line has a path like /dev/fd/9, as that descriptor must keep its number.
+    """
+    if any("/fd/" in word for word in sys.argv):
+        return []
+    return [_Stray(number) for number in open_numbers() if number > 2 and _was_inherited(number)]
+
+
+class Origin(NamedTuple):
+    """What this process was started with.
+
+    Args:
+        parent: connection to the parent of ``--supervise``, or None.
+        successor: the spare worker that this process has forked, or None.
+        recovered: the state of a daemon that has crashed, perhaps none.
+        initial: descriptors to store before the first client is served; none where the recovered
+            state has them already.
+        sockets: the service manager's sockets to serve clients on.
+        ready: the descriptor of ``--ready-fd``, or None.
+        movable: descriptors that a takeover may move to other numbers.
+    """
+
+    parent: Notifier | None
+    successor: Spare | None
+    recovered: Recovered
+    initial: list[Initial]
+    sockets: list[InheritedFd]
+    ready: Fd | None
+    movable: list[Movable]
+
+
+def inherit(
+    arguments: argparse.Namespace, parent: Notifier | None, prepare: Callable[[], object]
+) -> Origin | None:
+    """Sort the inherited descriptors, and recover the state of a daemon that has crashed.
+
+    Args:
+        arguments: the command line.
+        parent: connection to the parent of ``--supervise``, or None.
+        prepare: does what a spare worker does before it waits for its start.
+
+    Returns:
+        None if a successor has taken over everything, but the parent did not know and restarted
+        this worker.
+
+    Raises:
+        UsageError: a descriptor was not inherited, or the state cannot be read.
+    """
+    start = None
+    if is_spare() and parent is not None:
+        start = wait(parent, prepare)
+        parent = start.parent
+    passed = take_listen_fds() if start is None else start.sockets
+    initial, ready, missing = _take_inherited(arguments.add_fd, arguments.ready_fd)
+    number = arguments.ready_fd
+    if ready is None and number is not None and parent is None:  # a restarted worker has none
+        raise UsageError(f"--ready-fd: descriptor {number} was not passed to this process")
+    movable: list[Movable] = [fd for fd, _, _ in initial]
+    movable += [given for given in (ready, parent) if given is not None]
+    movable += _inherited_strays()
+    recovered = supervise.recover(passed, movable, start)
+    if recovered.handed_over and parent is not None:
+        recovered.close()
+        close_all(fd for fd, _, _ in initial)
+        return None
+    if missing and not recovered.has_state:
+        raise UsageError(f"--add-fd: this process has not inherited descriptor {missing[0]}")
+    sockets = [each for each in recovered.sockets if listens(each.fd)]
+    # Others (OpenFile=, or a .socket unit of another kind) are stored in an fd set each.
+    initial += ((each.fd, None, each.name) for each in recovered.sockets if each not in sockets)
+    if recovered.has_state:  # which has the initial descriptors already
+        close_all(fd for fd, _, _ in initial)
+        initial = []
+    movable += [*recovered.stale_fds, *(each.fd for each in sockets)]
+    movable += [fd for fd, _, _ in initial if fd not in movable]
+    successor = None if start is None else start.successor
+    return Origin(parent, successor, recovered, initial, sockets, ready, movable)
