@@ -38,7 +38,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return told
 
 
-async def test_what_comes_goes_and_is_handed_out(path: Path, tmp_path: Path) -> None:
+async def test_additions_removals_and_openings(path: Path, tmp_path: Path) -> None:
     file = tmp_path / "audit"
     with file.open("w") as out, pipes(2) as made:
         async with daemon(path, audit=out):
@@ -80,7 +80,7 @@ async def test_what_comes_goes_and_is_handed_out(path: Path, tmp_path: Path) -> 
     ]
 
 
-async def test_what_the_daemon_does_by_itself(
+async def test_expiry_hangup_and_end_of_a_connection(
     path: Path, tmp_path: Path, autojump_clock: MockClock
 ) -> None:
     """The daemon closes descriptors on expiry, on a hang-up, and at the end of a connection."""
@@ -175,7 +175,7 @@ async def test_a_client_that_refuses_descriptors(
     assert [line["outcome"] for line in lines(file)] == ["added", "opened", outcome, "ended"]
 
 
-async def test_a_client_that_is_turned_away(path: Path, tmp_path: Path) -> None:
+async def test_a_rejected_client(path: Path, tmp_path: Path) -> None:
     file = tmp_path / "audit"
     with file.open("w") as out:
         async with daemon(path, audit=out, limits=qmpfd.Limits(max_connections=1)):
@@ -210,7 +210,9 @@ def test_a_text_that_json_cannot_carry() -> None:
 # -- the file cannot be written ----------------------------------------------------------------
 
 
-async def test_nobody_reads_the_pipe(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_pipe_without_reader_loses_records_only(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Clients are served; when the pipe is read, the log has the number of lost records."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     with Pipe() as pipe, open(reader, "rb", buffering=0) as end:
@@ -257,7 +259,7 @@ def test_a_full_disk(path: Path) -> None:
     assert len(said) == 1
 
 
-def test_a_torn_line_is_ended(tmp_path: Path) -> None:
+def test_a_short_write_ends_its_line(tmp_path: Path) -> None:
     """After a short write, the next record begins on a line of its own."""
     limit = 100
 
@@ -314,7 +316,7 @@ def test_appended_to_by_each_start(path: Path, tmp_path: Path) -> None:
     assert [line["outcome"] for line in lines(file)] == ["added", "ended"] * 2
 
 
-def test_a_takeover_is_no_removal(path: Path, tmp_path: Path) -> None:
+def test_a_takeover_gives_no_records(path: Path, tmp_path: Path) -> None:
     """Neither daemon records the descriptors that go over to the successor."""
     file = tmp_path / "audit"
 
@@ -333,7 +335,7 @@ def test_a_takeover_is_no_removal(path: Path, tmp_path: Path) -> None:
     assert outcomes == [("added", 0), ("added", 1), ("ended", 1), ("ended", 0)]
 
 
-def test_the_log_at_level_debug_says_what_was_handed_out(path: Path) -> None:
+def test_the_log_at_level_debug_has_opened_descriptors(path: Path) -> None:
     """Fd set, number and opaque text, in one line, whatever the text contains."""
     with daemon_process(path, "--log-level", "debug") as process:
 

@@ -193,13 +193,13 @@ def _never_busy(kind: Kind, way: _Way, daemon: _Daemon, folder: Path) -> None:
         *(pytest.param(k, id=name, marks=pytest.mark.root) for name, k in ROOT_KINDS.items()),
     ],
 )
-def test_it_is_free_when_the_reply_is_read(served: _Daemon, tmp_path: Path, kind: Kind) -> None:
+def test_every_kind_is_closed_before_the_reply(served: _Daemon, tmp_path: Path, kind: Kind) -> None:
     _never_busy(kind, _removed, served, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["netlink", "TCP, linger"])
 @pytest.mark.parametrize("way", _WAYS, ids=lambda way: way.__name__.strip("_").replace("_", " "))
-def test_it_is_free_however_it_was_closed(
+def test_every_way_to_close_closes_before_the_reply(
     served: _Daemon, tmp_path: Path, way: _Way, kind: str
 ) -> None:
     _never_busy(KINDS[kind], way, served, tmp_path)

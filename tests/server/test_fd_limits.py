@@ -35,7 +35,9 @@ def _unlimit(process: DaemonProcess) -> None:
 
 
 @pytest.mark.parametrize("messages", [2, 9])
-async def test_never_more_than_two_messages_worth_wait(path: Path, messages: int) -> None:
+async def test_pending_descriptors_are_those_of_two_messages_at_most(
+    path: Path, messages: int
+) -> None:
     with daemon_process(path) as process, pipes(1) as [pipe]:
         with await Wire.session(path) as wire:
             # With more pending at any time, the kernel would drop some, and the add-fd would fail.
@@ -104,7 +106,7 @@ async def test_out_of_descriptors(path: Path, sent: int, room: int, pieces: list
             assert not pipe.held()
 
 
-async def test_out_of_descriptors_then_newer_ones(path: Path) -> None:
+async def test_newer_descriptors_replace_lost_ones(path: Path) -> None:
     """Newer descriptors replace lost ones, as they replace pending ones."""
     with daemon_process(path) as process:
         with await Wire.session(path) as wire, pipes(3) as made:

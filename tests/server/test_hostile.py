@@ -134,7 +134,9 @@ async def _fill(wire: Wire) -> int:
         await settle()
 
 
-async def test_never_read_but_carried_out(path: Path, autojump_clock: MockClock) -> None:
+async def test_commands_of_a_disconnected_client_are_executed(
+    path: Path, autojump_clock: MockClock
+) -> None:
     """The daemon executes what a client had sent before it was disconnected."""
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe:
@@ -164,7 +166,7 @@ async def test_too_many_connections(path: Path) -> None:
             assert value(await one.call("query-name")) == {}
 
 
-async def test_bytes_that_are_no_qmp(path: Path) -> None:
+async def test_invalid_input_gets_one_error(path: Path) -> None:
     """Each piece of invalid input gets one error, and the connection continues."""
     async with daemon(path):
         with await Wire.session(path) as wire, socket.socket() as passed:
@@ -263,7 +265,7 @@ def _dies(path: Path, life: Sequence[tuple[bytes, int]]) -> None:
 
 
 @pytest.mark.parametrize("length", range(len(LIFE) + 1))
-async def test_killed_at_any_point(path: Path, length: int) -> None:
+async def test_a_client_killed_at_any_point(path: Path, length: int) -> None:
     async with daemon(path):
         with await Wire.session(path) as other:
             before = open_fds()
@@ -277,7 +279,7 @@ async def test_killed_at_any_point(path: Path, length: int) -> None:
             assert open_fds() == before
 
 
-async def test_many_are_killed(path: Path) -> None:
+async def test_many_clients_are_killed(path: Path) -> None:
     """Several clients at a time are killed at random points."""
     seed = random.Random(7)
     with daemon_process(path) as process, await Wire.session(path) as other:
@@ -317,7 +319,7 @@ async def test_half_sent_at_any_byte(path: Path, size: int) -> None:
 
 
 @pytest.mark.root
-async def test_another_user_is_turned_away() -> None:
+async def test_another_user_is_rejected() -> None:
     """By default only the daemon's user and root may connect; other users get an error."""
     script = "import os, socket, sys; os.setuid(65534); s = socket.socket(socket.AF_UNIX)\n"
     script += "s.connect(sys.argv[1])\nwhile data := s.recv(999): sys.stdout.buffer.write(data)"

@@ -24,7 +24,7 @@ def test_every_state_is_reached_and_left() -> None:
         assert State.ENDED in reachable(state)
 
 
-def test_what_has_ended_stays_so() -> None:
+def test_no_event_leaves_the_final_state() -> None:
     for state in (State.DRAINING, State.QUITTING, State.HANDED_OVER, State.ENDED):
         assert State.RUNNING not in reachable(state)
     assert reachable(State.ENDED) == {State.ENDED}
@@ -81,7 +81,7 @@ def _in(state: State) -> Lifecycle:
     return lifecycle
 
 
-async def test_waiting() -> None:
+async def test_tasks_wait_for_the_end_of_a_pause() -> None:
     """A task that waits for the end of a pause waits on when the successor has committed."""
     lifecycle = _in(State.PAUSED)
     seen: list[str] = []

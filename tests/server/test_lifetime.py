@@ -86,7 +86,7 @@ def _fill_backlog(path: Path, stack: ExitStack) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "symbolic link"])
-async def test_what_is_no_socket_is_left_alone(path: Path, kind: str) -> None:
+async def test_a_file_that_is_no_socket_is_left_alone(path: Path, kind: str) -> None:
     if kind == "file":
         path.write_text("precious")
     elif kind == "directory":
@@ -101,7 +101,7 @@ async def test_what_is_no_socket_is_left_alone(path: Path, kind: str) -> None:
         assert path.read_text() == "precious"
 
 
-async def test_one_bad_path_spoils_all(path: Path) -> None:
+async def test_one_bad_path_fails_the_start(path: Path) -> None:
     """The daemon closes the sockets that it has bound, and the descriptors of ``--add-fd``."""
     missing = path.with_name("missing") / "q.sock"
     with Pipe() as pipe:
@@ -191,7 +191,7 @@ async def test_stop_serves_the_backlog(path: Path) -> None:
                 assert value(fdsets) == []
 
 
-async def test_stop_does_not_wait_for_the_idle(path: Path, autojump_clock: MockClock) -> None:
+async def test_stop_does_not_wait_for_idle_clients(path: Path, autojump_clock: MockClock) -> None:
     with ExitStack() as stack:
         async with daemon(path) as server:
             for sent in (b"", b" ", b'{"execute":'):
@@ -229,7 +229,7 @@ async def test_stop_finishes_a_slow_reader(path: Path, autojump_clock: MockClock
             assert len(await wire.rest()) == 2000
 
 
-async def test_cancelled(path: Path) -> None:
+async def test_a_cancelled_daemon_cleans_up(path: Path) -> None:
     """A cancelled daemon removes its socket file, and closes everything."""
     with Pipe() as pipe:
         async with trio.open_nursery() as nursery:
@@ -242,7 +242,7 @@ async def test_cancelled(path: Path) -> None:
     assert not path.exists()
 
 
-async def test_an_exception_beside_it(path: Path) -> None:
+async def test_an_exception_of_another_task(path: Path) -> None:
     """An exception of another task in its nursery cancels the daemon, which cleans up."""
     with pytest.RaisesGroup(KeyError):
         async with daemon(path):
@@ -265,7 +265,9 @@ def _stopped(pid: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_signal(path: Path, number: signal.Signals) -> None:
+async def test_a_signal_ends_the_daemon_after_all_replies(
+    path: Path, number: signal.Signals
+) -> None:
     """The daemon executes and answers everything that was sent before the signal."""
     with daemon_process(path) as process, ExitStack() as stack:
         known = stack.enter_context(await Wire.session(path))

@@ -41,7 +41,7 @@ async def _refused(wire: Wire, desc: str) -> None:
         ("--max-fds-per-uid", "Too many file descriptors of uid 0: the limit is 3"),
     ],
 )
-async def test_descriptors(option: str, desc: str, path: Path) -> None:
+async def test_limits_on_descriptors(option: str, desc: str, path: Path) -> None:
     """Descriptors of getfd count too; removed ones make room."""
     with (
         daemon_process(path, option, "3"),
@@ -71,7 +71,7 @@ async def test_descriptors(option: str, desc: str, path: Path) -> None:
         ("--max-connections-per-uid", "Too many connections of uid 0: the limit is 2"),
     ],
 )
-async def test_connections(option: str, desc: str, path: Path) -> None:
+async def test_limits_on_connections(option: str, desc: str, path: Path) -> None:
     with (
         daemon_process(path, option, "2"),
         await Wire.session(path) as one,
@@ -90,7 +90,7 @@ async def test_connections(option: str, desc: str, path: Path) -> None:
             assert value(await four.call("query-name")) == {}
 
 
-async def test_bytes_of_a_request(path: Path) -> None:
+async def test_limit_on_the_bytes_of_a_request(path: Path) -> None:
     with (
         daemon_process(path, "--max-request-bytes", "1024"),
         await Wire.session(path) as wire,
@@ -103,7 +103,7 @@ async def test_bytes_of_a_request(path: Path) -> None:
             assert error(reply) == "GenericError"
 
 
-async def test_time_to_take_a_reply(path: Path) -> None:
+async def test_write_timeout(path: Path) -> None:
     with (
         daemon_process(path, "--write-timeout", "0.2") as process,
         await Wire.session(path) as wire,
@@ -114,7 +114,7 @@ async def test_time_to_take_a_reply(path: Path) -> None:
     assert " uid 0 does not read its replies" in process.log[-1]
 
 
-async def test_idle_time(path: Path) -> None:
+async def test_idle_timeout(path: Path) -> None:
     with daemon_process(path, "--idle-timeout", "0.5"), await Wire.session(path) as wire:
         told, *more = await wire.rest()
         assert not more
@@ -124,7 +124,9 @@ async def test_idle_time(path: Path) -> None:
 # -- time --------------------------------------------------------------------------------------
 
 
-async def test_who_never_negotiates(path: Path, autojump_clock: MockClock) -> None:
+async def test_a_client_that_never_negotiates_is_disconnected(
+    path: Path, autojump_clock: MockClock
+) -> None:
     async with daemon(path):
         with await Wire.connect(path) as silent, await Wire.session(path) as other:
             await silent.reply()
@@ -144,7 +146,7 @@ def received(sock: socket.socket) -> bytes:
     return found
 
 
-async def test_nothing_is_said_in_the_middle_of_a_reply(path: Path) -> None:
+async def test_no_error_follows_an_incomplete_reply(path: Path) -> None:
     """No error follows an incomplete reply when its client is disconnected."""
     async with daemon(path) as server:
         with await Wire.connect(path) as wire:
@@ -164,7 +166,9 @@ async def test_nothing_is_said_in_the_middle_of_a_reply(path: Path) -> None:
 
 
 @pytest.mark.parametrize("said", [b" ", b"7 ", request("query-name")], ids=["blank", "7", "early"])
-async def test_whatever_else_it_says(said: bytes, path: Path, autojump_clock: MockClock) -> None:
+async def test_other_input_does_not_extend_the_time_to_negotiate(
+    said: bytes, path: Path, autojump_clock: MockClock
+) -> None:
     """Blanks and refused requests do not extend the time to negotiate."""
     async with daemon(path):
         with await Wire.connect(path) as wire:
@@ -175,7 +179,9 @@ async def test_whatever_else_it_says(said: bytes, path: Path, autojump_clock: Mo
             assert "No 'qmp_capabilities'" in told["error"]["desc"]
 
 
-async def test_who_asks_is_not_idle(path: Path, autojump_clock: MockClock) -> None:
+async def test_a_client_that_sends_requests_is_not_idle(
+    path: Path, autojump_clock: MockClock
+) -> None:
     async with daemon(path, limits=qmpfd.Limits(idle_timeout=10)):
         with await Wire.session(path) as asking, await Wire.session(path) as babbling:
             for _ in range(10):
@@ -194,14 +200,14 @@ async def test_who_asks_is_not_idle(path: Path, autojump_clock: MockClock) -> No
             assert 9 < trio.current_time() - start < 13
 
 
-async def test_nobody_is_idle_by_default(path: Path, autojump_clock: MockClock) -> None:
+async def test_no_idle_timeout_by_default(path: Path, autojump_clock: MockClock) -> None:
     async with daemon(path):
         with await Wire.session(path) as wire:
             await trio.sleep(80_000)
             assert value(await wire.call("query-name")) == {}
 
 
-async def test_inherited_descriptors_count(path: Path) -> None:
+async def test_inherited_descriptors_count_as_stored(path: Path) -> None:
     """Descriptors of ``--add-fd`` count as stored."""
     with pipes(1) as made:
         number = made[0].fileno()
@@ -216,7 +222,7 @@ async def test_inherited_descriptors_count(path: Path) -> None:
             value(await wire.call("add-fd", None, made))
 
 
-async def test_no_more_than_the_process_may_have(path: Path) -> None:
+async def test_limits_stay_below_the_limit_on_open_files(path: Path) -> None:
     """The limits stay below RLIMIT_NOFILE: pending descriptors and other users need room."""
     options = ["--max-fds", "100000", "--max-fds-per-uid", "100000"]
     with (
@@ -242,7 +248,7 @@ async def test_a_user_leaves_room_for_others() -> None:
     server.close()
 
 
-async def test_closes_that_hang_count_for_their_user_alone() -> None:
+async def test_hanging_closes_count_against_their_own_uid() -> None:
     """Hanging closes count against the quota of the client's uid only."""
     server = DaemonServer(limits=Limits(max_fds=100, max_fds_per_uid=50))
     quotas, stranger = server.daemon.quotas, os.geteuid() + 1
@@ -259,7 +265,7 @@ async def test_closes_that_hang_count_for_their_user_alone() -> None:
     server.close()
 
 
-async def test_one_by_one_where_the_table_may_be_full() -> None:
+async def test_near_the_limit_requests_are_received_one_by_one() -> None:
     """Near the limit, the daemon receives the descriptors of one request at a time."""
     server = DaemonServer(limits=Limits(max_fds=100))
     counts = server.daemon.quotas
@@ -274,7 +280,7 @@ async def test_one_by_one_where_the_table_may_be_full() -> None:
 # -- text --------------------------------------------------------------------------------------
 
 
-async def test_opaque_text_in_all(path: Path) -> None:
+async def test_limit_on_the_sum_of_opaque_texts(path: Path) -> None:
     """Limit on the sum of all opaque texts: names of getfd count, removed texts do not."""
     text = "x" * 1_000_000
     most = MAX_OPAQUE_TOTAL // len(text)
@@ -302,7 +308,7 @@ async def test_opaque_text_in_all(path: Path) -> None:
             value(await call("add-fd", {"opaque": text}))
 
 
-async def test_descriptors_that_wait_do_not_count(path: Path) -> None:
+async def test_pending_descriptors_do_not_count_as_stored(path: Path) -> None:
     async with daemon(path, limits=qmpfd.Limits(max_fds=1)):
         with await Wire.session(path) as wire, pipes(1) as made:
             wire.send(b" ", made * 100)

@@ -25,7 +25,7 @@ from qmpfd.server.maintenance import supervise
 from qmpfd.transport import FdStream
 
 
-async def test_a_failing_task_runs_again_after_longer_and_longer(
+async def test_a_failing_task_runs_again_after_growing_delays(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     starts: list[float] = []
@@ -47,7 +47,7 @@ async def test_a_failing_task_runs_again_after_longer_and_longer(
     assert lines[0].exc_info is not None
 
 
-async def test_the_delay_begins_anew(autojump_clock: MockClock) -> None:
+async def test_the_delay_is_reset_after_a_long_run(autojump_clock: MockClock) -> None:
     """The delay before a restart is short again when the task has run for long."""
     starts: list[float] = []
 
@@ -70,7 +70,7 @@ async def test_supervision_is_cancelled() -> None:
     assert scope.cancelled_caught
 
 
-async def test_an_epoll_that_refuses(path: Path) -> None:
+async def test_an_epoll_that_fails(path: Path) -> None:
     """A daemon whose epoll fails misses hang-ups, and does everything else."""
     with pipes(2) as made:
         async with daemon(path) as server:
@@ -87,7 +87,7 @@ async def test_an_epoll_that_refuses(path: Path) -> None:
                     os.dup2(other.fileno(), hangups.fileno(), inheritable=False)
 
 
-def test_a_fifo_that_was_opened_anew(tmp_path: Path) -> None:
+def test_a_fifo_that_was_opened_again(tmp_path: Path) -> None:
     """A FIFO that has hung up and was opened again hangs up again with its last writer."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -134,9 +134,7 @@ class _Full(FdStream):
         raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
 
 
-async def test_a_client_cannot_be_told_that_it_is_turned_away(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_rejection_that_cannot_be_sent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with daemon(path, limits=qmpfd.Limits(max_connections=1)):
         with await Wire.session(path) as wire:
             with monkeypatch.context() as patch:
@@ -151,7 +149,7 @@ async def test_a_client_cannot_be_told_that_it_is_turned_away(
                 assert value(await wire.reply())["fdset-id"] == 0
 
 
-async def test_a_listening_socket_that_somebody_shuts_down(path: Path) -> None:
+async def test_a_listening_socket_that_is_shut_down_is_bound_again(path: Path) -> None:
     """The daemon binds the socket again: no client is refused, and there is no busy loop."""
     async with daemon(path) as server:
         (listener,) = server.listeners

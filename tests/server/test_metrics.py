@@ -25,7 +25,7 @@ def _read(text: str) -> dict[str, float]:
     return samples
 
 
-async def test_the_same_as_query_stats(path: Path) -> None:
+async def test_the_file_has_the_values_of_query_stats(path: Path) -> None:
     async with daemon(path) as server:
         with pipes(1) as made, await Wire.session(path) as wire:
             for _ in range(3):
@@ -58,7 +58,7 @@ async def test_the_same_as_query_stats(path: Path) -> None:
     assert samples["qmpfd_uptime_seconds"] >= 0
 
 
-async def test_written_now_and_then(path: Path, tmp_path: Path) -> None:
+async def test_written_at_the_start_and_at_intervals(path: Path, tmp_path: Path) -> None:
     """Written at the start and after each interval: always whole, without temporary files."""
     file = tmp_path / "metrics"
     async with daemon(path, metrics_path=file):
@@ -83,7 +83,7 @@ async def test_written_again(path: Path, tmp_path: Path, mock_clock: MockClock) 
         assert _read(file.read_text())["qmpfd_uptime_seconds"] >= METRICS_INTERVAL
 
 
-def test_by_its_option(path: Path, tmp_path: Path) -> None:
+def test_the_option_metrics(path: Path, tmp_path: Path) -> None:
     file = tmp_path / "metrics"
     with daemon_process(path, "--metrics", os.fspath(file)):
         while not file.exists():
@@ -92,7 +92,9 @@ def test_by_its_option(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("through_a_link", [False, True])
-def test_what_is_no_file_stays(path: Path, tmp_path: Path, through_a_link: bool) -> None:
+def test_a_path_that_is_no_regular_file_is_not_replaced(
+    path: Path, tmp_path: Path, through_a_link: bool
+) -> None:
     """A path that is no regular file is not replaced: root could replace /dev/null."""
     fifo = file = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -105,7 +107,7 @@ def test_what_is_no_file_stays(path: Path, tmp_path: Path, through_a_link: bool)
     assert file.is_symlink() == through_a_link
 
 
-def test_through_a_link(path: Path, tmp_path: Path) -> None:
+def test_the_target_of_a_link_is_replaced(path: Path, tmp_path: Path) -> None:
     """The file is replaced, and the link stays."""
     file, link = tmp_path / "metrics", tmp_path / "link"
     link.symlink_to(file)
@@ -115,7 +117,7 @@ def test_through_a_link(path: Path, tmp_path: Path) -> None:
     assert link.is_symlink()
 
 
-def test_not_written_through_anothers_link(tmp_path: Path) -> None:
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
     """A symbolic link at the name of the temporary file is not followed."""
     victim, file = tmp_path / "victim", tmp_path / "metrics"
     victim.write_text("precious")

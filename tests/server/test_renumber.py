@@ -51,7 +51,7 @@ def test_any_arrangement(data: st.DataObject) -> None:
         close_all(fds)
 
 
-def test_numbers_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
+def test_numbers_in_use_or_beyond_the_limit(caplog: pytest.LogCaptureFixture) -> None:
     """A number that is in use by others, or beyond the limit: the descriptor keeps another one, and
     the log says so.  All other descriptors get their numbers.
     """
@@ -71,7 +71,7 @@ def test_numbers_that_cannot_be_had(caplog: pytest.LogCaptureFixture) -> None:
     assert moved == [[str(t), str(n), str(t)] for t, n in zip(lost, numbers, strict=True)]
 
 
-def test_a_table_that_is_full() -> None:
+def test_a_full_table() -> None:
     """Only the target numbers are free, and one of them is a bystander's, which is moved."""
     program = """
 import os, resource, sys
@@ -125,7 +125,7 @@ def test_numbers_that_are_kept_free(wanted: set[int], mine: set[int], strangers:
         assert {fd.fileno() for fd in others} == strangers
 
 
-def test_numbers_far_apart() -> None:
+def test_a_number_far_above_all_others_is_not_kept_free() -> None:
     """A number far above all others is not kept free: that would take thousands of fillers."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert keep_free([most, most + 1, -1], []) == ([], [])

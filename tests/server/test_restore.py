@@ -24,7 +24,7 @@ class NoWatches(Hangups[StoredFd]):
         raise GenericError("The file descriptor cannot be watched: No space left on device")
 
 
-async def test_no_watch_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
+async def test_epoll_is_out_of_watches(caplog: pytest.LogCaptureFixture) -> None:
     server = DaemonServer()
     server.daemon.hangups.close()
     server.daemon.hangups = NoWatches()
@@ -46,7 +46,7 @@ async def test_no_watch_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
         server.close()
 
 
-async def test_one_that_cannot_be_stored(caplog: pytest.LogCaptureFixture) -> None:
+async def test_one_invalid_record_affects_no_other(caplog: pytest.LogCaptureFixture) -> None:
     """One record has an invalid fd set id: all others are restored after a crash."""
     server = DaemonServer()
     with pipes(3) as made:
@@ -65,7 +65,7 @@ async def test_one_that_cannot_be_stored(caplog: pytest.LogCaptureFixture) -> No
         server.close()
 
 
-async def test_time() -> None:
+async def test_ages_and_expiries_are_restored() -> None:
     """Ages and expiries survive a change of process; a time in the future counts as now."""
     server = DaemonServer()
     elapsed = 5.0

@@ -34,7 +34,7 @@ CLOSED_LATER = {"netlink socket"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_every_kind_survives(kind: str, path: Path, tmp_path: Path) -> None:
+async def test_every_kind_is_stored_unchanged(kind: str, path: Path, tmp_path: Path) -> None:
     """The daemon stores the same open file description, unchanged, with close-on-exec."""
     with open_kind(kind, tmp_path) as fd:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -101,7 +101,7 @@ async def test_a_socket_of_the_daemon_itself(path: Path) -> None:
 # -- closing -----------------------------------------------------------------------------------
 
 
-async def test_closed_when_the_answer_is_read(path: Path) -> None:
+async def test_a_removed_fd_is_closed_before_the_reply(path: Path) -> None:
     """A removed descriptor, or set, is closed before the reply: the pipe is at its end."""
     async with daemon(path):
         with await Wire.session(path) as wire, pipes(4) as made:
@@ -116,7 +116,7 @@ async def test_closed_when_the_answer_is_read(path: Path) -> None:
             assert value(await wire.call("query-fdsets")) == []
 
 
-async def test_closed_in_a_chunk_of_many(path: Path) -> None:
+async def test_an_fd_added_and_removed_in_one_read_is_closed(path: Path) -> None:
     """A descriptor added and removed in one read is closed before the reply to the removal."""
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe:
@@ -128,7 +128,7 @@ async def test_closed_in_a_chunk_of_many(path: Path) -> None:
             assert await wire.reply() == {"return": {}}  # query-name
 
 
-async def test_kept_when_the_client_is_gone(path: Path) -> None:
+async def test_stored_fds_stay_when_their_client_disconnects(path: Path) -> None:
     async with daemon(path):
         with Pipe() as pipe:
             with await Wire.session(path) as wire:
@@ -281,7 +281,7 @@ async def test_ids_of_every_kind(path: Path, request_id: object) -> None:
             assert await wire.reply() == {"return": [], "id": request_id}
 
 
-async def test_half_close(path: Path) -> None:
+async def test_a_client_that_shuts_down_its_side_gets_all_replies(path: Path) -> None:
     """A client that has shut down its sending direction gets all replies, and then the end."""
     async with daemon(path):
         with await Wire.session(path) as wire, pipes(2) as made:
@@ -305,7 +305,9 @@ async def test_an_incomplete_request_before_the_half_close(path: Path) -> None:
 
 @pytest.mark.parametrize("greeted", [True, False], ids=["greeting read", "greeting not read"])
 @pytest.mark.parametrize("count", [1, 50])
-async def test_sent_right_before_close(path: Path, count: int, greeted: bool) -> None:
+async def test_commands_sent_right_before_close_are_executed(
+    path: Path, count: int, greeted: bool
+) -> None:
     """The daemon executes all commands, though it cannot send the replies."""
     async with daemon(path):
         with pipes(count) as made:
@@ -325,7 +327,7 @@ async def test_sent_right_before_close(path: Path, count: int, greeted: bool) ->
                 assert not any(pipe.held() for pipe in made)
 
 
-async def test_many_sockets(path: Path) -> None:
+async def test_all_sockets_share_one_store(path: Path) -> None:
     """All sockets of a daemon share one store."""
     others = [path.with_name(f"{n}.sock") for n in range(5)]
     async with daemon(path, *others):

@@ -87,7 +87,7 @@ async def _still_served(process: DaemonProcess) -> None:
 
 
 @pytest.mark.root
-async def test_for_commands_that_never_come() -> None:
+async def test_pending_for_commands_that_never_come() -> None:
     with _daemon() as process, ExitStack() as stack, Pipe() as pipe:
         wires = [stack.enter_context(await _session(process, HOARDER)) for _ in range(20)]
         before = len(open_fds(process.pid))
@@ -112,7 +112,7 @@ async def test_for_commands_that_never_come() -> None:
 
 
 @pytest.mark.root
-async def test_in_replies_that_are_never_read() -> None:
+async def test_queued_in_replies_that_are_never_read() -> None:
     ask = request("open-fdset", {"fdset-id": 0})
     with _daemon() as process, ExitStack() as stack, Pipe() as pipe:
         wires = [stack.enter_context(await _session(process, HOARDER)) for _ in range(12)]
@@ -139,7 +139,7 @@ def _unprivileged(*options: str) -> Iterator[DaemonProcess]:
 
 
 @pytest.mark.root
-async def test_in_replies_on_their_way() -> None:
+async def test_in_flight_in_sent_replies() -> None:
     """Descriptors in flight count against the limit of the daemon's user until received."""
     ask = request("open-fdset", {"fdset-id": 0})
     with _unprivileged() as process, ExitStack() as stack, Pipe() as pipe:
@@ -189,7 +189,7 @@ def _hoarded(sock: socket.socket, pipe: Pipe) -> Iterator[None]:
 
 
 @pytest.mark.root
-async def test_too_many_on_their_way_by_others() -> None:
+async def test_the_in_flight_limit_is_used_up_by_another_process() -> None:
     """Another process of the daemon's user has used up the limit: open-fdset is refused."""
     near, far = socket.socketpair()
     with _unprivileged() as process, near, far, Pipe() as pipe, ExitStack() as stack:
@@ -204,7 +204,7 @@ async def test_too_many_on_their_way_by_others() -> None:
 
 
 @pytest.mark.root
-async def test_too_many_on_their_way_to_the_parent() -> None:
+async def test_the_in_flight_limit_is_used_up_for_the_parent() -> None:
     """An add-fd that cannot be sent to the parent is refused; listings and removals work."""
     near, far = socket.socketpair()
     with _unprivileged("--supervise") as process, near, far, Pipe() as pipe, ExitStack() as stack:
@@ -219,7 +219,7 @@ async def test_too_many_on_their_way_to_the_parent() -> None:
         value(await wire.call("add-fd", None, [pipe]))
 
 
-async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> None:
+async def test_only_pending_and_unread_descriptors_count(path: Path) -> None:
     """The quota counts pending and unread descriptors; not taken, received or closed ones."""
     async with daemon(path) as server, qmpfd.connect(path) as client:
         counts = server.daemon.quotas
@@ -253,7 +253,7 @@ async def test_what_waits_is_counted_and_what_does_not_is_not(path: Path) -> Non
         assert counts.waiting == 0
 
 
-async def test_a_limit_for_all_together(path: Path) -> None:
+async def test_the_limit_on_all_uids(path: Path) -> None:
     """The limit on the sum of all uids includes the daemon's own."""
     async with daemon(path) as server:
         server.daemon.quotas.waiting_limit = 10

@@ -71,7 +71,7 @@ async def running() -> AsyncGenerator[Harness, None]:
             nursery.cancel_scope.cancel()
 
 
-async def test_one_that_fails_and_one_that_leaves_something_over() -> None:
+async def test_a_failure_and_a_value_reach_the_clients_task() -> None:
     """The task of each gets the exception or the value; the third client is served."""
     served: list[str] = []
     done = trio.Event()
@@ -126,7 +126,9 @@ async def test_round_robin(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "-" in busy[at : at + 3]
 
 
-async def test_two_long_pieces_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_is_heavy_after_two_long_pieces_in_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A client is heavy after two long pieces in a row: one may be long because of the machine."""
     # Times at the start of each pass and after each piece: long, short, long, long.
     times = chain([0.0, 1.0], [1.0, 1.0, 2.0], [2.0, 3.0], repeat(3.0))
@@ -142,7 +144,7 @@ async def test_two_long_pieces_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None
     assert served == ["a", "a", "a", "a", "a: None"]
 
 
-async def test_a_task_that_works_is_not_told_again() -> None:
+async def test_unread_input_causes_no_busy_loop() -> None:
     """Unread input of a client that its own task serves causes no busy loop."""
     served: list[str] = []
     async with running() as harness:
@@ -154,7 +156,7 @@ async def test_a_task_that_works_is_not_told_again() -> None:
     assert served == ["a", "a: left"]
 
 
-async def test_cancelled_while_it_waits() -> None:
+async def test_a_cancelled_client_is_not_served() -> None:
     """After a cancellation the client is not served; it can be served again, and be forgotten."""
     async with running() as harness:
         theirs, ours = harness.pair()

@@ -145,7 +145,7 @@ async def running() -> AsyncGenerator[Harness, None]:
     harness.server.close()
 
 
-async def test_a_change_is_told_once_it_is_safe() -> None:
+async def test_a_reply_waits_for_the_acknowledgement() -> None:
     async with running() as rig:
         number = rig.add()
         assert rig.told() == b""
@@ -157,13 +157,13 @@ async def test_a_change_is_told_once_it_is_safe() -> None:
         assert rig.drained == 1  # events held back meanwhile may be sent now
 
 
-async def test_what_depends_on_no_change_is_told_at_once() -> None:
+async def test_a_reply_without_changes_does_not_wait() -> None:
     async with running() as rig:
         assert rig.ask(ASK, synced=False)
         assert rig.told() == DONE
 
 
-async def test_what_is_removed_is_closed_after_that_and_before_the_reply() -> None:
+async def test_a_removed_fd_is_closed_between_acknowledgement_and_reply() -> None:
     async with running() as rig:
         read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         with Fd(read_end), Fd(write_end) as fd:
@@ -177,7 +177,7 @@ async def test_what_is_removed_is_closed_after_that_and_before_the_reply() -> No
         assert rig.told() == DONE
 
 
-async def test_the_next_request_waits() -> None:
+async def test_the_next_request_waits_for_the_reply() -> None:
     """The connection's task processes the next request after the reply, in order."""
     async with running() as rig:
         number = rig.add()
@@ -190,7 +190,7 @@ async def test_the_next_request_waits() -> None:
         assert rig.told() == ADDED % number + DONE
 
 
-async def test_events_wait_as_well() -> None:
+async def test_events_wait_for_the_acknowledgement() -> None:
     async with running() as rig:
         rig.durability.is_synced = False
         assert not rig.processor.send_events(b"event\r\n")
@@ -201,7 +201,7 @@ async def test_events_wait_as_well() -> None:
         assert rig.told() == b"other\r\n"
 
 
-async def test_events_that_come_while_the_lock_is_waited_for() -> None:
+async def test_events_while_the_processor_waits_for_the_lock() -> None:
     async with running() as harness, trio.open_nursery() as nursery:
         fd_module.send(harness.its._sock, ASK, [])  # type: ignore[attr-defined]
         harness.stream.receive_nowait(harness.connection)
@@ -233,7 +233,7 @@ async def test_events_that_cannot_be_sent(caplog: pytest.LogCaptureFixture) -> N
         assert rig.its._sock.recv(1) == b""  # type: ignore[attr-defined]  # disconnected
 
 
-async def test_nothing_is_told_while_paused() -> None:
+async def test_nothing_is_sent_while_paused() -> None:
     """Uncommitted replies go to the successor, or to the client after a failed takeover."""
     async with running() as rig:
         number = rig.add()
@@ -247,7 +247,7 @@ async def test_nothing_is_told_while_paused() -> None:
         assert rig.told() == ADDED % number
 
 
-async def test_paused_in_the_middle_of_the_wait() -> None:
+async def test_a_pause_during_the_wait_for_an_acknowledgement() -> None:
     async with running() as rig:
         number = rig.add()
         assert not rig.ask(ASK, synced=False)
@@ -264,7 +264,7 @@ async def test_paused_in_the_middle_of_the_wait() -> None:
         assert rig.told() == ADDED % number + DONE
 
 
-async def test_closed_while_something_waits() -> None:
+async def test_closed_with_uncommitted_replies() -> None:
     """A closed processor sends nothing; a later acknowledgement has no effect."""
     async with running() as rig:
         rig.add()
@@ -274,7 +274,7 @@ async def test_closed_while_something_waits() -> None:
         assert rig.processor.unsent == []
 
 
-async def test_a_client_that_is_gone_meanwhile() -> None:
+async def test_the_client_disconnects_before_the_acknowledgement() -> None:
     async with running() as rig:
         rig.add()
         rig.its.shutdown(socket.SHUT_RDWR)

@@ -81,7 +81,7 @@ def _fd() -> Fd:
     return Fd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
 
 
-async def test_together() -> None:
+async def test_drain_joins_data() -> None:
     async with Harness() as rig:
         for data in (b"a", b"b", b"c"):
             rig.send_buffer.enqueue(data)
@@ -91,7 +91,7 @@ async def test_together() -> None:
         assert rig.send_buffer.size == 0
 
 
-async def test_at_once() -> None:
+async def test_write_sends_what_the_socket_takes() -> None:
     """``write`` sends what the socket takes, and queues the rest."""
     async with Harness(room=4) as rig:
         rig.send_buffer.write(b"abc")
@@ -107,7 +107,7 @@ async def test_at_once() -> None:
         assert rig.send_buffer.size == 0
 
 
-async def test_not_at_once() -> None:
+async def test_write_sends_queued_data_first() -> None:
     """``write`` sends queued data first, and nothing when paused or discarding."""
     async with Harness() as rig:
         rig.send_buffer.enqueue(b"a")
@@ -127,7 +127,7 @@ async def test_not_at_once() -> None:
         assert rig.send_buffer.size == 0
 
 
-async def test_descriptors_begin_anew() -> None:
+async def test_descriptors_begin_a_new_send() -> None:
     """Each reply with descriptors begins a send: they arrive with the send's first byte."""
     async with Harness() as rig:
         one, two = _fd(), _fd()
@@ -139,7 +139,7 @@ async def test_descriptors_begin_anew() -> None:
         assert two.closed
 
 
-async def test_what_is_not_taken_waits() -> None:
+async def test_unsent_data_stays_queued() -> None:
     async with Harness(room=3) as rig:
         fd = _fd()
         rig.send_buffer.enqueue(b"abcd", [fd])
@@ -153,7 +153,7 @@ async def test_what_is_not_taken_waits() -> None:
         assert rig.stream.sent[1:] == [(b"def", 0)]
 
 
-async def test_nothing_goes_out_while_paused() -> None:
+async def test_nothing_is_sent_while_paused() -> None:
     async with Harness() as rig:
         rig.send_buffer.enqueue(b"a")
         for event in (Event.OFFER, Event.PAUSE):
@@ -166,7 +166,7 @@ async def test_nothing_goes_out_while_paused() -> None:
         assert rig.stream.sent == [(b"a", 0)]
 
 
-async def test_two_that_send(autojump_clock: trio.testing.MockClock) -> None:
+async def test_two_tasks_that_send(autojump_clock: trio.testing.MockClock) -> None:
     """Data of two tasks, replies and events, is sent whole and in order."""
     async with Harness(room=1) as rig:
 
@@ -183,7 +183,7 @@ async def test_two_that_send(autojump_clock: trio.testing.MockClock) -> None:
         assert sorted((told[:3], told[3:])) == [b"abc", b"def"]
 
 
-async def test_too_much_waits(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_buffer_above_its_limit_is_discarded(caplog: pytest.LogCaptureFixture) -> None:
     async with Harness(room=0) as rig:
         fd = _fd()
         rig.send_buffer.enqueue(bytes(MAX_UNSENT_BYTES + 1), [fd])
@@ -196,7 +196,7 @@ async def test_too_much_waits(caplog: pytest.LogCaptureFixture) -> None:
         assert other.closed
 
 
-async def test_a_reply_whose_descriptors_cannot_be_passed() -> None:
+async def test_an_error_replaces_a_reply_whose_descriptors_cannot_be_sent() -> None:
     """An error reply replaces the reply; data behind it is sent too."""
 
     class Refusing(_Stream):
@@ -225,7 +225,7 @@ async def test_a_reply_whose_descriptors_cannot_be_passed() -> None:
             one, two = two, one
 
 
-async def test_what_was_taken_out_is_closed_before_the_end_of_the_reply() -> None:
+async def test_a_removed_fd_is_closed_before_the_end_of_its_reply() -> None:
     async with Harness() as rig:
         fd = rig.take()
         rig.send_buffer.enqueue(b"next")
@@ -250,7 +250,7 @@ async def test_the_end_of_the_reply_waits_for_a_close_that_may_block() -> None:
         assert fd.closed
 
 
-async def test_what_the_client_does_not_get_is_stored_again() -> None:
+async def test_an_undelivered_fd_is_stored_again() -> None:
     async with Harness(room=0) as rig:
         number = rig.take().number
         rig.send_buffer.flush_nowait()
@@ -263,7 +263,7 @@ async def test_what_the_client_does_not_get_is_stored_again() -> None:
         assert [len(fdset.fds) for fdset in rig.server.store] == [1, 1]
 
 
-async def test_another_set_of_that_id_is_left_alone() -> None:
+async def test_an_undelivered_fd_does_not_join_a_new_set_of_its_id() -> None:
     async with Harness(room=0) as rig:
         number = rig.take().number
         rig.server.daemon.add([_fd()])
@@ -271,7 +271,7 @@ async def test_another_set_of_that_id_is_left_alone() -> None:
         assert [fdset.id for fdset in rig.server.store if number in fdset.fds] == [1]
 
 
-async def test_what_a_connection_that_is_over_has_had_is_not_stored_again() -> None:
+async def test_an_undelivered_fd_of_a_closed_connection_is_not_stored_again() -> None:
     async with Harness(room=0) as rig:
         owner = rig.connected()
         fd = rig.take(Lifetime(owner=owner))

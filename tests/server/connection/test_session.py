@@ -50,7 +50,7 @@ async def test_out_of_band_bytes_stay_in_the_stream(path: Path) -> None:
             value(await wire.call("query-name"))
 
 
-async def test_out_of_band_bytes_that_were_there_first(path: Path) -> None:
+async def test_out_of_band_bytes_before_the_negotiation(path: Path) -> None:
     async with daemon(path):
         wire = await Wire.connect(path)
         with wire:
@@ -96,7 +96,7 @@ def _refuse_descriptors(wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("long", [False, True])
-async def test_what_a_client_refuses_to_take_stays_where_it_was(path: Path, long: bool) -> None:
+async def test_descriptors_that_a_client_refuses_stay_in_their_set(path: Path, long: bool) -> None:
     opaque = "o" * (200_000 if long else 1)
     taking = {"opaque": opaque, "remove": True}
     async with daemon(path):
@@ -146,7 +146,7 @@ def io_uring() -> Fd:
     return Fd(number)
 
 
-async def test_what_cannot_be_passed(path: Path) -> None:
+async def test_a_descriptor_that_the_kernel_does_not_send(path: Path) -> None:
     async with daemon(path, initial_fds=[(io_uring(), 0, None)]):
         with await Wire.session(path) as wire:
             refused = await wire.call("open-fdset", {"fdset-id": 0})
@@ -175,7 +175,7 @@ async def _one_is_left(server: DaemonServer) -> None:
 
 
 @pytest.mark.parametrize("kind", OWN_END)
-async def test_a_client_that_passes_its_own_end(kind: str, path: Path) -> None:
+async def test_a_client_that_sends_its_own_end(kind: str, path: Path) -> None:
     """The daemon closes a client's own end with its connection, and so ends the connection."""
     data, count = OWN_END[kind]
     async with daemon(path) as server:
@@ -204,7 +204,7 @@ async def test_an_own_end_may_be_stored(path: Path) -> None:
             await _one_is_left(server)
 
 
-async def test_who_asks_for_much_does_not_hold_up_who_asks_for_little(path: Path) -> None:
+async def test_heavy_clients_do_not_delay_a_light_one(path: Path) -> None:
     """A light client gets its reply before heavy clients, whose requests came before, are done."""
     clients, each = 20, 2000
     async with daemon(path) as server:

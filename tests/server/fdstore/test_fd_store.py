@@ -244,7 +244,7 @@ def test_a_takeover_within_one_service(store: Store, path: Path, file: Path) -> 
         with file.open() as opened:
             client.execute("add-fd", fds=[opened])
         before = fds(client)
-        newcomer = subprocess.run(
+        successor = subprocess.run(
             [*COMMAND, "--socket", str(path), "--takeover"],
             cwd=ROOT,
             env={
@@ -258,9 +258,9 @@ def test_a_takeover_within_one_service(store: Store, path: Path, file: Path) -> 
             timeout=DEADLINE,
             check=False,
         )
-        assert newcomer.returncode == 3
-        assert newcomer.stderr.count("\n") == 1
-        assert "restart the service instead" in newcomer.stderr
+        assert successor.returncode == 3
+        assert successor.stderr.count("\n") == 1
+        assert "restart the service instead" in successor.stderr
         assert fds(client) == before
 
 

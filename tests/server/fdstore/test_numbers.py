@@ -140,10 +140,10 @@ def test_takeover_with_an_inherited_descriptor_in_the_way(path: Path) -> None:
         os.dup2(stray.fileno(), number)
         try:
             new = supervised(path, "--takeover", pass_fds=[number])
-            with new as newcomer:
-                _took_over(newcomer)
-                assert_same_but_for(0, before, by_opaque(client), newcomer.log)
-                assert "/dev/zero" in open_fds(newcomer.worker()).values()
+            with new as successor:
+                _took_over(successor)
+                assert_same_but_for(0, before, by_opaque(client), successor.log)
+                assert "/dev/zero" in open_fds(successor.worker()).values()
         finally:
             os.close(number)
 
@@ -156,5 +156,5 @@ def test_too_few_open_files(path: Path, limit: int) -> None:
         assert f"128 open files at least, not {limit} (ulimit -n)" in daemon.log
 
 
-def _took_over(newcomer: Supervised) -> None:
-    until(lambda: "took over" in newcomer.log, "the takeover")
+def _took_over(successor: Supervised) -> None:
+    until(lambda: "took over" in successor.log, "the takeover")

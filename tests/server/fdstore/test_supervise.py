@@ -332,13 +332,13 @@ def test_the_parent_is_killed(path: Path) -> None:
             client.execute("add-fds", {"lifetime": "connection"}, [0])
             _, (fd,) = client.request("open-fdset", {"fdset-id": 0})
             fd.close()
-            with supervised(path, "--takeover") as newcomer:
-                until(lambda: "took over" in newcomer.log)
+            with supervised(path, "--takeover") as successor:
+                until(lambda: "took over" in successor.log)
                 until(lambda: not Path(f"/proc/{worker}/fd").exists() or zombie(worker))
                 assert [fd for fd in fds(client) if fd["lifetime"] == "daemon"] == there
                 client.execute("add-fd", {"opaque": "again"}, [0])
-                newcomer.kill_worker()
-                with newcomer.client() as again:
+                successor.kill_worker()
+                with successor.client() as again:
                     assert [fd["opaque"] for fd in fds(again)] == ["again", "mine"]
             assert daemon.log.count("no longer kept safe") == 1
         finally:
@@ -497,7 +497,7 @@ def test_inherited_descriptors(path: Path, tmp_path: Path) -> None:
         os.close(number)
 
 
-def test_inherited_descriptors_of_a_newcomer_that_is_killed(path: Path, tmp_path: Path) -> None:
+def test_inherited_descriptors_of_a_successor_that_is_killed(path: Path, tmp_path: Path) -> None:
     """The successor's next worker has the descriptors of --add-fd too."""
     file = tmp_path / "file"
     file.write_text("content")
@@ -595,7 +595,7 @@ def _takeover(path: Path) -> Iterator[tuple[Supervised, Supervised, list[dict[st
 
 
 @pytest.mark.timeout(60 + 5 * KILLS)
-def test_a_supervised_newcomer_killed_at_any_time(path: Path) -> None:
+def test_a_supervised_successor_killed_at_any_time(path: Path) -> None:
     """One daemon has everything afterwards: the predecessor or the successor."""
     for step in range(KILLS):
         with _takeover(path) as (old, new, before):

@@ -60,7 +60,7 @@ trio.run(main)
 """
 
 
-def test_several_that_start_over_a_stale_file(tmp_path: Path) -> None:
+def test_one_of_several_processes_replaces_a_stale_file(tmp_path: Path) -> None:
     """One process binds the path and accepts clients; all others report that it is in use."""
     contenders = [
         subprocess.Popen(
@@ -105,7 +105,7 @@ async def test_a_lock_that_a_killed_process_left(tmp_path: Path) -> None:
         assert [entry.name for entry in tmp_path.iterdir()] == ["q.sock"]
 
 
-async def test_a_live_one_stays(tmp_path: Path) -> None:
+async def test_a_socket_in_use_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "q.sock"
     with closing(UnixListener.bind(path)):
         with pytest.raises(SocketInUse, match="already listening"):
@@ -152,7 +152,7 @@ async def test_another_programs_file_stays(path: Path) -> None:
     path.unlink()
 
 
-async def test_sighup_makes_a_lost_file_anew(path: Path) -> None:
+async def test_sighup_binds_a_lost_file_again(path: Path) -> None:
     """The new file has the old mode; clients of the old socket are served too."""
     with daemon_process(path, "--socket-mode", "640") as process, ExitStack() as stack:
         old = stack.enter_context(await Wire.session(path))
@@ -173,7 +173,7 @@ async def test_sighup_makes_a_lost_file_anew(path: Path) -> None:
         assert not path.exists()
 
 
-async def test_who_waits_at_a_replaced_socket_is_served(path: Path) -> None:
+async def test_the_backlog_of_a_replaced_socket_is_served(path: Path) -> None:
     """Clients in the backlog of a socket that is replaced are served."""
     async with daemon(path) as server:
         [listener] = server.listeners
@@ -193,8 +193,8 @@ async def test_who_waits_at_a_replaced_socket_is_served(path: Path) -> None:
 async def test_sighup_while_a_takeover_is_under_way(path: Path) -> None:
     """The successor gets the old socket; if the takeover fails, the daemon binds the file again."""
     with daemon_process(path) as process:
-        with connect_blocking(path) as newcomer:
-            _, passed = newcomer.request("takeover", {"format": TAKEOVER_FORMAT})
+        with connect_blocking(path) as successor:
+            _, passed = successor.request("takeover", {"format": TAKEOVER_FORMAT})
             close_all(passed)
             path.unlink()
             process.signal(signal.SIGHUP)

@@ -311,9 +311,9 @@ def test_a_number_that_cannot_be_had(path: Path, start: Callable[..., Stepped]) 
             high = client.execute("add-fd", {"opaque": "high"}, [1])["fd"]
         assert high > 300
         before = client.execute("query-fds")
-        newcomer = start("--takeover", most_files=300)
+        successor = start("--takeover", most_files=300)
         assert old.wait() == 0
-        assert f"descriptor {high} now has the number" in newcomer.said
+        assert f"descriptor {high} now has the number" in successor.said
         after = client.execute("query-fds")
         assert [fd["opaque"] for fd in after] == [fd["opaque"] for fd in before]
         for fd, known in zip(after, before, strict=True):
@@ -350,8 +350,8 @@ def test_what_is_stored_and_removed_meanwhile(path: Path, start: Callable[..., S
         passing = [stack.enter_context(BlockingClient(path, PATIENCE)) for _ in range(8)]
         infos = [client.execute("add-fd", {"opaque": f"{n}"}, [p]) for n, p in enumerate(made[:20])]
         where = {"takeover/receiver.py": ["receive_rest"]}
-        newcomer = start("--takeover", where=where, step=1, number=signal.SIGSTOP)
-        assert newcomer.place
+        successor = start("--takeover", where=where, step=1, number=signal.SIGSTOP)
+        assert successor.place
         for other in passing:
             other.close()
         until(lambda: client.execute("query-stats")["connections"] == 2, "the others' end")
@@ -365,8 +365,8 @@ def test_what_is_stored_and_removed_meanwhile(path: Path, start: Callable[..., S
             pipe.release()
         added = client.execute("add-fds", {"lifetime": "connection"}, [0, 0])
         before = client.execute("query-fdsets")
-        newcomer.signal(signal.SIGCONT)
-        newcomer.until("took over")
+        successor.signal(signal.SIGCONT)
+        successor.until("took over")
         assert old.wait() == 0
         assert client.execute("query-fdsets") == before
         assert [pipe.held() for pipe in made] == [False, True] * 10 + [True] * 20
@@ -387,15 +387,15 @@ def test_no_memory_for_the_state(path: Path, start: Callable[..., Stepped], whic
         resource.prlimit(old.pid, resource.RLIMIT_FSIZE, (500 if which == 1 else 6000, hard))
         if which == 2:  # later additions go into the second part, which gets too large
             where = {"takeover/receiver.py": ["receive_rest"]}
-            newcomer = start("--takeover", where=where, step=1, number=signal.SIGSTOP)
-            assert newcomer.place or newcomer.poll() is not None
+            successor = start("--takeover", where=where, step=1, number=signal.SIGSTOP)
+            assert successor.place or successor.poll() is not None
             for number in range(100):
                 client.execute("add-fd", {"opaque": f"{number}" * 100}, [0])
-            newcomer.signal(signal.SIGCONT)
+            successor.signal(signal.SIGCONT)
         else:
-            newcomer = start("--takeover")
-        assert newcomer.wait() in (1, 3), newcomer.said
-        assert newcomer.said.replace("STEP", "\n").count("qmpfd:") == 1
+            successor = start("--takeover")
+        assert successor.wait() in (1, 3), successor.said
+        assert successor.said.replace("STEP", "\n").count("qmpfd:") == 1
         assert old.poll() is None
         assert client.execute("query-name") == {}
         resource.prlimit(old.pid, resource.RLIMIT_FSIZE, (hard, hard))
@@ -411,19 +411,19 @@ def test_no_memory_at_all(path: Path, start: Callable[..., Stepped]) -> None:
             client.execute("add-fds", {"opaque": f"{number:05}" * 800}, [0] * 250)
         _, hard = resource.prlimit(old.pid, resource.RLIMIT_DATA)
         resource.prlimit(old.pid, resource.RLIMIT_DATA, (1 << 20, hard))
-        newcomer = start("--takeover")
-        assert newcomer.wait() == 1
-        assert newcomer.said == (
+        successor = start("--takeover")
+        assert successor.wait() == 1
+        assert successor.said == (
             "qmpfd: GenericError: The daemon cannot hand over: Cannot allocate memory\n"
         )
         assert client.execute("query-name") == {}
         resource.prlimit(old.pid, resource.RLIMIT_DATA, (hard, hard))
         where = {"takeover/receiver.py": ["prepare"]}
-        newcomer = start("--takeover", where=where, step=1, number=signal.SIGSTOP)
-        resource.prlimit(newcomer.pid, resource.RLIMIT_DATA, (1 << 20, hard))
-        newcomer.signal(signal.SIGCONT)
-        assert newcomer.wait() == 3
-        assert "cannot be taken over: this process is out of memory\n" in newcomer.said
+        successor = start("--takeover", where=where, step=1, number=signal.SIGSTOP)
+        resource.prlimit(successor.pid, resource.RLIMIT_DATA, (1 << 20, hard))
+        successor.signal(signal.SIGCONT)
+        assert successor.wait() == 3
+        assert "cannot be taken over: this process is out of memory\n" in successor.said
         assert old.poll() is None
         assert len(client.execute("query-fdsets")) == 20
     assert "Traceback" not in old.said
@@ -435,12 +435,12 @@ def test_an_old_daemon_that_is_stopped(path: Path, start: Callable[..., Stepped]
     with BlockingClient(path, PATIENCE) as client:
         client.execute("add-fd", fds=[0])
         old.signal(signal.SIGSTOP)
-        newcomer = start(
+        successor = start(
             "--takeover", patches={"qmpfd.server.takeover.receiver.TAKEOVER_TIMEOUT": 0.3}
         )
-        assert newcomer.wait() == 3
+        assert successor.wait() == 3
         old.signal(signal.SIGCONT)
-        assert newcomer.said.endswith(
+        assert successor.said.endswith(
             "does not answer (it is stopped or busy, or not a QMP server, or a QEMU that serves "
             "another client)\n"
         )
@@ -469,7 +469,7 @@ def test_a_parent_that_is_stopped(path: Path, tmp_path: Path) -> None:
             assert old.wait(PATIENCE) == 0
 
 
-def test_a_supervised_newcomer_whose_worker_is_killed(
+def test_a_supervised_successor_whose_worker_is_killed(
     path: Path, tmp_path: Path, start: Callable[..., Stepped]
 ) -> None:
     """The worker is killed before the commit: the predecessor serves on, the successor's parent
@@ -490,7 +490,7 @@ def test_a_supervised_newcomer_whose_worker_is_killed(
             subprocess.Popen(command, stderr=output, pass_fds=[file.fileno()])
         )
         stack.callback(new.terminate)
-        until(lambda: old.place, "the newcomer's confirmation")
+        until(lambda: old.place, "the successor's confirmation")
         pipe.release()
         other.release()
         (worker,) = children(new.pid)
@@ -547,7 +547,7 @@ def test_what_a_parent_keeps_is_written_down_before_the_pause(
     "limit,status,reason",
     [("-n 150", 3, "the limit of 150 open files is too low"), ("-f 4", 2, "File too large")],
 )
-def test_a_supervised_newcomer_that_cannot_have_all(
+def test_a_supervised_successor_that_cannot_have_all(
     path: Path, start: Callable[..., Stepped], limit: str, status: int, reason: str
 ) -> None:
     """The successor fails with one line before its parent has stored any descriptor."""
@@ -595,10 +595,10 @@ def test_one_that_is_interrupted(
     with BlockingClient(path, PATIENCE) as client:
         client.execute("add-fd", {}, [0])
         for step in range(1, 60, 7):
-            newcomer = start("--takeover", where=where, step=step, number=signal.SIGINT)
-            assert newcomer.wait() == 130
-            told = [line for line in newcomer.said.splitlines() if not line.startswith("STEP")]
-            assert len(told) <= 2, newcomer.said
+            successor = start("--takeover", where=where, step=step, number=signal.SIGINT)
+            assert successor.wait() == 130
+            told = [line for line in successor.said.splitlines() if not line.startswith("STEP")]
+            assert len(told) <= 2, successor.said
         assert old.poll() is None
         assert len(client.execute("query-fdsets")) == 1
 

@@ -61,7 +61,7 @@ def daemon(stepper: Stepper, path: Path, *arguments: str, **options: Any) -> Ite
     assert "Traceback" not in started.said, started.said
 
 
-class Newcomer:
+class FakeSuccessor:
     """Fake successor."""
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +78,7 @@ class Newcomer:
         self.passed += fds
         return said
 
-    def __enter__(self) -> Newcomer:
+    def __enter__(self) -> FakeSuccessor:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -110,9 +110,9 @@ def test_the_old_one_is_told_to_end(
             BlockingClient(path, PATIENCE) as client,
         ):
             fill(client, made)
-            with Newcomer(path) as newcomer:
+            with FakeSuccessor(path) as successor:
                 for _ in range(asked):
-                    assert newcomer.more() == b"f"
+                    assert successor.more() == b"f"
                 with client.detach() as sock:
                     sock.setblocking(True)
                     sock.sendall(b'{"execute": "query-name", "id": "asked while frozen"}')
@@ -122,13 +122,13 @@ def test_the_old_one_is_told_to_end(
                     assert monotonic() - began < 3
                     assert b'"id": "asked while frozen"' in sock.recv(1000)
                     assert sock.recv(1000) == b""
-                assert newcomer.sock.recv(10) == b"x"
+                assert successor.sock.recv(10) == b"x"
         assert not path.exists()
         assert not any(pipe.held() for pipe in made)
 
 
 @pytest.mark.parametrize("told_twice", [False, True])
-def test_a_newcomer_finishes_though_the_old_one_is_told_to_end(
+def test_a_successor_finishes_though_the_old_one_is_told_to_end(
     path: Path, stepper: Stepper, told_twice: bool
 ) -> None:
     """SIGTERM to the predecessor does not stop the takeover; a second SIGTERM does."""
@@ -136,36 +136,36 @@ def test_a_newcomer_finishes_though_the_old_one_is_told_to_end(
         with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client:
             fill(client, made)
             command = ["serve", "--socket", str(path), "--takeover"]
-            newcomer = stepper.start(
+            successor = stepper.start(
                 command,
                 path.with_suffix(".new.log"),
                 where={"restore.py": ["_restore_sessions"]},
                 step=3,
                 number=signal.SIGSTOP,
             )
-            newcomer.until("STEP")
+            successor.until("STEP")
             old.signal(signal.SIGTERM)
             old.until("stopping after the received requests")
             if told_twice:
                 old.signal(signal.SIGTERM)
                 assert old.wait() == 0
-            newcomer.signal(signal.SIGCONT)
-            newcomer.until("listening")
+            successor.signal(signal.SIGCONT)
+            successor.until("listening")
             if told_twice:
-                assert newcomer.wait() == 3
-                assert "cancelled the takeover" in newcomer.said
+                assert successor.wait() == 3
+                assert "cancelled the takeover" in successor.said
             else:
                 assert old.wait() == 0
                 assert path.exists()
                 assert len(client.execute("query-fdsets")) == 3
-                newcomer.end()
+                successor.end()
         assert not path.exists()
         assert not any(pipe.held() for pipe in made)
 
 
 @pytest.mark.parametrize("step", [1, 10, 20, 40, 80, 90, 95])
 @pytest.mark.parametrize("number", [*END, signal.SIGHUP])
-def test_the_newcomer_is_told_to_end(
+def test_the_successor_is_told_to_end(
     path: Path, stepper: Stepper, step: int, number: signal.Signals
 ) -> None:
     """A signal before the successor serves ends it, as SIGKILL would."""
@@ -181,9 +181,9 @@ def test_the_newcomer_is_told_to_end(
             },
             step=step,
             number=number,
-        ) as newcomer:
-            assert newcomer.wait() != 0
-            assert newcomer.place
+        ) as successor:
+            assert successor.wait() != 0
+            assert successor.place
         assert old.poll() is None
         assert len(client.execute("query-fdsets")) == 3
 
@@ -192,9 +192,9 @@ def test_hangups_during_a_takeover(path: Path, stepper: Stepper) -> None:
     """SIGHUP during and after a takeover reloads the policy."""
     with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client, pipes(3) as made:
         fill(client, made)
-        with Newcomer(path) as newcomer:
+        with FakeSuccessor(path) as successor:
             old.signal(signal.SIGHUP)
-            assert newcomer.more() == b"f"
+            assert successor.more() == b"f"
             old.signal(signal.SIGHUP)
         assert len(client.execute("query-fdsets")) == 3
         with daemon(stepper, path, "--takeover") as real:
@@ -299,22 +299,22 @@ def old_to_the_end(listener: socket.socket, path: Path, pipe: Pipe) -> bytes:
 
 
 @pytest.mark.parametrize("options", [(), ("--supervise",)], ids=["alone", "supervised"])
-def test_a_newcomer_that_is_refused_at_last(path: Path, options: tuple[str, ...]) -> None:
+def test_a_successor_that_is_refused_at_last(path: Path, options: tuple[str, ...]) -> None:
     """When the successor has disconnected, neither it nor its parent has a duplicate."""
     with socket.socket(socket.AF_UNIX) as listener, Pipe() as pipe:
         listener.bind(str(path))
         listener.listen()
         command = [sys.executable, "-m", "qmpfd", "serve", "--takeover", "--socket", str(path)]
-        newcomer = subprocess.Popen([*command, *options], stderr=subprocess.PIPE)
+        successor = subprocess.Popen([*command, *options], stderr=subprocess.PIPE)
         try:
             assert old_to_the_end(listener, path, pipe) == CONFIRM
-            _, said = newcomer.communicate(timeout=PATIENCE)
-            assert newcomer.returncode == 3
+            _, said = successor.communicate(timeout=PATIENCE)
+            assert successor.returncode == 3
             assert b"cancelled the takeover" in said
             assert path.exists()
         finally:
-            newcomer.kill()
-            newcomer.communicate()
+            successor.kill()
+            successor.communicate()
 
 
 # -- versions ----------------------------------------------------------------------------------
@@ -359,12 +359,12 @@ def test_a_state_that_is_not_understood(path: Path, stepper: Stepper, state: obj
 
         thread = threading.Thread(target=play_old)
         thread.start()
-        with daemon(stepper, path, "--takeover") as newcomer:
-            assert newcomer.wait() == 3
+        with daemon(stepper, path, "--takeover") as successor:
+            assert successor.wait() == 3
         thread.join(PATIENCE)
     assert heard == [b""]
-    assert newcomer.said.count("\n") == 1
-    assert "cannot be taken over" in newcomer.said
+    assert successor.said.count("\n") == 1
+    assert "cannot be taken over" in successor.said
 
 
 def test_what_is_encoded_can_be_decoded() -> None:
@@ -428,10 +428,10 @@ def test_too_few_descriptors(path: Path, stepper: Stepper) -> None:
         client.execute("add-fds", fds=[0] * 250)
         before = client.execute("query-fdsets")
         for most in (100, 200, 265, 300):
-            with daemon(stepper, path, "--takeover", most_files=most) as newcomer:
-                assert newcomer.wait() == 3
-            assert newcomer.said.count("\n") == 1
-            assert f"{most} open files" in newcomer.said
+            with daemon(stepper, path, "--takeover", most_files=most) as successor:
+                assert successor.wait() == 3
+            assert successor.said.count("\n") == 1
+            assert f"{most} open files" in successor.said
         assert client.execute("query-fdsets") == before
         assert old.poll() is None
 
@@ -439,8 +439,8 @@ def test_too_few_descriptors(path: Path, stepper: Stepper) -> None:
 def test_another_socket_that_cannot_be_had(path: Path, stepper: Stepper) -> None:
     """A second socket that is in use: the takeover fails, and the socket file stays."""
     with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client:
-        with daemon(stepper, path, "--socket", "/nonexistent/q.sock", "--takeover") as newcomer:
-            assert newcomer.wait() == 2
+        with daemon(stepper, path, "--socket", "/nonexistent/q.sock", "--takeover") as successor:
+            assert successor.wait() == 2
         assert path.exists()
         assert client.execute("query-name") == {}
         with daemon(stepper, path, "--socket", f"{path}.second", "--takeover"):
@@ -459,8 +459,8 @@ def test_one_that_asks_while_another_takes_over(path: Path, stepper: Stepper) ->
     ):
         socks = []
         for _ in range(2):
-            with BlockingClient(path, PATIENCE) as newcomer:
-                socks.append(newcomer.detach())
+            with BlockingClient(path, PATIENCE) as successor:
+                socks.append(successor.detach())
         request = b'{"execute": "takeover", "arguments": {"format": %d}}' % TAKEOVER_FORMAT
         old.signal(signal.SIGSTOP)
         for sock in socks:

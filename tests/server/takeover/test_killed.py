@@ -23,7 +23,7 @@ PATIENCE = 20.0
 ALL_STEPS = os.environ.get("QMPFD_ALL_STEPS") == "1"
 
 #: Functions of the successor, and of the predecessor, whose lines are counted.
-NEWCOMER = {
+SUCCESSOR = {
     "takeover/receiver.py": (
         "prepare",
         "__init__",
@@ -107,11 +107,11 @@ class World:
         fds = self.steady.execute("query-fds")
         return [[fd[k] for k in ("fdset-id", "fd", "opaque", "target")] for fd in fds]
 
-    def newcomer(self, **options: Any) -> Stepped:
+    def successor(self, **options: Any) -> Stepped:
         command = ["serve", "--takeover", "--socket", str(self.path)]
-        newcomer = self._stepper.start(command, self._folder / "new.log", **options)
-        self._stack.callback(newcomer.end)
-        return newcomer
+        successor = self._stepper.start(command, self._folder / "new.log", **options)
+        self._stack.callback(successor.end)
+        return successor
 
     def check(self) -> None:
         """Check all state on every connection; remove all, and check that nothing is left."""
@@ -152,14 +152,14 @@ def world(folder: Path, stepper: Stepper, **options: Any) -> Iterator[World]:
     assert not (folder / "q.sock").exists()
 
 
-def test_the_newcomer_is_killed(tmp_path: Path, stepper: Stepper) -> None:
+def test_the_successor_is_killed(tmp_path: Path, stepper: Stepper) -> None:
     """The predecessor serves on at once with everything, unless it has handed over."""
     survived = lost = 0
     for step in steps(9):
         with world(tmp_path, stepper, patches=SMALL) as here:
-            newcomer = here.newcomer(where=NEWCOMER, step=step)
-            newcomer.until("listening")
-            if newcomer.poll() != -signal.SIGKILL:  # fewer lines than that were executed
+            successor = here.successor(where=SUCCESSOR, step=step)
+            successor.until("listening")
+            if successor.poll() != -signal.SIGKILL:  # fewer lines than that were executed
                 assert here.old.wait() == 0
                 here.check()
                 break
@@ -168,7 +168,7 @@ def test_the_newcomer_is_killed(tmp_path: Path, stepper: Stepper) -> None:
                 survived += 1
             except NoDaemon:
                 # The window between the predecessor's commit and the successor's next action.
-                assert re.search(r" (await_handover|send|receive|request)$", newcomer.place)
+                assert re.search(r" (await_handover|send|receive|request)$", successor.place)
                 assert here.old.wait() == 0
                 assert here.is_lost()
                 here.path.unlink()  # no process is left that would
@@ -182,19 +182,19 @@ def test_the_old_one_is_killed(tmp_path: Path, stepper: Stepper) -> None:
     saved = lost = 0
     for step in steps(11, 2):
         with world(tmp_path, stepper, where=OLD, step=step, patches=SMALL) as here:
-            newcomer = here.newcomer()
-            newcomer.until("listening")
-            if newcomer.poll() is None:
+            successor = here.successor()
+            successor.until("listening")
+            if successor.poll() is None:
                 here.check()
                 if here.old.wait() == 0:
                     break
                 saved += 1
             else:
-                assert "fetched" not in newcomer.said  # logged when everything has been received
+                assert "fetched" not in successor.said  # logged when everything has been received
                 assert here.old.wait() == -signal.SIGKILL
                 assert here.old.place.rpartition(" ")[2] != "leave"
-                assert newcomer.poll() == 3, newcomer.said
-                assert newcomer.said.count("\n") == 1
+                assert successor.poll() == 3, successor.said
+                assert successor.said.count("\n") == 1
                 assert here.is_lost()
                 here.path.unlink()
                 lost += 1
@@ -212,25 +212,25 @@ def has_gone(old: Stepped) -> bool:
     return False
 
 
-def test_the_newcomer_hangs(tmp_path: Path, stepper: Stepper) -> None:
+def test_the_successor_hangs(tmp_path: Path, stepper: Stepper) -> None:
     """The predecessor serves on after a timeout; the successor, when it continues, does not."""
     resumed = 0
     for step in steps(25, 3):
         with world(tmp_path, stepper, patches=IMPATIENT) as here:
-            newcomer = here.newcomer(where=NEWCOMER, step=step, number=signal.SIGSTOP)
-            newcomer.until("STEP", "listening")
-            if not newcomer.place:
+            successor = here.successor(where=SUCCESSOR, step=step, number=signal.SIGSTOP)
+            successor.until("STEP", "listening")
+            if not successor.place:
                 break
             if not has_gone(here.old):
                 assert here.listing() == here.before
                 resumed += 1
-            newcomer.signal(signal.SIGCONT)
-            newcomer.until("listening")
-            if newcomer.poll() is None:
+            successor.signal(signal.SIGCONT)
+            successor.until("listening")
+            if successor.poll() is None:
                 assert here.old.wait() == 0
             else:
-                assert newcomer.poll() == 3, newcomer.said
+                assert successor.poll() == 3, successor.said
                 assert here.old.poll() is None
-                assert len(newcomer.said.splitlines()) - newcomer.said.count("STEP") <= 2
+                assert len(successor.said.splitlines()) - successor.said.count("STEP") <= 2
             here.check()
     assert resumed

@@ -122,7 +122,7 @@ class Load:
                 sock.sendall(b'{"execute": "query-')
 
 
-def newcomer(stepper: Stepper, path: Path, number: int) -> Stepped:
+def start_daemon(stepper: Stepper, path: Path, number: int) -> Stepped:
     log = path.with_suffix(f".{number}.log")
     arguments = ["serve", "--socket", str(path), *(["--takeover"] if number else [])]
     started = stepper.start(arguments, log)
@@ -147,7 +147,7 @@ def kill_one(stepper: Stepper, path: Path, step: int) -> None:
 
 @pytest.mark.slow
 def test_under_load(path: Path, stepper: Stepper) -> None:
-    daemons = [newcomer(stepper, path, 0)]
+    daemons = [start_daemon(stepper, path, 0)]
     load = Load(path)
     holders = [f"holder {number}" for number in range(3)]
     clients = [BlockingClient(path, PATIENCE) for _ in range(len(holders) + 3)]
@@ -169,7 +169,7 @@ def test_under_load(path: Path, stepper: Stepper) -> None:
             load.start("watcher", events.take)
             for number in range(1, TAKEOVERS + 1):
                 kill_one(stepper, path, 1 + number * 37 % 150)
-                daemons.append(newcomer(stepper, path, number))
+                daemons.append(start_daemon(stepper, path, number))
                 assert daemons[-2].wait() == 0
                 assert not load.failures
             load.stop()
@@ -206,7 +206,7 @@ MANY = 10_000
 )
 def test_many_descriptors_and_connections(path: Path, stepper: Stepper) -> None:
     """Every descriptor keeps its number and file; every connection continues."""
-    old = newcomer(stepper, path, 0)
+    old = start_daemon(stepper, path, 0)
     with Pipe() as pipe, ExitStack() as stack, BlockingClient(path, PATIENCE) as client:
         kinds: list[FileDescriptorLike] = [0, 1, pipe]
         for number in range(MANY // 250):
@@ -220,7 +220,7 @@ def test_many_descriptors_and_connections(path: Path, stepper: Stepper) -> None:
             return [[fd[name] for name in ("fdset-id", "fd", "opaque", "target")] for fd in fds]
 
         before = listing()
-        successor = newcomer(stepper, path, 1)
+        successor = start_daemon(stepper, path, 1)
         assert old.wait() == 0
         assert listing() == before
         for number, other in enumerate(others):
@@ -270,7 +270,7 @@ def told(client: BlockingClient, expected: int) -> tuple[list[Any], int]:
 @pytest.mark.parametrize("given_up", [False, True])
 def test_a_watcher_that_is_slow(path: Path, stepper: Stepper, given_up: bool) -> None:
     """Queued events arrive once, whether the takeover succeeds or fails."""
-    old = newcomer(stepper, path, 0)
+    old = start_daemon(stepper, path, 0)
     made = 3000
     with BlockingClient(path, PATIENCE) as watcher, BlockingClient(path, PATIENCE) as client:
         watcher.execute("watch-fdsets", {"enable": True})
@@ -281,7 +281,7 @@ def test_a_watcher_that_is_slow(path: Path, stepper: Stepper, given_up: bool) ->
             with BlockingClient(path, PATIENCE) as passing:
                 close_all(passing.request("takeover", {"format": 1})[1])
         else:
-            successor = newcomer(stepper, path, 1)
+            successor = start_daemon(stepper, path, 1)
             assert old.wait() == 0
         client.execute("remove-fd", {"fdset-id": made - 1})
         numbers, lost = told(watcher, made + 1)

@@ -240,42 +240,42 @@ def test_silent_watchers(path: Path, daemons: Callable[..., Stepped]) -> None:
     assert max(first.peak, second.peak, end(third)) < 150
 
 
-def test_a_newcomer_that_takes_its_time(path: Path, stepper: Stepper) -> None:
+def test_a_successor_that_takes_its_time(path: Path, stepper: Stepper) -> None:
     """A listing has the descriptors stored before its request, with their ages at that time, also
     if the successor sends it later.
     """
     old = stepper.start(["serve", "--socket", str(path)], path.with_suffix(".old.log"))
     old.until("listening")
-    newcomer = None
+    successor = None
     try:
         with BlockingClient(path, PATIENCE) as client:
             began = monotonic()
             for number in range(20):
                 client.execute("add-fds", {"opaque": f"{number}" * 500}, [0] * 250)
-            newcomer = stepper.start(
+            successor = stepper.start(
                 ["serve", "--socket", str(path), "--takeover"],
                 path.with_suffix(".new.log"),
                 where={"takeover/receiver.py": ["reserve"]},
                 step=1,
                 number=signal.SIGSTOP,
             )
-            newcomer.until("STEP")
+            successor.until("STEP")
             with Reader(path, LISTING) as reader:
                 reader.begin()
                 asked = monotonic()
                 while monotonic() - asked < 2 * (asked - began):
                     client.execute("query-name")
-                newcomer.signal(signal.SIGCONT)
-                newcomer.until("took over")
+                successor.signal(signal.SIGCONT)
+                successor.until("took over")
                 assert len(reader.line()["return"]) == 5000
     finally:
-        for daemon in (old, newcomer):
+        for daemon in (old, successor):
             if daemon is not None:
                 daemon.end()
                 assert "Traceback" not in daemon.said
 
 
-def test_a_newcomer_that_gives_up(path: Path, daemons: Callable[..., Stepped]) -> None:
+def test_a_successor_that_gives_up(path: Path, daemons: Callable[..., Stepped]) -> None:
     """After a failed takeover, the predecessor continues listings and events."""
     old = daemons()
     watch = request("watch-fdsets", {"enable": True})
@@ -286,9 +286,9 @@ def test_a_newcomer_that_gives_up(path: Path, daemons: Callable[..., Stepped]) -
             reader.begin()
             watcher.line()
             client.execute("add-fds", {"opaque": "x" * 3000}, [0] * 150)
-            with BlockingClient(path, PATIENCE) as newcomer:
-                _, passed = newcomer.request("takeover", {"format": TAKEOVER_FORMAT})
-                with newcomer.detach() as sock:
+            with BlockingClient(path, PATIENCE) as successor:
+                _, passed = successor.request("takeover", {"format": TAKEOVER_FORMAT})
+                with successor.detach() as sock:
                     sock.setblocking(True)
                     sock.settimeout(PATIENCE)
                     sock.sendall(b"n")
@@ -316,19 +316,19 @@ async def paused_while_read(path: Path, watcher: Wire) -> bytes:
     """Pause the daemon of this event loop in the same pass in which the watcher reads all its
     events, then resume it; return what a successor would send to the watcher.
     """
-    newcomer = await Wire.session(path)
-    newcomer.send(request("takeover", {"format": TAKEOVER_FORMAT}))
-    await trio.lowlevel.wait_readable(newcomer.sock)
-    _, passed, _ = receive(newcomer.sock, 1 << 16)
+    successor = await Wire.session(path)
+    successor.send(request("takeover", {"format": TAKEOVER_FORMAT}))
+    await trio.lowlevel.wait_readable(successor.sock)
+    _, passed, _ = receive(successor.sock, 1 << 16)
     await settle()
     unread(watcher.sock)
-    newcomer.send(b"n")
-    await trio.lowlevel.wait_readable(newcomer.sock)
-    _, fds, _ = receive(newcomer.sock, 1)
+    successor.send(b"n")
+    await trio.lowlevel.wait_readable(successor.sock)
+    _, fds, _ = receive(successor.sock, 1)
     rest = msgspec.msgpack.decode(read_all(fds[0]), type=SavedRest)
     unread(watcher.sock)
     close_all([*passed, *fds])
-    newcomer.close()
+    successor.close()
     (session,) = (session for session in rest.sessions if session.watch is not None)
     return b"".join(data for data, _ in session.unsent)
 

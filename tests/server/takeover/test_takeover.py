@@ -58,13 +58,13 @@ def served(path: Path, *options: str) -> Iterator[Daemon]:
 @contextmanager
 def taken_over(path: Path, old: Daemon, *options: str) -> Iterator[Daemon]:
     """Run a successor of `old`, which must end with status 0."""
-    newcomer = start(path, "--takeover", *options)
+    successor = start(path, "--takeover", *options)
     try:
-        until_serving(newcomer)
+        until_serving(successor)
         assert old.wait(DEADLINE) == 0
-        yield newcomer
+        yield successor
     finally:
-        end(newcomer)
+        end(successor)
 
 
 @pytest.fixture
@@ -232,16 +232,16 @@ def test_who_may_not(path: Path) -> None:
 
 
 @pytest.mark.parametrize("answers", range(4))
-def test_a_newcomer_that_gives_up(path: Path, answers: int) -> None:
+def test_a_successor_that_gives_up(path: Path, answers: int) -> None:
     """At whatever stage the successor gives up, the predecessor serves on with everything."""
     with served(path), BlockingClient(path, DEADLINE) as client:
         for _ in range(3):
             client.execute("add-fds", fds=[0] * 253)
         before = client.execute("query-fds")
-        newcomer = BlockingClient(path, DEADLINE)
-        _, passed = newcomer.request("takeover", {"format": 1})
+        successor = BlockingClient(path, DEADLINE)
+        _, passed = successor.request("takeover", {"format": 1})
         close_all(passed)
-        sock = newcomer.detach()
+        sock = successor.detach()
         with sock:
             sock.setblocking(True)
             for _ in range(answers):
@@ -250,7 +250,7 @@ def test_a_newcomer_that_gives_up(path: Path, answers: int) -> None:
                 for _, _, payload in control:
                     for at in range(0, len(payload), 4):
                         os.close(int.from_bytes(payload[at : at + 4], sys.byteorder))
-        newcomer.close()
+        successor.close()
         assert lasting(client.execute("query-fds")) == lasting(before)
         with BlockingClient(path, DEADLINE) as other:
             other.execute("remove-fd", {"fdset-id": 0})
@@ -263,7 +263,7 @@ def test_progress_on_a_terminal(path: Path) -> None:
             client.execute("add-fds", fds=[0] * 250)
         terminal, its_end = map(Fd, os.openpty())
         command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path), "--takeover"]
-        newcomer = subprocess.Popen(command, stderr=its_end.fileno())
+        successor = subprocess.Popen(command, stderr=its_end.fileno())
         with terminal:
             its_end.close()
             shown = b""
@@ -274,8 +274,8 @@ def test_progress_on_a_terminal(path: Path) -> None:
             assert f"\rqmpfd: 253 of {total} descriptors".encode() in shown
             assert f"qmpfd: {total} of {total} descriptors".encode() in lines
             assert old.wait(DEADLINE) == 0
-            newcomer.terminate()
-            assert newcomer.wait(DEADLINE) == 0
+            successor.terminate()
+            assert successor.wait(DEADLINE) == 0
 
 
 def test_another_policy_and_smaller_limits(path: Path, tmp_path: Path) -> None:
