@@ -9,13 +9,15 @@ import textwrap
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 import trio
 
 from ..kernel.fd import close_all, receive
-from ..kernel.unix_address import bind, connectable, is_abstract
+from ..kernel.unix_address import connectable
 from ..limits import READ_BYTES
+from ..server.listen.binding import LOCK_TIMEOUT, OWNER_ONLY, identity, listen_at
 from ..transport import FdStream
 from .output import painter, print_error, printable, terminal_width
 
@@ -84,13 +86,12 @@ async def tapped(
 
     The block's end waits until all clients have disconnected: all their lines are shown.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        try:
-            bind(sock, listen)
-        except OSError as exc:
-            where = os.fsdecode(listen)
-            raise OSError(exc.errno, f"cannot listen on {where}: {exc.strerror}") from None
-        sock.listen()
+    path = Path(listen)
+    try:
+        sock, file = listen_at(path, OWNER_ONLY, LOCK_TIMEOUT)
+    except OSError as exc:
+        raise OSError(exc.errno, f"cannot listen on {path}: {exc.strerror}") from None
+    with sock:
         try:
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
             relay = partial(_relay, os.fspath(server), shown)
@@ -101,8 +102,8 @@ async def tapped(
                 yield
                 accepting.cancel_scope.cancel()
         finally:
-            if not is_abstract(listen):
-                os.unlink(listen)
+            if file is not None and identity(path) == file:
+                os.unlink(path)
 
 
 def run(listen: str, server: str) -> None:

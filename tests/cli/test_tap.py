@@ -15,6 +15,25 @@ from .command import DONE, REFUSED, run
 INTERRUPTED = 130
 
 
+def test_a_socket_file_on_which_nobody_listens(path: Path) -> None:
+    """A tap that is killed leaves its file; the next one replaces it."""
+    listen = path.with_name("tap.sock")
+    with daemon_process(path):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            command = [sys.executable, "-m", "qmpfd", "tap", os.fspath(listen), os.fspath(path)]
+            tap = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+            try:
+                at = ["--socket", os.fspath(listen)]
+                waited = run("status", *at, "--wait", str(PATIENCE))
+                assert waited.returncode == DONE, waited.stderr
+                again = run("tap", os.fspath(listen), os.fspath(path))
+                assert (again.returncode, again.stderr.count("\n")) == (REFUSED, 1)
+            finally:
+                tap.send_signal(number)
+                tap.wait(PATIENCE)
+            assert listen.exists() == (number == signal.SIGTERM)
+
+
 def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
     for listen in (tmp_path, tmp_path / "no" / "folder"):
         ran = run("tap", str(listen), "/nowhere")
