@@ -24,6 +24,9 @@ from .output import painter, print_error, printable, terminal_width
 #: Called for each line: whether the client sent it, the line, its number of descriptors.
 Show: TypeAlias = Callable[[bool, str, int], None]
 
+#: Errors where one side has closed its connection with unread data.
+_DISCONNECTED = (ConnectionError, trio.BrokenResourceError)
+
 paint = painter()
 WIDTH = max(40, min(80, terminal_width()))
 
@@ -42,24 +45,28 @@ def show(from_client: bool, line: str, fds: int) -> None:
 async def _carry(source: FdStream, sink: FdStream, shown: Callable[[str, int], None]) -> None:
     """Relay bytes and descriptors from *source* to *sink*, and call *shown* for each line."""
     unfinished, fds_of_line = b"", 0
-    # These errors: one side has closed its connection with unread data.
-    with suppress(ConnectionError, trio.BrokenResourceError):
-        while True:
+    while True:
+        try:
             await source.wait_readable()
             data, fds, _ = receive(source.socket, READ_BYTES)
+        except _DISCONNECTED:
+            break
+        try:
+            if not data:
+                break
+            *lines, unfinished = (unfinished + data).split(b"\n")
+            # recvmsg(2) stops after bytes sent with descriptors: they belong to the last line.
+            fds_of_line += len(fds)
+            for number, line in enumerate(lines, 1):
+                text = line.decode(errors="replace").rstrip("\r")
+                shown(text, fds_of_line if number == len(lines) else 0)
+            fds_of_line = 0 if lines else fds_of_line
             try:
-                if not data:
-                    break
-                *lines, unfinished = (unfinished + data).split(b"\n")
-                # recvmsg(2) stops after bytes sent with descriptors: they belong to the last line.
-                fds_of_line += len(fds)
-                for number, line in enumerate(lines, 1):
-                    text = line.decode(errors="replace").rstrip("\r")
-                    shown(text, fds_of_line if number == len(lines) else 0)
-                fds_of_line = 0 if lines else fds_of_line
                 await sink.send_all(data, fds)
-            finally:
-                close_all(fds)
+            except _DISCONNECTED:
+                break
+        finally:
+            close_all(fds)
     with suppress(OSError):  # the connection is closed already
         sink.socket.shutdown(socket.SHUT_WR)
 
@@ -110,7 +117,7 @@ def run(listen: str, server: str) -> None:
     """Relay until interrupted.
 
     Raises:
-        OSError: *listen* cannot be bound.
+        OSError: *listen* cannot be bound, or the output fails.
         KeyboardInterrupt: on SIGINT.
     """
 
@@ -118,8 +125,12 @@ def run(listen: str, server: str) -> None:
         async with tapped(server, listen):
             await trio.sleep_forever()
 
+    failure: BaseException | None = None
     try:
         trio.run(main)
-    except* KeyboardInterrupt:  # each nursery wraps it in an ExceptionGroup
-        pass
-    raise KeyboardInterrupt
+    except BaseExceptionGroup as group:  # each nursery wraps it in an ExceptionGroup
+        failure = group
+        while isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
+    if failure is not None:
+        raise failure

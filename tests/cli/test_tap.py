@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 from helpers import PATIENCE, ROOT, daemon_process
 
-from .command import DONE, REFUSED, run
+from .command import DONE, NO_DAEMON, REFUSED, run
 
 INTERRUPTED = 130
 
@@ -32,6 +34,34 @@ def test_a_socket_file_on_which_nobody_listens(path: Path) -> None:
                 tap.send_signal(number)
                 tap.wait(PATIENCE)
             assert listen.exists() == (number == signal.SIGTERM)
+
+
+@pytest.mark.parametrize("output", ["full", "closed"])
+def test_where_the_output_fails(path: Path, output: str) -> None:
+    """The tap ends, as each verb does; it does not merely drop the client."""
+    listen = path.with_name("tap.sock")
+    command = [sys.executable, "-m", "qmpfd", "tap", os.fspath(listen), os.fspath(path)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with daemon_process(path), open("/dev/full", "w") as full, open(writer, "w") as closed:
+        tap: Any = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=full if output == "full" else closed,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with tap:
+            while tap.poll() is None:
+                ran = run("status", "--socket", os.fspath(listen), "--wait", "0.1")
+                assert ran.returncode == NO_DAEMON
+            error = tap.stderr.read()
+    expected = {
+        "full": (REFUSED, "qmpfd: No space left on device\n"),
+        "closed": (128 + signal.SIGPIPE, ""),
+    }
+    assert (tap.returncode, error) == expected[output]
+    assert not listen.exists()
 
 
 def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
