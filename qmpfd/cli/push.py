@@ -127,14 +127,14 @@ def _all_or_nothing(
     try:
         yield added
     except QMPError:
-        _take_back(sink, before, added)
+        _remove_copies(sink, before, added)
         raise
     except BaseException:
         sink.close()  # a QEMU serves one client at a time, and takes a moment to accept the next
         reconnect = argparse.Namespace(socket=arguments.to, timeout=arguments.timeout)
         try:
             with client_within(reconnect, _PATIENCE) as again:
-                _take_back(again, before, added)
+                _remove_copies(again, before, added)
         except (QMPError, NoDaemon) as exc:
             if added:
                 left = ", ".join(str(each["fd"]) for each in added if "fd" in each) or "the first"
@@ -142,19 +142,19 @@ def _all_or_nothing(
         raise
 
 
-def _take_back(
+def _remove_copies(
     sink: BlockingClient, before: set[tuple[int, int]], added: list[dict[str, Any]]
 ) -> None:
     """Remove the added descriptors; ignore errors: another client may have removed some."""
     ours = {(each["fdset-id"], each["fd"]) for each in added if "fd" in each}
     if added and "fd" not in added[-1]:
-        ours |= _unanswered(_described(sink), before, ours, added[-1])
+        ours |= _find_unanswered(_described(sink), before, ours, added[-1])
     for fdset_id, fd in ours:
         with suppress(QMPError):
             sink.execute("remove-fd", {"fdset-id": fdset_id, "fd": fd})
 
 
-def _unanswered(
+def _find_unanswered(
     rows: list[Row],
     before: set[tuple[int, int]],
     ours: set[tuple[int, int]],

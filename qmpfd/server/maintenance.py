@@ -28,7 +28,7 @@ from .services import Services
 _log = logging.getLogger("qmpfd")
 
 #: Descriptors that are removed, or checked, before other tasks get to run.
-_A_STEP = 128
+_BATCH = 128
 
 
 async def supervise(name: str, task: Callable[[], Awaitable[None]]) -> None:
@@ -80,7 +80,7 @@ async def remove_expired(services: Services) -> None:
             services.shared.on_expiry = reschedule
             await trio.sleep_forever()
         while await _remove_due(
-            services, lambda: store.expired(trio.current_time(), _A_STEP), "expired"
+            services, lambda: store.expired(trio.current_time(), _BATCH), "expired"
         ):
             pass
 
@@ -93,7 +93,7 @@ async def remove_hung_up(services: Services) -> None:
             await trio.lowlevel.wait_readable(hangups.fileno())
         hangups.poll()
         while hangups.due:
-            await _remove_due(services, lambda: hangups.examine(_A_STEP), "hangup")
+            await _remove_due(services, lambda: hangups.examine(_BATCH), "hangup")
 
 
 async def broadcast_events(services: Services) -> None:

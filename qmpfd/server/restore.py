@@ -54,7 +54,7 @@ def restore_recovered(
         OSError: this process is out of descriptors.
     """
     state = recovered.state
-    with _usable():
+    with _as_no_daemon():
         _fill_store(server, state.at, state.fds, recovered.stored, skip_refused=True)
         _inherit_listeners(state.listeners, recovered.others, listeners)
 
@@ -90,14 +90,14 @@ def taking_over(
         server.daemon.closer.close(placeholders)
 
     def finish() -> list[UnixListener]:
-        with _usable():
+        with _as_no_daemon():
             rest = takeover.receive_rest(drop)
             _inherit_listeners(state.listeners, takeover.others, listeners)
             _restore_sessions(server, rest, takeover)
         return listeners
 
     try:
-        with _usable():
+        with _as_no_daemon():
             stored = _fill_store(server, state.at, state.fds, dict(takeover.stored))
         yield finish
     finally:
@@ -112,7 +112,7 @@ def taking_over(
 
 
 @contextmanager
-def _usable() -> Iterator[None]:
+def _as_no_daemon() -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, msgspec.MsgspecError, MemoryError, QMPError) as exc:

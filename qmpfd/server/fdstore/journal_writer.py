@@ -42,7 +42,7 @@ class JournalWriter:
         self._limit = MIN_JOURNAL_BYTES
         self._offset = time.monotonic() - trio.current_time()  # CLOCK_MONOTONIC minus Trio's clock
         #: Whether the last journal is not acknowledged by the fd store yet.
-        self.is_turning = False
+        self.is_replacing = False
         #: Generation of the last journal.
         self.generation = 0
 
@@ -87,7 +87,7 @@ class JournalWriter:
         self._records.clear()
         for journal in self._journals:
             journal.append(data)
-        if not self.is_turning and self._journals[-1].size > self._limit:
+        if not self.is_replacing and self._journals[-1].size > self._limit:
             try:
                 self.begin()
             except OSError:  # out of descriptors or memory: try again when it has grown further
@@ -108,24 +108,24 @@ class JournalWriter:
         self.generation += 1
         self._journals.append(journal)
         self._limit = max(MIN_JOURNAL_BYTES, 4 * journal.size)
-        self.is_turning = True
+        self.is_replacing = True
         self._link.store(f"{JOURNAL}{self.generation}", journal.fd)
         self._link.on_synced(partial(self._end_others, journal))
 
     def withdraw(self) -> None:
         """Drop a new journal for which the fd store has no room; its predecessor stays valid."""
-        if self.is_turning:
+        if self.is_replacing:
             self._link.remove(f"{JOURNAL}{self.generation}")
             self._journals.pop().close()
             self.generation -= 1
             self._limit += MIN_JOURNAL_BYTES
-            self.is_turning = False
+            self.is_replacing = False
 
     def _end_others(self, last: Journal) -> None:
         """Remove the replaced journals, once the fd store has acknowledged *last*."""
         if self._link.is_over or self._journals[-1] is not last:
             return
-        self.is_turning = False
+        self.is_replacing = False
         self._link.remove(*self._names()[:-1])
         for journal in self._journals[:-1]:
             journal.close()

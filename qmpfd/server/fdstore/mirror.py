@@ -218,7 +218,7 @@ class FdStoreMirror:
     def _write(self, barrier: bool) -> None:
         self._journals.write()
         if barrier and self._evidence is not None:
-            self._evidence.show()
+            self._evidence.queue_probes()
 
     @property
     def store(self) -> str | None:

@@ -139,7 +139,7 @@ class Evidence:
         self._probes: list[Sentinel] = []  # probes before the barrier under way
         self._spare: list[Sentinel] = []  # probes for the next barrier
         self._batches: list[Unproven] = []
-        self._shown = 0  # number of descriptors for which find_size has proven room
+        self._proven = 0  # number of descriptors for which find_size has proven room
         self._full_at: int | None = None  # number of descriptors when room last ran out
         if returned is not None:
             self._name, writer = returned
@@ -172,12 +172,12 @@ class Evidence:
         probes = self._store_probes(min(count, len(self._spare)))
         await self._link.sync()
         self._first.sent()
-        stored = self._take_back(probes)
+        stored = self._remove_probes(probes)
         self._link.changed()  # wait for the removal of the probes
         await self._link.sync()
         if not stored or not self._first.is_stored:
             return None
-        self._shown = self._kept.names + stored
+        self._proven = self._kept.names + stored
         self._batches.append(Unproven())
         if stored == len(probes):
             return size
@@ -190,7 +190,7 @@ class Evidence:
             self._link.store(f"{PROBE}{number}", probe.writer)
         return probes
 
-    def _take_back(self, probes: Sequence[Sentinel]) -> int:
+    def _remove_probes(self, probes: Sequence[Sentinel]) -> int:
         """Remove *probes* after their barrier was acknowledged; return how many were stored."""
         for probe in probes:
             probe.sent()
@@ -218,12 +218,12 @@ class Evidence:
         self._batches[-1].entries.append(stored)
         return self._batches[-1]
 
-    def show(self) -> None:
+    def queue_probes(self) -> None:
         """Queue probes before the next barrier, if it covers added descriptors.  The probes are
         checked before all other actions that wait for the barrier.
         """
-        is_turning = self._journals.is_turning
-        if not self._batches or not (self._batches[-1].entries or is_turning):
+        is_replacing = self._journals.is_replacing
+        if not self._batches or not (self._batches[-1].entries or is_replacing):
             return
         if self._probes:  # the last send was blocked: move probes behind what was added since
             for number, probe in enumerate(self._probes):
@@ -235,19 +235,19 @@ class Evidence:
             except OSError:  # nothing was added: check_quota would have created the probes
                 return
             # Beyond the proven number, a second probe proves room for another journal as well.
-            is_beyond = self._kept.names > self._shown and not is_turning
+            is_beyond = self._kept.names > self._proven and not is_replacing
             self._probes = self._store_probes(1 + is_beyond)
-            self._link.on_synced(partial(self._shown_by, self._probes), first=True)
+            self._link.on_synced(partial(self._check_probes, self._probes), first=True)
         self._batches.append(Unproven())
 
-    def _shown_by(self, probes: list[Sentinel]) -> None:
+    def _check_probes(self, probes: list[Sentinel]) -> None:
         """Check *probes*: if they were stored, so were all batches but the last.  If not, refuse
         all batches, including descriptors sent since: these may have taken the places of others.
         """
         if self._probes is not probes:  # close() was called
             return
         self._probes = []
-        if self._take_back(probes) == len(probes):
+        if self._remove_probes(probes) == len(probes):
             del self._batches[:-1]
             return
         refused = [stored for batch in self._batches for stored in batch.entries]

@@ -39,11 +39,11 @@ _log = logging.getLogger("qmpfd")
 #: Messages with descriptors that are requested in advance: the predecessor sends one while this
 #: process handles another.  Descriptors in flight are charged to the predecessor's user
 #: (ETOOMANYREFS, unix(7)), hence no more.
-_ASKED_AHEAD = 4
+_REQUESTS_AHEAD = 4
 
 #: Numbers above the stored ones that are reserved for descriptors added before the predecessor
 #: pauses; and numbers that must be left beyond those, or fewer are reserved.
-_AHEAD, _ROOM = 256, 1024
+_RESERVED, _LEFT = 256, 1024
 
 
 class Takeover:
@@ -86,10 +86,10 @@ class Takeover:
         """
         numbers = self.state.stored_numbers
         self._fill(numbers, movable)
-        end = max(numbers, default=0) + _AHEAD
+        end = max(numbers, default=0) + _RESERVED
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as null:
-            while end + _ROOM < most:
+            while end + _LEFT < most:
                 filler = null.dup()
                 self._fillers[filler.fileno()] = filler
                 if filler.fileno() >= end:
@@ -169,13 +169,13 @@ class Takeover:
         targets = [place.fileno() for place in places]
         close_all(places)
         fds = self.others
-        asked = 0
+        requested = 0
         while len(fds) < total:
             # Request no more than there are: after the last, the predecessor expects CONFIRM.
-            more = min(_ASKED_AHEAD, -(-(total - len(fds)) // SCM_MAX_FD)) - asked
+            more = min(_REQUESTS_AHEAD, -(-(total - len(fds)) // SCM_MAX_FD)) - requested
             self._predecessor.send(NEXT * more)
             message, chunk, dropped = self._predecessor.receive()
-            asked += more - 1
+            requested += more - 1
             fds += chunk
             if dropped:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

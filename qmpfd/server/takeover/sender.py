@@ -132,14 +132,14 @@ async def hand_over(server: Predecessor, successor: Session) -> None:
     services, stream, pid = server.services, successor.stream, successor.peer.pid
     async with AsyncExitStack() as stack:
         stack.enter_context(_offered(server))
-        with _able():
+        with _as_generic_error():
             memory, known, quick = await _describe_store(server)
             stack.enter_context(memory)
             lifeline, other = map(stack.enter_context, socket.socketpair())
         theirs = stack.enter_context(Fd(other.detach()))
         lifeline.setblocking(False)
         try:
-            with _able():
+            with _as_generic_error():
                 await successor.reply_to_takeover(memory, theirs)
                 theirs.close()
                 if await _receive(stream) == saved.NEXT:
@@ -211,7 +211,7 @@ def _release_all(server: Predecessor, quick: Set[Fd]) -> None:
 
 
 @contextmanager
-def _able() -> Iterator[None]:
+def _as_generic_error() -> Iterator[None]:
     """Convert an error of the block to one for the successor.
 
     Raises:
