@@ -46,6 +46,8 @@ def _text(family: int, address: Any) -> str | None:
         if not raw:
             return None
         name = raw.decode("utf-8", "backslashreplace")
+        if name.startswith("@"):  # a relative path, which is no abstract name
+            name = f"./{name}"
         return f"unix:@{name[1:]}" if name.startswith("\0") else f"unix:{name}"
     if family == socket.AF_INET:
         host, port = address

@@ -172,6 +172,17 @@ async def test_families(family: int, kind: int, bind_to: Any, written: str, path
             assert found.listening is False
 
 
+async def test_a_path_that_looks_abstract(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with listening(socket.AF_UNIX, "@web") as sock:
+        async with daemon(path), qmpfd.connect(path) as client:
+            await client.add_fd(sock)
+            [found] = await client.query_fds()
+            assert found.address == "unix:./@web"
+
+
 async def test_the_file_of_a_socket(path: Path, tmp_path: Path) -> None:
     """An O_PATH descriptor of a socket's file is no socket, and has no address."""
     with listening(socket.AF_UNIX, str(tmp_path / "s")):
