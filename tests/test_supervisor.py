@@ -816,6 +816,12 @@ def test_inherited_descriptors_keep_their_numbers(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, b"fine\n"), done.stderr
 
 
+def test_no_descriptors() -> None:
+    status, _, log = supervise("", prefix=["sh", "-c", 'ulimit -n 5; exec "$@"', "sh"])
+    assert status == 2
+    assert log == "qmpfd: the parent cannot start: Too many open files\n"
+
+
 class _OutOfMemory(socket.socket):
     """A socket whose first sends fail, as sendmsg(2) does where the kernel has no memory."""
 

@@ -55,7 +55,10 @@ def become_supervisor(arguments: argparse.Namespace) -> NoReturn:
     """
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # both processes raise theirs to it
     if limit < _LEAST_FILES:
-        raise _too_few(limit)
+        raise UsageError(
+            f"--supervise needs a limit of {_LEAST_FILES} open files at least, not {limit} "
+            "(ulimit -n)"
+        )
     spec = find_spec("qmpfd.supervisor")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -72,12 +75,6 @@ def become_supervisor(arguments: argparse.Namespace) -> NoReturn:
     options = [arguments.log_format, arguments.log_level, str(arguments.drain_timeout)]
     options.append(",".join(map(str, passed)))
     os.execv(sys.executable, [*python, *options, sys.executable, *sys.orig_argv[1:]])
-
-
-def _too_few(limit: int) -> UsageError:
-    return UsageError(
-        f"--supervise needs a limit of {_LEAST_FILES} open files at least, not {limit} (ulimit -n)"
-    )
 
 
 def _adopt_orphans() -> None:
@@ -140,7 +137,10 @@ def connect(parent: Notifier | None, size: int) -> FdStoreConfig | None:
 
     if parent is not None:
         if size <= RESERVED_PLACES:
-            raise _too_few(open_files_limit())
+            raise UsageError(
+                f"--supervise: inherited descriptors are too many of the {open_files_limit()} open "
+                "files that the limit allows (ulimit -n)"
+            )
         return FdStoreConfig(parent, size, None)
     if not has_store(size):
         return None

@@ -7,6 +7,9 @@ from .parent import Supervisor
 from .program import inherited_sockets
 from .signals import set_up_signals
 
+#: The exit status of a daemon that cannot start.
+CANNOT_START = 2
+
 
 def main(arguments: list[str]) -> int:
     """Supervise workers; return the exit status.
@@ -18,9 +21,13 @@ def main(arguments: list[str]) -> int:
     """
     form, level, drain_timeout, passed, *command = arguments
     numbers = {int(number) for number in passed.split(",") if number}
-    supervisor = Supervisor(
-        Log(form, level), command, numbers, inherited_sockets(), float(drain_timeout)
-    )
-    status = supervisor.run()
+    log = Log(form, level)
+    try:
+        parent = Supervisor(log, command, numbers, inherited_sockets(), float(drain_timeout))
+    except OSError as exc:  # out of descriptors
+        problem = f"the parent cannot start: {exc.strerror}"
+        log.log("error", problem)
+        return CANNOT_START
+    status = parent.run()
     set_up_signals(())  # a signal while the interpreter ends must not change the exit status
     return status

@@ -156,5 +156,15 @@ def test_too_few_open_files(path: Path, limit: int) -> None:
         assert f"128 open files at least, not {limit} (ulimit -n)" in daemon.log
 
 
+def test_too_many_inherited_descriptors(path: Path) -> None:
+    with ExitStack() as stack:
+        inherited = [stack.enter_context(open(os.devnull, "rb")).fileno() for _ in range(100)]
+        limit = 128 + inherited[0]
+        with supervised(path, status=2, pass_fds=inherited, open_files=limit) as daemon:
+            assert daemon.process.wait(DEADLINE) == 2
+            assert daemon.log.count("\n") == 1
+            assert "inherited descriptors are too many" in daemon.log
+
+
 def _took_over(successor: Supervised) -> None:
     until(lambda: "took over" in successor.log, "the takeover")
