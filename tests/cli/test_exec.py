@@ -35,7 +35,9 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127
         (["0=100", "0=3"], {3, 100}),
     ],
 )
-def test_exactly_these(cli: Cli, file: Path, words: list[str], numbers: set[int]) -> None:
+def test_no_other_descriptors_are_inherited(
+    cli: Cli, file: Path, words: list[str], numbers: set[int]
+) -> None:
     """CMD has the descriptors at the given numbers, and no others of the process."""
     with Pipe() as pipe:
         number = pipe.fileno()
@@ -43,7 +45,7 @@ def test_exactly_these(cli: Cli, file: Path, words: list[str], numbers: set[int]
         assert shown(out) == dict.fromkeys(numbers, str(file))
 
 
-def test_the_one_asked_for(cli: Cli, tmp_path: Path) -> None:
+def test_by_set_and_access_mode(cli: Cli, tmp_path: Path) -> None:
     """Descriptors by fd set and access mode, at numbers that make all of them move."""
     for n in range(6):
         (tmp_path / str(n)).write_text(str(n))
@@ -117,7 +119,7 @@ def test_with_closed_standard_streams(cli: Cli, closed: str) -> None:
 
 @pytest.mark.usefixtures("file")
 @pytest.mark.parametrize("status", [0, 1, 2, 42, 255])
-def test_its_exit_status(cli: Cli, status: int) -> None:
+def test_the_exit_status_is_the_commands(cli: Cli, status: int) -> None:
     ran = cli("exec", "0", "--", "sh", "-c", f"exit {status}")
     assert (ran.returncode, ran.stdout, ran.stderr) == (status, "", "")
 
@@ -132,7 +134,7 @@ def test_more_targets_than_descriptors(cli: Cli) -> None:
 
 
 @pytest.mark.usefixtures("file")
-def test_its_own_arguments(cli: Cli) -> None:
+def test_the_commands_arguments_are_unchanged(cli: Cli) -> None:
     """CMD's arguments are passed unchanged: options, dashes, empty ones."""
     out = cli.done("exec", "0", "--", "printf", "%s|", "--", "-x", "--socket", "", "a b", "0:r=3")
     assert out == "--|-x|--socket||a b|0:r=3|"
@@ -266,5 +268,5 @@ def test_add_fd_then_exec(cli: Cli) -> None:
         assert not pipe.held()
 
 
-def test_nobody_there(path: Path) -> None:
+def test_no_daemon(path: Path) -> None:
     Cli(path).fails(NO_DAEMON, "exec", "0", "--", "true")

@@ -166,7 +166,7 @@ async def test_long_texts_of_clients_are_cut(form: str, path: Path) -> None:
     assert max(map(len, process.log)) < 4000
 
 
-def test_less(path: Path) -> None:
+def test_level_warning(path: Path) -> None:
     """At level warning, not even the listening sockets are logged."""
     with daemon_process(path, "--log-level", "info") as process:
         process.signal(signal.SIGHUP)
@@ -174,7 +174,7 @@ def test_less(path: Path) -> None:
     assert process.log[0] == f"qmpfd: listening on {path}"
 
 
-async def test_who_is_turned_away(path: Path) -> None:
+async def test_rejected_clients_are_named(path: Path) -> None:
     """Rejected clients are logged, but not each of a flood."""
     with daemon_process(path, "--max-connections", "1") as process:
         with await Wire.session(path):

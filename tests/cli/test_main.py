@@ -390,7 +390,7 @@ def test_a_refusal_does_not_end_the_removal_of_all(cli: Cli, path: Path) -> None
 
 
 @pytest.mark.usefixtures("running")
-def test_nothing_is_said_of_all_where_all_is_refused(cli: Cli) -> None:
+def test_rm_of_missing_sets_prints_nothing(cli: Cli) -> None:
     assert cli("rm", "98", "99")[:2] == (REFUSED, "")
 
 

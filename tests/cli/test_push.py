@@ -46,7 +46,7 @@ def test_push(cli: Cli, file: Path, tmp_path: Path) -> None:
         assert len(json.loads(cli.done("ls", "--json"))[0]["fds"]) == 3
 
 
-def test_push_what_cannot_be(cli: Cli, file: Path, tmp_path: Path) -> None:
+def test_push_errors(cli: Cli, file: Path, tmp_path: Path) -> None:
     to = tmp_path / "other.sock"
     with daemon_thread(to):
         assert "'fdset-id:7' not found" in cli.fails(REFUSED, "push", 7, "--to", to)
@@ -177,5 +177,5 @@ def test_qemu_has_none_of_ours() -> None:
         assert "open-fdset" in other.fails(REFUSED, "exec", "@web", "--", "true")
 
 
-def test_nobody_there(path: Path) -> None:
+def test_no_daemon(path: Path) -> None:
     Cli(path).fails(NO_DAEMON, "push", "0", "--to", "/nowhere")

@@ -188,7 +188,7 @@ def test_without_standard_streams(path: Path) -> None:
         assert daemon.wait(PATIENCE) == 0
 
 
-def test_what_a_person_is_told(path: Path) -> None:
+def test_the_hint_on_a_terminal(path: Path) -> None:
     """On a terminal the log says how to end the daemon; for a service manager it does not."""
     master, slave = os.openpty()
     command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path)]

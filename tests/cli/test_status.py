@@ -160,7 +160,7 @@ def test_in_a_terminal(path: Path, columns: int) -> None:
 
 
 @pytest.mark.qemu
-def test_a_qemu() -> None:
+def test_qemu_has_an_unrelated_query_stats() -> None:
     """QEMU has an unrelated query-stats."""
     with start_qemu(1) as qemu:
         said = told(Path(qemu.paths[0]))
@@ -169,7 +169,7 @@ def test_a_qemu() -> None:
         assert json.loads(status(Path(qemu.paths[0]), "--json")[1])["stats"] is None
 
 
-def test_nobody(path: Path) -> None:
+def test_no_daemon(path: Path) -> None:
     found, _, said = status(path)
     assert found == NO_DAEMON
     assert f"qmpfd serve --socket {path}" in said
@@ -193,7 +193,7 @@ def silent(path: Path) -> Iterator[None]:
         yield
 
 
-def test_a_silent_one(path: Path) -> None:
+def test_a_silent_daemon(path: Path) -> None:
     with silent(path):
         found, _, said = status(path, "--timeout", "0.2")
     assert found == NO_DAEMON
@@ -202,7 +202,7 @@ def test_a_silent_one(path: Path) -> None:
 
 
 @pytest.mark.root
-def test_one_that_may_not_be_asked() -> None:
+def test_no_access() -> None:
     """No access: by file permissions, by the policy, or by a policy without the right to query."""
 
     def ask() -> tuple[int, str, str]:

@@ -64,7 +64,7 @@ def test_where_the_output_fails(path: Path, output: str) -> None:
     assert not listen.exists()
 
 
-def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+def test_an_error_names_the_obstacle(tmp_path: Path) -> None:
     for listen in (tmp_path, tmp_path / "no" / "folder"):
         ran = run("tap", str(listen), "/nowhere")
         assert (ran.returncode, ran.stderr.count("\n")) == (REFUSED, 1)

@@ -125,7 +125,7 @@ def test_watch_goes_on_after_a_restart(path: Path, tmp_path: Path) -> None:
             assert f"added    fd set 0, fd {number}" in process.stdout.readline()
 
 
-def test_nobody_there(path: Path) -> None:
+def test_no_daemon(path: Path) -> None:
     Cli(path).fails(NO_DAEMON, "watch")
 
 

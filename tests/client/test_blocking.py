@@ -38,7 +38,7 @@ def test_it_has_what_the_trio_client_has() -> None:
             assert list(ours.parameters) == list(theirs.parameters), name
 
 
-def test_a_round(client: qmpfd.BlockingClient) -> None:
+def test_commands_and_their_values(client: qmpfd.BlockingClient) -> None:
     with Pipe() as pipe:
         info = client.add_fd(pipe, opaque="p")
         assert isinstance(info, qmpfd.AddfdInfo)
@@ -101,7 +101,7 @@ def test_the_newest_events_are_kept(path: Path) -> None:
         assert found == list(range(5, MAX_EVENTS + 5))
 
 
-def test_it_is_told_why_it_is_turned_away_while_it_waits_for_events(path: Path) -> None:
+def test_a_rejection_during_a_wait_for_events(path: Path) -> None:
     told = b'{"error": {"class": "GenericError", "desc": "go"}}\r\n'
     with (
         _scripted(path, told),
@@ -111,7 +111,7 @@ def test_it_is_told_why_it_is_turned_away_while_it_waits_for_events(path: Path) 
         next(client.events())
 
 
-def test_replies_that_nobody_asked_for(path: Path) -> None:
+def test_unexpected_replies_are_dropped(path: Path) -> None:
     """A wait for events drops unexpected replies, and closes their descriptors."""
     said = b'{"return": {}, "id": 1}\r\n{"event": "X"}\r\n'
     with (
@@ -205,7 +205,7 @@ def test_closed_while_a_call_waits(path: Path, call: str, by: str) -> None:
     signal.signal(signal.SIGUSR1, former)
 
 
-def test_nobody_reads_all_of_a_request(path: Path) -> None:
+def test_a_request_that_cannot_be_sent_in_time(path: Path) -> None:
     """A request that cannot be sent in time fails and closes the connection."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(path))
@@ -261,7 +261,7 @@ def test_from_asyncio(path: Path) -> None:
         assert asyncio.run(main()) == 0
 
 
-def test_silence(path: Path) -> None:
+def test_a_silent_server(path: Path) -> None:
     """A server that sends no greeting, or no reply: the call fails, and the next one too."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(path))

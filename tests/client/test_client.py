@@ -122,7 +122,7 @@ async def test_an_exception_in_the_block(path: Path) -> None:
         assert open_fds() == before
 
 
-async def test_more_to_send_than_anybody_reads(path: Path) -> None:
+async def test_unread_replies_do_not_block_a_long_request(path: Path) -> None:
     """Unread replies of cancelled calls do not block a long request."""
     opaque = "x" * 900_000  # more than the socket buffers, in either direction
     async with daemon(path) as server, qmpfd.connect(path) as client:
@@ -261,7 +261,7 @@ async def test_closed_while_a_call_is_being_sent(path: Path, closed_by: str) -> 
         end.set()
 
 
-async def test_nobody_there(path: Path) -> None:
+async def test_no_server(path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         async with qmpfd.connect(path):
             pass
@@ -272,7 +272,7 @@ async def test_nobody_there(path: Path) -> None:
             pass
 
 
-async def test_turned_away(path: Path) -> None:
+async def test_a_rejection_is_the_exception(path: Path) -> None:
     """The exception has the server's reason."""
     async with daemon(path, limits=qmpfd.Limits(max_connections=1)), qmpfd.connect(path):
         with pytest.raises(qmpfd.QMPError, match="Too many connections"):

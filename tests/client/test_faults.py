@@ -176,7 +176,7 @@ async def test_an_error_without_an_id_is_the_oldest_requests(path: Path) -> None
     assert refused == ["JSON parse error, x"]
 
 
-async def test_what_breaks_the_connection_is_not_sent_for_ever(path: Path) -> None:
+async def test_a_request_that_breaks_the_connection_is_not_retried_forever(path: Path) -> None:
     times = 0
 
     async def script(wire: Wire) -> None:
@@ -191,7 +191,7 @@ async def test_what_breaks_the_connection_is_not_sent_for_ever(path: Path) -> No
     assert times == 10
 
 
-async def test_a_server_that_reads_nothing_is_not_tried_for_ever(path: Path) -> None:
+async def test_a_request_that_is_never_read_is_not_retried_forever(path: Path) -> None:
     """A request of which no byte was sent is not retried forever."""
     times = 0
 

@@ -74,7 +74,7 @@ async def test_no_qmp_server(path: Path, said: bytes) -> None:
 
 
 @pytest.mark.parametrize("said", [b"", b'{"QMP": ', GREETING])
-async def test_closed_too_early(path: Path, said: bytes) -> None:
+async def test_a_server_that_closes_before_its_reply(path: Path, said: bytes) -> None:
     async def script(wire: Wire) -> None:
         if said:
             wire.send(said)
@@ -135,7 +135,7 @@ async def test_answers_in_pieces(path: Path, size: int) -> None:
     assert found == {"one": "first \u20ac", "two": "second"}
 
 
-async def test_descriptors_that_nobody_asked_for(path: Path) -> None:
+async def test_unexpected_descriptors_are_closed(path: Path) -> None:
     """Descriptors with a greeting, an event, or an unexpected reply are closed."""
     with Pipe() as pipe:
 

@@ -203,7 +203,7 @@ async def test_qemu_opens_what_our_client_adds(tmp_path: Path) -> None:
 
 
 @pytest.mark.qemu
-async def test_what_only_qmpfd_has(tmp_path: Path) -> None:
+async def test_qemu_refuses_qmpfds_own_commands(tmp_path: Path) -> None:
     """QEMU refuses qmpfd's own commands; nothing leaks, and the connection continues."""
     with start_qemu(1) as qemu:
         async with qmpfd.connect(qemu.paths[0]) as client:

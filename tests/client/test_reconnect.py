@@ -51,7 +51,7 @@ async def restartable(path: Path) -> AsyncIterator[Restarted]:
         await made.end()
 
 
-async def test_calls_go_on(path: Path) -> None:
+async def test_unsent_requests_use_the_new_connection(path: Path) -> None:
     """Requests that were not sent are sent over the new connection, whatever the command."""
     async with restartable(path) as restarted, qmpfd.connect(path, reconnect=10) as client:
         for _ in range(3):
@@ -67,7 +67,7 @@ async def test_calls_go_on(path: Path) -> None:
         assert await client.query_fdsets() == []
 
 
-async def test_without_it_nothing_goes_on(path: Path) -> None:
+async def test_without_reconnect_calls_fail(path: Path) -> None:
     async with restartable(path) as restarted, qmpfd.connect(path) as client:
         await restarted.again()
         for _ in range(2):
@@ -128,14 +128,14 @@ async def test_a_reply_is_lost(path: Path, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["query-fdsets", "query-block", "watch-fdsets"])
-async def test_what_can_be_repeated_is(path: Path, command: str) -> None:
+async def test_queries_are_repeated(path: Path, command: str) -> None:
     server = Lossy(command, times=3)
     async with fake_server(path, server), qmpfd.connect(path, reconnect=10) as client:
         assert await client.execute(command)
         assert server.got[command] == 4
 
 
-async def test_nobody_is_there_in_time(path: Path, autojump_clock: MockClock) -> None:
+async def test_no_server_within_the_timeout(path: Path, autojump_clock: MockClock) -> None:
     async with restartable(path) as restarted, qmpfd.connect(path, reconnect=7) as client:
         await restarted.end()
         for call in (client.query_fdsets, client.query_fds, client.events().__anext__):
@@ -151,7 +151,7 @@ async def test_nobody_is_there_in_time(path: Path, autojump_clock: MockClock) ->
 @pytest.mark.parametrize(
     "said", [b"", b"HTTP/1.1\r\n", b'{"error": {"class": "GenericError", "desc": "full"}}\n']
 )
-async def test_it_is_turned_away_for_a_while(
+async def test_retries_while_the_server_rejects(
     path: Path, autojump_clock: MockClock, said: bytes
 ) -> None:
     """The client retries while the server rejects it, speaks no QMP, or closes at once."""
@@ -201,7 +201,7 @@ async def test_it_is_closed_while_calls_wait(path: Path) -> None:
 # -- events ------------------------------------------------------------------------------------
 
 
-async def test_watching_goes_on(path: Path) -> None:
+async def test_a_watch_continues_after_a_reconnection(path: Path) -> None:
     """After a reconnection a watcher gets FD_EVENTS_LOST, and then all new events."""
     send, told = trio.open_memory_channel[tuple[str, Any]](10)
 

@@ -46,7 +46,7 @@ async def opaques(client: qmpfd.Client) -> list[str | None]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 253])
-async def test_so_many(path: Path, count: int) -> None:
+async def test_any_number_of_descriptors(path: Path, count: int) -> None:
     async with daemon(path), qmpfd.connect(path) as client:
         with pipes(count) as made:
             added = await client.add_fds(made, opaque="some")
@@ -85,7 +85,7 @@ async def test_the_fds_on_a_blank_before(path: Path) -> None:
             assert len(value(await wire.call("add-fds"))["fds"]) == 3
 
 
-async def test_among_add_fd(path: Path) -> None:
+async def test_pipelined_with_add_fd(path: Path) -> None:
     """Pipelined add-fds and add-fd get their own descriptors each."""
     async with daemon(path):
         with await Wire.session(path) as wire, pipes(6) as made:
@@ -134,7 +134,7 @@ async def test_refused(path: Path, arguments: dict[str, Any], error_class: str) 
             assert not any(pipe.held() for pipe in made)
 
 
-async def test_none_at_all(path: Path) -> None:
+async def test_no_descriptors(path: Path) -> None:
     async with daemon(path):
         with await Wire.session(path) as wire:
             reply = await wire.call("add-fds")
@@ -391,7 +391,7 @@ async def test_the_other_end_of_a_tcp_socket(path: Path) -> None:
             assert len(await client.query_fds()) == 1  # a listening socket has no peer
 
 
-async def test_gone_before_it_was_added(path: Path) -> None:
+async def test_the_peer_closed_before_the_addition(path: Path) -> None:
     """A descriptor whose peer has closed before is added, and removed at once."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipe_ends() as ends:
@@ -475,7 +475,7 @@ async def test_an_error_is_no_hangup(path: Path, autojump_clock: MockClock) -> N
     "kind",
     ["file, read and write", "directory", "/dev/null", "memfd", "eventfd", "epoll", "O_PATH"],
 )
-async def test_no_other_end(kind: str, path: Path, tmp_path: Path) -> None:
+async def test_kinds_that_cannot_hang_up(kind: str, path: Path, tmp_path: Path) -> None:
     """add-fds refuses all descriptors if one of them cannot hang up."""
     with open_kind(kind, tmp_path) as number, pipes(2) as made:
         async with daemon(path), qmpfd.connect(path) as client:
@@ -588,7 +588,7 @@ async def test_removed_with_unread_data(path: Path, autojump_clock: MockClock) -
             assert await client.query_fds() == []
 
 
-async def test_only_the_watched_ones(path: Path) -> None:
+async def test_only_watched_descriptors_are_removed(path: Path) -> None:
     """The same descriptor, added without watch-hangup, stays."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipe_ends() as ends:
@@ -616,7 +616,9 @@ async def test_many_hang_up_at_once(path: Path) -> None:
         assert open_fds() == before
 
 
-async def test_whatever_comes_first(path: Path, autojump_clock: MockClock) -> None:
+async def test_expiry_hangup_and_connection_end_together(
+    path: Path, autojump_clock: MockClock
+) -> None:
     """Expiry, hang-up and end of the connection: the first removes, the others have no effect."""
     async with daemon(path), qmpfd.connect(path) as other, other.watch_fdsets() as events:
         for first in ("connection", "expired", "hangup"):

@@ -116,7 +116,7 @@ async def test_reasons(path: Path, autojump_clock: MockClock) -> None:
                 assert await reason() == "hangup"
 
 
-async def test_nothing_unasked(path: Path) -> None:
+async def test_no_events_without_watch_fdsets(path: Path) -> None:
     """No events without watch-fdsets, for failed commands, or for queries."""
     async with daemon(path):
         with await Wire.session(path) as plain, await watching(path) as wire, Pipe() as pipe:
@@ -134,7 +134,7 @@ async def test_nothing_unasked(path: Path) -> None:
             await told_nothing_else(plain)
 
 
-async def test_not_for_what_was_there_before(path: Path) -> None:
+async def test_no_events_for_earlier_descriptors(path: Path) -> None:
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe:
             value(await wire.call("add-fd", None, [pipe]))
@@ -211,7 +211,7 @@ async def churn(client: qmpfd.Client, pipe: Pipe, rounds: int) -> int:
     return rounds * 500
 
 
-async def test_a_slow_watcher_is_told_what_it_missed(path: Path) -> None:
+async def test_a_slow_watcher_gets_the_number_of_lost_events(path: Path) -> None:
     """A slow watcher gets the events in order, with FD_EVENTS_LOST in the place of lost ones."""
     async with daemon(path), qmpfd.connect(path) as client:
         with await watching(path) as wire, Pipe() as pipe:
@@ -315,7 +315,7 @@ def test_as_many_as_there_may_be() -> None:
     assert told(watcher) == ["3 lost", *range(3, MAX_EVENTS + 3)]
 
 
-def test_a_little_is_taken_at_a_time() -> None:
+def test_a_batch_of_events_is_limited() -> None:
     """A watcher takes a limited batch of events at a time."""
     log = EventLog(EVERYTHING)
     watcher = Watcher(log, lambda: False)
@@ -371,7 +371,7 @@ def test_a_change_costs_the_same_however_many_watch() -> None:
     core.hangups.close()
 
 
-async def test_the_rights_of_the_time(path: Path) -> None:
+async def test_a_policy_change_applies_to_queued_events(path: Path) -> None:
     """After a policy change, a watcher gets queued events by its new rights, without a count of
     those that it may not see any more.
     """
@@ -390,7 +390,7 @@ async def test_the_rights_of_the_time(path: Path) -> None:
             await told_nothing_else(wire)
 
 
-async def test_others_are_not_held_up(path: Path) -> None:
+async def test_a_watcher_that_does_not_read_delays_no_other(path: Path) -> None:
     """A watcher that does not read delays no other; its own replies follow the sent events."""
     async with daemon(path), qmpfd.connect(path) as client:
         with await watching(path) as deaf, await watching(path) as wire, Pipe() as pipe:
@@ -403,7 +403,9 @@ async def test_others_are_not_held_up(path: Path) -> None:
                 pass
 
 
-async def test_it_never_listens_again(path: Path, autojump_clock: MockClock) -> None:
+async def test_a_watcher_that_does_not_read_is_disconnected(
+    path: Path, autojump_clock: MockClock
+) -> None:
     """A watcher that does not read is disconnected after the write timeout."""
     async with daemon(path), qmpfd.connect(path) as client:
         before = open_fds()
@@ -419,7 +421,7 @@ async def test_it_never_listens_again(path: Path, autojump_clock: MockClock) -> 
 
 
 @pytest.mark.parametrize("how", ["close", "half close"])
-async def test_it_dies(path: Path, how: str) -> None:
+async def test_a_watcher_ends_with_unread_events(path: Path, how: str) -> None:
     """A watcher ends with unread and queued events: nothing leaks, other clients are served."""
     async with daemon(path), qmpfd.connect(path) as client:
         before = open_fds()

@@ -83,7 +83,7 @@ def numbers(listing: Any) -> list[int]:
 
 @pytest.mark.parametrize("each", [1, 5000])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_step_looks_at_few(command: str, each: int) -> None:
+def test_a_step_visits_few_descriptors(command: str, each: int) -> None:
     """A step visits few descriptors, with and without a policy, of many sets or large ones."""
     with core(Counting((Grant(frozenset({"query"})),))) as context:
         fill(context.shared, 1000, each=each)
@@ -168,7 +168,7 @@ def test_what_goes_and_what_comes(command: str, each: int) -> None:
                 assert entry["target"] == "/dev/null"
 
 
-def test_a_number_that_means_another_by_now() -> None:
+def test_a_reused_number_is_not_listed() -> None:
     """A reused number is not listed as the removed descriptor."""
     with core() as context, Pipe() as pipe:
         store = context.shared.store
@@ -260,7 +260,7 @@ async def test_replies_stay_in_order(command: str, path: Path) -> None:
             ] * 20
 
 
-async def test_one_who_does_not_read_it(path: Path, autojump_clock: MockClock) -> None:
+async def test_a_client_that_does_not_read_a_listing(path: Path, autojump_clock: MockClock) -> None:
     """A client that does not read a listing is disconnected; it delays no other."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipes(1) as [pipe]:
@@ -275,7 +275,7 @@ async def test_one_who_does_not_read_it(path: Path, autojump_clock: MockClock) -
                 assert await wire.drain()
 
 
-async def test_larger_than_what_may_wait_for_one(path: Path) -> None:
+async def test_a_listing_longer_than_the_limit_on_unsent_replies(path: Path) -> None:
     """A client that reads gets a listing longer than the limit on unsent replies."""
     async with daemon(path), qmpfd.connect(path) as client:
         with pipes(1) as [pipe]:
@@ -376,7 +376,7 @@ def resumed(context: Context, reply: StreamedReply) -> StreamedReply:
 @pytest.mark.parametrize("access", [EVERYTHING, Access((Grant(frozenset({"query"})),))])
 @pytest.mark.parametrize("each", [1, 90, 5000])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_listing_goes_on_elsewhere(command: str, each: int, access: Access) -> None:
+def test_a_successor_continues_a_listing(command: str, each: int, access: Access) -> None:
     """A successor continues a listing from any step, with the same text."""
     with core(access) as context:
         fill(context.shared, 600, each=each)
@@ -398,7 +398,7 @@ def test_a_listing_goes_on_elsewhere(command: str, each: int, access: Access) ->
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_listing_goes_on_here(command: str) -> None:
+def test_a_listing_continues_after_a_failed_takeover(command: str) -> None:
     """After a failed takeover, a new iteration continues where the last one has stopped."""
     with core() as context:
         fill(context.shared, 3000, each=1)

@@ -408,7 +408,7 @@ async def test_our_client_with_a_full_socket(path: Path) -> None:
     assert found == {number: str(number).encode() for number in range(20)}
 
 
-async def test_gone_with_replies_unread(path: Path) -> None:
+async def test_a_client_disconnects_with_unread_replies(path: Path) -> None:
     """Unread and unsent descriptors of a client that has disconnected are closed."""
     async with daemon(path):
         before = open_fds()

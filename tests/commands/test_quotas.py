@@ -46,7 +46,7 @@ def test_however_many_hoard_something_is_left(quotas: Quotas) -> None:
         quotas.check_waiting(os.geteuid(), 1)
 
 
-def test_what_is_taken_again_counts_no_more(quotas: Quotas) -> None:
+def test_a_refund_makes_room(quotas: Quotas) -> None:
     assert hoard(quotas, 1001) == 50
     quotas.charge_waiting(1001, -50)
     assert (quotas.waiting, quotas.waiting_by_uid) == (0, {})

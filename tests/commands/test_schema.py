@@ -72,7 +72,7 @@ async def test_every_reference_leads_to_an_entry(path: Path) -> None:
                         assert found[name]["meta-type"] == "object"
 
 
-async def test_nothing_is_left_over(path: Path) -> None:
+async def test_every_type_is_reachable(path: Path) -> None:
     """Every type is reachable from a command or an event."""
     async with daemon(path):
         with await Wire.session(path) as wire:
@@ -98,7 +98,7 @@ async def test_all_commands_and_events(path: Path) -> None:
             assert events == EVENTS.keys() == {"FD_ADDED", "FD_REMOVED", "FD_EVENTS_LOST"}
 
 
-async def test_a_client_that_follows(path: Path) -> None:
+async def test_a_command_can_be_resolved_completely(path: Path) -> None:
     """Resolve the arguments and the value of a command completely."""
     async with daemon(path):
         with await Wire.session(path) as wire:
@@ -160,7 +160,7 @@ def fits(found: dict[str, Entry], name: str, what: Any) -> bool:
             )
 
 
-async def test_what_is_said_is_as_described(path: Path) -> None:
+async def test_values_and_events_fit_the_schema(path: Path) -> None:
     """The values of all commands, and all events, have the types of the schema."""
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe:
@@ -192,7 +192,7 @@ async def test_what_is_said_is_as_described(path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", sorted(TABLE.commands.keys() - {"qmp_capabilities", "quit"}))
-async def test_what_is_taken_is_as_described(path: Path, command: str) -> None:
+async def test_arguments_fit_the_schema(path: Path, command: str) -> None:
     """A member of the wrong type, a missing one and an unknown one are refused by name."""
     wrong: dict[str, Any] = {"int": "x", "str": 0, "bool": 0, "number": "x"}
     right: dict[str, Any] = {"int": 0, "str": "", "bool": True, "number": 0.5}

@@ -81,7 +81,9 @@ SELECTORS: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 
 @pytest.mark.parametrize("selector, expected", SELECTORS.values(), ids=SELECTORS)
-async def test_what_is_chosen(path: Path, selector: dict[str, Any], expected: list[int]) -> None:
+async def test_all_three_commands_select_the_same(
+    path: Path, selector: dict[str, Any], expected: list[int]
+) -> None:
     """All three commands select the same; open-fdset opens the newest."""
     async with filled(path) as (wire, numbers):
         listed = await wire.call("query-fds", selector)
@@ -329,7 +331,7 @@ async def test_errors_quote_nothing_that_is_hidden(path: Path) -> None:
         assert seen["opaque"] == "vm1:disk"  # the newest one is hidden
 
 
-async def test_what_may_be_queried_but_no_more(path: Path) -> None:
+async def test_descriptors_that_may_only_be_queried(path: Path) -> None:
     async with limited(path, grant("query"), grant("open", "remove", fdsets=[0])) as (client, root):
         for command, right in (("open-fdset", "open"), ("remove-fds", "remove")):
             refused = await client.call(command, {"opaque": "vm10:disk"})

@@ -175,7 +175,9 @@ async def test_arguments(path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["getfd", "expires", "hangup"])
-async def test_what_is_kept_is_given_back(path: Path, how: str, autojump_clock: MockClock) -> None:
+async def test_every_removal_lowers_the_gauges(
+    path: Path, how: str, autojump_clock: MockClock
+) -> None:
     """Every kind of removal lowers the gauges: else the limits would be used up over time."""
     async with daemon(path, limits=qmpfd.Limits(max_fds=2, max_fds_per_uid=2)):
         with await Wire.session(path) as wire:
@@ -195,7 +197,7 @@ async def test_what_is_kept_is_given_back(path: Path, how: str, autojump_clock: 
             assert (await stats(wire))["fds-kept"] == kept
 
 
-async def test_what_is_not_kept_is_not_counted(path: Path) -> None:
+async def test_descriptors_that_are_not_stored_do_not_count(path: Path) -> None:
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe:
             wire.send(b" ", [pipe])  # pending
@@ -280,7 +282,7 @@ TOTALS = {"fdsets", "fds", "fds-kept", "closes-pending", "commands", "errors"}
     "fdsets, opaque, told",
     [(None, None, True), (frozenset({0}), None, False), (None, ("*",), False)],
 )
-async def test_totals_are_for_those_who_see_all(
+async def test_totals_only_for_clients_that_see_all(
     path: Path, fdsets: frozenset[int] | None, opaque: tuple[str, ...] | None, told: bool
 ) -> None:
     """A client that may not see all descriptors gets no totals, which would reveal others."""

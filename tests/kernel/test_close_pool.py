@@ -223,9 +223,7 @@ def test_mounts_come_and_go(closer: ClosePool, tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_a_place_on_a_file_system_that_nobody_mounts_any_more(
-    closer: ClosePool, tmp_path: Path
-) -> None:
+def test_the_last_descriptor_on_a_detached_mount(closer: ClosePool, tmp_path: Path) -> None:
     """The last descriptor on a detached mount, also with O_PATH, unmounts it, which may be slow."""
     subprocess.run(["mount", "-t", "tmpfs", "test", tmp_path], check=True)
     with Fd(os.open(tmp_path, os.O_PATH)) as fd:
@@ -240,7 +238,7 @@ def test_a_place_that_is_no_file_of_a_mount(closer: ClosePool) -> None:
         assert closer.risk(fd.fileno()) is Risk.HIGH
 
 
-def test_what_may_hang_together(closer: ClosePool, tmp_path: Path) -> None:
+def test_lanes_are_by_device_and_uid(closer: ClosePool, tmp_path: Path) -> None:
     """Descriptors of one device, charged to one uid, share a lane of threads."""
     with (
         open(tmp_path / "one", "w") as one,
@@ -292,7 +290,7 @@ def test_duplicates(closer: ClosePool, tmp_path: Path) -> None:
         assert unknown.closed
 
 
-def test_sockets_are_closed_when_it_says_so(closer: ClosePool) -> None:
+def test_closing_is_complete_when_reported(closer: ClosePool) -> None:
     pairs = [socket.socketpair() for _ in range(50)]
     closed(closer.close([Fd(its.detach()) for _, its in pairs]))
     for ours, _ in pairs:
@@ -314,7 +312,7 @@ def _cloak(sock: socket.socket) -> tuple[Fd, socket.socket]:
     return Fd(right.detach()), left
 
 
-def test_who_hangs_is_not_waited_for(closer: ClosePool) -> None:
+def test_a_hanging_close_delays_no_other(closer: ClosePool) -> None:
     """A close that hangs unexpectedly delays no other."""
     with _lingering() as sock:
         duplicate = Fd(os.dup(sock.fileno()))
@@ -332,7 +330,7 @@ def test_who_hangs_is_not_waited_for(closer: ClosePool) -> None:
         until(lambda: closer.pending == 1)
 
 
-def test_who_hangs_holds_up_no_other_user(
+def test_a_hanging_close_delays_no_other_uid(
     closer: ClosePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each uid has threads of its own, and its pending closes count against it."""
@@ -370,7 +368,7 @@ def test_closed_after_its_duplicate(closer: ClosePool, monkeypatch: pytest.Monke
     assert fd.number == -1
 
 
-def test_more_than_there_are_threads(closer: ClosePool) -> None:
+def test_more_closes_than_threads(closer: ClosePool) -> None:
     epolls = [Fd(os.dup(epoll.fileno())) for epoll in [select.epoll() for _ in range(100)]]
     inotifies = [Fd(number) for number in (_inotify() for _ in range(100)) if number >= 0]
     closer.close(epolls + inotifies)
@@ -378,7 +376,7 @@ def test_more_than_there_are_threads(closer: ClosePool) -> None:
     assert all(fd.closed for fd in epolls + inotifies)
 
 
-def test_who_closes_starts_one_thread(closer: ClosePool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_close_starts_one_thread(closer: ClosePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Starting a thread may be slow: the caller starts one, which starts the others."""
     starters = []
     start = _thread.start_new_thread

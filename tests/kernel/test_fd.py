@@ -77,7 +77,7 @@ def test_close_once(fd: Fd) -> None:
 
 
 @pytest.mark.parametrize("call", [Fd.fileno, Fd.detach, Fd.dup])
-def test_nothing_to_be_had_of_a_closed_one(fd: Fd, call: object) -> None:
+def test_a_closed_owner_raises(fd: Fd, call: object) -> None:
     fd.close()
     assert callable(call)
     with pytest.raises(ValueError, match="closed"):
@@ -132,7 +132,7 @@ def test_close_all_in_rows(fd: Fd) -> None:
     close_all(left)
 
 
-def test_a_forgotten_owner_says_so() -> None:
+def test_a_forgotten_owner_raises_a_resource_warning() -> None:
     number = os.open("/dev/null", os.O_RDONLY)
     fd = Fd(number)
     with pytest.warns(ResourceWarning, match=f"unclosed <Fd {number}>"):
@@ -292,7 +292,7 @@ def test_peer_is_gone(pair: Pair, fd: Fd) -> None:
 
 
 @pytest.mark.parametrize("ahead", [READ_BYTES - SEGMENT_BYTES, READ_BYTES - 10, READ_BYTES - 1])
-def test_what_carries_fds_is_shown_whole(pair: Pair, fd: Fd, ahead: int) -> None:
+def test_a_peek_shows_a_segment_with_fds_completely(pair: Pair, fd: Fd, ahead: int) -> None:
     """A peek shows a segment with descriptors completely, up to its end."""
     half = ahead // 2
     send(pair[1], b"a" * half, ())
@@ -313,7 +313,7 @@ def test_what_carries_fds_is_shown_whole(pair: Pair, fd: Fd, ahead: int) -> None
     close_all(fds)
 
 
-def test_the_kernels_pieces_are_no_larger_than_we_think(pair: Pair, fd: Fd) -> None:
+def test_segments_are_at_most_segment_bytes(pair: Pair, fd: Fd) -> None:
     """Descriptors are on the first buffer of a send, of at most SEGMENT_BYTES."""
     pair[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     assert send(pair[1], bytes(100_000), [fd]) > SEGMENT_BYTES

@@ -55,7 +55,7 @@ class _Held(LocalFileSystems):
         return super()._read_table()
 
 
-def test_who_asks_does_not_wait() -> None:
+def test_a_query_does_not_wait_for_the_table() -> None:
     """A query does not wait for the table, which may have 15,000 mounts: nothing is local yet."""
     with closing(_Held()) as found:
         assert found.devices() == set()

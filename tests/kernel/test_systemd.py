@@ -210,7 +210,7 @@ def test_nothing_that_listens_is_passed(manager: Manager, tmp_path: Path) -> Non
             assert fdset["fds"][0]["opaque"] == "unknown"
 
 
-def test_sockets_for_somebody_else(manager: Manager, tmp_path: Path) -> None:
+def test_sockets_for_another_process(manager: Manager, tmp_path: Path) -> None:
     """With another LISTEN_PID the sockets are left alone, and the log says so."""
     path = tmp_path / "s"
     environment = {"NOTIFY_SOCKET": str(manager.path), "LISTEN_FDS": "1", "LISTEN_PID": "1"}

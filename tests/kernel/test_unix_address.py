@@ -104,7 +104,7 @@ def test_a_file_that_begins_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing", "m" * 200])
-def test_nobody_there(tmp_path: Path, name: str) -> None:
+def test_no_listening_socket(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     with unix_socket() as client, pytest.raises(FileNotFoundError), connectable(path) as address:
         client.connect(address)

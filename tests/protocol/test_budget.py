@@ -21,7 +21,7 @@ def test_the_oldest_of_the_user_that_has_the_most() -> None:
     assert victims[-1] == (1000, 601)
 
 
-def test_what_is_used_no_more_does_not_count() -> None:
+def test_a_refunded_charge_does_not_count() -> None:
     budget = Budget(100 * PART)
     victims: list[int] = []
     users = [partial(victims.append, n) for n in range(151)]
@@ -37,7 +37,7 @@ def test_what_is_used_no_more_does_not_count() -> None:
     assert victims == [100]
 
 
-def test_who_is_charged_again_counts_once() -> None:
+def test_a_second_charge_replaces_the_first() -> None:
     budget = Budget(3 * PART)
     victims: list[int] = []
     first, second = (partial(victims.append, n) for n in range(2))

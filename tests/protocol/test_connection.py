@@ -406,7 +406,7 @@ def test_no_qmp_server(data: bytes) -> None:
         b'{"QMP": []}',
     ],
 )
-def test_a_server_that_says_odd_things(data: bytes) -> None:
+def test_invalid_messages_of_a_server(data: bytes) -> None:
     """Invalid messages of a server raise ProtocolError or are decoded; nothing else happens."""
     client = ClientConnection()
     try:

@@ -351,7 +351,7 @@ def test_size(data: bytes, idle: bool, bytes_at_a_time: int) -> None:
 
 
 @pytest.mark.parametrize("cut", range(200, 214))
-def test_what_follows_one_that_is_too_big(cut: int) -> None:
+def test_the_value_after_one_that_is_too_large(cut: int) -> None:
     """The value after one that is too large is read, for any split between the two."""
     data = b"[" + b"1," * 99 + b'1]{"name": 12}'
     found = results(Parser(100), [data[:150], data[150:cut], data[cut:]])
@@ -412,7 +412,7 @@ def test_parsers_share_a_budget() -> None:
 TOO_BIG = Bad("JSON token size limit exceeded")
 
 
-def test_the_silent_do_not_keep_the_budget() -> None:
+def test_parsers_without_input_lose_their_budget() -> None:
     """The last parser gets its bytes; the parser without input for the longest time is the victim,
     and reports one error with its next input.
     """

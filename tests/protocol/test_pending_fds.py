@@ -92,7 +92,7 @@ def test_newer_ones_displace_older_ones(
     assert pending.take(1) == (fds[2:3], "")
 
 
-def test_what_was_cut_short_is_given_up_whole(
+def test_descriptors_with_losses_are_all_closed(
     pending: PendingFds, fds: list[Fd], fds_to_close: list[Fd]
 ) -> None:
     pending.begin_segment(fds, "full")

@@ -334,7 +334,9 @@ def test_pending_fds_are_closed_with_the_connection(server: Server, tags: Tags) 
 
 
 @pytest.mark.parametrize("joined", [False, True])
-def test_who_stops_asking_leaves_nothing_behind(server: Server, tags: Tags, joined: bool) -> None:
+def test_requests_never_taken_leave_no_descriptors(
+    server: Server, tags: Tags, joined: bool
+) -> None:
     """After ``quit``, pipelined requests are not executed, and their descriptors are closed."""
     if joined:
         server.send(look(1) + take(2))
@@ -642,7 +644,7 @@ def test_any_sends_in_the_kernel(tags: Tags, script: Script) -> None:
     assert carry_out(script, Server(SocketQueue(), tags)) == script.expected()
 
 
-def test_the_reference_is_the_table() -> None:
+def test_the_reference_is_the_rule() -> None:
     """The rule itself, against results worked out by hand."""
     take, look, blank = ITEMS[0], ITEMS[5], ITEMS[13]
     one = len(take.data(0))

@@ -33,7 +33,7 @@ class _Steps(trio.abc.Instrument):
             self.names.append(task.name)
 
 
-async def test_no_task_waits_for_the_answer(path: Path) -> None:
+async def test_an_add_takes_two_task_steps(path: Path) -> None:
     """One task step executes the command; another receives the answer and sends the reply."""
     async with kept_daemon(path) as (_, _):
         with await Wire.session(path) as wire, Pipe() as pipe:
@@ -82,7 +82,7 @@ async def test_a_client_that_ends_its_input(path: Path) -> None:
         assert value(reply)["fdset-id"] == 0
 
 
-async def test_a_client_that_asks_more(path: Path) -> None:
+async def test_further_requests_wait_for_the_first_reply(path: Path) -> None:
     """Further requests of the client are executed after its first reply, in order."""
     async with kept_daemon(path) as (_, parent):
         with await Wire.session(path) as wire, pipes(2) as made:
@@ -100,7 +100,9 @@ async def test_a_client_that_asks_more(path: Path) -> None:
             assert [each["fdset-id"] for each in replies[4]] == [1]
 
 
-async def test_one_that_waits_and_fails(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failing_action_does_not_affect_others(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """An action that fails on the acknowledgement does not affect the other actions."""
     async with unanswered(path) as (server, parent, wire, _):
         called: list[str] = []
@@ -125,7 +127,7 @@ async def test_quit_behind_a_change(path: Path) -> None:
             assert second == {}
 
 
-async def test_the_daemon_ends_meanwhile(path: Path) -> None:
+async def test_a_stop_waits_for_pending_replies(path: Path) -> None:
     """A client with a pending reply gets it before the daemon ends."""
     async with unanswered(path) as (server, parent, wire, _):
         server.stop()
@@ -146,7 +148,7 @@ async def test_a_parent_that_dies_before_a_change(
         assert "--takeover --supervise" in caplog.text
 
 
-async def test_nobody_is_idle_who_waits_for_a_reply(path: Path) -> None:
+async def test_a_client_with_a_pending_reply_is_not_idle(path: Path) -> None:
     async with unanswered(path, limits=Limits(idle_timeout=1)) as (server, parent, wire, _):
         (session,) = server.sessions
         for seconds in (10, 20):  # the first call sees the request just sent
@@ -160,7 +162,7 @@ async def test_nobody_is_idle_who_waits_for_a_reply(path: Path) -> None:
         assert "Idle" in farewell["error"]["desc"]
 
 
-async def test_what_the_parent_had_no_room_for(path: Path) -> None:
+async def test_a_descriptor_that_the_parent_lost_is_sent_again(path: Path) -> None:
     """The daemon sends the descriptor again until the parent has stored it; the reply waits."""
     async with kept_daemon(path) as (_, parent):
         with await Wire.session(path) as wire, Pipe() as pipe:
@@ -184,7 +186,7 @@ async def test_what_the_parent_had_no_room_for(path: Path) -> None:
             assert not pipe.held()
 
 
-async def test_removed_before_the_parent_says_that_it_is_lost(path: Path) -> None:
+async def test_a_removed_descriptor_is_not_sent_again(path: Path) -> None:
     """A removed descriptor that the parent has lost is not sent again."""
     async with kept_daemon(path) as (_, parent):
         with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:

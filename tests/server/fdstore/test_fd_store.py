@@ -170,7 +170,7 @@ def test_a_small_store(tmp_path: Path, path: Path, size: int, room: int | None) 
         assert bool(store.names) == (room is not None)
 
 
-def test_quit_lets_go(store: Store, path: Path, file: Path) -> None:
+def test_quit_empties_the_store(store: Store, path: Path, file: Path) -> None:
     with store.service("--socket", str(path)) as process, BlockingClient(path, DEADLINE) as client:
         with file.open() as opened:
             client.execute("add-fd", fds=[opened])
@@ -212,7 +212,9 @@ def test_activation_sockets_and_stored_ones(store: Store, path: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_what_has_no_record(store: Store, path: Path, file: Path, how: signal.Signals) -> None:
+def test_descriptors_without_a_record_are_dropped(
+    store: Store, path: Path, file: Path, how: signal.Signals
+) -> None:
     """The store has a removed descriptor, because the FDSTOREREMOVE message was not sent any more,
     under any name, also the next one in use.
     """
@@ -293,7 +295,7 @@ def test_a_record_without_its_descriptor(store: Store, path: Path, file: Path) -
         assert [fd["opaque"] for fd in fds(client)] == ["kept"]
 
 
-def test_one_of_a_command_that_was_lost(store: Store, path: Path) -> None:
+def test_one_descriptor_of_a_command_is_lost(store: Store, path: Path) -> None:
     """One descriptor of an acknowledged add-fds is lost: all others of the command come back."""
     options = ["--socket", str(path)]
     with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
@@ -379,7 +381,7 @@ def test_a_manager_that_does_not_answer(store: Store, path: Path, file: Path) ->
         store.pause(False)
 
 
-def test_readiness_comes_after_what_is_back(store: Store, path: Path) -> None:
+def test_readiness_comes_after_the_restore(store: Store, path: Path) -> None:
     with store.service("--socket", str(path)):
         store.until("READY=1")
         assert any(name.startswith("qmpfd-journal") for name in store.names)
@@ -387,7 +389,7 @@ def test_readiness_comes_after_what_is_back(store: Store, path: Path) -> None:
     store.until("STOPPING=1")
 
 
-def test_supervise_needs_no_parent_there(store: Store, path: Path) -> None:
+def test_supervise_starts_no_parent_with_an_fd_store(store: Store, path: Path) -> None:
     with store.service("--socket", str(path), "--supervise") as process:
         command = Path(f"/proc/{process.pid}/cmdline").read_bytes()
         assert b"supervisor" not in command
@@ -406,7 +408,7 @@ def refused(client: BlockingClient) -> str:
     return str(caught.value)
 
 
-def test_a_manager_that_keeps_nothing(
+def test_a_manager_that_stores_nothing(
     tmp_path: Path, path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A manager that answers barriers but stores nothing, because of NotifyAccess= or a wrapper."""
@@ -423,7 +425,7 @@ def test_a_manager_that_keeps_nothing(
 
 
 @pytest.mark.parametrize("size", [20, 90])
-def test_a_manager_that_keeps_fewer_than_it_says(tmp_path: Path, path: Path, size: int) -> None:
+def test_a_store_smaller_than_fdstore_says(tmp_path: Path, path: Path, size: int) -> None:
     """$FDSTORE is larger than the store: descriptors without a place are refused, and all others
     come back.  The daemon probes the size at the start, and a large store on demand.
     """
@@ -530,7 +532,7 @@ async def kept_daemon(
             yield server
 
 
-async def test_more_places_than_are_tried_out(
+async def test_more_places_than_are_probed(
     tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond the places probed at the start, an add-fd without a place is refused."""
@@ -589,7 +591,7 @@ def _pipelined(path: Path, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 40])
-def test_a_maximum_that_is_lowered_to_more_than_there_is(
+def test_a_maximum_lowered_above_the_number_stored(
     tmp_path: Path, path: Path, at_once: int
 ) -> None:
     """A lowered maximum above the number of stored descriptors: systemd drops only new ones.  Those

@@ -62,7 +62,7 @@ def journal() -> Iterator[Journal]:
     made.close()
 
 
-def test_each_at_its_number(journal: Journal) -> None:
+def test_each_descriptor_gets_its_number(journal: Journal) -> None:
     files = {f"~{number:x}": os.memfd_create(f"{number}") for number in (BASE + 1, BASE + 2)}
     files |= {f"~{n:x}": 0 for n in range(BASE + 3, BASE + 900) if n % 3}
     files |= {"qmpfd-journal-7": journal.fd.fileno(), "~listener": 1}
@@ -114,7 +114,7 @@ def _not_at_all(sock: socket.socket, names: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("spoil", [_without_descriptors, _with_one_only, _not_at_all])
-def test_what_cannot_be_passed(
+def test_a_failed_fetch_leaves_nothing_open(
     journal: Journal, spoil: Callable[[socket.socket, list[str]], bool]
 ) -> None:
     """The fetch fails, and nothing stays open; the parent then starts a worker that inherits."""

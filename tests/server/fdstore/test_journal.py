@@ -121,7 +121,7 @@ def test_a_byte_that_is_wrong(at: int, change: int) -> None:
     assert found == (others if within >= 4 else [number for number in others if number in found])
 
 
-def test_a_section_is_whole_or_not_there() -> None:
+def test_a_section_counts_only_when_complete() -> None:
     section = frame([added(number) for number in range(3, 256)])
     begun = frame([BEGUN])
     for cut in range(0, len(section), 97):
@@ -135,7 +135,7 @@ def test_order_within_a_set() -> None:
     assert [(fd.fdset_id, fd.number) for fd in state.fds] == [(0, 9), (2, 7), (0, 6)]
 
 
-def test_what_did_not_come_back_is_left_out() -> None:
+def test_records_without_descriptor_are_left_out() -> None:
     history = follow(frame([BEGUN, added(5), added(7, 2), added(6), ListenerAdded("~9", X)]))
     state = history.state(lambda name: name == "~6")
     assert state.stored_numbers == [6]
@@ -176,7 +176,7 @@ def test_the_outcome_of_a_takeover_is_known_at_once(outcome: bool) -> None:
 
 
 @pytest.mark.parametrize("outcome", [True, False])
-def test_what_an_old_daemon_says_counts(outcome: bool) -> None:
+def test_the_predecessors_word_counts(outcome: bool) -> None:
     """The predecessor's word counts, also after its end; without it, nothing is handed over."""
     lifeline, old = map(to_fd, socket.socketpair())
     with lifeline:
@@ -208,7 +208,7 @@ def test_no_journal(data: bytes) -> None:
         follow(data)
 
 
-def test_frames_of_what_is_no_record(caplog: pytest.LogCaptureFixture) -> None:
+def test_frames_with_unknown_records(caplog: pytest.LogCaptureFixture) -> None:
     body = b"\x91\x91\xa1z"  # [["z"]]: of a future version, with a valid checksum
     whole = frame([BEGUN])
     whole += struct.pack("<II", len(body), zlib.crc32(body)) + body
@@ -247,7 +247,7 @@ def test_frames_stop_at_zeros() -> None:
     assert len(list(frames(data + bytes(8)))) == 2
 
 
-def test_added_together_or_not_at_all() -> None:
+def test_descriptors_of_a_command_come_back_all_or_none() -> None:
     """All descriptors of an unacknowledged command come back, or none."""
 
     def entry(name: str, number: int) -> SavedFd:
@@ -301,12 +301,12 @@ def test_a_snapshot_in_several_frames() -> None:
     assert list(history.entries) == list(range(3, 2503))
 
 
-def test_a_frame_longer_than_what_is_read_at_a_time() -> None:
+def test_a_frame_longer_than_one_read() -> None:
     data = frame([BEGUN]) + frame([added(3, opaque="x" * (1 << 20))]) + frame([added(4)])
     assert list(follow(data).entries) == [3, 4]
 
 
-def test_what_was_to_be_replaced_is_there_until_its_replacement_is() -> None:
+def test_a_replaced_descriptor_stays_until_its_replacement_is_stored() -> None:
     """Killed between the frame and the message with its descriptor: the older descriptor comes
     back, at its place in the order.
     """

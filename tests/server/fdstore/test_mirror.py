@@ -18,7 +18,7 @@ from qmpfd.server.server import DaemonServer
 REMOVE = request("remove-fd", {"fdset-id": 0})
 
 
-async def test_nothing_is_told_before_it_is_safe(path: Path) -> None:
+async def test_replies_wait_for_the_acknowledgement(path: Path) -> None:
     async with kept_daemon(path) as (_, parent):
         with (
             await Wire.session(path) as wire,
@@ -53,7 +53,7 @@ async def test_nothing_is_told_before_it_is_safe(path: Path) -> None:
             assert (await watcher.reply())["event"] == "FD_REMOVED"
 
 
-async def test_it_is_closed_there_first(path: Path) -> None:
+async def test_the_parent_closes_a_removed_fd_first(path: Path) -> None:
     async with kept_daemon(path) as (_, parent):
         with await Wire.session(path) as wire, Pipe() as pipe:
             value(await wire.call("add-fd", None, [pipe]))
@@ -70,7 +70,7 @@ async def test_it_is_closed_there_first(path: Path) -> None:
             assert not pipe.held()
 
 
-async def test_what_is_settled_is_told_at_once(path: Path) -> None:
+async def test_replies_without_pending_changes_do_not_wait(path: Path) -> None:
     async with kept_daemon(path) as (_, parent):
         with await Wire.session(path) as wire, await Wire.session(path) as other, Pipe() as pipe:
             value(await wire.call("add-fd", None, [pipe]))
@@ -104,7 +104,7 @@ async def test_one_barrier_for_many(path: Path) -> None:
             assert parent.barriers - before <= 3
 
 
-async def test_many_at_once(path: Path) -> None:
+async def test_more_messages_than_the_socket_buffers(path: Path) -> None:
     """More messages than the socket buffers: all are sent, in order."""
     async with kept_daemon(path) as (_, parent):
         with await Wire.session(path) as wire, Pipe() as pipe:

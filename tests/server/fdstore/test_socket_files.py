@@ -40,7 +40,7 @@ def test_a_path_that_is_not_utf8(path: Path, log_format: str) -> None:
 
 
 @pytest.mark.parametrize("takeover", [False, True], ids=["started", "took over"])
-def test_a_file_that_is_gone(path: Path, takeover: bool) -> None:
+def test_a_missing_socket_file_is_bound_again(path: Path, takeover: bool) -> None:
     """A worker whose socket file is missing binds the socket again."""
     with ExitStack() as stack:
         daemon = stack.enter_context(supervised(path))
@@ -61,7 +61,7 @@ def test_a_file_that_is_gone(path: Path, takeover: bool) -> None:
     assert not path.exists()
 
 
-def test_a_file_of_somebody_else(path: Path) -> None:
+def test_another_programs_socket_file_stays(path: Path) -> None:
     """Another program has bound the path: the log says so, the worker restarts, and the other
     program's file stays.
     """
@@ -85,7 +85,7 @@ def test_a_file_of_somebody_else(path: Path) -> None:
         assert not other.exists()
 
 
-def test_told_to_end_between_two_workers(path: Path, tmp_path: Path) -> None:
+def test_sigterm_between_two_workers(path: Path, tmp_path: Path) -> None:
     """Without a worker, the parent removes the daemon's socket files, and no others."""
     policy, other = tmp_path / "policy.toml", path.with_name("other.sock")
     policy.write_text("")
@@ -133,7 +133,7 @@ def test_a_start_that_fails(path: Path, limit: str) -> None:
     assert not other.exists()
 
 
-def test_told_to_end_after_a_takeover(path: Path) -> None:
+def test_sigterm_to_the_predecessor_after_a_takeover(path: Path) -> None:
     """The predecessor's parent does not remove the file, at which the successor serves."""
     with supervised(path, status=None) as old:
         old.worker()

@@ -54,7 +54,7 @@ def fill(client: BlockingClient, count: int) -> None:
         client.execute("remove-fd", {"fdset-id": number})
 
 
-def test_it_takes_the_place_of_the_worker(path: Path) -> None:
+def test_the_spare_replaces_the_worker(path: Path) -> None:
     """Repeatedly: each new worker has a new spare worker."""
     with supervised(path) as daemon:
         with daemon.client() as client:
@@ -73,7 +73,7 @@ def test_it_takes_the_place_of_the_worker(path: Path) -> None:
     assert is_gone(spare)
 
 
-def test_it_holds_nothing(path: Path) -> None:
+def test_the_spare_holds_no_descriptors(path: Path) -> None:
     """A spare worker, the first or a later one, holds no stored descriptor and no connection."""
     with supervised(path) as daemon:
         for _ in range(2):
@@ -90,7 +90,9 @@ def test_it_holds_nothing(path: Path) -> None:
             daemon.worker()
 
 
-def test_it_holds_nothing_when_its_worker_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spawn_returns_when_inherited_descriptors_are_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """``spawn`` returns when the new process has closed all inherited descriptors (execve(2))."""
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-c", ""])
     held = 0
@@ -111,7 +113,7 @@ def test_it_holds_nothing_when_its_worker_goes_on(monkeypatch: pytest.MonkeyPatc
     assert held == 0
 
 
-def test_removed_is_closed(path: Path) -> None:
+def test_a_removed_descriptor_is_closed_before_the_reply(path: Path) -> None:
     """A removed descriptor is closed before the reply, also after a restart by the spare worker."""
     reader, writer = os.pipe()
     with supervised(path) as daemon:
@@ -128,7 +130,7 @@ def test_removed_is_closed(path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
-def test_another_one_is_started(path: Path, number: signal.Signals) -> None:
+def test_another_spare_is_started(path: Path, number: signal.Signals) -> None:
     with supervised(path) as daemon:
         first = spare_of(daemon)
         os.kill(first, number)
@@ -154,7 +156,7 @@ def test_killed_together_with_its_worker(path: Path) -> None:
         assert daemon.worker() != spare
 
 
-def test_one_that_hangs(path: Path) -> None:
+def test_a_spare_that_hangs(path: Path) -> None:
     with supervised(path) as daemon:
         with daemon.client() as client:
             fill(client, 30)
@@ -218,7 +220,7 @@ def test_all_are_killed(path: Path, order: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def test_told_to_end_while_it_starts(path: Path) -> None:
+def test_sigterm_while_the_spare_starts(path: Path) -> None:
     """SIGTERM right after the worker's death ends every process that has started.  The exit status
     is that of the death if the parent had not reaped the worker before the signal.
     """

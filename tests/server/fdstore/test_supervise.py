@@ -124,7 +124,7 @@ def test_signals_end_both(path: Path, number: signal.Signals) -> None:
         assert not path.exists()
 
 
-def test_the_worker_is_told_to_end(path: Path) -> None:
+def test_sigterm_to_the_worker(path: Path) -> None:
     with supervised(path) as daemon:
         os.kill(daemon.worker(), signal.SIGTERM)
         assert daemon.process.wait(DEADLINE) == 0
@@ -185,7 +185,7 @@ def test_a_worker_that_hangs(path: Path) -> None:
         assert daemon.worker() == worker
 
 
-def test_a_worker_that_hangs_and_is_told_to_end(path: Path) -> None:
+def test_sigterm_with_a_hanging_worker(path: Path) -> None:
     with supervised(path, "--drain-timeout", "0.5") as daemon:
         os.kill(daemon.worker(), signal.SIGSTOP)
         daemon.process.terminate()
@@ -275,7 +275,7 @@ def test_a_socket_that_sighup_has_replaced(path: Path) -> None:
         assert daemon.open_fds() == held
 
 
-def test_dying_at_every_start(path: Path, tmp_path: Path) -> None:
+def test_a_worker_that_dies_at_every_start(path: Path, tmp_path: Path) -> None:
     """The parent retries forever, at growing intervals, and at once on SIGHUP; it keeps all fds."""
     policy = tmp_path / "policy.toml"
     policy.write_text("")
@@ -302,7 +302,7 @@ def test_dying_at_every_start(path: Path, tmp_path: Path) -> None:
             assert fds(client) == there
 
 
-def test_told_to_end_between_two_tries(path: Path, tmp_path: Path) -> None:
+def test_sigterm_between_two_starts(path: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.toml"
     policy.write_text("")
     with supervised(path, "--policy", str(policy)) as daemon:
@@ -454,7 +454,7 @@ def test_the_same_file_twice(path: Path, tmp_path: Path) -> None:
                 assert os.pread(fd.fileno(), 10, 0) == b"content"
 
 
-def test_what_expires_meanwhile(path: Path) -> None:
+def test_an_expiry_while_no_worker_runs(path: Path) -> None:
     with supervised(path) as daemon, daemon.client() as client:
         client.execute("add-fds", {"expires": 1, "opaque": "short"}, [0])
         client.execute("add-fds", {"expires": 1000, "opaque": "long"}, [0])
@@ -635,7 +635,7 @@ def test_an_old_worker_killed_at_any_time(path: Path) -> None:
     assert outcomes
 
 
-def test_killed_when_it_had_let_go(path: Path) -> None:
+def test_a_worker_killed_after_the_hand_over(path: Path) -> None:
     """A worker killed after it has handed over does not restart: its parent ends."""
     for moment in (0.0, 0.001, 0.003, 0.01):
         with supervised(path, status=None) as old, old.client() as client:
@@ -652,7 +652,7 @@ def test_killed_when_it_had_let_go(path: Path) -> None:
                     assert len(fds(again)) == 2000
 
 
-def test_told_to_end_while_a_worker_starts(path: Path) -> None:
+def test_sigterm_while_a_worker_starts(path: Path) -> None:
     """SIGTERM at any moment of a worker's start, also between fork(2) and execve(2)."""
     for moment in range(8):
         with supervised(path, status=None) as daemon:
@@ -667,7 +667,7 @@ def test_told_to_end_while_a_worker_starts(path: Path) -> None:
             assert daemon.process.wait(DEADLINE) in (0, 128 + signal.SIGKILL), daemon.log
 
 
-def test_status_says_whether_it_is_safe(path: Path) -> None:
+def test_status_shows_whether_descriptors_are_kept_safe(path: Path) -> None:
     with supervised(path, status=None) as daemon, daemon.client() as client:
         assert client.execute("query-stats")["kept-safe"] is True
         os.kill(daemon.pid, signal.SIGKILL)
@@ -772,7 +772,7 @@ def test_the_journal_cannot_grow(path: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [socket.AF_UNIX, socket.AF_NETLINK])
-def test_what_a_client_refused_to_take_is_kept_safe_again(path: Path, kind: int) -> None:
+def test_descriptors_that_a_client_refuses_are_stored_again(path: Path, kind: int) -> None:
     with supervised(path) as daemon:
         with daemon.client() as client:
             with socket.socket(kind, socket.SOCK_DGRAM) as sock:

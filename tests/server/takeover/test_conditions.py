@@ -299,7 +299,7 @@ def test_the_same_limit_is_enough(path: Path, start: Callable[..., Stepped]) -> 
             assert other.execute("query-name") == {}
 
 
-def test_a_number_that_cannot_be_had(path: Path, start: Callable[..., Stepped]) -> None:
+def test_a_number_beyond_the_successors_limit(path: Path, start: Callable[..., Stepped]) -> None:
     """A number beyond the successor's RLIMIT_NOFILE: the descriptor gets another number."""
     old = start()
     with BlockingClient(path, PATIENCE) as client:
@@ -340,7 +340,7 @@ def test_a_number_that_an_inherited_descriptor_has(path: Path, tmp_path: Path) -
                 assert found[repr(file)]["fd"] == number
 
 
-def test_what_is_stored_and_removed_meanwhile(path: Path, start: Callable[..., Stepped]) -> None:
+def test_changes_while_the_successor_prepares(path: Path, start: Callable[..., Stepped]) -> None:
     """Descriptors added and removed while the successor prepares: all have their numbers."""
     first = start()
     old = start("--takeover")  # leaves low numbers free, which a successor's connections get
@@ -513,7 +513,7 @@ def test_a_supervised_successor_whose_worker_is_killed(
         assert b"Traceback" not in log.read_bytes()
 
 
-def test_what_a_parent_keeps_is_written_down_before_the_pause(
+def test_the_successors_journal_is_written_before_the_pause(
     path: Path, tmp_path: Path, start: Callable[..., Stepped]
 ) -> None:
     """The successor's journal is written while the predecessor serves; later changes follow."""
@@ -587,7 +587,7 @@ def journals(pid: int) -> Iterator[bytes]:
     ],
     ids=["before the pause", "in the pause"],
 )
-def test_one_that_is_interrupted(
+def test_sigint_to_the_successor(
     path: Path, start: Callable[..., Stepped], where: dict[str, list[str]]
 ) -> None:
     """SIGINT at any line of the successor: one line at most, and the predecessor serves on."""

@@ -99,7 +99,7 @@ END = [signal.SIGTERM, signal.SIGINT]
 
 @pytest.mark.parametrize("number", END)
 @pytest.mark.parametrize("asked", range(3))
-def test_the_old_one_is_told_to_end(
+def test_sigterm_to_the_predecessor(
     path: Path, stepper: Stepper, asked: int, number: signal.Signals
 ) -> None:
     """SIGTERM while the successor hangs: the predecessor answers requests, and ends in time."""
@@ -128,7 +128,7 @@ def test_the_old_one_is_told_to_end(
 
 
 @pytest.mark.parametrize("told_twice", [False, True])
-def test_a_successor_finishes_though_the_old_one_is_told_to_end(
+def test_sigterm_to_the_predecessor_does_not_stop_the_successor(
     path: Path, stepper: Stepper, told_twice: bool
 ) -> None:
     """SIGTERM to the predecessor does not stop the takeover; a second SIGTERM does."""
@@ -165,7 +165,7 @@ def test_a_successor_finishes_though_the_old_one_is_told_to_end(
 
 @pytest.mark.parametrize("step", [1, 10, 20, 40, 80, 90, 95])
 @pytest.mark.parametrize("number", [*END, signal.SIGHUP])
-def test_the_successor_is_told_to_end(
+def test_sigterm_to_the_successor(
     path: Path, stepper: Stepper, step: int, number: signal.Signals
 ) -> None:
     """A signal before the successor serves ends it, as SIGKILL would."""
@@ -207,7 +207,7 @@ def test_hangups_during_a_takeover(path: Path, stepper: Stepper) -> None:
 # -- drain -------------------------------------------------------------------------------------
 
 
-def test_a_client_that_never_takes_its_last_reply(path: Path, stepper: Stepper) -> None:
+def test_a_client_that_never_reads_its_last_reply(path: Path, stepper: Stepper) -> None:
     with (
         daemon(stepper, path, "--drain-timeout", "0.5") as old,
         BlockingClient(path, PATIENCE) as client,
@@ -436,7 +436,7 @@ def test_too_few_descriptors(path: Path, stepper: Stepper) -> None:
         assert old.poll() is None
 
 
-def test_another_socket_that_cannot_be_had(path: Path, stepper: Stepper) -> None:
+def test_another_socket_that_cannot_be_bound(path: Path, stepper: Stepper) -> None:
     """A second socket that is in use: the takeover fails, and the socket file stays."""
     with daemon(stepper, path) as old, BlockingClient(path, PATIENCE) as client:
         with daemon(stepper, path, "--socket", "/nonexistent/q.sock", "--takeover") as successor:
@@ -450,7 +450,7 @@ def test_another_socket_that_cannot_be_had(path: Path, stepper: Stepper) -> None
     assert not list(path.parent.glob("*.sock*"))
 
 
-def test_one_that_asks_while_another_takes_over(path: Path, stepper: Stepper) -> None:
+def test_a_second_takeover_at_the_same_time_is_refused(path: Path, stepper: Stepper) -> None:
     """Of two simultaneous takeovers, one is refused at once."""
     patches = {"qmpfd.server.takeover.sender.TAKEOVER_TIMEOUT": 0.3}
     with (

@@ -177,7 +177,7 @@ def test_the_successor_is_killed(tmp_path: Path, stepper: Stepper) -> None:
     assert lost < survived
 
 
-def test_the_old_one_is_killed(tmp_path: Path, stepper: Stepper) -> None:
+def test_the_predecessor_is_killed(tmp_path: Path, stepper: Stepper) -> None:
     """The successor serves if it has received everything; else it fails with a message."""
     saved = lost = 0
     for step in steps(11, 2):

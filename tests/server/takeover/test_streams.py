@@ -131,7 +131,9 @@ def test_long_listings(path: Path, daemons: Callable[..., Stepped], asked: bytes
     assert max(first.peak, second.peak, end(third)) < 150
 
 
-def test_a_text_that_many_are_in_the_middle_of(path: Path, daemons: Callable[..., Stepped]) -> None:
+def test_a_text_in_many_unread_replies_goes_over_once(
+    path: Path, daemons: Callable[..., Stepped]
+) -> None:
     """A long text in many unread replies goes over once."""
     first = daemons()
     text = "\N{SNOWMAN}" * 300_000
@@ -147,7 +149,7 @@ def test_a_text_that_many_are_in_the_middle_of(path: Path, daemons: Callable[...
     assert max(first.peak, end(second)) < 150
 
 
-def test_what_a_long_removal_has_removed(path: Path, daemons: Callable[..., Stepped]) -> None:
+def test_an_unread_reply_to_a_long_removal(path: Path, daemons: Callable[..., Stepped]) -> None:
     """A long unread reply to remove-fd, which is no listing."""
     daemons()
     with BlockingClient(path, PATIENCE) as client:
@@ -162,7 +164,7 @@ def test_what_a_long_removal_has_removed(path: Path, daemons: Callable[..., Step
         assert client.execute("query-fdsets") == []
 
 
-def test_what_is_pipelined_behind_a_listing(path: Path, daemons: Callable[..., Stepped]) -> None:
+def test_requests_pipelined_behind_a_listing(path: Path, daemons: Callable[..., Stepped]) -> None:
     """Pipelined requests with descriptors, invalid ones, and an incomplete one."""
     daemons()
     deep = b'{"execute": "query-name", "id": ' + b"[" * 1000 + b"]" * 1000 + b"}"
@@ -203,7 +205,7 @@ def test_what_is_pipelined_behind_a_listing(path: Path, daemons: Callable[..., S
             assert not pipe.held()
 
 
-def test_many_who_may_only_query(path: Path, daemons: Callable[..., Stepped]) -> None:
+def test_many_clients_with_unread_listings(path: Path, daemons: Callable[..., Stepped]) -> None:
     """200 clients with 20 unread listings each do not prevent a takeover or delay others."""
     first = daemons()
     with BlockingClient(path, PATIENCE) as client, ExitStack() as stack:

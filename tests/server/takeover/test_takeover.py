@@ -221,7 +221,7 @@ def test_unsent_replies(path: Path) -> None:
                 reader.close()
 
 
-def test_who_may_not(path: Path) -> None:
+def test_a_refused_takeover_changes_nothing(path: Path) -> None:
     """A refused takeover, of an unknown format, changes nothing."""
     with served(path) as old, BlockingClient(path, DEADLINE) as client:
         client.execute("add-fd", fds=[0])
