@@ -1,4 +1,4 @@
-"""What ``qmpfd serve`` was started with: inherited descriptors, and a crashed daemon's state.
+"""Inherited descriptors and recovered state of ``qmpfd serve``.
 
 Restored descriptors get their numbers here, before the import of modules that open others.
 """
@@ -78,12 +78,12 @@ def _inherited_strays() -> list[_Stray]:
 
 
 class Origin(NamedTuple):
-    """What this process was started with.
+    """Inherited descriptors and recovered state of this process.
 
     Args:
         parent: connection to the parent of ``--supervise``, or None.
         successor: the spare worker that this process has forked, or None.
-        recovered: the state of a daemon that has crashed, perhaps none.
+        recovered: the state of a daemon that has crashed; may be empty.
         initial: descriptors to store before the first client is served; none where the recovered
             state has them already.
         sockets: the service manager's sockets to serve clients on.
@@ -108,7 +108,7 @@ def inherit(
     Args:
         arguments: the command line.
         parent: connection to the parent of ``--supervise``, or None.
-        prepare: does what a spare worker does before it waits for its start.
+        prepare: prepares a spare worker, before it waits for START.
 
     Returns:
         None if a successor has taken over everything, but the parent did not know and restarted
@@ -139,7 +139,7 @@ def inherit(
     sockets = [each for each in recovered.sockets if listens(each.fd)]
     # Others (OpenFile=, or a .socket unit of another kind) are stored in an fd set each.
     initial += ((each.fd, None, each.name) for each in recovered.sockets if each not in sockets)
-    if recovered.has_state:  # which has the initial descriptors already
+    if recovered.has_state:  # that state has the initial descriptors already
         close_all(fd for fd, _, _ in initial)
         initial = []
     movable += [*recovered.stale_fds, *(each.fd for each in sockets)]

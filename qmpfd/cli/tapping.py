@@ -24,7 +24,7 @@ from .output import painter, print_error, printable, terminal_width
 #: Called for each line: whether the client sent it, the line, its number of descriptors.
 Show: TypeAlias = Callable[[bool, str, int], None]
 
-#: Errors where one side has closed its connection with unread data.
+#: Errors of a relay after one side has closed its connection with unread data.
 _DISCONNECTED = (ConnectionError, trio.BrokenResourceError)
 
 paint = painter()
