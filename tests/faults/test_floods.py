@@ -10,7 +10,7 @@ import pytest
 from helpers import request, value
 
 from .attacks import STREAMS
-from .rig import SECONDS, Harness, assert_service_unharmed
+from .harness import SECONDS, Harness, assert_service_unharmed
 
 #: Connections of each attacking process; more processes would leave the daemon no CPU.
 _CONNECTIONS = 6
@@ -27,8 +27,8 @@ _QUICK = (
 def test_taken_as_fast_as_they_come(kind: str, path: Path) -> None:
     """Clients flood the daemon and read the replies: nothing slows them down."""
 
-    def scenario(rig: Harness) -> None:
-        rig.attack(f"reading:{kind}", _CONNECTIONS)
+    def scenario(harness: Harness) -> None:
+        harness.attack(f"reading:{kind}", _CONNECTIONS)
         time.sleep(SECONDS)
 
     assert_service_unharmed(path, scenario)
@@ -38,9 +38,9 @@ def test_taken_as_fast_as_they_come(kind: str, path: Path) -> None:
 def test_never_read(kind: str, path: Path) -> None:
     """Clients flood the daemon and read no replies."""
 
-    def scenario(rig: Harness) -> None:
+    def scenario(harness: Harness) -> None:
         # Few clients: the daemon executes what killed clients have sent, which takes time.
-        rig.attack(f"deaf:{kind}", {"closers": 6, "watching": 6}.get(kind, 50))
+        harness.attack(f"deaf:{kind}", {"closers": 6, "watching": 6}.get(kind, 50))
         time.sleep(SECONDS)
 
     assert_service_unharmed(path, scenario)
@@ -49,8 +49,8 @@ def test_never_read(kind: str, path: Path) -> None:
 def test_many_never_read(path: Path) -> None:
     """200 clients open descriptors and read no replies."""
 
-    def scenario(rig: Harness) -> None:
-        rig.attack("deaf:opened", 200)
+    def scenario(harness: Harness) -> None:
+        harness.attack("deaf:opened", 200)
         time.sleep(2 * SECONDS)
 
     assert_service_unharmed(path, scenario)
@@ -60,12 +60,12 @@ def test_many_never_read(path: Path) -> None:
 def test_long_listings(each: int, path: Path) -> None:
     """Forty clients list 5000 descriptors repeatedly; half of them read the replies."""
 
-    def scenario(rig: Harness) -> None:
-        caller = rig.caller()
+    def scenario(harness: Harness) -> None:
+        caller = harness.caller()
         for _ in range(5000 // each):
             value(caller.call("add-fds", None, [0] * each))
-        rig.attack("reading:listings", 20)
-        rig.attack("deaf:listings", 20)
+        harness.attack("reading:listings", 20)
+        harness.attack("deaf:listings", 20)
         time.sleep(2 * SECONDS)
 
     assert_service_unharmed(path, scenario)
@@ -74,10 +74,10 @@ def test_long_listings(each: int, path: Path) -> None:
 def test_many_watch(path: Path) -> None:
     """100 clients watch a set of 4000 descriptors come and go; half of them read the events."""
 
-    def scenario(rig: Harness) -> None:
-        caller = rig.caller()
+    def scenario(harness: Harness) -> None:
+        caller = harness.caller()
         for number in range(100):
-            watcher = rig.caller()
+            watcher = harness.caller()
             watcher.send(request("watch-fdsets", {"enable": True}))
             if number % 2:  # the others read nothing
                 assert value(watcher.reply()) == {}
@@ -91,8 +91,8 @@ def test_many_watch(path: Path) -> None:
 
 
 def test_thousands_end_together(path: Path) -> None:
-    def scenario(rig: Harness) -> None:
-        rig.attack("fleeting", 4000)
+    def scenario(harness: Harness) -> None:
+        harness.attack("fleeting", 4000)
         time.sleep(1 + 2 * SECONDS)
 
     assert_service_unharmed(path, scenario)
@@ -101,12 +101,12 @@ def test_thousands_end_together(path: Path) -> None:
 def test_never_read_long_listings(path: Path) -> None:
     """80 clients do not read listings of 2 MB: the daemon must limit the sum of unsent replies."""
 
-    def scenario(rig: Harness) -> None:
-        caller = rig.caller()
+    def scenario(harness: Harness) -> None:
+        caller = harness.caller()
         for _ in range(40):
             value(caller.call("add-fd", {"opaque": "x" * 50_000}, [0]))
         for _ in range(80):
-            rig.caller().send(request("query-fdsets"))
+            harness.caller().send(request("query-fdsets"))
         time.sleep(SECONDS)
         assert len(value(caller.call("query-fdsets"))) == 40
 
@@ -114,8 +114,8 @@ def test_never_read_long_listings(path: Path) -> None:
 
 
 def test_never_read_and_cut_off(path: Path) -> None:
-    def scenario(rig: Harness) -> None:
-        rig.attack("deaf:schemas", _CONNECTIONS)
+    def scenario(harness: Harness) -> None:
+        harness.attack("deaf:schemas", _CONNECTIONS)
         time.sleep(0.7 + SECONDS)
 
     assert_service_unharmed(path, scenario, "--write-timeout", "0.5")
@@ -124,44 +124,44 @@ def test_never_read_and_cut_off(path: Path) -> None:
 def test_half_messages(path: Path) -> None:
     """80 incomplete requests of up to 1 MiB each: more than the limit on all of them."""
 
-    def scenario(rig: Harness) -> None:
-        rig.attack("half", 80)
+    def scenario(harness: Harness) -> None:
+        harness.attack("half", 80)
         time.sleep(2 * SECONDS)
 
     assert_service_unharmed(path, scenario)
 
 
 def test_connections(path: Path) -> None:
-    def scenario(rig: Harness) -> None:
+    def scenario(harness: Harness) -> None:
         for _ in range(2):
-            rig.attack("connections")
+            harness.attack("connections")
         time.sleep(SECONDS)
 
     assert_service_unharmed(path, scenario)
 
 
 def test_more_connections_than_there_may_be(path: Path) -> None:
-    def scenario(rig: Harness) -> None:
-        rig.attack("holding", 300)
+    def scenario(harness: Harness) -> None:
+        harness.attack("holding", 300)
         for _ in range(2):
-            rig.attack("connections")
+            harness.attack("connections")
         time.sleep(SECONDS)
 
     assert_service_unharmed(path, scenario, "--max-connections", "200")
 
 
 def test_connections_held(path: Path) -> None:
-    def scenario(rig: Harness) -> None:
-        rig.attack("holding", 1500)
+    def scenario(harness: Harness) -> None:
+        harness.attack("holding", 1500)
         time.sleep(SECONDS / 2)
 
     assert_service_unharmed(path, scenario)
 
 
 def test_everything_at_once(path: Path) -> None:
-    def scenario(rig: Harness) -> None:
+    def scenario(harness: Harness) -> None:
         for kind in ("reading:closers", "deaf:schemas", "half"):
-            rig.attack(kind, 6)
+            harness.attack(kind, 6)
         time.sleep(2 * SECONDS)
 
     assert_service_unharmed(path, scenario)

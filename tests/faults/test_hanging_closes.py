@@ -17,7 +17,15 @@ from helpers import ADD, request, send_now, value
 
 from qmpfd.limits import CLOSE_TIMEOUT
 
-from .rig import SLOWEST, Caller, Harness, assert_service_unharmed, hung_files, needs_fuse, until
+from .harness import (
+    SLOWEST,
+    Caller,
+    Harness,
+    assert_service_unharmed,
+    hung_files,
+    needs_fuse,
+    until,
+)
 
 #: SO_LINGER of the sockets in seconds: longer than any test waits for the close.
 _LINGER = 30
@@ -67,78 +75,80 @@ def _lingering(folder: Path) -> Iterator[Opened]:
 KINDS = {"FUSE": pytest.param(_files, marks=needs_fuse), "linger": pytest.param(_lingering)}
 
 
-def _removed(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _removed(harness: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     value(caller.call("add-fd", None, [number]))
     hang()
-    rig.let_go(number)
+    harness.close_in_thread(number)
     caller.send(request("remove-fd", {"fdset-id": 0}))
 
 
 def _removed_among_others(
-    rig: Harness, caller: Caller, number: int, hang: Callable[[], None]
+    harness: Harness, caller: Caller, number: int, hang: Callable[[], None]
 ) -> None:
     value(caller.call("add-fds", None, [number, *[0] * 50, *[number] * 50]))
     hang()
-    rig.let_go(number)
+    harness.close_in_thread(number)
     caller.send(request("remove-fd", {"fdset-id": 0}))
 
 
-def _closed_by_name(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _closed_by_name(
+    harness: Harness, caller: Caller, number: int, hang: Callable[[], None]
+) -> None:
     value(caller.call("getfd", {"fdname": "n"}, [number]))
     hang()
-    rig.let_go(number)
+    harness.close_in_thread(number)
     caller.send(request("closefd", {"fdname": "n"}))
 
 
-def _refused(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _refused(harness: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     hang()
-    with rig.stopped():  # the test closes first: its own close must not be the last one
+    with harness.stopped():  # the test closes first: its own close must not be the last one
         caller.send(request("add-fd", {"fdset-id": 99}), [number])
-        rig.let_go(number)
+        harness.close_in_thread(number)
 
 
-def _broken(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _broken(harness: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     hang()
-    with rig.stopped():
+    with harness.stopped():
         caller.send(b"]", [number])
-        rig.let_go(number)
+        harness.close_in_thread(number)
 
 
-def _superseded(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _superseded(harness: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     """The descriptor waits for a command, and newer descriptors replace it."""
     hang()
     caller.send(b" ", [number])
-    rig.let_go(number)
+    harness.close_in_thread(number)
     caller.send(ADD, [0])
 
 
-def _disconnected(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
-    with rig.caller() as other:
+def _disconnected(harness: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+    with harness.caller() as other:
         value(other.call("add-fds", {"lifetime": "connection"}, [number]))
         value(other.call("getfd", {"fdname": "n"}, [number]))
         other.send(b" ", [number])
         hang()
-        rig.let_go(number)
+        harness.close_in_thread(number)
     caller.send(request("query-name"))
 
 
-def _unread(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _unread(harness: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     """A client beyond --max-connections: the kernel closes its unread descriptor with the socket.
 
     (No close is pending with FUSE: see ``_in_a_queue``.)
     """
     hang()
-    with rig.stopped():  # the client sends before the daemon rejects it
+    with harness.stopped():  # the client sends before the daemon rejects it
         for _ in range(3):
-            rig.caller(negotiate=False)
-        with_it = rig.caller(negotiate=False)
+            harness.caller(negotiate=False)
+        with_it = harness.caller(negotiate=False)
         with_it.send(b" ", [number])
-        rig.let_go(number)
+        harness.close_in_thread(number)
     assert "Too many connections" in with_it.reply()["error"]["desc"]
     caller.send(request("query-name"))
 
 
-def _in_a_queue(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _in_a_queue(harness: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     """The descriptor is in the queue of a Unix socket, which is removed.
 
     (No close is pending with FUSE: the kernel sends RELEASE then, and does not await the answer.)
@@ -148,23 +158,23 @@ def _in_a_queue(rig: Harness, caller: Caller, number: int, hang: Callable[[], No
         send_now(left, b"x", [number])
         value(caller.call("add-fd", None, [right]))
     hang()
-    rig.let_go(number)
+    harness.close_in_thread(number)
     caller.send(request("remove-fd", {"fdset-id": 0}))
 
 
-def _expired(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _expired(harness: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     value(caller.call("add-fds", {"expires": 1}, [number]))
     hang()
-    rig.let_go(number)
+    harness.close_in_thread(number)
     until(lambda: not value(caller.call("query-fdsets")), "expired")
     caller.send(request("query-name"))
 
 
-def _handed_out(rig: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
+def _handed_out(harness: Harness, caller: Caller, number: int, hang: Callable[[], None]) -> None:
     """The client drops unread duplicates: the kernel sends FLUSH for the close of each."""
     value(caller.call("add-fd", None, [number]))
     hang()
-    rig.let_go(number)
+    harness.close_in_thread(number)
     for _ in range(3):
         value(caller.call("open-fdset", {"fdset-id": 0}))  # recv(2) drops the descriptor
     caller.send(request("remove-fd", {"fdset-id": 0}))
@@ -190,17 +200,17 @@ def test_a_close_hangs(
     way: Callable[[Harness, Caller, int, Callable[[], None]], None],
     path: Path,
 ) -> None:
-    def scenario(rig: Harness) -> None:
-        opened, hang = rig.stack.enter_context(kind(path.parent))
-        caller = rig.caller()
-        way(rig, caller, opened(), hang)
+    def scenario(harness: Harness) -> None:
+        opened, hang = harness.stack.enter_context(kind(path.parent))
+        caller = harness.caller()
+        way(harness, caller, opened(), hang)
         start = time.monotonic()
         assert caller.reply()
         # The client that sent or removed it waits for the close, for 1 s at most; no other waits.
         assert time.monotonic() - start < (2 * CLOSE_TIMEOUT if way in ITS_OWN else SLOWEST)
         # The close must hang, else the test shows nothing.
         if kind is not _files or way not in (_in_a_queue, _unread):
-            until(lambda: rig.closes_pending(caller) > 0, "hangs")
+            until(lambda: harness.closes_pending(caller) > 0, "hangs")
         value(caller.call("add-fd", None, [0]))
         value(caller.call("query-fds"))
 
@@ -211,16 +221,16 @@ def test_a_close_hangs(
 def test_more_closes_hang_than_there_are_threads(path: Path) -> None:
     """Other closes still run, and are complete before the reply."""
 
-    def scenario(rig: Harness) -> None:
-        opened, hang = rig.stack.enter_context(_files(path.parent))
+    def scenario(harness: Harness) -> None:
+        opened, hang = harness.stack.enter_context(_files(path.parent))
         numbers = [opened() for _ in range(50)]
-        caller = rig.caller()
+        caller = harness.caller()
         value(caller.call("add-fds", None, numbers))
         hang()
         for number in numbers:
-            rig.let_go(number)
+            harness.close_in_thread(number)
         value(caller.call("remove-fd", {"fdset-id": 0}))
-        assert rig.closes_pending(caller) >= len(numbers)
+        assert harness.closes_pending(caller) >= len(numbers)
         ours, its = socket.socketpair()
         with ours:
             with its:
@@ -236,17 +246,17 @@ def test_more_closes_hang_than_there_are_threads(path: Path) -> None:
 def test_the_looks_at_a_hung_file(path: Path) -> None:
     """query-fds and the checks of add-fds do not ask the descriptor's file system."""
 
-    def scenario(rig: Harness) -> None:
-        opened, hang = rig.stack.enter_context(_files(path.parent))
+    def scenario(harness: Harness) -> None:
+        opened, hang = harness.stack.enter_context(_files(path.parent))
         number = opened()
-        caller = rig.caller()
+        caller = harness.caller()
         value(caller.call("add-fd", {"opaque": "x"}, [number]))
         hang()
         [told] = value(caller.call("query-fds"))
         assert (told["kind"], told["access"]) == ("file", "rdwr")
         refused = caller.call("add-fds", {"watch-hangup": True}, [number])
         assert "sockets or pipes" in refused["error"]["desc"]
-        rig.let_go(number)
+        harness.close_in_thread(number)
 
     assert_service_unharmed(path, scenario)
 
@@ -255,19 +265,19 @@ def test_the_looks_at_a_hung_file(path: Path) -> None:
 def test_a_hung_file_by_the_name_of_a_memfd(path: Path) -> None:
     """A file on a detached mount, such as another namespace's, may have a memfd's name."""
 
-    def scenario(rig: Harness) -> None:
+    def scenario(harness: Harness) -> None:
         with hung_files(path.parent / "mnt") as files:
             number = os.open(files.folder / "memfd:x", os.O_RDWR | os.O_CLOEXEC)
             subprocess.run(["umount", "-l", files.folder], check=True)
-            caller = rig.caller()
+            caller = harness.caller()
             value(caller.call("add-fd", None, [number]))
             [told] = value(caller.call("query-fds"))
             assert told["target"].startswith("/memfd:")
             assert told["kind"] == "file"
             files.hang("FLUSH", "RELEASE", "GETATTR")
-            rig.let_go(number)
+            harness.close_in_thread(number)
             value(caller.call("remove-fd", {"fdset-id": 0}))
-            until(lambda: rig.closes_pending(caller) > 0, "hangs")
+            until(lambda: harness.closes_pending(caller) > 0, "hangs")
 
     assert_service_unharmed(path, scenario)
 
@@ -275,7 +285,7 @@ def test_a_hung_file_by_the_name_of_a_memfd(path: Path) -> None:
 def test_memory_that_is_slow_to_give_back(path: Path) -> None:
     """A memfd of length 0 with 512 MiB allocated behind its end."""
 
-    def scenario(rig: Harness) -> None:
+    def scenario(harness: Harness) -> None:
         number = os.memfd_create("large")
         # FALLOC_FL_KEEP_SIZE, which Python lacks.
         subprocess.run(
@@ -283,7 +293,7 @@ def test_memory_that_is_slow_to_give_back(path: Path) -> None:
             pass_fds=[number],
             check=True,
         )
-        caller = rig.caller()
+        caller = harness.caller()
         value(caller.call("add-fd", None, [number]))
         os.close(number)
         value(caller.call("remove-fd", {"fdset-id": 0}))

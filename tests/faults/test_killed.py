@@ -9,17 +9,17 @@ from pathlib import Path
 
 from helpers import pipes, request, value
 
-from .rig import SECONDS, Harness, Program, assert_service_unharmed
+from .harness import SECONDS, Harness, Program, assert_service_unharmed
 
 
 def test_killed(path: Path) -> None:
     dice = random.Random(1)
 
-    def scenario(rig: Harness) -> None:
+    def scenario(harness: Harness) -> None:
         ends = time.monotonic() + 2 * SECONDS
         running: list[Program] = []
         while time.monotonic() < ends:
-            running.append(rig.attack("life", dice.randrange(1000)))
+            running.append(harness.attack("life", dice.randrange(1000)))
             time.sleep(dice.uniform(0, 0.03))
             if len(running) > 2:
                 running.pop(dice.randrange(len(running))).process.kill()
@@ -31,8 +31,8 @@ def test_stopped(path: Path) -> None:
     """Clients are stopped for longer than --write-timeout, and continue."""
     dice = random.Random(2)
 
-    def scenario(rig: Harness) -> None:
-        lives = [rig.attack("life", number) for number in range(3)]
+    def scenario(harness: Harness) -> None:
+        lives = [harness.attack("life", number) for number in range(3)]
         ends = time.monotonic() + 2 * SECONDS
         while time.monotonic() < ends:
             victim = dice.choice(lives).process
@@ -47,9 +47,9 @@ def test_stopped(path: Path) -> None:
 def test_stopped_while_it_holds_descriptors(path: Path) -> None:
     """Unread descriptors of a stopped client do not delay others that open the same one."""
 
-    def scenario(rig: Harness) -> None:
-        rig.attack("deaf:opened", 40).process.send_signal(signal.SIGSTOP)
-        caller = rig.caller()
+    def scenario(harness: Harness) -> None:
+        harness.attack("deaf:opened", 40).process.send_signal(signal.SIGSTOP)
+        caller = harness.caller()
         ends = time.monotonic() + SECONDS
         with pipes(1) as [pipe]:
             info = value(caller.call("add-fd", None, [pipe]))
@@ -63,11 +63,11 @@ def test_stopped_while_it_holds_descriptors(path: Path) -> None:
 def test_killed_with_a_queue_of_requests(path: Path) -> None:
     """The daemon executes all commands of a client that has disconnected."""
 
-    def scenario(rig: Harness) -> None:
-        caller = rig.caller()
+    def scenario(harness: Harness) -> None:
+        caller = harness.caller()
         with pipes(50) as made:
-            victim = rig.caller()
-            with rig.stopped():
+            victim = harness.caller()
+            with harness.stopped():
                 for pipe in made:
                     victim.send(request("add-fd"), [pipe])
                     pipe.release()

@@ -146,59 +146,59 @@ async def running() -> AsyncGenerator[Harness, None]:
 
 
 async def test_a_reply_waits_for_the_acknowledgement() -> None:
-    async with running() as rig:
-        number = rig.add()
-        assert rig.told() == b""
-        assert [each.data for each in rig.processor.unsent] == [ADDED % number]
-        rig.durability.acknowledge()
-        assert rig.told() == ADDED % number
-        assert not rig.processor.is_busy
-        assert rig.processor.unsent == []
-        assert rig.drained == 1  # events held back meanwhile may be sent now
+    async with running() as harness:
+        number = harness.add()
+        assert harness.told() == b""
+        assert [each.data for each in harness.processor.unsent] == [ADDED % number]
+        harness.durability.acknowledge()
+        assert harness.told() == ADDED % number
+        assert not harness.processor.is_busy
+        assert harness.processor.unsent == []
+        assert harness.drained == 1  # events held back meanwhile may be sent now
 
 
 async def test_a_reply_without_changes_does_not_wait() -> None:
-    async with running() as rig:
-        assert rig.ask(ASK, synced=False)
-        assert rig.told() == DONE
+    async with running() as harness:
+        assert harness.ask(ASK, synced=False)
+        assert harness.told() == DONE
 
 
 async def test_a_removed_fd_is_closed_between_acknowledgement_and_reply() -> None:
-    async with running() as rig:
+    async with running() as harness:
         read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         with Fd(read_end), Fd(write_end) as fd:
-            assert rig.ask(ADD, fd=fd)
-        rig.told()
-        assert rig.ask(REMOVE, synced=False)
-        number = rig.connection.fds_to_close[0].number
+            assert harness.ask(ADD, fd=fd)
+        harness.told()
+        assert harness.ask(REMOVE, synced=False)
+        number = harness.connection.fds_to_close[0].number
         os.fstat(number)  # still open: the mirror closes its duplicate first
-        rig.durability.acknowledge()
-        assert rig.connection.fds_to_close == []
-        assert rig.told() == DONE
+        harness.durability.acknowledge()
+        assert harness.connection.fds_to_close == []
+        assert harness.told() == DONE
 
 
 async def test_the_next_request_waits_for_the_reply() -> None:
     """The connection's task processes the next request after the reply, in order."""
-    async with running() as rig:
-        number = rig.add()
-        assert not rig.ask(ASK, synced=False)
+    async with running() as harness:
+        number = harness.add()
+        assert not harness.ask(ASK, synced=False)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(rig.processor.process)
+            nursery.start_soon(harness.processor.process)
             await trio.testing.wait_all_tasks_blocked()
-            assert rig.told() == b""
-            rig.durability.acknowledge()
-        assert rig.told() == ADDED % number + DONE
+            assert harness.told() == b""
+            harness.durability.acknowledge()
+        assert harness.told() == ADDED % number + DONE
 
 
 async def test_events_wait_for_the_acknowledgement() -> None:
-    async with running() as rig:
-        rig.durability.is_synced = False
-        assert not rig.processor.send_events(b"event\r\n")
-        assert rig.told() == b""
-        rig.durability.acknowledge()
-        assert rig.told() == b"event\r\n"
-        assert rig.processor.send_events(b"other\r\n")
-        assert rig.told() == b"other\r\n"
+    async with running() as harness:
+        harness.durability.is_synced = False
+        assert not harness.processor.send_events(b"event\r\n")
+        assert harness.told() == b""
+        harness.durability.acknowledge()
+        assert harness.told() == b"event\r\n"
+        assert harness.processor.send_events(b"other\r\n")
+        assert harness.told() == b"other\r\n"
 
 
 async def test_events_while_the_processor_waits_for_the_lock() -> None:
@@ -226,58 +226,58 @@ async def test_events_that_cannot_be_sent(caplog: pytest.LogCaptureFixture) -> N
         ) -> int:
             raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
 
-    async with running() as rig:
-        rig.stream.__class__ = Full
-        assert not rig.processor.send_events(b"event\r\n")
+    async with running() as harness:
+        harness.stream.__class__ = Full
+        assert not harness.processor.send_events(b"event\r\n")
         assert "No buffer space" in caplog.text
-        assert rig.its._sock.recv(1) == b""  # type: ignore[attr-defined]  # disconnected
+        assert harness.its._sock.recv(1) == b""  # type: ignore[attr-defined]  # disconnected
 
 
 async def test_nothing_is_sent_while_paused() -> None:
     """Uncommitted replies go to the successor, or to the client after a failed takeover."""
-    async with running() as rig:
-        number = rig.add()
-        rig.pause()
-        rig.durability.acknowledge()
+    async with running() as harness:
+        number = harness.add()
+        harness.pause()
+        harness.durability.acknowledge()
         await trio.testing.wait_all_tasks_blocked()
-        assert rig.told() == b""
-        assert [each.data for each in rig.processor.unsent] == [ADDED % number]
-        rig.resume()
+        assert harness.told() == b""
+        assert [each.data for each in harness.processor.unsent] == [ADDED % number]
+        harness.resume()
         await trio.testing.wait_all_tasks_blocked()
-        assert rig.told() == ADDED % number
+        assert harness.told() == ADDED % number
 
 
 async def test_a_pause_during_the_wait_for_an_acknowledgement() -> None:
-    async with running() as rig:
-        number = rig.add()
-        assert not rig.ask(ASK, synced=False)
+    async with running() as harness:
+        number = harness.add()
+        assert not harness.ask(ASK, synced=False)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(rig.processor.process)
+            nursery.start_soon(harness.processor.process)
             await trio.testing.wait_all_tasks_blocked()
-            rig.pause()
+            harness.pause()
             await trio.testing.wait_all_tasks_blocked()
-            assert rig.processor.state is BatchState.COMMITTING
-            rig.resume()
+            assert harness.processor.state is BatchState.COMMITTING
+            harness.resume()
             await trio.testing.wait_all_tasks_blocked()
-            assert rig.told() == b""
-            rig.durability.acknowledge()
-        assert rig.told() == ADDED % number + DONE
+            assert harness.told() == b""
+            harness.durability.acknowledge()
+        assert harness.told() == ADDED % number + DONE
 
 
 async def test_closed_with_uncommitted_replies() -> None:
     """A closed processor sends nothing; a later acknowledgement has no effect."""
-    async with running() as rig:
-        rig.add()
-        rig.processor.close()
-        rig.durability.acknowledge()
-        assert rig.told() == b""
-        assert rig.processor.unsent == []
+    async with running() as harness:
+        harness.add()
+        harness.processor.close()
+        harness.durability.acknowledge()
+        assert harness.told() == b""
+        assert harness.processor.unsent == []
 
 
 async def test_the_client_disconnects_before_the_acknowledgement() -> None:
-    async with running() as rig:
-        rig.add()
-        rig.its.shutdown(socket.SHUT_RDWR)
-        rig.durability.acknowledge()
+    async with running() as harness:
+        harness.add()
+        harness.its.shutdown(socket.SHUT_RDWR)
+        harness.durability.acknowledge()
         await trio.testing.wait_all_tasks_blocked()
-        assert not rig.processor.is_busy
+        assert not harness.processor.is_busy

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.rig import hung_files, needs_fuse
+from faults.harness import hung_files, needs_fuse
 from helpers import ROOT, open_fds
 from supervised import DEADLINE, Supervised, children, connected, lasting, supervised, until
 

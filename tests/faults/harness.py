@@ -147,7 +147,7 @@ class Harness:
         assert program.said == "ready", f"{kind}: {program.said}"
         return program
 
-    def let_go(self, number: int) -> None:
+    def close_in_thread(self, number: int) -> None:
         """Close a descriptor of the test's own in a thread: close(2) may hang until the end."""
         thread = threading.Thread(target=_close, args=(number,), daemon=True)
         thread.start()
@@ -246,9 +246,9 @@ def _once(path: Path, scenario: Scenario, *options: str) -> dict[str, dict[str, 
         try:
             assert probe.said == "ready"
             with ExitStack() as stack:
-                rig = Harness(daemon, stack)
-                scenario(rig)
-            for thread in rig.threads:
+                harness = Harness(daemon, stack)
+                scenario(harness)
+            for thread in harness.threads:
                 thread.join(PATIENCE)
                 assert not thread.is_alive()
             _clean_up(path)
