@@ -175,6 +175,14 @@ INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 RESERVED_FDS = 1024
 
 
+def left_to_others(most: int) -> int:
+    """How much of *most* all users but root and the daemon's own may take together.
+
+    So root and the daemon's own user can always connect, find out what is wrong, and take over.
+    """
+    return most - most // 16
+
+
 class Limits(NamedTuple):
     """The limits of a daemon.
 

@@ -111,12 +111,16 @@ OPTIONS = [
         "it; s6 waits for this if the service has a file notification-fd",
         _inherited,
     ),
-    _limit("--max-connections N", "connections at a time", _connections),
+    _limit(
+        "--max-connections N",
+        "connections at a time; a sixteenth is left for root and the daemon's own user",
+        _connections,
+    ),
     _limit("--max-connections-per-uid N", "connections of one user at a time", _connections),
     _limit(
         "--max-fds N",
-        "stored descriptors at a time; some of the process's open files (the hard limit of "
-        "ulimit -n) stay free for connections",
+        "stored descriptors at a time; a sixteenth is left for root and the daemon's own user, and "
+        "some of the process's open files (the hard limit of ulimit -n) for connections",
         _descriptors,
     ),
     _limit(

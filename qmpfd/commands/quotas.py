@@ -11,7 +11,14 @@ from math import inf
 from ..errors import GenericError
 from ..fdsets import Peer, StoredFd
 from ..kernel.close_pool import ClosePool
-from ..limits import FDS_AT_ONCE, MAX_OPAQUE_PER_UID, MAX_OPAQUE_TOTAL, REFRESH_INTERVAL, Limits
+from ..limits import (
+    FDS_AT_ONCE,
+    MAX_OPAQUE_PER_UID,
+    MAX_OPAQUE_TOTAL,
+    REFRESH_INTERVAL,
+    Limits,
+    left_to_others,
+)
 from ..policy import is_owner
 
 
@@ -111,7 +118,7 @@ class Quotas:
         total = self.fds_total + count
         if (
             total <= self.waiting_limit
-            and total <= limits.max_fds_per_uid
+            and total <= min(limits.max_fds_per_uid, left_to_others(limits.max_fds))
             and not (opaque or self.closer.pending_by_uid)
         ):
             return  # the usual case: no user has more than the total
@@ -119,14 +126,15 @@ class Quotas:
         for stored in replaced:
             freed += stored.added_by is not None and stored.added_by.uid == uid
         closing = self.closer.pending_by_uid.get(uid, 0)  # other users' do not count for this one
-        if self.fds_total + closing + count - len(replaced) > limits.max_fds:
-            raise GenericError(f"Too many file descriptors: the limit is {limits.max_fds}")
+        most, most_text = limits.max_fds, MAX_OPAQUE_TOTAL
+        if not is_owner(uid):
+            most, most_text = left_to_others(most), left_to_others(most_text)
+        if self.fds_total + closing + count - len(replaced) > most:
+            raise GenericError(f"Too many file descriptors: the limit is {most}")
         if opaque:
             size = memory_size(opaque)
-            if self.opaque_total + (count - len(replaced)) * size > MAX_OPAQUE_TOTAL:
-                raise GenericError(
-                    f"Too much opaque text: the limit is {MAX_OPAQUE_TOTAL} bytes in all"
-                )
+            if self.opaque_total + (count - len(replaced)) * size > most_text:
+                raise GenericError(f"Too much opaque text: the limit is {most_text} bytes in all")
             total = self.opaque_by_uid.get(uid, 0) + (count - freed) * size
             if total > MAX_OPAQUE_PER_UID and not is_owner(uid):
                 raise GenericError(

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from trio.testing import MockClock
 
 import qmpfd
 from qmpfd.errors import GenericError
+from qmpfd.fdsets import Peer
 from qmpfd.limits import FDS_AT_ONCE, MAX_OPAQUE_TOTAL, NEGOTIATION_TIMEOUT, Limits
+from qmpfd.policy import Policy, Rule
+from qmpfd.server.listen.admission import admit
 from qmpfd.server.server import DaemonServer
 
 TOO_MANY_FDS = "Too many file descriptors: the limit is 3"
@@ -236,6 +240,33 @@ async def test_limits_stay_below_the_limit_on_open_files(path: Path) -> None:
         value(await wire.call("add-fds", None, made * 100))
         refused = await wire.call("add-fd", None, made)
         assert refused["error"]["desc"].endswith("the limit is 300")
+
+
+async def test_others_leave_room_for_root_and_the_daemons_own_user() -> None:
+    """However many users have taken all that they may: these two can connect, and store."""
+
+    @dataclass
+    class Connected:
+        peer: Peer
+
+    own, uid = Peer(1, os.geteuid(), 0), os.geteuid() + 1
+    policy, limits = Policy([Rule(allow=["add"])]), Limits(max_connections=32)
+    connected = [Connected(Peer(1, uid + number, 0)) for number in range(30)]
+    admit(Peer(1, uid, 0), frozenset(), policy, limits, connected[:29])
+    with pytest.raises(GenericError, match="Too many connections: the limit is 30"):
+        admit(Peer(1, uid, 0), frozenset(), policy, limits, connected)
+    admit(own, frozenset(), policy, limits, connected)
+    server = DaemonServer(limits=Limits(max_fds=100))
+    quotas = server.daemon.quotas
+    quotas.check_quota(uid, 94)
+    with pytest.raises(GenericError, match="Too many file descriptors: the limit is 94"):
+        quotas.check_quota(uid, 95)
+    quotas.check_quota(own.uid, 100)
+    quotas.opaque_total = MAX_OPAQUE_TOTAL - 1
+    with pytest.raises(GenericError, match="Too much opaque text"):
+        quotas.check_quota(uid, 1, "x")
+    quotas.check_quota(own.uid, 1, "x")
+    server.close()
 
 
 async def test_a_user_leaves_room_for_others() -> None:

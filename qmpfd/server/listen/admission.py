@@ -17,8 +17,8 @@ import trio
 
 from ...errors import GenericError, PermissionDenied, QMPError
 from ...fdsets import Peer
-from ...limits import REFUSAL_LOG_INTERVAL, Limits
-from ...policy import Access, Policy
+from ...limits import REFUSAL_LOG_INTERVAL, Limits, left_to_others
+from ...policy import Access, Policy, is_owner
 from ...protocol.encode import encode
 
 _log = logging.getLogger("qmpfd")
@@ -91,9 +91,12 @@ def admit(
             f"uid {peer.uid} may not connect: only uid {os.geteuid()}, root "
             "and those to whom a policy rule gives a right"
         )
-    total, most = len(connected), limits.max_connections_per_uid
-    if total >= limits.max_connections:
-        raise GenericError(f"Too many connections: the limit is {limits.max_connections}")
+    total, most = len(connected), limits.max_connections
+    if not is_owner(peer.uid):
+        most = left_to_others(most)
+    if total >= most:
+        raise GenericError(f"Too many connections: the limit is {most}")
+    most = limits.max_connections_per_uid
     # Count one user's connections only when all together reach the limit of one user.
     if total >= most and sum(each.peer.uid == peer.uid for each in connected) >= most:
         raise GenericError(f"Too many connections of uid {peer.uid}: the limit is {most}")
