@@ -41,10 +41,13 @@ class JournalWriter:
         self._removals = 0  # bytes that must stay reserved in each journal for removals
         self._limit = MIN_JOURNAL_BYTES
         self._offset = time.monotonic() - trio.current_time()  # CLOCK_MONOTONIC minus Trio's clock
-        #: Whether the last journal is not acknowledged by the fd store yet.
-        self.is_replacing = False
         #: Generation of the last journal.
         self.generation = 0
+
+    @property
+    def is_replacing(self) -> bool:
+        """Whether a new journal is written beside the former one, until the fd store has it."""
+        return len(self._journals) > 1
 
     @property
     def fd(self) -> Fd:
@@ -108,9 +111,9 @@ class JournalWriter:
         self.generation += 1
         self._journals.append(journal)
         self._limit = max(MIN_JOURNAL_BYTES, 4 * journal.size)
-        self.is_replacing = True
         self._link.store(f"{JOURNAL}{self.generation}", journal.fd)
-        self._link.on_synced(partial(self._end_others, journal))
+        if self.is_replacing:
+            self._link.on_synced(partial(self._end_former, journal))
 
     def withdraw(self) -> None:
         """Drop a new journal for which the fd store has no room; its predecessor stays valid."""
@@ -119,17 +122,12 @@ class JournalWriter:
             self._journals.pop().close()
             self.generation -= 1
             self._limit += MIN_JOURNAL_BYTES
-            self.is_replacing = False
 
-    def _end_others(self, last: Journal) -> None:
-        """Remove the replaced journals, once the fd store has acknowledged *last*."""
-        if self._link.is_over or self._journals[-1] is not last:
-            return
-        self.is_replacing = False
-        self._link.remove(*self._names()[:-1])
-        for journal in self._journals[:-1]:
-            journal.close()
-        del self._journals[:-1]
+    def _end_former(self, last: Journal) -> None:
+        """Remove the replaced journal, once the fd store has acknowledged *last*."""
+        if not self._link.is_over and self._journals[-1] is last:
+            self._link.remove(f"{JOURNAL}{self.generation - 1}")
+            self._journals.pop(0).close()
 
     def forget(self) -> None:
         """Remove all journals from the fd store."""
