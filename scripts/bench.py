@@ -23,7 +23,7 @@ from types import FrameType
 from benchmark import plots
 from benchmark.goals import goals
 from benchmark.plan import Scale, measure_all, timed
-from benchmark.report import as_json, goals_page, tell, tell_goals
+from benchmark.report import as_json, format_goals, format_results, goals_page
 from benchmark.servers import KINDS, OTHER, Failed, Servers, missing, placement
 
 _CLIENTS = (20, 200, 1000)
@@ -138,12 +138,12 @@ def main(arguments: list[str] | None = None) -> int:
     progress.over()
     found = goals(results, scale)
     how = f"{scale.rounds} rounds in {timed(began)}; medians."
-    told = "\n\n".join([tell(results, scale, names), tell_goals(found), how])
-    print(told)
+    text = "\n\n".join([format_results(results, scale, names), format_goals(found), how])
+    print(text)
     report: Path | None = options.report
     if report is not None:
         report.mkdir(parents=True, exist_ok=True)
-        (report / "results.txt").write_text(f"{told}\n")
+        (report / "results.txt").write_text(f"{text}\n")
     for file in (options.json, report and report / "results.json"):
         if file is not None:
             file.write_bytes(as_json(results, scale, found))

@@ -16,7 +16,7 @@ from daemon import Broken
 
 
 class RawClient:
-    """A connection that sends and reads only when told; made by :func:`raw_connect`."""
+    """A connection that sends and reads only on calls; made by :func:`raw_connect`."""
 
     def __init__(self, sock: trio.socket.SocketType) -> None:
         self._sock = sock

@@ -29,7 +29,7 @@ def check(truth: bool, text: str) -> None:
     print(f"  ok: {text}", flush=True)
 
 
-def tell(story: Callable[[Path], Awaitable[None]]) -> int:
+def run_story(story: Callable[[Path], Awaitable[None]]) -> int:
     """Run a story in a temporary folder of mode 711; return the exit status."""
 
     async def main() -> int:

@@ -22,7 +22,7 @@ from subprocess import STDOUT
 
 import trio
 from daemon import Broken, running_daemon
-from story import QMPFD, check, say, tell
+from story import QMPFD, check, run_story, say
 
 import qmpfd
 
@@ -125,4 +125,4 @@ async def use(qemu: qmpfd.Client, image: Path, another: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(tell(story))
+    sys.exit(run_story(story))

@@ -23,7 +23,7 @@ from time import perf_counter
 
 import trio
 from daemon import Broken, running_daemon
-from story import QMPFD, check, say, tell
+from story import QMPFD, check, run_story, say
 
 import qmpfd
 
@@ -137,4 +137,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         trio.run(serve, sys.argv[1])
     else:
-        sys.exit(tell(story))
+        sys.exit(run_story(story))

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 import trio
 from daemon import become, run, running_daemon
-from story import check, say, tell
+from story import check, run_story, say
 
 import qmpfd
 
@@ -126,4 +126,4 @@ async def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main) if sys.argv[1:2] == ["worker"] else tell(story))
+    sys.exit(run(main) if sys.argv[1:2] == ["worker"] else run_story(story))

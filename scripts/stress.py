@@ -459,8 +459,8 @@ def _result(reply: dict[str, Any]) -> Any:
 
 
 def _refused(reply: dict[str, Any], error_class: str | None) -> None:
-    told = reply.get("error", {}).get("class")
-    if told is None or (error_class is not None and told != error_class):
+    found = reply.get("error", {}).get("class")
+    if found is None or (error_class is not None and found != error_class):
         raise Broken(f"{error_class or 'an error'} was expected: {reply}")
 
 

@@ -21,7 +21,7 @@ from benchmark.load import Run
 from benchmark.path import Call, Walk, walk
 from benchmark.plan import Cell, Results, Scale, cells
 from benchmark.plots import Row, dot_plot
-from benchmark.report import as_json, goals_page, tell, tell_goals
+from benchmark.report import as_json, format_goals, format_results, goals_page
 from benchmark.servers import KINDS, OTHER, SAME, missing, placement
 from benchmark.waits import attacks
 
@@ -118,7 +118,7 @@ def test_a_goal_is_met_or_not_or_not_known() -> None:
     assert Goal("x", 6, 6).met
     assert not Goal("x", 6, 6.1).met
     assert Goal("x", 10, None).met is None
-    told = tell_goals([Goal("x", 6, 6.1), Goal("y", 6, None)]).splitlines()
+    told = format_goals([Goal("x", 6, 6.1), Goal("y", 6, None)]).splitlines()
     assert told[-2].split() == ["x", "6", "x", "6.1", "x", "NO"]
     assert told[-1].endswith("not known")
 
@@ -156,7 +156,7 @@ def test_without_peers_there_is_still_a_table() -> None:
     found = goals(results, SCALE)
     of_peers = [goal.met for goal in found if "bare" in goal.what or "supervised" in goal.what]
     assert set(of_peers) == {None}
-    text = tell(results, SCALE, ["qmpfd"])
+    text = format_results(results, SCALE, ["qmpfd"])
     assert "-" in text
     assert json.loads(as_json(results, SCALE, found))["goals"]
 

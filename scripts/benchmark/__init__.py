@@ -1,1 +1,1 @@
-"""The parts of ``scripts/bench.py``: the servers, the load, what is measured, what is told."""
+"""The parts of ``scripts/bench.py``: servers, load client, plan, report and plots."""

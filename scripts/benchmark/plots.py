@@ -90,11 +90,11 @@ def dot_plot(title: str, axis: str, rows: Sequence[Row]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _mark(name: str, x: float, y: float, told: str) -> str:
+def _mark(name: str, x: float, y: float, title: str) -> str:
     """Return the mark of a server, with a title for the pointer and for screen readers."""
     colour, outline = _MARKS[name]
     at = f'transform="translate({x:.1f},{y})"'
-    return f'<path {at} d="{outline}" fill="{colour}"><title>{told}</title></path>'
+    return f'<path {at} d="{outline}" fill="{colour}"><title>{title}</title></path>'
 
 
 def _legend(names: Sequence[str]) -> list[str]:

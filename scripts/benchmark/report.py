@@ -37,12 +37,12 @@ def table(
     """
     lines = [head, *rows]
     widths = [max(column if n else 0, *(len(line[n]) for line in lines)) for n in range(len(head))]
-    told = [title]
+    output = [title]
     for line in lines:
         cells = [line[0].ljust(widths[0])]
         cells += [text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True)]
-        told.append("  " + "  ".join(cells).rstrip())
-    return "\n".join(told)
+        output.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(output)
 
 
 def _figure(value: float | None) -> str:
@@ -66,7 +66,7 @@ def _open_rows(scale: Scale) -> list[Row]:
     return [(f"1 x {n}", Cell("", scale.steps[1], "open", n)) for n in IN_FLIGHT]
 
 
-def _tell(
+def _server_table(
     results: Results,
     names: list[str],
     title: str,
@@ -79,8 +79,8 @@ def _tell(
         medians = [results.median(cell, value) for value in values]
         return _NOTHING if None in medians else " / ".join(map(_figure, medians))
 
-    told = [[text, *(field(replace(cell, server=name)) for name in names)] for text, cell in rows]
-    return table(title, ["", *(KINDS[name].label for name in names)], told)
+    fields = [[text, *(field(replace(cell, server=name)) for name in names)] for text, cell in rows]
+    return table(title, ["", *(KINDS[name].label for name in names)], fields)
 
 
 def _batch_rows(results: Results, names: list[str]) -> str:
@@ -109,18 +109,18 @@ def _starts(results: Results) -> str:
 
 def _waits(results: Results, scale: Scale) -> list[str]:
     """Return the tables of the longest waits, if those were measured."""
-    told = []
+    tables = []
     rows = [
         [f"{what}, {scale.outage:,} stored", *(_figure(statistics.median(each) * 1e3),)]
         for what, each in results.outages.items()
     ]
     if rows:
-        told.append(table("Longest wait of a client, ms", ["", "median"], rows))
+        tables.append(table("Longest wait of a client, ms", ["", "median"], rows))
     rows = [[what, _figure(seconds * 1e3)] for what, seconds in results.attacks.items()]
     if rows:
         title = "Longest wait of one who asks once a millisecond, ms, but for that for a CPU"
-        told.append(table(title, ["beside this attack", ""], rows))
-    return told
+        tables.append(table(title, ["beside this attack", ""], rows))
+    return tables
 
 
 def _path(results: Results) -> list[str]:
@@ -145,7 +145,7 @@ def _judged(goal: Goal) -> tuple[str, str, str, str]:
     return goal.what, f"{goal.wanted:g}{unit}", measured, met
 
 
-def tell_goals(found: list[Goal]) -> str:
+def format_goals(found: list[Goal]) -> str:
     """Return the table of goals."""
     return table("Goals", _GOALS, [_judged(goal) for goal in found], column=0)
 
@@ -166,9 +166,9 @@ def goals_page(text: str, found: list[Goal]) -> str:
     return page
 
 
-def tell(results: Results, scale: Scale, names: list[str]) -> str:
+def format_results(results: Results, scale: Scale, names: list[str]) -> str:
     """Return all results as tables."""
-    told = []
+    tables = []
     work = "add-fd + remove-fd, by clients x requests in flight"
     for place, where in {SAME: "the server's CPU", OTHER: "another CPU"}.items():
         if not any(cell.place == place for cell in results.runs):
@@ -180,29 +180,29 @@ def tell(results: Results, scale: Scale, names: list[str]) -> str:
             "Commands per second": lambda run: run.per_second,
         }.items():
             title = f"{what}, client on {where}"
-            told.append(_tell(results, names, title, _rows(scale, place), [value]))
+            tables.append(_server_table(results, names, title, _rows(scale, place), [value]))
     if scale.most:
-        told += _tell_stored(results, scale, [name for name in names if KINDS[name].keeps])
-    return "\n\n".join([f"{work}:", *told, *_waits(results, scale), *_path(results)])
+        tables += _stored_tables(results, scale, [name for name in names if KINDS[name].keeps])
+    return "\n\n".join([f"{work}:", *tables, *_waits(results, scale), *_path(results)])
 
 
-def _tell_stored(results: Results, scale: Scale, names: list[str]) -> list[str]:
+def _stored_tables(results: Results, scale: Scale, names: list[str]) -> list[str]:
     """Return the tables that depend on the number of stored fds, for servers that store any."""
     wait = Cell("", scale.most, "worst wait", clients=2)
 
-    def tell_rows(title: str, rows: list[Row], *values: Callable[[Run], float]) -> str:
-        return _tell(results, names, title, rows, values)
+    def rows_table(title: str, rows: list[Row], *values: Callable[[Run], float]) -> str:
+        return _server_table(results, names, title, rows, values)
 
     return [
-        tell_rows(
+        rows_table(
             "CPU us per command, add-fd + remove-fd, 1 x 1", _stored_rows(scale, "pair", 1), cpu
         ),
-        tell_rows("CPU us per command, query-fdsets, 1 x 1", _stored_rows(scale, "query", 0), cpu),
-        tell_rows(
+        rows_table("CPU us per command, query-fdsets, 1 x 1", _stored_rows(scale, "query", 0), cpu),
+        rows_table(
             f"CPU us per command, open-fdset, {scale.steps[1]:,} stored", _open_rows(scale), cpu
         ),
         _batch_rows(results, names),
-        tell_rows(
+        rows_table(
             f"Worst wait of another while {scale.most:,} are listed, ms / ms of server CPU",
             [("by the clock / CPU", wait)],
             lambda run: run.max_ns / 1e6,
