@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import termios
@@ -277,6 +278,36 @@ def test_events_are_shown_as_they_come(path: Path) -> None:
         assert (event["event"], event["data"]) == ("FD_ADDED", info)
         process.stdin.close()
         assert process.wait(PATIENCE) == DONE
+
+
+@pytest.mark.usefixtures("running")
+def test_nobody_reads_the_events_any_more(path: Path) -> None:
+    """The thread that shows them ends without a word; the next command ends the verb."""
+    process = subprocess.Popen(
+        shell(path),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process, BlockingClient(path, PATIENCE) as other:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write("watch-fdsets enable=true\nhelp query-name\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "{}\n"
+        while not process.stdout.readline().startswith("returns"):
+            assert process.poll() is None
+        process.stdout.close()
+        other.execute("add-fd", {}, [0])
+        while len(os.listdir(f"/proc/{process.pid}/task")) > 1:
+            assert process.poll() is None
+        process.stdin.write("query-name\n")
+        process.stdin.close()
+        assert process.wait(PATIENCE) == 128 + signal.SIGPIPE
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.qemu

@@ -76,7 +76,9 @@ class Session:
         return self._client
 
     def _listen(self, client: BlockingClient, wake: Fd) -> None:
-        """Show events as they come, until the connection ends or *wake* is written to."""
+        """Show events as they come, until the connection ends, the output fails or *wake* is
+        written to.
+        """
         poll = select.poll()
         poll.register(client, select.POLLIN)
         poll.register(wake, select.POLLIN)
@@ -84,12 +86,15 @@ class Session:
             with self._lock:
                 try:
                     events = client.take_events()
-                except NoDaemon as exc:
+                except (NoDaemon, QMPError) as exc:
                     if self._for_a_person:
                         self.show(f"qmpfd: {message(exc)}")
                     return
-                for event in events:
-                    self.show(self._event_line(event))
+                try:
+                    for event in events:
+                        self.show(self._event_line(event))
+                except OSError:  # the output of the next command fails too, and ends the verb
+                    return
 
     def close(self) -> None:
         """Close the connection, and the descriptors received in replies."""
