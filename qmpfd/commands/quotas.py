@@ -61,11 +61,13 @@ class Quotas:
     waiting_by_uid: dict[int, int] = field(default_factory=dict)
     waiting_limit: int = field(init=False)  #: half of RLIMIT_NOFILE, in all and by user
     refreshed_at: float = -inf  #: time of the last refresh_in_flight()
+    _usual_limit: int = field(init=False)  # of descriptors, for every user
 
     def __post_init__(self) -> None:
         table = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.limits = self.limits.within(table)
         self.waiting_limit = table // 2
+        self._usual_limit = min(self.limits.max_fds_per_uid, left_to_others(self.limits.max_fds))
 
     # -- stored descriptors and texts ------------------------------------------------------------
 
@@ -118,7 +120,7 @@ class Quotas:
         total = self.fds_total + count
         if (
             total <= self.waiting_limit
-            and total <= min(limits.max_fds_per_uid, left_to_others(limits.max_fds))
+            and total <= self._usual_limit
             and not (opaque or self.closer.pending_by_uid)
         ):
             return  # the usual case: no user has more than the total
