@@ -1,16 +1,16 @@
 """Parser for the input of ``qmpfd shell``: JSON, or a short form.
 
-The short form is a command's name, then its arguments as ``name=value``, with the quotes of sh.  A
-value is converted to its type in the server's schema; anything but a string is JSON.  Descriptors
-are named as in sh: ``< FILE``, ``> FILE``, ``>> FILE``, ``<> FILE``; or ``--fd N`` for an open
-descriptor of the shell.
+The short form is that of QEMU's qmp-shell: a command's name, then its arguments as ``name=value``,
+with the quotes of sh.  A value is converted to its type in the server's schema; in brackets or
+braces it is JSON.  ``a.b=value`` sets member b of the object a.  Descriptors are named as in sh:
+``< FILE``, ``> FILE``, ``>> FILE``, ``<> FILE``; or ``--fd N`` for an open descriptor of the shell.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +28,15 @@ _REDIRECTIONS = {
 _DIGITS = 9
 
 _decode = json.JSONDecoder().raw_decode
+
+#: An argument whose value is a JSON object or array follows.
+_JSON_ARGUMENT = re.compile(r"""([^\s=<>"'\\]+)=(?=[\[{])""")
+
+#: A redirection, or a word of sh: plain characters, escaped ones, and quoted strings.
+_WORD = re.compile(r"""<>|>>|[<>]|(?:[^\s<>"'\\]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""", re.DOTALL)
+
+_QUOTED = re.compile(r"""\\(.)|"((?:[^"\\]|\\.)*)"|'([^']*)'""", re.DOTALL)
+_BLANKS = re.compile(r"\s*")
 
 
 class Passed(NamedTuple):
@@ -72,37 +81,69 @@ def parse(text: str, convert: Callable[[str, str, str], Any]) -> Typed:
     """
     text = text.strip()
     if text.startswith("{"):
-        try:
-            request, end = _decode(text)
-        except (ValueError, RecursionError) as exc:
-            raise UsageError(f"not JSON: {exc}") from None
-        passed, rest = _passed(_words(text[end:]))
-        if rest:
-            raise UsageError(f"{rest[0]!r} is neither < FILE nor --fd N")
+        request, end = _json(text, 0)
+        words, values = _split(text, end)
+        passed, words = _passed(words)
+        if words or values:
+            unknown = words[0] if words else values[0][0]
+            raise UsageError(f"{unknown!r} is neither < FILE nor --fd N")
         request_id = {"id": request["id"]} if "id" in request else {}
         return Typed(*_request(request), passed, request_id)
-    command, *words = _words(text)
-    passed, rest = _passed(words)
+    (command, *words), values = _split(text, 0)
+    passed, words = _passed(words)
     arguments: dict[str, Any] = {}
-    for word in rest:
+    for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise UsageError(f"{word!r} is neither name=value, < FILE nor --fd N")
-        if name in arguments:
-            raise UsageError(f"{name!r} is given twice")
-        arguments[name] = convert(command, name, value)
+        _put(arguments, name, convert(command, name, value))
+    for name, found in values:
+        _put(arguments, name, found)
     return Typed(command, arguments, passed, {})
 
 
-def _words(text: str) -> list[str]:
-    """Split *text* into words and redirections, as sh does."""
-    lexer = shlex.shlex(text, posix=True, punctuation_chars="<>")
-    lexer.whitespace_split = True
-    lexer.commenters = ""
+def _put(arguments: dict[str, Any], name: str, value: Any) -> None:
+    """Set the argument, or the member of one, that *name* tells."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        arguments = arguments.setdefault(parent, {})
+        if not isinstance(arguments, dict):
+            raise UsageError(f"{parent!r} is given twice")
+    if last in arguments:
+        raise UsageError(f"{name!r} is given twice")
+    arguments[last] = value
+
+
+def _split(text: str, at: int) -> tuple[list[str], list[tuple[str, Any]]]:
+    """Split *text* from index *at* on into words without their quotes, and arguments in JSON."""
+    words: list[str] = []
+    values: list[tuple[str, Any]] = []
+    while (at := _BLANKS.match(text, at).end()) < len(text):  # type: ignore[union-attr]
+        if argument := _JSON_ARGUMENT.match(text, at):
+            value, at = _json(text, argument.end())
+            values.append((argument[1], value))
+        elif word := _WORD.match(text, at):
+            words.append(_QUOTED.sub(_unquoted, word[0]))
+            at = word.end()
+        else:
+            raise UsageError(f"the quoting is wrong: {text[at : at + 20]!r}")
+    return words, values
+
+
+def _unquoted(quoted: re.Match[str]) -> str:
+    """The text of a string in quotes, or of an escaped character (sh, 2.2)."""
+    escaped, double, single = quoted.groups()
+    if double is not None:
+        return re.sub(r'\\(["\\])', r"\1", double)
+    return escaped or single
+
+
+def _json(text: str, at: int) -> tuple[Any, int]:
+    """Decode the JSON value at index *at*; return it and the index of its end."""
     try:
-        return list(lexer)
-    except ValueError as exc:
-        raise UsageError(f"the quoting is wrong: {exc}") from None
+        return _decode(text, at)
+    except (ValueError, RecursionError) as exc:
+        raise UsageError(f"not JSON: {exc}") from None
 
 
 def _request(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
