@@ -82,6 +82,20 @@ class Supervised:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
 
+def spare_of(daemon: Supervised) -> int:
+    """Wait until the spare worker is ready; return its process id."""
+    worker = daemon.worker()
+    return int(until(lambda: [pid for pid in children(worker) if is_spare(pid)], "a spare")[0])
+
+
+def is_spare(pid: int) -> bool:
+    """Return whether a process is a ready spare worker."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text() == "qmpfd-spare\n"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def connected(path: Path) -> BlockingClient:
     """Connect to a daemon, and retry while it restarts."""
     deadline = time.monotonic() + DEADLINE

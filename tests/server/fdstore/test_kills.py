@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from supervised import connected, supervised
+from supervised import connected, spare_of, supervised
 
 from qmpfd.client.blocking import BlockingClient, NoDaemon
 from qmpfd.kernel.fd import Fd, close_all
@@ -103,7 +103,7 @@ def test_killed_under_load(path: Path, tmp_path: Path) -> None:
     clients = [Client(number, path, files) for number in range(CLIENTS)]
     stop = threading.Event()
     with supervised(path) as daemon:
-        daemon.worker()
+        spare_of(daemon)  # the parent has a socket to it
         before = daemon.open_fds()
         threads = [threading.Thread(target=each.run, args=[stop]) for each in clients]
         for thread in threads:
@@ -132,4 +132,5 @@ def test_killed_under_load(path: Path, tmp_path: Path) -> None:
             assert {(fd["fdset-id"], fd["fd"]) for fd in listed} == everything
             for fdset in client.execute("query-fdsets"):
                 client.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
+        spare_of(daemon)
         assert daemon.open_fds() == before

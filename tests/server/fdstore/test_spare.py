@@ -14,26 +14,22 @@ from typing import Any
 import pytest
 from faults.harness import hung_files, needs_fuse
 from helpers import ROOT, open_fds
-from supervised import DEADLINE, Supervised, children, connected, lasting, supervised, until
+from supervised import (
+    DEADLINE,
+    Supervised,
+    children,
+    connected,
+    is_spare,
+    lasting,
+    spare_of,
+    supervised,
+    until,
+)
 
 import qmpfd.supervisor
 from qmpfd.cli import spare
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd
-
-
-def spare_of(daemon: Supervised) -> int:
-    """Wait until the spare worker is ready; return its process id."""
-    worker = daemon.worker()
-    return int(until(lambda: [pid for pid in children(worker) if is_spare(pid)], "a spare")[0])
-
-
-def is_spare(pid: int) -> bool:
-    """Return whether a process is a ready spare worker."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text() == "qmpfd-spare\n"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def is_gone(pid: int) -> bool:
