@@ -11,8 +11,9 @@ from weakref import WeakValueDictionary
 from ..errors import GenericError
 from ..fdsets import PERMANENT, FdSets, Lifetime, Peer, StoredFd
 from ..kernel.close_pool import ClosePool
-from ..kernel.fd import Fd, InFlightProbe, peer_address
+from ..kernel.fd import Fd, peer_address
 from ..kernel.hangups import Hangups
+from ..kernel.in_flight import InFlightProbe
 from ..limits import Limits
 from ..policy import Access
 from .audit import Audit

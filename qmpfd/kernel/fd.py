@@ -9,7 +9,6 @@ line) is left to the callers.
 from __future__ import annotations
 
 import array
-import errno
 import fcntl
 import os
 import resource
@@ -19,7 +18,6 @@ import struct
 import termios
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from itertools import starmap
 from typing import Protocol, TypeAlias
 
@@ -362,51 +360,3 @@ def peer_address(fd: FileDescriptorLike) -> str | bytes:
             return sock.getpeername() if sock.family == socket.AF_UNIX else ""
     except OSError:  # no socket, or not connected
         return ""
-
-
-# capabilities(7): CAP_SYS_ADMIN and CAP_SYS_RESOURCE.
-_UNLIMITED_IN_FLIGHT = 1 << 21 | 1 << 24
-
-
-def in_flight_is_limited() -> bool:
-    """Whether the limit of descriptors in flight applies to this process (:class:`InFlightProbe`).
-
-    It applies to root too, if a service manager has removed both capabilities.
-    """
-    try:
-        with open("/proc/self/status", "rb") as status:
-            held = next(line for line in status if line.startswith(b"CapEff:"))
-    except (OSError, StopIteration):
-        return True
-    return not int(held.split()[1], 16) & _UNLIMITED_IN_FLIGHT
-
-
-class InFlightProbe:
-    """Tests whether the kernel's limit of descriptors in flight is reached.
-
-    The descriptors that all processes of an unprivileged user have sent and no peer has received
-    are limited; beyond the limit sendmsg(2) fails with ETOOMANYREFS (unix(7)), and replies with
-    descriptors cannot be sent.
-
-    Raises:
-        OSError: this process is out of descriptors.
-    """
-
-    def __init__(self) -> None:
-        with ExitStack() as stack:
-            self._near, self._far = map(stack.enter_context, socket.socketpair())
-            self._null = stack.enter_context(Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
-            self._open = stack.pop_all()
-
-    def exhausted(self) -> bool:
-        """Whether sending a descriptor fails now."""
-        try:
-            send(self._near, b" ", [self._null])
-        except OSError as exc:
-            return exc.errno == errno.ETOOMANYREFS
-        discard(self._far, 1)  # the kernel drops the descriptor with it
-        return False
-
-    def close(self) -> None:
-        """Close the socket pair and the descriptor that is sent."""
-        self._open.close()

@@ -14,7 +14,8 @@ import trio
 from ..commands import Dialect
 from ..commands.audit import Audit
 from ..fdsets import StoredFd
-from ..kernel.fd import Fd, FileDescriptorLike, InFlightProbe, close_all, in_flight_is_limited
+from ..kernel.fd import Fd, FileDescriptorLike, close_all
+from ..kernel.in_flight import InFlightProbe, in_flight_is_limited
 from ..limits import Limits
 from ..policy import Policy
 from .audit import AuditWriter

@@ -25,8 +25,9 @@ import trio
 from ...errors import GenericError
 from ...fdsets import FdSets, StoredFd
 from ...kernel.close_pool import ClosePool
-from ...kernel.fd import Fd, InFlightProbe
+from ...kernel.fd import Fd
 from ...kernel.file_descriptions import Descriptions
+from ...kernel.in_flight import InFlightProbe
 from ...kernel.systemd import Notifier, invocation_id
 from ...limits import JOURNAL_FORMAT, RESERVED_PLACES
 from ..durability import Unproven
