@@ -8,8 +8,10 @@ import signal
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -31,6 +33,7 @@ from trio.testing import MockClock
 import qmpfd
 import qmpfd.kernel.fd
 from qmpfd.server.listen.binding import SocketInUse
+from qmpfd.transport import Arrival, FdStream
 
 # -- the socket file ---------------------------------------------------------------------------
 
@@ -216,6 +219,30 @@ async def test_stop_waits_for_a_reader_but_not_for_ever(
             server.stop()
             await server.ended.wait()
             assert trio.current_time() == start + 7
+
+
+async def test_stop_does_not_wait_for_a_client_that_sends_without_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read of the daemon finds one more request: the drain timeout ends that."""
+    requests = iter([QUERY] * 200_000)  # some seconds' worth
+    async with daemon(path, limits=qmpfd.Limits(drain_timeout=0.1)) as server:
+        with await Wire.session(path) as wire:
+
+            def receive_nowait(stream: FdStream, *arguments: Any) -> Arrival:
+                with suppress(OSError):
+                    wire.sock.send(next(requests, b""))
+                with suppress(OSError):
+                    wire.sock.recv(1 << 16)
+                return FdStream.receive_nowait(stream, *arguments)
+
+            (session,) = server.sessions
+            monkeypatch.setattr(
+                session.stream, "receive_nowait", partial(receive_nowait, session.stream)
+            )
+            server.stop()
+            await server.ended.wait()
+    assert next(requests, None) is not None
 
 
 async def test_stop_finishes_a_slow_reader(path: Path, autojump_clock: MockClock) -> None:

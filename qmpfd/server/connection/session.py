@@ -314,7 +314,9 @@ class Session:
         arrival = Arrival.SOME
         while arrival not in (Arrival.NOTHING, Arrival.END):
             arrival = self.stream.receive_nowait(self._connection)
-            async with self._services.locked():
+            # With a checkpoint, so that a client that sends without end delays neither others nor
+            # the end.
+            async with self._services.gate, self._services.locked():
                 done = self.processor.process_nowait(self._services.turn_ends())
             if not done:
                 await self.processor.process()
