@@ -296,6 +296,18 @@ def test_each_shell_can_read_it(shell: str, tmp_path: Path) -> None:
     subprocess.run([shell, "-n", str(file)], check=True, timeout=PATIENCE)
 
 
+def _complete(line: str) -> subprocess.CompletedProcess[str]:
+    """Run the completion of *line* for bash."""
+    return subprocess.run(
+        [sys.executable, "-m", "qmpfd", "completion", "bash", "--", line],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize(
     "line, found",
     [
@@ -310,26 +322,12 @@ def test_each_shell_can_read_it(shell: str, tmp_path: Path) -> None:
     ],
 )
 def test_options_before_the_verb(line: str, found: list[str]) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-m", "qmpfd", "completion", "bash", "--", line],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    ran = _complete(line)
     assert (ran.returncode, ran.stderr, ran.stdout.splitlines()) == (0, "", found)
 
 
 @pytest.mark.parametrize("line", ["", "qmpf"])
 def test_a_line_in_which_the_command_is_not_typed_yet(line: str) -> None:
     """Completion of a line without the command's name gives nothing and no error."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "qmpfd", "completion", "bash", "--", line],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    ran = _complete(line)
     assert (ran.returncode, ran.stderr) == (0, "")

@@ -30,13 +30,12 @@ _DIGITS = 9
 _decode = json.JSONDecoder().raw_decode
 
 #: An argument whose value is a JSON object or array follows.
-_JSON_ARGUMENT = re.compile(r"""([^\s=<>"'\\]+)=(?=[\[{])""")
+_JSON_ARGUMENT = re.compile(r"""\s*([^\s=<>"'\\]+)=(?=[\[{])""")
 
 #: A redirection, or a word of sh: plain characters, escaped ones, and quoted strings.
-_WORD = re.compile(r"""<>|>>|[<>]|(?:[^\s<>"'\\]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+""", re.DOTALL)
+_WORD = re.compile(r"""\s*(<>|>>|[<>]|(?:[^\s<>"'\\]|\\.|"(?:[^"\\]|\\.)*"|'[^']*')+)""", re.DOTALL)
 
 _QUOTED = re.compile(r"""\\(.)|"((?:[^"\\]|\\.)*)"|'([^']*)'""", re.DOTALL)
-_BLANKS = re.compile(r"\s*")
 
 
 class Passed(NamedTuple):
@@ -115,15 +114,17 @@ def _put(arguments: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _split(text: str, at: int) -> tuple[list[str], list[tuple[str, Any]]]:
-    """Split *text* from index *at* on into words without their quotes, and arguments in JSON."""
+    """Split *text*, which does not end with a blank, from index *at* on: into words without their
+    quotes, and arguments in JSON.
+    """
     words: list[str] = []
     values: list[tuple[str, Any]] = []
-    while (at := _BLANKS.match(text, at).end()) < len(text):  # type: ignore[union-attr]
+    while at < len(text):
         if argument := _JSON_ARGUMENT.match(text, at):
             value, at = _json(text, argument.end())
             values.append((argument[1], value))
         elif word := _WORD.match(text, at):
-            words.append(_QUOTED.sub(_unquoted, word[0]))
+            words.append(_QUOTED.sub(_unquoted, word[1]))
             at = word.end()
         else:
             raise UsageError(f"the quoting is wrong: {text[at : at + 20]!r}")
