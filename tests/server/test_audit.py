@@ -22,6 +22,7 @@ import qmpfd
 from qmpfd.commands.audit import Audit
 from qmpfd.fdsets import PERMANENT, FdSet, StoredFd
 from qmpfd.kernel.fd import Fd
+from qmpfd.limits import TAKEOVER_FORMAT
 from qmpfd.policy import Access, Grant
 from qmpfd.server.audit import AuditWriter
 
@@ -30,12 +31,12 @@ ME = {"pid": os.getpid(), "uid": os.geteuid()}
 
 def lines(path: Path) -> list[dict[str, Any]]:
     """Return the records without their times, which must ascend."""
-    told = [json.loads(line) for line in path.read_text("ascii").splitlines()]
-    times = [line.pop("time") for line in told]
+    records = [json.loads(line) for line in path.read_text("ascii").splitlines()]
+    times = [line.pop("time") for line in records]
     assert times == sorted(times)
     for stamp in times:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", stamp)
-    return told
+    return records
 
 
 async def test_additions_removals_and_openings(path: Path, tmp_path: Path) -> None:
@@ -97,8 +98,8 @@ async def test_expiry_hangup_and_end_of_a_connection(
                 theirs.close()
                 await trio.sleep(6)
             await settle()
-    told = [(line.get("pid"), line.get("command"), line["outcome"]) for line in lines(file)[4:]]
-    assert sorted(told, key=str) == sorted(
+    records = [(line.get("pid"), line.get("command"), line["outcome"]) for line in lines(file)[4:]]
+    assert sorted(records, key=str) == sorted(
         [
             (None, None, "expired"),
             (None, None, "hangup"),
@@ -119,10 +120,24 @@ async def test_refusals(path: Path, tmp_path: Path) -> None:
                 assert error(await wire.call("add-fd", {"opaque": "a"}, [pipe]))
                 assert error(await wire.call("quit"))
                 assert error(await wire.call("open-fdset", {"fdset-id": 3, "fd": 4}))
-    told = lines(file)
-    assert [line["outcome"].partition(":")[0] for line in told] == ["PermissionDenied"] * 3
-    assert [line["command"] for line in told] == ["add-fd", "quit", "open-fdset"]
-    assert (told[2]["set"], told[2]["fd"]) == (3, 4)
+    records = lines(file)
+    assert [line["outcome"].partition(":")[0] for line in records] == ["PermissionDenied"] * 3
+    assert [line["command"] for line in records] == ["add-fd", "quit", "open-fdset"]
+    assert (records[2]["set"], records[2]["fd"]) == (3, 4)
+
+
+async def test_a_refused_takeover(path: Path, tmp_path: Path) -> None:
+    """A command that fails after its execution is recorded with its name."""
+    file = tmp_path / "audit"
+    takeover = {"format": TAKEOVER_FORMAT}
+    with file.open("w") as out:
+        async with daemon(path, audit=out):
+            with await Wire.session(path) as first, await Wire.session(path) as second:
+                value(await first.call("takeover", takeover))
+                assert error(await second.call("takeover", takeover))
+    (record,) = lines(file)
+    assert record["command"] == "takeover"
+    assert record["outcome"].startswith("GenericError: The daemon is being taken over")
 
 
 async def test_refused_requests(path: Path, tmp_path: Path) -> None:
@@ -137,13 +152,13 @@ async def test_refused_requests(path: Path, tmp_path: Path) -> None:
     with file.open("w") as out, Pipe() as pipe:
         async with daemon(path, audit=out):
             with await Wire.session(path) as wire:
-                told = []
+                records = []
                 for text in bad:
                     wire.send(text, [pipe])
-                    told.append((await wire.reply())["error"])
+                    records.append((await wire.reply())["error"])
     found = lines(file)
     assert [line.pop("outcome") for line in found] == [
-        f"{error['class']}: {error['desc']}" for error in told
+        f"{error['class']}: {error['desc']}" for error in records
     ]
     assert found == [ME, ME, ME, {**ME, "command": "qmp_capabilities"}]
 
@@ -181,9 +196,9 @@ async def test_a_rejected_client(path: Path, tmp_path: Path) -> None:
         async with daemon(path, audit=out, limits=qmpfd.Limits(max_connections=1)):
             with await Wire.session(path), await Wire.connect(path) as other:
                 assert "error" in await other.reply()
-    [told] = lines(file)
-    assert told.pop("outcome").startswith("GenericError: ")
-    assert told == ME
+    [records] = lines(file)
+    assert records.pop("outcome").startswith("GenericError: ")
+    assert records == ME
 
 
 async def test_long_texts_are_cut(path: Path, tmp_path: Path) -> None:

@@ -19,18 +19,20 @@ _QUOTED, _RECORDED = 64, 1024
 
 
 def note(
-    shared: SharedState, peer: Peer, request: Request | Error, result: Outcome[object]
+    shared: SharedState, peer: Peer, request: Request | Error | None, result: Outcome[object]
 ) -> None:
     """Count and audit *result* if it is an error, and log the command at level debug.
 
     Args:
         shared: the error counters and the audit trail.
         peer: the client.
-        request: the request; an error if the client's message is no valid request.
+        request: the request; an error if the client's message is no valid request, and None if the
+            request is not known any more.
         result: the outcome of the command.
     """
-    name = None if isinstance(request, Error) else DECODER.names[type(request)]
-    arguments = None if isinstance(request, Error) else request.arguments
+    name, arguments = None, None
+    if isinstance(request, Request):
+        name, arguments = DECODER.names[type(request)], request.arguments
     if isinstance(result, Error):
         assert isinstance(result.error, QMPError)
         shared.stats.errors[result.error.error_class] += 1
@@ -38,7 +40,7 @@ def note(
             shared.audit.refuse(peer, name, result.error, arguments)
     if not _log.isEnabledFor(logging.DEBUG):
         return
-    told = str(result.error)[:_RECORDED] if isinstance(result, Error) else "done"
+    outcome = str(result.error)[:_RECORDED] if isinstance(result, Error) else "done"
     value = result.value if isinstance(result, Value) else None
     handed_out = value if isinstance(value, OpenedFd) else None
     opaque = None if handed_out is None else handed_out.opaque
@@ -49,11 +51,11 @@ def note(
         "fdset_id": _first_int("fdset_id", value, arguments),
         "fd": _first_int("fd", value, arguments),
         "opaque": opaque and opaque[:_RECORDED],
-        "outcome": told,
+        "outcome": outcome,
     }
     which = "" if handed_out is None else _which(handed_out)
     line = "pid %d, uid %d: %s%s: %s"
-    _log.debug(line, *peer[:2], name or "bad request", which, told, extra=extra)
+    _log.debug(line, *peer[:2], name or "bad request", which, outcome, extra=extra)
 
 
 def _which(opened: OpenedFd) -> str:

@@ -42,9 +42,9 @@ class BatchState(Enum):
 
 _SENT, _COMMITTING, _CLOSING = BatchState
 
-#: The transitions, a table for each event.
-_ON_EXECUTED = {_SENT: _CLOSING}  # the batch needs no acknowledgement of the fd store
-_ON_CHANGED = {_SENT: _COMMITTING}  # the batch has changes that are not acknowledged
+#: The transitions, a table for each event; the first by whether the fd store has to acknowledge
+#: changes of the batch.
+_ON_EXECUTED = {(_SENT, False): _CLOSING, (_SENT, True): _COMMITTING}
 _ON_ACKNOWLEDGED = {_COMMITTING: _CLOSING}
 _ON_CLOSED = {_CLOSING: _SENT}
 _ON_END = dict.fromkeys(BatchState, _SENT)
@@ -90,8 +90,8 @@ class RequestProcessor:
         self._task_scope: trio.CancelScope | None = None  # of the task that finishes a batch
         #: Whether a request was executed since the session's last check for idleness.
         self.active_since_check = False
-        #: The id of the request that asked for a takeover.
-        self.takeover_id: Any = UNSET
+        #: The request, and its id, that asked for a takeover, or whose reply is in progress.
+        self.unfinished_request: tuple[Request | Error | None, Any] = None, UNSET
         #: A long reply in progress, sent chunk by chunk as it is encoded.
         self.streamed_reply: StreamedReply | None = None
         # The replies that are not in the send buffer yet: up to the last one that carries
@@ -160,7 +160,7 @@ class RequestProcessor:
         """
         self._text = data
         waits = not self._durability.is_synced
-        self.state = (_ON_CHANGED if waits else _ON_EXECUTED)[self.state]
+        self.state = _ON_EXECUTED[self.state, waits]
         if waits:
             self._durability.on_synced(self._on_synced)
             self._durability.push()
@@ -190,19 +190,19 @@ class RequestProcessor:
                 note(context.shared, context.peer, request, result)
             ending = context.ending
             if ending is _TAKEOVER:
-                self.takeover_id = request_id
+                self.unfinished_request = request, request_id
                 break
             # A client that does not read gets no replies; its requests are executed all the same.
             reply = b"" if discarding else connection.answer(result, request_id)
             if isinstance(reply, StreamedReply):
-                self.streamed_reply = reply
+                self.streamed_reply, self.unfinished_request = reply, (request, request_id)
                 self._unproven, durability.unproven = durability.unproven, None
                 break
             if context.reply_fds or durability.unproven is not None:
                 reply_fds, taken, unproven = context.reply_fds, context.taken, durability.unproven
-                refusal = partial(self._refusal, request, request_id)
+                refusal = partial(self.refuse, request, request_id)
                 self._replies += (
-                    Unsent(b"".join(replies), []),
+                    Unsent(b"".join(replies)),
                     Unsent(reply, reply_fds, refusal, taken, unproven),
                 )
                 size += REPLY_BYTES_A_TURN // MAX_FDS_A_TURN * len(reply_fds)
@@ -218,14 +218,31 @@ class RequestProcessor:
         self._text = b"".join(replies)
         waits = context.touched_store and not durability.is_synced
         context.touched_store = False
-        self.state = (_ON_CHANGED if waits else _ON_EXECUTED)[self.state]
+        self.state = _ON_EXECUTED[self.state, waits]
         return not (ready or context.ending or self.streamed_reply)
 
-    def _refusal(self, request: Request | Error, request_id: Any, error: QMPError) -> bytes:
-        """The error reply for a command that has failed after its execution."""
+    def refuse(
+        self,
+        request: Request | Error | None,
+        request_id: Any,
+        error: QMPError,
+        streamed: bool = False,
+    ) -> bytes:
+        """Return the error reply for a command that has failed after its execution.
+
+        Args:
+            request: the command; None if a predecessor has executed it.
+            request_id: its id.
+            error: why it has failed.
+            streamed: whether its reply is in progress, and nothing of it was sent: the error, which
+                may be long as well, replaces that reply, and nothing is returned.
+        """
         result = Error(error)
         note(self._context.shared, self._context.peer, request, result)
-        return self._connection.reply(result, request_id)
+        if not streamed:
+            return self._connection.reply(result, request_id)
+        self.streamed_reply = self._connection.streamed_reply(result, request_id)
+        return b""
 
     def _flush_replies(self) -> bool:
         """Close removed descriptors, then send the replies; return False where a close has to be
@@ -240,7 +257,7 @@ class RequestProcessor:
         self.state = _ON_CLOSED[self.state]
         if self._replies:
             for reply in self._replies:
-                send_buffer.enqueue(*reply)
+                send_buffer.enqueue(reply)
             self._replies.clear()
         send_buffer.write(self._text)
         self._text = b""
@@ -326,7 +343,7 @@ class RequestProcessor:
     @property
     def unsent(self) -> list[Unsent]:
         """Everything that the client has not been sent yet, in order."""
-        held = [] if self.state is _SENT else [*self._replies, Unsent(self._text, [])]
+        held = [] if self.state is _SENT else [*self._replies, Unsent(self._text)]
         return [*self._send_buffer.unsent, *(each for each in held if each.data)]
 
     async def _stream_reply(self, reply: StreamedReply) -> None:
@@ -354,23 +371,13 @@ class RequestProcessor:
                 fds, taken, unproven = context.reply_fds, context.taken, self._unproven
                 context.reply_fds, context.taken, self._unproven = [], None, None
                 may_fail = fds or unproven is not None
-                refusal = partial(self._refuse_streamed, reply) if may_fail else None
+                refuse = partial(self.refuse, *self.unfinished_request, streamed=True)
+                refusal = refuse if may_fail else None
                 self._replies.append(Unsent(b"".join(made), fds, refusal, taken, unproven))
-                waits = not self._durability.is_synced
-                self.state = (_ON_CHANGED if waits else _ON_EXECUTED)[self.state]
+                self.state = _ON_EXECUTED[self.state, not self._durability.is_synced]
             await self._finish_batch()
             if self._send_buffer.discarding:
                 self.streamed_reply = None
-
-    def _refuse_streamed(self, reply: StreamedReply, error: QMPError) -> bytes:
-        """Replace the reply in progress, of which nothing was sent, by the command's error, which
-        is streamed as well.
-        """
-        request_id = reply.members.get("id", UNSET)
-        result = Error(error)
-        note(self._context.shared, self._context.peer, result, result)
-        self.streamed_reply = self._connection.streamed_reply(result, request_id)
-        return b""
 
     def close(self) -> None:
         """Drop all replies at the end of the connection; their descriptors are closed or stored

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -47,7 +47,7 @@ class Unsent(NamedTuple):
     """
 
     data: bytes | memoryview
-    fds: list[Fd]
+    fds: Sequence[Fd] = ()
     refusal: Refusal | None = None
     taken: StoredFd | None = None
     unproven: Unproven | None = None
@@ -97,19 +97,11 @@ class SendBuffer:
         self._draining = trio.Lock()
         self._scope: trio.CancelScope | None = None  # of the wait for the client
 
-    def enqueue(
-        self,
-        data: bytes | memoryview,
-        fds: list[Fd] | None = None,
-        refusal: Refusal | None = None,
-        taken: StoredFd | None = None,
-        unproven: Unproven | None = None,
-    ) -> None:
-        """Queue a reply for the next :meth:`drain`; for the arguments see :class:`Unsent`."""
-        unsent = Unsent(data, [] if fds is None else fds, refusal, taken, unproven)
-        if unproven is not None and unproven.is_refused:
+    def enqueue(self, unsent: Unsent) -> None:
+        """Queue a reply for the next :meth:`drain`."""
+        if unsent.unproven is not None and unsent.unproven.is_refused:
             reason = "The file descriptor cannot be kept safe: the service manager has no room"
-            unsent = Unsent(self._instead(unsent, GenericError(reason)), [])
+            unsent = self._instead(unsent, reason)
         if self.discarding:
             self._close(self._fds_to_close(unsent))
         elif unsent.data:
@@ -120,7 +112,7 @@ class SendBuffer:
     def write(self, data: bytes | memoryview) -> None:
         """Send *data*, and queue what the socket does not take.  Never waits."""
         if self.unsent or self.discarding or self._services.lifecycle.paused or not data:
-            self.enqueue(data)
+            self.enqueue(Unsent(data))
             if self.unsent:
                 self.flush_nowait()
             return
@@ -130,7 +122,7 @@ class SendBuffer:
             self.discard()
             return
         if sent < len(data):
-            self.enqueue(data[sent:])
+            self.enqueue(Unsent(data[sent:]))
 
     @property
     def undelivered_fds(self) -> int:
@@ -208,19 +200,18 @@ class SendBuffer:
         if refused.refusal is None:
             raise exc
         del self.unsent[0]
-        reason = f"The file descriptors cannot be sent: {exc.strerror}"
-        data = self._instead(refused, GenericError(reason))
-        self.size += len(data) - len(refused.data)
+        instead = self._instead(refused, f"The file descriptors cannot be sent: {exc.strerror}")
+        self.size += len(instead.data) - len(refused.data)
         self.unsent_fds -= len(refused.fds)
-        if data:
-            self.unsent.appendleft(Unsent(data, []))
+        if instead.data:
+            self.unsent.appendleft(instead)
 
-    def _instead(self, refused: Unsent, error: QMPError) -> bytes:
+    def _instead(self, refused: Unsent, reason: str) -> Unsent:
         """Close or store again the descriptors of *refused*; return the error reply to send."""
         assert refused.refusal is not None
-        data = refused.refusal(error)
+        instead = Unsent(refused.refusal(GenericError(reason)))
         self._close(self._fds_to_close(refused))
-        return data
+        return instead
 
     def _sent(self, first: Unsent, count: int) -> None:
         """Take *count* bytes, which were sent, and the descriptors off the head of the queue."""
@@ -228,7 +219,7 @@ class SendBuffer:
         if count and unsent:  # the queue was not discarded during the send
             self.size -= count
             if count < len(data):
-                unsent[0] = Unsent(memoryview(data)[count:], [])
+                unsent[0] = Unsent(memoryview(data)[count:])
             else:
                 unsent.popleft()
             if fds:
@@ -294,16 +285,16 @@ class SendBuffer:
         for each in unsent:
             self._context.connection.fds_to_close += self._fds_to_close(each)
 
-    def _fds_to_close(self, unsent: Unsent) -> list[Fd]:
+    def _fds_to_close(self, unsent: Unsent) -> Sequence[Fd]:
         """The descriptors to close of a reply that is never sent; none if they are stored again."""
         if unsent.taken is None or self._services.lifecycle.handed_over:
             return unsent.fds
         if not self._context.put_back(unsent.taken):
             return unsent.fds
         self._services.durability.push()
-        return []
+        return ()
 
-    def _close(self, fds: list[Fd]) -> Closing | None:
+    def _close(self, fds: Sequence[Fd]) -> Closing | None:
         # In the close pool: a file system can block each close (flush), not just the last.
         return self._services.shared.closer.close(fds, self._peer.uid) if fds else None
 

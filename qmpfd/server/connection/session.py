@@ -8,7 +8,7 @@ from time import monotonic
 from typing import NamedTuple
 
 import trio
-from outcome import Error, Value
+from outcome import Value
 
 from ...commands import DECODER, NOTHING, VERSION, Client, Context, Ending
 from ...errors import GenericError, QMPError
@@ -27,10 +27,9 @@ from ...protocol.server import ServerConnection
 from ...transport import Arrival, FdStream
 from ..listen.admission import rejection_reply
 from ..services import Services
-from .command_log import note
 from .fd_accounting import CLOSES_A_STEP, FdAccounting
 from .request_processor import BatchState, RequestProcessor
-from .send_buffer import SendBuffer
+from .send_buffer import SendBuffer, Unsent
 from .session_state import TRANSITIONS, Event, SessionEnd, SessionState
 
 _log = logging.getLogger("qmpfd")
@@ -117,7 +116,7 @@ class Session:
         """
         with self._scope:
             if self._connection.state is State.CONNECTED:
-                self.send_buffer.enqueue(self._connection.greeting(VERSION))
+                self.send_buffer.enqueue(Unsent(self._connection.greeting(VERSION)))
             await self.send_buffer.drain()
             return await self._serve()
         if self._state is SessionState.EVICTED:
@@ -227,16 +226,15 @@ class Session:
         """Answer the request for a takeover with an error, without waiting: another takeover may be
         under way.  A successor reads its replies.
         """
-        result = Error(reason)
-        note(self._services.shared, self.peer, result, result)
-        reply = self._connection.reply(result, self.processor.takeover_id)
+        reply = self.processor.refuse(*self.processor.unfinished_request, reason)
         if not self.send_buffer.size:
             with suppress(trio.BrokenResourceError):
                 self.stream.send_nowait(reply)
 
     async def reply_to_takeover(self, memory: Fd, lifeline: Fd) -> None:
         """Answer the request for a takeover, passing the daemon's state and a lifeline."""
-        reply = self._connection.reply(Value(NOTHING), self.processor.takeover_id)
+        _, request_id = self.processor.unfinished_request
+        reply = self._connection.reply(Value(NOTHING), request_id)
         await self.stream.send_all(reply, [memory, lifeline])
 
     def release(self) -> None:

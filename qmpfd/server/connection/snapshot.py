@@ -20,6 +20,7 @@ from ...protocol.parser import Parser
 from ...protocol.server import ConnectionState
 from ...protocol.streamed_reply import StreamedReply
 from ..saved_state import SavedFd, unpack
+from .send_buffer import Unsent
 from .session import Session
 
 
@@ -159,7 +160,7 @@ def restore(session: Session, saved: SavedSession, fds: Iterator[Fd]) -> None:
     for name in saved.names:
         context.adopt_named(name, next(fds))
     for data, count in saved.unsent:
-        session.send_buffer.enqueue(data, list(islice(fds, count)))
+        session.send_buffer.enqueue(Unsent(data, list(islice(fds, count))))
     if saved.reply is not None:
         context.reply_fds += islice(fds, saved.reply.fds)
     session.fd_accounting.update_undelivered()
@@ -181,7 +182,9 @@ def resume(
     """
     context = session.context
     if saved.reply is not None:
-        session.processor.streamed_reply = _restored_reply(saved.reply, context, rest.texts)
+        reply = _restored_reply(saved.reply, context, rest.texts)
+        session.processor.streamed_reply = reply
+        session.processor.unfinished_request = None, reply.members.get("id", UNSET)
     watch = saved.watch
     if watch is None:
         return

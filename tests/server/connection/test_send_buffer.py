@@ -16,7 +16,7 @@ from qmpfd.kernel.fd import Fd, FileDescriptorLike, close_all
 from qmpfd.limits import MAX_UNSENT_BYTES
 from qmpfd.policy import EVERYTHING
 from qmpfd.protocol.server import ServerConnection
-from qmpfd.server.connection.send_buffer import SendBuffer
+from qmpfd.server.connection.send_buffer import SendBuffer, Unsent
 from qmpfd.server.lifecycle import Event
 from qmpfd.server.server import DaemonServer
 from qmpfd.transport import FdStream
@@ -63,7 +63,7 @@ class Harness:
         daemon, fds = self.server.daemon, [_fd()]
         (stored,) = daemon.add(list(fds), opaque="o", lifetime=lifetime)
         daemon.remove([stored], "removed", [])
-        self.send_buffer.enqueue(b"{reply}\r\n", fds, lambda _: b"<refused>", stored)
+        self.send_buffer.enqueue(Unsent(b"{reply}\r\n", fds, lambda _: b"<refused>", stored))
         return fds[0]
 
     async def __aenter__(self) -> Harness:
@@ -84,7 +84,7 @@ def _fd() -> Fd:
 async def test_drain_joins_data() -> None:
     async with Harness() as harness:
         for data in (b"a", b"b", b"c"):
-            harness.send_buffer.enqueue(data)
+            harness.send_buffer.enqueue(Unsent(data))
         assert harness.stream.sent == []
         await harness.send_buffer.drain()
         assert harness.stream.sent == [(b"abc", 0)]
@@ -110,7 +110,7 @@ async def test_write_sends_what_the_socket_takes() -> None:
 async def test_write_sends_queued_data_first() -> None:
     """``write`` sends queued data first, and nothing when paused or discarding."""
     async with Harness() as harness:
-        harness.send_buffer.enqueue(b"a")
+        harness.send_buffer.enqueue(Unsent(b"a"))
         harness.send_buffer.write(b"b")
         assert harness.stream.sent == [(b"ab", 0)]
         harness.send_buffer.write(b"c")
@@ -132,7 +132,7 @@ async def test_descriptors_begin_a_new_send() -> None:
     async with Harness() as harness:
         one, two = _fd(), _fd()
         for data, fds in ((b"a", []), (b"b", [one]), (b"c", []), (b"d", [two]), (b"e", [])):
-            harness.send_buffer.enqueue(data, fds)
+            harness.send_buffer.enqueue(Unsent(data, fds))
         await harness.send_buffer.drain()
         assert harness.stream.sent == [(b"a", 0), (b"bc", 1), (b"de", 1)]
         assert one.closed
@@ -142,8 +142,8 @@ async def test_descriptors_begin_a_new_send() -> None:
 async def test_unsent_data_stays_queued() -> None:
     async with Harness(room=3) as harness:
         fd = _fd()
-        harness.send_buffer.enqueue(b"abcd", [fd])
-        harness.send_buffer.enqueue(b"ef")
+        harness.send_buffer.enqueue(Unsent(b"abcd", [fd]))
+        harness.send_buffer.enqueue(Unsent(b"ef"))
         harness.send_buffer.flush_nowait()
         assert harness.stream.sent == [(b"abc", 1)]
         assert fd.closed  # sent with the first byte
@@ -155,7 +155,7 @@ async def test_unsent_data_stays_queued() -> None:
 
 async def test_nothing_is_sent_while_paused() -> None:
     async with Harness() as harness:
-        harness.send_buffer.enqueue(b"a")
+        harness.send_buffer.enqueue(Unsent(b"a"))
         for event in (Event.OFFER, Event.PAUSE):
             harness.server.lifecycle.handle(event)
         await harness.send_buffer.drain()
@@ -171,7 +171,7 @@ async def test_two_tasks_that_send(autojump_clock: trio.testing.MockClock) -> No
     async with Harness(room=1) as harness:
 
         async def send(data: bytes) -> None:
-            harness.send_buffer.enqueue(data)
+            harness.send_buffer.enqueue(Unsent(data))
             await harness.send_buffer.drain()
 
         async with trio.open_nursery() as nursery:
@@ -186,13 +186,13 @@ async def test_two_tasks_that_send(autojump_clock: trio.testing.MockClock) -> No
 async def test_a_buffer_above_its_limit_is_discarded(caplog: pytest.LogCaptureFixture) -> None:
     async with Harness(room=0) as harness:
         fd = _fd()
-        harness.send_buffer.enqueue(bytes(MAX_UNSENT_BYTES + 1), [fd])
+        harness.send_buffer.enqueue(Unsent(bytes(MAX_UNSENT_BYTES + 1), [fd]))
         harness.send_buffer.flush_nowait()
         assert harness.send_buffer.discarding
         assert harness.fds_to_close == [fd]
         assert "does not read its replies" in caplog.text
         other = _fd()
-        harness.send_buffer.enqueue(b"a", [other])
+        harness.send_buffer.enqueue(Unsent(b"a", [other]))
         assert other.closed
 
 
@@ -211,11 +211,11 @@ async def test_an_error_replaces_a_reply_whose_descriptors_cannot_be_sent() -> N
         harness.stream.__class__ = Refusing
         one, two = _fd(), _fd()
         for wait in (False, True):
-            harness.send_buffer.enqueue(b"a")
+            harness.send_buffer.enqueue(Unsent(b"a"))
             harness.send_buffer.enqueue(
-                b"bb", [one], lambda error: b"<%b>" % error.desc.encode()[-13:]
+                Unsent(b"bb", [one], lambda error: b"<%b>" % error.desc.encode()[-13:])
             )
-            harness.send_buffer.enqueue(b"c")
+            harness.send_buffer.enqueue(Unsent(b"c"))
             if wait:
                 await harness.send_buffer.drain()
             else:
@@ -230,7 +230,7 @@ async def test_an_error_replaces_a_reply_whose_descriptors_cannot_be_sent() -> N
 async def test_a_removed_fd_is_closed_before_the_end_of_its_reply() -> None:
     async with Harness() as harness:
         fd = harness.take()
-        harness.send_buffer.enqueue(b"next")
+        harness.send_buffer.enqueue(Unsent(b"next"))
         harness.send_buffer.flush_nowait()
         assert harness.stream.sent == [(b"{reply", 1), (b"}\r\nnext", 0)]
         assert fd.closed
@@ -242,7 +242,7 @@ async def test_the_end_of_the_reply_waits_for_a_close_that_may_block() -> None:
         closed = threading.Event()  # set when another process has closed its duplicate
         harness.server.daemon.closer.close_after(fd, closed)
         harness.send_buffer.flush_nowait()
-        harness.send_buffer.enqueue(b"next")
+        harness.send_buffer.enqueue(Unsent(b"next"))
         harness.send_buffer.flush_nowait()
         assert harness.stream.sent == [(b"{reply", 1)]
         assert harness.server.daemon.closer.pending == 1
