@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .errors import InvalidParameterValue as InvalidParameterValue
     from .errors import PermissionDenied as PermissionDenied
     from .errors import QMPError as QMPError
+    from .kernel.binding import SocketInUse as SocketInUse
     from .kernel.fd import Fd as Fd
     from .kernel.fd import FileDescriptorLike as FileDescriptorLike
     from .limits import Limits as Limits
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from .protocol.client import QMPEvent as QMPEvent
     from .protocol.connection import ProtocolError as ProtocolError
     from .server.handle import Server as Server
-    from .server.listen.binding import SocketInUse as SocketInUse
     from .server.startup import serve as serve
 
 #: The public names, by module.
@@ -58,13 +58,13 @@ _NAMES = {
     ".commands": "AddfdInfo Dialect FdInfo FdsetFdInfo FdsetInfo PeerInfo",
     ".errors": "CommandNotFound FdExists FdNotFound FdNotSupplied GenericError "
     "InvalidParameterValue PermissionDenied QMPError",
+    ".kernel.binding": "SocketInUse",
     ".kernel.fd": "Fd FileDescriptorLike",
     ".limits": "Limits",
     ".policy": "BadPolicy Policy Rule load_policy",
     ".protocol.client": "QMPEvent",
     ".protocol.connection": "ProtocolError",
     ".server.handle": "Server",
-    ".server.listen.binding": "SocketInUse",
     ".server.startup": "serve",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

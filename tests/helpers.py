@@ -24,8 +24,8 @@ import trio
 import trio.testing
 
 import qmpfd
+from qmpfd.kernel.binding import Permissions
 from qmpfd.kernel.fd import FileDescriptorLike, fileno
-from qmpfd.server.listen.binding import Permissions
 from qmpfd.server.server import DaemonServer
 from qmpfd.server.startup import run_daemon
 

@@ -99,7 +99,7 @@ def test_a_restart_opens_nothing_before_the_numbers_are_given() -> None:
 import sys
 import qmpfd.cli.serve, qmpfd.cli.logs, qmpfd.cli.supervise, qmpfd.cli.takeover
 import qmpfd.cli.spare, qmpfd.server.fdstore.fetch
-import qmpfd.server.fdstore.recover, qmpfd.server.renumber
+import qmpfd.server.fdstore.recover, qmpfd.kernel.renumber
 assert not {"ctypes", "trio"} & sys.modules.keys()
 import qmpfd.cli.daemon
 assert {"ctypes", "trio"} <= sys.modules.keys()

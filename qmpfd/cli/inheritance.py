@@ -20,8 +20,8 @@ from .serve_options import InitialFd
 from .spare import Spare, is_spare, wait
 
 if TYPE_CHECKING:
+    from ..kernel.renumber import Movable
     from ..server.fdstore.recover import Recovered
-    from ..server.renumber import Movable
 
 #: An initial descriptor, the id of its fd set (None: a new one), and its opaque text.
 Initial: TypeAlias = "tuple[Fd, int | None, str | None]"

@@ -94,7 +94,7 @@ def _listening_tcp(address: str) -> tuple[Fd, str]:
 def _listening_unix(path: str) -> tuple[Fd, str]:
     from pathlib import Path  # slow to import, and only needed here
 
-    from ..server.listen.binding import LOCK_TIMEOUT, OWNER_ONLY, SocketInUse, listen_at
+    from ..kernel.binding import LOCK_TIMEOUT, OWNER_ONLY, SocketInUse, listen_at
 
     if not path or path == "@":
         raise ValueError("unix: needs a path")

@@ -112,7 +112,7 @@ def _serve(arguments: argparse.Namespace, origin: Origin, store_size: int) -> No
         state, paths = predecessor.state, paths[1:]
     paths = takeover.still_to_bind(paths, state.listeners)
     # Only now: the import of Trio opens a descriptor, which must not get a restored one's number.
-    from ..server.listen.binding import Permissions
+    from ..kernel.binding import Permissions
     from ..server.server import DaemonServer
     from ..server.startup import run_daemon
     from . import daemon

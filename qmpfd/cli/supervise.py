@@ -18,9 +18,9 @@ from ..limits import RESERVED_PLACES
 from .exit_codes import UsageError
 
 if TYPE_CHECKING:
+    from ..kernel.renumber import Movable
     from ..server.fdstore.mirror import FdStoreConfig
     from ..server.fdstore.recover import Recovered
-    from ..server.renumber import Movable
     from .spare import Start
 
 _log = logging.getLogger("qmpfd")

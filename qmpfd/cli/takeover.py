@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..client.blocking import NoDaemon
+from ..kernel.binding import identity
+from ..kernel.renumber import Movable
 from ..kernel.systemd import invocation_id
-from ..server.listen.binding import identity
-from ..server.renumber import Movable
 from ..server.saved_state import SavedListener
 from ..server.takeover import receiver
 

@@ -14,10 +14,10 @@ from typing import TypeAlias
 
 import trio
 
+from ..kernel.binding import LOCK_TIMEOUT, OWNER_ONLY, identity, listen_at
 from ..kernel.fd import close_all, receive
 from ..kernel.unix_address import connectable
 from ..limits import READ_BYTES
-from ..server.listen.binding import LOCK_TIMEOUT, OWNER_ONLY, identity, listen_at
 from ..transport import FdStream
 from .output import painter, print_error, printable, terminal_width
 

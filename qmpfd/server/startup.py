@@ -14,6 +14,7 @@ import trio
 from ..commands import Dialect
 from ..commands.audit import Audit
 from ..fdsets import StoredFd
+from ..kernel.binding import OWNER_ONLY, Permissions
 from ..kernel.fd import Fd, FileDescriptorLike, close_all
 from ..kernel.in_flight import InFlightProbe, in_flight_is_limited
 from ..limits import Limits
@@ -25,7 +26,6 @@ from .fdstore.mirror import FdStoreMirror
 from .fdstore.recover import Recovered
 from .handle import Server
 from .lifecycle import Event
-from .listen.binding import OWNER_ONLY, Permissions
 from .listen.listener import UnixListener
 from .restore import restore_recovered, taking_over
 from .server import DaemonServer

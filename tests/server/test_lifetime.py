@@ -32,7 +32,7 @@ from trio.testing import MockClock
 
 import qmpfd
 import qmpfd.kernel.fd
-from qmpfd.server.listen.binding import SocketInUse
+from qmpfd.kernel.binding import SocketInUse
 from qmpfd.transport import Arrival, FdStream
 
 # -- the socket file ---------------------------------------------------------------------------

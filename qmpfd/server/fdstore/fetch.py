@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterable, Sequence
 
 from ...kernel.fd import close_all
+from ...kernel.renumber import Movable, keep_free
 from ...kernel.systemd import InheritedFd, Notifier
 from ...limits import SCM_MAX_FD
-from ..renumber import Movable, keep_free
 from .names import JOURNAL, is_numbered
 from .recover import newest
 from .replay import History

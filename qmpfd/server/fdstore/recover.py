@@ -18,10 +18,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ...kernel.fd import Fd, close_all
+from ...kernel.renumber import Movable, renumber
 from ...kernel.systemd import InheritedFd
 from ...kernel.unix_address import listens
 from ...limits import HANDOVER_TIMEOUT, JOURNAL_FORMAT
-from ..renumber import Movable, renumber
 from ..saved_state import SavedFd, SavedState
 from .evidence import has_handed_over
 from .journal import SnapshotHeader

@@ -11,9 +11,9 @@ from contextlib import suppress
 import trio
 
 from ...errors import GenericError, QMPError
+from ...kernel.binding import BACKLOG
 from ...kernel.fd import Fd
 from ..lifecycle import Lifecycle
-from .binding import BACKLOG
 from .listener import ListenerShutDown, UnixListener
 
 _log = logging.getLogger("qmpfd")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import trio
 
+from ...kernel.binding import LOCK_TIMEOUT, OWNER_ONLY, FileId, Permissions, identity, listen_at
 from ...kernel.fd import Fd, poll
 from ...kernel.unix_address import is_abstract, listens
 from ..saved_state import NOT_OURS, SavedListener
-from .binding import LOCK_TIMEOUT, OWNER_ONLY, FileId, Permissions, identity, listen_at
 
 #: Options that an accepted socket inherits from the listener, each with the value required here
 #: (unix(7); the numbers are those of asm-generic/socket.h).  The first three add a control message

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 
 from ...client.blocking import BlockingClient, NoDaemon
 from ...kernel.fd import Fd, close_all, receive
+from ...kernel.renumber import Movable, renumber
 from ...limits import SCM_MAX_FD, TAKEOVER_FORMAT, TAKEOVER_TIMEOUT, Limits
 from ..fdstore.evidence import has_handed_over
-from ..renumber import Movable, renumber
 from ..saved_state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode, unpack
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ import trio
 from helpers import PATIENCE, ROOT, Wire, daemon, daemon_process, pipes, request, value
 
 from qmpfd.client.blocking import connect_blocking
+from qmpfd.kernel.binding import Permissions, SocketInUse
 from qmpfd.kernel.fd import Fd, close_all
 from qmpfd.limits import TAKEOVER_FORMAT
-from qmpfd.server.listen.binding import Permissions, SocketInUse
 from qmpfd.server.listen.listener import UnixListener
 
 
@@ -42,7 +42,7 @@ CONTENDER = """
 import sys
 from contextlib import closing, nullcontext
 import trio
-from qmpfd.server.listen.binding import Permissions, SocketInUse
+from qmpfd.kernel.binding import Permissions, SocketInUse
 from qmpfd.server.listen.listener import UnixListener
 
 async def main():

@@ -13,7 +13,7 @@ import resource
 from collections.abc import Container, Iterable, Mapping
 from typing import Protocol
 
-from ..kernel.fd import Fd, is_open, open_numbers
+from .fd import Fd, is_open, open_numbers
 
 _log = logging.getLogger("qmpfd")
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from ...kernel.fd import Fd
-from ...kernel.unix_address import bind, is_abstract, is_served
+from .fd import Fd
+from .unix_address import bind, is_abstract, is_served
 
 #: Backlog for listen(2), which the kernel caps at net.core.somaxconn.
 BACKLOG = 4096

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpfd.kernel.fd import Fd, close_all
-from qmpfd.server.renumber import keep_free, renumber
+from qmpfd.kernel.renumber import keep_free, renumber
 
 BASE = 300  # above all descriptors of the tests
 
@@ -76,7 +76,7 @@ def test_a_full_table() -> None:
     program = """
 import os, resource, sys
 from qmpfd.kernel.fd import Fd
-from qmpfd.server.renumber import keep_free, renumber
+from qmpfd.kernel.renumber import keep_free, renumber
 os.closerange(3, 1000)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 fds = [Fd(os.memfd_create(f"{number}")) for number in range(30)]
