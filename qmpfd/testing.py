@@ -46,16 +46,28 @@ _TIMEOUT = 20.0
 async def daemon(*paths: str | os.PathLike[str], **options: Any) -> AsyncIterator[Server]:
     """Run a daemon in this event loop, in a nursery of its own; stop it after the block.
 
+    An exception of the block, ``pytest.skip()`` included, leaves it as it is.
+
     Args:
         paths: the sockets to listen on.
         options: further arguments of :func:`qmpfd.serve`.
+
+    Raises:
+        Exception: the daemon does not start: what :func:`qmpfd.serve` raises.
     """
     import trio
 
+    failure: BaseException | None = None  # a nursery would wrap it in an ExceptionGroup
     async with trio.open_nursery() as nursery:
-        server = await _start(nursery, paths, options)
-        yield server
-        server.stop()
+        try:
+            server = await _start(nursery, paths, options)
+            yield server
+            server.stop()
+        except BaseException as exc:  # noqa: ASYNC103, BLE001 - raised below
+            failure = exc
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 async def _start(
@@ -159,7 +171,8 @@ def daemon_process(path: str | os.PathLike[str], *options: str) -> Iterator[Daem
             )
         started = DaemonProcess(Path(path), process, stderr)
         try:
-            if not (select.select([ready], [], [], _TIMEOUT)[0] and ready.read(1)):
+            # Up to its end: after that, the daemon does not have the pipe open any more.
+            if not (select.select([ready], [], [], _TIMEOUT)[0] and ready.read()):
                 started.stop()
                 why = " ".join(started.log) or "no word"
                 raise RuntimeError(f"the daemon does not start: {why}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from examples import blocks
 from helpers import PATIENCE, ROOT
+from supervised import until
 
 import qmpfd
 import qmpfd.testing
@@ -73,6 +74,25 @@ async def test_the_server_is_in_this_loop(qmpfd_server: qmpfd.Server, qmpfd_path
             assert os.path.sameopenfile(info.fd, file.fileno())  # the daemon is in this process
 
 
+@pytest.mark.parametrize("raised", [KeyError("mine"), pytest.skip.Exception("not here")])
+async def test_an_exception_leaves_the_block_as_it_is(
+    qmpfd_path: Path, raised: BaseException
+) -> None:
+    with pytest.raises(type(raised)) as caught:
+        async with qmpfd.testing.daemon(qmpfd_path):
+            raise raised
+    assert caught.value is raised
+    assert not qmpfd_path.exists()
+
+
+async def test_a_daemon_that_does_not_start_raises_its_error(
+    qmpfd_server: qmpfd.Server, qmpfd_path: Path
+) -> None:
+    with pytest.raises(qmpfd.SocketInUse):
+        async with qmpfd.testing.daemon(qmpfd_path):
+            pass
+
+
 async def test_the_server_may_end_before_the_test(
     qmpfd_server: qmpfd.Server, qmpfd_path: Path
 ) -> None:
@@ -87,6 +107,13 @@ def test_the_process_ends_gracefully(qmpfd_process: DaemonProcess) -> None:
     assert not qmpfd_process.path.exists()
     assert any("SIGTERM" in line for line in qmpfd_process.log)
     assert qmpfd_process.stop() == 0
+
+
+def test_the_process_has_only_its_own_descriptors_at_first(qmpfd_process: DaemonProcess) -> None:
+    at_first = qmpfd_process.open_fds()
+    with BlockingClient(qmpfd_process.path, PATIENCE) as client:
+        client.remove_fd(client.add_fd(0).fdset_id)
+    until(lambda: qmpfd_process.open_fds() == at_first, "the descriptors of the start")
 
 
 def test_the_process_may_be_killed(qmpfd_process: DaemonProcess) -> None:
