@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from math import inf
 from typing import Any, Concatenate, Self
 
+from ..errors import QMPError
 from ..kernel.fd import Fd, FileDescriptorLike, close_all, peek, poll, receive_planned, send
 from ..protocol.client import ClientConnection, QMPEvent, Request
 from ..protocol.connection import ProtocolError, State
@@ -153,11 +154,15 @@ class BlockingClient:
 
         Raises:
             QMPError: the server refuses the connection.
-            NoDaemon: the connection is lost.
+            NoDaemon: the connection is lost; the call before has returned its last events.
         """
         with self._call(self._timeout):
-            while poll(self._sock, select.POLLIN):
-                self._receive()
+            try:
+                while self._connection.failure or poll(self._sock, select.POLLIN):
+                    self._receive()
+            except (NoDaemon, QMPError):
+                if not self._connection.events:
+                    raise
             events = list(self._connection.events)
             self._connection.events.clear()
         return events
@@ -238,8 +243,11 @@ class BlockingClient:
             raise
 
     def _receive(self) -> None:
-        if self._connection.refusal is not None:
-            raise self._connection.refusal
+        failure = self._connection.failure
+        if isinstance(failure, ProtocolError):
+            raise NoDaemon(f"at {self._path}: {failure}")
+        if failure is not None:
+            raise failure
         self._wait(select.POLLIN)
         try:
             data, fds_follow = peek(self._sock)
@@ -254,10 +262,7 @@ class BlockingClient:
             self._connection.received(*receive_planned(self._sock, lengths))
         else:
             self._sock.recv(lengths[0])  # consume the bytes that peek() has returned
-        try:
-            self._connection.deliver()
-        except ProtocolError as exc:
-            raise NoDaemon(f"at {self._path}: {exc}") from None
+        self._connection.deliver()
 
     def _wait(self, event: int) -> None:
         self._check_open()

@@ -171,8 +171,8 @@ class QMPConnection:
                 arrival = self._stream.receive_nowait(self._connection)
                 self._connection.deliver()
                 self._arrived.unpark_all()
-                if self._connection.refusal is not None:
-                    raise self._connection.refusal
+                if self._connection.failure is not None:
+                    raise self._connection.failure
             raise ConnectionLost("the server has closed the connection")
         except Exception as exc:  # noqa: BLE001 - raised by waiting calls: a system task must not
             self._fail(exc)

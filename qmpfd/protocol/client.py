@@ -138,8 +138,9 @@ class ClientConnection(Connection):
         )
         #: The ``QMP`` member of the server's greeting; None until it was received.
         self.greeting: dict[str, Any] | None = None
-        #: The error with which the server has rejected this client, or None.
-        self.refusal: QMPError | None = None
+        #: Why the connection is unusable: the error with which the server has rejected this client,
+        #: or what shows that it does not speak QMP; None while the connection works.
+        self.failure: QMPError | ProtocolError | None = None
         #: The received events that were not consumed yet.
         self.events = deque(maxlen=MAX_EVENTS) if events is None else events
         self._ids = count(1)
@@ -225,17 +226,15 @@ class ClientConnection(Connection):
         self.unanswered[request.id] = request
 
     def deliver(self) -> None:
-        """Assign the received replies to their requests; append the events to :attr:`events`.
-
-        Raises:
-            ProtocolError: the peer is no QMP server.
-        """
+        """Assign the received replies to their requests; append the events to :attr:`events`."""
         try:
             for message in self.messages():
                 if isinstance(message, QMPEvent):
                     self.events.append(message)
                 else:
                     self._answer(message)
+        except ProtocolError as exc:
+            self.failure = exc
         finally:
             close_all(self.fds_to_close)
             self.fds_to_close.clear()
@@ -251,7 +250,7 @@ class ClientConnection(Connection):
             return
         self.fds_to_close += reply.fds
         if request is None and reply.id is None and reply.error is not None:
-            self.refusal = reply.error
+            self.failure = reply.error
 
     def close(self) -> None:
         """End the connection, and close the received descriptors that no reply has delivered."""

@@ -13,11 +13,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 from fakes import GREETING
 from helpers import PATIENCE, ROOT, Pipe, daemon_thread
+from supervised import until
 
 import qmpfd
 from qmpfd.limits import MAX_EVENTS
@@ -63,8 +65,17 @@ def test_events(client: qmpfd.BlockingClient) -> None:
 
 
 @contextmanager
-def _scripted(path: Path, said: bytes, fds: Sequence[int] = ()) -> Iterator[None]:
-    """Run a server that sends *said* after the negotiation, and nothing else."""
+def _scripted(
+    path: Path, said: bytes, fds: Sequence[int] = (), *, stays: bool = True
+) -> Iterator[None]:
+    """Run a server that sends *said* after the negotiation, and nothing else.
+
+    Args:
+        path: its socket.
+        said: what it sends.
+        fds: descriptors to send with that.
+        stays: whether it then waits until the client disconnects.
+    """
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(path))
         listener.listen()
@@ -77,7 +88,8 @@ def _scripted(path: Path, said: bytes, fds: Sequence[int] = ()) -> Iterator[None
                 sock.sendall(b'{"return": {}, "id": %d}\r\n' % request["id"])
                 with suppress(ConnectionError):  # the client may disconnect first
                     sock.sendall(said[socket.send_fds(sock, [said], fds) :])
-                    lines.read()
+                    if stays:
+                        lines.read()
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -99,6 +111,25 @@ def test_the_newest_events_are_kept(path: Path) -> None:
         events = client.events()
         found = [next(events).data["n"] for _ in range(MAX_EVENTS)]
         assert found == list(range(5, MAX_EVENTS + 5))
+
+
+@pytest.mark.parametrize(
+    "last, error",
+    [
+        (b"", qmpfd.NoDaemon),
+        (b"no QMP\r\n", qmpfd.NoDaemon),
+        (b'{"error": {"class": "GenericError", "desc": "go"}}\r\n', qmpfd.GenericError),
+    ],
+    ids=["closed", "not QMP", "rejected"],
+)
+def test_the_last_events_of_a_connection(path: Path, last: bytes, error: type[Exception]) -> None:
+    """The events from before the end of the connection are returned; then each call raises."""
+    said = b'{"event": "X"}\r\n' + last
+    with _scripted(path, said, stays=bool(last)), qmpfd.connect_blocking(path) as client:
+        assert [event.name for event in until(client.take_events)] == ["X"]
+        for call in (partial(until, client.take_events), client.take_events, client.query_fdsets):
+            with pytest.raises(error):
+                call()
 
 
 def test_a_rejection_during_a_wait_for_events(path: Path) -> None:
