@@ -7,7 +7,6 @@ only; the rights of several matching rules add up.  The daemon's own user and ro
 from __future__ import annotations
 
 import grp
-import os
 import pwd
 import re
 import tomllib
@@ -20,33 +19,13 @@ import msgspec
 from msgspec import Meta
 
 from .errors import PermissionDenied
+from .kernel.credentials import is_owner
 from .limits import INT64_MAX, MAX_POLICY_BYTES
 from .patterns import Patterns
 
 Right: TypeAlias = Literal["query", "open", "add", "remove", "admin"]
 
 RIGHTS: frozenset[Right] = frozenset(get_args(Right))
-
-
-def _overflow_uid() -> int:
-    """Return the uid by which the kernel shows users that are not mapped in this user namespace
-    (user_namespaces(7), "Unmapped user and group IDs").
-    """
-    try:
-        return int(Path("/proc/sys/kernel/overflowuid").read_text("ascii"))
-    except (OSError, ValueError):
-        return 65534  # the kernel's default
-
-
-_OVERFLOW_UID = _overflow_uid()
-
-
-def is_owner(uid: int) -> bool:
-    """Whether *uid* is root's or the daemon's own: such a client has all rights.
-
-    The overflow uid never counts as the daemon's own: all unmapped users share it.
-    """
-    return uid == 0 or (uid == os.geteuid() and uid != _OVERFLOW_UID)
 
 
 class BadPolicy(Exception):

@@ -17,8 +17,8 @@ PACKAGE = Path(qmpfd.__file__).parent
 #: Layers from the bottom; modules of one layer do not import each other.
 FLOORS = [
     {"errors", "limits", "patterns", "_version", "supervisor"},
-    {"kernel", "policy"},
-    {"fdsets"},
+    {"kernel"},
+    {"policy", "fdsets"},
     {"protocol"},
     {"commands"},
     {"transport"},
@@ -174,6 +174,19 @@ def module_imports(module: str) -> set[str]:
                 local = name.removeprefix("qmpfd.")
                 found |= {local, f"{local}.__init__"} & set(MODULES)
     return found - {module}
+
+
+#: Modules for a system call that Python lacks.
+SYSTEM_CALLS = {"fcntl", "ctypes", "termios"}
+
+
+@pytest.mark.parametrize(
+    "module", [module for module in inner if room(module) not in ("kernel", "supervisor")]
+)
+def test_system_calls_are_in_kernel(module: str) -> None:
+    allowed = {"ctypes"} if module == "cli.supervise" else set()  # prctl(2), before execve(2)
+    tops = {name.split(".")[0] for name in imports(module)}
+    assert tops & SYSTEM_CALLS <= allowed
 
 
 def circles(edges: dict[str, set[str]]) -> list[str]:

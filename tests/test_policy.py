@@ -22,8 +22,9 @@ from helpers import PATIENCE, Pipe, Wire, daemon, daemon_process, pipes, request
 
 from qmpfd.cli import main
 from qmpfd.errors import PermissionDenied
+from qmpfd.kernel.credentials import is_owner
 from qmpfd.limits import MAX_POLICY_BYTES
-from qmpfd.policy import RIGHTS, Access, BadPolicy, Grant, Policy, is_owner, load_policy
+from qmpfd.policy import RIGHTS, Access, BadPolicy, Grant, Policy, load_policy
 
 NOBODY = 65534
 #: A group without members.

@@ -9,7 +9,8 @@ import pwd
 import re
 from pathlib import Path
 
-from ..policy import BadPolicy, Grant, Policy, RuleInForce, is_owner, load_policy
+from ..kernel.credentials import is_owner
+from ..policy import BadPolicy, Grant, Policy, RuleInForce, load_policy
 from .exit_codes import UsageError
 from .options import option
 from .output import print_json, printable

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import os
-import resource
 import signal
 from contextlib import ExitStack, suppress
 from itertools import count
@@ -17,7 +15,7 @@ from ..client.blocking import BlockingClient
 from ..client.calls import members, one_fd
 from ..client.errors import NoDaemon
 from ..errors import InvalidParameterValue, QMPError
-from ..kernel.fd import Fd, open_numbers
+from ..kernel.fd import Fd, duplicate, open_files_limit, open_numbers
 from .exit_codes import UsageError
 from .options import CONNECTION, client_of, option
 from .output import print_error, printable
@@ -120,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _places(targets: list[Target], listen_fds: bool) -> list[int]:
     """Return the number at which CMD gets each descriptor; with LISTEN_FDS from 3 on, in a row."""
     taken = [each.at for each in targets if each.at is not None]
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = open_files_limit()
     if len(set(taken)) < len(taken):
         raise UsageError("two targets have the same number =AT")
     if listen_fds and any(at >= _LISTEN_FDS_START for at in taken):
@@ -206,7 +204,8 @@ def _put_in_place(fds: list[Fd], places: list[int]) -> None:
     streams.
     """
     for fd in fds:
-        aside = _aside(fd, places)
+        # Not to 0 to 2, the standard streams: an error message would be written into it.
+        aside = duplicate(fd, 3, places)
         fd.close()
         fd.adopt(aside)
     for fd, place in zip(fds, places, strict=True):
@@ -215,14 +214,3 @@ def _put_in_place(fds: list[Fd], places: list[int]) -> None:
         if number > 2 and number not in places:
             # Not closed: this process still uses some of them until execve(2).
             os.set_inheritable(number, False)
-
-
-def _aside(fd: Fd, places: list[int]) -> Fd:
-    """Duplicate *fd* to a number that is neither in *places* nor a standard stream's: an error
-    message would be written into it.
-    """
-    least = 3
-    while (moved := Fd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least))).fileno() in places:
-        least = moved.fileno() + 1
-        moved.close()
-    return moved

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from ..kernel.fd import Fd, close_all, open_numbers
+from ..kernel.fd import Fd, close_all, duplicate, open_numbers
 from ..kernel.systemd import InheritedFd, Notifier, take_listen_fds
 from ..kernel.unix_address import listens
 from . import supervise
@@ -40,11 +40,11 @@ def _take_inherited(
     wanted = {*numbers, *([] if ready_fd is None else [ready_fd])}
     originals = {number: Fd(number) for number in wanted if _was_inherited(number)}
     taken: list[Initial] = [
-        (Fd(os.dup(option.fd)), option.fdset_id, option.opaque)
+        (duplicate(option.fd), option.fdset_id, option.opaque)
         for option in options
         if option.fd in originals
     ]
-    ready = Fd(os.dup(ready_fd)) if ready_fd in originals else None
+    ready = duplicate(originals[ready_fd]) if ready_fd in originals else None
     close_all(originals.values())
     return taken, ready, [number for number in numbers if number not in originals]
 

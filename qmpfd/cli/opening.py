@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import socket
 
 from ..kernel.fd import Fd, is_open
+from ..kernel.files import open_without_waiting
 from .exit_codes import UsageError
 from .output import printable
 
@@ -22,13 +22,13 @@ _OPEN_ADVICE = {
 
 
 def open_file(path: str, flags: int) -> Fd:
-    """Open *path* with O_NONBLOCK, which is cleared afterwards: open(2) of a FIFO must not block.
+    """Open *path*, without waiting for the other end of a FIFO.
 
     Raises:
-        UsageError: open(2) failed.
+        UsageError: *path* cannot be opened.
     """
     try:
-        fd = Fd(os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666))
+        return open_without_waiting(path, flags)
     except OSError as exc:
         advice = _OPEN_ADVICE.get(exc.errno or 0)
         shown = path or "''"
@@ -36,12 +36,6 @@ def open_file(path: str, flags: int) -> Fd:
         raise UsageError(message) from None
     except ValueError as exc:  # a null byte in *path*
         raise UsageError(f"cannot open {path!r}: {exc}") from None
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
-    except OSError as exc:
-        fd.close()
-        raise UsageError(f"cannot open {path}: {exc.strerror}") from None
-    return fd
 
 
 def check_open(number: int, advice: str = "") -> None:
@@ -94,12 +88,12 @@ def _listening_tcp(address: str) -> tuple[Fd, str]:
 def _listening_unix(path: str) -> tuple[Fd, str]:
     from pathlib import Path  # slow to import, and only needed here
 
-    from ..kernel.binding import LOCK_TIMEOUT, OWNER_ONLY, SocketInUse, listen_at
+    from ..kernel.binding import SocketInUse, listen_at
 
     if not path or path == "@":
         raise ValueError("unix: needs a path")
     try:
-        sock, _ = listen_at(Path(path), OWNER_ONLY, LOCK_TIMEOUT)
+        sock, _ = listen_at(Path(path))
     except SocketInUse as exc:  # its text says "a daemon", but the listener may be any program
         raise OSError(exc.errno, os.strerror(errno.EADDRINUSE)) from None
     return Fd(sock.detach()), f"unix:{path}"

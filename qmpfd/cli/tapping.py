@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import trio
 
-from ..kernel.binding import LOCK_TIMEOUT, OWNER_ONLY, identity, listen_at
+from ..kernel.binding import identity, listen_at
 from ..kernel.fd import close_all, receive
 from ..kernel.unix_address import connectable
 from ..limits import READ_BYTES
@@ -95,7 +95,7 @@ async def tapped(
     """
     path = Path(listen)
     try:
-        sock, file = listen_at(path, OWNER_ONLY, LOCK_TIMEOUT)
+        sock, file = listen_at(path)
     except OSError as exc:
         raise OSError(exc.errno, f"cannot listen on {path}: {exc.strerror}") from None
     with sock:

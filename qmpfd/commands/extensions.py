@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import groupby
@@ -11,6 +10,7 @@ from itertools import groupby
 from ..errors import FdExists, FdNotFound, GenericError, InvalidParameterValue
 from ..fdsets import PERMANENT, Lifetime, Peer, StoredFd
 from ..kernel.close_pool import Duplicate
+from ..kernel.fd import open_files_limit
 from ..kernel.fdinfo import access_mode
 from ..kernel.hangups import require_peer
 from ..limits import MAX_PEERS, SCM_MAX_FD
@@ -270,7 +270,7 @@ def query_stats(context: Context, arguments: Arguments) -> StatsInfo:
         kept_safe=shared.mirror is not None and not shared.mirror.is_over,
         limits=LimitsInfo(
             **shared.limits._replace(max_fds_per_uid=shared.quotas.fds_limit(uid))._asdict(),
-            max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            max_open_files=open_files_limit(),
         ),
         peers=_peers(context, clients),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from math import inf
 from ..errors import GenericError
 from ..fdsets import Peer, StoredFd
 from ..kernel.close_pool import ClosePool
+from ..kernel.credentials import is_owner
+from ..kernel.fd import open_files_limit
 from ..limits import (
     FDS_AT_ONCE,
     MAX_OPAQUE_PER_UID,
@@ -19,7 +20,6 @@ from ..limits import (
     Limits,
     left_to_others,
 )
-from ..policy import is_owner
 
 
 def memory_size(text: str) -> int:
@@ -64,7 +64,7 @@ class Quotas:
     _usual_limit: int = field(init=False)  # of descriptors, for every user
 
     def __post_init__(self) -> None:
-        table = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        table = open_files_limit()
         self.limits = self.limits.within(table)
         self.waiting_limit = table // 2
         self._usual_limit = min(self.limits.max_fds_per_uid, left_to_others(self.limits.max_fds))

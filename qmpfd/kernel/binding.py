@@ -20,7 +20,7 @@ from .unix_address import bind, is_abstract, is_served
 BACKLOG = 4096
 
 #: Seconds that binding waits for another process that binds the same path.
-LOCK_TIMEOUT = 2.0
+_LOCK_TIMEOUT = 2.0
 
 #: Identity of a file: device and inode.
 FileId: TypeAlias = "tuple[int, int]"
@@ -46,7 +46,7 @@ OWNER_ONLY = Permissions()
 
 
 def listen_at(
-    path: Path, permissions: Permissions, timeout: float
+    path: Path, permissions: Permissions = OWNER_ONLY, timeout: float = _LOCK_TIMEOUT
 ) -> tuple[socket.socket, FileId | None]:
     """Bind a new socket at *path* and listen; on an error neither socket nor file is left behind.
 

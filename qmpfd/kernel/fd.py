@@ -17,7 +17,7 @@ import socket
 import struct
 import termios
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import starmap
 from typing import Protocol, TypeAlias
 
@@ -143,6 +143,18 @@ def fileno(fd: FileDescriptorLike) -> int:
     if number < 0:
         raise ValueError(f"{number} is no file descriptor")
     return number
+
+
+def duplicate(fd: FileDescriptorLike, least: int = 0, avoid: Container[int] = ()) -> Fd:
+    """Duplicate *fd* to the lowest free number from *least* on that is not in *avoid*.
+
+    Raises:
+        OSError: no such number below RLIMIT_NOFILE is free.
+    """
+    while (copy := Fd(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least))).number in avoid:
+        least = copy.number + 1
+        copy.close()
+    return copy
 
 
 def pipe() -> tuple[Fd, Fd]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from contextlib import ExitStack
 
-from .fd import Fd, discard, send
+from .fd import discard, send
+from .files import open_null
 
 # capabilities(7): CAP_SYS_ADMIN and CAP_SYS_RESOURCE.
 _UNLIMITED_IN_FLIGHT = 1 << 21 | 1 << 24
@@ -40,7 +40,7 @@ class InFlightProbe:
     def __init__(self) -> None:
         with ExitStack() as stack:
             self._near, self._far = map(stack.enter_context, socket.socketpair())
-            self._null = stack.enter_context(Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)))
+            self._null = stack.enter_context(open_null())
             self._open = stack.pop_all()
 
     def exhausted(self) -> bool:

@@ -6,14 +6,13 @@ Python 3.14 importing ctypes, which Trio does, leaves one of libffi's at the low
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import resource
 from collections.abc import Container, Iterable, Mapping
 from typing import Protocol
 
-from .fd import Fd, is_open, open_numbers
+from .fd import Fd, duplicate, is_open, open_files_limit, open_numbers
+from .files import open_null
 
 _log = logging.getLogger("qmpfd")
 
@@ -42,7 +41,7 @@ def renumber(fds: Mapping[int, Fd], others: Iterable[Movable] = ()) -> None:
         return
     movables: list[Movable] = [*fds.values(), *others]
     at = {movable.fileno(): movable for movable in movables}
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = open_files_limit()
     wanted = {
         number: fd
         for number, fd in fds.items()
@@ -81,7 +80,7 @@ def keep_free(numbers: Iterable[int], movable: Iterable[Movable]) -> tuple[list[
     Raises:
         OSError: RLIMIT_NOFILE does not allow so many descriptors.
     """
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = open_files_limit()
     wanted = sorted(number for number in numbers if 0 <= number < most)
     end = wanted[-1] + 1 if wanted else 0
     if end - len(wanted) > _MOST_FILLERS:
@@ -89,12 +88,11 @@ def keep_free(numbers: Iterable[int], movable: Iterable[Movable]) -> tuple[list[
     targets = set(wanted)
     for each in movable:
         if each.fileno() in targets:
-            aside = fcntl.fcntl(each.fileno(), fcntl.F_DUPFD_CLOEXEC, end)
-            each.move_to(aside)
+            each.move_to(duplicate(each, end).detach())
     open_ = set(open_numbers(end))
     fillers: list[Fd] = []
-    with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as null:
-        null.move_to(fcntl.fcntl(null.fileno(), fcntl.F_DUPFD_CLOEXEC, end))
+    with open_null() as null:
+        null.move_to(duplicate(null, end).detach())
         fillers += (
             Fd(os.dup2(null.fileno(), number, inheritable=False))
             for number in range(end)
@@ -115,16 +113,10 @@ def _fill(number: int, wanted: Mapping[int, Movable], at: dict[int, Movable]) ->
 
 def _move_aside(number: int, wanted: Container[int], at: dict[int, Movable]) -> bool:
     """Move the descriptor at *number* to a number that is no target; return whether one is free."""
-    lowest = 0
-    while True:
-        try:
-            spare = Fd(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, lowest))
-        except OSError:  # EMFILE, EINVAL: no free number up to RLIMIT_NOFILE
-            return False
-        with spare:
-            if spare.fileno() not in wanted:
-                movable = at.pop(number)
-                movable.move_to(spare.detach())
-                at[movable.fileno()] = movable
-                return True
-            lowest = spare.fileno() + 1
+    try:
+        aside = duplicate(number, avoid=wanted).detach()
+    except OSError:  # EMFILE, EINVAL: no free number up to RLIMIT_NOFILE
+        return False
+    movable = at[aside] = at.pop(number)
+    movable.move_to(aside)
+    return True

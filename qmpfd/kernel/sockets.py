@@ -1,4 +1,4 @@
-"""Addresses of a socket, and whether it listens.
+"""Addresses and options of a socket, and whether it listens or was shut down.
 
 No call here blocks: getsockname(2), getpeername(2) and getsockopt(2) ask no file system or peer.
 """
@@ -6,11 +6,23 @@ No call here blocks: getsockname(2), getpeername(2) and getsockopt(2) ask no fil
 from __future__ import annotations
 
 import os
+import select
 import socket
 from contextlib import suppress
 from typing import Any
 
-from .fd import BorrowedSocket
+from .fd import BorrowedSocket, poll
+
+#: Options that an accepted socket inherits from the listener, each with the value required here
+#: (unix(7); the numbers are those of asm-generic/socket.h).  The first three add a control message
+#: to every recvmsg(2), SO_PASSPIDFD with a descriptor in it; without SO_PASSRIGHTS clients could
+#: not pass descriptors to the daemon.
+_INHERITED_OPTIONS = {
+    socket.SO_PASSCRED: 0,
+    34: 0,  # SO_PASSSEC
+    76: 0,  # SO_PASSPIDFD, Linux 6.5
+    83: 1,  # SO_PASSRIGHTS, Linux 6.16
+}
 
 #: The families whose addresses are written with the family's name.
 _NAMED = (socket.AF_VSOCK, socket.AF_NETLINK, socket.AF_PACKET)
@@ -60,3 +72,18 @@ def _text(family: int, address: Any) -> str | None:
         name = socket.AddressFamily(family).name.removeprefix("AF_").lower()
         return f"{name}:{address[0]}:{address[1]}"
     return None
+
+
+def inherited_options(listener: socket.socket) -> list[tuple[int, int]]:
+    """Return the options to set on each socket that *listener* accepts: each with its value."""
+    options = []
+    for option, value in _INHERITED_OPTIONS.items():
+        with suppress(OSError):  # an older kernel lacks the option
+            if listener.getsockopt(socket.SOL_SOCKET, option) != value:
+                options.append((option, value))
+    return options
+
+
+def is_shut_down(sock: socket.socket) -> bool:
+    """Return whether *sock* was shut down; accept(2) fails with EAGAIN then, as when it is idle."""
+    return bool(poll(sock, select.POLLRDHUP))

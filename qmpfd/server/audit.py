@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import sys
 from pathlib import Path
 from threading import Condition, Thread
 
-from ..kernel.fd import Fd, FileDescriptorLike, fileno
+from ..kernel.fd import Fd, FileDescriptorLike, duplicate
+from ..kernel.files import open_without_waiting
 from ..limits import MAX_AUDIT_BYTES
 
 _log = logging.getLogger("qmpfd")
@@ -26,12 +26,8 @@ def open_audit(path: Path) -> Fd:
         OSError: open(2) failed.
     """
     if str(path) == "-":
-        return Fd(fcntl.fcntl(sys.__stdout__ or 1, fcntl.F_DUPFD_CLOEXEC, 3))
-    # O_NONBLOCK: open(2) of a FIFO without a reader would block the start.
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-    fd = Fd(os.open(path, flags, 0o600))
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
-    return fd
+        return duplicate(sys.__stdout__ or 1, 3)
+    return open_without_waiting(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
 
 class AuditWriter:
@@ -46,7 +42,7 @@ class AuditWriter:
     """
 
     def __init__(self, fd: FileDescriptorLike) -> None:
-        self._fd = Fd(os.dup(fileno(fd)))
+        self._fd = duplicate(fd)
         self._lines: list[bytes] = []
         self._size = 0  # bytes queued and bytes in the write(2) under way
         self._changed = Condition()

@@ -15,6 +15,7 @@ from ..commands import TABLE, Client, Dialect, SharedState
 from ..errors import QMPError
 from ..fdsets import Peer
 from ..kernel.close_pool import ClosePool
+from ..kernel.credentials import peer_credentials, peer_groups
 from ..kernel.fd import Fd
 from ..kernel.hangups import Hangups
 from ..limits import MAX_INCOMPLETE_BYTES, MAX_UNSENT_BYTES, Limits
@@ -29,7 +30,7 @@ from .fdstore.mirror import FdStoreConfig, FdStoreMirror
 from .handle import Server
 from .lifecycle import DRAINING, STOPPING, Event, Lifecycle, State
 from .listen.accept import Acceptor
-from .listen.admission import RejectionLog, admit, groups_of, peer_of, rejection_reply
+from .listen.admission import RejectionLog, admit, rejection_reply
 from .listen.listener import UnixListener
 from .maintenance import broadcast_events, evict_idle, remove_expired, remove_hung_up, supervise
 from .metrics import write_metrics
@@ -228,11 +229,11 @@ class DaemonServer(Server):
         """
         with ExitStack() as stack:
             stream = stack.enter_context(FdStream(sock))
-            peer = peer_of(stream.socket)
+            peer = Peer(*peer_credentials(stream.socket))
             try:
                 if reason is not None:
                     raise reason
-                groups = groups_of(stream.socket, peer)
+                groups = frozenset([peer.gid, *peer_groups(stream.socket)])
                 access = admit(peer, groups, self._policy, self.daemon.limits, self.sessions)
             except QMPError as exc:
                 self._reject(stream, peer, exc)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -13,6 +12,7 @@ import trio
 from ...errors import GenericError, QMPError
 from ...kernel.binding import BACKLOG
 from ...kernel.fd import Fd
+from ...kernel.files import open_null
 from ..lifecycle import Lifecycle
 from .listener import ListenerShutDown, UnixListener
 
@@ -51,7 +51,7 @@ class Acceptor:
         """Open the spare descriptor again, unless the process is out of descriptors."""
         if self._spare is None:
             with suppress(OSError):
-                self._spare = Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+                self._spare = open_null()
 
     def close(self) -> None:
         """Close the spare descriptor."""

@@ -1,14 +1,9 @@
-"""Admits or rejects a new client: credentials, policy, limits of connections; log of rejections."""
+"""Admits or rejects a new client: policy, limits of connections; log of rejections."""
 
 from __future__ import annotations
 
-import array
-import ctypes
-import errno
 import logging
 import os
-import socket
-import struct
 from collections.abc import Collection
 from math import inf
 from typing import Protocol
@@ -17,59 +12,18 @@ import trio
 
 from ...errors import GenericError, PermissionDenied, QMPError
 from ...fdsets import Peer
+from ...kernel.credentials import is_owner
 from ...limits import REFUSAL_LOG_INTERVAL, Limits, left_to_others
-from ...policy import Access, Policy, is_owner
+from ...policy import Access, Policy
 from ...protocol.encode import encode
 
 _log = logging.getLogger("qmpfd")
-
-#: SO_PEERGROUPS (socket(7)): all groups of the peer; Python's socket module lacks it.
-_SO_PEERGROUPS = 59
-
-#: Maximum size of an option in Python's getsockopt(); for more groups the C library is called.
-_OPTION_BYTES = 1024
-#: Maximum number of groups of a process (NGROUPS_MAX, getgroups(2)).
-_MAX_GROUPS = 65536
 
 
 class Connected(Protocol):
     """A connection with its peer's credentials."""
 
     peer: Peer
-
-
-def peer_of(sock: socket.socket) -> Peer:
-    """Return the client's credentials (SO_PEERCRED, unix(7))."""
-    packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return Peer(*struct.unpack("3i", packed))
-
-
-def groups_of(sock: socket.socket, peer: Peer) -> frozenset[int]:
-    """Return all groups of the client, supplementary ones included."""
-    groups = array.array("I")
-    try:
-        groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _OPTION_BYTES))
-    except OSError as exc:
-        if exc.errno == errno.ERANGE:
-            groups = _many_groups(sock)
-        # else the kernel is older than 4.13 and lacks SO_PEERGROUPS
-    return frozenset([peer.gid, *groups])
-
-
-def _many_groups(sock: socket.socket) -> array.array[int]:
-    groups = array.array("I", bytes(4 * _MAX_GROUPS))
-    size = ctypes.c_uint32(4 * _MAX_GROUPS)
-    address, _ = groups.buffer_info()
-    getsockopt = ctypes.CDLL(None).getsockopt
-    if getsockopt(
-        sock.fileno(),
-        socket.SOL_SOCKET,
-        _SO_PEERGROUPS,
-        ctypes.c_void_p(address),
-        ctypes.byref(size),
-    ):
-        return array.array("I")
-    return groups[: size.value // groups.itemsize]
 
 
 def admit(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import select
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,21 +12,11 @@ from pathlib import Path
 
 import trio
 
-from ...kernel.binding import LOCK_TIMEOUT, OWNER_ONLY, FileId, Permissions, identity, listen_at
-from ...kernel.fd import Fd, poll
+from ...kernel.binding import OWNER_ONLY, FileId, Permissions, identity, listen_at
+from ...kernel.fd import Fd
+from ...kernel.sockets import inherited_options, is_shut_down
 from ...kernel.unix_address import is_abstract, listens
 from ..saved_state import NOT_OURS, SavedListener
-
-#: Options that an accepted socket inherits from the listener, each with the value required here
-#: (unix(7); the numbers are those of asm-generic/socket.h).  The first three add a control message
-#: to every recvmsg(2), SO_PASSPIDFD with a descriptor in it; without SO_PASSRIGHTS clients could
-#: not pass descriptors to the daemon.
-_INHERITED_OPTIONS = {
-    socket.SO_PASSCRED: 0,
-    34: 0,  # SO_PASSSEC
-    76: 0,  # SO_PASSPIDFD, Linux 6.5
-    83: 1,  # SO_PASSRIGHTS, Linux 6.16
-}
 
 
 class ListenerShutDown(OSError):
@@ -61,11 +50,7 @@ class UnixListener:
         self.permissions = permissions
         #: Called when the socket and its file have been replaced, or the socket is closed.
         self.on_changed: Callable[[], object] = lambda: None
-        self._options = [
-            (option, value)
-            for option, value in _INHERITED_OPTIONS.items()
-            if _option(sock, option) not in (value, None)
-        ]
+        self._options = inherited_options(sock)
         self.socket = trio.socket.from_stdlib_socket(sock)
 
     def __str__(self) -> str:
@@ -106,7 +91,7 @@ class UnixListener:
         """
         # Absolute, as a successor may have another working directory.
         path = Path(where) if is_abstract(where) else Path(where).absolute()
-        sock, file = listen_at(path, permissions, LOCK_TIMEOUT)
+        sock, file = listen_at(path, permissions)
         return cls(sock, path, file, permissions)
 
     @property
@@ -176,7 +161,7 @@ class UnixListener:
         try:
             sock, _ = self._sock.accept()
         except BlockingIOError:
-            if _is_shut_down(self._sock):  # such a socket stays readable
+            if is_shut_down(self._sock):  # such a socket stays readable
                 raise ListenerShutDown(
                     errno.ESHUTDOWN, "the socket was shut down", str(self)
                 ) from None
@@ -202,15 +187,3 @@ class UnixListener:
             self.unlink()  # before close(2): while this socket listens, no daemon binds the path
             self.socket.close()
             self.on_changed()
-
-
-def _is_shut_down(sock: socket.socket) -> bool:
-    """Return whether *sock* was shut down; accept(2) fails with EAGAIN then, as when it is idle."""
-    return bool(poll(sock, select.POLLRDHUP))
-
-
-def _option(sock: socket.socket, option: int) -> int | None:
-    try:
-        return sock.getsockopt(socket.SOL_SOCKET, option)
-    except OSError:  # an older kernel lacks the option
-        return None

@@ -15,7 +15,6 @@ import errno
 import gc
 import logging
 import os
-import resource
 import socket
 import time
 from collections import deque
@@ -24,7 +23,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ...client.blocking import BlockingClient, NoDaemon
-from ...kernel.fd import Fd, close_all, receive
+from ...kernel.fd import Fd, close_all, open_files_limit, receive
+from ...kernel.files import contents, open_null
 from ...kernel.renumber import Movable, renumber
 from ...limits import SCM_MAX_FD, TAKEOVER_FORMAT, TAKEOVER_TIMEOUT, Limits
 from ..fdstore.evidence import has_handed_over
@@ -87,8 +87,8 @@ class Takeover:
         numbers = self.state.stored_numbers
         self._fill(numbers, movable)
         end = max(numbers, default=0) + _RESERVED
-        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as null:
+        most = open_files_limit()
+        with open_null() as null:
             while end + _LEFT < most:
                 filler = null.dup()
                 self._fillers[filler.fileno()] = filler
@@ -99,7 +99,7 @@ class Takeover:
         """Open a placeholder for a stored descriptor at each of *numbers*."""
         if not numbers:
             return
-        with Fd(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)) as null:
+        with open_null() as null:
             for number in numbers:
                 filler = self._fillers.pop(number, None)
                 self.stored[number] = null.dup() if filler is None else filler
@@ -150,7 +150,7 @@ class Takeover:
         try:
             if message != MORE or len(passed) != 1:
                 raise NoDaemon("the old daemon exited before it had sent everything")
-            return unpack(read_all(passed[0]), SavedRest)
+            return unpack(contents(passed[0]), SavedRest)
         finally:
             close_all(passed)
 
@@ -343,9 +343,9 @@ def prepare(
         stack.callback(predecessor.close)
         stack.callback(memory.close)
         try:
-            state = decode(read_all(memory))
+            state = decode(contents(memory))
             memory.close()
-            most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            most = open_files_limit()
             if len(state.stored_numbers) > Limits(max_fds=most).within(most).max_fds:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             takeover = Takeover(state, predecessor, progress)
@@ -357,15 +357,9 @@ def prepare(
     return takeover
 
 
-def read_all(memory: Fd) -> bytes:
-    """Return the contents of a file in memory (memfd_create(2))."""
-    size = os.lseek(memory.fileno(), 0, os.SEEK_END)
-    return os.pread(memory.fileno(), size, 0)
-
-
 def unusable(error: OSError) -> ValueError:
     """Make the error that says why the predecessor's state cannot be taken over."""
     if error.errno in (errno.EMFILE, errno.EINVAL, errno.EBADF):  # fcntl(2), dup(2)
-        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = open_files_limit()
         return ValueError(f"the limit of {most} open files is too low (ulimit -n)")
     return ValueError(error.strerror or str(error))

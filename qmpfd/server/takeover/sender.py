@@ -32,6 +32,7 @@ import trio
 from ...errors import GenericError
 from ...fdsets import StoredFd
 from ...kernel.fd import Fd
+from ...kernel.files import memory_file
 from ...kernel.systemd import invocation_id
 from ...limits import CLOSE_TIMEOUT, FORGET_TIMEOUT, MAX_PAUSE, SCM_MAX_FD, TAKEOVER_TIMEOUT
 from ...transport import FdStream
@@ -45,6 +46,9 @@ from ..listen.listener import UnixListener
 from ..services import Services
 
 _log = logging.getLogger("qmpfd")
+
+#: Name of the files in memory that describe the state (memfd_create(2)).
+_STATE = "qmpfd-state"
 
 #: Seconds between two checks whether all sessions are quiescent.
 _REST_POLL = 0.001
@@ -179,7 +183,7 @@ async def _hand_over_paused(
     # Before the successor has descriptors: its own fd store decides by the outcome.
     durability.log_handover(None)
     rest, fds = _describe_rest(server, others, known)
-    with _in_memory(msgspec.msgpack.encode(rest)) as memory:
+    with memory_file(_STATE, msgspec.msgpack.encode(rest)) as memory:
         await stream.send_all(saved.MORE, [memory])
     for start in range(0, len(fds), SCM_MAX_FD):
         if await _receive(stream) != saved.NEXT:
@@ -224,18 +228,6 @@ def _as_generic_error() -> Iterator[None]:
         raise GenericError(f"The daemon cannot hand over: {reason}") from None
 
 
-def _in_memory(data: bytes) -> Fd:
-    memory = Fd(os.memfd_create("qmpfd-state", os.MFD_CLOEXEC))
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(memory.fileno(), view) :]
-    except BaseException:
-        memory.close()
-        raise
-    return memory
-
-
 async def _receive(stream: FdStream) -> bytes:
     """Receive the next byte of the successor; b"" at EOF."""
     while True:  # noqa: ASYNC913 - each way round has a checkpoint
@@ -274,7 +266,7 @@ async def _describe_store(server: Predecessor) -> tuple[Fd, dict[int, StoredFd],
     listeners = [listener.saved for listener in server.listeners]
     store = server.services.durability.store
     state = saved.SavedState(at, fds, listeners, store, invocation_id())
-    return _in_memory(saved.encode(state)), known, quick
+    return memory_file(_STATE, saved.encode(state)), known, quick
 
 
 def _describe_rest(

@@ -24,9 +24,9 @@ from stepper import Stepped, Stepper
 
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import close_all, receive
+from qmpfd.kernel.files import contents
 from qmpfd.limits import TAKEOVER_FORMAT
 from qmpfd.server.connection.snapshot import SavedRest
-from qmpfd.server.takeover.receiver import read_all
 
 PATIENCE = 60.0
 
@@ -327,7 +327,7 @@ async def paused_while_read(path: Path, watcher: Wire) -> bytes:
     successor.send(b"n")
     await trio.lowlevel.wait_readable(successor.sock)
     _, fds, _ = receive(successor.sock, 1)
-    rest = msgspec.msgpack.decode(read_all(fds[0]), type=SavedRest)
+    rest = msgspec.msgpack.decode(contents(fds[0]), type=SavedRest)
     unread(watcher.sock)
     close_all([*passed, *fds])
     successor.close()
