@@ -32,7 +32,7 @@ _QUICK = Scale(2, 80, 1_000_000, (0, 1000, 15000), _CLIENTS, 3, 1000, 10000, 99,
 _PAIRS = Scale(3, 200, 1_000_000, (0,), _CLIENTS, 0, 0, 0, 0, 0)
 
 #: The servers that the goals of ``--pairs`` compare.
-_COMPARED = ("loop", "trio", "qmpfd", "supervised")
+_COMPARED = ("loop", "trio", "strict", "qmpfd", "supervised")
 
 #: Descriptors that a server needs beside the stored ones: client sockets and its own files.
 _SPARE = 1200

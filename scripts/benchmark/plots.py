@@ -119,7 +119,10 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def draw(results: Results, scale: Scale, names: list[str], folder: Path) -> list[Path]:
-    """Draw all plots that have values into *folder*; return the files."""
+    """Draw all plots that have values into *folder*; return the files.  *names* without a mark are
+    in the tables only.
+    """
+    names = [name for name in names if name in _MARKS]
     where = {SAME: "client on the server's CPU", OTHER: "client on another CPU"}
     shapes = "microseconds; clients x requests in flight; less is better"
     pictures: dict[str, tuple[str, str, list[Row]]] = {}

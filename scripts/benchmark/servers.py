@@ -79,6 +79,7 @@ KINDS: dict[str, Kind] = {
         slow_when_full=True,
     ),
     "trio": Kind("bare Trio", "qmp", 1 << 16, True, None, "", _PAIR, keeps=False),
+    "strict": Kind("strict Trio", "qmp", 1 << 16, True, None, "", _PAIR, keeps=False),
     "qmpfd": Kind("qmpfd", "qmp", 1 << 16, True, None, "", _ALL),
     "supervised": Kind("supervised", "qmp", 1 << 16, True, None, "", _PAIR, keeps=False),
     "asyncio": Kind("asyncio", "qmp", 1 << 16, True, None, "", _ALL),
@@ -272,8 +273,11 @@ def _start_loop(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[
     return servers.spawn(folder, [str(servers.build("loop")), str(path)])
 
 
-def _start_script(servers: Servers, folder: Path, path: Path, name: str) -> subprocess.Popen[bytes]:
-    return servers.spawn(folder, [sys.executable, str(HERE / f"{name}_server.py"), str(path)])
+def _start_script(
+    servers: Servers, folder: Path, path: Path, *options: str, name: str
+) -> subprocess.Popen[bytes]:
+    script = str(HERE / f"{name}_server.py")
+    return servers.spawn(folder, [sys.executable, script, str(path), *options])
 
 
 def serve_command(path: Path, *options: str) -> list[str]:
@@ -318,6 +322,7 @@ _STARTERS: dict[str, Callable[[Servers, Path, Path], subprocess.Popen[bytes]]] =
     "loop": _start_loop,
     "s6": _start_s6,
     "trio": partial(_start_script, name="trio"),
+    "strict": lambda *where: _start_script(*where, "--strict", name="trio"),
     "qmpfd": _start_qmpfd,
     "supervised": lambda *where: _start_qmpfd(*where, "--supervise"),
     "asyncio": partial(_start_script, name="asyncio"),

@@ -1,10 +1,15 @@
-"""Lower bound for a server in Trio: the cost of Trio, the system calls and msgspec.
+"""Lower bounds for a server in Trio: the cost of Trio, the system calls and msgspec.
 
-    python trio_server.py SOCKET
+    python trio_server.py SOCKET [--strict]
 
 One task for each connection: wait_readable, recvmsg, decode, execute, encode, send.  The server
 has only ``add-fd`` and ``remove-fd``, no checks and no limits.  It relies on clients that send one
 command a line, with the command's descriptor on it, and that read the replies.
+
+With ``--strict``, it also does what qmpfd cannot leave out, and nothing else: it looks at the bytes
+before it receives them (MSG_PEEK), which tells whose the descriptors are; finds out whether a close
+may block; acquires the store's lock for all commands that it has read; and makes an outcome of each
+result.
 """
 
 from __future__ import annotations
@@ -14,15 +19,22 @@ import itertools
 import os
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 import trio
+from outcome import Value
+
+from qmpfd.kernel.close_risk import CloseRisks, Risk
 
 #: fd sets by id: the descriptors in each.
 SETS: dict[int, list[int]] = {}
 _ids = itertools.count()
+_lock = trio.Lock()
+_risks = CloseRisks()
+close = os.close
 
 
 class Request(msgspec.Struct):
@@ -44,7 +56,7 @@ def execute(request: Request, fds: list[int]) -> dict[str, int]:
         return {"fdset-id": fdset_id, "fd": fd}
     if request.execute == "remove-fd":
         for fd in SETS.pop(request.arguments["fdset-id"]):
-            os.close(fd)
+            close(fd)
     return {}
 
 
@@ -67,7 +79,43 @@ async def serve(sock: socket.socket) -> None:
             sock.send(b"\r\n".join([*replies, b""]))
 
 
-async def main(path: str) -> None:
+async def serve_strictly(sock: socket.socket) -> None:
+    """Serve one client until it disconnects, as ``--strict`` says."""
+    rest = b""
+    with sock, suppress(ConnectionError):
+        sock.send(b'{"QMP": {}}\r\n')
+        while True:
+            await trio.lowlevel.wait_readable(sock)
+            seen = sock.recvmsg(1 << 16, 0, socket.MSG_PEEK)[0]
+            data, control, _, _ = sock.recvmsg(len(seen) or 1, 4096, socket.MSG_CMSG_CLOEXEC)
+            if not data:
+                return
+            fds = array.array("i")
+            for _, _, payload in control:
+                fds.frombytes(payload)
+            waiting = fds.tolist()
+            *lines, rest = (rest + data).split(b"\n")
+            _lock.acquire_nowait()
+            try:
+                outcomes = [Value(execute(_decode(line), waiting)) for line in lines]
+            finally:
+                _lock.release()
+            replies = [_encode({"return": outcome.unwrap()}) for outcome in outcomes]
+            sock.send(b"\r\n".join([*replies, b""]))
+
+
+def close_strictly(fd: int) -> None:
+    """Close a descriptor whose close cannot block.
+
+    Raises:
+        OSError: the close may block.
+    """
+    if _risks.find(fd) is not Risk.NONE:
+        raise OSError(f"descriptor {fd} cannot be closed at once")
+    os.close(fd)
+
+
+async def main(path: str, serve: Callable[[socket.socket], Awaitable[None]]) -> None:
     """Accept clients until the process is killed."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -81,4 +129,8 @@ async def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, sys.argv[1])
+    if "--strict" in sys.argv:
+        close = close_strictly
+        trio.run(main, sys.argv[1], serve_strictly)
+    else:
+        trio.run(main, sys.argv[1], serve)
