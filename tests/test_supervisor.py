@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -322,6 +324,27 @@ def test_a_log_that_nobody_reads() -> None:
         os.dup2(saved, 2)
         for number in (reader, writer, saved):
             os.close(number)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """The end of a line that was cut is written once there is room again."""
+    path = tmp_path / "log"
+    saved, limits = os.dup(2), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), 2)
+        log = Log("json", "info")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        log.log("error", "cut")
+        log.log("error", "lost")
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        log.log("error", "after")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        os.dup2(saved, 2)
+        os.close(saved)
+    lines = path.read_bytes().splitlines()
+    assert [json.loads(line)["message"] for line in lines] == ["cut", "after"]
 
 
 def test_levels(capfd: pytest.CaptureFixture[str]) -> None:

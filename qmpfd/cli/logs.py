@@ -93,8 +93,8 @@ class _Handler(logging.StreamHandler[TextIO]):
             return
         try:
             self._emit(number, record)
-        except OSError:  # the pipe has no reader any more
-            self._rest = b""
+        except OSError:  # the disk is full, or the pipe has no reader any more
+            self._left_out += 1
 
     def _emit(self, number: int, record: logging.LogRecord) -> None:
         if self._rest:

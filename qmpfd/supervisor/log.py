@@ -12,7 +12,7 @@ _PRIORITIES = (7, 6, 4, 3)  # sd-daemon(3)
 
 
 class Log:
-    """Writes lines without blocking: a line for which the pipe has no room is dropped.
+    """Writes lines without blocking: a line for which the pipe or the disk has no room is dropped.
 
     Args:
         form: ``text`` or ``json``.
@@ -25,6 +25,7 @@ class Log:
         found = os.fstat(2)
         self._journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
         self._timed = stat.S_ISREG(found.st_mode) or os.isatty(2)  # else the reader adds the time
+        self._rest = b""  # the unwritten end of the last line
 
     def log(self, level: str, message: str) -> None:
         """Write one line."""
@@ -44,10 +45,11 @@ class Log:
                 line = f"{stamp} {line}"
             if self._journal:
                 line = f"<{_PRIORITIES[rank]}>{line}"
+        data = self._rest + line.encode()
         try:
             poll = select.poll()
             poll.register(2, select.POLLOUT)
             if poll.poll(0):
-                os.write(2, line.encode())
+                self._rest = data[os.write(2, data) :]
         except OSError:
             pass

@@ -221,6 +221,31 @@ def test_a_full_pipe(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> No
     assert after == b"qmpfd: after"
 
 
+def test_a_full_disk(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a cut line is written once there is room again; lost lines are counted."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    disk = os.dup(writer)
+    with open(reader, "rb", buffering=0) as taken, open(writer, "w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        logs.set_up("text", "info")
+        log.info("%s", "x" * (1 << 20))
+        with open("/dev/full", "w") as full:
+            os.dup2(full.fileno(), writer)
+        log.info("lost")
+        os.dup2(disk, writer)
+        os.close(disk)
+        said = b""
+        os.set_blocking(reader, False)
+        while not said.endswith(b"after\n"):
+            while chunk := _read(taken):
+                said += chunk
+            log.info("after")
+    cut, left_out, *after = said.splitlines()
+    assert cut == b"qmpfd: " + b"x" * (1 << 20)
+    assert left_out.endswith(b"log lines are missing here: standard error was full")
+    assert set(after) == {b"qmpfd: after"}
+
+
 @pytest.mark.parametrize("kind", ["pipe", "stream", "terminal"])
 def test_a_long_line_for_a_reader_that_stalls(
     kind: str, log: logging.Logger, monkeypatch: pytest.MonkeyPatch
