@@ -52,10 +52,14 @@ class FdStream:
         self._trio_sock = sock
         #: A second socket object for the same descriptor: for options and non-blocking calls.
         self.socket = socket.socket(socket.AF_UNIX, sock.type, 0, fileno=sock.fileno())
-        self.socket.setblocking(False)
-        # A byte sent with MSG_OOB (unix(7)) stays in the stream.  Without SO_OOBINLINE, such a byte
-        # keeps the socket readable for ever, and splits the stream at the wrong place.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        try:
+            self.socket.setblocking(False)
+            # A byte sent with MSG_OOB (unix(7)) stays in the stream.  Without SO_OOBINLINE, such a
+            # byte keeps the socket readable for ever, and splits the stream at the wrong place.
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        except BaseException:
+            self.socket.detach()  # or both socket objects would close the number
+            raise
         #: Wait until input is queued or the peer has closed the connection.
         self.wait_readable = partial(trio.lowlevel.wait_readable, sock)
 

@@ -65,7 +65,8 @@ def become_supervisor(arguments: argparse.Namespace) -> NoReturn:
     folder = spec.submodule_search_locations[0]
     program = [folder] if os.path.isdir(folder) else ["-c", _IN_A_ZIP, os.path.dirname(folder)]
     # -I -S: import only the program's own files and the standard library.
-    python = [sys.executable, "-I", "-S", "-W", "ignore", *program]
+    executable = sys.executable or "/proc/self/exe"  # "" if argv[0] names no program
+    python = [executable, "-I", "-S", "-W", "ignore", *program]
     if sys.dont_write_bytecode:  # -I ignores $PYTHONDONTWRITEBYTECODE
         python.insert(1, "-B")
     for stream in range(3):  # /dev/null opened here would be closed, and its number reused
@@ -74,7 +75,7 @@ def become_supervisor(arguments: argparse.Namespace) -> NoReturn:
     passed = {option.fd for option in arguments.add_fd} | {arguments.ready_fd} - {None}
     options = [arguments.log_format, arguments.log_level, str(arguments.drain_timeout)]
     options.append(",".join(map(str, passed)))
-    os.execv(sys.executable, [*python, *options, sys.executable, *sys.orig_argv[1:]])
+    os.execv(executable, [*python, *options, executable, *sys.orig_argv[1:]])
 
 
 def _adopt_orphans() -> None:

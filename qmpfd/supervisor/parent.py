@@ -256,8 +256,8 @@ class Supervisor:
             self._poll.unregister(worker.sock)
         except KeyError:  # unregistered after a hang-up
             pass
-        worker.sock.close()
         self._worker = None
+        worker.sock.close()
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         if self._state in ENDING:
             if status != 0:

@@ -18,6 +18,7 @@ NUMBERS = {
     "kcmp": 312 if platform.machine() == "x86_64" else 272,
     "memfd_create": 319 if platform.machine() == "x86_64" else 279,
     "pidfd_open": 434,
+    "setsockopt": 54 if platform.machine() == "x86_64" else 208,
     "setpgid": 109 if platform.machine() == "x86_64" else 154,
     "statx": 332 if platform.machine() == "x86_64" else 291,
 }

@@ -64,3 +64,24 @@ def test_no_memory_for_the_journal(path: Path, error: int) -> None:
     reason = f"{os.strerror(error)} (memfd_create(2), for the journal of --supervise)"
     assert done.stderr == f"qmpfd: the daemon cannot start: {reason}\n"
     assert done.returncode == 2
+
+
+#: Creates a stream of a socket; the socket must be open afterwards.
+_FAILED_STREAM = """
+import os, socket, trio
+from qmpfd.transport import FdStream
+sock = trio.socket.from_stdlib_socket(socket.socketpair()[0])
+try:
+    FdStream(sock)
+except PermissionError:
+    pass
+else:
+    raise AssertionError("nothing was forbidden")
+os.fstat(sock.fileno())
+"""
+
+
+def test_a_client_whose_options_cannot_be_set() -> None:
+    """Its socket is closed once: a second close would close the next client's."""
+    prefix = forbidding(errno.EPERM, "setsockopt")
+    subprocess.run([*prefix, sys.executable, "-c", _FAILED_STREAM], timeout=DEADLINE, check=True)

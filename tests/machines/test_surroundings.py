@@ -165,6 +165,25 @@ def test_a_locale_without_the_signs(path: Path, locale: Mapping[str, str]) -> No
 
 
 @SUPERVISED
+def test_an_argv0_that_is_no_program(path: Path, options: Sequence[str]) -> None:
+    """Python does not know its own path then: sys.executable is empty."""
+    python = os.path.realpath(sys.executable)
+    serve = [python, "-m", "qmpfd", "serve", "--socket", str(path), *options]
+    env = {**WITH_LIBRARIES, "PYTHONPATH": f"{WITH_LIBRARIES['PYTHONPATH']}:{ROOT}"}
+    process = subprocess.Popen(["bash", "-c", 'exec -a nowhere "$@"', "bash", *serve], env=env)
+    try:
+        with connected(path) as client:
+            client.execute("add-fd", {"opaque": "kept"}, [0])
+        if options:
+            (worker,) = children(process.pid)
+            os.kill(worker, signal.SIGKILL)
+        assert json.loads(verb(path, "ls", "--json"))[0]["fds"][0]["opaque"] == "kept"
+    finally:
+        process.terminate()
+        assert process.wait(DEADLINE) == 0
+
+
+@SUPERVISED
 def test_no_bytecode_is_written(path: Path, tmp_path: Path, options: Sequence[str]) -> None:
     package = tmp_path / "package"
     skip = shutil.ignore_patterns("__pycache__")
