@@ -25,7 +25,7 @@ _NOTHING = "-"
 _GOALS = ("", "at most", "measured", "met")
 
 #: Width of the columns in all tables of servers: the columns of all tables are aligned.
-_COLUMN = 10
+_COLUMN = 9
 
 
 def table(

@@ -79,7 +79,7 @@ KINDS: dict[str, Kind] = {
         slow_when_full=True,
     ),
     "trio": Kind("bare Trio", "qmp", 1 << 16, True, None, "", _PAIR, keeps=False),
-    "strict": Kind("strict Trio", "qmp", 1 << 16, True, None, "", _PAIR, keeps=False),
+    "strict": Kind("strict", "qmp", 1 << 16, True, None, "", _PAIR, keeps=False),
     "qmpfd": Kind("qmpfd", "qmp", 1 << 16, True, None, "", _ALL),
     "supervised": Kind("supervised", "qmp", 1 << 16, True, None, "", _PAIR, keeps=False),
     "asyncio": Kind("asyncio", "qmp", 1 << 16, True, None, "", _ALL),
