@@ -6,7 +6,9 @@ service_notify_message) and manager.c (manager_process_barrier_fd), including th
 * a second descriptor of a stored open file description is dropped silently;
 * so are descriptors beyond FileDescriptorStoreMax=, and those sent with FDSTOREREMOVE=1;
 * an invalid name becomes "stored";
-* with FDPOLL=1, and without FDPOLL=, a descriptor is closed on POLLHUP and POLLERR;
+* with FDPOLL=1, and without FDPOLL=, a descriptor is watched by an epoll instance from before the
+  next message is read, and closed on POLLHUP and POLLERR;
+* from version 254 on, what is dropped or removed is closed in the background, at any later time;
 * only BARRIER=1 is acknowledged, and must be the only line, with one descriptor;
 * the service gets the stored descriptors in no defined order.
 """
@@ -22,13 +24,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from helpers import ROOT
 from supervised import COMMAND, DEADLINE, until
 
-from qmpfd.kernel.fd import Fd, close_all, receive
+from qmpfd.kernel.fd import Fd, close_all, pipe, poll, receive, send
 from qmpfd.kernel.file_descriptions import compare
 
 #: Program that moves the descriptors to 3 and up, sets $LISTEN_FDS, and executes the service.
@@ -57,11 +59,20 @@ def good_name(name: str) -> bool:
 
 
 class Store:
-    """The manager of one service."""
+    """The manager of one service.
 
-    def __init__(self, folder: Path, size: int) -> None:
+    Args:
+        folder: folder of its socket.
+        size: FileDescriptorStoreMax=.
+        watches: whether it watches descriptors, as systemd does.
+        closes: whether it closes what it drops at once; else at its end.
+    """
+
+    def __init__(self, folder: Path, size: int, *, watches: bool, closes: bool) -> None:
         self.path = folder / "notify"
         self.size = size
+        self._epoll = select.epoll() if watches else None
+        self._unclosed: list[Fd] | None = None if closes else []
         self.seed = 0
         self.told: list[str] = []
         self.traps: list[str] = []  # messages that systemd would drop or change, and why
@@ -81,7 +92,9 @@ class Store:
         self._over = True
         self._thread.join()
         self._sock.close()
-        close_all(fd for _, fd, _ in self._kept)
+        close_all([*(fd for _, fd, _ in self._kept), *(self._unclosed or [])])
+        if self._epoll is not None:
+            self._epoll.close()
 
     def pause(self, pause: bool = True) -> None:
         """Stop processing messages, as on SIGSTOP, or continue."""
@@ -92,8 +105,18 @@ class Store:
         """Lower FileDescriptorStoreMax=, as by daemon-reload: the oldest descriptors are closed."""
         with self._lock:
             self.size = size
-            dropped, self._kept = self._kept[:-size], self._kept[-size:]
-            close_all(fd for _, fd, _ in dropped)
+            for entry in self._kept[:-size]:
+                self._remove(entry)
+
+    def sync(self) -> None:
+        """Wait until all messages sent so far are processed."""
+        with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
+            sock.connect(str(self.path))
+            reader, writer = pipe()
+            with reader:
+                with writer:
+                    send(sock, b"BARRIER=1", [writer])
+                until(lambda: poll(reader))
 
     # -- the protocol --------------------------------------------------------------------------
 
@@ -128,8 +151,7 @@ class Store:
             if fds:
                 self.traps.append("descriptors with a removal")
             for entry in [entry for entry in self._kept if entry[0] == name]:
-                self._kept.remove(entry)
-                entry[1].close()
+                self._remove(entry)
         elif values.get("FDSTORE") == "1":
             while fds:
                 self._add(name, fds.pop(0), values.get("FDPOLL") != "0")
@@ -142,17 +164,31 @@ class Store:
         elif any(compare(other.fileno(), fd.fileno()) == 0 for _, other, _ in self._kept):
             self.traps.append(f"a copy: {name}")
         else:
+            if polled and self._epoll is not None:
+                with suppress(PermissionError):  # a file that cannot be polled
+                    self._epoll.register(fd, 0)
             self._kept.append((name, fd, polled))
             return
-        fd.close()
+        self._close(fd)
+
+    def _remove(self, entry: tuple[str, Fd, bool]) -> None:
+        _, fd, polled = entry
+        self._kept.remove(entry)
+        if polled and self._epoll is not None:
+            with suppress(FileNotFoundError):  # a file that cannot be polled
+                self._epoll.unregister(fd)
+        self._close(fd)
+
+    def _close(self, fd: Fd) -> None:
+        if self._unclosed is None:
+            fd.close()
+        else:
+            self._unclosed.append(fd)
 
     def _poll(self) -> None:
-        for entry in [entry for entry in self._kept if entry[2]]:
-            poll = select.poll()
-            poll.register(entry[1].fileno(), 0)
-            if poll.poll(0):
-                self._kept.remove(entry)
-                entry[1].close()
+        ready = {number for number, _ in self._epoll.poll(0)} if self._epoll is not None else ()
+        for entry in [entry for entry in self._kept if entry[1].fileno() in ready]:
+            self._remove(entry)
 
     # -- the service ---------------------------------------------------------------------------
 
@@ -175,9 +211,7 @@ class Store:
     def lose(self, name: str) -> None:
         """Drop a descriptor silently."""
         with self._lock:
-            lost = next(entry for entry in self._kept if entry[0] == name)
-            self._kept.remove(lost)
-            lost[1].close()
+            self._remove(next(entry for entry in self._kept if entry[0] == name))
 
     def until(self, line: str, count: int = 1) -> None:
         """Wait until *count* messages with a line that begins with *line* have come."""
@@ -235,9 +269,11 @@ class Store:
 
 
 @contextmanager
-def fake_store(folder: Path, size: int = 512) -> Iterator[Store]:
-    """Run a manager; close its stored descriptors at the end."""
-    store = Store(folder, size)
+def fake_store(
+    folder: Path, size: int = 512, *, watches: bool = True, closes: bool = True
+) -> Iterator[Store]:
+    """Run a manager, see :class:`Store`; close its stored descriptors at the end."""
+    store = Store(folder, size, watches=watches, closes=closes)
     try:
         yield store
     finally:

@@ -2,6 +2,8 @@
 
 The acknowledgement of a barrier covers all messages sent before it.  One barrier is under way at a
 time; changes made meanwhile, of all clients, are sent together before the next one (group commit).
+Nothing is sent while a barrier is under way: of a batch, the removals are last, and so no place
+becomes free between a descriptor and the probe behind it, see :mod:`.sentinel`.
 
 systemd acknowledges by closing a pipe (sd_notify_barrier(3)); the parent of ``serve --supervise``
 by a message, and takes several descriptors at a time, see :mod:`qmpfd.supervisor`.
@@ -19,7 +21,7 @@ from functools import partial
 
 import trio
 
-from ...kernel.fd import Fd, close_all, pipe
+from ...kernel.fd import Fd, FileDescriptorLike, close_all, pipe
 from ...kernel.systemd import Notifier
 from ...limits import SCM_MAX_FD
 from .names import Names
@@ -118,7 +120,12 @@ class BarrierLink:
         """Whether the connection has ended."""
         return self._state is _OVER
 
-    def store(self, name: str, fd: Fd | int) -> None:
+    @property
+    def last_queued(self) -> str | None:
+        """Name of the last descriptor that is queued to be stored; None if there is none."""
+        return self._outgoing.last
+
+    def store(self, name: str, fd: FileDescriptorLike) -> None:
         """Queue a descriptor to be stored under *name*."""
         self._outgoing.store(name, fd)
         self.changed()
@@ -195,15 +202,16 @@ class BarrierLink:
             self.push()
 
     def push(self) -> None:
-        """Write the journal, and send the queue and a barrier; what does not fit is sent later by
-        the link's task.  The parent's acknowledgement is awaited here, without a checkpoint, until
-        the kernel's next tick at most.
+        """Write the journal; unless a barrier is under way, send the queue and a barrier.  What
+        does not fit is sent later by the link's task.  The parent's acknowledgement is awaited
+        here, without a checkpoint, until the kernel's next tick at most.
         """
         barrier = self._state in _ON_BARRIER
         try:
             if self._state is not _OVER:
                 self._write(barrier)
-            self._send(barrier)
+            if self._state not in _ON_ANSWER:
+                self._send(barrier)
         except OSError as exc:
             gone = self._notifier.is_parent and isinstance(exc, ConnectionError)
             self.end(_PARENT_GONE if gone else exc.strerror or str(exc))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...kernel.fd import Fd
 from ...kernel.file_descriptions import Descriptions
 from .barrier_link import BarrierLink
-from .names import PIPES, is_numbered
+from .names import EVIDENCE, is_numbered
 from .recover import Recovered
 
 
@@ -49,9 +49,9 @@ class KeptFds:
         for name in self._former:
             self._link.names.claim(name)
         # Entries without a valid journal are removed first: new ones may get the same names.  And
-        # pipes of sentinels: the new journal needs their places.
+        # sentinels and probes of another process: the new journal needs their places.
         is_valid = recovered.has_state
-        first = {name for name in self._former if name.startswith(PIPES) or not is_valid}
+        first = {name for name in self._former if name.startswith(EVIDENCE) or not is_valid}
         self._link.remove(*first)
         self._former -= first
 

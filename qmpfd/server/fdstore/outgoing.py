@@ -6,11 +6,13 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 
-from ...kernel.fd import Fd
+from ...kernel.fd import FileDescriptorLike
+from .names import PROBE
 
-# Lines of a message, without FDNAME=.  FDPOLL=0: systemd would remove a descriptor that hangs up,
-# but only its client may remove it.
-_STORE = "FDSTORE=1\nFDPOLL=0"
+# Lines of a message, without FDNAME=.  systemd watches what it stores, unless FDPOLL=0, and removes
+# it when it hangs up: but only its client may remove a stored descriptor.  Probes never hang up.
+_STORE_WATCHED = "FDSTORE=1"
+_STORE = f"{_STORE_WATCHED}\nFDPOLL=0"
 REMOVE = "FDSTOREREMOVE=1"
 
 
@@ -27,9 +29,9 @@ class Outgoing:
     def __init__(self, most: int) -> None:
         self._most = most
         self._texts: deque[str] = deque()  # complete messages, sent first
-        self._stores: dict[str, Fd | int] = {}  # descriptors to store, by name
+        self._stores: dict[str, FileDescriptorLike] = {}  # descriptors to store, by name
         self._removals: dict[str, str] = {}  # names to remove, each with the lines of its message
-        self._sent: dict[str, Fd | int] = {}  # descriptors sent but not acknowledged, by name
+        self._sent: dict[str, FileDescriptorLike] = {}  # sent but not acknowledged, by name
 
     def __bool__(self) -> bool:
         """Whether changes are pending."""
@@ -39,7 +41,12 @@ class Outgoing:
         """Queue a complete message."""
         self._texts.append(text)
 
-    def store(self, name: str, fd: Fd | int) -> None:
+    @property
+    def last(self) -> str | None:
+        """Name of the last descriptor to store; None if there is none."""
+        return next(reversed(self._stores), None)
+
+    def store(self, name: str, fd: FileDescriptorLike) -> None:
         """Queue a descriptor to be stored under *name*."""
         if name in self._removals:  # the removal must be sent before the new one of that name
             self.queue(f"{self._removals.pop(name)}\nFDNAME={name}")
@@ -54,7 +61,7 @@ class Outgoing:
         self._removals[name] = command
         return True
 
-    def messages(self) -> Iterator[tuple[str, list[Fd | int], bool]]:
+    def messages(self) -> Iterator[tuple[str, list[FileDescriptorLike], bool]]:
         """Iterate over the messages to send: lines, descriptors, whether the message is the last.
         Asking for the next message confirms that the one before was sent.
         """
@@ -66,7 +73,8 @@ class Outgoing:
             names = list(islice(stores, self._most))
             fds = list(map(stores.__getitem__, names))
             is_last = not removals and len(names) == len(stores)
-            yield f"{_STORE}\nFDNAME={':'.join(names)}", fds, is_last
+            store = _STORE_WATCHED if names[0].startswith(PROBE) else _STORE
+            yield f"{store}\nFDNAME={':'.join(names)}", fds, is_last
             self._sent.update(zip(names, map(stores.pop, names), strict=True))
         while removals:
             first = next(iter(removals.values()))

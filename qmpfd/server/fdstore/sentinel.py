@@ -1,10 +1,14 @@
-"""Evidence of what systemd's fd store keeps: pipes whose write end only the fd store has.
+"""Evidence of what systemd's fd store keeps.
 
 The acknowledgement of a barrier says that messages were read, not that descriptors were stored.
 systemd drops a descriptor silently if NotifyAccess= does not allow this process to send, if a
 wrapper is the main process of a Type=simple service, and beyond FileDescriptorStoreMax=, which may
-be less than $FDSTORE and may be lowered at any time.  So the write end of a pipe is stored as well,
-and closed here: the read end hangs up (POLLHUP) when systemd has dropped it.
+be less than $FDSTORE and may be lowered at any time.  Two kinds of descriptors show what it does:
+
+* The write end of a pipe, which only the fd store has: the read end hangs up (POLLHUP) when it is
+  dropped.  But from version 254 on, systemd closes in the background what it drops.
+* An epoll instance: systemd watches each descriptor that it stores (FDPOLL=1), from before it reads
+  the next message until it drops the descriptor.
 """
 
 from __future__ import annotations
@@ -14,11 +18,14 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from select import epoll
+from typing import Protocol
 
 import trio
 
 from ...fdsets import StoredFd
-from ...kernel.fd import Fd, close_all, pipe, poll
+from ...kernel.fd import Fd, HasFileno, close_all, pipe, poll
+from ...kernel.watches import WatchDetector
 from ...limits import MAX_PROBES
 from ..durability import Unproven
 from .barrier_link import BarrierLink
@@ -41,6 +48,41 @@ _NO_ROOM = (
 _MOST_PROBES = 2
 
 
+class Probe(Protocol):
+    """A descriptor that is stored for a moment."""
+
+    @property
+    def fd(self) -> HasFileno:
+        """The descriptor."""
+
+    def is_stored(self) -> bool:
+        """Return whether the fd store has the descriptor, once a barrier has covered it."""
+
+    def close(self) -> None:
+        """Close the probe in this process."""
+
+
+class EpollProbe:
+    """An epoll instance, for a fd store that watches what it stores.
+
+    Args:
+        detector: detects whether it is watched.
+
+    Raises:
+        OSError: this process is out of descriptors.
+    """
+
+    def __init__(self, detector: WatchDetector) -> None:
+        self._detector = detector
+        self.fd = epoll()
+
+    def is_stored(self) -> bool:
+        return self._detector.is_watched(self.fd)
+
+    def close(self) -> None:
+        self.fd.close()
+
+
 class Sentinel:
     """A pipe whose write end is stored in the fd store.
 
@@ -50,7 +92,7 @@ class Sentinel:
     """
 
     def __init__(self, reader: Fd, writer: Fd) -> None:
-        self._reader, self.writer = reader, writer
+        self._reader, self.fd = reader, writer
 
     @classmethod
     def create(cls) -> Sentinel:
@@ -76,13 +118,9 @@ class Sentinel:
         reader = os.open(f"/proc/self/fd/{writer.fileno()}", flags)
         return cls(Fd(reader), writer)
 
-    def sent(self) -> None:
-        """Close the write end here, once it was sent: from here on only the fd store has it."""
-        self.writer.close()
-
-    @property
     def is_stored(self) -> bool:
-        """Whether the fd store has the write end."""
+        """Close the write end here, so that only the fd store has it; return whether it does."""
+        self.fd.close()
         return not poll(self._reader)
 
     async def wait_dropped(self) -> None:
@@ -97,17 +135,17 @@ class Sentinel:
         """Close both ends; wake :meth:`wait_dropped`."""
         if not self._reader.closed:
             trio.lowlevel.notify_closing(self._reader)
-        close_all([self._reader, self.writer])
+        close_all([self._reader, self.fd])
 
 
 class Evidence:
     """Evidence of what systemd's fd store keeps.
 
     One sentinel is stored first: systemd drops it before any descriptor sent later.  Probes are
-    sentinels stored for a moment, after added descriptors: if a probe was stored, so were these.
+    stored for a moment, after added descriptors: if a probe was stored, so were these.
 
-    Descriptors for which room is not proven yet are in batches: one for each barrier whose probes
-    have no answer yet, and one for descriptors after which no probe was sent.
+    Descriptors for which room is not proven yet are in batches: those behind which probes were
+    queued for the next barrier, or sent before the barrier under way; and one for all later ones.
 
     Args:
         link: connection to the fd store.
@@ -136,11 +174,13 @@ class Evidence:
         self._journals = journals
         self._dropped = dropped
         self._refused = refused
-        self._probes: list[Sentinel] = []  # probes before the barrier under way
-        self._spare: list[Sentinel] = []  # probes for the next barrier
+        self._probes: list[Probe] = []  # probes before the barrier under way
+        self._spare: list[Probe] = []  # probes for the next barrier
         self._batches: list[Unproven] = []
         self._proven = 0  # number of descriptors for which find_size has proven room
         self._full_at: int | None = None  # number of descriptors when room last ran out
+        self._detector = WatchDetector()
+        self._create: Callable[[], Probe] = partial(EpollProbe, self._detector)
         if returned is not None:
             self._name, writer = returned
             try:
@@ -149,8 +189,12 @@ class Evidence:
             except OSError:  # /proc is not mounted
                 link.remove(self._name)
         self._name = f"{SENTINEL}{journals.generation + 1}"
-        self._first = Sentinel.create()
-        link.store(self._name, self._first.writer)
+        try:
+            self._first = Sentinel.create()
+        except OSError:
+            self._detector.close()
+            raise
+        link.store(self._name, self._first.fd)
 
     async def find_size(self, size: int, others: int) -> int | None:
         """Probe how many places the fd store has, and return that number; None if it does not have
@@ -164,50 +208,55 @@ class Evidence:
         Raises:
             OSError: this process is out of descriptors.
         """
-        self.prepare()
         taken = self._kept.names + others
         count = max(1, min(size - taken, MAX_PROBES))
-        with suppress(OSError):  # out of descriptors: use fewer probes
-            self.prepare(count)
-        probes = self._store_probes(min(count, len(self._spare)))
-        await self._link.sync()
-        self._first.sent()
-        stored = self._remove_probes(probes)
-        self._link.changed()  # wait for the removal of the probes
-        await self._link.sync()
-        if not stored or not self._first.is_stored:
+        sent, stored = await self._count_stored(count)
+        if not stored:  # nothing is stored, or this service manager does not watch it
+            self._create = Sentinel.create
+            sent, stored = await self._count_stored(count)
+        if not stored or not self._first.is_stored():
             return None
         self._proven = self._kept.names + stored
         self._batches.append(Unproven())
-        if stored == len(probes):
+        if stored == sent:
             return size
         _log.warning(_FEWER, taken + stored)
         return taken + stored
 
-    def _store_probes(self, count: int) -> list[Sentinel]:
+    async def _count_stored(self, count: int) -> tuple[int, int]:
+        """Send *count* probes; return how many were sent, and how many of them are stored."""
+        self.prepare(1)
+        with suppress(OSError):  # out of descriptors: use fewer probes
+            self.prepare(count)
+        probes = self._store_probes(len(self._spare))
+        await self._link.sync()
+        stored = self._remove_probes(probes)
+        self._link.changed()  # wait for the removal of the probes
+        await self._link.sync()
+        return len(probes), stored
+
+    def _store_probes(self, count: int, first: int = 0) -> list[Probe]:
         probes = [self._spare.pop() for _ in range(count)]
-        for number, probe in enumerate(probes):
-            self._link.store(f"{PROBE}{number}", probe.writer)
+        for number, probe in enumerate(probes, first):
+            self._link.store(f"{PROBE}{number}", probe.fd)
         return probes
 
-    def _remove_probes(self, probes: Sequence[Sentinel]) -> int:
+    def _remove_probes(self, probes: Sequence[Probe]) -> int:
         """Remove *probes* after their barrier was acknowledged; return how many were stored."""
-        for probe in probes:
-            probe.sent()
-        stored = sum(probe.is_stored for probe in probes)
+        stored = sum(probe.is_stored() for probe in probes)
         for number, probe in enumerate(probes):
             self._link.discard(f"{PROBE}{number}")
             probe.close()
         return stored
 
     def prepare(self, count: int = _MOST_PROBES) -> None:
-        """Create the pipes of the next *count* probes.
+        """Create the next *count* probes.
 
         Raises:
             OSError: this process is out of descriptors.
         """
         while len(self._spare) < count:
-            self._spare.append(Sentinel.create())
+            self._spare.append(self._create())
 
     def added(self, stored: StoredFd) -> Unproven | None:
         """Add a stored descriptor to the last batch and return the batch; None before
@@ -222,40 +271,36 @@ class Evidence:
         """Queue probes before the next barrier, if it covers added descriptors.  The probes are
         checked before all other actions that wait for the barrier.
         """
-        is_replacing = self._journals.is_replacing
-        if not self._batches or not (self._batches[-1].entries or is_replacing):
+        last = self._link.last_queued
+        is_covered = last is None or last.startswith(PROBE)
+        if not self._batches or (is_covered and not self._batches[-1].entries):
             return
-        if self._probes:  # the last send was blocked: move probes behind what was added since
-            for number, probe in enumerate(self._probes):
-                self._link.remove(f"{PROBE}{number}")
-                self._link.store(f"{PROBE}{number}", probe.writer)
-        else:
-            try:
-                self.prepare()
-            except OSError:  # nothing was added: check_quota would have created the probes
-                return
-            # Beyond the proven number, a second probe proves room for another journal as well.
-            is_beyond = self._kept.names > self._proven and not is_replacing
-            self._probes = self._store_probes(1 + is_beyond)
-            self._link.on_synced(partial(self._check_probes, self._probes), first=True)
+        try:
+            self.prepare()
+        except OSError:  # nothing was added: check_quota would have created the probes
+            self._journals.withdraw()
+            return
+        # Beyond the proven number, a second probe proves room for another journal as well.
+        is_beyond = self._kept.names > self._proven and not self._journals.is_replacing
+        if not self._probes:
+            self._link.on_synced(self._check_probes, first=True)
+        self._probes += self._store_probes(1 + is_beyond, len(self._probes))
         self._batches.append(Unproven())
 
-    def _check_probes(self, probes: list[Sentinel]) -> None:
-        """Check *probes*: if they were stored, so were all batches but the last.  If not, refuse
-        all batches, including descriptors sent since: these may have taken the places of others.
+    def _check_probes(self) -> None:
+        """Check the probes before the barrier under way: if all were stored, so were all batches
+        but the last.  If not, refuse these batches.
         """
-        if self._probes is not probes:  # close() was called
-            return
-        self._probes = []
+        probes, self._probes = self._probes, []
+        sent, self._batches = self._batches[:-1], self._batches[-1:]
         if self._remove_probes(probes) == len(probes):
-            del self._batches[:-1]
             return
-        refused = [stored for batch in self._batches for stored in batch.entries]
-        for batch in self._batches:
+        refused = [stored for batch in sent for stored in batch.entries]
+        for batch in sent:
             batch.is_refused = True
-        self._batches = [Unproven()]
         self._journals.withdraw()
-        if self._full_at != (full_at := self._kept.names - len(refused)):
+        unsent = sum(len(batch.entries) for batch in self._batches)
+        if self._full_at != (full_at := self._kept.names - len(refused) - unsent):
             self._full_at = full_at
             _log.error(_NO_ROOM, full_at)
         self._refused([stored for stored in refused if not stored.removed])
@@ -267,12 +312,13 @@ class Evidence:
             self._dropped()
 
     def forget(self) -> None:
-        """Close all sentinels, and remove the first one from the fd store."""
+        """Close the sentinel and all probes, and remove them from the fd store."""
+        self._link.remove(self._name, *(f"{PROBE}{each}" for each in range(len(self._probes))))
         self.close()
-        self._link.remove(self._name)
 
     def close(self) -> None:
-        """Close all sentinels."""
-        for sentinel in (self._first, *self._probes, *self._spare):
-            sentinel.close()
-        self._probes, self._spare = [], []
+        """Close the sentinel and all probes; prove nothing any more."""
+        for each in (self._first, *self._probes, *self._spare):
+            each.close()
+        self._detector.close()
+        self._probes, self._spare, self._batches = [], [], []

@@ -8,18 +8,18 @@ import signal
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, closing, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_store import INVOCATION, Store, fake_store
-from helpers import ADD, CAPABILITIES, ROOT, Wire, daemon, send_now, settle, value
+from helpers import ADD, CAPABILITIES, ROOT, Wire, daemon, request, send_now, settle, value
 from supervised import COMMAND, DEADLINE, connected, lasting, supervised, until
 
 from qmpfd.client.blocking import BlockingClient, NoDaemon
 from qmpfd.errors import QMPError
-from qmpfd.kernel.fd import Fd, close_all
+from qmpfd.kernel.fd import Fd, close_all, pipe
 from qmpfd.kernel.file_descriptions import Descriptions, compare
 from qmpfd.kernel.systemd import Notifier
 from qmpfd.server.fdstore.mirror import FdStoreConfig
@@ -321,6 +321,7 @@ def test_a_journal_that_cannot_be_read(store: Store, path: Path, file: Path) -> 
             client.execute("add-fd", fds=[opened])
         first.kill()
         first.wait()
+    store.sync()
     journal = next(name for name in store.names if name.startswith("qmpfd-journal"))
     with store.take(journal) as memory:
         content = os.pread(memory.fileno(), 1 << 20, 0)
@@ -424,13 +425,24 @@ def test_a_manager_that_stores_nothing(
         assert "NotifyAccess=" in capfd.readouterr().err
 
 
+#: Service managers: as systemd before 254, as systemd since, and one that watches nothing.
+MANAGERS = [
+    pytest.param({}, id="closes at once"),
+    pytest.param({"closes": False}, id="closes late"),
+    pytest.param({"watches": False}, id="does not watch"),
+]
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
 @pytest.mark.parametrize("size", [20, 90])
-def test_a_store_smaller_than_fdstore_says(tmp_path: Path, path: Path, size: int) -> None:
+def test_a_store_smaller_than_fdstore_says(
+    tmp_path: Path, path: Path, size: int, manager: dict[str, bool]
+) -> None:
     """$FDSTORE is larger than the store: descriptors without a place are refused, and all others
     come back.  The daemon probes the size at the start, and a large store on demand.
     """
     options = ["--socket", str(path)]
-    with fake_store(tmp_path, size=size) as store:
+    with fake_store(tmp_path, size=size, **manager) as store:
         env = {"FDSTORE": "512"}
         with (
             store.service(*options, env=env, expected=None) as first,
@@ -590,15 +602,16 @@ def _pipelined(path: Path, count: int) -> list[str]:
         return [reply.get("error", {"desc": ""})["desc"] for reply in replies]
 
 
+@pytest.mark.parametrize("manager", MANAGERS)
 @pytest.mark.parametrize("at_once", [1, 7, 40])
 def test_a_maximum_lowered_above_the_number_stored(
-    tmp_path: Path, path: Path, at_once: int
+    tmp_path: Path, path: Path, at_once: int, manager: dict[str, bool]
 ) -> None:
     """A lowered maximum above the number of stored descriptors: systemd drops only new ones.  Those
     are refused, and all others stay safe.
     """
     options = ["--socket", str(path)]
-    with fake_store(tmp_path) as store:
+    with fake_store(tmp_path, **manager) as store:
         with (
             store.service(*options, expected=None) as first,
             BlockingClient(path, DEADLINE) as client,
@@ -625,6 +638,61 @@ def test_a_maximum_lowered_above_the_number_stored(
         with store.service(*options), BlockingClient(path, DEADLINE) as client:
             assert fds(client) == before
             assert kept_safe(client)
+
+
+async def _fill(wire: Wire, count: int) -> None:
+    for _ in range(count):
+        with Fd(os.memfd_create("x")) as memory:
+            value(await wire.call("add-fd", None, [memory]))
+
+
+async def test_a_removal_while_others_wait_for_the_store(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place that becomes free does not show that there was room for descriptors sent before."""
+    async with kept_daemon(path, store, monkeypatch), AsyncExitStack() as stack:
+        wires = [stack.enter_context(await Wire.session(path)) for _ in range(4)]
+        await _fill(wires[0], 5)
+        reader, writer = pipe()
+        with reader:
+            value(await wires[3].call("add-fds", {"watch-hangup": True}, [reader]))
+        store.sync()
+        store.pause()
+        store.size = len(store.names) + 2  # the next descriptor and its probe
+        for wire in wires[:3]:
+            with Fd(os.memfd_create("x")) as memory:
+                wire.send(ADD, [memory])
+            await settle()
+        writer.close()
+        await settle()
+        store.pause(False)
+        assert ["error" in await each.reply() for each in wires[:3]] == [False, True, True]
+        assert len(value(await wires[3].call("query-fds"))) == len(entries(store)) - 1 == 6
+
+
+async def test_a_removal_half_sent(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel has no room for all removals behind an added descriptor.  When more descriptors
+    are added before the barrier is sent, the first one is still proven by its own probe.
+    """
+    count = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()) + 5
+    async with kept_daemon(path, store, monkeypatch):
+        with await Wire.session(path) as wire, await Wire.session(path) as other:
+            await _fill(wire, count)
+            store.sync()
+            store.pause()
+            store.size = len(store.names)
+            with Fd(os.memfd_create("x")) as memory, Fd(os.memfd_create("y")) as later:
+                wire.send(request("remove-fds", {"added-by-pid": os.getpid()}) + ADD, [memory])
+                await settle()
+                other.send(ADD, [later])
+                await settle()
+            store.pause(False)
+            assert len(value(await wire.reply())) == count
+            assert ["error" in await each.reply() for each in (wire, other)] == [True, True]
+            assert value(await wire.call("query-fds")) == []
+            assert len(entries(store)) == 1  # 1: the socket
 
 
 def test_no_room_for_a_new_journal(tmp_path: Path, path: Path) -> None:
