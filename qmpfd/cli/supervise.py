@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import resource
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ..kernel.fd import open_files_limit
 from ..kernel.systemd import InheritedFd, Notifier
 from ..limits import RESERVED_PLACES
+from ..supervisor.signals import FORWARDED
 from .exit_codes import UsageError
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ def become_supervisor(arguments: argparse.Namespace) -> NoReturn:
     passed = {option.fd for option in arguments.add_fd} | {arguments.ready_fd} - {None}
     options = [arguments.log_format, arguments.log_level, str(arguments.drain_timeout)]
     options.append(",".join(map(str, passed)))
+    # Pending until the parent has handlers: Ctrl-C would end its interpreter with a traceback.
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     os.execv(executable, [*python, *options, executable, *sys.orig_argv[1:]])
 
 

@@ -97,9 +97,9 @@ class Supervisor:
         self._mailbox = Mailbox(log, self._store, self._program)
         self._poll.register(self._wake, select.POLLIN)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        set_up_signals(HANDLED)
         for number in HANDLED:
             signal.signal(number, lambda *_: None)
+        set_up_signals(HANDLED)
 
     def run(self) -> int:
         """Supervise until the worker ends by itself or by a signal; return the exit status."""

@@ -652,6 +652,20 @@ def test_a_worker_killed_after_the_hand_over(path: Path) -> None:
                     assert len(fds(again)) == 2000
 
 
+def test_sigint_while_the_parent_starts(path: Path) -> None:
+    """Ctrl-C right after execve(2) of the parent's program: no traceback."""
+    with subprocess.Popen(
+        [*COMMAND, "--supervise", "--socket", str(path)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        line = Path(f"/proc/{process.pid}/cmdline")
+        until(lambda: b"\0-I\0" in line.read_bytes(), "the parent's program")
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=DEADLINE)
+    assert "Traceback" not in said
+    assert process.returncode == 0
+    assert not path.exists()
+
+
 def test_sigterm_while_a_worker_starts(path: Path) -> None:
     """SIGTERM at any moment of a worker's start, also between fork(2) and execve(2)."""
     for moment in range(8):
