@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack, closing
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import trio
 
@@ -17,7 +18,7 @@ from ..fdsets import StoredFd
 from ..kernel.binding import OWNER_ONLY, Permissions
 from ..kernel.fd import Fd, FileDescriptorLike, close_all
 from ..kernel.in_flight import InFlightProbe, in_flight_is_limited
-from ..limits import Limits
+from ..limits import INT64_MAX, Limits
 from ..policy import Policy
 from .audit import AuditWriter
 from .closing import await_closes
@@ -40,7 +41,7 @@ async def serve(  # noqa: ASYNC128 - run_daemon does that
     policy: Policy | None = None,
     socket_mode: int = 0o600,
     socket_group: int | None = None,
-    metrics_path: Path | None = None,
+    metrics_path: str | os.PathLike[str] | None = None,
     audit: FileDescriptorLike | None = None,
     initial_fds: Iterable[tuple[Fd, int | None, str | None]] = (),
     listen_fds: Iterable[Fd] = (),
@@ -75,12 +76,14 @@ async def serve(  # noqa: ASYNC128 - run_daemon does that
     Raises:
         SocketInUse: another daemon listens on one of *paths*.
         OSError: one of *paths* cannot be bound.
-        TypeError: *paths* is a single string.
+        ValueError: an argument is out of its range: a limit is not above 0, *socket_mode* not from
+            0 to 0o777, an id not from 0 to 2**63-1, or an opaque text has surrogates.
+        TypeError: *paths* is a single path, or another argument has the wrong type.
     """
-    if isinstance(paths, str):  # a string is an iterable of strings too: its characters
+    if isinstance(paths, (str, bytes, os.PathLike)):  # a string is an iterable of strings too
         raise TypeError(f"paths is a list of paths, not one path: [{paths!r}]")
     await run_daemon(
-        partial(DaemonServer, dialect, limits, policy, metrics_path),
+        partial(_checked_server, dialect, limits, policy, metrics_path, socket_mode),
         paths,
         Permissions(socket_mode, socket_group),
         audit,
@@ -88,6 +91,29 @@ async def serve(  # noqa: ASYNC128 - run_daemon does that
         listen_fds,
         task_status=task_status,
     )
+
+
+def _checked_server(
+    dialect: Dialect,
+    limits: Limits | None,
+    policy: Policy | None,
+    metrics_path: str | os.PathLike[str] | None,
+    socket_mode: int,
+) -> DaemonServer:
+    """Check arguments of :func:`serve` that would spoil the daemon later; create the server."""
+    dialects = {name: name for name in get_args(Dialect)}  # replies need a str, and no subclass
+    if dialect not in dialects:
+        raise ValueError(f"dialect is 'spec' or 'qemu', not {dialect!r}")
+    limits = limits or Limits()
+    for name, limit in limits._asdict().items():
+        if not (limit is None and name == "idle_timeout") and not limit > 0:
+            raise ValueError(f"limits.{name} has to be above 0, not {limit!r}")
+    if not isinstance(policy, Policy | None):
+        raise TypeError(f"policy is a Policy, as load_policy() returns it, not {policy!r}")
+    if not 0 <= socket_mode <= 0o777:
+        raise ValueError(f"socket_mode is 0 to 0o777, not {socket_mode:#o}")
+    path = None if metrics_path is None else Path(metrics_path)
+    return DaemonServer(dialects[dialect], limits, policy, path)
 
 
 async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
@@ -147,6 +173,13 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
         initial: list[StoredFd] = []
         while given:
             fd, fdset_id, opaque = given[0]
+            # What JSON cannot carry, or carries as another type, would spoil every listing.
+            if fdset_id is not None:
+                if not 0 <= fdset_id <= INT64_MAX:
+                    raise ValueError(f"an fd set's id is 0 to {INT64_MAX}, not {fdset_id}")
+                fdset_id = int(fdset_id)
+            if opaque is not None:
+                opaque = opaque.encode().decode()
             initial += server.daemon.add([fd], fdset_id, opaque, create=True)
             given.popleft()
         # A generator: close_listeners() has each listener before the next one can fail.

@@ -5,7 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Callable
+from math import nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import (
@@ -25,6 +28,8 @@ from helpers import (
 from kinds import KINDS, open_kind
 
 import qmpfd
+import qmpfd.testing
+from qmpfd.kernel.fd import Fd
 
 # -- descriptors of every kind -----------------------------------------------------------------
 
@@ -345,7 +350,55 @@ async def test_all_sockets_share_one_store(path: Path) -> None:
     assert not any(other.exists() for other in others)
 
 
-async def test_one_path_is_no_list_of_paths(path: Path) -> None:
+@pytest.mark.parametrize("kind", [str, Path, os.fsencode])
+async def test_one_path_is_no_list_of_paths(path: Path, kind: Callable[[Path], Any]) -> None:
     """A text is an iterable of its characters, and a type checker lets it pass."""
     with pytest.raises(TypeError, match="a list of paths"):
-        await qmpfd.serve(str(path))
+        await qmpfd.serve(kind(path))
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ({"dialect": "QEMU"}, ValueError),
+        ({"limits": qmpfd.Limits(max_fds=0)}, ValueError),
+        ({"limits": qmpfd.Limits(write_timeout=nan)}, ValueError),
+        ({"limits": qmpfd.Limits(drain_timeout=None)}, TypeError),  # type: ignore[arg-type]
+        ({"policy": Path("policy.toml")}, TypeError),
+        ({"socket_mode": 600}, ValueError),
+        ({"metrics_path": 5}, TypeError),
+        ({"fdset_id": -1}, ValueError),
+        ({"fdset_id": 1 << 63}, ValueError),
+        ({"opaque": os.fsdecode(b"\xff")}, ValueError),
+    ],
+)
+async def test_arguments_that_would_spoil_the_daemon(
+    path: Path, arguments: dict[str, Any], expected: type[Exception]
+) -> None:
+    """They are refused at the start, and the descriptors are closed."""
+    with Pipe() as pipe:
+        fd = Fd(os.dup(pipe.fileno()))
+        initial = (fd, arguments.pop("fdset_id", 0), arguments.pop("opaque", ""))
+        pipe.release()
+        with pytest.raises(expected):
+            await qmpfd.serve([path], initial_fds=[initial], **arguments)
+        assert not path.exists()
+        assert not pipe.held()
+
+
+async def test_arguments_of_related_types(path: Path) -> None:
+    class Text(str):
+        """A text of another type: JSON's encoder has no rule for it."""
+
+    metrics = path.with_name("metrics")
+    initial = (Fd(os.dup(0)), True, Text("name"))
+    async with (
+        qmpfd.testing.daemon(
+            path, dialect=Text("qemu"), metrics_path=str(metrics), initial_fds=[initial]
+        ),
+        qmpfd.connect(path) as client,
+    ):
+        [fdset] = await client.query_fdsets()
+        assert (fdset.fdset_id, fdset.fds[0].opaque) == (1, "name")
+        assert (await client.execute("query-stats"))["dialect"] == "qemu"
+    assert metrics.exists()
