@@ -553,6 +553,22 @@ def test_check_policy(rules: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "uid 0 has all rights" in _check(capsys, "--user", "root", rules)[1]
 
 
+@pytest.mark.parametrize(
+    "member, words",
+    [
+        ("fdsets = []", "; in no fd set"),
+        ("opaque = []", "; with no opaque text"),
+        ('opaque = ["", "a"]', "; with opaque text like '' or a"),
+    ],
+)
+def test_check_policy_of_empty_lists(
+    member: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p").write_text(f'[[rule]]\nallow = ["query"]\n{member}')
+    told = _check(capsys, os.fspath(tmp_path / "p"))[1]
+    assert told.endswith(f"rule 1, line 1: everybody: query{words}\n")
+
+
 def test_check_policy_as_json(rules: str, capsys: pytest.CaptureFixture[str]) -> None:
     first = {
         "rule": 1,

@@ -15,6 +15,14 @@ from .exit_codes import UsageError
 from .options import option
 from .output import print_json, printable
 
+
+def file_path(text: str) -> Path:
+    """Check the value of an option that names a file: ``Path("")`` would be the path "."."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not the path of a file")
+    return Path(text)
+
+
 SUMMARY = "check a policy file, and show which rule gives which rights to whom"
 DESCRIPTION = (
     "Check a policy file, and show which rule gives which rights to whom; with "
@@ -26,7 +34,7 @@ EXAMPLES = [
 ]
 EXIT_STATUS = "  0 the policy is valid, 2 the policy is not valid, or usage"
 OPTIONS = [
-    option("file", "the policy file, as for qmpfd serve --policy", Path, metavar="FILE"),
+    option("file", "the policy file, as for qmpfd serve --policy", file_path, metavar="FILE"),
     option("--user NAME|UID", "show the rights of this user only, those of its groups included"),
     option("--json", "print one JSON value instead of text"),
 ]
@@ -107,9 +115,11 @@ def _whom(rule: RuleInForce) -> str:
 def _in_words(grant: Grant) -> str:
     words = ", ".join(sorted(grant.rights)) or "nothing"
     if grant.fdsets is not None:
-        words += f"; in fd sets {', '.join(map(str, sorted(grant.fdsets))) or 'none'}"
+        numbers = ", ".join(map(str, sorted(grant.fdsets)))
+        words += f"; in fd sets {numbers}" if numbers else "; in no fd set"
     if grant.opaque is not None:
-        words += f"; with opaque text like {printable(' or '.join(grant.opaque)) or 'none'}"
+        patterns = printable(" or ".join(pattern or "''" for pattern in grant.opaque))
+        words += f"; with opaque text like {patterns}" if patterns else "; with no opaque text"
     return words
 
 

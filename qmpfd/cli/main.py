@@ -32,6 +32,9 @@ _EXIT_STATUS = "  0 done, 1 the daemon refused, 2 usage, 3 no daemon"
 #: Options that may precede the verb, and whether each takes a value.
 _SHARED = {"--socket": True, "--timeout": True, "--json": False}
 
+#: Options that stand in place of a verb.
+_ALONE = ("-h", "--help", "--version")
+
 #: Advice for an error, by its class and a part of its text.
 _ADVICE = [
     ("FdNotFound", "' not found", "qmpfd ls lists the stored descriptors"),
@@ -58,6 +61,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; report unknown words as the verb's: argparse leaves them to the parser of all."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if file is sys.stdout:  # argparse would ignore an OSError of the write
@@ -159,14 +169,14 @@ def _verb_first(words: list[str]) -> list[str]:
     verb = words[at]
     if verb == "help":
         return [*_verb_first(words[:at] + words[at + 1 :])[:1], "--help"]
-    if verb and not verb.startswith("-") and verb not in _VERBS:
+    if verb and verb not in (*_VERBS, *_ALONE):
         import difflib
 
         near = difflib.get_close_matches(verb, _VERBS, 1)
-        meant = f": did you mean {near[0]}?" if near else ""
-        _parser("").exit(
-            USAGE, f"qmpfd: unknown verb {printable(verb)}{meant} (see qmpfd --help)\n"
-        )
+        what = f"unknown verb {verb}" + (f": did you mean {near[0]}?" if near else "")
+        if verb.startswith("-"):
+            what = f"{verb} cannot precede the verb: only {', '.join(_SHARED)} can"
+        _parser("").exit(USAGE, f"qmpfd: {printable(what)} (see qmpfd --help)\n")
     return [verb, *words[:at], *words[at + 1 :]]
 
 

@@ -63,7 +63,7 @@ def listening_socket(address: str) -> tuple[Fd, str]:
 
 
 def _listening_tcp(address: str) -> tuple[Fd, str]:
-    match = re.fullmatch(r"(\[.*\]|[^][]*):([0-9]{1,5})", address, re.DOTALL)
+    match = re.fullmatch(r"(\[[^][]+\]|[^][]*):([0-9]{1,5})", address, re.DOTALL)
     if match is None or int(match[2]) > 0xFFFF:
         raise UsageError(
             f"{address!r} is not an address: HOST:PORT, [V6]:PORT or unix:PATH; a PORT is a number "

@@ -118,6 +118,10 @@ def client_within(arguments: argparse.Namespace, patience: float) -> BlockingCli
         time.sleep(RETRY)
 
 
+#: Characters of a number; *float* and *int* accept blanks, ``1_0`` and other digits as well.
+_NUMERIC = frozenset("0123456789.+-eE")
+
+
 def bounded(
     convert: Callable[[str], NumberT], least: NumberT, most: NumberT, wrong: str
 ) -> Callable[[str], NumberT]:
@@ -132,8 +136,7 @@ def bounded(
 
     def parse(text: str) -> NumberT:
         try:
-            value = convert(text)
-            if least <= value <= most:
+            if _NUMERIC.issuperset(text) and least <= (value := convert(text)) <= most:
                 return value
         except ValueError:
             pass
@@ -149,8 +152,8 @@ def number(name: str, least: int = 0, most: int = INT64_MAX) -> Callable[[str], 
 
 
 def _decimal(text: str) -> int:
-    """Convert decimal digits to a number; *int* would accept ``1_0`` for 10 as well."""
-    if not (text.isascii() and text.isdecimal()):
+    """Convert decimal digits to a number; *int* would accept a sign as well."""
+    if not text.isdecimal():
         raise ValueError
     return int(text)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from ..client.blocking import BlockingClient, NoDaemon
-from ..errors import FdNotFound, QMPError
+from ..errors import CommandNotFound, FdNotFound, QMPError
 from .exit_codes import DONE, REFUSED, UsageError
 from .options import CONNECTION, JSON, client_of, number, option
 from .output import print_error, print_result, printable
@@ -82,15 +83,17 @@ def _remove_all(
 def _remove_target(client: BlockingClient, target: Target, removed: list[Removed]) -> None:
     if target.name is None:
         removed.append(_remove(client, target.selector))
-    elif target.is_pattern:
-        found = [row for row in listed(client) if target.matches(*row)]
-        if not found:
-            raise FdNotFound(f"no name matches {target.name!r}")
-        _remove_listed(client, found, removed)
-    else:
-        removed += first_found(
-            target, lambda reading: client.execute("remove-fds", reading.selector)
-        )
+        return
+    if not target.is_pattern:
+        with suppress(CommandNotFound):  # QEMU has only remove-fd
+            removed += first_found(
+                target, lambda reading: client.execute("remove-fds", reading.selector)
+            )
+            return
+    found = [row for row in listed(client) if target.matches(*row)]
+    if not found:
+        raise FdNotFound(f"no name matches {target.name!r}")
+    _remove_listed(client, found, removed)
 
 
 def _remove_listed(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..limits import Limits
-from .check_policy import group_id
+from .check_policy import file_path, group_id
 from .options import Option, bounded, number, one_of, option, seconds, socket_path
 from .options import text as json_text
 
@@ -88,7 +88,7 @@ OPTIONS = [
         "--policy FILE",
         "the policy file: which other users may connect, and their rights; SIGHUP reads it "
         "again (default: only root and the daemon's own user may connect)",
-        Path,
+        file_path,
     ),
     option(
         "--dialect",
@@ -145,13 +145,13 @@ OPTIONS = [
         "--metrics PATH",
         "write metrics to PATH every 10 s, as OpenMetrics text; PATH must be new or a "
         "regular file (default: no metrics)",
-        Path,
+        file_path,
     ),
     option(
         "--audit PATH|-",
         "append a JSON line to PATH (-: standard output) for each descriptor that is "
         "added, removed or sent to a client, and for each refusal (default: no audit trail)",
-        Path,
+        file_path,
     ),
     option(
         "--log-format",

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     pairs = [("socket", printable(path)), ("server", server_name(version))]
     if stats is None:
-        print_pairs([*pairs, ("not told", printable(reason))])
+        print_pairs([*pairs, ("statistics", f"none: {printable(reason)}")])
     else:
         print_pairs([*pairs, *_rows(stats)])
         _print_peers(stats)
@@ -67,6 +67,7 @@ def server_name(version: Any) -> str:
     return f"QEMU {printable(number)} {package}".rstrip()
 
 
+_HIDDEN = "hidden: this user may not query all descriptors"
 _SAFE = "yes: stored descriptors survive a crash of the daemon"
 _UNSAFE = "no: a crash of the daemon loses the stored descriptors (see serve --supervise)"
 
@@ -74,7 +75,7 @@ _UNSAFE = "no: a crash of the daemon loses the stored descriptors (see serve --s
 def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
     limits = stats["limits"]
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() - stats["uptime"]))
-    fds = _gauge(stats["fds-kept"], limits, "max-fds") if "fds-kept" in stats else "not told"
+    fds = _gauge(stats["fds-kept"], limits, "max-fds") if "fds-kept" in stats else _HIDDEN
     connections = _gauge(stats["connections"], limits, "max-connections")
     timeouts = [
         f"{name} {limits[f'{name}-timeout']:g} s"
@@ -85,7 +86,7 @@ def _rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
         ("process", str(stats["pid"])),
         ("since", f"{since}, for {duration(stats['uptime'])}"),
         ("dialect", stats["dialect"]),
-        ("fd sets", str(stats.get("fdsets", "not told"))),
+        ("fd sets", str(stats.get("fdsets", _HIDDEN))),
         ("descriptors", fds),
         ("kept safe", _SAFE if stats["kept-safe"] else _UNSAFE),
         ("connections", connections),

@@ -118,7 +118,10 @@ def stored_target(word: str) -> Target:
     """Parse a target of a verb that hands out no descriptors: without ``:ACCESS`` and ``=AT``."""
     found = target(word)
     if found.at is not None or found.access is not None:
-        raise argparse.ArgumentTypeError(f"{word!r}: the target must be SET, SET/FD or @NAME")
+        name = f" (a descriptor of this name: {word[:-1]}[{word[-1]}])" if found.name else ""
+        raise argparse.ArgumentTypeError(
+            f"{word!r}: the target must be SET, SET/FD or @NAME, without :ACCESS and =AT{name}"
+        )
     return found
 
 

@@ -47,10 +47,15 @@ def run(arguments: argparse.Namespace) -> NoReturn:
 
 def _show(event: QMPEvent, as_json: bool) -> None:
     if as_json:
-        print_json({"event": event.name, "data": event.data, "timestamp": event.seconds})
+        print_json(event_members(event))
     else:
         when = time.strftime("%H:%M:%S", time.localtime(event.seconds))
         print(f"{when}  {formatted(event.name, event.data)}", flush=True)
+
+
+def event_members(event: QMPEvent) -> dict[str, Any]:
+    """Return an event as JSON; its time in seconds since 1970, as a number."""
+    return {"event": event.name, "data": event.data, "timestamp": event.seconds}
 
 
 def formatted(name: str, data: dict[str, Any]) -> str:

@@ -665,6 +665,14 @@ def test_what_only_python_takes_for_a_number(cli: Cli, path: Path, number: str) 
         assert (status, shown, error.count("\n")) == (USAGE, "", 1), words
 
 
+@pytest.mark.parametrize("number", ["1_0", " 10", "\u0661", "0o600", "infinity"])
+def test_what_only_python_takes_for_a_time_or_a_mode(cli: Cli, number: str) -> None:
+    cli.fails(USAGE, "ls", "--timeout", number)
+    cli.fails(USAGE, "status", "--wait", number)
+    cli.fails(USAGE, "serve", "--idle-timeout", number)
+    cli.fails(USAGE, "serve", "--socket-mode", number)
+
+
 def test_columns_without_end(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "9" * 5000)
     assert cli.done("ls", "--help").startswith("usage: ")

@@ -130,7 +130,7 @@ def test_listen(cli: Cli, address: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["", "x", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:65536", "[::1:80", "unix:", "unix:@"],
+    ["", "x", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:65536", "[::1:80", "[]:0", "unix:", "unix:@"],
 )
 def test_listen_nowhere(cli: Cli, address: str) -> None:
     cli.fails(USAGE, "add", "--listen", address)

@@ -22,7 +22,7 @@ from helpers import PATIENCE, daemon_thread
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd, close_all
 
-from .command import NO_DAEMON, REFUSED, USAGE, Cli
+from .command import DONE, NO_DAEMON, REFUSED, USAGE, Cli
 
 
 def test_push(cli: Cli, file: Path, tmp_path: Path) -> None:
@@ -173,8 +173,24 @@ def test_qemu_has_none_of_ours() -> None:
         assert text in other.fails(REFUSED, "exec", "0", "--", "true")
         assert text in other.fails(REFUSED, "push", 0, "--to", qemu.paths[1])
         assert "watch-fdsets" in other.fails(REFUSED, "watch")
+        assert "remove-fds" in other.fails(REFUSED, "rm", "--pid", 1)
         assert "query-fds" in other.fails(REFUSED, "ls", "--long")
         assert "open-fdset" in other.fails(REFUSED, "exec", "@web", "--", "true")
+
+
+@pytest.mark.qemu
+def test_names_at_a_qemu(tmp_path: Path) -> None:
+    """QEMU has no remove-fds: rm finds names in its listing."""
+    (tmp_path / "file").touch()
+    with start_qemu(2) as qemu, qemu.session(1):
+        other = Cli(Path(qemu.paths[0]))
+        for name in ("disk", "disk/3", "other"):
+            assert other("add", "--name", name, tmp_path / "file").returncode == DONE
+        assert other.done("rm", "@disk").endswith("  disk\n")
+        assert other("rm", "@disk", "@disk/3").returncode == REFUSED
+        assert "no name matches 'disk'" in other.fails(REFUSED, "rm", "@disk")
+        [fdset] = json.loads(other.done("ls", "--json"))
+        assert [fd["opaque"] for fd in fdset["fds"]] == ["other"]
 
 
 def test_no_daemon(path: Path) -> None:

@@ -32,6 +32,9 @@ def _fails(*words: str, pass_fds: Sequence[int] = (), env: dict[str, str] | None
 BAD = {
     "--socket-mode": ["", "8", "1777", "-1", "rw"],
     "--dialect": ["", "qapi"],
+    "--policy": [""],
+    "--metrics": [""],
+    "--audit": [""],
     "--max-connections": ["", "0", "-1", "1.5", "many", "\u0663x"],
     "--max-request-bytes": ["0", "1023", "67108865", "1M"],
     "--write-timeout": ["0", "-1", "nan", "inf", "1e300", "soon"],

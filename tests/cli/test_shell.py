@@ -206,7 +206,7 @@ def test_what_was_done_is_said_where_the_output_fails(path: Path) -> None:
 def test_what_was_handed_out_can_be_passed_on(
     path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ran = script(path, f"add-fd < {__file__}\nopen-fdset fdset-id=0\nhelp add-fd\nexit\nnonsense\n")
+    ran = script(path, "add-fd < /dev/null\nopen-fdset fdset-id=0\nhelp add-fd\nexit\nnonsense\n")
     assert (ran.returncode, ran.stderr) == (DONE, "")
     assert "passes it on)" in ran.stdout
     number = ran.stdout.partition("descriptor ")[2].partition(":")[0]
@@ -280,7 +280,8 @@ def test_events_are_shown_as_they_come(path: Path) -> None:
         assert json.loads(process.stdout.readline()) == {"return": {}}
         info = other.execute("add-fd", {}, [0])
         event = json.loads(process.stdout.readline())
-        assert (event["event"], event["data"]) == ("FD_ADDED", info)
+        assert event.pop("timestamp") > 1e9
+        assert event == {"event": "FD_ADDED", "data": info}
         process.stdin.close()
         assert process.wait(PATIENCE) == DONE
 

@@ -135,7 +135,7 @@ def test_a_user_who_may_not_query_everything() -> None:
             ran = run_as_nobody("status", "--socket", str(path))
     assert ran.returncode == DONE, ran.stderr
     rows = dict(re.findall(r"^(served|refused|fd sets) +(.*)$", ran.stdout, re.MULTILINE))
-    assert rows["fd sets"] == "not told"
+    assert rows["fd sets"] == "hidden: this user may not query all descriptors"
     assert "command" not in rows["served"] + rows["refused"]
 
 
@@ -165,7 +165,7 @@ def test_qemu_has_an_unrelated_query_stats() -> None:
     with start_qemu(1) as qemu:
         said = told(Path(qemu.paths[0]))
         assert said["server"].startswith("QEMU ")
-        assert said["not told"] == "this is not qmpfd"
+        assert said["statistics"] == "none: this is not qmpfd"
         assert json.loads(status(Path(qemu.paths[0]), "--json")[1])["stats"] is None
 
 
@@ -227,4 +227,4 @@ def test_no_access() -> None:
         with daemon_process(path, "--policy", str(policy), "--socket-mode", "666"):
             found, out, said = ask()
             assert (found, said) == (DONE, "")
-            assert re.search(r"^not told +PermissionDenied: .*'query'", out, re.MULTILINE)
+            assert re.search(r"^statistics +none: PermissionDenied: .*'query'", out, re.MULTILINE)

@@ -47,6 +47,15 @@ def test_where_nothing_is_handed_out(word: str) -> None:
         stored_target(word)
 
 
+@pytest.mark.parametrize("name", ["a:r", "a:rw", "a=1", "a:rdonly=12"])
+def test_a_name_that_ends_like_another_part(name: str) -> None:
+    """The error says which pattern matches the name."""
+    with pytest.raises(argparse.ArgumentTypeError) as raised:
+        stored_target(f"@{name}")
+    pattern = str(raised.value).rpartition(": ")[2].removesuffix(")")
+    assert stored_target(pattern).matches(0, {"fd": 3, "opaque": name})
+
+
 def test_a_name_that_ends_like_a_number() -> None:
     """The whole word is tried as a name first, then as a name with a descriptor number."""
     first, second = target("@/dev/vfio/12").alternatives()

@@ -22,6 +22,7 @@ from ..exit_codes import UsageError
 from ..opening import check_open, open_file
 from ..options import client_of
 from ..output import print_result, printable, terminal_width
+from ..watch import event_members
 from .schema import Schema
 from .syntax import Typed, parse
 
@@ -205,7 +206,7 @@ class Session:
 
     def _event_line(self, event: QMPEvent) -> str:
         if self._as_json:
-            return json.dumps({"event": event.name, "data": event.data, "time": event.seconds})
+            return json.dumps(event_members(event))
         at = time.strftime("%H:%M:%S", time.localtime(event.seconds))
         return printable(f"{at} {event.name} {json.dumps(event.data, ensure_ascii=False)}")
 
