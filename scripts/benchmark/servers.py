@@ -296,7 +296,7 @@ _SECOND_MONITOR = "second"
 
 def _start_qemu(servers: Servers, folder: Path, path: Path) -> subprocess.Popen[bytes]:
     options = ["-nodefaults", "-machine", "none", "-display", "none"]
-    for monitor in (path, folder / _SECOND_MONITOR):
+    for monitor in (folder / _SECOND_MONITOR, path):  # in this order: clients wait for *path*
         options += ["-qmp", f"unix:{monitor},server=on,wait=off"]
     return servers.spawn(folder, ["qemu-system-x86_64", *options])
 
