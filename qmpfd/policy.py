@@ -7,6 +7,7 @@ only; the rights of several matching rules add up.  The daemon's own user and ro
 from __future__ import annotations
 
 import grp
+import os
 import pwd
 import re
 import tomllib
@@ -188,11 +189,17 @@ class Policy:
         lines: the number of the line on which each rule begins, if known.
 
     Raises:
-        BadPolicy: a rule names a user or group that does not exist, or contradicts itself.
+        BadPolicy: a member of a rule has the wrong type, a rule names a user or group that does not
+            exist, or it contradicts itself.
     """
 
     def __init__(self, rules: Iterable[Rule] = (), lines: Iterable[int] = ()) -> None:
-        rules, at = list(rules), list(lines)
+        at = list(lines)
+        # Rule() checks nothing: with opaque="vm1:*", each character would be a pattern.
+        try:
+            rules = msgspec.convert({"rule": msgspec.to_builtins(list(rules))}, _File).rule
+        except (TypeError, msgspec.MsgspecError) as exc:
+            raise BadPolicy(str(exc)) from None
         self.rules = [
             RuleInForce(
                 number + 1,
@@ -253,11 +260,11 @@ def _id(
         )
     try:
         return look_up(name)
-    except KeyError:
+    except (KeyError, ValueError):  # ValueError: a NUL, or a surrogate
         raise BadPolicy(f"no {kind} '{name}' - at `$.rule[{number}].{kind}`") from None
 
 
-def load_policy(path: Path) -> Policy:
+def load_policy(path: str | os.PathLike[str]) -> Policy:
     """Read the policy from the file at *path*.
 
     Args:
@@ -266,7 +273,7 @@ def load_policy(path: Path) -> Policy:
     Raises:
         BadPolicy: the file cannot be read, is not TOML, or has an invalid rule.
     """
-    text = ""
+    text, path = "", Path(path)
     try:
         with path.open("rb") as file:
             content = file.read(MAX_POLICY_BYTES + 1)

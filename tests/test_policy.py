@@ -24,7 +24,7 @@ from qmpfd.cli import main
 from qmpfd.errors import PermissionDenied
 from qmpfd.kernel.credentials import is_owner
 from qmpfd.limits import MAX_POLICY_BYTES
-from qmpfd.policy import RIGHTS, Access, BadPolicy, Grant, Policy, load_policy
+from qmpfd.policy import RIGHTS, Access, BadPolicy, Grant, Policy, Rule, load_policy
 
 NOBODY = 65534
 #: A group without members.
@@ -436,6 +436,30 @@ def test_a_bad_file(text: str | bytes, told: str, tmp_path: Path) -> None:
         load_policy(file)
     assert str(caught.value).startswith(f"{file}: ")
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "member, said",
+    [
+        ({"allow": "query"}, "array"),
+        ({"allow": ["look"]}, "look"),
+        ({"opaque": "vm1:*"}, "array"),
+        ({"fdsets": [True]}, "bool"),
+        ({"uid": "0"}, "str"),
+        ({"user": "a\0b"}, "no user"),
+        ({"group": "\udcff"}, "no group"),
+    ],
+)
+def test_a_bad_rule_from_python(member: dict[str, Any], said: str) -> None:
+    """As in a file: of the text ``vm1:*`` in place of a list, each character would be a pattern."""
+    with pytest.raises(BadPolicy, match=said):
+        Policy([Rule(**{"allow": ["query"], **member})])
+
+
+def test_a_path_as_text(tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text('[[rule]]\nallow = ["query"]\n')
+    assert len(load_policy(str(file)).rules) == 1
 
 
 def test_no_file(tmp_path: Path) -> None:

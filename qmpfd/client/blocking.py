@@ -58,7 +58,7 @@ class BlockingClient:
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float | None = 10.0) -> None:
-        self._path = os.fspath(path)
+        self._path = os.fsdecode(path)
         self._timeout = inf if timeout is None else timeout
         self._deadline = time.monotonic() + self._timeout
         self._connection = ClientConnection()

@@ -33,6 +33,7 @@ def connect_nowait(path: str | os.PathLike[str]) -> socket.socket | None:
     Raises:
         NoDaemon: no server listens at *path*, or this user may not connect.
     """
+    path = os.fsdecode(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         # A byte sent with MSG_OOB stays in its place in the stream (unix(7)).
@@ -46,7 +47,7 @@ def connect_nowait(path: str | os.PathLike[str]) -> socket.socket | None:
     except (OSError, ValueError) as exc:
         sock.close()
         error = exc if isinstance(exc, OSError) else OSError(errno.EINVAL, str(exc))
-        raise _no_connection(os.fsdecode(path), error) from exc
+        raise _no_connection(path, error) from exc
     return sock
 
 

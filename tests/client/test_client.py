@@ -272,6 +272,17 @@ async def test_no_server(path: Path) -> None:
             pass
 
 
+async def test_paths_of_other_types(path: Path) -> None:
+    """Bytes are a path too; what is no path opens no socket."""
+    async with daemon(path), qmpfd.connect(os.fsencode(path)) as client:  # type: ignore[arg-type]
+        assert await client.query_fdsets() == []
+    open_before = open_fds()
+    with pytest.raises(TypeError):
+        async with qmpfd.connect(None):  # type: ignore[arg-type]
+            pass
+    assert open_fds() == open_before
+
+
 async def test_a_rejection_is_the_exception(path: Path) -> None:
     """The exception has the server's reason."""
     async with daemon(path, limits=qmpfd.Limits(max_connections=1)), qmpfd.connect(path):
