@@ -260,7 +260,7 @@ def _id(
         )
     try:
         return look_up(name)
-    except (KeyError, ValueError):  # ValueError: a NUL, or a surrogate
+    except KeyError:
         raise BadPolicy(f"no {kind} '{name}' - at `$.rule[{number}].{kind}`") from None
 
 
