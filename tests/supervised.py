@@ -84,8 +84,13 @@ class Supervised:
 
 def spare_of(daemon: Supervised) -> int:
     """Wait until the spare worker is ready; return its process id."""
-    worker = daemon.worker()
-    return int(until(lambda: [pid for pid in children(worker) if is_spare(pid)], "a spare")[0])
+
+    def ready() -> list[int]:
+        # The worker has forked it; or the parent has executed it.
+        pids = [*children(daemon.worker()), *children(daemon.pid)]
+        return [pid for pid in pids if is_spare(pid)]
+
+    return int(until(ready, "a spare")[0])
 
 
 def is_spare(pid: int) -> bool:

@@ -29,7 +29,7 @@ FLOORS = [
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 
 #: Modules of cli/ that may import Trio: none of a verb that must start fast.
-TRIO_IN_CLI = {"cli.daemon", "cli.notifications", "cli.spare_keeper", "cli.tapping"}
+TRIO_IN_CLI = {"cli.daemon", "cli.notifications", "cli.tapping"}
 TRIO = {"transport", "client", "server", "testing", *TRIO_IN_CLI}
 
 MODULES = sorted(

@@ -31,17 +31,40 @@ from qmpfd.supervisor.worker import Worker
 
 PARENT = [sys.executable, "-I", "-S", "-W", "ignore", *qmpfd.supervisor.__path__]
 
-#: Start of each worker's program: the socket to its parent, and inherited descriptors.
+#: Start of each worker's program: it waits as a spare worker, and forks the next one when it is
+#: started.  Then it has the socket to its parent, and the stored descriptors.
 _PRELUDE = """
 import array, os, signal, socket, sys, time
 parent = socket.socket(fileno=int(os.environ["QMPFD_NOTIFY_FD"]))
-names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-count = int(os.environ.get("LISTEN_FDS", "0"))
-assert count == 0 or os.environ["LISTEN_PID"] == str(os.getpid())
-given = dict(zip(names, range(3, 3 + count)))
 def tell(data, fds=()):
     rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
     parent.sendmsg([data], [rights] if fds else [])
+def hear():
+    said, fds, *_ = socket.recv_fds(parent, 1 << 17, 253)
+    if not said: os._exit(0)
+    kind, _, value = said.decode().partition("=")
+    return kind, value.split(":") if value else [], fds
+def leave_spare():
+    global parent
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        if pid := os.fork():
+            with theirs: tell(b"QMPFD_SPARE=%d" % pid, [ours.fileno()])
+            return False
+    parent = theirs
+    return True
+names = []
+while True:
+    kind, listed, _ = hear()
+    if kind == "NAMES": names += listed
+    if kind == "START":
+        if not leave_spare(): break
+        names = []
+given = {}
+for at in range(0, len(names), 100):
+    tell(b"QMPFD_FETCH=" + ":".join(names[at : at + 100]).encode())
+    kind, listed, fds = hear()
+    given.update(zip(listed, fds, strict=True))
 def barrier():
     r, w = os.pipe()
     tell(b"BARRIER=1", [w])
@@ -79,6 +102,7 @@ def test_junk(tmp_path: Path) -> None:
             sys.exit(0)
         fd = os.open(os.environ["FILE"], os.O_RDONLY)
         parent_fds = f"/proc/{os.getppid()}/fd"
+        barrier()  # the parent has the socket to the spare worker
         before = len(os.listdir(parent_fds))
         for junk in (b"\\0", b"\\xff" * 60000, b"=", b"\\n\\n", b"FDSTORE", b"FDSTORE=1",
                      b"FDNAME=x",
@@ -168,7 +192,7 @@ def test_what_is_kept_means_nothing_without_a_journal() -> None:
     status, notes, said = supervise(
         """
         if os.path.exists(os.environ["MARK"]):
-            note(count)
+            note(len(names))
             sys.exit(0)
         open(os.environ["MARK"], "w").close()
         tell(b"FDSTORE=1\\nFDNAME=x", [0])
@@ -274,7 +298,7 @@ def test_what_it_passes_on(tmp_path: Path) -> None:
         status, _, said = supervise(
             """
             assert "NOTIFY_SOCKET" not in os.environ
-            assert os.environ["WATCHDOG_PID"] == str(os.getpid())
+            assert "WATCHDOG_PID" not in os.environ  # the watchdog is that of any worker
             tell(b"FDSTORE=1\\nFDNAME=x", [0])
             tell(b"READY=1\\nMAINPID=%d" % os.getpid())
             tell(b"STATUS=fine")
@@ -476,11 +500,12 @@ def test_a_worker_killed_when_it_was_told_to_end(number: int, tmp_path: Path) ->
 
 @contextmanager
 def started(
-    program: str, drain_timeout: str = "5", **environment: str
+    program: str, drain_timeout: str = "5", stdin: int | None = None, **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a parent with scripted workers; kill it at the end if it runs."""
     process = subprocess.Popen(
         [*PARENT, "text", "info", drain_timeout, "", sys.executable, "-c", program],
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, **environment},
@@ -509,15 +534,9 @@ if given: note("another"); sys.exit(0)
 tell(b"FDSTORE=1\nFDNAME=qmpfd-journal-1", [os.memfd_create("journal")])
 tell(b"FDSTORE=1\nFDNAME=x", [os.memfd_create("x")])
 tell(b"READY=1")
-ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-pid = os.fork()
-if pid == 0:
-    parent.close()
-    ours.close()
-    parent = theirs
+if leave_spare():
     SPARE
     sys.exit(0)
-tell(b"QMPFD_SPARE=%d" % pid, [ours.fileno()])
 barrier()
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -531,7 +550,7 @@ def test_a_spare_worker() -> None:
     """A spare worker gets the names, fetches the descriptors, and becomes the worker."""
     work = """
         def hear(): return socket.recv_fds(parent, 4096, 9)[:2]
-        for expected in (b"WAIT", b"NAMES=qmpfd-journal-1:x", b"START"):
+        for expected in (b"NAMES=qmpfd-journal-1:x", b"START"):
             assert hear() == (expected, []), expected
         tell(b"QMPFD_FETCH=x:none:qmpfd-journal-1")
         said, fds = hear()
@@ -555,6 +574,47 @@ def test_a_spare_worker_that_dies(work: str) -> None:
     """If the spare worker dies, the parent starts a worker that inherits the descriptors."""
     status, notes, said = supervise(_with_spare(f"\n{work}\n"), prefix=_SUBREAPER)
     assert (status, notes) == (0, ["another"]), said
+
+
+def test_without_a_spare_worker() -> None:
+    """If a worker has forked no spare worker, the parent executes one, which waits."""
+    program = _PRELUDE.replace("not leave_spare()", "True") + textwrap.dedent(
+        """
+        if given: note("another"); sys.exit(0)
+        tell(b"FDSTORE=1\\nFDNAME=qmpfd-journal-1", [0])
+        tell(b"READY=1")
+        sys.stdin.readline()
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    reader, writer = os.pipe()
+    with Fd(reader), Fd(writer), started(program, stdin=reader) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stderr.readline() == b"qmpfd: no spare worker waits: starting one\n"
+        assert until(lambda: len(children(process.pid)) == 2)
+        os.write(writer, b"\n")
+        assert process.stdout.read() == b"another\n"
+        assert process.wait(DEADLINE) == 0
+        assert b"starting it again" in process.stderr.readline()
+
+
+def test_names_that_do_not_fit_into_the_socket() -> None:
+    """The parent sends the rest of the names when the spare worker has read some."""
+    status, notes, said = supervise(
+        """
+        if given:
+            note(len(given))
+            sys.exit(0)
+        tell(b"FDSTORE=1\\nFDNAME=qmpfd-journal-1", [0])
+        for number in range(0, 2000, 100):
+            some = ":".join(f"{each:0250}" for each in range(number, number + 100))
+            tell(b"FDSTORE=1\\nFDNAME=" + some.encode(), [0] * 100)
+        tell(b"READY=1")
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    assert (status, notes) == (0, ["2001"]), said
 
 
 def test_a_spare_worker_that_is_not_adopted() -> None:
@@ -813,7 +873,7 @@ def test_slow_closes_are_answered() -> None:
 
 
 def test_inherited_descriptors_keep_their_numbers(tmp_path: Path) -> None:
-    """--add-fd has its numbers in each worker, though stored descriptors are passed from 3 on."""
+    """--add-fd has its numbers in each worker, beside the stored descriptors."""
     file = _file(tmp_path)
     program = _PRELUDE + textwrap.dedent(
         """
@@ -825,8 +885,6 @@ def test_inherited_descriptors_keep_their_numbers(tmp_path: Path) -> None:
                 tell(b"FDSTORE=1\\nFDNAME=%d" % number, [fd])
             tell(b"READY=1")
             os.kill(os.getpid(), signal.SIGKILL)
-        assert names.count("qmpfd-inherited") == 1
-        assert given["qmpfd-inherited"] == 5
         for number in range(9):
             link = os.readlink(f"/proc/self/fd/{given[str(number)]}")
             assert link == f"/memfd:{number} (deleted)", link

@@ -26,8 +26,6 @@ from ..server.takeover.receiver import Takeover
 from ..supervisor.signals import FORWARDED, QUIT_IGNORED, set_up_signals
 from .notifications import Notifications
 from .options import default_socket
-from .spare import Spare
-from .spare_keeper import SpareKeeper
 
 _log = logging.getLogger("qmpfd")
 
@@ -43,8 +41,6 @@ def run(
     policy_path: Path | None,
     ready_fd: Fd | None,
     parent: Notifier | None,
-    store_size: int,
-    successor: Spare | None,
 ) -> None:
     """Serve until a signal or ``quit`` ends the daemon.
 
@@ -56,13 +52,10 @@ def run(
         policy_path: the policy file, or None.
         ready_fd: gets a newline once clients can connect, and is closed.
         parent: connection to the parent of ``serve --supervise``, or None.
-        store_size: number of descriptors that the parent keeps at most.
-        successor: the spare worker that this process has forked; owned from here on.
 
     Raises:
         OSError: one of the sockets cannot be bound.
     """
-    spares = None if parent is None else SpareKeeper(parent, store_size, successor)
 
     async def main() -> None:
         async with trio.open_nursery() as serving:
@@ -74,7 +67,7 @@ def run(
                 notifications = Notifications(parent)
                 stack.callback(notifications.close)
                 process = _Process(server, serving, notifications, parent, policy_path)
-                await process.run(signals, spares)
+                await process.run(signals)
 
     trio.run(main)
     set_up_signals(())  # the daemon has ended: another SIGTERM must not change the exit status
@@ -136,15 +129,13 @@ class _Process:
     _reload_requested: trio.Event = field(default_factory=trio.Event)
     _reloading: trio.CancelScope = field(default_factory=trio.CancelScope)
 
-    async def run(self, signals: AsyncIterator[int], spares: SpareKeeper | None) -> None:
+    async def run(self, signals: AsyncIterator[int]) -> None:
         """Run these tasks until the daemon has ended."""
         self._notify_ready()
         tasks: dict[str, Callable[[], Awaitable[None]]] = {
             "handling signals": partial(self._handle_signals, signals),
             "reloading": self._reload,
         }
-        if spares is not None:
-            tasks["keeping a spare worker"] = spares.run
         if self.notifications.wanted:
             tasks["notifying the service manager"] = self.notifications.resend
             tasks["reporting the status"] = self._report_status

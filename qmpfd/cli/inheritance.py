@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ..kernel.fd import Fd, close_all, duplicate, open_numbers
@@ -17,7 +16,7 @@ from ..kernel.unix_address import listens
 from . import supervise
 from .exit_codes import UsageError
 from .serve_options import InitialFd
-from .spare import Spare, is_spare, wait
+from .spare import wait
 
 if TYPE_CHECKING:
     from ..kernel.renumber import Movable
@@ -28,7 +27,7 @@ Initial: TypeAlias = "tuple[Fd, int | None, str | None]"
 
 
 def _take_inherited(
-    options: list[InitialFd], ready_fd: int | None
+    options: list[InitialFd], ready_fd: int | None, originals: dict[int, Fd]
 ) -> tuple[list[Initial], Fd | None, list[int]]:
     """Duplicate the descriptors of ``--add-fd`` and ``--ready-fd``, and close the originals.
 
@@ -36,9 +35,6 @@ def _take_inherited(
         The initial descriptors, the one of ``--ready-fd`` or None, and the numbers of ``--add-fd``
         that this process has not inherited.
     """
-    numbers = [option.fd for option in options]
-    wanted = {*numbers, *([] if ready_fd is None else [ready_fd])}
-    originals = {number: Fd(number) for number in wanted if _was_inherited(number)}
     taken: list[Initial] = [
         (duplicate(option.fd), option.fdset_id, option.opaque)
         for option in options
@@ -46,7 +42,7 @@ def _take_inherited(
     ]
     ready = duplicate(originals[ready_fd]) if ready_fd in originals else None
     close_all(originals.values())
-    return taken, ready, [number for number in numbers if number not in originals]
+    return taken, ready, [option.fd for option in options if option.fd not in originals]
 
 
 def _was_inherited(number: int) -> bool:
@@ -82,7 +78,6 @@ class Origin(NamedTuple):
 
     Args:
         parent: connection to the parent of ``--supervise``, or None.
-        successor: the spare worker that this process has forked, or None.
         recovered: the state of a daemon that has crashed; may be empty.
         initial: descriptors to store before the first client is served; none where the recovered
             state has them already.
@@ -92,7 +87,6 @@ class Origin(NamedTuple):
     """
 
     parent: Notifier | None
-    successor: Spare | None
     recovered: Recovered
     initial: list[Initial]
     sockets: list[InheritedFd]
@@ -100,15 +94,12 @@ class Origin(NamedTuple):
     movable: list[Movable]
 
 
-def inherit(
-    arguments: argparse.Namespace, parent: Notifier | None, prepare: Callable[[], object]
-) -> Origin | None:
+def inherit(arguments: argparse.Namespace, parent: Notifier | None) -> Origin | None:
     """Sort the inherited descriptors, and recover the state of a daemon that has crashed.
 
     Args:
         arguments: the command line.
         parent: connection to the parent of ``--supervise``, or None.
-        prepare: prepares a spare worker, before it waits for START.
 
     Returns:
         None if a successor has taken over everything, but the parent did not know and restarted
@@ -117,19 +108,20 @@ def inherit(
     Raises:
         UsageError: a descriptor was not inherited, or the state cannot be read.
     """
-    start = None
-    if is_spare() and parent is not None:
-        start = wait(parent, prepare)
-        parent = start.parent
-    passed = take_listen_fds() if start is None else start.sockets
-    initial, ready, missing = _take_inherited(arguments.add_fd, arguments.ready_fd)
+    passed = take_listen_fds() if parent is None else []
     number = arguments.ready_fd
+    wanted = {option.fd for option in arguments.add_fd} | {number} - {None}
+    originals = {each: Fd(each) for each in wanted if _was_inherited(each)}
+    names: list[str] = []
+    if parent is not None:
+        parent, passed, names = wait(parent, originals)
+    initial, ready, missing = _take_inherited(arguments.add_fd, number, originals)
     if ready is None and number is not None and parent is None:  # a restarted worker has none
         raise UsageError(f"--ready-fd: descriptor {number} was not passed to this process")
     movable: list[Movable] = [fd for fd, _, _ in initial]
     movable += [given for given in (ready, parent) if given is not None]
     movable += _inherited_strays()
-    recovered = supervise.recover(passed, movable, start)
+    recovered = supervise.recover(passed, movable, parent, names)
     if recovered.handed_over and parent is not None:
         recovered.close()
         close_all(fd for fd, _, _ in initial)
@@ -144,5 +136,4 @@ def inherit(
         initial = []
     movable += [*recovered.stale_fds, *(each.fd for each in sockets)]
     movable += [fd for fd, _, _ in initial if fd not in movable]
-    successor = None if start is None else start.successor
-    return Origin(parent, successor, recovered, initial, sockets, ready, movable)
+    return Origin(parent, recovered, initial, sockets, ready, movable)

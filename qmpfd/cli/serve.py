@@ -75,14 +75,6 @@ def _fill_standard_streams() -> None:
     fd.close()
 
 
-def _import_all() -> None:
-    """Import the modules that a spare worker needs when it takes the worker's place."""
-    from ..commands import schema  # noqa: F401 - imported to be loaded
-    from ..server import startup  # noqa: F401 - likewise
-    from ..server.fdstore import fetch  # noqa: F401 - likewise
-    from . import daemon, takeover  # noqa: F401 - likewise
-
-
 def run(arguments: argparse.Namespace) -> None:
     _fill_standard_streams()
     set_up_signals(FORWARDED)
@@ -95,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Raise the soft limit to the hard limit: this process stores descriptors.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    origin = inherit(arguments, parent, _import_all)
+    origin = inherit(arguments, parent)
     if origin is not None:
         _serve(arguments, origin, store_size)
 
@@ -148,8 +140,6 @@ def _serve(arguments: argparse.Namespace, origin: Origin, store_size: int) -> No
             policy_path=arguments.policy,
             ready_fd=origin.ready,
             parent=origin.parent,
-            store_size=store_size,
-            successor=origin.successor,
         )
 
 

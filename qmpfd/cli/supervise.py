@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ..kernel.renumber import Movable
     from ..server.fdstore.mirror import FdStoreConfig
     from ..server.fdstore.recover import Recovered
-    from .spare import Start
 
 _log = logging.getLogger("qmpfd")
 
@@ -93,14 +92,18 @@ def _adopt_orphans() -> None:
 
 
 def recover(
-    inherited: Sequence[InheritedFd], others: Sequence[Movable], start: Start | None
+    inherited: Sequence[InheritedFd],
+    others: Sequence[Movable],
+    parent: Notifier | None,
+    names: Sequence[str],
 ) -> Recovered:
     """Recover state and descriptors of a daemon that has crashed, if there are any.
 
     Args:
-        inherited: the descriptors of $LISTEN_FDS; owned from here on.
+        inherited: the descriptors of the service manager; owned from here on.
         others: more descriptors that may be moved out of the way.
-        start: the messages of the parent to a spare worker, or None.
+        parent: connection to the parent, or None.
+        names: names of the descriptors that the parent keeps.
 
     Raises:
         UsageError: the state cannot be read, or the descriptors cannot be received.
@@ -108,18 +111,16 @@ def recover(
     from ..server.fdstore import recover as recovering
 
     try:
-        if start is None:
-            recovered = recovering.recover(inherited, others)
-        else:
+        history = None
+        if parent is not None:
             from ..server.fdstore.fetch import fetch
 
-            own = [] if start.successor is None else [start.successor.sock]
-            movable = [*others, *own, *(each.fd for each in inherited)]
-            fetched, history = fetch(start.parent, start.names, movable)
-            recovered = recovering.recover([*inherited, *fetched], [*others, *own], history)
+            fetched, history = fetch(parent, names, [*others, *(each.fd for each in inherited)])
+            inherited = [*inherited, *fetched]
+        recovered = recovering.recover(inherited, others, history)
     except ValueError as exc:
         raise UsageError(str(exc)) from None
-    except OSError as exc:  # the parent then starts a new process that inherits the descriptors
+    except OSError as exc:
         raise UsageError(f"the parent's descriptors cannot be had: {exc.strerror or exc}") from None
     if recovered.has_state:
         _log.info(

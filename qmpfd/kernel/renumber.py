@@ -11,7 +11,7 @@ import os
 from collections.abc import Container, Iterable, Mapping
 from typing import Protocol
 
-from .fd import Fd, duplicate, is_open, open_files_limit, open_numbers
+from .fd import Fd, close_all, duplicate, is_open, open_files_limit, open_numbers
 from .files import open_null
 
 _log = logging.getLogger("qmpfd")
@@ -75,10 +75,8 @@ def keep_free(numbers: Iterable[int], movable: Iterable[Movable]) -> tuple[list[
 
     Returns:
         Those of *numbers* that are free now, ascending; and the placeholders that occupy all other
-        numbers up to the highest, which the caller owns.
-
-    Raises:
-        OSError: RLIMIT_NOFILE does not allow so many descriptors.
+        numbers up to the highest, which the caller owns.  Neither, if RLIMIT_NOFILE does not allow
+        so many.
     """
     most = open_files_limit()
     wanted = sorted(number for number in numbers if 0 <= number < most)
@@ -86,18 +84,22 @@ def keep_free(numbers: Iterable[int], movable: Iterable[Movable]) -> tuple[list[
     if end - len(wanted) > _MOST_FILLERS:
         return [], []
     targets = set(wanted)
-    for each in movable:
-        if each.fileno() in targets:
-            each.move_to(duplicate(each, end).detach())
-    open_ = set(open_numbers(end))
     fillers: list[Fd] = []
-    with open_null() as null:
-        null.move_to(duplicate(null, end).detach())
-        fillers += (
-            Fd(os.dup2(null.fileno(), number, inheritable=False))
-            for number in range(end)
-            if number not in targets and number not in open_
-        )
+    try:
+        for each in movable:
+            if each.fileno() in targets:
+                each.move_to(duplicate(each, end).detach())
+        open_ = set(open_numbers(end))
+        with open_null() as null:
+            null.move_to(duplicate(null, end).detach())
+            fillers += (
+                Fd(os.dup2(null.fileno(), number, inheritable=False))
+                for number in range(end)
+                if number not in targets and number not in open_
+            )
+    except OSError:  # EINVAL, EMFILE: there is no number beyond the highest
+        close_all(fillers)
+        return [], []
     return [number for number in wanted if number not in open_], fillers
 
 

@@ -38,10 +38,6 @@ _FIRST = 3
 #: Maximum size of a message of the parent: the names of the descriptors that one can carry.
 _MESSAGE_BYTES = 128 << 10
 
-#: Name in LISTEN_FDNAMES by which the parent of ``serve --supervise`` marks a descriptor whose
-#: number lies among those of the passed descriptors, but which is none of them.
-_IN_PLACE = "qmpfd-inherited"
-
 
 class InheritedFd(NamedTuple):
     """A descriptor passed by the service manager, close-on-exec, and its LISTEN_FDNAMES name."""
@@ -72,8 +68,6 @@ def take_listen_fds() -> list[InheritedFd]:
     taken = []
     for index in range(min(int(count[:9]), fds.open_files_limit())):
         name = names[index] if index < len(names) else "unknown"
-        if name == _IN_PLACE:
-            continue
         try:
             os.set_inheritable(_FIRST + index, False)
         except OSError:  # not open, so not passed
@@ -188,16 +182,12 @@ class Notifier:
         self._sock.close()
 
 
-#: Environment variable with the number of the worker's socket to the parent.
-PARENT_VARIABLE = "QMPFD_NOTIFY_FD"
-
-
 def take_parent() -> Notifier | None:
     """Return the connection to the parent of ``serve --supervise``; None if there is no parent.
 
     The parent receives the messages that are meant for the service manager.
     """
-    number = os.environ.pop(PARENT_VARIABLE, "")
+    number = os.environ.pop("QMPFD_NOTIFY_FD", "")
     try:
         if not number.isdecimal() or not stat.S_ISSOCK(os.fstat(int(number)).st_mode):
             return None

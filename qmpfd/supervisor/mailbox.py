@@ -96,7 +96,7 @@ class Mailbox:
         """
         spare = lines.get(b"QMPFD_SPARE", b"")
         if spare.isdigit() and len(fds) == 1:
-            self._program.take_spare(int(spare), socket.socket(fileno=fds.pop()))
+            self._program.take_spare(Worker(int(spare), socket.socket(fileno=fds.pop())))
         if b"QMPFD_FETCH" in lines:
             stored = self._store.fds
             names = [name for name in lines[b"QMPFD_FETCH"].split(b":") if name in stored]

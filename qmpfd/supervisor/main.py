@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .log import Log
 from .parent import Supervisor
-from .program import inherited_sockets
+from .program import inherited_sockets, is_inherited
 from .signals import set_up_signals
 
 #: The exit status of a daemon that cannot start.
@@ -16,14 +16,17 @@ def main(arguments: list[str]) -> int:
 
     Args:
         arguments: format and level of the log; number of seconds that a worker has to end; the
-            numbers of descriptors for the first worker only, separated by commas; the worker's
-            command line.
+            numbers of descriptors for the first worker that serves, separated by commas; the
+            worker's command line.
     """
     form, level, drain_timeout, passed, *command = arguments
+    sockets = inherited_sockets()  # from here on not inheritable
     numbers = {int(number) for number in passed.split(",") if number}
     log = Log(form, level)
     try:
-        parent = Supervisor(log, command, numbers, inherited_sockets(), float(drain_timeout))
+        parent = Supervisor(
+            log, command, set(filter(is_inherited, numbers)), sockets, float(drain_timeout)
+        )
     except OSError as exc:  # out of descriptors
         problem = f"the parent cannot start: {exc.strerror}"
         log.log("error", problem)

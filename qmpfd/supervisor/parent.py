@@ -11,7 +11,7 @@ from itertools import islice
 from .log import Log
 from .mailbox import Mailbox
 from .manager import NEVER, Manager
-from .program import NamedFds, Program, inherited_fds
+from .program import NamedFds, Program
 from .restarts import FIRST_DELAY, Restarts
 from .signals import FORWARDED, QUIT_IGNORED, set_up_signals
 from .states import ENDING, TRANSITIONS, Event, State
@@ -54,7 +54,7 @@ class Supervisor:
     Args:
         log: the parent's log.
         command: the worker's program, and its arguments.
-        passed: numbers of inherited descriptors for the first worker that serves only.
+        passed: numbers of inherited descriptors, closed once a worker serves.
         sockets: the service manager's sockets, with their names, which each worker gets.
         drain_timeout: seconds that a worker has to end.
     """
@@ -79,9 +79,7 @@ class Supervisor:
             **dict.fromkeys((State.GONE, State.HUNG, State.KILLED), _DEATH_TIMEOUT),
         }
         self._restarts = Restarts()
-        inherited = inherited_fds()
-        self._passed = passed & inherited
-        self._program = Program(log, command, sockets, inherited, heartbeat)
+        self._passed = passed
         self._state = State.FIRST_WAIT
         self._since = 0.0  # begin of the state's timeout
         self._worker: Worker | None = None
@@ -91,6 +89,7 @@ class Supervisor:
         self._reload = False  # whether to forward SIGHUP once the worker serves
         self._status = 0
         self._poll = select.poll()
+        self._program = Program(log, command, sockets, heartbeat, self._poll)
         self._wake, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._closer = SlowCloser(writer)
         self._store = Store(self._closer)
@@ -109,7 +108,10 @@ class Supervisor:
             except Exception as exc:  # noqa: BLE001 - the parent has the only copy after a crash
                 self._log.log("error", f"the parent goes on after an error: {exc!r}")
                 time.sleep(FIRST_DELAY)
-        self._program.end_spare()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        if self._program.end_spare():
+            signal.sigtimedwait([signal.SIGCHLD], _DEATH_TIMEOUT)
+            self._reap()
         return self._status
 
     def _turn(self) -> None:
@@ -130,6 +132,9 @@ class Supervisor:
                     self._update_poll(worker)
             elif number == self._wake:
                 self._handle_wakeup()
+            elif self._program.is_spare(number):
+                self._program.replace_spare()
+                self._due = 0.0
             elif number == self._lifeline:
                 self._poll.unregister(number)
                 self._lifeline = -1
@@ -142,7 +147,9 @@ class Supervisor:
             self._start(now)
         if self._deadline <= now:
             self._time_out(now)
-        return min(self._manager.work(now), self._deadline, self._start_at, now + _LONGEST_WAIT)
+        spare_at = self._program.keep_spare(now) if self._state is _SERVING else NEVER
+        due = min(self._manager.work(now), self._deadline, self._start_at, spare_at)
+        return min(due, now + _LONGEST_WAIT)
 
     @property
     def _start_at(self) -> float:
@@ -207,6 +214,7 @@ class Supervisor:
             return
         self._worker = worker
         self._poll.register(worker.sock, worker.polled_for)
+        self._update_poll(worker)
         self._apply(Event.START)
 
     def _time_out(self, now: float) -> None:
@@ -354,9 +362,7 @@ class Supervisor:
             if worker.ready_at is None:
                 worker.ready_at = time.monotonic()
             while self._passed:
-                number = self._passed.pop()
-                self._program.inherited.discard(number)
-                close(number)
+                close(self._passed.pop())
             self._apply(Event.READY)
             if self._reload and self._state is State.SERVING:
                 self._reload = False

@@ -1,26 +1,34 @@
-"""Starts workers: executes their program with the stored and inherited descriptors."""
+"""Starts workers, and keeps a spare one: executes their program, if none has forked the next."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import resource
+import select
 import signal
 import socket
+import time
 
 from .log import Log
+from .manager import NEVER
+from .restarts import Restarts
 from .signals import FORWARDED
-from .worker import Spare, Worker
+from .worker import Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a mebibyte
+    from collections.abc import Iterable
     from typing import NoReturn
 
 #: The first inherited descriptor (SD_LISTEN_FDS_START).
 FIRST = 3
 
-#: LISTEN_FDNAMES name of an inherited descriptor whose number is among those passed.
-_IN_PLACE = "qmpfd-inherited"
+#: Maximum wait for execve(2) in milliseconds: a close in the new process may hang, of a file of a
+#: FUSE mount that does not answer.
+_EXEC_TIMEOUT = 200
+
+#: Variables for the parent; its worker gets others.
+_FOR_PARENT = ("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
 
 NamedFds = list["tuple[str, int]"]
 
@@ -32,8 +40,8 @@ class Program:
         log: the parent's log.
         command: the program, and its arguments.
         sockets: the service manager's sockets, with their names, which each worker gets.
-        inherited: other descriptors that each worker gets, under the same numbers.
         heartbeat: watchdog timeout of a worker, in seconds.
+        poll: polls the socket to the spare worker, which hangs up at its end.
     """
 
     def __init__(
@@ -41,15 +49,16 @@ class Program:
         log: Log,
         command: list[str],
         sockets: NamedFds,
-        inherited: set[int],
         heartbeat: float,
+        poll: select.poll,
     ) -> None:
         self._log = log
         self._command = command
         self._sockets = sockets
-        self.inherited = inherited
-        self._spare: Spare | None = None
         self._heartbeat = heartbeat
+        self._poll = poll
+        self._spare: Worker | None = None
+        self._restarts = Restarts()  # of the spare worker
         # Places of the descriptor table that are not for stored descriptors: those open now, 32
         # for sockets and received descriptors, 32 for descriptors being closed.
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -60,65 +69,118 @@ class Program:
         #: Maximum number of stored descriptors and closes under way at which messages are received.
         self.most_open = limit - own + 32
 
-    def take_spare(self, pid: int, sock: socket.socket) -> None:
-        """Use this spare worker as the next worker, and end a former spare worker.
+    # -- the spare worker ----------------------------------------------------------------------
+
+    def take_spare(self, spare: Worker) -> None:
+        """Use this spare worker as the next worker, and end a former spare worker."""
+        self.end_spare()
+        self._spare = spare
+        self._poll.register(spare.sock, 0)  # for POLLHUP
+
+    def end_spare(self) -> bool:
+        """End the spare worker, if one waits; return whether a child of the parent was killed."""
+        spare = self._release_spare()
+        return spare is not None and spare.end()
+
+    def _release_spare(self) -> Worker | None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            self._poll.unregister(spare.sock)
+        return spare
+
+    def is_spare(self, number: int) -> bool:
+        """Return whether *number* is the socket to the spare worker."""
+        return self._spare is not None and self._spare.number == number
+
+    def replace_spare(self) -> None:
+        """End the spare worker, which has hung up; :meth:`keep_spare` starts another one later."""
+        self.end_spare()
+        self._restarts.failed(time.monotonic())
+
+    def keep_spare(self, now: float) -> float:
+        """Start a spare worker if none waits, now or later; return the time of the next call.
 
         Args:
-            pid: its process.
-            sock: the parent's end of the socket to it; owned from here on.
+            now: the time (time.monotonic()).
         """
-        self.end_spare()
-        self._spare = Spare(pid, sock)
-        self._spare.send(b"WAIT")
+        if self._spare is None and self._restarts.at <= now:
+            self._log.log("warning", "no spare worker waits: starting one")
+            try:
+                self.take_spare(self.execute())
+            except OSError as exc:
+                delay = self._restarts.failed(now)
+                problem = (
+                    f"cannot start a spare worker: {exc.strerror}: trying again in {delay:g} s"
+                )
+                self._log.log("warning", problem)
+            else:
+                return NEVER
+        return self._restarts.at if self._spare is None else NEVER
 
-    def end_spare(self) -> None:
-        """End the spare worker, if one waits."""
-        if self._spare is not None:
-            self._spare.end()
-            self._spare = None
+    # -- the worker ----------------------------------------------------------------------------
 
-    def start(self, stored: dict[bytes, int], *, may_hang: bool) -> Worker:
+    def start(self, names: Iterable[bytes], *, may_hang: bool) -> Worker:
         """Start a worker: the spare worker, if it is usable, or a new process.
 
         Args:
-            stored: the stored descriptors, by name.
-            may_hang: whether the end of the worker that has started the spare worker may hang.
+            names: the names of the stored descriptors.
+            may_hang: whether the end of the worker that has forked the spare worker may hang.
 
         Raises:
             OSError: the parent is out of descriptors or processes.
         """
-        spare = self._spare
-        if spare is not None and spare.is_usable(may_hang):
-            self._spare = None
-            spare.start(self._sockets, list(stored))
-            return spare
-        self.end_spare()
+        self._restarts = Restarts()
+        worker = self._release_spare()
+        if worker is not None and not worker.wake(may_hang):
+            worker.end()
+            worker = None
+        worker = worker or self.execute()
+        worker.start(self._sockets, list(names))
+        return worker
+
+    def execute(self) -> Worker:
+        """Execute the worker's program in a new process, which waits for START.  Return when it has
+        closed the stored descriptors: one that is removed from here on is closed everywhere.
+
+        Raises:
+            OSError: the parent is out of descriptors or processes.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
-                # Blocked until the child has default handlers: the parent's would swallow a signal.
-                signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
-                try:
-                    pid = os.fork()
-                    if pid == 0:
-                        self._become(theirs.fileno(), stored)
-                finally:
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+                executed, held = socket.socketpair()
+                with executed:
+                    with held:
+                        pid = self._fork(theirs.fileno(), held.fileno())
+                    poll = select.poll()
+                    poll.register(executed, 0)
+                    poll.poll(_EXEC_TIMEOUT)
         except BaseException:
             ours.close()
             raise
         return Worker(pid, ours)
 
-    def _become(self, sock: int, stored: dict[bytes, int]) -> NoReturn:
+    def _fork(self, sock: int, held: int) -> int:
+        # Blocked until the child has default handlers: the parent's would swallow a signal.
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._become(sock, held)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        return pid
+
+    def _become(self, sock: int, held: int) -> NoReturn:
         """Execute the worker's program in the child, or exit with status 126."""
         try:
-            self._execute(sock, stored)
+            self._execute(sock, held)
         except OSError as exc:
             self._log.log("error", f"{self._command[0]} cannot be run: {exc.strerror or exc}")
         finally:
             os._exit(126)
 
-    def _execute(self, sock: int, stored: dict[bytes, int]) -> None:
+    def _execute(self, sock: int, held: int) -> None:
         signal.set_wakeup_fd(-1)
         for each in FORWARDED:
             signal.signal(each, signal.SIG_DFL)
@@ -129,38 +191,18 @@ class Program:
             os.setpgid(0, 0)
         except OSError:  # a container's seccomp filter; the worker counts a signal to both once
             pass
-        given = [*self._sockets, *((name.decode("ascii"), fd) for name, fd in stored.items())]
-        given.sort(key=lambda each: each[1])
-        names, places = [], []
-        target = FIRST
-        for name, _ in given:
-            while target in self.inherited:
-                names.append(_IN_PLACE)
-                target += 1
-            names.append(name)
-            places.append(target)
-            target += 1
-        if sock < target:
-            sock = fcntl.fcntl(sock, fcntl.F_DUPFD, target)
-        # By ascending numbers: each descriptor moves down, if at all, to a number no longer needed.
-        for place, (_, number) in zip(places, given, strict=True):
-            if number == place:
-                os.set_inheritable(number, True)
-            else:
-                os.dup2(number, place)
+        # execve(2) closes descriptors with close-on-exec, lowest number first: this one last.
+        try:
+            os.dup2(held, max(_open_fds()) + 1, inheritable=False)
+        except OSError:  # beyond RLIMIT_NOFILE
+            pass
         os.set_inheritable(sock, True)
-        environment = dict(os.environ)
-        for variable in ("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-            environment.pop(variable, None)
-        pid = str(os.getpid())
-        environment["QMPFD_NOTIFY_FD"] = str(sock)
-        environment["FDSTORE"] = str(self.store_size)
-        environment["WATCHDOG_PID"] = pid
-        environment["WATCHDOG_USEC"] = str(int(self._heartbeat * 1e6))
-        if given:
-            environment["LISTEN_PID"] = pid
-            environment["LISTEN_FDS"] = str(len(names))
-            environment["LISTEN_FDNAMES"] = ":".join(names)
+        environment = {
+            **{name: text for name, text in os.environ.items() if name not in _FOR_PARENT},
+            "QMPFD_NOTIFY_FD": str(sock),
+            "FDSTORE": str(self.store_size),
+            "WATCHDOG_USEC": str(int(self._heartbeat * 1e6)),
+        }
         os.execve(self._command[0], self._command, environment)
 
 
@@ -179,15 +221,11 @@ def inherited_sockets() -> NamedFds:
     return found
 
 
-def inherited_fds() -> set[int]:
-    """Return the numbers of other inherited descriptors, without the standard streams."""
-    return {number for number in _open_fds() if number >= FIRST and _is_inheritable(number)}
-
-
-def _is_inheritable(number: int) -> bool:
+def is_inherited(number: int) -> bool:
+    """Return whether a descriptor was inherited: Python opens with close-on-exec (PEP 446)."""
     try:
-        return os.get_inheritable(number)
-    except OSError:  # the descriptor that listdir had open
+        return number >= FIRST and os.get_inheritable(number)
+    except OSError:  # not open
         return False
 
 
@@ -201,7 +239,7 @@ def _open_fds() -> list[int]:
 
 def _is_open(number: int) -> bool:
     try:
-        fcntl.fcntl(number, fcntl.F_GETFD)
+        os.get_inheritable(number)
     except OSError:
         return False
     return True

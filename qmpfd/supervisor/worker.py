@@ -1,4 +1,4 @@
-"""A worker process, and the socket to it."""
+"""A worker process, waiting as a spare one or started, and the socket to it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # typing takes a mebibyte
 #: Seconds that a worker has until it serves; a takeover may take a while.
 START_TIMEOUT = 120.0
 
-#: Seconds that a spare worker has, after START, until it fetches descriptors.
-SPARE_TIMEOUT = 5.0
+#: Seconds that a waiting worker has, after START, until its first message.
+_ANSWER_TIMEOUT = 5.0
 
 #: Maximum size of a message in bytes; QMPFD_SOCKETS= makes the longest.
 _MESSAGE = 32 << 10
@@ -38,20 +38,19 @@ _NO_ROOM = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Worker:
-    """A running worker.
+    """A worker.  Until :meth:`start`, it is a spare worker, which waits.
 
     Args:
-        pid: its process, a child of the parent.
-        sock: the parent's end of the socket to it.
-        timeout: seconds that it has until its first message.
+        pid: its process.
+        sock: the parent's end of the socket to it; owned from here on.
     """
 
-    def __init__(self, pid: int, sock: socket.socket, timeout: float = START_TIMEOUT) -> None:
+    def __init__(self, pid: int, sock: socket.socket) -> None:
         self.pid = pid
         self.sock = sock
         self.number = sock.fileno()
         #: Seconds that it has from its start until it serves; at first, until its first message.
-        self.start_timeout = timeout
+        self.start_timeout = START_TIMEOUT
         self.ready_at: float | None = None
         #: Number of terminating signals forwarded to it.
         self.stops = 0
@@ -117,28 +116,24 @@ class Worker:
             return not fds or self._send_nowait(message, ())
         return True
 
-
-class Spare(Worker):
-    """A spare worker, which waits for START."""
-
-    def __init__(self, pid: int, sock: socket.socket) -> None:
-        super().__init__(pid, sock, SPARE_TIMEOUT)
+    # -- a spare worker ------------------------------------------------------------------------
 
     @property
     def is_child(self) -> bool:
-        """Whether it lives and is a child of the parent; before, the worker that started it was."""
+        """Whether it lives, and is a child of the parent and not of the worker that forked it."""
         try:
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         except ChildProcessError:
             return False
 
-    def is_usable(self, may_be_others: bool) -> bool:
-        """Return whether it lives and can be started.
+    def wake(self, may_be_others: bool) -> bool:
+        """Return whether it lives and can be started; from here on, it has to answer soon.
 
         Args:
-            may_be_others: whether the worker that has started it may hang in its end, and so still
+            may_be_others: whether the worker that has forked it may hang in its end, and so still
                 be its parent: then its socket shows whether it lives.
         """
+        self.start_timeout = _ANSWER_TIMEOUT
         return self.is_child or (may_be_others and self.receive() is None)
 
     def start(self, sockets: Sequence[tuple[str, int]], names: Sequence[bytes]) -> None:
@@ -156,8 +151,12 @@ class Spare(Worker):
             self.send(b"NAMES=" + b":".join(names[at : at + _MOST_FDS]))
         self.send(b"START")
 
-    def end(self) -> None:
-        """Kill it, if it is a child, and close the socket, which ends it otherwise."""
-        if self.is_child:
+    def end(self) -> bool:
+        """Kill it, if it is a child, and close the socket, which ends it otherwise; return whether
+        it was killed.
+        """
+        killed = self.is_child
+        if killed:
             self.kill(signal.SIGKILL)
         self.sock.close()
+        return killed

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmpfd.kernel.fd import Fd, close_all
+from qmpfd.kernel.fd import Fd, close_all, open_numbers
 from qmpfd.kernel.renumber import keep_free, renumber
 
 BASE = 300  # above all descriptors of the tests
@@ -123,6 +123,18 @@ def test_numbers_that_are_kept_free(wanted: set[int], mine: set[int], strangers:
         for number, moved in movable.items():
             assert os.readlink(f"/proc/self/fd/{moved.fileno()}").startswith(f"/memfd:{number} ")
         assert {fd.fileno() for fd in others} == strangers
+
+
+def test_the_highest_number_is_not_kept_free() -> None:
+    """There is no number beyond the highest for the source of the fillers: none stays open."""
+    most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        before = open_numbers()
+        assert keep_free([99], []) == ([], [])
+        assert open_numbers() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def test_a_number_far_above_all_others_is_not_kept_free() -> None:

@@ -1,7 +1,7 @@
-"""Fetches the stored descriptors from the parent into a spare worker, at their numbers.
+"""Fetches the stored descriptors from the parent into a worker, at their numbers.
 
-The kernel gives a received descriptor the lowest free number.  So the spare worker occupies all
-other numbers, and requests the descriptors by ascending number.  None has to be moved afterwards:
+The kernel gives a received descriptor the lowest free number.  So the worker occupies all other
+numbers, and requests the descriptors by ascending number.  None has to be moved afterwards:
 closing the duplicate could hang (close(2) of a file on a FUSE mount that does not answer).
 """
 

@@ -27,9 +27,10 @@ from supervised import (
 )
 
 import qmpfd.supervisor
-from qmpfd.cli import spare
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd
+from qmpfd.supervisor.log import Log
+from qmpfd.supervisor.program import Program
 
 
 def is_gone(pid: int) -> bool:
@@ -86,11 +87,10 @@ def test_the_spare_holds_no_descriptors(path: Path) -> None:
             daemon.worker()
 
 
-def test_spawn_returns_when_inherited_descriptors_are_closed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """``spawn`` returns when the new process has closed all inherited descriptors (execve(2))."""
-    monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-c", ""])
+def test_a_new_process_closes_stored_descriptors_first() -> None:
+    """The parent goes on when the new process has closed all stored descriptors (execve(2))."""
+    command = [sys.executable, "-c", ""]
+    program = Program(Log("text", "info"), command, [], 10.0, select.poll())
     held = 0
     poll = select.poll()
     with ExitStack() as stack:
@@ -100,7 +100,7 @@ def test_spawn_returns_when_inherited_descriptors_are_closed(
             reader, writer = map(Fd, os.pipe2(os.O_CLOEXEC))
             with reader, writer:
                 poll.register(reader, 0)
-                started = spare.spawn(1000)
+                started = program.execute()
                 writer.close()  # as a removal does
                 held += not poll.poll(0)
                 poll.unregister(reader)
