@@ -93,7 +93,7 @@ class _Handler(logging.StreamHandler[TextIO]):
             return
         try:
             self._emit(number, record)
-        except OSError:  # the disk is full, or the pipe has no reader any more
+        except Exception:  # noqa: BLE001 - the disk is full, the reader gone, no memory: no task ends
             self._left_out += 1
 
     def _emit(self, number: int, record: logging.LogRecord) -> None:

@@ -101,7 +101,10 @@ def _serve(arguments: argparse.Namespace, origin: Origin, store_size: int) -> No
     predecessor = _prepare_takeover(arguments, origin, paths)
     state = origin.recovered.state
     if predecessor is not None:
-        state, paths = predecessor.state, paths[1:]
+        state = predecessor.state
+    # The predecessor listened at the first path, perhaps with a service manager's socket.
+    if predecessor is not None or any(each.path is None for each in state.listeners):
+        paths = paths[1:]
     paths = takeover.still_to_bind(paths, state.listeners)
     # Only now: the import of Trio opens a descriptor, which must not get a restored one's number.
     from ..kernel.binding import Permissions

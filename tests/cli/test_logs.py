@@ -221,6 +221,25 @@ def test_a_full_pipe(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> No
     assert after == b"qmpfd: after"
 
 
+def test_a_line_that_cannot_be_made(
+    log: logging.Logger, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An error while a line is made, such as a lack of memory, costs that line."""
+
+    class Heavy:
+        def __str__(self) -> str:
+            raise MemoryError
+
+    with (tmp_path / "log").open("w+") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        logs.set_up("json", "info")
+        log.info("%s", Heavy())
+        log.info("after")
+        lines = (tmp_path / "log").read_text().splitlines()
+    told = [json.loads(line)["message"] for line in lines]
+    assert told == ["1 log lines are missing here: standard error was full", "after"]
+
+
 def test_a_full_disk(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of a cut line is written once there is room again; lost lines are counted."""
     reader, writer = os.pipe2(os.O_CLOEXEC)

@@ -261,6 +261,25 @@ def test_a_socket_of_a_service_manager(path: Path, tmp_path: Path) -> None:
             assert len(client.execute("query-fdsets")) == 1
 
 
+def test_a_crash_after_a_takeover_of_an_inherited_socket(path: Path, tmp_path: Path) -> None:
+    """The successor has the socket, and does not bind its path when its worker is restarted."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        shell = f'exec 3<&{listener.fileno()}; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
+        activated = ["bash", "-c", shell, "bash", *SERVE]
+        with served(activated, tmp_path / "old.log", pass_fds=[listener.fileno()]) as old:
+            with connected(path) as client:
+                client.execute("add-fd", {"opaque": "kept"}, [0])
+            command = [*SERVE, "--takeover", "--supervise", "--socket", str(path)]
+            with served(command, tmp_path / "new.log") as new:
+                assert old.wait(PATIENCE) == 0
+                (worker,) = children(new.pid)
+                os.kill(worker, signal.SIGKILL)
+                with connected(path) as client:
+                    assert client.execute("query-fdsets")[0]["fds"][0]["opaque"] == "kept"
+
+
 @pytest.mark.parametrize("supervised", [[], ["--supervise"]])
 def test_a_path_that_is_not_utf8(tmp_path: Path, supervised: list[str]) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9.sock")
