@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -146,6 +146,9 @@ class DaemonProcess:
         return self.process.returncode
 
 
+ProcessT = TypeVar("ProcessT", bound=DaemonProcess)
+
+
 @contextmanager
 def daemon_process(path: str | os.PathLike[str], *options: str) -> Iterator[DaemonProcess]:
     """Run a daemon as a process of its own, which serves clients; stop it after the block.
@@ -158,6 +161,30 @@ def daemon_process(path: str | os.PathLike[str], *options: str) -> Iterator[Daem
         RuntimeError: the daemon does not start; the text has its output.
     """
     command = [sys.executable, "-m", "qmpfd", "serve", "--socket", os.fspath(path), *options]
+    with running(DaemonProcess, Path(path), command) as process:
+        yield process
+
+
+@contextmanager
+def running(
+    kind: type[ProcessT],
+    path: Path,
+    command: Sequence[str],
+    pass_fds: Sequence[int] = (),
+    **settings: Any,
+) -> Iterator[ProcessT]:
+    """Run *command*, which ends with arguments of ``qmpfd serve``, until the end of the block.
+
+    Args:
+        kind: the class of the result.
+        path: the socket that the daemon listens on.
+        command: the command.
+        pass_fds: further descriptors that the daemon inherits.
+        settings: further arguments of Popen.
+
+    Raises:
+        RuntimeError: the daemon does not start; the text has its output.
+    """
     reader, writer = os.pipe()
     # A file for standard error: a pipe that is full would block the daemon.
     with tempfile.TemporaryFile() as stderr, open(reader, "rb") as ready:
@@ -167,9 +194,10 @@ def daemon_process(path: str | os.PathLike[str], *options: str) -> Iterator[Daem
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                pass_fds=[writer],
+                pass_fds=[writer, *pass_fds],
+                **settings,
             )
-        started = DaemonProcess(Path(path), process, stderr)
+        started = kind(path, process, stderr)
         try:
             # Up to its end: after that, the daemon does not have the pipe open any more.
             if not (select.select([ready], [], [], _TIMEOUT)[0] and ready.read()):

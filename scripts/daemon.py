@@ -30,7 +30,7 @@ class Broken(Exception):
 
 
 @dataclass
-class DaemonProcess:
+class Daemon:
     """A running daemon: its socket, its process and its log."""
 
     socket: Path
@@ -79,7 +79,7 @@ def identity(found: os.stat_result) -> tuple[int, int]:
 @asynccontextmanager
 async def running_daemon(
     socket: Path, *options: str, user: str | None = None
-) -> AsyncGenerator[DaemonProcess, None]:
+) -> AsyncGenerator[Daemon, None]:
     """Start a daemon; at the end, send SIGTERM and check that the daemon exits cleanly.
 
     Args:
@@ -95,7 +95,7 @@ async def running_daemon(
     process = await trio.lowlevel.open_process(
         command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    daemon = DaemonProcess(socket, process.pid, process)
+    daemon = Daemon(socket, process.pid, process)
     try:
         async with trio.open_nursery() as nursery:
             listening = trio.Event()
@@ -120,7 +120,7 @@ async def running_daemon(
                 await process.wait()
 
 
-async def _read_log(daemon: DaemonProcess, listening: trio.Event) -> None:
+async def _read_log(daemon: Daemon, listening: trio.Event) -> None:
     """Collect the daemon's log; set *listening* when the daemon listens or has exited."""
     assert daemon.process is not None
     assert daemon.process.stderr is not None

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
-from daemon import Broken, DaemonProcess, become, end_on_sigterm, identity, run, running_daemon
+from daemon import Broken, Daemon, become, end_on_sigterm, identity, run, running_daemon
 from raw import raw_connect
 
 import qmpfd
@@ -81,7 +81,7 @@ class Tour:
         user: user of the daemon and the worker; None for the user of this process.
     """
 
-    daemon: DaemonProcess
+    daemon: Daemon
     folder: Path
     run_folder: Path
     user: str | None

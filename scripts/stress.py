@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from daemon import Broken, DaemonProcess, end_on_sigterm, identity, leaves, run, running_daemon
+from daemon import Broken, Daemon, end_on_sigterm, identity, leaves, run, running_daemon
 from raw import RawClient, raw_connect
 
 import qmpfd
@@ -65,7 +65,7 @@ class Stress:
         hubs: ids of the fd sets that exist all the time, and that all clients add to.
     """
 
-    daemon: DaemonProcess
+    daemon: Daemon
     hubs: list[int] = field(default_factory=list)
     commands: Counter[str] = field(default_factory=Counter)
     scenes: Counter[str] = field(default_factory=Counter)
@@ -467,7 +467,7 @@ def _refused(reply: dict[str, Any], error_class: str | None) -> None:
 # -- the run -------------------------------------------------------------------------------------
 
 
-async def stress(daemon: DaemonProcess, options: argparse.Namespace) -> int:
+async def stress(daemon: Daemon, options: argparse.Namespace) -> int:
     """Run the clients and the final checks; return the exit status."""
     at_start = daemon.fd_count()
     shared = Stress(daemon)
@@ -567,13 +567,13 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _process_at(path: Path) -> DaemonProcess:
+def _process_at(path: Path) -> Daemon:
     """Return the process of the daemon that listens at *path*."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.connect(os.fspath(path))
         packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, _, _ = struct.unpack("3i", packed)
-    return DaemonProcess(path, pid)
+    return Daemon(path, pid)
 
 
 async def main(options: argparse.Namespace) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import array
 import json
 import os
+import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -24,6 +25,7 @@ import trio
 import trio.testing
 
 import qmpfd
+from qmpfd import testing
 from qmpfd.kernel.binding import Permissions
 from qmpfd.kernel.fd import FileDescriptorLike, fileno
 from qmpfd.server.server import DaemonServer
@@ -316,18 +318,15 @@ def daemon_thread(path: Path, **options: Any) -> Iterator[None]:
         assert not thread.is_alive()
 
 
-class DaemonProcess:
-    """A process that runs ``python -m qmpfd serve``."""
+class DaemonProcess(testing.DaemonProcess):
+    """A daemon as a process of its own, whose log is read line by line."""
 
-    def __init__(self, process: subprocess.Popen[str], path: Path) -> None:
-        self.process = process
-        self.path = path
-        self.log: list[str] = []
+    _lines_read = 0
 
     @property
-    def pid(self) -> int:
-        """Process id."""
-        return self.process.pid
+    def log(self) -> list[str]:
+        """The lines of the log so far, without their times: the log is a file, and has them."""
+        return [re.sub(r"^[0-9T:.-]+Z (?=qmpfd:)", "", line) for line in super().log]
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the daemon."""
@@ -335,19 +334,21 @@ class DaemonProcess:
 
     def wait(self) -> int:
         """Wait for the daemon's end; return its exit status."""
-        status = self.process.wait(PATIENCE)
-        assert self.process.stderr is not None
-        self.log += self.process.stderr.read().splitlines()
-        return status
+        return self.process.wait(PATIENCE)
 
-    def await_line(self, found: Callable[[str], bool]) -> None:
-        """Read the daemon's log up to a line for which *found* is true."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log.append(line.rstrip("\n"))
-            if found(line):
-                return
-        raise AssertionError(f"the daemon ended: {self.log}")
+    def await_line(self, found: Callable[[str], bool]) -> str:
+        """Read the daemon's log up to a line for which *found* is true; return that line."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            ended = self.process.poll() is not None
+            for line in self.log[self._lines_read :]:
+                self._lines_read += 1
+                if found(line):
+                    return line
+            if ended:
+                break
+            time.sleep(0.005)
+        raise AssertionError(f"the daemon's log: {self.log}")
 
 
 @contextmanager
@@ -367,26 +368,8 @@ def daemon_process(
     command = [*prefix, sys.executable, "-m", "qmpfd", "serve", *options]
     if named:
         command += ["--socket", os.fspath(path)]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        pass_fds=pass_fds,
-        env={**os.environ, **(env or {})},
-    )
-    with process:
-        started = DaemonProcess(process, path)
-        try:
-            started.await_line(lambda line: f"listening on {path}" in line)
-            yield started
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.terminate()
-                try:
-                    process.wait(PATIENCE)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+    environment = {**os.environ, **(env or {})}
+    with testing.running(
+        DaemonProcess, path, command, pass_fds, cwd=ROOT, env=environment
+    ) as process:
+        yield process

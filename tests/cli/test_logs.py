@@ -1,4 +1,7 @@
-"""The daemon's log: as text, for the journal, and as JSON."""
+"""The daemon's log: as text, for the journal, and as JSON.
+
+Tests of kernel/streams.py.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from helpers import PATIENCE, ROOT, Pipe, Wire, daemon_process, open_fds, pipes,
 
 from qmpfd.cli import logs
 from qmpfd.client.blocking import BlockingClient
+from qmpfd.kernel.fd import pipe
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
@@ -322,9 +326,14 @@ def test_a_stream_without_a_descriptor(
 
 
 async def test_a_reader_that_is_gone(path: Path) -> None:
-    with daemon_process(path, "--log-level", "debug") as process:
-        assert process.process.stderr is not None
-        process.process.stderr.close()
+    reader, writer = pipe()
+    redirected = ["sh", "-c", f'exec "$@" 2> /proc/self/fd/{writer.number}', "sh"]
+    options = ["--log-level", "debug"]
+    with (
+        writer,
+        daemon_process(path, *options, prefix=redirected, pass_fds=[writer.number]) as process,
+    ):
+        reader.close()
         await _some_commands(path)
         process.signal(signal.SIGTERM)
         assert process.process.wait() == 0
