@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -160,6 +161,24 @@ def test_the_store_knows_no_json_and_no_system(module: str) -> None:
 def test_the_middle_does_no_io(module: str) -> None:
     tops = {name.split(".")[0] for name in imports(module)}
     assert not tops & {"trio", "socket", "selectors", "asyncio", "threading", "subprocess"}
+
+
+TESTS = Path(__file__).parent
+NAMED_BY_TESTS = {
+    name
+    for path in TESTS.rglob("test_*.py")
+    for name in re.findall(r"[\w/]+\.py", ast.get_docstring(ast.parse(path.read_text())) or "")
+}
+
+#: Modules that every test of the command line runs.
+RUN_BY_ALL = {"__main__", "_version", "supervisor.__main__"}
+
+
+@pytest.mark.parametrize("module", [each for each in inner if not each.endswith("__init__")])
+def test_the_tests_of_a_module_are_found_by_its_name(module: str) -> None:
+    path = Path(f"{module.replace('.', '/')}.py")
+    own_file = TESTS / path.parent / f"test_{path.name}"
+    assert own_file.exists() or str(path) in NAMED_BY_TESTS or module in RUN_BY_ALL
 
 
 def module_imports(module: str) -> set[str]:

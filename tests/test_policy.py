@@ -1,4 +1,7 @@
-"""The policy: who may connect and do what; its file; and changes of it."""
+"""The policy: who may connect and do what; its file; and changes of it.
+
+Tests of cli/check_policy.py and kernel/credentials.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The parent with scripted workers: it survives whatever they send."""
+"""The parent with scripted workers: it survives whatever they send.
+
+Tests of supervisor/parent.py, supervisor/worker.py, supervisor/store.py, supervisor/mailbox.py,
+supervisor/manager.py, supervisor/program.py, supervisor/restarts.py, supervisor/signals.py,
+supervisor/states.py, supervisor/log.py and supervisor/main.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Help, completion, tables, and advice of the command line."""
+"""Help, completion, tables, and advice of the command line.
+
+Tests of cli/completion.py and cli/output.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The short verbs, run in this process with a daemon in a thread, and once each as a process."""
+"""The short verbs, run in this process with a daemon in a thread, and once each as a process.
+
+Tests of cli/add.py, cli/rm.py, cli/exit_codes.py and cli/options.py.
+"""
 
 from __future__ import annotations
 

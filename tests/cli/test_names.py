@@ -1,4 +1,7 @@
-"""Names, several targets, listening sockets, and the environment of exec."""
+"""Names, several targets, listening sockets, and the environment of exec.
+
+Tests of cli/opening.py and kernel/sockets.py.
+"""
 
 from __future__ import annotations
 

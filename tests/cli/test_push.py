@@ -1,4 +1,7 @@
-"""``qmpfd push``: copy stored descriptors to another server, also to a real QEMU."""
+"""``qmpfd push``: copy stored descriptors to another server, also to a real QEMU.
+
+Tests of cli/forgetful.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""SIGHUP: whatever the policy file contains, the daemon serves on, and ends on SIGTERM."""
+"""SIGHUP: whatever the policy file contains, the daemon serves on, and ends on SIGTERM.
+
+Tests of cli/daemon.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``qmpfd serve``: options, errors, and inherited descriptors."""
+"""``qmpfd serve``: options, errors, and inherited descriptors.
+
+Tests of cli/inheritance.py and cli/serve_options.py.
+"""
 
 from __future__ import annotations
 

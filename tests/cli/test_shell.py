@@ -1,4 +1,7 @@
-"""``qmpfd shell``: its input, from a script and on a terminal."""
+"""``qmpfd shell``: its input, from a script and on a terminal.
+
+Tests of cli/shell/prompt.py, cli/shell/schema.py, cli/shell/session.py and cli/shell/syntax.py.
+"""
 
 from __future__ import annotations
 

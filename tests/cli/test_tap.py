@@ -1,4 +1,7 @@
-"""``qmpfd tap``: relay and print lines and descriptors between a client and a server."""
+"""``qmpfd tap``: relay and print lines and descriptors between a client and a server.
+
+Tests of cli/tapping.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The Trio client: with the daemon, a real QEMU, and faulty servers."""
+"""The Trio client: with the daemon, a real QEMU, and faulty servers.
+
+Tests of client/calls.py and client/connection.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The Trio client with servers that are silent, faulty, or no QMP servers."""
+"""The Trio client with servers that are silent, faulty, or no QMP servers.
+
+Tests of client/connecting.py and client/errors.py.
+"""
 
 from __future__ import annotations
 

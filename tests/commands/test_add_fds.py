@@ -1,4 +1,7 @@
-"""``add-fds``: all descriptors or none; the end of a connection, expiry and hang-ups."""
+"""``add-fds``: all descriptors or none; the end of a connection, expiry and hang-ups.
+
+Tests of commands/extensions.py, fdsets/expiry.py and kernel/hangups.py.
+"""
 
 from __future__ import annotations
 

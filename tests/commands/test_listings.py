@@ -1,4 +1,7 @@
-"""Streamed replies: encoded in steps, between which others are served and the store changes."""
+"""Streamed replies: encoded in steps, between which others are served and the store changes.
+
+Tests of protocol/streamed_reply.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``open-fdset``: which descriptor is sent, of which file, and with which reply."""
+"""``open-fdset``: which descriptor is sent, of which file, and with which reply.
+
+Tests of commands/extensions.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``query-fds``: kind, flags, owner, age and lifetime of each descriptor."""
+"""``query-fds``: kind, flags, owner, age and lifetime of each descriptor.
+
+Tests of commands/extensions.py, kernel/fdinfo.py and kernel/sockets.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``query-qmp-schema``: complete, closed, and consistent with requests, replies and events."""
+"""``query-qmp-schema``: complete, closed, and consistent with requests, replies and events.
+
+Tests of commands/types.py, commands/extension_types.py and commands/table.py.
+"""
 
 from __future__ import annotations
 

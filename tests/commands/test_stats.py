@@ -1,4 +1,7 @@
-"""``query-stats``: counters, gauges, and the limits in force."""
+"""``query-stats``: counters, gauges, and the limits in force.
+
+Tests of commands/extensions.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The store: fd sets, ids, order, errors and lifetimes."""
+"""The store: fd sets, ids, order, errors and lifetimes.
+
+Tests of fdsets/entry.py and fdsets/expiry.py.
+"""
 
 from __future__ import annotations
 

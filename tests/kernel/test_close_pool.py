@@ -1,4 +1,7 @@
-"""ClosePool: which descriptors are closed at once, and which by threads."""
+"""ClosePool: which descriptors are closed at once, and which by threads.
+
+Tests of kernel/close_risk.py and kernel/fdinfo.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""States, output and parsing of a connection, as server and as client."""
+"""States, output and parsing of a connection, as server and as client.
+
+Tests of errors.py, protocol/client.py and protocol/server.py.
+"""
 
 from __future__ import annotations
 

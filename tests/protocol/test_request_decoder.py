@@ -1,4 +1,7 @@
-"""Requests: the fast and the slow path, and QEMU's errors."""
+"""Requests: the fast and the slow path, and QEMU's errors.
+
+Tests of protocol/qemu_order.py.
+"""
 
 from __future__ import annotations
 

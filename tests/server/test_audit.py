@@ -1,4 +1,7 @@
-"""``--audit``: a record of each descriptor added, removed, handed out or refused."""
+"""``--audit``: a record of each descriptor added, removed, handed out or refused.
+
+Tests of commands/audit.py.
+"""
 
 from __future__ import annotations
 

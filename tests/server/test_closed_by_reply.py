@@ -1,4 +1,7 @@
-"""A removed descriptor of any kind is closed before its client reads the reply."""
+"""A removed descriptor of any kind is closed before its client reads the reply.
+
+Tests of server/closing.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The daemon over its socket: stored descriptors, replies, and closes."""
+"""The daemon over its socket: stored descriptors, replies, and closes.
+
+Tests of commands/context.py, commands/control.py, commands/dispatch.py, commands/fds.py,
+server/services.py, server/startup.py and server/handle.py.
+"""
 
 from __future__ import annotations
 

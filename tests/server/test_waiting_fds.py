@@ -1,4 +1,7 @@
-"""Quota of a uid for descriptors that are pending for a command or queued with a reply."""
+"""Quota of a uid for descriptors that are pending for a command or queued with a reply.
+
+Tests of server/connection/fd_accounting.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Replies wait until their changes are stored in the mirror, and removed fds are closed."""
+"""Replies wait until their changes are stored in the mirror, and removed fds are closed.
+
+Tests of server/connection/command_log.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Clients with unusual socket options, messages and descriptors: at most one command fails."""
+"""Clients with unusual socket options, messages and descriptors: at most one command fails.
+
+Tests of server/connection/session_state.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The service manager's fd store: stored descriptors come back unchanged after a restart."""
+"""The service manager's fd store: stored descriptors come back unchanged after a restart.
+
+Tests of server/fdstore/recover.py, server/fdstore/names.py and server/fdstore/sentinel.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The journal: its state after any history, complete or cut off anywhere."""
+"""The journal: its state after any history, complete or cut off anywhere.
+
+Tests of server/fdstore/journal_writer.py and server/fdstore/replay.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The mirror of the store with a fake parent: when replies are sent, and removed fds closed."""
+"""The mirror of the store with a fake parent: when replies are sent, and removed fds closed.
+
+Tests of server/durability.py, server/fdstore/outgoing.py, server/fdstore/kept.py and
+server/fdstore/lifespan.py.
+"""
 
 from __future__ import annotations
 

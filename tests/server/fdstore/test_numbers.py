@@ -1,4 +1,7 @@
-"""Stored descriptors keep their numbers in a restart and a takeover; others are moved."""
+"""Stored descriptors keep their numbers in a restart and a takeover; others are moved.
+
+Tests of kernel/renumber.py.
+"""
 
 from __future__ import annotations
 

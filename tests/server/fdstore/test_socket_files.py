@@ -1,4 +1,7 @@
-"""Socket files of a supervised daemon: kept in a restart, removed at the end; others stay."""
+"""Socket files of a supervised daemon: kept in a restart, removed at the end; others stay.
+
+Tests of server/fdstore/listeners.py.
+"""
 
 from __future__ import annotations
 

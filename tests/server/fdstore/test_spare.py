@@ -1,4 +1,7 @@
-"""The spare worker of ``serve --supervise`` replaces the worker, and affects nothing before."""
+"""The spare worker of ``serve --supervise`` replaces the worker, and affects nothing before.
+
+Tests of cli/spare.py and cli/spare_keeper.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""``serve --supervise``: the parent stores all descriptors, and restarts its worker."""
+"""``serve --supervise``: the parent stores all descriptors, and restarts its worker.
+
+Tests of cli/supervise.py and server/fdstore/sentinel.py.
+"""
 
 from __future__ import annotations
 

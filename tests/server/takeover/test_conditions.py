@@ -1,4 +1,7 @@
-"""Takeovers with another command line, in another namespace, and with a lack of resources."""
+"""Takeovers with another command line, in another namespace, and with a lack of resources.
+
+Tests of cli/takeover.py and server/saved_state.py.
+"""
 
 from __future__ import annotations
 

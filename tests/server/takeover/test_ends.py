@@ -1,4 +1,7 @@
-"""Takeovers that are refused, or interrupted by signals."""
+"""Takeovers that are refused, or interrupted by signals.
+
+Tests of server/takeover/sender.py and server/takeover/receiver.py.
+"""
 
 from __future__ import annotations
 

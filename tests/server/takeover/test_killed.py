@@ -1,4 +1,7 @@
-"""Either side of a takeover is killed, or hangs, at any line of its source."""
+"""Either side of a takeover is killed, or hangs, at any line of its source.
+
+Tests of server/fdstore/evidence.py.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 Unread replies are not encoded for the takeover: neither daemon needs memory for them, no client
 waits for them, and the successor sends them completely.
+
+Tests of protocol/saved.py, server/connection/snapshot.py, server/takeover/sender.py and
+server/takeover/receiver.py.
 """
 
 from __future__ import annotations
