@@ -466,18 +466,22 @@ def test_a_worker_that_does_not_end_is_killed() -> None:
         while True: signal.pause()
         """
     )
-    with started(program, "0.4") as process:
+    with started(program, "1") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         (worker,) = children(process.pid)
         begun = time.monotonic()
         process.terminate()
         assert process.wait(DEADLINE) == 0
-        assert time.monotonic() - begun >= 0.4
+        assert time.monotonic() - begun >= 1
         assert process.stdout.readline() == b"told\n"
         assert not Path(f"/proc/{worker}").exists()
         assert process.stderr is not None
-        assert b"has not ended 0.4 s after it was told to: killing it" in process.stderr.read()
+        said = re.search(
+            rb"has not ended (\d+\.\d) s after it was told to: killing it", process.stderr.read()
+        )
+        assert said is not None
+        assert float(said[1]) >= 1  # the parent, or this process, may have been without a CPU
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
