@@ -34,7 +34,7 @@ def open_without_waiting(path: str | os.PathLike[str], flags: int, mode: int = 0
     return fd
 
 
-def memory_file(name: str, data: bytes) -> Fd:
+def memory_file(name: str, data: bytes | bytearray) -> Fd:
     """Create a file in memory (memfd_create(2)) with the contents *data*.
 
     Raises:

@@ -126,12 +126,12 @@ class SavedState(Struct, forbid_unknown_fields=True, omit_defaults=True):
         return [fd.number for fd in self.fds]
 
 
-def encode(state: SavedState) -> bytes:
+def encode(state: SavedState) -> bytearray:
     """Encode *state* with its format number."""
-    return msgspec.msgpack.encode((TAKEOVER_FORMAT, state))
+    return pack((TAKEOVER_FORMAT, state))
 
 
-def decode(data: bytes) -> SavedState:
+def decode(data: bytes | bytearray) -> SavedState:
     """Decode the output of :func:`encode`.
 
     Raises:
@@ -145,7 +145,22 @@ def decode(data: bytes) -> SavedState:
     return unpack(raw, SavedState)
 
 
-def unpack(data: bytes | msgspec.Raw, what: type[T]) -> T:
+_encode_into = msgspec.msgpack.Encoder().encode_into
+
+
+def pack(value: object) -> bytearray:
+    """Encode *value* as MessagePack.
+
+    Raises:
+        MemoryError: this process is out of memory.  (In msgspec's ``encode``, which enlarges a
+            bytes object, it would be a segmentation fault.)
+    """
+    data = bytearray()
+    _encode_into(value, data)
+    return data
+
+
+def unpack(data: bytes | bytearray | msgspec.Raw, what: type[T]) -> T:
     """Decode MessagePack of another process as an object of type *what*.
 
     Raises:

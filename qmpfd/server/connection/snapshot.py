@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-import msgspec
 from msgspec import UNSET, Struct
 
 from ...commands import Context, Stats
@@ -19,7 +18,7 @@ from ...protocol.encode import RawJSON, encode_any
 from ...protocol.parser import Parser
 from ...protocol.server import ConnectionState
 from ...protocol.streamed_reply import StreamedReply
-from ..saved_state import SavedFd, unpack
+from ..saved_state import SavedFd, pack, unpack
 from .send_buffer import Unsent
 from .session import Session
 
@@ -136,10 +135,10 @@ def _describe_reply(
     if isinstance(members.get("return"), RawJSON):
         members["return"] = bytes(members["return"])
     try:
-        packed = msgspec.msgpack.encode(members)
+        packed = bytes(pack(members))
     except RecursionError:  # an id may be nested as deep as a request
         deep_id = encode_any(members["id"])
-        packed = msgspec.msgpack.encode({**members, "id": None})
+        packed = bytes(pack({**members, "id": None}))
     listing, opaque = None, None
     if isinstance(reply.result, Listing):
         listing, text = reply.result.save(now)

@@ -18,11 +18,10 @@ from struct import Struct as Layout
 from typing import TypeAlias
 from zlib import crc32
 
-import msgspec
 from msgspec import Struct
 
 from ...kernel.fd import Fd
-from ..saved_state import SavedFd, SavedListener
+from ..saved_state import SavedFd, SavedListener, pack
 
 #: Length and checksum of the MessagePack that follows.
 HEADER = Layout("<II")
@@ -100,12 +99,10 @@ Record: TypeAlias = (
     SnapshotHeader | ListenerAdded | ListenerRemoved | SavedFd | Removed | Confirmed | HandedOver
 )
 
-_encode = msgspec.msgpack.Encoder().encode
-
 
 def frame(records: list[Record]) -> bytes:
     """Encode *records* as one frame, which a reader applies as a whole or not at all."""
-    data = _encode(records)
+    data = pack(records)
     return HEADER.pack(len(data), crc32(data)) + data
 
 

@@ -26,7 +26,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 from dataclasses import replace
 from typing import Protocol
 
-import msgspec
 import trio
 
 from ...errors import GenericError
@@ -183,7 +182,7 @@ async def _hand_over_paused(
     # Before the successor has descriptors: its own fd store decides by the outcome.
     durability.log_handover(None)
     rest, fds = _describe_rest(server, others, known)
-    with memory_file(_STATE, msgspec.msgpack.encode(rest)) as memory:
+    with memory_file(_STATE, saved.pack(rest)) as memory:
         await stream.send_all(saved.MORE, [memory])
     for start in range(0, len(fds), SCM_MAX_FD):
         if await _receive(stream) != saved.NEXT:

@@ -425,14 +425,24 @@ def test_no_memory_for_the_state(path: Path, start: Callable[..., Stepped], whic
         assert old.wait() == 0
 
 
+def limit_memory(pid: int) -> int:
+    """Limit the memory of a process: to 4 MiB more than it has, which is enough for a connection,
+    but not for the state of a takeover.  Return the hard limit.
+    """
+    status = Path(f"/proc/{pid}/status").read_text()
+    used = next(line.split()[1] for line in status.splitlines() if line.startswith("VmData:"))
+    _, hard = resource.prlimit(pid, resource.RLIMIT_DATA)
+    resource.prlimit(pid, resource.RLIMIT_DATA, ((int(used) << 10) + (4 << 20), hard))
+    return hard
+
+
 def test_no_memory_at_all(path: Path, start: Callable[..., Stepped]) -> None:
     """Without memory on either side, one line is logged, and the predecessor serves on."""
     old = start()
     with BlockingClient(path, PATIENCE) as client:
         for number in range(20):
             client.execute("add-fds", {"opaque": f"{number:05}" * 800}, [0] * 250)
-        _, hard = resource.prlimit(old.pid, resource.RLIMIT_DATA)
-        resource.prlimit(old.pid, resource.RLIMIT_DATA, (1 << 20, hard))
+        hard = limit_memory(old.pid)
         successor = start("--takeover")
         assert successor.wait() == 1
         assert successor.said == (
@@ -442,7 +452,7 @@ def test_no_memory_at_all(path: Path, start: Callable[..., Stepped]) -> None:
         resource.prlimit(old.pid, resource.RLIMIT_DATA, (hard, hard))
         where = {"takeover/receiver.py": ["prepare"]}
         successor = start("--takeover", where=where, step=1, number=signal.SIGSTOP)
-        resource.prlimit(successor.pid, resource.RLIMIT_DATA, (1 << 20, hard))
+        limit_memory(successor.pid)
         successor.signal(signal.SIGCONT)
         assert successor.wait() == 3
         assert "cannot be taken over: this process is out of memory\n" in successor.said
