@@ -54,11 +54,13 @@ def renumber(fds: Mapping[int, Fd], others: Iterable[Movable] = ()) -> None:
             _fill(number, wanted, at)
     for number, fd in fds.items():
         if fd.number != number:
+            why = "in use in this process" if number < most else "above the limit of open files"
             _log.warning(
-                "descriptor %d now has the number %d: number %d is in use in this process",
+                "descriptor %d now has the number %d: number %d is %s",
                 number,
                 fd.number,
                 number,
+                why,
             )
 
 

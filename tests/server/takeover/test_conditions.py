@@ -336,6 +336,7 @@ def test_a_number_beyond_the_successors_limit(path: Path, start: Callable[..., S
         successor = start("--takeover", most_files=300)
         assert old.wait() == 0
         assert f"descriptor {high} now has the number" in successor.said
+        assert f"number {high} is above the limit of open files" in successor.said
         after = client.execute("query-fds")
         assert [fd["opaque"] for fd in after] == [fd["opaque"] for fd in before]
         for fd, known in zip(after, before, strict=True):
