@@ -25,9 +25,11 @@ from helpers import PATIENCE, Pipe, Wire, daemon, daemon_process, pipes, request
 
 from qmpfd.cli import main
 from qmpfd.errors import PermissionDenied
+from qmpfd.fdsets import Peer
 from qmpfd.kernel.credentials import is_owner
-from qmpfd.limits import MAX_POLICY_BYTES
+from qmpfd.limits import MAX_POLICY_BYTES, Limits
 from qmpfd.policy import RIGHTS, Access, BadPolicy, Grant, Policy, Rule, load_policy
+from qmpfd.server.listen.admission import admit
 
 NOBODY = 65534
 #: A group without members.
@@ -429,6 +431,14 @@ def test_the_overflow_uid_is_nobodys_own(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(os, "geteuid", lambda own=own: own)
         assert is_owner(theirs) is expected
         assert bool(Policy().access(theirs, [])) is expected
+
+
+@pytest.mark.parametrize("own, named", [(1000, "uid 1000, root"), (65534, "root")])
+def test_who_may_connect(own: int, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal names the daemon's own user, unless that user may not connect itself."""
+    monkeypatch.setattr(os, "geteuid", lambda: own)
+    with pytest.raises(PermissionDenied, match=f"uid 65534 may not connect: only {named} and "):
+        admit(Peer(1, 65534, 65534), frozenset(), Policy(), Limits(), ())
 
 
 @pytest.mark.parametrize("text, told", BAD.values(), ids=BAD)

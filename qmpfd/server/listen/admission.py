@@ -41,9 +41,10 @@ def admit(
     """
     access = policy.access(peer.uid, groups)
     if not access:
+        own = f"uid {os.geteuid()}, " if is_owner(os.geteuid()) else ""
         raise PermissionDenied(
-            f"uid {peer.uid} may not connect: only uid {os.geteuid()}, root "
-            "and those to whom a policy rule gives a right"
+            f"uid {peer.uid} may not connect: only {own}root and those to whom a policy rule gives "
+            "a right"
         )
     total, most = len(connected), limits.max_connections
     if not is_owner(peer.uid):
