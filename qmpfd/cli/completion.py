@@ -140,7 +140,7 @@ def _candidates(before: list[str], word: str) -> dict[str, str] | str:
     action = takers.get(before[-1]) if before else None
     if action is None and verb not in verbs.choices:
         found = {each.dest: each.help or "" for each in verbs._choices_actions} | _options(top)
-        return found | {name: told for name, told in _options(parser).items() if name in _SHARED}
+        return found | {name: text for name, text in _options(parser).items() if name in _SHARED}
     if action is None and value.startswith("-"):
         return _options(parser)
     values = _values(action or takers.get(""), before)

@@ -194,8 +194,8 @@ def _replace_by(command: list[str]) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # without a reader, the status stays the same
         with suppress(OSError):
             advice = _ADVICE.get(exc.errno or 0, "") if which(command[0]) else ""
-            told = f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}{advice}\n"
-            os.write(2, told.encode())
+            line = f"qmpfd: cannot run {printable(command[0])}: {exc.strerror}{advice}\n"
+            os.write(2, line.encode())
         return _NOT_FOUND if isinstance(exc, FileNotFoundError) else _NOT_EXECUTABLE
 
 

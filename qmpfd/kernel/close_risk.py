@@ -22,9 +22,6 @@ from .mounts import LocalFileSystems
 #: 64-bit kernels set it on files that were opened; sockets, pipes and anonymous inodes lack it.
 _O_LARGEFILE = 0o100000
 
-# Local names, for speed.
-_F_GETFL, _O_PATH = fcntl.F_GETFL, os.O_PATH
-
 #: Size of an unlinked file beyond which its close is slow, as the last close frees the blocks.
 _SLOW_BYTES = 64 << 20
 
@@ -46,7 +43,8 @@ class Risk(Enum):
     HIGH = auto()
 
 
-_NO_RISK = Risk.NONE  # a local name: looking up an Enum member is slow before Python 3.12
+# A local name: an Enum member takes 0.16 us before Python 3.12, and a command 20 us.
+_NO_RISK = Risk.NONE
 
 
 def _risk_of_socket(number: int) -> Risk:
@@ -131,7 +129,7 @@ class CloseRisks:
         done at the last close.
         """
         try:
-            flags = fcntl.fcntl(number, _F_GETFL)
+            flags = fcntl.fcntl(number, fcntl.F_GETFL)
             return not flags & _O_LARGEFILE or self.find(number) is _NO_RISK
         except OSError:
             return False
@@ -149,7 +147,7 @@ class CloseRisks:
 
     def _risk_by_link(self, number: int, found: Status | None) -> Risk:
         """Return the risk by the link in /proc/self/fd: closing a block device writes back data."""
-        if fcntl.fcntl(number, _F_GETFL) & _O_PATH:
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_PATH:
             return Risk.HIGH if found is None or not self._is_local(found[6:]) else _NO_RISK
         link = os.readlink(f"/proc/self/fd/{number}")
         if link.startswith("socket:"):

@@ -69,11 +69,6 @@ class Connection:
         self.state = state
 
     @property
-    def has_pending_input(self) -> bool:
-        """Whether complete messages were received and not fetched yet; white space is none."""
-        return bool(self.ready)
-
-    @property
     def has_unassigned_fds(self) -> bool:
         """Whether descriptors were received that no complete message takes."""
         return bool(self.fds_to_close or self.pending_fds.fds)

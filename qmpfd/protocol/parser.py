@@ -236,8 +236,8 @@ class Parser:
 
     def _charge(self) -> None:
         """Charge the estimated memory of the incomplete value and token."""
-        kept = 0 if self._discarding else self._tokens * TOKEN_BYTES + self._bytes
-        self._budget.charge(self.give_up, self._owner, kept + self._lexer.buffered)
+        size = 0 if self._discarding else self._tokens * TOKEN_BYTES + self._bytes
+        self._budget.charge(self.give_up, self._owner, size + self._lexer.buffered)
 
     def _limit_passed(self, token: Token) -> str | None:
         if self._bytes > self._max_bytes or token is Token.TOO_BIG:

@@ -222,14 +222,14 @@ class ReceiveBuffer:
 
     def _by_lines(self, data: bytes, fds_follow: bool) -> list[_Found]:
         """Return the messages of complete lines; keep an incomplete line for the next call."""
-        kept = len(self._line)
+        earlier = len(self._line)
         cut = data.rfind(b"\n") + 1
         self._line += data
         if not cut and len(self._line) <= self._max_bytes:
             return []
-        values = self._decode(bytes(self._line[: kept + cut])) if cut else None
+        values = self._decode(bytes(self._line[: earlier + cut])) if cut else None
         if values is not None and (len(values) <= 1 or not fds_follow):
-            del self._line[: kept + cut]
+            del self._line[: earlier + cut]
             return [(value, cut) for value in values]
         line = bytes(self._line)
         self._line.clear()
@@ -238,7 +238,7 @@ class ReceiveBuffer:
             return [(GenericError("JSON parse error, no whole message in a long line"), len(data))]
         found: list[_Found] = []
         for value, end in self._feed(line):
-            found.append((value, max(end - kept, 0)))
+            found.append((value, max(end - earlier, 0)))
             if type(value) is GenericError:  # the peer is no QMP server: ignore the rest
                 break
         return found

@@ -293,7 +293,7 @@ class DaemonServer(Server):
 
     def _refresh_in_flight(self) -> None:
         for session in self.sessions:
-            session.refresh_in_flight()
+            session.fd_accounting.refresh_in_flight()
 
     def _clients(self) -> list[Client]:
         """Describe the connected clients."""
@@ -303,4 +303,4 @@ class DaemonServer(Server):
     def change_policy(self, policy: Policy) -> None:
         self._policy = policy
         for session in self.sessions:
-            session.change_access(policy.access(session.peer.uid, session.groups))
+            session.context.change_access(policy.access(session.peer.uid, session.groups))

@@ -55,7 +55,7 @@ async def limited(path: Path, *grants: Grant, **options: Any) -> AsyncIterator[t
     async with daemon(path, **options) as server:
         with await Wire.session(path) as client:
             [session] = server.sessions
-            session.change_access(Access(grants))
+            session.context.change_access(Access(grants))
             with await Wire.session(path) as root, pipes(len(STORED)) as made:
                 await fill(root, made)
                 yield client, root

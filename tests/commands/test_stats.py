@@ -292,7 +292,7 @@ async def test_totals_only_for_clients_that_see_all(
     async with daemon(path) as server:
         with await Wire.session(path) as wire:
             [session] = server.sessions
-            session.change_access(Access((Grant(frozenset({"query"}), fdsets, opaque),)))
+            session.context.change_access(Access((Grant(frozenset({"query"}), fdsets, opaque),)))
             found = await stats(wire)
             assert TOTALS & found.keys() == (TOTALS if told else set())
             assert found["connections"] == 1

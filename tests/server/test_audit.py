@@ -119,7 +119,7 @@ async def test_refusals(path: Path, tmp_path: Path) -> None:
         async with daemon(path, audit=out) as server:
             with await Wire.session(path) as wire:
                 [session] = server.sessions
-                session.change_access(Access((Grant(frozenset({"query"})),)))
+                session.context.change_access(Access((Grant(frozenset({"query"})),)))
                 assert error(await wire.call("add-fd", {"opaque": "a"}, [pipe]))
                 assert error(await wire.call("quit"))
                 assert error(await wire.call("open-fdset", {"fdset-id": 3, "fd": 4}))

@@ -26,7 +26,8 @@ from .fd_accounting import FdAccounting
 from .send_buffer import SendBuffer, Unsent
 
 _log = logging.getLogger("qmpfd")
-_TAKEOVER = Ending.TAKEOVER  # found faster than a member of an enumeration
+# A local name: an Enum member takes 0.16 us before Python 3.12, and a command 20 us.
+_TAKEOVER = Ending.TAKEOVER
 
 
 class BatchState(Enum):
@@ -106,7 +107,7 @@ class RequestProcessor:
         """Whether a reply is in progress, or a received request is not executed: because the daemon
         is paused, or the predecessor was when it handed the session over.
         """
-        return self.streamed_reply is not None or self._connection.has_pending_input
+        return self.streamed_reply is not None or bool(self._connection.ready)
 
     @property
     def is_busy(self) -> bool:

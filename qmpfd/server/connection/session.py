@@ -49,7 +49,7 @@ class _Piece(NamedTuple):
     heavy: bool = False
 
 
-# A module's own names are found faster than the members of an enumeration.
+# Local names: an Enum member takes 0.16 us before Python 3.12, and a command 20 us.
 _ALL, _NOTHING = Arrival.ALL, Arrival.NOTHING
 
 
@@ -155,14 +155,6 @@ class Session:
     def _move(self, event: Event) -> None:
         self._state = TRANSITIONS[self._state, event]
 
-    def change_access(self, access: Access) -> None:
-        """Set the client's rights: the policy was reloaded."""
-        self.context.change_access(access)
-
-    def refresh_in_flight(self) -> None:
-        """Refund the descriptors that the client has received since the last call."""
-        self.fd_accounting.refresh_in_flight()
-
     def about(self, now: float) -> Client:
         """The client as ``query-stats`` shows it."""
         return Client(
@@ -213,14 +205,6 @@ class Session:
         await self._services.lifecycle.wait_running()
         self._move(Event.RESUME)
         await self.send_buffer.drain()
-
-    def pause(self) -> None:
-        """Stop waits that may take for ever: the daemon is paused."""
-        self.processor.pause()
-
-    def resume(self) -> None:
-        """Go on sending: the daemon is no longer paused."""
-        self.processor.resume()
 
     def refuse_takeover(self, reason: QMPError) -> None:
         """Answer the request for a takeover with an error, without waiting: another takeover may be

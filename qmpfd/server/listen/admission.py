@@ -68,15 +68,15 @@ class RejectionLog:
     """Logs rejected clients: one line per REFUSAL_LOG_INTERVAL, with the number left out."""
 
     def __init__(self) -> None:
-        self._unsaid = 0
-        self._said_at = -inf
+        self._left_out = 0
+        self._logged_at = -inf
 
     def note(self, peer: Peer, reason: QMPError) -> None:
         """Log the rejection of a client, or count it for a later line."""
         now = trio.current_time()
-        if now - self._said_at < REFUSAL_LOG_INTERVAL:
-            self._unsaid += 1
+        if now - self._logged_at < REFUSAL_LOG_INTERVAL:
+            self._left_out += 1
             return
-        more = f" (and {self._unsaid} others before)" if self._unsaid else ""
-        self._unsaid, self._said_at = 0, now
+        more = f" (and {self._left_out} others before)" if self._left_out else ""
+        self._left_out, self._logged_at = 0, now
         _log.info("turned away pid %d, uid %d: %s%s", peer.pid, peer.uid, reason.desc, more)

@@ -97,7 +97,7 @@ async def _paused(server: Predecessor, successor: Session) -> AsyncGenerator[lis
     pause = min(TAKEOVER_TIMEOUT, MAX_PAUSE)
     scope.deadline = min(scope.deadline, trio.current_time() + pause)
     for session in server.sessions:
-        session.pause()
+        session.processor.pause()
     try:
         while True:
             # Sessions are quiescent within a few passes of the event loop, so polling is cheap.
@@ -117,7 +117,7 @@ async def _paused(server: Predecessor, successor: Session) -> AsyncGenerator[lis
         if services.lifecycle.can(Event.RESUME):
             services.lifecycle.handle(Event.RESUME)
             for session in server.sessions:
-                session.resume()
+                session.processor.resume()
             services.shared.on_event()
 
 
