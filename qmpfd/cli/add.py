@@ -15,7 +15,7 @@ from .exit_codes import UsageError
 from .forgetful import stay_or_warn
 from .opening import check_open, listening_socket, open_file
 from .options import CONNECTION, JSON, client_of, number, one_of, option, text
-from .output import print_result
+from .output import print_result, printable
 
 _MODES = {"r": os.O_RDONLY, "w": os.O_WRONLY, "rw": os.O_RDWR}
 
@@ -127,4 +127,4 @@ def _report(arguments: argparse.Namespace, added: dict[str, Any], note: str) -> 
     elif arguments.quiet:
         print_result(" ".join(map(str, [fdset_id, *numbers])))
     else:
-        print_result(f"fd set {fdset_id}, fd {', '.join(map(str, numbers))}{note}")
+        print_result(printable(f"fd set {fdset_id}, fd {', '.join(map(str, numbers))}{note}"))

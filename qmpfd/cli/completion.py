@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import pairwise
 
 from .exit_codes import UsageError
@@ -24,8 +24,8 @@ _FILES, _COMMANDS = ":files", ":commands"
 #: Metavars of options and arguments that take the name of a file.
 _PATHS = ("PATH", "PATH|-", "FILE", "QMP_SOCKET", "LISTEN", "SERVER")
 
-#: Names of descriptors that need no quotes in any of the shells: no others are offered.
-_UNQUOTED = re.compile(r"[-A-Za-z0-9_.:,+%/]+")
+#: Targets that need no quotes in any of the shells: no others are offered.
+_UNQUOTED = re.compile(r"@?[-A-Za-z0-9_.:,+%/]+")
 
 #: Seconds that the daemon has to list the stored descriptors.
 _TIMEOUT = 1.0
@@ -172,13 +172,12 @@ def _values(action: argparse.Action | None, before: list[str]) -> Iterable[str]:
     return _FILES if metavar in _PATHS else ()
 
 
-def _targets(before: list[str]) -> Iterator[str]:
+def _targets(before: list[str]) -> Iterable[str]:
     """List the fd sets, and the names of descriptors, of the daemon that the line names."""
     named = [value for option, value in pairwise(before) if option == "--socket"]
     socket = os.path.expanduser(named[-1]) if named else None
     with client_of(argparse.Namespace(socket=socket, timeout=_TIMEOUT)) as client:
         rows = listed(client)
-    yield from dict.fromkeys(str(fdset_id) for fdset_id, _ in rows)
-    for _, fd in rows:
-        if _UNQUOTED.fullmatch(fd.get("opaque", "")):
-            yield f"@{fd['opaque']}"
+    words = [str(fdset_id) for fdset_id, _ in rows]
+    words += [f"@{fd['opaque']}" for _, fd in rows if "opaque" in fd]
+    return filter(_UNQUOTED.fullmatch, dict.fromkeys(words))

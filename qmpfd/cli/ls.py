@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print_table(
             ("FDSET", "FD", "NAME"),
-            [(str(fdset), str(fd["fd"]), printable(fd.get("opaque", ""))) for fdset, fd in rows],
+            [(str(fdset), str(fd["fd"]), fd.get("opaque", "")) for fdset, fd in rows],
         )
     sys.stdout.flush()
     for target in missing:
@@ -80,8 +80,8 @@ def _long_row(fd: dict[str, Any]) -> tuple[str, ...]:
         ",".join(lifetimes) or "-",
         str(by.get("pid", "-")),
         str(by.get("uid", "-")),
-        printable(fd.get("opaque", "")) or "-",
-        printable(_what(fd)),
+        fd.get("opaque", "") or "-",
+        _what(fd),
     )
 
 

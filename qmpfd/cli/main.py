@@ -48,6 +48,7 @@ _ADVICE = [
         "",
         "the daemon's policy file gives rights; see qmpfd check-policy --help",
     ),
+    ("GenericError", "Too many connections", "serve --max-connections sets the limit"),
     ("GenericError", "the limit is", "qmpfd status shows the limits and their use"),
     ("CommandNotFound", "", "qmpfd status names the server and its version"),
 ]

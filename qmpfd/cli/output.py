@@ -118,8 +118,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     On a terminal, the header is bold and some columns are coloured.  If the table is too wide, the
     widest columns are shortened, down to _LEAST; if it still does not fit, each row is printed as a
-    block of lines.
+    block of lines.  Control characters are escaped.
     """
+    rows = [[*map(printable, row)] for row in rows]
     widths = [max(map(_width, column)) for column in zip(header, *rows, strict=True)]
     if sys.stdout.isatty() and len(widths) > _FEW:
         fitting = _fit(widths, terminal_width())
@@ -154,11 +155,13 @@ def _fit(widths: Sequence[int], room: int) -> list[int] | None:
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Print a line for each name and its value, aligned; on a terminal, with bold names."""
+    """Print a line for each name and its value, aligned; on a terminal, with bold names.  Control
+    characters in the values are escaped.
+    """
     paint = painter()
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
-        print(f"{paint('1', name)}{' ' * (width - len(name))}  {value}".rstrip())
+        print(f"{paint('1', name)}{' ' * (width - len(name))}  {printable(value)}".rstrip())
 
 
 def painter() -> Callable[[str, str], str]:

@@ -14,7 +14,7 @@ from ..kernel.fd import close_all
 from .exit_codes import UsageError
 from .forgetful import stay_or_warn
 from .options import CONNECTION, JSON, client_of, client_within, number, option, socket_path
-from .output import print_error, print_result
+from .output import print_error, print_result, printable
 from .targets import Row, Target, listed, open_target, select, target
 
 #: Seconds of attempts to connect again to a server from which copies have to be removed.
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
             print_result({"fdset-id": fdset_id, "fds": fds})
         else:
             numbers = ", ".join(str(each["fd"]) for each in added)
-            print_result(f"fd set {fdset_id} of {arguments.to}: fd {numbers}")
+            print_result(printable(f"fd set {fdset_id} of {arguments.to}: fd {numbers}"))
         stay_or_warn(sink, arguments.hold, "push --hold stays connected")
 
 
@@ -138,7 +138,7 @@ def _all_or_nothing(
         except (QMPError, NoDaemon) as exc:
             if added:
                 left = ", ".join(str(each["fd"]) for each in added if "fd" in each) or "the first"
-                print_error(f"qmpfd: fd {left} may be left in {arguments.to}: {exc}")
+                print_error(printable(f"qmpfd: fd {left} may be left in {arguments.to}: {exc}"))
         raise
 
 

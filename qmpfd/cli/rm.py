@@ -140,6 +140,6 @@ def _report(arguments: argparse.Namespace, removed: list[Removed]) -> None:
 def _lines(removed: list[Removed]) -> Iterator[str]:
     for fdset in removed:
         if "fds" not in fdset:
-            yield f"fd set {fdset['fdset-id']}"
+            yield printable(f"fd set {fdset['fdset-id']}")
         for fd in fdset.get("fds", ()):
             yield described(fdset["fdset-id"], fd)

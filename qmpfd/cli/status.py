@@ -48,9 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json({"socket": path, "version": version, "stats": stats})
         return
-    pairs = [("socket", printable(path)), ("server", server_name(version))]
+    pairs = [("socket", path), ("server", server_name(version))]
     if stats is None:
-        print_pairs([*pairs, ("statistics", f"none: {printable(reason)}")])
+        print_pairs([*pairs, ("statistics", f"none: {reason}")])
     else:
         print_pairs([*pairs, *_rows(stats)])
         _print_peers(stats)
@@ -146,7 +146,7 @@ def _peer_row(peer: dict[str, Any], named: bool) -> tuple[str, ...]:
 
 def _user(uid: int) -> str:
     try:
-        return printable(pwd.getpwuid(uid).pw_name)
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
 
@@ -157,6 +157,6 @@ def _command(pid: int) -> str:
         return "(this one)"
     try:
         with open(f"/proc/{pid}/comm", "rb") as file:
-            return printable(file.read().decode(errors="replace").strip())
+            return file.read().decode(errors="replace").strip()
     except OSError:
         return ""

@@ -183,4 +183,4 @@ def listed(client: BlockingClient, *, long: bool = False) -> list[Row]:
 def described(fdset_id: int, fd: dict[str, Any]) -> str:
     """Describe a descriptor in words."""
     words = f"fd set {fdset_id}, fd {fd['fd']}"
-    return f"{words}  {printable(fd['opaque'])}" if "opaque" in fd else words
+    return printable(f"{words}  {fd['opaque']}" if "opaque" in fd else words)

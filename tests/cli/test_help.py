@@ -96,6 +96,7 @@ def test_without_a_verb(capfd: pytest.CaptureFixture[str]) -> None:
         (["rm", "7"], "qmpfd ls lists"),
         (["add", "--fdset", "7", "/dev/null"], "without --fdset"),
         (["shell", "-c", "rm"], ""),
+        (["shell", "-c", "add-fd --fd \u0660"], "--fd needs the number"),
         (["open"], "unknown verb open (see qmpfd --help)"),
         (["lss"], "did you mean ls?"),
         (["--long"], "--long cannot precede the verb: only --socket, --timeout, --json can"),

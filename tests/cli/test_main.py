@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -338,6 +339,24 @@ def test_a_reply_that_the_command_does_not_have(
         status, _, told = cli(*arguments)
     assert status in (DONE, NO_DAEMON)  # rm ignores the value
     assert status == DONE or told.startswith("qmpfd: ")
+
+
+@pytest.mark.parametrize("verb", ["ls", "rm --all", "rm @*", "completion fish -- 'qmpfd rm '"])
+def test_control_characters_of_a_server(
+    cli: Cli, path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Whatever a reply says instead of numbers and names, no control character is printed."""
+    odd = r'"a\u001b[31m\n"'
+    sets = f'[{{"fdset-id": {odd}, "fds": [{{"fd": {odd}, "opaque": {odd}}}]}}]'
+    told = [GREETING, b'{"return": {}, "id": 1}\r\n']
+    told += [f'{{"return": {sets}, "id": 2}}\r\n'.encode()]
+    told += [b'{"return": {}, "id": 3}\r\n'] if verb.startswith("rm") else []
+    monkeypatch.setenv("QMPFD_SOCKET", str(path))
+    with _saying(path, *told):
+        status, shown, error = cli(*shlex.split(verb), at=False)
+    assert (status, error) == (DONE, "")
+    assert r"a\x1b[31m\n" in shown or verb.startswith("completion")
+    assert all(line.isprintable() for line in shown.splitlines())
 
 
 def test_what_was_removed_before_an_error(cli: Cli, path: Path) -> None:

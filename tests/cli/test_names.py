@@ -141,6 +141,15 @@ def test_listen_nowhere(cli: Cli, address: str) -> None:
     assert names(cli) == []
 
 
+def test_line_breaks_in_paths_are_escaped(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "two\nlines"
+    assert cli.done("add", "--listen", f"unix:{path}").endswith("two\\nlines\n")
+    path.unlink()
+    with daemon_thread(path):
+        assert r"two\nlines: fd" in cli.done("push", "0", "--to", path)
+        path.unlink()
+
+
 def test_listen_leaves_another_file_alone(cli: Cli, tmp_path: Path) -> None:
     """A regular file is not replaced, though connect(2) fails as for a stale socket file."""
     file = tmp_path / "letter"

@@ -124,6 +124,15 @@ def test_some_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.endswith("\n2 more connections are not shown\n")
 
 
+def test_no_connection_left(path: Path) -> None:
+    """The advice does not name status, which needs a connection itself."""
+    limits = qmpfd.Limits(max_connections=1)
+    with daemon_thread(path, limits=limits), BlockingClient(path, PATIENCE):
+        found, out, said = status(path)
+    assert (found, out) == (REFUSED, "")
+    assert said.endswith("the limit is 1 (serve --max-connections sets the limit)\n")
+
+
 @pytest.mark.root
 def test_a_user_who_may_not_query_everything() -> None:
     """Missing members of query-stats are not shown as 0."""

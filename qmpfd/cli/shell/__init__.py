@@ -11,7 +11,7 @@ from contextlib import closing
 from ...client.blocking import NoDaemon
 from ..exit_codes import DONE, REFUSED
 from ..options import CONNECTION, JSON, default_socket, option
-from ..output import print_error
+from ..output import print_error, printable
 from ..status import server_name
 from .prompt import lines
 from .session import ERRORS, Session, message
@@ -22,7 +22,8 @@ DESCRIPTION = (
     "Send QMP commands to the daemon, or to a QEMU. A command is its name and "
     "arguments as name=value, or a JSON object, which may have several lines. < FILE or --fd "
     "N passes a descriptor. On a terminal, the shell has history, help and completion. "
-    "Otherwise it reads commands from standard input, one a line; # begins a comment."
+    "Otherwise it reads commands from standard input, one a line; a line that begins with # is "
+    "a comment."
 )
 EXAMPLES = [
     "qmpfd shell",
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
             return _script(session, enumerate(arguments.commands, 1), "command")
         if not person:
             return _script(session, _from_stdin(), "line")
-        where = arguments.socket or default_socket()
+        where = printable(arguments.socket or default_socket())
         print(f"{server_name(version)} at {where}; help lists the commands, Ctrl-D leaves")
         _interactive(session)
         return DONE

@@ -215,7 +215,7 @@ class Session:
         if not names:
             if not known:
                 _print("this server has no query-qmp-schema: it does not describe its commands")
-            Cmd().columnize(known, terminal_width())
+            Cmd().columnize([*map(printable, known)], terminal_width())
             _print(
                 "\nhelp COMMAND shows its arguments. A command is its name and name=value, or JSON;"
                 "\n< FILE or --fd N passes a descriptor. exit, or Ctrl-D, leaves."
@@ -224,7 +224,7 @@ class Session:
         for name in names:
             if name not in known:
                 raise UsageError(f"the server has no command {name!r} (help lists its commands)")
-            _print(self.schema.help(name))
+            _print("\n".join(map(printable, self.schema.help(name).split("\n"))))
 
 
 def readable(value: Any) -> str:

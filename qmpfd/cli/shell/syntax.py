@@ -171,7 +171,7 @@ def _passed(words: list[str]) -> tuple[list[Passed], list[str]]:
             passed.append(Passed(os.path.expanduser(path), _REDIRECTIONS[word]))
         elif option == "--fd":
             number = number if equals else next(waiting, "")
-            if not number.isdecimal() or len(number) > _DIGITS:
+            if not (number.isascii() and number.isdecimal()) or len(number) > _DIGITS:
                 raise UsageError("--fd needs the number of an open descriptor")
             passed.append(Passed(number=int(number)))
         else:
