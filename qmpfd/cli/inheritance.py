@@ -108,13 +108,15 @@ def inherit(arguments: argparse.Namespace, parent: Notifier | None) -> Origin | 
     Raises:
         UsageError: a descriptor was not inherited, or the state cannot be read.
     """
-    passed = take_listen_fds() if parent is None else []
+    passed = take_listen_fds()
     number = arguments.ready_fd
     wanted = {option.fd for option in arguments.add_fd} | {number} - {None}
     originals = {each: Fd(each) for each in wanted if _was_inherited(each)}
     names: list[str] = []
     if parent is not None:
-        parent, passed, names = wait(parent, originals)
+        parent, names = wait(parent, [*originals.values(), *(each.fd for each in passed)])
+        originals = {each: fd for each, fd in originals.items() if not fd.closed}
+        passed = [each for each in passed if not each.fd.closed]
     initial, ready, missing = _take_inherited(arguments.add_fd, number, originals)
     if ready is None and number is not None and parent is None:  # a restarted worker has none
         raise UsageError(f"--ready-fd: descriptor {number} was not passed to this process")
@@ -134,6 +136,10 @@ def inherit(arguments: argparse.Namespace, parent: Notifier | None) -> Origin | 
     if recovered.has_state:  # that state has the initial descriptors already
         close_all(fd for fd, _, _ in initial)
         initial = []
+        # The parent passes sockets again if the worker has died after it had stored some of them.
+        stored = {os.fstat(fd.fileno()).st_ino for fd in recovered.others}
+        close_all(each.fd for each in sockets if os.fstat(each.fd.fileno()).st_ino in stored)
+        sockets = [each for each in sockets if not each.fd.closed]
     movable += [*recovered.stale_fds, *(each.fd for each in sockets)]
     movable += [fd for fd, _, _ in initial if fd not in movable]
     return Origin(parent, recovered, initial, sockets, ready, movable)

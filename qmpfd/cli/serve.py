@@ -96,7 +96,8 @@ def _serve(arguments: argparse.Namespace, origin: Origin, store_size: int) -> No
     """Run the daemon until it ends."""
     from . import takeover
 
-    paths = arguments.socket or ([] if origin.sockets else [Path(default_socket())])
+    passed = any(each.path is None for each in origin.recovered.state.listeners)
+    paths = arguments.socket or ([] if origin.sockets or passed else [Path(default_socket())])
     policy = None if arguments.policy is None else read_policy(arguments.policy)
     predecessor = _prepare_takeover(arguments, origin, paths)
     state = origin.recovered.state

@@ -16,10 +16,10 @@ import os
 import select
 import signal
 import socket
+from collections.abc import Iterable
 
 from ..kernel.fd import Fd, close_all, poll
-from ..kernel.systemd import InheritedFd, Notifier
-from .exit_codes import UsageError
+from ..kernel.systemd import Notifier
 
 #: Seconds that a spare worker waits for START before its imports: the worker that has forked it
 #: serves its clients first.
@@ -29,19 +29,16 @@ _IMPORT_DELAY = 1.0
 _NAME = "qmpfd-spare"
 
 
-def wait(parent: Notifier, passed: dict[int, Fd]) -> tuple[Notifier, list[InheritedFd], list[str]]:
+def wait(parent: Notifier, passed: Iterable[Fd]) -> tuple[Notifier, list[str]]:
     """Wait until the parent sends START; then fork the next spare worker, which waits in turn.
 
     Args:
         parent: connection to the parent; owned from here on.
-        passed: inherited descriptors for this worker only, by number: the next one has none.
+        passed: inherited descriptors for this worker only; closed in the next one.
 
     Returns:
-        The connection of this process to the parent, the service manager's sockets, and the names
-        of the descriptors that the parent keeps.
-
-    Raises:
-        UsageError: the parent cannot pass the service manager's sockets.
+        The connection of this process to the parent, and the names of the descriptors that the
+        parent keeps.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a worker survives SIGHUP as well
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps a spare worker that dies
@@ -57,19 +54,17 @@ def wait(parent: Notifier, passed: dict[int, Fd]) -> tuple[Notifier, list[Inheri
             gc.collect()
             gc.freeze()  # a later collection would write to these objects, and copy pages
             own_name = _name_process(_NAME)
-        sockets, names = _wait_for_start(parent)
+        names = _wait_for_start(parent)
         theirs = _fork(parent)
         if theirs is None:
             break
-        close_all(each.fd for each in sockets)
-        close_all(passed.values())
-        passed.clear()
+        close_all(passed)
         parent.close()
         parent = Notifier(socket.socket(fileno=theirs.detach()), True)
     if own_name:
         _name_process(own_name)
     gc.disable()  # until the daemon serves: restored objects are not garbage
-    return parent, sockets, names
+    return parent, names
 
 
 def _import_all() -> None:
@@ -80,22 +75,16 @@ def _import_all() -> None:
     from . import daemon, takeover  # noqa: F401 - likewise
 
 
-def _wait_for_start(parent: Notifier) -> tuple[list[InheritedFd], list[str]]:
-    """Wait until the parent sends START; return the sockets and names that it has sent before."""
-    sockets: list[InheritedFd] = []
+def _wait_for_start(parent: Notifier) -> list[str]:
+    """Wait until the parent sends START; return the names that it has sent before."""
     names: list[str] = []
     while True:
-        text, fds = parent.receive_fds(None)
+        text, _ = parent.receive_fds(None)
         kind, _, value = text.partition("=")
-        listed = value.split(":")
-        if kind == "SOCKETS":
-            sockets += map(InheritedFd, fds, listed)
-            if len(fds) < len(listed):  # ETOOMANYREFS (unix(7))
-                raise UsageError("the parent cannot pass the service manager's sockets")
-        elif kind == "NAMES":
-            names += listed
+        if kind == "NAMES":
+            names += value.split(":")
         elif kind == "START":
-            return sockets, names
+            return names
         elif not text:
             os._exit(0)  # the parent has closed the connection; there is nothing to clean up
 

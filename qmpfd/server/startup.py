@@ -187,6 +187,8 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
         ours = list(listeners)  # the service manager passes the others to every process it starts
         while inherited:
             listeners.append(UnixListener.inherit(inherited.popleft()))
+        if isinstance(server.durability, FdStoreMirror) and server.durability.is_parent:
+            ours = list(listeners)  # a parent passes them to the first worker only
         # After the mirror has ended: at its end it checks whether the state is HANDED_OVER.
         stack.callback(server.lifecycle.handle, Event.END)
         lifeline = None if takeover is None else takeover.lifeline

@@ -8,8 +8,10 @@ parent is what systemd is to a service: it receives readiness, heartbeats and de
 messages of the worker are forwarded to the parent's own service manager.
 
 Each worker is started as a *spare worker*, which waits (:mod:`qmpfd.cli.spare`), by execve(2) or by
-the worker before it.  To start it as the worker, the parent sends ``SOCKETS=NAME:NAME...`` with the
-service manager's sockets, ``NAMES=NAME:NAME...`` of the stored descriptors, and ``START``.
+the worker before it.  To start it as the worker, the parent sends ``NAMES=NAME:NAME...`` of the
+stored descriptors, and ``START``.  The first one inherits the descriptors of the service manager
+(sd_listen_fds(3)) and of the command line; once it serves, they are stored, and no other worker has
+them.
 
 Beyond systemd's protocol, ``FDNAME=`` may have several names, separated by colons, one for each
 descriptor to store or remove, and a message may have these lines:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .log import Log
 from .parent import Supervisor
-from .program import inherited_sockets, is_inherited
+from .program import is_inherited, listen_fds
 from .signals import set_up_signals
 
 #: The exit status of a daemon that cannot start.
@@ -20,13 +20,10 @@ def main(arguments: list[str]) -> int:
             worker's command line.
     """
     form, level, drain_timeout, passed, *command = arguments
-    sockets = inherited_sockets()  # from here on not inheritable
-    numbers = {int(number) for number in passed.split(",") if number}
+    numbers = {int(number) for number in passed.split(",") if number} | listen_fds()
     log = Log(form, level)
     try:
-        parent = Supervisor(
-            log, command, set(filter(is_inherited, numbers)), sockets, float(drain_timeout)
-        )
+        parent = Supervisor(log, command, set(filter(is_inherited, numbers)), float(drain_timeout))
     except OSError as exc:  # out of descriptors
         problem = f"the parent cannot start: {exc.strerror}"
         log.log("error", problem)

@@ -11,11 +11,11 @@ from itertools import islice
 from .log import Log
 from .mailbox import Mailbox
 from .manager import NEVER, Manager
-from .program import NamedFds, Program
+from .program import Program
 from .restarts import FIRST_DELAY, Restarts
 from .signals import FORWARDED, QUIT_IGNORED, set_up_signals
 from .states import ENDING, TRANSITIONS, Event, State
-from .store import SlowCloser, Store, close
+from .store import SlowCloser, Store
 from .worker import START_TIMEOUT, Worker
 
 TYPE_CHECKING = False
@@ -54,18 +54,12 @@ class Supervisor:
     Args:
         log: the parent's log.
         command: the worker's program, and its arguments.
-        passed: numbers of inherited descriptors, closed once a worker serves.
-        sockets: the service manager's sockets, with their names, which each worker gets.
+        passed: numbers of inherited descriptors for the first worker that serves.
         drain_timeout: seconds that a worker has to end.
     """
 
     def __init__(
-        self,
-        log: Log,
-        command: list[str],
-        passed: set[int],
-        sockets: NamedFds,
-        drain_timeout: float,
+        self, log: Log, command: list[str], passed: set[int], drain_timeout: float
     ) -> None:
         self._log = log
         self._manager = Manager()
@@ -79,7 +73,6 @@ class Supervisor:
             **dict.fromkeys((State.GONE, State.HUNG, State.KILLED), _DEATH_TIMEOUT),
         }
         self._restarts = Restarts()
-        self._passed = passed
         self._state = State.FIRST_WAIT
         self._since = 0.0  # begin of the state's timeout
         self._worker: Worker | None = None
@@ -89,7 +82,7 @@ class Supervisor:
         self._reload = False  # whether to forward SIGHUP once the worker serves
         self._status = 0
         self._poll = select.poll()
-        self._program = Program(log, command, sockets, heartbeat, self._poll)
+        self._program = Program(log, command, passed, heartbeat, self._poll)
         self._wake, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._closer = SlowCloser(writer)
         self._store = Store(self._closer)
@@ -361,8 +354,7 @@ class Supervisor:
         if b"READY=1" in lines:
             if worker.ready_at is None:
                 worker.ready_at = time.monotonic()
-            while self._passed:
-                close(self._passed.pop())
+            self._program.close_passed()
             self._apply(Event.READY)
             if self._reload and self._state is State.SERVING:
                 self._reload = False

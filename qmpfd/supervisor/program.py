@@ -13,6 +13,7 @@ from .log import Log
 from .manager import NEVER
 from .restarts import Restarts
 from .signals import FORWARDED
+from .store import close
 from .worker import Worker
 
 TYPE_CHECKING = False
@@ -27,10 +28,9 @@ FIRST = 3
 #: FUSE mount that does not answer.
 _EXEC_TIMEOUT = 200
 
-#: Variables for the parent; its worker gets others.
-_FOR_PARENT = ("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID")
-
-NamedFds = list["tuple[str, int]"]
+#: Variables for the first worker that serves (sd_listen_fds(3)); and for the parent only.
+_LISTEN = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
+_FOR_PARENT = ("NOTIFY_SOCKET", "WATCHDOG_PID")
 
 
 class Program:
@@ -39,7 +39,7 @@ class Program:
     Args:
         log: the parent's log.
         command: the program, and its arguments.
-        sockets: the service manager's sockets, with their names, which each worker gets.
+        passed: numbers of inherited descriptors for the first worker that serves.
         heartbeat: watchdog timeout of a worker, in seconds.
         poll: polls the socket to the spare worker, which hangs up at its end.
     """
@@ -48,13 +48,13 @@ class Program:
         self,
         log: Log,
         command: list[str],
-        sockets: NamedFds,
+        passed: set[int],
         heartbeat: float,
         poll: select.poll,
     ) -> None:
         self._log = log
         self._command = command
-        self._sockets = sockets
+        self._passed = passed
         self._heartbeat = heartbeat
         self._poll = poll
         self._spare: Worker | None = None
@@ -135,8 +135,15 @@ class Program:
             worker.end()
             worker = None
         worker = worker or self.execute()
-        worker.start(self._sockets, list(names))
+        worker.start(list(names))
         return worker
+
+    def close_passed(self) -> None:
+        """Close the descriptors for the first worker that serves: from now on they are stored."""
+        while self._passed:
+            close(self._passed.pop())
+        for variable in _LISTEN:
+            os.environ.pop(variable, None)
 
     def execute(self) -> Worker:
         """Execute the worker's program in a new process, which waits for START.  Return when it has
@@ -203,22 +210,17 @@ class Program:
             "FDSTORE": str(self.store_size),
             "WATCHDOG_USEC": str(int(self._heartbeat * 1e6)),
         }
+        if environment.get("LISTEN_PID") == str(os.getppid()):
+            environment["LISTEN_PID"] = str(os.getpid())
         os.execve(self._command[0], self._command, environment)
 
 
-def inherited_sockets() -> NamedFds:
-    """Return the sockets passed by the service manager (sd_listen_fds(3)), with their names."""
+def listen_fds() -> set[int]:
+    """Return the numbers of the descriptors passed by the service manager (sd_listen_fds(3))."""
     count = os.environ.get("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
-        return []
-    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    passed = set(_open_fds())
-    found = []
-    for index in range(min(int(count[:9]), len(passed))):
-        if FIRST + index in passed:
-            os.set_inheritable(FIRST + index, False)
-            found.append((names[index] if index < len(names) else "unknown", FIRST + index))
-    return found
+        return set()
+    return {number for number in _open_fds() if number < FIRST + int(count[:9])}
 
 
 def is_inherited(number: int) -> bool:

@@ -136,17 +136,12 @@ class Worker:
         self.start_timeout = _ANSWER_TIMEOUT
         return self.is_child or (may_be_others and self.receive() is None)
 
-    def start(self, sockets: Sequence[tuple[str, int]], names: Sequence[bytes]) -> None:
+    def start(self, names: Sequence[bytes]) -> None:
         """Start it as the worker.
 
         Args:
-            sockets: the service manager's sockets, with their names.
             names: the names of the stored descriptors, which it fetches.
         """
-        for at in range(0, len(sockets), _MOST_FDS):
-            some = sockets[at : at + _MOST_FDS]
-            text = ":".join(name for name, _ in some)
-            self.send(b"SOCKETS=" + os.fsencode(text), [number for _, number in some])
         for at in range(0, len(names), _MOST_FDS):
             self.send(b"NAMES=" + b":".join(names[at : at + _MOST_FDS]))
         self.send(b"START")

@@ -12,12 +12,12 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import Pipe
+from helpers import Pipe, open_fds
 from installed import need
-from supervised import children
+from supervised import children, until
 
 from qmpfd.client.blocking import BlockingClient
-from qmpfd.kernel.fd import FileDescriptorLike, fileno
+from qmpfd.kernel.fd import Fd, FileDescriptorLike, fileno
 
 SERVE = [sys.executable, "-m", "qmpfd", "serve"]
 DEADLINE = 20.0
@@ -62,7 +62,10 @@ def daemon(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[byt
 #: Program that moves the descriptors given to 3 and up, and executes the daemon.
 PASS = """
 import fcntl, os, sys
-numbers = [fcntl.fcntl(int(n), fcntl.F_DUPFD, 100) for n in sys.argv[1].split(",")]
+passed = list(map(int, sys.argv[1].split(",")))
+numbers = [fcntl.fcntl(number, fcntl.F_DUPFD, 100) for number in passed]
+for number in passed:
+    os.close(number)
 for index, number in enumerate(numbers):
     os.dup2(number, 3 + index)
     os.close(number)
@@ -197,6 +200,57 @@ def test_inherited_descriptors_of_every_kind(
                     sets = client.execute("query-fdsets")
                 assert sorted(fd["opaque"] for each in sets for fd in each["fds"]) == others
                 assert len(sets) == len(others)
+
+
+@pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
+def test_a_passed_descriptor_that_is_removed(
+    manager: Manager, tmp_path: Path, options: list[str]
+) -> None:
+    """It is closed by the time the reply is read, with --supervise at its parent too."""
+    path = tmp_path / "s"
+    with ExitStack() as stack:
+        reader, writer = map(Fd, os.pipe())
+        stack.enter_context(reader)
+        with writer:
+            where = ["--socket", str(path), *options]
+            environment = {"NOTIFY_SOCKET": str(manager.path)}
+            stack.enter_context(passing([("p", writer.fileno())], *where, **environment))
+        manager.until("READY=1")
+        with BlockingClient(path, DEADLINE) as client:
+            client.execute("remove-fd", {"fdset-id": 0})
+            os.set_blocking(reader.fileno(), False)
+            assert os.read(reader.fileno(), 1) == b""
+
+
+#: sitecustomize of a daemon that is killed once, when it has stored everything and is to say so.
+KILLED_BEFORE_READY = """
+import os, signal, sys
+def at_call(frame, event, _, mark=__file__ + ".mark"):
+    if event == "call" and frame.f_code.co_name == "_notify_ready" and not os.path.exists(mark):
+        open(mark, "x").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.setprofile(at_call)
+"""
+
+
+def test_a_worker_killed_before_it_is_ready(tmp_path: Path) -> None:
+    """The parent passes the sockets again, and the next worker has each of them once."""
+    path = tmp_path / "s"
+    (tmp_path / "sitecustomize.py").write_text(KILLED_BEFORE_READY)
+    with ExitStack() as stack:
+        unix = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        unix.bind(str(path))
+        unix.listen()
+        pipe = stack.enter_context(Pipe())
+        passed = [("qmp", unix.fileno()), ("p", fileno(pipe))]
+        process = stack.enter_context(passing(passed, "--supervise", PYTHONPATH=str(tmp_path)))
+        until(lambda: [*tmp_path.glob("*.mark")], "the kill")
+        with BlockingClient(path, DEADLINE) as client:
+            (fdset,) = client.execute("query-fdsets")
+            assert [fd["opaque"] for fd in fdset["fds"]] == ["p"]
+            (worker,) = until(lambda: len(pids := children(process.pid)) == 1 and pids)
+            links = list(open_fds(worker).values())
+        assert links.count(f"socket:[{os.fstat(unix.fileno()).st_ino}]") == 1
 
 
 def test_nothing_that_listens_is_passed(manager: Manager, tmp_path: Path) -> None:

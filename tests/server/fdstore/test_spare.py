@@ -93,7 +93,7 @@ def test_the_spare_holds_no_descriptors(path: Path) -> None:
 def test_a_new_process_closes_stored_descriptors_first() -> None:
     """The parent goes on when the new process has closed all stored descriptors (execve(2))."""
     command = [sys.executable, "-c", ""]
-    program = Program(Log("text", "info"), command, [], 10.0, select.poll())
+    program = Program(Log("text", "info"), command, set(), 10.0, select.poll())
     held = 0
     poll = select.poll()
     with ExitStack() as stack:
