@@ -178,6 +178,15 @@ def is_in_memory(fd: int) -> bool:
     return True
 
 
+def is_pipe(fd: Fd) -> bool:
+    """Whether *fd* is an end of a pipe, or a FIFO."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)  # EBADF for every other file
+    except OSError:
+        return False
+    return True
+
+
 class BorrowedSocket(socket.socket):
     """A socket object for a descriptor of another owner, which its ``with`` block leaves open.
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from ...kernel.fd import Fd, close_all
+from ...kernel.fd import Fd, close_all, is_in_memory, is_pipe
 from ...kernel.renumber import Movable, renumber
 from ...kernel.systemd import InheritedFd
 from ...kernel.unix_address import listens
@@ -98,14 +98,14 @@ def _recover(
     sockets = []
     again = []  # descriptors under a name that another one has
     for given in inherited:
-        if not is_ours(given.name):
+        if not _is_stored(given):
             sockets.append(given)
         elif given.name in ours:
             again.append(given.fd)
         else:
             ours[given.name] = given.fd
     if history is None:
-        history = newest([fd for name, fd in ours.items() if name.startswith(JOURNAL)])
+        history = newest([given.fd for given in inherited if _is_journal(given)])
     # With a lifeline, the entries are of a takeover that had barely begun: the predecessor goes on.
     has_journal = any(name.startswith(JOURNAL) for name in ours)
     if LIFELINE not in ours and not has_journal and any(map(is_numbered, ours)):
@@ -163,6 +163,22 @@ def _recover(
         has_state,
         handed_over,
     )
+
+
+def _is_journal(given: InheritedFd) -> bool:
+    return given.name.startswith(JOURNAL) and _is_stored(given)
+
+
+def _is_stored(given: InheritedFd) -> bool:
+    """Return whether a descriptor comes from the fd store, by its name.  What a socket unit or
+    OpenFile= has given such a name, the kind may still tell; nothing tells it of a numbered name.
+    """
+    fd, name = given
+    if not is_ours(name) or is_numbered(name):
+        return is_ours(name)
+    if name.startswith(JOURNAL) or name == PREVIOUS:
+        return is_in_memory(fd.number)
+    return is_pipe(fd) if name.startswith(SENTINEL) else not listens(fd)
 
 
 def _without_journal(ours: Mapping[str, Fd]) -> History:

@@ -338,6 +338,36 @@ def test_a_journal_that_cannot_be_read(store: Store, path: Path, file: Path) -> 
         assert len(fds(client)) == 1
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["first start", "restart"])
+@pytest.mark.parametrize("name", ["journal-1", "journal-9", "sentinel-1", "lifeline", "previous"])
+def test_a_foreign_descriptor_with_our_name(
+    store: Store, path: Path, tmp_path: Path, name: str, before: bool
+) -> None:
+    """A socket unit has FileDescriptorName=qmpfd-journal-1: its clients are served, and all that is
+    stored comes back.
+    """
+    other = tmp_path / "other"
+    added: list[dict[str, Any]] = []
+    if not before:
+        with store.service("--socket", str(path), expected=None) as first:
+            with BlockingClient(path, DEADLINE) as client, Fd(os.memfd_create("x")) as memory:
+                client.execute("add-fd", {"opaque": "mine"}, [memory])
+                added = fds(client)
+            first.kill()
+            first.wait()
+    with closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(str(other))
+        listener.listen()
+        sockets = [(f"qmpfd-{name}", listener)]
+        for _ in range(2):
+            with (
+                store.service("--socket", str(path), sockets=sockets),
+                BlockingClient(other, DEADLINE) as client,
+            ):
+                assert fds(client) == added
+                assert kept_safe(client)
+
+
 def test_a_new_journal_when_it_has_grown(store: Store, path: Path, file: Path) -> None:
     options = ["--socket", str(path)]
     with store.service(*options, expected=None) as first, BlockingClient(path, DEADLINE) as client:
