@@ -29,7 +29,7 @@ from .extension_types import (
     WatchFdsets,
 )
 from .fds import check_add
-from .listings import listing
+from .listings import FEW_CHARACTERS, FEW_FDS, listing
 from .selectors import Selector, choose, denied, rights, visible_opaque
 from .shared import Client
 from .table import Table
@@ -37,9 +37,6 @@ from .types import Arguments, FdsetFdInfo, FdsetInfo
 from .types import Result as Nothing
 
 table: Table[Context] = Table()
-
-#: Maximum characters of opaque texts, and number of descriptors, of a reply encoded in one step.
-_FEW_CHARACTERS, _FEW_FDS = 16384, 256
 
 
 @table.command("open-fdset", OpenFdset, OpenedFd)
@@ -56,11 +53,7 @@ def open_fdset(context: Context, arguments: OpenFdset) -> OpenedFd:
     if arguments.remove is True:
         access.require_for("remove", stored.fdset.id, stored.opaque)
     shared.quotas.check_waiting(context.peer.uid, 1)
-    if shared.in_flight_probe is not None and shared.in_flight_probe.exhausted():
-        raise GenericError(
-            "The file descriptor cannot be handed out: too many that processes of "
-            f"uid {os.geteuid()} have sent wait to be received"
-        )
+    shared.check_in_flight("handed out")
     opaque = visible_opaque(access, stored)
     opened = OpenedFd(stored.fdset.id, stored.fd.fileno(), opaque)
     if arguments.remove is not True:
@@ -89,7 +82,7 @@ def _newest(context: Context, arguments: OpenFdset) -> StoredFd:
     modes: set[str] = set()
     refused = False
     for fdset in arguments.sets(context.shared.store):
-        for stored in reversed(arguments.entries(fdset)):
+        for stored in reversed(fdset.select(arguments.fd)):
             if newest is not None and stored.added_at <= newest.added_at:
                 break
             if not arguments.matches(stored):
@@ -214,7 +207,7 @@ def _infos(entries: list[StoredFd], access: Access | None = None) -> list[FdsetI
 def _is_long(entries: list[StoredFd]) -> bool:
     """Whether a reply with *entries* is encoded in steps; it repeats the opaque text of each."""
     size = sum(len(stored.opaque or "") for stored in entries)
-    return size > _FEW_CHARACTERS or len(entries) > _FEW_FDS
+    return size > FEW_CHARACTERS or len(entries) > FEW_FDS
 
 
 def _lifetime(context: Context, arguments: AddFds, now: float) -> Lifetime:

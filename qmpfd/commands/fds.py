@@ -52,7 +52,8 @@ def check_add(
 
     Raises:
         PermissionDenied: the client may not add to the set.
-        GenericError: a quota is exceeded; see :meth:`Quotas.check_quota`.
+        GenericError: a quota is exceeded, see :meth:`Quotas.check_quota`; or the fd store cannot
+            take the descriptors.
         InvalidParameterValue: the set is hidden from the client.
     """
     shared = context.shared
@@ -60,6 +61,7 @@ def check_add(
         _require_add(shared, context.access, fdset_id, opaque)
     shared.quotas.check_quota(context.peer.uid, count, opaque, replaced)
     if lasting and shared.mirror is not None:
+        shared.check_in_flight("kept safe")
         shared.mirror.check_quota(count, opaque)
 
 

@@ -31,8 +31,8 @@ from .types import FdsetFdInfo, FdsetInfo
 _STEP = 4096
 _COPYING, _ENCODING, _EXAMINING = 4, 16, 64
 
-#: A listing up to this size is produced in one step.
-_FEW_FDS, _FEW_CHARACTERS = 256, 16384
+#: Number of descriptors, and of characters of opaque texts, of a reply encoded in one step.
+FEW_FDS, FEW_CHARACTERS = 256, 16384
 
 #: Maximum size of a set's part of ``query-fdsets`` that is cached.
 _CACHED_BYTES = 512
@@ -42,7 +42,7 @@ def listing(context: Context, query: Selector | None) -> JSONStream | RawJSON:
     """Return the result of ``query-fds`` for a selector, or of ``query-fdsets`` for None."""
     shared = context.shared
     listed = Listing(context, query, shared.clock())
-    few = shared.store.fd_count <= _FEW_FDS and shared.quotas.opaque_total <= _FEW_CHARACTERS
+    few = shared.store.fd_count <= FEW_FDS and shared.quotas.opaque_total <= FEW_CHARACTERS
     return RawJSON(b"".join(listed.bits)) if few else listed
 
 

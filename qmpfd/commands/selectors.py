@@ -74,10 +74,6 @@ class Selector(Arguments):
         fdset = store.get(self.fdset_id)
         return () if fdset is None else (fdset,)
 
-    def entries(self, fdset: FdSet) -> list[StoredFd]:
-        """Return the descriptors of *fdset* that may match, oldest first."""
-        return fdset.select(self.fd)
-
     def __str__(self) -> str:
         return ", ".join(f"{name}:{str(value)[:_QUOTED]}" for name, value in self.given().items())
 
@@ -102,7 +98,7 @@ def choose(
     refused = False
     by_number = selector.by_number
     for fdset in selector.sets(store):
-        for stored in filter(selector.matches, selector.entries(fdset)):
+        for stored in filter(selector.matches, fdset.select(selector.fd)):
             known, has_right = rights(access, stored, right, by_number)
             if has_right:
                 allowed.append(stored)

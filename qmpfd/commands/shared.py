@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -140,6 +141,18 @@ class SharedState:
                     "The client's end of a connection to this daemon cannot have lifetime "
                     "'connection'"
                 )
+
+    def check_in_flight(self, use: str) -> None:
+        """Check that a descriptor can be sent, to be *use*: "handed out".
+
+        Raises:
+            GenericError: sendmsg(2) would fail with ETOOMANYREFS.
+        """
+        if self.in_flight_probe is not None and self.in_flight_probe.exhausted():
+            raise GenericError(
+                f"The file descriptor cannot be {use}: too many that processes of "
+                f"uid {os.geteuid()} have sent wait to be received"
+            )
 
     # -- changes of the store --------------------------------------------------------------------
 

@@ -148,13 +148,14 @@ class ClientConnection(Connection):
         #: to the oldest, which the server could not parse.
         self.unanswered: dict[int, Request] = {}
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None, request_id: Any) -> bytes:
-        """Encode a request of *command*.
+    def request(self, command: str, arguments: Mapping[str, Any] | None = None) -> Request:
+        """Create a request, which is not sent yet.
 
         Raises:
             ValueError: JSON cannot express it, or it exceeds the limits of QEMU's parser: a request
                 that a server cannot parse gets one or more errors without an id.
         """
+        request_id = next(self._ids)
         request: dict[str, Any] = {"execute": command}
         if arguments:
             request["arguments"] = dict(arguments)
@@ -176,7 +177,7 @@ class ClientConnection(Connection):
             raise ValueError(
                 f"{command!r} cannot be sent: {len(data)} bytes, at most {MAX_REQUEST_BYTES}"
             )
-        return data + b"\n"
+        return Request(request_id, data + b"\n")
 
     def negotiated(self) -> None:
         """Enter the command state, after the reply to ``qmp_capabilities``."""
@@ -210,15 +211,6 @@ class ClientConnection(Connection):
             else:
                 self.fds_to_close += fds
                 raise ProtocolError("not a QMP server: this is neither a reply nor an event")
-
-    def request(self, command: str, arguments: Mapping[str, Any] | None = None) -> Request:
-        """Create a request, which is not sent yet.
-
-        Raises:
-            ValueError: *arguments* cannot be sent, see :meth:`execute`.
-        """
-        request_id = next(self._ids)
-        return Request(request_id, self.execute(command, arguments, request_id))
 
     def mark_sent(self, request: Request) -> None:
         """Record that the first bytes of *request* were sent: a reply to it is due."""

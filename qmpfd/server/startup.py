@@ -23,7 +23,6 @@ from ..policy import Policy
 from .audit import AuditWriter
 from .closing import await_closes
 from .fdstore.lifespan import mirrored
-from .fdstore.mirror import FdStoreMirror
 from .fdstore.recover import Recovered
 from .handle import Server
 from .lifecycle import Event
@@ -159,8 +158,6 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
         if in_flight_is_limited():
             server.daemon.in_flight_probe = InFlightProbe()
             stack.callback(server.daemon.in_flight_probe.close)
-            if isinstance(server.durability, FdStoreMirror):
-                server.durability.in_flight_probe = server.daemon.in_flight_probe
         stack.callback(close_listeners)
         recovered = recovered or Recovered()
         stack.callback(recovered.close)

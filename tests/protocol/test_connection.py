@@ -320,18 +320,20 @@ def test_client_states(client: ClientConnection) -> None:
     assert state(client) is State.CLOSED
 
 
-def test_execute(client: ClientConnection) -> None:
-    sent = client.execute("add-fd", {"fdset-id": 3, "opaque": "é"}, 7)
+def test_a_request(client: ClientConnection) -> None:
+    request = client.request("add-fd", {"fdset-id": 3, "opaque": "é"})
+    sent = request.data
     assert sent.endswith(b"\n")
     assert sent.isascii()
     assert json.loads(sent) == {
         "execute": "add-fd",
         "arguments": {"fdset-id": 3, "opaque": "é"},
-        "id": 7,
+        "id": request.id,
     }
     nothings: list[dict[str, Any] | None] = [None, {}]
     for nothing in nothings:
-        assert json.loads(client.execute("x", nothing, 8)) == {"execute": "x", "id": 8}
+        request = client.request("x", nothing)
+        assert json.loads(request.data) == {"execute": "x", "id": request.id}
 
 
 STREAM = (

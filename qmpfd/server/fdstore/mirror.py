@@ -14,7 +14,6 @@ A removed descriptor is closed here after the fd store has removed its duplicate
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -27,7 +26,6 @@ from ...fdsets import FdSets, StoredFd
 from ...kernel.close_pool import ClosePool
 from ...kernel.fd import Fd
 from ...kernel.file_descriptions import Descriptions
-from ...kernel.in_flight import InFlightProbe
 from ...kernel.systemd import Notifier, invocation_id
 from ...limits import JOURNAL_FORMAT, RESERVED_PLACES
 from ..durability import Unproven
@@ -104,8 +102,6 @@ class FdStoreMirror:
         self._listeners = KeptListeners(self._link, self._kept, self._journals, self.is_parent)
         self._store = FdSets()
         self._lifeline: Fd | None = None  # of the takeover by this daemon, until it is confirmed
-        #: Tests whether descriptors can be sent, if RLIMIT_NOFILE limits those in flight.
-        self.in_flight_probe: InFlightProbe | None = None
 
     @property
     def is_over(self) -> bool:
@@ -146,12 +142,6 @@ class FdStoreMirror:
         if self._kept.names + count > capacity:
             raise GenericError(
                 f"Too many file descriptors: the limit of those kept safe is {capacity}"
-            )
-        if self.in_flight_probe is not None and self.in_flight_probe.exhausted():
-            # sendmsg(2) would fail with ETOOMANYREFS, and all later changes would have to wait.
-            raise GenericError(
-                "The file descriptor cannot be kept safe: too many that processes of "
-                f"uid {os.geteuid()} have sent wait to be received"
             )
         # Reserve the records of removal of all stored descriptors too: a removal must not fail.
         size = count * (4 * len(opaque or "") + RECORD_BYTES)
