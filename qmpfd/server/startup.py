@@ -23,6 +23,7 @@ from ..policy import Policy
 from .audit import AuditWriter
 from .closing import await_closes
 from .fdstore.lifespan import mirrored
+from .fdstore.mirror import FdStoreMirror
 from .fdstore.recover import Recovered
 from .handle import Server
 from .lifecycle import Event
@@ -167,18 +168,7 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
             finish = stack.enter_context(taking_over(server, takeover))
         for listener in listeners:
             listener.permissions = permissions
-        initial: list[StoredFd] = []
-        while given:
-            fd, fdset_id, opaque = given[0]
-            # What JSON cannot carry, or carries as another type, would spoil every listing.
-            if fdset_id is not None:
-                if not 0 <= fdset_id <= INT64_MAX:
-                    raise ValueError(f"an fd set's id is 0 to {INT64_MAX}, not {fdset_id}")
-                fdset_id = int(fdset_id)
-            if opaque is not None:
-                opaque = opaque.encode().decode()
-            initial += server.daemon.add([fd], fdset_id, opaque, create=True)
-            given.popleft()
+        initial = _store_initial(server, given)
         # A generator: close_listeners() has each listener before the next one can fail.
         listeners.extend(UnixListener.bind(path, permissions) for path in paths)
         ours = list(listeners)  # the service manager passes the others to every process it starts
@@ -204,3 +194,22 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
                 for stored in initial:
                     server.daemon.audit.record("added", stored)
             await server.run(listeners, task_status=task_status)
+
+
+def _store_initial(
+    server: DaemonServer, given: deque[tuple[Fd, int | None, str | None]]
+) -> list[StoredFd]:
+    """Store the initial descriptors, each of which is taken off *given*; return their entries."""
+    initial: list[StoredFd] = []
+    while given:
+        fd, fdset_id, opaque = given[0]
+        # What JSON cannot carry, or carries as another type, would spoil every listing.
+        if fdset_id is not None:
+            if not 0 <= fdset_id <= INT64_MAX:
+                raise ValueError(f"an fd set's id is 0 to {INT64_MAX}, not {fdset_id}")
+            fdset_id = int(fdset_id)
+        if opaque is not None:
+            opaque = opaque.encode().decode()
+        initial += server.daemon.add([fd], fdset_id, opaque, create=True)
+        given.popleft()
+    return initial
