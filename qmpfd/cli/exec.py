@@ -140,14 +140,22 @@ def _take(
     fds: list[Fd],
     taken: list[tuple[dict[str, Any], Fd]],
 ) -> None:
-    """Remove the opened descriptors from the daemon's store, and append them to *taken*."""
-    # A dict: two targets may name the same descriptor.
-    opened = {
-        (info["fdset-id"], info["fd"]): (info, fd) for info, fd in zip(infos, fds, strict=True)
-    }
-    for (fdset_id, number), each in opened.items():
-        client.execute("remove-fd", {"fdset-id": fdset_id, "fd": number})
-        taken.append(each)
+    """Take the opened descriptors out of the daemon's store, and append them to *taken*.
+
+    Each is opened again, and removed in the same step: if another client has replaced it since by
+    one with the same numbers and name, CMD gets that one.
+    """
+    # Two targets may name the same descriptor.
+    opened: dict[tuple[int, int], list[Fd]] = {}
+    for info, fd in zip(infos, fds, strict=True):
+        opened.setdefault((info["fdset-id"], info["fd"]), []).append(fd)
+    for info in infos:
+        duplicates = opened.pop((info["fdset-id"], info["fd"]), None)
+        if duplicates is not None:
+            with one_fd(*client.request("open-fdset", {**info, "remove": True})) as fd:
+                for each in duplicates:
+                    os.dup2(fd.fileno(), each.fileno(), inheritable=False)
+            taken.append((info, duplicates[0]))
 
 
 def _give_back(arguments: argparse.Namespace, taken: list[tuple[dict[str, Any], Fd]]) -> None:

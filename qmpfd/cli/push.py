@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..client.blocking import BlockingClient, NoDaemon
+from ..client.calls import members
 from ..errors import CommandNotFound, FdNotFound, QMPError
 from ..kernel.fd import close_all
 from .exit_codes import UsageError
@@ -96,21 +97,20 @@ def _copy(
             ``fd``: *sink* may have added that descriptor or not.
     """
     for source_id, fd in rows:
-        where = {"fdset-id": source_id, "fd": fd["fd"]}
+        # With the name: the number may have become another descriptor's since the listing.
+        where = members(fdset_id=source_id, fd=fd["fd"], opaque=fd.get("opaque"))
         opened, passed = source.request("open-fdset", where)
-        members = {key: opened[key] for key in ("opaque",) if key in opened}
-        if fdset_id is not None:
-            members["fdset-id"] = fdset_id
-        added.append(members)
+        new = members(fdset_id=fdset_id, opaque=opened.get("opaque"))
+        added.append(new)
         try:
-            info = sink.execute("add-fd", members, passed)
+            info = sink.execute("add-fd", new, passed)
         except QMPError:
             added.pop()
             raise
         finally:
             close_all(passed)
         fdset_id = info["fdset-id"]
-        added[-1] = {**members, "fdset-id": fdset_id, "fd": info["fd"]}
+        added[-1] = {**new, "fdset-id": fdset_id, "fd": info["fd"]}
 
 
 @contextmanager

@@ -123,8 +123,21 @@ def _remove_listed(
 def _remove(
     client: BlockingClient, members: dict[str, Any], fd: dict[str, Any] | None = None
 ) -> Removed:
-    """Execute ``remove-fd``, which QEMU has as well."""
-    client.execute("remove-fd", members)
+    """Remove an fd set, or one descriptor.
+
+    Args:
+        client: the connection.
+        members: the arguments of ``remove-fd``.
+        fd: the descriptor's entry in a listing.  Its number may have become another descriptor's
+            since; ``remove-fds``, which QEMU lacks, compares the name too.
+    """
+    if fd is None or "opaque" not in fd:
+        client.execute("remove-fd", members)
+    else:
+        try:
+            client.execute("remove-fds", {**members, "opaque": fd["opaque"]})
+        except CommandNotFound:
+            client.execute("remove-fd", members)
     if fd is None and "fd" in members:
         fd = {"fd": members["fd"]}
     return {"fdset-id": members["fdset-id"]} | ({} if fd is None else {"fds": [fd]})
