@@ -600,7 +600,7 @@ def test_without_a_spare_worker() -> None:
     with Fd(reader), Fd(writer), started(program, stdin=reader) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stderr.readline() == b"qmpfd: no spare worker waits: starting one\n"
+        assert process.stderr.readline() == b"qmpfd: no spare worker was waiting: started one\n"
         assert until(lambda: len(children(process.pid)) == 2)
         os.write(writer, b"\n")
         assert process.stdout.read() == b"another\n"

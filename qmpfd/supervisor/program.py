@@ -104,7 +104,6 @@ class Program:
             now: the time (time.monotonic()).
         """
         if self._spare is None and self._restarts.at <= now:
-            self._log.log("warning", "no spare worker waits: starting one")
             try:
                 self.take_spare(self.execute())
             except OSError as exc:
@@ -114,6 +113,7 @@ class Program:
                 )
                 self._log.log("warning", problem)
             else:
+                self._log.log("warning", "no spare worker was waiting: started one")
                 return NEVER
         return self._restarts.at if self._spare is None else NEVER
 

@@ -35,32 +35,20 @@ class Event(Enum):
 
 
 _TO_THE_END = {Event.END: State.ENDED}
-_STARTING = {
-    Event.READY: State.SERVING,
-    Event.STOP: State.STOPPING,
-    Event.TIMEOUT: State.HUNG,
-} | _TO_THE_END
+_RUNNING = {Event.STOP: State.STOPPING, Event.TIMEOUT: State.HUNG} | _TO_THE_END
+_READY = {Event.READY: State.SERVING}
+_HANGUP = {Event.HANGUP: State.GONE}
+_DIED = {Event.DIED: State.WAITING}
 
 #: The transitions of each state; an event that is not listed does not change the state.
 TRANSITIONS = {
     State.FIRST_WAIT: {Event.START: State.FIRST_START} | _TO_THE_END,
-    State.FIRST_START: {Event.DIED: State.FIRST_WAIT} | _STARTING,
+    State.FIRST_START: {Event.DIED: State.FIRST_WAIT} | _READY | _RUNNING,
     State.WAITING: {Event.START: State.STARTING} | _TO_THE_END,
-    State.STARTING: {Event.HANGUP: State.GONE, Event.DIED: State.WAITING} | _STARTING,
-    State.SERVING: {
-        Event.HANGUP: State.GONE,
-        Event.STOP: State.STOPPING,
-        Event.TIMEOUT: State.HUNG,
-        Event.DIED: State.WAITING,
-    }
-    | _TO_THE_END,
-    State.GONE: {
-        Event.STOP: State.STOPPING,
-        Event.TIMEOUT: State.HUNG,
-        Event.DIED: State.WAITING,
-    }
-    | _TO_THE_END,
-    State.HUNG: {Event.STOP: State.KILLED, Event.DIED: State.WAITING} | _TO_THE_END,
+    State.STARTING: _READY | _HANGUP | _DIED | _RUNNING,
+    State.SERVING: _HANGUP | _DIED | _RUNNING,
+    State.GONE: _DIED | _RUNNING,
+    State.HUNG: {Event.STOP: State.KILLED} | _DIED | _TO_THE_END,
     State.STOPPING: {Event.STOPS: State.DRAINING, Event.TIMEOUT: State.KILLED} | _TO_THE_END,
     State.DRAINING: {Event.TIMEOUT: State.KILLED} | _TO_THE_END,
     State.KILLED: _TO_THE_END,
