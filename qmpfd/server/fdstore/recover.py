@@ -176,7 +176,7 @@ def _is_stored(given: InheritedFd) -> bool:
     fd, name = given
     if not is_ours(name) or is_numbered(name):
         return is_ours(name)
-    if name.startswith(JOURNAL) or name == PREVIOUS:
+    if name.startswith(JOURNAL):
         return is_in_memory(fd.number)
     return is_pipe(fd) if name.startswith(SENTINEL) else not listens(fd)
 
