@@ -59,6 +59,8 @@ def check_add(
     shared = context.shared
     if not context.access.unlimited:
         _require_add(shared, context.access, fdset_id, opaque)
+    if context.fds[-1].number >= shared.quotas.others_table:  # no call in the usual case
+        shared.quotas.check_table(context.peer.uid, context.fds[-1].number)
     shared.quotas.check_quota(context.peer.uid, count, opaque, replaced)
     if lasting and shared.mirror is not None:
         shared.check_in_flight("kept safe")
@@ -132,6 +134,7 @@ def getfd(context: Context, arguments: FdName) -> None:
     if "0" <= arguments.fdname[:1] <= "9":
         raise InvalidParameterValue("Parameter 'fdname' expects a name not starting with a digit")
     context.shared.check_no_client_end(context.fds[:1])
+    context.shared.quotas.check_table(context.peer.uid, context.fds[0].number)
     if arguments.fdname not in context.names:
         context.shared.quotas.check_quota(context.peer.uid, 1, arguments.fdname)
     context.store_named(arguments.fdname)

@@ -60,6 +60,7 @@ class Quotas:
     waiting: int = 0  #: received descriptors without a command, and sent ones not yet received
     waiting_by_uid: dict[int, int] = field(default_factory=dict)
     waiting_limit: int = field(init=False)  #: half of RLIMIT_NOFILE, in all and by user
+    others_table: int = field(init=False)  #: numbers of descriptors from which on users are refused
     refreshed_at: float = -inf  #: time of the last refresh_in_flight()
     _usual_limit: int = field(init=False)  # of descriptors, for every user
 
@@ -67,7 +68,23 @@ class Quotas:
         table = open_files_limit()
         self.limits = self.limits.within(table)
         self.waiting_limit = table // 2
+        self.others_table = left_to_others(table)
         self._usual_limit = min(self.limits.max_fds_per_uid, left_to_others(self.limits.max_fds))
+
+    def check_table(self, uid: int, number: int) -> None:
+        """Check that the descriptor table has room for one more descriptor of a user.
+
+        Args:
+            uid: the user.
+            number: number of the descriptor that this process has just got for it.  The kernel
+                gives the lowest free one (POSIX, "File Descriptor Allocation"), so all below it
+                are in use.
+
+        Raises:
+            GenericError: only the part that is left for root and the daemon's own user is free.
+        """
+        if number >= self.others_table and not is_owner(uid):
+            raise GenericError(f"Too many open files: the limit is {self.others_table}")
 
     # -- stored descriptors and texts ------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class Duplicate(Fd):
     __slots__ = ("original",)
 
     def __init__(self, original: Fd) -> None:
+        self.number = -1  # dup(2) may fail
         super().__init__(os.dup(original.fileno()))
         self.original = original
 

@@ -235,6 +235,7 @@ class DaemonServer(Server):
                     raise reason
                 groups = frozenset([peer.gid, *peer_groups(stream.socket)])
                 access = admit(peer, groups, self._policy, self.daemon.limits, self.sessions)
+                self.daemon.quotas.check_table(peer.uid, stream.socket.fileno())
             except QMPError as exc:
                 self._reject(stream, peer, exc)
                 return

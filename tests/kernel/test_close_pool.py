@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import ctypes
+import gc
 import os
 import select
 import socket
@@ -102,6 +103,13 @@ def _lingering() -> Iterator[socket.socket]:
             pass
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
         yield sock
+
+
+def test_a_duplicate_that_cannot_be_made() -> None:
+    """No message comes from the deletion of the object: a warning is an error here."""
+    with pytest.raises(ValueError, match="closed"):
+        Duplicate(Fd(-1))
+    gc.collect()
 
 
 def test_a_lingering_socket(closer: ClosePool) -> None:

@@ -272,6 +272,39 @@ async def test_others_leave_room_for_root_and_the_daemons_own_user() -> None:
     server.close()
 
 
+@pytest.mark.parametrize("owner", [True, False], ids=["own user", "another"])
+async def test_the_end_of_the_descriptor_table_is_the_owners(
+    owner: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However users fill the table, with connections, stored or pending descriptors: the daemon's
+    own user and root can connect, and store.
+    """
+    monkeypatch.setattr("qmpfd.commands.quotas.is_owner", lambda uid: owner)
+    desc = "Too many open files: the limit is 0"
+    async with daemon(path) as server:
+        with await Wire.session(path) as wire:
+            assert server.daemon.quotas.others_table > 100
+            server.daemon.quotas.others_table = 0
+            if owner:
+                (await Wire.session(path)).close()
+                with pipes(1) as made:
+                    for name in ("add-fd", "add-fds"):
+                        value(await wire.call(name, {}, made))
+                    wire.send(b" ", made)
+                    await settle()
+                    value(await wire.call("getfd", {"fdname": "more"}))
+                return
+            await _refused(wire, desc)
+            with Pipe() as pipe:
+                wire.send(b" ", [pipe])
+                pipe.release()
+                await settle()
+                assert not pipe.held()
+                assert (await wire.call("add-fd"))["error"]["desc"] == desc
+            with await Wire.connect(path) as refused:
+                assert (await refused.reply())["error"]["desc"] == desc
+
+
 async def test_a_user_leaves_room_for_others() -> None:
     server = DaemonServer()
     server.daemon.quotas.waiting_limit = 10

@@ -95,7 +95,10 @@ class FdAccounting:
         if more > 0:
             try:
                 quotas.check_waiting(self._uid, more)
-                self._services.shared.check_no_client_end(self._connection.pending_fds.fds)
+                pending = self._connection.pending_fds.fds
+                if pending:
+                    quotas.check_table(self._uid, pending[-1].number)
+                self._services.shared.check_no_client_end(pending)
             except QMPError as exc:
                 self._connection.refuse_fds(exc.desc)
                 self.close_after_sync()
