@@ -66,11 +66,11 @@ def test_every_figure_comes_out(report: Mapping[str, Any]) -> None:
         (cell.server, cell.stored, cell.work, cell.in_flight, cell.clients, cell.place)
         for cell in cells(scale, there, placement())
     }
-    told = {
+    output = {
         tuple(cell[name] for name in ("server", "stored", "work", "in-flight", "clients", "cpu"))
         for cell in report["cells"]
     }
-    assert told == expected
+    assert output == expected
     for cell in report["cells"]:
         (run,) = cell["runs"]
         assert run["commands"] > 0
@@ -118,9 +118,9 @@ def test_a_goal_is_met_or_not_or_not_known() -> None:
     assert Goal("x", 6, 6).met
     assert not Goal("x", 6, 6.1).met
     assert Goal("x", 10, None).met is None
-    told = format_goals([Goal("x", 6, 6.1), Goal("y", 6, None)]).splitlines()
-    assert told[-2].split() == ["x", "6", "x", "6.1", "x", "NO"]
-    assert told[-1].endswith("not known")
+    output = format_goals([Goal("x", 6, 6.1), Goal("y", 6, None)]).splitlines()
+    assert output[-2].split() == ["x", "6", "x", "6.1", "x", "NO"]
+    assert output[-1].endswith("not known")
 
 
 def test_each_goal_compares_runs_of_one_shape_and_place() -> None:
@@ -145,8 +145,8 @@ def test_a_dot_plot_names_its_figures() -> None:
     rows = [Row("1 x 1", {"qmpfd": 20, "loop": 2.25}), Row("1 x 8", {"qmpfd": 10})]
     picture = ElementTree.fromstring(dot_plot("CPU & time", "us", rows))
     assert picture.attrib["aria-label"] == "CPU & time"
-    told = {each.text for each in picture.iter("{http://www.w3.org/2000/svg}title")}
-    assert told == {"bare C", "qmpfd", "qmpfd: 20", "bare C: 2.25", "qmpfd: 10"}
+    output = {each.text for each in picture.iter("{http://www.w3.org/2000/svg}title")}
+    assert output == {"bare C", "qmpfd", "qmpfd: 20", "bare C: 2.25", "qmpfd: 10"}
 
 
 def test_without_peers_there_is_still_a_table() -> None:

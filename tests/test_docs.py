@@ -241,10 +241,10 @@ def test_the_errors_are_those(full: bool, tmp_path: Path) -> None:
     with (
         daemon_process(path, *options) as daemon,
         open(tmp_path / "file", "w+b") as file,
-        open(tmp_path / "file", "rb") as kept,
+        open(tmp_path / "file", "rb") as stored,
         BlockingClient(path, 10.0) as client,
     ):
-        client.execute("add-fd", {}, [kept])
+        client.execute("add-fd", {}, [stored])
         before = open_fds(daemon.pid)
         for case in cases:
             with pytest.raises(QMPError) as refusal:

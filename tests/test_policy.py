@@ -59,8 +59,8 @@ async def _ask(
     path: Path, *calls: Call, uid: int = NOBODY, gid: int = NOBODY, groups: tuple[int, ...] = ()
 ) -> list[dict[str, Any]]:
     """Send commands as another user; return the greeting and the replies."""
-    told = json.dumps([os.fspath(path), uid, gid, groups, calls])
-    command = [sys.executable, "-S", "-E", "-c", CLIENT, told]
+    output = json.dumps([os.fspath(path), uid, gid, groups, calls])
+    command = [sys.executable, "-S", "-E", "-c", CLIENT, output]
     run = partial(
         subprocess.run,
         command,
@@ -89,8 +89,8 @@ def _policy(folder: Path, text: str) -> Policy:
 
 
 def _denied(reply: dict[str, Any], right: str) -> bool:
-    told = reply["error"]
-    return told["class"] == "PermissionDenied" and f"'{right}'" in told["desc"]
+    output = reply["error"]
+    return output["class"] == "PermissionDenied" and f"'{right}'" in output["desc"]
 
 
 # -- who ---------------------------------------------------------------------------------------
@@ -120,9 +120,9 @@ async def test_who_a_rule_is_for(who: str, admitted: bool, open_path: Path) -> N
         if admitted:
             assert replies[1] == {"return": {}}
         else:
-            [told] = (await _ask(open_path, groups=(GROUP,)))[:1]
-            assert told["error"]["class"] == "PermissionDenied"
-            assert f"uid {NOBODY} may not connect" in told["error"]["desc"]
+            [output] = (await _ask(open_path, groups=(GROUP,)))[:1]
+            assert output["error"]["class"] == "PermissionDenied"
+            assert f"uid {NOBODY} may not connect" in output["error"]["desc"]
 
 
 @pytest.mark.root
@@ -185,9 +185,9 @@ async def test_who_sees_whom(rights: list[str], uids: set[int], open_path: Path)
     policy = _policy(open_path.parent, f"[[rule]]\nuid = {NOBODY}\nallow = {rights}\n")
     running = daemon(open_path, socket_mode=0o666, policy=policy)
     async with running, qmpfd_session(open_path):
-        told = (await _ask(open_path, CAPABILITIES, ("query-stats", {}, 0)))[-1]
-        assert {peer["uid"] for peer in value(told)["peers"]} == uids
-        assert value(told)["connections"] == 2
+        output = (await _ask(open_path, CAPABILITIES, ("query-stats", {}, 0)))[-1]
+        assert {peer["uid"] for peer in value(output)["peers"]} == uids
+        assert value(output)["connections"] == 2
 
 
 @pytest.mark.root
@@ -381,14 +381,14 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("text, line, told", TOLD.values(), ids=TOLD)
-def test_where_it_is_and_what_would_do(text: str, line: int, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text, line, output", TOLD.values(), ids=TOLD)
+def test_where_it_is_and_what_would_do(text: str, line: int, output: str, tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
     file.write_text("[[rule]]\n" + text)
     with pytest.raises(BadPolicy) as caught:
         load_policy(file)
     assert f"line {line}" in str(caught.value)
-    assert told in str(caught.value)
+    assert output in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -441,18 +441,18 @@ def test_who_may_connect(own: int, named: str, monkeypatch: pytest.MonkeyPatch) 
         admit(Peer(1, 65534, 65534), frozenset(), Policy(), Limits(), ())
 
 
-@pytest.mark.parametrize("text, told", BAD.values(), ids=BAD)
-def test_a_bad_file(text: str | bytes, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text, output", BAD.values(), ids=BAD)
+def test_a_bad_file(text: str | bytes, output: str, tmp_path: Path) -> None:
     file = tmp_path / "policy.toml"
     file.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(BadPolicy) as caught:
         load_policy(file)
     assert str(caught.value).startswith(f"{file}: ")
-    assert told in str(caught.value)
+    assert output in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "member, said",
+    "member, output",
     [
         ({"allow": "query"}, "array"),
         ({"allow": ["look"]}, "look"),
@@ -461,9 +461,9 @@ def test_a_bad_file(text: str | bytes, told: str, tmp_path: Path) -> None:
         ({"uid": "0"}, "str"),
     ],
 )
-def test_a_bad_rule_from_python(member: dict[str, Any], said: str) -> None:
+def test_a_bad_rule_from_python(member: dict[str, Any], output: str) -> None:
     """As in a file: of the text ``vm1:*`` in place of a list, each character would be a pattern."""
-    with pytest.raises(BadPolicy, match=said):
+    with pytest.raises(BadPolicy, match=output):
         Policy([Rule(**{"allow": ["query"], **member})])
 
 
@@ -553,8 +553,8 @@ allow = ["admin"]
 
 def _check(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     status = main(["check-policy", *words])
-    told = capsys.readouterr()
-    return status, told.out, told.err
+    output = capsys.readouterr()
+    return status, output.out, output.err
 
 
 @pytest.fixture
@@ -600,8 +600,8 @@ def test_check_policy_of_empty_lists(
     member: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p").write_text(f'[[rule]]\nallow = ["query"]\n{member}')
-    told = _check(capsys, os.fspath(tmp_path / "p"))[1]
-    assert told.endswith(f"rule 1, line 1: everybody: query{words}\n")
+    output = _check(capsys, os.fspath(tmp_path / "p"))[1]
+    assert output.endswith(f"rule 1, line 1: everybody: query{words}\n")
 
 
 def test_check_policy_as_json(rules: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -614,18 +614,18 @@ def test_check_policy_as_json(rules: str, capsys: pytest.CaptureFixture[str]) ->
         "opaque": ["vm1:*", "vm2:*"],
     }
     second = {"rule": 2, "line": 7, "allow": ["add"]}
-    told = json.loads(_check(capsys, "--json", rules)[1])
+    output = json.loads(_check(capsys, "--json", rules)[1])
     third = {"rule": 3, "line": 9, "gid": 0, "allow": ["admin"]}
-    assert told == {"valid": True, "rules": [first, second, third]}
-    told = json.loads(_check(capsys, "--json", "--user", "nobody", rules)[1])
-    assert NOBODY in told.pop("gids")
-    assert told == {"uid": NOBODY, "everything": False, "rules": [first, second]}
+    assert output == {"valid": True, "rules": [first, second, third]}
+    output = json.loads(_check(capsys, "--json", "--user", "nobody", rules)[1])
+    assert NOBODY in output.pop("gids")
+    assert output == {"uid": NOBODY, "everything": False, "rules": [first, second]}
 
 
 def test_check_policy_of_nobody_who_may(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p").write_text("")
-    told = _check(capsys, "--user", "nobody", os.fspath(tmp_path / "p"))
-    assert told == (0, f"uid {NOBODY} may not connect\n", "")
+    output = _check(capsys, "--user", "nobody", os.fspath(tmp_path / "p"))
+    assert output == (0, f"uid {NOBODY} may not connect\n", "")
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,9 @@ def run(script: Path) -> subprocess.CompletedProcess[str]:
 def test_it_runs(name: str) -> None:
     if "qemu" in name:
         need(QEMU)
-    told = run(SCRIPTS / name)
-    assert (told.returncode, told.stderr) == (0, "")
-    assert told.stdout.count("  ok: ") >= 5
+    output = run(SCRIPTS / name)
+    assert (output.returncode, output.stderr) == (0, "")
+    assert output.stdout.count("  ok: ") >= 5
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_it_can_fail(name: str, true: str, false: str, complaint: str, tmp_path:
     assert text.count(true) == 1
     flawed = tmp_path / name
     flawed.write_text(text.replace(true, false))
-    told = run(flawed)
-    assert told.returncode == 1
-    assert re.search(rf"^FAILED: .*{complaint}", told.stderr, re.MULTILINE), told.stderr
+    output = run(flawed)
+    assert output.returncode == 1
+    assert re.search(rf"^FAILED: .*{complaint}", output.stderr, re.MULTILINE), output.stderr
 
 
 def test_all_are_told_of() -> None:

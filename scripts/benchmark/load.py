@@ -40,10 +40,10 @@ class Run:
 
 
 def _command(servers: Servers, server: Server, work: str, options: dict[str, int]) -> list[str]:
-    said = [f"{name.replace('_', '-')}={value}" for name, value in options.items()]
+    output = [f"{name.replace('_', '-')}={value}" for name, value in options.items()]
     program = str(servers.build("load"))
     pids = ",".join(map(str, server.pids))
-    return [program, str(server.path), pids, server.kind.protocol, work, *said]
+    return [program, str(server.path), pids, server.kind.protocol, work, *output]
 
 
 def _outcome(server: Server, work: str, process: subprocess.Popen[bytes]) -> Run:
@@ -52,8 +52,8 @@ def _outcome(server: Server, work: str, process: subprocess.Popen[bytes]) -> Run
     except subprocess.TimeoutExpired:
         raise Failed(f"{server.name}, {work}: no end") from None
     if process.returncode:
-        said = complaint.decode(errors="replace").strip()
-        raise Failed(f"{server.name}, {work}: {said or f'status {process.returncode}'}")
+        output = complaint.decode(errors="replace").strip()
+        raise Failed(f"{server.name}, {work}: {output or f'status {process.returncode}'}")
     return msgspec.json.decode(out.splitlines()[-1], type=Run)
 
 

@@ -183,8 +183,8 @@ class Servers:
         deadline = time.monotonic() + PATIENCE
         while not _takes_clients(path):
             if process.poll() is not None or time.monotonic() > deadline:
-                said = (folder / "log").read_text(errors="replace").strip()
-                raise Failed(f"{name} does not start: {said or '(it said nothing)'}")
+                output = (folder / "log").read_text(errors="replace").strip()
+                raise Failed(f"{name} does not start: {output or '(it said nothing)'}")
             time.sleep(0.02)
         if name == "qemu":
             # Up to version 9.0, QEMU drops its fd sets when the last client of its monitors

@@ -262,7 +262,7 @@ def beside(servers: Servers, server: Server, attack: Attack, seconds: float) -> 
             for kind, number in attack.attackers:
                 stack.enter_context(_program("attacks.py", kind, server.path, number))
             time.sleep(seconds)
-        said, _ = probe.communicate()
-    if not said:
+        output, _ = probe.communicate()
+    if not output:
         raise Failed(f"{attack.name}: a well-behaved client was cut off")
-    return float(json.loads(said)["own"]["max"])
+    return float(json.loads(output)["own"]["max"])

@@ -82,8 +82,8 @@ def test_the_highest_number_there_is(cli: Cli) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
     assert shown(cli.done("exec", "0=63", "--", *SHOW, preexec_fn=limit)).keys() == {63}
-    said = cli.fails(USAGE, "exec", "0=64", "--", "true", preexec_fn=limit)
-    assert "0 to 63" in said
+    output = cli.fails(USAGE, "exec", "0=64", "--", "true", preexec_fn=limit)
+    assert "0 to 63" in output
 
 
 @pytest.mark.usefixtures("file")
@@ -110,8 +110,8 @@ def test_with_closed_standard_streams(cli: Cli, closed: str) -> None:
             check=False,
         )
         assert ran.returncode == 0
-        kept = [n for n in (0, 1, 2) if str(n) not in closed]
-        assert json.loads(os.read(reader, 100)) == [*kept, 5]
+        stored = [n for n in (0, 1, 2) if str(n) not in closed]
+        assert json.loads(os.read(reader, 100)) == [*stored, 5]
     finally:
         os.close(reader)
         os.close(writer)
@@ -188,8 +188,8 @@ def test_no_signal_is_ignored(cli: Cli) -> None:
 @pytest.mark.usefixtures("file")
 def test_no_such_command(cli: Cli, tmp_path: Path) -> None:
     """Exit status 127, as of a shell (POSIX, sh, 2.8.2)."""
-    said = cli.fails(NOT_FOUND, "exec", "0", "--", "no-such-command")
-    assert "no-such-command" in said
+    output = cli.fails(NOT_FOUND, "exec", "0", "--", "no-such-command")
+    assert "no-such-command" in output
     assert "No such file" in cli.fails(NOT_FOUND, "exec", "0", "--", tmp_path / "no\nsuch")
     cli.fails(NOT_FOUND, "exec", "0", "--", "")
 

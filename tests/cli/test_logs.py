@@ -96,18 +96,18 @@ def test_the_journal_is_told_the_priority(path: Path, options: list[str]) -> Non
     """Priorities are logged if $JOURNAL_STREAM names this stream: the variable is inherited."""
     for reads_along in (True, False):
         reader, writer = os.pipe2(os.O_CLOEXEC)
-        with open(reader) as said, open(writer, "w") as stream:
+        with open(reader) as output, open(writer, "w") as stream:
             found = os.fstat(writer)
             inode = found.st_ino if reads_along else found.st_ino + 1
             env = {**os.environ, "JOURNAL_STREAM": f"{found.st_dev}:{inode}"}
             command = [sys.executable, "-m", "qmpfd", "serve", "--socket", str(path), *options]
             process = subprocess.Popen(command, cwd=ROOT, stderr=stream, env=env)
             stream.close()
-            lines = [said.readline()]
+            lines = [output.readline()]
             process.send_signal(signal.SIGHUP)
-            lines.append(said.readline())
+            lines.append(output.readline())
             process.send_signal(signal.SIGTERM)
-            lines.append(said.readline())
+            lines.append(output.readline())
             assert process.wait(PATIENCE) == 0
         starts = ["<6>qmpfd:", "<4>qmpfd:", "<6>qmpfd:"] if reads_along else ["qmpfd: "] * 3
         assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
@@ -240,8 +240,8 @@ def test_a_line_that_cannot_be_made(
         log.info("%s", Heavy())
         log.info("after")
         lines = (tmp_path / "log").read_text().splitlines()
-    told = [json.loads(line)["message"] for line in lines]
-    assert told == ["1 log lines are missing here: standard error was full", "after"]
+    output = [json.loads(line)["message"] for line in lines]
+    assert output == ["1 log lines are missing here: standard error was full", "after"]
 
 
 def test_a_full_disk(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,13 +257,13 @@ def test_a_full_disk(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> No
         log.info("lost")
         os.dup2(disk, writer)
         os.close(disk)
-        said = b""
+        output = b""
         os.set_blocking(reader, False)
-        while not said.endswith(b"after\n"):
+        while not output.endswith(b"after\n"):
             while chunk := _read(taken):
-                said += chunk
+                output += chunk
             log.info("after")
-    cut, left_out, *after = said.splitlines()
+    cut, left_out, *after = output.splitlines()
     assert cut == b"qmpfd: " + b"x" * (1 << 20)
     assert left_out.endswith(b"log lines are missing here: standard error was full")
     assert set(after) == {b"qmpfd: after"}
@@ -289,13 +289,13 @@ def test_a_long_line_for_a_reader_that_stalls(
         log.info("%s", long)
         log.info("left out")
         log.info("left out too")
-        said = b""
+        output = b""
         os.set_blocking(reader, False)
-        while not said.endswith(b"after\n"):
+        while not output.endswith(b"after\n"):
             while chunk := _read(taken):
-                said += chunk
+                output += chunk
             log.info("after")
-    lines = [line[line.index(b"qmpfd") :] for line in said.decode().encode().splitlines()]
+    lines = [line[line.index(b"qmpfd") :] for line in output.decode().encode().splitlines()]
     assert lines[0] == b"qmpfd: " + long.encode()
     assert lines[1].endswith(b"log lines are missing here: standard error was full")
     assert set(lines[2:]) == {b"qmpfd: after"}

@@ -141,8 +141,8 @@ def test_add_of_a_fifo_does_not_wait(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("running")
 def test_refused(cli: Cli, file: Path) -> None:
-    said = cli.fails(REFUSED, "rm", "7")
-    assert said == (
+    output = cli.fails(REFUSED, "rm", "7")
+    assert output == (
         "qmpfd: FdNotFound: File descriptor named 'fdset-id:7' not found "
         "(qmpfd ls lists the stored descriptors)\n"
     )
@@ -332,13 +332,13 @@ def test_status_of_an_odd_server(cli: Cli, path: Path, version: str) -> None:
 def test_a_reply_that_the_command_does_not_have(
     cli: Cli, path: Path, tmp_path: Path, words: str, reply: str
 ) -> None:
-    said = [GREETING, b'{"return": {}, "id": 1}\r\n', b'{"return": %s, "id": 2}\r\n']
-    said[-1] %= reply.encode()
-    with _saying(path, *said), daemon_thread(tmp_path / "other"):
+    text = [GREETING, b'{"return": {}, "id": 1}\r\n', b'{"return": %s, "id": 2}\r\n']
+    text[-1] %= reply.encode()
+    with _saying(path, *text), daemon_thread(tmp_path / "other"):
         arguments = [*words.split(), tmp_path / "other"] if words.endswith("to") else words.split()
-        status, _, told = cli(*arguments)
+        status, _, output = cli(*arguments)
     assert status in (DONE, NO_DAEMON)  # rm ignores the value
-    assert status == DONE or told.startswith("qmpfd: ")
+    assert status == DONE or output.startswith("qmpfd: ")
 
 
 @pytest.mark.parametrize("verb", ["ls", "rm --all", "rm @*", "completion fish -- 'qmpfd rm '"])
@@ -348,11 +348,11 @@ def test_control_characters_of_a_server(
     """Whatever a reply says instead of numbers and names, no control character is printed."""
     odd = r'"a\u001b[31m\n"'
     sets = f'[{{"fdset-id": {odd}, "fds": [{{"fd": {odd}, "opaque": {odd}}}]}}]'
-    told = [GREETING, b'{"return": {}, "id": 1}\r\n']
-    told += [f'{{"return": {sets}, "id": 2}}\r\n'.encode()]
-    told += [b'{"return": {}, "id": 3}\r\n'] if verb.startswith("rm") else []
+    output = [GREETING, b'{"return": {}, "id": 1}\r\n']
+    output += [f'{{"return": {sets}, "id": 2}}\r\n'.encode()]
+    output += [b'{"return": {}, "id": 3}\r\n'] if verb.startswith("rm") else []
     monkeypatch.setenv("QMPFD_SOCKET", str(path))
-    with _saying(path, *told):
+    with _saying(path, *output):
         status, shown, error = cli(*shlex.split(verb), at=False)
     assert (status, error) == (DONE, "")
     assert r"a\x1b[31m\n" in shown or verb.startswith("completion")
@@ -361,19 +361,19 @@ def test_control_characters_of_a_server(
 
 def test_what_was_removed_before_an_error(cli: Cli, path: Path) -> None:
     sets = b'{"return": [{"fdset-id": 8, "fds": [{"fd": 3}]}, {"fdset-id": 7, "fds": [{"fd": 4}]}]'
-    told = [
+    output = [
         GREETING,
         b'{"return": {}, "id": 1}\r\n',
         sets + b', "id": 2}\r\n',
         b'{"return": {}, "id": 3}\r\n',
         b'{"error": {"class": "PermissionDenied", "desc": "no"}, "id": 4}\r\n',
     ]
-    with _saying(path, *told):
+    with _saying(path, *output):
         status, shown, error = cli("rm", "--all")
     assert (status, shown) == (REFUSED, "removed fd set 8\n")
     assert error.startswith("qmpfd: PermissionDenied: no")
     path.unlink()
-    with _saying(path, *told[:-1]):  # then closes the connection
+    with _saying(path, *output[:-1]):  # then closes the connection
         assert cli("rm", "--all")[:2] == (NO_DAEMON, "removed fd set 8\n")
 
 
@@ -385,27 +385,27 @@ def test_what_another_client_has_removed_meanwhile(
     sets = '{"fdset-id": 9, "fds": [{"fd": 3, "opaque": "x"}]}, '
     sets += '{"fdset-id": 8, "fds": [{"fd": 4, "opaque": "y"}]}'
     gone = f"""{{"class": "{error_class}", "desc": "File descriptor named 'x' not found"}}"""
-    told = [
+    output = [
         GREETING,
         b'{"return": {}, "id": 1}\r\n',
         f'{{"return": [{sets}], "id": 2}}\r\n'.encode(),
         f'{{"error": {gone}, "id": 3}}\r\n'.encode(),
         b'{"return": {}, "id": 4}\r\n',
     ]
-    with _saying(path, *told):
+    with _saying(path, *output):
         assert cli.done("rm", target) == f"removed fd set {shown}"
 
 
 def test_a_refusal_does_not_end_the_removal_of_all(cli: Cli, path: Path) -> None:
     sets = b'{"return": [{"fdset-id": 9, "fds": []}, {"fdset-id": 8, "fds": []}], "id": 2}\r\n'
-    told = [
+    output = [
         GREETING,
         b'{"return": {}, "id": 1}\r\n',
         sets.replace(b"[]", b'[{"fd": 3}]'),
         b'{"error": {"class": "PermissionDenied", "desc": "no"}, "id": 3}\r\n',
         b'{"return": {}, "id": 4}\r\n',
     ]
-    with _saying(path, *told):
+    with _saying(path, *output):
         status, shown, error = cli("rm", "--all")
     assert (status, shown) == (REFUSED, "removed fd set 8\n")
     assert error.startswith("qmpfd: PermissionDenied: no")
@@ -527,22 +527,22 @@ def _limited(limit: str, *words: str) -> tuple[int, str]:
 
 @pytest.mark.usefixtures("running")
 def test_a_process_that_may_open_nothing(path: Path) -> None:
-    told = _limited(
+    output = _limited(
         "import argparse, encodings.idna, qmpfd.cli.status, qmpfd.cli.ls; "
         "setrlimit(RLIMIT_NOFILE, (3, 3))",
         "ls",
         "--socket",
         str(path),
     )
-    assert told == (REFUSED, "qmpfd: Too many open files\n")
+    assert output == (REFUSED, "qmpfd: Too many open files\n")
 
 
 @pytest.mark.usefixtures("running")
 def test_a_process_that_may_start_no_thread(path: Path) -> None:
     """No thread can be started, for want of memory for its stack."""
     words = ["shell", "--socket", str(path), "-c", "query-name"]
-    told = _limited("threading.stack_size(1 << 46)", *words)
-    assert told == (REFUSED, "qmpfd: can't start new thread (ulimit -u)\n")
+    output = _limited("threading.stack_size(1 << 46)", *words)
+    assert output == (REFUSED, "qmpfd: can't start new thread (ulimit -u)\n")
 
 
 @pytest.mark.usefixtures("running")

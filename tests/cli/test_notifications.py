@@ -19,10 +19,10 @@ from qmpfd.limits import NOTIFY_RETRY
 
 @asynccontextmanager
 async def notifications() -> AsyncIterator[Notifications]:
-    with closing(Notifications(None)) as told:
+    with closing(Notifications(None)) as messages:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(told.resend)
-            yield told
+            nursery.start_soon(messages.resend)
+            yield messages
             nursery.cancel_scope.cancel()
 
 
@@ -52,10 +52,10 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 async def test_a_manager_that_is_not_there_yet(path: Path, autojump_clock: MockClock) -> None:
-    async with notifications() as told:
-        told.notify("READY=1", "MAINPID=1")
-        told.notify("STATUS=old")
-        told.notify("STATUS=new")
+    async with notifications() as messages:
+        messages.notify("READY=1", "MAINPID=1")
+        messages.notify("STATUS=old")
+        messages.notify("STATUS=new")
         await trio.sleep(10)
         with manager(path) as sock:
             await trio.sleep(2 * NOTIFY_RETRY)
@@ -63,21 +63,21 @@ async def test_a_manager_that_is_not_there_yet(path: Path, autojump_clock: MockC
 
 
 async def test_a_manager_that_is_restarted(path: Path, autojump_clock: MockClock) -> None:
-    async with notifications() as told:
+    async with notifications() as messages:
         for message in ("READY=1", "STATUS=1", "STATUS=2"):
             with manager(path) as sock:
-                told.notify(message)
+                messages.notify(message)
                 await trio.sleep(2 * NOTIFY_RETRY)
                 assert received(sock) == [message]
 
 
 async def test_a_manager_that_does_not_read(path: Path, autojump_clock: MockClock) -> None:
     """A full queue (net.unix.max_dgram_qlen): the newest message of each kind is sent later."""
-    async with notifications() as told:
+    async with notifications() as messages:
         with manager(path) as sock:
             for number in range(2000):
-                told.notify(f"STATUS={number}")
-            told.notify("STOPPING=1")
+                messages.notify(f"STATUS={number}")
+            messages.notify("STOPPING=1")
             assert received(sock)[-1] != "STOPPING=1"
             await trio.sleep(2 * NOTIFY_RETRY)
             assert received(sock) == ["STATUS=1999", "STOPPING=1"]
@@ -86,11 +86,11 @@ async def test_a_manager_that_does_not_read(path: Path, autojump_clock: MockCloc
 async def test_no_descriptor_for_a_socket(path: Path, autojump_clock: MockClock) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with manager(path) as sock:
-        async with notifications() as told:
+        async with notifications() as messages:
             resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
             try:
-                told.notify("READY=1")
-                told.notify("WATCHDOG=1")
+                messages.notify("READY=1")
+                messages.notify("WATCHDOG=1")
                 await trio.sleep(2 * NOTIFY_RETRY)
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -99,7 +99,7 @@ async def test_no_descriptor_for_a_socket(path: Path, autojump_clock: MockClock)
             assert received(sock) == ["READY=1", "WATCHDOG=1"]
             resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
             try:
-                told.notify("STATUS=full")  # the notifier's socket is open
+                messages.notify("STATUS=full")  # the notifier's socket is open
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             assert received(sock) == ["STATUS=full"]
@@ -107,6 +107,6 @@ async def test_no_descriptor_for_a_socket(path: Path, autojump_clock: MockClock)
 
 async def test_nobody_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    async with notifications() as told:
-        assert not told.wanted
-        told.notify("READY=1")
+    async with notifications() as messages:
+        assert not messages.wanted
+        messages.notify("READY=1")

@@ -118,13 +118,13 @@ def test_the_connection_is_lost_halfway(
         there.add(file, os.O_RDONLY, opaque="o")
         before = there.done("ls", "--json")
         ran = cli("push", 0, "--to", relay)
-        told = ran.stderr
+        output = ran.stderr
         assert ran.returncode == NO_DAEMON
-        assert "has closed the connection" in told
+        assert "has closed the connection" in output
         after = there.done("ls", "--json")
         if (request_, executed) == (3, True):  # push cannot know that the descriptor is its own
             assert after != before
-            assert "may be left of this" in told
+            assert "may be left of this" in output
         else:
             assert after == before
 

@@ -133,8 +133,8 @@ async def test_options_reach_the_daemon(path: Path) -> None:
             too_long = await one.call("add-fd", {"opaque": "x" * 3000})
             assert "limit exceeded" in too_long["error"]["desc"]
             with await Wire.connect(path) as three:
-                [told] = await three.rest()
-                assert "the limit is 2" in told["error"]["desc"]
+                [output] = await three.rest()
+                assert "the limit is 2" in output["error"]["desc"]
 
 
 # -- --add-fd ----------------------------------------------------------------------------------
@@ -168,8 +168,8 @@ async def test_add_fd(path: Path) -> None:
 def test_add_fd_that_was_not_passed(path: Path) -> None:
     """A number that was not inherited: closed, or one of the interpreter, with close-on-exec."""
     with Pipe() as pipe:
-        said = _fails("--socket", str(path), "--add-fd", f"fd={pipe.fileno()},set=0")
-        assert f"this process has not inherited descriptor {pipe.fileno()}" in said
+        output = _fails("--socket", str(path), "--add-fd", f"fd={pipe.fileno()},set=0")
+        assert f"this process has not inherited descriptor {pipe.fileno()}" in output
         passed = pipe.fileno()
         words = ["--add-fd", f"fd={passed},set=0", "--add-fd", "fd=900,set=0"]
         assert "descriptor 900" in _fails("--socket", str(path), *words, pass_fds=[passed])

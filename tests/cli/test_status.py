@@ -31,7 +31,7 @@ def status(path: Path, *words: str) -> tuple[int, str, str]:
     return ran.returncode, ran.stdout, ran.stderr
 
 
-def told(path: Path) -> dict[str, str]:
+def shown(path: Path) -> dict[str, str]:
     """Return the lines before the table as a mapping."""
     found, out, _ = status(path)
     assert found == DONE
@@ -47,18 +47,18 @@ def test_what_it_tells(path: Path) -> None:
     running = daemon_thread(path, limits=limits, dialect="qemu")
     with running, Pipe() as pipe, BlockingClient(path, PATIENCE) as client:
         client.execute("add-fds", {"opaque": "x"}, [pipe])
-        said = told(path)
-        assert said["socket"] == str(path)
-        assert said["server"].startswith("qmpfd ")
-        assert said["process"] == str(os.getpid())
-        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d, for \d+s", said["since"])
-        assert said["dialect"] == "qemu"
-        assert said["fd sets"] == "1"
-        assert said["descriptors"].startswith("1 of 2,")
-        assert said["connections"].startswith("2 of 9,")
-        assert said["timeouts"] == "idle 1.5 s, write 30 s, drain 5 s"
+        output = shown(path)
+        assert output["socket"] == str(path)
+        assert output["server"].startswith("qmpfd ")
+        assert output["process"] == str(os.getpid())
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d, for \d+s", output["since"])
+        assert output["dialect"] == "qemu"
+        assert output["fd sets"] == "1"
+        assert output["descriptors"].startswith("1 of 2,")
+        assert output["connections"].startswith("2 of 9,")
+        assert output["timeouts"] == "idle 1.5 s, write 30 s, drain 5 s"
         client.execute("add-fd", {}, [pipe])
-        assert told(path)["descriptors"].startswith("FULL: 2 of 2,")
+        assert shown(path)["descriptors"].startswith("FULL: 2 of 2,")
 
 
 def test_who_is_connected(path: Path) -> None:
@@ -128,9 +128,9 @@ def test_no_connection_left(path: Path) -> None:
     """The advice does not name status, which needs a connection itself."""
     limits = qmpfd.Limits(max_connections=1)
     with daemon_thread(path, limits=limits), BlockingClient(path, PATIENCE):
-        found, out, said = status(path)
+        found, out, output = status(path)
     assert (found, out) == (REFUSED, "")
-    assert said.endswith("the limit is 1 (serve --max-connections sets the limit)\n")
+    assert output.endswith("the limit is 1 (serve --max-connections sets the limit)\n")
 
 
 @pytest.mark.root
@@ -151,10 +151,10 @@ def test_a_user_who_may_not_query_everything() -> None:
 def test_json(path: Path) -> None:
     with daemon_thread(path):
         found, out, _ = status(path, "--json")
-    said = json.loads(out)
+    output = json.loads(out)
     assert found == DONE
-    assert said["socket"] == str(path)
-    assert said["stats"]["peers"][0]["connections"] == 1
+    assert output["socket"] == str(path)
+    assert output["stats"]["peers"][0]["connections"] == 1
 
 
 @pytest.mark.parametrize("columns", [200, 80, 40, 20, 5])
@@ -172,26 +172,26 @@ def test_in_a_terminal(path: Path, columns: int) -> None:
 def test_qemu_has_an_unrelated_query_stats() -> None:
     """QEMU has an unrelated query-stats."""
     with start_qemu(1) as qemu:
-        said = told(Path(qemu.paths[0]))
-        assert said["server"].startswith("QEMU ")
-        assert said["statistics"] == "none: this is not qmpfd"
+        output = shown(Path(qemu.paths[0]))
+        assert output["server"].startswith("QEMU ")
+        assert output["statistics"] == "none: this is not qmpfd"
         assert json.loads(status(Path(qemu.paths[0]), "--json")[1])["stats"] is None
 
 
 def test_no_daemon(path: Path) -> None:
-    found, _, said = status(path)
+    found, _, output = status(path)
     assert found == NO_DAEMON
-    assert f"qmpfd serve --socket {path}" in said
+    assert f"qmpfd serve --socket {path}" in output
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(os.fspath(path))
-    found, _, said = status(path)
+    found, _, output = status(path)
     assert found == NO_DAEMON
-    assert f"has ended (start one: qmpfd serve --socket {path}; or name another socket)" in said
+    assert f"has ended (start one: qmpfd serve --socket {path}; or name another socket)" in output
     path.unlink()
     path.write_text("a file")
-    found, _, said = status(path)
+    found, _, output = status(path)
     assert found == NO_DAEMON
-    assert "not a socket (name another path)" in said
+    assert "not a socket (name another path)" in output
 
 
 @contextmanager
@@ -204,10 +204,10 @@ def silent(path: Path) -> Iterator[None]:
 
 def test_a_silent_daemon(path: Path) -> None:
     with silent(path):
-        found, _, said = status(path, "--timeout", "0.2")
+        found, _, output = status(path, "--timeout", "0.2")
     assert found == NO_DAEMON
-    assert "does not answer" in said
-    assert "--timeout" in said
+    assert "does not answer" in output
+    assert "--timeout" in output
 
 
 @pytest.mark.root
@@ -222,18 +222,18 @@ def test_no_access() -> None:
         os.chmod(name, 0o755)
         path = Path(name, "q.sock")
         with daemon_process(path):
-            found, out, said = ask()
-            assert (found, out) == (NO_DAEMON, ""), said
-            assert "Permission denied" in said
-            assert "--socket-mode" in said
+            found, out, output = ask()
+            assert (found, out) == (NO_DAEMON, ""), output
+            assert "Permission denied" in output
+            assert "--socket-mode" in output
             path.chmod(0o666)
-            found, out, said = ask()
-            assert (found, out) == (REFUSED, ""), said
-            assert "may not connect" in said
-            assert "check-policy" in said
+            found, out, output = ask()
+            assert (found, out) == (REFUSED, ""), output
+            assert "may not connect" in output
+            assert "check-policy" in output
         policy = Path(name, "policy")
         policy.write_text('[[rule]]\nallow = ["add"]\n')
         with daemon_process(path, "--policy", str(policy), "--socket-mode", "666"):
-            found, out, said = ask()
-            assert (found, said) == (DONE, "")
+            found, out, output = ask()
+            assert (found, output) == (DONE, "")
             assert re.search(r"^statistics +none: PermissionDenied: .*'query'", out, re.MULTILINE)

@@ -66,7 +66,7 @@ def test_events(client: qmpfd.BlockingClient) -> None:
 
 @contextmanager
 def _scripted(
-    path: Path, said: bytes, fds: Sequence[int] = (), *, stays: bool = True
+    path: Path, output: bytes, fds: Sequence[int] = (), *, stays: bool = True
 ) -> Iterator[None]:
     """Run a server that sends *said* after the negotiation, and nothing else.
 
@@ -87,7 +87,7 @@ def _scripted(
                 request = json.loads(lines.readline())
                 sock.sendall(b'{"return": {}, "id": %d}\r\n' % request["id"])
                 with suppress(ConnectionError):  # the client may disconnect first
-                    sock.sendall(said[socket.send_fds(sock, [said], fds) :])
+                    sock.sendall(output[socket.send_fds(sock, [output], fds) :])
                     if stays:
                         lines.read()
 
@@ -101,10 +101,10 @@ def _scripted(
 
 def test_the_newest_events_are_kept(path: Path) -> None:
     """A client that takes no events stores a limited number, the newest."""
-    said = [b'{"event": "X", "data": {"n": %d}}\r\n' % n for n in range(MAX_EVENTS + 5)]
+    output = [b'{"event": "X", "data": {"n": %d}}\r\n' % n for n in range(MAX_EVENTS + 5)]
     last = b'{"return": {}, "id": 2}\r\n'
     with (
-        _scripted(path, b"".join(said) + last),
+        _scripted(path, b"".join(output) + last),
         qmpfd.connect_blocking(path) as client,
     ):
         client.execute("query-name")
@@ -124,8 +124,8 @@ def test_the_newest_events_are_kept(path: Path) -> None:
 )
 def test_the_last_events_of_a_connection(path: Path, last: bytes, error: type[Exception]) -> None:
     """The events from before the end of the connection are returned; then each call raises."""
-    said = b'{"event": "X"}\r\n' + last
-    with _scripted(path, said, stays=bool(last)), qmpfd.connect_blocking(path) as client:
+    output = b'{"event": "X"}\r\n' + last
+    with _scripted(path, output, stays=bool(last)), qmpfd.connect_blocking(path) as client:
         assert [event.name for event in until(client.take_events)] == ["X"]
         for call in (partial(until, client.take_events), client.take_events, client.query_fdsets):
             with pytest.raises(error):
@@ -133,9 +133,9 @@ def test_the_last_events_of_a_connection(path: Path, last: bytes, error: type[Ex
 
 
 def test_a_rejection_during_a_wait_for_events(path: Path) -> None:
-    told = b'{"error": {"class": "GenericError", "desc": "go"}}\r\n'
+    output = b'{"error": {"class": "GenericError", "desc": "go"}}\r\n'
     with (
-        _scripted(path, told),
+        _scripted(path, output),
         qmpfd.connect_blocking(path) as client,
         pytest.raises(qmpfd.GenericError, match="go"),
     ):
@@ -144,10 +144,10 @@ def test_a_rejection_during_a_wait_for_events(path: Path) -> None:
 
 def test_unexpected_replies_are_dropped(path: Path) -> None:
     """A wait for events drops unexpected replies, and closes their descriptors."""
-    said = b'{"return": {}, "id": 1}\r\n{"event": "X"}\r\n'
+    output = b'{"return": {}, "id": 1}\r\n{"event": "X"}\r\n'
     with (
         Pipe() as pipe,
-        _scripted(path, said, [pipe.fileno()]),
+        _scripted(path, output, [pipe.fileno()]),
         qmpfd.connect_blocking(path) as client,
     ):
         assert next(client.events()).name == "X"

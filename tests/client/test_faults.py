@@ -207,7 +207,7 @@ async def test_a_request_that_is_never_read_is_not_retried_forever(path: Path) -
 
 
 @pytest.mark.parametrize(
-    "said",
+    "output",
     [
         b"no JSON\r\n",
         b'{"event": "X", "timestamp": {"seconds": 1' + b"0" * 400 + b"}}\r\n",
@@ -218,13 +218,13 @@ async def test_a_request_that_is_never_read_is_not_retried_forever(path: Path) -
     ],
     ids=["text", "huge", "inf", "name", "deep", "neither"],
 )
-async def test_no_call_hangs_after_a_protocol_error(path: Path, said: bytes) -> None:
+async def test_no_call_hangs_after_a_protocol_error(path: Path, output: bytes) -> None:
     """Waiting calls, one of them sending, and later ones raise."""
 
     async def script(wire: Wire) -> None:
         await negotiate(wire)
         await wire.receive()  # reads no more: the client cannot send everything
-        wire.send(said)
+        wire.send(output)
         await trio.sleep_forever()
 
     async def call(size: int) -> None:

@@ -51,7 +51,7 @@ async def test_never_answered(path: Path, autojump_clock: MockClock) -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "output",
     [
         b"220 mail.example.org ESMTP\r\n",
         b"HTTP/1.1 400 Bad Request\r\n\r\n",
@@ -62,9 +62,9 @@ async def test_never_answered(path: Path, autojump_clock: MockClock) -> None:
         b'{"QMP"}\r\n',
     ],
 )
-async def test_no_qmp_server(path: Path, said: bytes) -> None:
+async def test_no_qmp_server(path: Path, output: bytes) -> None:
     async def script(wire: Wire) -> None:
-        wire.send(said)
+        wire.send(output)
         await wire.drain()
 
     async with fake_server(path, script):
@@ -76,11 +76,11 @@ async def test_no_qmp_server(path: Path, said: bytes) -> None:
         assert open_fds() == before
 
 
-@pytest.mark.parametrize("said", [b"", b'{"QMP": ', GREETING])
-async def test_a_server_that_closes_before_its_reply(path: Path, said: bytes) -> None:
+@pytest.mark.parametrize("output", [b"", b'{"QMP": ', GREETING])
+async def test_a_server_that_closes_before_its_reply(path: Path, output: bytes) -> None:
     async def script(wire: Wire) -> None:
-        if said:
-            wire.send(said)
+        if output:
+            wire.send(output)
 
     async with fake_server(path, script):
         with pytest.raises(trio.BrokenResourceError):
@@ -115,10 +115,10 @@ async def test_answers_in_pieces(path: Path, size: int) -> None:
         await negotiate(wire)
         first, second = await ask(wire), await ask(wire)
         event = b'{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 2}}\r\n'
-        said = event + b'{"return": "second", "id": %d}\n' % second + event
-        said += b'{"id": %d, "return": "first \xe2\x82\xac"}\r\n' % first
-        for start in range(0, len(said), size):
-            wire.send(said[start : start + size])
+        output = event + b'{"return": "second", "id": %d}\n' % second + event
+        output += b'{"id": %d, "return": "first \xe2\x82\xac"}\r\n' % first
+        for start in range(0, len(output), size):
+            wire.send(output[start : start + size])
             await settle()
         await wire.receive()
 

@@ -78,8 +78,8 @@ def test_qemu_qmp_sees_the_classes(path: Path, dialect: str) -> None:
             ]:
                 with pytest.raises(ExecuteError) as info:
                     await client.execute(command, arguments)
-                kept = dialect == "spec" or error_class == "CommandNotFound"
-                assert info.value.error_class == (error_class if kept else "GenericError")
+                stored = dialect == "spec" or error_class == "CommandNotFound"
+                assert info.value.error_class == (error_class if stored else "GenericError")
             assert await client.execute("query-fdsets") == []
         finally:
             await client.disconnect()

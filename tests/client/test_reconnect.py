@@ -149,10 +149,10 @@ async def test_no_server_within_the_timeout(path: Path, autojump_clock: MockCloc
 
 
 @pytest.mark.parametrize(
-    "said", [b"", b"HTTP/1.1\r\n", b'{"error": {"class": "GenericError", "desc": "full"}}\n']
+    "output", [b"", b"HTTP/1.1\r\n", b'{"error": {"class": "GenericError", "desc": "full"}}\n']
 )
 async def test_retries_while_the_server_rejects(
-    path: Path, autojump_clock: MockClock, said: bytes
+    path: Path, autojump_clock: MockClock, output: bytes
 ) -> None:
     """The client retries while the server rejects it, speaks no QMP, or closes at once."""
     turns = itertools.count()
@@ -160,8 +160,8 @@ async def test_retries_while_the_server_rejects(
     async def script(wire: Wire) -> None:
         turn = next(turns)
         if turn in (1, 2):
-            if said:
-                wire.send(said)
+            if output:
+                wire.send(output)
             return
         await negotiate(wire)
         request = await ask(wire)
@@ -203,7 +203,7 @@ async def test_it_is_closed_while_calls_wait(path: Path) -> None:
 
 async def test_a_watch_continues_after_a_reconnection(path: Path) -> None:
     """After a reconnection a watcher gets FD_EVENTS_LOST, and then all new events."""
-    send, told = trio.open_memory_channel[tuple[str, Any]](10)
+    send, output = trio.open_memory_channel[tuple[str, Any]](10)
 
     async def pass_on(events: AsyncIterator[qmpfd.QMPEvent]) -> None:
         async for event in events:
@@ -221,11 +221,11 @@ async def test_a_watch_continues_after_a_reconnection(path: Path) -> None:
     ):
         nursery.start_soon(pass_on, events)
         await add("first")
-        assert await told.receive() == ("FD_ADDED", "first")
+        assert await output.receive() == ("FD_ADDED", "first")
         await restarted.again()
-        assert await told.receive() == ("FD_EVENTS_LOST", None)
+        assert await output.receive() == ("FD_EVENTS_LOST", None)
         await add("second")
-        assert await told.receive() == ("FD_ADDED", "second")
+        assert await output.receive() == ("FD_ADDED", "second")
         nursery.cancel_scope.cancel()
 
 

@@ -342,14 +342,14 @@ async def hung_up(client: qmpfd.Client) -> None:
     assert (event.name, event.data["reason"]) == ("FD_REMOVED", "hangup")
 
 
-@pytest.mark.parametrize("kept", ["read", "write"])
-async def test_the_other_end_of_a_pipe(path: Path, kept: str) -> None:
+@pytest.mark.parametrize("stored", ["read", "write"])
+async def test_the_other_end_of_a_pipe(path: Path, stored: str) -> None:
     """A hang-up is the close of the last duplicate of the other end."""
-    gone = "write" if kept == "read" else "read"
+    gone = "write" if stored == "read" else "read"
     async with daemon(path), qmpfd.connect(path) as client:
         with pipe_ends() as ends:
             copy = os.dup(ends[gone])
-            await client.add_fds([ends[kept]], watch_hangup=True)
+            await client.add_fds([ends[stored]], watch_hangup=True)
             await client.execute("watch-fdsets", {"enable": True})
             os.close(ends.pop(gone))
             await settle()

@@ -216,8 +216,8 @@ async def test_a_slow_watcher_gets_the_number_of_lost_events(path: Path) -> None
     async with daemon(path), qmpfd.connect(path) as client:
         with await watching(path) as wire, Pipe() as pipe:
             made = await churn(client, pipe, 60)
-            told = lost = losses = 0
-            while told + lost < made:
+            delivered = lost = losses = 0
+            while delivered + lost < made:
                 event = await wire.reply()
                 if event["event"] == "FD_EVENTS_LOST":
                     assert event["data"].keys() == {"count"}
@@ -226,12 +226,12 @@ async def test_a_slow_watcher_gets_the_number_of_lost_events(path: Path) -> None
                     losses += 1
                     continue
                 if not losses:  # before the first loss nothing is missing
-                    expected = "FD_ADDED" if told % 500 < 250 else "FD_REMOVED"
+                    expected = "FD_ADDED" if delivered % 500 < 250 else "FD_REMOVED"
                     assert event["event"] == expected
-                told += 1
-            assert told + lost == made
+                delivered += 1
+            assert delivered + lost == made
             assert lost > 0
-            assert told >= MAX_EVENTS
+            assert delivered >= MAX_EVENTS
             await told_nothing_else(wire)
             await client.add_fd(pipe)
             assert (await wire.reply())["event"] == "FD_ADDED"
@@ -246,8 +246,8 @@ async def test_long_texts_do_not_fill_the_daemon(path: Path) -> None:
                 info = await client.add_fds([pipe] * 250, opaque=long)
                 await client.remove_fd(info.fdset_id)
             await settle()
-            told = lost = size = 0
-            while told + lost < 1000:
+            delivered = lost = size = 0
+            while delivered + lost < 1000:
                 line = await wire.line()
                 assert line is not None
                 size += len(line)
@@ -256,7 +256,7 @@ async def test_long_texts_do_not_fill_the_daemon(path: Path) -> None:
                     lost += event["data"]["count"]
                 else:
                     assert event["data"]["opaque"] == long
-                    told += 1
+                    delivered += 1
             # In the socket, in the send buffer, and in the queue.
             assert size < SOCKET_BYTES + 2 * MAX_EVENT_BYTES
 
@@ -281,7 +281,7 @@ def event(number: int, size: int = 256) -> Event:
     return Event.now("FD_ADDED", FdAdded(0, number, "x" * ((size - 256) // 6) or None))
 
 
-def told(watcher: Watcher) -> list[Any]:
+def queued(watcher: Watcher) -> list[Any]:
     """Return the queued events of a watcher: descriptors, and numbers of lost events."""
     lines = b"".join(iter(watcher.next_batch, b"")).splitlines()
     data = [json.loads(line)["data"] for line in lines]
@@ -296,15 +296,15 @@ def test_the_newest_are_kept() -> None:
     for each in (event(1), event(2, long)):
         log.put(each)
     second = Watcher(log, lambda: False)
-    assert told(second) == []
+    assert queued(second) == []
     for each in (event(3, long), event(4)):
         log.put(each)
-    assert told(first) == ["2 lost", 3, 4]
-    assert told(first) == []
-    assert told(second) == [3, 4]
+    assert queued(first) == ["2 lost", 3, 4]
+    assert queued(first) == []
+    assert queued(second) == [3, 4]
     log.put(event(5))
     log.put(event(6, 2 * long))  # a single event may exceed the limit
-    assert told(first) == told(second) == ["1 lost", 6]
+    assert queued(first) == queued(second) == ["1 lost", 6]
 
 
 def test_as_many_as_there_may_be() -> None:
@@ -312,7 +312,7 @@ def test_as_many_as_there_may_be() -> None:
     watcher = Watcher(log, lambda: False)
     for number in range(MAX_EVENTS + 3):
         log.put(event(number))
-    assert told(watcher) == ["3 lost", *range(3, MAX_EVENTS + 3)]
+    assert queued(watcher) == ["3 lost", *range(3, MAX_EVENTS + 3)]
 
 
 def test_a_batch_of_events_is_limited() -> None:

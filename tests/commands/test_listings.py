@@ -155,16 +155,16 @@ def test_what_goes_and_what_comes(command: str, each: int) -> None:
         shown = text.count(b'"fd":')
         assert shown < 1000
         gone: list[StoredFd] = everything[::3]
-        kept = [stored for n, stored in enumerate(everything) if n % 3]
+        remaining = [stored for n, stored in enumerate(everything) if n % 3]
         closed: list[Fd] = []
         context.shared.remove(gone, "removed", closed)
         close_all(closed)
-        reused = {stored.fd.fileno() for stored in kept}
+        reused = {stored.fd.fileno() for stored in remaining}
         fill(context.shared, 500, each=1)  # reuses the numbers
         text += b"".join(listing.bits)
         found = numbers(json.loads(text))
         assert [number for number in found[shown:] if number in reused] == [
-            stored.fd.fileno() for stored in kept if stored in everything[shown:]
+            stored.fd.fileno() for stored in remaining if stored in everything[shown:]
         ]
         if command == "query-fds":
             for entry in json.loads(text):

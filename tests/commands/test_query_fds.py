@@ -95,8 +95,8 @@ async def test_any_flags(path: Path, tmp_path: Path, flags: int) -> None:
                     assert (found["access"], found["flags"]) == FLAGS[flags]
                     value(await wire.call("open-fdset", {"fdset-id": 0}))
                     for mode in {"rdonly", "wronly", "rdwr"} - {found["access"]}:
-                        told = await wire.call("open-fdset", {"fdset-id": 0, "access": mode})
-                        assert f"only '{found['access']}'" in told["error"]["desc"]
+                        output = await wire.call("open-fdset", {"fdset-id": 0, "access": mode})
+                        assert f"only '{found['access']}'" in output["error"]["desc"]
                     for _ in range(2):
                         value(await wire.call("add-fds", None, made * 200))
                     assert len(value(await wire.call("query-fds"))) > 400

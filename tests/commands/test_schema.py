@@ -168,7 +168,7 @@ async def test_values_and_events_fit_the_schema(path: Path) -> None:
     async with daemon(path):
         with await Wire.session(path) as wire, Pipe() as pipe:
             found = await entries(wire)
-            told = []
+            output = []
             calls: list[tuple[str, dict[str, Any] | None, list[Pipe]]] = [
                 ("watch-fdsets", {"enable": True}, []),
                 ("add-fd", {"opaque": "o"}, [pipe]),
@@ -184,13 +184,13 @@ async def test_values_and_events_fit_the_schema(path: Path) -> None:
             for command, arguments, fds in calls:
                 reply = await wire.call(command, arguments, fds)
                 while "event" in reply:
-                    told.append(reply)
+                    output.append(reply)
                     reply = await wire.reply()
                 assert fits(found, found[command]["ret-type"], value(reply)), command
                 assert fits(found, found[command]["arg-type"], arguments or {}), command
-            while len(told) < 4:
-                told.append(await wire.reply())
-            for event in told:
+            while len(output) < 4:
+                output.append(await wire.reply())
+            for event in output:
                 assert fits(found, found[event["event"]]["arg-type"], event["data"])
 
 

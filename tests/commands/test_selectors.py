@@ -91,9 +91,9 @@ async def test_all_three_commands_select_the_same(
         removed = await wire.call("remove-fds", selector)
         left = value(await wire.call("query-fds"))
         if not expected:
-            told = ", ".join(f"{name}:{given}" for name, given in selector.items())
+            output = ", ".join(f"{name}:{given}" for name, given in selector.items())
             assert error(opened) == error(removed) == "FdNotFound"
-            assert removed["error"]["desc"] == f"File descriptor named '{told}' not found"
+            assert removed["error"]["desc"] == f"File descriptor named '{output}' not found"
             assert listed.get("return", []) == []
             assert len(left) == len(STORED)
             return
@@ -300,8 +300,8 @@ async def test_hidden_is_absent(
         before = value(await root.call("query-fds"))
         with Pipe() as pipe:
             fds = [pipe] if command == "add-fds" else []
-            told = [await client.call(command, each, fds) for each in (hidden, absent)]
-        shown = [str(reply).replace("vm10", "vm99").replace(":1", ":9") for reply in told]
+            output = [await client.call(command, each, fds) for each in (hidden, absent)]
+        shown = [str(reply).replace("vm10", "vm99").replace(":1", ":9") for reply in output]
         assert shown[0] == shown[1]
         after = value(await root.call("query-fds"))
         assert [fd["fd"] for fd in after] == [fd["fd"] for fd in before]

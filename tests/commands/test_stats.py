@@ -35,9 +35,9 @@ def counts(listed: list[dict[str, Any]]) -> dict[str, int]:
 
 def one_peer(**others: object) -> dict[str, object]:
     """Return the expected entry of this process, with one connection."""
-    told: dict[str, object] = {"pid": os.getpid(), "uid": os.getuid(), "gid": os.getgid()}
-    told |= {"connections": 1, "age": 0, "idle": 0, "fds": 0, "watching": False}
-    return told | others
+    output: dict[str, object] = {"pid": os.getpid(), "uid": os.getuid(), "gid": os.getgid()}
+    output |= {"connections": 1, "age": 0, "idle": 0, "fds": 0, "watching": False}
+    return output | others
 
 
 async def test_at_the_start(path: Path) -> None:
@@ -196,8 +196,8 @@ async def test_every_removal_lowers_the_gauges(
                     else:
                         value(await wire.call("add-fds", {"watch-hangup": True}, made))
                 await trio.sleep(2)
-            kept = 1 if how == "getfd" else 0
-            assert (await stats(wire))["fds-kept"] == kept
+            stored = 1 if how == "getfd" else 0
+            assert (await stats(wire))["fds-kept"] == stored
 
 
 async def test_descriptors_that_are_not_stored_do_not_count(path: Path) -> None:
@@ -282,11 +282,11 @@ TOTALS = {"fdsets", "fds", "fds-kept", "closes-pending", "commands", "errors"}
 
 
 @pytest.mark.parametrize(
-    "fdsets, opaque, told",
+    "fdsets, opaque, output",
     [(None, None, True), (frozenset({0}), None, False), (None, ("*",), False)],
 )
 async def test_totals_only_for_clients_that_see_all(
-    path: Path, fdsets: frozenset[int] | None, opaque: tuple[str, ...] | None, told: bool
+    path: Path, fdsets: frozenset[int] | None, opaque: tuple[str, ...] | None, output: bool
 ) -> None:
     """A client that may not see all descriptors gets no totals, which would reveal others."""
     async with daemon(path) as server:
@@ -294,7 +294,7 @@ async def test_totals_only_for_clients_that_see_all(
             [session] = server.sessions
             session.context.change_access(Access((Grant(frozenset({"query"}), fdsets, opaque),)))
             found = await stats(wire)
-            assert TOTALS & found.keys() == (TOTALS if told else set())
+            assert TOTALS & found.keys() == (TOTALS if output else set())
             assert found["connections"] == 1
 
 

@@ -119,11 +119,11 @@ class Walk:
             for side, lines in zip(self.sides, both, strict=True)
         ]
         if replies[0] != replies[1]:
-            said = [
+            output = [
                 "\n  ".join([f"{side.peer.name}, {side.peer.said()}:", *map(repr, lines)])
                 for side, lines in zip(self.sides, both, strict=True)
             ]
-            raise AssertionError("\n".join(["they differ after", f"  {what}", *said]))
+            raise AssertionError("\n".join(["they differ after", f"  {what}", *output]))
 
     def _purge(self, step: Step) -> None:
         """Make QEMU close the fd that it keeps after a refused command; qmpfd must have none."""

@@ -113,9 +113,9 @@ class Program:
         """Close the program's standard input; return its last line."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        said = self.line()
+        output = self.line()
         self.process.wait(PATIENCE)
-        return said
+        return output
 
     def kill(self) -> None:
         """Kill the program with SIGKILL."""
@@ -252,9 +252,9 @@ def _once(path: Path, scenario: Scenario, *options: str) -> dict[str, dict[str, 
                 thread.join(PATIENCE)
                 assert not thread.is_alive()
             _clean_up(path)
-            said = probe.finish()
-            assert said, "the well-behaved client was cut off"
-            figures: dict[str, dict[str, float]] = json.loads(said)
+            output = probe.finish()
+            assert output, "the well-behaved client was cut off"
+            figures: dict[str, dict[str, float]] = json.loads(output)
         finally:
             probe.kill()
         assert daemon.process.poll() is None, "the daemon died"

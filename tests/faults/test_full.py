@@ -47,8 +47,8 @@ def test_accept_at_a_full_table(path: Path) -> None:
             before = harness.cpu()
             waiting = [harness.caller(negotiate=False) for _ in range(20)]
             for other in waiting:
-                told = other.reply()["error"]
-                assert "out of file descriptors" in told["desc"]
+                output = other.reply()["error"]
+                assert "out of file descriptors" in output["desc"]
                 assert other.reply() == {}
             time.sleep(max(SECONDS, 1))
             used = harness.cpu() - before

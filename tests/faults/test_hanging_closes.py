@@ -252,8 +252,8 @@ def test_the_looks_at_a_hung_file(path: Path) -> None:
         caller = harness.caller()
         value(caller.call("add-fd", {"opaque": "x"}, [number]))
         hang()
-        [told] = value(caller.call("query-fds"))
-        assert (told["kind"], told["access"]) == ("file", "rdwr")
+        [output] = value(caller.call("query-fds"))
+        assert (output["kind"], output["access"]) == ("file", "rdwr")
         refused = caller.call("add-fds", {"watch-hangup": True}, [number])
         assert "sockets or pipes" in refused["error"]["desc"]
         harness.close_in_thread(number)
@@ -271,9 +271,9 @@ def test_a_hung_file_by_the_name_of_a_memfd(path: Path) -> None:
             subprocess.run(["umount", "-l", files.folder], check=True)
             caller = harness.caller()
             value(caller.call("add-fd", None, [number]))
-            [told] = value(caller.call("query-fds"))
-            assert told["target"].startswith("/memfd:")
-            assert told["kind"] == "file"
+            [output] = value(caller.call("query-fds"))
+            assert output["target"].startswith("/memfd:")
+            assert output["kind"] == "file"
             files.hang("FLUSH", "RELEASE", "GETATTR")
             harness.close_in_thread(number)
             value(caller.call("remove-fd", {"fdset-id": 0}))

@@ -241,13 +241,13 @@ def test_expiries_are_counted_and_do_not_pile_up(store: Store) -> None:
         close(store.remove(0, number))
         assert len(store.expiries) == 8 - removed
         assert store.expiries.next() == (None if removed == 8 else 3 + removed)
-    kept = store.add(new_fd(), 1, create=True, lifetime=Lifetime(expires_at=5))
+    remaining = store.add(new_fd(), 1, create=True, lifetime=Lifetime(expires_at=5))
     for _ in range(500):  # without any expiry or query of the next one
         store.add(new_fd(), 0, create=True, lifetime=Lifetime(expires_at=1000))
         close(store.remove(0))
     assert len(store.expiries) == 1
     assert len(store.expiries._heap) <= 3
-    assert [stored.fd.fileno() for stored in kept.fds.values()] != []
+    assert [stored.fd.fileno() for stored in remaining.fds.values()] != []
     assert store.expiries.next() == 5
 
 

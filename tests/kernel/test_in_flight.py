@@ -18,5 +18,5 @@ def test_the_limit_of_descriptors_in_flight() -> None:
         pytest.skip("needs root with one of both capabilities, and setpriv")
     code = "from qmpfd.kernel.in_flight import in_flight_is_limited as limited; print(limited())"
     command = [setpriv, "--bounding-set=-sys_admin,-sys_resource", sys.executable, "-c", code]
-    told = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert told.stdout == "True\n"
+    output = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert output.stdout == "True\n"

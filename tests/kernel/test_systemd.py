@@ -34,10 +34,10 @@ class Manager:
 
     def until(self, line: str) -> list[str]:
         """Return all messages up to the first with a line that begins with *line*."""
-        told: list[str] = []
-        while not any(each.startswith(line) for each in told):
-            told += self._socket.recv(4096).decode().splitlines()
-        return told
+        output: list[str] = []
+        while not any(each.startswith(line) for each in output):
+            output += self._socket.recv(4096).decode().splitlines()
+        return output
 
     def close(self) -> None:
         self._socket.close()
@@ -79,11 +79,14 @@ def passing(
     passed: list[tuple[str, int]], *arguments: str, **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run `serve` with inherited descriptors and their names (sd_listen_fds_with_names(3))."""
-    told = {"LISTEN_FDS": str(len(passed)), "LISTEN_FDNAMES": ":".join(name for name, _ in passed)}
+    output = {
+        "LISTEN_FDS": str(len(passed)),
+        "LISTEN_FDNAMES": ":".join(name for name, _ in passed),
+    }
     numbers = [number for _, number in passed]
     process = subprocess.Popen(
         [sys.executable, "-c", PASS, ",".join(map(str, numbers)), *SERVE, *arguments],
-        env={**os.environ, **told, **environment},
+        env={**os.environ, **output, **environment},
         pass_fds=numbers,
     )
     try:
@@ -134,8 +137,8 @@ def test_reload(manager: Manager, tmp_path: Path) -> None:
         for content in ("", "bad"):  # READY=1 follows in both cases
             policy.write_text(content)
             process.send_signal(signal.SIGHUP)
-            told = manager.until("RELOADING=1")
-            assert any(line.startswith("MONOTONIC_USEC=") for line in told)
+            output = manager.until("RELOADING=1")
+            assert any(line.startswith("MONOTONIC_USEC=") for line in output)
             manager.until("READY=1")
 
 
@@ -279,8 +282,8 @@ def test_sockets_for_another_process(manager: Manager, tmp_path: Path) -> None:
         assert path.exists()
     finally:
         process.terminate()
-        _, said = process.communicate(timeout=DEADLINE)
-    assert f"LISTEN_PID=1 LISTEN_FDS=1 are not for this process, {process.pid}" in said
+        _, output = process.communicate(timeout=DEADLINE)
+    assert f"LISTEN_PID=1 LISTEN_FDS=1 are not for this process, {process.pid}" in output
 
 
 @pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])
@@ -326,15 +329,15 @@ def test_units_are_right(tmp_path: Path) -> None:
         (tmp_path / unit.name).write_text("\n".join(lines) + "\n")
     names = [unit.name.replace("@.", "@one.") for unit in UNITS]
     (tmp_path / "qmpfd@one.service").symlink_to("qmpfd@.service")
-    said = analyze("verify", *(str(tmp_path / name) for name in names)).splitlines()
-    assert [line for line in said if not line.endswith("ignoring: notify-reload")] == []
+    output = analyze("verify", *(str(tmp_path / name) for name in names)).splitlines()
+    assert [line for line in output if not line.endswith("ignoring: notify-reload")] == []
 
 
 @pytest.mark.parametrize("unit", [unit.name for unit in UNITS if unit.suffix == ".service"])
 def test_units_are_hardened(unit: str) -> None:
     path = next(each for each in UNITS if each.name == unit)
-    told = analyze("security", "--offline=true", "--threshold=20", str(path))
-    assert "Overall exposure level" in told
+    output = analyze("security", "--offline=true", "--threshold=20", str(path))
+    assert "Overall exposure level" in output
 
 
 def test_the_store_of_the_units() -> None:

@@ -213,8 +213,8 @@ def booted() -> Iterator[Machine]:
         yield Machine(_init_of(process))
     finally:
         process.kill()  # unshare's --kill-child kills process 1, and the kernel all others
-        said = process.communicate(timeout=DEADLINE)[0]
-        sys.stdout.write(said.decode(errors="replace"))
+        output = process.communicate(timeout=DEADLINE)[0]
+        sys.stdout.write(output.decode(errors="replace"))
         _remove_cgroup(group)
 
 

@@ -181,8 +181,8 @@ def test_a_socket_for_a_container_without_network(folder: Path) -> None:
         address = listener.getsockname()
         with container(folder, script, "--net") as process, socket.create_connection(address) as us:
             us.sendall(b"hello")
-            said, _ = process.communicate(timeout=DEADLINE)
-    assert said == "hello\n"
+            output, _ = process.communicate(timeout=DEADLINE)
+    assert output == "hello\n"
 
 
 def test_an_abstract_socket_belongs_to_its_network(folder: Path) -> None:

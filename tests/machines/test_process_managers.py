@@ -81,10 +81,10 @@ def s6_service(path: Path, *options: str) -> Iterator[Path]:
 
 def s6_pid(service: Path) -> int:
     """Return the process id of the service."""
-    told = subprocess.run(
+    output = subprocess.run(
         ["s6-svstat", "-o", "pid", str(service)], check=True, capture_output=True, text=True
     )
-    return int(told.stdout)
+    return int(output.stdout)
 
 
 @pytest.mark.parametrize("options", [[], ["--supervise"]], ids=["plain", "supervised"])

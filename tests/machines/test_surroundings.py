@@ -157,8 +157,8 @@ def test_a_locale_without_the_signs(path: Path, locale: Mapping[str, str]) -> No
     with daemon_process(path, env=locale):
         with connected(path) as client:
             client.execute("add-fd", {"opaque": name}, [0])
-        told = verb(path, "ls", "--json", env={**os.environ, **locale})
-        assert json.loads(told)[0]["fds"][0]["opaque"] == name
+        output = verb(path, "ls", "--json", env={**os.environ, **locale})
+        assert json.loads(output)[0]["fds"][0]["opaque"] == name
         shown = verb(path, "ls", env={**os.environ, **locale})
         assert name in shown.encode().decode("unicode_escape") or name in shown
         assert "qmpfd" in verb(path, "status", env={**os.environ, **locale})
@@ -210,13 +210,13 @@ def test_a_zipapp(path: Path, tmp_path: Path, options: Sequence[str]) -> None:
             (worker,) = children(process.pid)
             os.kill(worker, signal.SIGKILL)
         listed = [str(program), "ls", "--json", "--socket", str(path)]
-        told = subprocess.check_output(listed, cwd=tmp_path, env=WITH_LIBRARIES)
-        assert json.loads(told)[0]["fds"][0]["opaque"] == "kept"
+        output = subprocess.check_output(listed, cwd=tmp_path, env=WITH_LIBRARIES)
+        assert json.loads(output)[0]["fds"][0]["opaque"] == "kept"
     finally:
         process.terminate()
-        _, said = process.communicate(timeout=DEADLINE)
+        _, text = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0
-    assert b"Traceback" not in said
+    assert b"Traceback" not in text
 
 
 @pytest.mark.root

@@ -178,7 +178,7 @@ def test_reply(ready: ServerConnection, request_id: Any, sent: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "error, told",
+    "error, expected",
     [
         (CommandNotFound("x"), "CommandNotFound"),
         (GenericError("x"), "GenericError"),
@@ -186,10 +186,10 @@ def test_reply(ready: ServerConnection, request_id: Any, sent: bytes) -> None:
         (FdNotSupplied("x"), "GenericError"),
     ],
 )
-def test_error_classes_by_dialect(error: QMPError, told: str) -> None:
+def test_error_classes_by_dialect(error: QMPError, expected: str) -> None:
     spec, qemu = ServerConnection(DECODER), ServerConnection(DECODER, qemu_classes=True)
     assert json.loads(spec.reply(Error(error), 1))["error"]["class"] == type(error).__name__
-    assert json.loads(qemu.reply(Error(error), 1))["error"]["class"] == told
+    assert json.loads(qemu.reply(Error(error), 1))["error"]["class"] == expected
 
 
 IDS = [
@@ -228,10 +228,10 @@ def test_a_flood_of_errors_is_answered_within_bounds(ready: ServerConnection) ->
     assert reads <= MAX_ERRORS_IN_A_ROW // SLOW_PATH_BYTES + 1
     for count in (SLOW_PATH_BYTES, 1, 1, 2, SLOW_PATH_BYTES):
         receive(ready, b"}" * count)
-        told = 0
+        replies = 0
         while ready.ready:
-            told += ready.next_request() is not None
-        assert told == 1
+            replies += ready.next_request() is not None
+        assert replies == 1
     # A valid request ends the flood, and is always answered.
     found = asked(ready, b"}" * 10 + b'{"execute":"query-name"}' + b"}" * 10)
     assert found[1] == ("query-name", UNSET)
@@ -300,11 +300,11 @@ def test_a_good_request_after_a_reset(data: bytes) -> None:
 @pytest.fixture
 def client() -> ClientConnection:
     client = ClientConnection()
-    assert told(client, b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\r\n') == []
+    assert messages_in(client, b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\r\n') == []
     return client
 
 
-def told(client: ClientConnection, data: bytes) -> list[Reply | QMPEvent]:
+def messages_in(client: ClientConnection, data: bytes) -> list[Reply | QMPEvent]:
     receive(client, data)
     return list(client.messages())
 
@@ -315,7 +315,7 @@ def test_client_states(client: ClientConnection) -> None:
     client.negotiated()
     assert state(client) is State.COMMANDS
     with pytest.raises(ProtocolError):
-        told(client, b'{"QMP": {}}\r\n')
+        messages_in(client, b'{"QMP": {}}\r\n')
     client.close()
     assert state(client) is State.CLOSED
 
@@ -371,20 +371,20 @@ def test_messages_in_any_split(cuts: list[int]) -> None:
     client = ClientConnection()
     found: list[Reply | QMPEvent] = []
     for chunk in pieces(b'{"QMP": {}}\r\n' + STREAM, cuts):
-        found += told(client, chunk)
+        found += messages_in(client, chunk)
     assert list(map(shown, found)) == EXPECTED
 
 
 def test_messages_byte_by_byte(client: ClientConnection) -> None:
-    found = [shown(message) for byte in bytewise(STREAM) for message in told(client, byte)]
+    found = [shown(message) for byte in bytewise(STREAM) for message in messages_in(client, byte)]
     assert found == EXPECTED
 
 
 def test_pretty_replies(client: ClientConnection) -> None:
     """Replies of several lines, as QEMU sends them with pretty=on."""
     pretty = b'{\r\n    "return": {\r\n    },\r\n    "id": 1\r\n}\r\n'
-    assert list(map(shown, told(client, pretty * 2))) == [(1, {}), (1, {})]
-    found = [shown(message) for byte in bytewise(pretty) for message in told(client, byte)]
+    assert list(map(shown, messages_in(client, pretty * 2))) == [(1, {}), (1, {})]
+    found = [shown(message) for byte in bytewise(pretty) for message in messages_in(client, byte)]
     assert found == [(1, {})]
 
 
@@ -393,7 +393,7 @@ def test_pretty_replies(client: ClientConnection) -> None:
 )
 def test_no_qmp_server(data: bytes) -> None:
     with pytest.raises(ProtocolError, match="not a QMP server"):
-        told(ClientConnection(), data)
+        messages_in(ClientConnection(), data)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_invalid_messages_of_a_server(data: bytes) -> None:
     """Invalid messages of a server raise ProtocolError or are decoded; nothing else happens."""
     client = ClientConnection()
     try:
-        found = told(client, data + b"\r\n")
+        found = messages_in(client, data + b"\r\n")
     except ProtocolError:
         return
     assert client.greeting is None
@@ -430,25 +430,25 @@ def test_invalid_messages_of_a_server(data: bytes) -> None:
 def test_a_reply_that_never_ends() -> None:
     client = ClientConnection(max_reply_bytes=1000)
     for _ in range(100):
-        assert told(client, b"[1, 2, ") == []
+        assert messages_in(client, b"[1, 2, ") == []
     with pytest.raises(ProtocolError, match="limit exceeded"):
-        told(client, b"[1, 2, " * 150)
+        messages_in(client, b"[1, 2, " * 150)
 
 
-@pytest.mark.parametrize("said", [b"x", b"[", b'{"a":', b'"text" ', b"{}"])
+@pytest.mark.parametrize("output", [b"x", b"[", b'{"a":', b'"text" ', b"{}"])
 @pytest.mark.parametrize("end", [b"", b"\n"], ids=["endless", "line"])
-def test_a_long_line_that_is_no_message(said: bytes, end: bytes) -> None:
+def test_a_long_line_that_is_no_message(output: bytes, end: bytes) -> None:
     """A long invalid line is not parsed token by token, which can take 40 s for 1 MiB."""
     client = ClientConnection(max_reply_bytes=1 << 20)
     with pytest.raises(ProtocolError, match="no whole message in a long line"):
-        told(client, said * (1 << 20) + said + end)
+        messages_in(client, output * (1 << 20) + output + end)
 
 
-@pytest.mark.parametrize("said", [b"[", b"]", b"x "])
-def test_nothing_is_read_behind_an_error(said: bytes) -> None:
+@pytest.mark.parametrize("output", [b"[", b"]", b"x "])
+def test_nothing_is_read_behind_an_error(output: bytes) -> None:
     client = ClientConnection()
     with pytest.raises(ProtocolError, match="not a QMP server"):
-        told(client, said * 4096 + b"\n")
+        messages_in(client, output * 4096 + b"\n")
     assert not client.ready
 
 

@@ -422,8 +422,8 @@ def test_parsers_without_input_lose_their_budget() -> None:
         assert results(parser, [b'{"a": ["', b"x" * 9_000]) == []
     assert results(Parser(LIMIT, budget, "same"), [b'"', b"x" * 30_000, b'"']) == ["x" * 30_000]
     assert budget.used <= 100_000
-    told = [results(parser, [b'x"', b']} {"b": 1}']) for parser in silent]
-    assert told == [[TOO_BIG, {"b": 1}]] * 3 + [[{"a": ["x" * 9_000 + "x"]}, {"b": 1}]] * 7
+    output = [results(parser, [b'x"', b']} {"b": 1}']) for parser in silent]
+    assert output == [[TOO_BIG, {"b": 1}]] * 3 + [[{"a": ["x" * 9_000 + "x"]}, {"b": 1}]] * 7
     assert budget.used == 0
 
 

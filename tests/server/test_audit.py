@@ -273,8 +273,8 @@ def test_a_full_disk(path: Path) -> None:
         trio.run(use)
         process.signal(signal.SIGTERM)
         process.wait()
-        said = [line for line in process.log if "audit trail" in line]
-    assert len(said) == 1
+        output = [line for line in process.log if "audit trail" in line]
+    assert len(output) == 1
 
 
 def test_a_short_write_ends_its_line(tmp_path: Path) -> None:

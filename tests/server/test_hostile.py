@@ -329,8 +329,8 @@ async def test_another_user_is_rejected() -> None:
         async with daemon(path, socket_mode=0o666):
             command = [sys.executable, "-S", "-E", "-c", script, os.fspath(path)]
             run = partial(subprocess.run, command, capture_output=True, check=True)
-            told = json.loads((await trio.to_thread.run_sync(run)).stdout)
-            assert told["error"]["class"] == "PermissionDenied"
+            output = json.loads((await trio.to_thread.run_sync(run)).stdout)
+            assert output["error"]["class"] == "PermissionDenied"
             with await Wire.session(path) as wire:
                 assert value(await wire.call("query-name")) == {}
     finally:

@@ -86,8 +86,8 @@ async def test_limits_on_connections(option: str, desc: str, path: Path) -> None
     ):
         for _ in range(3):
             with await Wire.connect(path) as three:
-                [told] = await three.rest()
-                assert (error(told), told["error"]["desc"]) == ("GenericError", desc)
+                [output] = await three.rest()
+                assert (error(output), output["error"]["desc"]) == ("GenericError", desc)
         stats = value(await one.call("query-stats"))
         assert (stats["connections"], stats["connections-refused"]) == (2, 3)
         two.close()
@@ -123,9 +123,9 @@ async def test_write_timeout(path: Path) -> None:
 
 async def test_idle_timeout(path: Path) -> None:
     with daemon_process(path, "--idle-timeout", "0.5"), await Wire.session(path) as wire:
-        told, *more = await wire.rest()
+        output, *more = await wire.rest()
         assert not more
-        assert "Idle for more than 0.5 s" in told["error"]["desc"]
+        assert "Idle for more than 0.5 s" in output["error"]["desc"]
 
 
 # -- time --------------------------------------------------------------------------------------
@@ -138,9 +138,9 @@ async def test_a_client_that_never_negotiates_is_disconnected(
         with await Wire.connect(path) as silent, await Wire.session(path) as other:
             await silent.reply()
             start = trio.current_time()
-            [told] = await silent.rest()
+            [output] = await silent.rest()
             assert NEGOTIATION_TIMEOUT <= trio.current_time() - start <= NEGOTIATION_TIMEOUT + 2
-            assert "No 'qmp_capabilities' within 60 s" in told["error"]["desc"]
+            assert "No 'qmp_capabilities' within 60 s" in output["error"]["desc"]
             assert value(await other.call("query-name")) == {}
 
 
@@ -172,18 +172,18 @@ async def test_no_error_follows_an_incomplete_reply(path: Path) -> None:
     assert b"No 'qmp" not in rest
 
 
-@pytest.mark.parametrize("said", [b" ", b"7 ", request("query-name")], ids=["blank", "7", "early"])
+@pytest.mark.parametrize("text", [b" ", b"7 ", request("query-name")], ids=["blank", "7", "early"])
 async def test_other_input_does_not_extend_the_time_to_negotiate(
-    said: bytes, path: Path, autojump_clock: MockClock
+    text: bytes, path: Path, autojump_clock: MockClock
 ) -> None:
     """Blanks and refused requests do not extend the time to negotiate."""
     async with daemon(path):
         with await Wire.connect(path) as wire:
             for _ in range(5):
-                wire.send(said)
+                wire.send(text)
                 await trio.sleep(NEGOTIATION_TIMEOUT / 4)
-            told = (await wire.rest())[-1]
-            assert "No 'qmp_capabilities'" in told["error"]["desc"]
+            output = (await wire.rest())[-1]
+            assert "No 'qmp_capabilities'" in output["error"]["desc"]
 
 
 async def test_a_client_that_sends_requests_is_not_idle(
@@ -198,8 +198,8 @@ async def test_a_client_that_sends_requests_is_not_idle(
                     try:
                         babbling.send(b" ")
                     except BrokenPipeError:
-                        [told] = await babbling.rest()
-                        assert "Idle for more than 10 s" in told["error"]["desc"]
+                        [output] = await babbling.rest()
+                        assert "Idle for more than 10 s" in output["error"]["desc"]
                         babbling.close()
             assert babbling.sock.fileno() < 0
             start = trio.current_time()

@@ -142,8 +142,8 @@ async def test_a_rejection_that_cannot_be_sent(path: Path, monkeypatch: pytest.M
                 with await Wire.connect(path) as other:
                     assert await other.rest() == []
             with await Wire.connect(path) as other:
-                [told] = await other.rest()
-                assert error(told) == "GenericError"
+                [output] = await other.rest()
+                assert error(output) == "GenericError"
             with pipes(1) as made:
                 wire.send(ADD, made)
                 assert value(await wire.reply())["fdset-id"] == 0

@@ -257,8 +257,8 @@ async def test_error_classes_in_each_dialect(path: Path, dialect: str) -> None:
         with await Wire.session(path) as wire:
             for sent, kind, desc in expected:
                 wire.send(sent)
-                told = kind if dialect == "spec" or kind == "CommandNotFound" else "GenericError"
-                assert await wire.reply() == {"error": {"class": told, "desc": desc}}
+                output = kind if dialect == "spec" or kind == "CommandNotFound" else "GenericError"
+                assert await wire.reply() == {"error": {"class": output, "desc": desc}}
 
 
 # -- the connection ----------------------------------------------------------------------------

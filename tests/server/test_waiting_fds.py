@@ -212,12 +212,12 @@ async def test_the_in_flight_limit_is_used_up_for_the_parent() -> None:
     near, far = socket.socketpair()
     with _unprivileged("--supervise") as process, near, far, Pipe() as pipe, ExitStack() as stack:
         wire = stack.enter_context(await _session(process, OTHER))
-        kept = value(await wire.call("add-fd", None, [pipe]))
+        stored = value(await wire.call("add-fd", None, [pipe]))
         with _hoarded(near, pipe), trio.fail_after(3):
             refused = await wire.call("add-fd", None, [pipe])
             assert f"uid {DAEMON} have sent wait to be received" in refused["error"]["desc"]
             assert len(value(await wire.call("query-fdsets"))) == 1
-            value(await wire.call("remove-fd", {"fdset-id": kept["fdset-id"]}))
+            value(await wire.call("remove-fd", {"fdset-id": stored["fdset-id"]}))
         far.close()
         value(await wire.call("add-fd", None, [pipe]))
 

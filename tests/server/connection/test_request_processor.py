@@ -115,7 +115,7 @@ class Harness:
         (entry,) = self.server.daemon.store.everything()
         return entry.fd.number
 
-    def told(self) -> bytes:
+    def received(self) -> bytes:
         """Return the bytes that the client has received."""
         try:
             return self.its._sock.recv(4096)  # type: ignore[attr-defined, no-any-return]
@@ -151,10 +151,10 @@ async def running() -> AsyncGenerator[Harness, None]:
 async def test_a_reply_waits_for_the_acknowledgement() -> None:
     async with running() as harness:
         number = harness.add()
-        assert harness.told() == b""
+        assert harness.received() == b""
         assert [each.data for each in harness.processor.unsent] == [ADDED % number]
         harness.durability.acknowledge()
-        assert harness.told() == ADDED % number
+        assert harness.received() == ADDED % number
         assert not harness.processor.is_busy
         assert harness.processor.unsent == []
         assert harness.drained == 1  # events held back meanwhile may be sent now
@@ -163,7 +163,7 @@ async def test_a_reply_waits_for_the_acknowledgement() -> None:
 async def test_a_reply_without_changes_does_not_wait() -> None:
     async with running() as harness:
         assert harness.ask(ASK, synced=False)
-        assert harness.told() == DONE
+        assert harness.received() == DONE
 
 
 async def test_a_removed_fd_is_closed_between_acknowledgement_and_reply() -> None:
@@ -171,13 +171,13 @@ async def test_a_removed_fd_is_closed_between_acknowledgement_and_reply() -> Non
         read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         with Fd(read_end), Fd(write_end) as fd:
             assert harness.ask(ADD, fd=fd)
-        harness.told()
+        harness.received()
         assert harness.ask(REMOVE, synced=False)
         number = harness.connection.fds_to_close[0].number
         os.fstat(number)  # still open: the mirror closes its duplicate first
         harness.durability.acknowledge()
         assert harness.connection.fds_to_close == []
-        assert harness.told() == DONE
+        assert harness.received() == DONE
 
 
 async def test_the_next_request_waits_for_the_reply() -> None:
@@ -188,20 +188,20 @@ async def test_the_next_request_waits_for_the_reply() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(harness.processor.process)
             await trio.testing.wait_all_tasks_blocked()
-            assert harness.told() == b""
+            assert harness.received() == b""
             harness.durability.acknowledge()
-        assert harness.told() == ADDED % number + DONE
+        assert harness.received() == ADDED % number + DONE
 
 
 async def test_events_wait_for_the_acknowledgement() -> None:
     async with running() as harness:
         harness.durability.is_synced = False
         assert not harness.processor.send_events(b"event\r\n")
-        assert harness.told() == b""
+        assert harness.received() == b""
         harness.durability.acknowledge()
-        assert harness.told() == b"event\r\n"
+        assert harness.received() == b"event\r\n"
         assert harness.processor.send_events(b"other\r\n")
-        assert harness.told() == b"other\r\n"
+        assert harness.received() == b"other\r\n"
 
 
 async def test_events_while_the_processor_waits_for_the_lock() -> None:
@@ -214,10 +214,10 @@ async def test_events_while_the_processor_waits_for_the_lock() -> None:
             harness.durability.is_synced = False
             assert not harness.processor.send_events(b"event\r\n")
         await trio.testing.wait_all_tasks_blocked()
-        assert harness.told() == b""
+        assert harness.received() == b""
         harness.durability.acknowledge()
         await trio.testing.wait_all_tasks_blocked()
-        assert harness.told() == b"event\r\n" + DONE
+        assert harness.received() == b"event\r\n" + DONE
 
 
 async def test_events_that_cannot_be_sent(caplog: pytest.LogCaptureFixture) -> None:
@@ -243,11 +243,11 @@ async def test_nothing_is_sent_while_paused() -> None:
         harness.pause()
         harness.durability.acknowledge()
         await trio.testing.wait_all_tasks_blocked()
-        assert harness.told() == b""
+        assert harness.received() == b""
         assert [each.data for each in harness.processor.unsent] == [ADDED % number]
         harness.resume()
         await trio.testing.wait_all_tasks_blocked()
-        assert harness.told() == ADDED % number
+        assert harness.received() == ADDED % number
 
 
 async def test_a_pause_during_the_wait_for_an_acknowledgement() -> None:
@@ -262,9 +262,9 @@ async def test_a_pause_during_the_wait_for_an_acknowledgement() -> None:
             assert harness.processor.state is BatchState.COMMITTING
             harness.resume()
             await trio.testing.wait_all_tasks_blocked()
-            assert harness.told() == b""
+            assert harness.received() == b""
             harness.durability.acknowledge()
-        assert harness.told() == ADDED % number + DONE
+        assert harness.received() == ADDED % number + DONE
 
 
 async def test_closed_with_uncommitted_replies() -> None:
@@ -273,7 +273,7 @@ async def test_closed_with_uncommitted_replies() -> None:
         harness.add()
         harness.processor.close()
         harness.durability.acknowledge()
-        assert harness.told() == b""
+        assert harness.received() == b""
         assert harness.processor.unsent == []
 
 

@@ -179,8 +179,8 @@ async def test_two_tasks_that_send(autojump_clock: trio.testing.MockClock) -> No
             nursery.start_soon(send, b"def")
             await trio.testing.wait_all_tasks_blocked()
             harness.stream.room = 100
-        told = b"".join(data for data, _ in harness.stream.sent)
-        assert sorted((told[:3], told[3:])) == [b"abc", b"def"]
+        output = b"".join(data for data, _ in harness.stream.sent)
+        assert sorted((output[:3], output[3:])) == [b"abc", b"def"]
 
 
 async def test_a_buffer_above_its_limit_is_discarded(caplog: pytest.LogCaptureFixture) -> None:

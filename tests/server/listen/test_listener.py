@@ -83,8 +83,8 @@ def test_one_of_several_processes_replaces_a_stale_file(tmp_path: Path) -> None:
             for contender in contenders:
                 assert contender.stdin is not None
                 contender.stdin.write(f"{path}\n")  # also closes the socket of the last path
-            said = [each.stdout.readline() for each in contenders if each.stdout is not None]
-            assert sorted(said) == ["bound\n", *["in use\n"] * 3]
+            output = [each.stdout.readline() for each in contenders if each.stdout is not None]
+            assert sorted(output) == ["bound\n", *["in use\n"] * 3]
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
                 client.connect(os.fspath(path))
     finally:

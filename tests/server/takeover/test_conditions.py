@@ -630,8 +630,8 @@ def test_sigint_to_the_successor(
         for step in range(1, 60, 7):
             successor = start("--takeover", where=where, step=step, number=signal.SIGINT)
             assert successor.wait() == 130
-            told = [line for line in successor.said.splitlines() if not line.startswith("STEP")]
-            assert len(told) <= 2, successor.said
+            output = [line for line in successor.said.splitlines() if not line.startswith("STEP")]
+            assert len(output) <= 2, successor.said
         assert old.poll() is None
         assert len(client.execute("query-fdsets")) == 1
 

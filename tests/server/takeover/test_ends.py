@@ -77,9 +77,9 @@ class FakeSuccessor:
     def more(self) -> bytes:
         """Request more descriptors; return the predecessor's answer."""
         self.sock.sendall(b"n")
-        said, fds, _ = receive(self.sock, 1)
+        output, fds, _ = receive(self.sock, 1)
         self.passed += fds
-        return said
+        return output
 
     def __enter__(self) -> FakeSuccessor:
         return self
@@ -311,9 +311,9 @@ def test_a_successor_that_is_refused_at_last(path: Path, options: tuple[str, ...
         successor = subprocess.Popen([*command, *options], stderr=subprocess.PIPE)
         try:
             assert old_to_the_end(listener, path, pipe) == CONFIRM
-            _, said = successor.communicate(timeout=PATIENCE)
+            _, output = successor.communicate(timeout=PATIENCE)
             assert successor.returncode == 3
-            assert b"cancelled the takeover" in said
+            assert b"cancelled the takeover" in output
             assert path.exists()
         finally:
             successor.kill()
@@ -469,15 +469,15 @@ def test_a_second_takeover_at_the_same_time_is_refused(path: Path, stepper: Step
         for sock in socks:
             sock.sendall(request)
         old.signal(signal.SIGCONT)
-        told = []
+        output = []
         for sock in socks:
             with sock:
                 sock.setblocking(True)
                 sock.settimeout(PATIENCE)
                 data, fds, _ = receive(sock, 1000)
                 close_all(fds)
-                told.append(data)
+                output.append(data)
         # The second may have been read only after the first had disconnected.
-        assert b'"return"' in told[0] + told[1]
-        assert all(b'"return"' in data or b"is being taken over" in data for data in told)
+        assert b'"return"' in output[0] + output[1]
+        assert all(b'"return"' in data or b"is being taken over" in data for data in output)
         assert client.execute("query-name") == {}

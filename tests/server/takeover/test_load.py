@@ -156,8 +156,8 @@ def test_under_load(path: Path, stepper: Stepper) -> None:
     sock.setblocking(True)
     sock.settimeout(PATIENCE)
     try:
-        with Pipe() as kept:
-            added = keeper.execute("add-fds", {"opaque": "kept"}, [kept] * 200)
+        with Pipe() as stored:
+            added = keeper.execute("add-fds", {"opaque": "kept"}, [stored] * 200)
             keeper.execute("remove-fd", {"fdset-id": 0, "fd": added["fds"][7]["fd"]})
             before = keeper.execute("query-fdsets")
             watcher.execute("watch-fdsets", {"enable": True})
@@ -177,9 +177,9 @@ def test_under_load(path: Path, stepper: Stepper) -> None:
             assert set(load.rounds) == {*holders, "pipeliner", "comer", "watcher"}
             # When the daemon has read the end of the last comer, its descriptor is closed.
             until(lambda: keeper.execute("query-fdsets") == before)
-            kept.release()
+            stored.release()
             keeper.execute("remove-fd", {"fdset-id": 0})
-            assert not kept.held()
+            assert not stored.held()
             events.until("kept", 199)
             # Each event came once: a holder's round has three, a comer's one.
             for name in holders:
@@ -254,7 +254,7 @@ class Watched:
             self.take("")
 
 
-def told(client: BlockingClient, expected: int) -> tuple[list[Any], int]:
+def events_of(client: BlockingClient, expected: int) -> tuple[list[Any], int]:
     """Return all events that a slow watcher receives, and the number of lost ones."""
     numbers, lost = [], 0
     for event in client.events():
@@ -284,7 +284,7 @@ def test_a_watcher_that_is_slow(path: Path, stepper: Stepper, given_up: bool) ->
             successor = start_daemon(stepper, path, 1)
             assert old.wait() == 0
         client.execute("remove-fd", {"fdset-id": made - 1})
-        numbers, lost = told(watcher, made + 1)
+        numbers, lost = events_of(watcher, made + 1)
         assert numbers[: made - 1] == list(range(made - 1))
         assert not lost
         client.execute("quit")

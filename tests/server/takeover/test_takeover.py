@@ -30,12 +30,12 @@ def start(path: Path, *options: str) -> Daemon:
 def until_serving(daemon: Daemon) -> None:
     """Wait for the log line of a serving daemon."""
     assert daemon.stderr is not None
-    told = []
+    output = []
     for line in daemon.stderr:
-        told.append(line.decode())
+        output.append(line.decode())
         if b"listening" in line:
             return
-    raise AssertionError(f"it ended with {daemon.wait()}: {''.join(told)}")
+    raise AssertionError(f"it ended with {daemon.wait()}: {''.join(output)}")
 
 
 def end(daemon: Daemon) -> None:
