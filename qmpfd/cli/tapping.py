@@ -43,16 +43,20 @@ def show(from_client: bool, line: str, fds: int) -> None:
 
 
 async def _carry(source: FdStream, sink: FdStream, shown: Callable[[str, int], None]) -> None:
-    """Relay bytes and descriptors from *source* to *sink*, and call *shown* for each line."""
+    """Relay bytes and descriptors from *source* to *sink*, and call *shown* for each line.  If the
+    kernel has dropped descriptors, end: *sink* would take the rest for all.
+    """
     unfinished, fds_of_line = b"", 0
     while True:
         try:
             await source.wait_readable()
-            data, fds, _ = receive(source.socket, READ_BYTES)
+            data, fds, lost = receive(source.socket, READ_BYTES)
         except _DISCONNECTED:
             break
         try:
-            if not data:
+            if lost:
+                print_error(f"qmpfd: descriptors were lost, and their connection is closed: {lost}")
+            if not data or lost:
                 break
             *lines, unfinished = (unfinished + data).split(b"\n")
             # recvmsg(2) stops after bytes sent with descriptors: they belong to the last line.

@@ -6,6 +6,7 @@ Tests of cli/tapping.py.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 from helpers import PATIENCE, ROOT, daemon_process
+
+from qmpfd.client.blocking import BlockingClient, NoDaemon
 
 from .command import DONE, NO_DAEMON, REFUSED, run
 
@@ -72,6 +75,26 @@ def test_an_error_names_the_obstacle(tmp_path: Path) -> None:
         ran = run("tap", str(listen), "/nowhere")
         assert (ran.returncode, ran.stderr.count("\n")) == (REFUSED, 1)
         assert f"cannot listen on {listen}: " in ran.stderr
+
+
+def test_descriptors_that_the_tap_cannot_receive(path: Path) -> None:
+    """The server must not get a part of them: the connection ends, and no other one."""
+    listen = path.with_name("tap.sock")
+    command = [sys.executable, "-m", "qmpfd", "tap", os.fspath(listen), os.fspath(path)]
+    with daemon_process(path):
+        tap = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        with tap:
+            try:
+                assert run("status", "--socket", str(listen), "--wait", "60").returncode == DONE
+                with BlockingClient(listen, PATIENCE) as other:
+                    resource.prlimit(tap.pid, resource.RLIMIT_NOFILE, (40, 40))
+                    with BlockingClient(listen, PATIENCE) as client, pytest.raises(NoDaemon):
+                        client.execute("add-fds", {}, [0] * 100)
+                    assert other.execute("query-fdsets") == []
+            finally:
+                tap.terminate()
+            assert tap.stderr is not None
+            assert "descriptors were lost" in tap.stderr.read()
 
 
 def test_tap(path: Path) -> None:
