@@ -99,14 +99,14 @@ def _serve(arguments: argparse.Namespace, origin: Origin, store_size: int) -> No
     passed = any(each.path is None for each in origin.recovered.state.listeners)
     paths = arguments.socket or ([] if origin.sockets or passed else [Path(default_socket())])
     policy = None if arguments.policy is None else read_policy(arguments.policy)
+    inherited = [*origin.recovered.others, *(each.fd for each in origin.sockets)]
+    if not arguments.takeover:  # a predecessor may listen with a duplicate of an inherited socket
+        paths = takeover.still_to_bind(paths, (), inherited)
     predecessor = _prepare_takeover(arguments, origin, paths)
     state = origin.recovered.state
     if predecessor is not None:
-        state = predecessor.state
-    # The predecessor listened at the first path, perhaps with a service manager's socket.
-    if predecessor is not None or any(each.path is None for each in state.listeners):
-        paths = paths[1:]
-    paths = takeover.still_to_bind(paths, state.listeners)
+        state, paths = predecessor.state, paths[1:]
+    paths = takeover.still_to_bind(paths, state.listeners, inherited)
     # Only now: the import of Trio opens a descriptor, which must not get a restored one's number.
     from ..kernel.binding import Permissions
     from ..server.server import DaemonServer

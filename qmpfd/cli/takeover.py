@@ -9,8 +9,10 @@ from pathlib import Path
 
 from ..client.blocking import NoDaemon
 from ..kernel.binding import identity
+from ..kernel.fd import Fd
 from ..kernel.renumber import Movable
 from ..kernel.systemd import invocation_id
+from ..kernel.unix_address import bound_path
 from ..server.saved_state import SavedListener
 from ..server.takeover import receiver
 
@@ -61,9 +63,18 @@ def follow_moved(paths: Iterable[Path], listeners: Iterable[SavedListener]) -> N
                 each.path = os.fsencode(path)
 
 
-def still_to_bind(paths: Iterable[Path], listeners: Iterable[SavedListener]) -> list[Path]:
-    """Return those of *paths* that are not among the predecessor's *listeners*."""
+def still_to_bind(
+    paths: Iterable[Path], listeners: Iterable[SavedListener], inherited: Iterable[Fd]
+) -> list[Path]:
+    """Return those of *paths* at which no socket listens that this process has, or gets.
+
+    Args:
+        paths: the paths of the command line.
+        listeners: the sockets of the predecessor, or of this daemon before a restart.
+        inherited: listening sockets that this process has inherited.
+    """
     served = [Path(os.fsdecode(each.path)) for each in listeners if each.path is not None]
+    served += filter(None, map(bound_path, inherited))
     return [path for path in paths if not any(_is_same(path, old) for old in served)]
 
 

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from .fd import BorrowedSocket, Fd, FileDescriptorLike
 
@@ -95,6 +96,20 @@ def listens(fd: FileDescriptorLike) -> bool:
             return is_stream and bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     except OSError:  # not a socket
         return False
+
+
+def bound_path(fd: FileDescriptorLike) -> Path | None:
+    """Return the path, or ``@NAME``, that a Unix socket is bound to; None if it is not bound.
+
+    Args:
+        fd: the socket.
+
+    Raises:
+        OSError: *fd* is no socket.
+    """
+    with BorrowedSocket(fd) as sock:
+        name = os.fsdecode(sock.getsockname())
+    return Path(name.replace("\0", "@", 1)) if name else None
 
 
 def _bind_in_folder(sock: socket.socket, folder: bytes, name: bytes) -> None:

@@ -12,7 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -239,48 +239,69 @@ def _answers(path: Path) -> bool:
         return sock.connect_ex(os.fspath(path)) == 0
 
 
-def test_a_socket_of_a_service_manager(path: Path, tmp_path: Path) -> None:
-    """A takeover from a service is refused: its manager would start another daemon."""
-    with socket.socket(socket.AF_UNIX) as listener, Fd(os.memfd_create("x")) as file:
-        listener.bind(os.fspath(path))
+@contextmanager
+def activated(
+    where: str, log: Path, *options: str, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a daemon that inherits a socket which listens at *where*: a path, or ``@NAME``."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(where.replace("@", "\0", 1))
         listener.listen()
         shell = f'exec 3<&{listener.fileno()}; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
-        activated = ["bash", "-c", shell, "bash", *SERVE]
-        service = {**os.environ, "INVOCATION_ID": "0123456789abcdef"}
-        log = tmp_path / "old.log"
-        with (
-            served(activated, log, pass_fds=[listener.fileno()], env=service),
-            BlockingClient(path, PATIENCE) as client,
-        ):
-            client.execute("add-fd", {"opaque": "kept"}, [file])
-            command = [*SERVE, "--takeover", "--socket", str(path)]
-            for environment in (os.environ, {**os.environ, "INVOCATION_ID": "fedcba"}):
-                done = subprocess.run(
-                    command, stderr=subprocess.PIPE, env=environment, timeout=PATIENCE, check=False
-                )
-                assert done.returncode == 3
-                assert done.stderr.count(b"\n") == 1
-                assert b"service manager" in done.stderr
-            assert len(client.execute("query-fdsets")) == 1
+        command = ["bash", "-c", shell, "bash", *SERVE, *options]
+        with served(command, log, pass_fds=[listener.fileno()], env=env) as process:
+            yield process
+
+
+def test_a_socket_of_a_service_manager(path: Path, tmp_path: Path) -> None:
+    """A takeover from a service is refused: its manager would start another daemon."""
+    service = {**os.environ, "INVOCATION_ID": "0123456789abcdef"}
+    with activated(str(path), tmp_path / "old.log", env=service), connected(path) as client:
+        client.execute("add-fd", {"opaque": "kept"}, [0])
+        command = [*SERVE, "--takeover", "--socket", str(path)]
+        for environment in (os.environ, {**os.environ, "INVOCATION_ID": "fedcba"}):
+            done = subprocess.run(
+                command, stderr=subprocess.PIPE, env=environment, timeout=PATIENCE, check=False
+            )
+            assert done.returncode == 3
+            assert done.stderr.count(b"\n") == 1
+            assert b"service manager" in done.stderr
+        assert len(client.execute("query-fdsets")) == 1
 
 
 def test_a_crash_after_a_takeover_of_an_inherited_socket(path: Path, tmp_path: Path) -> None:
     """The successor has the socket, and does not bind its path when its worker is restarted."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.fspath(path))
-        listener.listen()
-        shell = f'exec 3<&{listener.fileno()}; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
-        activated = ["bash", "-c", shell, "bash", *SERVE]
-        with served(activated, tmp_path / "old.log", pass_fds=[listener.fileno()]) as old:
+    with activated(str(path), tmp_path / "old.log") as old:
+        with connected(path) as client:
+            client.execute("add-fd", {"opaque": "kept"}, [0])
+        command = [*SERVE, "--takeover", "--supervise", "--socket", str(path)]
+        with served(command, tmp_path / "new.log") as new:
+            assert old.wait(PATIENCE) == 0
+            (worker,) = children(new.pid)
+            os.kill(worker, signal.SIGKILL)
             with connected(path) as client:
-                client.execute("add-fd", {"opaque": "kept"}, [0])
-            command = [*SERVE, "--takeover", "--supervise", "--socket", str(path)]
-            with served(command, tmp_path / "new.log") as new:
-                assert old.wait(PATIENCE) == 0
-                (worker,) = children(new.pid)
-                os.kill(worker, signal.SIGKILL)
-                with connected(path) as client:
-                    assert client.execute("query-fdsets")[0]["fds"][0]["opaque"] == "kept"
+                assert client.execute("query-fdsets")[0]["fds"][0]["opaque"] == "kept"
+
+
+@pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
+@pytest.mark.parametrize("options", [[], ["--replace"], ["--supervise", "--replace"]], ids=" ".join)
+def test_an_inherited_socket_at_the_given_path(
+    path: Path, tmp_path: Path, options: list[str], abstract: bool
+) -> None:
+    """``--socket`` names the inherited socket: nothing is bound there, and nobody serves there."""
+    where = f"@{path.name}-{os.getpid()}" if abstract else str(path)
+    other = tmp_path / "other"
+    sockets = ["--socket", where, "--socket", str(other)]
+    with activated(where, tmp_path / "log", *options, *sockets) as daemon:
+        with connected(Path(where)) as client:
+            client.execute("add-fd", {"opaque": "kept"}, [0])
+        if "--supervise" in options:
+            (worker,) = children(daemon.pid)
+            os.kill(worker, signal.SIGKILL)
+        for each in (Path(where), other):
+            with connected(each) as client:
+                assert client.execute("query-fdsets")[0]["fds"][0]["opaque"] == "kept"
+    assert abstract or path.exists()  # the service manager's file
 
 
 @pytest.mark.parametrize("supervised", [[], ["--supervise"]])
