@@ -10,7 +10,7 @@ import os
 import select
 import socket
 import time
-from _thread import RLock  # importing threading takes longer
+from _thread import TIMEOUT_MAX, RLock  # importing threading takes longer
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import inf
@@ -46,7 +46,8 @@ def _blocking(
 class BlockingClient:
     """A connection to a QMP server whose calls block; made by :func:`connect_blocking`.
 
-    Calls may come from several threads; one is executed at a time.
+    Calls may come from several threads; one is executed at a time, the wait for an event included:
+    a thread that waits for events needs a client of its own.
 
     Args:
         path: the server's Unix socket; ``@NAME`` is one in the abstract namespace (unix(7)).
@@ -209,16 +210,22 @@ class BlockingClient:
     @contextmanager
     def _call(self, timeout: float) -> Iterator[None]:
         """Execute one call at a time; any exception after :meth:`close` becomes ClientClosed."""
-        with self._calling:
+        deadline = time.monotonic() + timeout
+        if not self._calling.acquire(timeout=max(0.0, min(timeout, TIMEOUT_MAX))):
+            raise NoAnswer(
+                "another thread's call of this client has not ended, or waits for events"
+            )
+        try:
             self._check_open()
-            self._deadline = time.monotonic() + timeout
-            try:
-                yield
-            except NoDaemon:
-                raise
-            except Exception:  # for example, an OSError from the closed socket
-                self._check_open()
-                raise
+            self._deadline = deadline
+            yield
+        except NoDaemon:
+            raise
+        except Exception:  # for example, an OSError from the closed socket
+            self._check_open()
+            raise
+        finally:
+            self._calling.release()
 
     def _check_open(self) -> None:
         if self._closed:

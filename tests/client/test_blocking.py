@@ -197,6 +197,22 @@ def test_many_threads(client: qmpfd.BlockingClient) -> None:
     assert len(set(numbers)) == 160
 
 
+def test_a_call_while_another_thread_waits_for_events(path: Path) -> None:
+    """The call ends after its time, as when the server does not reply."""
+
+    def watch() -> None:
+        with suppress(qmpfd.ClientClosed):
+            _watch(shared)
+
+    with daemon_thread(path), qmpfd.connect_blocking(path, timeout=0.5) as shared:
+        waiting = threading.Thread(target=watch)
+        waiting.start()
+        with pytest.raises(TimeoutError, match="another thread"):
+            until(shared.query_fdsets)
+        shared.close()
+        waiting.join()
+
+
 def _watch(client: qmpfd.BlockingClient) -> None:
     with client.watch_fdsets() as events:
         next(events)
