@@ -94,8 +94,8 @@ def _opened(
         check_open(arguments.fd, f" (example: qmpfd add --fd {arguments.fd} {arguments.fd}< FILE)")
         return [arguments.fd], ""
     if arguments.listen is not None:
-        fd, address = listening_socket(arguments.listen)
-        return [stack.enter_context(fd)], f", listening on {address}"
+        fd, address = stack.enter_context(listening_socket(arguments.listen))
+        return [fd], f", listening on {address}"
     flags = _MODES[arguments.mode or "r"]
     return [stack.enter_context(open_file(path, flags)) for path in arguments.paths], ""
 

@@ -6,7 +6,10 @@ import errno
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
+from ..errors import QMPError
 from ..kernel.fd import Fd, is_open
 from ..kernel.files import open_without_waiting
 from .exit_codes import UsageError
@@ -44,8 +47,10 @@ def check_open(number: int, advice: str = "") -> None:
         raise UsageError(f"descriptor {number} is not open here{advice}")
 
 
-def listening_socket(address: str) -> tuple[Fd, str]:
-    """Create a listening socket; return it, and its address from getsockname(2).
+@contextmanager
+def listening_socket(address: str) -> Iterator[tuple[Fd, str]]:
+    """Create a listening socket; the block gets it, and its address from getsockname(2).  After an
+    exception of the block, the file of a socket that no other process has is removed.
 
     Args:
         address: ``HOST:PORT``, ``[V6]:PORT``, ``unix:PATH`` or ``unix:@NAME``.
@@ -53,13 +58,17 @@ def listening_socket(address: str) -> tuple[Fd, str]:
     Raises:
         UsageError: *address* is invalid, or cannot be bound.
     """
+    undo = ExitStack()
     try:
         if address.startswith("unix:"):
-            return _listening_unix(address[5:])
-        return _listening_tcp(address)
+            fd, shown = _listening_unix(address[5:], undo)
+        else:
+            fd, shown = _listening_tcp(address)
     except (OSError, ValueError, UnicodeError) as exc:
         why = exc.strerror or exc if isinstance(exc, OSError) else exc
         raise UsageError(f"cannot listen on {printable(address)}: {why}") from None
+    with undo, fd:
+        yield fd, shown
 
 
 def _listening_tcp(address: str) -> tuple[Fd, str]:
@@ -85,15 +94,27 @@ def _listening_tcp(address: str) -> tuple[Fd, str]:
         return Fd(sock.detach()), shown
 
 
-def _listening_unix(path: str) -> tuple[Fd, str]:
+def _listening_unix(text: str, undo: ExitStack) -> tuple[Fd, str]:
     from pathlib import Path  # slow to import, and only needed here
 
-    from ..kernel.binding import SocketInUse, listen_at
+    from ..kernel.binding import SocketInUse, identity, listen_at
+    from ..kernel.unix_address import is_served
 
-    if not path or path == "@":
+    if not text or text == "@":
         raise ValueError("unix: needs a path")
+    path = Path(text)
     try:
-        sock, _ = listen_at(Path(path))
+        sock, file = listen_at(path)
     except SocketInUse as exc:  # its text says "a daemon", but the listener may be any program
         raise OSError(exc.errno, os.strerror(errno.EADDRINUSE)) from None
-    return Fd(sock.detach()), f"unix:{path}"
+
+    @undo.push
+    def remove_file(_: object, error: BaseException | None, __: object) -> None:
+        # A daemon that refuses may close its duplicate after its reply.  After another error, such
+        # as a lost reply, the daemon may have stored the socket.
+        if error is None or file is None or identity(path) != file:
+            return
+        if isinstance(error, QMPError) or not is_served(path):
+            path.unlink()
+
+    return Fd(sock.detach()), f"unix:{text}"

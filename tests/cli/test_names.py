@@ -141,6 +141,20 @@ def test_listen_nowhere(cli: Cli, address: str) -> None:
     assert names(cli) == []
 
 
+def test_a_refused_socket_leaves_no_file(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "refused"
+    words = ("add", "--listen", f"unix:{path}")
+    cli.fails(REFUSED, *words, "--fdset", 7)
+    assert not path.exists()
+    Cli(tmp_path / "none").fails(NO_DAEMON, *words)
+    assert not path.exists()
+    # The socket is stored, though the output fails.
+    ran = run_on_full_disk(cli.argv(*words))
+    assert (ran.returncode, path.is_socket()) == (REFUSED, True)
+    assert "already in use" in cli.fails(USAGE, *words)
+    assert path.is_socket()
+
+
 def test_line_breaks_in_paths_are_escaped(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "two\nlines"
     assert cli.done("add", "--listen", f"unix:{path}").endswith("two\\nlines\n")
