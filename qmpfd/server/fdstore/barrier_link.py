@@ -206,10 +206,11 @@ class BarrierLink:
         does not fit is sent later by the link's task.  The parent's acknowledgement is awaited
         here, without a checkpoint, until the kernel's next tick at most.
         """
+        if self._state is _OVER:
+            return
         barrier = self._state in _ON_BARRIER
         try:
-            if self._state is not _OVER:
-                self._write(barrier)
+            self._write(barrier)
             if self._state not in _ON_ANSWER:
                 self._send(barrier)
         except OSError as exc:

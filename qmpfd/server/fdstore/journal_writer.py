@@ -131,15 +131,12 @@ class JournalWriter:
 
     def forget(self) -> None:
         """Remove all journals from the fd store."""
-        self._link.remove(*self._names())
+        last = self.generation
+        for number in range(last - len(self._journals) + 1, last + 1):
+            self._link.remove(f"{JOURNAL}{number}")
 
     def close(self) -> None:
         """Discard queued records and close the journals; the fd store keeps them."""
         self._records.clear()
         for journal in self._journals:
             journal.close()
-
-    def _names(self) -> list[str]:
-        """Return the names of the journals in the fd store."""
-        first = self.generation - len(self._journals) + 1
-        return [f"{JOURNAL}{number}" for number in range(first, self.generation + 1)]

@@ -68,7 +68,7 @@ class KeptListeners:
 
     def send_files(self, *, ours: bool = True) -> None:
         """Send the parent the socket files to remove at its end; none if they are not *ours*."""
-        if self._has_files and not self._link.is_over:
+        if self._has_files:
             files = [
                 f"{saved.file[0]}:{saved.file[1]}:{saved.path.hex()}"
                 for saved in self._by_number.values()

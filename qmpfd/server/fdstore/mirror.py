@@ -339,8 +339,6 @@ class FdStoreMirror:
         Args:
             quick: descriptors whose close(2) cannot block.
         """
-        if self._link.is_over:
-            return
         self._journals.note(HandedOver(True))
         if self._evidence is not None:
             self._evidence.forget()
@@ -362,14 +360,12 @@ class FdStoreMirror:
         """Remove the listening sockets at the daemon's end.  Stored descriptors stay in systemd's
         fd store: the service may be started again.
         """
-        if not self._link.is_over:
-            self._listeners.remove_former()
+        self._listeners.remove_former()
 
     def _note(self, record: Record, *removed: str) -> None:
-        if not self._link.is_over:
-            self._journals.note(record)
-            self._link.remove(*removed)
-            self._link.push()
+        self._journals.note(record)
+        self._link.remove(*removed)
+        self._link.push()
 
     def _ended(self, reason: str) -> None:
         if reason:

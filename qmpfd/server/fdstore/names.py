@@ -28,13 +28,12 @@ PREVIOUS, LIFELINE = "qmpfd-previous", "qmpfd-lifeline"
 #: Bytes of $LISTEN_FDNAMES for other names: two journals, and sockets of the service manager.
 _OTHER_BYTES = 4096
 
-#: Prefixes of the names of what shows that the fd store keeps descriptors, see :mod:`.sentinel`: of
-#: the sentinel, before the generation of the first journal that was stored with it, and of probes,
-#: before their number.
-SENTINEL, PROBE = EVIDENCE = "qmpfd-sentinel-", "qmpfd-probe-"
+#: Names of what shows that the fd store keeps descriptors, see :mod:`.sentinel`: of the sentinel,
+#: and of probes, before their number.
+SENTINEL, PROBE = EVIDENCE = "qmpfd-sentinel", "qmpfd-probe-"
 
 _OURS = re.compile(
-    rf"{_MARK}[0-9a-zA-Z]{{1,5}}|({JOURNAL}|{SENTINEL}|{PROBE})[0-9]{{1,18}}|{PREVIOUS}|{LIFELINE}"
+    rf"{_MARK}[0-9a-zA-Z]{{1,5}}|({JOURNAL}|{PROBE})[0-9]{{1,18}}|{SENTINEL}|{PREVIOUS}|{LIFELINE}"
 )
 
 

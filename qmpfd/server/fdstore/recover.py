@@ -42,8 +42,7 @@ class Recovered:
         names: names in the fd store of *stored* and *others*, by their number here.
         stale_names: names of unused entries in the fd store.
         stale_fds: unused descriptors to close, which may block; owned here likewise.
-        sentinel: name and write end of a sentinel that is valid for this process; the write end is
-            among *stale_fds*.
+        sentinel: write end of a sentinel that is valid for this process; it is among *stale_fds*.
         sockets: the service manager's own sockets to listen on; owned here likewise.
         generation: generation of the newest journal.
         has_state: whether a predecessor has crashed and *state* is its state: its journal is valid
@@ -57,7 +56,7 @@ class Recovered:
     names: dict[int, str] = field(default_factory=dict)
     stale_names: list[str] = field(default_factory=list)
     stale_fds: list[Fd] = field(default_factory=list)
-    sentinel: tuple[str, Fd] | None = None
+    sentinel: Fd | None = None
     sockets: list[InheritedFd] = field(default_factory=list)
     generation: int = 0
     has_state: bool = False
@@ -146,7 +145,7 @@ def _recover(
     history.listeners = {name: history.listeners[name] for name in listeners}
     state = history.state(ours.__contains__)
     stale_fds = [*untaken.values(), *again]
-    sentinels = sorted(name for name in untaken if has_state and name.startswith(SENTINEL))[:1]
+    sentinel = untaken.get(SENTINEL) if has_state else None
     renumber(stored, [*listeners.values(), *stale_fds, *(each.fd for each in sockets), *others])
     names = {stored[saved.number].number: saved.name for saved in state.fds}
     names |= {fd.number: name for name, fd in listeners.items()}
@@ -155,9 +154,9 @@ def _recover(
         stored,
         deque(listeners.values()),
         names,
-        [name for name in untaken if name not in sentinels],
+        [name for name, fd in untaken.items() if fd is not sentinel],
         stale_fds,
-        (sentinels[0], untaken[sentinels[0]]) if sentinels else None,
+        sentinel,
         sockets,
         generation,
         has_state,
@@ -178,7 +177,7 @@ def _is_stored(given: InheritedFd) -> bool:
         return is_ours(name)
     if name.startswith(JOURNAL):
         return is_in_memory(fd.number)
-    return is_pipe(fd) if name.startswith(SENTINEL) else not listens(fd)
+    return is_pipe(fd) if name == SENTINEL else not listens(fd)
 
 
 def _without_journal(ours: Mapping[str, Fd]) -> History:

@@ -151,8 +151,8 @@ class Evidence:
         link: connection to the fd store.
         kept: the descriptors sent to the fd store.
         journals: the journals, which are sent as well.
-        returned: name and write end of the sentinel of the crashed daemon, which is older than all
-            other entries; or None.
+        returned: write end of the sentinel of the crashed daemon, which is older than all other
+            entries; or None.
         dropped: called when systemd has dropped the first sentinel.
         refused: called with stored descriptors for which the fd store has no room.
 
@@ -165,7 +165,7 @@ class Evidence:
         link: BarrierLink,
         kept: KeptFds,
         journals: JournalWriter,
-        returned: tuple[str, Fd] | None,
+        returned: Fd | None,
         dropped: Callable[[], object],
         refused: Callable[[list[StoredFd]], object],
     ) -> None:
@@ -182,19 +182,17 @@ class Evidence:
         self._detector = WatchDetector()
         self._create: Callable[[], Probe] = partial(EpollProbe, self._detector)
         if returned is not None:
-            self._name, writer = returned
             try:
-                self._first = Sentinel.reopen(writer)
+                self._first = Sentinel.reopen(returned)
                 return
             except OSError:  # /proc is not mounted
-                link.remove(self._name)
-        self._name = f"{SENTINEL}{journals.generation + 1}"
+                link.remove(SENTINEL)
         try:
             self._first = Sentinel.create()
         except OSError:
             self._detector.close()
             raise
-        link.store(self._name, self._first.fd)
+        link.store(SENTINEL, self._first.fd)
 
     async def find_size(self, size: int, others: int) -> int | None:
         """Probe how many places the fd store has, and return that number; None if it does not have
@@ -313,7 +311,7 @@ class Evidence:
 
     def forget(self) -> None:
         """Close the sentinel and all probes, and remove them from the fd store."""
-        self._link.remove(self._name, *(f"{PROBE}{each}" for each in range(len(self._probes))))
+        self._link.remove(SENTINEL, *(f"{PROBE}{each}" for each in range(len(self._probes))))
         self.close()
 
     def close(self) -> None:

@@ -339,7 +339,7 @@ def test_a_journal_that_cannot_be_read(store: Store, path: Path, file: Path) -> 
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["first start", "restart"])
-@pytest.mark.parametrize("name", ["journal-1", "journal-9", "sentinel-1", "lifeline", "previous"])
+@pytest.mark.parametrize("name", ["journal-1", "journal-9", "sentinel", "lifeline", "previous"])
 def test_a_foreign_descriptor_with_our_name(
     store: Store, path: Path, tmp_path: Path, name: str, before: bool
 ) -> None:
