@@ -9,7 +9,7 @@ import socket
 #: Prefix of the name of the worker's journal: without it, the other descriptors cannot be restored.
 _JOURNAL = b"qmpfd-journal-"
 
-#: Name of the lifeline during a takeover (qmpfd.server.fdstore.evidence); and the predecessor's
+#: Name of the lifeline during a takeover (qmpfd.server.fdstore.handover); and the predecessor's
 #: message on it that the takeover has failed.
 _LIFELINE, _REFUSED = b"qmpfd-lifeline", b"x"
 

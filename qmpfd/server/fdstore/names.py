@@ -22,7 +22,7 @@ _NAME_BYTES = 5
 JOURNAL = "qmpfd-journal-"
 
 #: Names during a takeover: the predecessor's journal, if it has one, and the lifeline, on which the
-#: predecessor reports the outcome; see :mod:`.evidence`.
+#: predecessor reports the outcome; see :mod:`.handover`.
 PREVIOUS, LIFELINE = "qmpfd-previous", "qmpfd-lifeline"
 
 #: Bytes of $LISTEN_FDNAMES for other names: two journals, and sockets of the service manager.

@@ -23,7 +23,7 @@ from ...kernel.systemd import InheritedFd
 from ...kernel.unix_address import listens
 from ...limits import HANDOVER_TIMEOUT, JOURNAL_FORMAT
 from ..saved_state import SavedFd, SavedState
-from .evidence import has_handed_over
+from .handover import has_handed_over
 from .journal import SnapshotHeader
 from .names import JOURNAL, LIFELINE, PREVIOUS, SENTINEL, is_numbered, is_ours
 from .replay import History, replay

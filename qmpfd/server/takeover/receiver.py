@@ -27,7 +27,7 @@ from ...kernel.fd import Fd, close_all, open_files_limit, receive
 from ...kernel.files import contents, open_null
 from ...kernel.renumber import Movable, renumber
 from ...limits import SCM_MAX_FD, TAKEOVER_FORMAT, TAKEOVER_TIMEOUT, Limits
-from ..fdstore.evidence import has_handed_over
+from ..fdstore.handover import has_handed_over
 from ..saved_state import CONFIRM, DONE, MORE, NEXT, REFUSED, SavedState, decode, unpack
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Takeover:
     @property
     def lifeline(self) -> Fd:
         """This end of the lifeline, on which the predecessor reports the outcome; see
-        :mod:`..fdstore.evidence`.
+        :mod:`..fdstore.handover`.
         """
         return self._predecessor.lifeline
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from qmpfd.kernel.fd import Fd
 from qmpfd.limits import JOURNAL_FORMAT
-from qmpfd.server.fdstore.evidence import has_handed_over
+from qmpfd.server.fdstore.handover import has_handed_over
 from qmpfd.server.fdstore.journal import (
     Confirmed,
     HandedOver,

@@ -1,6 +1,6 @@
 """Either side of a takeover is killed, or hangs, at any line of its source.
 
-Tests of server/fdstore/evidence.py.
+Tests of server/fdstore/handover.py.
 """
 
 from __future__ import annotations
