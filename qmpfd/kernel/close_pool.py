@@ -48,29 +48,36 @@ class Duplicate(Fd):
 
 @dataclass(slots=True, eq=False)
 class Closing:
-    """Progress of one :meth:`ClosePool.close`, for the descriptors that threads close."""
+    """Progress of closes by threads: of one :meth:`ClosePool.close`, or of all.
 
-    _left: int
+    Args:
+        left: number of descriptors that are not closed yet.
+    """
+
+    left: int
     _lock: threading.Lock
     _callbacks: list[Callable[[], object]] = field(default_factory=list)
 
     @property
     def is_done(self) -> bool:
         """Whether all of the descriptors are closed."""
-        return not self._left
+        return not self.left
 
     def when_done(self, callback: Callable[[], object]) -> None:
         """Call *callback* once all are closed: in a thread, or at once if they are closed."""
         with self._lock:
-            if self._left:
+            if self.left:
                 self._callbacks.append(callback)
                 return
         callback()
 
     def _closed_one(self) -> list[Callable[[], object]]:
         """Count one close; return the callbacks to call now.  The caller holds the lock."""
-        self._left -= 1
-        return [] if self._left else self._callbacks
+        self.left -= 1
+        if self.left:
+            return []
+        callbacks, self._callbacks = self._callbacks, []
+        return callbacks
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +105,8 @@ class ClosePool:
         self._lanes: dict[Hashable, _Lane] = {}
         #: Number of closes that run or are queued for a thread, by user.
         self.pending_by_uid: dict[int | None, int] = {}
-        self._callbacks: list[Callable[[], object]] = []
+        #: Progress of all closes that run or are queued for a thread.
+        self.all_closes = Closing(0, self._lock)
         self._after: dict[Fd, list[threading.Event]] = {}  # set when its duplicates are closed
         self._deferred: set[Fd] = set()  # queued for a thread, or being closed by one
         self._quick: set[Fd] = set()  # known not to block, until the next close()
@@ -115,20 +123,7 @@ class ClosePool:
     @property
     def pending(self) -> int:
         """Number of closes that run or are queued for a thread."""
-        return sum(list(self.pending_by_uid.values()))
-
-    @property
-    def is_done(self) -> bool:
-        """Whether no close is pending."""
-        return not self.pending_by_uid
-
-    def when_done(self, callback: Callable[[], object]) -> None:
-        """Call *callback* once no close is pending: in a thread, or at once if none is."""
-        with self._lock:
-            if self.pending_by_uid:
-                self._callbacks.append(callback)
-                return
-        callback()
+        return self.all_closes.left
 
     def close(self, fds: Iterable[Fd], uid: int | None = None) -> Closing | None:
         """Close each of *fds*, without blocking.
@@ -228,6 +223,7 @@ class ClosePool:
         status = self._risks.status
         to_start: dict[Hashable, _Lane] = {}
         with self._lock:
+            self.all_closes.left += len(fds)
             for risk, fd in fds:
                 payer = uid if fd.uid is None else fd.uid
                 self.pending_by_uid[payer] = self.pending_by_uid.get(payer, 0) + 1
@@ -280,9 +276,6 @@ class ClosePool:
                 self.pending_by_uid[lane.uid] -= 1
                 if not self.pending_by_uid[lane.uid]:
                     del self.pending_by_uid[lane.uid]
-                callbacks = closing._closed_one()
-                if not self.pending_by_uid:
-                    callbacks += self._callbacks
-                    self._callbacks.clear()
+                callbacks = closing._closed_one() + self.all_closes._closed_one()
             for callback in callbacks:
                 callback()

@@ -22,7 +22,8 @@ from .pending_fds import PendingFds
 from .saved import ReceiveBufferState
 
 if TYPE_CHECKING:
-    from .parser import Budget, Parser
+    from .budget import Budget
+    from .parser import Parser
 
 #: Decodes a chunk of complete messages at once; returns None if the parser has to do it.  The
 #: server's returns requests, whose ``takes`` is the maximum number of descriptors.

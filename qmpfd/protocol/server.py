@@ -14,9 +14,10 @@ from outcome import Error, Outcome, Value
 from ..errors import QEMU_CLASSES, CommandNotFound, FdNotSupplied, GenericError, QMPError
 from ..kernel.fd import Fd
 from ..limits import MAX_ERRORS_IN_A_ROW, MAX_REQUEST_BYTES
+from .budget import Budget
 from .connection import Connection, Event, State
 from .encode import LONG_TEXT, JSONStream, RawJSON, encode, encode_any, templates
-from .parser import Budget, Parser
+from .parser import Parser
 from .receive_buffer import NO_FDS, ReceiveBuffer
 from .request_decoder import Request, RequestDecoder
 from .saved import ReceiveBufferState

@@ -10,11 +10,11 @@ from ..kernel.close_pool import ClosePool, Closing
 from ..limits import CLOSE_TIMEOUT
 
 
-async def closed(closes: Closing | ClosePool) -> None:
-    """Wait until the close(2) calls of one caller, or all of a pool, have returned; without a
-    checkpoint if they have.  The caller bounds the wait.
+async def closed(closing: Closing) -> None:
+    """Wait until these close(2) calls have returned; without a checkpoint if they have.  The caller
+    bounds the wait.
     """
-    if closes.is_done:
+    if closing.is_done:
         return
     event, token = trio.Event(), trio.lowlevel.current_trio_token()
 
@@ -22,7 +22,7 @@ async def closed(closes: Closing | ClosePool) -> None:
         with suppress(trio.RunFinishedError):  # trio.run() has returned before close(2) did
             token.run_sync_soon(event.set)
 
-    closes.when_done(wake)
+    closing.when_done(wake)
     await event.wait()
 
 
@@ -31,4 +31,4 @@ async def await_closes(pool: ClosePool) -> None:
     as one of its tasks is left without any of the daemon's descriptors.
     """
     with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
-        await closed(pool)
+        await closed(pool.all_closes)

@@ -20,7 +20,7 @@ from ..kernel.fd import Fd
 from ..kernel.hangups import Hangups
 from ..limits import MAX_INCOMPLETE_BYTES, MAX_UNSENT_BYTES, Limits
 from ..policy import Access, Policy
-from ..protocol.parser import Budget
+from ..protocol.budget import Budget
 from ..transport import FdStream
 from .connection.reader import Reader
 from .connection.session import Session
@@ -207,17 +207,6 @@ class DaemonServer(Server):
         for session in self.sessions:
             session.release()
 
-    def inherit(self, stream: FdStream, peer: Peer, groups: frozenset[int], idle: float) -> Session:
-        """Create a session for a client of the predecessor; :meth:`run` starts to serve it.
-
-        Args:
-            stream: its connection; owned from here on.
-            peer: credentials of the client.
-            groups: all groups of the client.
-            idle: seconds since its last command.
-        """
-        return self._begin(stream, peer, groups, self._policy.access(peer.uid, groups), idle)
-
     # -- connections ---------------------------------------------------------------------------
 
     def _handle_accepted(self, sock: trio.socket.SocketType, reason: QMPError | None) -> None:
@@ -239,20 +228,30 @@ class DaemonServer(Server):
             except QMPError as exc:
                 self._reject(stream, peer, exc)
                 return
-            session = self._begin(stream, peer, groups, access)
+            session = self.begin(stream, peer, groups, access)
             stack.pop_all()
         self.daemon.stats.accepted += 1
         assert self._nursery is not None
         self._nursery.start_soon(self._serve, session)
 
-    def _begin(
+    def begin(
         self,
         stream: FdStream,
         peer: Peer,
         groups: frozenset[int],
-        access: Access,
+        access: Access | None = None,
         idle: float = 0.0,
     ) -> Session:
+        """Create a session; :meth:`run` starts to serve it, if it is a predecessor's.
+
+        Args:
+            stream: the connection; owned from here on.
+            peer: credentials of the client.
+            groups: all groups of the client.
+            access: the client's rights; None for those of the policy.
+            idle: seconds since its last command.
+        """
+        access = access or self._policy.access(peer.uid, groups)
         session = Session(self.services, stream, peer, groups, access, idle)
         self.sessions.add(session)
         return session

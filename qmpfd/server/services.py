@@ -11,7 +11,7 @@ import trio
 
 from ..commands import SharedState
 from ..limits import LIGHT_SECONDS, ROUND_SECONDS, TURN_SECONDS
-from ..protocol.parser import Budget
+from ..protocol.budget import Budget
 from ..transport import FdStream
 from .connection.reader import Reader
 from .durability import Durability

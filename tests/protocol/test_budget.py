@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from qmpfd.protocol.parser import Budget
+from qmpfd.protocol.budget import Budget
 
 PART = 1000
 

@@ -15,7 +15,8 @@ from splits import bytewise, fed, json_soup, pieces
 
 from qmpfd.errors import GenericError
 from qmpfd.limits import MAX_NESTING, MAX_TOKENS
-from qmpfd.protocol.parser import Budget, Parser
+from qmpfd.protocol.budget import Budget
+from qmpfd.protocol.parser import Parser
 
 LIMIT = 1 << 20
 

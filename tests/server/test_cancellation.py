@@ -166,11 +166,11 @@ async def test_a_session_is_cancelled(path: Path, before: bool, live: Live) -> N
                     await settle()
                 for pipe in made:
                     pipe.release()
-                await closed(server.daemon.closer)  # closes that no reply waits for
+                await closed(server.daemon.closer.all_closes)  # closes that no reply waits for
                 await _empty(path, made)
                 server.stop()
             server.close()
-            await closed(server.daemon.closer)
+            await closed(server.daemon.closer.all_closes)
         cancelled = cancelling.done
         assert open_fds() == open_before
     assert steps > 10

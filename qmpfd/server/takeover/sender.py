@@ -155,7 +155,7 @@ async def hand_over(server: Predecessor, successor: Session) -> None:
                         _log.info("pid %d has taken over", pid)
                         with trio.move_on_after(FORGET_TIMEOUT):
                             await services.durability.sync()  # wait for the fd store's closes too
-                            await closed(services.shared.closer)
+                            await closed(services.shared.closer.all_closes)
         except trio.BrokenResourceError:
             pass  # the successor has closed the connection
         except GenericError as exc:  # the command was answered: only REFUSED can be sent
