@@ -137,17 +137,17 @@ class Client:
             others = [event for event in self._unread if event.name not in EVENTS]
             self._unread.clear()
             self._unread.extend(others)
-        await self.execute("watch-fdsets", {"enable": True})
         self._watching += 1
         try:
+            await self.execute("watch-fdsets", {"enable": True})
             yield self.events()
-        finally:
+        finally:  # also if the call was cancelled after the server had received it
             self._watching -= 1
             connection = self._connection
             if not (self._watching or connection.failure):  # a lost connection watches no more
                 with (
                     trio.move_on_after(CLEANUP_TIMEOUT, shield=True),
-                    suppress(NoDaemon, ClientClosed),
+                    suppress(NoDaemon, ClientClosed, QMPError),
                 ):
                     await connection.execute("watch-fdsets", {"enable": False})
 

@@ -284,7 +284,7 @@ CALLS: dict[str, Call] = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 async def test_a_call_is_cancelled(call: Call, path: Path, before: bool) -> None:
     """Other calls on the same connection, before, after and later, get their replies; the command
-    of the cancelled call is executed completely or not at all.
+    of the cancelled call is executed completely or not at all, and no events are sent any more.
     """
     steps = 0
     cancelled = True
@@ -328,6 +328,7 @@ async def _cancelled_call(call: Call, path: Path, steps: int, *, before: bool) -
                     await settle()
             assert results == ["answered"] * 2
             assert await client.execute("query-name") == {}
+            assert not server.daemon.watchers
             for pipe in made:
                 pipe.release()
             for fdset in await client.query_fdsets():
