@@ -35,23 +35,18 @@ _SHARED = {"--socket": True, "--timeout": True, "--json": False}
 #: Options that stand in place of a verb.
 _ALONE = ("-h", "--help", "--version")
 
-#: Advice for an error, by its class and a part of its text.
-_ADVICE = [
-    ("FdNotFound", "' not found", "qmpfd ls lists the stored descriptors"),
-    (
-        "InvalidParameterValue",
-        "existing fdset-id",
-        "without --fdset, the daemon makes a new fd set",
-    ),
-    (
-        "PermissionDenied",
-        "",
-        "the daemon's policy file gives rights; see qmpfd check-policy --help",
-    ),
-    ("GenericError", "Too many connections", "serve --max-connections sets the limit"),
-    ("GenericError", "the limit is", "qmpfd status shows the limits and their use"),
-    ("CommandNotFound", "", "qmpfd status names the server and its version"),
-]
+_POLICY_ADVICE = "the daemon's policy file gives rights; see qmpfd check-policy --help"
+
+#: Advice for an error, by a part of its text: the dialect ``qemu`` has one class for most errors.
+_ADVICE = {
+    "' not found": "qmpfd ls lists the stored descriptors",
+    "existing fdset-id": "without --fdset, the daemon makes a new fd set",
+    "The right '": _POLICY_ADVICE,
+    "may not connect": _POLICY_ADVICE,
+    "Too many connections": "serve --max-connections sets the limit",
+    "the limit is": "qmpfd status shows the limits and their use",
+    "has not been found": "qmpfd status names the server and its version",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -183,10 +178,7 @@ def _verb_first(words: list[str]) -> list[str]:
 
 def _advice(error: QMPError) -> str:
     """Return advice for an error of the daemon, in brackets; empty if there is none."""
-    for error_class, text, advice in _ADVICE:
-        if error.error_class == error_class and text in error.desc:
-            return f" ({advice})"
-    return ""
+    return next((f" ({advice})" for text, advice in _ADVICE.items() if text in error.desc), "")
 
 
 def _fail(message: str, status: int) -> int:

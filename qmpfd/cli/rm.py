@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..client.blocking import BlockingClient, NoDaemon
+from ..client.calls import is_missing
 from ..errors import CommandNotFound, FdNotFound, QMPError
 from .exit_codes import DONE, REFUSED, UsageError
 from .options import CONNECTION, JSON, client_of, number, option
@@ -114,7 +115,7 @@ def _remove_listed(
         try:
             removed.append(_remove(client, where, fd))
         except QMPError as exc:
-            if "' not found" not in exc.desc:  # by text: the dialect qemu has another class
+            if not is_missing(exc):
                 refusal = refusal or exc
     if refusal is not None:
         raise refusal

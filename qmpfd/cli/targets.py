@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from ..client.calls import members
-from ..errors import FdNotFound
+from ..client.calls import is_missing, members
+from ..errors import QMPError
 from .options import number, option, text
 from .output import printable
 
@@ -139,13 +139,15 @@ def first_found(wanted: Target, ask: Callable[[Target], ResultT]) -> ResultT:
     """Return the result of *ask* for the first reading of a target that it finds.
 
     Raises:
-        FdNotFound: no reading names a stored descriptor; the error for the likeliest.
+        QMPError: no reading names a stored descriptor; the error for the likeliest.
     """
-    refused: FdNotFound | None = None
+    refused: QMPError | None = None
     for reading in wanted.alternatives():
         try:
             return ask(reading)
-        except FdNotFound as exc:
+        except QMPError as exc:
+            if not is_missing(exc):
+                raise
             refused = refused or exc
     assert refused is not None
     raise refused

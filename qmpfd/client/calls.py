@@ -19,6 +19,7 @@ from typing import (
     TypeVar,
 )
 
+from ..errors import QMPError
 from ..kernel.fd import Fd, FileDescriptorLike, close_all
 from ..protocol.connection import ProtocolError
 
@@ -123,6 +124,13 @@ def any_value(value: Any, fds: list[Fd]) -> Any:
     """Return the ``return`` member unchanged, and close unexpected descriptors."""
     close_all(fds)
     return value
+
+
+def is_missing(error: QMPError) -> bool:
+    """Return whether an error says that no stored descriptor is selected, or none of the access
+    mode: by its text, because the dialect ``qemu`` has no class of its own for that.
+    """
+    return "' not found" in error.desc or error.desc.startswith("No file descriptor with access")
 
 
 def one_fd(_: Any, fds: list[Fd]) -> Fd:

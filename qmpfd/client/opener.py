@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
-from ..errors import FdNotFound
+from ..errors import QMPError
 from .blocking import BlockingClient
+from .calls import is_missing
 
 _NAME = re.compile("/dev/fdset/([0-9]{1,18})")
 _ACCESS: dict[int, Literal["rdonly", "wronly", "rdwr"]] = {
@@ -46,7 +47,9 @@ def fdset_opener(
         with BlockingClient(path, timeout) as client:
             try:
                 return client.open_fdset(int(match[1]), _ACCESS[flags & os.O_ACCMODE]).detach()
-            except FdNotFound as exc:
+            except QMPError as exc:
+                if not is_missing(exc):
+                    raise
                 raise FileNotFoundError(2, str(exc), name) from None
 
     return opener

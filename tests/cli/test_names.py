@@ -231,6 +231,18 @@ def test_ls_targets(named: Cli) -> None:
     assert header.split() == ["FDSET", "FD", "NAME"]
 
 
+@pytest.mark.parametrize("dialect", ["spec", "qemu"])
+def test_a_name_with_a_number(path: Path, files: list[Path], dialect: str) -> None:
+    """A word that is no name is a name and a descriptor's number, whatever the error's class."""
+    cli = Cli(path)
+    with daemon_thread(path, dialect=dialect):
+        first, second = (cli.add(file, os.O_RDONLY, opaque="x") for file in files[:2])
+        assert cli.done("exec", f"@x/{first}=0", "--", "cat") == "content of a\n"
+        assert cli.done("rm", f"@x/{second}") == f"removed fd set 1, fd {second}  x\n"
+        for words in (["rm", f"@x/{second}"], ["rm", "7"], ["exec", "@no", "--", "true"]):
+            assert "(qmpfd ls lists the stored descriptors)" in cli.fails(REFUSED, *words)
+
+
 # -- exec --------------------------------------------------------------------------------------
 
 ENVIRONMENT = """

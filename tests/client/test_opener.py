@@ -18,10 +18,10 @@ from qmpfd.client.blocking import BlockingClient
 Opener = Callable[[str, int], int]
 
 
-@pytest.fixture
-def opener(path: Path) -> Iterator[Opener]:
+@pytest.fixture(params=["spec", "qemu"])
+def opener(path: Path, request: pytest.FixtureRequest) -> Iterator[Opener]:
     """Opener for a running daemon."""
-    with daemon_thread(path):
+    with daemon_thread(path, dialect=request.param):
         yield qmpfd.fdset_opener(path)
 
 
@@ -161,14 +161,3 @@ def test_a_silent_daemon(path: Path) -> None:
             open("/dev/fdset/0", opener=qmpfd.fdset_opener(path, timeout=0.05)),
         ):
             pass
-
-
-def test_a_daemon_of_the_other_dialect(path: Path) -> None:
-    """In the qemu dialect there are no error classes for a precise exception."""
-    opener = qmpfd.fdset_opener(path)
-    with (
-        daemon_thread(path, dialect="qemu"),
-        pytest.raises(qmpfd.GenericError, match="not found"),
-        open("/dev/fdset/0", opener=opener),
-    ):
-        pass
