@@ -17,7 +17,7 @@ PACKAGE = Path(qmpfd.__file__).parent
 
 #: Layers from the bottom; modules of one layer do not import each other.
 FLOORS = [
-    {"errors", "limits", "patterns", "_version", "supervisor"},
+    {"errors", "limits", "_version", "supervisor"},
     {"kernel"},
     {"policy", "fdsets"},
     {"protocol"},

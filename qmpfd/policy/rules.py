@@ -19,9 +19,9 @@ from typing import Annotated, Literal, TypeAlias, get_args
 import msgspec
 from msgspec import Meta
 
-from .errors import PermissionDenied
-from .kernel.credentials import is_owner
-from .limits import INT64_MAX, MAX_POLICY_BYTES
+from ..errors import PermissionDenied
+from ..kernel.credentials import is_owner
+from ..limits import INT64_MAX, MAX_POLICY_BYTES
 from .patterns import Patterns
 
 Right: TypeAlias = Literal["query", "open", "add", "remove", "admin"]

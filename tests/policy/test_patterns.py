@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import qmpfd.patterns
-from qmpfd.patterns import Patterns
+import qmpfd.policy.patterns
+from qmpfd.policy.patterns import Patterns
 
 TEXT = st.text("ab*?[]!-\\\n\N{EURO SIGN}", max_size=6)
 
@@ -75,7 +75,7 @@ def test_literals_are_searched_without_a_regular_expression(
     def no_expression(_: str) -> str:
         raise AssertionError
 
-    monkeypatch.setattr(qmpfd.patterns, "translate", no_expression)
+    monkeypatch.setattr(qmpfd.policy.patterns, "translate", no_expression)
     assert not Patterns([pattern]).match("") or pattern == "*"
 
 
