@@ -65,14 +65,15 @@ class Store:
         folder: folder of its socket.
         size: FileDescriptorStoreMax=.
         watches: whether it watches descriptors, as systemd does.
-        closes: whether it closes what it drops at once; else at its end.
+        closes: whether it closes what it drops at once; else once there are no messages.
     """
 
     def __init__(self, folder: Path, size: int, *, watches: bool, closes: bool) -> None:
         self.path = folder / "notify"
         self.size = size
         self._epoll = select.epoll() if watches else None
-        self._unclosed: list[Fd] | None = None if closes else []
+        self._closes = closes
+        self._unclosed: list[Fd] = []
         self.seed = 0
         self.told: list[str] = []
         self.traps: list[str] = []  # messages that systemd would drop or change, and why
@@ -92,7 +93,7 @@ class Store:
         self._over = True
         self._thread.join()
         self._sock.close()
-        close_all([*(fd for _, fd, _ in self._kept), *(self._unclosed or [])])
+        close_all([*(fd for _, fd, _ in self._kept), *self._unclosed])
         if self._epoll is not None:
             self._epoll.close()
 
@@ -126,8 +127,12 @@ class Store:
             if self._stands:
                 time.sleep(0.01)
                 continue
-            with suppress(TimeoutError):
+            try:
                 data, fds, dropped = receive(self._sock, 65536)
+            except TimeoutError:
+                close_all(self._unclosed)
+                self._unclosed.clear()
+            else:
                 assert not dropped
                 with self._lock:
                     self._do(data.decode().split("\n"), fds)
@@ -180,7 +185,7 @@ class Store:
         self._close(fd)
 
     def _close(self, fd: Fd) -> None:
-        if self._unclosed is None:
+        if self._closes:
             fd.close()
         else:
             self._unclosed.append(fd)

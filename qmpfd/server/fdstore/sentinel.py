@@ -44,6 +44,9 @@ _NO_ROOM = (
     "lowered, or is less than $FDSTORE): they are refused"
 )
 
+#: Seconds until systemd has closed what it drops, and between two looks.
+_PATIENCE, _INTERVAL = 0.5, 0.01
+
 #: Maximum number of probes stored after added descriptors, before one barrier.
 _MOST_PROBES = 2
 
@@ -211,7 +214,7 @@ class Evidence:
         sent, stored = await self._count_stored(count)
         if not stored:  # nothing is stored, or this service manager does not watch it
             self._create = Sentinel.create
-            sent, stored = await self._count_stored(count)
+            sent, stored = await self._count_stored(count, _PATIENCE)
         if not stored or not self._first.is_stored():
             return None
         self._proven = self._kept.names + stored
@@ -221,13 +224,18 @@ class Evidence:
         _log.warning(_FEWER, taken + stored)
         return taken + stored
 
-    async def _count_stored(self, count: int) -> tuple[int, int]:
-        """Send *count* probes; return how many were sent, and how many of them are stored."""
+    async def _count_stored(self, count: int, patience: float = 0) -> tuple[int, int]:
+        """Send *count* probes; return how many were sent, and how many of them are stored after
+        *patience* seconds.
+        """
         self.prepare(1)
         with suppress(OSError):  # out of descriptors: use fewer probes
             self.prepare(count)
         probes = self._store_probes(len(self._spare))
         await self._link.sync()
+        with trio.move_on_after(patience):  # noqa: ASYNC912 - none if nothing is stored
+            while any(probe.is_stored() for probe in probes):  # noqa: ASYNC110 - at a start only
+                await trio.sleep(_INTERVAL)
         stored = self._remove_probes(probes)
         self._link.changed()  # wait for the removal of the probes
         await self._link.sync()

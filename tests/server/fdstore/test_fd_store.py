@@ -442,12 +442,27 @@ def refused(client: BlockingClient) -> str:
     return str(caught.value)
 
 
+#: Service managers: as systemd before 254, as systemd since, and one that watches nothing.
+MANAGERS = [
+    pytest.param({}, id="closes at once"),
+    pytest.param({"closes": False}, id="closes late"),
+    pytest.param({"watches": False}, id="does not watch"),
+]
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+@pytest.mark.parametrize("size", [0, 1, 3])
 def test_a_manager_that_stores_nothing(
-    tmp_path: Path, path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    path: Path,
+    capfd: pytest.CaptureFixture[str],
+    size: int,
+    manager: dict[str, bool],
 ) -> None:
-    """A manager that answers barriers but stores nothing, because of NotifyAccess= or a wrapper."""
-    with fake_store(tmp_path) as store:
-        store.size = 0
+    """A manager that answers barriers but stores nothing, because of NotifyAccess= or a wrapper; or
+    only the sentinel, the journal and the socket.
+    """
+    with fake_store(tmp_path, size=size, **manager) as store:
         env = {"FDSTORE": "512"}
         with (
             store.service("--socket", str(path), env=env),
@@ -456,14 +471,6 @@ def test_a_manager_that_stores_nothing(
             assert not kept_safe(client)
             assert "cannot be kept safe" in refused(client)
         assert "NotifyAccess=" in capfd.readouterr().err
-
-
-#: Service managers: as systemd before 254, as systemd since, and one that watches nothing.
-MANAGERS = [
-    pytest.param({}, id="closes at once"),
-    pytest.param({"closes": False}, id="closes late"),
-    pytest.param({"watches": False}, id="does not watch"),
-]
 
 
 @pytest.mark.parametrize("manager", MANAGERS)
