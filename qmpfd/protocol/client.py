@@ -201,6 +201,7 @@ class ClientConnection(Connection):
                 self._move(Event.GREETING)
                 self.greeting = value["QMP"]
             elif "event" in value:
+                self.fds_to_close += fds
                 yield _event(value)
             elif lost:
                 yield Reply(value.get("id"), None, FdNotSupplied(lost), fds)

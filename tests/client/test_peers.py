@@ -147,6 +147,7 @@ async def test_unexpected_descriptors_are_closed(path: Path) -> None:
             send_now(wire.sock, b'{"return": {}, "id": %d}\r\n' % await ask(wire), [pipe] * 3)
             answer = b'{"return": 7, "id": %d}\r\n' % await ask(wire)
             send_now(wire.sock, b'{"event": "X"}\r\n', [pipe])
+            send_now(wire.sock, b'{"event": "X", "return": 0}\r\n', [pipe])
             send_now(wire.sock, b'{"return": 0, "id": 99999}\r\n', [pipe])
             send_now(wire.sock, answer, [pipe] * 253)
             pipe.release()
