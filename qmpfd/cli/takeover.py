@@ -12,7 +12,7 @@ from ..kernel.binding import identity
 from ..kernel.fd import Fd
 from ..kernel.renumber import Movable
 from ..kernel.systemd import invocation_id
-from ..kernel.unix_address import bound_path
+from ..kernel.unix_address import bound_path, is_abstract
 from ..server.saved_state import SavedListener
 from ..server.takeover import receiver
 
@@ -74,7 +74,11 @@ def still_to_bind(
         inherited: listening sockets that this process has inherited.
     """
     served = [Path(os.fsdecode(each.path)) for each in listeners if each.path is not None]
-    served += filter(None, map(bound_path, inherited))
+    served.extend(
+        where
+        for where in filter(None, map(bound_path, inherited))
+        if is_abstract(where) or identity(where) is not None  # else its file is lost
+    )
     return [path for path in paths if not any(_is_same(path, old) for old in served)]
 
 

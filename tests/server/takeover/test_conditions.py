@@ -24,6 +24,7 @@ from installed import need_namespaces
 from stepper import Stepped, Stepper
 from supervised import children, connected, lasting, until
 
+from qmpfd.cli.takeover import still_to_bind
 from qmpfd.client.blocking import BlockingClient
 from qmpfd.kernel.fd import Fd
 from qmpfd.limits import TAKEOVER_FORMAT
@@ -302,6 +303,17 @@ def test_an_inherited_socket_at_the_given_path(
             with connected(each) as client:
                 assert client.execute("query-fdsets")[0]["fds"][0]["opaque"] == "kept"
     assert abstract or path.exists()  # the service manager's file
+
+
+def test_an_inherited_socket_whose_file_is_lost(path: Path, tmp_path: Path) -> None:
+    """``--socket`` binds the path: clients of the inherited socket could not connect."""
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with socket.socket(socket.AF_UNIX) as listener, Fd(os.dup(listener.fileno())) as inherited:
+        listener.bind(os.fspath(path))
+        assert still_to_bind([path, link], (), [inherited]) == []
+        path.unlink()
+        assert still_to_bind([path], (), [inherited]) == [path]
 
 
 @pytest.mark.parametrize("supervised", [[], ["--supervise"]])
