@@ -162,3 +162,19 @@ async def test_a_listening_socket_that_is_shut_down_is_bound_again(path: Path) -
             with await Wire.session(path) as wire:
                 assert value(await wire.call("query-fdsets")) == []
     assert not path.exists()
+
+
+async def test_an_abstract_socket_that_is_shut_down(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It cannot be bound again: one line says so, and clients of other sockets are served."""
+    async with daemon(path, Path(f"@{path.name}-{os.getpid()}")) as server:
+        _, listener = server.listeners
+        with socket.socket(fileno=os.dup(listener.socket.fileno())) as theirs:
+            theirs.shutdown(socket.SHUT_RDWR)
+        await settle()
+        with await Wire.session(path) as wire:
+            assert value(await wire.call("query-fdsets")) == []
+    (record,) = caplog.records
+    assert record.getMessage().endswith("no client can connect to it any more")
+    assert record.exc_info is None

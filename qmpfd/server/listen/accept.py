@@ -78,10 +78,12 @@ class Acceptor:
             try:
                 sock = listener.accept_nowait()
             except ListenerShutDown:
+                shut_down = f"the listening socket {listener} was shut down from outside"
+                if listener.file is None:  # abstract, or the service manager's
+                    _log.error("%s: no client can connect to it any more", shut_down)
+                    return
                 listener.bind_again(self.accept_backlog)
-                _log.warning(
-                    "the listening socket %s was shut down from outside: made it again", listener
-                )
+                _log.warning("%s: made it again", shut_down)
             except OSError as exc:
                 # EAGAIN: another process that has the same socket has accepted the client.
                 if isinstance(exc, BlockingIOError) or exc.errno in _GONE:

@@ -124,17 +124,17 @@ class UnixListener:
             _log.warning("the socket file %s was missing: made it again", self)
 
     def bind_again(self, accept_backlog: Callable[[UnixListener], object]) -> None:
-        """Listen with a new socket at the same path, under the same descriptor number.
+        """Listen with a new socket at the same path, under the same descriptor number.  The socket
+        is one with a file, neither abstract nor a service manager's.
 
         Args:
             accept_backlog: accepts the clients in the backlog of the old socket.
 
         Raises:
             SocketInUse: another program listens there.
-            OSError: the path cannot be bound, or the socket is abstract or a service manager's.
+            OSError: the path cannot be bound.
         """
-        if self.path is None or is_abstract(self.path):
-            raise ListenerShutDown(errno.ESHUTDOWN, "the socket was shut down", str(self))
+        assert self.path is not None
         sock, self.file = listen_at(self.path, self.permissions, 0)
         with sock:
             sock.setblocking(False)
