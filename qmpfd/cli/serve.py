@@ -20,7 +20,7 @@ from ..kernel.unix_address import is_served
 from ..supervisor.signals import FORWARDED, set_up_signals
 from . import serve_options, supervise
 from .check_policy import read_policy
-from .exit_codes import UsageError
+from .exit_codes import UsageError, cause
 from .inheritance import Origin, inherit
 from .options import default_socket
 from .serve_options import limits
@@ -176,9 +176,7 @@ def _one_cause() -> Iterator[None]:
     try:
         yield
     except* (OSError, NoDaemon, QMPError, MemoryError, KeyboardInterrupt) as group:
-        failure = group
-        while isinstance(failure, BaseExceptionGroup):
-            failure = failure.exceptions[0]
+        failure = cause(group)
     if failure is not None:
         raise _as_usage_error(failure)
 

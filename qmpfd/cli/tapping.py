@@ -19,6 +19,7 @@ from ..kernel.fd import close_all, receive
 from ..kernel.unix_address import connectable
 from ..limits import READ_BYTES
 from ..transport import FdStream
+from .exit_codes import cause
 from .output import painter, print_error, printable, terminal_width
 
 #: Called for each line: whether the client sent it, the line, its number of descriptors.
@@ -129,12 +130,7 @@ def run(listen: str, server: str) -> None:
         async with tapped(server, listen):
             await trio.sleep_forever()
 
-    failure: BaseException | None = None
     try:
         trio.run(main)
-    except BaseExceptionGroup as group:  # each nursery wraps it in an ExceptionGroup
-        failure = group
-        while isinstance(failure, BaseExceptionGroup):
-            failure = failure.exceptions[0]
-    if failure is not None:
-        raise failure
+    except BaseExceptionGroup as group:
+        raise cause(group) from None
