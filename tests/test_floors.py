@@ -199,16 +199,15 @@ def module_imports(module: str) -> set[str]:
 
 
 #: Modules for a system call that Python lacks.
-SYSTEM_CALLS = {"fcntl", "ctypes", "termios"}
+SYSTEM_CALLS = {"fcntl", "ctypes", "termios", "resource"}
 
 
 @pytest.mark.parametrize(
     "module", [module for module in inner if room(module) not in ("kernel", "supervisor")]
 )
 def test_system_calls_are_in_kernel(module: str) -> None:
-    allowed = {"ctypes"} if module == "cli.supervise" else set()  # prctl(2), before execve(2)
     tops = {name.split(".")[0] for name in imports(module)}
-    assert tops & SYSTEM_CALLS <= allowed
+    assert not tops & SYSTEM_CALLS
 
 
 def circles(edges: dict[str, set[str]]) -> list[str]:

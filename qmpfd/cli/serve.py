@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import resource
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..client.blocking import NoDaemon
 from ..errors import QMPError
 from ..kernel.fd import Fd
+from ..kernel.process import raise_open_files_limit
 from ..kernel.systemd import take_parent, take_store_size
 from ..kernel.unix_address import is_served
 from ..supervisor.signals import FORWARDED, set_up_signals
@@ -84,9 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     from . import logs
 
     logs.set_up(arguments.log_format, arguments.log_level)
-    # Raise the soft limit to the hard limit: this process stores descriptors.
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_open_files_limit()  # this process stores descriptors
     origin = inherit(arguments, parent)
     if origin is not None:
         _serve(arguments, origin, store_size)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import resource
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
 from ..kernel.fd import open_files_limit
+from ..kernel.process import adopt_orphans, hard_limit
 from ..kernel.systemd import InheritedFd, Notifier
 from ..limits import RESERVED_PLACES
 from ..supervisor.signals import FORWARDED
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from ..server.fdstore.recover import Recovered
 
 _log = logging.getLogger("qmpfd")
-
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 #: Minimum of RLIMIT_NOFILE with which the parent and its worker can store descriptors.
 _LEAST_FILES = 128
@@ -54,7 +51,7 @@ def become_supervisor(arguments: argparse.Namespace) -> NoReturn:
     Raises:
         UsageError: RLIMIT_NOFILE is too low.
     """
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # both processes raise theirs to it
+    limit = hard_limit()  # both processes raise theirs to it
     if limit < _LEAST_FILES:
         raise UsageError(
             f"--supervise needs a limit of {_LEAST_FILES} open files at least, not {limit} "
@@ -72,23 +69,13 @@ def become_supervisor(arguments: argparse.Namespace) -> NoReturn:
         python.insert(1, "-B")
     for stream in range(3):  # /dev/null opened here would be closed, and its number reused
         os.set_inheritable(stream, True)
-    _adopt_orphans()
+    adopt_orphans()  # a spare worker becomes the parent's child when its worker dies
     passed = {option.fd for option in arguments.add_fd} | {arguments.ready_fd} - {None}
     options = [arguments.log_format, arguments.log_level, str(arguments.drain_timeout)]
     options.append(",".join(map(str, passed)))
     # Pending until the parent has handlers: Ctrl-C would end its interpreter with a traceback.
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     os.execv(executable, [*python, *options, executable, *sys.orig_argv[1:]])
-
-
-def _adopt_orphans() -> None:
-    """Make this process a subreaper (prctl(2)): a spare worker becomes its child when the worker
-    that has started it dies.  Without that, no spare worker can be used.  execve(2) preserves it.
-    """
-    with suppress(ImportError, OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def recover(

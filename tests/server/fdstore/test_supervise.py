@@ -1,6 +1,6 @@
 """``serve --supervise``: the parent stores all descriptors, and restarts its worker.
 
-Tests of cli/supervise.py and server/fdstore/sentinel.py.
+Tests of cli/supervise.py, kernel/process.py and server/fdstore/sentinel.py.
 """
 
 from __future__ import annotations
