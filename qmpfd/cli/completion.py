@@ -24,8 +24,9 @@ _FILES, _COMMANDS = ":files", ":commands"
 #: Metavars of options and arguments that take the name of a file.
 _PATHS = ("PATH", "PATH|-", "FILE", "QMP_SOCKET", "LISTEN", "SERVER")
 
-#: Targets that need no quotes in any of the shells: no others are offered.
-_UNQUOTED = re.compile(r"@?[-A-Za-z0-9_.:,+%/]+")
+#: Targets that are offered: they need no quotes in any of the shells, and their ends are not read
+#: as :ACCESS.
+_OFFERED = re.compile(r"@?[-A-Za-z0-9_.:,+%/]+(?<!:r)(?<!:w)(?<!:rw)(?<!:(?:rd|wr)only)(?<!:rdwr)")
 
 #: Seconds that the daemon has to list the stored descriptors.
 _TIMEOUT = 1.0
@@ -180,4 +181,4 @@ def _targets(before: list[str]) -> Iterable[str]:
         rows = listed(client)
     words = [str(fdset_id) for fdset_id, _ in rows]
     words += [f"@{fd['opaque']}" for _, fd in rows if "opaque" in fd]
-    return filter(_UNQUOTED.fullmatch, dict.fromkeys(words))
+    return filter(_OFFERED.fullmatch, dict.fromkeys(words))

@@ -239,7 +239,7 @@ def test_bash(tmp_path: Path, path: Path) -> None:
     with daemon_process(path), open(os.devnull) as null, BlockingClient(path, PATIENCE) as client:
         client.execute("add-fd", {}, [null])
         assert bash_completes(file, "qmpfd", "rm", "", env=env) == ["0"]
-        for name in ("vm1:disk", "web", "two words", "$(date)"):
+        for name in ("vm1:disk", "web", "two words", "$(date)", "a:r", "a:rw", "a:wronly"):
             client.execute("add-fd", {"fdset-id": 0, "opaque": name}, [null])
         assert bash_completes(file, "qmpfd", "rm", "", env=env) == ["0", "@vm1:disk", "@web"]
         assert bash_completes(file, "qmpfd", "rm", "@w", env=env) == ["@web"]
