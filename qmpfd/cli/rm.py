@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with client_of(arguments) as client:
             refused = _remove_all(client, arguments, removed)
-    except (QMPError, NoDaemon):
+    except (QMPError, NoDaemon, KeyboardInterrupt):
         if removed:
             _report(arguments, removed)
         raise

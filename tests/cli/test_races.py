@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from functools import partial
 from pathlib import Path
 
 import trio
-from helpers import PATIENCE, daemon_process
+from helpers import PATIENCE, ROOT, daemon_process
 
 from qmpfd.cli.tapping import tapped
 from qmpfd.client.blocking import BlockingClient
@@ -41,6 +42,35 @@ def _replaced(
     ran = trio.run(main)
     assert meanwhile == [False]
     return ran
+
+
+def test_what_was_removed_before_an_interrupt(path: Path, tmp_path: Path) -> None:
+    relay, requests = path.with_name("relay.sock"), 0
+    started: list[subprocess.Popen[str]] = []
+
+    def show(from_client: bool, line: str, _: int) -> None:
+        nonlocal requests
+        if from_client and '"remove-fds"' in line:
+            requests += 1
+            if requests == 2:
+                started[0].send_signal(signal.SIGINT)
+
+    async def main() -> tuple[str, str]:
+        async with tapped(path, relay, show):
+            argv = Cli(relay).argv("rm", "@*")
+            pipe = subprocess.PIPE
+            started.append(subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, cwd=ROOT))
+            return await trio.to_thread.run_sync(started[0].communicate)
+
+    with daemon_process(path):
+        for name in ("old", "middle", "new"):
+            Cli(path).add(tmp_path / "file", os.O_RDONLY, opaque=name)
+        out, error = trio.run(main)
+        assert (started[0].returncode, error) == (130, "")
+        assert out.startswith("removed fd set 2, fd ")
+        assert out.endswith("  new\n")
+        assert "new" not in _stored(path)
+        assert "old" in _stored(path)
 
 
 def _stored(path: Path) -> list[str]:
