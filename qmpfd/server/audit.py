@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import Condition, Thread
 
@@ -75,6 +77,7 @@ class AuditWriter:
 
     def _run(self) -> None:
         with self._fd:  # closed by this thread: it may still write after close() has timed out
+            self._torn = _ends_in_a_line(self._fd.fileno())
             while data := self._next():
                 left_out, reason = self._write_all(data)
                 with self._changed:
@@ -111,3 +114,15 @@ class AuditWriter:
         if not self._lost:
             _log.error("audit trail: lines are left out: %s", reason)
         self._lost += count
+
+
+def _ends_in_a_line(number: int) -> bool:
+    """Return whether a regular file has no newline at its end: the daemon before this one has died
+    after a short write, or the machine has.
+    """
+    if stat.S_ISREG(os.fstat(number).st_mode):
+        # Opened again: the descriptor itself is for writing only.
+        with suppress(OSError), open(f"/proc/self/fd/{number}", "rb", buffering=0) as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    return False

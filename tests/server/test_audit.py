@@ -295,6 +295,18 @@ def test_a_short_write_ends_its_line(tmp_path: Path) -> None:
         assert end.read(1 << 20) == b'\n"whole"\n'
 
 
+def test_a_file_that_ends_in_a_line(tmp_path: Path) -> None:
+    """The daemon before was killed after a short write: the next record begins on a new line."""
+    path = tmp_path / "audit"
+    for content, expected in ((b"", b""), (b'"whole"\n', b'"whole"\n'), (b'"to', b'"to\n')):
+        path.write_bytes(content)
+        with path.open("ab") as file:
+            made = AuditWriter(file)
+            made.write(b'"new"\n')
+            made.close()
+        assert path.read_bytes() == expected + b'"new"\n'
+
+
 async def test_a_descriptor_that_is_not_open(path: Path) -> None:
     """A daemon that cannot start closes what it has opened."""
     with pipes(1) as (pipe,):
