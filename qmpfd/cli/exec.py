@@ -57,7 +57,7 @@ EXIT_STATUS = (
 )
 USAGE = (
     "qmpfd exec [-h] [--socket PATH] [--timeout S] [--listen-fds] [--take] [--rewind]\n"
-    "                  SET[/FD][:ACCESS][=AT]... -- CMD..."
+    "                  [--json] SET[/FD][:ACCESS][=AT]... -- CMD..."
 )
 OPTIONS = [
     *CONNECTION,
@@ -72,6 +72,7 @@ OPTIONS = [
         "set the position of files to their start; all duplicates of a descriptor share "
         "one position, so without this a second reader begins where the first one stopped",
     ),
+    option("--json", "as of every verb; changes nothing, as all output is that of CMD"),
     option(
         "targets",
         "SET[/FD][:ACCESS][=AT] or @NAME[:ACCESS][=AT]",

@@ -125,6 +125,11 @@ def test_the_exit_status_is_the_commands(cli: Cli, status: int) -> None:
 
 
 @pytest.mark.usefixtures("file")
+def test_json_leaves_the_output_to_the_command(cli: Cli) -> None:
+    assert cli.done("exec", "--json", "0", "--", "echo", "text") == "text\n"
+
+
+@pytest.mark.usefixtures("file")
 def test_more_targets_than_descriptors(cli: Cli) -> None:
     words = ["0"] * 30 + ["--", "true"]
     limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (30, 30))
