@@ -67,9 +67,9 @@ class DaemonServer(Server):
         self.store = self.daemon.store
         self.lifecycle = Lifecycle()
         closer = self.daemon.closer
-        self.durability: Durability = (
-            Unmirrored(closer) if fd_store is None else FdStoreMirror(fd_store, closer)
-        )
+        #: The second copy of the store; None without an fd store.
+        self.mirror = None if fd_store is None else FdStoreMirror(fd_store, closer)
+        self.durability: Durability = self.mirror or Unmirrored(closer)
         lock = trio.Lock()
         #: Services for the sessions.
         self.services = Services(

@@ -23,7 +23,6 @@ from ..policy import Policy
 from .audit import AuditWriter
 from .closing import await_closes
 from .fdstore.lifespan import mirrored
-from .fdstore.mirror import FdStoreMirror
 from .fdstore.recover import Recovered
 from .handle import Server
 from .lifecycle import Event
@@ -174,7 +173,7 @@ async def run_daemon(  # noqa: ASYNC128 - DaemonServer.run does that
         ours = list(listeners)  # the service manager passes the others to every process it starts
         while inherited:
             listeners.append(UnixListener.inherit(inherited.popleft()))
-        if isinstance(server.durability, FdStoreMirror) and server.durability.is_parent:
+        if server.mirror is not None and server.mirror.is_parent:
             ours = list(listeners)  # a parent passes them to the first worker only
         # After the mirror has ended: at its end it checks whether the state is HANDED_OVER.
         stack.callback(server.lifecycle.handle, Event.END)

@@ -15,7 +15,6 @@ from ...limits import FORGET_TIMEOUT
 from ..lifecycle import State
 from ..listen.listener import UnixListener
 from ..services import Services
-from .mirror import FdStoreMirror
 from .recover import Recovered
 
 if TYPE_CHECKING:
@@ -51,17 +50,17 @@ async def mirrored(
     Raises:
         GenericError: the fd store has no room for all descriptors.
     """
-    mirror = server.durability
+    mirror = server.mirror
     kept = set(recovered.names)
 
     async def start(previous: Fd | None) -> None:
-        if isinstance(mirror, FdStoreMirror):
+        if mirror is not None:
             await mirror.start(listeners, recovered, previous)
             kept.update(listener.socket.fileno() for listener in listeners)
             server.daemon.mirror = mirror
         server.daemon.closer.close(recovered.stale_fds)
 
-    if not isinstance(mirror, FdStoreMirror):
+    if mirror is None:
         yield start
         return
     mirror.on_refused = partial(_remove, server.services)
