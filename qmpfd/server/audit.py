@@ -77,7 +77,7 @@ class AuditWriter:
 
     def _run(self) -> None:
         with self._fd:  # closed by this thread: it may still write after close() has timed out
-            self._torn = _ends_in_a_line(self._fd.fileno())
+            self._torn = _ends_inside_line(self._fd.fileno())
             while data := self._next():
                 left_out, reason = self._write_all(data)
                 with self._changed:
@@ -116,8 +116,8 @@ class AuditWriter:
         self._lost += count
 
 
-def _ends_in_a_line(number: int) -> bool:
-    """Return whether a regular file has no newline at its end: the daemon before this one has died
+def _ends_inside_line(number: int) -> bool:
+    """Return whether a regular file ends inside a line: the daemon before this one has died
     after a short write, or the machine has.
     """
     if stat.S_ISREG(os.fstat(number).st_mode):
