@@ -356,7 +356,12 @@ class BarrierLink:
             closed.set()
 
     def end(self, reason: str = "") -> None:
-        """End the connection and call all waiting actions; *reason* is "" at a regular end."""
+        """End the connection and call all waiting actions; *reason* is "" at a regular end, when
+        the changes that wait for the barrier under way are still sent.
+        """
+        if not (reason or self.is_over):
+            with suppress(OSError):  # the receiver has closed its socket
+                self._send(False)
         self._move(_ON_END)
         self._ended(reason)
         self._outgoing.clear()

@@ -284,6 +284,20 @@ def test_a_takeover_out_of_a_service(store: Store, path: Path, file: Path) -> No
                 assert fds(again) == before
 
 
+def test_a_takeover_while_the_manager_is_busy(store: Store, path: Path, file: Path) -> None:
+    """The predecessor sends what empties its store, although no barrier is acknowledged."""
+    with store.service("--socket", str(path)) as old:
+        with BlockingClient(path, DEADLINE) as client, file.open() as opened:
+            client.execute("add-fd", fds=[opened])
+        store.sync()
+        store.pause()
+        with supervised(path, "--takeover"):
+            assert old.wait(DEADLINE) == 0
+            store.pause(False)
+            store.sync()
+            assert store.names == []
+
+
 def test_a_record_without_its_descriptor(store: Store, path: Path, file: Path) -> None:
     """A journal record without descriptor is dropped: its reply had not been sent."""
     options = ["--socket", str(path)]

@@ -90,6 +90,7 @@ def test_the_spare_holds_no_descriptors(path: Path) -> None:
             daemon.worker()
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_new_process_closes_stored_descriptors_first() -> None:
     """The parent goes on when the new process has closed all stored descriptors (execve(2))."""
     command = [sys.executable, "-c", ""]
