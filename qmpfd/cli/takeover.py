@@ -76,7 +76,7 @@ def still_to_bind(
     served = [Path(os.fsdecode(each.path)) for each in listeners if each.path is not None]
     served.extend(
         where
-        for where in filter(None, map(bound_path, inherited))
+        for where in map(Path, filter(None, map(bound_path, inherited)))
         if is_abstract(where) or identity(where) is not None  # else its file is lost
     )
     return [path for path in paths if not any(_is_same(path, old) for old in served)]

@@ -11,7 +11,6 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from .fd import BorrowedSocket, Fd, FileDescriptorLike
 
@@ -98,8 +97,8 @@ def listens(fd: FileDescriptorLike) -> bool:
         return False
 
 
-def bound_path(fd: FileDescriptorLike) -> Path | None:
-    """Return the path, or ``@NAME``, that a Unix socket is bound to; None if it is not bound.
+def bound_path(fd: FileDescriptorLike) -> str:
+    """Return the path, or ``@NAME``, that a Unix socket is bound to; "" if it is not bound.
 
     Args:
         fd: the socket.
@@ -108,8 +107,7 @@ def bound_path(fd: FileDescriptorLike) -> Path | None:
         OSError: *fd* is no socket.
     """
     with BorrowedSocket(fd) as sock:
-        name = os.fsdecode(sock.getsockname())
-    return Path(name.replace("\0", "@", 1)) if name else None
+        return os.fsdecode(sock.getsockname()).replace("\0", "@", 1)
 
 
 def _bind_in_folder(sock: socket.socket, folder: bytes, name: bytes) -> None:
