@@ -244,6 +244,17 @@ def test_a_line_that_cannot_be_made(
     assert output == ["1 log lines are missing here: standard error was full", "after"]
 
 
+def _log_until_room(taken: FileIO, log: logging.Logger) -> bytes:
+    """Log "after" until it is written; return all that was written."""
+    output = b""
+    os.set_blocking(taken.fileno(), False)
+    while not output.endswith(b"after\n"):
+        while chunk := _read(taken):
+            output += chunk
+        log.info("after")
+    return output
+
+
 def test_a_full_disk(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of a cut line is written once there is room again; lost lines are counted."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -257,12 +268,7 @@ def test_a_full_disk(log: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> No
         log.info("lost")
         os.dup2(disk, writer)
         os.close(disk)
-        output = b""
-        os.set_blocking(reader, False)
-        while not output.endswith(b"after\n"):
-            while chunk := _read(taken):
-                output += chunk
-            log.info("after")
+        output = _log_until_room(taken, log)
     cut, left_out, *after = output.splitlines()
     assert cut == b"qmpfd: " + b"x" * (1 << 20)
     assert left_out.endswith(b"log lines are missing here: standard error was full")
@@ -289,12 +295,7 @@ def test_a_long_line_for_a_reader_that_stalls(
         log.info("%s", long)
         log.info("left out")
         log.info("left out too")
-        output = b""
-        os.set_blocking(reader, False)
-        while not output.endswith(b"after\n"):
-            while chunk := _read(taken):
-                output += chunk
-            log.info("after")
+        output = _log_until_room(taken, log)
     lines = [line[line.index(b"qmpfd") :] for line in output.decode().encode().splitlines()]
     assert lines[0] == b"qmpfd: " + long.encode()
     assert lines[1].endswith(b"log lines are missing here: standard error was full")

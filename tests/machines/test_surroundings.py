@@ -164,6 +164,15 @@ def test_a_locale_without_the_signs(path: Path, locale: Mapping[str, str]) -> No
         assert "qmpfd" in verb(path, "status", env={**os.environ, **locale})
 
 
+def store_and_crash(path: Path, pid: int, options: Sequence[str]) -> None:
+    """Store standard input; with a parent, which *options* asks for, kill its worker."""
+    with connected(path) as client:
+        client.execute("add-fd", {"opaque": "kept"}, [0])
+    if options:
+        (worker,) = children(pid)
+        os.kill(worker, signal.SIGKILL)
+
+
 @SUPERVISED
 def test_an_argv0_that_is_no_program(path: Path, options: Sequence[str]) -> None:
     """Python does not know its own path then: sys.executable is empty."""
@@ -172,11 +181,7 @@ def test_an_argv0_that_is_no_program(path: Path, options: Sequence[str]) -> None
     env = {**WITH_LIBRARIES, "PYTHONPATH": f"{WITH_LIBRARIES['PYTHONPATH']}:{ROOT}"}
     process = subprocess.Popen(["bash", "-c", 'exec -a nowhere "$@"', "bash", *serve], env=env)
     try:
-        with connected(path) as client:
-            client.execute("add-fd", {"opaque": "kept"}, [0])
-        if options:
-            (worker,) = children(process.pid)
-            os.kill(worker, signal.SIGKILL)
+        store_and_crash(path, process.pid, options)
         assert json.loads(verb(path, "ls", "--json"))[0]["fds"][0]["opaque"] == "kept"
     finally:
         process.terminate()
@@ -204,11 +209,7 @@ def test_a_zipapp(path: Path, tmp_path: Path, options: Sequence[str]) -> None:
     serve = [str(program), "serve", "--socket", str(path), *options]
     process = subprocess.Popen(serve, cwd=tmp_path, env=WITH_LIBRARIES, stderr=subprocess.PIPE)
     try:
-        with connected(path) as client:
-            client.execute("add-fd", {"opaque": "kept"}, [0])
-        if options:
-            (worker,) = children(process.pid)
-            os.kill(worker, signal.SIGKILL)
+        store_and_crash(path, process.pid, options)
         listed = [str(program), "ls", "--json", "--socket", str(path)]
         output = subprocess.check_output(listed, cwd=tmp_path, env=WITH_LIBRARIES)
         assert json.loads(output)[0]["fds"][0]["opaque"] == "kept"
@@ -232,11 +233,7 @@ def test_a_user_without_a_name(tmp_path: Path, options: Sequence[str]) -> None:
     serve = f"{become} $QMPFD serve {at} --socket-mode 666 {' '.join(options)}"
     with container(folder, serve) as process:
         until(path.exists, "a socket")
-        with connected(path) as client:
-            client.execute("add-fd", {"opaque": "kept"}, [0])
-        if options:
-            (worker,) = children(process.pid)
-            os.kill(worker, signal.SIGKILL)
+        store_and_crash(path, process.pid, options)
         mine = run(folder, f"{become} $QMPFD ls --json {at}")
         assert json.loads(mine.stdout)[0]["fds"][0]["opaque"] == "kept"
         somebody = become.replace(str(NAMELESS), str(NAMELESS + 1))
